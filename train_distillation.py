@@ -1,0 +1,799 @@
+"""Project a Wan teacher's weights into a small text-to-image student, distil it from prompts alone, save it.
+
+    python train_distillation.py                                                     # the tiny teacher, minutes on a laptop
+    python train_distillation.py --teacher ./Wan2.2-T2V-A14B --prompts prompts.txt   # one GPU box
+    accelerate launch train_distillation.py --teacher ... --prompts ...              # several GPUs
+
+Order: settings -> WanLiteStudent -> build -> one step -> the loop -> main(). The run goes to --output_dir; run it again after a stop
+and it goes on where it was.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from wanlite.prompts import read_prompts
+from wanlite.run_folder import (MetricsLog, check_output_folder, checkpoint_path, clear, latest_checkpoint, new_folder,
+                                prune_checkpoints, save_parts, write_json, write_model_card)
+from wanlite.settings import make_parser, setting
+
+TINY_TEACHER = Path(__file__).resolve().parent / "tiny_teacher"
+DEFAULT_CAPTIONS = 4000   # of the tiny world, where no prompts file is named
+NUM_HELD_OUT = 400        # prompts that are never trained on
+NUM_VALIDATION = 8        # of them, shown in the grids
+LOG_STEPS = 10
+STOPPED = 3               # exit code of a run that was asked to stop and can be resumed
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    teacher: str = setting(str(TINY_TEACHER), "Wan folder, diffusers or official layout",
+                           aliases=("--teacher_checkpoint_path", "--teacher_path"))
+    prompts: str | None = setting(None, "text file, one prompt a line; None = captions of the tiny world")
+    output_dir: str = setting("./outputs/wan_t2i", "where everything is written")
+    overwrite: bool = setting(False, "replace a finished run in --output_dir")
+    resume_from_checkpoint: str | None = setting("latest", "'latest', or 'none' to start again where a run was cut short")
+
+    hidden_size: int | None = setting(None, "student width; None = 1024, for a small teacher half its width")
+    depth: int | None = setting(None, "student blocks; None = 16, for a small teacher its depth")
+    num_heads: int | None = setting(None, "student heads; None = 16, for a small teacher its head size")
+    ffn_dim: int | None = setting(None, "width inside the feed-forward; None = 4 * hidden_size")
+    projection: str = setting("weights", "how the student starts: from the teacher's weights, or random as a control",
+                              choices=("weights", "none"))
+    expert: str = setting("low", "which of two experts is projected", choices=("low", "high"))
+
+    guidance_scale: float = setting(4.0, "guidance of the high-noise expert, or of the only one; baked into the student")
+    guidance_scale_2: float = setting(3.0, "guidance of the low-noise expert; baked into the student")
+    negative_prompt: str = setting("", "what guidance steers away from")
+    flow_shift: float | None = setting(None, "shift of the noise schedule; None = what the teacher's scheduler says")
+    resolution: int | None = setting(None, "height and width in pixels, divisible by 16; None = the teacher's own, else 512")
+    teacher_steps: int = setting(12, "guided steps of a teacher trajectory")
+    num_trajectories: int | None = setting(None, "teacher pictures to learn from; None = one a prompt")
+
+    train_batch_size: int = setting(256, "states in a micro-batch, on each device")
+    max_train_steps: int = setting(1500, "optimizer steps")
+    gradient_accumulation_steps: int = setting(1, "micro-batches in a step")
+    learning_rate: float = setting(2e-3, "peak of AdamW's learning rate")
+    lr_scheduler: str = setting("cosine", "as in diffusers", choices=("cosine", "linear", "constant_with_warmup"))
+    lr_warmup_steps: int = setting(100, "steps until the peak")
+    muon_learning_rate: float = setting(0.02, "peak of Muon's, for the matrices of the blocks; 0 = AdamW for all")
+    adam_beta2: float = setting(0.99, "decay of AdamW's second moment")
+    adam_weight_decay: float = setting(0.01, "decoupled weight decay")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
+    feature_weight: float = setting(3.0, "weight of the feature loss at the start, falling to 0; 0 = velocity only")
+    use_ema: bool = setting(True, "save an exponential moving average of the weights")
+    ema_decay: float = setting(0.998, "its decay a step")
+    mixed_precision: str = setting("no", "as in accelerate; master weights and losses stay in float32",
+                                   choices=("no", "bf16", "fp16"))
+    gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass to save memory")
+
+    checkpointing_steps: int = setting(250, "steps between resumable checkpoints")
+    checkpoints_total_limit: int = setting(2, "newest checkpoints to keep, at least 2")
+    validation_steps: int = setting(500, "steps between validation grids, teacher | student")
+    validation_prompts: list[str] | None = setting(None, "prompts of the grids; None = eight held-out ones")
+    num_inference_steps: int = setting(4, "steps in which the student draws; goes to run.json as its default")
+    report_to: str = setting("tensorboard", "tracker, as in accelerate; 'none' for metrics.jsonl alone")
+    logging_dir: str = setting("logs", "tracker files, inside --output_dir")
+    seed: int = setting(0, "seed of everything random")
+
+
+def read_settings():
+    """Read the command line and check everything that needs no torch; ends with one line and exit code 2 where it is wrong.
+
+    Returns the settings with every None filled that a folder or file decides, and whether a run cut short goes on.
+    """
+    parser = make_parser(Settings, __doc__)
+    settings = Settings(**vars(parser.parse_args()))
+    try:
+        settings = complete(settings)
+        state = check_output_folder(settings.output_dir, asdict(settings), settings.overwrite,
+                                    settings.resume_from_checkpoint not in (None, "none"))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if state == "new" and Path(settings.output_dir).exists():
+        clear(settings.output_dir)
+    Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
+    return settings, state == "resume"
+
+
+def complete(settings):
+    """Check paths, sizes and numbers, and fill in what the teacher's folder says."""
+    teacher = Path(settings.teacher).expanduser().absolute()
+    if not teacher.is_dir():
+        raise OSError(f"--teacher {settings.teacher}: no such folder. Expected a Wan checkpoint in the official or diffusers "
+                      "layout; leave the flag out for the tiny teacher.")
+    record = read_record(teacher)
+    if settings.prompts is not None:
+        read_prompts(settings.prompts)
+    elif record.get("world") != "wanlite.shapes":
+        raise ValueError(f"--prompts is missing. {teacher} is no teacher of the tiny world: name a text file, one prompt a line.")
+    resolution = settings.resolution or record.get("resolution", 512)
+    if resolution % 16 or resolution <= 0:
+        raise ValueError(f"--resolution {resolution} is not divisible by 16; the nearest is {max(16, round(resolution / 16) * 16)}.")
+    for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "teacher_steps", "num_inference_steps",
+                 "checkpointing_steps", "validation_steps"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name} is {getattr(settings, name)}, expected at least 1.")
+    if settings.checkpoints_total_limit < 2:
+        raise ValueError(f"--checkpoints_total_limit is {settings.checkpoints_total_limit}, expected at least 2: with one, a "
+                         "save that fails leaves none.")
+    scheduler = teacher / "scheduler" / "scheduler_config.json"
+    shift = settings.flow_shift or record.get("shift") or (
+        json.loads(scheduler.read_text())["flow_shift"] if scheduler.is_file() else 12.0)
+    return replace(settings, teacher=str(teacher), resolution=resolution, flow_shift=float(shift))
+
+
+def read_record(teacher):
+    """Return the training record of a tiny teacher, or an empty dict for any other teacher."""
+    path = teacher / "training.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
+    SETTINGS, IS_RESUMED = read_settings()
+
+import importlib.metadata  # noqa: E402
+import inspect  # noqa: E402
+import math  # noqa: E402
+import platform  # noqa: E402
+import signal  # noqa: E402
+import time  # noqa: E402
+import warnings  # noqa: E402
+from collections.abc import Mapping  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
+from functools import partial  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from accelerate import Accelerator, init_empty_weights  # noqa: E402
+from accelerate.utils import ProjectConfiguration, set_seed  # noqa: E402
+from diffusers.configuration_utils import ConfigMixin  # noqa: E402
+from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin  # noqa: E402
+from diffusers.models.attention import AttentionMixin  # noqa: E402
+from diffusers.models.cache_utils import CacheMixin  # noqa: E402
+from diffusers.models.modeling_outputs import Transformer2DModelOutput  # noqa: E402
+from diffusers.models.modeling_utils import ModelMixin  # noqa: E402
+from diffusers.models.normalization import FP32LayerNorm  # noqa: E402
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTimeTextImageEmbedding  # noqa: E402
+from diffusers.optimization import get_scheduler  # noqa: E402
+from diffusers.training_utils import EMAModel  # noqa: E402
+from diffusers.utils.peft_utils import apply_lora_scale  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from torch import nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from wanlite import shapes  # noqa: E402
+from wanlite.autoencoder import decode_latents, load_autoencoder, to_pictures  # noqa: E402
+from wanlite.data import SHARD_SIZE, SeededBatches, Trajectories, cache_folder, shard_path, write_shard  # noqa: E402
+from wanlite.flow import make_scheduler, sample, seeded_noise, walk  # noqa: E402
+from wanlite.measure import prompt_accuracy  # noqa: E402
+from wanlite.network import OneFrameBlock, TextTokens, one_frame_velocity, pack_text  # noqa: E402
+from wanlite.objectives import feature_loss, velocity_loss  # noqa: E402
+from wanlite.projection import project_into  # noqa: E402
+from wanlite.student_files import check_weights, find_weights, read_config, student_folder  # noqa: E402
+from wanlite.teacher import Teacher, open_teacher_files  # noqa: E402
+from wanlite.text import encode_prompts, load_text_encoder  # noqa: E402
+
+
+# ---- the model ---------------------------------------------------------------------------------------------------------
+
+@dataclass
+class StudentOutput(Transformer2DModelOutput):
+    features: list | None = None
+
+
+class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin, AttentionMixin):
+    """A small Wan transformer that draws single frames, in diffusers' parts and under diffusers' key names.
+
+    `WanLiteStudent(hidden_size=64, depth=4, num_heads=2)` or `WanLiteStudent({"hidden_size": 64, ...})` builds a random one;
+    `teacher_checkpoint_path=DIR` projects that teacher's weights into it, once, and is no part of the config.
+    A saved student also loads as a stock WanTransformer3DModel: config.json carries the Wan names beside ours.
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["patch_embedding", "condition_embedder", "norm"]
+    _no_split_modules = ["OneFrameBlock"]
+    _keep_in_fp32_modules = ["rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
+    _repeated_blocks = ["OneFrameBlock"]
+    ignore_for_config = ["teacher_checkpoint_path", "projection", "expert"]
+
+    def __init__(
+        self,
+        hidden_size: int = 1024,
+        depth: int = 16,
+        num_heads: int = 16,
+        ffn_dim: int | None = None,              # None: 4 * hidden_size
+        num_channels: int = 16,                  # of the latents
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        cross_attn_norm: bool = True,
+        qk_norm: str = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        rope_max_seq_len: int = 1024,
+        teacher_checkpoint_path: str | None = None,
+        projection: str = "weights",             # "weights" or "none"
+        expert: str = "low",                     # which of two experts is projected
+    ):
+        super().__init__()
+        if isinstance(hidden_size, Mapping):
+            config = {name: value for name, value in hidden_size.items() if not name.startswith("_")}
+            return self.__init__(**{"teacher_checkpoint_path": teacher_checkpoint_path, "projection": projection,
+                                    "expert": expert, **_without_wan_names(config)})
+        ffn_dim = ffn_dim or 4 * hidden_size
+        _check_shape(hidden_size, depth, num_heads, ffn_dim, num_channels, text_dim)
+        head_dim = hidden_size // num_heads
+        self.register_to_config(
+            hidden_size=hidden_size, depth=depth, num_heads=num_heads, ffn_dim=ffn_dim, num_channels=num_channels,
+            text_dim=text_dim, freq_dim=freq_dim, patch_size=tuple(patch_size), cross_attn_norm=cross_attn_norm,
+            qk_norm=qk_norm, eps=eps, rope_max_seq_len=rope_max_seq_len,
+            num_attention_heads=num_heads, attention_head_dim=head_dim, num_layers=depth, in_channels=num_channels,
+            out_channels=num_channels)
+
+        self.rope = WanRotaryPosEmbed(head_dim, tuple(patch_size), rope_max_seq_len)
+        self.patch_embedding = nn.Conv3d(num_channels, hidden_size, kernel_size=tuple(patch_size), stride=tuple(patch_size))
+        self.condition_embedder = WanTimeTextImageEmbedding(hidden_size, freq_dim, 6 * hidden_size, text_dim)
+        self.blocks = nn.ModuleList(OneFrameBlock(hidden_size, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
+                                    for _ in range(depth))
+        self.norm_out = FP32LayerNorm(hidden_size, eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(hidden_size, num_channels * math.prod(patch_size))
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, hidden_size))
+        self.gradient_checkpointing = False
+
+        if not self.proj_out.weight.is_meta:
+            self.initialise()
+        if teacher_checkpoint_path is not None and projection != "none":
+            project_into(self, teacher_checkpoint_path, expert)
+
+    @torch.no_grad()
+    def initialise(self):
+        """Random start, as DiT has it: Xavier matrices, zero biases, small embeddings, a silent output."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv3d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+        for table in [self.scale_shift_table, *(block.scale_shift_table for block in self.blocks)]:
+            nn.init.normal_(table, std=self.config.hidden_size**-0.5)
+        for layer in (self.condition_embedder.time_embedder.linear_1, self.condition_embedder.time_embedder.linear_2):
+            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.proj_out.weight)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,                             # (B, C, H, W), or (B, C, 1, H, W) as a pipeline gives
+        timestep: torch.Tensor,                                  # (B,) in 0..1000, or (B, N) with equal rows
+        encoder_hidden_states: torch.Tensor,                     # (B, L, T)
+        encoder_hidden_states_image: torch.Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict | None = None,
+        text_logit_bias: torch.Tensor | None = None,             # (B, L); None: every token counts once
+        feature_blocks: tuple[int, ...] = (),
+    ):
+        """Return the velocity in the shape of `hidden_states`, and the token states after `feature_blocks` where asked."""
+        is_video = hidden_states.ndim == 5
+        if is_video and hidden_states.shape[2] != 1:
+            raise ValueError(f"latents have {hidden_states.shape[2]} frames; the student draws single frames: num_frames=1.")
+        if encoder_hidden_states_image is not None:
+            raise ValueError("encoder_hidden_states_image was given; the student is a text-to-image model without it.")
+        latents = hidden_states.squeeze(2) if is_video else hidden_states
+        timestep = timestep[:, 0] if timestep.ndim == 2 else timestep
+        velocity, features = one_frame_velocity(self, latents, timestep, encoder_hidden_states, text_logit_bias,
+                                                feature_blocks)
+        velocity = velocity.unsqueeze(2) if is_video else velocity
+        if return_dict:
+            return StudentOutput(sample=velocity, features=features or None)
+        return (velocity, features) if feature_blocks else (velocity,)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save as every diffusers model does, but never weights that are not finite."""
+        broken = [name for name, tensor in self.state_dict().items() if not torch.isfinite(tensor).all()]
+        if broken:
+            raise ValueError(f"{save_directory}: not saved, {len(broken)} tensors hold NaN or infinity, first {broken[0]}. "
+                             "Go back to an earlier checkpoint and lower the learning rate.")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *, subfolder=None, variant=None, dtype=None, torch_dtype=None,
+                        device=None, device_map=None, **unknown):
+        """Load a saved student from a local folder: exactly its weights, on the CPU unless told otherwise, in eval mode.
+
+        Never projects and needs no teacher. `dtype` (or `torch_dtype`, a torch.dtype or its name) leaves the modules that
+        Wan keeps in float32 there; None keeps every dtype as saved. Raises OSError for files that are missing or broken and
+        ValueError for content that is not this student's.
+        """
+        if unknown:
+            raise TypeError(f"WanLiteStudent.from_pretrained does not take {', '.join(sorted(unknown))}; it takes subfolder, "
+                            "variant, dtype, torch_dtype, device and device_map. Loading never projects a teacher.")
+        dtype = _as_dtype(dtype if dtype is not None else torch_dtype)
+        device = _as_device(device if device is not None else device_map)
+        folder = student_folder(pretrained_model_name_or_path, subfolder)
+        weights = find_weights(folder, variant)
+        config = _without_wan_names(read_config(folder))
+        with init_empty_weights():                       # parameters without memory; the rotary tables are real
+            student = cls(**config)
+        check_weights(weights, {name: tensor.shape for name, tensor in student.state_dict().items()})
+        tensors = {name: tensor if dtype is None or _stays_float32(name) else tensor.to(dtype)
+                   for name, tensor in load_file(weights).items()}
+        student.load_state_dict(tensors, strict=True, assign=True)
+        student.register_to_config(_name_or_path=str(folder))
+        return student.to(device).eval()
+
+
+def _check_shape(hidden_size, depth, num_heads, ffn_dim, num_channels, text_dim):
+    sizes = dict(hidden_size=hidden_size, depth=depth, num_heads=num_heads, ffn_dim=ffn_dim, num_channels=num_channels,
+                 text_dim=text_dim)
+    for name, size in sizes.items():
+        if type(size) is not int or not 0 < size <= 65536:
+            raise ValueError(f"{name} is {size!r}, expected a whole number from 1 to 65536.")
+    if hidden_size % num_heads or hidden_size // num_heads % 2:
+        raise ValueError(f"hidden_size {hidden_size} over {num_heads} heads is {hidden_size / num_heads:g} channels a head, "
+                         "expected an even whole number, as rotary pairs need: choose another --num_heads.")
+
+
+def _without_wan_names(config):
+    """Turn a config under our names, the Wan names, or both into the arguments of WanLiteStudent; contradictions are errors."""
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
+    if "teacher_checkpoint_path" in config:
+        warnings.warn("config.json names a teacher_checkpoint_path; it is ignored: loading never projects.", stacklevel=3)
+    implied = {"depth": config.get("num_layers"), "num_heads": config.get("num_attention_heads"),
+               "num_channels": config.get("in_channels")}
+    if "num_attention_heads" in config and "attention_head_dim" in config:
+        implied["hidden_size"] = config["num_attention_heads"] * config["attention_head_dim"]
+    for ours, value in implied.items():
+        if value is not None and config.setdefault(ours, value) != value:
+            raise ValueError(f"the config says {ours} {config[ours]}, but its Wan names say {value}. Keep one of them.")
+    accepted = inspect.signature(WanLiteStudent.__init__).parameters.keys() - {"self", *WanLiteStudent.ignore_for_config}
+    return {name: value for name, value in config.items() if name in accepted}
+
+
+def _as_dtype(dtype):
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found in (None, torch.float32, torch.float16, torch.bfloat16) and not (dtype is not None and found is None):
+        return found
+    raise ValueError(f"dtype {dtype!r} is unknown, expected float32, float16 or bfloat16.")
+
+
+def _as_device(device):
+    device = device[""] if isinstance(device, Mapping) and set(device) == {""} else device
+    try:
+        return torch.device(device or "cpu")
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device {device!r} is unknown, expected cpu, cuda or cuda:N.") from None
+
+
+def _stays_float32(name):
+    return any(part in WanLiteStudent._keep_in_fp32_modules for part in name.split("."))
+
+
+# ---- build: what a run has before its first step -------------------------------------------------------------------------
+
+def student_shape(settings, teacher_config):
+    """Return hidden_size, depth, num_heads and ffn_dim; where a flag is None, the teacher's size decides."""
+    width = teacher_config["num_attention_heads"] * teacher_config["attention_head_dim"]
+    is_large = width >= 1024
+    hidden_size = settings.hidden_size or (min(1024, width) if is_large else width // 2)
+    head_dim = 64 if is_large else teacher_config["attention_head_dim"]
+    return {"hidden_size": hidden_size, "depth": settings.depth or min(16, teacher_config["num_layers"]),
+            "num_heads": settings.num_heads or max(1, hidden_size // head_dim),
+            "ffn_dim": settings.ffn_dim or 4 * hidden_size, "num_channels": teacher_config["in_channels"],
+            "text_dim": teacher_config["text_dim"], "freq_dim": teacher_config["freq_dim"],
+            "patch_size": teacher_config["patch_size"], "rope_max_seq_len": teacher_config.get("rope_max_seq_len", 1024)}
+
+
+def choose_prompts(settings):
+    """Return training prompts and held-out prompts; no trajectory of training starts from a held-out one."""
+    if settings.prompts is None:
+        one, two = (shapes.captions(settings.seed + 1, NUM_HELD_OUT // 2, held_out=True, num_objects=n) for n in (1, 2))
+        training = shapes.captions(settings.seed, settings.num_trajectories or DEFAULT_CAPTIONS)
+        return training, [prompt for pair in zip(one, two) for prompt in pair]
+    prompts = list(dict.fromkeys(read_prompts(settings.prompts)))
+    num_held_out = min(NUM_HELD_OUT, max(1, len(prompts) // 20))
+    return prompts[:-num_held_out] or prompts, prompts[-num_held_out:]
+
+
+def encode_all(settings, prompts, device):
+    """Encode every prompt once and free the encoder: {prompt: embedding (length, text width)}, at true length."""
+    tokenizer, encoder = load_text_encoder(settings.teacher, device)
+    prompts = list(dict.fromkeys(prompts))
+    progress = partial(tqdm, desc="text", unit="batch", disable=len(prompts) < 1000)
+    embeddings = encode_prompts(tokenizer, encoder, prompts, progress=progress)
+    return {prompt: embedding.cpu() for prompt, embedding in zip(prompts, embeddings)}
+
+
+def teacher_velocity(teacher, settings, negative):
+    """Return the guided teacher as a maker of velocity functions of (latents, timestep); see draw_pictures."""
+    def velocity_for(text, features=None):
+        unwanted = pack_text([negative] * len(text.tokens)).to(text.tokens.device)
+        blocks = () if features is None else (feature_block(teacher.config["num_layers"]),)
+
+        def velocity_of(latents, timestep):
+            velocity, states = teacher.velocity(latents, timestep, text, unwanted, settings.guidance_scale,
+                                                settings.guidance_scale_2, feature_blocks=blocks)
+            if features is not None:
+                features.append(states[0].float())
+            return velocity
+        return velocity_of
+    return velocity_for
+
+
+def student_velocity(student):
+    """Return the student as a maker of velocity functions of (latents, timestep); guidance is baked into it."""
+    def velocity_for(text):
+        return lambda latents, timestep: student(latents, timestep, text.tokens, text_logit_bias=text.logit_bias,
+                                                 return_dict=False)[0]
+    return velocity_for
+
+
+def feature_block(depth):
+    """Return the block whose token states are compared: three quarters deep, where text has become layout."""
+    return max(0, round(0.75 * depth) - 1)
+
+
+@torch.no_grad()
+def walk_teacher(accelerator, velocity_for, basis, scheduler, num_steps, embeddings, jobs, latent_shape, folder):
+    """Walk from noise to picture for every (prompt, seed) of `jobs`, shard by shard; shards that are there are kept.
+
+    `basis` (D, d) is that of the token states; every rank walks its share of the shards.
+    """
+    shards = [jobs[start:start + SHARD_SIZE] for start in range(0, len(jobs), SHARD_SIZE)]
+    missing = [index for index in range(len(shards)) if not shard_path(folder, index).exists()]
+    mine = missing[accelerator.process_index::accelerator.num_processes]
+    for index in tqdm(mine, desc="teacher trajectories", unit="shard", disable=not accelerator.is_main_process):
+        numbers, prompts, seeds = zip(*shards[index])
+        text = pack_text([embeddings[prompt] for prompt in prompts]).to(accelerator.device)
+        noise, features = seeded_noise(latent_shape, seeds).to(accelerator.device), []
+        steps = walk(velocity_for(text, features), noise, scheduler, num_steps)
+        latents, timestep, noise_level, velocity = (torch.stack(list(part)) for part in zip(*steps))  # (K, ...)
+        states = torch.stack(features, 1) @ basis                                                     # (B, K, N, d)
+        write_shard(folder, index, {
+            "latents": latents.transpose(0, 1).half().cpu(), "velocity": velocity.transpose(0, 1).half().cpu(),
+            "features": states.half().cpu(), "timestep": timestep.float().repeat(len(prompts), 1).cpu(),
+            "noise_level": noise_level.float().repeat(len(prompts), 1).cpu(), "prompt": torch.tensor(numbers)})
+    accelerator.wait_for_everyone()
+    return Trajectories(folder, len(shards))
+
+
+@torch.no_grad()
+def feature_basis(velocity_for, embeddings, scheduler, num_steps, latent_shape, device, width):
+    """Return the directions (D, width) in which the teacher's token states vary most along some trajectories."""
+    features = []
+    noise = seeded_noise(latent_shape, range(len(embeddings))).to(device)
+    for _ in walk(velocity_for(pack_text(embeddings).to(device), features), noise, scheduler, num_steps):
+        pass
+    states = torch.cat(features).flatten(0, 1).double()
+    states = states - states.mean(0)
+    return torch.linalg.eigh(states.T @ states).eigenvectors[:, -width:].float()
+
+
+# ---- one step ------------------------------------------------------------------------------------------------------------
+
+def distillation_loss(student, feature_head, batch, text, block, feature_weight):
+    """Return the loss on a batch of the teacher's states, and its parts."""
+    velocity, (states,) = student(batch["latents"].float(), batch["timestep"], text.tokens,
+                                  text_logit_bias=text.logit_bias, feature_blocks=(block,), return_dict=False)
+    velocity_part = velocity_loss(velocity, batch["velocity"]).mean()
+    feature_part = feature_loss(feature_head(states.float()), batch["features"]).mean()
+    return velocity_part + feature_weight * feature_part, {"velocity_loss": velocity_part, "feature_loss": feature_part}
+
+
+def make_optimizers(settings, student, feature_head):
+    """Muon for the matrices of the blocks, AdamW for the rest; AdamW alone where --muon_learning_rate is 0."""
+    matrices = [p for name, p in student.named_parameters()
+                if settings.muon_learning_rate and name.startswith("blocks.") and p.ndim == 2]
+    taken = {id(p) for p in matrices}
+    others = [p for p in (*student.parameters(), *feature_head.parameters()) if id(p) not in taken]
+    optimizers = [torch.optim.AdamW(others, lr=settings.learning_rate, betas=(0.9, settings.adam_beta2),
+                                    weight_decay=settings.adam_weight_decay)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=settings.muon_learning_rate,
+                                           weight_decay=settings.adam_weight_decay))
+    return optimizers
+
+
+# ---- looking at it ---------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def draw_pictures(velocity_for, autoencoder, embeddings, seeds, scheduler, num_steps, latent_shape, batch_size=64):
+    """Draw one picture for each embedding and seed: (B, height, width, 3) uint8."""
+    drawn, device = [], autoencoder.device
+    for start in range(0, len(embeddings), batch_size):
+        text = pack_text(embeddings[start:start + batch_size]).to(device)
+        noise = seeded_noise(latent_shape, seeds[start:start + len(text.tokens)]).to(device)
+        latents = sample(velocity_for(text), noise, scheduler, num_steps)
+        drawn.append(to_pictures(decode_latents(autoencoder, latents)))
+    return np.concatenate(drawn)
+
+
+@torch.no_grad()
+def relative_error(student, states, embeddings, prompts, device):
+    """Return the student's squared velocity error on held-out trajectories, over the power of the teacher's velocity."""
+    error = power = 0.0
+    for start in range(0, len(states), 256):
+        batch = states.__getitems__(range(start, min(start + 256, len(states))))
+        text = pack_text([embeddings[prompts[number]] for number in batch["prompt"].tolist()]).to(device)
+        velocity = student_velocity(student)(text)(batch["latents"].float().to(device), batch["timestep"].to(device))
+        error += (velocity.float().cpu() - batch["velocity"]).square().sum().item()
+        power += batch["velocity"].float().square().sum().item()
+    return error / power
+
+
+def save_grid(path, teacher_pictures, student_pictures):
+    """Write the teacher's pictures above the student's, one prompt and seed a column."""
+    rows = [np.concatenate(list(pictures), axis=1) for pictures in (teacher_pictures, student_pictures)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(rows)).save(path)
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------------
+
+def train(settings, is_resumed):
+    """Project, walk the teacher, distil, validate and save into settings.output_dir."""
+    began, output = time.time(), Path(settings.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        log_with=None if settings.report_to == "none" else settings.report_to,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / settings.logging_dir)))
+    device, say = accelerator.device, accelerator.print
+    set_seed(settings.seed)
+
+    # What there is: teacher, student, prompts.
+    files = open_teacher_files(settings.teacher)
+    shape = student_shape(settings, files.config)
+    student = WanLiteStudent(shape)
+    training, held_out = choose_prompts(settings)
+    validation = settings.validation_prompts or held_out[:NUM_VALIDATION]
+    num_trajectories = settings.num_trajectories or len(training)
+    announce(settings, files, student, device, num_trajectories, say)
+    run = {"settings": asdict(settings), "versions": versions(), "teacher": files.fingerprint, "student": shape,
+           "student_parameters": student.num_parameters(), "finished": False, "validation_prompts": validation,
+           "num_inference_steps": settings.num_inference_steps, "resolution": settings.resolution}
+    if accelerator.is_main_process:
+        write_json(output / "run.json", run)
+    embeddings = encode_all(settings, [*training, *held_out, *validation, settings.negative_prompt], device)
+    if settings.projection == "none":
+        say("random start: nothing is projected (the control)")
+    else:
+        say(project_into(student, settings.teacher, settings.expert, torch.cat([embeddings[p] for p in training[:256]])))
+
+    # What the teacher draws: walked once, for training and for held-out prompts.
+    teacher = Teacher(files, device, torch.float32 if settings.mixed_precision == "no" else torch.bfloat16)
+    autoencoder = load_autoencoder(settings.teacher, device=device)
+    scheduler, size = make_scheduler(settings.flow_shift), settings.resolution // autoencoder.config.scale_factor_spatial
+    latent_shape = (files.config["in_channels"], size, size)
+    guided = teacher_velocity(teacher, settings, embeddings[settings.negative_prompt])
+    basis = feature_basis(guided, [embeddings[p] for p in training[:64]], scheduler, settings.teacher_steps, latent_shape,
+                          device, shape["hidden_size"])
+    first_seed = settings.seed * 10**7
+    jobs = {"training": [(n % len(training), training[n % len(training)], first_seed + n) for n in range(num_trajectories)],
+            "held_out": [(n, prompt, first_seed - 1 - n) for n, prompt in enumerate(held_out[:SHARD_SIZE])]}
+    states = {}
+    for part, walks in jobs.items():
+        folder = cache_folder(output / "cache", walks=walks, teacher=files.fingerprint, negative=settings.negative_prompt,
+                              guidance=(settings.guidance_scale, settings.guidance_scale_2), shift=settings.flow_shift,
+                              steps=settings.teacher_steps, shape=latent_shape, width=shape["hidden_size"])
+        states[part] = walk_teacher(accelerator, guided, basis, scheduler, settings.teacher_steps, embeddings, walks,
+                                    latent_shape, folder)
+    seeds = list(range(settings.seed, settings.seed + max(len(validation), len(held_out))))
+    draw = partial(draw_pictures, autoencoder=autoencoder, seeds=seeds, scheduler=scheduler, latent_shape=latent_shape)
+    teacher_drawn = draw(guided, embeddings=[embeddings[p] for p in validation], num_steps=settings.teacher_steps)
+
+    # What learns, and how.
+    feature_head, block = nn.Linear(shape["hidden_size"], shape["hidden_size"]), feature_block(shape["depth"])
+    if settings.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    optimizers = make_optimizers(settings, student, feature_head)
+    rates = [get_scheduler(settings.lr_scheduler, optimizer, num_warmup_steps=settings.lr_warmup_steps,
+                           num_training_steps=settings.max_train_steps)
+             for optimizer in optimizers]
+    ema = EMAModel(student.to(device).parameters(), decay=settings.ema_decay)
+    wrapped, feature_head, *optimizers = accelerator.prepare(student, feature_head, *optimizers)
+    accelerator.register_for_checkpointing(ema, *rates)
+    step = resume(accelerator, output, say) if is_resumed else 0
+    accelerator.init_trackers("wanlite")
+    log = MetricsLog(output / "metrics.jsonl", step) if accelerator.is_main_process else None
+    ranks, micro_batches = accelerator.num_processes, settings.gradient_accumulation_steps
+    batches = SeededBatches(len(states["training"]), settings.train_batch_size * ranks, settings.seed,
+                            step * micro_batches, settings.max_train_steps * micro_batches)
+    stop = StopSignal()
+
+    def validate(step):
+        with averaged(ema, student, settings.use_ema):
+            error = relative_error(student, states["held_out"], embeddings, held_out, device)
+            drawn = draw(student_velocity(student), embeddings=[embeddings[p] for p in validation],
+                         num_steps=settings.num_inference_steps)
+        if accelerator.is_main_process:
+            save_grid(output / "samples" / f"step-{step:06d}.png", teacher_drawn, drawn)
+            log.write(step=step, held_out_error=error)
+            accelerator.log({"held_out_error": error}, step=step)
+        return error
+
+    def checkpoint(step):
+        accelerator.wait_for_everyone()
+        path = checkpoint_path(output, step)
+        if accelerator.is_main_process and not path.exists():
+            with new_folder(path) as partial_folder:
+                accelerator.save_state(str(partial_folder))
+            prune_checkpoints(output, settings.checkpoints_total_limit)
+        accelerator.wait_for_everyone()
+
+    if step == 0:
+        validate(0)
+    bar = tqdm(total=settings.max_train_steps, initial=step, desc="distilling", unit="step", smoothing=0.05,
+               disable=not accelerator.is_main_process)
+    for numbers in batches:
+        batch = states["training"].__getitems__(numbers[accelerator.process_index::ranks])
+        text = pack_text([embeddings[training[number]] for number in batch["prompt"].tolist()]).to(device)
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        with accelerator.accumulate(wrapped, feature_head):
+            feature_weight = settings.feature_weight * (1 - step / settings.max_train_steps)
+            with accelerator.autocast():
+                loss, parts = distillation_loss(wrapped, feature_head, batch, text, block, feature_weight)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_([*wrapped.parameters(), *feature_head.parameters()],
+                                                   settings.max_grad_norm)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        for rate in rates:
+            rate.step()
+        ema.step(student.parameters())
+        step += 1
+        bar.update()
+        if step % LOG_STEPS == 0 or step == settings.max_train_steps:
+            record = {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": rates[0].get_last_lr()[0],
+                      **{name: part.item() for name, part in parts.items()}}
+            if not math.isfinite(record["loss"]):
+                raise FloatingPointError(f"loss is {record['loss']} at step {step}: lower --learning_rate; the last "
+                                         f"checkpoint is in {output / 'checkpoints'}.")
+            bar.set_postfix(velocity=f"{record['velocity_loss']:.3f}")
+            accelerator.log(record, step=step)
+            if accelerator.is_main_process:
+                log.write(step=step, seconds=round(time.time() - began, 1), **record)
+        if step % settings.validation_steps == 0 and step < settings.max_train_steps:
+            validate(step)
+        if step % settings.checkpointing_steps == 0 or stop.asked or step == settings.max_train_steps:
+            checkpoint(step)
+        if stop.asked and step < settings.max_train_steps:
+            accelerator.end_training()
+            say(f"stopped at step {step} of {settings.max_train_steps}; the same command goes on from there.")
+            raise SystemExit(STOPPED)
+    bar.close()
+
+    # What is kept: the averaged student, what inference needs beside it, and how good it is.
+    error = validate(step)
+    if settings.use_ema:
+        ema.copy_to(student.parameters())
+    if accelerator.is_main_process:
+        student.save_pretrained(output)
+        save_parts(output, settings.teacher, scheduler)
+        results = {"held_out_error": error} | judge_both(settings, guided, student, draw, embeddings, held_out)
+        write_json(output / "run.json", run | {"finished": True, "steps": step, "minutes": (time.time() - began) / 60,
+                                               "results": results})
+        write_model_card(output, settings, results)
+        conclude(settings, output, results, time.time() - began, say)
+    accelerator.end_training()
+
+
+def resume(accelerator, output, say):
+    """Load the newest checkpoint that verifies; returns its step, 0 where the run was cut short before its first."""
+    path, skipped = latest_checkpoint(output)
+    for reason in skipped:
+        say(reason)
+    if path is None:
+        if skipped:
+            raise SystemExit(f"{output}: no checkpoint verifies. Add --overwrite to start again.")
+        return 0
+    accelerator.load_state(str(path))
+    step = int(path.name.removeprefix("step-"))
+    say(f"resumed at step {step} from {path}")
+    return step
+
+
+@contextmanager
+def averaged(ema, student, use_ema):
+    """Lend the student its averaged weights."""
+    if use_ema:
+        ema.store(student.parameters())
+        ema.copy_to(student.parameters())
+    try:
+        yield
+    finally:
+        if use_ema:
+            ema.restore(student.parameters())
+
+
+class StopSignal:
+    """Turns the first SIGTERM, SIGINT or SIGUSR1 into a flag that the loop reads; the second one ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, frame):
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+# ---- what a user reads -----------------------------------------------------------------------------------------------------
+
+def announce(settings, files, student, device, num_trajectories, say):
+    """Say what will happen before it happens."""
+    sizes = " + ".join(f"{expert.num_parameters / 1e6:,.2f} M" for expert in files.experts.values())
+    passes = num_trajectories * settings.teacher_steps * 2
+    pictures = settings.max_train_steps * settings.train_batch_size * settings.gradient_accumulation_steps
+    config = student.config
+    say(f"teacher  {settings.teacher} ({files.layout} layout, {len(files.experts)} expert(s): {sizes} parameters)\n"
+        f"student  {config.hidden_size} x {config.depth}, {config.num_heads} heads: {student.num_parameters() / 1e6:,.2f} M "
+        f"parameters, {'projected' if settings.projection != 'none' else 'random start'}\n"
+        f"device   {device}, {torch.get_num_threads()} threads, "
+        f"{'float32' if settings.mixed_precision == 'no' else settings.mixed_precision + ' mixed precision'}\n"
+        f"work     {num_trajectories:,} teacher pictures ({passes:,} teacher passes), then {settings.max_train_steps:,} steps "
+        f"({pictures:,} states)\n"
+        f"output   {Path(settings.output_dir).absolute()}")
+    say(f"time     {estimate(settings, files, student, device, passes, pictures)}")
+
+
+def estimate(settings, files, student, device, passes, states):
+    """Time a few student steps and scale by parameters; says about how long the run takes."""
+    tokens, patch = (settings.resolution // 8 // files.config["patch_size"][1]) ** 2, student.config.patch_size[1]
+    side, rows = patch * math.isqrt(tokens), max(1, min(64, 65536 // max(tokens, 1)))
+    twin = WanLiteStudent(dict(student.config)).to(device)
+    words = TextTokens(torch.zeros(rows, 24, student.config.text_dim), torch.zeros(rows, 24)).to(device)
+    latents = torch.randn(rows, student.config.num_channels, side, side, device=device)
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        twin(latents, torch.full((rows,), 500.0, device=device), words.tokens, return_dict=False)[0].mean().backward()
+        seconds.append(time.perf_counter() - began)
+    each = min(seconds) / rows
+    larger = files.num_parameters / len(files.experts) / student.num_parameters()
+    total = each * states + each / 3 * larger * passes
+    return f"about {max(1, round(total / 60)):,} minutes"
+
+
+def versions():
+    names = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def judge_both(settings, guided, student, draw, embeddings, held_out):
+    """Let the judge read teacher and student on held-out captions; nothing where prompts are not of the tiny world."""
+    captions = [prompt for prompt in held_out if shapes.read_caption(prompt)]
+    if len(captions) < len(held_out) or settings.resolution != shapes.PICTURE_SIZE:
+        return {}
+
+    def accuracy(velocity_for, num_steps):
+        return prompt_accuracy(lambda prompts: draw(velocity_for, embeddings=[embeddings[p] for p in prompts],
+                                                    num_steps=num_steps), captions)
+    teacher, student = (accuracy(guided, settings.teacher_steps),
+                        accuracy(student_velocity(student), settings.num_inference_steps))
+    return {"captions": len(captions), "prompt_accuracy": {"teacher": teacher["accuracy"], "student": student["accuracy"]},
+            "teacher": teacher, "student": student}
+
+
+def conclude(settings, output, results, seconds, say):
+    """Say how faithful the student is beside its teacher, and what to run next."""
+    if "prompt_accuracy" in results:
+        teacher, student = results["teacher"], results["student"]
+        say(f"held-out captions drawn right ({results['captions']}):  teacher {teacher['accuracy']:.0%} in "
+            f"{settings.teacher_steps} guided steps (one object {teacher['accuracy_one']:.0%}, two "
+            f"{teacher['accuracy_two']:.0%});  student {student['accuracy']:.0%} in {settings.num_inference_steps} steps "
+            f"(one object {student['accuracy_one']:.0%}, two {student['accuracy_two']:.0%})")
+    say(f"held-out velocity error {results['held_out_error']:.4f} of the teacher's power; {seconds / 60:.1f} minutes in all\n"
+        f"saved to {output}; pictures, teacher above student: {output / 'samples'}\n"
+        f"next: python run_inference.py --model {settings.output_dir}")
+
+
+# ---- main --------------------------------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    train(SETTINGS, IS_RESUMED)

@@ -1,0 +1,91 @@
+"""The teacher's trajectories: walked once, kept on disk shard by shard, and dealt out as training batches.
+
+A trajectory is the teacher's whole guided walk from one noise to one picture. Each of its states is a training example: the noisy
+latents, the guided velocity there, and the teacher's token states in the student's basis.
+Legend: B batch, K states a trajectory, C channels, H W latent height and width, N image tokens, D feature width.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+SHARD_SIZE = 64  # trajectories a file; also how many the teacher walks at once
+
+
+def cache_folder(parent, **what):
+    """Return the folder for trajectories of exactly this teacher, prompts, guidance, schedule and basis."""
+    key = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    folder = Path(parent) / f"trajectories-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_shard(folder, index, tensors):
+    """Write one shard so that it is there whole or not at all."""
+    partial = folder / f".shard-{index:05d}.partial"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    os.replace(partial, shard_path(folder, index))
+
+
+def shard_path(folder, index):
+    return folder / f"shard-{index:05d}.safetensors"
+
+
+class Trajectories(torch.utils.data.Dataset):
+    """Every state of every trajectory in a folder, memory-mapped.
+
+    Shards hold `latents`, `velocity` (n, K, C, H, W), `features` (n, K, N, D) in float16, and `timestep`, `noise_level` (n, K),
+    `prompt` (n,). Indexed by a list of state numbers, it returns a batch as a dict.
+    """
+
+    def __init__(self, folder, num_shards):
+        self.shards = [load_file(shard_path(folder, index)) for index in range(num_shards)]
+        self.states_each = self.shards[0]["timestep"].shape[1]
+        self.starts = torch.tensor([len(shard["prompt"]) for shard in self.shards]).cumsum(0) * self.states_each
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitems__(self, numbers):
+        numbers = torch.as_tensor(numbers)
+        shard_of = torch.searchsorted(self.starts, numbers, right=True)
+        parts, order = [], []
+        for index in shard_of.unique().tolist():
+            places = (shard_of == index).nonzero().flatten()
+            first = int(self.starts[index - 1]) if index else 0
+            rows, states = (numbers[places] - first) // self.states_each, (numbers[places] - first) % self.states_each
+            shard = self.shards[index]
+            part = {name: shard[name][rows, states] for name in shard if name != "prompt"}
+            part["prompt"] = shard["prompt"][rows]
+            parts.append(part)
+            order.append(places)
+        back = torch.cat(order).argsort()
+        return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+
+
+class SeededBatches(torch.utils.data.Sampler):
+    """Batches of state numbers in an order that is a function of (seed, epoch) alone, from batch `first` to batch `last`."""
+
+    def __init__(self, num_states, batch_size, seed, first, last):
+        if num_states < batch_size:
+            raise ValueError(f"{num_states} cached states are fewer than one batch of {batch_size}: "
+                             "raise --num_trajectories or lower --train_batch_size.")
+        self.num_states, self.batch_size, self.seed, self.first, self.last = num_states, batch_size, seed, first, last
+
+    def __len__(self):
+        return self.last - self.first
+
+    def __iter__(self):
+        batches_each = self.num_states // self.batch_size
+        epoch = order = None
+        for batch in range(self.first, self.last):
+            if epoch != batch // batches_each:
+                epoch = batch // batches_each
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                order = torch.randperm(self.num_states, generator=generator)
+            start = batch % batches_each * self.batch_size
+            yield order[start:start + self.batch_size].tolist()

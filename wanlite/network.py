@@ -1,0 +1,112 @@
+"""A Wan transformer at one frame: latents and text tokens in, velocity out.
+
+Teacher and student are both made of diffusers' own Wan parts under diffusers' key names. Two things are added here, and neither
+changes the function: latents may be 4-D, and the zero padding of the text, which Wan attends to, costs one token.
+
+Legend: B batch, C channels, H W latent height and width, N image tokens, L text length, D width, T text width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+
+TEXT_LENGTH = 512  # every Wan was trained on text padded with zeros to this length, and attends to the padding
+
+
+class TextTokens(NamedTuple):
+    """Prompts at their true length, with one zero token each that stands for all of the padding.
+
+    `tokens` (B, L, T); `logit_bias` (B, L) is added to the attention logits of every text token: 0 for a word,
+    log(number of padding tokens) for the zero token, -inf for what only squares the batch.
+    """
+
+    tokens: torch.Tensor
+    logit_bias: torch.Tensor
+
+    def to(self, *args, **kwargs):
+        tokens = self.tokens.to(*args, **kwargs)
+        return TextTokens(tokens, self.logit_bias.to(tokens.device))
+
+    def rows(self, index):
+        """Return the prompts at `index` (a slice, a list or a tensor of row numbers)."""
+        return TextTokens(self.tokens[index], self.logit_bias[index])
+
+
+def pack_text(embeddings, text_length=TEXT_LENGTH):
+    """Turn prompts' embeddings, a list of (length, T), into TextTokens equal to zero padding up to `text_length`."""
+    longest = max(len(embedding) for embedding in embeddings)
+    tokens = embeddings[0].new_zeros(len(embeddings), longest + 1, embeddings[0].shape[-1])
+    logit_bias = torch.full(tokens.shape[:2], -math.inf, dtype=torch.float32, device=tokens.device)
+    for row, embedding in enumerate(embeddings):
+        length = len(embedding)
+        tokens[row, :length] = embedding
+        logit_bias[row, :length] = 0.0
+        if length < text_length:
+            logit_bias[row, length] = math.log(text_length - length)
+    return TextTokens(tokens, logit_bias)
+
+
+def unpack_text(text, text_length=TEXT_LENGTH):
+    """Return the padded form (B, text_length, T) that a stock WanTransformer3DModel takes."""
+    padded = text.tokens.new_zeros(len(text.tokens), text_length, text.tokens.shape[-1])
+    for row, bias in enumerate(text.logit_bias):
+        length = int((bias == 0).sum())  # a bias of log(1) = 0 marks a zero token: copying it changes nothing
+        padded[row, :length] = text.tokens[row, :length]
+    return padded
+
+
+class OneFrameBlock(WanTransformerBlock):
+    """diffusers' Wan block whose cross-attention also takes a bias on the logits of the text tokens."""
+
+    def forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb, text_logit_bias=None):
+        """Shapes: hidden_states (B, N, D), encoder_hidden_states (B, L, D), temb (B, 6, D); returns (B, N, D)."""
+        modulation = (self.scale_shift_table + temb.float()).chunk(6, dim=1)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
+        dtype = hidden_states.dtype
+
+        normed = (self.norm1(hidden_states.float()) * (1 + scale) + shift).to(dtype)
+        update = self.attn1(normed, None, None, rotary_emb)
+        hidden_states = (hidden_states.float() + update * gate).to(dtype)
+
+        normed = self.norm2(hidden_states.float()).to(dtype)
+        mask = None if text_logit_bias is None else text_logit_bias[:, None, None].to(dtype)  # (B, 1, 1, L)
+        hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, mask, None)
+
+        normed = (self.norm3(hidden_states.float()) * (1 + ffn_scale) + ffn_shift).to(dtype)
+        return (hidden_states.float() + self.ffn(normed).float() * ffn_gate).to(dtype)
+
+
+def one_frame_velocity(network, latents, timestep, text, logit_bias=None, feature_blocks=()):
+    """Run a network that has the parts of a WanTransformer3DModel and OneFrameBlocks on single frames.
+
+    Shapes: latents (B, C, H, W), timestep (B,) in 0..1000, text (B, L, T), logit_bias (B, L) or None.
+    Returns the velocity (B, C, H, W) and a list of the token states (B, N, D) after each block named in `feature_blocks`.
+    """
+    rotary = network.rope(latents.unsqueeze(2))
+    states = network.patch_embedding(latents.unsqueeze(2))                       # (B, D, 1, H/p, W/p)
+    height, width = states.shape[-2:]
+    states = states.flatten(2).transpose(1, 2).contiguous()                      # (B, N, D)
+    time, time_modulation, text, _ = network.condition_embedder(timestep, text)
+    time_modulation = time_modulation.unflatten(1, (6, -1))                      # (B, 6, D)
+
+    features = []
+    for index, block in enumerate(network.blocks):
+        if torch.is_grad_enabled() and network.gradient_checkpointing:
+            states = network._gradient_checkpointing_func(block, states, text, time_modulation, rotary, logit_bias)
+        else:
+            states = block(states, text, time_modulation, rotary, logit_bias)
+        if index in feature_blocks:
+            features.append(states)
+
+    shift, scale = (network.scale_shift_table.to(time.device) + time.unsqueeze(1)).chunk(2, dim=1)
+    states = (network.norm_out(states.float()) * (1 + scale) + shift).type_as(states)
+    return unpatchify(network.proj_out(states), height, width, network.config.patch_size), features
+
+
+def unpatchify(tokens, height, width, patch_size):
+    """Lay tokens (B, N, ph*pw*C), each a patch in row order with channels last, out as latents (B, C, H, W)."""
+    _, patch_height, patch_width = patch_size
+    patches = tokens.unflatten(1, (height, width)).unflatten(-1, (patch_height, patch_width, -1))
+    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

@@ -1,0 +1,43 @@
+"""Settings as a frozen dataclass -> command line flags, help text and run.json; no torch, so that --help takes a blink."""
+
+import argparse
+import dataclasses
+import types
+import typing
+
+
+def setting(default, meaning, aliases=(), choices=None):
+    """Declare one setting: its default and what it means, None included."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "aliases": aliases, "choices": choices})
+
+
+def make_parser(settings_class, description):
+    """Return a parser with one flag a setting; booleans become --flag and --no-flag."""
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = typing.get_type_hints(settings_class)
+    for field in dataclasses.fields(settings_class):
+        meaning = field.metadata["meaning"] + ("" if field.default is None else f" (default: {field.default})")
+        options = {"dest": field.name, "default": field.default, "help": meaning.replace("%", "%%")}
+        names = [f"--{field.name}", *field.metadata["aliases"]]
+        kind = _plain_type(hints[field.name])
+        if kind is bool:
+            parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
+        elif kind is list:
+            parser.add_argument(*names, nargs="+", **options)
+        else:
+            parser.add_argument(*names, type=kind, choices=field.metadata["choices"], **options)
+    return parser
+
+
+def _plain_type(hint):
+    """Return T for `T | None` and for T."""
+    if isinstance(hint, types.UnionType):
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return typing.get_origin(hint) or hint
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line and exit code 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")

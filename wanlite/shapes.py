@@ -1,0 +1,266 @@
+"""The tiny world: captioned scenes drawn by rule, and a judge that reads a picture back by rule.
+
+A scene has one object at one of five places, or two objects in opposite halves; every object has a size, a colour and a shape, and
+the background a colour. Scenes are endless and seeded. One combination in eight is held out: no training caption ever names it.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+PICTURE_SIZE = 64  # pixels, square
+COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 220),
+           "yellow": (240, 210, 40), "purple": (160, 50, 190), "cyan": (50, 205, 225)}
+BACKGROUNDS = {"white": (245, 245, 245), "black": (15, 15, 15), "grey": (128, 128, 128)}
+SHAPES = ("circle", "square", "triangle", "ring", "cross")
+SIZES = {"small": 10.0, "large": 13.5}  # radius in pixels
+PLACES = {"center": (32, 32), "left": (16, 32), "right": (48, 32), "top": (32, 16), "bottom": (32, 48)}  # x, y
+PAIRS = (("left", "right"), ("top", "bottom"))
+JITTER = 1.0  # pixels, either way, on both axes
+
+ONE_OBJECT = ("a {a} at the {place} on a {background} background",
+              "on a {background} background, a {a} at the {place}",
+              "at the {place}, a {a} on {background}",
+              "{background} background with a {a} at the {place}")
+TWO_OBJECTS = {("left", "right"): ("a {a} left of a {b} on a {background} background",
+                                   "a {b} right of a {a} on a {background} background",
+                                   "on a {background} background, a {a} at the left and a {b} at the right",
+                                   "{background} background with a {b} at the right and a {a} at the left"),
+               ("top", "bottom"): ("a {a} above a {b} on a {background} background",
+                                   "a {b} below a {a} on a {background} background",
+                                   "on a {background} background, a {a} at the top and a {b} at the bottom",
+                                   "{background} background with a {b} at the bottom and a {a} at the top")}
+
+
+@dataclass(frozen=True)
+class Object:
+    size: str
+    colour: str
+    shape: str
+    place: str
+
+    def __str__(self):
+        return f"{self.size} {self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One object, or two in the order of PAIRS (left before right, top before bottom), on a background."""
+
+    objects: tuple
+    background: str
+
+
+# ---- scenes ----------------------------------------------------------------------------------------------------------
+
+def random_scene(random, num_objects=None):
+    """Draw a scene from `random`, a numpy Generator; one or two objects with equal chance unless `num_objects` is given."""
+    num_objects = num_objects or int(random.integers(1, 3))
+    places = (_pick(random, PLACES),) if num_objects == 1 else PAIRS[random.integers(len(PAIRS))]
+    objects = tuple(Object(_pick(random, SIZES), _pick(random, COLOURS), _pick(random, SHAPES), place)
+                    for place in places)
+    return Scene(objects, _pick(random, BACKGROUNDS))
+
+
+def is_held_out(scene):
+    """Whether training never sees this combination of places, colours and shapes (one in eight; sizes and backgrounds vary)."""
+    index = 0
+    for weight, thing in zip((1, 3), scene.objects):
+        index += weight * (list(COLOURS).index(thing.colour) + 3 * SHAPES.index(thing.shape)
+                           + 5 * list(PLACES).index(thing.place))
+    return index % 8 == 0
+
+
+def scenes(seed, count, held_out=False, num_objects=None):
+    """Return `count` scenes of the training side or of the held-out side; the same seed gives the same scenes."""
+    random = np.random.default_rng([seed, int(held_out), num_objects or 0])
+    drawn = []
+    while len(drawn) < count:
+        scene = random_scene(random, num_objects)
+        if is_held_out(scene) == held_out:
+            drawn.append(scene)
+    return drawn
+
+
+def caption(scene, random):
+    """Say the scene in one of its several ways, chosen by `random`."""
+    ways = ways_to_say(scene)
+    return ways[random.integers(len(ways))]
+
+
+def ways_to_say(scene):
+    words = {"a": scene.objects[0], "background": scene.background, "place": scene.objects[0].place}
+    if len(scene.objects) == 1:
+        return [way.format(**words) for way in ONE_OBJECT]
+    ways = TWO_OBJECTS[tuple(thing.place for thing in scene.objects)]
+    return [way.format(b=scene.objects[1], **words) for way in ways]
+
+
+def captions(seed, count, held_out=False, num_objects=None):
+    """Return `count` captions; see scenes()."""
+    random = np.random.default_rng([seed, 7])
+    return [caption(scene, random) for scene in scenes(seed, count, held_out, num_objects)]
+
+
+def read_caption(text):
+    """Return the Scene that a caption of this world says, or None for any other text."""
+    for pattern, places in _CAPTION_PATTERNS:
+        found = pattern.fullmatch(text.strip().lower())
+        if found:
+            words = found.groupdict()
+            places = places or (words["place"],)
+            return Scene(tuple(Object(*words[name].split(), place) for name, place in zip("ab", places)),
+                         words["background"])
+    return None
+
+
+def _caption_patterns():
+    def any_of(words):
+        return "(?:" + "|".join(words) + ")"
+
+    thing = f"{any_of(SIZES)} {any_of(COLOURS)} {any_of(SHAPES)}"
+    groups = {"a": f"(?P<a>{thing})", "b": f"(?P<b>{thing})", "place": f"(?P<place>{any_of(PLACES)})",
+              "background": f"(?P<background>{any_of(BACKGROUNDS)})"}
+    ways = [(way, None) for way in ONE_OBJECT] + [(way, pair) for pair in PAIRS for way in TWO_OBJECTS[pair]]
+    return [(re.compile(way.format(**groups)), places) for way, places in ways]
+
+
+_CAPTION_PATTERNS = _caption_patterns()
+
+
+def _pick(random, names):
+    return tuple(names)[random.integers(len(names))]
+
+
+# ---- drawing ---------------------------------------------------------------------------------------------------------
+
+_Y, _X = np.mgrid[0:PICTURE_SIZE, 0:PICTURE_SIZE].astype(np.float32) + 0.5  # pixel centres
+
+
+def coverage(shape, radius, x, y):
+    """Return the share of each pixel (64, 64) that a shape centred at x, y covers, from its signed distance."""
+    across, down = _X - x, _Y - y
+    if shape == "circle":
+        distance = np.hypot(across, down) - radius
+    elif shape == "ring":
+        distance = np.abs(np.hypot(across, down) - 0.74 * radius) - 0.26 * radius
+    elif shape == "square":
+        distance = np.maximum(abs(across), abs(down)) - 0.85 * radius
+    elif shape == "cross":
+        arm, width = radius, 0.32 * radius
+        distance = np.minimum(np.maximum(abs(across) - arm, abs(down) - width),
+                              np.maximum(abs(across) - width, abs(down) - arm))
+    elif shape == "triangle":  # equilateral, point up, centred on its centroid
+        slope = 0.5 * np.sqrt(3.0) * abs(across) - 0.5 * down
+        distance = np.maximum(slope, down) - 0.53 * radius
+    else:
+        raise ValueError(f"shape {shape!r} is unknown; the tiny world has {', '.join(SHAPES)}.")
+    return np.clip(0.5 - distance, 0, 1)
+
+
+def draw(scene, random=None):
+    """Draw a scene as a picture (64, 64, 3) uint8; `random` moves each object by up to JITTER pixels."""
+    picture = np.broadcast_to(np.float32(BACKGROUNDS[scene.background]), (PICTURE_SIZE, PICTURE_SIZE, 3))
+    for thing in scene.objects:
+        x, y = PLACES[thing.place]
+        if random is not None:
+            x, y = np.array([x, y]) + random.uniform(-JITTER, JITTER, 2)
+        covered = coverage(thing.shape, SIZES[thing.size], x, y)[..., None]
+        picture = covered * np.float32(COLOURS[thing.colour]) + (1 - covered) * picture
+    return picture.round().astype(np.uint8)
+
+
+# ---- the judge -------------------------------------------------------------------------------------------------------
+
+LEAST_OVERLAP = 0.72      # intersection over union with the best template; below it a thing is no known shape
+LEAST_AREA = 40           # pixels; the smallest shape covers 145
+FARTHEST_PLACE = 6.0      # pixels between a thing's centroid and its place
+FARTHEST_COLOUR = 60.0    # distance in RGB between a thing's colour, or the background's, and the palette's
+ATTRIBUTES = ("count", "background", "colour", "shape", "size", "place")
+
+
+def read_picture(picture):
+    """Return the Scene that a picture (64, 64, 3) uint8 shows, or None where it shows no scene of this world.
+
+    Anything unexplained (a stray blob, a shape that fits no template, a colour off the palette) makes it None.
+    """
+    background, things, is_clean = _read_things(picture)
+    if background is None or not is_clean or None in things or not 1 <= len(things) <= 2:
+        return None
+    places = tuple(thing.place for thing in things)
+    if len(things) == 2 and places not in PAIRS:
+        return None
+    return Scene(tuple(things), background)
+
+
+def judge(picture, scene):
+    """Compare a picture with the scene that its caption says: {"whole": 0 or 1, and a share 0..1 for each of ATTRIBUTES}."""
+    background, things, _ = _read_things(picture)
+    by_place = {thing.place: thing for thing in things if thing is not None}
+    verdict = {"whole": float(read_picture(picture) == scene),
+               "count": float(len(things) == len(scene.objects)),
+               "background": float(background == scene.background)}
+    for attribute in ("colour", "shape", "size"):
+        verdict[attribute] = float(np.mean([getattr(by_place.get(thing.place), attribute, None) ==
+                                            getattr(thing, attribute) for thing in scene.objects]))
+    verdict["place"] = float(np.mean([thing.place in by_place for thing in scene.objects]))
+    return verdict
+
+
+def _read_things(picture):
+    """Return the background's name, the things in the order of PLACES (None for one that is no known object), and
+    whether nothing was left over."""
+    if picture.shape != (PICTURE_SIZE, PICTURE_SIZE, 3):
+        raise ValueError(f"the judge reads pictures of {PICTURE_SIZE}x{PICTURE_SIZE}x3; this one is {picture.shape}.")
+    smooth = ndimage.median_filter(picture, size=(3, 3, 1)).astype(np.float32)
+    border = np.concatenate([smooth[:3].reshape(-1, 3), smooth[-3:].reshape(-1, 3),
+                             smooth[:, :3].reshape(-1, 3), smooth[:, -3:].reshape(-1, 3)])
+    ground = np.median(border, axis=0)
+    background = _nearest(ground, BACKGROUNDS)
+    if background is None:
+        return None, [], False
+    differs = np.linalg.norm(smooth - ground, axis=-1) > 45
+    labels, count = ndimage.label(differs, structure=np.ones((3, 3)))
+    things, leftover = [], 0
+    for label in range(1, count + 1):
+        area = int((labels == label).sum())
+        if area < LEAST_AREA:
+            leftover += area
+        else:
+            things.append(_read_thing(picture.astype(np.float32), labels == label, ground))
+    things.sort(key=lambda thing: list(PLACES).index(thing.place) if thing else len(PLACES))
+    return background, things, leftover <= 12
+
+
+def _read_thing(picture, region, ground):
+    """Return the Object that a connected region shows, or None."""
+    core = ndimage.binary_erosion(region, iterations=2)
+    colour_seen = np.median(picture[core if core.sum() >= 12 else region], axis=0)
+    colour = _nearest(colour_seen, COLOURS)
+    if colour is None:
+        return None
+    nearby = ndimage.binary_dilation(region, iterations=2)
+    span = colour_seen - ground
+    mask = ((picture - ground) @ span / (span @ span) > 0.5) & nearby         # at least half covered
+    if not mask.any():
+        return None
+    x, y = float(_X[mask].mean()), float(_Y[mask].mean())
+    overlap, shape, size = max((_overlap(mask, coverage(shape, radius, x, y) > 0.5), shape, size)
+                               for shape in SHAPES for size, radius in SIZES.items())
+    place = min(PLACES, key=lambda name: np.hypot(PLACES[name][0] - x, PLACES[name][1] - y))
+    far = np.hypot(PLACES[place][0] - x, PLACES[place][1] - y)
+    if overlap < LEAST_OVERLAP or far > FARTHEST_PLACE:
+        return None
+    return Object(size, colour, shape, place)
+
+
+def _overlap(mask, template):
+    return (mask & template).sum() / (mask | template).sum()
+
+
+def _nearest(seen, palette):
+    """Return the palette's name nearest to a colour, or None where all are too far."""
+    distance, name = min((float(np.linalg.norm(seen - np.float32(rgb))), name) for name, rgb in palette.items())
+    return name if distance <= FARTHEST_COLOUR else None

@@ -1,0 +1,35 @@
+"""Prompts -> the embeddings that a Wan model attends to.
+
+Every embedding is kept at its prompt's true length; network.pack_text puts the zero padding back, at the price of one token.
+Legend: L text length, T text width.
+"""
+
+import torch
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from .network import TEXT_LENGTH
+
+
+def load_text_encoder(folder, device="cpu", dtype=None):
+    """Load the tokenizer and the frozen UMT5 encoder that lie in a Wan folder or in a saved student."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+    encoder = UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder", local_files_only=True, dtype=dtype)
+    embedding = encoder.encoder.embed_tokens.weight
+    if not embedding.any() or not torch.equal(embedding, encoder.shared.weight):
+        raise OSError(f"{folder}/text_encoder: the token embedding came out zero or untied, which transformers 5.0 to 5.2 "
+                      "do to Wan's UMT5. Install transformers >= 5.3.")
+    return tokenizer, encoder.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_prompts(tokenizer, encoder, prompts, batch_size=64, progress=iter):
+    """Return one embedding (L, T) a prompt, cut to the prompt's true length; `progress` wraps the loop over batches."""
+    embeddings = []
+    for start in progress(range(0, len(prompts), batch_size)):
+        cleaned = [prompt_clean(prompt) for prompt in prompts[start:start + batch_size]]
+        tokens = tokenizer(cleaned, padding=True, truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
+        tokens = tokens.to(encoder.device)
+        states = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state          # (B, L, T)
+        embeddings += [state[:length] for state, length in zip(states, tokens.attention_mask.sum(1).tolist())]
+    return embeddings
