@@ -294,7 +294,7 @@ def train_experts(folder, work):
     for stage, name in (("high", "transformer"), ("low", "transformer_2")):
         expert = WanTransformer3DModel(**EXPERT)
         expert.load_state_dict(load_file(work / f"{stage}.safetensors"))
-        expert.to(torch.bfloat16).save_pretrained(folder / name)
+        expert.save_pretrained(folder / name)
     figures["parameters_each"] = expert.num_parameters()
     return figures
 

@@ -4,6 +4,7 @@ Legend: B batch, C latent channels, H W latent height and width, S spatial strid
 """
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -11,10 +12,10 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch.nn import functional as F
 
 
-def load_autoencoder(folder, subfolder="vae", device="cpu"):
-    """Load AutoencoderKLWan in float32, frozen, with the single-frame fast path."""
-    autoencoder = AutoencoderKLWan.from_pretrained(folder, subfolder=subfolder, torch_dtype=torch.float32,
-                                                   local_files_only=True)
+def load_autoencoder(folder, device="cpu"):
+    """Load AutoencoderKLWan from a folder's vae/ in float32, frozen, with the single-frame fast path."""
+    # The path is joined here: given `subfolder`, diffusers reads weights of the same name in the parent folder first.
+    autoencoder = AutoencoderKLWan.from_pretrained(Path(folder) / "vae", torch_dtype=torch.float32, local_files_only=True)
     return use_single_frame_path(autoencoder).to(device).eval().requires_grad_(False)
 
 

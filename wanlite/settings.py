@@ -11,8 +11,9 @@ def setting(default, meaning, aliases=(), choices=None):
     return dataclasses.field(default=default, metadata={"meaning": meaning, "aliases": aliases, "choices": choices})
 
 
-def make_parser(settings_class, description):
-    """Return a parser with one flag a setting; booleans become --flag and --no-flag."""
+def make_parser(settings_class, description, repeatable=()):
+    """Return a parser with one flag a setting; booleans become --flag and --no-flag, lists take several values or, where
+    `repeatable`, one value each time."""
     parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
@@ -23,7 +24,7 @@ def make_parser(settings_class, description):
         if kind is bool:
             parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
         elif kind is list:
-            parser.add_argument(*names, nargs="+", **options)
+            parser.add_argument(*names, **options, **({"action": "append"} if field.name in repeatable else {"nargs": "+"}))
         else:
             parser.add_argument(*names, type=kind, choices=field.metadata["choices"], **options)
     return parser

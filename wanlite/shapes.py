@@ -174,8 +174,10 @@ def draw(scene, random=None):
 
 # ---- the judge -------------------------------------------------------------------------------------------------------
 
-LEAST_OVERLAP = 0.72      # intersection over union with the best template; below it a thing is no known shape
+LEAST_OVERLAP = 0.78      # intersection over union with the best template; below it a thing is no known shape
 LEAST_AREA = 40           # pixels; the smallest shape covers 145
+SOFTEST_EDGE = 3.0        # pixels from a quarter to three quarters covered; a sharp edge has half of one
+MOST_SPECKLED = 0.3       # share of a thing's inside that may be off its colour
 FARTHEST_PLACE = 6.0      # pixels between a thing's centroid and its place
 FARTHEST_COLOUR = 60.0    # distance in RGB between a thing's colour, or the background's, and the palette's
 ATTRIBUTES = ("count", "background", "colour", "shape", "size", "place")
@@ -237,27 +239,39 @@ def _read_things(picture):
 def _read_thing(picture, region, ground):
     """Return the Object that a connected region shows, or None."""
     core = ndimage.binary_erosion(region, iterations=2)
-    colour_seen = np.median(picture[core if core.sum() >= 12 else region], axis=0)
+    core = core if core.sum() >= 12 else region
+    colour_seen = np.median(picture[core], axis=0)
     colour = _nearest(colour_seen, COLOURS)
     if colour is None:
         return None
-    nearby = ndimage.binary_dilation(region, iterations=2)
     span = colour_seen - ground
-    mask = ((picture - ground) @ span / (span @ span) > 0.5) & nearby         # at least half covered
-    if not mask.any():
+    farthest = min(FARTHEST_COLOUR, 0.4 * np.linalg.norm(np.float32(COLOURS[colour]) - ground))   # faded things are wrong
+    faded = np.linalg.norm(colour_seen - np.float32(COLOURS[colour])) > farthest
+    if faded or np.mean(np.linalg.norm(picture[core] - colour_seen, axis=-1) > farthest) > MOST_SPECKLED:
         return None
-    x, y = float(_X[mask].mean()), float(_Y[mask].mean())
-    overlap, shape, size = max((_overlap(mask, coverage(shape, radius, x, y) > 0.5), shape, size)
+    share = (picture - ground) @ span / (span @ span)                   # of each pixel that has the thing's colour
+    share = share * ndimage.binary_dilation(region, iterations=2)
+    covered = _sharpen(share)
+    x, y = float((_X * covered).sum() / covered.sum()), float((_Y * covered).sum() / covered.sum())
+    overlap, shape, size = max((_overlap(covered, _sharpen(coverage(shape, radius, x, y))), shape, size)
                                for shape in SHAPES for size, radius in SIZES.items())
+    template = coverage(shape, SIZES[size], x, y) > 0.5
+    edge_width = ((share > 0.25) & (share < 0.75)).sum() / (template & ~ndimage.binary_erosion(template)).sum()
     place = min(PLACES, key=lambda name: np.hypot(PLACES[name][0] - x, PLACES[name][1] - y))
     far = np.hypot(PLACES[place][0] - x, PLACES[place][1] - y)
-    if overlap < LEAST_OVERLAP or far > FARTHEST_PLACE:
+    if overlap < LEAST_OVERLAP or edge_width > SOFTEST_EDGE or far > FARTHEST_PLACE:
         return None
     return Object(size, colour, shape, place)
 
 
-def _overlap(mask, template):
-    return (mask & template).sum() / (mask | template).sum()
+def _sharpen(covered):
+    """Steepen soft edges, so that a little blur costs little overlap."""
+    return np.clip(0.5 + 2.5 * (covered - 0.5), 0, 1)
+
+
+def _overlap(covered, template):
+    """Intersection over union of two coverages."""
+    return np.minimum(covered, template).sum() / np.maximum(covered, template).sum()
 
 
 def _nearest(seen, palette):

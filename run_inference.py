@@ -1,0 +1,225 @@
+"""Draw pictures with a saved student: load it (nothing is projected, no teacher is needed), sample, write PNGs.
+
+    python run_inference.py                                              # ./outputs/wan_t2i, the run's own validation prompts
+    python run_inference.py --prompt "a small red circle at the left on a white background" --num_images_per_prompt 4
+    python run_inference.py --model DIR --prompts_file prompts.txt --device cuda --dtype bfloat16
+
+Every PNG carries in its text chunks what draws it again: prompt, seed, steps, guidance, size, dtype, and the model's sha256.
+"""
+
+import hashlib
+import math
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from wanlite.prompts import read_prompts
+from wanlite.run_folder import read_run
+from wanlite.settings import make_parser, setting
+from wanlite.student_files import find_weights, read_config, student_folder
+
+PARTS = ("scheduler", "tokenizer", "text_encoder", "vae")
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str = setting("./outputs/wan_t2i", "folder of a saved student; nothing outside it is read")
+    prompt: list[str] | None = setting(None, "what to draw, repeatable; None = the run's own validation prompts")
+    prompts_file: str | None = setting(None, "text file, one prompt a line, instead of --prompt")
+    negative_prompt: str = setting("", "what guidance steers away from; used where --guidance_scale is above 1")
+    num_inference_steps: int | None = setting(None, "steps from noise to picture; None = what the student was saved for")
+    guidance_scale: float = setting(1.0, "guidance on top of the guidance that is baked into the student; 1 = none")
+    height: int | None = setting(None, "pixels, divisible by 16; None = what the student was trained at")
+    width: int | None = setting(None, "pixels, divisible by 16; None = what the student was trained at")
+    seed: int = setting(0, "seed of the first picture; each further picture takes the next")
+    num_images_per_prompt: int = setting(1, "pictures of each prompt")
+    batch_size: int = setting(16, "pictures drawn at once; does not change them beyond rounding")
+    output_dir: str = setting("./outputs/pictures", "where the PNGs are written")
+    device: str | None = setting(None, "cpu, cuda, cuda:N or mps; None = CUDA where there is one, else the CPU")
+    dtype: str = setting("float32", "dtype of the student", choices=("float32", "float16", "bfloat16"))
+
+
+def read_settings(arguments=None):
+    """Read the command line and check all that needs no torch: returns settings without None, and the prompts."""
+    parser = make_parser(Settings, __doc__, repeatable=("prompt",))
+    settings = Settings(**vars(parser.parse_args(arguments)))
+    try:
+        return complete(settings)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def complete(settings):
+    folder = student_folder(settings.model)
+    config, run = read_config(folder), read_run(folder)
+    find_weights(folder)
+    if missing := [part for part in PARTS if not (folder / part).is_dir()]:
+        raise OSError(f"{folder}: lacks {', '.join(missing)}; expected a folder that train_distillation.py finished.")
+    if config.get("_class_name") != "WanLiteStudent":
+        raise ValueError(f"{folder}: holds a {config.get('_class_name')}, expected a WanLiteStudent.")
+    prompts = choose_prompts(settings, run, folder)
+    multiple = 16
+    for name in ("height", "width"):
+        pixels = getattr(settings, name)
+        if pixels is not None and (pixels <= 0 or pixels % multiple):
+            raise ValueError(f"--{name} {pixels} is not divisible by {multiple}; the nearest is "
+                             f"{max(multiple, round(pixels / multiple) * multiple)}.")
+    for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
+        if getattr(settings, name) is not None and getattr(settings, name) < 1:
+            raise ValueError(f"--{name} is {getattr(settings, name)}, expected at least 1.")
+    if settings.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", settings.device):
+        raise ValueError(f"--device {settings.device} is unknown, expected cpu, cuda, cuda:N or mps.")
+    if settings.negative_prompt and settings.guidance_scale <= 1:
+        raise ValueError("--negative_prompt is used by guidance only; add --guidance_scale above 1 or leave it out.")
+    if not math.isfinite(settings.guidance_scale) or settings.guidance_scale < 0:
+        raise ValueError(f"--guidance_scale is {settings.guidance_scale}, expected 1 (none) or more.")
+    resolution = run.get("resolution", 512)
+    return replace(settings, model=str(folder), height=settings.height or resolution, width=settings.width or resolution,
+                   num_inference_steps=settings.num_inference_steps or run.get("num_inference_steps", 20)), prompts
+
+
+def choose_prompts(settings, run, folder):
+    if settings.prompt is not None and settings.prompts_file is not None:
+        raise ValueError("--prompt and --prompts_file were both given; choose one.")
+    if settings.prompts_file is not None:
+        return read_prompts(settings.prompts_file)
+    prompts = settings.prompt if settings.prompt is not None else run.get("validation_prompts", [])
+    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise ValueError(f"no prompt to draw: {folder}/run.json names no validation prompts, or --prompt is empty. "
+                         'Add --prompt "...".')
+    return prompts
+
+
+if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
+    SETTINGS, PROMPTS = read_settings()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from diffusers import UniPCMultistepScheduler  # noqa: E402
+from PIL import Image  # noqa: E402
+from PIL.PngImagePlugin import PngInfo  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from train_distillation import WanLiteStudent  # noqa: E402
+from wanlite.autoencoder import decode_latents, load_autoencoder, to_pictures  # noqa: E402
+from wanlite.flow import sample, seeded_noise  # noqa: E402
+from wanlite.network import pack_text  # noqa: E402
+from wanlite.text import encode_prompts, load_text_encoder  # noqa: E402
+
+
+class Painter:
+    """A saved student with all that turns its velocity into pictures."""
+
+    def __init__(self, folder, device="cpu", dtype=torch.float32):
+        self.device, self.dtype = torch.device(device), dtype
+        self.student = WanLiteStudent.from_pretrained(folder, dtype=dtype, device=device)
+        self.scheduler = UniPCMultistepScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+        self.autoencoder = load_autoencoder(folder, device=device)
+        self.tokenizer, self.encoder = load_text_encoder(folder, device)
+
+    def embed(self, prompts):
+        return encode_prompts(self.tokenizer, self.encoder, prompts)
+
+    @torch.no_grad()
+    def draw(self, prompts, seeds, num_steps, height, width, guidance_scale=1.0, negative_prompt=""):
+        """Return one picture for each prompt and seed: (B, height, width, 3) uint8.
+
+        Raises FloatingPointError where the result is not finite or is one flat colour.
+        """
+        text = pack_text(self.embed(prompts)).to(self.device, self.dtype)
+        unwanted = None
+        if guidance_scale > 1:
+            unwanted = pack_text(self.embed([negative_prompt]) * len(prompts)).to(self.device, self.dtype)
+        stride = self.autoencoder.config.scale_factor_spatial
+        noise = seeded_noise((self.student.config.num_channels, height // stride, width // stride), seeds).to(self.device)
+
+        def velocity_of(latents, timestep):
+            latents = latents.to(self.dtype)
+            wanted = self._velocity(latents, timestep, text)
+            if unwanted is None:
+                return wanted
+            plain = self._velocity(latents, timestep, unwanted)
+            return plain + guidance_scale * (wanted - plain)
+
+        latents = sample(velocity_of, noise, self.scheduler, num_steps)
+        if not torch.isfinite(latents).all():
+            raise FloatingPointError(f"the latents are not finite in {self.dtype}: try --dtype float32, or train again.")
+        pictures = to_pictures(decode_latents(self.autoencoder, latents))
+        for prompt, picture in zip(prompts, pictures):
+            if picture.std(axis=(0, 1)).max() < 1:
+                raise FloatingPointError(f"the picture for {prompt!r} is one flat colour: the student is not trained, or "
+                                         "the steps or size are not those it was trained for.")
+        return pictures
+
+    def _velocity(self, latents, timestep, text):
+        return self.student(latents, timestep, text.tokens, text_logit_bias=text.logit_bias, return_dict=False)[0].float()
+
+
+def text_chunks(settings, prompt, seed, weights_sha256):
+    """Return the PNG text chunks from which the picture can be drawn again."""
+    info = PngInfo()
+    facts = {"prompt": prompt, "seed": seed, "num_inference_steps": settings.num_inference_steps,
+             "guidance_scale": settings.guidance_scale, "negative_prompt": settings.negative_prompt,
+             "height": settings.height, "width": settings.width, "dtype": settings.dtype, "model": settings.model,
+             "weights_sha256": weights_sha256}
+    for name, value in facts.items():
+        info.add_itxt(name, str(value))
+    return info
+
+
+def grid(pictures, columns):
+    """Lay pictures (B, height, width, 3) out in rows of `columns`, the rest black."""
+    rows = -(-len(pictures) // columns)
+    canvas = np.zeros((rows * columns, *pictures.shape[1:]), np.uint8)
+    canvas[:len(pictures)] = pictures
+    return canvas.reshape(rows, columns, *pictures.shape[1:]).swapaxes(1, 2).reshape(
+        rows * pictures.shape[1], columns * pictures.shape[2], 3)
+
+
+def choose_device(wanted):
+    """Return the device asked for, or CUDA where there is one; raises ValueError for one that is not there."""
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    number = int(wanted.partition(":")[2] or 0)
+    if wanted.startswith("cuda") and number >= torch.cuda.device_count():
+        raise ValueError(f"--device {wanted}: {torch.cuda.device_count()} CUDA devices are here. Leave the flag out, or name "
+                         "cpu.")
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: not available here. Leave the flag out, or name cpu.")
+    return wanted
+
+
+def main(settings, prompts):
+    device, output = choose_device(settings.device), Path(settings.output_dir)
+    jobs = [prompt for prompt in prompts for _ in range(settings.num_images_per_prompt)]
+    seeds = range(settings.seed, settings.seed + len(jobs))
+    reason = "" if settings.device or device != "cpu" else " (no CUDA device was found)"
+    print(f"drawing {len(jobs)} pictures of {settings.width}x{settings.height} in {settings.num_inference_steps} steps with "
+          f"{settings.model} on {device}{reason}; writing to {output.absolute()}", flush=True)
+    output.mkdir(parents=True, exist_ok=True)
+    weights = hashlib.sha256(find_weights(Path(settings.model)).read_bytes()).hexdigest()
+    painter = Painter(settings.model, device, getattr(torch, settings.dtype))
+    pictures = []
+    for start in tqdm(range(0, len(jobs), settings.batch_size), desc="drawing", unit="batch", disable=len(jobs) == 1):
+        stop = min(start + settings.batch_size, len(jobs))
+        drawn = painter.draw(jobs[start:stop], seeds[start:stop], settings.num_inference_steps, settings.height,
+                             settings.width, settings.guidance_scale, settings.negative_prompt)
+        for number, picture in enumerate(drawn, start):
+            Image.fromarray(picture).save(output / f"{number:04d}-seed{seeds[number]}.png",
+                                          pnginfo=text_chunks(settings, jobs[number], seeds[number], weights))
+        pictures.append(drawn)
+    pictures = np.concatenate(pictures)
+    columns = settings.num_images_per_prompt if settings.num_images_per_prompt > 1 else math.ceil(math.sqrt(len(jobs)))
+    Image.fromarray(grid(pictures, columns)).save(output / "grid.png")
+    for prompt in prompts[:12]:
+        print(f"  {prompt}")
+    print(f"wrote {len(jobs)} pictures and grid.png to {output.absolute()}")
+
+
+if __name__ == "__main__":
+    try:
+        main(SETTINGS, PROMPTS)
+    except (OSError, ValueError, FloatingPointError) as error:
+        print(f"run_inference.py: {error}", file=sys.stderr)
+        sys.exit(2)

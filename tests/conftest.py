@@ -1,0 +1,111 @@
+"""The tiny teacher in both layouts, its words, and a run of a few steps: made once, shared by every test."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from wanlite.network import pack_text
+from wanlite.teacher import Teacher, open_teacher_files
+from wanlite.text import encode_prompts, load_text_encoder
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_TEACHER = ROOT / "tiny_teacher"
+TO_OFFICIAL = [("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+               ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+               ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+               ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+               ("condition_embedder.time_proj", "time_projection.1"), ("proj_out", "head.head"),
+               (".attn1.to_out.0", ".self_attn.o"), (".attn2.to_out.0", ".cross_attn.o"),
+               (".attn1.to_", ".self_attn."), (".attn2.to_", ".cross_attn."), (".attn1.norm_", ".self_attn.norm_"),
+               (".attn2.norm_", ".cross_attn.norm_"), (".norm2.", ".norm3."), (".ffn.net.0.proj", ".ffn.0"),
+               (".ffn.net.2", ".ffn.2"), (".scale_shift_table", ".modulation")]
+
+
+def official_name(name):
+    """Say a diffusers name as Wan's own repository does."""
+    if name == "scale_shift_table":
+        return "head.modulation"
+    for ours, theirs in TO_OFFICIAL:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def write_official(source, target, num_shards=3):
+    """Write a diffusers-layout teacher's experts as Wan's own repository lays them out, in shards with an index."""
+    for ours, theirs in (("transformer", "high_noise_model"), ("transformer_2", "low_noise_model")):
+        folder = target / theirs
+        folder.mkdir(parents=True)
+        config = json.loads((source / ours / "config.json").read_text())
+        tensors = {}
+        for path in (source / ours).glob("*.safetensors"):
+            tensors |= {official_name(name): tensor for name, tensor in load_file(path).items()}
+        heads, size = config["num_attention_heads"], config["attention_head_dim"]
+        (folder / "config.json").write_text(json.dumps({
+            "_class_name": "WanModel", "dim": heads * size, "ffn_dim": config["ffn_dim"], "freq_dim": config["freq_dim"],
+            "in_dim": config["in_channels"], "num_heads": heads, "num_layers": config["num_layers"],
+            "out_dim": config["out_channels"], "text_len": 512, "eps": config["eps"], "model_type": "t2v"}))
+        weight_map = {}
+        for number in range(num_shards):
+            shard = f"diffusion_pytorch_model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
+            part = {name: tensors[name] for name in sorted(tensors)[number::num_shards]}
+            save_file(part, folder / shard)
+            weight_map |= dict.fromkeys(part, shard)
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def official_teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("official")
+    write_official(TINY_TEACHER, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher():
+    return Teacher(open_teacher_files(TINY_TEACHER))
+
+
+@pytest.fixture(scope="session")
+def words():
+    """Four prompts and the empty one four times, as TextTokens."""
+    tokenizer, encoder = load_text_encoder(TINY_TEACHER)
+    prompts = ["a small red circle at the left on a white background", "at the top, a large blue ring on black",
+               "a large green cross left of a small cyan square on a grey background", "something else entirely"]
+    return (pack_text(encode_prompts(tokenizer, encoder, prompts)), pack_text(encode_prompts(tokenizer, encoder, [""] * 4)))
+
+
+@pytest.fixture(scope="session")
+def noisy():
+    return torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def run_script(*arguments, cwd=ROOT, timeout=300):
+    """Run a script as a user does; returns the finished process with its output as text."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, timeout=timeout,
+                          capture_output=True, text=True)
+
+
+SHORT_RUN = ("--num_trajectories", "64", "--max_train_steps", "6", "--train_batch_size", "32", "--checkpointing_steps", "3",
+             "--validation_steps", "3", "--lr_warmup_steps", "2", "--report_to", "none")
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """A whole run of a few steps with the tiny teacher, made by the command that a user types."""
+    folder = tmp_path_factory.mktemp("run") / "wan_t2i"
+    process = run_script(ROOT / "train_distillation.py", "--output_dir", folder, *SHORT_RUN)
+    assert process.returncode == 0, process.stderr
+    return folder, process.stdout

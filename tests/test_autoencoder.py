@@ -1,0 +1,63 @@
+"""Pixels <-> latents: the fast path is the stock autoencoder, and scenes survive the round trip."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from tests.conftest import TINY_TEACHER
+from wanlite import shapes
+from wanlite.autoencoder import (decode_latents, encode_images, load_autoencoder, to_pictures, to_pixels,
+                                 use_single_frame_path)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return shapes.scenes(3, 200) + shapes.scenes(3, 100, held_out=True)
+
+
+@pytest.fixture(scope="module")
+def pictures(scenes):
+    random = np.random.default_rng(0)
+    return np.stack([shapes.draw(scene, random) for scene in scenes])
+
+
+@pytest.mark.parametrize("config", [None, dict(base_dim=8, z_dim=4, dim_mult=[1, 1, 2, 2], num_res_blocks=1)])
+@torch.no_grad()
+def test_single_frame_path_equals_the_stock_autoencoder(config):
+    torch.manual_seed(0)
+    stock = AutoencoderKLWan(**config) if config else AutoencoderKLWan.from_pretrained(TINY_TEACHER / "vae")
+    pixels = torch.rand(2, 3, 1, 64, 64) * 2 - 1
+    raw_latents = stock.encode(pixels).latent_dist.mode()
+    decoded = stock.decode(raw_latents).sample
+    use_single_frame_path(stock)
+    assert torch.allclose(stock.encode(pixels).latent_dist.mode(), raw_latents, atol=1e-4)
+    assert torch.allclose(stock.decode(raw_latents).sample, decoded, atol=1e-4)
+
+
+@torch.no_grad()
+def test_more_frames_than_one_still_take_the_stock_path():
+    torch.manual_seed(0)
+    config = dict(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True])
+    stock = AutoencoderKLWan(**config)
+    pixels = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    raw_latents = stock.encode(pixels).latent_dist.mode()
+    assert torch.allclose(use_single_frame_path(stock).encode(pixels).latent_dist.mode(), raw_latents, atol=1e-4)
+
+
+@torch.no_grad()
+def test_scenes_survive_the_round_trip(scenes, pictures):
+    autoencoder = load_autoencoder(TINY_TEACHER)
+    seen = np.concatenate([to_pictures(decode_latents(autoencoder, encode_images(autoencoder, to_pixels(part))))
+                           for part in np.array_split(pictures, 6)])
+    assert np.mean([shapes.read_picture(picture) == scene for picture, scene in zip(seen, scenes)]) >= 0.98
+
+
+@torch.no_grad()
+def test_latents_are_normalised_per_channel(pictures):
+    latents = encode_images(load_autoencoder(TINY_TEACHER), to_pixels(pictures[:200]))
+    assert latents.mean((0, 2, 3)).abs().max() < 0.25 and (latents.std((0, 2, 3)) - 1).abs().max() < 0.25
+
+
+def test_pictures_and_pixels_are_each_others_inverse(pictures):
+    assert np.array_equal(to_pictures(to_pixels(pictures[:4])), pictures[:4])

@@ -1,0 +1,98 @@
+"""Projection: exact at the teacher's shape, the same from every layout, complete, and better than a random start."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import TINY_TEACHER, write_official
+from train_distillation import WanLiteStudent
+from wanlite import projection
+from wanlite.network import one_frame_velocity
+from wanlite.teacher import open_teacher_files
+
+TEXT = {"num_channels": 16, "text_dim": 64, "rope_max_seq_len": 64}
+CUT = {"hidden_size": 64, "depth": 4, "num_heads": 2} | TEXT
+
+
+def own_shape(config):
+    return {"hidden_size": config["num_attention_heads"] * config["attention_head_dim"], "depth": config["num_layers"],
+            "num_heads": config["num_attention_heads"], "ffn_dim": config["ffn_dim"]} | TEXT
+
+
+@pytest.mark.parametrize("expert", ["high", "low"])
+@pytest.mark.parametrize("layout", ["official", "diffusers"])
+def test_student_as_large_as_the_teacher_reproduces_its_frame(expert, layout, official_teacher, teacher, words, noisy):
+    folder = official_teacher if layout == "official" else TINY_TEACHER
+    student = WanLiteStudent(**own_shape(teacher.config), teacher_checkpoint_path=folder, expert=expert)
+    for timestep in (999.0, 880.0, 500.0, 20.0):
+        arguments = (noisy, torch.full((4,), timestep), words[0].tokens, words[0].logit_bias)
+        expected, _ = one_frame_velocity(teacher.experts[expert], *arguments)
+        with torch.no_grad():
+            found = student(*arguments[:3], text_logit_bias=words[0].logit_bias).sample
+        assert (found - expected).norm() / expected.norm() < 1e-4
+
+
+@pytest.mark.parametrize("num_shards", [1, 5])
+def test_layout_and_shards_make_bitwise_no_difference(num_shards, tmp_path):
+    write_official(TINY_TEACHER, tmp_path, num_shards)
+    ours, theirs = (WanLiteStudent(**CUT, teacher_checkpoint_path=folder).state_dict() for folder in (TINY_TEACHER, tmp_path))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_projecting_twice_gives_the_same_student_whatever_the_random_state():
+    torch.manual_seed(1)
+    first = WanLiteStudent(**CUT, teacher_checkpoint_path=TINY_TEACHER).state_dict()
+    torch.manual_seed(2)
+    second = WanLiteStudent(**CUT, teacher_checkpoint_path=TINY_TEACHER).state_dict()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_every_teacher_tensor_is_read_and_every_student_tensor_written():
+    files = open_teacher_files(TINY_TEACHER).experts["low"]
+    student = WanLiteStudent(**CUT)
+    tensors, report = projection.project(files, dict(student.config))
+    assert tensors.keys() == student.state_dict().keys()
+    assert all(tensors[name].shape == tensor.shape for name, tensor in student.state_dict().items())
+    assert report.kept.keys() == {"residual", "attn1", "attn2", "ffn"} and all(0 < share <= 1 for share in report.kept.values())
+
+
+def test_a_teacher_tensor_without_a_place_stops_the_projection(monkeypatch):
+    files = open_teacher_files(TINY_TEACHER).experts["low"]
+    files.places["blocks.9.extra.weight"] = files.places["proj_out.bias"]
+    with pytest.raises(ValueError, match="blocks.9.extra.weight"):
+        projection.project(files, dict(WanLiteStudent(**CUT).config))
+
+
+@pytest.mark.parametrize("shape", [{"depth": 2}, {"depth": 3}, {"hidden_size": 96, "num_heads": 3}, {"num_heads": 4},
+                                   {"ffn_dim": 100}, {"hidden_size": 128, "num_heads": 4}])
+def test_every_shape_that_fits_gives_finite_velocities(shape, words, noisy):
+    student = WanLiteStudent(**CUT | shape, teacher_checkpoint_path=TINY_TEACHER)
+    assert torch.isfinite(student(noisy, torch.full((4,), 500.0), words[0].tokens).sample).all()
+
+
+@pytest.mark.parametrize("shape, words", [
+    ({"hidden_size": 256, "num_heads": 8}, "hidden_size 256 is more"), ({"depth": 5}, "depth 5 is more"),
+    ({"hidden_size": 64, "num_heads": 1}, "cannot be cut"), ({"ffn_dim": 4096}, "ffn_dim 4096"),
+    ({"text_dim": 32}, "text_dim is 32"), ({"num_channels": 48}, "num_channels is 48")])
+def test_a_shape_that_cannot_be_cut_is_refused_with_the_nearest_that_can(shape, words):
+    with pytest.raises(ValueError, match=words):
+        WanLiteStudent(**CUT | shape, teacher_checkpoint_path=TINY_TEACHER)
+
+
+def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path):
+    write_official(TINY_TEACHER, tmp_path, 1)
+    path = next((tmp_path / "low_noise_model").glob("*.safetensors"))
+    tensors = load_file(path)
+    tensors["blocks.1.ffn.0.weight"][0, 0] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="blocks.1.ffn.net.0.proj.weight holds NaN"):
+        WanLiteStudent(**CUT, teacher_checkpoint_path=tmp_path)
+
+
+def test_a_smaller_head_keeps_whole_rotary_pairs_of_every_axis():
+    cut = {kind: (torch.randn(128, 8), torch.randn(128)) for kind in "qk"}
+    rows = projection._rotary_rows(cut, torch.arange(128), 128, 64, has_rotary=True)
+    assert len(rows.unique()) == 64 and torch.equal(rows[1::2], rows[::2] + 1) and (rows[::2] % 2 == 0).all()
+    pairs = rows[::2] // 2
+    assert [int((pairs < 22).sum()), int(((pairs >= 22) & (pairs < 43)).sum()), int((pairs >= 43).sum())] == [12, 10, 10]
+    assert pairs[12:22].tolist() == [22 + step for step in (0, 2, 4, 6, 8, 10, 13, 15, 17, 19)]

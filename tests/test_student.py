@@ -1,0 +1,217 @@
+"""WanLiteStudent: what it computes, what it accepts, how it is loaded."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from train_distillation import WanLiteStudent
+from wanlite.network import one_frame_velocity, pack_text, unpack_text
+
+SMALL = dict(hidden_size=32, depth=2, num_heads=2, ffn_dim=64, num_channels=4, text_dim=8, rope_max_seq_len=32)
+
+
+@pytest.fixture(scope="module")
+def student():
+    torch.manual_seed(0)
+    student = WanLiteStudent(**SMALL)
+    torch.nn.init.normal_(student.proj_out.weight)          # silent when new
+    return student.eval()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    torch.manual_seed(1)
+    text = pack_text([torch.randn(length, 8) for length in (3, 7)])
+    return torch.randn(2, 4, 8, 6), torch.tensor([999.0, 40.0]), text
+
+
+@pytest.fixture
+def saved(student, tmp_path):
+    student.save_pretrained(tmp_path / "student")
+    return tmp_path / "student"
+
+
+def test_one_zero_token_with_a_bias_equals_padding_to_512(student, inputs):
+    latents, timestep, text = inputs
+    cheap = student(latents, timestep, text.tokens, text_logit_bias=text.logit_bias).sample
+    padded = student(latents, timestep, unpack_text(text)).sample
+    trimmed = student(latents, timestep, text.tokens[:, :-1]).sample
+    assert (cheap - padded).abs().max() < 1e-5 < (cheap - trimmed).abs().max()
+
+
+def test_saved_student_is_a_stock_wan_transformer(student, saved, inputs):
+    latents, timestep, text = inputs
+    stock = WanTransformer3DModel.from_pretrained(saved)
+    assert stock.state_dict().keys() == student.state_dict().keys()
+    velocity = stock(latents.unsqueeze(2), timestep, unpack_text(text)).sample
+    assert torch.allclose(velocity, student(latents.unsqueeze(2), timestep, unpack_text(text)).sample, atol=1e-6)
+
+
+def test_latents_come_back_in_the_rank_they_came_in(student, inputs):
+    latents, timestep, text = inputs
+    assert student(latents, timestep, text.tokens, return_dict=False)[0].shape == latents.shape
+    assert student(latents.unsqueeze(2), timestep, text.tokens).sample.shape == latents.unsqueeze(2).shape
+    with pytest.raises(ValueError, match="3 frames"):
+        student(latents.unsqueeze(2).repeat(1, 1, 3, 1, 1), timestep, text.tokens)
+
+
+def test_a_timestep_for_every_token_equals_one_for_the_picture(student, inputs):
+    latents, timestep, text = inputs
+    assert torch.equal(student(latents, timestep[:, None].repeat(1, 12), text.tokens).sample,
+                       student(latents, timestep, text.tokens).sample)
+
+
+def test_features_are_the_token_states_after_the_named_blocks(student, inputs):
+    latents, timestep, text = inputs
+    velocity, features = student(latents, timestep, text.tokens, feature_blocks=(0, 1), return_dict=False)
+    assert [state.shape for state in features] == [(2, 12, 32)] * 2
+    assert torch.equal(velocity, one_frame_velocity(student, latents, timestep, text.tokens)[0])
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(inputs):
+    latents, timestep, text = inputs
+    gradients = []
+    for is_checkpointed in (False, True):
+        torch.manual_seed(0)
+        student = WanLiteStudent(**SMALL).train()
+        torch.nn.init.normal_(student.proj_out.weight)
+        if is_checkpointed:
+            student.enable_gradient_checkpointing()
+        student(latents, timestep, text.tokens).sample.square().sum().backward()
+        gradients.append(student.blocks[0].attn1.to_q.weight.grad)
+    assert gradients[0].abs().max() > 0 and torch.allclose(*gradients, rtol=1e-5)
+
+
+def test_a_config_dict_builds_the_same_student_as_keywords(student):
+    public = {name: value for name, value in student.config.items() if not name.startswith("_")}
+    for config in (SMALL, dict(student.config), WanLiteStudent(SMALL).config):
+        assert public.items() <= dict(WanLiteStudent(config).config).items()
+    again = WanLiteStudent.from_config(student.config)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in student.state_dict().items()}
+
+
+@pytest.mark.parametrize("changes, word", [({"num_heads": 3}, "num_heads"), ({"hidden_size": 0}, "hidden_size"),
+                                           ({"depth": "4"}, "depth"), ({"num_heads": 32}, "rotary"),
+                                           ({"ffn_dim": 10**7}, "ffn_dim"), ({"depth": True}, "depth")])
+def test_a_shape_that_cannot_be_is_refused_by_name(changes, word):
+    with pytest.raises(ValueError, match=word):
+        WanLiteStudent(**SMALL | changes)
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------------
+
+def test_loading_gives_bitwise_the_saved_weights_in_eval_mode_without_meta_tensors(student, saved):
+    before = torch.get_default_dtype()
+    loaded = WanLiteStudent.from_pretrained(saved)
+    assert all(torch.equal(tensor, student.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert not loaded.training and not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
+    assert torch.equal(loaded.rope.freqs_cos, student.rope.freqs_cos) and torch.get_default_dtype() == before
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_either_file_name_is_read_and_the_first_wins(student, saved):
+    (saved / "diffusion_pytorch_model.safetensors").rename(saved / "diffusion_model.safetensors")
+    assert torch.equal(WanLiteStudent.from_pretrained(saved).proj_out.weight, student.proj_out.weight)
+    other = WanLiteStudent(**SMALL)
+    other.save_pretrained(saved)
+    assert torch.equal(WanLiteStudent.from_pretrained(saved).proj_out.weight, other.proj_out.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", torch.float16])
+def test_a_dtype_is_honoured_but_for_what_wan_keeps_in_float32(saved, dtype):
+    loaded = WanLiteStudent.from_pretrained(saved, torch_dtype=dtype, device_map={"": "cpu"})
+    assert loaded.proj_out.weight.dtype in (torch.bfloat16, torch.float16)
+    assert loaded.scale_shift_table.dtype == loaded.blocks[0].norm2.weight.dtype == torch.float32
+
+
+def test_loading_never_projects(saved, monkeypatch):
+    config = json.loads((saved / "config.json").read_text())
+    assert "teacher_checkpoint_path" not in config
+    (saved / "config.json").write_text(json.dumps(config | {"teacher_checkpoint_path": "/no/such/teacher"}))
+    with pytest.warns(UserWarning, match="never projects"):
+        WanLiteStudent.from_pretrained(saved)
+    with pytest.raises(TypeError, match="never projects"):
+        WanLiteStudent.from_pretrained(saved, teacher_checkpoint_path="/no/such/teacher")
+
+
+def damage(folder, name):
+    """Break a saved student in one way."""
+    weights, config = folder / "diffusion_pytorch_model.safetensors", folder / "config.json"
+    settings = json.loads(config.read_text())
+    if name == "no folder":
+        shutil.rmtree(folder)
+    elif name == "no config":
+        config.unlink()
+    elif name == "config is a list":
+        config.write_text("[]")
+    elif name == "config is cut short":
+        config.write_text('{"hidden_size":')
+    elif name == "config of another class":
+        config.write_text(json.dumps(settings | {"_class_name": "UNet2DModel"}))
+    elif name == "config disagrees with itself":
+        config.write_text(json.dumps(settings | {"depth": 1}))
+    elif name == "config of a wider student":
+        config.write_text(json.dumps(settings | {"hidden_size": 64, "attention_head_dim": 32}))
+    elif name == "no weights":
+        weights.unlink()
+    elif name == "weights cut short":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif name == "zero bytes":
+        weights.write_bytes(b"")
+    elif name == "lfs pointer":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    elif name == "web page":
+        weights.write_text("<!doctype html><html>")
+    elif name == "a pickle beside no weights":
+        weights.rename(folder / "diffusion_pytorch_model.bin")
+    elif name == "link out of the folder":
+        target = folder.parent / "elsewhere.safetensors"
+        weights.rename(target)
+        weights.symlink_to(target)
+    else:
+        from safetensors.torch import load_file, save_file
+        tensors = load_file(weights)
+        if name == "one key missing":
+            del tensors["proj_out.bias"]
+        elif name == "one key more":
+            tensors["teacher.weight"] = torch.zeros(1)
+        elif name == "prefixed keys":
+            tensors = {f"module.{key}": tensor for key, tensor in tensors.items()}
+        elif name == "whole numbers":
+            tensors["proj_out.bias"] = tensors["proj_out.bias"].long()
+        save_file(tensors, weights)
+
+
+@pytest.mark.parametrize("name, error, words", [
+    ("no folder", OSError, "no such folder"), ("no config", OSError, "no config.json"),
+    ("config is a list", OSError, "holds a list"), ("config is cut short", OSError, "not JSON"),
+    ("config of another class", ValueError, "UNet2DModel"), ("config disagrees with itself", ValueError, "depth 1"),
+    ("config of a wider student", ValueError, "implies"), ("no weights", OSError, "Error no file named"),
+    ("weights cut short", OSError, "not a whole safetensors"), ("zero bytes", OSError, "not a whole safetensors"),
+    ("lfs pointer", OSError, "git lfs pull"), ("web page", OSError, "web page"),
+    ("a pickle beside no weights", OSError, "never opened"), ("link out of the folder", OSError, "leads out"),
+    ("one key missing", ValueError, "proj_out.bias"), ("one key more", ValueError, "teacher.weight"),
+    ("prefixed keys", ValueError, "module."), ("whole numbers", ValueError, "I64")])
+def test_a_damaged_folder_is_refused_with_its_reason(saved, name, error, words):
+    damage(saved, name)
+    with pytest.raises(error, match=words):
+        WanLiteStudent.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("arguments, error", [
+    ({"subfolder": "../.."}, ValueError), ({"variant": "../x"}, ValueError), ({"dtype": "int8"}, ValueError),
+    ({"device": "gpu7"}, ValueError), ({"local_file_only": True}, TypeError)])
+def test_a_wrong_argument_is_refused(saved, arguments, error):
+    with pytest.raises(error):
+        WanLiteStudent.from_pretrained(saved, **arguments)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    student = WanLiteStudent(**SMALL)
+    student.proj_out.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match="proj_out.bias"):
+        student.save_pretrained(tmp_path / "student")
+    assert not (tmp_path / "student").exists()

@@ -1,0 +1,39 @@
+"""Prompts -> embeddings, as a stock pipeline makes them."""
+
+import torch
+from diffusers import WanPipeline
+
+from tests.conftest import TINY_TEACHER
+from wanlite.network import TextTokens, pack_text, unpack_text
+from wanlite.text import encode_prompts, load_text_encoder
+
+PROMPTS = ["a small red circle at the left on a white background", "  A  SMALL &amp;amp; red\tring ", "", "qzx unknown words"]
+
+
+def test_padded_embeddings_equal_those_of_a_stock_pipeline():
+    tokenizer, encoder = load_text_encoder(TINY_TEACHER)
+    pipeline = WanPipeline(tokenizer, encoder, vae=None, scheduler=None)
+    expected, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=512, device="cpu")
+    found = unpack_text(pack_text(encode_prompts(tokenizer, encoder, PROMPTS)))
+    assert found.shape == (4, 512, 64) and torch.allclose(found, expected, atol=1e-5)
+
+
+def test_an_embedding_does_not_depend_on_its_batch():
+    tokenizer, encoder = load_text_encoder(TINY_TEACHER)
+    together = encode_prompts(tokenizer, encoder, PROMPTS, batch_size=4)
+    alone = encode_prompts(tokenizer, encoder, PROMPTS, batch_size=1)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(together, alone))
+
+
+def test_packing_and_unpacking_are_inverse_up_to_the_full_length():
+    embeddings = [torch.randn(length, 5) for length in (1, 7, 8)]
+    padded = unpack_text(pack_text(embeddings, text_length=8), text_length=8)
+    for row, embedding in zip(padded, embeddings):
+        assert torch.equal(row[:len(embedding)], embedding) and not row[len(embedding):].any()
+
+
+def test_the_bias_counts_the_padding():
+    text = pack_text([torch.ones(3, 2), torch.ones(5, 2)], text_length=512)
+    assert isinstance(text, TextTokens) and text.tokens.shape == (2, 6, 2)
+    weights = text.logit_bias.exp().sum(1)
+    assert torch.allclose(weights, torch.full((2,), 512.0))
