@@ -9,6 +9,7 @@ Every PNG carries in its text chunks what draws it again: prompt, seed, steps, g
 
 import hashlib
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -92,6 +93,7 @@ def choose_prompts(settings, run, folder):
 
 
 if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train_distillation.py
     SETTINGS, PROMPTS = read_settings()
 
 import numpy as np  # noqa: E402

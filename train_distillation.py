@@ -9,17 +9,17 @@ and it goes on where it was.
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from wanlite.prompts import read_prompts
-from wanlite.run_folder import (MetricsLog, check_output_folder, checkpoint_path, clear, latest_checkpoint, new_folder,
-                                prune_checkpoints, save_parts, write_json, write_model_card)
+from wanlite.run_folder import (MetricsLog, check_output_folder, check_parts, checkpoint_path, clear, latest_checkpoint,
+                                new_folder, prune_checkpoints, save_parts, write_json, write_model_card)
 from wanlite.settings import make_parser, setting
 
 TINY_TEACHER = Path(__file__).resolve().parent / "tiny_teacher"
 DEFAULT_CAPTIONS = 4000   # of the tiny world, where no prompts file is named
-NUM_HELD_OUT = 400        # prompts that are never trained on
 NUM_VALIDATION = 8        # of them, shown in the grids
 LOG_STEPS = 10
 STOPPED = 3               # exit code of a run that was asked to stop and can be resumed
@@ -50,8 +50,10 @@ class Settings:
     negative_prompt: str = setting("", "what guidance steers away from")
     flow_shift: float | None = setting(None, "shift of the noise schedule; None = what the teacher's scheduler says")
     resolution: int | None = setting(None, "height and width in pixels, divisible by 16; None = the teacher's own, else 512")
-    teacher_steps: int = setting(12, "guided steps of a teacher trajectory")
+    teacher_steps: int = setting(20, "guided steps of a teacher trajectory")
     num_trajectories: int | None = setting(None, "teacher pictures to learn from; None = one a prompt")
+
+    num_held_out: int = setting(400, "prompts that are never trained on; at most a twentieth of a prompts file")
 
     train_batch_size: int = setting(256, "states in a micro-batch, on each device")
     max_train_steps: int = setting(1500, "optimizer steps")
@@ -110,10 +112,11 @@ def complete(settings):
         read_prompts(settings.prompts)
     elif record.get("world") != "wanlite.shapes":
         raise ValueError(f"--prompts is missing. {teacher} is no teacher of the tiny world: name a text file, one prompt a line.")
+    check_parts(teacher)
     resolution = settings.resolution or record.get("resolution", 512)
     if resolution % 16 or resolution <= 0:
         raise ValueError(f"--resolution {resolution} is not divisible by 16; the nearest is {max(16, round(resolution / 16) * 16)}.")
-    for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "teacher_steps", "num_inference_steps",
+    for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "teacher_steps", "num_inference_steps", "num_held_out",
                  "checkpointing_steps", "validation_steps"):
         if getattr(settings, name) < 1:
             raise ValueError(f"--{name} is {getattr(settings, name)}, expected at least 1.")
@@ -133,6 +136,7 @@ def read_record(teacher):
 
 
 if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin at barriers lose 20x beside any other busy program
     SETTINGS, IS_RESUMED = read_settings()
 
 import importlib.metadata  # noqa: E402
@@ -388,11 +392,11 @@ def student_shape(settings, teacher_config):
 def choose_prompts(settings):
     """Return training prompts and held-out prompts; no trajectory of training starts from a held-out one."""
     if settings.prompts is None:
-        one, two = (shapes.captions(settings.seed + 1, NUM_HELD_OUT // 2, held_out=True, num_objects=n) for n in (1, 2))
+        one, two = (shapes.captions(settings.seed + 1, settings.num_held_out // 2, held_out=True, num_objects=n) for n in (1, 2))
         training = shapes.captions(settings.seed, settings.num_trajectories or DEFAULT_CAPTIONS)
         return training, [prompt for pair in zip(one, two) for prompt in pair]
     prompts = list(dict.fromkeys(read_prompts(settings.prompts)))
-    num_held_out = min(NUM_HELD_OUT, max(1, len(prompts) // 20))
+    num_held_out = min(settings.num_held_out, max(1, len(prompts) // 20))
     return prompts[:-num_held_out] or prompts, prompts[-num_held_out:]
 
 
@@ -596,6 +600,7 @@ def train(settings, is_resumed):
     step = resume(accelerator, output, say) if is_resumed else 0
     accelerator.init_trackers("wanlite")
     log = MetricsLog(output / "metrics.jsonl", step) if accelerator.is_main_process else None
+    began -= log.seconds if log else 0                       # what the run took before it was cut short
     ranks, micro_batches = accelerator.num_processes, settings.gradient_accumulation_steps
     batches = SeededBatches(len(states["training"]), settings.train_batch_size * ranks, settings.seed,
                             step * micro_batches, settings.max_train_steps * micro_batches)

@@ -99,7 +99,7 @@ def run_script(*arguments, cwd=ROOT, timeout=300):
 
 
 SHORT_RUN = ("--num_trajectories", "64", "--max_train_steps", "6", "--train_batch_size", "32", "--checkpointing_steps", "3",
-             "--validation_steps", "3", "--lr_warmup_steps", "2", "--report_to", "none")
+             "--validation_steps", "3", "--lr_warmup_steps", "2", "--num_held_out", "32", "--report_to", "none")
 
 
 @pytest.fixture(scope="session")

@@ -135,19 +135,25 @@ def clear(folder):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
+def check_parts(teacher_folder):
+    """Refuse a teacher's folder without the parts that encode, decode and go into every saved run."""
+    if missing := [part for part in PARTS if not (Path(teacher_folder) / part).is_dir()]:
+        raise OSError(f"{teacher_folder}: lacks {', '.join(missing)}, which training and inference need. Put them there from "
+                      "the diffusers layout of the same model.")
+
+
 def save_parts(folder, teacher_folder, scheduler):
     """Copy what inference needs beside the student, and write the scheduler and the index that stock diffusers reads."""
     folder, teacher_folder = Path(folder), Path(teacher_folder)
     for part in PARTS:
-        if not (teacher_folder / part).is_dir():
-            raise OSError(f"{teacher_folder}: no {part}/, which inference needs. Expected the diffusers layout.")
         with new_folder(folder / part) as partial:
             shutil.copytree(teacher_folder / part, partial, dirs_exist_ok=True)
     scheduler.save_pretrained(folder / "scheduler")
-    teacher_index = json.loads((teacher_folder / "model_index.json").read_text(encoding="utf-8"))
-    write_json(folder / "model_index.json", teacher_index | {
-        "_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"], "transformer_2": [None, None],
-        "boundary_ratio": None, "expand_timesteps": False})
+    write_json(folder / "model_index.json", {
+        "_class_name": "WanPipeline", "boundary_ratio": None, "expand_timesteps": False,
+        "tokenizer": ["transformers", "AutoTokenizer"], "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"], "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "transformer": ["diffusers", "WanTransformer3DModel"], "transformer_2": [None, None]})
 
 
 def write_model_card(folder, settings, results):
@@ -204,10 +210,13 @@ def prune_checkpoints(folder, keep):
 
 
 class MetricsLog:
-    """metrics.jsonl: one line a record; what was written after the step that a run resumes from is dropped."""
+    """metrics.jsonl: one line a record; what was written after the step that a run resumes from is dropped.
+
+    `seconds` is how long the run had taken at that step.
+    """
 
     def __init__(self, path, step):
-        self.path = Path(path)
+        self.path, self.seconds = Path(path), 0.0
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
             try:
@@ -216,6 +225,7 @@ class MetricsLog:
                 continue                                      # the last line of a run that was killed
             if record.get("step", 0) <= step:
                 kept.append(line)
+                self.seconds = record.get("seconds", self.seconds)
         partial = self.path.with_name(f".{self.path.name}.partial")
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(partial, self.path)

@@ -1,0 +1,161 @@
+"""The story that this project exists for: train, save, lose the teacher, load in a fresh process, draw the same picture.
+
+An earlier attempt projected the teacher again at loading and died with "Cannot copy out of meta tensor; no data!".
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, run_script
+from train_distillation import WanLiteStudent
+from wanlite.flow import seeded_noise
+
+PROMPTS = ["a small red circle at the left on a white background", "at the top, a large blue ring on black"]
+TRAIN, DRAW = ROOT / "train_distillation.py", ROOT / "run_inference.py"
+
+
+@pytest.fixture(scope="module")
+def orphan(tmp_path_factory):
+    """A run whose teacher was deleted after training."""
+    folder = tmp_path_factory.mktemp("orphan")
+    shutil.copytree(TINY_TEACHER, folder / "teacher")
+    process = run_script(TRAIN, "--teacher", folder / "teacher", "--output_dir", folder / "run", *SHORT_RUN)
+    assert process.returncode == 0, process.stderr
+    shutil.rmtree(folder / "teacher")
+    return folder / "run"
+
+
+def weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def draw(folder, output, *arguments):
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    process = run_script(DRAW, "--model", folder, "--output_dir", output, *prompts, *arguments)
+    assert process.returncode == 0, process.stderr
+    return [np.array(Image.open(path)) for path in sorted(output.glob("0*.png"))]
+
+
+def test_a_run_leaves_the_files_that_the_design_promises(orphan):
+    for name in ("config.json", "diffusion_pytorch_model.safetensors", "run.json", "metrics.jsonl", "README.md",
+                 "model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json", "text_encoder/config.json",
+                 "vae/config.json", "checkpoints/step-000003/manifest.json", "samples/step-000006.png"):
+        assert (orphan / name).is_file(), name
+    assert "teacher" not in (orphan / "config.json").read_text()
+    run = json.loads((orphan / "run.json").read_text())
+    assert run["finished"] and run["settings"]["seed"] == 0 and len(run["teacher"]) == 64 and run["versions"]["torch"]
+
+
+def test_a_student_loads_in_a_fresh_process_without_its_teacher_and_without_projecting(orphan):
+    code = ("import sys, hashlib; sys.path.insert(0, sys.argv[1])\n"
+            "import wanlite.projection, wanlite.teacher\n"
+            "def forbidden(*a, **k): raise AssertionError('loading touched a teacher')\n"
+            "for room in (wanlite.projection, wanlite.teacher):\n"
+            "    for name in ('project', 'project_into', 'open_teacher_files', 'load_expert'):\n"
+            "        setattr(room, name, forbidden)\n"
+            "import train_distillation; train_distillation.project_into = forbidden\n"
+            "student = train_distillation.WanLiteStudent.from_pretrained(sys.argv[2])\n"
+            "assert not any(t.is_meta for t in (*student.parameters(), *student.buffers())) and not student.training\n"
+            "for name, tensor in sorted(student.state_dict().items()):\n"
+            "    print(name, hashlib.sha256(tensor.numpy().tobytes()).hexdigest())\n")
+    process = run_script("-c", code, ROOT, orphan)
+    assert process.returncode == 0, process.stderr
+    import hashlib
+    expected = [f"{name} {hashlib.sha256(tensor.numpy().tobytes()).hexdigest()}" for name, tensor in sorted(weights(orphan).items())]
+    assert process.stdout.splitlines() == expected
+
+
+def test_saving_and_loading_again_changes_no_bit_and_no_velocity(orphan, tmp_path):
+    first = WanLiteStudent.from_pretrained(orphan)
+    first.save_pretrained(tmp_path / "copy")
+    second = WanLiteStudent.from_pretrained(tmp_path / "copy")
+    assert same(weights(orphan), weights(tmp_path / "copy"))
+    latents, text = seeded_noise((16, 8, 8), [1, 2]), torch.randn(2, 9, 64)
+    with torch.no_grad():
+        for timestep in (999.0, 500.0, 3.0):
+            arguments = (latents, torch.full((2,), timestep), text)
+            assert torch.equal(first(*arguments).sample, second(*arguments).sample)
+
+
+def test_run_inference_draws_what_a_stock_pipeline_draws(orphan, tmp_path):
+    pictures = draw(orphan, tmp_path / "ours", "--seed", "5")
+    pipeline = WanPipeline.from_pretrained(orphan, transformer=WanTransformer3DModel.from_pretrained(orphan))
+    frames = pipeline(PROMPTS, height=64, width=64, num_frames=1, guidance_scale=1.0, num_inference_steps=4,
+                      latents=seeded_noise((16, 1, 8, 8), [5, 6]), output_type="np").frames[:, 0]
+    for ours, theirs in zip(pictures, frames):
+        assert np.abs(ours.astype(float) - (theirs * 255).round()).max() <= 1
+
+
+def test_a_picture_says_what_draws_it_again(orphan, tmp_path):
+    draw(orphan, tmp_path / "once", "--seed", "9", "--num_images_per_prompt", "2", "--num_inference_steps", "3")
+    original = Image.open(sorted((tmp_path / "once").glob("0*.png"))[3])
+    facts = original.text
+    assert facts["prompt"] == PROMPTS[1] and facts["seed"] == "12" and len(facts["weights_sha256"]) == 64
+    flags = [word for name in ("seed", "num_inference_steps", "guidance_scale", "height", "width", "dtype", "model")
+             for word in (f"--{name}", facts[name])]
+    process = run_script(DRAW, "--prompt", facts["prompt"], *flags, "--output_dir", tmp_path / "again")
+    assert process.returncode == 0, process.stderr
+    again = Image.open(next((tmp_path / "again").glob("0*.png")))
+    assert np.abs(np.array(original).astype(int) - np.array(again)).max() <= 1
+
+
+def test_without_a_prompt_the_runs_own_validation_prompts_are_drawn(orphan, tmp_path):
+    process = run_script(DRAW, "--model", orphan, "--output_dir", tmp_path)
+    assert process.returncode == 0, process.stderr
+    prompts = json.loads((orphan / "run.json").read_text())["validation_prompts"]
+    drawn = [Image.open(path).text["prompt"] for path in sorted(tmp_path.glob("0*.png"))]
+    assert drawn == prompts and (tmp_path / "grid.png").is_file()
+
+
+def test_official_and_diffusers_layouts_train_bitwise_the_same_start(official_teacher_with_parts, orphan, tmp_path):
+    process = run_script(TRAIN, "--teacher", official_teacher_with_parts, "--output_dir", tmp_path / "run", *SHORT_RUN)
+    assert process.returncode == 0, process.stderr
+    assert same(weights(tmp_path / "run"), weights(orphan))
+
+
+@pytest.fixture(scope="module")
+def official_teacher_with_parts(official_teacher, tmp_path_factory):
+    """The official layout's experts beside the parts that both layouts share."""
+    folder = tmp_path_factory.mktemp("official_with_parts") / "teacher"
+    shutil.copytree(official_teacher, folder)
+    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        shutil.copytree(TINY_TEACHER / part, folder / part)
+    for name in ("training.json", "model_index.json"):
+        shutil.copy(TINY_TEACHER / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_cut_short_and_resumed_ends_with_the_weights_of_an_uninterrupted_one(how, orphan, tmp_path):
+    command = [sys.executable, str(TRAIN), "--output_dir", str(tmp_path / "run"), *SHORT_RUN]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}      # as run_script has it: sums depend on the number of threads
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread)
+    deadline = time.time() + 200
+    while not (tmp_path / "run/checkpoints/step-000003").exists():
+        assert time.time() < deadline and process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(how)
+    said, _ = process.communicate()
+    if how == signal.SIGTERM and process.returncode != 0:
+        assert process.returncode == 3 and "goes on from there" in said
+    if process.returncode != 0:
+        assert not json.loads((tmp_path / "run/run.json").read_text())["finished"]
+        resumed = subprocess.run(command, capture_output=True, text=True, env=one_thread)
+        assert resumed.returncode == 0 and "resumed at step" in resumed.stdout, resumed.stderr
+    assert same(weights(tmp_path / "run"), weights(orphan))

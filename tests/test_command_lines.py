@@ -1,0 +1,101 @@
+"""Both scripts, as a user types them: every wrong word is one line, exit code 2, before torch is imported."""
+
+import json
+import shutil
+import time
+
+import pytest
+
+from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, run_script
+
+TRAIN, DRAW = ROOT / "train_distillation.py", ROOT / "run_inference.py"
+
+
+def refused(script, *arguments, seconds=2.0):
+    """Run a script that must refuse its arguments; returns the one line that it says. (A second is the aim, twice that the bound
+    on a busy machine; importing torch alone takes longer.)"""
+    began = time.perf_counter()
+    process = run_script(script, *arguments)
+    assert time.perf_counter() - began < seconds
+    assert process.returncode == 2 and process.stdout == ""
+    lines = [line for line in process.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, process.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--teacher", "/no/such/wan"], "no such folder"),
+    (["--teacher", str(ROOT / "tests")], "--prompts is missing"),
+    (["--prompts", "/no/such/prompts.txt"], "no such file"),
+    (["--prompts", str(ROOT)], "not a file"),
+    (["--resolution", "60"], "divisible by 16; the nearest is 64"),
+    (["--max_train_steps", "0"], "at least 1"),
+    (["--max_train_steps", "many"], "invalid int value"),
+    (["--checkpoints_total_limit", "1"], "at least 2"),
+    (["--projection", "magic"], "invalid choice"),
+    (["--no_such_flag"], "unrecognized arguments"),
+])
+def test_training_refuses_what_is_wrong_in_one_line(arguments, words, tmp_path):
+    assert words in refused(TRAIN, "--output_dir", tmp_path / "run", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content, words", [(b"", "holds no prompt"), (b"\n  \n", "holds no prompt"), (b"\xff\xfe\x00", "UTF-8")])
+def test_a_prompt_file_that_holds_none_is_refused(content, words, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    assert words in refused(TRAIN, "--output_dir", tmp_path / "run", "--prompts", tmp_path / "prompts.txt")
+
+
+def test_a_folder_of_something_else_is_never_written_to(tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    assert "no run of this script" in refused(TRAIN, "--output_dir", tmp_path, "--overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_finished_run_is_not_overwritten_by_accident(finished_run):
+    folder, _ = finished_run
+    before = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert "--overwrite" in refused(TRAIN, "--output_dir", folder, *SHORT_RUN)
+    assert (folder / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--prompt", ""], "no prompt"), (["--prompts_file", "/no/such.txt"], "no such file"),
+    (["--prompt", "x", "--prompts_file", "y"], "choose one"), (["--height", "100"], "divisible by 16; the nearest is 96"),
+    (["--width", "0"], "divisible by 16"), (["--num_inference_steps", "0"], "at least 1"), (["--device", "gpu"], "is unknown"),
+    (["--dtype", "int8"], "invalid choice"), (["--negative_prompt", "blur"], "add --guidance_scale"),
+    (["--guidance_scale", "nan"], "expected 1"), (["--num_images_per_prompt", "-1"], "at least 1")])
+def test_drawing_refuses_what_is_wrong_in_one_line(arguments, words, finished_run, tmp_path):
+    folder, _ = finished_run
+    assert words in refused(DRAW, "--model", folder, "--output_dir", tmp_path / "pictures", *arguments)
+    assert not (tmp_path / "pictures").exists()
+
+
+@pytest.mark.parametrize("model, words", [("/no/such/run", "no such folder"), (str(ROOT / "README.md"), "not a folder"),
+                                          (str(ROOT / "tests"), "no config.json"),
+                                          (str(TINY_TEACHER / "vae"), "AutoencoderKLWan"),
+                                          (str(TINY_TEACHER / "transformer"), "lacks scheduler"), ("", "names no folder")])
+def test_drawing_refuses_a_folder_that_is_no_student(model, words, tmp_path):
+    assert words in refused(DRAW, "--model", model, "--output_dir", tmp_path / "pictures")
+
+
+def test_a_run_that_was_never_finished_is_no_model(finished_run, tmp_path):
+    shutil.copytree(finished_run[0], tmp_path / "run")
+    (tmp_path / "run/diffusion_pytorch_model.safetensors").unlink()
+    assert "Error no file named" in refused(DRAW, "--model", tmp_path / "run")
+
+
+def test_a_device_that_is_not_here_is_refused(finished_run):
+    process = run_script(DRAW, "--model", finished_run[0], "--device", "cuda:7")
+    assert process.returncode == 2 and "CUDA devices are here" in process.stderr.splitlines()[-1]
+
+
+def test_the_words_of_both_scripts_say_what_happens_and_where(finished_run):
+    folder, said = finished_run
+    lines = said.splitlines()
+    assert lines[0].startswith("teacher") and "tiny_teacher" in lines[0] and "1.25 M + 1.25 M" in lines[0]
+    assert lines[1].startswith("student") and "0.33 M" in lines[1] and "projected" in lines[1]
+    assert lines[2].startswith("device") and lines[4] == f"output   {folder}" and "minutes" in lines[5]
+    assert lines[-1] == f"next: python run_inference.py --model {folder}"
+    results = json.loads((folder / "run.json").read_text())["results"]
+    assert results["captions"] == 32 and 0.9 < results["prompt_accuracy"]["teacher"] <= 1
