@@ -35,7 +35,7 @@ class Settings:
     width: int | None = setting(None, "pixels, divisible by 16; None = what the student was trained at")
     seed: int = setting(0, "seed of the first picture; each further picture takes the next")
     num_images_per_prompt: int = setting(1, "pictures of each prompt")
-    batch_size: int = setting(16, "pictures drawn at once; does not change them beyond rounding")
+    batch_size: int = setting(1, "pictures drawn at once; above 1 is faster, and a picture may differ in its last bit")
     output_dir: str = setting("./outputs/pictures", "where the PNGs are written")
     device: str | None = setting(None, "cpu, cuda, cuda:N or mps; None = CUDA where there is one, else the CPU")
     dtype: str = setting("float32", "dtype of the student", choices=("float32", "float16", "bfloat16"))

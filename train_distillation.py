@@ -505,7 +505,8 @@ def make_optimizers(settings, student, feature_head):
 def draw_pictures(velocity_for, autoencoder, embeddings, seeds, scheduler, num_steps, latent_shape, batch_size=64):
     """Draw one picture for each embedding and seed: (B, height, width, 3) uint8."""
     drawn, device = [], autoencoder.device
-    for start in range(0, len(embeddings), batch_size):
+    for start in tqdm(range(0, len(embeddings), batch_size), desc="drawing", unit="batch", leave=False,
+                      disable=len(embeddings) <= batch_size):
         text = pack_text(embeddings[start:start + batch_size]).to(device)
         noise = seeded_noise(latent_shape, seeds[start:start + len(text.tokens)]).to(device)
         latents = sample(velocity_for(text), noise, scheduler, num_steps)

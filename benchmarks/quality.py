@@ -21,7 +21,7 @@ from train_distillation import Settings, draw_pictures, teacher_velocity
 from wanlite import shapes
 from wanlite.flow import make_scheduler
 from wanlite.measure import prompt_accuracy, variety
-from wanlite.run_folder import read_run
+from wanlite.run_folder import read_run, write_json
 from wanlite.teacher import Teacher, open_teacher_files
 from wanlite.text import encode_prompts
 
@@ -103,6 +103,13 @@ def main():
                 rows.append({"model": model, "steps": steps, "guidance": guidance, "seed": seed, "train_steps": budget,
                              "variety": round(spread, 2), **figures})
                 print("  ".join(f"{rows[-1][name]!s:>12}" for name in COLUMNS), flush=True)
+    means = {name: [row["accuracy"] for row in rows if row["model"] == name and row["steps"] == run["num_inference_steps"]]
+             for name in ("student", "random_start")}
+    print(f"in {run['num_inference_steps']} steps, mean and range over seeds: " + "; ".join(
+        f"{name} {np.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})" for name, found in means.items()))
+    if not options.quick:
+        run["results"]["prompt_accuracy"]["random_start"] = float(np.mean(means["random_start"]))
+        write_json(options.model / "run.json", run)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 
