@@ -3,6 +3,7 @@
 An earlier attempt projected the teacher again at loading and died with "Cannot copy out of meta tensor; no data!".
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, run_script
+from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, run_script, write_official
 from train_distillation import WanLiteStudent
 from wanlite.flow import seeded_noise
 
@@ -76,8 +77,8 @@ def test_a_student_loads_in_a_fresh_process_without_its_teacher_and_without_proj
             "    print(name, hashlib.sha256(tensor.numpy().tobytes()).hexdigest())\n")
     process = run_script("-c", code, ROOT, orphan)
     assert process.returncode == 0, process.stderr
-    import hashlib
-    expected = [f"{name} {hashlib.sha256(tensor.numpy().tobytes()).hexdigest()}" for name, tensor in sorted(weights(orphan).items())]
+    expected = [f"{name} {hashlib.sha256(tensor.numpy().tobytes()).hexdigest()}"
+                for name, tensor in sorted(weights(orphan).items())]
     assert process.stdout.splitlines() == expected
 
 
@@ -130,10 +131,10 @@ def test_official_and_diffusers_layouts_train_bitwise_the_same_start(official_te
 
 
 @pytest.fixture(scope="module")
-def official_teacher_with_parts(official_teacher, tmp_path_factory):
+def official_teacher_with_parts(tmp_path_factory):
     """The official layout's experts beside the parts that both layouts share."""
     folder = tmp_path_factory.mktemp("official_with_parts") / "teacher"
-    shutil.copytree(official_teacher, folder)
+    write_official(TINY_TEACHER, folder)
     for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
         shutil.copytree(TINY_TEACHER / part, folder / part)
     for name in ("training.json", "model_index.json"):

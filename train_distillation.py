@@ -4,8 +4,8 @@
     python train_distillation.py --teacher ./Wan2.2-T2V-A14B --prompts prompts.txt   # one GPU box
     accelerate launch train_distillation.py --teacher ... --prompts ...              # several GPUs
 
-Order: settings -> WanLiteStudent -> build -> one step -> the loop -> main(). The run goes to --output_dir; run it again after a stop
-and it goes on where it was.
+Order: settings -> WanLiteStudent -> build -> one step -> looking at it -> the loop. The run goes to --output_dir; run the same
+command after a stop and it goes on where it was.
 """
 
 import json
@@ -14,12 +14,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from wanlite.prompts import read_prompts
-from wanlite.run_folder import (MetricsLog, check_output_folder, check_parts, checkpoint_path, clear, latest_checkpoint,
-                                new_folder, prune_checkpoints, save_parts, write_json, write_model_card)
+from wanlite.run_folder import (
+    MetricsLog,
+    check_output_folder,
+    check_parts,
+    checkpoint_path,
+    clear,
+    latest_checkpoint,
+    new_folder,
+    prune_checkpoints,
+    save_parts,
+    write_json,
+    write_model_card,
+)
 from wanlite.settings import make_parser, setting
 
 TINY_TEACHER = Path(__file__).resolve().parent / "tiny_teacher"
 DEFAULT_CAPTIONS = 4000   # of the tiny world, where no prompts file is named
+NUM_REHEARSED = 256       # prompts on which the projected weights are refitted
 NUM_VALIDATION = 8        # of them, shown in the grids
 LOG_STEPS = 10
 STOPPED = 3               # exit code of a run that was asked to stop and can be resumed
@@ -41,8 +53,8 @@ class Settings:
     depth: int | None = setting(None, "student blocks; None = 16, for a small teacher its depth")
     num_heads: int | None = setting(None, "student heads; None = 16, for a small teacher its head size")
     ffn_dim: int | None = setting(None, "width inside the feed-forward; None = 4 * hidden_size")
-    projection: str = setting("weights", "how the student starts: from the teacher's weights, or random as a control",
-                              choices=("weights", "none"))
+    projection: str = setting("rehearsed", "how the student starts: from the teacher's weights, these refitted to what the "
+                              "teacher computes, or random as a control", choices=("weights", "rehearsed", "none"))
     expert: str = setting("low", "which of two experts is projected", choices=("low", "high"))
 
     guidance_scale: float = setting(4.0, "guidance of the high-noise expert, or of the only one; baked into the student")
@@ -115,9 +127,10 @@ def complete(settings):
     check_parts(teacher)
     resolution = settings.resolution or record.get("resolution", 512)
     if resolution % 16 or resolution <= 0:
-        raise ValueError(f"--resolution {resolution} is not divisible by 16; the nearest is {max(16, round(resolution / 16) * 16)}.")
-    for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "teacher_steps", "num_inference_steps", "num_held_out",
-                 "checkpointing_steps", "validation_steps"):
+        nearest = max(16, round(resolution / 16) * 16)
+        raise ValueError(f"--resolution {resolution} is not divisible by 16; the nearest is {nearest}.")
+    for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "teacher_steps",
+                 "num_inference_steps", "num_held_out", "checkpointing_steps", "validation_steps"):
         if getattr(settings, name) < 1:
             raise ValueError(f"--{name} is {getattr(settings, name)}, expected at least 1.")
     if settings.checkpoints_total_limit < 2:
@@ -136,7 +149,7 @@ def read_record(teacher):
 
 
 if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin at barriers lose 20x beside any other busy program
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait on and on at barriers stall beside other programs
     SETTINGS, IS_RESUMED = read_settings()
 
 import importlib.metadata  # noqa: E402
@@ -145,7 +158,6 @@ import math  # noqa: E402
 import platform  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
-import warnings  # noqa: E402
 from collections.abc import Mapping  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
 from functools import partial  # noqa: E402
@@ -172,16 +184,25 @@ from tqdm import tqdm  # noqa: E402
 
 from wanlite import shapes  # noqa: E402
 from wanlite.autoencoder import decode_latents, load_autoencoder, to_pictures  # noqa: E402
-from wanlite.data import SHARD_SIZE, SeededBatches, Trajectories, cache_folder, shard_path, write_shard  # noqa: E402
-from wanlite.flow import make_scheduler, sample, seeded_noise, walk  # noqa: E402
+from wanlite.data import SHARD_SIZE, SeededBatches, cache_folder, feature_basis, walk_teacher  # noqa: E402
+from wanlite.flow import make_scheduler, sample, seeded_noise  # noqa: E402
 from wanlite.measure import prompt_accuracy  # noqa: E402
 from wanlite.network import OneFrameBlock, TextTokens, one_frame_velocity, pack_text  # noqa: E402
 from wanlite.objectives import feature_loss, velocity_loss  # noqa: E402
 from wanlite.projection import project_into  # noqa: E402
-from wanlite.student_files import check_weights, find_weights, read_config, student_folder  # noqa: E402
+from wanlite.rehearsal import choose_channels, rehearse  # noqa: E402
+from wanlite.student_files import (  # noqa: E402
+    check_shape,
+    check_size,
+    check_sizes,
+    check_weights,
+    find_weights,
+    read_config,
+    student_arguments,
+    student_folder,
+)
 from wanlite.teacher import Teacher, open_teacher_files  # noqa: E402
 from wanlite.text import encode_prompts, load_text_encoder  # noqa: E402
-
 
 # ---- the model ---------------------------------------------------------------------------------------------------------
 
@@ -227,9 +248,10 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         if isinstance(hidden_size, Mapping):
             config = {name: value for name, value in hidden_size.items() if not name.startswith("_")}
             return self.__init__(**{"teacher_checkpoint_path": teacher_checkpoint_path, "projection": projection,
-                                    "expert": expert, **_without_wan_names(config)})
+                                    "expert": expert, **_arguments(config)})
         ffn_dim = ffn_dim or 4 * hidden_size
-        _check_shape(hidden_size, depth, num_heads, ffn_dim, num_channels, text_dim)
+        check_shape(patch_size, eps, hidden_size=hidden_size, depth=depth, num_heads=num_heads, ffn_dim=ffn_dim,
+                     num_channels=num_channels, text_dim=text_dim, freq_dim=freq_dim, rope_max_seq_len=rope_max_seq_len)
         head_dim = hidden_size // num_heads
         self.register_to_config(
             hidden_size=hidden_size, depth=depth, num_heads=num_heads, ffn_dim=ffn_dim, num_channels=num_channels,
@@ -271,7 +293,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         self,
         hidden_states: torch.Tensor,                             # (B, C, H, W), or (B, C, 1, H, W) as a pipeline gives
         timestep: torch.Tensor,                                  # (B,) in 0..1000, or (B, N) with equal rows
-        encoder_hidden_states: torch.Tensor,                     # (B, L, T)
+        encoder_hidden_states: torch.Tensor | TextTokens,        # (B, L, T)
         encoder_hidden_states_image: torch.Tensor | None = None,
         return_dict: bool = True,
         attention_kwargs: dict | None = None,
@@ -285,7 +307,12 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         if encoder_hidden_states_image is not None:
             raise ValueError("encoder_hidden_states_image was given; the student is a text-to-image model without it.")
         latents = hidden_states.squeeze(2) if is_video else hidden_states
-        timestep = timestep[:, 0] if timestep.ndim == 2 else timestep
+        if isinstance(encoder_hidden_states, TextTokens):
+            encoder_hidden_states, text_logit_bias = encoder_hidden_states
+        if timestep.ndim == 2:
+            if (timestep != timestep[:, :1]).any():
+                raise ValueError("timesteps differ between the tokens of a picture; the student takes one a picture: (B,).")
+            timestep = timestep[:, 0]
         velocity, features = one_frame_velocity(self, latents, timestep, encoder_hidden_states, text_logit_bias,
                                                 feature_blocks)
         velocity = velocity.unsqueeze(2) if is_video else velocity
@@ -295,8 +322,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save as every diffusers model does, but never weights that are not finite."""
-        broken = [name for name, tensor in self.state_dict().items() if not torch.isfinite(tensor).all()]
-        if broken:
+        if broken := _not_finite(self.state_dict()):
             raise ValueError(f"{save_directory}: not saved, {len(broken)} tensors hold NaN or infinity, first {broken[0]}. "
                              "Go back to an earlier checkpoint and lower the learning rate.")
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -317,42 +343,30 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         device = _as_device(device if device is not None else device_map)
         folder = student_folder(pretrained_model_name_or_path, subfolder)
         weights = find_weights(folder, variant)
-        config = _without_wan_names(read_config(folder))
+        config = _arguments(read_config(folder))
+        check_sizes({name: size for name, size in config.items() if name in ("hidden_size", "depth")})
+        check_size(weights, config)
         with init_empty_weights():                       # parameters without memory; the rotary tables are real
             student = cls(**config)
         check_weights(weights, {name: tensor.shape for name, tensor in student.state_dict().items()})
+        tensors = load_file(weights)
+        if broken := _not_finite(tensors):
+            raise ValueError(f"{weights}: {len(broken)} tensors hold NaN or infinity, first {broken[0]}. Take an earlier save.")
         tensors = {name: tensor if dtype is None or _stays_float32(name) else tensor.to(dtype)
-                   for name, tensor in load_file(weights).items()}
+                   for name, tensor in tensors.items()}
         student.load_state_dict(tensors, strict=True, assign=True)
         student.register_to_config(_name_or_path=str(folder))
         return student.to(device).eval()
 
 
-def _check_shape(hidden_size, depth, num_heads, ffn_dim, num_channels, text_dim):
-    sizes = dict(hidden_size=hidden_size, depth=depth, num_heads=num_heads, ffn_dim=ffn_dim, num_channels=num_channels,
-                 text_dim=text_dim)
-    for name, size in sizes.items():
-        if type(size) is not int or not 0 < size <= 65536:
-            raise ValueError(f"{name} is {size!r}, expected a whole number from 1 to 65536.")
-    if hidden_size % num_heads or hidden_size // num_heads % 2:
-        raise ValueError(f"hidden_size {hidden_size} over {num_heads} heads is {hidden_size / num_heads:g} channels a head, "
-                         "expected an even whole number, as rotary pairs need: choose another --num_heads.")
+def _not_finite(tensors):
+    return [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
 
 
-def _without_wan_names(config):
-    """Turn a config under our names, the Wan names, or both into the arguments of WanLiteStudent; contradictions are errors."""
-    config = {name: value for name, value in config.items() if not name.startswith("_")}
-    if "teacher_checkpoint_path" in config:
-        warnings.warn("config.json names a teacher_checkpoint_path; it is ignored: loading never projects.", stacklevel=3)
-    implied = {"depth": config.get("num_layers"), "num_heads": config.get("num_attention_heads"),
-               "num_channels": config.get("in_channels")}
-    if "num_attention_heads" in config and "attention_head_dim" in config:
-        implied["hidden_size"] = config["num_attention_heads"] * config["attention_head_dim"]
-    for ours, value in implied.items():
-        if value is not None and config.setdefault(ours, value) != value:
-            raise ValueError(f"the config says {ours} {config[ours]}, but its Wan names say {value}. Keep one of them.")
+def _arguments(config):
+    """Turn a config under our names, the Wan names, or both into the arguments of WanLiteStudent."""
     accepted = inspect.signature(WanLiteStudent.__init__).parameters.keys() - {"self", *WanLiteStudent.ignore_for_config}
-    return {name: value for name, value in config.items() if name in accepted}
+    return student_arguments(config, accepted)
 
 
 def _as_dtype(dtype):
@@ -409,6 +423,19 @@ def encode_all(settings, prompts, device):
     return {prompt: embedding.cpu() for prompt, embedding in zip(prompts, embeddings)}
 
 
+def start_student(settings, student, files, words):
+    """Give the student its first weights, as --projection says; returns what to tell the user."""
+    if settings.projection == "none":
+        return "random start: nothing is projected (the control)"
+    if settings.projection == "weights":
+        return project_into(student, settings.teacher, settings.expert, torch.cat(words))
+    expert, text = files.experts.get(settings.expert) or files.experts["only"], pack_text(words)
+    channels = choose_channels(expert, text, student.config.hidden_size)
+    report = project_into(student, settings.teacher, settings.expert, torch.cat(words), channels)
+    rehearse(student, expert, report, text)
+    return f"{report}; rehearsed on {len(words)} frames"
+
+
 def teacher_velocity(teacher, settings, negative):
     """Return the guided teacher as a maker of velocity functions of (latents, timestep); see draw_pictures."""
     def velocity_for(text, features=None):
@@ -436,42 +463,6 @@ def student_velocity(student):
 def feature_block(depth):
     """Return the block whose token states are compared: three quarters deep, where text has become layout."""
     return max(0, round(0.75 * depth) - 1)
-
-
-@torch.no_grad()
-def walk_teacher(accelerator, velocity_for, basis, scheduler, num_steps, embeddings, jobs, latent_shape, folder):
-    """Walk from noise to picture for every (prompt, seed) of `jobs`, shard by shard; shards that are there are kept.
-
-    `basis` (D, d) is that of the token states; every rank walks its share of the shards.
-    """
-    shards = [jobs[start:start + SHARD_SIZE] for start in range(0, len(jobs), SHARD_SIZE)]
-    missing = [index for index in range(len(shards)) if not shard_path(folder, index).exists()]
-    mine = missing[accelerator.process_index::accelerator.num_processes]
-    for index in tqdm(mine, desc="teacher trajectories", unit="shard", disable=not accelerator.is_main_process):
-        numbers, prompts, seeds = zip(*shards[index])
-        text = pack_text([embeddings[prompt] for prompt in prompts]).to(accelerator.device)
-        noise, features = seeded_noise(latent_shape, seeds).to(accelerator.device), []
-        steps = walk(velocity_for(text, features), noise, scheduler, num_steps)
-        latents, timestep, noise_level, velocity = (torch.stack(list(part)) for part in zip(*steps))  # (K, ...)
-        states = torch.stack(features, 1) @ basis                                                     # (B, K, N, d)
-        write_shard(folder, index, {
-            "latents": latents.transpose(0, 1).half().cpu(), "velocity": velocity.transpose(0, 1).half().cpu(),
-            "features": states.half().cpu(), "timestep": timestep.float().repeat(len(prompts), 1).cpu(),
-            "noise_level": noise_level.float().repeat(len(prompts), 1).cpu(), "prompt": torch.tensor(numbers)})
-    accelerator.wait_for_everyone()
-    return Trajectories(folder, len(shards))
-
-
-@torch.no_grad()
-def feature_basis(velocity_for, embeddings, scheduler, num_steps, latent_shape, device, width):
-    """Return the directions (D, width) in which the teacher's token states vary most along some trajectories."""
-    features = []
-    noise = seeded_noise(latent_shape, range(len(embeddings))).to(device)
-    for _ in walk(velocity_for(pack_text(embeddings).to(device), features), noise, scheduler, num_steps):
-        pass
-    states = torch.cat(features).flatten(0, 1).double()
-    states = states - states.mean(0)
-    return torch.linalg.eigh(states.T @ states).eigenvectors[:, -width:].float()
 
 
 # ---- one step ------------------------------------------------------------------------------------------------------------
@@ -560,10 +551,7 @@ def train(settings, is_resumed):
     if accelerator.is_main_process:
         write_json(output / "run.json", run)
     embeddings = encode_all(settings, [*training, *held_out, *validation, settings.negative_prompt], device)
-    if settings.projection == "none":
-        say("random start: nothing is projected (the control)")
-    else:
-        say(project_into(student, settings.teacher, settings.expert, torch.cat([embeddings[p] for p in training[:256]])))
+    say(start_student(settings, student, files, [embeddings[prompt] for prompt in training[:NUM_REHEARSED]]))
 
     # What the teacher draws: walked once, for training and for held-out prompts.
     teacher = Teacher(files, device, torch.float32 if settings.mixed_precision == "no" else torch.bfloat16)
@@ -571,8 +559,13 @@ def train(settings, is_resumed):
     scheduler, size = make_scheduler(settings.flow_shift), settings.resolution // autoencoder.config.scale_factor_spatial
     latent_shape = (files.config["in_channels"], size, size)
     guided = teacher_velocity(teacher, settings, embeddings[settings.negative_prompt])
-    basis = feature_basis(guided, [embeddings[p] for p in training[:64]], scheduler, settings.teacher_steps, latent_shape,
-                          device, shape["hidden_size"])
+
+    def guided_for(prompts, features):
+        return guided(pack_text([embeddings[prompt] for prompt in prompts]).to(device), features)
+
+    some, features = training[:SHARD_SIZE], []
+    basis = feature_basis(guided_for(some, features), features, seeded_noise(latent_shape, range(len(some))).to(device),
+                          scheduler, settings.teacher_steps, shape["hidden_size"])
     first_seed = settings.seed * 10**7
     jobs = {"training": [(n % len(training), training[n % len(training)], first_seed + n) for n in range(num_trajectories)],
             "held_out": [(n, prompt, first_seed - 1 - n) for n, prompt in enumerate(held_out[:SHARD_SIZE])]}
@@ -581,8 +574,8 @@ def train(settings, is_resumed):
         folder = cache_folder(output / "cache", walks=walks, teacher=files.fingerprint, negative=settings.negative_prompt,
                               guidance=(settings.guidance_scale, settings.guidance_scale_2), shift=settings.flow_shift,
                               steps=settings.teacher_steps, shape=latent_shape, width=shape["hidden_size"])
-        states[part] = walk_teacher(accelerator, guided, basis, scheduler, settings.teacher_steps, embeddings, walks,
-                                    latent_shape, folder)
+        states[part] = walk_teacher(accelerator, guided_for, basis, scheduler, settings.teacher_steps, walks, latent_shape,
+                                    folder)
     seeds = list(range(settings.seed, settings.seed + max(len(validation), len(held_out))))
     draw = partial(draw_pictures, autoencoder=autoencoder, seeds=seeds, scheduler=scheduler, latent_shape=latent_shape)
     teacher_drawn = draw(guided, embeddings=[embeddings[p] for p in validation], num_steps=settings.teacher_steps)
@@ -739,7 +732,7 @@ def announce(settings, files, student, device, num_trajectories, say):
     config = student.config
     say(f"teacher  {settings.teacher} ({files.layout} layout, {len(files.experts)} expert(s): {sizes} parameters)\n"
         f"student  {config.hidden_size} x {config.depth}, {config.num_heads} heads: {student.num_parameters() / 1e6:,.2f} M "
-        f"parameters, {'projected' if settings.projection != 'none' else 'random start'}\n"
+        f"parameters, start: {settings.projection}\n"
         f"device   {device}, {torch.get_num_threads()} threads, "
         f"{'float32' if settings.mixed_precision == 'no' else settings.mixed_precision + ' mixed precision'}\n"
         f"work     {num_trajectories:,} teacher pictures ({passes:,} teacher passes), then {settings.max_train_steps:,} steps "

@@ -7,8 +7,7 @@ from diffusers import AutoencoderKLWan
 
 from tests.conftest import TINY_TEACHER
 from wanlite import shapes
-from wanlite.autoencoder import (decode_latents, encode_images, load_autoencoder, to_pictures, to_pixels,
-                                 use_single_frame_path)
+from wanlite.autoencoder import decode_latents, encode_images, load_autoencoder, to_pictures, to_pixels, use_single_frame_path
 
 
 @pytest.fixture(scope="module")

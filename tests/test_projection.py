@@ -56,6 +56,19 @@ def test_every_teacher_tensor_is_read_and_every_student_tensor_written():
     assert report.kept.keys() == {"residual", "attn1", "attn2", "ffn"} and all(0 < share <= 1 for share in report.kept.values())
 
 
+def test_the_report_says_how_alike_the_experts_are():
+    files = open_teacher_files(TINY_TEACHER).experts
+    assert projection.compare_experts(files["low"], files["low"]) == pytest.approx(dict.fromkeys(
+        ("attn1", "attn2", "ffn", "rest"), 1.0), abs=1e-5)
+    report = projection.project_into(WanLiteStudent(**CUT), TINY_TEACHER)
+    assert report.cosines == projection.compare_experts(files["high"], files["low"]) and "cosine" in str(report)
+
+
+def test_an_expert_that_no_teacher_has_is_refused():
+    with pytest.raises(ValueError, match="'middle' is unknown"):
+        projection.project_into(WanLiteStudent(**CUT), TINY_TEACHER, "middle")
+
+
 def test_a_teacher_tensor_without_a_place_stops_the_projection(monkeypatch):
     files = open_teacher_files(TINY_TEACHER).experts["low"]
     files.places["blocks.9.extra.weight"] = files.places["proj_out.bias"]

@@ -10,8 +10,16 @@ import time
 import pytest
 
 from tests.conftest import ROOT
-from wanlite.run_folder import (MetricsLog, check_output_folder, checkpoint_path, latest_checkpoint, new_folder,
-                                prune_checkpoints, why_broken, write_json)
+from wanlite.run_folder import (
+    MetricsLog,
+    check_output_folder,
+    checkpoint_path,
+    latest_checkpoint,
+    new_folder,
+    prune_checkpoints,
+    why_broken,
+    write_json,
+)
 
 
 def write_checkpoint(folder, step, content="state"):

@@ -39,6 +39,7 @@ def test_one_zero_token_with_a_bias_equals_padding_to_512(student, inputs):
     cheap = student(latents, timestep, text.tokens, text_logit_bias=text.logit_bias).sample
     padded = student(latents, timestep, unpack_text(text)).sample
     trimmed = student(latents, timestep, text.tokens[:, :-1]).sample
+    assert torch.equal(cheap, student(latents, timestep, text).sample)
     assert (cheap - padded).abs().max() < 1e-5 < (cheap - trimmed).abs().max()
 
 
@@ -62,6 +63,8 @@ def test_a_timestep_for_every_token_equals_one_for_the_picture(student, inputs):
     latents, timestep, text = inputs
     assert torch.equal(student(latents, timestep[:, None].repeat(1, 12), text.tokens).sample,
                        student(latents, timestep, text.tokens).sample)
+    with pytest.raises(ValueError, match="timesteps differ"):
+        student(latents, timestep[:, None] * torch.linspace(0, 1, 12), text.tokens)
 
 
 def test_features_are_the_token_states_after_the_named_blocks(student, inputs):
@@ -95,7 +98,8 @@ def test_a_config_dict_builds_the_same_student_as_keywords(student):
 
 @pytest.mark.parametrize("changes, word", [({"num_heads": 3}, "num_heads"), ({"hidden_size": 0}, "hidden_size"),
                                            ({"depth": "4"}, "depth"), ({"num_heads": 32}, "rotary"),
-                                           ({"ffn_dim": 10**7}, "ffn_dim"), ({"depth": True}, "depth")])
+                                           ({"ffn_dim": 10**7}, "ffn_dim"), ({"depth": True}, "depth"),
+                                           ({"eps": "small"}, "eps"), ({"patch_size": (2, 2, 2)}, "patch_size")])
 def test_a_shape_that_cannot_be_is_refused_by_name(changes, word):
     with pytest.raises(ValueError, match=word):
         WanLiteStudent(**SMALL | changes)
@@ -155,6 +159,8 @@ def damage(folder, name):
         config.write_text(json.dumps(settings | {"depth": 1}))
     elif name == "config of a wider student":
         config.write_text(json.dumps(settings | {"hidden_size": 64, "attention_head_dim": 32}))
+    elif name == "config of 60 000 blocks":
+        config.write_text(json.dumps(settings | {"depth": 60000, "num_layers": 60000}))
     elif name == "no weights":
         weights.unlink()
     elif name == "weights cut short":
@@ -176,6 +182,8 @@ def damage(folder, name):
         tensors = load_file(weights)
         if name == "one key missing":
             del tensors["proj_out.bias"]
+        elif name == "not a number":
+            tensors["proj_out.bias"][0] = float("nan")
         elif name == "one key more":
             tensors["teacher.weight"] = torch.zeros(1)
         elif name == "prefixed keys":
@@ -189,7 +197,8 @@ def damage(folder, name):
     ("no folder", OSError, "no such folder"), ("no config", OSError, "no config.json"),
     ("config is a list", OSError, "holds a list"), ("config is cut short", OSError, "not JSON"),
     ("config of another class", ValueError, "UNet2DModel"), ("config disagrees with itself", ValueError, "depth 1"),
-    ("config of a wider student", ValueError, "implies"), ("no weights", OSError, "Error no file named"),
+    ("config of a wider student", ValueError, "implies"), ("config of 60 000 blocks", ValueError, "implies at least"),
+    ("not a number", ValueError, "proj_out.bias"), ("no weights", OSError, "Error no file named"),
     ("weights cut short", OSError, "not a whole safetensors"), ("zero bytes", OSError, "not a whole safetensors"),
     ("lfs pointer", OSError, "git lfs pull"), ("web page", OSError, "web page"),
     ("a pickle beside no weights", OSError, "never opened"), ("link out of the folder", OSError, "leads out"),

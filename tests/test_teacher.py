@@ -54,6 +54,14 @@ def test_guided_velocity_is_what_two_stock_networks_and_classifier_free_guidance
         assert torch.allclose(velocity[row], expected, atol=1e-4)
 
 
+def test_a_teacher_in_bfloat16_agrees_with_itself_in_float32(teacher, words, noisy):
+    timestep = torch.tensor([999.0, 875.0, 874.0, 20.0])
+    half = Teacher(open_teacher_files(TINY_TEACHER), dtype=torch.bfloat16)
+    exact, _ = teacher.velocity(noisy, timestep, *words, 2.0, 2.0)
+    found, _ = half.velocity(noisy, timestep, *words, 2.0, 2.0)
+    assert found.dtype == torch.float32 and (found - exact).norm() / exact.norm() < 0.05
+
+
 def test_guidance_of_one_asks_the_network_once(teacher, words, noisy):
     plain, _ = teacher.velocity(noisy, torch.full((4,), 500.0), words[0])
     guided, _ = teacher.velocity(noisy, torch.full((4,), 500.0), *words, 1.0001, 1.0001)
@@ -105,6 +113,11 @@ def weights_of(folder):
         json.dumps({"weight_map": {"proj_out.bias": "absent.safetensors"}})), OSError, "absent.safetensors is missing"),
     (lambda wan: (wan / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"proj_out.bias": "../x.safetensors"}})), ValueError, "expected a file beside it"),
+    (lambda wan: (wan / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": null}'),
+     ValueError, "no weight_map"),
+    (lambda wan: shutil.copy(weights_of(wan / "transformer"), wan / "transformer/stale.safetensors"), ValueError,
+     "stands in diffusion_pytorch_model.safetensors and in stale.safetensors"),
+    (lambda wan: (wan / "model_index.json").write_text('{"boundary_ratio": 875}'), ValueError, "boundary_ratio is 875"),
 ])
 def test_a_broken_teacher_folder_is_refused_with_its_reason(copied, break_it, error, words):
     break_it(copied)

@@ -3,9 +3,9 @@
     python tools/train_tiny_teacher.py                    # every stage into ./tiny_teacher, about an hour on one core
     python tools/train_tiny_teacher.py --stages experts   # one stage again
 
-Stages, each resumable and skipped when its part of the checkpoint is there: autoencoder -> text -> experts -> pipeline. Settings, figures and
-minutes go to training.json beside the weights. Heads that help training (where is this token, what is drawn here, which object does
-this word speak of) are thrown away: the networks that remain are stock.
+Stages, each resumable and skipped when its part of the checkpoint is there: autoencoder -> text -> experts -> pipeline.
+Settings, figures and minutes go to training.json beside the weights. Heads that help training (where is this token, what is
+drawn here, which object does this word speak of) are thrown away: the networks that remain are stock.
 """
 
 import argparse
@@ -63,8 +63,8 @@ PLAN = {
 def fit(name, trained, loss_of, work, plan):
     """Train the modules in `trained` and leave their EMA weights in place; returns the minutes spent.
 
-    `loss_of(random, torch_generator, progress 0..1)` returns a loss and a dict of figures; its randomness is a function of the step, so that
-    a run cut short goes on from its last minute to the same end.
+    `loss_of(random, torch_generator, progress 0..1)` returns a loss and a dict of figures; its randomness is a function of the
+    step, so that a run cut short goes on from its last minute to the same end.
     """
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizers = make_optimizers(trained, plan)
@@ -387,7 +387,8 @@ def main():
         print(f"{name}: training into {options.output_dir}, resumable state in {options.work_dir}", flush=True)
         record.setdefault("figures", {})[name] = train(options.output_dir, options.work_dir)
         print(name, record["figures"][name], flush=True)
-        record.update(seed=SEED, world="wanlite.shapes", resolution=shapes.PICTURE_SIZE, shift=SHIFT, boundary=BOUNDARY, guidance=GUIDANCE, plan=PLAN,
+        record.update(seed=SEED, world="wanlite.shapes", resolution=shapes.PICTURE_SIZE, shift=SHIFT,
+                      boundary=BOUNDARY, guidance=GUIDANCE, plan=PLAN,
                       threads=options.threads, torch=torch.__version__)
         record_path.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -12,8 +12,48 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from .flow import seeded_noise, walk
 
 SHARD_SIZE = 64  # trajectories a file; also how many the teacher walks at once
+
+
+@torch.no_grad()
+def feature_basis(velocity_of, features, noise, scheduler, num_steps, width):
+    """Return the directions (D, width) in which token states vary most along trajectories from `noise`.
+
+    `velocity_of` appends the token states (B, N, D) of each step to the list `features`.
+    """
+    for _ in walk(velocity_of, noise, scheduler, num_steps):
+        pass
+    states = torch.cat(features).flatten(0, 1).double()
+    states = states - states.mean(0)
+    return torch.linalg.eigh(states.T @ states).eigenvectors[:, -width:].float()
+
+
+@torch.no_grad()
+def walk_teacher(accelerator, velocity_for, basis, scheduler, num_steps, jobs, latent_shape, folder):
+    """Walk from noise to picture for every (number, prompt, seed) of `jobs`, shard by shard; shards that are there are kept.
+
+    `velocity_for(prompts, features)` returns the velocity as a function of (latents, timestep) that appends token states to
+    `features`; `basis` (D, d) is that of the states on disk. Every rank walks its share of the shards.
+    """
+    shards = [jobs[start:start + SHARD_SIZE] for start in range(0, len(jobs), SHARD_SIZE)]
+    missing = [index for index in range(len(shards)) if not shard_path(folder, index).exists()]
+    mine = missing[accelerator.process_index::accelerator.num_processes]
+    for index in tqdm(mine, desc="teacher trajectories", unit="shard", disable=not accelerator.is_main_process):
+        numbers, prompts, seeds = zip(*shards[index])
+        noise, features = seeded_noise(latent_shape, seeds).to(accelerator.device), []
+        steps = walk(velocity_for(prompts, features), noise, scheduler, num_steps)
+        latents, timestep, noise_level, velocity = (torch.stack(list(part)) for part in zip(*steps))  # (K, ...)
+        states = torch.stack(features, 1) @ basis                                                     # (B, K, N, d)
+        write_shard(folder, index, {
+            "latents": latents.transpose(0, 1).half().cpu(), "velocity": velocity.transpose(0, 1).half().cpu(),
+            "features": states.half().cpu(), "timestep": timestep.float().repeat(len(prompts), 1).cpu(),
+            "noise_level": noise_level.float().repeat(len(prompts), 1).cpu(), "prompt": torch.tensor(numbers)})
+    accelerator.wait_for_everyone()
+    return Trajectories(folder, len(shards))
 
 
 def cache_folder(parent, **what):

@@ -1,6 +1,6 @@
-"""Teacher tensors -> student tensors, from weights alone and one teacher block in memory at a time, with a report of what went where.
+"""Teacher tensors -> student tensors, from weights alone and one teacher block in memory at a time, with a report of it.
 
-The student keeps a set of the teacher's residual channels, whole heads, whole rotary pairs and the feed-forward neurons that matter;
+The student keeps a set of the teacher's residual channels, whole heads, whole rotary pairs and the neurons that matter;
 a student block stands for a contiguous span of teacher blocks. What the cut would change is put back where it is known from the
 weights: the LayerNorm statistic, the RMSNorm statistic of queries and keys, the modulation of a span, the values of dropped heads,
 the text path and the time path. A student of the teacher's own shape is therefore the teacher.
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from diffusers.models.embeddings import Timesteps
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from .teacher import open_teacher_files
 
@@ -29,39 +30,59 @@ class Report:
     hidden_size: int
     spans: list
     kept: dict = field(default_factory=dict)
-    dropped: list = field(default_factory=list)     # teacher tensors left out on purpose
+    cosines: dict = field(default_factory=dict)     # between the weights of two experts, per group; empty for one
+    channels: torch.Tensor | None = None            # residual channels that were kept
+    cuts: list = field(default_factory=list)        # of each student block: {"attn1.q": [(block in the span, rows), ...], ...}
 
     def __str__(self):
         shares = ", ".join(f"{name} {share:.0%}" for name, share in self.kept.items())
-        return f"projected the {self.expert} expert into {self.hidden_size} x {len(self.spans)}; energy kept: {shares}"
+        alike = ", ".join(f"{name} {cosine:.2f}" for name, cosine in self.cosines.items())
+        return (f"projected the {self.expert} expert into {self.hidden_size} x {len(self.spans)}; energy kept: {shares}"
+                + (f"; cosine of the experts: {alike}" if alike else ""))
 
 
-def project_into(student, folder, expert="low", text_samples=None):
+def project_into(student, folder, expert="low", text_samples=None, channels=None):
     """Fill a student with a teacher's weights, in place; returns the Report."""
     files = open_teacher_files(folder).experts
-    tensors, report = project(files.get(expert) or files["only"], dict(student.config), text_samples)
+    if expert not in ("low", "high"):
+        raise ValueError(f"--expert {expert!r} is unknown, expected low or high; a teacher with one expert has only that.")
+    tensors, report = project(files.get(expert) or files["only"], dict(student.config), text_samples, channels)
     student.load_state_dict(tensors, strict=True)
+    report.cosines = compare_experts(*files.values()) if len(files) == 2 else {}
     return report
 
 
+def compare_experts(high, low):
+    """Return the cosine between two experts' weights, per group, reading one tensor of each at a time."""
+    sums = {}
+    for name in sorted(high.places):
+        group = next((part for part in (*ATTENTIONS, "ffn") if f".{part}." in name), "rest")
+        ours, theirs = high.read(name).flatten(), low.read(name).flatten()
+        found = torch.stack([ours @ theirs, ours @ ours, theirs @ theirs]).double()
+        sums[group] = sums.get(group, 0) + found
+    return {group: float(both / (ours * theirs).sqrt()) for group, (both, ours, theirs) in sorted(sums.items())}
+
+
 @torch.no_grad()
-def project(files, config, text_samples=None):
+def project(files, config, text_samples=None, channels=None):
     """Return the student's tensors for a config, and a Report.
 
-    `text_samples` (n, T) are embeddings of real prompts' words; without them, normal ones stand in.
+    `text_samples` (n, T) are embeddings of real prompts' words; without them, normal ones stand in. `channels` are the residual
+    channels to keep, in rising order; None = those that the weights write and read most.
     Raises ValueError for a shape that cannot be cut from this teacher, and for a tensor that is not finite or finds no place.
     """
     check_shape(files.config, config)
     reader = _Reader(files)
     spans = [part.tolist() for part in np.array_split(np.arange(files.config["num_layers"]), config["depth"])]
     report = Report(files.name, config["hidden_size"], spans)
-    channels, norm_scale = _choose_channels(reader, config["hidden_size"], report)
+    channels, norm_scale = _choose_channels(reader, config["hidden_size"], channels, report)
+    report.channels = channels
     student = {}
     times = _project_time(reader, channels, norm_scale, config, student)
     words = _project_text(reader, config, text_samples, student)
     student["patch_embedding.weight"] = reader("patch_embedding.weight")[channels]
     student["patch_embedding.bias"] = reader("patch_embedding.bias")[channels]
-    for index, span in enumerate(spans):
+    for index, span in enumerate(tqdm(spans, desc="projecting", unit="block", disable=None)):
         _project_span(reader, span, index, channels, norm_scale, times, words, config, student, report)
     _project_head(reader, channels, norm_scale, times, student)
     _check_coverage(reader, student, config)
@@ -118,7 +139,7 @@ def _check_coverage(reader, student, config):
 
 # ---- which channels ------------------------------------------------------------------------------------------------------
 
-def _choose_channels(reader, width, report):
+def _choose_channels(reader, width, channels, report):
     """Return the residual channels to keep, and how much larger their deviation is than that of all channels.
 
     A channel counts by what is written to it times what is read from it, each tensor weighted alike.
@@ -132,7 +153,7 @@ def _choose_channels(reader, width, report):
         read += sum(_share(block[name].square().sum(0)) for name in
                     ("attn1.to_q.weight", "attn1.to_k.weight", "attn1.to_v.weight", "attn2.to_q.weight",
                      "ffn.net.0.proj.weight"))
-    channels = _top(written * read, width)
+    channels = _top(written * read, width) if channels is None else channels
     report.kept["residual"] = float(written[channels].sum() / written.sum())
     norm_scale = float((written[channels].mean() / written.mean()).sqrt())
     return channels, norm_scale
@@ -203,7 +224,7 @@ def _project_text(reader, config, samples, student):
 
 
 def _refit(weight, bias, inputs, wanted, ridge=1e-6):
-    """Return weight and bias with inputs @ weight.T + bias nearest to `wanted`, staying near the given ones where inputs say nothing."""
+    """Return weight and bias whose outputs are nearest to `wanted`, near the given ones where the inputs say nothing."""
     residual = wanted - (inputs @ weight.T + bias)
     if residual.abs().max() <= 1e-5 * wanted.abs().max():
         return weight, bias
@@ -228,6 +249,7 @@ def _project_span(reader, span, index, channels, norm_scale, times, words, confi
     norm = [torch.stack([block[f"norm2.{kind}"][channels] for block in blocks]) for kind in ("weight", "bias")]
     student[prefix + "norm2.weight"], student[prefix + "norm2.bias"] = norm[0].mean(0) * norm_scale, norm[1].mean(0)
 
+    report.cuts.append({})
     parts = {name: [] for name in ("attn1", "attn2", "ffn")}
     for number, block in enumerate(blocks):
         readers, gates = _modulation_ratios(tables[number], table, times["modulation"])
@@ -302,14 +324,18 @@ def _join_heads(cuts, config, teacher, name, report):
     heads = _top(scores, num_heads)
     report.kept[name] = round(float(scores[heads].sum() / scores.sum()), 4)
     joined = {key: [] for key in ("q", "k", "v", "o", "q_gain", "k_gain", "q_power", "k_power")}
+    picks = {kind: [] for kind in "qkv"}
     output_bias = sum(cut["o_bias"] for cut in cuts)
     for head in range(len(scores)):
-        cut, rows = cuts[head // teacher["num_attention_heads"]], _head_rows(head % teacher["num_attention_heads"], full)
+        number, head_in_block = divmod(head, teacher["num_attention_heads"])
+        cut, rows = cuts[number], _head_rows(head_in_block, full)
         if head not in heads:
             output_bias = output_bias + cut["o"][:, rows] @ cut["v"][1][rows]        # what it writes whatever it looks at
             continue
         pairs = rows[_rotary_rows(cut, rows, full, size, has_rotary=name == "attn1")]
+        picks["v"].append((number, rows))
         for kind in "qk":
+            picks[kind].append((number, pairs))
             joined[kind].append([tensor[pairs] for tensor in cut[kind]])
             joined[f"{kind}_gain"].append(cut["gain"][kind][pairs] * (size / full) ** 0.25)
             joined[f"{kind}_power"].append(cut["power"][kind].expand(size))
@@ -321,8 +347,11 @@ def _join_heads(cuts, config, teacher, name, report):
     for kind in "qkv":
         weights, biases = zip(*joined[kind])
         tensors[f"to_{kind}.weight"], tensors[f"to_{kind}.bias"] = torch.cat(weights), torch.cat(biases)
+    if size == full:                                             # values of a smaller head are no rows of the teacher's
+        report.cuts[-1][f"{name}.v"] = picks["v"]
     for kind in "qk":
         power = _row_power(tensors[f"to_{kind}.weight"], tensors[f"to_{kind}.bias"]).mean()   # what the student divides by
+        report.cuts[-1] |= {f"{name}.{kind}": picks[kind], f"{name}.{kind}.gain": torch.cat(joined[f"{kind}_gain"])}
         tensors[f"norm_{kind}.weight"] = torch.cat(joined[f"{kind}_gain"]) * (power / torch.cat(joined[f"{kind}_power"])).sqrt()
     return tensors
 
@@ -389,6 +418,8 @@ def _join_neurons(cuts, count, report):
     mean, power = _gelu_moments(bias, first.square().sum(1).sqrt())
     score = second.square().sum(0) * power
     neurons = _top(score, count)
+    width = len(cuts[0]["first"])
+    report.cuts[-1]["ffn"] = [(number, neurons[neurons // width == number] % width) for number in range(len(cuts))]
     report.kept["ffn"] = round(float(score[neurons].sum() / score.sum()), 4)
     rest = torch.ones(len(bias), dtype=torch.bool)
     rest[neurons] = False

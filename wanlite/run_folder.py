@@ -149,9 +149,11 @@ def save_parts(folder, teacher_folder, scheduler):
         with new_folder(folder / part) as partial:
             shutil.copytree(teacher_folder / part, partial, dirs_exist_ok=True)
     scheduler.save_pretrained(folder / "scheduler")
+    index = teacher_folder / "model_index.json"
+    tokenizer = json.loads(index.read_text(encoding="utf-8")).get("tokenizer") if index.is_file() else None
     write_json(folder / "model_index.json", {
         "_class_name": "WanPipeline", "boundary_ratio": None, "expand_timesteps": False,
-        "tokenizer": ["transformers", "AutoTokenizer"], "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": tokenizer or ["transformers", "T5TokenizerFast"], "text_encoder": ["transformers", "UMT5EncoderModel"],
         "vae": ["diffusers", "AutoencoderKLWan"], "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "transformer": ["diffusers", "WanTransformer3DModel"], "transformer_2": [None, None]})
 

@@ -1,6 +1,6 @@
 """A Wan folder -> tensors, read one at a time, and guided one-frame velocities.
 
-Official and diffusers layouts, both key dialects, two experts (A14B) or one (2.1, 5B). Everything inside is said in diffusers' words.
+Official and diffusers layouts, both key dialects, two experts (A14B) or one (2.1, 5B); all is said in diffusers' words.
 Legend: B batch, C channels, H W latent height and width, N image tokens, D width.
 """
 
@@ -137,7 +137,7 @@ def open_teacher_files(folder):
             experts = {"high": _open_expert("high", folder / high), "low": _open_expert("low", folder / low)}
             if experts["high"].config != experts["low"].config:
                 raise ValueError(f"{folder}: {high} and {low} differ in size; they are experts of two teachers.")
-            return TeacherFiles(folder, layout, experts, index.get("boundary_ratio") or BOUNDARY)
+            return TeacherFiles(folder, layout, experts, _boundary(index, index_path))
     promised = [name for name in ("transformer", "transformer_2") if (index.get(name) or [None])[0] is not None]
     lonely = [name for name in pairs["official"] if (folder / name).is_dir()]
     for name in (*promised, *(("high_noise_model", "low_noise_model") if lonely else ())):
@@ -151,13 +151,24 @@ def open_teacher_files(folder):
                   f"{', '.join(sorted(entry.name for entry in folder.iterdir())[:8]) or 'nothing'}.")
 
 
+def _boundary(index, path):
+    boundary = BOUNDARY if index.get("boundary_ratio") is None else index["boundary_ratio"]
+    if isinstance(boundary, bool) or not isinstance(boundary, (int, float)) or not 0 <= boundary <= 1:
+        raise ValueError(f"{path}: boundary_ratio is {boundary!r}, expected a noise level from 0 to 1; A14B has {BOUNDARY}.")
+    return float(boundary)
+
+
 def _open_expert(name, folder):
     places = {}
     for path in _weight_files(folder):
         try:
             with safe_open(path, "pt") as file:
                 for key in file.keys():
-                    places[diffusers_name(key)] = (path, key, tuple(file.get_slice(key).get_shape()))
+                    standard = diffusers_name(key)
+                    if standard in places:
+                        raise ValueError(f"{folder}: {key} stands in {places[standard][0].name} and in {path.name}. Keep the "
+                                         "files of one download, in one precision.")
+                    places[standard] = (path, key, tuple(file.get_slice(key).get_shape()))
         except SafetensorError as error:
             raise OSError(f"{path}: not a whole safetensors file ({error}). Download it again.") from None
     config = _config_in_diffusers_words(folder, places)
@@ -181,9 +192,12 @@ def _weight_files(folder):
         if not files:
             raise OSError(f"{folder}: holds no .safetensors file. Download the expert again.")
         return files
-    names = sorted(set(_read_json(indexes[0]).get("weight_map", {}).values()))
+    weight_map = _read_json(indexes[0]).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{indexes[0]}: has no weight_map, expected tensor names and their shards. Download it again.")
+    names = sorted(set(map(str, weight_map.values())))
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+        if Path(name).name != name:
             raise ValueError(f"{indexes[0]}: names the shard {name!r}, expected a file beside it.")
         if not (folder / name).is_file():
             raise OSError(f"{folder}: shard {name} is missing, {indexes[0].name} promises it. Download it again.")
@@ -235,8 +249,8 @@ class Teacher(nn.Module):
     def velocity(self, latents, timestep, text, negative=None, guidance_high=1.0, guidance_low=1.0, feature_blocks=()):
         """Return the guided velocity (B, C, H, W), and token states (B, N, D) of the prompt's own pass after `feature_blocks`.
 
-        Each row is routed by its own timestep. Guidance runs where it is not 1 and needs `negative`, TextTokens of the same
-        rows; a teacher with one expert uses `guidance_high`.
+        Each row is routed by its own timestep. Guidance runs where it is above 1, as in WanPipeline, and needs `negative`,
+        TextTokens of the same rows; a teacher with one expert uses `guidance_high`. Velocities come back in float32.
         """
         is_high = timestep >= 1000 * (self.boundary or 0.0)
         if not (is_high.all() or not is_high.any()):
@@ -245,13 +259,12 @@ class Teacher(nn.Module):
         high = bool(is_high[0])
         expert = self.experts["only" if self.boundary is None else "high" if high else "low"]
         guidance = guidance_high if high else guidance_low
-        if guidance == 1.0:
-            return one_frame_velocity(expert, latents, timestep, text.tokens, text.logit_bias, feature_blocks)
+        if guidance <= 1.0:
+            return ask(expert, latents, timestep, text, feature_blocks)
         assert negative is not None, "guidance needs the negative prompt's tokens"
-        both = _stack_text(text, negative)
-        velocity, features = one_frame_velocity(expert, latents.repeat(2, 1, 1, 1), timestep.repeat(2), both.tokens,
-                                                both.logit_bias, feature_blocks)
-        wanted, unwanted = velocity.float().chunk(2)
+        velocity, features = ask(expert, latents.repeat(2, 1, 1, 1), timestep.repeat(2), _stack_text(text, negative),
+                                  feature_blocks)
+        wanted, unwanted = velocity.chunk(2)
         return unwanted + guidance * (wanted - unwanted), [states.chunk(2)[0] for states in features]
 
     def _velocity_of_both(self, is_high, latents, timestep, text, negative, guidance_high, guidance_low, feature_blocks):
@@ -260,7 +273,7 @@ class Teacher(nn.Module):
             part, states = self.velocity(latents[rows], timestep[rows], text.rows(rows),
                                          None if negative is None else negative.rows(rows), guidance_high, guidance_low,
                                          feature_blocks)
-            velocity[rows] = part.float()
+            velocity[rows] = part
             for place, state in enumerate(states):
                 if features[place] is None:
                     features[place] = state.new_empty(len(latents), *state.shape[1:])
@@ -268,19 +281,56 @@ class Teacher(nn.Module):
         return velocity, features
 
 
+def ask(expert, latents, timestep, text, feature_blocks=()):
+    """Run one expert in its own dtype; timesteps and the velocity are float32."""
+    dtype = expert.patch_embedding.weight.dtype
+    velocity, features = one_frame_velocity(expert, latents.to(dtype), timestep.float(), text.tokens.to(dtype),
+                                            text.logit_bias, feature_blocks)
+    return velocity.float(), features
+
+
 def load_expert(files, device="cpu", dtype=torch.float32):
     """Load one expert, frozen: a stock WanTransformer3DModel whose blocks take the text's logit bias."""
     config = files.config
     with init_empty_weights():                            # parameters without memory; the rotary tables are real
         network = WanTransformer3DModel(**config)
-        network.blocks = nn.ModuleList(
-            OneFrameBlock(files.width, config["ffn_dim"], config["num_attention_heads"], config["qk_norm"],
-                          config["cross_attn_norm"], config["eps"]) for _ in range(config["num_layers"]))
+        network.blocks = nn.ModuleList(_empty_block(files) for _ in range(config["num_layers"]))
     stays = WanTransformer3DModel._keep_in_fp32_modules
     tensors = {name: files.read(name, torch.float32 if set(name.split(".")) & set(stays) else dtype).to(device)
                for name in files.places}
     network.load_state_dict(tensors, strict=True, assign=True)
     return network.to(device).eval().requires_grad_(False)
+
+
+def stream_expert(files):
+    """Load one expert without its blocks, in float32 on the CPU; each pass reads them from disk, one in memory at a time."""
+    with init_empty_weights():
+        network = WanTransformer3DModel(**files.config | {"num_layers": 0})
+    network.load_state_dict({name: files.read(name) for name in files.places if not name.startswith("blocks.")},
+                            strict=True, assign=True)
+    network.blocks = _StreamedBlocks(files)
+    return network.eval().requires_grad_(False)
+
+
+class _StreamedBlocks(nn.Module):
+    def __init__(self, files):
+        super().__init__()
+        self.files = files
+
+    def __iter__(self):
+        for index in range(self.files.config["num_layers"]):
+            with init_empty_weights():
+                block = _empty_block(self.files)
+            prefix = f"blocks.{index}."
+            block.load_state_dict({name.removeprefix(prefix): self.files.read(name) for name in self.files.places
+                                   if name.startswith(prefix)}, strict=True, assign=True)
+            yield block.eval().requires_grad_(False)
+
+
+def _empty_block(files):
+    config = files.config
+    return OneFrameBlock(files.width, config["ffn_dim"], config["num_attention_heads"], config["qk_norm"],
+                         config["cross_attn_norm"], config["eps"])
 
 
 def _stack_text(first, second):

@@ -1,0 +1,78 @@
+"""Rehearsal: exact where nothing was cut, nearer to the teacher where something was, and the same each time."""
+
+import pytest
+import torch
+
+from tests.conftest import TINY_TEACHER
+from train_distillation import WanLiteStudent
+from wanlite.network import one_frame_velocity, pack_text
+from wanlite.projection import project_into
+from wanlite.rehearsal import _best_columns, choose_channels, make_frames, rehearse
+from wanlite.teacher import open_teacher_files, stream_expert
+
+TEXT = {"num_channels": 16, "text_dim": 64, "rope_max_seq_len": 64}
+CUT = {"hidden_size": 64, "depth": 4, "num_heads": 2} | TEXT
+
+
+@torch.no_grad()
+def velocity_error(student, expert, text):
+    """Return a student's squared velocity error over its expert's power, on frames that no rehearsal saw."""
+    latents, timestep = make_frames(expert, text, (8, 8), torch.Generator().manual_seed(99))
+    found, wanted = (one_frame_velocity(network, latents, timestep, *text)[0] for network in (student, expert))
+    return ((found - wanted).square().mean() / wanted.square().mean()).item()
+
+
+@pytest.fixture(scope="module")
+def many_words(words):
+    """Sixty-four frames' worth of prompts."""
+    prompts = [tokens[bias == 0] for tokens, bias in zip(*words[0])]
+    return pack_text(prompts * 16)
+
+
+@pytest.mark.parametrize("expert", ["high", "low"])
+def test_a_student_as_large_as_the_teacher_is_left_as_it_is(expert, teacher, many_words):
+    config = teacher.config
+    student = WanLiteStudent(hidden_size=128, depth=4, num_heads=4, ffn_dim=config["ffn_dim"], **TEXT)
+    channels = choose_channels(teacher.files.experts[expert], many_words, 128)
+    assert torch.equal(channels, torch.arange(128))
+    report = project_into(student, TINY_TEACHER, expert, channels=channels)
+    rehearse(student, teacher.files.experts[expert], report, many_words)
+    assert velocity_error(student, teacher.experts[expert], many_words) < 1e-8
+
+
+@pytest.mark.parametrize("shape", [{}, {"depth": 2}, {"hidden_size": 96, "num_heads": 3}, {"num_heads": 4},
+                                   {"ffn_dim": 100}])
+def test_a_rehearsed_student_is_nearer_to_the_teacher_than_a_projected_one(shape, teacher, many_words):
+    student = WanLiteStudent(**CUT | shape)
+    report = project_into(student, TINY_TEACHER, "low")
+    before = velocity_error(student, teacher.experts["low"], many_words)
+    rehearse(student, teacher.files.experts["low"], report, many_words)
+    assert velocity_error(student, teacher.experts["low"], many_words) < 0.8 * before
+
+
+def test_rehearsing_is_bitwise_the_same_from_either_layout_and_whatever_the_random_state(official_teacher, many_words):
+    students = []
+    for seed, folder in ((1, TINY_TEACHER), (2, official_teacher)):
+        torch.manual_seed(seed)
+        student = WanLiteStudent(**CUT)
+        files = open_teacher_files(folder).experts["high"]
+        channels = choose_channels(files, many_words, 64)
+        rehearse(student, files, project_into(student, folder, "high", channels=channels), many_words)
+        students.append(student.state_dict())
+    assert all(torch.equal(tensor, students[1][name]) for name, tensor in students[0].items())
+
+
+def test_chosen_channels_foretell_channels_that_are_sums_of_them():
+    three = torch.randn(500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = torch.cat([three, three @ torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)], 1)
+    channels = _best_columns(rows.T @ rows, 3)
+    kept = rows[:, channels]
+    assert len(channels.unique()) == 3
+    assert (kept @ torch.linalg.lstsq(kept, rows).solution - rows).abs().max() < 1e-3
+
+
+def test_a_streamed_expert_is_the_expert(teacher, words, noisy):
+    arguments = (noisy, torch.tensor([990.0, 700.0, 400.0, 100.0]), *words[0])
+    streamed = stream_expert(teacher.files.experts["low"])
+    found, wanted = (one_frame_velocity(network, *arguments)[0] for network in (streamed, teacher.experts["low"]))
+    assert torch.equal(found, wanted) and not list(streamed.blocks.parameters())
