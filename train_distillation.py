@@ -10,6 +10,7 @@ command after a stop and it goes on where it was.
 
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -68,12 +69,12 @@ class Settings:
     num_held_out: int = setting(400, "prompts that are never trained on; at most a twentieth of a prompts file")
 
     train_batch_size: int = setting(256, "states in a micro-batch, on each device")
-    max_train_steps: int = setting(1500, "optimizer steps")
+    max_train_steps: int = setting(700, "optimizer steps")
     gradient_accumulation_steps: int = setting(1, "micro-batches in a step")
     learning_rate: float = setting(2e-3, "peak of AdamW's learning rate")
     lr_scheduler: str = setting("cosine", "as in diffusers", choices=("cosine", "linear", "constant_with_warmup"))
     lr_warmup_steps: int = setting(100, "steps until the peak")
-    muon_learning_rate: float = setting(0.02, "peak of Muon's, for the matrices of the blocks; 0 = AdamW for all")
+    muon_learning_rate: float = setting(0.06, "peak of Muon's, for the matrices of the blocks; 0 = AdamW for all")
     adam_beta2: float = setting(0.99, "decay of AdamW's second moment")
     adam_weight_decay: float = setting(0.01, "decoupled weight decay")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
@@ -86,7 +87,7 @@ class Settings:
 
     checkpointing_steps: int = setting(250, "steps between resumable checkpoints")
     checkpoints_total_limit: int = setting(2, "newest checkpoints to keep, at least 2")
-    validation_steps: int = setting(500, "steps between validation grids, teacher | student")
+    validation_steps: int = setting(350, "steps between validation grids, teacher | student")
     validation_prompts: list[str] | None = setting(None, "prompts of the grids; None = eight held-out ones")
     num_inference_steps: int = setting(4, "steps in which the student draws; goes to run.json as its default")
     report_to: str = setting("tensorboard", "tracker, as in accelerate; 'none' for metrics.jsonl alone")
@@ -189,6 +190,7 @@ from wanlite.flow import make_scheduler, sample, seeded_noise  # noqa: E402
 from wanlite.measure import prompt_accuracy  # noqa: E402
 from wanlite.network import OneFrameBlock, TextTokens, one_frame_velocity, pack_text  # noqa: E402
 from wanlite.objectives import feature_loss, velocity_loss  # noqa: E402
+from wanlite.projection import check_shape as check_cut  # noqa: E402
 from wanlite.projection import project_into  # noqa: E402
 from wanlite.rehearsal import choose_channels, rehearse  # noqa: E402
 from wanlite.student_files import (  # noqa: E402
@@ -277,16 +279,11 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
 
     @torch.no_grad()
     def initialise(self):
-        """Random start, as DiT has it: Xavier matrices, zero biases, small embeddings, a silent output."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv3d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
-                nn.init.zeros_(module.bias)
+        """Random start, as a stock WanTransformer3DModel has it, with a silent output."""
         for table in [self.scale_shift_table, *(block.scale_shift_table for block in self.blocks)]:
             nn.init.normal_(table, std=self.config.hidden_size**-0.5)
-        for layer in (self.condition_embedder.time_embedder.linear_1, self.condition_embedder.time_embedder.linear_2):
-            nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -519,10 +516,11 @@ def relative_error(student, states, embeddings, prompts, device):
 
 
 def save_grid(path, teacher_pictures, student_pictures):
-    """Write the teacher's pictures above the student's, one prompt and seed a column."""
-    rows = [np.concatenate(list(pictures), axis=1) for pictures in (teacher_pictures, student_pictures)]
+    """Write the teacher's pictures above the student's, one prompt and seed a column; returns the grid (height, width, 3)."""
+    grid = np.concatenate([np.concatenate(list(pictures), axis=1) for pictures in (teacher_pictures, student_pictures)])
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(rows)).save(path)
+    Image.fromarray(grid).save(path)
+    return grid
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------------
@@ -541,6 +539,8 @@ def train(settings, is_resumed):
     files = open_teacher_files(settings.teacher)
     shape = student_shape(settings, files.config)
     student = WanLiteStudent(shape)
+    if settings.projection != "none":
+        check_cut(files.config, dict(student.config))
     training, held_out = choose_prompts(settings)
     validation = settings.validation_prompts or held_out[:NUM_VALIDATION]
     num_trajectories = settings.num_trajectories or len(training)
@@ -606,7 +606,10 @@ def train(settings, is_resumed):
             drawn = draw(student_velocity(student), embeddings=[embeddings[p] for p in validation],
                          num_steps=settings.num_inference_steps)
         if accelerator.is_main_process:
-            save_grid(output / "samples" / f"step-{step:06d}.png", teacher_drawn, drawn)
+            grid = save_grid(output / "samples" / f"step-{step:06d}.png", teacher_drawn, drawn)
+            for tracker in accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    tracker.log_images({"teacher above student": grid[None]}, step=step, dataformats="NHWC")
             log.write(step=step, held_out_error=error)
             accelerator.log({"held_out_error": error}, step=step)
         return error
@@ -795,4 +798,11 @@ def conclude(settings, output, results, seconds, say):
 # ---- main --------------------------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    train(SETTINGS, IS_RESUMED)
+    try:
+        train(SETTINGS, IS_RESUMED)
+    except (OSError, ValueError, FloatingPointError) as error:
+        print(f"train_distillation.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what is on disk.", file=sys.stderr)
+        sys.exit(STOPPED)

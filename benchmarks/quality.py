@@ -36,7 +36,8 @@ def train_twin(folder, run, quick):
     if not read_run(twin).get("finished"):
         settings = run["settings"] | {"output_dir": str(twin), "projection": "none", "validation_prompts": None}
         if quick:
-            settings |= {"max_train_steps": QUICK_STEPS, "num_trajectories": 512, "validation_steps": QUICK_STEPS}
+            settings |= {"max_train_steps": QUICK_STEPS, "num_trajectories": 256, "validation_steps": QUICK_STEPS,
+                         "num_held_out": 40}
         flags = [word for name, value in settings.items() if value is not None and not isinstance(value, bool)
                  for word in (f"--{name}", str(value))]
         switches = [f"--{'' if value else 'no-'}{name}" for name, value in settings.items() if isinstance(value, bool)]

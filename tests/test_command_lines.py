@@ -46,6 +46,15 @@ def test_a_prompt_file_that_holds_none_is_refused(content, words, tmp_path):
     assert words in refused(TRAIN, "--output_dir", tmp_path / "run", "--prompts", tmp_path / "prompts.txt")
 
 
+@pytest.mark.parametrize("arguments, words", [(["--hidden_size", "256"], "hidden_size 256 is more than the teacher's 128"),
+                                              (["--num_heads", "3"], "choose another --num_heads"),
+                                              (["--depth", "9"], "depth 9 is more")])
+def test_a_shape_that_cannot_be_cut_is_refused_before_anything_is_written(arguments, words, tmp_path):
+    process = run_script(TRAIN, "--output_dir", tmp_path / "run", *arguments)
+    assert process.returncode == 2 and words in process.stderr.splitlines()[-1] and "Traceback" not in process.stderr
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_a_folder_of_something_else_is_never_written_to(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     assert "no run of this script" in refused(TRAIN, "--output_dir", tmp_path, "--overwrite")
@@ -88,6 +97,29 @@ def test_a_run_that_was_never_finished_is_no_model(finished_run, tmp_path):
 def test_a_device_that_is_not_here_is_refused(finished_run):
     process = run_script(DRAW, "--model", finished_run[0], "--device", "cuda:7")
     assert process.returncode == 2 and "CUDA devices are here" in process.stderr.splitlines()[-1]
+
+
+def test_a_file_of_any_prompts_trains_and_its_last_ones_are_held_out(tmp_path):
+    prompts = [f"prompt number {number} of a user" for number in range(60)]
+    (tmp_path / "prompts.txt").write_text("\n".join([*prompts, "", prompts[0]]))
+    process = run_script(TRAIN, "--output_dir", tmp_path / "run", "--prompts", tmp_path / "prompts.txt", "--projection", "weights",
+                         "--gradient_accumulation_steps", "2", "--mixed_precision", "bf16", "--gradient_checkpointing",
+                         "--no-use_ema", "--muon_learning_rate", "0", *SHORT_RUN)
+    assert process.returncode == 0, process.stderr
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert run["finished"] and run["validation_prompts"] == prompts[-3:]
+    assert "prompt_accuracy" not in run["results"] and 0 < run["results"]["held_out_error"] < 2
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "held_out_error" in record] == [0, 3, 6]
+
+
+def test_two_processes_train_one_student(tmp_path):
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
+              "no", "--dynamo_backend", "no")
+    process = run_script(*launch, TRAIN, "--output_dir", tmp_path / "run", *SHORT_RUN)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("held-out captions drawn right") == 1
+    assert json.loads((tmp_path / "run/run.json").read_text())["finished"]
 
 
 def test_the_words_of_both_scripts_say_what_happens_and_where(finished_run):
