@@ -93,7 +93,7 @@ def choose_prompts(settings, run, folder):
 
 
 if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in train_distillation.py
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train_distillation.py
     SETTINGS, PROMPTS = read_settings()
 
 import numpy as np  # noqa: E402

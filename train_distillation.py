@@ -150,7 +150,7 @@ def read_record(teacher):
 
 
 if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait on and on at barriers stall beside other programs
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin at barriers stall beside any other busy program
     SETTINGS, IS_RESUMED = read_settings()
 
 import importlib.metadata  # noqa: E402
