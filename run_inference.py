@@ -8,6 +8,7 @@ Every PNG carries in its text chunks what draws it again: prompt, seed, steps, g
 """
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -16,11 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wanlite.prompts import read_prompts
-from wanlite.run_folder import read_run
+from wanlite.run_folder import check_saved_parts, read_run
 from wanlite.settings import make_parser, setting
 from wanlite.student_files import find_weights, read_config, student_folder
 
-PARTS = ("scheduler", "tokenizer", "text_encoder", "vae")
+TIMESTEPS = 1000   # more steps than these repeat themselves
 
 
 @dataclass(frozen=True)
@@ -52,32 +53,70 @@ def read_settings(arguments=None):
 
 
 def complete(settings):
+    """Fill in what the saved run says and refuse what no picture can be drawn with."""
     folder = student_folder(settings.model)
     config, run = read_config(folder), read_run(folder)
     find_weights(folder)
-    if missing := [part for part in PARTS if not (folder / part).is_dir()]:
-        raise OSError(f"{folder}: lacks {', '.join(missing)}; expected a folder that train_distillation.py finished.")
+    check_saved_parts(folder)
     if config.get("_class_name") != "WanLiteStudent":
         raise ValueError(f"{folder}: holds a {config.get('_class_name')}, expected a WanLiteStudent.")
     prompts = choose_prompts(settings, run, folder)
-    multiple = 16
-    for name in ("height", "width"):
-        pixels = getattr(settings, name)
-        if pixels is not None and (pixels <= 0 or pixels % multiple):
-            raise ValueError(f"--{name} {pixels} is not divisible by {multiple}; the nearest is "
-                             f"{max(multiple, round(pixels / multiple) * multiple)}.")
-    for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
-        if getattr(settings, name) is not None and getattr(settings, name) < 1:
-            raise ValueError(f"--{name} is {getattr(settings, name)}, expected at least 1.")
+    resolution = run.get("resolution", 512)
+    defaults = {"height": resolution, "width": resolution, "num_inference_steps": run.get("num_inference_steps", 20)}
+    filled = {name: default if getattr(settings, name) is None else getattr(settings, name)
+              for name, default in defaults.items()}
+    settings = replace(settings, model=str(folder), **filled)
+    check_numbers(settings, len(prompts))
+    check_picture_size(settings, folder, config)
+    check_output_dir(Path(settings.output_dir))
     if settings.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", settings.device):
         raise ValueError(f"--device {settings.device} is unknown, expected cpu, cuda, cuda:N or mps.")
     if settings.negative_prompt and settings.guidance_scale <= 1:
         raise ValueError("--negative_prompt is used by guidance only; add --guidance_scale above 1 or leave it out.")
-    if not math.isfinite(settings.guidance_scale) or settings.guidance_scale < 0:
+    return settings, prompts
+
+
+def check_numbers(settings, num_prompts):
+    """Refuse counts, seeds and guidance out of range; what the flags leave open came from run.json."""
+    for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
+        if type(getattr(settings, name)) is not int or getattr(settings, name) < 1:
+            raise ValueError(f"--{name} is {getattr(settings, name)!r}, expected a whole number, at least 1.")
+    if settings.num_inference_steps > TIMESTEPS:
+        raise ValueError(f"--num_inference_steps is {settings.num_inference_steps}, expected at most {TIMESTEPS}.")
+    last = settings.seed + num_prompts * settings.num_images_per_prompt - 1
+    if settings.seed < 0 or last >= 2**63:
+        raise ValueError(f"--seed {settings.seed}: the pictures' seeds must lie in 0..2**63 - 1; choose another.")
+    if not math.isfinite(settings.guidance_scale) or settings.guidance_scale < 1:
         raise ValueError(f"--guidance_scale is {settings.guidance_scale}, expected 1 (none) or more.")
-    resolution = run.get("resolution", 512)
-    return replace(settings, model=str(folder), height=settings.height or resolution, width=settings.width or resolution,
-                   num_inference_steps=settings.num_inference_steps or run.get("num_inference_steps", 20)), prompts
+
+
+def check_picture_size(settings, folder, config):
+    """Refuse sizes that do not divide into tokens or lie beyond the student's rotary tables."""
+    try:
+        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        token = int(vae.get("scale_factor_spatial") or 8) * int(config.get("patch_size", (1, 2, 2))[1])      # pixels
+        largest = token * int(config.get("rope_max_seq_len", 1024))
+    except (ValueError, TypeError, AttributeError, LookupError):
+        raise ValueError(f"{folder}: config.json or vae/config.json does not say the patch and picture size. Copy the folder "
+                         "again.") from None
+    if token < 1:
+        raise ValueError(f"{folder}: config.json says a patch of {token} pixels. Copy the folder again.")
+    for name in ("height", "width"):
+        pixels = getattr(settings, name)
+        if type(pixels) is not int or pixels <= 0 or pixels % token:
+            nearest = max(token, round(pixels / token) * token) if type(pixels) is int else token
+            raise ValueError(f"--{name} {pixels!r} is not divisible by {token}; the nearest is {nearest}.")
+        if pixels > largest:
+            raise ValueError(f"--{name} {pixels} is more than this student can place; the most is {largest}.")
+
+
+def check_output_dir(output):
+    """Refuse a place where no folder can be made."""
+    place = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise OSError(f"--output_dir {output}: {place} is a file, expected a folder. Name another --output_dir.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OSError(f"--output_dir {output}: {place} cannot be written to. Name another --output_dir.")
 
 
 def choose_prompts(settings, run, folder):
@@ -86,7 +125,7 @@ def choose_prompts(settings, run, folder):
     if settings.prompts_file is not None:
         return read_prompts(settings.prompts_file)
     prompts = settings.prompt if settings.prompt is not None else run.get("validation_prompts", [])
-    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+    if not prompts or not isinstance(prompts, list) or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise ValueError(f"no prompt to draw: {folder}/run.json names no validation prompts, or --prompt is empty. "
                          'Add --prompt "...".')
     return prompts
@@ -101,6 +140,7 @@ import torch  # noqa: E402
 from diffusers import UniPCMultistepScheduler  # noqa: E402
 from PIL import Image  # noqa: E402
 from PIL.PngImagePlugin import PngInfo  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from train_distillation import WanLiteStudent  # noqa: E402
@@ -200,7 +240,8 @@ def main(settings, prompts):
     print(f"drawing {len(jobs)} pictures of {settings.width}x{settings.height} in {settings.num_inference_steps} steps with "
           f"{settings.model} on {device}{reason}; writing to {output.absolute()}", flush=True)
     output.mkdir(parents=True, exist_ok=True)
-    weights = hashlib.sha256(find_weights(Path(settings.model)).read_bytes()).hexdigest()
+    with open(find_weights(Path(settings.model)), "rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
     painter = Painter(settings.model, device, getattr(torch, settings.dtype))
     pictures = []
     for start in tqdm(range(0, len(jobs), settings.batch_size), desc="drawing", unit="batch", disable=len(jobs) == 1):
@@ -222,6 +263,6 @@ def main(settings, prompts):
 if __name__ == "__main__":
     try:
         main(SETTINGS, PROMPTS)
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError, SafetensorError) as error:
         print(f"run_inference.py: {error}", file=sys.stderr)
         sys.exit(2)

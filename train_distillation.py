@@ -108,8 +108,6 @@ def read_settings():
                                     settings.resume_from_checkpoint not in (None, "none"))
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if state == "new" and Path(settings.output_dir).exists():
-        clear(settings.output_dir)
     Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
     return settings, state == "resume"
 
@@ -548,8 +546,11 @@ def train(settings, is_resumed):
     run = {"settings": asdict(settings), "versions": versions(), "teacher": files.fingerprint, "student": shape,
            "student_parameters": student.num_parameters(), "finished": False, "validation_prompts": validation,
            "num_inference_steps": settings.num_inference_steps, "resolution": settings.resolution}
-    if accelerator.is_main_process:
+    if accelerator.is_main_process:                          # an earlier run goes only now, when this one is known to start
+        if not is_resumed:
+            clear(output)
         write_json(output / "run.json", run)
+    accelerator.wait_for_everyone()
     embeddings = encode_all(settings, [*training, *held_out, *validation, settings.negative_prompt], device)
     say(start_student(settings, student, files, [embeddings[prompt] for prompt in training[:NUM_REHEARSED]]))
 

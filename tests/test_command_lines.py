@@ -55,6 +55,13 @@ def test_a_shape_that_cannot_be_cut_is_refused_before_anything_is_written(argume
     assert not list((tmp_path / "run").iterdir())
 
 
+def test_a_shape_that_cannot_be_cut_leaves_the_run_that_it_was_to_overwrite(finished_run, tmp_path):
+    shutil.copytree(finished_run[0], tmp_path / "run")
+    process = run_script(TRAIN, "--output_dir", tmp_path / "run", "--overwrite", "--num_heads", "3")
+    assert process.returncode == 2
+    assert (tmp_path / "run/diffusion_pytorch_model.safetensors").is_file() and (tmp_path / "run/run.json").is_file()
+
+
 def test_a_folder_of_something_else_is_never_written_to(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     assert "no run of this script" in refused(TRAIN, "--output_dir", tmp_path, "--overwrite")

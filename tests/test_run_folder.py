@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,16 @@ import pytest
 
 from tests.conftest import ROOT
 from wanlite.run_folder import (
+    PARTS,
     MetricsLog,
     check_output_folder,
+    check_saved_parts,
     checkpoint_path,
+    clear,
     latest_checkpoint,
     new_folder,
     prune_checkpoints,
+    save_parts,
     why_broken,
     write_json,
 )
@@ -57,7 +62,10 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_last_whole_checkpoint(tmp_pat
     (lambda path: (path / "state.bin").write_text("cut"), "differs from its manifest"),
     (lambda path: (path / "state.bin").unlink(), "lacks state.bin"),
     (lambda path: (path / "manifest.json").unlink(), "no readable manifest"),
-    (lambda path: (path / "manifest.json").write_text("{"), "no readable manifest")])
+    (lambda path: (path / "manifest.json").write_text("{"), "no readable manifest"),
+    (lambda path: (path / "manifest.json").write_text("{}"), "no readable manifest"),
+    (lambda path: (path / "manifest.json").write_text("[1]"), "no readable manifest"),
+    (lambda path: (path / "state.bin").write_text("statE" * 1000), "differs from its manifest")])
 def test_the_newest_checkpoint_that_verifies_is_taken_and_the_rest_is_said(tmp_path, break_it, reason):
     for step in (1, 2):
         write_checkpoint(tmp_path, step)
@@ -77,6 +85,33 @@ def test_pruning_keeps_the_newest_and_never_prunes_after_a_broken_save(tmp_path)
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-000003", "step-000004"]
 
 
+def test_a_save_killed_between_its_renames_loses_no_folder(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, 1, "old")
+    target, replace = checkpoint_path(tmp_path, 1), os.replace
+
+    def killed(source, place):
+        if place == target:
+            raise KeyboardInterrupt
+        replace(source, place)
+    monkeypatch.setattr("wanlite.run_folder.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path, 1, "new")
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="full"), new_folder(target):
+        raise OSError("disk full")
+    assert why_broken(target) is None and (target / "state.bin").read_text().startswith("old")
+
+
+def test_checkpoints_are_ordered_by_step_and_other_names_are_left_alone(tmp_path):
+    for step in (999_998, 999_999, 1_000_000):
+        write_checkpoint(tmp_path, step)
+    shutil.copytree(checkpoint_path(tmp_path, 999_998), tmp_path / "checkpoints/step-best")
+    (tmp_path / "checkpoints/.step-000123.partial").mkdir()
+    assert latest_checkpoint(tmp_path) == (checkpoint_path(tmp_path, 1_000_000), [])
+    prune_checkpoints(tmp_path, 2)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-999999", "step-1000000", "step-best"}
+
+
 def test_an_output_folder_says_what_a_run_may_do_with_it(tmp_path):
     settings = {"seed": 0, "learning_rate": 1e-3}
     assert check_output_folder(tmp_path / "none", settings) == check_output_folder(tmp_path, settings) == "new"
@@ -91,9 +126,53 @@ def test_an_output_folder_says_what_a_run_may_do_with_it(tmp_path):
     assert check_output_folder(tmp_path, settings, overwrite=True) == "new"
     (tmp_path / "run.json").unlink()
     (tmp_path / "thesis.tex").write_text("mine")
-    for overwrite in (False, True):
-        with pytest.raises(ValueError, match="no run of this script"):
-            check_output_folder(tmp_path, settings, overwrite=overwrite)
+    for content in (None, {"experiment": 7}, {"settings": [1]}):
+        if content is not None:
+            write_json(tmp_path / "run.json", content)
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match="no run of this script"):
+                check_output_folder(tmp_path, settings, overwrite=overwrite, resume=False)
+
+
+def test_clearing_removes_what_a_run_wrote_and_nothing_else(tmp_path):
+    write_checkpoint(tmp_path, 1)
+    for name in ("run.json", "config.json", "metrics.jsonl", "thesis.tex", "cache/shard"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    clear(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", "cache"}
+
+
+class NoScheduler:
+    def save_pretrained(self, folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "scheduler_config.json").write_text("{}")
+
+
+@pytest.fixture
+def saved_parts(tmp_path):
+    for part in PARTS:
+        (tmp_path / "teacher" / part).mkdir(parents=True)
+        (tmp_path / "teacher" / part / "weights.bin").write_text("weights")
+        (tmp_path / "teacher" / part).chmod(0o555)
+    save_parts(tmp_path / "run", tmp_path / "teacher", NoScheduler())
+    return tmp_path / "run"
+
+
+def test_parts_of_a_read_only_teacher_are_saved_writable(saved_parts):
+    assert all((saved_parts / part).stat().st_mode & 0o200 for part in PARTS)
+    check_saved_parts(saved_parts)
+
+
+@pytest.mark.parametrize("break_it, words", [
+    (lambda run: (run / "vae/weights.bin").write_text("cut"), "3 bytes, 7 were written"),
+    (lambda run: (run / "tokenizer/weights.bin").unlink(), "lacks weights.bin"),
+    (lambda run: shutil.rmtree(run / "text_encoder"), "lacks text_encoder"),
+    (lambda run: (run / "scheduler/scheduler_config.json").unlink(), "lacks scheduler_config.json")])
+def test_a_saved_part_that_was_damaged_is_named(saved_parts, break_it, words):
+    break_it(saved_parts)
+    with pytest.raises(OSError, match=words):
+        check_saved_parts(saved_parts)
 
 
 def test_the_metrics_of_steps_that_are_run_again_are_dropped(tmp_path):
@@ -105,6 +184,13 @@ def test_the_metrics_of_steps_that_are_run_again_are_dropped(tmp_path):
     MetricsLog(tmp_path / "metrics.jsonl", 2).write(step=3, loss=0.0)
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2, 3]
     assert json.loads(log.path.read_text().splitlines()[-1])["loss"] == 0.0
+
+
+def test_a_run_that_starts_again_starts_its_metrics_again(tmp_path):
+    MetricsLog(tmp_path / "metrics.jsonl", 0).write(step=0, held_out_error=1.0)
+    assert MetricsLog(tmp_path / "metrics.jsonl", 0).path.read_text() == ""
+    (tmp_path / "metrics.jsonl").write_text('[1]\n{"step": 1}\n')
+    assert MetricsLog(tmp_path / "metrics.jsonl", 1).path.read_text() == '{"step": 1}\n'
 
 
 def test_json_is_replaced_whole(tmp_path):

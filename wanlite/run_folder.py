@@ -6,18 +6,22 @@
     checkpoints/step-000500/                             resumable state, each with a manifest that is written last
     samples/ logs/ cache/ metrics.jsonl README.md
 
-Nothing is deleted before its replacement is on disk, and no torch is imported: a wrong folder is answered at once.
+Saves replace what they replace only once it is on disk, and only files that a run writes are ever deleted. No torch is
+imported: a wrong folder is answered at once.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 MANIFEST = "manifest.json"
 PARTS = ("tokenizer", "text_encoder", "vae")
+RESULTS = (*PARTS, "scheduler", "checkpoints", "samples", "logs", "config.json", "diffusion_pytorch_model.safetensors",
+           "model_index.json", "metrics.jsonl", "README.md")   # what clear() removes, run.json after them
 
 
 # ---- small files and folders, whole or not at all ---------------------------------------------------------------------
@@ -35,19 +39,20 @@ def write_json(path, content):
 def new_folder(target):
     """Yield a hidden folder beside `target` to write into; on success it becomes `target`, with a manifest of its files."""
     target = Path(target)
-    partial = target.with_name(f".{target.name}.partial")
+    partial, aside = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old"))
+    if aside.exists() and not target.exists():
+        os.replace(aside, target)                             # an earlier save was killed between its two renames
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
         files = sorted(path for path in partial.rglob("*") if path.is_file())
-        write_json(partial / MANIFEST, {str(path.relative_to(partial)): _describe(path) for path in files})
-        for path in files:
+        for path in (*files, *(path for path in partial.rglob("*") if path.is_dir())):
             _flush(path)
+        write_json(partial / MANIFEST, {str(path.relative_to(partial)): _describe(path) for path in files})
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    aside = target.with_name(f".{target.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if target.exists():
         os.replace(target, aside)
@@ -56,17 +61,21 @@ def new_folder(target):
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def why_broken(folder):
-    """Return why a folder does not verify against its manifest, or None where it does."""
+def why_broken(folder, sizes_only=False):
+    """Return why a folder does not verify against its manifest, or None where it does; sizes alone take no time."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        manifest = None
+    if not isinstance(manifest, dict) or not manifest or not all(isinstance(entry, dict) for entry in manifest.values()):
         return "has no readable manifest"
     for name, described in manifest.items():
         path = folder / name
         if not path.is_file():
             return f"lacks {name}"
-        if _describe(path) != described:
+        if path.stat().st_size != described.get("size"):
+            return f"{name} differs from its manifest: {path.stat().st_size} bytes, {described.get('size')} were written"
+        if not sizes_only and _describe(path) != described:
             return f"{name} differs from its manifest"
     return None
 
@@ -112,7 +121,7 @@ def check_output_folder(folder, settings, overwrite=False, resume=True):
     if not folder.exists() or not any(folder.iterdir()):
         return "new"
     run = read_run(folder)
-    if not run:
+    if not isinstance(run.get("settings"), dict):
         raise ValueError(f"{folder}: holds files that are no run of this script. Name an empty or a new --output_dir.")
     if overwrite:
         return "new"
@@ -120,8 +129,8 @@ def check_output_folder(folder, settings, overwrite=False, resume=True):
         raise ValueError(f"{folder}: holds a finished run. Add --overwrite to replace it, or name another --output_dir.")
     if not resume:
         return "new"
-    changed = {name: (run.get("settings", {}).get(name), value) for name, value in settings.items()
-               if run.get("settings", {}).get(name) != value}
+    changed = {name: (run["settings"].get(name), value) for name, value in settings.items()
+               if run["settings"].get(name) != value}
     if changed:
         told = ", ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
         raise ValueError(f"{folder}: holds a run cut short under other settings ({told}). Use the same, or add --overwrite.")
@@ -129,10 +138,16 @@ def check_output_folder(folder, settings, overwrite=False, resume=True):
 
 
 def clear(folder):
-    """Remove an earlier run's results; trajectories in cache/ stay, they are checked by what they were made of."""
-    for entry in Path(folder).iterdir():
-        if entry.name != "cache":
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    """Remove an earlier run's results, and nothing else; run.json goes last, so that a clearing cut short is still a run.
+
+    Trajectories in cache/ stay: they are checked by what they were made of.
+    """
+    for name in (*RESULTS, "run.json"):
+        entry = Path(folder) / name
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
 
 
 def check_parts(teacher_folder):
@@ -147,7 +162,7 @@ def save_parts(folder, teacher_folder, scheduler):
     folder, teacher_folder = Path(folder), Path(teacher_folder)
     for part in PARTS:
         with new_folder(folder / part) as partial:
-            shutil.copytree(teacher_folder / part, partial, dirs_exist_ok=True)
+            _copy_files(teacher_folder / part, partial)
     scheduler.save_pretrained(folder / "scheduler")
     index = teacher_folder / "model_index.json"
     tokenizer = json.loads(index.read_text(encoding="utf-8")).get("tokenizer") if index.is_file() else None
@@ -156,6 +171,27 @@ def save_parts(folder, teacher_folder, scheduler):
         "tokenizer": tokenizer or ["transformers", "T5TokenizerFast"], "text_encoder": ["transformers", "UMT5EncoderModel"],
         "vae": ["diffusers", "AutoencoderKLWan"], "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "transformer": ["diffusers", "WanTransformer3DModel"], "transformer_2": [None, None]})
+
+
+def _copy_files(source, target):
+    """Copy contents without permissions: a teacher may lie in a folder that is read-only."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file() and path != source / MANIFEST:
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
+
+
+def check_saved_parts(folder):
+    """Refuse a saved student's folder whose parts are missing or not as they were written; sizes are compared."""
+    folder = Path(folder)
+    if missing := [part for part in ("scheduler", *PARTS) if not (folder / part).is_dir()]:
+        raise OSError(f"{folder}: lacks {', '.join(missing)}; expected a folder that train_distillation.py finished.")
+    if not (folder / "scheduler" / "scheduler_config.json").is_file():
+        raise OSError(f"{folder / 'scheduler'}: lacks scheduler_config.json. Copy the folder again.")
+    for part in PARTS:
+        if (folder / part / MANIFEST).exists() and (reason := why_broken(folder / part, sizes_only=True)):
+            raise OSError(f"{folder / part}: {reason}. Copy the folder again.")
 
 
 def write_model_card(folder, settings, results):
@@ -195,7 +231,7 @@ def checkpoint_path(folder, step):
 def latest_checkpoint(folder):
     """Return (newest checkpoint that verifies or None, a line for each newer one that was skipped)."""
     skipped = []
-    for path in sorted((Path(folder) / "checkpoints").glob("step-*"), reverse=True):
+    for path in reversed(_checkpoints(folder)):
         reason = why_broken(path)
         if reason is None:
             return path, skipped
@@ -204,11 +240,18 @@ def latest_checkpoint(folder):
 
 
 def prune_checkpoints(folder, keep):
-    """Delete all but the newest `keep` checkpoints (two at least), after the newest is known to verify."""
-    paths = sorted((Path(folder) / "checkpoints").glob("step-*"))
+    """Delete all but the newest `keep` checkpoints (two at least) and what killed saves left, once the newest verifies."""
+    paths = _checkpoints(folder)
     if paths and why_broken(paths[-1]) is None:
-        for path in paths[:-max(2, keep)]:
+        left = [path for kind in ("partial", "old") for path in paths[-1].parent.glob(f".step-*.{kind}")]
+        for path in (*paths[:-max(2, keep)], *left):
             shutil.rmtree(path)
+
+
+def _checkpoints(folder):
+    """Return the run's checkpoints by rising step; folders of other names, as a user's backup, are none."""
+    paths = (Path(folder) / "checkpoints").glob("step-*")
+    return sorted((path for path in paths if re.fullmatch(r"step-\d+", path.name)), key=lambda path: int(path.name[5:]))
 
 
 class MetricsLog:
@@ -220,12 +263,12 @@ class MetricsLog:
     def __init__(self, path, step):
         self.path, self.seconds = Path(path), 0.0
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+        for line in self.path.read_text(encoding="utf-8").splitlines() if step and self.path.exists() else ():
             try:
                 record = json.loads(line)
             except ValueError:
                 continue                                      # the last line of a run that was killed
-            if record.get("step", 0) <= step:
+            if isinstance(record, dict) and record.get("step", 0) <= step:
                 kept.append(line)
                 self.seconds = record.get("seconds", self.seconds)
         partial = self.path.with_name(f".{self.path.name}.partial")

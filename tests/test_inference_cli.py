@@ -1,0 +1,63 @@
+"""run_inference.py, as a user types it: what no picture can be drawn with is one line and exit code 2, before torch."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_command_lines import refused
+
+DRAW = ROOT / "run_inference.py"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--seed", "-1"], "must lie in 0"), (["--seed", str(2**63)], "must lie in 0"),
+    (["--seed", str(2**63 - 1), "--num_images_per_prompt", "2"], "must lie in 0"),
+    (["--num_inference_steps", "1001"], "at most 1000"), (["--guidance_scale", "0.5"], "expected 1 (none) or more"),
+    (["--height", "32768"], "the most is"), (["--height", "-64"], "divisible by 16; the nearest is 16")])
+def test_numbers_out_of_range_are_refused(arguments, words, finished_run, tmp_path):
+    assert words in refused(DRAW, "--model", finished_run[0], "--output_dir", tmp_path / "pictures", *arguments)
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_an_output_folder_that_is_a_file_is_refused(finished_run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/below"):
+        assert "is a file" in refused(DRAW, "--model", finished_run[0], "--output_dir", tmp_path / place)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.fixture
+def copied_run(finished_run, tmp_path):
+    shutil.copytree(finished_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("cache", "checkpoints"))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"resolution": "64"}, "not divisible by 16"), ({"resolution": 60}, "the nearest is 64"),
+    ({"resolution": True}, "not divisible by 16"), ({"num_inference_steps": "4"}, "expected a whole number"),
+    ({"num_inference_steps": 0}, "at least 1"), ({"validation_prompts": "abc"}, "no prompt to draw")])
+def test_a_damaged_run_json_is_refused(changes, words, copied_run):
+    run = json.loads((copied_run / "run.json").read_text())
+    (copied_run / "run.json").write_text(json.dumps(run | changes))
+    assert words in refused(DRAW, "--model", copied_run)
+
+
+@pytest.mark.parametrize("name", ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
+                                  "tokenizer/tokenizer.json"])
+def test_a_part_that_is_cut_short_or_gone_is_named(name, copied_run):
+    path = copied_run / name
+    path.write_bytes(path.read_bytes()[:1000])
+    assert f"{path.name} differs from its manifest" in refused(DRAW, "--model", copied_run)
+    path.unlink()
+    assert f"lacks {path.name}" in refused(DRAW, "--model", copied_run)
+
+
+@pytest.mark.parametrize("name, content", [("vae/config.json", "[1]"), ("vae/config.json", "{"), ("config.json", None)])
+def test_configs_that_say_no_size_are_refused(name, content, copied_run):
+    (copied_run / "vae/manifest.json").unlink()                # as in a folder that was put together by hand
+    if content is None:
+        content = json.dumps(json.loads((copied_run / name).read_text()) | {"patch_size": 2})
+    (copied_run / name).write_text(content)
+    assert "does not say the patch and picture size" in refused(DRAW, "--model", copied_run)
