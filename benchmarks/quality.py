@@ -17,13 +17,12 @@ import numpy as np
 import torch
 
 from run_inference import Painter
-from train_distillation import Settings, draw_pictures, teacher_velocity
+from train_distillation import Settings, draw_pictures, student_velocity, teacher_velocity
 from wanlite import shapes
 from wanlite.flow import make_scheduler
 from wanlite.measure import prompt_accuracy, variety
 from wanlite.run_folder import read_run, write_json
 from wanlite.teacher import Teacher, open_teacher_files
-from wanlite.text import encode_prompts
 
 COLUMNS = ("model", "steps", "guidance", "seed", "train_steps", "accuracy", "accuracy_one", "accuracy_two",
            *shapes.ATTRIBUTES, "variety", "seconds")
@@ -50,28 +49,23 @@ def painters(folder, twin, run):
     settings = Settings(**run["settings"])
     student = Painter(folder)
     teacher = Teacher(open_teacher_files(settings.teacher))
-    guided = teacher_velocity(teacher, settings, encode_prompts(student.tokenizer, student.encoder, [""])[0])
+    guided = teacher_velocity(teacher, settings, student.embed([settings.negative_prompt])[0])
     size = settings.resolution // student.autoencoder.config.scale_factor_spatial
 
-    def draw_teacher(captions, seeds, num_steps):
-        return draw_pictures(guided, student.autoencoder, student.embed(captions), seeds, make_scheduler(settings.flow_shift),
-                             num_steps, (teacher.config["in_channels"], size, size))
-
-    def draw_student(painter):
+    def draw_with(velocity_for):
         def draw(captions, seeds, num_steps):
-            return np.concatenate([painter.draw(captions[start:start + 64], seeds[start:start + 64], num_steps,
-                                                settings.resolution, settings.resolution)
-                                   for start in range(0, len(captions), 64)])
+            return draw_pictures(velocity_for, student.autoencoder, student.embed(captions), seeds,
+                                 make_scheduler(settings.flow_shift), num_steps, (teacher.config["in_channels"], size, size))
         return draw
 
     guidance = f"{settings.guidance_scale:g}/{settings.guidance_scale_2:g}"
     for steps in (40, settings.teacher_steps, settings.num_inference_steps):
-        yield "teacher", steps, guidance, None, draw_teacher
+        yield "teacher", steps, guidance, None, draw_with(guided)
     trained = run["settings"]["max_train_steps"]
     for name, painter, budget in (("student", student, trained),
                                   ("random_start", Painter(twin), read_run(twin)["settings"]["max_train_steps"])):
         for steps in (settings.teacher_steps, settings.num_inference_steps):
-            yield name, steps, "1", budget, draw_student(painter)
+            yield name, steps, "1", budget, draw_with(student_velocity(painter.student))
 
 
 def main():
