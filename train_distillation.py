@@ -151,10 +151,8 @@ if __name__ == "__main__":  # arguments and paths are answered before torch is i
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin at barriers stall beside any other busy program
     SETTINGS, IS_RESUMED = read_settings()
 
-import importlib.metadata  # noqa: E402
 import inspect  # noqa: E402
 import math  # noqa: E402
-import platform  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Mapping  # noqa: E402
@@ -182,6 +180,7 @@ from torch import nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from wanlite import shapes  # noqa: E402
+from wanlite.announcements import announce, conclude, versions  # noqa: E402
 from wanlite.autoencoder import decode_latents, load_autoencoder, to_pictures  # noqa: E402
 from wanlite.data import SHARD_SIZE, SeededBatches, cache_folder, feature_basis, walk_teacher  # noqa: E402
 from wanlite.flow import make_scheduler, sample, seeded_noise  # noqa: E402
@@ -726,48 +725,6 @@ class StopSignal:
         signal.signal(number, signal.SIG_DFL)
 
 
-# ---- what a user reads -----------------------------------------------------------------------------------------------------
-
-def announce(settings, files, student, device, num_trajectories, say):
-    """Say what will happen before it happens."""
-    sizes = " + ".join(f"{expert.num_parameters / 1e6:,.2f} M" for expert in files.experts.values())
-    passes = num_trajectories * settings.teacher_steps * 2
-    pictures = settings.max_train_steps * settings.train_batch_size * settings.gradient_accumulation_steps
-    config = student.config
-    say(f"teacher  {settings.teacher} ({files.layout} layout, {len(files.experts)} expert(s): {sizes} parameters)\n"
-        f"student  {config.hidden_size} x {config.depth}, {config.num_heads} heads: {student.num_parameters() / 1e6:,.2f} M "
-        f"parameters, start: {settings.projection}\n"
-        f"device   {device}, {torch.get_num_threads()} threads, "
-        f"{'float32' if settings.mixed_precision == 'no' else settings.mixed_precision + ' mixed precision'}\n"
-        f"work     {num_trajectories:,} teacher pictures ({passes:,} teacher passes), then {settings.max_train_steps:,} steps "
-        f"({pictures:,} states)\n"
-        f"output   {Path(settings.output_dir).absolute()}")
-    say(f"time     {estimate(settings, files, student, device, passes, pictures)}")
-
-
-def estimate(settings, files, student, device, passes, states):
-    """Time a few student steps and scale by parameters; says about how long the run takes."""
-    tokens, patch = (settings.resolution // 8 // files.config["patch_size"][1]) ** 2, student.config.patch_size[1]
-    side, rows = patch * math.isqrt(tokens), max(1, min(64, 65536 // max(tokens, 1)))
-    twin = WanLiteStudent(dict(student.config)).to(device)
-    words = TextTokens(torch.zeros(rows, 24, student.config.text_dim), torch.zeros(rows, 24)).to(device)
-    latents = torch.randn(rows, student.config.num_channels, side, side, device=device)
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        twin(latents, torch.full((rows,), 500.0, device=device), words.tokens, return_dict=False)[0].mean().backward()
-        seconds.append(time.perf_counter() - began)
-    each = min(seconds) / rows
-    larger = files.num_parameters / len(files.experts) / student.num_parameters()
-    total = each * states + each / 3 * larger * passes
-    return f"about {max(1, round(total / 60)):,} minutes"
-
-
-def versions():
-    names = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
-
-
 def judge_both(settings, guided, student, draw, embeddings, held_out):
     """Let the judge read teacher and student on held-out captions; nothing where prompts are not of the tiny world."""
     captions = [prompt for prompt in held_out if shapes.read_caption(prompt)]
@@ -781,19 +738,6 @@ def judge_both(settings, guided, student, draw, embeddings, held_out):
                         accuracy(student_velocity(student), settings.num_inference_steps))
     return {"captions": len(captions), "prompt_accuracy": {"teacher": teacher["accuracy"], "student": student["accuracy"]},
             "teacher": teacher, "student": student}
-
-
-def conclude(settings, output, results, seconds, say):
-    """Say how faithful the student is beside its teacher, and what to run next."""
-    if "prompt_accuracy" in results:
-        teacher, student = results["teacher"], results["student"]
-        say(f"held-out captions drawn right ({results['captions']}):  teacher {teacher['accuracy']:.0%} in "
-            f"{settings.teacher_steps} guided steps (one object {teacher['accuracy_one']:.0%}, two "
-            f"{teacher['accuracy_two']:.0%});  student {student['accuracy']:.0%} in {settings.num_inference_steps} steps "
-            f"(one object {student['accuracy_one']:.0%}, two {student['accuracy_two']:.0%})")
-    say(f"held-out velocity error {results['held_out_error']:.4f} of the teacher's power; {seconds / 60:.1f} minutes in all\n"
-        f"saved to {output}; pictures, teacher above student: {output / 'samples'}\n"
-        f"next: python run_inference.py --model {settings.output_dir}")
 
 
 # ---- main --------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,60 @@
+"""What a user is told: what will happen and about how long it takes, and how it ended."""
+
+import importlib.metadata
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+
+def announce(settings, files, student, device, num_trajectories, say):
+    """Say what will happen before it happens."""
+    sizes = " + ".join(f"{expert.num_parameters / 1e6:,.2f} M" for expert in files.experts.values())
+    passes = num_trajectories * settings.teacher_steps * 2
+    pictures = settings.max_train_steps * settings.train_batch_size * settings.gradient_accumulation_steps
+    config = student.config
+    say(f"teacher  {settings.teacher} ({files.layout} layout, {len(files.experts)} expert(s): {sizes} parameters)\n"
+        f"student  {config.hidden_size} x {config.depth}, {config.num_heads} heads: {student.num_parameters() / 1e6:,.2f} M "
+        f"parameters, start: {settings.projection}\n"
+        f"device   {device}, {torch.get_num_threads()} threads, "
+        f"{'float32' if settings.mixed_precision == 'no' else settings.mixed_precision + ' mixed precision'}\n"
+        f"work     {num_trajectories:,} teacher pictures ({passes:,} teacher passes), then {settings.max_train_steps:,} steps "
+        f"({pictures:,} states)\n"
+        f"output   {Path(settings.output_dir).absolute()}")
+    say(f"time     {estimate(settings, files, student, device, passes, pictures)}")
+
+
+def estimate(settings, files, student, device, passes, states):
+    """Time a few steps of the student's twin and scale by parameters; says about how long the run takes."""
+    twin, patch = type(student)(dict(student.config)).to(device), student.config.patch_size[1]
+    side = settings.resolution // 8 // patch * patch
+    rows = max(1, min(64, 65536 // (side // patch) ** 2))
+    words = torch.zeros(rows, 24, student.config.text_dim, device=device)
+    latents = torch.randn(rows, student.config.num_channels, side, side, device=device)
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        twin(latents, torch.full((rows,), 500.0, device=device), words, return_dict=False)[0].mean().backward()
+        seconds.append(time.perf_counter() - began)
+    each = min(seconds) / rows
+    larger = files.num_parameters / len(files.experts) / student.num_parameters()
+    return f"about {max(1, round((each * states + each / 3 * larger * passes) / 60)):,} minutes"
+
+
+def versions():
+    names = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def conclude(settings, output, results, seconds, say):
+    """Say how faithful the student is beside its teacher, and what to run next."""
+    if "prompt_accuracy" in results:
+        teacher, student = results["teacher"], results["student"]
+        say(f"held-out captions drawn right ({results['captions']}):  teacher {teacher['accuracy']:.0%} in "
+            f"{settings.teacher_steps} guided steps (one object {teacher['accuracy_one']:.0%}, two "
+            f"{teacher['accuracy_two']:.0%});  student {student['accuracy']:.0%} in {settings.num_inference_steps} steps "
+            f"(one object {student['accuracy_one']:.0%}, two {student['accuracy_two']:.0%})")
+    say(f"held-out velocity error {results['held_out_error']:.4f} of the teacher's power; {seconds / 60:.1f} minutes in all\n"
+        f"saved to {output}; pictures, teacher above student: {output / 'samples'}\n"
+        f"next: python run_inference.py --model {settings.output_dir}")
