@@ -68,6 +68,20 @@ def painters(folder, twin, run):
             yield name, steps, "1", budget, draw_with(student_velocity(painter.student))
 
 
+def summarise(rows):
+    """Print mean and range over seeds for each model and number of steps; returns {(model, steps): mean accuracy}."""
+    means = {}
+    for model, steps in dict.fromkeys((row["model"], row["steps"]) for row in rows):
+        found = [row for row in rows if (row["model"], row["steps"]) == (model, steps)]
+        accuracy, one, two, seconds = (np.mean([row[name] for row in found])
+                                       for name in ("accuracy", "accuracy_one", "accuracy_two", "seconds"))
+        lowest, highest = (pick(row["accuracy"] for row in found) for pick in (min, max))
+        print(f"{model} in {steps} steps: {accuracy:.3f} ({lowest:.3f} to {highest:.3f}), one object {one:.3f}, two {two:.3f}, "
+              f"variety {found[0]['variety']}, {seconds:.3f} s a picture")
+        means[model, steps] = float(accuracy)
+    return means
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("outputs/wan_t2i"), help="a finished run")
@@ -98,12 +112,9 @@ def main():
                 rows.append({"model": model, "steps": steps, "guidance": guidance, "seed": seed, "train_steps": budget,
                              "variety": round(spread, 2), **figures})
                 print("  ".join(f"{rows[-1][name]!s:>12}" for name in COLUMNS), flush=True)
-    means = {name: [row["accuracy"] for row in rows if row["model"] == name and row["steps"] == run["num_inference_steps"]]
-             for name in ("student", "random_start")}
-    print(f"in {run['num_inference_steps']} steps, mean and range over seeds: " + "; ".join(
-        f"{name} {np.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})" for name, found in means.items()))
+    means = summarise(rows)
     if not options.quick:
-        run["results"]["prompt_accuracy"]["random_start"] = float(np.mean(means["random_start"]))
+        run["results"]["prompt_accuracy"]["random_start"] = means["random_start", run["num_inference_steps"]]
         write_json(options.model / "run.json", run)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")

@@ -109,3 +109,38 @@ def test_a_smaller_head_keeps_whole_rotary_pairs_of_every_axis():
     pairs = rows[::2] // 2
     assert [int((pairs < 22).sum()), int(((pairs >= 22) & (pairs < 43)).sum()), int((pairs >= 43).sum())] == [12, 10, 10]
     assert pairs[12:22].tolist() == [22 + step for step in (0, 2, 4, 6, 8, 10, 13, 15, 17, 19)]
+
+
+@pytest.fixture
+def attention_cut():
+    """A block's attention, 4 heads of 4 over 8 residual channels, whose last two heads are louder in queries and keys and whose
+    first two write only their biases."""
+    generator = torch.Generator().manual_seed(0)
+    loud = torch.tensor([0.2, 0.2, 1.0, 1.0]).repeat_interleave(4)[:, None]
+    cut = {kind: (loud * torch.randn(16, 8, generator=generator), torch.zeros(16)) for kind in "qk"}
+    cut["v"] = ((loud == 1.0) * torch.randn(16, 8, generator=generator), torch.randn(16, generator=generator))
+    cut |= {"o": torch.randn(8, 16, generator=generator), "o_bias": torch.randn(8, generator=generator),
+            "gain": {kind: torch.rand(16, generator=generator) + 0.5 for kind in "qk"}}
+    cut["power"] = {kind: projection._row_power(*cut[kind]).mean() for kind in "qk"}
+    return cut
+
+
+def joined(cut):
+    report = projection.Report("low", 8, [[0]], cuts=[{}])
+    return projection._join_heads([cut], {"num_heads": 2, "hidden_size": 8}, {"attention_head_dim": 4, "num_attention_heads": 4},
+                                  "attn1", report)
+
+
+def test_attention_keeps_its_temperature_when_heads_are_dropped(attention_cut):
+    tensors, inputs = joined(attention_cut), torch.randn(20000, 8, generator=torch.Generator().manual_seed(1))
+    for kind in "qk":
+        queries = inputs @ attention_cut[kind][0].T
+        theirs = (queries / queries.square().mean(-1, keepdim=True).sqrt() * attention_cut["gain"][kind])[:, 8:]
+        queries = inputs @ tensors[f"to_{kind}.weight"].T
+        ours = queries / queries.square().mean(-1, keepdim=True).sqrt() * tensors[f"norm_{kind}.weight"]
+        assert 0.98 < (ours.square().mean() / theirs.square().mean()).sqrt() < 1.02
+
+
+def test_what_a_dropped_head_writes_whatever_it_looks_at_is_kept(attention_cut):
+    expected = attention_cut["o_bias"] + attention_cut["o"][:, :8] @ attention_cut["v"][1][:8]
+    assert torch.allclose(joined(attention_cut)["to_out.0.bias"], expected, atol=1e-6)
