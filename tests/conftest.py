@@ -1,6 +1,7 @@
 """The tiny teacher in both layouts, its words, and a run of a few steps: made once, shared by every test."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from wanlite.text import encode_prompts, load_text_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_TEACHER = ROOT / "tiny_teacher"
+A14B = {"width": 5120, "ffn_dim": 13824, "num_layers": 40, "channels": 16, "model_type": "t2v"}
+WAN_1_3B = {"width": 1536, "ffn_dim": 8960, "num_layers": 30, "channels": 16, "model_type": "t2v"}
+TI2V_5B = {"width": 3072, "ffn_dim": 14336, "num_layers": 30, "channels": 48, "model_type": "ti2v"}
 TO_OFFICIAL = [("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
                ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
                ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
@@ -58,6 +62,66 @@ def write_official(source, target, num_shards=3):
             weight_map |= dict.fromkeys(part, shard)
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
             json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def wan_shapes(width, ffn_dim, num_layers, channels, **_):
+    """Return {diffusers' name: shape} of a Wan with head size 128, as its own repository has them."""
+    def linear(name, rows, columns):
+        return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+    condition = "condition_embedder."
+    shapes = {"patch_embedding.weight": (width, channels, 1, 2, 2), "patch_embedding.bias": (width,),
+              "scale_shift_table": (1, 2, width)}
+    shapes |= linear(f"{condition}text_embedder.linear_1", width, 4096) | linear(f"{condition}text_embedder.linear_2", width, width)
+    shapes |= linear(f"{condition}time_embedder.linear_1", width, 256) | linear(f"{condition}time_embedder.linear_2", width, width)
+    shapes |= linear(f"{condition}time_proj", 6 * width, width) | linear("proj_out", 4 * channels, width)
+    for block in (f"blocks.{index}." for index in range(num_layers)):
+        for attention in ("attn1", "attn2"):
+            for part in ("to_q", "to_k", "to_v", "to_out.0"):
+                shapes |= linear(f"{block}{attention}.{part}", width, width)
+            shapes |= {f"{block}{attention}.norm_{kind}.weight": (width,) for kind in "qk"}
+        shapes |= linear(f"{block}ffn.net.0.proj", ffn_dim, width) | linear(f"{block}ffn.net.2", width, ffn_dim)
+        shapes |= {f"{block}scale_shift_table": (1, 6, width)} | {f"{block}norm2.{kind}": (width,) for kind in ("weight", "bias")}
+    return shapes
+
+
+def write_sparse(path, shapes):
+    """Write a safetensors file of float32 zeros that takes no disk but for its header."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def write_sparse_wan(folder, model, dialect, num_shards):
+    """Write one expert with the real shapes of `model` and zeros for weights."""
+    folder.mkdir(parents=True)
+    width, heads, channels = model["width"], model["width"] // 128, model["channels"]
+    if dialect == "official":
+        config = {"_class_name": "WanModel", "dim": width, "eps": 1e-06, "ffn_dim": model["ffn_dim"],
+                  "freq_dim": 256, "in_dim": channels, "model_type": model["model_type"], "num_heads": heads,
+                  "num_layers": model["num_layers"], "out_dim": channels, "text_len": 512}
+    else:
+        config = {"_class_name": "WanTransformer3DModel", "added_kv_proj_dim": None, "attention_head_dim": 128,
+                  "cross_attn_norm": True, "eps": 1e-06, "ffn_dim": model["ffn_dim"], "freq_dim": 256, "image_dim": None,
+                  "in_channels": channels, "num_attention_heads": heads, "num_layers": model["num_layers"],
+                  "out_channels": channels, "patch_size": [1, 2, 2], "pos_embed_seq_len": None,
+                  "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024, "text_dim": 4096}
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {official_name(name) if dialect == "official" else name: shape for name, shape in wan_shapes(**model).items()}
+    names, weight_map = list(shapes), {}
+    for number in range(num_shards):
+        shard = f"diffusion_pytorch_model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
+        part = {name: shapes[name] for name in names[number * len(names) // num_shards:(number + 1) * len(names) // num_shards]}
+        write_sparse(folder / ("diffusion_pytorch_model.safetensors" if num_shards == 1 else shard), part)
+        weight_map |= dict.fromkeys(part, shard)
+    if num_shards > 1:
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": 4 * sum(map(math.prod, shapes.values()))}, "weight_map": weight_map}))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,6 +6,7 @@ Legend: B batch, C channels, H W latent height and width, N image tokens, D widt
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,9 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from tqdm import tqdm
 
-from .network import OneFrameBlock, TextTokens, one_frame_velocity
+from .network import TEXT_LENGTH, OneFrameBlock, TextTokens, one_frame_velocity
 
 BOUNDARY = 0.875  # Wan2.2 A14B: noise levels from here on belong to the high-noise expert
 WEIGHTS = "diffusion_pytorch_model"
@@ -47,17 +49,27 @@ _IS_DIFFUSERS = re.compile(
     r"|blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|norm2|ffn\.net\.0\.proj|ffn\.net\.2))\.(weight|bias)$"
     r"|^blocks\.\d+\.attn[12]\.norm_[qk]\.weight$|^(blocks\.\d+\.)?scale_shift_table$")
 _PREFIX = "model.diffusion_model."  # ComfyUI's single files
+_OTHER_WANS = [(re.compile(pattern), name) for pattern, name in (
+    (r"img_emb|[kv]_img|image_embedder|add_[kv]_proj", "an image-to-video Wan"), (r"vace", "VACE"), (r"lora|\.diff", "a LoRA"),
+    (r"audio|frame_packer|trainable_cond|cond_encoder", "a speech-to-video Wan"), (r"face_|motion_|pose_patch", "Wan Animate"),
+    (r"control_adapter|ref_conv", "a Fun Control Wan"))]
+_UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload")  # what a download is called, or leaves beside it, until it ends
+_DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_FP8_SCALES = ("scale_weight", "weight_scale")                              # ComfyUI's: value = X.weight * X.scale
+_FP8_MARKS = ("scaled_fp8", "scale_input", "input_scale", "comfy_quant")    # for fp8 arithmetic: no part of a weight's value
 
 
 def diffusers_name(key):
-    """Return diffusers' name for a tensor of either dialect; raises ValueError for a name that no Wan has."""
+    """Return diffusers' name for a tensor of either dialect; raises ValueError for a name that no text-to-video Wan has."""
     name = key.removeprefix(_PREFIX)
     for pattern, template in _TO_DIFFUSERS:
         if pattern.match(name):
             return pattern.sub(template, name)
     if _IS_DIFFUSERS.match(name):
         return name
-    raise ValueError(f"tensor {key!r} is no tensor of a text-to-video Wan transformer, in the official or in diffusers' names.")
+    other = next((other for pattern, other in _OTHER_WANS if pattern.search(name)), "nothing known")
+    raise ValueError(f"tensor {key!r} is no tensor of a text-to-video Wan transformer, in the official or in diffusers' names "
+                     f"(it belongs to {other}). Choose a text-to-video Wan.")
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------
@@ -70,12 +82,16 @@ class ExpertFiles:
     folder: Path
     config: dict
     places: dict = field(repr=False)              # diffusers' name -> (file, name in the file, shape)
+    scales: dict = field(repr=False, default_factory=dict)    # of scaled fp8 weights: diffusers' name -> (rows, 1, ...)
 
-    def read(self, name, dtype=torch.float32):
-        """Read one tensor by diffusers' name."""
+    def read(self, name, dtype=torch.float32, rows=None):
+        """Read one tensor by diffusers' name, or only the `rows` (a slice) of its first dimension; scales are multiplied in."""
         path, stored_name, _ = self.places[name]
         with safe_open(path, "pt") as file:
-            return file.get_tensor(stored_name).to(dtype)
+            tensor = file.get_tensor(stored_name) if rows is None else file.get_slice(stored_name)[rows]
+        if name in self.scales:
+            tensor = tensor.float() * (self.scales[name] if rows is None else self.scales[name][rows])
+        return tensor.to(dtype)
 
     def shape(self, name):
         return self.places[name][2]
@@ -87,6 +103,10 @@ class ExpertFiles:
     @property
     def num_parameters(self):
         return sum(torch.Size(shape).numel() for *_, shape in self.places.values())
+
+    @property
+    def num_bytes(self):
+        return sum(path.stat().st_size for path in {path for path, *_ in self.places.values()})
 
 
 @dataclass
@@ -121,7 +141,7 @@ class TeacherFiles:
 
 
 def open_teacher_files(folder):
-    """Find the experts in a Wan folder and check their headers; no tensor is read.
+    """Find the experts in a Wan folder and check their headers; no tensor but the scales of fp8 weights is read.
 
     Raises OSError for what is missing or cut short and ValueError for what belongs to no or to another Wan.
     """
@@ -135,8 +155,7 @@ def open_teacher_files(folder):
     for layout, (high, low) in pairs.items():
         if (folder / high).is_dir() and (folder / low).is_dir():
             experts = {"high": _open_expert("high", folder / high), "low": _open_expert("low", folder / low)}
-            if experts["high"].config != experts["low"].config:
-                raise ValueError(f"{folder}: {high} and {low} differ in size; they are experts of two teachers.")
+            _check_same_size(folder, *experts.values())
             return TeacherFiles(folder, layout, experts, _boundary(index, index_path))
     promised = [name for name in ("transformer", "transformer_2") if (index.get(name) or [None])[0] is not None]
     lonely = [name for name in pairs["official"] if (folder / name).is_dir()]
@@ -158,20 +177,76 @@ def _boundary(index, path):
     return float(boundary)
 
 
+def _check_same_size(folder, high, low):
+    differences = [f"{name} {value} and {low.config.get(name)}" for name, value in high.config.items()
+                   if value != low.config.get(name)]
+    if differences:
+        raise ValueError(f"{folder}: {high.folder.name} and {low.folder.name} differ in size ({', '.join(differences)}); they are "
+                         "experts of two teachers. Download the folder again.")
+
+
 def _open_expert(name, folder):
-    places = {}
-    for path in _weight_files(folder):
+    places, scales, promised = {}, {}, _promised_by_index(folder)
+    for path in _weight_files(folder, promised):
         try:
-            with safe_open(path, "pt") as file:
-                for key in file.keys():
-                    standard = diffusers_name(key)
-                    if standard in places:
-                        raise ValueError(f"{folder}: {key} stands in {places[standard][0].name} and in {path.name}. Keep the "
-                                         "files of one download, in one precision.")
-                    places[standard] = (path, key, tuple(file.get_slice(key).get_shape()))
+            _read_header(path, places, scales)
         except SafetensorError as error:
             raise OSError(f"{path}: not a whole safetensors file ({error}). Download it again.") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    held = {stored_name for _, stored_name, _ in places.values()}
+    if broken := sorted(key for key in promised if _is_weight(key) and key not in held):
+        raise ValueError(f"{folder}: the index promises {broken[0]} in {promised[broken[0]]}, no shard holds it ({len(broken)} in "
+                         "all). Index and shards are of two downloads: download the expert again.")
     config = _config_in_diffusers_words(folder, places)
+    if config["in_channels"] != config["out_channels"]:
+        raise ValueError(f"{folder}: takes {config['in_channels']} channels and gives {config['out_channels']}: an image-to-video "
+                         "or control Wan. Expected as many in as out: choose a text-to-video Wan.")
+    _check_shapes(folder, config, places)
+    return ExpertFiles(name, folder, config, places, _spread_scales(folder, scales, places))
+
+
+def _is_weight(key):
+    return key.rpartition(".")[2] not in _FP8_SCALES + _FP8_MARKS
+
+
+def _read_header(path, places, scales):
+    """Add where a file's tensors lie to `places`, and its scales, which are small, to `scales`."""
+    with safe_open(path, "pt") as file:
+        for key in file.keys():
+            layer, _, kind = key.rpartition(".")
+            if kind in _FP8_SCALES:
+                scales[diffusers_name(f"{layer}.weight")] = file.get_tensor(key)
+            if not _is_weight(key):
+                continue
+            name, stored = diffusers_name(key), file.get_slice(key)
+            if name in places:
+                raise ValueError(f"{key} stands in {places[name][0].name} and in {path.name}. Keep the files of one download, in "
+                                 "one precision.")
+            if stored.get_dtype() not in _DTYPES:
+                raise ValueError(f"{key} is stored as {stored.get_dtype()}, expected one of {', '.join(_DTYPES)}. Choose a "
+                                 "download in one of these.")
+            places[name] = (path, key, tuple(stored.get_shape()))
+
+
+def _spread_scales(folder, scales, places):
+    """Give each row of a scaled weight its scale; returns {diffusers' name: (rows, 1, ...) in float32}."""
+    spread = {}
+    for name, scale in scales.items():
+        if name not in places:
+            raise ValueError(f"{folder}: there is a scale of {name} but no such weight. Download the expert again.")
+        shape = places[name][2]
+        if not scale.is_floating_point() or scale.numel() not in (1, shape[0]):
+            raise ValueError(f"{folder}: the scale of {name} is {scale.dtype} {tuple(scale.shape)}, expected one float or one a "
+                             f"row ({shape[0]}). Choose a download in plain or scaled fp8, or in bf16.")
+        if not (torch.isfinite(scale) & (scale > 0)).all():
+            raise ValueError(f"{folder}: the scale of {name} holds {scale.min().item()}, expected finite numbers above 0. Download "
+                             "the expert again.")
+        spread[name] = scale.float().reshape(-1, *[1] * (len(shape) - 1)).expand(shape[0], *[1] * (len(shape) - 1))
+    return spread
+
+
+def _check_shapes(folder, config, places):
     with init_empty_weights():
         expected = {key: tuple(tensor.shape) for key, tensor in WanTransformer3DModel(**config).state_dict().items()}
     missing, unknown = sorted(expected.keys() - places.keys()), sorted(places.keys() - expected.keys())
@@ -181,27 +256,41 @@ def _open_expert(name, folder):
     for key, (path, _, shape) in places.items():
         if shape != expected[key]:
             raise ValueError(f"{path}: {key} is {shape}, config.json implies {expected[key]}. The shard is of another Wan.")
-    return ExpertFiles(name, folder, config, places)
 
 
-def _weight_files(folder):
-    """Return the safetensors files of one expert: those that an index promises, or the only one."""
+def _promised_by_index(folder):
+    """Return an index's {tensor: shard}, or nothing where there is no index."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if not indexes:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise OSError(f"{folder}: holds no .safetensors file. Download the expert again.")
-        return files
+        return {}
     weight_map = _read_json(indexes[0]).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{indexes[0]}: has no weight_map, expected tensor names and their shards. Download it again.")
-    names = sorted(set(map(str, weight_map.values())))
-    for name in names:
-        if Path(name).name != name:
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{indexes[0]}: names the shard {name!r}, expected a file beside it.")
-        if not (folder / name).is_file():
-            raise OSError(f"{folder}: shard {name} is missing, {indexes[0].name} promises it. Download it again.")
-    return [folder / name for name in names]
+    return weight_map
+
+
+def _weight_files(folder, promised):
+    """Return the safetensors files of one expert: those that the index or their own numbers promise, or the only one."""
+    if unfinished := sorted(path.name for path in folder.glob("*") if path.suffix in _UNFINISHED):
+        raise OSError(f"{folder}: {unfinished[0]} is a download that did not finish. Download the expert again, or delete this "
+                      "file if every other is whole.")
+    names = {path.name for path in folder.glob("*.safetensors")}
+    if not names:
+        raise OSError(f"{folder}: holds no .safetensors file. Download the expert again.")
+    wanted = set(promised.values()) or names | {sibling for name in names for sibling in _siblings(name)}
+    if missing := sorted(wanted - names):
+        raise OSError(f"{folder}: shard {missing[0]} is missing, its index or its siblings promise it ({len(missing)} of "
+                      f"{len(wanted)} are missing). Download it again.")
+    return [folder / name for name in sorted(wanted)]
+
+
+def _siblings(name):
+    """Return the names of all shards that a shard's own name (-00002-of-00006) promises."""
+    match = re.search(r"-(\d{5})-of-(\d{5})", name)
+    return [name.replace(match[0], f"-{number + 1:05d}-of-{match[2]}") for number in range(int(match[2]))] if match else []
 
 
 def _config_in_diffusers_words(folder, places):
@@ -302,29 +391,32 @@ def load_expert(files, device="cpu", dtype=torch.float32):
     return network.to(device).eval().requires_grad_(False)
 
 
-def stream_expert(files):
-    """Load one expert without its blocks, in float32 on the CPU; each pass reads them from disk, one in memory at a time."""
+def stream_expert(files, device="cpu"):
+    """Load one expert without its blocks, in float32; each pass reads them from disk, one in memory at a time."""
     with init_empty_weights():
         network = WanTransformer3DModel(**files.config | {"num_layers": 0})
     network.load_state_dict({name: files.read(name) for name in files.places if not name.startswith("blocks.")},
                             strict=True, assign=True)
-    network.blocks = _StreamedBlocks(files)
-    return network.eval().requires_grad_(False)
+    network.blocks = _StreamedBlocks(files, device)
+    return network.to(device).eval().requires_grad_(False)
 
 
 class _StreamedBlocks(nn.Module):
-    def __init__(self, files):
+    def __init__(self, files, device):
         super().__init__()
-        self.files = files
+        self.files, self.device = files, device
+
+    def __len__(self):
+        return self.files.config["num_layers"]
 
     def __iter__(self):
-        for index in range(self.files.config["num_layers"]):
+        for index in range(len(self)):
             with init_empty_weights():
                 block = _empty_block(self.files)
             prefix = f"blocks.{index}."
             block.load_state_dict({name.removeprefix(prefix): self.files.read(name) for name in self.files.places
                                    if name.startswith(prefix)}, strict=True, assign=True)
-            yield block.eval().requires_grad_(False)
+            yield block.to(self.device).eval().requires_grad_(False)
 
 
 def _empty_block(files):
@@ -340,3 +432,117 @@ def _stack_text(first, second):
                          nn.functional.pad(text.logit_bias, (0, length - text.logit_bias.shape[1]), value=-torch.inf))
               for text in (first, second)]
     return TextTokens(*(torch.cat(parts) for parts in zip(*padded)))
+
+
+# ---- two experts ---------------------------------------------------------------------------------------------------------
+
+PROBE_LEVELS = (0.3, 0.99)      # noise levels of the low and of the high expert, far from the boundary
+PROBE_MARGINS = (2.0, 1.2)      # how many times more noise than the other the wrong expert must leave, at each level
+PROBE_LIMIT = 0.1               # the share of the noise that a trained expert leaves at most, at its own level
+PROBE_FRAMES, PROBE_SIZE = 4, (24, 24)
+
+
+@torch.no_grad()
+def check_experts(files, device="cpu"):
+    """Refuse two experts that are one, or that stand in each other's folder; returns their weights' cosine per group.
+
+    An expert's guess of the clean picture must not depend on which noise was added. So a flat frame meets several noises at a
+    level of each expert, and the variance of the guesses is the noise that an expert leaves. The experts have changed places
+    only if each clearly leaves more at the level of its own folder: one that is merely the worse everywhere is let through, and
+    so are two that know no noise at all. Reads each expert once, in step, one block of each in memory, in float32.
+    Returns {} for a teacher with one expert. Raises ValueError.
+    """
+    if len(files.experts) < 2:
+        return {}
+    high, low = files.experts["high"], files.experts["low"]
+    if _are_identical(high, low):
+        raise ValueError(f"{files.folder}: {high.folder.name} and {low.folder.name} hold the same weights, expected two experts. "
+                         "Download the one that is a copy again.")
+    pair = _PairedExperts(high, low, device)
+    left = noise_left(pair)
+    if have_changed_places(left):
+        shares = "; ".join(f"at noise level {level} they leave {ours:.2g} and {theirs:.2g} of the noise"
+                           for level, ours, theirs in zip(PROBE_LEVELS, *left))
+        raise ValueError(f"{files.folder}: {high.folder.name} and {low.folder.name} hold each other's weights: {shares}. Exchange "
+                         "the names of the two folders.")
+    return pair.cosines()
+
+
+def _are_identical(high, low):
+    """Compare one row of every tensor, then whole tensors; stops at the first difference."""
+    return all(torch.equal(high.read(name, rows=rows), low.read(name, rows=rows))
+               for rows in (slice(0, 1), None) for name in high.places)
+
+
+@torch.no_grad()
+def noise_left(pair, seed=0):
+    """Return the share of the noise's variance in the guesses of (high, low) at PROBE_LEVELS: ((float, float), (float, float))."""
+    channels, generator = pair.config.in_channels, torch.Generator().manual_seed(seed)
+    noise = torch.randn(PROBE_FRAMES, channels, *PROBE_SIZE, generator=generator)
+    level = torch.tensor(PROBE_LEVELS).repeat_interleave(PROBE_FRAMES).repeat(2)[:, None, None, None]   # (expert level frame)
+    noisy = (level * noise.repeat(4, 1, 1, 1)).to(pair.device)                                      # clean is 0: a flat frame
+    tokens = noisy.new_zeros(len(noisy), 1, pair.config.text_dim)                                   # the empty prompt's padding
+    text = TextTokens(tokens, torch.full_like(tokens[..., 0], math.log(TEXT_LENGTH)))
+    velocity, _ = one_frame_velocity(pair, noisy, 1000 * level.flatten().to(pair.device), *text)
+    guess = noisy / level.to(pair.device) - velocity                                                # in units of the noise
+    variance = guess.unflatten(0, (2, 2, -1)).var(2).mean((2, 3, 4))                                # (expert, level)
+    return tuple(map(tuple, variance.tolist()))
+
+
+def have_changed_places(left):
+    """Say whether `left`, what noise_left returns, is clear at both levels."""
+    (high_at_low, high_at_high), (low_at_low, low_at_high) = left
+    are_trained = max(min(high_at_low, low_at_low), min(high_at_high, low_at_high)) < PROBE_LIMIT
+    return are_trained and low_at_low > PROBE_MARGINS[0] * high_at_low and high_at_high > PROBE_MARGINS[1] * low_at_high
+
+
+class _PairedExperts(nn.Module):
+    """Two streamed experts as one network: the first half of a batch is the high expert's, the second half the low one's."""
+
+    def __init__(self, high, low, device):
+        super().__init__()
+        experts = stream_expert(high, device), stream_expert(low, device)
+        self.config, self.device, self.products = experts[0].config, torch.device(device), {}
+        self.rope, self.norm_out = experts[0].rope, experts[0].norm_out                             # neither has weights
+        for name in ("patch_embedding", "condition_embedder", "proj_out"):
+            setattr(self, name, _Pair(*(getattr(expert, name) for expert in experts)))
+        self.scale_shift_table = torch.cat([expert.scale_shift_table.expand(2 * PROBE_FRAMES, -1, -1) for expert in experts])
+        self._streams = [expert.blocks for expert in experts]
+        self._multiply(*experts)
+
+    @property
+    def blocks(self):
+        """Yield each block of both experts as a pair, which is empty once the next is asked for."""
+        streams = [iter(stream) for stream in self._streams]
+        for _ in tqdm(range(len(self._streams[0])), desc="comparing experts", unit="block", disable=None):
+            pair = _Pair(*map(next, streams))
+            self._multiply(*pair.parts)
+            yield pair
+            pair.parts = None
+
+    def _multiply(self, *parts):
+        """Add the inner products of two modules' weights, (ours theirs, ours ours, theirs theirs), to those of their groups."""
+        for (name, ours), theirs in zip(parts[0].named_parameters(), parts[1].parameters()):
+            group = name.split(".")[0] if name.split(".")[0] in ("attn1", "attn2", "ffn") else "rest"
+            ours, theirs = ours.flatten(), theirs.flatten()
+            found = torch.stack([ours @ theirs, ours @ ours, theirs @ theirs]).cpu().double()
+            self.products[group] = self.products.get(group, 0) + found
+
+    def cosines(self):
+        """Return the cosine per group of the weights that were met so far."""
+        return {group: float(both / (ours * theirs).sqrt()) for group, (both, ours, theirs) in sorted(self.products.items())}
+
+
+class _Pair(nn.Module):
+    """Two modules as one, each for half of the batch; what is no tensor goes to both."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.parts = nn.ModuleList([first, second])
+
+    def forward(self, *arguments):
+        halves = [argument.chunk(2) if isinstance(argument, torch.Tensor) else (argument, argument) for argument in arguments]
+        first, second = (part(*half) for part, half in zip(self.parts, zip(*halves)))
+        if isinstance(first, torch.Tensor):
+            return torch.cat([first, second])
+        return [None if ours is None else torch.cat([ours, theirs]) for ours, theirs in zip(first, second)]
