@@ -25,6 +25,7 @@ from wanlite.run_folder import (
     new_folder,
     prune_checkpoints,
     save_parts,
+    why_broken,
     write_json,
     write_model_card,
 )
@@ -32,7 +33,7 @@ from wanlite.settings import make_parser, setting
 
 TINY_TEACHER = Path(__file__).resolve().parent / "tiny_teacher"
 DEFAULT_CAPTIONS = 4000   # of the tiny world, where no prompts file is named
-NUM_REHEARSED = 256       # prompts on which the projected weights are refitted
+CALIBRATION_TOKENS = 16384   # image tokens on which the projected weights are refitted
 NUM_VALIDATION = 8        # of them, shown in the grids
 LOG_STEPS = 10
 STOPPED = 3               # exit code of a run that was asked to stop and can be resumed
@@ -54,9 +55,11 @@ class Settings:
     depth: int | None = setting(None, "student blocks; None = 16, for a small teacher its depth")
     num_heads: int | None = setting(None, "student heads; None = 16, for a small teacher its head size")
     ffn_dim: int | None = setting(None, "width inside the feed-forward; None = 4 * hidden_size")
-    projection: str = setting("rehearsed", "how the student starts: from the teacher's weights, these refitted to what the "
-                              "teacher computes, or random as a control", choices=("weights", "rehearsed", "none"))
-    expert: str = setting("low", "which of two experts is projected", choices=("low", "high"))
+    projection: str = setting("calibrated", "how the student starts: from the teacher's weights, these refitted to what the "
+                              "teacher computes, or random as a control", choices=("weights", "calibrated", "none"))
+    expert: str = setting("low", "which of two experts is projected; span = for each block the one that keeps more, from "
+                          "weights only", choices=("low", "high", "span"))
+    project_only: bool = setting(False, "save the projected start in --output_dir and stop; later runs there reuse it")
 
     guidance_scale: float = setting(4.0, "guidance of the high-noise expert, or of the only one; baked into the student")
     guidance_scale_2: float = setting(3.0, "guidance of the low-noise expert; baked into the student")
@@ -104,7 +107,7 @@ def read_settings():
     settings = Settings(**vars(parser.parse_args()))
     try:
         settings = complete(settings)
-        state = check_output_folder(settings.output_dir, asdict(settings), settings.overwrite,
+        state = check_output_folder(settings.output_dir, asdict(settings), settings.overwrite or settings.project_only,
                                     settings.resume_from_checkpoint not in (None, "none"))
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -135,6 +138,9 @@ def complete(settings):
     if settings.checkpoints_total_limit < 2:
         raise ValueError(f"--checkpoints_total_limit is {settings.checkpoints_total_limit}, expected at least 2: with one, a "
                          "save that fails leaves none.")
+    if settings.expert == "span" and settings.projection == "calibrated":
+        raise ValueError("--expert span goes with --projection weights: a student is calibrated against one expert. Add "
+                         "--projection weights, or choose --expert low or high.")
     scheduler = teacher / "scheduler" / "scheduler_config.json"
     shift = settings.flow_shift or record.get("shift") or (
         json.loads(scheduler.read_text())["flow_shift"] if scheduler.is_file() else 12.0)
@@ -182,14 +188,14 @@ from tqdm import tqdm  # noqa: E402
 from wanlite import shapes  # noqa: E402
 from wanlite.announcements import announce, conclude, versions  # noqa: E402
 from wanlite.autoencoder import decode_latents, load_autoencoder, to_pictures  # noqa: E402
+from wanlite.calibration import calibrate, choose_channels, make_frames  # noqa: E402
 from wanlite.data import SHARD_SIZE, SeededBatches, cache_folder, feature_basis, walk_teacher  # noqa: E402
 from wanlite.flow import make_scheduler, sample, seeded_noise  # noqa: E402
 from wanlite.measure import prompt_accuracy  # noqa: E402
 from wanlite.network import OneFrameBlock, TextTokens, one_frame_velocity, pack_text  # noqa: E402
 from wanlite.objectives import feature_loss, velocity_loss  # noqa: E402
 from wanlite.projection import check_shape as check_cut  # noqa: E402
-from wanlite.projection import project_into  # noqa: E402
-from wanlite.rehearsal import choose_channels, rehearse  # noqa: E402
+from wanlite.projection import choose_experts, project, project_into  # noqa: E402
 from wanlite.student_files import (  # noqa: E402
     check_shape,
     check_size,
@@ -200,7 +206,7 @@ from wanlite.student_files import (  # noqa: E402
     student_arguments,
     student_folder,
 )
-from wanlite.teacher import Teacher, open_teacher_files  # noqa: E402
+from wanlite.teacher import Teacher, check_experts, open_teacher_files  # noqa: E402
 from wanlite.text import encode_prompts, load_text_encoder  # noqa: E402
 
 # ---- the model ---------------------------------------------------------------------------------------------------------
@@ -417,17 +423,39 @@ def encode_all(settings, prompts, device):
     return {prompt: embedding.cpu() for prompt, embedding in zip(prompts, embeddings)}
 
 
-def start_student(settings, student, files, words):
-    """Give the student its first weights, as --projection says; returns what to tell the user."""
+def start_student(settings, student, files, embeddings, prompts, latent_size, accelerator):
+    """Give the student its first weights, as --projection says; returns the report for run.json, None for a random start.
+
+    A start that an earlier run left in --output_dir is taken as it is, if its teacher, shape, prompts and method are the same.
+    """
+    say, device = accelerator.print, accelerator.device
     if settings.projection == "none":
-        return "random start: nothing is projected (the control)"
-    if settings.projection == "weights":
-        return project_into(student, settings.teacher, settings.expert, torch.cat(words))
-    expert, text = files.experts.get(settings.expert) or files.experts["only"], pack_text(words)
-    channels = choose_channels(expert, text, student.config.hidden_size)
-    report = project_into(student, settings.teacher, settings.expert, torch.cat(words), channels)
-    rehearse(student, expert, report, text)
-    return f"{report}; rehearsed on {len(words)} frames"
+        say("random start: nothing is projected (the control)")
+        return None
+    is_calibrated = settings.projection == "calibrated"
+    tokens_each = math.prod(latent_size) // math.prod(student.config.patch_size)
+    prompts = prompts[:max(16, CALIBRATION_TOKENS // tokens_each)]
+    folder = cache_folder(Path(settings.output_dir) / "cache", "start", teacher=files.fingerprint, prompts=prompts,
+                          student={name: value for name, value in student.config.items() if name[0] != "_"},
+                          method=[inspect.getsource(inspect.getmodule(function)) for function in (project, calibrate)],
+                          settings=(settings.projection, settings.expert, settings.seed, settings.flow_shift, latent_size))
+    if accelerator.is_main_process and why_broken(folder):
+        words, channels = [embeddings[prompt] for prompt in prompts], None
+        experts = choose_experts(files, settings.expert)
+        if is_calibrated:
+            frames = make_frames(experts[0], pack_text(words), latent_size, None, settings.seed, settings.flow_shift, device)
+            channels = choose_channels(experts[0], frames, student.config.hidden_size)
+        report = project(student, experts, torch.cat(words), channels, device)
+        if is_calibrated:
+            calibrate(student.to(device), experts[0], report, frames)
+        say(f"{report}{f'; calibrated on {len(prompts)} frames' if is_calibrated else ''}")
+        with new_folder(folder) as partial_folder:
+            student.save_pretrained(partial_folder)
+            write_json(partial_folder / "report.json", report.as_dict() | {"calibration_frames": is_calibrated * len(prompts)})
+    accelerator.wait_for_everyone()
+    say(f"projected start: {folder}")
+    student.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True)
+    return json.loads((folder / "report.json").read_text())
 
 
 def teacher_velocity(teacher, settings, negative):
@@ -542,22 +570,26 @@ def train(settings, is_resumed):
     validation = settings.validation_prompts or held_out[:NUM_VALIDATION]
     num_trajectories = settings.num_trajectories or len(training)
     announce(settings, files, student, device, num_trajectories, say)
+    if not is_resumed:
+        say("; ".join(f"cosine of the experts' {group} {cosine:.2f}" for group, cosine in check_experts(files, device).items()))
     run = {"settings": asdict(settings), "versions": versions(), "teacher": files.fingerprint, "student": shape,
            "student_parameters": student.num_parameters(), "finished": False, "validation_prompts": validation,
            "num_inference_steps": settings.num_inference_steps, "resolution": settings.resolution}
-    if accelerator.is_main_process:                          # an earlier run goes only now, when this one is known to start
-        if not is_resumed:
+    if accelerator.is_main_process and not settings.project_only:
+        if not is_resumed:                                   # an earlier run goes only now, when this one is known to start
             clear(output)
         write_json(output / "run.json", run)
     accelerator.wait_for_everyone()
     embeddings = encode_all(settings, [*training, *held_out, *validation, settings.negative_prompt], device)
-    say(start_student(settings, student, files, [embeddings[prompt] for prompt in training[:NUM_REHEARSED]]))
+    autoencoder = load_autoencoder(settings.teacher, device=device)
+    size = settings.resolution // autoencoder.config.scale_factor_spatial
+    latent_shape, scheduler = (files.config["in_channels"], size, size), make_scheduler(settings.flow_shift)
+    run["projection"] = start_student(settings, student, files, embeddings, training, latent_shape[1:], accelerator)
+    if settings.project_only:
+        return accelerator.end_training()
 
     # What the teacher draws: walked once, for training and for held-out prompts.
     teacher = Teacher(files, device, torch.float32 if settings.mixed_precision == "no" else torch.bfloat16)
-    autoencoder = load_autoencoder(settings.teacher, device=device)
-    scheduler, size = make_scheduler(settings.flow_shift), settings.resolution // autoencoder.config.scale_factor_spatial
-    latent_shape = (files.config["in_channels"], size, size)
     guided = teacher_velocity(teacher, settings, embeddings[settings.negative_prompt])
 
     def guided_for(prompts, features):
@@ -571,9 +603,10 @@ def train(settings, is_resumed):
             "held_out": [(n, prompt, first_seed - 1 - n) for n, prompt in enumerate(held_out[:SHARD_SIZE])]}
     states = {}
     for part, walks in jobs.items():
-        folder = cache_folder(output / "cache", walks=walks, teacher=files.fingerprint, negative=settings.negative_prompt,
-                              guidance=(settings.guidance_scale, settings.guidance_scale_2), shift=settings.flow_shift,
-                              steps=settings.teacher_steps, shape=latent_shape, width=shape["hidden_size"])
+        folder = cache_folder(output / "cache", "trajectories", walks=walks, teacher=files.fingerprint,
+                              negative=settings.negative_prompt, guidance=(settings.guidance_scale, settings.guidance_scale_2),
+                              shift=settings.flow_shift, steps=settings.teacher_steps, shape=latent_shape,
+                              width=shape["hidden_size"])
         states[part] = walk_teacher(accelerator, guided_for, basis, scheduler, settings.teacher_steps, walks, latent_shape,
                                     folder)
     seeds = list(range(settings.seed, settings.seed + max(len(validation), len(held_out))))

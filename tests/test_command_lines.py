@@ -133,7 +133,7 @@ def test_the_words_of_both_scripts_say_what_happens_and_where(finished_run):
     folder, said = finished_run
     lines = said.splitlines()
     assert lines[0].startswith("teacher") and "tiny_teacher" in lines[0] and "1.25 M + 1.25 M" in lines[0]
-    assert lines[1].startswith("student") and "0.33 M" in lines[1] and "rehearsed" in lines[1]
+    assert lines[1].startswith("student") and "0.33 M" in lines[1] and "calibrated" in lines[1]
     assert lines[2].startswith("device") and lines[4] == f"output   {folder}" and "minutes" in lines[5]
     assert lines[-1] == f"next: python run_inference.py --model {folder}"
     results = json.loads((folder / "run.json").read_text())["results"]

@@ -50,6 +50,6 @@ def test_fewer_states_than_a_batch_are_refused():
 
 
 def test_a_cache_is_found_again_only_by_what_it_was_made_of(tmp_path):
-    first = cache_folder(tmp_path, teacher="a", guidance=(4.0, 3.0))
-    assert first == cache_folder(tmp_path, guidance=(4.0, 3.0), teacher="a")
-    assert first != cache_folder(tmp_path, teacher="a", guidance=(4.0, 2.0))
+    first = cache_folder(tmp_path, "trajectories", teacher="a", guidance=(4.0, 3.0))
+    assert first == cache_folder(tmp_path, "trajectories", guidance=(4.0, 3.0), teacher="a")
+    assert first != cache_folder(tmp_path, "trajectories", teacher="a", guidance=(4.0, 2.0))

@@ -1,17 +1,21 @@
 """Projection: exact at the teacher's shape, the same from every layout, complete, and better than a random start."""
 
+import json
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import TINY_TEACHER, write_official
+from tests.conftest import A14B, TI2V_5B, TINY_TEACHER, WAN_1_3B, write_official, write_sparse_wan
 from train_distillation import WanLiteStudent
 from wanlite import projection
 from wanlite.network import one_frame_velocity
-from wanlite.teacher import open_teacher_files
+from wanlite.teacher import ExpertFiles, check_experts, open_teacher_files
 
 TEXT = {"num_channels": 16, "text_dim": 64, "rope_max_seq_len": 64}
 CUT = {"hidden_size": 64, "depth": 4, "num_heads": 2} | TEXT
+PLAIN = CUT | {"ffn_dim": 256, "freq_dim": 256, "patch_size": (1, 2, 2)}      # what a student's config says of its shape
 
 
 def own_shape(config):
@@ -47,21 +51,42 @@ def test_projecting_twice_gives_the_same_student_whatever_the_random_state():
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_every_teacher_tensor_is_read_and_every_student_tensor_written():
-    files = open_teacher_files(TINY_TEACHER).experts["low"]
+@pytest.mark.parametrize("expert", projection.EXPERTS)
+def test_every_teacher_tensor_is_read_and_every_student_tensor_written(expert):
+    student, files = WanLiteStudent(**CUT), open_teacher_files(TINY_TEACHER)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    report = projection.project(student, projection.choose_experts(files, expert))
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    outer = [name for name in files.experts["high"].places if not name.startswith("blocks.")]
+    expected = {f"high: {name}" for name in outer if not name.startswith(("patch_embedding.weight", "proj_out.weight"))}
+    assert set(report.dropped) == (expected if expert == "span" else set())
+    assert report.num_read + len(report.dropped) == len(files.experts["high"].places) * (2 if expert == "span" else 1)
+    assert report.num_written == len(before)
+
+
+def test_a_student_tensor_that_gets_no_value_stops_the_projection():
     student = WanLiteStudent(**CUT)
-    tensors, report = projection.project(files, dict(student.config))
-    assert tensors.keys() == student.state_dict().keys()
-    assert all(tensors[name].shape == tensor.shape for name, tensor in student.state_dict().items())
-    assert report.kept.keys() == {"residual", "attn1", "attn2", "ffn"} and all(0 < share <= 1 for share in report.kept.values())
+    student.register_buffer("forgotten", torch.zeros(1))
+    with pytest.raises(ValueError, match="forgotten"):
+        projection.project(student, [open_teacher_files(TINY_TEACHER).experts["low"]])
 
 
-def test_the_report_says_how_alike_the_experts_are():
-    files = open_teacher_files(TINY_TEACHER).experts
-    assert projection.compare_experts(files["low"], files["low"]) == pytest.approx(dict.fromkeys(
-        ("attn1", "attn2", "ffn", "rest"), 1.0), abs=1e-5)
+def test_the_report_tells_what_was_kept_of_every_block_and_how_alike_the_experts_are():
     report = projection.project_into(WanLiteStudent(**CUT), TINY_TEACHER)
-    assert report.cosines == projection.compare_experts(files["high"], files["low"]) and "cosine" in str(report)
+    assert report.kept.keys() == {"residual", "text", "attn1", "attn2", "ffn"}
+    assert all(0 < share <= 1 for shares in report.kept.values() for share in shares) and len(report.kept["ffn"]) == 4
+    assert report.experts == ["low"] * 4 and report.cosines == check_experts(open_teacher_files(TINY_TEACHER))
+    assert json.loads(json.dumps(report.as_dict()))["energy_kept"] == report.kept and "cosine" in str(report)
+
+
+def test_each_block_comes_from_the_expert_that_keeps_more():
+    files, kept = open_teacher_files(TINY_TEACHER).experts, {}
+    spans = projection.project(WanLiteStudent(**CUT), [files["low"], files["high"]])
+    for name, expert in files.items():
+        report = projection.project(WanLiteStudent(**CUT), [expert], channels=spans.channels)
+        kept[name] = [sum(report.kept[group][block] for group in ("attn1", "attn2", "ffn")) for block in range(4)]
+    best = ["low" if low >= high else "high" for low, high in zip(kept["low"], kept["high"])]
+    assert spans.experts == best
 
 
 def test_an_expert_that_no_teacher_has_is_refused():
@@ -73,11 +98,12 @@ def test_a_teacher_tensor_without_a_place_stops_the_projection(monkeypatch):
     files = open_teacher_files(TINY_TEACHER).experts["low"]
     files.places["blocks.9.extra.weight"] = files.places["proj_out.bias"]
     with pytest.raises(ValueError, match="blocks.9.extra.weight"):
-        projection.project(files, dict(WanLiteStudent(**CUT).config))
+        projection.project(WanLiteStudent(**CUT), [files])
 
 
 @pytest.mark.parametrize("shape", [{"depth": 2}, {"depth": 3}, {"hidden_size": 96, "num_heads": 3}, {"num_heads": 4},
-                                   {"ffn_dim": 100}, {"hidden_size": 128, "num_heads": 4}])
+                                   {"ffn_dim": 100}, {"hidden_size": 128, "num_heads": 4},
+                                   {"depth": 2, "num_heads": 8, "ffn_dim": 1024}])
 def test_every_shape_that_fits_gives_finite_velocities(shape, words, noisy):
     student = WanLiteStudent(**CUT | shape, teacher_checkpoint_path=TINY_TEACHER)
     assert torch.isfinite(student(noisy, torch.full((4,), 500.0), words[0].tokens).sample).all()
@@ -85,11 +111,42 @@ def test_every_shape_that_fits_gives_finite_velocities(shape, words, noisy):
 
 @pytest.mark.parametrize("shape, words", [
     ({"hidden_size": 256, "num_heads": 8}, "hidden_size 256 is more"), ({"depth": 5}, "depth 5 is more"),
-    ({"hidden_size": 64, "num_heads": 1}, "cannot be cut"), ({"ffn_dim": 4096}, "ffn_dim 4096"),
+    ({"hidden_size": 64, "num_heads": 1}, "1 heads of 64 channels"), ({"ffn_dim": 4096}, "ffn_dim 4096"),
+    ({"hidden_size": 60, "num_heads": 4}, "4 heads of 15 channels"), ({"hidden_size": 16, "num_heads": 4}, "4 heads of 4 channels"),
     ({"text_dim": 32}, "text_dim is 32"), ({"num_channels": 48}, "num_channels is 48")])
-def test_a_shape_that_cannot_be_cut_is_refused_with_the_nearest_that_can(shape, words):
+def test_a_shape_that_cannot_be_cut_is_refused(shape, words, teacher):
     with pytest.raises(ValueError, match=words):
-        WanLiteStudent(**CUT | shape, teacher_checkpoint_path=TINY_TEACHER)
+        projection.check_shape(teacher.config, PLAIN | shape)
+
+
+def test_a_student_that_cannot_be_cut_is_refused_before_a_tensor_is_read(monkeypatch):
+    monkeypatch.setattr(ExpertFiles, "read", None)
+    with pytest.raises(ValueError, match="depth 5 is more"):
+        WanLiteStudent(**CUT | {"depth": 5}, teacher_checkpoint_path=TINY_TEACHER)
+
+
+@pytest.mark.parametrize("shape", [{"hidden_size": 256, "num_heads": 8}, {"depth": 5}, {"hidden_size": 64, "num_heads": 1},
+                                   {"ffn_dim": 4096}, {"hidden_size": 60, "num_heads": 4}])
+def test_the_nearest_shapes_that_a_refusal_names_can_be_cut(shape, teacher):
+    with pytest.raises(ValueError, match="nearest shapes") as refused:
+        projection.check_shape(teacher.config, PLAIN | shape)
+    named = re.findall(r"--hidden_size (\d+) --num_heads (\d+) --depth (\d+) --ffn_dim (\d+)", str(refused.value))
+    assert len(named) == 3
+    for numbers in named:
+        nearest = dict(zip(("hidden_size", "num_heads", "depth", "ffn_dim"), map(int, numbers)))
+        projection.check_shape(teacher.config, dict(WanLiteStudent(**CUT | nearest).config))
+
+
+@pytest.mark.parametrize("model, shapes", [
+    (A14B, [(16, 16), (16, 8), (40, 40)]), (WAN_1_3B, [(16, 8), (15, 16), (30, 12)]), (TI2V_5B, [(16, 16), (16, 8), (30, 24)])],
+    ids=["A14B and 2.1-14B", "2.1-1.3B", "2.2-5B"])
+def test_students_of_both_head_sizes_can_be_cut_from_every_wan(model, shapes, tmp_path):
+    write_sparse_wan(tmp_path / "wan", model, "official", 6)
+    config = open_teacher_files(tmp_path / "wan").config
+    for depth, num_heads in shapes:
+        student = {"hidden_size": 1024 // num_heads // 2 * 2 * num_heads, "depth": depth, "num_heads": num_heads, "ffn_dim": 4096,
+                   "text_dim": 4096, "freq_dim": 256, "num_channels": model["channels"], "patch_size": (1, 2, 2)}
+        projection.check_shape(config, student)
 
 
 def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path):
@@ -126,9 +183,9 @@ def attention_cut():
 
 
 def joined(cut):
-    report = projection.Report("low", 8, [[0]], cuts=[{}])
-    return projection._join_heads([cut], {"num_heads": 2, "hidden_size": 8}, {"attention_head_dim": 4, "num_attention_heads": 4},
-                                  "attn1", report)
+    tensors = projection._join_heads([cut], {"num_heads": 2, "hidden_size": 8},
+                                     {"attention_head_dim": 4, "num_attention_heads": 4}, "attn1", {}, {})
+    return {name.removeprefix("attn1."): tensor for name, tensor in tensors.items()}
 
 
 def test_attention_keeps_its_temperature_when_heads_are_dropped(attention_cut):

@@ -56,10 +56,10 @@ def walk_teacher(accelerator, velocity_for, basis, scheduler, num_steps, jobs, l
     return Trajectories(folder, len(shards))
 
 
-def cache_folder(parent, **what):
-    """Return the folder for trajectories of exactly this teacher, prompts, guidance, schedule and basis."""
+def cache_folder(parent, kind, **what):
+    """Return the folder for what was made of exactly this: a teacher, prompts, guidance, a schedule, ..."""
     key = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    folder = Path(parent) / f"trajectories-{key}"
+    folder = Path(parent) / f"{kind}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

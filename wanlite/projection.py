@@ -1,4 +1,4 @@
-"""Teacher tensors -> student tensors, from weights alone and one teacher block in memory at a time, with a report of it.
+"""Teacher tensors -> student tensors, from weights alone and one teacher tensor in memory at a time, with a report of it.
 
 The student keeps a set of the teacher's residual channels, whole heads, whole rotary pairs and the neurons that matter;
 a student block stands for a contiguous span of teacher blocks. What the cut would change is put back where it is known from the
@@ -8,6 +8,7 @@ the text path and the time path. A student of the teacher's own shape is therefo
 Legend: D d teacher and student width, h e heads and head size, F f feed-forward neurons, T text width; capital = teacher.
 """
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,147 +17,213 @@ from diffusers.models.embeddings import Timesteps
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .teacher import open_teacher_files
+from .teacher import check_experts, open_teacher_files
 
 SHIFT, SCALE, GATE = (0, 3), (1, 4), (2, 5)  # rows of the modulation: of self-attention, of the feed-forward
 ATTENTIONS = ("attn1", "attn2")
+EXPERTS = ("low", "high", "span")            # span: for each student block the expert that keeps more energy
+TEXT_SAMPLES = 4096                          # words that the text path is refitted on
+READERS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "ffn.net.0.proj")     # of the residual
+WRITERS = ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2")
 
 
 @dataclass
 class Report:
-    """What a projection did: `kept` is the share of energy (squared norm) that the kept rows and columns hold, per group."""
+    """What a projection did. `kept` is the share of energy (squared norm) that the kept rows and columns hold, per group and
+    student block; for the text path, of the states of the sampled words."""
 
-    expert: str
-    hidden_size: int
-    spans: list
-    kept: dict = field(default_factory=dict)
+    spans: list                                     # of each student block: the teacher blocks that it stands for
+    kept: dict = field(default_factory=dict)        # {group: [share of each student block]}
+    experts: list = field(default_factory=list)     # of each student block: the expert that it came from
     cosines: dict = field(default_factory=dict)     # between the weights of two experts, per group; empty for one
     channels: torch.Tensor | None = None            # residual channels that were kept
     cuts: list = field(default_factory=list)        # of each student block: {"attn1.q": [(block in the span, rows), ...], ...}
+    num_read: int = 0                               # teacher tensors that were used
+    dropped: list = field(default_factory=list)     # teacher tensors that were left out on purpose
+    num_written: int = 0                            # student tensors; none is left as it was
+    seconds: float = 0.0
 
     def __str__(self):
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in self.kept.items())
+        shares = ", ".join(f"{name} {np.mean(share):.0%}" for name, share in self.kept.items())
         alike = ", ".join(f"{name} {cosine:.2f}" for name, cosine in self.cosines.items())
-        return (f"projected the {self.expert} expert into {self.hidden_size} x {len(self.spans)}; energy kept: {shares}"
+        return (f"projected {' and '.join(sorted(set(self.experts)))} expert into {len(self.channels)} x {len(self.spans)} in "
+                f"{self.seconds:.0f} s: {self.num_read} tensors -> {self.num_written}; energy kept: {shares}"
                 + (f"; cosine of the experts: {alike}" if alike else ""))
 
+    def as_dict(self):
+        """Return what run.json keeps."""
+        return {"experts": self.experts, "spans": self.spans, "energy_kept": self.kept, "expert_cosines": self.cosines,
+                "channels": self.channels.tolist(), "teacher_tensors_used": self.num_read,
+                "teacher_tensors_dropped": self.dropped, "student_tensors_written": self.num_written, "student_tensors_new": [],
+                "seconds": round(self.seconds, 1)}
 
-def project_into(student, folder, expert="low", text_samples=None, channels=None):
-    """Fill a student with a teacher's weights, in place; returns the Report."""
-    files = open_teacher_files(folder).experts
-    if expert not in ("low", "high"):
-        raise ValueError(f"--expert {expert!r} is unknown, expected low or high; a teacher with one expert has only that.")
-    tensors, report = project(files.get(expert) or files["only"], dict(student.config), text_samples, channels)
-    student.load_state_dict(tensors, strict=True)
-    report.cosines = compare_experts(*files.values()) if len(files) == 2 else {}
+
+def project_into(student, folder, expert="low", text_samples=None, channels=None, device="cpu"):
+    """Fill a student with a teacher's weights, in place; returns the Report.
+
+    Raises OSError and ValueError for files that no teacher can have, see open_teacher_files and check_experts, and for a shape
+    that cannot be cut from this teacher, before any tensor is projected.
+    """
+    files = open_teacher_files(folder)
+    check_shape(files.config, dict(student.config))
+    chosen = choose_experts(files, expert)
+    cosines = check_experts(files, device)
+    report = project(student, chosen, text_samples, channels, device)
+    report.cosines = cosines
     return report
 
 
-def compare_experts(high, low):
-    """Return the cosine between two experts' weights, per group, reading one tensor of each at a time."""
-    sums = {}
-    for name in sorted(high.places):
-        group = next((part for part in (*ATTENTIONS, "ffn") if f".{part}." in name), "rest")
-        ours, theirs = high.read(name).flatten(), low.read(name).flatten()
-        found = torch.stack([ours @ theirs, ours @ ours, theirs @ theirs]).double()
-        sums[group] = sums.get(group, 0) + found
-    return {group: float(both / (ours * theirs).sqrt()) for group, (both, ours, theirs) in sorted(sums.items())}
+def choose_experts(files, expert):
+    """Return the expert files to project from: one, or for "span" both, the low one first."""
+    if expert not in EXPERTS:
+        raise ValueError(f"--expert {expert!r} is unknown, expected {', '.join(EXPERTS)}; a teacher with one expert has only that.")
+    if "only" in files.experts:
+        return [files.experts["only"]]
+    return [files.experts[name] for name in (("low", "high") if expert == "span" else (expert,))]
 
 
 @torch.no_grad()
-def project(files, config, text_samples=None, channels=None):
-    """Return the student's tensors for a config, and a Report.
+def project(student, experts, text_samples=None, channels=None, device="cpu"):
+    """Fill a student with the tensors of an expert, in place, or span by span with those of the better of two; returns the Report.
 
     `text_samples` (n, T) are embeddings of real prompts' words; without them, normal ones stand in. `channels` are the residual
-    channels to keep, in rising order; None = those that the weights write and read most.
-    Raises ValueError for a shape that cannot be cut from this teacher, and for a tensor that is not finite or finds no place.
+    channels to keep, in rising order; None = those that the weights write and read most. What a span's experts share, the text,
+    time and output paths, is the first one's. The arithmetic runs on `device`, in float32.
+    Raises ValueError for a tensor that is not finite or finds no place.
     """
-    check_shape(files.config, config)
-    reader = _Reader(files)
-    spans = [part.tolist() for part in np.array_split(np.arange(files.config["num_layers"]), config["depth"])]
-    report = Report(files.name, config["hidden_size"], spans)
-    channels, norm_scale = _choose_channels(reader, config["hidden_size"], channels, report)
-    report.channels = channels
-    student = {}
-    times = _project_time(reader, channels, norm_scale, config, student)
-    words = _project_text(reader, config, text_samples, student)
-    student["patch_embedding.weight"] = reader("patch_embedding.weight")[channels]
-    student["patch_embedding.bias"] = reader("patch_embedding.bias")[channels]
-    for index, span in enumerate(tqdm(spans, desc="projecting", unit="block", disable=None)):
-        _project_span(reader, span, index, channels, norm_scale, times, words, config, student, report)
-    _project_head(reader, channels, norm_scale, times, student)
-    _check_coverage(reader, student, config)
-    return student, report
+    began, config, teacher = time.perf_counter(), dict(student.config), experts[0].config
+    spans = [part.tolist() for part in np.array_split(np.arange(teacher["num_layers"]), config["depth"])]
+    report, target = Report(spans), _Target(student)
+    total = 2 * sum(files.num_bytes for files in experts)                     # once for the channels, once for the rest
+    with tqdm(total=total, desc="projecting", unit="B", unit_scale=True, disable=None) as bar:
+        readers = [_Reader(files, device, bar) for files in experts]
+        first = readers[0]
+        channels, norm_scale = _choose_channels(readers, config["hidden_size"], channels, report)
+        times = _project_time(first, channels, norm_scale, config, target)
+        words = _project_text(first, config, text_samples, target, report)
+        target["patch_embedding.weight"] = first("patch_embedding.weight")[channels]
+        target["patch_embedding.bias"] = first("patch_embedding.bias")[channels]
+        cutter = _Cutter(config, teacher, channels, norm_scale, times, words)
+        for index, span in enumerate(spans):
+            bar.set_postfix_str(f"block {index + 1} of {len(spans)}")
+            _project_span(cutter, readers, span, index, target, report)
+        _project_head(first, channels, norm_scale, times, target)
+        bar.update(bar.total - bar.n)
+    report.channels = channels.cpu()
+    _check_coverage(readers, target, report)
+    report.seconds = time.perf_counter() - began
+    return report
 
 
 def check_shape(teacher, student):
     """Refuse a student that cannot be cut from a teacher, naming the nearest that can."""
-    width = teacher["num_attention_heads"] * teacher["attention_head_dim"]
-    head_dim = student["hidden_size"] // student["num_heads"]
-    limits = {"hidden_size": width, "depth": teacher["num_layers"], "ffn_dim": teacher["ffn_dim"],
-              "num_heads": teacher["num_attention_heads"]}
-    for name, most in limits.items():
-        if student[name] > most:
-            raise ValueError(f"--{name} {student[name]} is more than the teacher's {most}. Choose at most {most}, or "
-                             "--projection none for a random start.")
-    if head_dim > teacher["attention_head_dim"] or head_dim % 2:
-        raise ValueError(f"{student['num_heads']} heads of {head_dim} channels cannot be cut from heads of "
-                         f"{teacher['attention_head_dim']}. Choose --num_heads "
-                         f"{max(1, student['hidden_size'] // teacher['attention_head_dim'])} or a multiple of it.")
     for ours, theirs in (("num_channels", "in_channels"), ("text_dim", "text_dim"), ("freq_dim", "freq_dim")):
         if student[ours] != teacher[theirs]:
             raise ValueError(f"the student's {ours} is {student[ours]}, the teacher's {teacher[theirs]}; they must agree.")
     if tuple(student["patch_size"]) != tuple(teacher["patch_size"]):
         raise ValueError(f"patch_size is {student['patch_size']}, the teacher's {teacher['patch_size']}; they must agree.")
+    limits = _limits(teacher, student["depth"])
+    reasons = [f"--{name} {student[name]} is more than the teacher's {most}"
+               for name, most in limits.items() if student[name] > most]
+    if not reasons and not _can_be_cut(teacher, student["hidden_size"], student["num_heads"]):
+        head_dim = student["hidden_size"] / student["num_heads"]
+        reasons.append(f"{student['num_heads']} heads of {head_dim:g} channels cannot be cut from heads of "
+                       f"{teacher['attention_head_dim']}: a head keeps whole rotary pairs of every axis, an even number from 6 to "
+                       f"{teacher['attention_head_dim']}")
+    if reasons:
+        raise ValueError(f"{'; '.join(reasons)}. The nearest shapes that can be cut: {_nearest(teacher, student)}; or take "
+                         "--projection none for a random start.")
+
+
+def _width(teacher):
+    return teacher["num_attention_heads"] * teacher["attention_head_dim"]
+
+
+def _limits(teacher, depth):
+    """Return the largest shape that can be cut; a student block pools the heads and neurons of all blocks in its span."""
+    pooled = max(1, teacher["num_layers"] // depth)
+    return {"hidden_size": _width(teacher), "depth": teacher["num_layers"], "ffn_dim": pooled * teacher["ffn_dim"],
+            "num_heads": pooled * teacher["num_attention_heads"]}
+
+
+def _can_be_cut(teacher, hidden_size, num_heads):
+    head_dim, rest = divmod(hidden_size, num_heads)
+    return rest == 0 and head_dim % 2 == 0 and 6 <= head_dim <= teacher["attention_head_dim"]
+
+
+def _nearest(teacher, student, count=3):
+    """Return the flags of the shapes nearest in width, then in heads."""
+    depth = min(student["depth"], teacher["num_layers"])
+    most = _limits(teacher, depth)
+    sizes = [(heads * size, heads) for heads in range(1, most["num_heads"] + 1)
+             for size in range(6, teacher["attention_head_dim"] + 1, 2) if heads * size <= most["hidden_size"]]
+    sizes.sort(key=lambda shape: (abs(shape[0] - student["hidden_size"]), abs(shape[1] - student["num_heads"])))
+    return " or ".join(f"--hidden_size {width} --num_heads {heads} --depth {depth} "
+                       f"--ffn_dim {min(student['ffn_dim'], most['ffn_dim'])}" for width, heads in sizes[:count])
 
 
 class _Reader:
-    """Reads teacher tensors in float32, refuses NaN, and remembers what was read."""
+    """Reads teacher tensors in float32 onto a device, refuses NaN, and remembers what was read."""
 
-    def __init__(self, files):
-        self.files, self.read = files, set()
+    def __init__(self, files, device, bar):
+        self.files, self.device, self.bar, self.read = files, device, bar, set()
+        self.bytes_each = files.num_bytes / files.num_parameters
 
-    def __call__(self, name):
-        tensor = self.files.read(name)
+    def __call__(self, name, rows=None):
+        tensor = self.files.read(name, rows=rows).to(self.device)
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{self.files.folder}: {name} holds NaN or infinity. Download the expert again.")
         self.read.add(name)
+        self.bar.update(round(tensor.numel() * self.bytes_each))
         return tensor
 
-    def block(self, index):
-        """Read one block as a dict of short names."""
-        prefix = f"blocks.{index}."
-        return {name.removeprefix(prefix): self(name) for name in self.files.places if name.startswith(prefix)}
+
+class _Target:
+    """The student's tensors: each is written once, in its shape and with finite values."""
+
+    def __init__(self, student):
+        self.tensors = student.state_dict()
+        self.unwritten = set(self.tensors)
+
+    def __setitem__(self, name, tensor):
+        assert torch.isfinite(tensor).all(), f"projection made values that are not finite: {name}"
+        assert tensor.shape == self.tensors[name].shape, (name, tensor.shape, self.tensors[name].shape)
+        self.unwritten.remove(name)
+        self.tensors[name].copy_(tensor)
 
 
-def _check_coverage(reader, student, config):
-    unread = reader.files.places.keys() - reader.read
-    if unread:
-        raise ValueError(f"{reader.files.folder}: {len(unread)} tensors found no place in the student: {sorted(unread)[:5]}.")
-    broken = [name for name, tensor in student.items() if not torch.isfinite(tensor).all()]
-    assert not broken, f"projection made values that are not finite: {broken[:5]}"
+def _check_coverage(readers, target, report):
+    """Stop where a teacher tensor found no place or a student tensor got no value; of a second expert only blocks are used."""
+    for position, reader in enumerate(readers):
+        unread = sorted(reader.files.places.keys() - reader.read)
+        lost = [name for name in unread if position == 0 or name.startswith("blocks.")]
+        if lost:
+            raise ValueError(f"{reader.files.folder}: {len(lost)} tensors found no place in the student: {lost[:5]}.")
+        report.dropped += [f"{reader.files.name}: {name}" for name in unread]
+    if target.unwritten:
+        raise ValueError(f"{len(target.unwritten)} tensors of the student got no value: {sorted(target.unwritten)[:5]}.")
+    report.num_read, report.num_written = sum(len(reader.read) for reader in readers), len(target.tensors)
 
 
 # ---- which channels ------------------------------------------------------------------------------------------------------
 
-def _choose_channels(reader, width, channels, report):
+def _choose_channels(readers, width, channels, report):
     """Return the residual channels to keep, and how much larger their deviation is than that of all channels.
 
     A channel counts by what is written to it times what is read from it, each tensor weighted alike.
     """
-    written = _share(reader("patch_embedding.weight").flatten(1).square().sum(1))
-    read = _share(reader("proj_out.weight").square().sum(0))
-    for index in range(reader.files.config["num_layers"]):
-        block = reader.block(index)
-        written += sum(_share(block[name].square().sum(1)) for name in
-                       ("attn1.to_out.0.weight", "attn2.to_out.0.weight", "ffn.net.2.weight"))
-        read += sum(_share(block[name].square().sum(0)) for name in
-                    ("attn1.to_q.weight", "attn1.to_k.weight", "attn1.to_v.weight", "attn2.to_q.weight",
-                     "ffn.net.0.proj.weight"))
-    channels = _top(written * read, width) if channels is None else channels
-    report.kept["residual"] = float(written[channels].sum() / written.sum())
-    norm_scale = float((written[channels].mean() / written.mean()).sqrt())
-    return channels, norm_scale
+    written = sum(_energy(reader, "patch_embedding", WRITERS, 0) for reader in readers)
+    if channels is None:
+        channels = _top(written * sum(_energy(reader, "proj_out", READERS, 1) for reader in readers), width)
+    channels = torch.as_tensor(channels, device=written.device)
+    report.kept["residual"] = [float(written[channels].sum() / written.sum())]
+    return channels, float((written[channels].mean() / written.mean()).sqrt())
+
+
+def _energy(reader, outermost, layers, dimension):
+    """Return the energy of each residual channel in the weights of one layer and of `layers` of every block."""
+    names = [outermost, *(f"blocks.{index}.{layer}" for index in range(reader.files.config["num_layers"]) for layer in layers)]
+    return sum(_share(reader(f"{name}.weight").flatten(1).square().sum(1 - dimension)) for name in names)
 
 
 def _share(energy):
@@ -170,57 +237,61 @@ def _top(score, count):
 
 # ---- time and text -------------------------------------------------------------------------------------------------------
 
-def _project_time(reader, channels, norm_scale, config, student):
-    """Refit the time path on a grid of timesteps; returns the teacher's modulation there, (grid, 6, d), before norm_scale."""
+def _project_time(reader, channels, norm_scale, config, target):
+    """Refit the time path on a grid of timesteps; returns the teacher's mean embedding (d,) and its modulation (grid, 6, d)."""
     prefix = "condition_embedder."
     names = [f"{prefix}{layer}.{kind}" for layer in ("time_embedder.linear_1", "time_embedder.linear_2", "time_proj")
              for kind in ("weight", "bias")]
-    first, first_bias, second, second_bias, third, third_bias = (reader(name) for name in names)
-    rows = (torch.arange(6)[:, None] * len(second) + channels).flatten()         # six modulation rows of each channel
-    grid = Timesteps(config["freq_dim"], flip_sin_to_cos=True, downscale_freq_shift=0)(torch.linspace(0, 1000, 1001))
+    first, first_bias, second, second_bias = (reader(name) for name in names[:4])
+    width, device = len(second), channels.device
+    third = torch.cat([reader(names[4], slice(row * width, (row + 1) * width))[channels] for row in range(6)])   # (6d, D)
+    third_bias = reader(names[5]).unflatten(0, (6, -1))[:, channels].flatten()
+    grid = Timesteps(config["freq_dim"], flip_sin_to_cos=True, downscale_freq_shift=0)(torch.linspace(0, 1000, 1001, device=device))
     hidden = F.silu(grid @ first.T + first_bias)
     embedding = hidden @ second.T + second_bias
-    modulation = F.silu(embedding) @ third[rows].T + third_bias[rows]
+    modulation = F.silu(embedding) @ third.T + third_bias
     neurons = _top(second[channels].square().sum(0) * first.square().sum(1), len(channels))
-    student[names[0]], student[names[1]] = first[neurons], first_bias[neurons]
-    student[names[2]], student[names[3]] = _refit(second[channels][:, neurons], second_bias[channels], hidden[:, neurons],
-                                                  embedding[:, channels])
-    seen = F.silu(F.silu(grid @ student[names[0]].T + student[names[1]]) @ student[names[2]].T + student[names[3]])
-    weight, bias = _refit(third[rows][:, channels], third_bias[rows], seen, modulation)
-    stretch = _stretch_scales(len(channels), norm_scale)
-    student[names[4]], student[names[5]] = weight * stretch[:, None], bias * stretch
+    target[names[0]], target[names[1]] = first[neurons], first_bias[neurons]
+    weight, bias = _refit(second[channels][:, neurons], second_bias[channels], hidden[:, neurons], embedding[:, channels])
+    target[names[2]], target[names[3]] = weight, bias
+    seen = F.silu(hidden[:, neurons] @ weight.T + bias)
+    weight, bias = _refit(third[:, channels], third_bias, seen, modulation)
+    stretch = torch.ones(6, len(channels), device=device)                     # the kept channels' LayerNorm statistic
+    stretch[list(SCALE)] = norm_scale
+    target[names[4]], target[names[5]] = weight * stretch.flatten()[:, None], bias * stretch.flatten()
     return {"embedding": embedding[:, channels].mean(0), "modulation": modulation.unflatten(1, (6, -1))}
 
 
-def _stretch_scales(width, norm_scale):
-    """Return a factor (6*d) for each modulation row: norm_scale for the two scales, 1 for shifts and gates."""
-    stretch = torch.ones(6, width)
-    stretch[list(SCALE)] = norm_scale
-    return stretch.flatten()
-
-
-def _project_text(reader, config, samples, student):
+def _project_text(reader, config, samples, target, report):
     """Keep the text embedder's neurons that matter and the basis that its words span; returns that basis (D, d)."""
     prefix = "condition_embedder.text_embedder."
     first, first_bias = reader(f"{prefix}linear_1.weight"), reader(f"{prefix}linear_1.bias")
     second, second_bias = reader(f"{prefix}linear_2.weight"), reader(f"{prefix}linear_2.bias")
-    width = config["hidden_size"]
+    width, device = config["hidden_size"], first.device
     if width == len(second):
-        basis, kept = torch.eye(width), (first, first_bias, second, second_bias)
+        basis, kept = torch.eye(width, device=device), (first, first_bias, second, second_bias)
+        report.kept["text"] = [1.0]
     else:
-        if samples is None:
-            samples = torch.randn(4096, first.shape[1], generator=torch.Generator().manual_seed(0))
-        samples = torch.cat([samples.float(), torch.zeros(max(1, len(samples) // 16), first.shape[1])])  # padding counts
+        samples = _text_samples(samples, first.shape[1]).to(device)
         hidden = F.gelu(samples @ first.T + first_bias, approximate="tanh")
         states = hidden @ second.T + second_bias
-        basis = torch.linalg.eigh(states.T @ states).eigenvectors[:, -width:]
-        basis = basis * torch.where(basis.sum(0) < 0, -1.0, 1.0)                 # one sign, whatever the LAPACK
+        energy, basis = torch.linalg.eigh(states.T @ states)
+        basis = basis[:, -width:] * torch.where(basis[:, -width:].sum(0) < 0, -1.0, 1.0)     # one sign, whatever the LAPACK
+        report.kept["text"] = [float(energy[-width:].sum() / energy.sum())]
         neurons = _top(second.square().sum(0) * hidden.square().mean(0), width)
         weight, bias = _refit(basis.T @ second[:, neurons], basis.T @ second_bias, hidden[:, neurons], states @ basis)
         kept = (first[neurons], first_bias[neurons], weight, bias)
     for name, tensor in zip(("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"), kept):
-        student[prefix + name] = tensor
+        target[prefix + name] = tensor
     return basis
+
+
+def _text_samples(samples, width):
+    """Return at most TEXT_SAMPLES words, evenly picked, and as many zeros as padding deserves; normal ones where none are given."""
+    if samples is None:
+        samples = torch.randn(TEXT_SAMPLES, width, generator=torch.Generator().manual_seed(0))
+    samples = samples[:: max(1, len(samples) // TEXT_SAMPLES)].float()
+    return torch.cat([samples, torch.zeros(max(1, len(samples) // 16), width)])
 
 
 def _refit(weight, bias, inputs, wanted, ridge=1e-6):
@@ -228,57 +299,75 @@ def _refit(weight, bias, inputs, wanted, ridge=1e-6):
     residual = wanted - (inputs @ weight.T + bias)
     if residual.abs().max() <= 1e-5 * wanted.abs().max():
         return weight, bias
-    rows = torch.cat([inputs, torch.ones(len(inputs), 1)], 1).double()
+    rows = F.pad(inputs, (0, 1), value=1.0).double()
     gram = rows.T @ rows
-    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     change = torch.linalg.solve(gram, rows.T @ residual.double()).T.float()
     return weight + change[:, :-1], bias + change[:, -1]
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------------
 
-def _project_span(reader, span, index, channels, norm_scale, times, words, config, student, report):
-    """Project the teacher blocks of a span into one student block."""
-    blocks = [reader.block(number) for number in span]
-    prefix = f"blocks.{index}."
-    tables = torch.stack([block["scale_shift_table"][0, :, channels] for block in blocks])           # (span, 6, d)
+@dataclass
+class _Cutter:
+    """What every block is cut with."""
+
+    config: dict                      # the student's
+    teacher: dict                     # the teacher's
+    channels: torch.Tensor
+    norm_scale: float
+    times: dict
+    words: torch.Tensor
+
+
+def _project_span(cutter, readers, span, index, target, report):
+    """Project the teacher blocks of a span into one student block, from the expert whose cut keeps more energy."""
+    found = [_cut_span(cutter, reader, span) for reader in readers]
+    tensors, cut, kept, name = max(found, key=lambda each: sum(each[2].values()))        # ties go to the first
+    for short, tensor in tensors.items():
+        target[f"blocks.{index}.{short}"] = tensor
+    report.cuts.append(cut)
+    report.experts.append(name)
+    for group, share in kept.items():
+        report.kept.setdefault(group, []).append(round(share, 4))
+
+
+def _cut_span(cutter, reader, span):
+    """Return one student block's tensors, what rows of which block they are, the energy kept per group, and the expert's name."""
+    channels, norm_scale, rows = cutter.channels, cutter.norm_scale, list(SCALE)
+    prefixes = [f"blocks.{number}." for number in span]
+    tables = torch.stack([reader(f"{prefix}scale_shift_table")[0][:, channels] for prefix in prefixes])      # (span, 6, d)
     table = tables.mean(0)
     stretched = table.clone()
-    stretched[list(SCALE)] = norm_scale * (1 + table[list(SCALE)]) - 1
-    student[prefix + "scale_shift_table"] = stretched[None]
-    norm = [torch.stack([block[f"norm2.{kind}"][channels] for block in blocks]) for kind in ("weight", "bias")]
-    student[prefix + "norm2.weight"], student[prefix + "norm2.bias"] = norm[0].mean(0) * norm_scale, norm[1].mean(0)
-
-    report.cuts.append({})
-    parts = {name: [] for name in ("attn1", "attn2", "ffn")}
-    for number, block in enumerate(blocks):
-        readers, gates = _modulation_ratios(tables[number], table, times["modulation"])
-        for attention, text_basis in zip(ATTENTIONS, (None, words)):
-            scale, shift, gate = ((readers["attn1"][0], readers["attn1"][1], gates["attn1"]) if attention == "attn1" else
-                                  _affine_ratio(norm[0][number], norm[1][number], norm[0].mean(0), norm[1].mean(0)))
-            parts[attention].append(_cut_attention(block, attention, channels, text_basis, scale, shift, gate))
-        parts["ffn"].append(_cut_feed_forward(block, channels, *readers["ffn"], gates["ffn"]))
-    for attention in ATTENTIONS:
-        heads = _join_heads(parts[attention], config, reader.files.config, attention, report)
-        student |= {f"{prefix}{attention}.{name}": tensor for name, tensor in heads.items()}
-    neurons = _join_neurons(parts["ffn"], config["ffn_dim"], report)
-    student.update({f"{prefix}ffn.net.{name}": tensor for name, tensor in neurons.items()})
+    stretched[rows] = norm_scale * (1 + table[rows]) - 1
+    norms = [torch.stack([reader(f"{prefix}norm2.{kind}")[channels] for prefix in prefixes]) for kind in ("weight", "bias")]
+    weight, bias = norms[0].mean(0), norms[1].mean(0)
+    tensors = {"scale_shift_table": stretched[None], "norm2.weight": weight * norm_scale, "norm2.bias": bias}
+    parts, cut, kept = {name: [] for name in (*ATTENTIONS, "ffn")}, {}, {}
+    for number, prefix in enumerate(prefixes):
+        folds = _modulation_ratios(tables[number], table, cutter.times["modulation"])
+        folds["attn2"] = _affine_ratio(norms[0][number], norms[1][number], weight, bias)
+        for name, text_basis in zip(ATTENTIONS, (None, cutter.words)):
+            parts[name].append(_cut_attention(reader, f"{prefix}{name}.", channels, text_basis, *folds[name]))
+        parts["ffn"].append(_cut_feed_forward(reader, f"{prefix}ffn.net.", channels, *folds["ffn"]))
+    for name in ATTENTIONS:
+        tensors |= _join_heads(parts.pop(name), cutter.config, cutter.teacher, name, cut, kept)
+    tensors |= _join_neurons(parts.pop("ffn"), cutter.config["ffn_dim"], cut, kept)
+    return tensors, cut, kept, reader.files.name
 
 
 def _modulation_ratios(own, shared, over_time):
-    """Return what turns the span's shared modulation into a block's own: ({reader: (scale ratio, shift)}, {writer: gate ratio}).
+    """Return what turns the span's shared modulation into a block's own: {part: (scale ratio, shift, gate ratio)}.
 
     Least squares over timesteps, per channel; exactly 1, 0 and 1 for a span of one block.
     """
-    readers, gates = {}, {}
+    folds = {}
     for part, name in enumerate(("attn1", "ffn")):
         shift, scale, gate = SHIFT[part], SCALE[part], GATE[part]
-        own_scale, shared_scale = 1 + own[scale] + over_time[:, scale], 1 + shared[scale] + over_time[:, scale]
-        ratio = _ratio(own_scale, shared_scale)
-        readers[name] = (ratio, (own[shift] + over_time[:, shift]).mean(0)
-                         - ratio * (shared[shift] + over_time[:, shift]).mean(0))
-        gates[name] = _ratio(own[gate] + over_time[:, gate], shared[gate] + over_time[:, gate])
-    return readers, gates
+        ratio = _ratio(1 + own[scale] + over_time[:, scale], 1 + shared[scale] + over_time[:, scale])
+        offset = (own[shift] + over_time[:, shift]).mean(0) - ratio * (shared[shift] + over_time[:, shift]).mean(0)
+        folds[name] = (ratio, offset, _ratio(own[gate] + over_time[:, gate], shared[gate] + over_time[:, gate]))
+    return folds
 
 
 def _ratio(own, shared):
@@ -293,20 +382,25 @@ def _affine_ratio(own_weight, own_bias, weight, bias):
     return ratio, own_bias - ratio * bias, torch.ones_like(ratio)
 
 
-def _read(weight, bias, channels, scale, shift):
+def _cut_reader(reader, name, channels, scale, shift):
     """Cut a reader of the residual: keep its columns, fold a block's own scale and shift in."""
-    return weight[:, channels] * scale, bias + weight[:, channels] @ shift
+    weight = reader(f"{name}.weight")[:, channels]
+    return weight * scale, reader(f"{name}.bias") + weight @ shift
 
 
-def _cut_attention(block, name, channels, text_basis, scale, shift, gate):
+def _cut_writer(reader, name, channels, gate):
+    """Cut a writer to the residual: keep its rows, fold a block's own gate in."""
+    return gate[:, None] * reader(f"{name}.weight")[channels], gate * reader(f"{name}.bias")[channels]
+
+
+def _cut_attention(reader, prefix, channels, text_basis, scale, shift, gate):
     """Return one block's attention with every head, between the student's residual channels (or text basis) and its own rows."""
-    cut = {"q": _read(block[f"{name}.to_q.weight"], block[f"{name}.to_q.bias"], channels, scale, shift)}
+    cut = {"q": _cut_reader(reader, f"{prefix}to_q", channels, scale, shift)}
     for kind in "kv":
-        weight, bias = block[f"{name}.to_{kind}.weight"], block[f"{name}.to_{kind}.bias"]
-        cut[kind] = _read(weight, bias, channels, scale, shift) if text_basis is None else (weight @ text_basis, bias)
-    cut["o"] = gate[:, None] * block[f"{name}.to_out.0.weight"][channels]                            # (d, D)
-    cut["o_bias"] = gate * block[f"{name}.to_out.0.bias"][channels]
-    cut["gain"] = {kind: block[f"{name}.norm_{kind}.weight"] for kind in "qk"}
+        cut[kind] = (_cut_reader(reader, f"{prefix}to_{kind}", channels, scale, shift) if text_basis is None else
+                     (reader(f"{prefix}to_{kind}.weight") @ text_basis, reader(f"{prefix}to_{kind}.bias")))
+    cut["o"], cut["o_bias"] = _cut_writer(reader, f"{prefix}to_out.0", channels, gate)                       # (d, D), (d,)
+    cut["gain"] = {kind: reader(f"{prefix}norm_{kind}.weight") for kind in "qk"}
     cut["power"] = {kind: _row_power(*cut[kind]).mean() for kind in "qk"}    # what the teacher's RMSNorm divides by
     return cut
 
@@ -316,15 +410,14 @@ def _row_power(weight, bias):
     return weight.square().sum(1) + bias.square()
 
 
-def _join_heads(cuts, config, teacher, name, report):
+def _join_heads(cuts, config, teacher, name, picked, kept):
     """Keep the heads that write most, of all blocks in a span, and their rotary pairs; returns a student attention's tensors."""
     num_heads, size = config["num_heads"], config["hidden_size"] // config["num_heads"]
     full = teacher["attention_head_dim"]
     scores = torch.cat([_head_scores(cut, full) for cut in cuts])
-    heads = _top(scores, num_heads)
-    report.kept[name] = round(float(scores[heads].sum() / scores.sum()), 4)
+    heads = set(_top(scores, num_heads).tolist())
     joined = {key: [] for key in ("q", "k", "v", "o", "q_gain", "k_gain", "q_power", "k_power")}
-    picks = {kind: [] for kind in "qkv"}
+    picks, energy = {kind: [] for kind in "qkv"}, 0.0
     output_bias = sum(cut["o_bias"] for cut in cuts)
     for head in range(len(scores)):
         number, head_in_block = divmod(head, teacher["num_attention_heads"])
@@ -340,19 +433,22 @@ def _join_heads(cuts, config, teacher, name, report):
             joined[f"{kind}_gain"].append(cut["gain"][kind][pairs] * (size / full) ** 0.25)
             joined[f"{kind}_power"].append(cut["power"][kind].expand(size))
         value, value_bias, output, lost = _cut_value(cut["v"][0][rows], cut["v"][1][rows], cut["o"][:, rows], size)
+        energy += float((output @ value).square().sum())
         joined["v"].append((value, value_bias))
         joined["o"].append(output)
         output_bias = output_bias + lost
-    tensors = {"to_out.0.weight": torch.cat(joined["o"], 1), "to_out.0.bias": output_bias}
+    kept[name] = energy / float(scores.sum())
+    tensors = {f"{name}.to_out.0.weight": torch.cat(joined["o"], 1), f"{name}.to_out.0.bias": output_bias}
     for kind in "qkv":
         weights, biases = zip(*joined[kind])
-        tensors[f"to_{kind}.weight"], tensors[f"to_{kind}.bias"] = torch.cat(weights), torch.cat(biases)
+        tensors[f"{name}.to_{kind}.weight"], tensors[f"{name}.to_{kind}.bias"] = torch.cat(weights), torch.cat(biases)
     if size == full:                                             # values of a smaller head are no rows of the teacher's
-        report.cuts[-1][f"{name}.v"] = picks["v"]
+        picked[f"{name}.v"] = picks["v"]
     for kind in "qk":
-        power = _row_power(tensors[f"to_{kind}.weight"], tensors[f"to_{kind}.bias"]).mean()   # what the student divides by
-        report.cuts[-1] |= {f"{name}.{kind}": picks[kind], f"{name}.{kind}.gain": torch.cat(joined[f"{kind}_gain"])}
-        tensors[f"norm_{kind}.weight"] = torch.cat(joined[f"{kind}_gain"]) * (power / torch.cat(joined[f"{kind}_power"])).sqrt()
+        power = _row_power(tensors[f"{name}.to_{kind}.weight"], tensors[f"{name}.to_{kind}.bias"]).mean()   # the student's
+        gain = torch.cat(joined[f"{kind}_gain"])
+        picked |= {f"{name}.{kind}": picks[kind], f"{name}.{kind}.gain": gain}
+        tensors[f"{name}.norm_{kind}.weight"] = gain * (power / torch.cat(joined[f"{kind}_power"])).sqrt()
     return tensors
 
 
@@ -376,10 +472,10 @@ def _rotary_rows(cut, rows, full, size, has_rotary):
         return torch.arange(full)
     strength = sum(_row_power(cut[kind][0][rows], cut[kind][1][rows]) for kind in "qk").unflatten(0, (-1, 2)).sum(1)
     if not has_rotary:
-        pairs = _top(strength, size // 2)
+        pairs = _top(strength, size // 2).cpu()
     else:
         axes, axes_full = _axis_pairs(size), _axis_pairs(full)
-        pairs, start = [_top(strength[:axes_full[0]], axes[0])], axes_full[0]
+        pairs, start = [_top(strength[:axes_full[0]], axes[0]).cpu()], axes_full[0]
         for few, many in zip(axes[1:], axes_full[1:]):
             pairs.append(start + (torch.arange(few) * many / few).round().long())
             start += many
@@ -402,46 +498,49 @@ def _cut_value(value, bias, output, size):
     left, strength, right = torch.linalg.svd(r_out @ r_in.T)
     root = strength[:size].sqrt()
     small_output, small_value = q_out @ left[:, :size] * root, (root[:, None] * right[:size]) @ q_in.T
-    return small_value, torch.zeros(size), small_output, output @ bias
+    return small_value, torch.zeros(size, device=bias.device), small_output, output @ bias
 
 
-def _cut_feed_forward(block, channels, scale, shift, gate):
-    first, first_bias = _read(block["ffn.net.0.proj.weight"], block["ffn.net.0.proj.bias"], channels, scale, shift)
-    return {"first": first, "first_bias": first_bias, "second": gate[:, None] * block["ffn.net.2.weight"][channels],
-            "second_bias": gate * block["ffn.net.2.bias"][channels]}
+def _cut_feed_forward(reader, prefix, channels, scale, shift, gate):
+    first, first_bias = _cut_reader(reader, f"{prefix}0.proj", channels, scale, shift)
+    second, second_bias = _cut_writer(reader, f"{prefix}2", channels, gate)
+    return {"first": first, "first_bias": first_bias, "second": second, "second_bias": second_bias}
 
 
-def _join_neurons(cuts, count, report):
+def _join_neurons(cuts, count, picked, kept):
     """Keep the neurons that write most, of all blocks in a span; what the others write on average goes to the bias."""
-    first, bias = torch.cat([cut["first"] for cut in cuts]), torch.cat([cut["first_bias"] for cut in cuts])
-    second = torch.cat([cut["second"] for cut in cuts], 1)
-    mean, power = _gelu_moments(bias, first.square().sum(1).sqrt())
-    score = second.square().sum(0) * power
-    neurons = _top(score, count)
     width = len(cuts[0]["first"])
-    report.cuts[-1]["ffn"] = [(number, neurons[neurons // width == number] % width) for number in range(len(cuts))]
-    report.kept["ffn"] = round(float(score[neurons].sum() / score.sum()), 4)
-    rest = torch.ones(len(bias), dtype=torch.bool)
-    rest[neurons] = False
-    output_bias = sum(cut["second_bias"] for cut in cuts) + second[:, rest] @ mean[rest]
-    return {"0.proj.weight": first[neurons], "0.proj.bias": bias[neurons], "2.weight": second[:, neurons],
-            "2.bias": output_bias}
+    output_bias = sum(cut["second_bias"] for cut in cuts)
+    bias, deviation = (torch.cat([cut[name] if name == "first_bias" else cut["first"].square().sum(1).sqrt() for cut in cuts])
+                       for name in ("first_bias", "first"))
+    mean, power = _gelu_moments(bias, deviation)
+    score = torch.cat([cut["second"].square().sum(0) for cut in cuts]) * power
+    neurons = _top(score, count)
+    kept["ffn"] = float(score[neurons].sum() / score.sum())
+    picked["ffn"] = [(number, neurons[neurons // width == number] % width) for number in range(len(cuts))]
+    rest = torch.ones_like(bias)
+    rest[neurons] = 0
+    for cut, silent in zip(cuts, (mean * rest).split(width)):
+        output_bias = output_bias + cut["second"] @ silent
+    first, second = zip(*((cut["first"][rows], cut["second"][:, rows]) for cut, (_, rows) in zip(cuts, picked["ffn"])))
+    return {"ffn.net.0.proj.weight": torch.cat(first), "ffn.net.0.proj.bias": bias[neurons],
+            "ffn.net.2.weight": torch.cat(second, 1), "ffn.net.2.bias": output_bias}
 
 
 def _gelu_moments(mean, deviation):
     """Return mean and mean square of gelu of a normal variable, by nine-point Gauss-Hermite quadrature."""
-    points, weights = np.polynomial.hermite_e.hermegauss(9)
-    weights = torch.tensor(weights / weights.sum(), dtype=mean.dtype)
-    values = F.gelu(mean[:, None] + deviation[:, None] * torch.tensor(points, dtype=mean.dtype), approximate="tanh")
+    points, weights = (torch.tensor(part, dtype=mean.dtype, device=mean.device) for part in np.polynomial.hermite_e.hermegauss(9))
+    values = F.gelu(mean[:, None] + deviation[:, None] * points, approximate="tanh")
+    weights = weights / weights.sum()
     return values @ weights, values.square() @ weights
 
 
 # ---- head -----------------------------------------------------------------------------------------------------------------
 
-def _project_head(reader, channels, norm_scale, times, student):
+def _project_head(reader, channels, norm_scale, times, target):
     """Cut the output layer; its scale is table + time embedding, so norm_scale goes to the table, for the mean embedding."""
     table = reader("scale_shift_table")[:, :, channels].clone()
     table[:, 1] += (norm_scale - 1) * (1 + table[:, 1] + times["embedding"])
-    student["scale_shift_table"] = table
-    student["proj_out.weight"] = reader("proj_out.weight")[:, channels]
-    student["proj_out.bias"] = reader("proj_out.bias")
+    target["scale_shift_table"] = table
+    target["proj_out.weight"] = reader("proj_out.weight")[:, channels]
+    target["proj_out.bias"] = reader("proj_out.bias")

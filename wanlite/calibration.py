@@ -3,34 +3,72 @@
 First the expert says which residual channels best foretell all others. Then student and expert walk the same noisy
 frames in step, one teacher block in memory at a time, and each matrix of the student is moved by ridge regression on
 the student's own activations: what the dropped channels said is mostly a linear function of the kept ones, and is read
-from them from here on. No pictures are needed: the frames come from noise and the expert itself.
+from them from here on. No pictures are needed: the expert draws the frames itself, from noise and the prompts.
 
 Legend: B batch, N tokens, L text length, D d teacher and student width, F f feed-forward neurons.
 """
 
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from .teacher import ask, stream_expert
+from .teacher import TextTokens, ask, stream_expert
 
 RIDGE = 3e-3          # of the mean Gram diagonal
 OUTPUT_SHARE = 0.5    # an attention output goes half of the way; all of it was no better
 LAST_SHARE = 3        # the states that the head reads count this often in the choice of channels
 
 
+DRAWING_STEPS = 4     # Euler steps from noise to a frame; each reads the expert once
+
+
+@dataclass
+class Frames:
+    """Noisy frames on which student and expert are compared."""
+
+    latents: torch.Tensor     # (B, C, H, W)
+    timestep: torch.Tensor    # (B,) in 0..1000
+    text: TextTokens
+
+
 @torch.no_grad()
-def choose_channels(files, text, width, size=(8, 8), seed=0):
+def make_frames(files, text, size, clean=None, seed=0, shift=3.0, device="cpu"):
+    """Return a frame for each prompt of `text`, at noise levels spread evenly over 0 to 1.
+
+    `clean` (B, C, H, W) are latents of real pictures; without them the expert draws frames of `size` (height and width of the
+    latents) in DRAWING_STEPS steps of a schedule with `shift`. The noise is the same on every device.
+    """
+    generator, text = torch.Generator().manual_seed(seed), text.to(device)
+    count = len(text.tokens)
+    size = size if clean is None else clean.shape[-2:]
+    noise, other = (torch.randn(count, files.config["in_channels"], *size, generator=generator).to(device) for _ in range(2))
+    if clean is None:
+        clean, expert = noise, stream_expert(files, device)
+        even = torch.linspace(1, 0, DRAWING_STEPS + 1)
+        levels = shift * even / (1 + (shift - 1) * even)
+        steps = tqdm(list(zip(levels[:-1], levels[1:])), desc="drawing frames to calibrate on", unit="step", disable=None)
+        for level, lower in steps:
+            velocity, _ = ask(expert, clean, (1000 * level).expand(count).to(device), text)
+            clean = clean + (lower - level).item() * velocity
+    noise_level = (((torch.arange(count) + 0.5) / count)[torch.randperm(count, generator=generator)]).to(device)
+    level = noise_level[:, None, None, None]
+    return Frames((1 - level) * clean.to(device) + level * other, 1000 * noise_level, text)
+
+
+@torch.no_grad()
+def choose_channels(files, frames, width):
     """Return the `width` residual channels of an expert, in rising order, that best foretell all others linearly."""
-    expert = stream_expert(files)
-    walk = _begin(expert, *make_frames(expert, text, size, torch.Generator().manual_seed(seed)), text)
+    expert = stream_expert(files, frames.latents.device)
+    walk = _begin(expert, frames)
     moment = _normed_moment(walk.states)
-    for block in expert.blocks:
+    for block in tqdm(expert.blocks, desc="choosing channels", unit="block", disable=None):
         walk.states = block(walk.states, walk.text, walk.modulation, walk.rotary, walk.logit_bias)
-        moment += _normed_moment(walk.states)
-    return _best_columns(moment + LAST_SHARE * _normed_moment(walk.states), width)
+        last = _normed_moment(walk.states)
+        moment += last
+    return _best_columns((moment + LAST_SHARE * last).cpu(), width)
 
 
 def _normed_moment(states):
@@ -52,32 +90,17 @@ def _best_columns(moment, count):
 
 
 @torch.no_grad()
-def rehearse(student, files, report, text, size=(8, 8), seed=0):
-    """Refit a student that `report` tells how it was cut from the expert `files`; in place.
-
-    `text` holds real prompts as TextTokens, a frame for each; `size` is the latents' height and width.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    expert = stream_expert(files)
-    latents, timestep = make_frames(expert, text, size, generator)
-    theirs, ours = _begin(expert, latents, timestep, text), _begin(student, latents, timestep, text)
-    blocks = iter(expert.blocks)
-    spans = tqdm(report.spans, desc="rehearsing", unit="block", disable=None)
+def calibrate(student, files, report, frames):
+    """Refit a student that `report` tells how it was cut from the expert `files`; in place, on the frames' device."""
+    expert = stream_expert(files, frames.latents.device)
+    theirs, ours = _begin(expert, frames), _begin(student, frames)
+    blocks, channels = iter(expert.blocks), report.channels.to(frames.latents.device)
+    spans = tqdm(report.spans, desc="calibrating", unit="block", disable=None)
     for span, block, cut in zip(spans, student.blocks, report.cuts):
-        goals, seen = _watch_span(islice(blocks, len(span)), theirs, report.channels)
+        goals, seen = _watch_span(islice(blocks, len(span)), theirs, channels)
         _refit_block(block, ours, goals, _wanted(seen, cut), cut)
     wanted = expert.proj_out(_head_input(expert, theirs))
     _refit(student.proj_out, _head_input(student, ours), wanted)
-
-
-def make_frames(expert, text, size, generator):
-    """Return noisy frames at noise levels 0 to 1 and their timesteps; the clean part is the expert's one-step guess."""
-    count = len(text.tokens)
-    noise, other = (torch.randn(count, expert.config.in_channels, *size, generator=generator) for _ in range(2))
-    clean = noise - ask(expert, noise, torch.full((count,), 1000.0), text)[0]
-    noise_level = ((torch.arange(count) + 0.5) / count)[torch.randperm(count, generator=generator)]
-    level = noise_level[:, None, None, None]
-    return (1 - level) * clean + level * other, 1000 * noise_level
 
 
 class _Walk:
@@ -88,8 +111,9 @@ class _Walk:
         self.rotary, self.logit_bias = rotary, logit_bias
 
 
-def _begin(network, latents, timestep, text):
+def _begin(network, frames):
     """Embed frames, words and times, as one_frame_velocity does."""
+    latents, timestep, text = frames.latents, frames.timestep, frames.text
     states = network.patch_embedding(latents.unsqueeze(2)).flatten(2).transpose(1, 2).contiguous()       # (B, N, D)
     time, modulation, words, _ = network.condition_embedder(timestep, text.tokens)
     modulation, rotary = modulation.unflatten(1, (6, -1)), network.rope(latents.unsqueeze(2))            # (B, 6, D)
@@ -173,7 +197,7 @@ def _refit_attention(attention, states, context, wanted, name, cut):
             _refit(layer, inputs, wanted[f"{name}.{kind}"])
         if kind in "qk":
             gain = getattr(attention, f"norm_{kind}").weight
-            gain.copy_(cut[f"{name}.{kind}.gain"] * _size(layer(inputs)) / wanted[f"{name}.{kind}.size"])
+            gain.copy_(cut[f"{name}.{kind}.gain"].to(inputs.device) * _size(layer(inputs)) / wanted[f"{name}.{kind}.size"])
 
 
 def _refit_output(layer, run, update, gate, share=1.0):
@@ -196,7 +220,7 @@ def _refit(layer, inputs, wanted, weight=None, share=1.0):
     rows = nn.functional.pad(inputs, (0, 1), value=1.0).flatten(0, 1).double()
     weighted = rows if weight is None else rows * weight.flatten(0, 1)
     gram = weighted.T @ rows
-    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     change = share * torch.linalg.solve(gram, weighted.T @ residual).T.float()
     layer.weight += change[:, :-1]
     layer.bias += change[:, -1]

@@ -1,13 +1,13 @@
-"""Rehearsal: exact where nothing was cut, nearer to the teacher where something was, and the same each time."""
+"""Calibration: exact where nothing was cut, nearer to the teacher where something was, and the same each time."""
 
 import pytest
 import torch
 
 from tests.conftest import TINY_TEACHER
 from train_distillation import WanLiteStudent
+from wanlite.calibration import _best_columns, calibrate, choose_channels, make_frames
 from wanlite.network import one_frame_velocity, pack_text
 from wanlite.projection import project_into
-from wanlite.rehearsal import _best_columns, choose_channels, make_frames, rehearse
 from wanlite.teacher import open_teacher_files, stream_expert
 
 TEXT = {"num_channels": 16, "text_dim": 64, "rope_max_seq_len": 64}
@@ -15,10 +15,11 @@ CUT = {"hidden_size": 64, "depth": 4, "num_heads": 2} | TEXT
 
 
 @torch.no_grad()
-def velocity_error(student, expert, text):
-    """Return a student's squared velocity error over its expert's power, on frames that no rehearsal saw."""
-    latents, timestep = make_frames(expert, text, (8, 8), torch.Generator().manual_seed(99))
-    found, wanted = (one_frame_velocity(network, latents, timestep, *text)[0] for network in (student, expert))
+def velocity_error(student, teacher, expert, text):
+    """Return a student's squared velocity error over its expert's power, on frames that no calibration saw."""
+    frames = make_frames(open_teacher_files(TINY_TEACHER).experts[expert], text, (8, 8), seed=99)
+    found, wanted = (one_frame_velocity(network, frames.latents, frames.timestep, *text)[0]
+                     for network in (student, teacher.experts[expert]))
     return ((found - wanted).square().mean() / wanted.square().mean()).item()
 
 
@@ -31,33 +32,43 @@ def many_words(words):
 
 @pytest.mark.parametrize("expert", ["high", "low"])
 def test_a_student_as_large_as_the_teacher_is_left_as_it_is(expert, teacher, many_words):
-    config = teacher.config
+    config, files = teacher.config, teacher.files.experts[expert]
     student = WanLiteStudent(hidden_size=128, depth=4, num_heads=4, ffn_dim=config["ffn_dim"], **TEXT)
-    channels = choose_channels(teacher.files.experts[expert], many_words, 128)
+    frames = make_frames(files, many_words, (8, 8))
+    channels = choose_channels(files, frames, 128)
     assert torch.equal(channels, torch.arange(128))
-    report = project_into(student, TINY_TEACHER, expert, channels=channels)
-    rehearse(student, teacher.files.experts[expert], report, many_words)
-    assert velocity_error(student, teacher.experts[expert], many_words) < 1e-8
+    calibrate(student, files, project_into(student, TINY_TEACHER, expert, channels=channels), frames)
+    assert velocity_error(student, teacher, expert, many_words) < 1e-8
 
 
 @pytest.mark.parametrize("shape", [{}, {"depth": 2}, {"hidden_size": 96, "num_heads": 3}, {"num_heads": 4},
                                    {"ffn_dim": 100}])
-def test_a_rehearsed_student_is_nearer_to_the_teacher_than_a_projected_one(shape, teacher, many_words):
-    student = WanLiteStudent(**CUT | shape)
+def test_a_calibrated_student_is_nearer_to_the_teacher_than_a_projected_one(shape, teacher, many_words):
+    student, files = WanLiteStudent(**CUT | shape), teacher.files.experts["low"]
     report = project_into(student, TINY_TEACHER, "low")
-    before = velocity_error(student, teacher.experts["low"], many_words)
-    rehearse(student, teacher.files.experts["low"], report, many_words)
-    assert velocity_error(student, teacher.experts["low"], many_words) < 0.8 * before
+    before = velocity_error(student, teacher, "low", many_words)
+    calibrate(student, files, report, make_frames(files, many_words, (8, 8)))
+    assert velocity_error(student, teacher, "low", many_words) < 0.8 * before
 
 
-def test_rehearsing_is_bitwise_the_same_from_either_layout_and_whatever_the_random_state(official_teacher, many_words):
+def test_frames_of_real_pictures_are_those_pictures_with_noise(teacher, many_words):
+    clean = torch.full((64, 16, 6, 4), 3.0)
+    frames = make_frames(teacher.files.experts["low"], many_words, (8, 8), clean)
+    level = frames.timestep[:, None, None, None] / 1000
+    noise = (frames.latents - (1 - level) * clean) / level
+    assert frames.latents.shape == clean.shape and abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    assert torch.allclose(frames.timestep.sort().values, (torch.arange(64) + 0.5) * 1000 / 64)
+
+
+def test_calibrating_is_bitwise_the_same_from_either_layout_and_whatever_the_random_state(official_teacher, many_words):
     students = []
     for seed, folder in ((1, TINY_TEACHER), (2, official_teacher)):
         torch.manual_seed(seed)
         student = WanLiteStudent(**CUT)
         files = open_teacher_files(folder).experts["high"]
-        channels = choose_channels(files, many_words, 64)
-        rehearse(student, files, project_into(student, folder, "high", channels=channels), many_words)
+        frames = make_frames(files, many_words, (8, 8))
+        report = project_into(student, folder, "high", channels=choose_channels(files, frames, 64))
+        calibrate(student, files, report, frames)
         students.append(student.state_dict())
     assert all(torch.equal(tensor, students[1][name]) for name, tensor in students[0].items())
 
