@@ -53,7 +53,7 @@ class Settings:
 
     hidden_size: int | None = setting(None, "student width; None = 1024, for a small teacher half its width")
     depth: int | None = setting(None, "student blocks; None = 16, for a small teacher its depth")
-    num_heads: int | None = setting(None, "student heads; None = 16, for a small teacher its head size")
+    num_heads: int | None = setting(None, "student heads; None = heads of half the teacher's size")
     ffn_dim: int | None = setting(None, "width inside the feed-forward; None = 4 * hidden_size")
     projection: str = setting("calibrated", "how the student starts: from the teacher's weights, these refitted to what the "
                               "teacher computes, or random as a control", choices=("weights", "calibrated", "none"))
@@ -195,7 +195,7 @@ from wanlite.measure import prompt_accuracy  # noqa: E402
 from wanlite.network import OneFrameBlock, TextTokens, one_frame_velocity, pack_text  # noqa: E402
 from wanlite.objectives import feature_loss, velocity_loss  # noqa: E402
 from wanlite.projection import check_shape as check_cut  # noqa: E402
-from wanlite.projection import choose_experts, project, project_into  # noqa: E402
+from wanlite.projection import choose_experts, default_heads, project, project_into  # noqa: E402
 from wanlite.student_files import (  # noqa: E402
     check_shape,
     check_size,
@@ -393,11 +393,10 @@ def _stays_float32(name):
 def student_shape(settings, teacher_config):
     """Return hidden_size, depth, num_heads and ffn_dim; where a flag is None, the teacher's size decides."""
     width = teacher_config["num_attention_heads"] * teacher_config["attention_head_dim"]
-    is_large = width >= 1024
-    hidden_size = settings.hidden_size or (min(1024, width) if is_large else width // 2)
-    head_dim = 64 if is_large else teacher_config["attention_head_dim"]
-    return {"hidden_size": hidden_size, "depth": settings.depth or min(16, teacher_config["num_layers"]),
-            "num_heads": settings.num_heads or max(1, hidden_size // head_dim),
+    hidden_size = settings.hidden_size or (min(1024, width) if width >= 1024 else width // 2)
+    depth = settings.depth or min(16, teacher_config["num_layers"])
+    return {"hidden_size": hidden_size, "depth": depth,
+            "num_heads": settings.num_heads or default_heads(teacher_config, hidden_size, depth),
             "ffn_dim": settings.ffn_dim or 4 * hidden_size, "num_channels": teacher_config["in_channels"],
             "text_dim": teacher_config["text_dim"], "freq_dim": teacher_config["freq_dim"],
             "patch_size": teacher_config["patch_size"], "rope_max_seq_len": teacher_config.get("rope_max_seq_len", 1024)}
@@ -453,7 +452,7 @@ def start_student(settings, student, files, embeddings, prompts, latent_size, ac
             student.save_pretrained(partial_folder)
             write_json(partial_folder / "report.json", report.as_dict() | {"calibration_frames": is_calibrated * len(prompts)})
     accelerator.wait_for_everyone()
-    say(f"projected start: {folder}")
+    say(f"start    {folder}")
     student.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True)
     return json.loads((folder / "report.json").read_text())
 

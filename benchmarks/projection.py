@@ -4,7 +4,7 @@
     python benchmarks/projection.py --quick                   # about a minute: one shape, one seed, a few steps
 
 Every start learns the tiny teacher's guided velocity on identical batches, under the learning rate of Muon that served it best
-over the whole horizon (on the first shape, by a seed of its own). Rows already in --json FILE are not run again.
+over the whole horizon (on the first shape of each width, by a seed of its own). Rows already in --json FILE are not run again.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main():
     parser.add_argument("--json", type=Path, help="also write the rows there")
     options = parser.parse_args()
     if options.quick:
-        options.steps, options.seeds, options.shapes, options.rates = 30, 1, options.shapes[:1], options.rates[:1]
+        options.steps, options.seeds, options.shapes, options.rates = 30, 1, options.shapes[:1], options.rates[1:2]
     print(f"comparing {len(options.starts)} starts x {len(options.shapes)} shapes x {options.seeds} seeds over {options.steps} "
           f"steps; trajectories go to {options.folder}", flush=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -49,7 +49,7 @@ def main():
     rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         rates = tune(pool, rows, options, data)
-        jobs = [job(start, shape, seed, rates[start], expert, options, data) for seed in range(options.seeds)
+        jobs = [job(start, shape, seed, rates[start, width_of(shape)], expert, options, data) for seed in range(options.seeds)
                 for shape in options.shapes for start in options.starts for expert in options.experts
                 if expert == options.experts[0] or start == "weights_only" or (start, expert) == ("calibrated", "high")]
         run_all(pool, rows, jobs, options)
@@ -82,15 +82,23 @@ def run_all(pool, rows, jobs, options):
 
 
 def tune(pool, rows, options, data):
-    """Return {start: the rate with the lowest error at the end}, on the first shape, by a seed that the table does not use."""
-    if len(options.rates) == 1:
-        return dict.fromkeys(options.starts, options.rates[0])
-    jobs = [job(start, SHAPES[0], TUNING_SEED, rate, "low", options, data) for start in options.starts for rate in options.rates]
-    found = run_all(pool, rows, jobs, options)
-    found.sort(key=lambda row: -row["error_at"][str(options.steps)])
-    rates = {row["start"]: row["rate"] for row in found}                                     # the last, best one stays
-    print("best learning rates of Muon:", ", ".join(f"{start} {rate:g}" for start, rate in rates.items()), flush=True)
+    """Return {(start, width): the rate with the lowest error at the end}, by a seed that the table does not use."""
+    first = {width_of(shape): shape for shape in reversed(options.shapes)}
+    jobs = [job(start, shape, TUNING_SEED, rate, "low", options, data) for shape in first.values() for start in options.starts
+            for rate in options.rates]
+    if len(options.rates) > 1:
+        found = run_all(pool, rows, jobs, options)
+        found.sort(key=lambda row: -row["error_at"][str(options.steps)])
+        rates = {(row["start"], row["student"]["hidden_size"]): row["rate"] for row in found}            # the last, best one stays
+    else:
+        rates = {(job["start"], job["student"]["hidden_size"]): job["rate"] for job in jobs}
+    print("learning rates of Muon:", ", ".join(f"{start} at width {width} {rate:g}" for (start, width), rate in rates.items()),
+          flush=True)
     return rates
+
+
+def width_of(shape):
+    return int(shape.split("x")[0])
 
 
 # ---- what every run learns from --------------------------------------------------------------------------------------------

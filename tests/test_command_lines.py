@@ -5,8 +5,10 @@ import shutil
 import time
 
 import pytest
+import torch
 
 from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, run_script
+from train_distillation import WanLiteStudent
 
 TRAIN, DRAW = ROOT / "train_distillation.py", ROOT / "run_inference.py"
 
@@ -38,6 +40,32 @@ def refused(script, *arguments, seconds=2.0):
 def test_training_refuses_what_is_wrong_in_one_line(arguments, words, tmp_path):
     assert words in refused(TRAIN, "--output_dir", tmp_path / "run", *arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_span_wide_experts_go_with_weights_only(tmp_path):
+    assert "--expert span goes with --projection weights" in refused(TRAIN, "--output_dir", tmp_path / "run", "--expert", "span")
+
+
+def test_a_start_is_projected_once_and_taken_by_later_runs_of_the_same_teacher_shape_and_method(tmp_path):
+    def starts():
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/cache").glob("start-*/*.safetensors")}
+
+    arguments = ("--output_dir", tmp_path / "run", *SHORT_RUN)
+    process = run_script(TRAIN, *arguments, "--project_only")
+    assert process.returncode == 0, process.stderr
+    (folder,) = (tmp_path / "run/cache").iterdir()
+    assert str(folder) in process.stdout.splitlines()[-1] and not (tmp_path / "run/run.json").exists()
+    first = WanLiteStudent.from_pretrained(folder).state_dict()
+    before = starts()
+    trained = run_script(TRAIN, *arguments)
+    assert trained.returncode == 0 and "energy kept" not in trained.stdout, trained.stderr
+    report = json.loads((tmp_path / "run/run.json").read_text())["projection"]
+    assert starts() == before and report["experts"] == ["low"] * 4 and report["calibration_frames"] > 0
+    other = run_script(TRAIN, *arguments, "--project_only", "--projection", "weights")
+    assert other.returncode == 0 and "energy kept" in other.stdout and len(list((tmp_path / "run/cache").glob("start-*"))) == 2
+    assert json.loads((tmp_path / "run/run.json").read_text())["finished"]              # the finished run is left as it was
+    again = WanLiteStudent.from_pretrained(folder).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
 
 
 @pytest.mark.parametrize("content, words", [(b"", "holds no prompt"), (b"\n  \n", "holds no prompt"), (b"\xff\xfe\x00", "UTF-8")])

@@ -58,7 +58,7 @@ def test_every_teacher_tensor_is_read_and_every_student_tensor_written(expert):
     report = projection.project(student, projection.choose_experts(files, expert))
     assert all(not torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
     outer = [name for name in files.experts["high"].places if not name.startswith("blocks.")]
-    expected = {f"high: {name}" for name in outer if not name.startswith(("patch_embedding.weight", "proj_out.weight"))}
+    expected = {f"high: {name}" for name in outer if name not in ("patch_embedding.weight", "scale_shift_table")}
     assert set(report.dropped) == (expected if expert == "span" else set())
     assert report.num_read + len(report.dropped) == len(files.experts["high"].places) * (2 if expert == "span" else 1)
     assert report.num_written == len(before)
@@ -183,8 +183,8 @@ def attention_cut():
 
 
 def joined(cut):
-    tensors = projection._join_heads([cut], {"num_heads": 2, "hidden_size": 8},
-                                     {"attention_head_dim": 4, "num_attention_heads": 4}, "attn1", {}, {})
+    cut = projection._weigh_heads(cut, 4, 3)
+    tensors = projection._join_heads([cut], {"num_heads": 2, "hidden_size": 8}, 4, "attn1", {}, {})
     return {name.removeprefix("attn1."): tensor for name, tensor in tensors.items()}
 
 

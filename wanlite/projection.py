@@ -87,8 +87,8 @@ def project(student, experts, text_samples=None, channels=None, device="cpu"):
     """Fill a student with the tensors of an expert, in place, or span by span with those of the better of two; returns the Report.
 
     `text_samples` (n, T) are embeddings of real prompts' words; without them, normal ones stand in. `channels` are the residual
-    channels to keep, in rising order; None = those that the weights write and read most. What a span's experts share, the text,
-    time and output paths, is the first one's. The arithmetic runs on `device`, in float32.
+    channels to keep, in rising order; None = those that vary most where they are read, as far as weights tell. What a span's
+    experts share, the text, time and output paths, is the first one's. The arithmetic runs on `device`, in float32.
     Raises ValueError for a tensor that is not finite or finds no place.
     """
     began, config, teacher = time.perf_counter(), dict(student.config), experts[0].config
@@ -98,8 +98,9 @@ def project(student, experts, text_samples=None, channels=None, device="cpu"):
     with tqdm(total=total, desc="projecting", unit="B", unit_scale=True, disable=None) as bar:
         readers = [_Reader(files, device, bar) for files in experts]
         first = readers[0]
-        channels, norm_scale = _choose_channels(readers, config["hidden_size"], channels, report)
-        times = _project_time(first, channels, norm_scale, config, target)
+        times = _watch_time(first, config["freq_dim"])
+        channels, norm_scale = _choose_channels(readers, times, config["hidden_size"], channels, report)
+        _project_time(first, times, channels, norm_scale, target)
         words = _project_text(first, config, text_samples, target, report)
         target["patch_embedding.weight"] = first("patch_embedding.weight")[channels]
         target["patch_embedding.bias"] = first("patch_embedding.bias")[channels]
@@ -133,6 +134,13 @@ def check_shape(teacher, student):
     if reasons:
         raise ValueError(f"{'; '.join(reasons)}. The nearest shapes that can be cut: {_nearest(teacher, student)}; or take "
                          "--projection none for a random start.")
+
+
+def default_heads(teacher, hidden_size, depth):
+    """Return the most heads that can be cut, of half the teacher's head size or more: measured better than fewer whole heads."""
+    counts = [heads for heads in range(1, _limits(teacher, depth)["num_heads"] + 1)
+              if _can_be_cut(teacher, hidden_size, heads) and 2 * hidden_size // heads >= teacher["attention_head_dim"]]
+    return max(counts, default=1)
 
 
 def _width(teacher):
@@ -171,6 +179,8 @@ class _Reader:
 
     def __call__(self, name, rows=None):
         tensor = self.files.read(name, rows=rows).to(self.device)
+        if tensor.data_ptr() % 64:                            # float32 as the file has it: sums would depend on where it lies
+            tensor = tensor.clone()
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{self.files.folder}: {name} holds NaN or infinity. Download the expert again.")
         self.read.add(name)
@@ -207,23 +217,32 @@ def _check_coverage(readers, target, report):
 
 # ---- which channels ------------------------------------------------------------------------------------------------------
 
-def _choose_channels(readers, width, channels, report):
+def _choose_channels(readers, times, width, channels, report):
     """Return the residual channels to keep, and how much larger their deviation is than that of all channels.
 
-    A channel counts by what is written to it times what is read from it, each tensor weighted alike.
+    A channel counts by the variance that is read of it: what was written to it up to there, every writer in equal shares, divided
+    by the LayerNorm and multiplied by the modulation. The head counts as much as all blocks, it alone says the velocity.
     """
-    written = sum(_energy(reader, "patch_embedding", WRITERS, 0) for reader in readers)
-    if channels is None:
-        channels = _top(written * sum(_energy(reader, "proj_out", READERS, 1) for reader in readers), width)
-    channels = torch.as_tensor(channels, device=written.device)
-    report.kept["residual"] = [float(written[channels].sum() / written.sum())]
-    return channels, float((written[channels].mean() / written.mean()).sqrt())
-
-
-def _energy(reader, outermost, layers, dimension):
-    """Return the energy of each residual channel in the weights of one layer and of `layers` of every block."""
-    names = [outermost, *(f"blocks.{index}.{layer}" for index in range(reader.files.config["num_layers"]) for layer in layers)]
-    return sum(_share(reader(f"{name}.weight").flatten(1).square().sum(1 - dimension)) for name in names)
+    mean, power = times["modulation"].mean(0), times["modulation"].square().mean(0)                         # (6, D)
+    read = present = 0.0
+    for reader in readers:
+        written = _share(reader("patch_embedding.weight").flatten(1).square().sum(1))                       # (D,)
+        for block in range(reader.files.config["num_layers"]):
+            prefix = f"blocks.{block}."
+            table = reader(f"{prefix}scale_shift_table")[0]
+            offset = table + torch.tensor([0.0, 1, 0, 0, 1, 0], device=table.device)[:, None]               # of a scale: 1
+            square = offset.square() + 2 * offset * mean + power                                            # over time
+            scales, gates = (square[SCALE[0]], reader(f"{prefix}norm2.weight").square(), square[SCALE[1]]), (
+                square[GATE[0]], 1.0, square[GATE[1]])
+            for scale, writer, gate in zip(scales, WRITERS, gates):
+                present = present + _share(written)
+                read = read + _share(written) * scale
+                written = written + _share(reader(f"{prefix}{writer}.weight").square().sum(1) * gate)
+        scale = (1 + reader("scale_shift_table")[0, 1] + times["embedding"]).square().mean(0)
+        read = read + 3 * (block + 1) * _share(written) * scale
+    channels = (_top(read, width) if channels is None else torch.as_tensor(channels)).to(read.device)
+    report.kept["residual"] = [float(read[channels].sum() / read.sum())]
+    return channels, float((present[channels].mean() / present.mean()).sqrt())
 
 
 def _share(energy):
@@ -237,29 +256,43 @@ def _top(score, count):
 
 # ---- time and text -------------------------------------------------------------------------------------------------------
 
-def _project_time(reader, channels, norm_scale, config, target):
-    """Refit the time path on a grid of timesteps; returns the teacher's mean embedding (d,) and its modulation (grid, 6, d)."""
-    prefix = "condition_embedder."
-    names = [f"{prefix}{layer}.{kind}" for layer in ("time_embedder.linear_1", "time_embedder.linear_2", "time_proj")
-             for kind in ("weight", "bias")]
-    first, first_bias, second, second_bias = (reader(name) for name in names[:4])
-    width, device = len(second), channels.device
-    third = torch.cat([reader(names[4], slice(row * width, (row + 1) * width))[channels] for row in range(6)])   # (6d, D)
-    third_bias = reader(names[5]).unflatten(0, (6, -1))[:, channels].flatten()
-    grid = Timesteps(config["freq_dim"], flip_sin_to_cos=True, downscale_freq_shift=0)(torch.linspace(0, 1000, 1001, device=device))
-    hidden = F.silu(grid @ first.T + first_bias)
-    embedding = hidden @ second.T + second_bias
-    modulation = F.silu(embedding) @ third.T + third_bias
+TIME_LAYERS = [f"condition_embedder.{layer}" for layer in ("time_embedder.linear_1", "time_embedder.linear_2", "time_proj")]
+
+
+def _watch_time(reader, freq_dim):
+    """Return what the time path computes on a grid of timesteps: neurons and embedding (grid, D), modulation (grid, 6, D)."""
+    first, second = ((reader(f"{layer}.weight"), reader(f"{layer}.bias")) for layer in TIME_LAYERS[:2])
+    grid = Timesteps(freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)(torch.linspace(0, 1000, 1001, device=first[0].device))
+    neurons = F.silu(F.linear(grid, *first))
+    embedding = F.linear(neurons, *second)
+    bias = reader(f"{TIME_LAYERS[2]}.bias").unflatten(0, (6, -1))
+    rows = [F.linear(F.silu(embedding), weight, bias[row]) for row, weight in enumerate(_six_rows(reader))]
+    return {"neurons": neurons, "embedding": embedding, "modulation": torch.stack(rows, 1)}
+
+
+def _six_rows(reader):
+    """Read the matrix of the modulation in six parts, each (D, D): shift, scale and gate of both."""
+    width = reader.files.width
+    for row in range(6):
+        yield reader(f"{TIME_LAYERS[2]}.weight", slice(row * width, (row + 1) * width))
+
+
+def _project_time(reader, times, channels, norm_scale, target):
+    """Keep the neurons that matter and refit the layers behind them on the grid."""
+    (first, first_bias), (second, second_bias) = ((reader(f"{layer}.weight"), reader(f"{layer}.bias"))
+                                                  for layer in TIME_LAYERS[:2])
+    third = torch.cat([weight[channels] for weight in _six_rows(reader)])[:, channels]                      # (6d, d)
+    third_bias = reader(f"{TIME_LAYERS[2]}.bias").unflatten(0, (6, -1))[:, channels].flatten()
     neurons = _top(second[channels].square().sum(0) * first.square().sum(1), len(channels))
-    target[names[0]], target[names[1]] = first[neurons], first_bias[neurons]
-    weight, bias = _refit(second[channels][:, neurons], second_bias[channels], hidden[:, neurons], embedding[:, channels])
-    target[names[2]], target[names[3]] = weight, bias
-    seen = F.silu(hidden[:, neurons] @ weight.T + bias)
-    weight, bias = _refit(third[:, channels], third_bias, seen, modulation)
-    stretch = torch.ones(6, len(channels), device=device)                     # the kept channels' LayerNorm statistic
+    inputs = times["neurons"][:, neurons]
+    second = _refit(second[channels][:, neurons], second_bias[channels], inputs, times["embedding"][:, channels])
+    third, third_bias = _refit(third, third_bias, F.silu(F.linear(inputs, *second)), times["modulation"][:, :, channels].flatten(1))
+    stretch = torch.ones(6, len(channels), device=channels.device)            # the kept channels' LayerNorm statistic
     stretch[list(SCALE)] = norm_scale
-    target[names[4]], target[names[5]] = weight * stretch.flatten()[:, None], bias * stretch.flatten()
-    return {"embedding": embedding[:, channels].mean(0), "modulation": modulation.unflatten(1, (6, -1))}
+    stretch = stretch.flatten()
+    for layer, (weight, bias) in zip(TIME_LAYERS, ((first[neurons], first_bias[neurons]), second,
+                                                   (third * stretch[:, None], third_bias * stretch))):
+        target[f"{layer}.weight"], target[f"{layer}.bias"] = weight, bias
 
 
 def _project_text(reader, config, samples, target, report):
@@ -336,37 +369,53 @@ def _cut_span(cutter, reader, span):
     """Return one student block's tensors, what rows of which block they are, the energy kept per group, and the expert's name."""
     channels, norm_scale, rows = cutter.channels, cutter.norm_scale, list(SCALE)
     prefixes = [f"blocks.{number}." for number in span]
-    tables = torch.stack([reader(f"{prefix}scale_shift_table")[0][:, channels] for prefix in prefixes])      # (span, 6, d)
+    full_tables = torch.stack([reader(f"{prefix}scale_shift_table")[0] for prefix in prefixes])              # (span, 6, D)
+    tables = full_tables[:, :, channels]
     table = tables.mean(0)
     stretched = table.clone()
     stretched[rows] = norm_scale * (1 + table[rows]) - 1
-    norms = [torch.stack([reader(f"{prefix}norm2.{kind}")[channels] for prefix in prefixes]) for kind in ("weight", "bias")]
+    full_norms = [torch.stack([reader(f"{prefix}norm2.{kind}") for prefix in prefixes]) for kind in ("weight", "bias")]
+    norms = [each[:, channels] for each in full_norms]
     weight, bias = norms[0].mean(0), norms[1].mean(0)
     tensors = {"scale_shift_table": stretched[None], "norm2.weight": weight * norm_scale, "norm2.bias": bias}
     parts, cut, kept = {name: [] for name in (*ATTENTIONS, "ffn")}, {}, {}
+    over_time = cutter.times["modulation"]
+    dropped = torch.ones(over_time.shape[-1], device=channels.device)
+    dropped[channels] = 0
     for number, prefix in enumerate(prefixes):
-        folds = _modulation_ratios(tables[number], table, cutter.times["modulation"])
-        folds["attn2"] = _affine_ratio(norms[0][number], norms[1][number], weight, bias)
+        folds = _fold_modulation(tables[number], table, over_time[:, :, channels])
+        folds["attn2"] = _fold_affine(norms[0][number], norms[1][number], weight, bias)
+        silent = full_tables[number] + over_time.mean(0)                      # what dropped channels say whatever the input
+        for name, constant in (("attn1", silent[SHIFT[0]]), ("attn2", full_norms[1][number]), ("ffn", silent[SHIFT[1]])):
+            folds[name].silent = dropped * constant
         for name, text_basis in zip(ATTENTIONS, (None, cutter.words)):
-            parts[name].append(_cut_attention(reader, f"{prefix}{name}.", channels, text_basis, *folds[name]))
-        parts["ffn"].append(_cut_feed_forward(reader, f"{prefix}ffn.net.", channels, *folds["ffn"]))
+            parts[name].append(_cut_attention(reader, f"{prefix}{name}.", channels, text_basis, folds[name],
+                                              cutter.config["num_heads"]))
+        parts["ffn"].append(_cut_feed_forward(reader, f"{prefix}ffn.net.", channels, folds["ffn"], cutter.config["ffn_dim"]))
     for name in ATTENTIONS:
-        tensors |= _join_heads(parts.pop(name), cutter.config, cutter.teacher, name, cut, kept)
+        tensors |= _join_heads(parts.pop(name), cutter.config, cutter.teacher["attention_head_dim"], name, cut, kept)
     tensors |= _join_neurons(parts.pop("ffn"), cutter.config["ffn_dim"], cut, kept)
     return tensors, cut, kept, reader.files.name
 
 
-def _modulation_ratios(own, shared, over_time):
-    """Return what turns the span's shared modulation into a block's own: {part: (scale ratio, shift, gate ratio)}.
+@dataclass
+class _Fold:
+    """What a block's matrices take up so that the modulation of its span serves it: exactly 1, 0, 1 for a span of one block."""
 
-    Least squares over timesteps, per channel; exactly 1, 0 and 1 for a span of one block.
-    """
+    scale: torch.Tensor                       # (d,) for the columns of its readers
+    shift: torch.Tensor                       # (d,)
+    gate: torch.Tensor                        # (d,) for the rows of its writer
+    silent: torch.Tensor | None = None        # (D,) the constant that its readers miss of dropped channels
+
+
+def _fold_modulation(own, shared, over_time):
+    """Return the folds of self-attention and feed-forward, by least squares over timesteps, per channel."""
     folds = {}
     for part, name in enumerate(("attn1", "ffn")):
         shift, scale, gate = SHIFT[part], SCALE[part], GATE[part]
         ratio = _ratio(1 + own[scale] + over_time[:, scale], 1 + shared[scale] + over_time[:, scale])
         offset = (own[shift] + over_time[:, shift]).mean(0) - ratio * (shared[shift] + over_time[:, shift]).mean(0)
-        folds[name] = (ratio, offset, _ratio(own[gate] + over_time[:, gate], shared[gate] + over_time[:, gate]))
+        folds[name] = _Fold(ratio, offset, _ratio(own[gate] + over_time[:, gate], shared[gate] + over_time[:, gate]))
     return folds
 
 
@@ -377,15 +426,17 @@ def _ratio(own, shared):
                        (own * shared).sum(0) / power.clamp(min=1e-12)).clamp(-4, 4)
 
 
-def _affine_ratio(own_weight, own_bias, weight, bias):
+def _fold_affine(own_weight, own_bias, weight, bias):
     ratio = _ratio(own_weight[None], weight[None])
-    return ratio, own_bias - ratio * bias, torch.ones_like(ratio)
+    return _Fold(ratio, own_bias - ratio * bias, torch.ones_like(ratio))
 
 
-def _cut_reader(reader, name, channels, scale, shift):
-    """Cut a reader of the residual: keep its columns, fold a block's own scale and shift in."""
-    weight = reader(f"{name}.weight")[:, channels]
-    return weight * scale, reader(f"{name}.bias") + weight @ shift
+def _cut_reader(reader, name, channels, fold):
+    """Cut a reader of the residual: keep its columns, fold a block's own scale and the constants in."""
+    weight = reader(f"{name}.weight")
+    bias = reader(f"{name}.bias") + weight @ fold.silent
+    weight = weight[:, channels]
+    return weight * fold.scale, bias + weight @ fold.shift
 
 
 def _cut_writer(reader, name, channels, gate):
@@ -393,16 +444,44 @@ def _cut_writer(reader, name, channels, gate):
     return gate[:, None] * reader(f"{name}.weight")[channels], gate * reader(f"{name}.bias")[channels]
 
 
-def _cut_attention(reader, prefix, channels, text_basis, scale, shift, gate):
-    """Return one block's attention with every head, between the student's residual channels (or text basis) and its own rows."""
-    cut = {"q": _cut_reader(reader, f"{prefix}to_q", channels, scale, shift)}
+def _cut_attention(reader, prefix, channels, text_basis, fold, num_heads):
+    """Return one block's attention, of the heads that write most, between the student's residual channels (or text basis) and
+    the teacher's own rows."""
+    cut = {"q": _cut_reader(reader, f"{prefix}to_q", channels, fold)}
     for kind in "kv":
-        cut[kind] = (_cut_reader(reader, f"{prefix}to_{kind}", channels, scale, shift) if text_basis is None else
+        cut[kind] = (_cut_reader(reader, f"{prefix}to_{kind}", channels, fold) if text_basis is None else
                      (reader(f"{prefix}to_{kind}.weight") @ text_basis, reader(f"{prefix}to_{kind}.bias")))
-    cut["o"], cut["o_bias"] = _cut_writer(reader, f"{prefix}to_out.0", channels, gate)                       # (d, D), (d,)
+    cut["o"], cut["o_bias"] = _cut_writer(reader, f"{prefix}to_out.0", channels, fold.gate)                  # (d, D), (d,)
     cut["gain"] = {kind: reader(f"{prefix}norm_{kind}.weight") for kind in "qk"}
     cut["power"] = {kind: _row_power(*cut[kind]).mean() for kind in "qk"}    # what the teacher's RMSNorm divides by
-    return cut
+    return _weigh_heads(cut, reader.files.config["attention_head_dim"], num_heads)
+
+
+def _weigh_heads(cut, full, num_heads):
+    """Note what each head writes, the squared norm of its output times its value matrix, and keep the heads that write most."""
+    outputs, values = cut["o"].unflatten(1, (-1, full)), cut["v"][0].unflatten(0, (-1, full))
+    writes = torch.stack([(outputs[:, head] @ values[head]).square().sum() for head in range(len(values))])
+    cut |= {"writes": writes, "energy": writes.sum(), "rows": torch.arange(cut["o"].shape[1], device=writes.device)}
+    return _take_heads(cut, _top(writes, min(num_heads, len(writes))))
+
+
+def _take_heads(cut, heads):
+    """Drop all other heads; what they write whatever they look at goes to the bias."""
+    rows = torch.arange(len(cut["rows"]), device=heads.device).unflatten(0, (len(cut["writes"]), -1))[heads].flatten()
+    silent = cut["v"][1].clone()
+    silent[rows] = 0
+    return cut | {kind: (cut[kind][0][rows], cut[kind][1][rows]) for kind in "qkv"} | {
+        "o": cut["o"][:, rows], "o_bias": cut["o_bias"] + cut["o"] @ silent, "rows": cut["rows"][rows],
+        "gain": {kind: gain[rows] for kind, gain in cut["gain"].items()}, "writes": cut["writes"][heads]}
+
+
+def _share_out(scores, count):
+    """Return, of the `count` largest scores in several lists together, the places in each list."""
+    chosen, found = _top(torch.cat(scores), count), []
+    for score in scores:
+        found.append(chosen[(chosen >= 0) & (chosen < len(score))])
+        chosen = chosen - len(score)
+    return found
 
 
 def _row_power(weight, bias):
@@ -410,34 +489,28 @@ def _row_power(weight, bias):
     return weight.square().sum(1) + bias.square()
 
 
-def _join_heads(cuts, config, teacher, name, picked, kept):
+def _join_heads(cuts, config, full, name, picked, kept):
     """Keep the heads that write most, of all blocks in a span, and their rotary pairs; returns a student attention's tensors."""
     num_heads, size = config["num_heads"], config["hidden_size"] // config["num_heads"]
-    full = teacher["attention_head_dim"]
-    scores = torch.cat([_head_scores(cut, full) for cut in cuts])
-    heads = set(_top(scores, num_heads).tolist())
     joined = {key: [] for key in ("q", "k", "v", "o", "q_gain", "k_gain", "q_power", "k_power")}
-    picks, energy = {kind: [] for kind in "qkv"}, 0.0
+    picks, energy, total = {kind: [] for kind in "qkv"}, 0.0, float(sum(cut["energy"] for cut in cuts))
+    cuts = [_take_heads(cut, heads) for cut, heads in zip(cuts, _share_out([cut["writes"] for cut in cuts], num_heads))]
     output_bias = sum(cut["o_bias"] for cut in cuts)
-    for head in range(len(scores)):
-        number, head_in_block = divmod(head, teacher["num_attention_heads"])
-        cut, rows = cuts[number], _head_rows(head_in_block, full)
-        if head not in heads:
-            output_bias = output_bias + cut["o"][:, rows] @ cut["v"][1][rows]        # what it writes whatever it looks at
-            continue
-        pairs = rows[_rotary_rows(cut, rows, full, size, has_rotary=name == "attn1")]
-        picks["v"].append((number, rows))
-        for kind in "qk":
-            picks[kind].append((number, pairs))
-            joined[kind].append([tensor[pairs] for tensor in cut[kind]])
-            joined[f"{kind}_gain"].append(cut["gain"][kind][pairs] * (size / full) ** 0.25)
-            joined[f"{kind}_power"].append(cut["power"][kind].expand(size))
-        value, value_bias, output, lost = _cut_value(cut["v"][0][rows], cut["v"][1][rows], cut["o"][:, rows], size)
-        energy += float((output @ value).square().sum())
-        joined["v"].append((value, value_bias))
-        joined["o"].append(output)
-        output_bias = output_bias + lost
-    kept[name] = energy / float(scores.sum())
+    for number, cut in enumerate(cuts):
+        for rows in torch.arange(len(cut["rows"])).view(-1, full):
+            pairs = rows[_rotary_rows(cut, rows, full, size, has_rotary=name == "attn1")]
+            picks["v"].append((number, cut["rows"][rows]))
+            for kind in "qk":
+                picks[kind].append((number, cut["rows"][pairs]))
+                joined[kind].append([tensor[pairs] for tensor in cut[kind]])
+                joined[f"{kind}_gain"].append(cut["gain"][kind][pairs] * (size / full) ** 0.25)
+                joined[f"{kind}_power"].append(cut["power"][kind].expand(size))
+            value, value_bias, output, lost = _cut_value(cut["v"][0][rows], cut["v"][1][rows], cut["o"][:, rows], size)
+            energy += float((output @ value).square().sum())
+            joined["v"].append((value, value_bias))
+            joined["o"].append(output)
+            output_bias = output_bias + lost
+    kept[name] = energy / total
     tensors = {f"{name}.to_out.0.weight": torch.cat(joined["o"], 1), f"{name}.to_out.0.bias": output_bias}
     for kind in "qkv":
         weights, biases = zip(*joined[kind])
@@ -450,16 +523,6 @@ def _join_heads(cuts, config, teacher, name, picked, kept):
         picked |= {f"{name}.{kind}": picks[kind], f"{name}.{kind}.gain": gain}
         tensors[f"{name}.norm_{kind}.weight"] = gain * (power / torch.cat(joined[f"{kind}_power"])).sqrt()
     return tensors
-
-
-def _head_rows(head, size):
-    return torch.arange(head * size, (head + 1) * size)
-
-
-def _head_scores(cut, size):
-    """Return what each head writes: the squared norm of its output matrix times its value matrix."""
-    outputs, values = cut["o"].unflatten(1, (-1, size)), cut["v"][0].unflatten(0, (-1, size))
-    return torch.stack([(outputs[:, head] @ values[head]).square().sum() for head in range(len(values))])
 
 
 def _rotary_rows(cut, rows, full, size, has_rotary):
@@ -501,30 +564,35 @@ def _cut_value(value, bias, output, size):
     return small_value, torch.zeros(size, device=bias.device), small_output, output @ bias
 
 
-def _cut_feed_forward(reader, prefix, channels, scale, shift, gate):
-    first, first_bias = _cut_reader(reader, f"{prefix}0.proj", channels, scale, shift)
-    second, second_bias = _cut_writer(reader, f"{prefix}2", channels, gate)
-    return {"first": first, "first_bias": first_bias, "second": second, "second_bias": second_bias}
+def _cut_feed_forward(reader, prefix, channels, fold, count):
+    """Return one block's feed-forward, of the neurons that write most."""
+    first, first_bias = _cut_reader(reader, f"{prefix}0.proj", channels, fold)
+    second, second_bias = _cut_writer(reader, f"{prefix}2", channels, fold.gate)
+    mean, power = _gelu_moments(first_bias, first.square().sum(1).sqrt())
+    writes = second.square().sum(0) * power
+    cut = {"first": first, "first_bias": first_bias, "second": second, "second_bias": second_bias, "mean": mean, "writes": writes,
+           "energy": writes.sum(), "rows": torch.arange(len(writes), device=writes.device)}
+    return _take_neurons(cut, _top(writes, min(count, len(writes))))
+
+
+def _take_neurons(cut, neurons):
+    """Drop all other neurons; what they write on average goes to the bias."""
+    silent = cut["mean"].clone()
+    silent[neurons] = 0
+    return cut | {name: cut[name][neurons] for name in ("first", "first_bias", "mean", "writes", "rows")} | {
+        "second": cut["second"][:, neurons], "second_bias": cut["second_bias"] + cut["second"] @ silent}
 
 
 def _join_neurons(cuts, count, picked, kept):
-    """Keep the neurons that write most, of all blocks in a span; what the others write on average goes to the bias."""
-    width = len(cuts[0]["first"])
-    output_bias = sum(cut["second_bias"] for cut in cuts)
-    bias, deviation = (torch.cat([cut[name] if name == "first_bias" else cut["first"].square().sum(1).sqrt() for cut in cuts])
-                       for name in ("first_bias", "first"))
-    mean, power = _gelu_moments(bias, deviation)
-    score = torch.cat([cut["second"].square().sum(0) for cut in cuts]) * power
-    neurons = _top(score, count)
-    kept["ffn"] = float(score[neurons].sum() / score.sum())
-    picked["ffn"] = [(number, neurons[neurons // width == number] % width) for number in range(len(cuts))]
-    rest = torch.ones_like(bias)
-    rest[neurons] = 0
-    for cut, silent in zip(cuts, (mean * rest).split(width)):
-        output_bias = output_bias + cut["second"] @ silent
-    first, second = zip(*((cut["first"][rows], cut["second"][:, rows]) for cut, (_, rows) in zip(cuts, picked["ffn"])))
-    return {"ffn.net.0.proj.weight": torch.cat(first), "ffn.net.0.proj.bias": bias[neurons],
-            "ffn.net.2.weight": torch.cat(second, 1), "ffn.net.2.bias": output_bias}
+    """Keep the neurons that write most, of all blocks in a span."""
+    total = float(sum(cut["energy"] for cut in cuts))
+    cuts = [_take_neurons(cut, neurons) for cut, neurons in zip(cuts, _share_out([cut["writes"] for cut in cuts], count))]
+    kept["ffn"] = float(sum(cut["writes"].sum() for cut in cuts)) / total
+    picked["ffn"] = [(number, cut["rows"]) for number, cut in enumerate(cuts)]
+    return {"ffn.net.0.proj.weight": torch.cat([cut["first"] for cut in cuts]),
+            "ffn.net.0.proj.bias": torch.cat([cut["first_bias"] for cut in cuts]),
+            "ffn.net.2.weight": torch.cat([cut["second"] for cut in cuts], 1),
+            "ffn.net.2.bias": sum(cut["second_bias"] for cut in cuts)}
 
 
 def _gelu_moments(mean, deviation):
@@ -539,8 +607,11 @@ def _gelu_moments(mean, deviation):
 
 def _project_head(reader, channels, norm_scale, times, target):
     """Cut the output layer; its scale is table + time embedding, so norm_scale goes to the table, for the mean embedding."""
-    table = reader("scale_shift_table")[:, :, channels].clone()
-    table[:, 1] += (norm_scale - 1) * (1 + table[:, 1] + times["embedding"])
+    full, embedding = reader("scale_shift_table"), times["embedding"].mean(0)
+    table = full[:, :, channels]
+    table[:, 1] += (norm_scale - 1) * (1 + table[:, 1] + embedding[channels])
     target["scale_shift_table"] = table
-    target["proj_out.weight"] = reader("proj_out.weight")[:, channels]
-    target["proj_out.bias"] = reader("proj_out.bias")
+    weight, silent = reader("proj_out.weight"), full[0, 0] + embedding
+    silent[channels] = 0
+    target["proj_out.weight"] = weight[:, channels]
+    target["proj_out.bias"] = reader("proj_out.bias") + weight @ silent
