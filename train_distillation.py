@@ -422,7 +422,7 @@ def encode_all(settings, prompts, device):
     return {prompt: embedding.cpu() for prompt, embedding in zip(prompts, embeddings)}
 
 
-def start_student(settings, student, files, embeddings, prompts, latent_size, accelerator):
+def start_student(settings, student, files, cosines, embeddings, prompts, latent_size, accelerator):
     """Give the student its first weights, as --projection says; returns the report for run.json, None for a random start.
 
     A start that an earlier run left in --output_dir is taken as it is, if its teacher, shape, prompts and method are the same.
@@ -445,6 +445,7 @@ def start_student(settings, student, files, embeddings, prompts, latent_size, ac
             frames = make_frames(experts[0], pack_text(words), latent_size, None, settings.seed, settings.flow_shift, device)
             channels = choose_channels(experts[0], frames, student.config.hidden_size)
         report = project(student, experts, torch.cat(words), channels, device)
+        report.cosines = cosines
         if is_calibrated:
             calibrate(student.to(device), experts[0], report, frames)
         say(f"{report}{f'; calibrated on {len(prompts)} frames' if is_calibrated else ''}")
@@ -569,23 +570,22 @@ def train(settings, is_resumed):
     validation = settings.validation_prompts or held_out[:NUM_VALIDATION]
     num_trajectories = settings.num_trajectories or len(training)
     announce(settings, files, student, device, num_trajectories, say)
-    if not is_resumed:
-        say("; ".join(f"cosine of the experts' {group} {cosine:.2f}" for group, cosine in check_experts(files, device).items()))
+    cosines = check_experts(files, device) if accelerator.is_main_process and not is_resumed else {}
     run = {"settings": asdict(settings), "versions": versions(), "teacher": files.fingerprint, "student": shape,
            "student_parameters": student.num_parameters(), "finished": False, "validation_prompts": validation,
            "num_inference_steps": settings.num_inference_steps, "resolution": settings.resolution}
-    if accelerator.is_main_process and not settings.project_only:
-        if not is_resumed:                                   # an earlier run goes only now, when this one is known to start
-            clear(output)
-        write_json(output / "run.json", run)
-    accelerator.wait_for_everyone()
     embeddings = encode_all(settings, [*training, *held_out, *validation, settings.negative_prompt], device)
     autoencoder = load_autoencoder(settings.teacher, device=device)
     size = settings.resolution // autoencoder.config.scale_factor_spatial
     latent_shape, scheduler = (files.config["in_channels"], size, size), make_scheduler(settings.flow_shift)
-    run["projection"] = start_student(settings, student, files, embeddings, training, latent_shape[1:], accelerator)
+    run["projection"] = start_student(settings, student, files, cosines, embeddings, training, latent_shape[1:], accelerator)
     if settings.project_only:
         return accelerator.end_training()
+    if accelerator.is_main_process:
+        if not is_resumed:                                   # an earlier run goes only now, when this one has its start
+            clear(output)
+        write_json(output / "run.json", run)
+    accelerator.wait_for_everyone()
 
     # What the teacher draws: walked once, for training and for held-out prompts.
     teacher = Teacher(files, device, torch.float32 if settings.mixed_precision == "no" else torch.bfloat16)

@@ -36,7 +36,7 @@ TEACHERS = {
     "5b": {"dim": 3072, "ffn_dim": 14336, "num_layers": 30, "num_heads": 24, "in_dim": 48},
     "1.3b": {"dim": 1536, "ffn_dim": 8960, "num_layers": 30, "num_heads": 12, "in_dim": 16},
 }
-STUDENT = {"hidden_size": 1024, "depth": 16, "num_heads": 8, "ffn_dim": 4096}
+STUDENT = {"hidden_size": 1024, "depth": 16, "num_heads": 16, "ffn_dim": 4096}
 QUICK_TEACHER = {"dim": 512, "ffn_dim": 1408, "num_layers": 2, "num_heads": 4}
 QUICK_STUDENT = {"hidden_size": 256, "depth": 2, "num_heads": 2, "ffn_dim": 1024}
 TEXT_DIM = 4096

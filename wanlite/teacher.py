@@ -85,13 +85,19 @@ class ExpertFiles:
     scales: dict = field(repr=False, default_factory=dict)    # of scaled fp8 weights: diffusers' name -> (rows, 1, ...)
 
     def read(self, name, dtype=torch.float32, rows=None):
-        """Read one tensor by diffusers' name, or only the `rows` (a slice) of its first dimension; scales are multiplied in."""
+        """Read one tensor by diffusers' name, or only the `rows` (a slice) of its first dimension; scales are multiplied in.
+
+        Raises ValueError for values that are not finite.
+        """
         path, stored_name, _ = self.places[name]
         with safe_open(path, "pt") as file:
             tensor = file.get_tensor(stored_name) if rows is None else file.get_slice(stored_name)[rows]
         if name in self.scales:
             tensor = tensor.float() * (self.scales[name] if rows is None else self.scales[name][rows])
-        return tensor.to(dtype)
+        tensor = tensor.to(dtype)
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)):       # one pass and no memory, unlike isfinite().all()
+            raise ValueError(f"{self.folder}: {name} holds NaN or infinity. Download the expert again.")
+        return tensor
 
     def shape(self, name):
         return self.places[name][2]
