@@ -57,7 +57,7 @@ class Settings:
     ffn_dim: int | None = setting(None, "width inside the feed-forward; None = 4 * hidden_size")
     projection: str = setting("calibrated", "how the student starts: from the teacher's weights, these refitted to what the "
                               "teacher computes, or random as a control", choices=("weights", "calibrated", "none"))
-    expert: str = setting("low", "which of two experts is projected; span = for each block the one that keeps more, from "
+    expert: str = setting("high", "which of two experts is projected; span = for each block the one that keeps more, from "
                           "weights only", choices=("low", "high", "span"))
     project_only: bool = setting(False, "save the projected start in --output_dir and stop; later runs there reuse it")
 

@@ -52,8 +52,7 @@ def main():
         jobs = [job(start, shape, seed, rates[start, width_of(shape)], expert, options, data) for seed in range(options.seeds)
                 for shape in options.shapes for start in options.starts for expert in options.experts
                 if expert == options.experts[0] or start == "weights_only" or (start, expert) == ("calibrated", "high")]
-        run_all(pool, rows, jobs, options)
-    summarise([row for row in rows if row["seed"] != TUNING_SEED and row["steps"] == options.steps])
+        summarise(run_all(pool, rows, jobs, options))
 
 
 def job(start, shape, seed, rate, expert, options, data):

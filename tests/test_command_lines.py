@@ -60,7 +60,7 @@ def test_a_start_is_projected_once_and_taken_by_later_runs_of_the_same_teacher_s
     trained = run_script(TRAIN, *arguments)
     assert trained.returncode == 0 and "energy kept" not in trained.stdout, trained.stderr
     report = json.loads((tmp_path / "run/run.json").read_text())["projection"]
-    assert starts() == before and report["experts"] == ["low"] * 4 and report["calibration_frames"] > 0
+    assert starts() == before and report["experts"] == ["high"] * 4 and report["calibration_frames"] > 0
     other = run_script(TRAIN, *arguments, "--project_only", "--projection", "weights")
     assert other.returncode == 0 and "energy kept" in other.stdout and len(list((tmp_path / "run/cache").glob("start-*"))) == 2
     assert json.loads((tmp_path / "run/run.json").read_text())["finished"]              # the finished run is left as it was
