@@ -32,6 +32,14 @@ def write_checkpoint(folder, step, content="state"):
         (partial / "state.bin").write_text(content * 1000)
 
 
+def test_a_folder_with_no_more_than_a_projected_start_is_free_for_a_run(tmp_path):
+    (tmp_path / "cache/start-0").mkdir(parents=True)
+    assert check_output_folder(tmp_path, {}) == "new"
+    (tmp_path / "letter.txt").touch()
+    with pytest.raises(ValueError, match="no run of this script"):
+        check_output_folder(tmp_path, {})
+
+
 def test_an_error_in_the_middle_of_a_save_leaves_the_old_folder(tmp_path):
     write_checkpoint(tmp_path, 1, "old")
     with pytest.raises(OSError, match="full"), new_folder(checkpoint_path(tmp_path, 1)) as partial:

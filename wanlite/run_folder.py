@@ -118,7 +118,7 @@ def check_output_folder(folder, settings, overwrite=False, resume=True):
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file, expected a folder to write to. Name another --output_dir.")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or {path.name for path in folder.iterdir()} <= {"cache"}:      # a start projected, nothing trained
         return "new"
     run = read_run(folder)
     if not isinstance(run.get("settings"), dict):
@@ -140,7 +140,7 @@ def check_output_folder(folder, settings, overwrite=False, resume=True):
 def clear(folder):
     """Remove an earlier run's results, and nothing else; run.json goes last, so that a clearing cut short is still a run.
 
-    Trajectories in cache/ stay: they are checked by what they were made of.
+    What lies in cache/ stays: starts and trajectories are checked by what they were made of.
     """
     for name in (*RESULTS, "run.json"):
         entry = Path(folder) / name
