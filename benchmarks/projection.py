@@ -1,6 +1,6 @@
 """What each start is worth: random, two published cuts, weights-only and calibrated projection, after equal training.
 
-    python benchmarks/projection.py --json projection.json    # the README's table, three seeds; under an hour on two cores
+    python benchmarks/projection.py --json projection.json    # the README's table, three seeds; over an hour on two cores
     python benchmarks/projection.py --quick                   # about a minute: one shape, one seed, a few steps
 
 Every start learns the tiny teacher's guided velocity on identical batches, under the learning rate of Muon that served it best
