@@ -7,7 +7,6 @@
 Every PNG carries in its text chunks what draws it again: prompt, seed, steps, guidance, size, dtype, and the model's sha256.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 from wanlite.prompts import read_prompts
 from wanlite.run_folder import check_saved_parts, read_run
 from wanlite.settings import make_parser, setting
-from wanlite.student_files import find_weights, read_config, student_folder
+from wanlite.student_files import open_student, student_folder
 
 TIMESTEPS = 1000   # more steps than these repeat themselves
 
@@ -40,6 +39,7 @@ class Settings:
     output_dir: str = setting("./outputs/pictures", "where the PNGs are written")
     device: str | None = setting(None, "cpu, cuda, cuda:N or mps; None = CUDA where there is one, else the CPU")
     dtype: str = setting("float32", "dtype of the student", choices=("float32", "float16", "bfloat16"))
+    sha256: str | None = setting(None, "digest that the student's one weights file must have; every picture's text says it")
 
 
 def read_settings(arguments=None):
@@ -55,8 +55,8 @@ def read_settings(arguments=None):
 def complete(settings):
     """Fill in what the saved run says and refuse what no picture can be drawn with."""
     folder = student_folder(settings.model)
-    config, run = read_config(folder), read_run(folder)
-    find_weights(folder)
+    with open_student(folder) as (config, _):
+        run = read_run(folder)
     check_saved_parts(folder)
     if config.get("_class_name") != "WanLiteStudent":
         raise ValueError(f"{folder}: holds a {config.get('_class_name')}, expected a WanLiteStudent.")
@@ -153,9 +153,9 @@ from wanlite.text import encode_prompts, load_text_encoder  # noqa: E402
 class Painter:
     """A saved student with all that turns its velocity into pictures."""
 
-    def __init__(self, folder, device="cpu", dtype=torch.float32):
-        self.device, self.dtype = torch.device(device), dtype
-        self.student = WanLiteStudent.from_pretrained(folder, dtype=dtype, device=device)
+    def __init__(self, folder, device="cpu", dtype="float32", sha256=None):
+        self.device, self.dtype = torch.device(device), getattr(torch, dtype)
+        self.student = WanLiteStudent.from_pretrained(folder, dtype=dtype, device=device, sha256=sha256)
         self.scheduler = UniPCMultistepScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
         self.autoencoder = load_autoencoder(folder, device=device)
         self.tokenizer, self.encoder = load_text_encoder(folder, device)
@@ -240,9 +240,9 @@ def main(settings, prompts):
     print(f"drawing {len(jobs)} pictures of {settings.width}x{settings.height} in {settings.num_inference_steps} steps with "
           f"{settings.model} on {device}{reason}; writing to {output.absolute()}", flush=True)
     output.mkdir(parents=True, exist_ok=True)
-    with open(find_weights(Path(settings.model)), "rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
-    painter = Painter(settings.model, device, getattr(torch, settings.dtype))
+    painter = Painter(settings.model, device, settings.dtype, settings.sha256)
+    with open_student(Path(settings.model)) as (_, files):
+        weights = settings.sha256 or " ".join(file.sha256() for file in files)
     pictures = []
     for start in tqdm(range(0, len(jobs), settings.batch_size), desc="drawing", unit="batch", disable=len(jobs) == 1):
         stop = min(start + settings.batch_size, len(jobs))

@@ -154,7 +154,7 @@ def test_a_run_cut_short_and_resumed_ends_with_the_weights_of_an_uninterrupted_o
     process.send_signal(how)
     said, _ = process.communicate()
     if how == signal.SIGTERM and process.returncode != 0:
-        assert process.returncode == 3 and "goes on from there" in said
+        assert process.returncode == 3 and "stopped at step" in said
     if process.returncode != 0:
         assert not json.loads((tmp_path / "run/run.json").read_text())["finished"]
         resumed = subprocess.run(command, capture_output=True, text=True, env=one_thread)

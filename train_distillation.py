@@ -15,21 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from wanlite.prompts import read_prompts
-from wanlite.run_folder import (
-    MetricsLog,
-    check_output_folder,
-    check_parts,
-    checkpoint_path,
-    clear,
-    latest_checkpoint,
-    new_folder,
-    prune_checkpoints,
-    save_parts,
-    why_broken,
-    write_json,
-    write_model_card,
-)
+from wanlite.run_folder import MetricsLog, check_output_folder, check_parts, check_resumable, clear, save_parts, write_model_card
 from wanlite.settings import make_parser, setting
+from wanlite.stopping import Stopped, StopSignal
+from wanlite.whole_files import hold, new_folder, why_broken, write_json
 
 TINY_TEACHER = Path(__file__).resolve().parent / "tiny_teacher"
 DEFAULT_CAPTIONS = 4000   # of the tiny world, where no prompts file is named
@@ -37,6 +26,9 @@ CALIBRATION_TOKENS = 16384   # image tokens on which the projected weights are r
 NUM_VALIDATION = 8        # of them, shown in the grids
 LOG_STEPS = 10
 STOPPED = 3               # exit code of a run that was asked to stop and can be resumed
+MOST_SKIPPED = 20         # steps in a row without a finite gradient, after which a run ends; float16 needs some to find its scale
+FREE = ("teacher", "output_dir", "overwrite", "resume_from_checkpoint", "project_only", "checkpointing_steps", "report_to",
+        "checkpoints_total_limit", "validation_steps", "logging_dir")     # decide no weight; a teacher is known by its files
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------------
@@ -107,7 +99,8 @@ def read_settings():
     settings = Settings(**vars(parser.parse_args()))
     try:
         settings = complete(settings)
-        state = check_output_folder(settings.output_dir, asdict(settings), settings.overwrite or settings.project_only,
+        decisive = {name: value for name, value in asdict(settings).items() if name not in FREE}
+        state = check_output_folder(settings.output_dir, decisive, settings.overwrite or settings.project_only,
                                     settings.resume_from_checkpoint not in (None, "none"))
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -159,11 +152,11 @@ if __name__ == "__main__":  # arguments and paths are answered before torch is i
 
 import inspect  # noqa: E402
 import math  # noqa: E402
-import signal  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Mapping  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
 from functools import partial  # noqa: E402
+from itertools import chain  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -177,7 +170,6 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput  # noqa: 
 from diffusers.models.modeling_utils import ModelMixin  # noqa: E402
 from diffusers.models.normalization import FP32LayerNorm  # noqa: E402
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTimeTextImageEmbedding  # noqa: E402
-from diffusers.optimization import get_scheduler  # noqa: E402
 from diffusers.training_utils import EMAModel  # noqa: E402
 from diffusers.utils.peft_utils import apply_lora_scale  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -189,23 +181,25 @@ from wanlite import shapes  # noqa: E402
 from wanlite.announcements import announce, conclude, versions  # noqa: E402
 from wanlite.autoencoder import decode_latents, load_autoencoder, to_pictures  # noqa: E402
 from wanlite.calibration import calibrate, choose_channels, make_frames  # noqa: E402
-from wanlite.data import SHARD_SIZE, SeededBatches, cache_folder, feature_basis, walk_teacher  # noqa: E402
+from wanlite.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint  # noqa: E402
+from wanlite.data import SHARD_SIZE, SeededBatches, cache_folder, feature_basis, fingerprint, walk_teacher  # noqa: E402
+from wanlite.devices import as_device, as_dtype  # noqa: E402
 from wanlite.flow import make_scheduler, sample, seeded_noise  # noqa: E402
-from wanlite.measure import prompt_accuracy  # noqa: E402
+from wanlite.measure import compare  # noqa: E402
 from wanlite.network import OneFrameBlock, TextTokens, one_frame_velocity, pack_text  # noqa: E402
 from wanlite.objectives import feature_loss, velocity_loss  # noqa: E402
+from wanlite.optimizers import make_optimizers  # noqa: E402
 from wanlite.projection import check_shape as check_cut  # noqa: E402
 from wanlite.projection import choose_experts, default_heads, project, project_into  # noqa: E402
 from wanlite.student_files import (  # noqa: E402
+    all_tensor_shapes,
     check_shape,
-    check_size,
-    check_sizes,
     check_weights,
-    find_weights,
-    read_config,
+    open_student,
     student_arguments,
     student_folder,
 )
+from wanlite.student_saving import check_savable, save_student  # noqa: E402
 from wanlite.teacher import Teacher, check_experts, open_teacher_files  # noqa: E402
 from wanlite.text import encode_prompts, load_text_encoder  # noqa: E402
 
@@ -253,10 +247,11 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         if isinstance(hidden_size, Mapping):
             config = {name: value for name, value in hidden_size.items() if not name.startswith("_")}
             return self.__init__(**{"teacher_checkpoint_path": teacher_checkpoint_path, "projection": projection,
-                                    "expert": expert, **_arguments(config)})
+                                    "expert": expert, **student_arguments(config, _defaults())})
         ffn_dim = ffn_dim or 4 * hidden_size
-        check_shape(patch_size, eps, hidden_size=hidden_size, depth=depth, num_heads=num_heads, ffn_dim=ffn_dim,
-                     num_channels=num_channels, text_dim=text_dim, freq_dim=freq_dim, rope_max_seq_len=rope_max_seq_len)
+        check_shape(patch_size, eps, cross_attn_norm, qk_norm, hidden_size=hidden_size, depth=depth, num_heads=num_heads,
+                    ffn_dim=ffn_dim, num_channels=num_channels, text_dim=text_dim, freq_dim=freq_dim,
+                    rope_max_seq_len=rope_max_seq_len)
         head_dim = hidden_size // num_heads
         self.register_to_config(
             hidden_size=hidden_size, depth=depth, num_heads=num_heads, ffn_dim=ffn_dim, num_channels=num_channels,
@@ -320,68 +315,66 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
             return StudentOutput(sample=velocity, features=features or None)
         return (velocity, features) if feature_blocks else (velocity,)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save as every diffusers model does, but never weights that are not finite."""
-        if broken := _not_finite(self.state_dict()):
-            raise ValueError(f"{save_directory}: not saved, {len(broken)} tensors hold NaN or infinity, first {broken[0]}. "
-                             "Go back to an earlier checkpoint and lower the learning rate.")
-        super().save_pretrained(save_directory, *args, **kwargs)
+    def save_pretrained(self, save_directory, is_main_process=None, save_function=None, safe_serialization=True, variant=None,
+                        max_shard_size="10GB", push_to_hub=False, **kwargs):
+        """Save config and weights so that a reader finds the student that was there or this one, never a mixture.
+
+        Every rank may call it; where `is_main_process` is None, rank 0 writes. `save_function` is accepted and not used.
+        Raises ValueError for weights that would not load again: not finite, on no device, or with an adapter among them.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False asks for a pickle; students are saved as safetensors only. Leave it out.")
+        if is_main_process is None:
+            is_main_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        tensors = self.state_dict()                              # of a sharded student every rank has to take part
+        if not is_main_process:
+            return
+        check_savable(tensors, all_tensor_shapes(self.config), save_directory)
+        save_student(save_directory, self.to_json_string(), tensors, variant, max_shard_size)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *, subfolder=None, variant=None, dtype=None, torch_dtype=None,
-                        device=None, device_map=None, **unknown):
-        """Load a saved student from a local folder: exactly its weights, on the CPU unless told otherwise, in eval mode.
+                        device=None, device_map=None, low_cpu_mem_usage=True, use_safetensors=True, disable_mmap=False,
+                        output_loading_info=False, local_files_only=False, revision=None, token=None, cache_dir=None,
+                        force_download=False, sha256=None, **unknown):
+        """Load a saved student from a folder or the hub: exactly its weights, on the CPU unless told otherwise, in eval mode.
 
         Never projects and needs no teacher. `dtype` (or `torch_dtype`, a torch.dtype or its name) leaves the modules that
-        Wan keeps in float32 there; None keeps every dtype as saved. Raises OSError for files that are missing or broken and
-        ValueError for content that is not this student's.
+        Wan keeps in float32 there; None keeps every dtype as saved. `sha256` pins the weights to a digest. Nothing is built
+        before header and config are known to agree. Raises OSError for files that are missing or broken and ValueError for
+        content that is not this student's. Memory is used once whatever `low_cpu_mem_usage` says.
         """
         if unknown:
-            raise TypeError(f"WanLiteStudent.from_pretrained does not take {', '.join(sorted(unknown))}; it takes subfolder, "
-                            "variant, dtype, torch_dtype, device and device_map. Loading never projects a teacher.")
-        dtype = _as_dtype(dtype if dtype is not None else torch_dtype)
-        device = _as_device(device if device is not None else device_map)
-        folder = student_folder(pretrained_model_name_or_path, subfolder)
-        weights = find_weights(folder, variant)
-        config = _arguments(read_config(folder))
-        check_sizes({name: size for name, size in config.items() if name in ("hidden_size", "depth")})
-        check_size(weights, config)
-        with init_empty_weights():                       # parameters without memory; the rotary tables are real
-            student = cls(**config)
-        check_weights(weights, {name: tensor.shape for name, tensor in student.state_dict().items()})
-        tensors = load_file(weights)
-        if broken := _not_finite(tensors):
-            raise ValueError(f"{weights}: {len(broken)} tensors hold NaN or infinity, first {broken[0]}. Take an earlier save.")
-        tensors = {name: tensor if dtype is None or _stays_float32(name) else tensor.to(dtype)
-                   for name, tensor in tensors.items()}
+            accepted = ", ".join(list(inspect.signature(cls.from_pretrained).parameters)[1:-1])
+            raise TypeError(f"WanLiteStudent.from_pretrained does not take {', '.join(sorted(unknown))}; it takes {accepted}. "
+                            "Loading never projects a teacher.")
+        if use_safetensors is False:
+            raise ValueError("use_safetensors=False asks for a pickle, and pickles are never opened. Leave it out.")
+        dtype, device = as_dtype(torch_dtype if dtype is None else dtype), as_device(device_map if device is None else device)
+        folder = student_folder(pretrained_model_name_or_path, subfolder, local_files_only=local_files_only, revision=revision,
+                                token=token, cache_dir=cache_dir, force_download=force_download)
+        with open_student(folder, variant, sha256) as (config, files):
+            arguments = student_arguments(config, _defaults())
+            check_weights(files, arguments)
+            with init_empty_weights():                   # parameters without memory; the rotary tables are real
+                student = cls(**arguments)
+            tensors = {}
+            for name, tensor in chain.from_iterable(file.tensors(is_mapped=not disable_mmap) for file in files):
+                tensors[name] = tensor.to(device, None if _stays_float32(name) else dtype)
         student.load_state_dict(tensors, strict=True, assign=True)
-        student.register_to_config(_name_or_path=str(folder))
-        return student.to(device).eval()
+        student.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        student = student.to(device).eval()
+        nothing = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
+        return (student, nothing) if output_loading_info else student
 
 
-def _not_finite(tensors):
-    return [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-
-
-def _arguments(config):
-    """Turn a config under our names, the Wan names, or both into the arguments of WanLiteStudent."""
-    accepted = inspect.signature(WanLiteStudent.__init__).parameters.keys() - {"self", *WanLiteStudent.ignore_for_config}
-    return student_arguments(config, accepted)
-
-
-def _as_dtype(dtype):
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found in (None, torch.float32, torch.float16, torch.bfloat16) and not (dtype is not None and found is None):
-        return found
-    raise ValueError(f"dtype {dtype!r} is unknown, expected float32, float16 or bfloat16.")
-
-
-def _as_device(device):
-    device = device[""] if isinstance(device, Mapping) and set(device) == {""} else device
-    try:
-        return torch.device(device or "cpu")
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device {device!r} is unknown, expected cpu, cuda or cuda:N.") from None
+def _defaults():
+    """Return {name: default} of the arguments that make up a config."""
+    parameters = inspect.signature(WanLiteStudent.__init__).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters
+            if parameter.name not in ("self", *WanLiteStudent.ignore_for_config)}
 
 
 def _stays_float32(name):
@@ -498,28 +491,15 @@ def distillation_loss(student, feature_head, batch, text, block, feature_weight)
     return velocity_part + feature_weight * feature_part, {"velocity_loss": velocity_part, "feature_loss": feature_part}
 
 
-def make_optimizers(settings, student, feature_head):
-    """Muon for the matrices of the blocks, AdamW for the rest; AdamW alone where --muon_learning_rate is 0."""
-    matrices = [p for name, p in student.named_parameters()
-                if settings.muon_learning_rate and name.startswith("blocks.") and p.ndim == 2]
-    taken = {id(p) for p in matrices}
-    others = [p for p in (*student.parameters(), *feature_head.parameters()) if id(p) not in taken]
-    optimizers = [torch.optim.AdamW(others, lr=settings.learning_rate, betas=(0.9, settings.adam_beta2),
-                                    weight_decay=settings.adam_weight_decay)]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=settings.muon_learning_rate,
-                                           weight_decay=settings.adam_weight_decay))
-    return optimizers
-
-
 # ---- looking at it ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def draw_pictures(velocity_for, autoencoder, embeddings, seeds, scheduler, num_steps, latent_shape, batch_size=64):
-    """Draw one picture for each embedding and seed: (B, height, width, 3) uint8."""
+def draw_pictures(velocity_for, autoencoder, embeddings, seeds, scheduler, num_steps, latent_shape, check, batch_size=64):
+    """Draw one picture for each embedding and seed: (B, height, width, 3) uint8; `check` may end it between two batches."""
     drawn, device = [], autoencoder.device
     for start in tqdm(range(0, len(embeddings), batch_size), desc="drawing", unit="batch", leave=False,
                       disable=len(embeddings) <= batch_size):
+        check()
         text = pack_text(embeddings[start:start + batch_size]).to(device)
         noise = seeded_noise(latent_shape, seeds[start:start + len(text.tokens)]).to(device)
         latents = sample(velocity_for(text), noise, scheduler, num_steps)
@@ -528,10 +508,11 @@ def draw_pictures(velocity_for, autoencoder, embeddings, seeds, scheduler, num_s
 
 
 @torch.no_grad()
-def relative_error(student, states, embeddings, prompts, device):
+def relative_error(student, states, embeddings, prompts, device, check):
     """Return the student's squared velocity error on held-out trajectories, over the power of the teacher's velocity."""
     error = power = 0.0
     for start in range(0, len(states), 256):
+        check()
         batch = states.__getitems__(range(start, min(start + 256, len(states))))
         text = pack_text([embeddings[prompts[number]] for number in batch["prompt"].tolist()]).to(device)
         velocity = student_velocity(student)(text)(batch["latents"].float().to(device), batch["timestep"].to(device))
@@ -550,14 +531,15 @@ def save_grid(path, teacher_pictures, student_pictures):
 
 # ---- the loop --------------------------------------------------------------------------------------------------------------
 
-def train(settings, is_resumed):
-    """Project, walk the teacher, distil, validate and save into settings.output_dir."""
+def train(settings, is_resumed, stop):
+    """Project, walk the teacher, distil, validate and save into settings.output_dir; raises Stopped where `stop` asks for it."""
     began, output = time.time(), Path(settings.output_dir)
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.gradient_accumulation_steps,
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / settings.logging_dir)))
     device, say = accelerator.device, accelerator.print
+    ranks, micro_batches = accelerator.num_processes, settings.gradient_accumulation_steps
     set_seed(settings.seed)
 
     # What there is: teacher, student, prompts.
@@ -569,15 +551,21 @@ def train(settings, is_resumed):
     training, held_out = choose_prompts(settings)
     validation = settings.validation_prompts or held_out[:NUM_VALIDATION]
     num_trajectories = settings.num_trajectories or len(training)
-    announce(settings, files, student, device, num_trajectories, say)
-    cosines = check_experts(files, device) if accelerator.is_main_process and not is_resumed else {}
     run = {"settings": asdict(settings), "versions": versions(), "teacher": files.fingerprint, "student": shape,
+           "prompts": fingerprint([training, held_out]), "processes": ranks,
            "student_parameters": student.num_parameters(), "finished": False, "validation_prompts": validation,
            "num_inference_steps": settings.num_inference_steps, "resolution": settings.resolution}
+    if is_resumed:
+        check_resumable(output, run, say)
+    announce(settings, files, student, device, num_trajectories, say)
+    cosines = check_experts(files, device) if accelerator.is_main_process and not is_resumed else {}
     embeddings = encode_all(settings, [*training, *held_out, *validation, settings.negative_prompt], device)
     autoencoder = load_autoencoder(settings.teacher, device=device)
     size = settings.resolution // autoencoder.config.scale_factor_spatial
     latent_shape, scheduler = (files.config["in_channels"], size, size), make_scheduler(settings.flow_shift)
+    (output / "cache").mkdir(exist_ok=True)
+    if accelerator.is_main_process and hold(output / "cache") is None:          # held until the process ends
+        raise OSError(f"{output}: another run is writing there. Wait for it, or name another --output_dir.")
     run["projection"] = start_student(settings, student, files, cosines, embeddings, training, latent_shape[1:], accelerator)
     if settings.project_only:
         return accelerator.end_training()
@@ -608,127 +596,172 @@ def train(settings, is_resumed):
                               width=shape["hidden_size"])
         states[part] = walk_teacher(accelerator, guided_for, basis, scheduler, settings.teacher_steps, walks, latent_shape,
                                     folder)
+    check = stop.check if ranks == 1 else lambda: None          # several ranks stop together, at a step
     seeds = list(range(settings.seed, settings.seed + max(len(validation), len(held_out))))
-    draw = partial(draw_pictures, autoencoder=autoencoder, seeds=seeds, scheduler=scheduler, latent_shape=latent_shape)
+    draw = partial(draw_pictures, autoencoder=autoencoder, seeds=seeds, scheduler=scheduler, latent_shape=latent_shape,
+                   check=check)
     teacher_drawn = draw(guided, embeddings=[embeddings[p] for p in validation], num_steps=settings.teacher_steps)
 
-    # What learns, and how.
-    feature_head, block = nn.Linear(shape["hidden_size"], shape["hidden_size"]), feature_block(shape["depth"])
+    # What learns, and how; all of it is in `memory`, and nothing else has to be remembered.
+    head, block = nn.Linear(shape["hidden_size"], shape["hidden_size"]), feature_block(shape["depth"])
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    optimizers = make_optimizers(settings, student, feature_head)
-    rates = [get_scheduler(settings.lr_scheduler, optimizer, num_warmup_steps=settings.lr_warmup_steps,
-                           num_training_steps=settings.max_train_steps)
-             for optimizer in optimizers]
+    optimizers, rates = make_optimizers(settings, student, head)
     ema = EMAModel(student.to(device).parameters(), decay=settings.ema_decay)
-    wrapped, feature_head, *optimizers = accelerator.prepare(student, feature_head, *optimizers)
-    accelerator.register_for_checkpointing(ema, *rates)
-    step = resume(accelerator, output, say) if is_resumed else 0
-    accelerator.init_trackers("wanlite")
+    wrapped, wrapped_head, *optimizers = accelerator.prepare(student, head, *optimizers)
+    memory = {"student": student, "feature_head": head, "ema": ema, "rates": rates, "optimizers": optimizers,
+              "step": 0, "skipped": 0} | ({"scaler": accelerator.scaler} if accelerator.scaler else {})
+    if is_resumed:
+        resume(memory, output, device, say)
+    step = memory["step"]
+    tensorboard = {"purge_step": step + 1} if step else {}     # what was logged after the checkpoint is logged again
+    accelerator.init_trackers("wanlite", init_kwargs={"tensorboard": tensorboard})
     log = MetricsLog(output / "metrics.jsonl", step) if accelerator.is_main_process else None
     began -= log.seconds if log else 0                       # what the run took before it was cut short
-    ranks, micro_batches = accelerator.num_processes, settings.gradient_accumulation_steps
     batches = SeededBatches(len(states["training"]), settings.train_batch_size * ranks, settings.seed,
                             step * micro_batches, settings.max_train_steps * micro_batches)
-    stop = StopSignal()
+
+    def tell(step, grid=None, **record):
+        """Log what happened; a disk that is full costs the record, not the run."""
+        if not accelerator.is_main_process:
+            return
+        try:
+            log.write(step=step, **record)
+            accelerator.log(record, step=step)
+            if grid is not None:
+                picture = save_grid(output / "samples" / f"step-{step:06d}.png", *grid)
+                for tracker in accelerator.trackers:
+                    if tracker.name == "tensorboard":
+                        tracker.log_images({"teacher above student": picture[None]}, step=step, dataformats="NHWC")
+        except OSError as error:
+            say(f"WARNING: step {step} is not logged: {error}")
 
     def validate(step):
         with averaged(ema, student, settings.use_ema):
-            error = relative_error(student, states["held_out"], embeddings, held_out, device)
+            error = relative_error(student, states["held_out"], embeddings, held_out, device, check)
             drawn = draw(student_velocity(student), embeddings=[embeddings[p] for p in validation],
                          num_steps=settings.num_inference_steps)
-        if accelerator.is_main_process:
-            grid = save_grid(output / "samples" / f"step-{step:06d}.png", teacher_drawn, drawn)
-            for tracker in accelerator.trackers:
-                if tracker.name == "tensorboard":
-                    tracker.log_images({"teacher above student": grid[None]}, step=step, dataformats="NHWC")
-            log.write(step=step, held_out_error=error)
-            accelerator.log({"held_out_error": error}, step=step)
+        tell(step, grid=(teacher_drawn, drawn), held_out_error=error)
         return error
 
     def checkpoint(step):
-        accelerator.wait_for_everyone()
-        path = checkpoint_path(output, step)
-        if accelerator.is_main_process and not path.exists():
-            with new_folder(path) as partial_folder:
-                accelerator.save_state(str(partial_folder))
-            prune_checkpoints(output, settings.checkpoints_total_limit)
+        """Save what the run remembers; a disk that is full costs this checkpoint, not the run and no earlier one."""
+        if accelerator.is_main_process:
+            try:
+                save_checkpoint(output, step, remembered(memory | {"step": step}), run, settings.checkpoints_total_limit)
+            except OSError as error:
+                newest = latest_checkpoint(output)[0]
+                say(f"\nWARNING: step {step} is NOT saved: {error}\nThe newest checkpoint is {newest}; training goes on.")
         accelerator.wait_for_everyone()
 
-    if step == 0:
-        validate(0)
     bar = tqdm(total=settings.max_train_steps, initial=step, desc="distilling", unit="step", smoothing=0.05,
                disable=not accelerator.is_main_process)
-    for numbers in batches:
-        batch = states["training"].__getitems__(numbers[accelerator.process_index::ranks])
-        text = pack_text([embeddings[training[number]] for number in batch["prompt"].tolist()]).to(device)
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        with accelerator.accumulate(wrapped, feature_head):
-            feature_weight = settings.feature_weight * (1 - step / settings.max_train_steps)
-            with accelerator.autocast():
-                loss, parts = distillation_loss(wrapped, feature_head, batch, text, block, feature_weight)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_([*wrapped.parameters(), *feature_head.parameters()],
-                                                   settings.max_grad_norm)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
-        for rate in rates:
-            rate.step()
-        ema.step(student.parameters())
-        step += 1
-        bar.update()
-        if step % LOG_STEPS == 0 or step == settings.max_train_steps:
-            record = {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": rates[0].get_last_lr()[0],
-                      **{name: part.item() for name, part in parts.items()}}
-            if not math.isfinite(record["loss"]):
-                raise FloatingPointError(f"loss is {record['loss']} at step {step}: lower --learning_rate; the last "
-                                         f"checkpoint is in {output / 'checkpoints'}.")
-            bar.set_postfix(velocity=f"{record['velocity_loss']:.3f}")
-            accelerator.log(record, step=step)
-            if accelerator.is_main_process:
-                log.write(step=step, seconds=round(time.time() - began, 1), **record)
-        if step % settings.validation_steps == 0 and step < settings.max_train_steps:
+    stop.is_immediate, is_asked = False, False               # from here on a stop waits until nothing is lost by it
+    in_a_row, total_loss = 0, torch.zeros((), device=device)
+    try:
+        if step == 0 or (step % settings.validation_steps == 0 and log and step not in log.validated):
             validate(step)
-        if step % settings.checkpointing_steps == 0 or stop.asked or step == settings.max_train_steps:
-            checkpoint(step)
-        if stop.asked and step < settings.max_train_steps:
-            accelerator.end_training()
-            say(f"stopped at step {step} of {settings.max_train_steps}; the same command goes on from there.")
-            raise SystemExit(STOPPED)
+        for numbers in batches:
+            if is_asked or (ranks == 1 and stop.asked):
+                raise Stopped
+            batch = states["training"].__getitems__(numbers[accelerator.process_index::ranks])
+            text = pack_text([embeddings[training[number]] for number in batch["prompt"].tolist()]).to(device)
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            with accelerator.accumulate(wrapped, wrapped_head):
+                feature_weight = settings.feature_weight * (1 - step / settings.max_train_steps)
+                with accelerator.autocast():
+                    loss, parts = distillation_loss(wrapped, wrapped_head, batch, text, block, feature_weight)
+                accelerator.backward(loss)
+                total_loss += loss.detach() / micro_batches
+                if not accelerator.sync_gradients:
+                    continue
+                norm = accelerator.clip_grad_norm_([*wrapped.parameters(), *wrapped_head.parameters()], settings.max_grad_norm)
+                # The one time a step waits for the device: is it sound on every rank, and was any of them asked to stop?
+                told = torch.stack([total_loss, norm.float(), total_loss.new_tensor(stop.asked)])
+                mean_loss, norm, asked = accelerator.reduce(told, "mean").tolist()
+                is_asked, is_sound = asked > 0, math.isfinite(mean_loss + norm)
+                total_loss.zero_()
+                for optimizer in optimizers:
+                    if is_sound or accelerator.scaler is not None:      # float16's scaler skips by itself, and learns from it
+                        optimizer.step()
+                    optimizer.zero_grad()
+            for rate in rates:
+                rate.step()
+            step += 1
+            bar.update()
+            if is_sound:
+                ema.step(student.parameters())
+                in_a_row = 0
+            else:
+                memory["skipped"], in_a_row = memory["skipped"] + 1, in_a_row + 1
+                if in_a_row == MOST_SKIPPED:
+                    raise FloatingPointError(
+                        f"{MOST_SKIPPED} steps in a row, up to {step}, had no finite gradient (loss {mean_loss}, norm {norm}). "
+                        "Add --overwrite and lower --learning_rate and --muon_learning_rate, or --mixed_precision no.")
+            if step % LOG_STEPS == 0 or step == settings.max_train_steps or not is_sound:
+                record = {"loss": mean_loss, "grad_norm": norm, "learning_rate": rates[0].get_last_lr()[0],
+                          "skipped_steps": memory["skipped"], **{name: part.item() for name, part in parts.items()}}
+                bar.set_postfix(velocity=f"{record['velocity_loss']:.3f}")
+                tell(step, seconds=round(time.time() - began, 1), **record)
+            if step % settings.validation_steps == 0 and step < settings.max_train_steps:
+                validate(step)
+            if step % settings.checkpointing_steps == 0 or step == settings.max_train_steps:
+                checkpoint(step)
+    except Stopped:
+        checkpoint(step)
+        accelerator.end_training()
+        say(f"\nstopped at step {step} of {settings.max_train_steps}")
+        raise
+    stop.is_immediate = True                                 # the last checkpoint holds all that is needed below
     bar.close()
 
     # What is kept: the averaged student, what inference needs beside it, and how good it is.
+    stop.check()
     error = validate(step)
     if settings.use_ema:
         ema.copy_to(student.parameters())
     if accelerator.is_main_process:
         student.save_pretrained(output)
         save_parts(output, settings.teacher, scheduler)
-        results = {"held_out_error": error} | judge_both(settings, guided, student, draw, embeddings, held_out)
+        results = {"held_out_error": error}
+        if settings.resolution == shapes.PICTURE_SIZE:
+            words = [embeddings[prompt] for prompt in held_out]
+            results |= compare(lambda _: draw(guided, embeddings=words, num_steps=settings.teacher_steps),
+                               lambda _: draw(student_velocity(student), embeddings=words,
+                                              num_steps=settings.num_inference_steps), held_out)
         write_json(output / "run.json", run | {"finished": True, "steps": step, "minutes": (time.time() - began) / 60,
-                                               "results": results})
+                                               "skipped_steps": memory["skipped"], "results": results})
         write_model_card(output, settings, results)
         conclude(settings, output, results, time.time() - began, say)
     accelerator.end_training()
 
 
-def resume(accelerator, output, say):
-    """Load the newest checkpoint that verifies; returns its step, 0 where the run was cut short before its first."""
+def resume(memory, output, device, say):
+    """Give everything in `memory` the state of the newest checkpoint that verifies; 0 steps where there is none yet."""
     path, skipped = latest_checkpoint(output)
     for reason in skipped:
         say(reason)
     if path is None:
         if skipped:
-            raise SystemExit(f"{output}: no checkpoint verifies. Add --overwrite to start again.")
-        return 0
-    accelerator.load_state(str(path))
-    step = int(path.name.removeprefix("step-"))
-    say(f"resumed at step {step} from {path}")
-    return step
+            raise OSError(f"{output}: no checkpoint verifies, so nothing can be resumed. Add --overwrite to start again.")
+        return
+    state = load_checkpoint(path)
+    for name, part in memory.items():
+        if isinstance(part, list):
+            for each, its_state in zip(part, state[name], strict=True):
+                each.load_state_dict(its_state)
+        elif hasattr(part, "load_state_dict"):
+            part.load_state_dict(state[name])
+        else:
+            memory[name] = state[name]
+    memory["ema"].to(device)
+    say(f"resumed at step {memory['step']} from {path}")
+
+
+def remembered(memory):
+    """Return the state of everything in `memory`, as nested dicts."""
+    return {name: [each.state_dict() for each in part] if isinstance(part, list) else
+            part.state_dict() if hasattr(part, "state_dict") else part for name, part in memory.items()}
 
 
 @contextmanager
@@ -744,42 +777,20 @@ def averaged(ema, student, use_ema):
             ema.restore(student.parameters())
 
 
-class StopSignal:
-    """Turns the first SIGTERM, SIGINT or SIGUSR1 into a flag that the loop reads; the second one ends at once."""
-
-    def __init__(self):
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number, frame):
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL)
-
-
-def judge_both(settings, guided, student, draw, embeddings, held_out):
-    """Let the judge read teacher and student on held-out captions; nothing where prompts are not of the tiny world."""
-    captions = [prompt for prompt in held_out if shapes.read_caption(prompt)]
-    if len(captions) < len(held_out) or settings.resolution != shapes.PICTURE_SIZE:
-        return {}
-
-    def accuracy(velocity_for, num_steps):
-        return prompt_accuracy(lambda prompts: draw(velocity_for, embeddings=[embeddings[p] for p in prompts],
-                                                    num_steps=num_steps), captions)
-    teacher, student = (accuracy(guided, settings.teacher_steps),
-                        accuracy(student_velocity(student), settings.num_inference_steps))
-    return {"captions": len(captions), "prompt_accuracy": {"teacher": teacher["accuracy"], "student": student["accuracy"]},
-            "teacher": teacher, "student": student}
-
-
 # ---- main --------------------------------------------------------------------------------------------------------------------
 
-if __name__ == "__main__":
+def main(settings, is_resumed):
+    """Train in --output_dir; returns the exit code."""
     try:
-        train(SETTINGS, IS_RESUMED)
+        train(settings, is_resumed, StopSignal())
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"train_distillation.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        return 2
+    except Stopped:
         print("stopped; the same command goes on from what is on disk.", file=sys.stderr)
-        sys.exit(STOPPED)
+        return STOPPED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(SETTINGS, IS_RESUMED))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY_TEACHER, write_official
 from train_distillation import Settings, complete, train
+from wanlite.stopping import StopSignal
 
 LOW, HIGH = "low_noise_model", "high_noise_model"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -74,5 +75,5 @@ def test_what_cannot_be_projected_is_refused_before_anything_is_written(spoilt, 
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     settings = replace(Settings(), teacher=str(wan), output_dir=str(run), overwrite=True, report_to="none", **flags)
     with pytest.raises((OSError, ValueError), match=words) as refused:
-        train(complete(settings), False)
+        train(complete(settings), False, StopSignal(()))
     assert "\n" not in str(refused.value) and {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before

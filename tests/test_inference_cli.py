@@ -54,10 +54,12 @@ def test_a_part_that_is_cut_short_or_gone_is_named(name, copied_run):
     assert f"lacks {path.name}" in refused(DRAW, "--model", copied_run)
 
 
-@pytest.mark.parametrize("name, content", [("vae/config.json", "[1]"), ("vae/config.json", "{"), ("config.json", None)])
-def test_configs_that_say_no_size_are_refused(name, content, copied_run):
+@pytest.mark.parametrize("name, content, words", [
+    ("vae/config.json", "[1]", "does not say the patch and picture size"), ("config.json", None, "patch_size is 2, was [1, 2, 2]"),
+    ("vae/config.json", "{", "does not say the patch and picture size")])
+def test_configs_that_say_no_size_are_refused(name, content, words, copied_run):
     (copied_run / "vae/manifest.json").unlink()                # as in a folder that was put together by hand
     if content is None:
         content = json.dumps(json.loads((copied_run / name).read_text()) | {"patch_size": 2})
     (copied_run / name).write_text(content)
-    assert "does not say the patch and picture size" in refused(DRAW, "--model", copied_run)
+    assert words in refused(DRAW, "--model", copied_run)

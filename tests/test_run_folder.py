@@ -1,35 +1,20 @@
 """A run's folder: saved whole or not at all, resumed from what verifies, never overwritten by accident."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
-from tests.conftest import ROOT
 from wanlite.run_folder import (
     PARTS,
     MetricsLog,
     check_output_folder,
+    check_resumable,
     check_saved_parts,
-    checkpoint_path,
     clear,
-    latest_checkpoint,
-    new_folder,
-    prune_checkpoints,
     save_parts,
-    why_broken,
-    write_json,
 )
-
-
-def write_checkpoint(folder, step, content="state"):
-    with new_folder(checkpoint_path(folder, step)) as partial:
-        (partial / "state.bin").write_text(content * 1000)
+from wanlite.whole_files import write_json
 
 
 def test_a_folder_with_no_more_than_a_projected_start_is_free_for_a_run(tmp_path):
@@ -38,86 +23,6 @@ def test_a_folder_with_no_more_than_a_projected_start_is_free_for_a_run(tmp_path
     (tmp_path / "letter.txt").touch()
     with pytest.raises(ValueError, match="no run of this script"):
         check_output_folder(tmp_path, {})
-
-
-def test_an_error_in_the_middle_of_a_save_leaves_the_old_folder(tmp_path):
-    write_checkpoint(tmp_path, 1, "old")
-    with pytest.raises(OSError, match="full"), new_folder(checkpoint_path(tmp_path, 1)) as partial:
-        (partial / "state.bin").write_text("half")
-        raise OSError("disk full")
-    assert why_broken(checkpoint_path(tmp_path, 1)) is None
-    assert (checkpoint_path(tmp_path, 1) / "state.bin").read_text().startswith("old")
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
-
-
-def test_a_kill_in_the_middle_of_a_save_leaves_the_last_whole_checkpoint(tmp_path):
-    code = ("import sys, time; sys.path.insert(0, sys.argv[1])\n"
-            "from tests.test_run_folder import write_checkpoint\n"
-            "from wanlite.run_folder import new_folder, checkpoint_path\n"
-            "write_checkpoint(sys.argv[2], 1)\n"
-            "with new_folder(checkpoint_path(sys.argv[2], 2)) as partial:\n"
-            "    (partial / 'state.bin').write_text('half'); print('saving', flush=True); time.sleep(60)\n")
-    process = subprocess.Popen([sys.executable, "-c", code, ROOT, tmp_path], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "saving\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert latest_checkpoint(tmp_path) == (checkpoint_path(tmp_path, 1), [])
-    write_checkpoint(tmp_path, 2)
-    assert latest_checkpoint(tmp_path)[0] == checkpoint_path(tmp_path, 2)
-
-
-@pytest.mark.parametrize("break_it, reason", [
-    (lambda path: (path / "state.bin").write_text("cut"), "differs from its manifest"),
-    (lambda path: (path / "state.bin").unlink(), "lacks state.bin"),
-    (lambda path: (path / "manifest.json").unlink(), "no readable manifest"),
-    (lambda path: (path / "manifest.json").write_text("{"), "no readable manifest"),
-    (lambda path: (path / "manifest.json").write_text("{}"), "no readable manifest"),
-    (lambda path: (path / "manifest.json").write_text("[1]"), "no readable manifest"),
-    (lambda path: (path / "state.bin").write_text("statE" * 1000), "differs from its manifest")])
-def test_the_newest_checkpoint_that_verifies_is_taken_and_the_rest_is_said(tmp_path, break_it, reason):
-    for step in (1, 2):
-        write_checkpoint(tmp_path, step)
-    break_it(checkpoint_path(tmp_path, 2))
-    path, skipped = latest_checkpoint(tmp_path)
-    assert path == checkpoint_path(tmp_path, 1) and len(skipped) == 1 and reason in skipped[0]
-
-
-def test_pruning_keeps_the_newest_and_never_prunes_after_a_broken_save(tmp_path):
-    for step in (1, 2, 3, 4):
-        write_checkpoint(tmp_path, step)
-    (checkpoint_path(tmp_path, 4) / "state.bin").write_text("cut")
-    prune_checkpoints(tmp_path, 2)
-    assert checkpoint_path(tmp_path, 1).exists()
-    write_checkpoint(tmp_path, 4)
-    prune_checkpoints(tmp_path, 1)
-    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-000003", "step-000004"]
-
-
-def test_a_save_killed_between_its_renames_loses_no_folder(tmp_path, monkeypatch):
-    write_checkpoint(tmp_path, 1, "old")
-    target, replace = checkpoint_path(tmp_path, 1), os.replace
-
-    def killed(source, place):
-        if place == target:
-            raise KeyboardInterrupt
-        replace(source, place)
-    monkeypatch.setattr("wanlite.run_folder.os.replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(tmp_path, 1, "new")
-    monkeypatch.undo()
-    with pytest.raises(OSError, match="full"), new_folder(target):
-        raise OSError("disk full")
-    assert why_broken(target) is None and (target / "state.bin").read_text().startswith("old")
-
-
-def test_checkpoints_are_ordered_by_step_and_other_names_are_left_alone(tmp_path):
-    for step in (999_998, 999_999, 1_000_000):
-        write_checkpoint(tmp_path, step)
-    shutil.copytree(checkpoint_path(tmp_path, 999_998), tmp_path / "checkpoints/step-best")
-    (tmp_path / "checkpoints/.step-000123.partial").mkdir()
-    assert latest_checkpoint(tmp_path) == (checkpoint_path(tmp_path, 1_000_000), [])
-    prune_checkpoints(tmp_path, 2)
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-999999", "step-1000000", "step-best"}
 
 
 def test_an_output_folder_says_what_a_run_may_do_with_it(tmp_path):
@@ -142,10 +47,23 @@ def test_an_output_folder_says_what_a_run_may_do_with_it(tmp_path):
                 check_output_folder(tmp_path, settings, overwrite=overwrite, resume=False)
 
 
+@pytest.mark.parametrize("name, value, words", [("teacher", "b", "--teacher holds other weights"), ("processes", 2, "processes"),
+                                                ("prompts", "c", "prompts are others")])
+def test_what_would_end_otherwise_is_not_resumed(tmp_path, name, value, words):
+    run = {"teacher": "a", "prompts": "b", "processes": 1, "versions": {"torch": "2.13.0"}}
+    write_json(tmp_path / "run.json", run)
+    said = []
+    check_resumable(tmp_path, run, said.append)
+    assert said == []
+    check_resumable(tmp_path, run | {"versions": {"torch": "2.11.0"}}, said.append)
+    assert "torch 2.13.0, now 2.11.0" in said[0]
+    with pytest.raises(ValueError, match=words):
+        check_resumable(tmp_path, run | {name: value}, said.append)
+
+
 def test_clearing_removes_what_a_run_wrote_and_nothing_else(tmp_path):
-    write_checkpoint(tmp_path, 1)
-    for name in ("run.json", "config.json", "metrics.jsonl", "thesis.tex", "cache/shard"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("checkpoints/step-000001/manifest.json", "run.json", "config.json", "metrics.jsonl", "thesis.tex", "cache/shard"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     clear(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", "cache"}
@@ -199,13 +117,3 @@ def test_a_run_that_starts_again_starts_its_metrics_again(tmp_path):
     assert MetricsLog(tmp_path / "metrics.jsonl", 0).path.read_text() == ""
     (tmp_path / "metrics.jsonl").write_text('[1]\n{"step": 1}\n')
     assert MetricsLog(tmp_path / "metrics.jsonl", 1).path.read_text() == '{"step": 1}\n'
-
-
-def test_json_is_replaced_whole(tmp_path):
-    path = tmp_path / "run.json"
-    write_json(path, {"a": 1})
-    before = os.stat(path).st_ino
-    time.sleep(0.01)
-    write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 2} and os.stat(path).st_ino != before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]

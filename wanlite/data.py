@@ -58,10 +58,14 @@ def walk_teacher(accelerator, velocity_for, basis, scheduler, num_steps, jobs, l
 
 def cache_folder(parent, kind, **what):
     """Return the folder for what was made of exactly this: a teacher, prompts, guidance, a schedule, ..."""
-    key = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    folder = Path(parent) / f"{kind}-{key}"
+    folder = Path(parent) / f"{kind}-{fingerprint(what)[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def fingerprint(what):
+    """Return the sha256 of anything that JSON, or str, can say."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def write_shard(folder, index, tensors):

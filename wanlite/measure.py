@@ -25,6 +25,15 @@ def prompt_accuracy(draw, captions):
     return {name: None if value is None else round(float(value), 4) for name, value in figures.items()}
 
 
+def compare(draw_teacher, draw_student, captions):
+    """Judge teacher and student on the same captions; nothing where they are not of the tiny world."""
+    if not all(shapes.read_caption(caption) for caption in captions):
+        return {}
+    teacher, student = prompt_accuracy(draw_teacher, captions), prompt_accuracy(draw_student, captions)
+    return {"captions": len(captions), "prompt_accuracy": {"teacher": teacher["accuracy"], "student": student["accuracy"]},
+            "teacher": teacher, "student": student}
+
+
 def variety(pictures_by_seed):
     """Return the mean distance between pictures of one caption over seeds, in grey levels 0..255, averaged over captions.
 

@@ -10,87 +10,16 @@ Saves replace what they replace only once it is on disk, and only files that a r
 imported: a wrong folder is answered at once.
 """
 
-import hashlib
 import json
 import os
-import re
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
-MANIFEST = "manifest.json"
+from .whole_files import MANIFEST, new_folder, why_broken, write_json
+
 PARTS = ("tokenizer", "text_encoder", "vae")
 RESULTS = (*PARTS, "scheduler", "checkpoints", "samples", "logs", "config.json", "diffusion_pytorch_model.safetensors",
            "model_index.json", "metrics.jsonl", "README.md")   # what clear() removes, run.json after them
-
-
-# ---- small files and folders, whole or not at all ---------------------------------------------------------------------
-
-def write_json(path, content):
-    """Write JSON so that a reader sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _flush(partial)
-    os.replace(partial, path)
-    _flush(path.parent)
-
-
-@contextmanager
-def new_folder(target):
-    """Yield a hidden folder beside `target` to write into; on success it becomes `target`, with a manifest of its files."""
-    target = Path(target)
-    partial, aside = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old"))
-    if aside.exists() and not target.exists():
-        os.replace(aside, target)                             # an earlier save was killed between its two renames
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        for path in (*files, *(path for path in partial.rglob("*") if path.is_dir())):
-            _flush(path)
-        write_json(partial / MANIFEST, {str(path.relative_to(partial)): _describe(path) for path in files})
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-    if target.exists():
-        os.replace(target, aside)
-    os.replace(partial, target)
-    _flush(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def why_broken(folder, sizes_only=False):
-    """Return why a folder does not verify against its manifest, or None where it does; sizes alone take no time."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        manifest = None
-    if not isinstance(manifest, dict) or not manifest or not all(isinstance(entry, dict) for entry in manifest.values()):
-        return "has no readable manifest"
-    for name, described in manifest.items():
-        path = folder / name
-        if not path.is_file():
-            return f"lacks {name}"
-        if path.stat().st_size != described.get("size"):
-            return f"{name} differs from its manifest: {path.stat().st_size} bytes, {described.get('size')} were written"
-        if not sizes_only and _describe(path) != described:
-            return f"{name} differs from its manifest"
-    return None
-
-
-def _describe(path):
-    with open(path, "rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _flush(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- a run --------------------------------------------------------------------------------------------------------------
@@ -135,6 +64,19 @@ def check_output_folder(folder, settings, overwrite=False, resume=True):
         told = ", ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
         raise ValueError(f"{folder}: holds a run cut short under other settings ({told}). Use the same, or add --overwrite.")
     return "resume"
+
+
+def check_resumable(folder, run, say):
+    """Refuse to resume where teacher, prompts or the number of processes are others; other versions are told."""
+    earlier = read_run(folder)
+    for name, meaning in (("teacher", "--teacher holds other weights"), ("prompts", "the prompts are others"),
+                          ("processes", "the number of processes is another")):
+        if earlier.get(name, run[name]) != run[name]:
+            raise ValueError(f"{folder}: holds a run cut short, and {meaning} than it had ({earlier[name]}, now {run[name]}): it "
+                             "would not end as it would have. Resume it with the same, or add --overwrite.")
+    if changed := [f"{name} {version}, now {run['versions'][name]}" for name, version in earlier.get("versions", {}).items()
+                   if run["versions"].get(name) not in (None, version)]:
+        say(f"resumed under other versions ({', '.join(changed)}): the last bits of the weights may differ")
 
 
 def clear(folder):
@@ -222,46 +164,14 @@ Measured on held-out prompts:
 {measured}""", encoding="utf-8")
 
 
-# ---- checkpoints --------------------------------------------------------------------------------------------------------
-
-def checkpoint_path(folder, step):
-    return Path(folder) / "checkpoints" / f"step-{step:06d}"
-
-
-def latest_checkpoint(folder):
-    """Return (newest checkpoint that verifies or None, a line for each newer one that was skipped)."""
-    skipped = []
-    for path in reversed(_checkpoints(folder)):
-        reason = why_broken(path)
-        if reason is None:
-            return path, skipped
-        skipped.append(f"{path}: skipped, {reason}")
-    return None, skipped
-
-
-def prune_checkpoints(folder, keep):
-    """Delete all but the newest `keep` checkpoints (two at least) and what killed saves left, once the newest verifies."""
-    paths = _checkpoints(folder)
-    if paths and why_broken(paths[-1]) is None:
-        left = [path for kind in ("partial", "old") for path in paths[-1].parent.glob(f".step-*.{kind}")]
-        for path in (*paths[:-max(2, keep)], *left):
-            shutil.rmtree(path)
-
-
-def _checkpoints(folder):
-    """Return the run's checkpoints by rising step; folders of other names, as a user's backup, are none."""
-    paths = (Path(folder) / "checkpoints").glob("step-*")
-    return sorted((path for path in paths if re.fullmatch(r"step-\d+", path.name)), key=lambda path: int(path.name[5:]))
-
-
 class MetricsLog:
     """metrics.jsonl: one line a record; what was written after the step that a run resumes from is dropped.
 
-    `seconds` is how long the run had taken at that step.
+    `seconds` is how long the run had taken at that step, `validated` the steps that were looked at.
     """
 
     def __init__(self, path, step):
-        self.path, self.seconds = Path(path), 0.0
+        self.path, self.seconds, self.validated = Path(path), 0.0, set()
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines() if step and self.path.exists() else ():
             try:
@@ -271,6 +181,7 @@ class MetricsLog:
             if isinstance(record, dict) and record.get("step", 0) <= step:
                 kept.append(line)
                 self.seconds = record.get("seconds", self.seconds)
+                self.validated |= {record["step"]} if "held_out_error" in record else set()
         partial = self.path.with_name(f".{self.path.name}.partial")
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(partial, self.path)

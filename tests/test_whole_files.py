@@ -1,0 +1,97 @@
+"""Files and folders that are whole or not there, whenever the writer is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+from wanlite.whole_files import check_space, locked, new_folder, read_manifest, why_broken, write_json
+
+
+def write_folder(folder, content):
+    with new_folder(folder) as partial:
+        (partial / "state.bin").write_text(content * 1000)
+
+
+def test_json_is_replaced_whole(tmp_path):
+    path = tmp_path / "run.json"
+    write_json(path, {"a": 1})
+    before = os.stat(path).st_ino
+    time.sleep(0.01)
+    write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 2} and os.stat(path).st_ino != before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_an_error_in_the_middle_of_a_save_leaves_the_old_folder(tmp_path):
+    write_folder(tmp_path / "vae", "old")
+    with pytest.raises(OSError, match="full"), new_folder(tmp_path / "vae") as partial:
+        (partial / "state.bin").write_text("half")
+        raise OSError("disk full")
+    assert why_broken(tmp_path / "vae") is None
+    assert (tmp_path / "vae/state.bin").read_text().startswith("old")
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+
+
+def test_a_save_killed_between_its_renames_loses_no_folder(tmp_path, monkeypatch):
+    target, replace = tmp_path / "vae", os.replace
+    write_folder(target, "old")
+
+    def killed(source, place):
+        if place == target:
+            raise KeyboardInterrupt
+        replace(source, place)
+    monkeypatch.setattr("wanlite.whole_files.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(target, "new")
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="full"), new_folder(target):
+        raise OSError("disk full")
+    assert why_broken(target) is None and (target / "state.bin").read_text().startswith("old")
+
+
+@pytest.mark.parametrize("break_it, reason", [
+    (lambda path: (path / "state.bin").write_text("cut"), "differs from its manifest"),
+    (lambda path: (path / "state.bin").unlink(), "lacks state.bin"),
+    (lambda path: (path / "manifest.json").unlink(), "no readable manifest"),
+    (lambda path: (path / "manifest.json").write_text("{"), "no readable manifest"),
+    (lambda path: (path / "manifest.json").write_text("{}"), "no readable manifest"),
+    (lambda path: (path / "manifest.json").write_text("[1]"), "no readable manifest"),
+    (lambda path: (path / "manifest.json").write_text('{"files": 3}'), "no readable manifest"),
+    (lambda path: (path / "state.bin").write_text("statE" * 1000), "differs from its manifest")])
+def test_a_folder_that_is_not_as_it_was_written_is_told(tmp_path, break_it, reason):
+    write_folder(tmp_path / "vae", "state")
+    assert why_broken(tmp_path / "vae") is None
+    break_it(tmp_path / "vae")
+    assert reason in why_broken(tmp_path / "vae")
+
+
+def test_a_manifest_of_files_alone_is_read_as_one_with_facts(tmp_path):
+    write_folder(tmp_path / "vae", "state")
+    write_json(tmp_path / "vae/manifest.json", read_manifest(tmp_path / "vae")["files"])
+    assert why_broken(tmp_path / "vae") is None
+
+
+def test_a_lock_is_held_until_its_process_ends(tmp_path):
+    code = ("import sys, time; sys.path.insert(0, sys.argv[1])\n"
+            "from pathlib import Path; from wanlite.whole_files import locked\n"
+            "with locked(Path(sys.argv[2])): print('held', flush=True); time.sleep(60)\n")
+    process = subprocess.Popen([sys.executable, "-c", code, ROOT, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    with locked(tmp_path, is_patient=False) as is_held:
+        assert not is_held
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with locked(tmp_path, is_patient=False) as is_held:
+        assert is_held
+
+
+def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_written(tmp_path):
+    check_space(tmp_path, 1000)
+    with pytest.raises(OSError, match="no space left: 1,000,000,000,000.0 MB"):
+        check_space(tmp_path, 10**18)

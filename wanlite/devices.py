@@ -1,0 +1,27 @@
+"""What a user may call a dtype or a device -> torch's own, or one ValueError."""
+
+from collections.abc import Mapping
+
+import torch
+
+STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)     # what a student's weights are kept in
+
+
+def as_dtype(asked):
+    """Return a dtype that is asked for by itself or by name; None stays None."""
+    found = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    if asked is None or any(found is dtype for dtype in STORED_DTYPES):
+        return found
+    raise ValueError(f"dtype {asked!r} is unknown, expected float32, float16 or bfloat16.")
+
+
+def as_device(asked):
+    """Return a device that is asked for by itself, by name, by number or as {"": device}; None is the CPU."""
+    asked = asked[""] if isinstance(asked, Mapping) and set(asked) == {""} else asked
+    try:
+        found = torch.device("cpu" if asked is None else asked)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device {asked!r} is unknown, expected cpu, cuda or cuda:N.") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {asked!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices.")
+    return found

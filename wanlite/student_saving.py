@@ -1,0 +1,115 @@
+"""A student's config and tensors -> its folder, so that a reader finds the old student or the new one, never a mixture.
+
+A save is staged in a hidden folder and flushed; its list of files is written last, and from then on it will happen: the next
+save finishes what a killed one began. Renaming the weights is the moment at which the new student is there, for they carry their
+config; config.json follows.
+"""
+
+import json
+import os
+import re
+import shutil
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+
+from .whole_files import check_space, flush, locked, not_finite, write_json
+
+STEM = "diffusion_pytorch_model"
+CONFIG_NAME = "config.json"
+LIST = "files.json"          # of a staged save, with what it replaces
+
+
+def check_savable(tensors, shapes, place):
+    """Refuse to save what from_pretrained would refuse to load: `shapes` is {name: shape} of what belongs to the student."""
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if odd := sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name)):
+        raise ValueError(f"{place}: not saved, {len(odd)} tensors are not those of a student, first {odd[0]}. Fuse or unload an "
+                         "adapter first (save_lora_adapter saves it alone).")
+    for name, tensor in tensors.items():
+        if tensor.is_meta or str(tensor.dtype) not in ("torch.float32", "torch.float16", "torch.bfloat16"):
+            raise ValueError(f"{place}: not saved, {name} is {'offloaded' if tensor.is_meta else tensor.dtype}, expected values in "
+                             "float32, float16 or bfloat16. Move the student to a device and to one of these first.")
+    if broken := not_finite(tensors):
+        raise ValueError(f"{place}: not saved, {len(broken)} tensors hold NaN or infinity, first {broken[0]}. Go back to an "
+                         "earlier checkpoint and lower the learning rate.")
+
+
+def save_student(folder, config, tensors, variant=None, max_shard_size="10GB"):
+    """Write a student into `folder`, in shards where it is larger than `max_shard_size`; earlier weights of this variant go.
+
+    `config` is JSON text. Raises OSError where it does not fit on the disk; the student that was there stays.
+    """
+    folder, infix = Path(folder), "" if variant is None else f".{variant}"
+    folder.mkdir(parents=True, exist_ok=True)
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size,
+                                               filename_pattern=f"{STEM}{infix}{{suffix}}.safetensors")
+    mark = f"-{os.urandom(4).hex()}" if split.is_sharded else ""             # new shards never overwrite old ones
+    files = {_marked(name, mark): names for name, names in split.filename_to_tensors.items()}
+    index = [f"{STEM}.safetensors.index{infix}.json"] if split.is_sharded else []
+    with _staged(folder) as stage:
+        check_space(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+        (stage / CONFIG_NAME).write_text(config, encoding="utf-8")
+        for file, names in files.items():
+            save_file({name: tensors[name].contiguous() for name in names}, stage / file,
+                      metadata={"format": "pt", "config": config})
+            os.chmod(stage / file, (stage / CONFIG_NAME).stat().st_mode)     # safetensors writes for the owner alone
+        for name in index:
+            weight_map = {name: _marked(file, mark) for name, file in split.tensor_to_filename.items()}
+            (stage / name).write_text(json.dumps({"metadata": split.metadata, "weight_map": weight_map}, indent=2) + "\n")
+        for path in stage.iterdir():
+            flush(path)
+        write_json(stage / LIST, {"files": [*files, *index], "infix": infix})
+        with locked(folder):
+            _publish(stage, folder)
+
+
+@contextmanager
+def _staged(folder):
+    """Yield a hidden folder to write a save into, gone afterwards; what killed savers left is finished or removed first.
+
+    A living saver holds the lock of its folder.
+    """
+    with ExitStack() as held:
+        with locked(folder):
+            for left in sorted(folder.glob(".saving-*")):
+                with locked(left, is_patient=False) as is_left:
+                    if is_left and (left / LIST).is_file():
+                        _publish(left, folder)
+                    if is_left:
+                        shutil.rmtree(left, ignore_errors=True)
+            stage = folder / f".saving-{os.getpid()}-{os.urandom(4).hex()}"
+            stage.mkdir()
+            held.enter_context(locked(stage))
+        try:
+            yield stage
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _publish(stage, folder):
+    """Move staged files into place in the order in which a reader may meet them, then remove what the older save left."""
+    listed = json.loads((stage / LIST).read_text(encoding="utf-8"))
+    names, infix = listed["files"], listed["infix"]
+    for name in names:                                   # shards before the index that names them
+        _move(stage / name, folder / name)
+    for name in (f"{STEM}{infix}.safetensors", f"diffusion_model{infix}.safetensors"):
+        if name not in names:
+            (folder / name).unlink(missing_ok=True)      # it is read before an index: with it gone, the index counts
+    _move(stage / CONFIG_NAME, folder / CONFIG_NAME)
+    older = re.compile(rf"{STEM}{re.escape(infix)}(-[0-9a-f]{{8}})?-\d{{5}}-of-\d{{5}}\.safetensors")
+    for path in list(folder.iterdir()):
+        if path.name not in names and (older.fullmatch(path.name) or path.name == f"{STEM}.safetensors.index{infix}.json"):
+            path.unlink()
+    flush(folder)
+
+
+def _move(source, target):
+    if source.exists():                                  # else a save that is finished for a killed one had moved it
+        os.replace(source, target)
+
+
+def _marked(name, mark):
+    return re.sub(r"(-\d{5}-of-\d{5}\.safetensors)$", rf"{mark}\1", name)

@@ -1,0 +1,180 @@
+"""Files that anybody may have written -> JSON, safetensors headers, tensors; or one OSError that says what is wrong.
+
+Only regular files are opened, without blocking; nothing is executed; what a file may cost before it is refused is bounded.
+Source: the safetensors format: 8 bytes with the header's length, a JSON header {name: dtype, shape, data_offsets}, the tensors.
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import stat
+from pathlib import Path
+from typing import NamedTuple
+
+MOST_JSON = 4 * 2**20        # bytes: the header of a student of a thousand blocks, or a hundred thousand settings
+MOST_DIMENSIONS = 8
+BYTES = {"F32": 4, "F16": 2, "BF16": 2}       # what a student's weights are stored as
+
+
+class Entry(NamedTuple):
+    """Where one tensor lies in its file; `start` and `stop` count bytes from the file's beginning."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def open_regular(path):
+    """Open a regular file for reading; a folder, pipe, device or socket under its name is refused, never waited for."""
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read ({error.strerror}). Expected a regular file that you may read.") from None
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(f"{path}: not a regular file. Expected one; a folder, pipe, device or socket is never opened.")
+    return open(number, "rb", buffering=0)
+
+
+def read_json(path):
+    """Return the object in a JSON file as a dict."""
+    with open_regular(path) as file:
+        return parse_json(file.read(MOST_JSON + 1), path)
+
+
+def parse_json(content, source):
+    """Turn bytes into a dict; duplicate keys, NaN, a byte-order mark, 5 000-digit numbers and deep nesting are refused."""
+    if len(content) > MOST_JSON:
+        raise OSError(f"{source}: more than {MOST_JSON:,} bytes, which no settings or header of a student take.")
+    try:
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise OSError(f"{source}: not JSON of ours (nested too deeply). Copy it again or save the student again.") from None
+    except ValueError as error:                      # JSONDecodeError and UnicodeDecodeError are among them
+        reason = str(error).partition(";")[0]
+        raise OSError(f"{source}: not JSON ({reason}). Copy it again or save the student again.") from None
+    if not isinstance(found, dict):
+        raise OSError(f"{source}: holds a {type(found).__name__}, expected an object {{...}}.")
+    return found
+
+
+def _unique(pairs):
+    found = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"key {name!r} stands there twice")
+        found[name] = value
+    return found
+
+
+def _refuse_constant(name):
+    raise ValueError(f"{name} is no number")
+
+
+class WeightsFile:
+    """A safetensors file, opened once: header, hash and tensors are of the same bytes, whatever is renamed over its path.
+
+    `entries` is {name: Entry}; `metadata` the header's own dict of strings. Raises OSError where the file is not whole.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.file = open_regular(path)
+        try:
+            self.size = os.fstat(self.file.fileno()).st_size
+            self.entries, self.metadata = self._read_header()
+        except BaseException:
+            self.file.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    @property
+    def num_bytes(self):
+        return sum(entry.stop - entry.start for entry in self.entries.values())
+
+    def sha256(self):
+        self.file.seek(0)
+        return hashlib.file_digest(self.file, "sha256").hexdigest()
+
+    def tensors(self, is_mapped=True):
+        """Yield (name, tensor), on the CPU and writable, mapped from the file or read into memory; all values are finite."""
+        import torch  # here: the scripts check headers before torch is there
+        dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        content = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY) if is_mapped else None
+        for name, (dtype, shape, start, stop) in sorted(self.entries.items(), key=lambda item: item[1].start):
+            if is_mapped and start % BYTES[dtype] == 0 and start < stop:
+                tensor = torch.frombuffer(content, dtype=dtypes[dtype], count=math.prod(shape), offset=start).view(shape)
+            else:
+                tensor = torch.empty(shape, dtype=dtypes[dtype])
+                self._fill(memoryview(tensor.view(-1).view(torch.uint8).numpy()), start)
+            if not tensor.sum().isfinite() and not tensor.isfinite().all():     # one pass, but where the sum overflows
+                raise ValueError(f"{self.path}: {name} holds NaN or infinity. Take an earlier save.")
+            yield name, tensor
+
+    def _fill(self, memory, start):
+        self.file.seek(start)
+        while memory:
+            if not (count := self.file.readinto(memory)):
+                raise self._broken("it became shorter while it was read")
+            memory = memory[count:]
+
+    def _read_header(self):
+        beginning = self.file.read(8)
+        length = int.from_bytes(beginning, "little")
+        if len(beginning) < 8 or not 2 <= length <= min(self.size - 8, MOST_JSON):
+            raise self._broken(self._what_it_is(beginning + self.file.read(56)))
+        header = parse_json(self.file.read(length), f"{self.path}, header")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise self._broken("its metadata are not strings")
+        entries = {name: self._entry(name, found, 8 + length) for name, found in header.items()}
+        end = 8 + length
+        for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+            if entry.start != end:
+                raise self._broken(f"{name} begins at byte {entry.start:,}, expected {end:,}: tensors overlap or leave a gap")
+            end = entry.stop
+        if end != self.size:
+            raise self._broken(f"its tensors end at byte {end:,}, the file at {self.size:,}")
+        return entries, metadata
+
+    def _entry(self, name, found, data_start):
+        """Turn a tensor's description, which may be anything, into an Entry."""
+        if not isinstance(found, dict) or found.keys() != {"dtype", "shape", "data_offsets"}:
+            raise self._broken(f"{name[:200]} is not described by dtype, shape and data_offsets")
+        dtype, shape, offsets = found["dtype"], found["shape"], found["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in BYTES:
+            raise ValueError(f"{self.path}: {name[:200]} is stored as {str(dtype)[:40]}, expected {', '.join(BYTES)}. Save the "
+                             "student again in one of them.")
+        if not _are_sizes(shape) or not len(shape) <= MOST_DIMENSIONS:
+            raise self._broken(f"{name[:200]} has no shape of at most {MOST_DIMENSIONS} whole numbers")
+        if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != BYTES[dtype] * math.prod(shape):
+            raise self._broken(f"{name[:200]} has offsets that do not fit its shape {tuple(shape)} in {dtype}")
+        return Entry(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+    def _what_it_is(self, beginning):
+        """Say what a file is that does not begin as safetensors do."""
+        if beginning.startswith(b"version https://git-lfs"):
+            return "it is a git-lfs pointer: run `git lfs pull` in that folder"
+        if beginning.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
+            return "it is a web page: download the file again"
+        if beginning.startswith((b"PK\x03\x04", b"\x80")):
+            return "it is a pickle, whatever its name says, and pickles are never opened"
+        if self.size < 10:
+            return f"{self.size} bytes hold no header"
+        length = int.from_bytes(beginning[:8], "little")
+        return f"its header has {length:,} bytes, expected 2 to {min(self.size - 8, MOST_JSON):,}"
+
+    def _broken(self, reason):
+        return OSError(f"{self.path}: not a whole safetensors file ({reason}). Copy it again or save the student again.")
+
+
+def _are_sizes(numbers):
+    return isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
