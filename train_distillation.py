@@ -193,6 +193,7 @@ from wanlite.projection import check_shape as check_cut  # noqa: E402
 from wanlite.projection import choose_experts, default_heads, project, project_into  # noqa: E402
 from wanlite.student_files import (  # noqa: E402
     all_tensor_shapes,
+    check_hashes,
     check_shape,
     check_weights,
     open_student,
@@ -355,10 +356,14 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         dtype, device = as_dtype(torch_dtype if dtype is None else dtype), as_device(device_map if device is None else device)
         folder = student_folder(pretrained_model_name_or_path, subfolder, local_files_only=local_files_only, revision=revision,
                                 token=token, cache_dir=cache_dir, force_download=force_download)
-        with open_student(folder, variant, sha256) as (config, files):
-            arguments = student_arguments(config, _defaults())
+        with open_student(folder, variant) as (config, files):
+            try:
+                arguments = student_arguments(config, _defaults())
+            except ValueError as error:
+                raise ValueError(f"{folder / 'config.json'}: {error}") from None
             check_weights(files, arguments)
-            with init_empty_weights():                   # parameters without memory; the rotary tables are real
+            check_hashes(files, sha256)
+            with init_empty_weights(), torch.random.fork_rng(devices=[]):    # parameters without memory; rotary tables are real
                 student = cls(**arguments)
             tensors = {}
             for name, tensor in chain.from_iterable(file.tensors(is_mapped=not disable_mmap) for file in files):

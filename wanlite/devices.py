@@ -18,10 +18,23 @@ def as_dtype(asked):
 def as_device(asked):
     """Return a device that is asked for by itself, by name, by number or as {"": device}; None is the CPU."""
     asked = asked[""] if isinstance(asked, Mapping) and set(asked) == {""} else asked
+    asked = "cpu" if asked is None else asked
     try:
-        found = torch.device("cpu" if asked is None else asked)
-    except (RuntimeError, TypeError):
+        found = torch.device(asked)
+        if not isinstance(asked, torch.device) and asked not in (str(found), found.index):
+            raise ValueError                                 # torch counts modulo 256: cuda:256 is its cuda:0
+    except (RuntimeError, TypeError, ValueError):
         raise ValueError(f"device {asked!r} is unknown, expected cpu, cuda or cuda:N.") from None
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {asked!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices.")
+    if found.type not in ("cpu", "cuda") and not _has(found):
+        raise ValueError(f"device {asked!r} holds no weights here, expected cpu, cuda or cuda:N.")
     return found
+
+
+def _has(device):
+    """Whether this torch can put a tensor there; on meta nothing is put anywhere."""
+    try:
+        return device.type != "meta" and torch.empty(0, device=device).device.type == device.type
+    except (RuntimeError, AssertionError):                   # how builds without a device's support say it
+        return False

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
-from .untrusted_files import WeightsFile, parse_json, read_json
+from .untrusted_files import WeightsFile, parse_json, read_json, shown
 
 CONFIG_NAME = "config.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -22,6 +22,9 @@ WEIGHT_NAMES = (f"{WEIGHTS_STEM}.safetensors", "diffusion_model.safetensors")  #
 CLASS_NAMES = ("WanLiteStudent", "WanTransformer3DModel")
 SAVING = ".saving-*"         # where a save lies until it is published
 JUST_NOW = 0.2               # seconds in which the renames of a save are done
+MOST_SAVES = 4               # under way at once, of which one may hold the config
+MOST_SHARDS = 1000           # they are opened together
+MOST_CONFIG = 65536          # bytes; a student's has 700
 MOST_SIZE = 65536
 MOST_POSITIONS = 16384       # rotary tables are built from the config alone, no weights stand for their size
 STOCK_SETTINGS = {"out_channels", "num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "image_dim",
@@ -35,18 +38,20 @@ def student_folder(path, subfolder=None, **hub):
     if not isinstance(path, (str, os.PathLike)) or not str(path).strip() or "\0" in str(path):
         raise OSError(f"{path!r} names no folder. Expected the folder of a saved student, as ./outputs/wan_t2i.")
     if "://" in str(path):
-        raise OSError(f"{path}: is a URL. Expected a folder, or a name on the hub, as organisation/model.")
+        raise OSError(f"{shown(str(path))}: is a URL. Expected a folder, or a name on the hub, as organisation/model.")
+    if subfolder is not None and (not isinstance(subfolder, (str, os.PathLike)) or "\0" in str(subfolder)):
+        raise ValueError(f"subfolder {_short(subfolder)} names no folder. Expected the name of one inside {shown(str(path))}.")
     try:
         root = _download(path, subfolder, **hub) if _is_hub_name(path) else Path(path).expanduser().absolute()
         folder = root / subfolder if subfolder else root
         if not folder.resolve().is_relative_to(root.resolve()):
             raise ValueError(f"subfolder {subfolder!r} leads out of {root}. Name a folder inside it.")
         if not folder.exists():
-            raise OSError(f"{folder}: no such folder. Expected a saved student, as train_distillation.py writes it.")
-    except (RuntimeError, OSError) as error:         # a link that loops, no permission, a name too long
-        if getattr(error, "errno", None) is None and not isinstance(error, RuntimeError):
+            raise OSError(f"{shown(str(folder))}: no such folder. Expected a saved student, as train_distillation.py writes it.")
+    except (RuntimeError, OSError, UnicodeError) as error:   # a link that loops, no permission, a name too long or half a letter
+        if isinstance(error, OSError) and error.errno is None:
             raise
-        raise OSError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}). Expected the folder of a saved "
+        raise OSError(f"{shown(str(path))}: cannot be read ({getattr(error, 'strerror', error)}). Expected the folder of a saved "
                       "student.") from None
     if not folder.is_dir():
         raise OSError(f"{folder}: not a folder. Expected the folder that holds {CONFIG_NAME}, not a file in it.")
@@ -81,13 +86,13 @@ def read_config(folder):
     path = _checked_path(folder, CONFIG_NAME)
     if path is None:
         raise OSError(f"{folder}: no {CONFIG_NAME}. Expected a saved student; found {_listing(folder)}.")
-    return _checked_config(read_json(path), path)
+    return _checked_config(read_json(path, MOST_CONFIG), path)
 
 
 def _checked_config(config, path):
     found = config.get("_class_name", CLASS_NAMES[0])
     if found not in CLASS_NAMES:
-        raise ValueError(f"{path}: is the config of a {str(found)[:80]}, expected {' or '.join(CLASS_NAMES)}.")
+        raise ValueError(f"{path}: is the config of a {_short(found)}, expected {' or '.join(CLASS_NAMES)}.")
     if config.get("quantization_config") is not None:
         raise ValueError(f"{path}: has a quantization_config, expected weights in float32, float16 or bfloat16. Quantise the "
                          "student after loading it.")
@@ -152,23 +157,21 @@ def check_sizes(sizes):
 # ---- weights ---------------------------------------------------------------------------------------------------------------
 
 @contextmanager
-def open_student(folder, variant=None, sha256=None):
+def open_student(folder, variant=None):
     """Yield (config, [WeightsFile]) of one and the same save, whatever is saved there meanwhile.
 
     Weights carry the config that they were saved with. Where config.json is another, a save is under way, or was cut short
     after its weights were in place and before its config was: then that lies in the save's own folder.
-    `sha256` pins the weights: the digest of the one file, or {file name: digest} of every shard.
     """
     for patience in (0.01, 0.1, 0):
         try:
             config, files, stack = _open_once(folder, variant)
             break
         except (OSError, ValueError):
-            if not patience or time.time() - folder.stat().st_mtime > JUST_NOW:
+            if not patience or abs(time.time() - folder.stat().st_mtime) > JUST_NOW:
                 raise
             time.sleep(patience)                             # files were renamed just now: they may be of two saves
     with stack:
-        _check_hashes(files, sha256)
         yield config, files
 
 
@@ -176,7 +179,11 @@ def _open_once(folder, variant):
     if not (folder / CONFIG_NAME).exists() and not any(folder.glob(SAVING)):
         read_config(folder)                                  # says that there is none, before anything is said of weights
     with ExitStack() as stack:
-        files = [stack.enter_context(WeightsFile(path)) for path in find_weights(folder, variant)]
+        files = []
+        for path, promised in find_weights(folder, variant).items():
+            files.append(stack.enter_context(WeightsFile(path)))
+            if promised is not None and (other := sorted(promised ^ files[-1].entries.keys())):
+                raise ValueError(f"{path}: its index says otherwise of {_some(other)}. Copy index and shards from one save.")
         config = _matching_config(folder, {file.metadata.get("config") for file in files})
         return config, files, stack.pop_all()
 
@@ -187,14 +194,14 @@ def _matching_config(folder, told):
         return read_config(folder)
     if len(told) > 1:
         raise ValueError(f"{folder}: its shards were saved with different configs. Copy all of them from one save.")
-    saved = parse_json(told.pop().encode(), f"{folder}, config in the weights")
+    saved = parse_json(told.pop().encode(errors="surrogatepass"), f"{folder}, config in the weights", MOST_CONFIG)
     reason = None
-    for place in (folder, *sorted(folder.glob(SAVING))):
-        if place != folder and not (place / CONFIG_NAME).is_file():
+    for place in (folder, *sorted(folder.glob(SAVING))[:MOST_SAVES]):
+        if place != folder and (place.is_symlink() or not (place / CONFIG_NAME).is_file()):
             continue
         config = read_config(place)
         differences = [f"{name} is {_short(config.get(name))}, was {_short(value)}" for name, value in saved.items()
-                       if name[0] != "_" and config.get(name) != value]
+                       if name[:1] != "_" and config.get(name) != value]
         if not differences:
             return config
         reason = reason or (f"{folder}: {CONFIG_NAME} is not the one that the weights were saved with ({_some(differences)}). "
@@ -203,7 +210,7 @@ def _matching_config(folder, told):
 
 
 def find_weights(folder, variant=None):
-    """Return the paths of a saved student's weights: one file, or every shard that its index names."""
+    """Return {path: None} of a student's one file of weights, or {path: names of its tensors} of every shard in its index."""
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,32}", variant)):
         raise ValueError(f"variant {variant!r} is no part of a file name. Expected a word such as fp16 or bf16.")
     infix = "" if variant is None else f".{variant}"
@@ -211,19 +218,24 @@ def find_weights(folder, variant=None):
     index_name = f"{WEIGHTS_STEM}.safetensors.index{infix}.json"
     for name in names:
         if path := _checked_path(folder, name):
-            return [path]
+            return {path: None}
     if path := _checked_path(folder, index_name):
-        return [_shard(folder, name, path) for name in _read_index(path)]
+        return {_shard(folder, name, path): promised for name, promised in _read_index(path)}
     raise OSError(f"Error no file named {WEIGHTS_STEM}.bin found in directory {folder}, nor any of {', '.join(names)} and "
                   f"{index_name}, which are expected; found {_listing(folder)}. Pickles are never opened.")
 
 
 def _read_index(path):
-    """Return the names of the shards that an index lists, sorted."""
+    """Return [(shard, names of its tensors)] as an index lists them, sorted."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise OSError(f"{path}: has no weight_map of tensor names to file names. Save the student again.")
-    return sorted(set(weight_map.values()))
+    if (count := len(set(weight_map.values()))) > MOST_SHARDS:
+        raise OSError(f"{path}: names {count:,} shards, expected at most {MOST_SHARDS:,}. Save the student again.")
+    shards = {}
+    for name, shard in weight_map.items():
+        shards.setdefault(shard, set()).add(name)
+    return sorted(shards.items())
 
 
 def _shard(folder, name, index):
@@ -237,11 +249,7 @@ def _shard(folder, name, index):
 
 def check_weights(files, arguments):
     """Compare headers with what the student's arguments imply, name by name, before anything is built or read."""
-    found = {}
-    for file in files:
-        if twice := sorted(found.keys() & file.entries.keys()):
-            raise ValueError(f"{file.path}: holds {_some(twice)}, which another shard holds too. Copy all from one save.")
-        found |= {name: entry.shape for name, entry in file.entries.items()}
+    found = {name: entry.shape for file in files for name, entry in file.entries.items()}
     shapes, block_shapes = tensor_shapes(arguments)
     source, depth = files[0].path if len(files) == 1 else f"{files[0].path.parent}, {len(files)} shards", arguments["depth"]
 
@@ -295,7 +303,8 @@ def _linears(weights):
             for part in ("weight", "bias")}
 
 
-def _check_hashes(files, sha256):
+def check_hashes(files, sha256):
+    """Compare weights with the digest of the one file, or {file name: digest} of every shard; None is no digest."""
     if sha256 is None:
         return
     pinned = {files[0].path.name: sha256} if isinstance(sha256, str) and len(files) == 1 else sha256
@@ -330,7 +339,7 @@ def _listing(folder):
 
 
 def _some(names, most=6):
-    return ", ".join(names[:most]) + (" and more" if len(names) > most else "") or "none"
+    return ", ".join(map(shown, names[:most])) + (" and more" if len(names) > most else "") or "none"
 
 
 def _short(value):

@@ -13,7 +13,8 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-MOST_JSON = 4 * 2**20        # bytes: the header of a student of a thousand blocks, or a hundred thousand settings
+MOST_JSON = 4 * 2**20        # bytes: the header of a student of eight hundred blocks
+MOST_PARTS = 2**16           # lists and objects in it: two bytes each in the file, a hundred in memory
 MOST_DIMENSIONS = 8
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}       # what a student's weights are stored as
 
@@ -39,16 +40,18 @@ def open_regular(path):
     return open(number, "rb", buffering=0)
 
 
-def read_json(path):
-    """Return the object in a JSON file as a dict."""
+def read_json(path, most=MOST_JSON):
+    """Return the object in a JSON file of at most so many bytes as a dict."""
     with open_regular(path) as file:
-        return parse_json(file.read(MOST_JSON + 1), path)
+        return parse_json(file.read(most + 1), path, most)
 
 
-def parse_json(content, source):
+def parse_json(content, source, most=MOST_JSON):
     """Turn bytes into a dict; duplicate keys, NaN, a byte-order mark, 5 000-digit numbers and deep nesting are refused."""
-    if len(content) > MOST_JSON:
-        raise OSError(f"{source}: more than {MOST_JSON:,} bytes, which no settings or header of a student take.")
+    if len(content) > most:
+        raise OSError(f"{source}: more than {most:,} bytes, which no settings or header of a student take.")
+    if (parts := content.count(b"[") + content.count(b"{")) > MOST_PARTS:
+        raise OSError(f"{source}: {parts:,} lists and objects, which no settings or header of a student have.")
     try:
         found = json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except RecursionError:
@@ -65,13 +68,18 @@ def _unique(pairs):
     found = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"key {name!r} stands there twice")
+            raise ValueError(f"key {shown(name)} stands there twice")
         found[name] = value
     return found
 
 
 def _refuse_constant(name):
     raise ValueError(f"{name} is no number")
+
+
+def shown(name):
+    """Show a name that may be anything: a novel, a newline, half a character."""
+    return name[:200] if name.isprintable() else ascii(name[:200])
 
 
 class WeightsFile:
@@ -137,9 +145,9 @@ class WeightsFile:
             raise self._broken("its metadata are not strings")
         entries = {name: self._entry(name, found, 8 + length) for name, found in header.items()}
         end = 8 + length
-        for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
             if entry.start != end:
-                raise self._broken(f"{name} begins at byte {entry.start:,}, expected {end:,}: tensors overlap or leave a gap")
+                raise self._broken(f"{shown(name)} begins at byte {entry.start:,}, expected {end:,}: tensors overlap or leave gaps")
             end = entry.stop
         if end != self.size:
             raise self._broken(f"its tensors end at byte {end:,}, the file at {self.size:,}")
@@ -148,15 +156,15 @@ class WeightsFile:
     def _entry(self, name, found, data_start):
         """Turn a tensor's description, which may be anything, into an Entry."""
         if not isinstance(found, dict) or found.keys() != {"dtype", "shape", "data_offsets"}:
-            raise self._broken(f"{name[:200]} is not described by dtype, shape and data_offsets")
+            raise self._broken(f"{shown(name)} is not described by dtype, shape and data_offsets")
         dtype, shape, offsets = found["dtype"], found["shape"], found["data_offsets"]
         if not isinstance(dtype, str) or dtype not in BYTES:
-            raise ValueError(f"{self.path}: {name[:200]} is stored as {str(dtype)[:40]}, expected {', '.join(BYTES)}. Save the "
-                             "student again in one of them.")
-        if not _are_sizes(shape) or not len(shape) <= MOST_DIMENSIONS:
-            raise self._broken(f"{name[:200]} has no shape of at most {MOST_DIMENSIONS} whole numbers")
+            raise ValueError(f"{self.path}: {shown(name)} is stored as {shown(str(dtype)[:40])}, expected {', '.join(BYTES)}. Save "
+                             "the student again in one of them.")
+        if not _are_sizes(shape) or len(shape) > MOST_DIMENSIONS or math.prod(filter(None, shape)) >= 2**60:
+            raise self._broken(f"{shown(name)} has no shape of at most {MOST_DIMENSIONS} whole numbers that fits any file")
         if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != BYTES[dtype] * math.prod(shape):
-            raise self._broken(f"{name[:200]} has offsets that do not fit its shape {tuple(shape)} in {dtype}")
+            raise self._broken(f"{shown(name)} has offsets that do not fit its shape {tuple(shape)} in {dtype}")
         return Entry(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
     def _what_it_is(self, beginning):
@@ -177,4 +185,4 @@ class WeightsFile:
 
 
 def _are_sizes(numbers):
-    return isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
+    return isinstance(numbers, list) and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
