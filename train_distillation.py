@@ -608,6 +608,7 @@ def train(settings, is_resumed, stop):
     teacher_drawn = draw(guided, embeddings=[embeddings[p] for p in validation], num_steps=settings.teacher_steps)
 
     # What learns, and how; all of it is in `memory`, and nothing else has to be remembered.
+    set_seed(settings.seed)                                  # again: what lay in the cache has drawn no numbers
     head, block = nn.Linear(shape["hidden_size"], shape["hidden_size"]), feature_block(shape["depth"])
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
@@ -664,7 +665,7 @@ def train(settings, is_resumed, stop):
     stop.is_immediate, is_asked = False, False               # from here on a stop waits until nothing is lost by it
     in_a_row, total_loss = 0, torch.zeros((), device=device)
     try:
-        if step == 0 or (step % settings.validation_steps == 0 and log and step not in log.validated):
+        if log and step % settings.validation_steps == 0 and step < settings.max_train_steps and step not in log.validated:
             validate(step)
         for numbers in batches:
             if is_asked or (ranks == 1 and stop.asked):

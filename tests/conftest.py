@@ -5,6 +5,8 @@ import math
 import os
 import subprocess
 import sys
+import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -160,6 +162,34 @@ def run_script(*arguments, cwd=ROOT, timeout=300):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, timeout=timeout,
                           capture_output=True, text=True)
+
+
+def fork(work, kill_after=None):
+    """Run `work` in a process that has all of this one's modules; returns its exit code, -9 where it was killed."""
+    number = os.fork()
+    if number == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(number, 9)
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+
+
+@pytest.fixture
+def small_disk(tmp_path, request):
+    """A file system of 3 MB, or of as many as the test's parameter says."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    size = f"size={getattr(request, 'param', 3)}m"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", folder], capture_output=True).returncode:
+        pytest.skip("only an administrator makes file systems")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
 
 
 SHORT_RUN = ("--num_trajectories", "64", "--max_train_steps", "6", "--train_batch_size", "32", "--checkpointing_steps", "3",

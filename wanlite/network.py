@@ -10,6 +10,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 TEXT_LENGTH = 512  # every Wan was trained on text padded with zeros to this length, and attends to the padding
@@ -76,6 +77,11 @@ class OneFrameBlock(WanTransformerBlock):
 
         normed = (self.norm3(hidden_states.float()) * (1 + ffn_scale) + ffn_shift).to(dtype)
         return (hidden_states.float() + self.ffn(normed).float() * ffn_gate).to(dtype)
+
+
+# What diffusers' caches (enable_cache) have to know of a block: it returns the hidden states alone.
+TransformerBlockRegistry.register(OneFrameBlock, TransformerBlockMetadata(return_hidden_states_index=0,
+                                                                          return_encoder_hidden_states_index=None))
 
 
 def one_frame_velocity(network, latents, timestep, text, logit_bias=None, feature_blocks=()):

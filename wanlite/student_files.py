@@ -163,14 +163,15 @@ def open_student(folder, variant=None):
     Weights carry the config that they were saved with. Where config.json is another, a save is under way, or was cut short
     after its weights were in place and before its config was: then that lies in the save's own folder.
     """
-    for patience in (0.01, 0.1, 0):
+    began = time.monotonic()
+    while True:
         try:
             config, files, stack = _open_once(folder, variant)
             break
-        except (OSError, ValueError):
-            if not patience or abs(time.time() - folder.stat().st_mtime) > JUST_NOW:
+        except (OSError, ValueError):                        # files were renamed just now: they may be of two saves
+            if max(time.monotonic() - began, abs(time.time() - folder.stat().st_mtime)) > JUST_NOW:
                 raise
-            time.sleep(patience)                             # files were renamed just now: they may be of two saves
+            time.sleep(0.01)
     with stack:
         yield config, files
 

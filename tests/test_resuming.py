@@ -1,0 +1,214 @@
+"""A run that is stopped, killed, short of disk or of finite numbers: what it says, what is left, how it ends."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_distillation
+from tests.conftest import SHORT_RUN, fork
+from wanlite.checkpoints import checkpoint_path, latest_checkpoint
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(finished_run, tmp_path):
+    """An output folder with what a run of the same settings has projected and cached."""
+    shutil.copytree(finished_run[0] / "cache", tmp_path / "run/cache")
+    return tmp_path / "run"
+
+
+def train(folder, *flags, at=None, checks=None):
+    """Run the command that a user types, in a process of its own; returns its exit code and what it said.
+
+    `at` is {number of a micro-batch in this process: what happens before it, which may change its loss}; `checks` as much for
+    the passes over the held-out states.
+    """
+    def whenever(function, happenings):
+        numbers = iter(range(1, 10**6))
+
+        def wrapped(*arguments):
+            happening = happenings.get(next(numbers), lambda: None)
+            if (change := happening()) is None:
+                return function(*arguments)
+            loss, parts = function(*arguments)
+            return loss * change, parts
+        return wrapped
+
+    def as_typed():
+        train_distillation.distillation_loss = whenever(train_distillation.distillation_loss, at or {})
+        train_distillation.relative_error = whenever(train_distillation.relative_error, checks or {})
+        sys.argv = ["train_distillation.py", "--output_dir", str(folder), *map(str, (*SHORT_RUN, *flags))]
+        with open(f"{folder}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
+            try:
+                code = train_distillation.main(*train_distillation.read_settings())
+            except SystemExit as end:                        # how argparse refuses
+                code = end.code
+        os._exit(code)
+    code = fork(as_typed)
+    return code, Path(f"{folder}.log").read_text()
+
+
+def asked(number=signal.SIGTERM):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def same(folder, other):
+    first, second = (load_file(place / WEIGHTS) for place in (folder, other))
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def steps(folder):
+    return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
+
+
+# ---- stopped and killed ------------------------------------------------------------------------------------------------------
+
+def test_a_run_stopped_twice_ends_with_the_weights_of_an_uninterrupted_one(folder, finished_run):
+    for at, step in ((2, 2), (3, 5)):                        # the second process begins at step 2
+        code, said = train(folder, at={at: asked()})
+        assert code == 3 and f"stopped at step {step} of 6" in said and "the same command goes on" in said
+        assert step in steps(folder) and not (folder / WEIGHTS).exists()
+    code, said = train(folder)
+    assert code == 0 and f"resumed at step 5 from {checkpoint_path(folder, 5)}" in said and same(folder, finished_run[0])
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "held_out_error" in record] == [0, 3, 6]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_every_signal_of_a_scheduler_or_a_user_is_a_stop(number, folder):
+    code, said = train(folder, at={2: asked(number)})
+    assert code == 3 and "stopped at step 2" in said
+
+
+def test_a_second_signal_ends_the_process_at_once(folder):
+    def twice():
+        asked()()
+        asked()()
+    code, _ = train(folder, at={4: twice})
+    assert code == -signal.SIGTERM and steps(folder) == [3]
+
+
+@pytest.mark.parametrize("check, kept, step", [(1, [0], 0), (2, [3], 3), (3, [3, 6], 6)])
+def test_a_stop_while_validating_loses_nothing(check, kept, step, folder, finished_run):
+    code, said = train(folder, checks={check: asked()})
+    assert code == 3 and "stopped" in said and steps(folder) == kept
+    code, said = train(folder)
+    assert code == 0 and f"resumed at step {step}" in said and same(folder, finished_run[0])
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "held_out_error" in record] == [0, 3, 6]
+
+
+def test_what_decides_no_weight_may_change_on_resume(folder, finished_run):
+    train(folder, at={5: asked(signal.SIGKILL)})
+    code, said = train(folder, "--checkpointing_steps", "1", "--checkpoints_total_limit", "9", "--report_to", "tensorboard")
+    assert code == 0 and "resumed at step 3" in said and same(folder, finished_run[0]) and steps(folder) == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("flags, words", [(["--seed", "1"], "seed was 0, is 1"),
+                                          (["--max_train_steps", "7"], "max_train_steps was 6, is 7")])
+def test_a_changed_setting_that_decides_a_weight_is_named(flags, words, folder):
+    train(folder, at={5: asked(signal.SIGKILL)})
+    code, said = train(folder, *flags)
+    assert code == 2 and words in said and "--overwrite" in said and steps(folder) == [3]
+
+
+@pytest.mark.parametrize("name, value, words", [("processes", 2, "the number of processes is another"),
+                                                ("teacher", "0" * 64, "--teacher holds other weights")])
+def test_another_world_or_teacher_is_named(name, value, words, folder):
+    train(folder, at={5: asked(signal.SIGKILL)})
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(run | {name: value}))
+    code, said = train(folder)
+    assert code == 2 and words in said and steps(folder) == [3]
+
+
+def test_a_run_is_not_joined_by_another_one(folder, finished_run):
+    def join():
+        code, said = train(folder.with_name("second"), "--output_dir", folder)      # the later flag counts
+        folder.with_name("joined").write_text(f"{code} {said}")
+    code, _ = train(folder, at={5: join})
+    assert code == 0 and same(folder, finished_run[0])
+    joined = folder.with_name("joined").read_text()
+    assert joined.startswith("2 ") and "another run is writing there" in joined
+
+
+# ---- checkpoints that do not verify --------------------------------------------------------------------------------------------
+
+def cut(path):
+    (path / "state.safetensors").write_bytes((path / "state.safetensors").read_bytes()[:-1])
+
+
+def test_the_newest_checkpoint_is_skipped_where_it_is_broken_and_said(folder, finished_run):
+    train(folder, "--checkpointing_steps", "2", at={6: asked(signal.SIGKILL)})
+    assert steps(folder) == [2, 4]
+    cut(checkpoint_path(folder, 4))
+    code, said = train(folder)
+    assert code == 0 and "step-000004: skipped, state.safetensors differs" in said and "resumed at step 2" in said
+    assert same(folder, finished_run[0])
+
+
+def test_a_run_never_starts_again_by_itself_where_no_checkpoint_verifies(folder, finished_run):
+    train(folder, at={5: asked(signal.SIGKILL)})
+    cut(checkpoint_path(folder, 3))
+    code, said = train(folder)
+    assert code == 2 and "no checkpoint verifies, so nothing can be resumed. Add --overwrite" in said and steps(folder) == [3]
+    code, said = train(folder, "--overwrite")
+    assert code == 0 and same(folder, finished_run[0])
+
+
+# ---- a full disk -----------------------------------------------------------------------------------------------------------------
+
+def fill(disk, but):
+    """Leave `but` bytes free."""
+    free = shutil.disk_usage(disk).free
+    with open(disk / "ballast", "wb") as ballast:
+        os.posix_fallocate(ballast.fileno(), 0, free - but)
+
+
+@pytest.mark.parametrize("small_disk", [80], indirect=True)
+@pytest.mark.parametrize("is_freed", [True, False], ids=["freed in time", "never freed"])
+def test_a_full_disk_costs_a_checkpoint_and_neither_the_run_nor_an_earlier_one(is_freed, folder, small_disk, finished_run):
+    shutil.copytree(folder / "cache", small_disk / "run/cache")
+    run = small_disk / "run"
+    freed = {5: lambda: (small_disk / "ballast").unlink()} if is_freed else {}
+    code, said = train(run, "--checkpointing_steps", "2", at={3: lambda: fill(small_disk, but=300_000)} | freed)
+    assert "WARNING: step 4 is NOT saved" in said and f"The newest checkpoint is {checkpoint_path(run, 2)}" in said
+    if is_freed:
+        assert code == 0 and steps(run) == [2, 6]
+    else:
+        assert code == 2 and "no space left" in said and "Traceback" not in said
+        assert latest_checkpoint(run) == (checkpoint_path(run, 2), [])
+        (small_disk / "ballast").unlink()
+        code, said = train(run)
+        assert code == 0 and "resumed at step 2" in said
+    assert same(run, finished_run[0])
+
+
+# ---- numbers that are not finite -----------------------------------------------------------------------------------------------
+
+def test_a_step_without_a_finite_gradient_is_skipped_counted_and_remembered(folder, finished_run):
+    code, said = train(folder, at={2: lambda: float("nan"), 5: asked(signal.SIGKILL)})
+    code, said = train(folder)
+    assert code == 0 and "resumed at step 3" in said
+    run = json.loads((folder / "run.json").read_text())
+    assert run["skipped_steps"] == 1 and run["steps"] == 6 and not same(folder, finished_run[0])
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["skipped_steps"] for record in records if "skipped_steps" in record] == [1, 1]
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / WEIGHTS).values())
+
+
+def test_too_many_such_steps_in_a_row_end_the_run_with_what_to_try(folder):
+    code, said = train(folder, "--max_train_steps", "30", at={number: lambda: float("inf") for number in range(4, 31)})
+    assert code == 2 and "20 steps in a row, up to 23, had no finite gradient" in said and "lower --learning_rate" in said
+    newest, _ = latest_checkpoint(folder)
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(newest / "state.safetensors").values()
+               if tensor.is_floating_point())
