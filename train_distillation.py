@@ -153,10 +153,11 @@ if __name__ == "__main__":  # arguments and paths are answered before torch is i
 import inspect  # noqa: E402
 import math  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Mapping  # noqa: E402
+from collections.abc import Callable, Mapping  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
 from functools import partial  # noqa: E402
 from itertools import chain  # noqa: E402
+from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -228,7 +229,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
 
     def __init__(
         self,
-        hidden_size: int = 1024,
+        hidden_size: int | Mapping = 1024,       # or a whole config
         depth: int = 16,
         num_heads: int = 16,
         ffn_dim: int | None = None,              # None: 4 * hidden_size
@@ -253,16 +254,16 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         check_shape(patch_size, eps, cross_attn_norm, qk_norm, hidden_size=hidden_size, depth=depth, num_heads=num_heads,
                     ffn_dim=ffn_dim, num_channels=num_channels, text_dim=text_dim, freq_dim=freq_dim,
                     rope_max_seq_len=rope_max_seq_len)
-        head_dim = hidden_size // num_heads
+        head_dim, patch_size = hidden_size // num_heads, (1, patch_size[1], patch_size[2])
         self.register_to_config(
             hidden_size=hidden_size, depth=depth, num_heads=num_heads, ffn_dim=ffn_dim, num_channels=num_channels,
-            text_dim=text_dim, freq_dim=freq_dim, patch_size=tuple(patch_size), cross_attn_norm=cross_attn_norm,
+            text_dim=text_dim, freq_dim=freq_dim, patch_size=patch_size, cross_attn_norm=cross_attn_norm,
             qk_norm=qk_norm, eps=eps, rope_max_seq_len=rope_max_seq_len,
             num_attention_heads=num_heads, attention_head_dim=head_dim, num_layers=depth, in_channels=num_channels,
             out_channels=num_channels)
 
-        self.rope = WanRotaryPosEmbed(head_dim, tuple(patch_size), rope_max_seq_len)
-        self.patch_embedding = nn.Conv3d(num_channels, hidden_size, kernel_size=tuple(patch_size), stride=tuple(patch_size))
+        self.rope = WanRotaryPosEmbed(head_dim, patch_size, rope_max_seq_len)
+        self.patch_embedding = nn.Conv3d(num_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         self.condition_embedder = WanTimeTextImageEmbedding(hidden_size, freq_dim, 6 * hidden_size, text_dim)
         self.blocks = nn.ModuleList(OneFrameBlock(hidden_size, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
                                     for _ in range(depth))
@@ -295,7 +296,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         attention_kwargs: dict | None = None,
         text_logit_bias: torch.Tensor | None = None,             # (B, L); None: every token counts once
         feature_blocks: tuple[int, ...] = (),
-    ):
+    ) -> StudentOutput | tuple:
         """Return the velocity in the shape of `hidden_states`, and the token states after `feature_blocks` where asked."""
         is_video = hidden_states.ndim == 5
         if is_video and hidden_states.shape[2] != 1:
@@ -316,13 +317,17 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
             return StudentOutput(sample=velocity, features=features or None)
         return (velocity, features) if feature_blocks else (velocity,)
 
-    def save_pretrained(self, save_directory, is_main_process=None, save_function=None, safe_serialization=True, variant=None,
-                        max_shard_size="10GB", push_to_hub=False, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool | None = None,
+                        save_function: Callable | None = None, safe_serialization: bool = True, variant: str | None = None,
+                        max_shard_size: int | str = "10GB", push_to_hub: bool = False, **kwargs) -> None:
         """Save config and weights so that a reader finds the student that was there or this one, never a mixture.
 
         Every rank may call it; where `is_main_process` is None, rank 0 writes. `save_function` is accepted and not used.
-        Raises ValueError for weights that would not load again: not finite, on no device, or with an adapter among them.
+        `kwargs` are those of push_to_hub. Raises ValueError for weights that would not load again: not finite, on no device, or
+        with an adapter among them.
         """
+        if kwargs and not push_to_hub:
+            raise TypeError(f"WanLiteStudent.save_pretrained does not take {', '.join(sorted(kwargs))} without push_to_hub.")
         if not safe_serialization:
             raise ValueError("safe_serialization=False asks for a pickle; students are saved as safetensors only. Leave it out.")
         if is_main_process is None:
@@ -336,10 +341,15 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *, subfolder=None, variant=None, dtype=None, torch_dtype=None,
-                        device=None, device_map=None, low_cpu_mem_usage=True, use_safetensors=True, disable_mmap=False,
-                        output_loading_info=False, local_files_only=False, revision=None, token=None, cache_dir=None,
-                        force_download=False, sha256=None, **unknown):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *, subfolder: str | None = None, variant: str | None = None,
+        dtype: torch.dtype | str | None = None, torch_dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int | None = None, device_map: Mapping | torch.device | str | int | None = None,
+        low_cpu_mem_usage: bool = True, use_safetensors: bool | None = True, disable_mmap: bool = False,
+        output_loading_info: bool = False, local_files_only: bool = False, revision: str | None = None,
+        token: str | bool | None = None, cache_dir: str | os.PathLike | None = None, force_download: bool = False,
+        sha256: str | Mapping[str, str] | None = None, **unknown: Any,
+    ) -> Any:                                            # a WanLiteStudent; with `output_loading_info` a pair, as in diffusers
         """Load a saved student from a folder or the hub: exactly its weights, on the CPU unless told otherwise, in eval mode.
 
         Never projects and needs no teacher. `dtype` (or `torch_dtype`, a torch.dtype or its name) leaves the modules that
@@ -370,8 +380,8 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
                 tensors[name] = tensor.to(device, None if _stays_float32(name) else dtype)
         student.load_state_dict(tensors, strict=True, assign=True)
         student.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        student = student.to(device).eval()
-        nothing = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
+        student = student.to(device).eval()              # type: ignore[arg-type]
+        nothing: dict[str, list] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         return (student, nothing) if output_loading_info else student
 
 

@@ -290,7 +290,8 @@ def measure_projection(folder, student, device):
         if device.startswith("cuda"):
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-    assert reads["bytes"], "the projection reads past ExpertFiles.read: count that here"
+    if not reads["bytes"]:
+        raise AssertionError("the projection reads past ExpertFiles.read: count that here")
     return {"peak_gib": memory("VmHWM") / GIB, "peak_anonymous_gib": anonymous.peak / GIB,
             "anonymous_before_gib": before / GIB,                     # python, torch and the student
             "peak_device_gib": torch.cuda.max_memory_allocated() / GIB if device.startswith("cuda") else None,

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -178,6 +179,23 @@ def fork(work, kill_after=None):
         time.sleep(kill_after)
         os.kill(number, 9)
     return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+
+
+class Payload:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def put_pickle(folder, weights, name):
+    """Put a pickle in place of a folder's weights; returns the path of a file that is there once it was opened."""
+    (folder / weights).unlink()
+    (folder / name).write_bytes(pickle.dumps({"weight": Payload(folder / "executed")}))
+    return folder / "executed"
 
 
 @pytest.fixture

@@ -1,9 +1,13 @@
 """Prompts -> embeddings, as a stock pipeline makes them."""
 
+import json
+import shutil
+
+import pytest
 import torch
 from diffusers import WanPipeline
 
-from tests.conftest import TINY_TEACHER
+from tests.conftest import TINY_TEACHER, put_pickle
 from wanlite.network import TextTokens, pack_text, unpack_text
 from wanlite.text import encode_prompts, load_text_encoder
 
@@ -37,3 +41,24 @@ def test_the_bias_counts_the_padding():
     assert isinstance(text, TextTokens) and text.tokens.shape == (2, 6, 2)
     weights = text.logit_bias.exp().sum(1)
     assert torch.allclose(weights, torch.full((2,), 512.0))
+
+
+def test_a_pickle_in_place_of_the_encoder_is_never_opened(tmp_path):
+    for part in ("tokenizer", "text_encoder"):
+        shutil.copytree(TINY_TEACHER / part, tmp_path / part)
+    executed = put_pickle(tmp_path / "text_encoder", "model.safetensors", "pytorch_model.bin")
+    with pytest.raises(OSError):
+        load_text_encoder(tmp_path)
+    assert not executed.exists()
+
+
+def test_code_beside_the_tokenizer_is_never_run(tmp_path):
+    for part in ("tokenizer", "text_encoder"):
+        shutil.copytree(TINY_TEACHER / part, tmp_path / part)
+    config = json.loads((tmp_path / "tokenizer/tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(config | {
+        "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}))
+    (tmp_path / "tokenizer/evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Tokenizer: pass\n")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_text_encoder(tmp_path)
+    assert not (tmp_path / "executed").exists()

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 def load_autoencoder(folder, device="cpu"):
     """Load AutoencoderKLWan from a folder's vae/ in float32, frozen, with the single-frame fast path."""
     # The path is joined here: given `subfolder`, diffusers reads weights of the same name in the parent folder first.
-    autoencoder = AutoencoderKLWan.from_pretrained(Path(folder) / "vae", torch_dtype=torch.float32, local_files_only=True)
+    autoencoder = AutoencoderKLWan.from_pretrained(Path(folder) / "vae", torch_dtype=torch.float32, local_files_only=True,
+                                                   use_safetensors=True)
     return use_single_frame_path(autoencoder).to(device).eval().requires_grad_(False)
 
 

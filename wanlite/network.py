@@ -80,8 +80,8 @@ class OneFrameBlock(WanTransformerBlock):
 
 
 # What diffusers' caches (enable_cache) have to know of a block: it returns the hidden states alone.
-TransformerBlockRegistry.register(OneFrameBlock, TransformerBlockMetadata(return_hidden_states_index=0,
-                                                                          return_encoder_hidden_states_index=None))
+TransformerBlockRegistry.register(OneFrameBlock, TransformerBlockMetadata(
+    return_hidden_states_index=0, return_encoder_hidden_states_index=None))                      # type: ignore[arg-type]
 
 
 def one_frame_velocity(network, latents, timestep, text, logit_bias=None, feature_blocks=()):

@@ -194,8 +194,9 @@ class _Target:
         self.unwritten = set(self.tensors)
 
     def __setitem__(self, name, tensor):
-        assert torch.isfinite(tensor).all(), f"projection made values that are not finite: {name}"
-        assert tensor.shape == self.tensors[name].shape, (name, tensor.shape, self.tensors[name].shape)
+        if tensor.shape != self.tensors[name].shape or not torch.isfinite(tensor).all():
+            raise AssertionError(f"projection made {name} {tuple(tensor.shape)} of {tuple(self.tensors[name].shape)}, or values in "
+                                 "it that are not finite")
         self.unwritten.remove(name)
         self.tensors[name].copy_(tensor)
 

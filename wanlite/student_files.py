@@ -72,7 +72,7 @@ def _download(name, subfolder, **hub):
     patterns = [f"{prefix}{pattern}" for pattern in (CONFIG_NAME, f"{WEIGHTS_STEM}*.safetensors", "diffusion_model*.safetensors",
                                                      f"{WEIGHTS_STEM}.safetensors.index*.json")]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, **hub))
+        return Path(snapshot_download(name, allow_patterns=patterns, **hub))    # nosec B615: the revision is the user's
     except (HFValidationError, OSError) as error:            # what the hub raises over HTTP is an OSError as well
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise OSError(f"{name}: no such folder here, and not to be had from the hub ({reason}). Expected a saved student's "

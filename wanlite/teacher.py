@@ -356,7 +356,8 @@ class Teacher(nn.Module):
         guidance = guidance_high if high else guidance_low
         if guidance <= 1.0:
             return ask(expert, latents, timestep, text, feature_blocks)
-        assert negative is not None, "guidance needs the negative prompt's tokens"
+        if negative is None:
+            raise TypeError("guidance needs the negative prompt's tokens: negative is None.")
         velocity, features = ask(expert, latents.repeat(2, 1, 1, 1), timestep.repeat(2), _stack_text(text, negative),
                                   feature_blocks)
         wanted, unwanted = velocity.chunk(2)

@@ -13,8 +13,10 @@ from .network import TEXT_LENGTH
 
 def load_text_encoder(folder, device="cpu", dtype=None):
     """Load the tokenizer and the frozen UMT5 encoder that lie in a Wan folder or in a saved student."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
-    encoder = UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder", local_files_only=True, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(  # nosec B615: a folder
+        folder, subfolder="tokenizer", local_files_only=True, trust_remote_code=False)
+    encoder = UMT5EncoderModel.from_pretrained(  # nosec B615: a folder
+        folder, subfolder="text_encoder", local_files_only=True, use_safetensors=True, dtype=dtype)
     embedding = encoder.encoder.embed_tokens.weight
     if not embedding.any() or not torch.equal(embedding, encoder.shared.weight):
         raise OSError(f"{folder}/text_encoder: the token embedding came out zero or untied, which transformers 5.0 to 5.2 "

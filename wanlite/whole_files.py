@@ -14,7 +14,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:          # Windows: one writer at a time is up to the user
-    fcntl = None
+    fcntl = None             # type: ignore[assignment]
 
 MANIFEST = "manifest.json"
 SPARE = 2**20                # bytes that a file system needs beside the files themselves
