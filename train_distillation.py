@@ -182,7 +182,7 @@ from wanlite import shapes  # noqa: E402
 from wanlite.announcements import announce, conclude, versions  # noqa: E402
 from wanlite.autoencoder import decode_latents, load_autoencoder, to_pictures  # noqa: E402
 from wanlite.calibration import calibrate, choose_channels, make_frames  # noqa: E402
-from wanlite.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint  # noqa: E402
+from wanlite.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint  # noqa: E402
 from wanlite.data import SHARD_SIZE, SeededBatches, cache_folder, feature_basis, fingerprint, walk_teacher  # noqa: E402
 from wanlite.devices import as_device, as_dtype  # noqa: E402
 from wanlite.flow import make_scheduler, sample, seeded_noise  # noqa: E402
@@ -191,7 +191,7 @@ from wanlite.network import OneFrameBlock, TextTokens, one_frame_velocity, pack_
 from wanlite.objectives import feature_loss, velocity_loss  # noqa: E402
 from wanlite.optimizers import make_optimizers  # noqa: E402
 from wanlite.projection import check_shape as check_cut  # noqa: E402
-from wanlite.projection import choose_experts, default_heads, project, project_into  # noqa: E402
+from wanlite.projection import choose_experts, project, project_into, student_shape  # noqa: E402
 from wanlite.student_files import (  # noqa: E402
     all_tensor_shapes,
     check_hashes,
@@ -203,7 +203,7 @@ from wanlite.student_files import (  # noqa: E402
 )
 from wanlite.student_saving import check_savable, save_student  # noqa: E402
 from wanlite.teacher import Teacher, check_experts, open_teacher_files  # noqa: E402
-from wanlite.text import encode_prompts, load_text_encoder  # noqa: E402
+from wanlite.text import encode_once  # noqa: E402
 
 # ---- the model ---------------------------------------------------------------------------------------------------------
 
@@ -398,18 +398,6 @@ def _stays_float32(name):
 
 # ---- build: what a run has before its first step -------------------------------------------------------------------------
 
-def student_shape(settings, teacher_config):
-    """Return hidden_size, depth, num_heads and ffn_dim; where a flag is None, the teacher's size decides."""
-    width = teacher_config["num_attention_heads"] * teacher_config["attention_head_dim"]
-    hidden_size = settings.hidden_size or (min(1024, width) if width >= 1024 else width // 2)
-    depth = settings.depth or min(16, teacher_config["num_layers"])
-    return {"hidden_size": hidden_size, "depth": depth,
-            "num_heads": settings.num_heads or default_heads(teacher_config, hidden_size, depth),
-            "ffn_dim": settings.ffn_dim or 4 * hidden_size, "num_channels": teacher_config["in_channels"],
-            "text_dim": teacher_config["text_dim"], "freq_dim": teacher_config["freq_dim"],
-            "patch_size": teacher_config["patch_size"], "rope_max_seq_len": teacher_config.get("rope_max_seq_len", 1024)}
-
-
 def choose_prompts(settings):
     """Return training prompts and held-out prompts; no trajectory of training starts from a held-out one."""
     if settings.prompts is None:
@@ -419,15 +407,6 @@ def choose_prompts(settings):
     prompts = list(dict.fromkeys(read_prompts(settings.prompts)))
     num_held_out = min(settings.num_held_out, max(1, len(prompts) // 20))
     return prompts[:-num_held_out] or prompts, prompts[-num_held_out:]
-
-
-def encode_all(settings, prompts, device):
-    """Encode every prompt once and free the encoder: {prompt: embedding (length, text width)}, at true length."""
-    tokenizer, encoder = load_text_encoder(settings.teacher, device)
-    prompts = list(dict.fromkeys(prompts))
-    progress = partial(tqdm, desc="text", unit="batch", disable=len(prompts) < 1000)
-    embeddings = encode_prompts(tokenizer, encoder, prompts, progress=progress)
-    return {prompt: embedding.cpu() for prompt, embedding in zip(prompts, embeddings)}
 
 
 def start_student(settings, student, files, cosines, embeddings, prompts, latent_size, accelerator):
@@ -559,7 +538,7 @@ def train(settings, is_resumed, stop):
 
     # What there is: teacher, student, prompts.
     files = open_teacher_files(settings.teacher)
-    shape = student_shape(settings, files.config)
+    shape = student_shape(files.config, settings.hidden_size, settings.depth, settings.num_heads, settings.ffn_dim)
     student = WanLiteStudent(shape)
     if settings.projection != "none":
         check_cut(files.config, dict(student.config))
@@ -574,7 +553,7 @@ def train(settings, is_resumed, stop):
         check_resumable(output, run, say)
     announce(settings, files, student, device, num_trajectories, say)
     cosines = check_experts(files, device) if accelerator.is_main_process and not is_resumed else {}
-    embeddings = encode_all(settings, [*training, *held_out, *validation, settings.negative_prompt], device)
+    embeddings = encode_once(settings.teacher, [*training, *held_out, *validation, settings.negative_prompt], device)
     autoencoder = load_autoencoder(settings.teacher, device=device)
     size = settings.resolution // autoencoder.config.scale_factor_spatial
     latent_shape, scheduler = (files.config["in_channels"], size, size), make_scheduler(settings.flow_shift)
@@ -664,7 +643,7 @@ def train(settings, is_resumed, stop):
         """Save what the run remembers; a disk that is full costs this checkpoint, not the run and no earlier one."""
         if accelerator.is_main_process:
             try:
-                save_checkpoint(output, step, remembered(memory | {"step": step}), run, settings.checkpoints_total_limit)
+                save_checkpoint(output, memory | {"step": step}, run, settings.checkpoints_total_limit)
             except OSError as error:
                 newest = latest_checkpoint(output)[0]
                 say(f"\nWARNING: step {step} is NOT saved: {error}\nThe newest checkpoint is {newest}; training goes on.")
@@ -761,23 +740,9 @@ def resume(memory, output, device, say):
         if skipped:
             raise OSError(f"{output}: no checkpoint verifies, so nothing can be resumed. Add --overwrite to start again.")
         return
-    state = load_checkpoint(path)
-    for name, part in memory.items():
-        if isinstance(part, list):
-            for each, its_state in zip(part, state[name], strict=True):
-                each.load_state_dict(its_state)
-        elif hasattr(part, "load_state_dict"):
-            part.load_state_dict(state[name])
-        else:
-            memory[name] = state[name]
+    restore(memory, load_checkpoint(path))
     memory["ema"].to(device)
     say(f"resumed at step {memory['step']} from {path}")
-
-
-def remembered(memory):
-    """Return the state of everything in `memory`, as nested dicts."""
-    return {name: [each.state_dict() for each in part] if isinstance(part, list) else
-            part.state_dict() if hasattr(part, "state_dict") else part for name, part in memory.items()}
 
 
 @contextmanager

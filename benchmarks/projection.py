@@ -138,6 +138,7 @@ def run(job):
     from wanlite.data import SeededBatches, Trajectories
     from wanlite.flow import make_scheduler
     from wanlite.measure import prompt_accuracy
+    from wanlite.projection import student_shape
 
     torch.set_num_threads(1)
     cache = Path(job["data"])
@@ -147,7 +148,7 @@ def run(job):
     settings = replace(spine.complete(spine.Settings()), seed=job["seed"], muon_learning_rate=job["rate"])
     files = spine.open_teacher_files(settings.teacher)
     torch.manual_seed(job["seed"])
-    student = spine.WanLiteStudent(spine.student_shape(replace(settings, **job["student"]), files.config))
+    student = spine.WanLiteStudent(student_shape(files.config, **job["student"]))
     began = time.perf_counter()
     STARTERS[job["start"]](student, files, job["expert"], [embeddings[prompt] for prompt in training[:1024]], job["seed"])
     seconds = time.perf_counter() - began

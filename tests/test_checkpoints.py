@@ -16,7 +16,7 @@ from wanlite.whole_files import read_manifest, write_json
 
 
 def save(folder, step, value=0.0, keep=9):
-    save_checkpoint(folder, step, {"weight": torch.full((100,), float(value)), "step": step}, {"seed": 0}, keep)
+    save_checkpoint(folder, {"weight": torch.full((100,), float(value)), "step": step}, {"seed": 0}, keep)
 
 
 def steps(folder):
@@ -35,7 +35,7 @@ def test_optimizers_schedules_and_numbers_come_back_bit_by_bit(tmp_path):
         rate.step()
     state = {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "rate": rate.state_dict(), "step": 3,
              "network": network.state_dict(), "nothing": None, "shares": [0.1, 1e-300, 2**53 + 1]}
-    save_checkpoint(tmp_path, 3, state, {}, 2)
+    save_checkpoint(tmp_path, state, {}, 2)
     found = load_checkpoint(checkpoint_path(tmp_path, 3))
     first, second = torch.optim.AdamW([network.bias], lr=9.0), torch.optim.Muon([network.weight], lr=9.0)
     first.load_state_dict(found["optimizers"][0])

@@ -22,16 +22,19 @@ def checkpoint_path(folder, step):
     return Path(folder) / "checkpoints" / f"step-{step:06d}"
 
 
-def save_checkpoint(folder, step, state, facts, keep):
-    """Save nested `state` (dicts, lists, numbers, text, tensors) as that of `step`; keep the newest `keep`, two at least.
+def save_checkpoint(folder, memory, facts, keep):
+    """Save `memory`, which has a step, and keep the newest `keep`, two at least.
+
+    `memory` is made of dicts, lists, numbers, text, tensors, and whatever has a state_dict.
 
     Raises FloatingPointError, and writes nothing, where a tensor is not finite; OSError where the disk is full: then every
     earlier checkpoint stays. Earlier ones go only once this one verifies.
     """
-    path, tensors = checkpoint_path(folder, step), {}
+    step, tensors = memory["step"], {}
+    path = checkpoint_path(folder, step)
     if path.exists() and _why_unusable(path) is None:
         return
-    rest = _pack(state, "", tensors)
+    rest = _pack(memory, "", tensors)
     if broken := not_finite(tensors):
         raise FloatingPointError(f"{broken[0]} holds NaN or infinity at step {step}, which is not saved; earlier ones are in "
                                  f"{path.parent}. Run again with --overwrite and lower learning rates.")
@@ -53,6 +56,16 @@ def load_checkpoint(path):
         return _unpack(json.loads((path / REST).read_text(encoding="utf-8")), tensors)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise OSError(f"{path}: cannot be read back ({error}). Move it away; the run then resumes from an earlier one.") from None
+
+
+def restore(memory, state):
+    """Give everything in `memory`, a dict, its part of the state."""
+    for name, part in memory.items():
+        for each, its_state in zip(part, state[name], strict=True) if isinstance(part, list) else [(part, state[name])]:
+            if hasattr(each, "load_state_dict"):
+                each.load_state_dict(its_state)
+            else:
+                memory[name] = its_state
 
 
 def latest_checkpoint(folder):
@@ -94,6 +107,7 @@ def _remove_leftovers(folder):
 
 def _pack(value, name, tensors):
     """Return `value` as JSON can hold it; tensors go to `tensors` under their path."""
+    value = value.state_dict() if hasattr(value, "state_dict") else value
     if isinstance(value, torch.Tensor):
         tensors[name] = value.detach().contiguous()
         return {"tensor": name}

@@ -136,6 +136,17 @@ def check_shape(teacher, student):
                          "--projection none for a random start.")
 
 
+def student_shape(teacher, hidden_size=None, depth=None, num_heads=None, ffn_dim=None):
+    """Return the arguments of a student for a teacher of this config; where a size is None, the teacher's decides."""
+    width = _width(teacher)
+    hidden_size = hidden_size or (1024 if width >= 1024 else width // 2)
+    depth = depth or min(16, teacher["num_layers"])
+    return {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads or default_heads(teacher, hidden_size, depth),
+            "ffn_dim": ffn_dim or 4 * hidden_size, "num_channels": teacher["in_channels"], "text_dim": teacher["text_dim"],
+            "freq_dim": teacher["freq_dim"], "patch_size": teacher["patch_size"],
+            "rope_max_seq_len": teacher.get("rope_max_seq_len", 1024)}
+
+
 def default_heads(teacher, hidden_size, depth):
     """Return the most heads that can be cut, of half the teacher's head size or more: measured better than fewer whole heads."""
     counts = [heads for heads in range(1, _limits(teacher, depth)["num_heads"] + 1)

@@ -4,8 +4,11 @@ Every embedding is kept at its prompt's true length; network.pack_text puts the 
 Legend: L text length, T text width.
 """
 
+from functools import partial
+
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from tqdm import tqdm
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from .network import TEXT_LENGTH
@@ -22,6 +25,15 @@ def load_text_encoder(folder, device="cpu", dtype=None):
         raise OSError(f"{folder}/text_encoder: the token embedding came out zero or untied, which transformers 5.0 to 5.2 "
                       "do to Wan's UMT5. Install transformers >= 5.3.")
     return tokenizer, encoder.to(device).eval().requires_grad_(False)
+
+
+def encode_once(folder, prompts, device):
+    """Encode every prompt once and free the encoder: {prompt: embedding (L, T)}, on the CPU."""
+    tokenizer, encoder = load_text_encoder(folder, device)
+    prompts = list(dict.fromkeys(prompts))
+    progress = partial(tqdm, desc="text", unit="batch", disable=len(prompts) < 1000)
+    embeddings = encode_prompts(tokenizer, encoder, prompts, progress=progress)
+    return {prompt: embedding.cpu() for prompt, embedding in zip(prompts, embeddings)}
 
 
 @torch.no_grad()
