@@ -24,6 +24,7 @@ from train_distillation import WanLiteStudent
 from wanlite.flow import seeded_noise
 
 PROMPTS = ["a small red circle at the left on a white background", "at the top, a large blue ring on black"]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRAIN, DRAW = ROOT / "train_distillation.py", ROOT / "run_inference.py"
 
 
@@ -39,7 +40,7 @@ def orphan(tmp_path_factory):
 
 
 def weights(folder):
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
+    return load_file(folder / WEIGHTS)
 
 
 def same(first, second):
@@ -63,6 +64,23 @@ def test_a_run_leaves_the_files_that_the_design_promises(orphan):
     assert run["finished"] and run["settings"]["seed"] == 0 and len(run["teacher"]) == 64 and run["versions"]["torch"]
 
 
+def test_what_is_saved_is_what_training_ended_with_first_middle_last_and_all(orphan):
+    saved, state = weights(orphan), load_file(orphan / "checkpoints/step-000006/state.safetensors")
+    names = [name for name, _ in WanLiteStudent.from_pretrained(orphan).named_parameters()]
+    averages = [state[f"/ema/shadow_params/{number}"] for number in range(len(names))]
+    for number in (0, len(names) // 2, len(names) - 1, *range(len(names))):
+        assert torch.equal(saved[names[number]], averages[number]), names[number]
+    assert saved.keys() == set(names) and not same(saved, {name: state[f"/student/{name}"] for name in names})
+
+
+def velocity(student):
+    """Return the digest of a student's velocity for noise and text that are the same everywhere."""
+    latents, text = seeded_noise((16, 8, 8), [1, 2]), seeded_noise((9, 64), [3, 4])
+    with torch.no_grad():
+        found = [student(latents, torch.full((2,), timestep), text).sample for timestep in (999.0, 500.0, 3.0)]
+    return hashlib.sha256(torch.stack(found).numpy().tobytes()).hexdigest()
+
+
 def test_a_student_loads_in_a_fresh_process_without_its_teacher_and_without_projecting(orphan):
     code = ("import sys, hashlib; sys.path.insert(0, sys.argv[1])\n"
             "import wanlite.projection, wanlite.teacher\n"
@@ -74,24 +92,32 @@ def test_a_student_loads_in_a_fresh_process_without_its_teacher_and_without_proj
             "student = train_distillation.WanLiteStudent.from_pretrained(sys.argv[2])\n"
             "assert not any(t.is_meta for t in (*student.parameters(), *student.buffers())) and not student.training\n"
             "for name, tensor in sorted(student.state_dict().items()):\n"
-            "    print(name, hashlib.sha256(tensor.numpy().tobytes()).hexdigest())\n")
+            "    print(name, hashlib.sha256(tensor.numpy().tobytes()).hexdigest())\n"
+            "from test_save_load_integration import velocity; print(velocity(student))\n")
     process = run_script("-c", code, ROOT, orphan)
     assert process.returncode == 0, process.stderr
     expected = [f"{name} {hashlib.sha256(tensor.numpy().tobytes()).hexdigest()}"
                 for name, tensor in sorted(weights(orphan).items())]
-    assert process.stdout.splitlines() == expected
+    assert process.stdout.splitlines() == [*expected, velocity(WanLiteStudent.from_pretrained(orphan))]
 
 
-def test_saving_and_loading_again_changes_no_bit_and_no_velocity(orphan, tmp_path):
-    first = WanLiteStudent.from_pretrained(orphan)
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float16"])
+def test_saving_and_loading_again_changes_no_bit_and_no_velocity(dtype, orphan, tmp_path):
+    first = WanLiteStudent.from_pretrained(orphan, dtype=dtype)
     first.save_pretrained(tmp_path / "copy")
     second = WanLiteStudent.from_pretrained(tmp_path / "copy")
-    assert same(weights(orphan), weights(tmp_path / "copy"))
-    latents, text = seeded_noise((16, 8, 8), [1, 2]), torch.randn(2, 9, 64)
-    with torch.no_grad():
-        for timestep in (999.0, 500.0, 3.0):
-            arguments = (latents, torch.full((2,), timestep), text)
-            assert torch.equal(first(*arguments).sample, second(*arguments).sample)
+    assert same(first.state_dict(), second.state_dict()) and same(first.state_dict(), weights(tmp_path / "copy"))
+    assert [t.dtype for t in first.parameters()] == [t.dtype for t in second.parameters()]
+    if dtype in (None, "float32"):
+        assert velocity(first) == velocity(second) and (tmp_path / "copy" / WEIGHTS).read_bytes() == (orphan / WEIGHTS).read_bytes()
+
+
+def test_a_student_that_was_loaded_and_saved_again_draws_the_same_picture(orphan, tmp_path):
+    shutil.copytree(orphan, tmp_path / "run", ignore=shutil.ignore_patterns("cache", "checkpoints"))
+    WanLiteStudent.from_pretrained(orphan).save_pretrained(tmp_path / "run", max_shard_size="500KB")
+    assert len(list((tmp_path / "run").glob("*.safetensors"))) > 2
+    pictures = [draw(folder, tmp_path / name, "--seed", "5") for folder, name in ((orphan, "one"), (tmp_path / "run", "two"))]
+    assert all(np.array_equal(one, two) for one, two in zip(*pictures))
 
 
 def test_run_inference_draws_what_a_stock_pipeline_draws(orphan, tmp_path):

@@ -488,7 +488,8 @@ def distillation_loss(student, feature_head, batch, text, block, feature_weight)
 # ---- looking at it ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def draw_pictures(velocity_for, autoencoder, embeddings, seeds, scheduler, num_steps, latent_shape, check, batch_size=64):
+def draw_pictures(velocity_for, autoencoder, embeddings, seeds, scheduler, num_steps, latent_shape, check=lambda: None,
+                  batch_size=64):
     """Draw one picture for each embedding and seed: (B, height, width, 3) uint8; `check` may end it between two batches."""
     drawn, device = [], autoencoder.device
     for start in tqdm(range(0, len(embeddings), batch_size), desc="drawing", unit="batch", leave=False,

@@ -42,7 +42,7 @@ LONG, DEEP, NOVEL = 10**4000, "[" * 500 + "]" * 500, "a" * 1_000_000
 PARTS = "[" + "[[]]," * 30_000 + "0]"
 EXECUTED = "executed"            # the file that a payload would leave
 MOST_SECONDS, MOST_MEGABYTES, MOST_LETTERS = 1, 200, 3000
-ALARM = 20                       # seconds, after which a load counts as blocked
+ALARM = 10                       # seconds, after which a load counts as blocked
 REFUSED = []                     # Cost of each row, told at the end
 
 
@@ -755,6 +755,7 @@ class Blocked(BaseException):
 
 class Cost(NamedTuple):
     seconds: float
+    busy: float          # of them, with work of our own: a machine that is busy with other work makes no refusal slow
     megabytes: float
 
 
@@ -782,15 +783,15 @@ def watched(costs):
         resident = memory("VmRSS:")
     previous = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, ALARM)
-    start = time.perf_counter()
+    start, work = time.perf_counter(), time.process_time()
     try:
         yield
     finally:
-        seconds = time.perf_counter() - start
+        seconds, busy = time.perf_counter() - start, time.process_time() - work
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
     assert state() == before
-    costs.append(Cost(seconds, 0 if resident is None else memory("VmHWM:") - resident))
+    costs.append(Cost(seconds, busy, 0 if resident is None else memory("VmHWM:") - resident))
 
 
 def check_refused(arguments, error, words):
@@ -806,7 +807,7 @@ def check_refused(arguments, error, words):
     assert raised is error, message                              # none of the library's own kinds: they say too little
     assert [word for word in words if word not in message] == [], message
     assert len(message) < MOST_LETTERS and message.isprintable(), message[:MOST_LETTERS]
-    assert costs[0].seconds < MOST_SECONDS and costs[0].megabytes < MOST_MEGABYTES, costs[0]
+    assert costs[0].busy < MOST_SECONDS and costs[0].megabytes < MOST_MEGABYTES, costs[0]
     REFUSED.extend(costs)
 
 

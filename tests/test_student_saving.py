@@ -14,6 +14,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
 
 from tests.conftest import fork
 from train_distillation import WanLiteStudent
@@ -160,6 +161,13 @@ def test_stock_diffusers_reads_shards_and_variants(tmp_path):
     for variant, value in ((None, 1), ("fp16", 2)):
         stock = WanTransformer3DModel.from_pretrained(tmp_path, variant=variant)
         assert stock.proj_out.weight.unique().tolist() == [value]
+
+
+def test_the_same_student_is_the_same_bytes(tmp_path):
+    for number in range(8):
+        student(NARROW, 1).save_pretrained(tmp_path / f"{number}")
+    assert len({(tmp_path / f"{number}" / WEIGHTS).read_bytes() for number in range(8)}) == 1
+    assert found(tmp_path / "0") == (16, 1) and load_file(tmp_path / "0" / WEIGHTS).keys() == student(NARROW, 1).state_dict().keys()
 
 
 def test_files_may_be_read_by_whoever_may_read_the_others(tmp_path):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 MOST_JSON = 4 * 2**20        # bytes: the header of a student of eight hundred blocks
 MOST_PARTS = 2**16           # lists and objects in it: two bytes each in the file, a hundred in memory
 MOST_DIMENSIONS = 8
+ALIGNED = 64                 # bytes: of a tensor that lies otherwise, sums differ in the last bit; it is read, not mapped
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}       # what a student's weights are stored as
 
 
@@ -118,7 +119,7 @@ class WeightsFile:
         dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         content = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY) if is_mapped else None
         for name, (dtype, shape, start, stop) in sorted(self.entries.items(), key=lambda item: item[1].start):
-            if is_mapped and start % BYTES[dtype] == 0 and start < stop:
+            if is_mapped and start % ALIGNED == 0 and start < stop:
                 tensor = torch.frombuffer(content, dtype=dtypes[dtype], count=math.prod(shape), offset=start).view(shape)
             else:
                 tensor = torch.empty(shape, dtype=dtypes[dtype])

@@ -1,0 +1,229 @@
+"""A training run, killed at any moment and run again: does it end with exactly the weights of an uninterrupted one?
+
+    python benchmarks/kill.py                          # 100 kills
+    python benchmarks/kill.py --quick --json kill.json
+
+Every run is a process of its own, forked from one that has imported torch, and does what the command line does. One kill a run:
+most are SIGKILL, every fifth is SIGTERM; every third waits for a save and strikes in it, every tenth run starts without a cache,
+so that it is struck while it projects and walks as well. Then the same command runs to its end.
+
+identical  ended with the weights of the uninterrupted run, byte by byte
+lost       a checkpoint, or the finished student, that was there before the kill did not verify after it
+refused    the same command did not go on
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}       # two runs at once; sums depend on the number of threads
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+RUN = ("--num_trajectories", "64", "--max_train_steps", "12", "--train_batch_size", "16", "--checkpointing_steps", "2",
+       "--validation_steps", "4", "--lr_warmup_steps", "2", "--num_held_out", "16", "--teacher_steps", "8", "--report_to", "none")
+NUM_SAVES = 7              # six checkpoints and the student
+SAVING = 0.02              # seconds after the first sign of a save, within which it is struck
+
+
+def read_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="runs, each of which is killed once")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument("--quick", action="store_true", help="6 kills")
+    parser.add_argument("--folder", type=Path, help="where runs are written; None = a temporary folder, removed at the end")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    arguments = parser.parse_args()
+    arguments.kills = 6 if arguments.quick else arguments.kills
+    if arguments.kills < 1 or arguments.jobs < 1:
+        parser.error("--kills and --jobs are at least 1.")
+    if arguments.folder and arguments.folder.exists() and any(arguments.folder.iterdir()):
+        parser.error(f"--folder {arguments.folder} is not empty. Name a new one.")
+    return arguments
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------------
+
+def start(folder):
+    """Fork a process that trains in `folder` as the command line does; returns its number."""
+    number = os.fork()
+    if number == 0:
+        code = 1
+        try:
+            with open(f"{folder}.log", "a") as log:
+                os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+            import train_distillation as spine
+            sys.argv = ["train_distillation.py", "--output_dir", str(folder), *RUN]
+            code = spine.main(*spine.read_settings())
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return number
+
+
+def finish(number):
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+
+
+def digest(folder):
+    """Return the sha256 of a finished run's weights, None where there are none."""
+    path = folder / WEIGHTS
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def signs(folder):
+    """Return the saves that are being written just now."""
+    return {path.name for path in (*folder.glob(".saving-*"), *(folder / "checkpoints").glob(".step-*.partial"))}
+
+
+def kept(folder):
+    """Return (steps of the checkpoints, whether the student is there), as anybody sees them who lists the folder."""
+    steps = {int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")}
+    return steps, (folder / WEIGHTS).exists()
+
+
+def is_lost(folder, before):
+    """Whether what was there before the kill does not verify now."""
+    from wanlite.checkpoints import latest_checkpoint
+    from wanlite.student_files import open_student, student_arguments
+    steps, has_student = before
+    newest, skipped = latest_checkpoint(folder)
+    if skipped or (steps and (newest is None or int(newest.name[5:]) < max(steps))):
+        return True
+    if has_student:
+        import train_distillation as spine
+        with open_student(folder) as (config, files):
+            student_arguments(config, spine._defaults())
+            return sum(1 for file in files for _ in file.tensors()) == 0
+    return False
+
+
+def strike(number, folder, moment, how):
+    """Wait for the moment, then kill; returns what was there before, and where it struck, None where the run had ended."""
+    began, seen, wanted = time.monotonic(), set(), moment.get("save")
+    while wanted is not None and len(seen) < wanted or time.monotonic() - began < moment["after"]:
+        if wanted is not None and len(seen) < wanted:
+            seen |= signs(folder)
+            began = time.monotonic()
+        if os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return None, None
+        time.sleep(0.0005)
+    before, saving = kept(folder), signs(folder)
+    if os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        return None, None
+    os.kill(number, how)
+    steps, has_student = before
+    where = ("in a save" if saving else "after the student was saved" if has_student else "between checkpoints" if steps else
+             "before the first checkpoint" if (folder / "run.json").exists() else "before the first step")
+    return before, where
+
+
+def kill_and_finish(job):
+    """Kill a run at its moment, run it again to its end; returns what happened, None where the kill came too late."""
+    folder = Path(job["folder"])
+    folder.mkdir(parents=True)
+    if job["cache"]:
+        shutil.copytree(job["cache"], folder / "cache")
+    number, how = start(folder), signal.Signals[job["signal"]]
+    before, where = strike(number, folder, job, how)
+    code = finish(number)
+    found = None
+    if before is not None:
+        lost = is_lost(folder, before)
+        codes = {-how} if how == signal.SIGKILL else {0, 3, -how}      # 3: stopped, can be resumed; 0: it was done by then
+        refused = code not in codes or (code != 0 and finish(start(folder)) != 0)
+        found = {"signal": job["signal"], "where": where, "lost": lost, "refused": refused,
+                 "identical": digest(folder) == job["digest"]}
+    if found is None or not (found["lost"] or found["refused"] or not found["identical"]):
+        shutil.rmtree(folder)                                # what went wrong stays, with its log
+    return found
+
+
+# ---- all of them -------------------------------------------------------------------------------------------------------------
+
+def moments(arguments, folder, seconds, cache, expected):
+    """Yield jobs without end, each with a moment of its own; `seconds` are of a run without and with a cache."""
+    draw, count = random.Random(arguments.seed), 0  # noqa: S311 (moments, no secrets)
+    while True:
+        has_cache, how = count % 10 != 9, "SIGTERM" if count % 5 == 4 else "SIGKILL"
+        moment = {"save": draw.randint(1, NUM_SAVES), "after": draw.uniform(0, SAVING)} if has_cache and count % 3 == 0 else {
+            "after": draw.uniform(0, seconds[has_cache])}
+        yield moment | {"signal": how, "cache": cache if has_cache else None, "folder": str(folder / f"{count:04d}"),
+                        "digest": expected}
+        count += 1
+
+
+def measure(arguments, folder):
+    """Kill and finish runs; returns the figures."""
+    from tqdm import tqdm
+    import torch
+    import train_distillation  # noqa: F401 (for all runs, which are forked)
+    torch.set_num_threads(1)
+    seconds, digests = {}, []
+    for has_cache in (False, True):
+        if has_cache:
+            shutil.copytree(folder / "uninterrupted-0" / "cache", folder / "uninterrupted-1" / "cache")
+        began = time.monotonic()
+        if code := finish(start(folder / f"uninterrupted-{has_cache:d}")):
+            raise SystemExit(f"kill.py: the uninterrupted run ended with {code}; see {folder}/uninterrupted-{has_cache:d}.log")
+        seconds[has_cache] = time.monotonic() - began
+        digests.append(digest(folder / f"uninterrupted-{has_cache:d}"))
+    if digests[0] != digests[1]:
+        raise SystemExit("kill.py: two uninterrupted runs, without and with a cache, end with different weights.")
+    slower = {has_cache: each * min(arguments.jobs, 2) ** 0.5 for has_cache, each in seconds.items()}   # beside another run
+    jobs = moments(arguments, folder, slower, folder / "uninterrupted-0" / "cache", digests[0])
+    rows, progress = [], tqdm(total=arguments.kills, desc="killing", unit="run")
+    began = time.monotonic()
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("fork")) as pool:
+        while len(rows) < arguments.kills:                   # again, for kills that came too late
+            for row in pool.map(kill_and_finish, [next(jobs) for _ in range(min(20, arguments.kills - len(rows)))]):
+                rows += [row] if row else []
+                progress.update(row is not None)
+    progress.close()
+    return {"kills": len(rows), **{name: sum(row[name] for row in rows) for name in ("identical", "lost", "refused")},
+            "where": Counter(row["where"] for row in rows), "signals": Counter(row["signal"] for row in rows),
+            "seconds_uninterrupted": round(seconds[True], 2), "seconds": round(time.monotonic() - began)}, rows
+
+
+def main():
+    arguments = read_arguments()
+    folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="kill-"))).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"killing {arguments.kills} runs once each, {arguments.jobs} at a time; writing to {folder}", flush=True)
+    figures, rows = measure(arguments, folder)
+    print("\n| struck | kills | identical | lost | refused |\n|---|---|---|---|---|")
+    for where in sorted(figures["where"]):
+        found = [row for row in rows if row["where"] == where]
+        print(f"| {where} | {len(found)} | " + " | ".join(str(sum(row[name] for row in found))
+                                                          for name in ("identical", "lost", "refused")) + " |")
+    print(f"| **all** | {figures['kills']} | {figures['identical']} | {figures['lost']} | {figures['refused']} |")
+    print(f"\n{dict(figures['signals'])}; an uninterrupted run takes {figures['seconds_uninterrupted']} s; "
+          f"{figures['seconds']} s in all")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    is_good = figures["identical"] == figures["kills"] and not figures["lost"] and not figures["refused"]
+    if is_good and not arguments.folder:
+        shutil.rmtree(folder)
+    elif not is_good:
+        print(f"what went wrong is in {folder}", file=sys.stderr)
+    return 0 if is_good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
