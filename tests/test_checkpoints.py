@@ -1,6 +1,7 @@
 """Checkpoints: everything comes back, the newest that verifies is taken, nothing is lost by a save that fails."""
 
 import json
+import pickle
 import shutil
 import signal
 import subprocess
@@ -8,9 +9,8 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Payload
 from wanlite.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
 from wanlite.whole_files import read_manifest, write_json
 
@@ -81,7 +81,19 @@ def test_state_that_verifies_and_makes_no_sense_is_an_error_that_names_it(tmp_pa
         (path / "state.json").write_text(content)
         with pytest.raises(OSError, match="step-000001: cannot be read back"):
             load_checkpoint(path)
-    save_file({}, path / "state.safetensors")
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "optimizer.bin"])
+def test_a_pickle_in_a_checkpoint_is_never_opened(tmp_path, name):
+    save(tmp_path, 1)
+    path = checkpoint_path(tmp_path, 1)
+    (path / name).write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
+    if name == "optimizer.bin":
+        assert load_checkpoint(path)["step"] == 1
+    else:
+        with pytest.raises(OSError, match="step-000001: cannot be read back"):
+            load_checkpoint(path)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_two_at_least_are_kept_and_other_names_are_left_alone(tmp_path):

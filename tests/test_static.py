@@ -30,6 +30,13 @@ def test_bandit_finds_nothing():
     assert report["results"] == report["errors"] == [] and report["metrics"]["_totals"]["loc"] > 3000, process.stdout
 
 
+def test_the_tests_that_the_summary_names_are_there():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "INFERENCE_FIX_SUMMARY.md").read_text()))
+    written = {name for path in (*(ROOT / "tests").glob("*.py"), *ROOT.glob("test_*.py"))
+               for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
+    assert len(named) > 10 and named <= written, named - written
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """What mypy learns of torch and diffusers, once."""
