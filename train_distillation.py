@@ -18,7 +18,7 @@ from wanlite.prompts import read_prompts
 from wanlite.run_folder import MetricsLog, check_output_folder, check_parts, check_resumable, clear, save_parts, write_model_card
 from wanlite.settings import make_parser, setting
 from wanlite.stopping import Stopped, StopSignal
-from wanlite.whole_files import hold, new_folder, why_broken, write_json
+from wanlite.whole_files import hold, new_folder, not_finite, why_broken, write_json
 
 TINY_TEACHER = Path(__file__).resolve().parent / "tiny_teacher"
 DEFAULT_CAPTIONS = 4000   # of the tiny world, where no prompts file is named
@@ -373,14 +373,19 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
                 raise ValueError(f"{folder / 'config.json'}: {error}") from None
             check_weights(files, arguments)
             check_hashes(files, sha256)
-            with init_empty_weights(), torch.random.fork_rng(devices=[]):    # parameters without memory; rotary tables are real
-                student = cls(**arguments)
             tensors = {}
             for name, tensor in chain.from_iterable(file.tensors(is_mapped=not disable_mmap) for file in files):
                 tensors[name] = tensor.to(device, None if _stays_float32(name) else dtype)
+            for name in not_finite(tensors):
+                path = next(file.path for file in files if name in file.entries)
+                raise ValueError(f"{path}: {name} holds NaN or infinity as {tensors[name].dtype}. Take an earlier save, or a dtype "
+                                 "of more range.")
+        with init_empty_weights(), torch.random.fork_rng(devices=[]):        # parameters without memory; rotary tables are real
+            student = cls(**arguments)
         student.load_state_dict(tensors, strict=True, assign=True)
         student.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        student = student.to(device).eval()              # type: ignore[arg-type]
+        student.rope.to(device)                          # all else is there
+        student.eval()
         nothing: dict[str, list] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         return (student, nothing) if output_loading_info else student
 

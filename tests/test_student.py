@@ -130,6 +130,15 @@ def test_a_dtype_is_honoured_but_for_what_wan_keeps_in_float32(saved, dtype):
     assert loaded.scale_shift_table.dtype == loaded.blocks[0].norm2.weight.dtype == torch.float32
 
 
+def test_a_weight_that_a_dtype_cannot_hold_is_refused(student, tmp_path):
+    large = WanLiteStudent(student.config)
+    torch.nn.init.constant_(large.proj_out.bias, 1e6)
+    large.save_pretrained(tmp_path)
+    assert WanLiteStudent.from_pretrained(tmp_path, dtype="bfloat16").proj_out.bias[0] == torch.tensor(1e6).bfloat16()
+    with pytest.raises(ValueError, match="proj_out.bias holds NaN or infinity as torch.float16"):
+        WanLiteStudent.from_pretrained(tmp_path, dtype="float16")
+
+
 def test_loading_never_projects(saved, monkeypatch):
     config = json.loads((saved / "config.json").read_text())
     assert "teacher_checkpoint_path" not in config

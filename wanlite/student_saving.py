@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -95,7 +95,7 @@ def _staged(folder):
     with ExitStack() as held:
         with locked(folder):
             for left in sorted(folder.glob(".saving-*")):
-                with locked(left, is_patient=False) as is_left:
+                with suppress(FileNotFoundError), locked(left, is_patient=False) as is_left:     # its saver ends just now
                     if is_left and (left / LIST).is_file():
                         _publish(left, folder)
                     if is_left:

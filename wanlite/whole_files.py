@@ -6,6 +6,7 @@ Written beside their place under a hidden name, flushed to the disk, then rename
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from contextlib import contextmanager
@@ -126,9 +127,11 @@ def check_space(folder, num_bytes):
 
 
 def not_finite(tensors):
-    """Return the names of tensors that hold NaN or infinity; the sum tells it in one pass, but for values that overflow it."""
-    return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.sum().isfinite()
-            and not tensor.isfinite().all()]
+    """Return the names of tensors that hold NaN or infinity: {name: tensor} is read once, and waited for once on a device."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if math.isfinite(sum(tensor.sum().float() for tensor in floats.values())):
+        return []
+    return [name for name, tensor in floats.items() if not tensor.isfinite().all()]        # a sum may have overflowed, too
 
 
 def flush(path):

@@ -1,0 +1,214 @@
+"""What loading a saved student costs, beside what a user would do instead; and how soon run_inference.py draws.
+
+    python benchmarks/load.py
+    python benchmarks/load.py --quick --json load.json
+
+A student of 0.3 B with random weights is saved in float32 and in bfloat16. Each way to load it runs in processes of its own, in
+turns, with its imports done and the file in the page cache:
+
+ours   WanLiteStudent.from_pretrained: header checked against the config, every weight checked to be finite
+stock  ModelMixin.from_pretrained on the same class and the same folder, as every model of diffusers is loaded
+bare   build the module, read the safetensors file, copy it into the module
+lean   build the module on the meta device, map the safetensors file, put the mapped tensors in place: no check at all
+
+"touched" is the time until every weight was read once as well, for a file that is mapped is read when it is used. "peak" is the
+largest resident memory meanwhile, less what was there before, over the bytes of the weights; "own" is its part that is no file's.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+WAYS = ("ours", "stock", "bare", "lean")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SIZES = {False: {}, True: {"hidden_size": 256, "depth": 4, "num_heads": 4}}
+SHORT_RUN = ("--num_trajectories", "64", "--max_train_steps", "2", "--train_batch_size", "16", "--num_held_out", "16",
+             "--report_to", "none")
+IMPORTS = """
+import os
+import numpy, torch, safetensors.torch, tqdm
+from PIL import Image
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from transformers import AutoTokenizer, UMT5EncoderModel
+os._exit(0)
+"""
+FIRST_STEP = """
+import os, runpy, sys
+sys.path.insert(0, sys.argv[1])
+sys.argv = sys.argv[2:]
+from train_distillation import WanLiteStudent
+WanLiteStudent.forward = lambda *_, **__: os._exit(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def read_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9, help="processes for each way and dtype")
+    parser.add_argument("--quick", action="store_true", help="a small student, each way once")
+    parser.add_argument("--folder", type=Path, help="where students are written; None = a temporary folder, removed at the end")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)      # what a process of ours is started with
+    arguments = parser.parse_args()
+    if arguments.repeats < 1:
+        parser.error("--repeats is at least 1.")
+    if arguments.folder and not arguments.one and arguments.folder.exists() and any(arguments.folder.iterdir()):
+        parser.error(f"--folder {arguments.folder} is not empty. Name a new one.")
+    return arguments
+
+
+# ---- one way, once ---------------------------------------------------------------------------------------------------------
+
+def memory(name):
+    """Return a line of /proc/self/status in bytes."""
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+
+
+def load_once(way, folder):
+    """Load the student in one way and print what it took."""
+    import torch
+    from accelerate import init_empty_weights
+    from diffusers.models.modeling_utils import ModelMixin
+    from safetensors.torch import load_file
+
+    from train_distillation import WanLiteStudent
+    dtype = torch.bfloat16 if folder.name == "bfloat16" else torch.float32
+    config = json.loads((folder / "config.json").read_text())
+
+    def ours():
+        return WanLiteStudent.from_pretrained(folder)
+
+    def stock():
+        return ModelMixin.from_pretrained.__func__(WanLiteStudent, folder, torch_dtype=dtype)
+
+    def bare():
+        student = WanLiteStudent(config).to(dtype)
+        student.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+        return student.eval()
+
+    def lean():
+        with init_empty_weights():
+            student = WanLiteStudent(config)
+        student.load_state_dict(load_file(folder / WEIGHTS), strict=True, assign=True)
+        return student.eval()
+
+    load = {"ours": ours, "stock": stock, "bare": bare, "lean": lean}[way]
+    torch.empty(1).sum()                                         # what torch sets up at its first sum is no way's cost
+    Path("/proc/self/clear_refs").write_text("5")                # from now on VmHWM is the peak of what follows
+    before, own = memory("VmRSS:"), memory("RssAnon:")
+    began = time.perf_counter()
+    student = load()
+    seconds = time.perf_counter() - began
+    for parameter in student.parameters():
+        parameter.detach().sum()
+    touched = time.perf_counter() - began
+    total = sum(parameter.detach().sum(dtype=torch.float64).item() for parameter in student.parameters())
+    size = sum(parameter.nbytes for parameter in student.parameters())
+    print(json.dumps({"seconds": seconds, "touched": touched, "peak": (memory("VmHWM:") - before) / size,
+                      "own": (memory("RssAnon:") - own) / size, "total": total}))
+
+
+# ---- all of them -------------------------------------------------------------------------------------------------------------
+
+def save_students(folder, is_quick):
+    """Save a student with random weights in both dtypes; returns its parameters in millions."""
+    import torch
+
+    from train_distillation import WanLiteStudent
+    torch.manual_seed(0)
+    student = WanLiteStudent(**SIZES[is_quick])
+    student.proj_out.reset_parameters()                          # silent when new
+    for name in ("float32", "bfloat16"):
+        student.to(getattr(torch, name)).save_pretrained(folder / name)
+    return student.num_parameters() / 1e6
+
+
+def measure_loading(folder, repeats):
+    """Return {dtype: {way: [what it took, once]}}; ways take turns."""
+    from tqdm import tqdm
+    found = {dtype: {way: [] for way in WAYS} for dtype in ("float32", "bfloat16")}
+    jobs = [(dtype, way) for _ in range(repeats) for dtype in found for way in WAYS]
+    for dtype, way in tqdm(jobs, desc="loading", unit="process"):
+        (folder / dtype / WEIGHTS).read_bytes()                  # into the page cache
+        process = subprocess.run([sys.executable, __file__, "--one", way, "--folder", folder / dtype], check=True,
+                                 capture_output=True, text=True)
+        found[dtype][way].append(json.loads(process.stdout.splitlines()[-1]))
+    for dtype, ways in found.items():
+        totals = [row["total"] for rows in ways.values() for row in rows]
+        if max(totals) - min(totals) > 1e-9 * abs(totals[0]):
+            raise SystemExit(f"load.py: the ways loaded different weights in {dtype}: their sums are {totals}")
+    return found
+
+
+def measure_start(folder, repeats):
+    """Return seconds of the bare imports, and from the start of run_inference.py to its first sampling step, in turns."""
+    subprocess.run([sys.executable, ROOT / "train_distillation.py", "--output_dir", folder / "run", *SHORT_RUN], check=True,
+                   capture_output=True)
+    commands = {"imports": [sys.executable, "-c", IMPORTS],
+                "start": [sys.executable, "-c", FIRST_STEP, ROOT, ROOT / "run_inference.py", "--model", folder / "run",
+                          "--output_dir", folder / "pictures", "--prompt", "a small red circle"]}
+    seconds = {name: [] for name in commands}
+    for _ in range(repeats):
+        for name, command in commands.items():
+            began = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def summarise(found):
+    """Print the table; returns the medians."""
+    print("\n| weights | way | seconds | touched | peak | own |\n|---|---|---|---|---|---|")
+    medians = {}
+    for dtype, ways in found.items():
+        for way, rows in ways.items():
+            middle = medians[dtype, way] = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+            low, high = (f"{function(row['seconds'] for row in rows):.3f}" for function in (min, max))
+            print(f"| {dtype} | {way} | {middle['seconds']:.3f} ({low} to {high}) | {middle['touched']:.3f} | "
+                  f"{middle['peak']:.2f} | {middle['own']:.2f} |")
+    return medians
+
+
+def main():
+    arguments = read_arguments()
+    if arguments.one:
+        return load_once(arguments.one, arguments.folder)
+    repeats = 1 if arguments.quick else arguments.repeats
+    folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="load-"))).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    print(f"loading a student in {len(WAYS)} ways, {repeats} times each in two dtypes; writing to {folder}", flush=True)
+    millions = save_students(folder, arguments.quick)
+    medians = summarise(measure_loading(folder, repeats))
+    start = {name: statistics.median(each) for name, each in measure_start(folder, repeats).items()}
+
+    def worst(name, of, over=None):
+        return max(medians[dtype, of][name] / (medians[dtype, over][name] if over else 1) for dtype in ("float32", "bfloat16"))
+    figures = {"over_bare": worst("seconds", "ours", "bare"), "over_stock": worst("seconds", "ours", "stock"),
+               "over_lean": worst("seconds", "ours", "lean"), "touched_over_stock": worst("touched", "ours", "stock"),
+               "touched_over_lean": worst("touched", "ours", "lean"), "peak_over_weights": worst("peak", "ours"),
+               "start_over_imports": start["start"] / start["imports"], "million_parameters": millions, "seconds_to_start": start}
+    print(f"\nours, the worse of two dtypes: {figures['over_bare']:.2f} x bare, {figures['over_stock']:.2f} x stock, "
+          f"{figures['over_lean']:.2f} x lean; touched {figures['touched_over_stock']:.2f} x stock, "
+          f"{figures['touched_over_lean']:.2f} x lean; peak {figures['peak_over_weights']:.2f} x the weights ({millions:.0f} M)\n"
+          f"run_inference.py takes its first sampling step after {start['start']:.1f} s, {figures['start_over_imports']:.2f} x the "
+          f"{start['imports']:.1f} s of its bare imports")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if not arguments.folder:
+        shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
