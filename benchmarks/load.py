@@ -109,13 +109,13 @@ def load_once(way, folder):
     began = time.perf_counter()
     student = load()
     seconds = time.perf_counter() - began
+    peak, own = memory("VmHWM:") - before, memory("RssAnon:") - own
     for parameter in student.parameters():
         parameter.detach().sum()
     touched = time.perf_counter() - began
     total = sum(parameter.detach().sum(dtype=torch.float64).item() for parameter in student.parameters())
     size = sum(parameter.nbytes for parameter in student.parameters())
-    print(json.dumps({"seconds": seconds, "touched": touched, "peak": (memory("VmHWM:") - before) / size,
-                      "own": (memory("RssAnon:") - own) / size, "total": total}))
+    print(json.dumps({"seconds": seconds, "touched": touched, "peak": peak / size, "own": own / size, "total": total}))
 
 
 # ---- all of them -------------------------------------------------------------------------------------------------------------
