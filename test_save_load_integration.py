@@ -129,6 +129,18 @@ def test_run_inference_draws_what_a_stock_pipeline_draws(orphan, tmp_path):
         assert np.abs(ours.astype(float) - (theirs * 255).round()).max() <= 1
 
 
+def test_a_pipeline_saved_with_a_student_loads_again_and_draws_the_same(orphan, tmp_path):
+    def draw_with(pipeline):
+        return pipeline(PROMPTS, height=64, width=64, num_frames=1, guidance_scale=1.0, num_inference_steps=4,
+                        latents=seeded_noise((16, 1, 8, 8), [5, 6]), output_type="np").frames
+    pipeline = WanPipeline.from_pretrained(orphan, transformer=WanLiteStudent.from_pretrained(orphan))
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    again = WanPipeline.from_pretrained(tmp_path / "pipeline")
+    assert type(again.transformer) is WanLiteStudent and np.array_equal(draw_with(pipeline), draw_with(again))
+    half = WanPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.bfloat16, device_map="cpu")
+    assert half.transformer.dtype == half.vae.dtype == torch.bfloat16 and np.isfinite(draw_with(half)).all()
+
+
 def test_a_picture_says_what_draws_it_again(orphan, tmp_path):
     draw(orphan, tmp_path / "once", "--seed", "9", "--num_images_per_prompt", "2", "--num_inference_steps", "3")
     original = Image.open(sorted((tmp_path / "once").glob("0*.png"))[3])

@@ -225,6 +225,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
     _no_split_modules = ["OneFrameBlock"]
     _keep_in_fp32_modules = ["rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
     _repeated_blocks = ["OneFrameBlock"]
+    _left_to_stock = ("max_memory", "offload_folder", "offload_state_dict", "use_flashpack")     # a pipeline says no to them
     ignore_for_config = ["teacher_checkpoint_path", "projection", "expert"]
 
     def __init__(
@@ -357,7 +358,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         before header and config are known to agree. Raises OSError for files that are missing or broken and ValueError for
         content that is not this student's. Memory is used once whatever `low_cpu_mem_usage` says.
         """
-        if unknown:
+        if unknown := {name: value for name, value in unknown.items() if value or name not in cls._left_to_stock}:
             accepted = ", ".join(list(inspect.signature(cls.from_pretrained).parameters)[1:-1])
             raise TypeError(f"WanLiteStudent.from_pretrained does not take {', '.join(sorted(unknown))}; it takes {accepted}. "
                             "Loading never projects a teacher.")

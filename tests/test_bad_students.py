@@ -706,9 +706,11 @@ BAD_ARGUMENTS = [
     ("torch_dtype is garbage", asked(torch_dtype="half a float"), ValueError, "dtype 'half a float'"),
     *each("use_safetensors is {}", lambda value: asked(use_safetensors=value), (False,), ValueError, "use_safetensors=False"),
     *each("unknown keyword {}", lambda name: asked(**{name: None}), (
-        "local_file_only", "trust_remote_code", "quantization_config", "hidden_size", "from_flax", "max_memory", "strict",
-        "weights_only", "ignore_mismatched_sizes", "custom_revision", "offload_folder", "config", "projection",
+        "local_file_only", "trust_remote_code", "quantization_config", "hidden_size", "from_flax", "strict",
+        "weights_only", "ignore_mismatched_sizes", "custom_revision", "config", "projection",
         "teacher_checkpoint_path", ""), TypeError, "does not take ", "it takes subfolder, variant, dtype", "never projects"),
+    *[(f"{name} of stock", asked(**{name: value}), TypeError, f"does not take {name};") for name, value in {
+        "max_memory": {0: "1GB"}, "offload_folder": "x", "offload_state_dict": True, "use_flashpack": True}.items()],
     *each("sha256 is {:.40}", lambda value: asked(sha256=value), (
         "0" * 64, "", "nonsense", "\ud800", NOVEL, 5, True, [], {}, {"other.safetensors": "0" * 64}, {WEIGHTS: "0" * 64},
         {WEIGHTS: None}, {NOVEL: NOVEL}), ValueError, "sha256", WEIGHTS),
@@ -982,7 +984,8 @@ ODD = {
     "device_map torch.device": asked(device_map=torch.device("cpu")), "device cpu:0": asked(device_map="cpu:0"),
     "dtype as saved": asked(dtype="float32"), "torch_dtype as saved": asked(torch_dtype=torch.float32),
     "whatever a loader is told": asked(low_cpu_mem_usage=False, use_safetensors=None, local_files_only=True, revision="main",
-                                       token=None, cache_dir="cache", force_download=False),
+                                       token=None, cache_dir="cache", force_download=False, max_memory=None, offload_folder=None,
+                                       offload_state_dict=False, use_flashpack=False),
 }
 ODD_WITH_WARNING = {
     "quantization_config of nothing": (added(quantization_config=None), "ignored: quantization_config"),
