@@ -122,6 +122,14 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_last_whole_checkpoint(tmp_pat
     assert steps(tmp_path) == ["step-000001", "step-000002"]
 
 
+def test_a_disk_that_fills_during_a_save_leaves_the_earlier_checkpoint(small_disk, monkeypatch):
+    save(small_disk, 1)
+    monkeypatch.setattr("wanlite.checkpoints.check_space", lambda *_: None)       # there was room when it was looked at
+    with pytest.raises(OSError, match="step-000002: .*No space left"):
+        save_checkpoint(small_disk, {"weight": torch.zeros(10**6), "step": 2}, {}, 2)
+    assert steps(small_disk) == ["step-000001"] and latest_checkpoint(small_disk) == (checkpoint_path(small_disk, 1), [])
+
+
 @pytest.mark.parametrize("failure", [OSError("disk full"), FloatingPointError("holds NaN")])
 def test_a_save_that_fails_deletes_nothing(tmp_path, failure, monkeypatch):
     for step in (1, 2):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -191,6 +192,29 @@ def test_a_full_disk_costs_a_checkpoint_and_neither_the_run_nor_an_earlier_one(i
         code, said = train(run)
         assert code == 0 and "resumed at step 2" in said
     assert same(run, finished_run[0])
+
+
+@pytest.mark.parametrize("small_disk", [12], indirect=True)
+def test_a_disk_that_fills_while_the_teacher_walks_ends_the_run_in_one_line_and_keeps_what_was_walked(small_disk, finished_run):
+    run = small_disk / "run"
+    (run / "cache").mkdir(parents=True)
+    for start in (finished_run[0] / "cache").glob("start-*"):
+        shutil.copytree(start, run / "cache" / start.name)
+    fill(small_disk, but=100_000)
+    code, said = train(run)
+    assert code == 2 and "No space left" in said and "Traceback" not in said and not list(run.rglob("*.partial"))
+    (small_disk / "ballast").unlink()
+    subprocess.run(["mount", "-o", "remount,size=80m", small_disk], check=True)
+    assert train(run)[0] == 0 and same(run, finished_run[0])
+
+
+def test_a_trajectory_file_that_is_not_whole_is_named_and_made_again_when_deleted(folder, finished_run):
+    shard = next(folder.glob("cache/trajectories-*/*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    code, said = train(folder)
+    assert code == 2 and f"{shard}: not whole" in said and "Delete it" in said and "Traceback" not in said
+    shard.unlink()
+    assert train(folder)[0] == 0 and same(folder, finished_run[0])
 
 
 # ---- numbers that are not finite -----------------------------------------------------------------------------------------------

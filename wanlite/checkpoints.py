@@ -41,9 +41,12 @@ def save_checkpoint(folder, memory, facts, keep):
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent)
     check_space(path.parent, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
-    with new_folder(path, step=step, facts=facts) as partial:
-        save_file(tensors, partial / TENSORS)
-        (partial / REST).write_text(json.dumps(rest), encoding="utf-8")
+    try:
+        with new_folder(path, step=step, facts=facts) as partial:
+            save_file(tensors, partial / TENSORS)
+            (partial / REST).write_text(json.dumps(rest), encoding="utf-8")
+    except SafetensorError as error:                         # how the library says that a disk became full meanwhile
+        raise OSError(f"{path}: {error}") from None
     if _why_unusable(path) is None:
         for older in _checkpoints(folder)[:-max(2, keep)]:
             shutil.rmtree(older)

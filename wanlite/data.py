@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -71,8 +72,21 @@ def fingerprint(what):
 def write_shard(folder, index, tensors):
     """Write one shard so that it is there whole or not at all."""
     partial = folder / f".shard-{index:05d}.partial"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+    except SafetensorError as error:                         # how the library says that the disk is full
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{partial}: {error}. Free some space; what was walked so far is kept.") from None
     os.replace(partial, shard_path(folder, index))
+
+
+def read_shard(folder, index):
+    try:
+        return load_file(shard_path(folder, index))
+    except SafetensorError as error:
+        raise OSError(f"{shard_path(folder, index)}: not whole ({error}). Delete it: the same command makes it again.") from None
 
 
 def shard_path(folder, index):
@@ -87,7 +101,7 @@ class Trajectories(torch.utils.data.Dataset):
     """
 
     def __init__(self, folder, num_shards):
-        self.shards = [load_file(shard_path(folder, index)) for index in range(num_shards)]
+        self.shards = [read_shard(folder, index) for index in range(num_shards)]
         self.states_each = self.shards[0]["timestep"].shape[1]
         self.starts = torch.tensor([len(shard["prompt"]) for shard in self.shards]).cumsum(0) * self.states_each
 
