@@ -47,7 +47,8 @@ def check_output_folder(folder, settings, overwrite=False, resume=True):
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file, expected a folder to write to. Name another --output_dir.")
-    if not folder.exists() or {path.name for path in folder.iterdir()} <= {"cache"}:      # a start projected, nothing trained
+    begun = {"cache", ".run.json.partial"}                   # a start projected, nothing trained; killed as it said its settings
+    if not folder.exists() or {path.name for path in folder.iterdir()} <= begun:
         return "new"
     run = read_run(folder)
     if not isinstance(run.get("settings"), dict):
