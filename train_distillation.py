@@ -381,7 +381,8 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
                 path = next(file.path for file in files if name in file.entries)
                 raise ValueError(f"{path}: {name} holds NaN or infinity as {tensors[name].dtype}. Take an earlier save, or a dtype "
                                  "of more range.")
-        with init_empty_weights(), torch.random.fork_rng(devices=[]):        # parameters without memory; rotary tables are real
+        # Parameters are without memory, rotary tables are real, and the user's random numbers are not used up.
+        with init_empty_weights(), torch.random.fork_rng(devices=[]):
             student = cls(**arguments)
         student.load_state_dict(tensors, strict=True, assign=True)
         student.register_to_config(_name_or_path=str(pretrained_model_name_or_path))

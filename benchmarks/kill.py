@@ -100,18 +100,16 @@ def kept(folder):
 
 def is_lost(folder, before):
     """Whether what was there before the kill does not verify now."""
+    from train_distillation import WanLiteStudent
     from wanlite.checkpoints import latest_checkpoint
-    from wanlite.student_files import open_student, student_arguments
     steps, has_student = before
     newest, skipped = latest_checkpoint(folder)
-    if skipped or (steps and (newest is None or int(newest.name[5:]) < max(steps))):
+    try:
+        if has_student:
+            WanLiteStudent.from_pretrained(folder)
+    except (OSError, ValueError):
         return True
-    if has_student:
-        import train_distillation as spine
-        with open_student(folder) as (config, files):
-            student_arguments(config, spine._defaults())
-            return sum(1 for file in files for _ in file.tensors()) == 0
-    return False
+    return bool(skipped) or (bool(steps) and (newest is None or int(newest.name[5:]) < max(steps)))
 
 
 def strike(number, folder, moment, how):

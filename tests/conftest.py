@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from train_distillation import WanLiteStudent
 from wanlite.network import pack_text
 from wanlite.teacher import Teacher, open_teacher_files
 from wanlite.text import encode_prompts, load_text_encoder
@@ -181,6 +182,14 @@ def fork(work, kill_after=None):
     return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
 
 
+def loud_student(seed=0, **config):
+    """Return a student whose output is not silent, as a new one's is: what is compared would be zeros."""
+    torch.manual_seed(seed)
+    student = WanLiteStudent(**config)
+    torch.nn.init.normal_(student.proj_out.weight)
+    return student.eval()
+
+
 class Payload:
     """Makes a file where it is unpickled."""
 
@@ -191,11 +200,15 @@ class Payload:
         return open, (str(self.path), "w")
 
 
-def put_pickle(folder, weights, name):
-    """Put a pickle in place of a folder's weights; returns the path of a file that is there once it was opened."""
+def refuse_pickle(folder, weights, name, load, monkeypatch):
+    """Put a pickle in place of a folder's weights and load them: that is an OSError, and torch is never asked to open it."""
+    opened = []
+    monkeypatch.setattr(torch, "load", lambda *arguments, **_: opened.append(arguments))
     (folder / weights).unlink()
     (folder / name).write_bytes(pickle.dumps({"weight": Payload(folder / "executed")}))
-    return folder / "executed"
+    with pytest.raises(OSError):
+        load(folder.parent)
+    assert not opened and not (folder / "executed").exists()
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import write_sparse
+from tests.conftest import loud_student, write_sparse
 from train_distillation import WanLiteStudent
 from wanlite.student_files import all_tensor_shapes
 
@@ -815,10 +815,7 @@ def check_refused(arguments, error, words):
 
 @pytest.fixture(scope="module")
 def student():
-    torch.manual_seed(0)
-    student = WanLiteStudent(**SMALL)
-    torch.nn.init.normal_(student.proj_out.weight)               # silent when new
-    return student.eval()
+    return loud_student(**SMALL)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
-"""The benchmark of projection at full scale: what it writes is a Wan, what it measures is told, what is not its own stays."""
+"""The benchmarks, sampled: they measure what they say, tell it, and leave alone what is not their own."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,11 @@ from benchmarks.projection_scale import num_bytes, remove_expert, teacher_config
 from tests.conftest import ROOT, run_script
 from wanlite.teacher import open_teacher_files
 
-SCRIPT = ROOT / "benchmarks" / "projection_scale.py"
+BENCHMARKS = ROOT / "benchmarks"
+SCALE = BENCHMARKS / "projection_scale.py"
+
+
+# ---- projection at full scale ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, parameters, tensors", [("a14b", 14_288_491_584, 1095), ("14b", 14_288_491_584, 1095),
@@ -35,7 +40,7 @@ def test_a_written_expert_opens_as_wans_own_layout_and_shares_one_residual_basis
 
 
 def test_quick_measurement_tells_its_figures_and_leaves_no_folder(tmp_path):
-    process = run_script(SCRIPT, "--quick", "--folder", tmp_path / "wan", "--json", tmp_path / "figures.json")
+    process = run_script(SCALE, "--quick", "--folder", tmp_path / "wan", "--json", tmp_path / "figures.json")
     assert process.returncode == 0, process.stderr
     assert str(tmp_path / "wan") in process.stdout.splitlines()[0] and "peak anonymous memory" in process.stdout
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -47,23 +52,69 @@ def test_quick_measurement_tells_its_figures_and_leaves_no_folder(tmp_path):
     assert not (tmp_path / "wan").exists()
 
 
-@pytest.mark.parametrize("arguments, words", [(["--quick"], "is not empty"), (["--layers", "0"], "at least 1"),
-                                              (["--json", "/no/such/folder/figures.json"], "no such folder")])
-def test_what_is_wrong_is_refused_and_a_folder_of_somebody_else_stays(arguments, words, tmp_path):
-    (tmp_path / "mine.txt").write_text("mine")
-    process = run_script(SCRIPT, "--folder", tmp_path, *arguments)
-    assert process.returncode == 2 and words in process.stderr and len(process.stderr.splitlines()) == 1
-    assert (tmp_path / "mine.txt").read_text() == "mine"
-
-
 def test_a_disk_that_is_too_small_is_refused_with_what_is_needed(tmp_path):
-    process = run_script(SCRIPT, "--layers", "4000", "--folder", tmp_path / "wan")
+    process = run_script(SCALE, "--layers", "4000", "--folder", tmp_path / "wan")
     needed = num_bytes(tensor_shapes(teacher_config("a14b", layers=4000))) / 1e9
     assert process.returncode == 2 and f"takes {needed:.1f} GB" in process.stderr
     assert not (tmp_path / "wan").exists()
 
 
 def test_a_student_that_cannot_be_cut_is_refused_before_anything_is_written(tmp_path):
-    process = run_script(SCRIPT, "--quick", "--num_heads", "3", "--folder", tmp_path / "wan")
+    process = run_script(SCALE, "--quick", "--num_heads", "3", "--folder", tmp_path / "wan")
     assert process.returncode == 2 and "--num_heads" in process.stderr
     assert not (tmp_path / "wan").exists()
+
+
+# ---- kills, loads, quality ---------------------------------------------------------------------------------------------------
+
+def test_a_sample_of_kills_loses_nothing(tmp_path):
+    process = run_script(BENCHMARKS / "kill.py", "--quick", "--folder", tmp_path / "runs", "--json", tmp_path / "figures.json")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert str(tmp_path / "runs") in process.stdout.splitlines()[0]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["kills"] == figures["identical"] == 6 and figures["lost"] == figures["refused"] == 0
+    assert sum(figures["where"].values()) == 6 and len(figures["where"]) > 1 and set(figures["signals"]) == {"SIGKILL", "SIGTERM"}
+
+
+def test_a_sample_of_loads_tells_its_figures(tmp_path):
+    process = run_script(BENCHMARKS / "load.py", "--quick", "--folder", tmp_path / "students", "--json", tmp_path / "figures.json")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert str(tmp_path / "students") in process.stdout.splitlines()[0]
+    rows = [line.split(" | ")[:2] for line in process.stdout.splitlines() if line.startswith(("| float32", "| bfloat16"))]
+    assert len(rows) == 8 and {way for _, way in rows} == {"ours", "stock", "bare", "lean"}
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures.keys() >= {"over_bare", "over_stock", "peak_over_weights", "start_over_imports"}
+    assert all(figures[name] > 0 for name in ("over_bare", "over_stock", "peak_over_weights", "start_over_imports"))
+
+
+def test_a_sample_of_captions_is_judged_for_teacher_student_and_random_start(finished_run, tmp_path):
+    shutil.copytree(finished_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("cache", "checkpoints"))
+    before = (tmp_path / "run/run.json").read_bytes()
+    process = run_script(BENCHMARKS / "quality.py", "--quick", "--model", tmp_path / "run", "--json", tmp_path / "rows.json")
+    assert process.returncode == 0, process.stdout + process.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["model"], row["steps"]) for row in rows] == [
+        *(("teacher", steps) for steps in (40, 20, 4)), *(("student", steps) for steps in (20, 4)),
+        *(("random_start", steps) for steps in (20, 4))]
+    accuracy = {(row["model"], row["steps"]): row["accuracy"] for row in rows}
+    assert accuracy["teacher", 40] > 0.9 > 0.5 > accuracy["student", 4]          # which has had six steps
+    assert (tmp_path / "run/run.json").read_bytes() == before
+
+
+def test_a_folder_without_a_finished_run_is_refused(tmp_path):
+    process = run_script(BENCHMARKS / "quality.py", "--model", tmp_path)
+    assert process.returncode == 2 and "holds no finished run" in process.stderr
+
+
+# ---- what is wrong -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script, arguments, words", [
+    ("projection_scale.py", ["--quick"], "is not empty"), ("projection_scale.py", ["--layers", "0"], "at least 1"),
+    ("projection_scale.py", ["--json", "/no/such/folder/figures.json"], "no such folder"),
+    ("kill.py", [], "is not empty"), ("kill.py", ["--kills", "0"], "at least 1"),
+    ("load.py", [], "is not empty"), ("load.py", ["--repeats", "0"], "at least 1")])
+def test_what_is_wrong_is_refused_and_a_folder_of_somebody_else_stays(script, arguments, words, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    process = run_script(BENCHMARKS / script, "--folder", tmp_path, *arguments)
+    assert process.returncode == 2 and words in process.stderr.splitlines()[-1] and "Traceback" not in process.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
 
+from tests.conftest import loud_student
 from train_distillation import WanLiteStudent
 from wanlite.network import one_frame_velocity, pack_text, unpack_text
 
@@ -14,10 +15,7 @@ SMALL = dict(hidden_size=32, depth=2, num_heads=2, ffn_dim=64, num_channels=4, t
 
 @pytest.fixture(scope="module")
 def student():
-    torch.manual_seed(0)
-    student = WanLiteStudent(**SMALL)
-    torch.nn.init.normal_(student.proj_out.weight)          # silent when new
-    return student.eval()
+    return loud_student(**SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +83,16 @@ def test_gradient_checkpointing_gives_the_same_gradient(inputs):
         student(latents, timestep, text.tokens).sample.square().sum().backward()
         gradients.append(student.blocks[0].attn1.to_q.weight.grad)
     assert gradients[0].abs().max() > 0 and torch.allclose(*gradients, rtol=1e-5)
+
+
+def test_diffusers_caches_know_a_block(inputs):
+    cached, (latents, timestep, text) = loud_student(**SMALL), inputs
+    expected = cached(latents, timestep, text).sample
+    cached.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with torch.no_grad(), cached.cache_context("drawing"):
+        first = cached(latents, timestep, text).sample
+        torch.nn.init.zeros_(cached.blocks[1].ffn.net[2].weight)     # of a block that is not asked again for the same states
+        assert torch.equal(first, expected) and torch.allclose(cached(latents, timestep, text).sample, first, atol=1e-6)
 
 
 def test_a_config_dict_builds_the_same_student_as_keywords(student):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import fork
 from train_distillation import WanLiteStudent
+from wanlite.untrusted_files import ALIGNED, WeightsFile
 
 NARROW, WIDE = (dict(hidden_size=width, depth=2, num_heads=2, ffn_dim=32, num_channels=4, text_dim=8, freq_dim=32,
                      rope_max_seq_len=32) for width in (16, 24))
@@ -51,7 +52,7 @@ def names(folder):
 @pytest.mark.parametrize("first, second", [({}, {}), ({}, SHARDED), (SHARDED, {}), (SHARDED, SHARDED)],
                          ids=["file-file", "file-shards", "shards-file", "shards-shards"])
 @pytest.mark.parametrize("renames", [0, 1, 2, 3, 7])
-def test_a_save_killed_at_any_rename_leaves_one_student_and_is_finished_by_the_next(first, second, renames, tmp_path):
+def test_a_save_killed_at_any_rename_leaves_one_student_and_is_finished_by_the_next(first, second, renames, tmp_path, monkeypatch):
     student(NARROW, 1).save_pretrained(tmp_path, **first)
 
     def save_and_die():
@@ -64,7 +65,12 @@ def test_a_save_killed_at_any_rename_leaves_one_student_and_is_finished_by_the_n
         os.replace = counted
         student(WIDE, 2).save_pretrained(tmp_path, **second)
     code = fork(save_and_die)
-    assert found(tmp_path) in ([(16, 1), (24, 2)] if code == -signal.SIGKILL else [(24, 2)])
+    left = found(tmp_path)
+    assert left in ([(16, 1), (24, 2)] if code == -signal.SIGKILL else [(24, 2)])
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr("wanlite.student_saving.check_space", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        student(NARROW, 3).save_pretrained(tmp_path)
+    assert found(tmp_path) in [left, (24, 2)] and not list(tmp_path.glob(".saving-*"))       # finished, though nothing was saved
     student(NARROW, 3).save_pretrained(tmp_path)
     assert found(tmp_path) == (16, 3) and names(tmp_path) == {"config.json", WEIGHTS}
 
@@ -167,6 +173,8 @@ def test_the_same_student_is_the_same_bytes(tmp_path):
     for number in range(8):
         student(NARROW, 1).save_pretrained(tmp_path / f"{number}")
     assert len({(tmp_path / f"{number}" / WEIGHTS).read_bytes() for number in range(8)}) == 1
+    with WeightsFile(tmp_path / "0" / WEIGHTS) as weights:        # every tensor can be mapped
+        assert {entry.start % ALIGNED for entry in weights.entries.values()} == {0}
     assert found(tmp_path / "0") == (16, 1) and load_file(tmp_path / "0" / WEIGHTS).keys() == student(NARROW, 1).state_dict().keys()
 
 
@@ -202,6 +210,12 @@ def test_what_would_not_load_again_is_not_saved_and_the_student_that_is_there_st
     with pytest.raises(ValueError, match=words):
         made.save_pretrained(tmp_path)
     assert found(tmp_path) == (16, 1) and names(tmp_path) == {"config.json", WEIGHTS}
+
+
+def test_a_keyword_that_means_nothing_here_is_refused_by_name(tmp_path):
+    with pytest.raises(TypeError, match="does not take use_flashpack without push_to_hub"):
+        student(NARROW, 1).save_pretrained(tmp_path / "student", use_flashpack=True)
+    assert not (tmp_path / "student").exists()
 
 
 def test_a_pickle_is_not_written(tmp_path):

@@ -26,7 +26,6 @@ def save_checkpoint(folder, memory, facts, keep):
     """Save `memory`, which has a step, and keep the newest `keep`, two at least.
 
     `memory` is made of dicts, lists, numbers, text, tensors, and whatever has a state_dict.
-
     Raises FloatingPointError, and writes nothing, where a tensor is not finite; OSError where the disk is full: then every
     earlier checkpoint stays. Earlier ones go only once this one verifies.
     """
@@ -64,11 +63,13 @@ def load_checkpoint(path):
 def restore(memory, state):
     """Give everything in `memory`, a dict, its part of the state."""
     for name, part in memory.items():
-        for each, its_state in zip(part, state[name], strict=True) if isinstance(part, list) else [(part, state[name])]:
-            if hasattr(each, "load_state_dict"):
+        if isinstance(part, list):                           # of optimizers or schedules
+            for each, its_state in zip(part, state[name], strict=True):
                 each.load_state_dict(its_state)
-            else:
-                memory[name] = its_state
+        elif hasattr(part, "load_state_dict"):
+            part.load_state_dict(state[name])
+        else:
+            memory[name] = state[name]
 
 
 def latest_checkpoint(folder):

@@ -83,6 +83,7 @@ def write_shard(folder, index, tensors):
 
 
 def read_shard(folder, index):
+    """Return a shard's tensors, memory-mapped."""
     try:
         return load_file(shard_path(folder, index))
     except SafetensorError as error:

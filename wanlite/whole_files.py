@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all, whatever kills the writer.
 
 Written beside their place under a hidden name, flushed to the disk, then renamed. A folder ends with a manifest of its files.
+What would be no whole save is found before it is written: values that are not finite, too little space.
 """
 
 import errno
