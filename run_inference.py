@@ -67,6 +67,7 @@ def complete(settings):
               for name, default in defaults.items()}
     settings = replace(settings, model=str(folder), **filled)
     check_numbers(settings, len(prompts))
+    check_steps(settings.num_inference_steps, run, folder)
     check_picture_size(settings, folder, config)
     check_output_dir(Path(settings.output_dir))
     if settings.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", settings.device):
@@ -88,6 +89,15 @@ def check_numbers(settings, num_prompts):
         raise ValueError(f"--seed {settings.seed}: the pictures' seeds must lie in 0..2**63 - 1; choose another.")
     if not math.isfinite(settings.guidance_scale) or settings.guidance_scale < 1:
         raise ValueError(f"--guidance_scale is {settings.guidance_scale}, expected 1 (none) or more.")
+
+
+def check_steps(num_steps, run, folder):
+    """Refuse a number of steps that the student was not trained for; a student of stage 1 takes any."""
+    schedule = run.get("schedule") or {}
+    few_steps = schedule.get("few_steps") if isinstance(schedule, dict) else None
+    if few_steps and num_steps not in few_steps:
+        raise ValueError(f"--num_inference_steps {num_steps}: {folder} was trained to draw in {', '.join(map(str, few_steps))} "
+                         "steps. Choose one of these, or train with --few_steps.")
 
 
 def check_picture_size(settings, folder, config):
@@ -132,7 +142,7 @@ def choose_prompts(settings, run, folder):
 
 
 if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train_distillation.py
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train_distillation.py
     SETTINGS, PROMPTS = read_settings()
 
 import numpy as np  # noqa: E402
@@ -145,7 +155,7 @@ from tqdm import tqdm  # noqa: E402
 
 from train_distillation import WanLiteStudent  # noqa: E402
 from wanlite.autoencoder import decode_latents, load_autoencoder, to_pictures  # noqa: E402
-from wanlite.flow import sample, seeded_noise  # noqa: E402
+from wanlite.flow import check_schedule, sample, seeded_noise  # noqa: E402
 from wanlite.network import pack_text  # noqa: E402
 from wanlite.text import encode_prompts, load_text_encoder  # noqa: E402
 
@@ -167,8 +177,10 @@ class Painter:
     def draw(self, prompts, seeds, num_steps, height, width, guidance_scale=1.0, negative_prompt=""):
         """Return one picture for each prompt and seed: (B, height, width, 3) uint8.
 
-        Raises FloatingPointError where the result is not finite or is one flat colour.
+        Raises ValueError for a schedule that does not end at 0, FloatingPointError where the result is not finite or is one flat
+        colour.
         """
+        check_schedule(self.scheduler, num_steps)
         text = pack_text(self.embed(prompts)).to(self.device, self.dtype)
         unwanted = None
         if guidance_scale > 1:

@@ -142,7 +142,7 @@ def test_a_pipeline_saved_with_a_student_loads_again_and_draws_the_same(orphan, 
 
 
 def test_a_picture_says_what_draws_it_again(orphan, tmp_path):
-    draw(orphan, tmp_path / "once", "--seed", "9", "--num_images_per_prompt", "2", "--num_inference_steps", "3")
+    draw(orphan, tmp_path / "once", "--seed", "9", "--num_images_per_prompt", "2", "--num_inference_steps", "2")
     original = Image.open(sorted((tmp_path / "once").glob("0*.png"))[3])
     facts = original.text
     assert facts["prompt"] == PROMPTS[1] and facts["seed"] == "12" and len(facts["weights_sha256"]) == 64

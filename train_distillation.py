@@ -14,8 +14,18 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from wanlite.preflight import PARTS, check_numbers, check_student, complete_steps, parts_of
 from wanlite.prompts import read_prompts
-from wanlite.run_folder import MetricsLog, check_output_folder, check_parts, check_resumable, clear, save_parts, write_model_card
+from wanlite.run_folder import (
+    MetricsLog,
+    check_output_folder,
+    check_parts,
+    check_resumable,
+    clear,
+    read_run,
+    save_parts,
+    write_model_card,
+)
 from wanlite.settings import make_parser, setting
 from wanlite.stopping import Stopped, StopSignal
 from wanlite.whole_files import hold, new_folder, not_finite, why_broken, write_json
@@ -23,12 +33,15 @@ from wanlite.whole_files import hold, new_folder, not_finite, why_broken, write_
 TINY_TEACHER = Path(__file__).resolve().parent / "tiny_teacher"
 DEFAULT_CAPTIONS = 4000   # of the tiny world, where no prompts file is named
 CALIBRATION_TOKENS = 16384   # image tokens on which the projected weights are refitted
-NUM_VALIDATION = 8        # of them, shown in the grids
+NUM_VALIDATION = 8        # of them, shown in the grids, and drawn from as many seeds each to see how varied pictures are
+REFERENCE_STEPS = 40      # guided steps of the teacher that pictures and figures of a run are held against
+GRID_FIGURES = {"variety": "variety", "colour": "saturation", "drift": "channel_drift"}      # told beside the rows of a grid
 LOG_STEPS = 10
 STOPPED = 3               # exit code of a run that was asked to stop and can be resumed
+MOST_BEYOND = 2           # validations in a row with a guard against the student, after which training ends and the best is saved
 MOST_SKIPPED = 20         # steps in a row without a finite gradient, after which a run ends; float16 needs some to find its scale
-FREE = ("teacher", "output_dir", "overwrite", "resume_from_checkpoint", "project_only", "checkpointing_steps", "report_to",
-        "checkpoints_total_limit", "validation_steps", "logging_dir")     # decide no weight; a teacher is known by its files
+FREE = ("teacher", "output_dir", "cache_dir", "overwrite", "resume_from_checkpoint", "project_only", "checkpointing_steps",
+        "report_to", "checkpoints_total_limit", "logging_dir")            # decide no weight; a teacher is known by its files
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------------
@@ -40,6 +53,7 @@ class Settings:
                            aliases=("--teacher_checkpoint_path", "--teacher_path"))
     prompts: str | None = setting(None, "text file, one prompt a line; None = captions of the tiny world")
     output_dir: str = setting("./outputs/wan_t2i", "where everything is written")
+    cache_dir: str | None = setting(None, "projected starts and trajectories, which runs may share; None = cache/ in --output_dir")
     overwrite: bool = setting(False, "replace a finished run in --output_dir")
     resume_from_checkpoint: str | None = setting("latest", "'latest', or 'none' to start again where a run was cut short")
 
@@ -52,6 +66,7 @@ class Settings:
     expert: str = setting("high", "which of two experts is projected; span = for each block the one that keeps more, from "
                           "weights only", choices=("low", "high", "span"))
     project_only: bool = setting(False, "save the projected start in --output_dir and stop; later runs there reuse it")
+    student: str | None = setting(None, "a saved student to go on from, instead of projecting")
 
     guidance_scale: float = setting(4.0, "guidance of the high-noise expert, or of the only one; baked into the student")
     guidance_scale_2: float = setting(3.0, "guidance of the low-noise expert; baked into the student")
@@ -63,26 +78,34 @@ class Settings:
 
     num_held_out: int = setting(400, "prompts that are never trained on; at most a twentieth of a prompts file")
 
-    train_batch_size: int = setting(256, "states in a micro-batch, on each device")
-    max_train_steps: int = setting(700, "optimizer steps")
+    train_batch_size: int = setting(128, "states in a micro-batch, on each device")
+    max_train_steps: int = setting(1400, "optimizer steps in all; what --segment_steps and --matching_steps leave is stage 1")
+    segment_steps: int | None = setting(None, "stage 2a: of them, steps towards the teacher's pictures; None = 5 of 7")
+    matching_steps: int = setting(0, "stage 2b: of them, the last, steps of distribution matching with a critic")
+    few_steps: list[int] = setting((1, 2, 4), "numbers of steps that stage 2 trains for; divisors of --teacher_steps")
+    own_path_pictures: int = setting(512, "states on the student's own path, walked on by the teacher, twice in stage 2a")
     gradient_accumulation_steps: int = setting(1, "micro-batches in a step")
-    learning_rate: float = setting(2e-3, "peak of AdamW's learning rate")
+    learning_rate: float = setting(3e-3, "peak of AdamW's learning rate")
     lr_scheduler: str = setting("cosine", "as in diffusers", choices=("cosine", "linear", "constant_with_warmup"))
     lr_warmup_steps: int = setting(100, "steps until the peak")
-    muon_learning_rate: float = setting(0.06, "peak of Muon's, for the matrices of the blocks; 0 = AdamW for all")
+    muon_learning_rate: float = setting(0.09, "peak of Muon's, for the matrices of the blocks; 0 = AdamW for all")
     adam_beta2: float = setting(0.99, "decay of AdamW's second moment")
     adam_weight_decay: float = setting(0.01, "decoupled weight decay")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
-    feature_weight: float = setting(3.0, "weight of the feature loss at the start, falling to 0; 0 = velocity only")
+    feature_weight: float = setting(3.0, "weight of the feature loss at the start of stage 1, falling to 0 at its end")
+    anchor_weight: float = setting(1.0, "stage 2b: weight of stage 2a's loss beside distribution matching")
+    critic_learning_rate: float = setting(5e-4, "stage 2b: the critic's; its Muon has the student's ratio to it")
+    critic_updates: int = setting(3, "stage 2b: updates of the critic for one of the student")
+    critic_pull: float = setting(0.03, "stage 2b: how far the critic moves to the student after each of its updates")
     use_ema: bool = setting(True, "save an exponential moving average of the weights")
     ema_decay: float = setting(0.998, "its decay a step")
     mixed_precision: str = setting("no", "as in accelerate; master weights and losses stay in float32",
                                    choices=("no", "bf16", "fp16"))
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass to save memory")
 
-    checkpointing_steps: int = setting(250, "steps between resumable checkpoints")
+    checkpointing_steps: int = setting(500, "steps between resumable checkpoints")
     checkpoints_total_limit: int = setting(2, "newest checkpoints to keep, at least 2")
-    validation_steps: int = setting(350, "steps between validation grids, teacher | student")
+    validation_steps: int = setting(350, "steps between validations: figures, a grid, and a candidate to be saved")
     validation_prompts: list[str] | None = setting(None, "prompts of the grids; None = eight held-out ones")
     num_inference_steps: int = setting(4, "steps in which the student draws; goes to run.json as its default")
     report_to: str = setting("tensorboard", "tracker, as in accelerate; 'none' for metrics.jsonl alone")
@@ -124,20 +147,18 @@ def complete(settings):
     if resolution % 16 or resolution <= 0:
         nearest = max(16, round(resolution / 16) * 16)
         raise ValueError(f"--resolution {resolution} is not divisible by 16; the nearest is {nearest}.")
-    for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "teacher_steps",
-                 "num_inference_steps", "num_held_out", "checkpointing_steps", "validation_steps"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"--{name} is {getattr(settings, name)}, expected at least 1.")
-    if settings.checkpoints_total_limit < 2:
-        raise ValueError(f"--checkpoints_total_limit is {settings.checkpoints_total_limit}, expected at least 2: with one, a "
-                         "save that fails leaves none.")
-    if settings.expert == "span" and settings.projection == "calibrated":
-        raise ValueError("--expert span goes with --projection weights: a student is calibrated against one expert. Add "
-                         "--projection weights, or choose --expert low or high.")
+    check_numbers(settings)
+    few_steps, segment_steps = complete_steps(settings)
     scheduler = teacher / "scheduler" / "scheduler_config.json"
     shift = settings.flow_shift or record.get("shift") or (
         json.loads(scheduler.read_text())["flow_shift"] if scheduler.is_file() else 12.0)
-    return replace(settings, teacher=str(teacher), resolution=resolution, flow_shift=float(shift))
+    settings = replace(settings, teacher=str(teacher), resolution=resolution, flow_shift=float(shift), few_steps=few_steps,
+                       segment_steps=segment_steps, cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"))
+    if settings.student is not None:
+        student = Path(settings.student).expanduser().absolute()
+        check_student(read_run(student), settings, student)
+        settings = replace(settings, student=str(student))
+    return settings
 
 
 def read_record(teacher):
@@ -147,9 +168,11 @@ def read_record(teacher):
 
 
 if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin at barriers stall beside any other busy program
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # threads that spin long at barriers stall beside any other busy program
     SETTINGS, IS_RESUMED = read_settings()
 
+import copy  # noqa: E402
+import hashlib  # noqa: E402
 import inspect  # noqa: E402
 import math  # noqa: E402
 import time  # noqa: E402
@@ -173,7 +196,6 @@ from diffusers.models.normalization import FP32LayerNorm  # noqa: E402
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTimeTextImageEmbedding  # noqa: E402
 from diffusers.training_utils import EMAModel  # noqa: E402
 from diffusers.utils.peft_utils import apply_lora_scale  # noqa: E402
-from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -181,17 +203,19 @@ from tqdm import tqdm  # noqa: E402
 from wanlite import shapes  # noqa: E402
 from wanlite.announcements import announce, conclude, versions  # noqa: E402
 from wanlite.autoencoder import decode_latents, load_autoencoder, to_pictures  # noqa: E402
+from wanlite.cache import cache_folder, fingerprint  # noqa: E402
 from wanlite.calibration import calibrate, choose_channels, make_frames  # noqa: E402
 from wanlite.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint  # noqa: E402
-from wanlite.data import SHARD_SIZE, SeededBatches, cache_folder, feature_basis, fingerprint, walk_teacher  # noqa: E402
+from wanlite.data import SHARD_SIZE, SeededBatches, Segments, feature_basis, walk_own_path, walk_teacher  # noqa: E402
 from wanlite.devices import as_device, as_dtype  # noqa: E402
-from wanlite.flow import make_scheduler, sample, seeded_noise  # noqa: E402
-from wanlite.measure import compare  # noqa: E402
-from wanlite.network import OneFrameBlock, TextTokens, one_frame_velocity, pack_text  # noqa: E402
-from wanlite.objectives import feature_loss, velocity_loss  # noqa: E402
-from wanlite.optimizers import make_optimizers  # noqa: E402
+from wanlite.flow import FewSteps, make_scheduler, sample, seeded_noise  # noqa: E402
+from wanlite.grids import save_grid  # noqa: E402
+from wanlite.measure import beyond_guards, compare, frechet_distance, likeness  # noqa: E402
+from wanlite.network import TEXT_LENGTH, OneFrameBlock, TextTokens, one_frame_velocity, pack_text  # noqa: E402
+from wanlite.optimizers import make_optimizers, make_rates  # noqa: E402
 from wanlite.projection import check_shape as check_cut  # noqa: E402
 from wanlite.projection import choose_experts, project, project_into, student_shape  # noqa: E402
+from wanlite.steps import STEPS, Networks, velocity_from  # noqa: E402
 from wanlite.student_files import (  # noqa: E402
     all_tensor_shapes,
     check_hashes,
@@ -416,19 +440,40 @@ def choose_prompts(settings):
     return prompts[:-num_held_out] or prompts, prompts[-num_held_out:]
 
 
+def choose_shape(settings, teacher_config):
+    """Return the student's shape: that of --student, or what the flags and the teacher's say."""
+    if settings.student is not None:
+        return read_run(settings.student)["student"]
+    return student_shape(teacher_config, settings.hidden_size, settings.depth, settings.num_heads, settings.ffn_dim)
+
+
+def describe_schedule(settings, few_steps, parts):
+    """Return what run.json says of the schedule: where its levels come from, the numbers of steps, the parts trained so far."""
+    earlier = read_run(settings.student)["schedule"]["parts"] if settings.student is not None else {}
+    steps = {name: earlier.get(name, 0) + sum(last - first for part, first, last in parts if part == name) for name in PARTS}
+    return {"flow_shift": settings.flow_shift, "few_steps": few_steps or None, "parts": steps}
+
+
 def start_student(settings, student, files, cosines, embeddings, prompts, latent_size, accelerator):
     """Give the student its first weights, as --projection says; returns the report for run.json, None for a random start.
 
     A start that an earlier run left in --output_dir is taken as it is, if its teacher, shape, prompts and method are the same.
     """
     say, device = accelerator.print, accelerator.device
+    if settings.student is not None:
+        if read_run(settings.student)["teacher"] != files.fingerprint:
+            raise ValueError(f"--student {settings.student}: was distilled from another teacher than {settings.teacher}. Use the "
+                             "same, or leave --student out.")
+        say(f"start    {settings.student}, a saved student")
+        student.load_state_dict(WanLiteStudent.from_pretrained(settings.student, dtype="float32").state_dict())
+        return None
     if settings.projection == "none":
         say("random start: nothing is projected (the control)")
         return None
     is_calibrated = settings.projection == "calibrated"
     tokens_each = math.prod(latent_size) // math.prod(student.config.patch_size)
     prompts = prompts[:max(16, CALIBRATION_TOKENS // tokens_each)]
-    folder = cache_folder(Path(settings.output_dir) / "cache", "start", teacher=files.fingerprint, prompts=prompts,
+    folder = cache_folder(settings.cache_dir, "start", teacher=files.fingerprint, prompts=prompts,
                           student={name: value for name, value in student.config.items() if name[0] != "_"},
                           method=[inspect.getsource(inspect.getmodule(function)) for function in (project, calibrate)],
                           settings=(settings.projection, settings.expert, settings.seed, settings.flow_shift, latent_size))
@@ -468,28 +513,9 @@ def teacher_velocity(teacher, settings, negative):
     return velocity_for
 
 
-def student_velocity(student):
-    """Return the student as a maker of velocity functions of (latents, timestep); guidance is baked into it."""
-    def velocity_for(text):
-        return lambda latents, timestep: student(latents, timestep, text.tokens, text_logit_bias=text.logit_bias,
-                                                 return_dict=False)[0]
-    return velocity_for
-
-
 def feature_block(depth):
     """Return the block whose token states are compared: three quarters deep, where text has become layout."""
     return max(0, round(0.75 * depth) - 1)
-
-
-# ---- one step ------------------------------------------------------------------------------------------------------------
-
-def distillation_loss(student, feature_head, batch, text, block, feature_weight):
-    """Return the loss on a batch of the teacher's states, and its parts."""
-    velocity, (states,) = student(batch["latents"].float(), batch["timestep"], text.tokens,
-                                  text_logit_bias=text.logit_bias, feature_blocks=(block,), return_dict=False)
-    velocity_part = velocity_loss(velocity, batch["velocity"]).mean()
-    feature_part = feature_loss(feature_head(states.float()), batch["features"]).mean()
-    return velocity_part + feature_weight * feature_part, {"velocity_loss": velocity_part, "feature_loss": feature_part}
 
 
 # ---- looking at it ---------------------------------------------------------------------------------------------------------
@@ -510,6 +536,28 @@ def draw_pictures(velocity_for, autoencoder, embeddings, seeds, scheduler, num_s
 
 
 @torch.no_grad()
+def teacher_walks(trajectories, pack, prompts, autoencoder):
+    """Return what a student is held against: noise, text, and the teacher's latents (B, C, H, W) and pictures from that noise."""
+    noise, latents, numbers = trajectories.ends(range(len(trajectories) // trajectories.states_each))
+    pictures = [to_pictures(decode_latents(autoencoder, part.to(autoencoder.device))) for part in latents.split(64)]
+    return noise.to(autoencoder.device), pack([prompts[number] for number in numbers.tolist()]), latents, np.concatenate(pictures)
+
+
+@torch.no_grad()
+def compare_walks(walks, velocity_for, num_steps, autoencoder, scheduler, check):
+    """Draw from the noise of `walks`, of many prompts and of many seeds; returns how like the teacher's it is, in figures."""
+    drawn = []
+    for noise, text, _, _ in walks:
+        check()
+        latents = sample(velocity_for(text), noise, scheduler, num_steps)
+        drawn.append((latents.cpu(), to_pictures(decode_latents(autoencoder, latents))))
+    (_, _, latents, pictures), (_, _, _, by_seed) = walks
+    by_seed, own_by_seed = (each.reshape(-1, NUM_VALIDATION, *each.shape[1:]) for each in (by_seed, drawn[1][1]))
+    return likeness(*drawn[0], own_by_seed, latents, pictures, by_seed) | {
+        "frechet_distance": frechet_distance(drawn[0][1], pictures)}
+
+
+@torch.no_grad()
 def relative_error(student, states, embeddings, prompts, device, check):
     """Return the student's squared velocity error on held-out trajectories, over the power of the teacher's velocity."""
     error = power = 0.0
@@ -517,18 +565,10 @@ def relative_error(student, states, embeddings, prompts, device, check):
         check()
         batch = states.__getitems__(range(start, min(start + 256, len(states))))
         text = pack_text([embeddings[prompts[number]] for number in batch["prompt"].tolist()]).to(device)
-        velocity = student_velocity(student)(text)(batch["latents"].float().to(device), batch["timestep"].to(device))
+        velocity = velocity_from(student, text)(batch["latents"].float().to(device), batch["timestep"].to(device))
         error += (velocity.float().cpu() - batch["velocity"]).square().sum().item()
         power += batch["velocity"].float().square().sum().item()
     return error / power
-
-
-def save_grid(path, teacher_pictures, student_pictures):
-    """Write the teacher's pictures above the student's, one prompt and seed a column; returns the grid (height, width, 3)."""
-    grid = np.concatenate([np.concatenate(list(pictures), axis=1) for pictures in (teacher_pictures, student_pictures)])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid).save(path)
-    return grid
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------------
@@ -546,20 +586,23 @@ def train(settings, is_resumed, stop):
 
     # What there is: teacher, student, prompts.
     files = open_teacher_files(settings.teacher)
-    shape = student_shape(files.config, settings.hidden_size, settings.depth, settings.num_heads, settings.ffn_dim)
+    shape = choose_shape(settings, files.config)
     student = WanLiteStudent(shape)
-    if settings.projection != "none":
+    if settings.projection != "none" and settings.student is None:
         check_cut(files.config, dict(student.config))
     training, held_out = choose_prompts(settings)
     validation = settings.validation_prompts or held_out[:NUM_VALIDATION]
     num_trajectories = settings.num_trajectories or len(training)
+    parts = parts_of(settings)
+    few_steps = settings.few_steps if parts[-1][0] != "velocity" else []
     run = {"settings": asdict(settings), "versions": versions(), "teacher": files.fingerprint, "student": shape,
            "prompts": fingerprint([training, held_out]), "processes": ranks,
            "student_parameters": student.num_parameters(), "finished": False, "validation_prompts": validation,
-           "num_inference_steps": settings.num_inference_steps, "resolution": settings.resolution}
+           "num_inference_steps": settings.num_inference_steps, "resolution": settings.resolution,
+           "schedule": describe_schedule(settings, few_steps, parts)}
     if is_resumed:
         check_resumable(output, run, say)
-    announce(settings, files, student, device, num_trajectories, say)
+    announce(settings, files, student, device, num_trajectories, parts, say)
     cosines = check_experts(files, device) if accelerator.is_main_process and not is_resumed else {}
     embeddings = encode_once(settings.teacher, [*training, *held_out, *validation, settings.negative_prompt], device)
     autoencoder = load_autoencoder(settings.teacher, device=device)
@@ -577,43 +620,63 @@ def train(settings, is_resumed, stop):
         write_json(output / "run.json", run)
     accelerator.wait_for_everyone()
 
-    # What the teacher draws: walked once, for training and for held-out prompts.
+    # What the teacher draws: walked once, for training, for held-out prompts, and for a few of these from many seeds.
     teacher = Teacher(files, device, torch.float32 if settings.mixed_precision == "no" else torch.bfloat16)
     guided = teacher_velocity(teacher, settings, embeddings[settings.negative_prompt])
+    plain = teacher_velocity(teacher, replace(settings, guidance_scale=1.0, guidance_scale_2=1.0),
+                             embeddings[settings.negative_prompt])
+
+    def pack(prompts):
+        return pack_text([embeddings[prompt] for prompt in prompts]).to(device)
 
     def guided_for(prompts, features):
-        return guided(pack_text([embeddings[prompt] for prompt in prompts]).to(device), features)
+        return guided(pack(prompts), features)
 
     some, features = training[:SHARD_SIZE], []
     basis = feature_basis(guided_for(some, features), features, seeded_noise(latent_shape, range(len(some))).to(device),
                           scheduler, settings.teacher_steps, shape["hidden_size"])
     first_seed = settings.seed * 10**7
-    jobs = {"training": [(n % len(training), training[n % len(training)], first_seed + n) for n in range(num_trajectories)],
-            "held_out": [(n, prompt, first_seed - 1 - n) for n, prompt in enumerate(held_out[:SHARD_SIZE])]}
-    states = {}
-    for part, walks in jobs.items():
-        folder = cache_folder(output / "cache", "trajectories", walks=walks, teacher=files.fingerprint,
-                              negative=settings.negative_prompt, guidance=(settings.guidance_scale, settings.guidance_scale_2),
-                              shift=settings.flow_shift, steps=settings.teacher_steps, shape=latent_shape,
-                              width=shape["hidden_size"])
-        states[part] = walk_teacher(accelerator, guided_for, basis, scheduler, settings.teacher_steps, walks, latent_shape,
+    walks = [(n % len(training), training[n % len(training)], first_seed + n) for n in range(num_trajectories)]
+    unseen = held_out[:SHARD_SIZE]
+    looked_at = range(max(len(unseen), 2 * NUM_VALIDATION))    # a few walks at least, where prompts are fewer
+    jobs = {"training": walks, "held_out": [(n % len(unseen), unseen[n % len(unseen)], first_seed - 1 - n) for n in looked_at],
+            "seeds": [(n, prompt, first_seed - 1000 - seed) for n, prompt in enumerate(unseen[:NUM_VALIDATION])
+                      for seed in range(NUM_VALIDATION)]}
+    states, made_of = {}, {"teacher": files.fingerprint, "negative_prompt": settings.negative_prompt, "shift": settings.flow_shift,
+                           "guidance": (settings.guidance_scale, settings.guidance_scale_2), "steps": settings.teacher_steps,
+                           "text_length": TEXT_LENGTH, "latents": latent_shape, "features": shape["hidden_size"]}
+    for part, walked in jobs.items():
+        folder = cache_folder(settings.cache_dir, "trajectories", walks=walked, **made_of)
+        states[part] = walk_teacher(accelerator, guided_for, basis, scheduler, settings.teacher_steps, walked, latent_shape,
                                     folder)
     check = stop.check if ranks == 1 else lambda: None          # several ranks stop together, at a step
     seeds = list(range(settings.seed, settings.seed + max(len(validation), len(held_out))))
-    draw = partial(draw_pictures, autoencoder=autoencoder, seeds=seeds, scheduler=scheduler, latent_shape=latent_shape,
-                   check=check)
-    teacher_drawn = draw(guided, embeddings=[embeddings[p] for p in validation], num_steps=settings.teacher_steps)
+    draw = partial(draw_pictures, autoencoder=autoencoder, scheduler=scheduler, latent_shape=latent_shape, check=check)
+    teacher_drawn = draw(guided, embeddings=[embeddings[p] for p in validation], seeds=seeds, num_steps=REFERENCE_STEPS)
+    few = FewSteps(settings.flow_shift, few_steps or [settings.num_inference_steps], latent_shape, settings.teacher_steps)
+    own_scheduler = few.scheduler if few_steps else scheduler
+    draw_own = partial(draw, scheduler=own_scheduler)
+    examine = partial(compare_walks, [teacher_walks(states[part], pack, unseen, autoencoder) for part in ("held_out", "seeds")],
+                      autoencoder=autoencoder, scheduler=own_scheduler, check=check)
 
     # What learns, and how; all of it is in `memory`, and nothing else has to be remembered.
     set_seed(settings.seed)                                  # again: what lay in the cache has drawn no numbers
-    head, block = nn.Linear(shape["hidden_size"], shape["hidden_size"]), feature_block(shape["depth"])
+    head = nn.Linear(shape["hidden_size"], shape["hidden_size"])
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    optimizers, rates = make_optimizers(settings, student, head)
+    optimizers = make_optimizers(settings, student, head)
+    rates = make_rates(settings, optimizers)
     ema = EMAModel(student.to(device).parameters(), decay=settings.ema_decay)
     wrapped, wrapped_head, *optimizers = accelerator.prepare(student, head, *optimizers)
+    networks = Networks(wrapped, wrapped_head, feature_block(shape["depth"]), guided, plain, few)
     memory = {"student": student, "feature_head": head, "ema": ema, "rates": rates, "optimizers": optimizers,
-              "step": 0, "skipped": 0} | ({"scaler": accelerator.scaler} if accelerator.scaler else {})
+              "step": 0, "skipped": 0, "own_path": {}, "looked": {}, "best": {}, "beyond": 0}
+    memory |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
+    if settings.matching_steps:
+        critic = copy.deepcopy(student)
+        networks.critic_optimizers = make_optimizers(settings, critic, rate=settings.critic_learning_rate)
+        memory |= {"critic": critic, "critic_optimizers": networks.critic_optimizers}
+        networks.critic = accelerator.prepare(critic)
     if is_resumed:
         resume(memory, output, device, say)
     step = memory["step"]
@@ -621,8 +684,6 @@ def train(settings, is_resumed, stop):
     accelerator.init_trackers("wanlite", init_kwargs={"tensorboard": tensorboard})
     log = MetricsLog(output / "metrics.jsonl", step) if accelerator.is_main_process else None
     began -= log.seconds if log else 0                       # what the run took before it was cut short
-    batches = SeededBatches(len(states["training"]), settings.train_batch_size * ranks, settings.seed,
-                            step * micro_batches, settings.max_train_steps * micro_batches)
 
     def tell(step, grid=None, **record):
         """Log what happened; a disk that is full costs the record, not the run."""
@@ -632,20 +693,39 @@ def train(settings, is_resumed, stop):
             log.write(step=step, **record)
             accelerator.log(record, step=step)
             if grid is not None:
-                picture = save_grid(output / "samples" / f"step-{step:06d}.png", *grid)
+                picture = save_grid(output / "samples" / f"step-{step:06d}.png", grid)
                 for tracker in accelerator.trackers:
                     if tracker.name == "tensorboard":
                         tracker.log_images({"teacher above student": picture[None]}, step=step, dataformats="NHWC")
         except OSError as error:
             say(f"WARNING: step {step} is not logged: {error}")
 
-    def validate(step):
+    def validate(step, part):
+        """Look at the averaged student: figures, a grid, and whether it is the best so far."""
         with averaged(ema, student, settings.use_ema):
-            error = relative_error(student, states["held_out"], embeddings, held_out, device, check)
-            drawn = draw(student_velocity(student), embeddings=[embeddings[p] for p in validation],
-                         num_steps=settings.num_inference_steps)
-        tell(step, grid=(teacher_drawn, drawn), held_out_error=error)
-        return error
+            figures = {"held_out_error": relative_error(student, states["held_out"], embeddings, held_out, device, check)}
+            looks = {count: examine(partial(velocity_from, student), num_steps=count) for count in few.counts}
+            figures |= {f"{name}_{count}": value for count, look in looks.items() for name, value in look.items()}
+            grid = {f"teacher, {REFERENCE_STEPS} steps": teacher_drawn}
+            for count, look in reversed(looks.items()):
+                said = [f"{name} {look[measure]:.2f}" for name, measure in GRID_FIGURES.items()]
+                grid[", ".join([f"student, {count} step{'s' * (count > 1)}", *said])] = draw_own(
+                    partial(velocity_from, student), embeddings=[embeddings[p] for p in validation], seeds=seeds, num_steps=count)
+            tell(step, grid=grid, **figures)
+            memory["looked"] = {"step": step, **figures}
+            if part != "velocity" or not few_steps:
+                consider(step, figures, looks)
+
+    def consider(step, figures, looks):
+        """Keep the student that is lent just now if no guard is against it and none before it was better."""
+        score = sum(look[measure] for look in looks.values()) / len(looks)
+        against = [f"in {count} steps {reason}" for count, look in looks.items() for reason in beyond_guards(look)]
+        memory["beyond"] = memory["beyond"] + 1 if against and memory["best"] else 0
+        if against:
+            say(f"\nstep {step} is no candidate to be saved: {'; '.join(against)}")
+        elif not memory["best"] or score < memory["best"]["score"]:
+            weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
+            memory["best"] = {"step": step, "score": score, "figures": figures, "weights": weights}
 
     def checkpoint(step):
         """Save what the run remembers; a disk that is full costs this checkpoint, not the run and no earlier one."""
@@ -657,59 +737,89 @@ def train(settings, is_resumed, stop):
                 say(f"\nWARNING: step {step} is NOT saved: {error}\nThe newest checkpoint is {newest}; training goes on.")
         accelerator.wait_for_everyone()
 
+    def walk_own(first):
+        """Walk the averaged student's own path, once for the part that begins at step `first`; nothing where none is asked for."""
+        if not settings.own_path_pictures or not few.stops:
+            return None
+        with averaged(ema, student, settings.use_ema):
+            if memory["own_path"].get("first") != first:
+                memory["own_path"] = {"first": first, "student": digest(student)}
+            paths = [(*walks[n % len(walks)], *few.stops[n % len(few.stops)])
+                     for n in range(first, first + settings.own_path_pictures)]
+            folder = cache_folder(output / "cache", "own-path", paths=paths, student=memory["own_path"]["student"], **made_of)
+            if step != first and not any(folder.glob("shard-*")):
+                raise OSError(f"{folder}: the states that the student met at step {first} are gone, and it is past that step. Put "
+                              "them back, or add --overwrite to start again.")
+            return walk_own_path(accelerator, lambda said: velocity_from(student, pack(said)), guided_for,
+                                 (few.scheduler, scheduler), settings.teacher_steps, paths, latent_shape, folder)
+
     bar = tqdm(total=settings.max_train_steps, initial=step, desc="distilling", unit="step", smoothing=0.05,
                disable=not accelerator.is_main_process)
     stop.is_immediate, is_asked = False, False               # from here on a stop waits until nothing is lost by it
     in_a_row, total_loss = 0, torch.zeros((), device=device)
+    measure = "frechet_distance" if settings.matching_steps else "picture_error"
     try:
-        if log and step % settings.validation_steps == 0 and step < settings.max_train_steps and step not in log.validated:
-            validate(step)
-        for numbers in batches:
-            if is_asked or (ranks == 1 and stop.asked):
-                raise Stopped
-            batch = states["training"].__getitems__(numbers[accelerator.process_index::ranks])
-            text = pack_text([embeddings[training[number]] for number in batch["prompt"].tolist()]).to(device)
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            with accelerator.accumulate(wrapped, wrapped_head):
-                feature_weight = settings.feature_weight * (1 - step / settings.max_train_steps)
-                with accelerator.autocast():
-                    loss, parts = distillation_loss(wrapped, wrapped_head, batch, text, block, feature_weight)
-                accelerator.backward(loss)
-                total_loss += loss.detach() / micro_batches
-                if not accelerator.sync_gradients:
-                    continue
-                norm = accelerator.clip_grad_norm_([*wrapped.parameters(), *wrapped_head.parameters()], settings.max_grad_norm)
-                # The one time a step waits for the device: is it sound on every rank, and was any of them asked to stop?
-                told = torch.stack([total_loss, norm.float(), total_loss.new_tensor(stop.asked)])
-                mean_loss, norm, asked = accelerator.reduce(told, "mean").tolist()
-                is_asked, is_sound = asked > 0, math.isfinite(mean_loss + norm)
-                total_loss.zero_()
-                for optimizer in optimizers:
-                    if is_sound or accelerator.scaler is not None:      # float16's scaler skips by itself, and learns from it
-                        optimizer.step()
-                    optimizer.zero_grad()
-            for rate in rates:
-                rate.step()
-            step += 1
-            bar.update()
-            if is_sound:
-                ema.step(student.parameters())
-                in_a_row = 0
-            else:
-                memory["skipped"], in_a_row = memory["skipped"] + 1, in_a_row + 1
-                if in_a_row == MOST_SKIPPED:
-                    raise FloatingPointError(
-                        f"{MOST_SKIPPED} steps in a row, up to {step}, had no finite gradient (loss {mean_loss}, norm {norm}). "
-                        "Add --overwrite and lower --learning_rate and --muon_learning_rate, or --mixed_precision no.")
-            if step % LOG_STEPS == 0 or step == settings.max_train_steps or not is_sound:
-                record = {"loss": mean_loss, "grad_norm": norm, "learning_rate": rates[0].get_last_lr()[0],
-                          "skipped_steps": memory["skipped"], **{name: part.item() for name, part in parts.items()}}
-                bar.set_postfix(velocity=f"{record['velocity_loss']:.3f}")
-                tell(step, seconds=round(time.time() - began, 1), **record)
-            if step % settings.validation_steps == 0 and step < settings.max_train_steps:
-                validate(step)
-            if step % settings.checkpointing_steps == 0 or step == settings.max_train_steps:
-                checkpoint(step)
+        for number, (part, first, last) in enumerate(parts):
+            if step >= last or memory["beyond"] >= MOST_BEYOND:
+                continue
+            if part == "matching" and step == first:         # the critic begins as the student that it will watch
+                critic.load_state_dict(student.state_dict())
+            data = states["training"] if part == "velocity" else Segments(states["training"], few.levels, walk_own(first))
+            batches = SeededBatches(len(data), settings.train_batch_size * ranks, settings.seed + 1000 * number,
+                                    (step - first) * micro_batches, (last - first) * micro_batches)
+            if step % settings.validation_steps == 0 and memory["looked"].get("step") != step:
+                validate(step, part)
+            for micro_batch, numbers in enumerate(batches):
+                if is_asked or (ranks == 1 and stop.asked):
+                    raise Stopped
+                batch = data.__getitems__(numbers[accelerator.process_index::ranks])
+                text = pack([training[number] for number in batch["prompt"].tolist()])
+                batch = {name: tensor.to(device) for name, tensor in batch.items()}
+                drawn_by = (settings.seed, step, micro_batch % micro_batches, accelerator.process_index)
+                with accelerator.accumulate(wrapped, wrapped_head):
+                    with accelerator.autocast():
+                        loss, told_apart = STEPS[part](networks, settings, batch, text, (step - first) / (last - first),
+                                                       torch.Generator().manual_seed(hash(drawn_by) % 2**63))
+                    accelerator.backward(loss)
+                    total_loss += loss.detach() / micro_batches
+                    if not accelerator.sync_gradients:
+                        continue
+                    norm = accelerator.clip_grad_norm_([*wrapped.parameters(), *wrapped_head.parameters()],
+                                                       settings.max_grad_norm)
+                    # The one time a step waits for the device: is it sound on every rank, and was any of them asked to stop?
+                    told = torch.stack([total_loss, norm.float(), total_loss.new_tensor(stop.asked)])
+                    mean_loss, norm, asked = accelerator.reduce(told, "mean").tolist()
+                    is_asked, is_sound = asked > 0, math.isfinite(mean_loss + norm)
+                    total_loss.zero_()
+                    for optimizer in optimizers:
+                        if is_sound or accelerator.scaler is not None:      # float16's scaler skips by itself, and learns from it
+                            optimizer.step()
+                        optimizer.zero_grad()
+                for rate in rates:
+                    rate.step()
+                step += 1
+                bar.update()
+                if is_sound:
+                    ema.step(student.parameters())
+                    in_a_row = 0
+                else:
+                    memory["skipped"], in_a_row = memory["skipped"] + 1, in_a_row + 1
+                    if in_a_row == MOST_SKIPPED:
+                        raise FloatingPointError(
+                            f"{MOST_SKIPPED} steps in a row, up to {step}, had no finite gradient (loss {mean_loss}, norm {norm}). "
+                            "Add --overwrite and lower --learning_rate and --muon_learning_rate, or --mixed_precision no.")
+                if step % LOG_STEPS == 0 or step == last or not is_sound:
+                    record = {"loss": mean_loss, "grad_norm": norm, "learning_rate": rates[0].get_last_lr()[0],
+                              "skipped_steps": memory["skipped"], **{name: value.item() for name, value in told_apart.items()}}
+                    bar.set_postfix(part=part, loss=f"{mean_loss:.3f}")
+                    tell(step, seconds=round(time.time() - began, 1), **record)
+                if step % settings.validation_steps == 0 and step < settings.max_train_steps:
+                    validate(step, part)
+                if step % settings.checkpointing_steps == 0 or step == settings.max_train_steps:
+                    checkpoint(step)
+                if memory["beyond"] >= MOST_BEYOND:
+                    say(f"\nended at step {step}: {MOST_BEYOND} validations in a row were beyond a guard")
+                    break
     except Stopped:
         checkpoint(step)
         accelerator.end_training()
@@ -718,24 +828,32 @@ def train(settings, is_resumed, stop):
     stop.is_immediate = True                                 # the last checkpoint holds all that is needed below
     bar.close()
 
-    # What is kept: the averaged student, what inference needs beside it, and how good it is.
+    # What is kept: the averaged student that validation found best, what inference needs beside it, and how good it is.
     stop.check()
-    error = validate(step)
+    if memory["looked"].get("step") != step:
+        validate(step, parts[-1][0])
     if settings.use_ema:
         ema.copy_to(student.parameters())
+    figures, chosen = memory["looked"], {"step": step, "why": "the last step, for a guard was against every student before it"}
+    if memory["best"]:
+        student.load_state_dict(memory["best"]["weights"])
+        figures, chosen = memory["best"]["figures"], {"step": memory["best"]["step"], measure: memory["best"]["score"],
+                                                      "why": f"the lowest {measure} of the validations without a guard against"}
     if accelerator.is_main_process:
         student.save_pretrained(output)
-        save_parts(output, settings.teacher, scheduler)
-        results = {"held_out_error": error}
+        save_parts(output, settings.teacher, own_scheduler)
+        results = {name: value for name, value in figures.items() if name != "step"}
         if settings.resolution == shapes.PICTURE_SIZE:
             words = [embeddings[prompt] for prompt in held_out]
-            results |= compare(lambda _: draw(guided, embeddings=words, num_steps=settings.teacher_steps),
-                               lambda _: draw(student_velocity(student), embeddings=words,
-                                              num_steps=settings.num_inference_steps), held_out)
+            results |= compare(
+                lambda _: draw(guided, embeddings=words, seeds=seeds, num_steps=REFERENCE_STEPS),
+                {count: lambda _, count=count: draw_own(partial(velocity_from, student), embeddings=words, seeds=seeds,
+                                                        num_steps=count) for count in few.counts},
+                settings.num_inference_steps, held_out)
         write_json(output / "run.json", run | {"finished": True, "steps": step, "minutes": (time.time() - began) / 60,
-                                               "skipped_steps": memory["skipped"], "results": results})
-        write_model_card(output, settings, results)
-        conclude(settings, output, results, time.time() - began, say)
+                                               "skipped_steps": memory["skipped"], "chosen": chosen, "results": results})
+        write_model_card(output, settings, few_steps, results)
+        conclude(settings, output, results, chosen, time.time() - began, say)
     accelerator.end_training()
 
 
@@ -751,6 +869,14 @@ def resume(memory, output, device, say):
     restore(memory, load_checkpoint(path))
     memory["ema"].to(device)
     say(f"resumed at step {memory['step']} from {path}")
+
+
+def digest(student):
+    """Return the sha256 of a student's weights."""
+    found = hashlib.sha256()
+    for tensor in student.state_dict().values():
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 @contextmanager

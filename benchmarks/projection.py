@@ -14,6 +14,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -108,13 +109,14 @@ def prepare(folder, num_trajectories):
     from accelerate import Accelerator
 
     import train_distillation as spine
-    from wanlite.data import cache_folder, walk_teacher
+    from wanlite.cache import cache_folder
+    from wanlite.data import walk_teacher
     from wanlite.flow import make_scheduler
 
     settings = replace(spine.complete(spine.Settings()), num_trajectories=num_trajectories)
     files = spine.open_teacher_files(settings.teacher)
     training, held_out = spine.choose_prompts(settings)
-    embeddings = spine.encode_all(settings, [*training, *held_out, ""], "cpu")
+    embeddings = spine.encode_once(settings.teacher, [*training, *held_out, ""], "cpu")
     guided = spine.teacher_velocity(spine.Teacher(files), settings, embeddings[""])
     cache = cache_folder(folder, "projection", teacher=files.fingerprint, prompts=[*training, *held_out])
     for part, prompts, first in (("training", training, 0), ("held_out", held_out[:64], -10**6)):
@@ -138,6 +140,7 @@ def run(job):
     from wanlite.data import SeededBatches, Trajectories
     from wanlite.flow import make_scheduler
     from wanlite.measure import prompt_accuracy
+    from wanlite.objectives import velocity_loss
     from wanlite.projection import student_shape
 
     torch.set_num_threads(1)
@@ -145,28 +148,29 @@ def run(job):
     said = torch.load(cache / "prompts.pt", weights_only=True)
     training, held_out, embeddings = said["training"], said["held_out"], said["embeddings"]
     states = {part: Trajectories(cache / part, len(list((cache / part).glob("shard-*")))) for part in ("training", "held_out")}
-    settings = replace(spine.complete(spine.Settings()), seed=job["seed"], muon_learning_rate=job["rate"])
+    settings = replace(spine.complete(spine.Settings()), seed=job["seed"], learning_rate=2e-3, muon_learning_rate=job["rate"],
+                       max_train_steps=job["steps"], lr_warmup_steps=job["steps"] // 10)
     files = spine.open_teacher_files(settings.teacher)
     torch.manual_seed(job["seed"])
     student = spine.WanLiteStudent(student_shape(files.config, **job["student"]))
     began = time.perf_counter()
     STARTERS[job["start"]](student, files, job["expert"], [embeddings[prompt] for prompt in training[:1024]], job["seed"])
     seconds = time.perf_counter() - began
-    optimizers = spine.make_optimizers(settings, student, torch.nn.Identity())
-    rates = [spine.get_scheduler("cosine", optimizer, num_warmup_steps=job["steps"] // 10, num_training_steps=job["steps"])
-             for optimizer in optimizers]
+    optimizers = spine.make_optimizers(settings, student)
+    rates = spine.make_rates(settings, optimizers)
     ema, errors = spine.EMAModel(student.parameters(), decay=0.995), {}
 
     def measure(step):
         with spine.averaged(ema, student, True):
-            errors[str(step)] = round(spine.relative_error(student, states["held_out"], embeddings, held_out, "cpu"), 5)
+            errors[str(step)] = round(spine.relative_error(student, states["held_out"], embeddings, held_out, "cpu",
+                                                           lambda: None), 5)
 
     measure(0)
     for step, numbers in enumerate(SeededBatches(len(states["training"]), job["batch"], job["seed"], 0, job["steps"]), 1):
         batch = states["training"].__getitems__(numbers)
         text = spine.pack_text([embeddings[training[number]] for number in batch["prompt"].tolist()])
-        velocity = spine.student_velocity(student)(text)(batch["latents"].float(), batch["timestep"])
-        spine.velocity_loss(velocity, batch["velocity"]).mean().backward()
+        velocity = spine.velocity_from(student, text)(batch["latents"].float(), batch["timestep"])
+        velocity_loss(velocity, batch["velocity"]).mean().backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), settings.max_grad_norm)
         for optimizer, rate in zip(optimizers, rates):
             optimizer.step()
@@ -178,7 +182,7 @@ def run(job):
     ema.copy_to(student.parameters())
     autoencoder, scheduler = load_autoencoder(settings.teacher), make_scheduler(settings.flow_shift)
     drawn = prompt_accuracy(lambda prompts: spine.draw_pictures(
-        spine.student_velocity(student), autoencoder, [embeddings[prompt] for prompt in prompts], list(range(len(prompts))),
+        partial(spine.velocity_from, student), autoencoder, [embeddings[prompt] for prompt in prompts], list(range(len(prompts))),
         scheduler, settings.teacher_steps, (16, 8, 8)), held_out[:200])
     return {name: value for name, value in job.items() if name != "data"} | {
         "error_at": errors, "accuracy": drawn["accuracy"], "seconds": round(seconds, 2), "parameters": student.num_parameters()}

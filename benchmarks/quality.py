@@ -1,13 +1,21 @@
-"""How faithful pictures are to held-out captions: teacher, student, and a random-start student of the same budget.
+"""How faithful, how varied, and how like the teacher's the pictures of every way to train a student are: one table.
 
-    python benchmarks/quality.py --model outputs/wan_t2i            # trains the twin first, once, beside the model
-    python benchmarks/quality.py --model outputs/wan_t2i --quick    # about a minute: few captions, a twin of few steps
+    python benchmarks/quality.py            # ten students for each of three seeds, one a core: about an hour on two cores
+    python benchmarks/quality.py --quick    # minutes: one seed, few steps and captions
+    python benchmarks/quality.py --methods student matching --train_flags --hidden_size 48 --depth 2 --num_heads 3
+
+Students that lie in --folder, finished under the same settings, are judged as they are.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,105 +25,186 @@ import numpy as np
 import torch
 
 from run_inference import Painter
-from train_distillation import Settings, draw_pictures, student_velocity, teacher_velocity
+from train_distillation import Settings, complete, teacher_velocity, velocity_from
 from wanlite import shapes
-from wanlite.flow import make_scheduler
-from wanlite.measure import prompt_accuracy, variety
-from wanlite.run_folder import read_run, write_json
+from wanlite.autoencoder import decode_latents, to_pictures
+from wanlite.flow import make_scheduler, sample, seeded_noise
+from wanlite.measure import channel_drift, channel_spread, frechet_distance, prompt_accuracy, variety
+from wanlite.network import pack_text
+from wanlite.run_folder import read_run
 from wanlite.teacher import Teacher, open_teacher_files
 
-COLUMNS = ("model", "steps", "guidance", "seed", "train_steps", "accuracy", "accuracy_one", "accuracy_two",
-           *shapes.ATTRIBUTES, "variety", "seconds")
-QUICK_STEPS = 40
+REFERENCE = "teacher, guided", 40       # what every row is held against, at its own noise
+TRAIN, RIVALS = ROOT / "train_distillation.py", ROOT / "benchmarks" / "rivals.py"
+MATCHING = 150                          # steps of distribution matching, out of as many in all
+FEW = (4, 2, 1)
+QUICK = ("--max_train_steps", 20, "--num_trajectories", 256, "--num_held_out", 40, "--lr_warmup_steps", 4)
 
 
-def train_twin(folder, run, quick):
-    """Train the random-start twin under the run's own settings; returns its folder. A finished one is used again."""
-    twin = folder.parent / f"{folder.name}-random-start{'-quick' if quick else ''}"
-    if not read_run(twin).get("finished"):
-        settings = run["settings"] | {"output_dir": str(twin), "projection": "none", "validation_prompts": None}
-        if quick:
-            settings |= {"max_train_steps": QUICK_STEPS, "num_trajectories": 256, "validation_steps": QUICK_STEPS,
-                         "num_held_out": 40}
-        flags = [word for name, value in settings.items() if value is not None and not isinstance(value, bool)
-                 for word in (f"--{name}", str(value))]
-        switches = [f"--{'' if value else 'no-'}{name}" for name, value in settings.items() if isinstance(value, bool)]
-        subprocess.run([sys.executable, str(ROOT / "train_distillation.py"), *flags, *switches], check=True)
-    return twin
+def methods(steps):
+    """Return {name: (script and flags, numbers of steps that are judged)}, every one of `steps` optimizer steps."""
+    matching = ("--matching_steps", min(MATCHING, steps // 4))
+    return {
+        "student": ((TRAIN,), FEW),
+        "stage 1 alone": ((TRAIN, "--segment_steps", 0), (20, *FEW)),
+        "matching (K-DMD)": ((TRAIN, *matching), FEW),
+        "TwinFlow": ((RIVALS, "twin_flow", *matching), FEW),
+        "flow matching": ((RIVALS, "flow_matching", "--segment_steps", steps - 1, "--own_path_pictures", 0), (20, *FEW)),
+        "random start": ((TRAIN, "--projection", "none"), FEW),
+        "minus features": ((TRAIN, "--feature_weight", 0), FEW),
+        "minus own path": ((TRAIN, "--own_path_pictures", 0), FEW),
+        "minus stage 1": ((TRAIN, "--segment_steps", steps - 1), FEW),
+        "matching minus anchor": ((TRAIN, *matching, "--anchor_weight", 0), FEW)}
 
 
-def painters(folder, twin, run):
-    """Yield (model, steps, guidance, training steps, draw), where draw(captions, seeds) returns pictures."""
-    settings = Settings(**run["settings"])
-    student = Painter(folder)
-    teacher = Teacher(open_teacher_files(settings.teacher))
-    guided = teacher_velocity(teacher, settings, student.embed([settings.negative_prompt])[0])
-    size = settings.resolution // student.autoencoder.config.scale_factor_spatial
+# ---- training --------------------------------------------------------------------------------------------------------------
 
-    def draw_with(velocity_for):
-        def draw(captions, seeds, num_steps):
-            return draw_pictures(velocity_for, student.autoencoder, student.embed(captions), seeds,
-                                 make_scheduler(settings.flow_shift), num_steps, (teacher.config["in_channels"], size, size))
-        return draw
-
-    guidance = f"{settings.guidance_scale:g}/{settings.guidance_scale_2:g}"
-    for steps in (40, settings.teacher_steps, settings.num_inference_steps):
-        yield "teacher", steps, guidance, None, draw_with(guided)
-    trained = run["settings"]["max_train_steps"]
-    for name, painter, budget in (("student", student, trained),
-                                  ("random_start", Painter(twin), read_run(twin)["settings"]["max_train_steps"])):
-        for steps in (settings.teacher_steps, settings.num_inference_steps):
-            yield name, steps, "1", budget, draw_with(student_velocity(painter.student))
+def train(folder, command, flags, seed):
+    """Train one student, unless it is there; returns its folder."""
+    if not read_run(folder).get("finished"):
+        words = (sys.executable, *command, "--output_dir", folder, "--cache_dir", folder.parent.parent / "cache", "--seed", seed,
+                 "--report_to", "none", *flags)
+        log = folder.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "w") as said:
+            one_core = os.environ | {"OMP_NUM_THREADS": "1"}
+            code = subprocess.run([*map(str, words)], stdout=said, stderr=said, env=one_core).returncode
+        if code:
+            raise RuntimeError(f"{folder}: training ended with code {code}; see {log}")
+        print(f"trained {folder}", flush=True)
+    return folder
 
 
-def summarise(rows):
-    """Print mean and range over seeds for each model and number of steps; returns {(model, steps): mean accuracy}."""
-    means = {}
+def train_all(folder, chosen, flags, seeds, workers):
+    """Train every method for every seed, `workers` at a time; the first of a seed walks the teacher for the others."""
+    def run(job):
+        return train(place(folder, *job), chosen[job[0]][0], flags, job[1])
+
+    first, *others = chosen
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(run, [(first, seed) for seed in seeds]))
+        list(pool.map(run, [(name, seed) for seed in seeds for name in others]))
+
+
+def place(folder, name, seed):
+    return folder / f"seed-{seed}" / name.replace(" ", "-")
+
+
+# ---- judging ---------------------------------------------------------------------------------------------------------------
+
+class Judge:
+    """Draws held-out captions by any velocity, and holds the pictures against the teacher's from the same noise."""
+
+    def __init__(self, painter, captions):
+        self.painter, self.captions, self.few = painter, captions, captions[:6] + captions[-6:]
+        self.words = dict(zip(captions, painter.embed(captions)))
+        self.references = {}
+
+    @torch.no_grad()
+    def draw(self, velocity_for, scheduler, num_steps, captions, seeds):
+        """Return latents (B, C, H, W) and pictures (B, 64, 64, 3) of captions and seeds."""
+        stride = self.painter.autoencoder.config.scale_factor_spatial
+        shape = (self.painter.student.config.num_channels, *[shapes.PICTURE_SIZE // stride] * 2)
+        latents = torch.cat([sample(velocity_for(pack_text([self.words[caption] for caption in captions[start:start + 64]])),
+                                    seeded_noise(shape, seeds[start:start + 64]), scheduler, num_steps)
+                             for start in range(0, len(captions), 64)])
+        pictures = [to_pictures(decode_latents(self.painter.autoencoder, part)) for part in latents.split(64)]
+        return latents, np.concatenate(pictures)
+
+    def look(self, velocity_for, scheduler, num_steps, seed):
+        """Return what a way to draw gives for every caption, and for a few captions and eight seeds; and seconds a picture."""
+        first, began = seed * 10_000, time.perf_counter()
+        drawn = self.draw(velocity_for, scheduler, num_steps, self.captions, range(first, first + len(self.captions)))
+        seconds = (time.perf_counter() - began) / len(self.captions)
+        starts = range(first + 5000, first + 5000 + 8 * len(self.few), len(self.few))
+        by_seed = [self.draw(velocity_for, scheduler, num_steps, self.few, range(start, start + len(self.few)))[1]
+                   for start in starts]
+        return *drawn, np.stack(by_seed, axis=1), seconds
+
+    def row(self, model, velocity_for, scheduler, num_steps, passes, seed):
+        """Return the figures of a way to draw; that of REFERENCE has to come first."""
+        latents, pictures, by_seed, seconds = looked = self.look(velocity_for, scheduler, num_steps, seed)
+        if (model, num_steps) == REFERENCE:
+            self.references[seed] = looked
+        teacher_latents, teacher_pictures, teacher_by_seed, _ = self.references[seed]
+        figures = prompt_accuracy(lambda _: pictures, self.captions)
+        return {"model": model, "steps": num_steps, "seed": seed, **figures, "evaluations": num_steps * passes,
+                "variety": variety(by_seed) / variety(teacher_by_seed), "drift": channel_drift(latents, teacher_latents),
+                "spread": channel_spread(latents, teacher_latents),
+                "frechet": 1000 * frechet_distance(pictures, teacher_pictures), "seconds": seconds}
+
+
+def judge_all(folders, chosen, captions, seeds):
+    """Yield a row for every method, number of steps and seed; the teacher's come first."""
+    painters = {key: Painter(folder) for key, folder in folders.items()}
+    painter = next(iter(painters.values()))
+    judge = Judge(painter, captions)
+    settings = complete(Settings())
+    teacher, empty = Teacher(open_teacher_files(settings.teacher)), painter.embed([""])[0]
+    guided = teacher_velocity(teacher, settings, empty)
+    plain = teacher_velocity(teacher, replace(settings, guidance_scale=1.0, guidance_scale_2=1.0), empty)
+    for model, velocity_for, passes, counts in ((REFERENCE[0], guided, 2, (REFERENCE[1], *FEW)),
+                                                ("teacher, unguided", plain, 1, (4,))):
+        for num_steps in counts:
+            for seed in seeds:
+                yield judge.row(model, velocity_for, make_scheduler(settings.flow_shift), num_steps, passes, seed)
+    for (name, seed), painter in painters.items():
+        for num_steps in chosen[name][1]:
+            yield judge.row(name, partial(velocity_from, painter.student), painter.scheduler, num_steps, 1, seed)
+
+
+def print_table(rows):
+    """Print a line for each model and number of steps: means over seeds, and the range where it tells something."""
+    columns = ("model", "steps", "seeds", "evaluations", "whole caption (range)", "one", "two", *shapes.ATTRIBUTES,
+               "variety (range)", "drift", "spread", "Frechet", "s a picture")
+    print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for model, steps in dict.fromkeys((row["model"], row["steps"]) for row in rows):
         found = [row for row in rows if (row["model"], row["steps"]) == (model, steps)]
-        accuracy, one, two, seconds = (np.mean([row[name] for row in found])
-                                       for name in ("accuracy", "accuracy_one", "accuracy_two", "seconds"))
-        lowest, highest = (pick(row["accuracy"] for row in found) for pick in (min, max))
-        print(f"{model} in {steps} steps: {accuracy:.3f} ({lowest:.3f} to {highest:.3f}), one object {one:.3f}, two {two:.3f}, "
-              f"variety {found[0]['variety']}, {seconds:.3f} s a picture")
-        means[model, steps] = float(accuracy)
-    return means
+        mean = {name: np.mean([row[name] for row in found]) for name in found[0] if name != "model"}
+        low, high = ({name: pick(row[name] for row in found) for name in ("accuracy", "variety")} for pick in (min, max))
+        cells = [model, steps, len(found), round(mean["evaluations"]),
+                 f"{mean['accuracy']:.3f} ({low['accuracy']:.3f} to {high['accuracy']:.3f})",
+                 *(f"{mean[name]:.3f}" for name in ("accuracy_one", "accuracy_two", *shapes.ATTRIBUTES)),
+                 f"{mean['variety']:.2f} ({low['variety']:.2f} to {high['variety']:.2f})", f"{mean['drift']:.3f}",
+                 f"{mean['spread']:.2f}", f"{mean['frechet']:.3f}", f"{mean['seconds']:.4f}"]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("outputs/wan_t2i"), help="a finished run")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/quality"), help="where students are trained and kept")
     parser.add_argument("--captions", type=int, default=500, help="held-out captions, half of them of two objects")
-    parser.add_argument("--seeds", type=int, default=3, help="noise seeds, a row each")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds; each is judged at noise of its own")
+    parser.add_argument("--methods", nargs="+", help="some of the table's models; the student itself is always there")
+    parser.add_argument("--judge_only", action="store_true", help="train nothing: judge what lies finished in --folder")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="trained at a time, each on one core")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path, help="also write the rows there")
+    parser.add_argument("--train_flags", nargs=argparse.REMAINDER, default=[], help="flags for every training, to the end")
     options = parser.parse_args()
-    run = read_run(options.model)
-    if not run.get("finished"):
-        parser.exit(2, f"quality.py: {options.model} holds no finished run. Run train_distillation.py first.\n")
+    known = methods(Settings().max_train_steps)
+    if unknown := set(options.methods or ()) - set(known):
+        parser.exit(2, f"quality.py: --methods {', '.join(unknown)}: unknown, expected some of {', '.join(known)}.\n")
+    flags, seeds = options.train_flags, range(options.seeds)
     if options.quick:
-        options.captions, options.seeds = 40, 1
-    print(f"judging {options.captions} held-out captions x {options.seeds} seeds for teacher, student and random start; "
-          "a table follows", flush=True)
+        options.captions, seeds, known, flags = 40, range(1), methods(QUICK[1]), [*QUICK, *flags]
+    chosen = {name: method for name, method in known.items() if name == "student" or name in (options.methods or known)}
+    work = "judging" if options.judge_only else "training, then judging,"
+    print(f"{work} {len(chosen)} students for {len(seeds)} seeds in {options.folder.absolute()}: {options.captions} held-out "
+          "captions a cell", flush=True)
+    if not options.judge_only:
+        train_all(options.folder.absolute(), chosen, flags, seeds, options.workers)
+    folders = {(name, seed): place(options.folder, name, seed) for name in chosen for seed in seeds}
+    folders = {job: folder for job, folder in folders.items() if read_run(folder).get("finished")}
+    if not folders:
+        parser.exit(2, f"quality.py: {options.folder} holds no finished student. Leave --judge_only out.\n")
     captions = [caption for count in (1, 2)
                 for caption in shapes.captions(1000, options.captions // 2, held_out=True, num_objects=count)]
-    twin = train_twin(options.model, run, options.quick)
     rows = []
-    print("  ".join(f"{name:>12}" for name in COLUMNS))
-    with torch.no_grad():
-        for model, steps, guidance, budget, draw in painters(options.model, twin, run):
-            few = captions[:4] + captions[-4:]
-            spread = variety(np.stack([draw(few, [900 + seed] * 8, steps) for seed in range(8)], axis=1))
-            for seed in range(options.seeds):
-                seeds = list(range(seed * 10_000, seed * 10_000 + len(captions)))
-                figures = prompt_accuracy(lambda said: draw(said, seeds, steps), captions)
-                rows.append({"model": model, "steps": steps, "guidance": guidance, "seed": seed, "train_steps": budget,
-                             "variety": round(spread, 2), **figures})
-                print("  ".join(f"{rows[-1][name]!s:>12}" for name in COLUMNS), flush=True)
-    means = summarise(rows)
-    if not options.quick:
-        run["results"]["prompt_accuracy"]["random_start"] = means["random_start", run["num_inference_steps"]]
-        write_json(options.model / "run.json", run)
+    for row in judge_all(folders, chosen, captions, seeds):
+        rows.append(row)
+        print(".", end="", flush=True)
+    print_table(rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 

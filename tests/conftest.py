@@ -223,8 +223,10 @@ def small_disk(tmp_path, request):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-SHORT_RUN = ("--num_trajectories", "64", "--max_train_steps", "6", "--train_batch_size", "32", "--checkpointing_steps", "3",
-             "--validation_steps", "3", "--lr_warmup_steps", "2", "--num_held_out", "32", "--report_to", "none")
+# Two steps of each part.
+SHORT_RUN = ("--num_trajectories", "64", "--max_train_steps", "6", "--segment_steps", "2", "--matching_steps", "2",
+             "--own_path_pictures", "16", "--train_batch_size", "32", "--checkpointing_steps", "3", "--validation_steps", "3",
+             "--lr_warmup_steps", "2", "--num_held_out", "32", "--report_to", "none")
 
 
 @pytest.fixture(scope="session")

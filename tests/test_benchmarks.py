@@ -1,7 +1,6 @@
 """The benchmarks, sampled: they measure what they say, tell it, and leave alone what is not their own."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -87,23 +86,31 @@ def test_a_sample_of_loads_tells_its_figures(tmp_path):
     assert all(figures[name] > 0 for name in ("over_bare", "over_stock", "peak_over_weights", "start_over_imports"))
 
 
-def test_a_sample_of_captions_is_judged_for_teacher_student_and_random_start(finished_run, tmp_path):
-    shutil.copytree(finished_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("cache", "checkpoints"))
-    before = (tmp_path / "run/run.json").read_bytes()
-    process = run_script(BENCHMARKS / "quality.py", "--quick", "--model", tmp_path / "run", "--json", tmp_path / "rows.json")
+def test_a_sample_of_methods_is_trained_and_judged_beside_the_teacher(tmp_path):
+    process = run_script(BENCHMARKS / "quality.py", "--quick", "--folder", tmp_path / "students", "--methods", "TwinFlow",
+                         "--json", tmp_path / "rows.json", "--train_flags", "--validation_steps", "20", "--own_path_pictures", "8")
+    assert process.returncode == 0, process.stdout + process.stderr
+    rows = {(row["model"], row["steps"]): row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert list(rows) == [*(("teacher, guided", steps) for steps in (40, 4, 2, 1)), ("teacher, unguided", 4),
+                          *((name, steps) for name in ("student", "TwinFlow") for steps in (4, 2, 1))]
+    reference, student = rows["teacher, guided", 40], rows["student", 4]
+    assert reference["accuracy"] > 0.9 and (reference["drift"], reference["variety"], reference["spread"]) == (0, 1, 1)
+    assert student["accuracy"] < 0.9 and student["frechet"] > 0 and student["evaluations"] == 4       # it has had few steps
+    assert process.stdout.count("\n| student |") == 3
+
+
+def test_a_method_that_is_unknown_is_refused_before_anything_is_trained(tmp_path):
+    process = run_script(BENCHMARKS / "quality.py", "--folder", tmp_path / "students", "--methods", "GAN")
+    assert process.returncode == 2 and "GAN: unknown, expected some of student" in process.stderr
+    assert not (tmp_path / "students").exists()
+
+
+def test_a_sample_of_starts_is_trained_and_judged(tmp_path):
+    process = run_script(BENCHMARKS / "projection.py", "--quick", "--folder", tmp_path / "data", "--shapes", "24x2x1", "--starts",
+                         "random", "weights_only", "--jobs", "1", "--json", tmp_path / "rows.json")
     assert process.returncode == 0, process.stdout + process.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [(row["model"], row["steps"]) for row in rows] == [
-        *(("teacher", steps) for steps in (40, 20, 4)), *(("student", steps) for steps in (20, 4)),
-        *(("random_start", steps) for steps in (20, 4))]
-    accuracy = {(row["model"], row["steps"]): row["accuracy"] for row in rows}
-    assert accuracy["teacher", 40] > 0.9 > 0.5 > accuracy["student", 4]          # which has had six steps
-    assert (tmp_path / "run/run.json").read_bytes() == before
-
-
-def test_a_folder_without_a_finished_run_is_refused(tmp_path):
-    process = run_script(BENCHMARKS / "quality.py", "--model", tmp_path)
-    assert process.returncode == 2 and "holds no finished run" in process.stderr
+    assert {row["start"] for row in rows} == {"random", "weights_only"} and all(row["error_at"]["0"] > 0.5 for row in rows)
 
 
 # ---- what is wrong -----------------------------------------------------------------------------------------------------------

@@ -1,9 +1,14 @@
 """Trajectories on disk and the order in which they are dealt out."""
 
+import json
+
 import pytest
 import torch
+from accelerate import Accelerator
 
-from wanlite.data import SeededBatches, Trajectories, cache_folder, shard_path, write_shard
+from wanlite.cache import cache_folder
+from wanlite.data import SeededBatches, Segments, Trajectories, shard_path, walk_own_path, walk_teacher, write_shard
+from wanlite.flow import clean_from, make_scheduler, sample, seeded_noise
 
 
 def write_numbered(folder, sizes, states=3):
@@ -53,3 +58,76 @@ def test_a_cache_is_found_again_only_by_what_it_was_made_of(tmp_path):
     first = cache_folder(tmp_path, "trajectories", teacher="a", guidance=(4.0, 3.0))
     assert first == cache_folder(tmp_path, "trajectories", guidance=(4.0, 3.0), teacher="a")
     assert first != cache_folder(tmp_path, "trajectories", teacher="a", guidance=(4.0, 2.0))
+
+
+def test_a_cache_that_was_moved_under_another_name_is_refused_with_what_differs(tmp_path):
+    first = cache_folder(tmp_path, "trajectories", teacher="a", guidance=(4.0, 3.0), shift=3.0, text_length=512)
+    second = cache_folder(tmp_path, "trajectories", teacher="a", guidance=(5.0, 3.0), shift=3.0, text_length=256)
+    (second / "made_of.json").unlink()
+    second.rmdir()
+    first.rename(second)
+    with pytest.raises(ValueError, match=r"guidance was \[4.0, 3.0\], is \[5.0, 3.0\]; text_length was 512, is 256.*Delete it"):
+        cache_folder(tmp_path, "trajectories", teacher="a", guidance=(5.0, 3.0), shift=3.0, text_length=256)
+    (second / "made_of.json").write_text(json.dumps([]))
+    with pytest.raises(ValueError, match="cannot be read"):
+        cache_folder(tmp_path, "trajectories", teacher="a", guidance=(5.0, 3.0), shift=3.0, text_length=256)
+
+
+# ---- segments ------------------------------------------------------------------------------------------------------------------
+
+SHAPE, STEPS = (2, 4, 4), 8
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+    """Trajectories of a teacher that pulls every noise to a picture of its prompt, by bent paths; and a student's own path."""
+    folder, own = tmp_path_factory.mktemp("walked"), tmp_path_factory.mktemp("own")
+    jobs = [(number % 3, f"{number % 3}", 100 + number) for number in range(70)]
+    scheduler, few = make_scheduler(3.0), make_scheduler(3.0, (1, 2, 4))
+    states = walk_teacher(Accelerator(), teacher_for, torch.eye(4), scheduler, STEPS, jobs, SHAPE, folder)
+    paths = [(*job, *((2, 1), (4, 3))[number % 2]) for number, job in enumerate(jobs[:20])]
+    path = walk_own_path(Accelerator(), student_for, teacher_for, (few, scheduler), STEPS, paths, SHAPE, own)
+    return states, path, paths, few, scheduler
+
+
+def teacher_for(prompts, features):
+    aim = torch.tensor([float(prompt) for prompt in prompts]).view(-1, 1, 1, 1)
+
+    def velocity_of(latents, timestep):
+        features.append(torch.zeros(len(latents), 1, 4))
+        return (latents - aim) * (0.5 + timestep / 1000).view(-1, 1, 1, 1)
+    return velocity_of
+
+
+def student_for(prompts):
+    return lambda latents, timestep: 0.3 * latents
+
+
+def test_every_segment_leads_to_the_picture_that_the_teachers_walk_ends_at(walked):
+    states, path, *_ = walked
+    levels = [(999.0, 0.999), (900.0, 0.9), (500.0, 0.5)]
+    segments = Segments(states, levels, path)
+    assert len(segments) == 70 + 70 + 20
+    batch = segments.__getitems__(range(140))
+    seen = clean_from(batch["latents"], batch["velocity"].float(), batch["noise_level"])
+    noise, pictures, prompts = states.ends(range(70))
+    assert torch.allclose(seen, pictures.repeat(2, 1, 1, 1), atol=0.02) and torch.equal(batch["prompt"], prompts.repeat(2))
+    assert torch.allclose(batch["latents"][:70], noise, atol=0.02)
+    assert set(batch["timestep"][:70].tolist()) == {999.0} and set(batch["timestep"][70:].tolist()) == {900.0, 500.0}
+
+
+def test_the_own_path_is_where_the_student_goes_and_what_the_teacher_makes_of_it(walked):
+    states, path, paths, few, scheduler = walked
+    batch = Segments(states, [(999.0, 0.999)], path).__getitems__(range(70, 90))
+    for row, (number, prompt, seed, count, index) in enumerate(paths):
+        met = sample(student_for([prompt]), seeded_noise(SHAPE, [seed]), few, count, end=index)
+        picture = sample(teacher_for([prompt], []), met, scheduler, STEPS, begin=STEPS * index // count)
+        found = {name: part[row:row + 1].float() for name, part in batch.items()}
+        assert torch.allclose(found["latents"], met, atol=0.01) and found["prompt"] == number
+        assert torch.allclose(clean_from(found["latents"], found["velocity"], found["noise_level"]), picture, atol=0.02)
+        few.set_timesteps(count)
+        assert found["timestep"] == few.timesteps[index] and found["noise_level"] == few.sigmas[index]
+
+
+def test_a_student_of_one_step_has_noise_alone(walked):
+    assert len(Segments(walked[0], [(999.0, 0.999)])) == 70

@@ -1,9 +1,22 @@
 """Noise levels, velocities and the walk from noise to picture."""
 
+import json
+
 import pytest
 import torch
 
-from wanlite.flow import add_noise, clean_from, make_scheduler, sample, seeded_noise, shift_noise_level, walk
+from wanlite.flow import (
+    FewSteps,
+    add_noise,
+    average_velocity,
+    check_schedule,
+    clean_from,
+    make_scheduler,
+    sample,
+    seeded_noise,
+    shift_noise_level,
+    walk,
+)
 
 CLEAN, NOISE = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
 
@@ -50,3 +63,85 @@ def test_shift_keeps_both_ends_and_has_its_closed_form():
 
 def test_noise_of_a_seed_does_not_depend_on_its_batch():
     assert torch.equal(seeded_noise((2, 3, 3), [7, 8])[1], seeded_noise((2, 3, 3), [8])[0])
+
+
+# ---- few steps -----------------------------------------------------------------------------------------------------------------
+
+def bent(latents, timestep):
+    """A velocity field whose paths are bent, so that solvers differ."""
+    return latents * (timestep / 1000).view(-1, 1, 1, 1) + NOISE
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_few_step_schedule_takes_plain_euler_steps(count):
+    scheduler, latents = make_scheduler(5.0, (1, 2, 4)), NOISE
+    for (timestep, level), after in zip(FewSteps(5.0, (1, 2, 4), (3, 4, 4), 20).paths[count], [*_levels(count)[1:], 0.0]):
+        latents = latents + (after - level) * bent(latents, torch.full((3,), timestep))
+    assert torch.allclose(sample(bent, NOISE, scheduler, count), latents, atol=1e-5)
+    if count == 4:
+        assert not torch.allclose(sample(bent, NOISE, make_scheduler(5.0), count), latents, atol=1e-3)
+
+
+def _levels(count):
+    return [level for _, level in FewSteps(5.0, (1, 2, 4), (3, 4, 4), 20).paths[count]]
+
+
+def test_few_steps_pass_the_levels_that_the_literature_names_for_shift_five():
+    few = FewSteps(5.0, (1, 2, 4), (3, 4, 4), 20)
+    assert _levels(4) == pytest.approx([1.0, 0.9376, 0.8336, 0.6259], abs=1e-4) and _levels(1) == [pytest.approx(1.0, abs=1e-4)]
+    assert [timestep for timestep, _ in few.levels] == [999.0, 937.0, 833.0, 625.0]
+    assert few.stops == [(2, 1), (4, 1), (4, 2), (4, 3)]
+
+
+def test_a_schedule_that_is_saved_and_loaded_takes_the_same_steps(tmp_path):
+    scheduler = make_scheduler(3.0, (1, 2, 4))
+    scheduler.save_pretrained(tmp_path)
+    again = type(scheduler).from_pretrained(tmp_path)
+    assert torch.equal(sample(bent, NOISE, scheduler, 4), sample(bent, NOISE, again, 4))
+
+
+def test_two_halves_of_a_walk_are_the_whole_one():
+    scheduler = make_scheduler(3.0, (8,))
+    half = sample(bent, NOISE, scheduler, 8, end=5)
+    assert torch.allclose(sample(bent, half, scheduler, 8, begin=5), sample(bent, NOISE, scheduler, 8), atol=1e-5)
+    assert torch.equal(sample(bent, NOISE, scheduler, 8, end=0), NOISE)
+
+
+def test_the_average_velocity_leads_to_the_picture_in_one_step():
+    level = torch.tensor([0.2, 0.7, 1.0])
+    assert torch.allclose(clean_from(NOISE, average_velocity(NOISE, CLEAN, level), level), CLEAN, atol=1e-6)
+
+
+def test_a_schedule_that_does_not_end_at_zero_is_refused(tmp_path):
+    scheduler = make_scheduler(3.0)
+    check_schedule(scheduler, 4)
+    scheduler.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "scheduler_config.json").read_text())
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config | {"final_sigmas_type": "sigma_min"}))
+    kept = type(scheduler).from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='expected 0. Set "final_sigmas_type": "zero"'):
+        check_schedule(kept, 4)
+
+
+def test_what_is_drawn_from_any_stop_is_exact_when_velocity_is_constant_and_its_last_step_has_a_gradient():
+    few, scale = FewSteps(3.0, (1, 2, 4), (4, 4, 4), 20), torch.ones((), requires_grad=True)
+    asked, stops = [], set()
+
+    def constant(latents, timestep):
+        asked.append((float(timestep[0]), latents.clone()))
+        return scale * (latents - CLEAN) / (timestep / 1000).view(-1, 1, 1, 1)
+    for seed in range(20):
+        asked.clear()
+        drawn = few.draw(3, constant, torch.Generator().manual_seed(seed), "cpu")
+        stops.add(tuple(timestep for timestep, _ in asked))
+        assert torch.allclose(drawn, CLEAN, atol=0.02) and not asked[-1][1].requires_grad and drawn.requires_grad
+    assert len(stops) > 4
+
+
+def test_renoised_pictures_are_at_inner_levels_of_the_teacher_and_at_one_where_asked():
+    few, generator = FewSteps(3.0, (1, 2, 4), (3, 4, 4), 20), torch.Generator().manual_seed(0)
+    clean = CLEAN.repeat(20, 1, 1, 1)
+    noisy, noise, timestep, level = few.renoise(clean, generator)
+    assert torch.allclose(noisy, add_noise(clean, noise, level)) and len(level.unique()) > 5
+    assert set(timestep.tolist()) < {time for time, _ in few.teacher_levels[1:-1].tolist()}
+    assert len(few.renoise(clean, generator, is_one_level=True)[3].unique()) == 1

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from tests.conftest import ROOT
+from run_inference import read_settings
+from tests.conftest import ROOT, run_script
 from tests.test_command_lines import refused
 
 DRAW = ROOT / "run_inference.py"
@@ -63,3 +64,23 @@ def test_configs_that_say_no_size_are_refused(name, content, words, copied_run):
         content = json.dumps(json.loads((copied_run / name).read_text()) | {"patch_size": 2})
     (copied_run / name).write_text(content)
     assert words in refused(DRAW, "--model", copied_run)
+
+
+def test_a_number_of_steps_that_was_not_trained_is_refused_with_the_list(finished_run, tmp_path):
+    said = refused(DRAW, "--model", finished_run[0], "--output_dir", tmp_path / "pictures", "--num_inference_steps", "3")
+    assert "was trained to draw in 1, 2, 4 steps" in said and not (tmp_path / "pictures").exists()
+
+
+def test_a_student_of_an_older_version_or_of_stage_one_takes_any_number_of_steps(copied_run):
+    run = json.loads((copied_run / "run.json").read_text())
+    for schedule in (None, {"flow_shift": 3.0, "few_steps": None}):
+        (copied_run / "run.json").write_text(json.dumps(run | {"schedule": schedule}))
+        settings, _ = read_settings(["--model", str(copied_run), "--num_inference_steps", "3"])
+        assert settings.num_inference_steps == 3
+
+
+def test_a_schedule_that_does_not_end_at_zero_draws_nothing(copied_run, tmp_path):
+    place = copied_run / "scheduler/scheduler_config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"final_sigmas_type": "sigma_min"}))
+    process = run_script(DRAW, "--model", copied_run, "--output_dir", tmp_path / "pictures")
+    assert process.returncode == 2 and "ends at a noise level of" in process.stderr and "Traceback" not in process.stderr

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from safetensors.torch import load_file
 
 import train_distillation
 from tests.conftest import SHORT_RUN, fork
-from wanlite.checkpoints import checkpoint_path, latest_checkpoint
+from wanlite.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
+from wanlite.run_folder import read_run
+from wanlite.steps import STEPS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -45,7 +48,8 @@ def train(folder, *flags, at=None, checks=None):
         return wrapped
 
     def as_typed():
-        train_distillation.distillation_loss = whenever(train_distillation.distillation_loss, at or {})
+        steps = whenever(lambda name, *arguments: STEPS[name](*arguments), at or {})
+        train_distillation.STEPS = {name: partial(steps, name) for name in STEPS}
         train_distillation.relative_error = whenever(train_distillation.relative_error, checks or {})
         sys.argv = ["train_distillation.py", "--output_dir", str(folder), *map(str, (*SHORT_RUN, *flags))]
         with open(f"{folder}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
@@ -166,6 +170,25 @@ def test_a_run_never_starts_again_by_itself_where_no_checkpoint_verifies(folder,
     assert code == 0 and same(folder, finished_run[0])
 
 
+def test_a_critic_that_is_not_this_runs_is_named(folder):
+    train(folder, at={5: asked(signal.SIGKILL)})
+    path = checkpoint_path(folder, 3)
+    state = load_checkpoint(path)
+    state["critic"] = {name: tensor[..., :-1].contiguous() for name, tensor in state["critic"].items()}
+    shutil.rmtree(path)
+    save_checkpoint(folder, state, read_run(folder), 2)
+    code, said = train(folder)
+    assert code == 2 and "the checkpoint's critic is not that of this run" in said and "--overwrite" in said
+
+
+def test_states_on_the_own_path_that_are_gone_are_asked_for(folder):
+    train(folder, "--checkpointing_steps", "1", at={6: asked(signal.SIGKILL)})
+    for own in folder.glob("cache/own-path-*"):
+        shutil.rmtree(own)
+    code, said = train(folder, "--checkpointing_steps", "1")
+    assert code == 2 and "the states that the student met at step 4 are gone" in said and "Put them back" in said
+
+
 # ---- a full disk -----------------------------------------------------------------------------------------------------------------
 
 def fill(disk, but):
@@ -226,7 +249,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_counted_and_remembered(fold
     run = json.loads((folder / "run.json").read_text())
     assert run["skipped_steps"] == 1 and run["steps"] == 6 and not same(folder, finished_run[0])
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [record["skipped_steps"] for record in records if "skipped_steps" in record] == [1, 1]
+    assert [record["skipped_steps"] for record in records if "skipped_steps" in record and record["step"] != 4] == [1, 1, 1]
     assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / WEIGHTS).values())
 
 

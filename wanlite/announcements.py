@@ -8,19 +8,21 @@ from pathlib import Path
 import torch
 
 
-def announce(settings, files, student, device, num_trajectories, say):
+def announce(settings, files, student, device, num_trajectories, parts, say):
     """Say what will happen before it happens."""
     sizes = " + ".join(f"{expert.num_parameters / 1e6:,.2f} M" for expert in files.experts.values())
     passes = num_trajectories * settings.teacher_steps * 2
     pictures = settings.max_train_steps * settings.train_batch_size * settings.gradient_accumulation_steps
-    config = student.config
+    config, steps = student.config, {}
+    for part, first, last in parts:
+        steps[part] = steps.get(part, 0) + last - first
     say(f"teacher  {settings.teacher} ({files.layout} layout, {len(files.experts)} expert(s): {sizes} parameters)\n"
         f"student  {config.hidden_size} x {config.depth}, {config.num_heads} heads: {student.num_parameters() / 1e6:,.2f} M "
-        f"parameters, start: {settings.projection}\n"
+        f"parameters, start: {settings.student or settings.projection}\n"
         f"device   {device}, {torch.get_num_threads()} threads, "
         f"{'float32' if settings.mixed_precision == 'no' else settings.mixed_precision + ' mixed precision'}\n"
         f"work     {num_trajectories:,} teacher pictures ({passes:,} teacher passes), then {settings.max_train_steps:,} steps "
-        f"({pictures:,} states)\n"
+        f"({pictures:,} states): {', '.join(f'{part} {count:,}' for part, count in steps.items())}\n"
         f"output   {Path(settings.output_dir).absolute()}")
     say(f"time     {estimate(settings, files, student, device, passes, pictures)}")
 
@@ -47,14 +49,16 @@ def versions():
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
-def conclude(settings, output, results, seconds, say):
-    """Say how faithful the student is beside its teacher, and what to run next."""
+def conclude(settings, output, results, chosen, seconds, say):
+    """Say how faithful the student is beside its teacher, which one was saved, and what to run next."""
     if "prompt_accuracy" in results:
-        teacher, student = results["teacher"], results["student"]
-        say(f"held-out captions drawn right ({results['captions']}):  teacher {teacher['accuracy']:.0%} in "
-            f"{settings.teacher_steps} guided steps (one object {teacher['accuracy_one']:.0%}, two "
-            f"{teacher['accuracy_two']:.0%});  student {student['accuracy']:.0%} in {settings.num_inference_steps} steps "
-            f"(one object {student['accuracy_one']:.0%}, two {student['accuracy_two']:.0%})")
-    say(f"held-out velocity error {results['held_out_error']:.4f} of the teacher's power; {seconds / 60:.1f} minutes in all\n"
-        f"saved to {output}; pictures, teacher above student: {output / 'samples'}\n"
+        rows = {"teacher": results["teacher"]} | {f"student, {count} step{'s' * (count != '1')}": figures
+                                                  for count, figures in reversed(results["student_by_steps"].items())}
+        say(f"held-out captions drawn right ({results['captions']}):")
+        for name, figures in rows.items():
+            apart = [f"{said} {figures[key]:.1%}" for said, key in (("one object", "accuracy_one"), ("two", "accuracy_two"))
+                     if figures[key] is not None]
+            say(f"  {name:18} {figures['accuracy']:6.1%}  ({', '.join(apart)})")
+    say(f"saved the student of step {chosen['step']}: {chosen['why']}; {seconds / 60:.1f} minutes in all\n"
+        f"saved to {output}; pictures of teacher and student: {output / 'samples'}\n"
         f"next: python run_inference.py --model {settings.output_dir}")

@@ -61,15 +61,20 @@ def load_checkpoint(path):
 
 
 def restore(memory, state):
-    """Give everything in `memory`, a dict, its part of the state."""
+    """Give everything in `memory`, a dict, its part of the state; raises OSError for a state of other networks."""
     for name, part in memory.items():
-        if isinstance(part, list):                           # of optimizers or schedules
-            for each, its_state in zip(part, state[name], strict=True):
-                each.load_state_dict(its_state)
-        elif hasattr(part, "load_state_dict"):
-            part.load_state_dict(state[name])
-        else:
-            memory[name] = state[name]
+        try:
+            if isinstance(part, list):                       # of optimizers or schedules
+                for each, its_state in zip(part, state[name], strict=True):
+                    each.load_state_dict(its_state)
+            elif hasattr(part, "load_state_dict"):
+                part.load_state_dict(state[name])
+            else:
+                memory[name] = state[name]
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise OSError(f"the checkpoint's {name} is not that of this run ({reason}). Move the checkpoint away, and the run "
+                          "goes on from an earlier one; or add --overwrite to start again.") from None
 
 
 def latest_checkpoint(folder):

@@ -5,19 +5,17 @@ latents, the guided velocity there, and the teacher's token states in the studen
 Legend: B batch, K states a trajectory, C channels, H W latent height and width, N image tokens, D feature width.
 """
 
-import hashlib
-import json
 import os
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from .flow import seeded_noise, walk
+from .flow import add_noise, average_velocity, clean_from, sample, seeded_noise, walk
 
 SHARD_SIZE = 64  # trajectories a file; also how many the teacher walks at once
+EXACT = ("timestep", "noise_level", "prompt")  # kept as they are; latents, velocities and features in float16
 
 
 @torch.no_grad()
@@ -40,33 +38,57 @@ def walk_teacher(accelerator, velocity_for, basis, scheduler, num_steps, jobs, l
     `velocity_for(prompts, features)` returns the velocity as a function of (latents, timestep) that appends token states to
     `features`; `basis` (D, d) is that of the states on disk. Every rank walks its share of the shards.
     """
-    shards = [jobs[start:start + SHARD_SIZE] for start in range(0, len(jobs), SHARD_SIZE)]
-    missing = [index for index in range(len(shards)) if not shard_path(folder, index).exists()]
-    mine = missing[accelerator.process_index::accelerator.num_processes]
-    for index in tqdm(mine, desc="teacher trajectories", unit="shard", disable=not accelerator.is_main_process):
-        numbers, prompts, seeds = zip(*shards[index])
+    def make(numbers, prompts, seeds):
         noise, features = seeded_noise(latent_shape, seeds).to(accelerator.device), []
         steps = walk(velocity_for(prompts, features), noise, scheduler, num_steps)
         latents, timestep, noise_level, velocity = (torch.stack(list(part)) for part in zip(*steps))  # (K, ...)
         states = torch.stack(features, 1) @ basis                                                     # (B, K, N, d)
-        write_shard(folder, index, {
-            "latents": latents.transpose(0, 1).half().cpu(), "velocity": velocity.transpose(0, 1).half().cpu(),
-            "features": states.half().cpu(), "timestep": timestep.float().repeat(len(prompts), 1).cpu(),
-            "noise_level": noise_level.float().repeat(len(prompts), 1).cpu(), "prompt": torch.tensor(numbers)})
+        return {"latents": latents.transpose(0, 1), "velocity": velocity.transpose(0, 1), "features": states,
+                "timestep": timestep.float().repeat(len(prompts), 1), "prompt": torch.tensor(numbers),
+                "noise_level": noise_level.float().repeat(len(prompts), 1)}
+
+    return _fill(accelerator, folder, jobs, make, "teacher trajectories")
+
+
+@torch.no_grad()
+def walk_own_path(accelerator, student_for, velocity_for, schedulers, num_steps, jobs, latent_shape, folder):
+    """Go a part of the way with the student and the rest with the teacher, for every (number, prompt, seed, count, index).
+
+    The student takes `index` of `count` steps, the teacher what is left of its `num_steps`; kept is where they met, and the
+    average velocity from there to the teacher's picture. `schedulers` are the student's and the teacher's.
+    Source: the roll-outs of pi-Flow (Chen et al. 2025), with one segment that ends at the picture.
+    """
+    own, teachers = schedulers
+
+    def make(numbers, prompts, seeds, counts, indices):
+        noise, shard = seeded_noise(latent_shape, seeds).to(accelerator.device), {}
+        for count, index in sorted(set(zip(counts, indices))):
+            rows = [row for row, path in enumerate(zip(counts, indices)) if path == (count, index)]
+            said = [prompts[row] for row in rows]
+            met = sample(student_for(said), noise[rows], own, count, end=index)
+            timestep, noise_level = own.timesteps[index].float(), own.sigmas[index].float()
+            picture = sample(velocity_for(said, []), met, teachers, num_steps, begin=num_steps * index // count)
+            noise_level = noise_level.expand(len(rows))
+            found = {"latents": met, "velocity": average_velocity(met, picture, noise_level), "noise_level": noise_level,
+                     "timestep": timestep.expand(len(rows))}
+            for name, part in found.items():
+                shard.setdefault(name, part.new_empty(len(prompts), 1, *part.shape[1:]))[rows] = part.unsqueeze(1)
+        return shard | {"prompt": torch.tensor(numbers)}
+
+    return _fill(accelerator, folder, jobs, make, "student's own path")
+
+
+def _fill(accelerator, folder, jobs, make, description):
+    """Make the shards that `folder` lacks, SHARD_SIZE jobs each, every rank its share: `make(*columns of the jobs)` -> tensors."""
+    shards = [jobs[start:start + SHARD_SIZE] for start in range(0, len(jobs), SHARD_SIZE)]
+    missing = [index for index in range(len(shards)) if not shard_path(folder, index).exists()]
+    mine = missing[accelerator.process_index::accelerator.num_processes]
+    for index in tqdm(mine, desc=description, unit="shard", leave=False, disable=not accelerator.is_main_process):
+        tensors = make(*zip(*shards[index]))
+        write_shard(folder, index, {name: tensor.cpu() if name in EXACT else tensor.half().cpu()
+                                    for name, tensor in tensors.items()})
     accelerator.wait_for_everyone()
     return Trajectories(folder, len(shards))
-
-
-def cache_folder(parent, kind, **what):
-    """Return the folder for what was made of exactly this: a teacher, prompts, guidance, a schedule, ..."""
-    folder = Path(parent) / f"{kind}-{fingerprint(what)[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def fingerprint(what):
-    """Return the sha256 of anything that JSON, or str, can say."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def write_shard(folder, index, tensors):
@@ -97,8 +119,8 @@ def shard_path(folder, index):
 class Trajectories(torch.utils.data.Dataset):
     """Every state of every trajectory in a folder, memory-mapped.
 
-    Shards hold `latents`, `velocity` (n, K, C, H, W), `features` (n, K, N, D) in float16, and `timestep`, `noise_level` (n, K),
-    `prompt` (n,). Indexed by a list of state numbers, it returns a batch as a dict.
+    Shards hold `latents`, `velocity` (n, K, C, H, W), of whole walks `features` (n, K, N, D), in float16, and `timestep`,
+    `noise_level` (n, K), `prompt` (n,). Indexed by a list of state numbers, it returns a batch as a dict.
     """
 
     def __init__(self, folder, num_shards):
@@ -109,7 +131,7 @@ class Trajectories(torch.utils.data.Dataset):
     def __len__(self):
         return int(self.starts[-1])
 
-    def __getitems__(self, numbers):
+    def __getitems__(self, numbers, names=None):
         numbers = torch.as_tensor(numbers)
         shard_of = torch.searchsorted(self.starts, numbers, right=True)
         parts, order = [], []
@@ -118,12 +140,53 @@ class Trajectories(torch.utils.data.Dataset):
             first = int(self.starts[index - 1]) if index else 0
             rows, states = (numbers[places] - first) // self.states_each, (numbers[places] - first) % self.states_each
             shard = self.shards[index]
-            part = {name: shard[name][rows, states] for name in shard if name != "prompt"}
+            part = {name: shard[name][rows, states] for name in names or shard if name != "prompt"}
             part["prompt"] = shard["prompt"][rows]
             parts.append(part)
             order.append(places)
         back = torch.cat(order).argsort()
         return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+
+    def ends(self, rows):
+        """Return where the trajectories `rows` start and end: noise and pictures, both (B, C, H, W), and their prompts (B,)."""
+        rows, names = torch.as_tensor(rows), ("latents", "velocity", "noise_level")
+        first = self.__getitems__(rows * self.states_each, names)
+        last = self.__getitems__(rows * self.states_each + self.states_each - 1, names)
+        return first["latents"].float(), clean_from(last["latents"].float(), last["velocity"].float(), last["noise_level"]), (
+            first["prompt"])
+
+
+class Segments(torch.utils.data.Dataset):
+    """What few-step training learns from: states that few steps pass, the teacher's picture, and the average velocity to it.
+
+    In this order: the noise that every trajectory starts from; one state of every trajectory on the straight line from its noise to
+    its picture, which is the way a student goes whose first step was right; and where students did come by, `own_path`.
+    `levels` are the (timestep, noise level) that few steps pass, the first of them noise.
+    """
+
+    def __init__(self, trajectories, levels, own_path=None):
+        self.trajectories, self.levels, self.own_path = trajectories, torch.tensor(levels), own_path
+        self.num_walks = len(trajectories) // trajectories.states_each
+        self.num_lines = self.num_walks if len(levels) > 1 else 0
+
+    def __len__(self):
+        return self.num_walks + self.num_lines + len(self.own_path or ())
+
+    def __getitems__(self, numbers):
+        numbers = torch.as_tensor(numbers)
+        is_own = numbers >= self.num_walks + self.num_lines
+        found = []
+        if len(lines := numbers[~is_own]):
+            noise, picture, prompt = self.trajectories.ends(lines % self.num_walks)
+            later = 1 + lines % max(1, len(self.levels) - 1)
+            timestep, noise_level = self.levels[torch.where(lines < self.num_walks, 0, later)].unbind(1)
+            found.append({"latents": add_noise(picture, noise, noise_level), "velocity": noise - picture, "timestep": timestep,
+                          "noise_level": noise_level, "picture": picture, "prompt": prompt})
+        if is_own.any():
+            own = self.own_path.__getitems__(numbers[is_own] - self.num_walks - self.num_lines)
+            own |= {name: own[name].float() for name in ("latents", "velocity")}
+            found.append(own | {"picture": clean_from(own["latents"], own["velocity"], own["noise_level"])})
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
 class SeededBatches(torch.utils.data.Sampler):

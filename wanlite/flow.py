@@ -28,30 +28,52 @@ def shift_noise_level(noise_level, shift):
     return shift * noise_level / (1 + (shift - 1) * noise_level)
 
 
-def make_scheduler(shift, order=2):
-    """Return diffusers' UniPC, set up as Wan uses it; the schedule lives in its config, where a stock WanPipeline finds it."""
+def average_velocity(start, end, noise_level):
+    """Return the velocity that leads straight from `start`, at `noise_level` (B,), to the picture `end`: both (B, C, H, W)."""
+    return (start - end) / noise_level.view(-1, 1, 1, 1)
+
+
+def make_scheduler(shift, few_steps=()):
+    """Return diffusers' UniPC, set up as Wan uses it; the schedule lives in its config, where a stock WanPipeline finds it.
+
+    For a student of `few_steps`, numbers of steps, it takes plain Euler steps: order 1 alone would still correct them.
+    """
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift,
-                                   solver_order=order, num_train_timesteps=TIMESTEPS)
+                                   solver_order=1 if few_steps else 2, disable_corrector=list(range(max(few_steps, default=0))),
+                                   num_train_timesteps=TIMESTEPS)
 
 
-def walk(velocity_of, noise, scheduler, num_steps):
+def check_schedule(scheduler, num_steps):
+    """Raise ValueError for a schedule that does not fall from noise to a noise level of 0: pictures would keep noise."""
+    scheduler.set_timesteps(num_steps)
+    levels = scheduler.sigmas.tolist()
+    if levels[-1] != 0:
+        raise ValueError(f"the schedule of {num_steps} steps ends at a noise level of {levels[-1]:.4f}, expected 0. Set "
+                         '"final_sigmas_type": "zero" in scheduler_config.json.')
+    if any(after >= before for before, after in zip(levels, levels[1:])) or levels[0] < 0.9:
+        raise ValueError(f"the schedule of {num_steps} steps passes noise levels {levels}, expected a fall from about 1 to 0. "
+                         "Take scheduler_config.json from the folder that train_distillation.py wrote.")
+
+
+def walk(velocity_of, latents, scheduler, num_steps, begin=0, end=None):
     """Walk from noise to a picture, yielding (latents, timestep, noise_level, velocity) before each step; returns the last latents.
 
-    `velocity_of(latents, timestep (B,))` is asked once a step. Shapes: (B, C, H, W).
+    `velocity_of(latents, timestep (B,))` is asked once a step. Shapes: (B, C, H, W). With `begin` the walk starts before that
+    step of `num_steps`, from latents that are there already, and with `end` it stops before that one.
     """
-    scheduler.set_timesteps(num_steps, device=noise.device)
-    scheduler.set_begin_index(0)
-    latents = noise.float()
-    for timestep, noise_level in zip(scheduler.timesteps, scheduler.sigmas):
+    scheduler.set_timesteps(num_steps, device=latents.device)
+    scheduler.set_begin_index(begin)
+    latents = latents.float()
+    for timestep, noise_level in list(zip(scheduler.timesteps, scheduler.sigmas))[begin:end]:
         velocity = velocity_of(latents, timestep.float().expand(len(latents))).float()
         yield latents, timestep, noise_level, velocity
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
     return latents
 
 
-def sample(velocity_of, noise, scheduler, num_steps):
-    """Return the latents (B, C, H, W) at the end of the walk from `noise`."""
-    steps = walk(velocity_of, noise, scheduler, num_steps)
+def sample(velocity_of, noise, scheduler, num_steps, begin=0, end=None):
+    """Return the latents (B, C, H, W) at the end of the walk from `noise`; see walk()."""
+    steps = walk(velocity_of, noise, scheduler, num_steps, begin, end)
     while True:
         try:
             next(steps)
@@ -62,3 +84,44 @@ def sample(velocity_of, noise, scheduler, num_steps):
 def seeded_noise(shape, seeds):
     """Return standard normal noise (B, *shape), one seed a picture, the same on every device."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+class FewSteps:
+    """Where walks of few steps stop: one student serves every number of steps, for each leads straight to the picture.
+
+    `levels` are the (timestep, noise level) that any of them passes, noise first; `stops` the (count, index) after noise;
+    `teacher_levels` (K, 2) those of the teacher's walk. The timesteps are those that sampling passes, truncated to whole numbers
+    as the scheduler does.
+    """
+
+    def __init__(self, shift, counts, latent_shape, teacher_steps):
+        self.scheduler, self.counts, self.latent_shape = make_scheduler(shift, counts), tuple(counts), latent_shape
+        self.teacher_levels = torch.tensor(self._pass(teacher_steps))
+        self.paths = {count: self._pass(count) for count in counts}
+        self.levels = sorted({state for path in self.paths.values() for state in path}, reverse=True)
+        self.stops = [(count, index) for count in counts for index in range(1, count)]
+
+    def _pass(self, count):
+        check_schedule(self.scheduler, count)
+        return list(zip(self.scheduler.timesteps.float().tolist(), self.scheduler.sigmas.tolist()))
+
+    def draw(self, num_pictures, velocity_of, generator, device):
+        """Return the pictures (B, C, H, W) that a student sees from a stop drawn at random; the gradient is of its last step."""
+        count = self.counts[int(torch.randint(len(self.counts), (1,), generator=generator))]
+        index = int(torch.randint(count, (1,), generator=generator))
+        noise = torch.randn(num_pictures, *self.latent_shape, generator=generator).to(device)
+        with torch.no_grad():
+            latents = sample(velocity_of, noise, self.scheduler, count, end=index)
+        timestep, noise_level = (torch.full((num_pictures,), value, device=device) for value in self.paths[count][index])
+        return clean_from(latents, velocity_of(latents, timestep).float(), noise_level)
+
+    def renoise(self, clean, generator, is_one_level=False):
+        """Return (noisy, noise, timestep (B,), noise level (B,)) at inner levels of the teacher's walk, drawn at random.
+
+        One level for all keeps a micro-batch with one of the teacher's experts.
+        """
+        count = 1 if is_one_level else len(clean)
+        chosen = torch.randint(1, max(2, len(self.teacher_levels) - 1), (count,), generator=generator).expand(len(clean))
+        timestep, noise_level = self.teacher_levels[chosen].to(clean.device).unbind(1)
+        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        return add_noise(clean.detach(), noise, noise_level), noise, timestep, noise_level

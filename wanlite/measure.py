@@ -1,10 +1,15 @@
-"""Quality of a given way to draw: how faithful its pictures are to their captions, and how varied they are over seeds."""
+"""Quality of a given way to draw: faithful to captions, varied over seeds, and like the teacher's in what can be counted."""
 
 import time
 
 import numpy as np
+import torch
+from torch.nn import functional
 
 from . import shapes
+
+# A student beyond one of these is no candidate to be saved: (lowest, highest), each figure beside the teacher's.
+GUARDS = {"channel_drift": (0.0, 0.3), "saturation": (0.75, 1.33), "variety": (0.6, 3.0)}
 
 
 def prompt_accuracy(draw, captions):
@@ -25,13 +30,18 @@ def prompt_accuracy(draw, captions):
     return {name: None if value is None else round(float(value), 4) for name, value in figures.items()}
 
 
-def compare(draw_teacher, draw_student, captions):
-    """Judge teacher and student on the same captions; nothing where they are not of the tiny world."""
+def compare(draw_teacher, draw_student, num_steps, captions):
+    """Judge teacher and student on the same captions; nothing where they are not of the tiny world.
+
+    `draw_student` is {number of steps: a way to draw}; `num_steps` is the one that the student draws in by default.
+    """
     if not all(shapes.read_caption(caption) for caption in captions):
         return {}
-    teacher, student = prompt_accuracy(draw_teacher, captions), prompt_accuracy(draw_student, captions)
+    teacher = prompt_accuracy(draw_teacher, captions)
+    students = {str(count): prompt_accuracy(draw, captions) for count, draw in draw_student.items()}
+    student = students[str(num_steps)]
     return {"captions": len(captions), "prompt_accuracy": {"teacher": teacher["accuracy"], "student": student["accuracy"]},
-            "teacher": teacher, "student": student}
+            "teacher": teacher, "student": student, "student_by_steps": students}
 
 
 def variety(pictures_by_seed):
@@ -43,3 +53,69 @@ def variety(pictures_by_seed):
     seeds = pictures.shape[1]
     pairs = [(i, j) for i in range(seeds) for j in range(i)]
     return float(np.mean([np.abs(pictures[:, i] - pictures[:, j]).mean() for i, j in pairs]))
+
+
+def likeness(latents, pictures, by_seed, teacher_latents, teacher_pictures, teacher_by_seed):
+    """Compare what a student drew with what its teacher drew from the same noise and prompts.
+
+    `latents` (B, C, H, W) and `pictures` (B, height, width, 3) are of the same walks, `by_seed` as in variety(). Returns
+    `picture_error` (squared distance of latents over the teacher's variance), `channel_drift`, and `saturation` and `variety`
+    over the teacher's.
+    """
+    error = (latents - teacher_latents).square().mean() / teacher_latents.var(dim=0).mean()
+    return {"picture_error": float(error), "channel_drift": channel_drift(latents, teacher_latents),
+            "saturation": saturation(pictures) / max(saturation(teacher_pictures), 1e-6),
+            "variety": variety(by_seed) / max(variety(teacher_by_seed), 1e-6)}
+
+
+def beyond_guards(figures):
+    """Return what figures of likeness() lie beyond GUARDS, in words."""
+    return [f"{name} {figures[name]:.2f}, expected {lowest:g} to {highest:g}" for name, (lowest, highest) in GUARDS.items()
+            if not lowest <= figures[name] <= highest]
+
+
+def channel_drift(latents, teacher_latents):
+    """Return how far the mean of a channel lies from the teacher's, in the teacher's standard deviations: the worst channel.
+
+    Shapes: (B, C, H, W).
+    """
+    shift = latents.mean((0, 2, 3)) - teacher_latents.mean((0, 2, 3))
+    return float((shift / teacher_latents.std((0, 2, 3))).abs().max())
+
+
+def channel_spread(latents, teacher_latents):
+    """Return the standard deviation of a channel over the teacher's: the channel farthest from 1. Shapes: (B, C, H, W)."""
+    ratio = latents.std((0, 2, 3)) / teacher_latents.std((0, 2, 3))
+    return float(ratio[ratio.log().abs().argmax()])
+
+
+def saturation(pictures):
+    """Return how far colours are from grey, on average: 0..255. Shape: (B, height, width, 3) uint8."""
+    pictures = pictures.astype(np.int16)
+    return float((pictures.max(-1) - pictures.min(-1)).mean())
+
+
+def frechet_distance(pictures, others, width=32):
+    """Return the Frechet distance of two sets of pictures in a random feature space: no FID, no network was trained for it.
+
+    Features are `width` channels of two seeded random convolutions with ReLU, averaged over the picture. Shapes: (B, h, w, 3).
+    Source of the distance: Dowson and Landau 1982.
+    """
+    (mean, covariance), (other_mean, other_covariance) = (_moments(_random_features(each, width)) for each in (pictures, others))
+    values, vectors = np.linalg.eigh(covariance)
+    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
+    overlap = np.sqrt(np.linalg.eigvalsh(root @ other_covariance @ root).clip(min=0)).sum()    # trace of the product's root
+    return float(np.square(mean - other_mean).sum() + np.trace(covariance) + np.trace(other_covariance) - 2 * overlap)
+
+
+def _moments(features):
+    return features.mean(0), np.cov(features.T)
+
+
+def _random_features(pictures, width):
+    generator = torch.Generator().manual_seed(0)
+    states = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    for channels, size in ((24, 5), (width, 3)):
+        kernel = torch.randn(channels, states.shape[1], size, size, generator=generator)
+        states = functional.relu(functional.conv2d(states, kernel / kernel[0].numel() ** 0.5, stride=2, padding=size // 2))
+    return states.mean((2, 3)).double().numpy()

@@ -3,6 +3,8 @@
 Legend: B batch, C channels, H W latent height and width, N image tokens, D feature width.
 """
 
+from .flow import clean_from
+
 
 def velocity_loss(student_velocity, teacher_velocity):
     """Match the teacher's guided velocity, so that guidance is baked into the student.
@@ -23,3 +25,17 @@ def feature_loss(student_features, teacher_features, outlier=2.0):
     typical = (teacher_features * scale).abs() <= outlier
     error = ((student_features - teacher_features) * scale).square() * typical
     return error.sum((1, 2)) / typical.sum((1, 2)).clamp(min=1)
+
+
+def distribution_matching_loss(sample, noisy, noise_level, teacher_velocity, critic_velocity):
+    """Push samples where the teacher finds them likelier than the critic, which knows what the student draws.
+
+    `noisy` is the sample renoised to `noise_level` (B,), the velocities are what both say there; shapes (B, C, H, W). The gradient
+    reaches `sample` only: what the critic sees minus what the teacher sees, over the sample's mean distance from the latter.
+    Source: DMD (Yin et al. 2023), equations 7 and 8, in float32.
+    """
+    teacher_clean, critic_clean = (clean_from(noisy, velocity.float(), noise_level)
+                                   for velocity in (teacher_velocity, critic_velocity))
+    distance = (sample.detach() - teacher_clean).abs().flatten(1).mean(1).clamp(min=1e-6).view(-1, 1, 1, 1)
+    aim = sample.detach() - (critic_clean - teacher_clean) / distance
+    return 0.5 * (sample - aim.detach()).square().flatten(1).mean(1)

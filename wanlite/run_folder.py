@@ -137,10 +137,11 @@ def check_saved_parts(folder):
             raise OSError(f"{folder / part}: {reason}. Copy the folder again.")
 
 
-def write_model_card(folder, settings, results):
+def write_model_card(folder, settings, few_steps, results):
     """Write the run's README.md: what the model is, how good it measured, how to draw with it."""
     measured = "".join(f"- {name}: {value}\n" for name, value in results.items() if not isinstance(value, dict))
     measured += "".join(f"- accuracy of the {name}: {value}\n" for name, value in results.get("prompt_accuracy", {}).items())
+    said = f" It was trained for {' or '.join(map(str, few_steps))} steps." if few_steps else ""
     (Path(folder) / "README.md").write_text(f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -148,7 +149,7 @@ pipeline_tag: text-to-image
 # A WanLiteStudent
 
 A text-to-image model distilled from `{Path(settings.teacher).name}`; it draws {settings.resolution} x {settings.resolution} pixels
-in {settings.num_inference_steps} steps, without guidance.
+in {settings.num_inference_steps} steps, without guidance.{said}
 
     python run_inference.py --model {settings.output_dir} --prompt "..."
 
@@ -168,11 +169,11 @@ Measured on held-out prompts:
 class MetricsLog:
     """metrics.jsonl: one line a record; what was written after the step that a run resumes from is dropped.
 
-    `seconds` is how long the run had taken at that step, `validated` the steps that were looked at.
+    `seconds` is how long the run had taken at that step.
     """
 
     def __init__(self, path, step):
-        self.path, self.seconds, self.validated = Path(path), 0.0, set()
+        self.path, self.seconds = Path(path), 0.0
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines() if step and self.path.exists() else ():
             try:
@@ -182,7 +183,6 @@ class MetricsLog:
             if isinstance(record, dict) and record.get("step", 0) <= step:
                 kept.append(line)
                 self.seconds = record.get("seconds", self.seconds)
-                self.validated |= {record["step"]} if "held_out_error" in record else set()
         partial = self.path.with_name(f".{self.path.name}.partial")
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(partial, self.path)

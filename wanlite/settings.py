@@ -17,24 +17,26 @@ def make_parser(settings_class, description, repeatable=()):
     parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
-        meaning = field.metadata["meaning"] + ("" if field.default is None else f" (default: {field.default})")
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        meaning = field.metadata["meaning"] + ("" if default is None else f" (default: {default})")
         options = {"dest": field.name, "default": field.default, "help": meaning.replace("%", "%%")}
         names = [f"--{field.name}", *field.metadata["aliases"]]
-        kind = _plain_type(hints[field.name])
+        kind, item = _plain_type(hints[field.name])
         if kind is bool:
             parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
         elif kind is list:
-            parser.add_argument(*names, **options, **({"action": "append"} if field.name in repeatable else {"nargs": "+"}))
+            several = {"action": "append"} if field.name in repeatable else {"nargs": "+"}
+            parser.add_argument(*names, type=item or str, **options, **several)
         else:
             parser.add_argument(*names, type=kind, choices=field.metadata["choices"], **options)
     return parser
 
 
 def _plain_type(hint):
-    """Return T for `T | None` and for T."""
+    """Return (T, None) for `T | None` and for T, and (list, T) for lists of T."""
     if isinstance(hint, types.UnionType):
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
-    return typing.get_origin(hint) or hint
+    return typing.get_origin(hint) or hint, next(iter(typing.get_args(hint)), None)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -1,0 +1,54 @@
+"""Figures of likeness: each says what it is named for, and guards hold where they should."""
+
+import numpy as np
+import pytest
+import torch
+
+from wanlite import shapes
+from wanlite.measure import beyond_guards, channel_drift, channel_spread, frechet_distance, likeness, saturation, variety
+
+LATENTS = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2, 3, 4])[:, None, None]
+
+
+def pictures(seed, count, jitter=True):
+    random = np.random.default_rng(seed)
+    return np.stack([shapes.draw(scene, random if jitter else None) for scene in shapes.scenes(3, count)])
+
+
+def test_drift_is_the_shift_of_the_worst_channel_in_the_teachers_deviations():
+    moved = LATENTS + torch.tensor([0.0, 0.0, 0.0, 0.4])[:, None, None]
+    assert channel_drift(moved, LATENTS) == pytest.approx(0.1, rel=0.02) and channel_drift(LATENTS, LATENTS) == 0
+
+
+def test_spread_is_that_of_the_channel_farthest_from_the_teachers():
+    narrowed = LATENTS * torch.tensor([1.0, 0.5, 1.2, 1.0])[:, None, None]
+    assert channel_spread(narrowed, LATENTS) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_frechet_distance_is_zero_for_the_same_pictures_and_grows_with_what_is_done_to_them():
+    drawn = pictures(0, 200)
+    others, grey = pictures(1, 200), np.full_like(drawn, 128)
+    assert abs(frechet_distance(drawn, drawn)) < 1e-8
+    faded = (128 + 0.7 * (drawn.astype(float) - 128)).astype(np.uint8)
+    assert frechet_distance(drawn, others) < frechet_distance(drawn, faded) < frechet_distance(drawn, grey)
+
+
+def test_a_student_that_draws_as_its_teacher_is_within_every_guard_and_a_collapsed_or_faded_one_is_not():
+    drawn = pictures(0, 64)
+    seeds = np.stack([pictures(seed, 8) for seed in range(8)], axis=1)
+    same = likeness(LATENTS, drawn, seeds, LATENTS, drawn, seeds)
+    assert same == pytest.approx({"picture_error": 0, "channel_drift": 0, "saturation": 1, "variety": 1})
+    assert not beyond_guards(same)
+    collapsed = likeness(LATENTS, drawn, np.repeat(seeds[:, :1], 8, axis=1), LATENTS, drawn, seeds)
+    assert collapsed["variety"] == 0 and [reason.split()[0] for reason in beyond_guards(collapsed)] == ["variety"]
+    faded = likeness(LATENTS, (drawn // 2 + 64), seeds, LATENTS, drawn, seeds)
+    assert [reason.split()[0] for reason in beyond_guards(faded)] == ["saturation"]
+    drifted = likeness(LATENTS + 2, drawn, seeds, LATENTS, drawn, seeds)
+    assert any("channel_drift" in reason for reason in beyond_guards(drifted))
+
+
+def test_variety_and_saturation_have_closed_forms():
+    two = np.zeros((1, 2, 4, 4, 3), np.uint8)
+    two[:, 1] = 10
+    assert variety(two) == 10.0
+    assert saturation(np.tile(np.uint8([200, 50, 100]), (1, 4, 4, 1))) == 150.0

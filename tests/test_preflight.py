@@ -1,0 +1,113 @@
+"""What is refused before torch is imported: numbers, steps that do not fit, students that cannot be gone on from."""
+
+import json
+import shutil
+from dataclasses import asdict, replace
+
+import pytest
+
+from tests.conftest import ROOT, SHORT_RUN, run_script
+from train_distillation import Settings, complete
+from wanlite.preflight import parts_of
+from wanlite.run_folder import read_run
+
+TRAIN = ROOT / "train_distillation.py"
+
+
+def test_the_parts_of_a_run_follow_each_other_and_own_path_is_walked_where_segments_begin():
+    settings = complete(Settings(max_train_steps=100, segment_steps=40, matching_steps=30))
+    assert parts_of(settings) == [("velocity", 0, 30), ("segments", 30, 50), ("segments", 50, 70), ("matching", 70, 100)]
+    assert parts_of(replace(settings, segment_steps=0, matching_steps=0)) == [("velocity", 0, 100)]
+
+
+def test_a_default_run_leaves_most_steps_to_stage_one_and_counts_all():
+    parts = parts_of(complete(Settings()))
+    assert [name for name, *_ in parts] == ["velocity", "segments", "segments"] and parts[-1][2] == Settings().max_train_steps
+    assert all(before[2] == after[1] for before, after in zip(parts, parts[1:]))
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"segment_steps": 1400}, "leaves no step of stage 1"),
+    ({"segment_steps": 1500}, "are more than --max_train_steps 1400"),
+    ({"segment_steps": 0, "matching_steps": 10}, "--matching_steps without --segment_steps"),
+    ({"few_steps": [3]}, "--few_steps 3 does not divide --teacher_steps 20"),
+    ({"few_steps": [0, 4]}, "--few_steps 0 does not divide"),
+    ({"few_steps": [1, 2]}, "--num_inference_steps 4 is none of --few_steps 1 2"),
+    ({"segment_steps": -1}, "--segment_steps is -1, expected 0 or more"),
+    ({"critic_updates": 0}, "--critic_updates is 0, expected at least 1"),
+    ({"matching_steps": 5, "mixed_precision": "fp16"}, "goes with --mixed_precision no or bf16")])
+def test_steps_that_cannot_be_trained_are_refused_with_what_to_do(changed, words):
+    with pytest.raises(ValueError, match=words):
+        complete(Settings(**changed))
+
+
+# ---- a student to go on from ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def saved(finished_run, tmp_path):
+    """A saved student, and a way to change what its run.json says."""
+    folder = tmp_path / "student"
+    shutil.copytree(finished_run[0], folder, ignore=shutil.ignore_patterns("cache", "checkpoints"))
+
+    def change(**what):
+        run = read_run(folder)
+        (folder / "run.json").write_text(json.dumps({name: value for name, value in (run | what).items() if value is not None}))
+        return folder
+    return change
+
+
+STAGE_TWO = {"max_train_steps": 6, "segment_steps": 6, "flow_shift": 3.0, "resolution": 64}
+
+
+@pytest.mark.parametrize("what, words", [
+    ({"finished": False}, "holds no finished run"),
+    ({"schedule": None}, "was saved by an older version"),
+    ({"schedule": {"parts": {"velocity": 0, "segments": 3}}}, "has not been through stage 1"),
+    ({"settings": asdict(Settings(flow_shift=5.0, resolution=64))}, "was trained with flow_shift 5.0, this run has 3.0"),
+    ({"settings": asdict(Settings(flow_shift=3.0, resolution=64, guidance_scale=7.0))}, "was trained with guidance_scale 7.0")])
+def test_a_student_that_does_not_fit_is_refused_with_what_to_do(what, words, saved):
+    with pytest.raises(ValueError, match=words):
+        complete(Settings(student=str(saved(**what)), **STAGE_TWO))
+
+
+def test_distribution_matching_wants_a_student_of_few_steps(saved):
+    folder = saved(schedule={"parts": {"velocity": 3, "segments": 0}})
+    with pytest.raises(ValueError, match="does not draw in few steps yet"):
+        complete(Settings(student=str(folder), max_train_steps=6, segment_steps=0, matching_steps=6))
+
+
+def test_a_shape_that_is_not_the_students_is_refused(saved):
+    with pytest.raises(ValueError, match="has hidden_size 64, and --hidden_size says 32. Leave the flag out"):
+        complete(Settings(student=str(saved()), hidden_size=32, **STAGE_TWO))
+
+
+def test_stage_two_goes_on_from_a_saved_student_and_says_what_it_has_been_through(finished_run, saved, tmp_path):
+    flags = [*SHORT_RUN, "--student", saved(), "--segment_steps", "6", "--matching_steps", "0"]
+    shared = ["--cache_dir", finished_run[0] / "cache"]
+    process = run_script(TRAIN, "--output_dir", tmp_path / "run", *flags, *shared)
+    assert process.returncode == 0, process.stderr
+    assert "a saved student" in process.stdout and "projected" not in process.stdout
+    run = read_run(tmp_path / "run")
+    assert run["schedule"] == {"flow_shift": 3.0, "few_steps": [1, 2, 4], "parts": {"velocity": 2, "segments": 8, "matching": 2}}
+    saved(teacher="0" * 64)
+    process = run_script(TRAIN, "--output_dir", tmp_path / "other", *flags, *shared)
+    assert process.returncode == 2 and "was distilled from another teacher" in process.stderr
+
+
+def test_runs_share_a_cache_and_each_keeps_its_own_path(finished_run, tmp_path):
+    cache = tmp_path / "cache"
+    shutil.copytree(finished_run[0] / "cache", cache)
+    before = {path.name for path in cache.iterdir()}
+    process = run_script(TRAIN, "--output_dir", tmp_path / "run", *SHORT_RUN, "--cache_dir", cache)
+    assert process.returncode == 0, process.stderr
+    assert {path.name for path in cache.iterdir()} == before
+    assert {path.name.rpartition("-")[0] for path in (tmp_path / "run/cache").iterdir()} == {"own-path"}
+
+
+def test_a_file_of_three_prompts_trains_to_the_end(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(("a small red circle at the left on a white background",
+                                                     "a large green cross left of a small cyan square on a grey background",
+                                                     "at the top, a large blue ring on black")))
+    process = run_script(TRAIN, "--output_dir", tmp_path / "run", *SHORT_RUN, "--prompts", tmp_path / "prompts.txt")
+    assert process.returncode == 0, process.stderr
+    assert "held-out captions drawn right (1):" in process.stdout and read_run(tmp_path / "run")["finished"]

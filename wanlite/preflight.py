@@ -1,0 +1,94 @@
+"""Settings of a run, checked and completed before torch is imported: what cannot work is said at once, with what to do.
+
+A run has up to three parts, one after the other: `velocity` (stage 1), `segments` (stage 2a), `matching` (stage 2b).
+"""
+
+PARTS = ("velocity", "segments", "matching")
+OWN_PATH_ROUNDS = 2        # how often in the part of segments the student's own path is walked
+SEGMENT_SHARE = 5 / 7      # of the steps, where --segment_steps is left open
+COUNTS = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "teacher_steps", "num_inference_steps",
+          "num_held_out", "checkpointing_steps", "validation_steps", "critic_updates")
+
+
+def check_numbers(settings):
+    """Refuse numbers out of range, and settings that contradict each other."""
+    for name in COUNTS:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name} is {getattr(settings, name)}, expected at least 1.")
+    for name in ("segment_steps", "matching_steps", "own_path_pictures"):
+        if (getattr(settings, name) or 0) < 0:
+            raise ValueError(f"--{name} is {getattr(settings, name)}, expected 0 or more.")
+    if settings.checkpoints_total_limit < 2:
+        raise ValueError(f"--checkpoints_total_limit is {settings.checkpoints_total_limit}, expected at least 2: with one, a "
+                         "save that fails leaves none.")
+    if settings.expert == "span" and settings.projection == "calibrated":
+        raise ValueError("--expert span goes with --projection weights: a student is calibrated against one expert. Add "
+                         "--projection weights, or choose --expert low or high.")
+    if settings.matching_steps and settings.mixed_precision == "fp16":
+        raise ValueError("--matching_steps goes with --mixed_precision no or bf16: the critic's gradients are not scaled.")
+
+
+def complete_steps(settings):
+    """Return (few_steps, segment_steps): the numbers of steps in rising order, and how many steps of training are for them.
+
+    Raises ValueError where the parts do not fit into --max_train_steps, or a number of steps is none that can be trained.
+    """
+    few_steps = sorted(set(settings.few_steps))
+    segment_steps = settings.segment_steps
+    if segment_steps is None:
+        segment_steps = round(SEGMENT_SHARE * max(0, settings.max_train_steps - settings.matching_steps))
+    rest = settings.max_train_steps - segment_steps - settings.matching_steps
+    if rest < 0:
+        raise ValueError(f"--segment_steps {segment_steps} and --matching_steps {settings.matching_steps} are more than "
+                         f"--max_train_steps {settings.max_train_steps}, which counts them in. Raise that, or lower these.")
+    if settings.matching_steps and not segment_steps and settings.student is None:
+        raise ValueError("--matching_steps without --segment_steps: distribution matching goes on from a student that draws in "
+                         "few steps. Raise --segment_steps, or name such a student with --student DIR.")
+    if rest == 0 and settings.student is None:
+        raise ValueError(f"--segment_steps {segment_steps} leaves no step of stage 1, and few-step training starts from a student "
+                         "of stage 1. Lower it, or name such a student with --student DIR.")
+    if segment_steps or settings.matching_steps:
+        for count in few_steps:
+            if count < 1 or settings.teacher_steps % count:
+                raise ValueError(f"--few_steps {count} does not divide --teacher_steps {settings.teacher_steps}: students stop "
+                                 "only where the teacher does. Choose divisors, as 1 2 4.")
+        if settings.num_inference_steps not in few_steps:
+            raise ValueError(f"--num_inference_steps {settings.num_inference_steps} is none of --few_steps "
+                             f"{' '.join(map(str, few_steps))}, for which the student is trained. Choose one of them.")
+    return few_steps, segment_steps
+
+
+def parts_of(settings):
+    """Return the parts of a run in order, as (name, first step, last step); those of no step are left out."""
+    ends = [settings.max_train_steps - settings.segment_steps - settings.matching_steps]
+    ends += [ends[0] + settings.segment_steps * number // OWN_PATH_ROUNDS for number in range(1, OWN_PATH_ROUNDS + 1)]
+    ends += [settings.max_train_steps]
+    names = (PARTS[0], *[PARTS[1]] * OWN_PATH_ROUNDS, PARTS[2])
+    return [(name, first, last) for name, first, last in zip(names, [0, *ends], ends) if first < last]
+
+
+def check_student(run, settings, folder):
+    """Refuse to go on from a saved student whose run does not fit this one. `run` is its run.json, `folder` where it lies."""
+    def refuse(what):
+        raise ValueError(f"--student {folder}: {what}")
+
+    if not run.get("finished"):
+        refuse("holds no finished run. Let it finish with the command that began it.")
+    if "schedule" not in run:
+        refuse("was saved by an older version, which did not record the schedule it was trained for. Train it again, or leave "
+               "--student out to start from the teacher's weights.")
+    parts = run["schedule"].get("parts", {})
+    is_velocity_left = settings.max_train_steps > settings.segment_steps + settings.matching_steps
+    if not is_velocity_left and not parts.get("velocity"):
+        refuse(f"has not been through stage 1 (its parts are {parts}). Lower --segment_steps, so that steps of stage 1 are left, "
+               "or name another student.")
+    if not is_velocity_left and not settings.segment_steps and not parts.get("segments"):
+        refuse(f"does not draw in few steps yet (its parts are {parts}), and distribution matching goes on from a student that "
+               "does. Raise --segment_steps, or name another student.")
+    then, shape, now = run.get("settings", {}), run.get("student", {}), vars(settings)
+    for name in ("guidance_scale", "guidance_scale_2", "negative_prompt", "flow_shift", "resolution"):
+        if then.get(name) != now[name]:
+            refuse(f"was trained with {name} {then.get(name)!r}, this run has {now[name]!r}. Use the same, or leave --student out.")
+    for name in ("hidden_size", "depth", "num_heads", "ffn_dim"):
+        if now[name] is not None and now[name] != shape.get(name):
+            refuse(f"has {name} {shape.get(name)}, and --{name} says {now[name]}. Leave the flag out.")
