@@ -30,11 +30,11 @@ def folder(finished_run, tmp_path):
     return tmp_path / "run"
 
 
-def train(folder, *flags, at=None, checks=None):
+def train(folder, *flags, at=None, checks=None, guards=None):
     """Run the command that a user types, in a process of its own; returns its exit code and what it said.
 
     `at` is {number of a micro-batch in this process: what happens before it, which may change its loss}; `checks` as much for
-    the passes over the held-out states.
+    the passes over the held-out states; `guards` stands in for what finds a student beyond them.
     """
     def whenever(function, happenings):
         numbers = iter(range(1, 10**6))
@@ -50,6 +50,7 @@ def train(folder, *flags, at=None, checks=None):
     def as_typed():
         steps = whenever(lambda name, *arguments: STEPS[name](*arguments), at or {})
         train_distillation.STEPS = {name: partial(steps, name) for name in STEPS}
+        train_distillation.beyond_guards = guards or train_distillation.beyond_guards
         train_distillation.relative_error = whenever(train_distillation.relative_error, checks or {})
         sys.argv = ["train_distillation.py", "--output_dir", str(folder), *map(str, (*SHORT_RUN, *flags))]
         with open(f"{folder}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
@@ -144,6 +145,38 @@ def test_a_run_is_not_joined_by_another_one(folder, finished_run):
     assert code == 0 and same(folder, finished_run[0])
     joined = folder.with_name("joined").read_text()
     assert joined.startswith("2 ") and "another run is writing there" in joined
+
+
+# ---- which student is saved ----------------------------------------------------------------------------------------------------
+
+def scores(folder):
+    """Return {step: what a run with distribution matching is judged by} of every validation."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: sum(record[f"frechet_distance_{count}"] for count in (1, 2, 4)) / 3
+            for record in records if "held_out_error" in record}
+
+
+def test_the_best_validation_is_saved_and_not_the_last_and_a_resumed_run_chooses_the_same(folder):
+    flags = ("--validation_steps", "1", "--checkpointing_steps", "1", "--checkpoints_total_limit", "9", "--lr_warmup_steps", "0",
+             "--learning_rate", "0.05")                      # far too high: students get worse
+    code, _ = train(folder, *flags, guards=lambda figures: [], at={6: asked()})
+    assert code == 3
+    code, _ = train(folder, *flags, guards=lambda figures: [])
+    chosen = json.loads((folder / "run.json").read_text())["chosen"]
+    found = {step: score for step, score in scores(folder).items() if step > 2}        # of stage 1 none is a candidate
+    assert code == 0 and chosen["step"] == min(found, key=found.get) and chosen["frechet_distance"] == min(found.values())
+    last = load_file(checkpoint_path(folder, 6) / "state.safetensors")
+    saved = load_file(folder / WEIGHTS)
+    assert all(torch.equal(saved[name], last[f"/best/weights/{name}"]) for name in saved) or chosen["step"] == 6
+
+
+def test_training_ends_where_students_stay_beyond_a_guard_and_the_best_before_is_saved(folder):
+    looks = iter([[]] * 3 + [["variety 0.00, expected 0.6 to 3"]] * 99)
+    code, said = train(folder, "--validation_steps", "1", guards=lambda figures: next(looks))
+    run = json.loads((folder / "run.json").read_text())
+    assert code == 0 and "2 validations in a row were beyond a guard" in said and run["steps"] < 6
+    assert run["chosen"]["step"] == min(scores(folder).keys() - {0, 1, 2})
+    assert "no candidate to be saved: in 1 steps variety" in said
 
 
 # ---- checkpoints that do not verify --------------------------------------------------------------------------------------------
