@@ -706,10 +706,10 @@ def train(settings, is_resumed, stop):
             figures = {"held_out_error": relative_error(student, states["held_out"], embeddings, held_out, device, check)}
             looks = {count: examine(partial(velocity_from, student), num_steps=count) for count in few.counts}
             figures |= {f"{name}_{count}": value for count, look in looks.items() for name, value in look.items()}
-            grid = {f"teacher, {REFERENCE_STEPS} steps": teacher_drawn}
+            grid = {f"teacher {REFERENCE_STEPS} steps": teacher_drawn}
             for count, look in reversed(looks.items()):
                 said = [f"{name} {look[measure]:.2f}" for name, measure in GRID_FIGURES.items()]
-                grid[", ".join([f"student, {count} step{'s' * (count > 1)}", *said])] = draw_own(
+                grid[", ".join([f"student {count} step{'s' * (count > 1)}", *said])] = draw_own(
                     partial(velocity_from, student), embeddings=[embeddings[p] for p in validation], seeds=seeds, num_steps=count)
             tell(step, grid=grid, **figures)
             memory["looked"] = {"step": step, **figures}

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-LABEL_WIDTH = 84  # pixels at the left, for the names of the rows
+LABEL_WIDTH = 92  # pixels at the left, for the names of the rows
 
 
 def save_grid(path, rows):
