@@ -14,12 +14,12 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from wanlite.official import convert_parts, find_parts, is_converted
 from wanlite.preflight import PARTS, check_numbers, check_student, complete_steps, parts_of
 from wanlite.prompts import read_prompts
 from wanlite.run_folder import (
     MetricsLog,
     check_output_folder,
-    check_parts,
     check_resumable,
     clear,
     read_run,
@@ -142,7 +142,7 @@ def complete(settings):
         read_prompts(settings.prompts)
     elif record.get("world") != "wanlite.shapes":
         raise ValueError(f"--prompts is missing. {teacher} is no teacher of the tiny world: name a text file, one prompt a line.")
-    check_parts(teacher)
+    find_parts(teacher)
     resolution = settings.resolution or record.get("resolution", 512)
     if resolution % 16 or resolution <= 0:
         nearest = max(16, round(resolution / 16) * 16)
@@ -226,7 +226,7 @@ from wanlite.student_files import (  # noqa: E402
     student_folder,
 )
 from wanlite.student_saving import check_savable, save_student  # noqa: E402
-from wanlite.teacher import Teacher, check_experts, open_teacher_files  # noqa: E402
+from wanlite.teacher import Teacher, check_experts, open_teacher_files, sampled_digest  # noqa: E402
 from wanlite.text import encode_once  # noqa: E402
 
 # ---- the model ---------------------------------------------------------------------------------------------------------
@@ -454,6 +454,21 @@ def describe_schedule(settings, few_steps, parts):
     return {"flow_shift": settings.flow_shift, "few_steps": few_steps or None, "parts": steps}
 
 
+def open_parts(settings, accelerator):
+    """Return the folder of vae/, text_encoder/ and tokenizer/ in diffusers' layout: the teacher's, or the cache that they are
+    converted into."""
+    found = find_parts(settings.teacher)
+    if all(is_converted(found, part) for part in found):
+        return Path(settings.teacher)
+    files = [path for place in found.values() for path in ([place] if place.is_file() else sorted(place.rglob("*")))
+             if path.is_file()]
+    folder = cache_folder(settings.cache_dir, "parts", files=sampled_digest(("part", path) for path in files))
+    if accelerator.is_main_process:
+        convert_parts(found, folder, accelerator.print)
+    accelerator.wait_for_everyone()
+    return folder
+
+
 def start_student(settings, student, files, cosines, embeddings, prompts, latent_size, accelerator):
     """Give the student its first weights, as --projection says; returns the report for run.json, None for a random start.
 
@@ -604,8 +619,9 @@ def train(settings, is_resumed, stop):
         check_resumable(output, run, say)
     announce(settings, files, student, device, num_trajectories, parts, say)
     cosines = check_experts(files, device) if accelerator.is_main_process and not is_resumed else {}
-    embeddings = encode_once(settings.teacher, [*training, *held_out, *validation, settings.negative_prompt], device)
-    autoencoder = load_autoencoder(settings.teacher, device=device)
+    parts_folder = open_parts(settings, accelerator)
+    embeddings = encode_once(parts_folder, [*training, *held_out, *validation, settings.negative_prompt], device)
+    autoencoder = load_autoencoder(parts_folder, device=device)
     size = settings.resolution // autoencoder.config.scale_factor_spatial
     latent_shape, scheduler = (files.config["in_channels"], size, size), make_scheduler(settings.flow_shift)
     (output / "cache").mkdir(exist_ok=True)
@@ -841,7 +857,7 @@ def train(settings, is_resumed, stop):
                                                       "why": f"the lowest {measure} of the validations without a guard against"}
     if accelerator.is_main_process:
         student.save_pretrained(output)
-        save_parts(output, settings.teacher, own_scheduler)
+        save_parts(output, parts_folder, own_scheduler)
         results = {name: value for name, value in figures.items() if name != "step"}
         if settings.resolution == shapes.PICTURE_SIZE:
             words = [embeddings[prompt] for prompt in held_out]

@@ -93,21 +93,17 @@ def clear(folder):
             entry.unlink(missing_ok=True)
 
 
-def check_parts(teacher_folder):
-    """Refuse a teacher's folder without the parts that encode, decode and go into every saved run."""
-    if missing := [part for part in PARTS if not (Path(teacher_folder) / part).is_dir()]:
-        raise OSError(f"{teacher_folder}: lacks {', '.join(missing)}, which training and inference need. Put them there from "
-                      "the diffusers layout of the same model.")
+def save_parts(folder, parts_folder, scheduler):
+    """Copy what inference needs beside the student, and write the scheduler and the index that stock diffusers reads.
 
-
-def save_parts(folder, teacher_folder, scheduler):
-    """Copy what inference needs beside the student, and write the scheduler and the index that stock diffusers reads."""
-    folder, teacher_folder = Path(folder), Path(teacher_folder)
+    `parts_folder` holds vae/, text_encoder/ and tokenizer/ in diffusers' layout.
+    """
+    folder, parts_folder = Path(folder), Path(parts_folder)
     for part in PARTS:
         with new_folder(folder / part) as partial:
-            _copy_files(teacher_folder / part, partial)
+            _copy_files(parts_folder / part, partial)
     scheduler.save_pretrained(folder / "scheduler")
-    index = teacher_folder / "model_index.json"
+    index = parts_folder / "model_index.json"
     tokenizer = json.loads(index.read_text(encoding="utf-8")).get("tokenizer") if index.is_file() else None
     write_json(folder / "model_index.json", {
         "_class_name": "WanPipeline", "boundary_ratio": None, "expand_timesteps": False,

@@ -135,15 +135,21 @@ class TeacherFiles:
     @property
     def fingerprint(self):
         """A sha256 over every expert's files: the whole of a small one, 64 samples of a large one."""
-        digest = hashlib.sha256()
-        for expert in self.experts.values():
-            for path in sorted({path for path, *_ in expert.places.values()}):
-                digest.update(f"{expert.name} {path.name} {path.stat().st_size}".encode())
-                with open(path, "rb") as file:
-                    for start in range(0, path.stat().st_size, max(1 << 20, path.stat().st_size // 64)):
-                        file.seek(start)
-                        digest.update(file.read(1 << 20))
-        return digest.hexdigest()
+        return sampled_digest((expert.name, path) for expert in self.experts.values()
+                              for path in sorted({path for path, *_ in expert.places.values()}))
+
+
+def sampled_digest(files):
+    """Return a sha256 over (name, path) pairs: the whole of a small file, 64 samples of a large one."""
+    digest = hashlib.sha256()
+    for name, path in files:
+        size = path.stat().st_size
+        digest.update(f"{name} {path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for start in range(0, size, max(1 << 20, size // 64)):
+                file.seek(start)
+                digest.update(file.read(1 << 20))
+    return digest.hexdigest()
 
 
 def open_teacher_files(folder):

@@ -1,0 +1,173 @@
+"""An official folder's pickles become the parts that diffusers has, exactly, or are refused; what a run makes of it is the same."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file
+
+from tests.conftest import TINY_TEACHER, Payload, write_official
+from tests.test_resuming import train
+from wanlite.official import convert_parts, find_parts, is_converted
+from wanlite.text import load_text_encoder
+
+SMALL = {"base_dim": 8, "num_res_blocks": 1, "z_dim": 16}
+AUTOENCODERS = {                                              # every size is another one, so that none can be taken for another
+    "Wan2.1_VAE.pth": {"base_dim": 6, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2},
+    "Wan2.2_VAE.pth": {"base_dim": 10, "decoder_base_dim": 16, "z_dim": 48, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+                       "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
+                       "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}}
+
+
+def official_autoencoder_name(name, config):
+    """Say a diffusers name of an autoencoder's tensor as Wan's own repository does."""
+    blocks, is_residual = config["num_res_blocks"], config.get("is_residual", False)
+
+    def up(match):
+        level, rest = int(match[1]), match[2]
+        index = int(rest.split(".")[1]) if rest.startswith("resnets") else blocks + 1
+        return f"upsamples.{level}.upsamples.{index}." if is_residual else f"upsamples.{level * (blocks + 2) + index}."
+
+    name = re.sub(r"(norm[12]|conv[12]|conv_shortcut)\.(gamma|weight|bias)$",
+                  lambda match: {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6",
+                                 "conv_shortcut": "shortcut"}[match[1]] + f".{match[2]}", name)
+    name = re.sub(r"up_blocks\.(\d+)\.(resnets\.\d+|upsamplers\.0|upsampler)\.", up, name)
+    if is_residual:
+        name = re.sub(r"down_blocks\.(\d+)\.resnets\.(\d+)\.", r"downsamples.\1.downsamples.\2.", name)
+        name = re.sub(r"down_blocks\.(\d+)\.downsampler\.", rf"downsamples.\1.downsamples.{blocks}.", name)
+    for ours, theirs in (("down_blocks.", "downsamples."), ("mid_block.attentions.0", "middle.1"),
+                         ("mid_block.resnets.0", "middle.0"), ("mid_block.resnets.1", "middle.2"), ("norm_out", "head.0"),
+                         ("conv_out", "head.2"), ("conv_in", "conv1"), ("post_quant_conv", "conv2"), ("quant_conv", "conv1")):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def official_text_encoder_name(name):
+    for ours, theirs in (("shared", "token_embedding"), ("encoder.final_layer_norm", "norm"), ("encoder.block", "blocks"),
+                         ("layer.0.layer_norm", "norm1"), ("layer.1.layer_norm", "norm2"),
+                         ("layer.0.SelfAttention.relative_attention_bias", "pos_embedding.embedding"),
+                         ("layer.0.SelfAttention", "attn"), ("layer.1.DenseReluDense.wi_0", "ffn.gate.0"),
+                         ("layer.1.DenseReluDense.wi_1", "ffn.fc1"), ("layer.1.DenseReluDense.wo", "ffn.fc2")):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def write_autoencoder(path, autoencoder):
+    """Write an autoencoder as the official folders hold it; the 2.1 kind counts a decoder's modules through."""
+    torch.save({official_autoencoder_name(name, autoencoder.config): tensor
+                for name, tensor in autoencoder.state_dict().items()}, path)
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """One teacher twice: in diffusers' layout, and as Wan's own repository lays it out, pickles and all.
+
+    The tiny teacher's experts and text encoder, and an autoencoder of Wan2.1's kind, whose statistics no official file holds.
+    """
+    theirs, ours = tmp_path_factory.mktemp("wan") / "Wan2.2-T2V-A14B", tmp_path_factory.mktemp("wan") / "diffusers"
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKLWan(**SMALL)
+    shutil.copytree(TINY_TEACHER, ours)
+    shutil.rmtree(ours / "vae")
+    autoencoder.save_pretrained(ours / "vae")
+    config = ours / "text_encoder" / "config.json"           # of Wan's encoder, and in no official file: 128
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"relative_attention_max_distance": 128}))
+    write_official(TINY_TEACHER, theirs)
+    write_autoencoder(theirs / "Wan2.1_VAE.pth", autoencoder)
+    text = load_file(TINY_TEACHER / "text_encoder" / "model.safetensors")
+    torch.save({official_text_encoder_name(name): tensor for name, tensor in text.items() if "embed_tokens" not in name},
+               theirs / "models_t5_umt5-xxl-enc-bf16.pth")
+    shutil.copytree(TINY_TEACHER / "tokenizer", theirs / "google" / "umt5-xxl")
+    shutil.copyfile(TINY_TEACHER / "training.json", theirs / "training.json")
+    return ours, theirs
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_an_official_autoencoder_becomes_diffusers_own_tensor_by_tensor(name, tmp_path, layouts):
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKLWan(**AUTOENCODERS[name])
+    folder = tmp_path / "wan"
+    folder.mkdir()
+    write_autoencoder(folder / name, autoencoder)
+    shutil.copytree(TINY_TEACHER / "tokenizer", folder / "tokenizer")
+    shutil.copytree(TINY_TEACHER / "text_encoder", folder / "text_encoder")
+    found = find_parts(folder)
+    assert [is_converted(found, part) for part in ("tokenizer", "text_encoder", "vae")] == [True, True, False]
+    convert_parts(found, tmp_path / "parts", lambda _: None)
+    converted = AutoencoderKLWan.from_pretrained(tmp_path / "parts" / "vae")
+    expected, held = autoencoder.state_dict(), converted.state_dict()
+    assert expected.keys() == held.keys() and all(torch.equal(tensor, held[name]) for name, tensor in expected.items())
+    told = {"base_dim", "z_dim", "dim_mult", "num_res_blocks", "is_residual", "in_channels", "out_channels", "patch_size",
+            "temperal_downsample", "scale_factor_spatial", "scale_factor_temporal"}
+    assert {key: converted.config[key] for key in told} == {key: autoencoder.config[key] for key in told}
+    assert len(converted.config.latents_mean) == len(converted.config.latents_std) == AUTOENCODERS[name]["z_dim"]
+
+
+def test_the_official_text_encoder_says_what_diffusers_says(layouts, tmp_path):
+    ours, theirs = layouts
+    convert_parts(find_parts(theirs), tmp_path, lambda _: None)
+    (tokenizer, expected), (own_tokenizer, encoder) = (load_text_encoder(folder) for folder in (ours, tmp_path))
+    words = tokenizer(["a small red circle", "something"], padding=True, return_tensors="pt")
+    assert torch.equal(words.input_ids, own_tokenizer(["a small red circle", "something"], padding=True,
+                                                      return_tensors="pt").input_ids)
+    assert torch.equal(expected(**words).last_hidden_state, encoder(**words).last_hidden_state)
+
+
+def test_official_folder_alone_trains_bitwise_the_same_student(layouts, tmp_path):
+    for name, folder in zip(("ours", "theirs"), layouts):
+        assert train(tmp_path / name, "--teacher", folder, "--flow_shift", "5")[0] == 0
+    ours, theirs = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("ours", "theirs"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    for part in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        expected, held = load_file(tmp_path / "ours" / part), load_file(tmp_path / "theirs" / part)
+        assert held.keys() and all(torch.equal(tensor, expected[name]) for name, tensor in held.items())
+    assert json.loads((tmp_path / "theirs" / "run.json").read_text())["finished"]
+
+
+def test_conversion_is_done_once_and_a_killed_one_again(layouts, tmp_path):
+    said, found = [], find_parts(layouts[1])
+    convert_parts(found, tmp_path, said.append)
+    assert len(said) == 2
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
+    convert_parts(found, tmp_path, said.append)
+    assert len(said) == 3 and "VAE" in said[-1]
+
+
+def _half(path):
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+def _payload(path):
+    torch.save({"weight": Payload(path.parent / "executed")}, path)
+
+
+def _rename(path):
+    tensors = torch.load(path, weights_only=True)
+    torch.save({f"x{name}": tensor for name, tensor in tensors.items()}, path)
+
+
+def _one_less(path):
+    tensors = torch.load(path, weights_only=True)
+    tensors.pop(next(name for name in tensors if "1.norm2" in name or "middle.2.residual.0" in name))
+    torch.save(tensors, path)
+
+
+@pytest.mark.parametrize("name", ["Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"])
+@pytest.mark.parametrize("spoil", [_half, _payload, _rename, _one_less])
+def test_a_broken_or_foreign_pickle_is_refused_and_never_run(spoil, name, layouts, tmp_path):
+    shutil.copytree(layouts[1], tmp_path / "wan")
+    spoil(tmp_path / "wan" / name)
+    with pytest.raises((OSError, ValueError), match=f"{name}.*Download it again"):
+        convert_parts(find_parts(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
+    assert not (tmp_path / "wan" / "executed").exists()
+
+
+def test_all_that_is_missing_is_named_at_once(layouts, tmp_path):
+    shutil.copytree(layouts[1], tmp_path / "wan")
+    (tmp_path / "wan" / "Wan2.1_VAE.pth").unlink()
+    shutil.rmtree(tmp_path / "wan" / "google")
+    with pytest.raises(OSError, match="tokenizer.*google.*vae.*Wan2.1_VAE.pth"):
+        find_parts(tmp_path / "wan")
