@@ -16,7 +16,7 @@ from pathlib import Path
 
 from wanlite.official import convert_parts, find_parts, is_converted
 from wanlite.preflight import PARTS, check_numbers, check_student, complete_steps, parts_of
-from wanlite.prompts import read_prompts
+from wanlite.prompts import read_prompts, varied_prompts
 from wanlite.run_folder import (
     MetricsLog,
     check_output_folder,
@@ -31,7 +31,8 @@ from wanlite.stopping import Stopped, StopSignal
 from wanlite.whole_files import hold, new_folder, not_finite, why_broken, write_json
 
 TINY_TEACHER = Path(__file__).resolve().parent / "tiny_teacher"
-DEFAULT_CAPTIONS = 4000   # of the tiny world, where no prompts file is named
+REAL_TEACHERS = ("Wan2.2-T2V-A14B", "Wan2.2-T2V-A14B-Diffusers")     # looked for where the command is typed
+DEFAULT_PROMPTS = 4000    # of the tiny world or of a grammar, where no prompts file is named
 CALIBRATION_TOKENS = 16384   # image tokens on which the projected weights are refitted
 NUM_VALIDATION = 8        # of them, shown in the grids, and drawn from as many seeds each to see how varied pictures are
 REFERENCE_STEPS = 40      # guided steps of the teacher that pictures and figures of a run are held against
@@ -49,9 +50,10 @@ FREE = ("teacher", "output_dir", "cache_dir", "overwrite", "resume_from_checkpoi
 
 @dataclass(frozen=True)
 class Settings:
-    teacher: str = setting(str(TINY_TEACHER), "Wan folder, diffusers or official layout",
-                           aliases=("--teacher_checkpoint_path", "--teacher_path"))
-    prompts: str | None = setting(None, "text file, one prompt a line; None = captions of the tiny world")
+    teacher: str | None = setting(None, f"Wan folder, diffusers or official layout; None = ./{REAL_TEACHERS[0]} where there is "
+                                  "one, else the tiny teacher", aliases=("--teacher_checkpoint_path", "--teacher_path"))
+    prompts: str | None = setting(None, "text file, one prompt a line, or .jsonl, .csv, .parquet with a column prompt, text or "
+                                  "caption; None = prompts of a grammar, for the tiny teacher captions of its world")
     output_dir: str = setting("./outputs/wan_t2i", "where everything is written")
     cache_dir: str | None = setting(None, "projected starts and trajectories, which runs may share; None = cache/ in --output_dir")
     overwrite: bool = setting(False, "replace a finished run in --output_dir")
@@ -133,15 +135,14 @@ def read_settings():
 
 def complete(settings):
     """Check paths, sizes and numbers, and fill in what the teacher's folder says."""
-    teacher = Path(settings.teacher).expanduser().absolute()
+    here = (Path(name) for name in REAL_TEACHERS if Path(name).is_dir())
+    teacher = Path(settings.teacher or next(here, TINY_TEACHER)).expanduser().absolute()
     if not teacher.is_dir():
         raise OSError(f"--teacher {settings.teacher}: no such folder. Expected a Wan checkpoint in the official or diffusers "
                       "layout; leave the flag out for the tiny teacher.")
     record = read_record(teacher)
     if settings.prompts is not None:
         read_prompts(settings.prompts)
-    elif record.get("world") != "wanlite.shapes":
-        raise ValueError(f"--prompts is missing. {teacher} is no teacher of the tiny world: name a text file, one prompt a line.")
     find_parts(teacher)
     resolution = settings.resolution or record.get("resolution", 512)
     if resolution % 16 or resolution <= 0:
@@ -163,7 +164,7 @@ def complete(settings):
 
 def read_record(teacher):
     """Return the training record of a tiny teacher, or an empty dict for any other teacher."""
-    path = teacher / "training.json"
+    path = Path(teacher) / "training.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
@@ -429,13 +430,14 @@ def _stays_float32(name):
 
 # ---- build: what a run has before its first step -------------------------------------------------------------------------
 
-def choose_prompts(settings):
+def choose_prompts(settings, say=None):
     """Return training prompts and held-out prompts; no trajectory of training starts from a held-out one."""
-    if settings.prompts is None:
+    count = settings.num_trajectories or DEFAULT_PROMPTS
+    if settings.prompts is None and read_record(settings.teacher).get("world") == "wanlite.shapes":
         one, two = (shapes.captions(settings.seed + 1, settings.num_held_out // 2, held_out=True, num_objects=n) for n in (1, 2))
-        training = shapes.captions(settings.seed, settings.num_trajectories or DEFAULT_CAPTIONS)
-        return training, [prompt for pair in zip(one, two) for prompt in pair]
-    prompts = list(dict.fromkeys(read_prompts(settings.prompts)))
+        return shapes.captions(settings.seed, count), [prompt for pair in zip(one, two) for prompt in pair]
+    prompts = varied_prompts(settings.seed, count) if settings.prompts is None else (
+        list(dict.fromkeys(read_prompts(settings.prompts, say))))
     num_held_out = min(settings.num_held_out, max(1, len(prompts) // 20))
     return prompts[:-num_held_out] or prompts, prompts[-num_held_out:]
 
@@ -605,7 +607,7 @@ def train(settings, is_resumed, stop):
     student = WanLiteStudent(shape)
     if settings.projection != "none" and settings.student is None:
         check_cut(files.config, dict(student.config))
-    training, held_out = choose_prompts(settings)
+    training, held_out = choose_prompts(settings, say)
     validation = settings.validation_prompts or held_out[:NUM_VALIDATION]
     num_trajectories = settings.num_trajectories or len(training)
     parts = parts_of(settings)

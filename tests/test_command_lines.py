@@ -27,7 +27,7 @@ def refused(script, *arguments, seconds=2.0):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--teacher", "/no/such/wan"], "no such folder"),
-    (["--teacher", str(ROOT / "tests")], "--prompts is missing"),
+    (["--teacher", str(ROOT / "tests")], "lacks tokenizer"),
     (["--prompts", "/no/such/prompts.txt"], "no such file"),
     (["--prompts", str(ROOT)], "not a file"),
     (["--resolution", "60"], "divisible by 16; the nearest is 64"),

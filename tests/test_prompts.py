@@ -1,0 +1,82 @@
+"""Prompts come out of every kind of file as they went in, and out of the grammar the same for the same seed."""
+
+import csv
+import json
+import re
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from tests.conftest import TINY_TEACHER
+from train_distillation import REAL_TEACHERS, Settings, choose_prompts, complete
+from wanlite.prompts import GRAMMAR, read_prompts, varied_prompts
+
+PROMPTS = ['a "quoted", comma\'d prompt', "zweite Zeile: Käse", "a third {one}"]
+
+
+def write(path, prompts, column="prompt"):
+    """Write prompts as the kind of file that the name says, beside another column."""
+    rows = [{"id": number, column: prompt} for number, prompt in enumerate(prompts)]
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".csv":
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, ["id", column])
+            table.writeheader()
+            table.writerows(rows)
+    elif path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(prompts), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("column", ["prompt", "text", "Caption"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv", ".parquet"])
+def test_prompts_are_read_as_they_were_written(kind, column, tmp_path):
+    assert read_prompts(write(tmp_path / f"prompts{kind}", PROMPTS, column)) == PROMPTS
+
+
+@pytest.mark.parametrize("kind, rows", [(".jsonl", "2, 3"), (".csv", "3, 4"), (".parquet", "2, 3")])
+def test_rows_without_a_prompt_are_left_out_and_named(kind, rows, tmp_path):
+    said = []
+    assert read_prompts(write(tmp_path / f"prompts{kind}", ["one", "", "  ", "two"]), said.append) == ["one", "two"]
+    assert len(said) == 1 and said[0].endswith(f"2 of 4 rows hold no prompt and are left out: {rows}")
+
+
+def test_json_lines_may_be_strings(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('"one"\n\n"two"\n')
+    assert read_prompts(tmp_path / "prompts.jsonl") == ["one", "two"]
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("a.jsonl", b'{"prompt": "one"}\n{"prompt": ', "line 2 is not JSON"), ("a.jsonl", b'{"url": "x"}', "columns url, expected"),
+    ("a.csv", b"id,url\n1,x\n", "columns id, url, expected"), ("a.csv", b"", "columns of nothing"),
+    ("a.csv", b"prompt\n\xff\n", "not UTF-8"), ("a.parquet", b"PAR1 and no more", "cannot be read as parquet"),
+    ("a.jsonl", b'{"prompt": ""}\n', "holds no prompt"), ("a.txt", b" \n\n", "holds no prompt")])
+def test_a_file_that_holds_no_prompts_is_refused_with_what_was_expected(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        read_prompts(tmp_path / name)
+
+
+def test_the_grammar_gives_thousands_of_different_whole_prompts():
+    prompts = varied_prompts(0, 6000)
+    assert len(set(prompts)) == 6000 and prompts == varied_prompts(0, 6000) and prompts != varied_prompts(1, 6000)
+    assert not any("{" in prompt or "}" in prompt or "  " in prompt for prompt in prompts)
+    named = {name for ways in GRAMMAR.values() for way in ways for name in re.findall(r"{(\w+)}", way)}
+    assert named | {"prompt"} == set(GRAMMAR)                # nothing is called that is not there, or there and never called
+    for ways in GRAMMAR.values():
+        assert len(set(ways)) > 1
+
+
+def test_a_real_teacher_in_this_folder_is_found_and_learns_from_the_grammar(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert complete(Settings()).teacher == str(TINY_TEACHER)
+    for part in ("tokenizer", "text_encoder", "vae"):
+        (tmp_path / REAL_TEACHERS[0] / part).mkdir(parents=True)
+    settings = complete(Settings())
+    assert settings.teacher == str(tmp_path / REAL_TEACHERS[0]) and settings.resolution == 512
+    training, held_out = choose_prompts(settings)
+    assert training + held_out == varied_prompts(settings.seed, 4000) and len(held_out) == 200
