@@ -41,8 +41,8 @@ LOG_STEPS = 10
 STOPPED = 3               # exit code of a run that was asked to stop and can be resumed
 MOST_BEYOND = 2           # validations in a row with a guard against the student, after which training ends and the best is saved
 MOST_SKIPPED = 20         # steps in a row without a finite gradient, after which a run ends; float16 needs some to find its scale
-FREE = ("teacher", "output_dir", "cache_dir", "overwrite", "resume_from_checkpoint", "project_only", "checkpointing_steps",
-        "report_to", "checkpoints_total_limit", "logging_dir")            # decide no weight; a teacher is known by its files
+FREE = ("teacher", "teacher_residency", "output_dir", "cache_dir", "overwrite", "resume_from_checkpoint", "project_only",
+        "checkpointing_steps", "report_to", "checkpoints_total_limit", "logging_dir")    # decide no weight
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------------
@@ -75,6 +75,10 @@ class Settings:
     negative_prompt: str = setting("", "what guidance steers away from")
     flow_shift: float | None = setting(None, "shift of the noise schedule; None = what the teacher's scheduler says")
     resolution: int | None = setting(None, "height and width in pixels, divisible by 16; None = the teacher's own, else 512")
+    teacher_residency: str = setting("auto", "where its experts are while they are asked: both on the device; one there, the other "
+                                     "in CPU memory; streamed from there block by block; read from disk at each pass; auto = "
+                                     "the first of these that fits", choices=("auto", "both", "one", "streamed", "disk"))
+    teacher_fp8: bool = setting(False, "keep the experts' matrices in float8, in half the memory")
     teacher_steps: int = setting(20, "guided steps of a teacher trajectory")
     num_trajectories: int | None = setting(None, "teacher pictures to learn from; None = one a prompt")
 
@@ -207,8 +211,8 @@ from wanlite.autoencoder import decode_latents, load_autoencoder, to_pictures  #
 from wanlite.cache import cache_folder, fingerprint  # noqa: E402
 from wanlite.calibration import calibrate, choose_channels, make_frames  # noqa: E402
 from wanlite.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint  # noqa: E402
-from wanlite.data import SHARD_SIZE, SeededBatches, Segments, feature_basis, walk_own_path, walk_teacher  # noqa: E402
-from wanlite.devices import as_device, as_dtype  # noqa: E402
+from wanlite.data import SHARD_SIZE, Sampled, SeededBatches, Segments, feature_basis, walk_own_path, walk_teacher  # noqa: E402
+from wanlite.devices import as_device, as_dtype, free_memory  # noqa: E402
 from wanlite.flow import FewSteps, make_scheduler, sample, seeded_noise  # noqa: E402
 from wanlite.grids import save_grid  # noqa: E402
 from wanlite.measure import beyond_guards, compare, frechet_distance, likeness  # noqa: E402
@@ -227,7 +231,7 @@ from wanlite.student_files import (  # noqa: E402
     student_folder,
 )
 from wanlite.student_saving import check_savable, save_student  # noqa: E402
-from wanlite.teacher import Teacher, check_experts, open_teacher_files, sampled_digest  # noqa: E402
+from wanlite.teacher import Teacher, check_experts, choose_residency, open_teacher_files, sampled_digest  # noqa: E402
 from wanlite.text import encode_once  # noqa: E402
 
 # ---- the model ---------------------------------------------------------------------------------------------------------
@@ -626,6 +630,7 @@ def train(settings, is_resumed, stop):
     autoencoder = load_autoencoder(parts_folder, device=device)
     size = settings.resolution // autoencoder.config.scale_factor_spatial
     latent_shape, scheduler = (files.config["in_channels"], size, size), make_scheduler(settings.flow_shift)
+    tokens_each = size * size // math.prod(student.config.patch_size)
     (output / "cache").mkdir(exist_ok=True)
     if accelerator.is_main_process and hold(output / "cache") is None:          # held until the process ends
         raise OSError(f"{output}: another run is writing there. Wait for it, or name another --output_dir.")
@@ -639,7 +644,11 @@ def train(settings, is_resumed, stop):
     accelerator.wait_for_everyone()
 
     # What the teacher draws: walked once, for training, for held-out prompts, and for a few of these from many seeds.
-    teacher = Teacher(files, device, torch.float32 if settings.mixed_precision == "no" else torch.bfloat16)
+    dtype = torch.float32 if settings.mixed_precision == "no" else torch.bfloat16
+    residency = settings.teacher_residency
+    if residency == "auto":
+        residency = choose_residency(files, dtype, settings.teacher_fp8, *free_memory(device), device.type == "cpu")
+    teacher = Teacher(files, device, dtype, residency, settings.teacher_fp8)
     guided = teacher_velocity(teacher, settings, embeddings[settings.negative_prompt])
     plain = teacher_velocity(teacher, replace(settings, guidance_scale=1.0, guidance_scale_2=1.0),
                              embeddings[settings.negative_prompt])
@@ -650,7 +659,7 @@ def train(settings, is_resumed, stop):
     def guided_for(prompts, features):
         return guided(pack(prompts), features)
 
-    some, features = training[:SHARD_SIZE], []
+    some, features = training[:SHARD_SIZE], Sampled(len(training[:SHARD_SIZE]) * settings.teacher_steps * tokens_each)
     basis = feature_basis(guided_for(some, features), features, seeded_noise(latent_shape, range(len(some))).to(device),
                           scheduler, settings.teacher_steps, shape["hidden_size"])
     first_seed = settings.seed * 10**7
@@ -785,6 +794,8 @@ def train(settings, is_resumed, stop):
             data = states["training"] if part == "velocity" else Segments(states["training"], few.levels, walk_own(first))
             batches = SeededBatches(len(data), settings.train_batch_size * ranks, settings.seed + 1000 * number,
                                     (step - first) * micro_batches, (last - first) * micro_batches)
+            if part != "matching":
+                teacher.rest()                               # nobody asks it while the student learns from what is kept
             if step % settings.validation_steps == 0 and memory["looked"].get("step") != step:
                 validate(step, part)
             for micro_batch, numbers in enumerate(batches):

@@ -19,7 +19,7 @@ def velocity_error(student, teacher, expert, text):
     """Return a student's squared velocity error over its expert's power, on frames that no calibration saw."""
     frames = make_frames(open_teacher_files(TINY_TEACHER).experts[expert], text, (8, 8), seed=99)
     found, wanted = (one_frame_velocity(network, frames.latents, frames.timestep, *text)[0]
-                     for network in (student, teacher.experts[expert]))
+                     for network in (student, teacher.expert(expert)))
     return ((found - wanted).square().mean() / wanted.square().mean()).item()
 
 
@@ -85,5 +85,5 @@ def test_chosen_channels_foretell_channels_that_are_sums_of_them():
 def test_a_streamed_expert_is_the_expert(teacher, words, noisy):
     arguments = (noisy, torch.tensor([990.0, 700.0, 400.0, 100.0]), *words[0])
     streamed = stream_expert(teacher.files.experts["low"])
-    found, wanted = (one_frame_velocity(network, *arguments)[0] for network in (streamed, teacher.experts["low"]))
+    found, wanted = (one_frame_velocity(network, *arguments)[0] for network in (streamed, teacher.expert("low")))
     assert torch.equal(found, wanted) and not list(streamed.blocks.parameters())

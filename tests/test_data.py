@@ -7,7 +7,18 @@ import torch
 from accelerate import Accelerator
 
 from wanlite.cache import cache_folder
-from wanlite.data import SeededBatches, Segments, Trajectories, shard_path, walk_own_path, walk_teacher, write_shard
+from wanlite.data import (
+    MOST_SAMPLED,
+    Projected,
+    Sampled,
+    SeededBatches,
+    Segments,
+    Trajectories,
+    shard_path,
+    walk_own_path,
+    walk_teacher,
+    write_shard,
+)
 from wanlite.flow import clean_from, make_scheduler, sample, seeded_noise
 
 
@@ -73,6 +84,20 @@ def test_a_cache_that_was_moved_under_another_name_is_refused_with_what_differs(
         cache_folder(tmp_path, "trajectories", teacher="a", guidance=(5.0, 3.0), shift=3.0, text_length=256)
 
 
+def test_what_is_kept_of_token_states_is_bounded_and_in_the_basis():
+    states = torch.randn(4, 5000, 6)
+    kept = Sampled(10 * 4 * 5000)
+    for _ in range(10):
+        kept.append(states)
+    assert 0.5 * MOST_SAMPLED < sum(map(len, kept)) <= MOST_SAMPLED + len(kept)
+    whole = Sampled(20000)
+    whole.append(states)
+    assert torch.equal(torch.cat(whole), states.flatten(0, 1))
+    projected = Projected(torch.eye(6)[:, :2])
+    projected.append(states.bfloat16())
+    assert torch.equal(projected[0], states.bfloat16().float()[..., :2])
+
+
 # ---- segments ------------------------------------------------------------------------------------------------------------------
 
 SHAPE, STEPS = (2, 4, 4), 8
@@ -94,7 +119,8 @@ def teacher_for(prompts, features):
     aim = torch.tensor([float(prompt) for prompt in prompts]).view(-1, 1, 1, 1)
 
     def velocity_of(latents, timestep):
-        features.append(torch.zeros(len(latents), 1, 4))
+        if features is not None:
+            features.append(torch.zeros(len(latents), 1, 4))
         return (latents - aim) * (0.5 + timestep / 1000).view(-1, 1, 1, 1)
     return velocity_of
 

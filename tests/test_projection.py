@@ -30,7 +30,7 @@ def test_student_as_large_as_the_teacher_reproduces_its_frame(expert, layout, of
     student = WanLiteStudent(**own_shape(teacher.config), teacher_checkpoint_path=folder, expert=expert)
     for timestep in (999.0, 880.0, 500.0, 20.0):
         arguments = (noisy, torch.full((4,), timestep), words[0].tokens, words[0].logit_bias)
-        expected, _ = one_frame_velocity(teacher.experts[expert], *arguments)
+        expected, _ = one_frame_velocity(teacher.expert(expert), *arguments)
         with torch.no_grad():
             found = student(*arguments[:3], text_logit_bias=words[0].logit_bias).sample
         assert (found - expected).norm() / expected.norm() < 1e-4

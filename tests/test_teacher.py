@@ -12,7 +12,16 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import A14B, TI2V_5B, TINY_TEACHER, WAN_1_3B, official_name, write_sparse_wan
 from wanlite import teacher as room
 from wanlite.network import one_frame_velocity, unpack_text
-from wanlite.teacher import ExpertFiles, Teacher, check_experts, diffusers_name, load_expert, open_teacher_files
+from wanlite.teacher import (
+    RESIDENCIES,
+    ExpertFiles,
+    Teacher,
+    check_experts,
+    choose_residency,
+    diffusers_name,
+    load_expert,
+    open_teacher_files,
+)
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +101,9 @@ def test_features_are_those_of_the_prompts_own_pass_in_the_order_of_the_rows(tea
 
 
 def test_the_teacher_is_frozen_whole_and_off_meta(teacher):
-    assert not any(parameter.requires_grad or parameter.is_meta for parameter in teacher.parameters())
-    assert not any(buffer.is_meta for buffer in teacher.buffers()) and not teacher.experts["high"].training
+    parameters = [*teacher.expert("high").parameters(), *teacher.expert("low").parameters()]
+    assert not any(parameter.requires_grad or parameter.is_meta for parameter in parameters)
+    assert not any(buffer.is_meta for buffer in teacher.expert("high").buffers()) and not teacher.expert("high").training
 
 
 def test_a_teacher_with_one_expert_answers_at_every_noise_level(tmp_path, stock, words, noisy):
@@ -474,3 +484,67 @@ def test_every_wan_opens_at_its_real_shape(model, num_experts, num_shards, num_p
     for expert in files.experts.values():
         assert (expert.num_parameters, len(expert.places), expert.width) == (num_parameters, num_tensors, model["width"])
     assert files.config["in_channels"] == model["channels"] and files.config["patch_size"] == (1, 2, 2)
+
+
+# ---- where experts are ---------------------------------------------------------------------------------------------------------
+
+GIB = 2**30
+
+
+@pytest.fixture
+def asked(words, noisy):
+    """What a teacher is asked: rows of both experts, prompts and negative prompts, token states of a block."""
+    text, negative = words
+    return {"latents": noisy, "timestep": torch.tensor([990.0, 100.0, 900.0, 500.0]), "text": text, "negative": negative,
+            "guidance_high": 4.0, "guidance_low": 3.0, "feature_blocks": (2,)}
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_velocity_does_not_depend_on_where_experts_are(residency, dtype, asked):
+    files = open_teacher_files(TINY_TEACHER)
+    (expected, (states,)), (found, (own,)) = (Teacher(files, dtype=dtype, residency=where).velocity(**asked)
+                                              for where in ("both", residency))
+    assert torch.equal(found, expected) and torch.equal(own, states)
+
+
+def test_float8_storage_takes_a_quarter_of_float32_and_stays_near(asked, teacher):
+    small = Teacher(open_teacher_files(TINY_TEACHER), dtype=torch.bfloat16, is_fp8=True)
+    (found, _), (expected, _) = small.velocity(**asked), teacher.velocity(**asked)
+    assert 1e-4 < (found - expected).square().mean() / expected.square().mean() < 0.02
+    kept = {tensor.dtype for name, tensor in small.expert("low").named_parameters() if ".to_q.weight" in name}
+    assert kept == {torch.float8_e4m3fn}
+    assert small.expert("low").scale_shift_table.dtype == torch.float32
+
+
+def test_one_expert_at_a_time_holds_one_and_at_rest_none(asked):
+    found = Teacher(open_teacher_files(TINY_TEACHER), residency="one")
+    held = weakref.ref(found.expert("high").blocks[0].ffn.net[0].proj)
+    found.expert("low")
+    assert held() is None
+    held = weakref.ref(found.expert("low").blocks[0].ffn.net[0].proj)
+    found.rest()
+    assert held() is None
+    found.velocity(**asked)                                  # and reads it again where it is asked
+
+
+def test_few_rows_at_once_give_what_all_give(asked, teacher):
+    few = Teacher(open_teacher_files(TINY_TEACHER), tokens_at_once=1)
+    (found, (own,)), (expected, (states,)) = few.velocity(**asked), teacher.velocity(**asked)
+    assert torch.allclose(found, expected, atol=1e-5) and torch.allclose(own, states, atol=1e-4)
+    seen = []
+    few.expert("low").register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    few.velocity(**asked)
+    assert seen == [2, 2]                                    # one picture, wanted and unwanted
+
+
+@pytest.mark.parametrize("is_fp8, free_device, free_host, is_cpu, expected", [
+    (False, 78, 200, False, "both"), (False, 47, 200, False, "one"), (False, 23, 200, False, "streamed"),
+    (False, 23, 40, False, "disk"), (True, 47, 200, False, "both"), (True, 31, 200, False, "one"), (False, 47, 40, False, "disk"),
+    (False, 78, 78, True, "both"),
+    (False, 47, 47, True, "one"), (False, 23, 23, True, "disk")])
+def test_the_residency_of_a14b_follows_free_memory(is_fp8, free_device, free_host, is_cpu, expected, tmp_path):
+    for name in ("high_noise_model", "low_noise_model"):
+        write_sparse_wan(tmp_path / name, A14B, "official", 6)
+    files = open_teacher_files(tmp_path)
+    assert choose_residency(files, torch.bfloat16, is_fp8, free_device * GIB, free_host * GIB, is_cpu) == expected

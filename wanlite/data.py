@@ -15,18 +15,43 @@ from tqdm import tqdm
 from .flow import add_noise, average_velocity, clean_from, sample, seeded_noise, walk
 
 SHARD_SIZE = 64  # trajectories a file; also how many the teacher walks at once
+MOST_SAMPLED = 32768  # token states from which directions are found
 EXACT = ("timestep", "noise_level", "prompt")  # kept as they are; latents, velocities and features in float16
+
+
+class Sampled(list):
+    """A list of token states that keeps evenly spaced ones of `expected`, so many that directions can be found."""
+
+    def __init__(self, expected):
+        super().__init__()
+        self.stride = -(-expected // MOST_SAMPLED)
+
+    def append(self, states):
+        """Keep some of the rows of (B, N, D)."""
+        super().append(states.flatten(0, 1)[::self.stride].float())
+
+
+class Projected(list):
+    """A list of token states that keeps each in a basis (D, d)."""
+
+    def __init__(self, basis):
+        super().__init__()
+        self.basis = basis
+
+    def append(self, states):
+        """Keep (B, N, D) as (B, N, d)."""
+        super().append(states.float() @ self.basis)
 
 
 @torch.no_grad()
 def feature_basis(velocity_of, features, noise, scheduler, num_steps, width):
     """Return the directions (D, width) in which token states vary most along trajectories from `noise`.
 
-    `velocity_of` appends the token states (B, N, D) of each step to the list `features`.
+    `velocity_of` appends the token states (B, N, D) of each step to `features`, which is Sampled.
     """
     for _ in walk(velocity_of, noise, scheduler, num_steps):
         pass
-    states = torch.cat(features).flatten(0, 1).double()
+    states = torch.cat(features).double()
     states = states - states.mean(0)
     return torch.linalg.eigh(states.T @ states).eigenvectors[:, -width:].float()
 
@@ -36,14 +61,13 @@ def walk_teacher(accelerator, velocity_for, basis, scheduler, num_steps, jobs, l
     """Walk from noise to picture for every (number, prompt, seed) of `jobs`, shard by shard; shards that are there are kept.
 
     `velocity_for(prompts, features)` returns the velocity as a function of (latents, timestep) that appends token states to
-    `features`; `basis` (D, d) is that of the states on disk. Every rank walks its share of the shards.
+    `features`, if there are any; `basis` (D, d) is that of the states on disk. Every rank walks its share of the shards.
     """
     def make(numbers, prompts, seeds):
-        noise, features = seeded_noise(latent_shape, seeds).to(accelerator.device), []
+        noise, features = seeded_noise(latent_shape, seeds).to(accelerator.device), Projected(basis)
         steps = walk(velocity_for(prompts, features), noise, scheduler, num_steps)
         latents, timestep, noise_level, velocity = (torch.stack(list(part)) for part in zip(*steps))  # (K, ...)
-        states = torch.stack(features, 1) @ basis                                                     # (B, K, N, d)
-        return {"latents": latents.transpose(0, 1), "velocity": velocity.transpose(0, 1), "features": states,
+        return {"latents": latents.transpose(0, 1), "velocity": velocity.transpose(0, 1), "features": torch.stack(features, 1),
                 "timestep": timestep.float().repeat(len(prompts), 1), "prompt": torch.tensor(numbers),
                 "noise_level": noise_level.float().repeat(len(prompts), 1)}
 
@@ -67,7 +91,7 @@ def walk_own_path(accelerator, student_for, velocity_for, schedulers, num_steps,
             said = [prompts[row] for row in rows]
             met = sample(student_for(said), noise[rows], own, count, end=index)
             timestep, noise_level = own.timesteps[index].float(), own.sigmas[index].float()
-            picture = sample(velocity_for(said, []), met, teachers, num_steps, begin=num_steps * index // count)
+            picture = sample(velocity_for(said, None), met, teachers, num_steps, begin=num_steps * index // count)
             noise_level = noise_level.expand(len(rows))
             found = {"latents": met, "velocity": average_velocity(met, picture, noise_level), "noise_level": noise_level,
                      "timestep": timestep.expand(len(rows))}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import psutil
 import torch
 
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)     # what a student's weights are kept in
@@ -38,3 +39,9 @@ def _has(device):
         return device.type != "meta" and torch.empty(0, device=device).device.type == device.type
     except (RuntimeError, AssertionError):                   # how builds without a device's support say it
         return False
+
+
+def free_memory(device):
+    """Return the bytes that are free on a device, and in the CPU's memory; the same where the device is the CPU."""
+    host = psutil.virtual_memory().available
+    return (torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else host), host

@@ -22,6 +22,9 @@ from .network import TEXT_LENGTH, OneFrameBlock, TextTokens, one_frame_velocity
 
 BOUNDARY = 0.875  # Wan2.2 A14B: noise levels from here on belong to the high-noise expert
 WEIGHTS = "diffusion_pytorch_model"
+RESIDENCIES = ("both", "one", "streamed", "disk")
+BYTES_A_TOKEN = 40      # of a pass at its peak, for each channel of the width
+TOKENS_AT_ONCE = 65536  # image tokens of a teacher's pass: 32 guided pictures of 512 x 512; 10 GB of activations at A14B's width
 
 # Official name -> diffusers' name. The order matters: head.modulation before modulation. norm2 and norm3 are swapped.
 _TO_DIFFUSERS = [(re.compile(pattern), name) for pattern, name in (
@@ -338,13 +341,47 @@ def _read_json(path):
 
 # ---- velocities --------------------------------------------------------------------------------------------------------
 
-class Teacher(nn.Module):
-    """The frozen teacher: the guided velocity at this noise level for these text tokens."""
+class Teacher:
+    """The frozen teacher: the guided velocity at this noise level for these text tokens.
 
-    def __init__(self, files, device="cpu", dtype=torch.float32):
-        super().__init__()
+    Experts are read when they are first asked, and kept as `residency` says: "both" on the device, "one" there and the other in
+    the CPU's memory, "streamed" from the CPU's memory block by block while the block before computes, or read from "disk" block
+    by block at each pass. `is_fp8` keeps their matrices in float8, half of bfloat16, and computes in `dtype`. `tokens_at_once`
+    image tokens go through an expert together, those of the negative prompt counted in.
+    """
+
+    def __init__(self, files, device="cpu", dtype=torch.float32, residency="both", is_fp8=False, tokens_at_once=TOKENS_AT_ONCE):
         self.files, self.config, self.boundary = files, files.config, files.boundary
-        self.experts = nn.ModuleDict({name: load_expert(expert, device, dtype) for name, expert in files.experts.items()})
+        self.device, self.dtype, self.residency, self.is_fp8 = torch.device(device), dtype, residency, is_fp8
+        self.tokens_at_once, self._read = tokens_at_once, {}
+
+    def expert(self, name):
+        """Return one expert, "high", "low" or "only", where it can be asked."""
+        if name not in self._read:
+            if self.residency == "one" and self.device.type == "cpu":
+                self.rest()                                  # the CPU's memory is the device's
+            self._read[name] = self._load(self.files.experts[name])
+        if self.residency == "one":
+            for _, network in sorted(self._read.items(), key=lambda item: item[0] == name):      # out first, then in
+                network.to(self.device if network is self._read[name] else "cpu")
+        return self._read[name]
+
+    def rest(self):
+        """Let go of every expert's memory; they are read again when they are next asked."""
+        self._read.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _load(self, files):
+        if self.residency == "disk":
+            return stream_expert(files, self.device, self.dtype)
+        expert = load_expert(files, self.device if self.residency == "both" else "cpu", self.dtype)
+        if self.is_fp8:
+            expert.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
+        if self.residency == "streamed":
+            expert.enable_group_offload(onload_device=self.device, offload_type="block_level", num_blocks_per_group=1,
+                                        use_stream=self.device.type == "cuda")
+        return expert
 
     @torch.no_grad()
     def velocity(self, latents, timestep, text, negative=None, guidance_high=1.0, guidance_low=1.0, feature_blocks=()):
@@ -358,8 +395,14 @@ class Teacher(nn.Module):
             return self._velocity_of_both(is_high, latents, timestep, text, negative, guidance_high, guidance_low,
                                           feature_blocks)
         high = bool(is_high[0])
-        expert = self.experts["only" if self.boundary is None else "high" if high else "low"]
+        expert = self.expert("only" if self.boundary is None else "high" if high else "low")
         guidance = guidance_high if high else guidance_low
+        rows = self._rows_at_once(latents, guidance > 1.0)
+        if len(latents) > rows:
+            parts = [self.velocity(latents[part], timestep[part], text.rows(part), negative and negative.rows(part), guidance_high,
+                                   guidance_low, feature_blocks)
+                     for part in (slice(start, start + rows) for start in range(0, len(latents), rows))]
+            return torch.cat([velocity for velocity, _ in parts]), [torch.cat(states) for states in zip(*(s for _, s in parts))]
         if guidance <= 1.0:
             return ask(expert, latents, timestep, text, feature_blocks)
         if negative is None:
@@ -368,6 +411,10 @@ class Teacher(nn.Module):
                                   feature_blocks)
         wanted, unwanted = velocity.chunk(2)
         return unwanted + guidance * (wanted - unwanted), [states.chunk(2)[0] for states in features]
+
+    def _rows_at_once(self, latents, is_guided):
+        tokens = latents.shape[-2] * latents.shape[-1] // math.prod(self.config["patch_size"]) * (2 if is_guided else 1)
+        return max(1, self.tokens_at_once // tokens)
 
     def _velocity_of_both(self, is_high, latents, timestep, text, negative, guidance_high, guidance_low, feature_blocks):
         velocity, features = torch.empty_like(latents, dtype=torch.float32), [None] * len(feature_blocks)
@@ -383,41 +430,65 @@ class Teacher(nn.Module):
         return velocity, features
 
 
+def choose_residency(files, dtype, is_fp8, free_device, free_host, is_cpu=False):
+    """Return the residency that keeps most of the teacher near: of "both", "one", "streamed" and "disk" the first that fits.
+
+    `free_device` and `free_host` are bytes; what a pass computes with is left free. On the CPU the two are one memory, and
+    nothing is streamed from it.
+    """
+    size = max(expert.num_parameters for expert in files.experts.values()) * (1 if is_fp8 else dtype.itemsize)
+    whole, passing = size * len(files.experts), TOKENS_AT_ONCE * next(iter(files.experts.values())).width * BYTES_A_TOKEN
+    if whole + passing <= free_device:
+        return "both"
+    if size + passing <= free_device and len(files.experts) > 1 and (is_cpu or whole <= free_host):
+        return "one"
+    return "streamed" if whole <= free_host and not is_cpu else "disk"
+
+
+class Expert(WanTransformer3DModel):
+    """diffusers' network on single frames; it is asked by its forward, which diffusers' hooks for offloading and casting wrap."""
+
+    def forward(self, latents, timestep, text, logit_bias=None, feature_blocks=()):
+        """See network.one_frame_velocity()."""
+        return one_frame_velocity(self, latents, timestep, text, logit_bias, feature_blocks)
+
+
 def ask(expert, latents, timestep, text, feature_blocks=()):
     """Run one expert in its own dtype; timesteps and the velocity are float32."""
     dtype = expert.patch_embedding.weight.dtype
-    velocity, features = one_frame_velocity(expert, latents.to(dtype), timestep.float(), text.tokens.to(dtype),
-                                            text.logit_bias, feature_blocks)
+    velocity, features = expert(latents.to(dtype), timestep.float(), text.tokens.to(dtype), text.logit_bias, feature_blocks)
     return velocity.float(), features
 
 
 def load_expert(files, device="cpu", dtype=torch.float32):
     """Load one expert, frozen: a stock WanTransformer3DModel whose blocks take the text's logit bias."""
-    config = files.config
     with init_empty_weights():                            # parameters without memory; the rotary tables are real
-        network = WanTransformer3DModel(**config)
-        network.blocks = nn.ModuleList(_empty_block(files) for _ in range(config["num_layers"]))
-    stays = WanTransformer3DModel._keep_in_fp32_modules
-    tensors = {name: files.read(name, torch.float32 if set(name.split(".")) & set(stays) else dtype).to(device)
-               for name in files.places}
-    network.load_state_dict(tensors, strict=True, assign=True)
+        network = Expert(**files.config)
+        network.blocks = nn.ModuleList(_empty_block(files) for _ in range(files.config["num_layers"]))
+    network.load_state_dict(_read_all(files, files.places, device, dtype), strict=True, assign=True)
     return network.to(device).eval().requires_grad_(False)
 
 
-def stream_expert(files, device="cpu"):
-    """Load one expert without its blocks, in float32; each pass reads them from disk, one in memory at a time."""
+def stream_expert(files, device="cpu", dtype=torch.float32):
+    """Load one expert without its blocks; each pass reads them from disk, one in memory at a time."""
     with init_empty_weights():
-        network = WanTransformer3DModel(**files.config | {"num_layers": 0})
-    network.load_state_dict({name: files.read(name) for name in files.places if not name.startswith("blocks.")},
-                            strict=True, assign=True)
-    network.blocks = _StreamedBlocks(files, device)
+        network = Expert(**files.config | {"num_layers": 0})
+    others = [name for name in files.places if not name.startswith("blocks.")]
+    network.load_state_dict(_read_all(files, others, device, dtype), strict=True, assign=True)
+    network.blocks = _StreamedBlocks(files, device, dtype)
     return network.to(device).eval().requires_grad_(False)
+
+
+def _read_all(files, names, device, dtype):
+    """Read tensors by name; those of modules that Wan keeps in float32 stay there."""
+    stays = set(WanTransformer3DModel._keep_in_fp32_modules)
+    return {name: files.read(name, torch.float32 if set(name.split(".")) & stays else dtype).to(device) for name in names}
 
 
 class _StreamedBlocks(nn.Module):
-    def __init__(self, files, device):
+    def __init__(self, files, device, dtype):
         super().__init__()
-        self.files, self.device = files, device
+        self.files, self.device, self.dtype = files, device, dtype
 
     def __len__(self):
         return self.files.config["num_layers"]
@@ -427,9 +498,10 @@ class _StreamedBlocks(nn.Module):
             with init_empty_weights():
                 block = _empty_block(self.files)
             prefix = f"blocks.{index}."
-            block.load_state_dict({name.removeprefix(prefix): self.files.read(name) for name in self.files.places
-                                   if name.startswith(prefix)}, strict=True, assign=True)
-            yield block.to(self.device).eval().requires_grad_(False)
+            names = [name for name in self.files.places if name.startswith(prefix)]
+            tensors = _read_all(self.files, names, self.device, self.dtype)
+            block.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, strict=True, assign=True)
+            yield block.eval().requires_grad_(False)
 
 
 def _empty_block(files):
