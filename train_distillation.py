@@ -12,10 +12,11 @@ import json
 import os
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from wanlite.official import convert_parts, find_parts, is_converted
-from wanlite.preflight import PARTS, check_numbers, check_student, complete_steps, parts_of
+from wanlite.official import autoencoder_config, convert_parts, find_parts, is_converted, num_bytes
+from wanlite.preflight import PARTS, check_all, check_numbers, check_resolution, check_student, complete_steps, parts_of
 from wanlite.prompts import read_prompts, varied_prompts
 from wanlite.run_folder import (
     MetricsLog,
@@ -41,7 +42,7 @@ LOG_STEPS = 10
 STOPPED = 3               # exit code of a run that was asked to stop and can be resumed
 MOST_BEYOND = 2           # validations in a row with a guard against the student, after which training ends and the best is saved
 MOST_SKIPPED = 20         # steps in a row without a finite gradient, after which a run ends; float16 needs some to find its scale
-FREE = ("teacher", "teacher_residency", "output_dir", "cache_dir", "overwrite", "resume_from_checkpoint", "project_only",
+FREE = ("teacher", "teacher_residency", "output_dir", "cache_dir", "dry_run", "overwrite", "resume_from_checkpoint", "project_only",
         "checkpointing_steps", "report_to", "checkpoints_total_limit", "logging_dir")    # decide no weight
 
 
@@ -56,6 +57,7 @@ class Settings:
                                   "caption; None = prompts of a grammar, for the tiny teacher captions of its world")
     output_dir: str = setting("./outputs/wan_t2i", "where everything is written")
     cache_dir: str | None = setting(None, "projected starts and trajectories, which runs may share; None = cache/ in --output_dir")
+    dry_run: bool = setting(False, "say what a run will do and need, and stop; nothing is written")
     overwrite: bool = setting(False, "replace a finished run in --output_dir")
     resume_from_checkpoint: str | None = setting("latest", "'latest', or 'none' to start again where a run was cut short")
 
@@ -133,7 +135,8 @@ def read_settings():
                                     settings.resume_from_checkpoint not in (None, "none"))
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
+    if not settings.dry_run:
+        Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
     return settings, state == "resume"
 
 
@@ -145,14 +148,14 @@ def complete(settings):
         raise OSError(f"--teacher {settings.teacher}: no such folder. Expected a Wan checkpoint in the official or diffusers "
                       "layout; leave the flag out for the tiny teacher.")
     record = read_record(teacher)
-    if settings.prompts is not None:
-        read_prompts(settings.prompts)
-    find_parts(teacher)
     resolution = settings.resolution or record.get("resolution", 512)
-    if resolution % 16 or resolution <= 0:
-        nearest = max(16, round(resolution / 16) * 16)
-        raise ValueError(f"--resolution {resolution} is not divisible by 16; the nearest is {nearest}.")
-    check_numbers(settings)
+    checks = [partial(find_parts, teacher), partial(check_resolution, resolution), partial(check_numbers, settings),
+              partial(complete_steps, settings)]
+    if settings.prompts is not None:
+        checks.insert(0, partial(read_prompts, settings.prompts))
+    if settings.dry_run:                                     # takes the time of an import, and no run waits for it
+        checks.append(partial(_check_headers, teacher))
+    check_all(checks, together=settings.dry_run)
     few_steps, segment_steps = complete_steps(settings)
     scheduler = teacher / "scheduler" / "scheduler_config.json"
     shift = settings.flow_shift or record.get("shift") or (
@@ -164,6 +167,12 @@ def complete(settings):
         check_student(read_run(student), settings, student)
         settings = replace(settings, student=str(student))
     return settings
+
+
+def _check_headers(teacher):
+    from wanlite.teacher import open_teacher_files
+
+    open_teacher_files(teacher)
 
 
 def read_record(teacher):
@@ -183,7 +192,6 @@ import math  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Mapping  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
-from functools import partial  # noqa: E402
 from itertools import chain  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -207,7 +215,7 @@ from tqdm import tqdm  # noqa: E402
 
 from wanlite import shapes  # noqa: E402
 from wanlite.announcements import announce, conclude, versions  # noqa: E402
-from wanlite.autoencoder import decode_latents, load_autoencoder, to_pictures  # noqa: E402
+from wanlite.autoencoder import decode_latents, load_autoencoder, make_autoencoder, to_pictures  # noqa: E402
 from wanlite.cache import cache_folder, fingerprint  # noqa: E402
 from wanlite.calibration import calibrate, choose_channels, make_frames  # noqa: E402
 from wanlite.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint  # noqa: E402
@@ -218,9 +226,22 @@ from wanlite.grids import save_grid  # noqa: E402
 from wanlite.measure import beyond_guards, compare, frechet_distance, likeness  # noqa: E402
 from wanlite.network import TEXT_LENGTH, OneFrameBlock, TextTokens, one_frame_velocity, pack_text  # noqa: E402
 from wanlite.optimizers import make_optimizers, make_rates  # noqa: E402
+from wanlite.plan import (  # noqa: E402
+    at_depth,
+    command,
+    decoding_peak,
+    estimate,
+    free_disk,
+    gigabytes,
+    largest_batch,
+    pass_peak,
+    teacher_bytes,
+    trajectory_bytes,
+)
+from wanlite.plan import training_peak as simulate_training  # noqa: E402
 from wanlite.projection import check_shape as check_cut  # noqa: E402
 from wanlite.projection import choose_experts, project, project_into, student_shape  # noqa: E402
-from wanlite.steps import STEPS, Networks, velocity_from  # noqa: E402
+from wanlite.steps import MATCHED, STEPS, Networks, velocity_from  # noqa: E402
 from wanlite.student_files import (  # noqa: E402
     all_tensor_shapes,
     check_hashes,
@@ -231,7 +252,14 @@ from wanlite.student_files import (  # noqa: E402
     student_folder,
 )
 from wanlite.student_saving import check_savable, save_student  # noqa: E402
-from wanlite.teacher import Teacher, check_experts, choose_residency, open_teacher_files, sampled_digest  # noqa: E402
+from wanlite.teacher import (  # noqa: E402
+    TOKENS_AT_ONCE,
+    Teacher,
+    check_experts,
+    choose_residency,
+    open_teacher_files,
+    sampled_digest,
+)
 from wanlite.text import encode_once  # noqa: E402
 
 # ---- the model ---------------------------------------------------------------------------------------------------------
@@ -539,6 +567,77 @@ def feature_block(depth):
     return max(0, round(0.75 * depth) - 1)
 
 
+def plan(settings, program_words):
+    """Say what a run of these settings will do and need, and whether it fits; nothing is read but headers, nothing is written.
+
+    Returns the exit code: 0 where it fits, 2 where it does not, with what would.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    files, found = open_teacher_files(settings.teacher), find_parts(settings.teacher)
+    shape, parts = choose_shape(settings, files.config), parts_of(settings)
+    with init_empty_weights():
+        student = WanLiteStudent(shape)
+    training, held_out = choose_prompts(settings, print)
+    walks = settings.num_trajectories or len(training)
+    passes, states = announce(settings, files, student, device, walks, parts, print)
+    config = autoencoder_config(found["vae"])
+    size = settings.resolution // config.get("scale_factor_spatial", 8)
+    latent_shape, tokens = (files.config["in_channels"], size, size), (size // student.config.patch_size[1])**2
+    dtype = torch.float32 if settings.mixed_precision == "no" else torch.bfloat16
+    free, free_host = free_memory(device)
+    residency = settings.teacher_residency
+    if residency == "auto":
+        residency = choose_residency(files, dtype, settings.teacher_fp8, free, free_host, device.type == "cpu")
+
+    def training_peak(rows):
+        return at_depth(lambda depth: simulate_training(
+            lambda: WanLiteStudent(shape | {"depth": depth}), partial(make_optimizers, settings),
+            lambda network: EMAModel(network.parameters()), rows, latent_shape[1:], dtype != torch.float32), shape["depth"])
+
+    rows = min(2 * SHARD_SIZE, max(1, TOKENS_AT_ONCE // tokens))
+    held, beside = teacher_bytes(files, residency, dtype, settings.teacher_fp8)
+    walking = held + pass_peak(files, rows, latent_shape[1:], dtype) + trajectory_bytes(SHARD_SIZE, 2 * settings.teacher_steps,
+                                                                                       latent_shape, 0, 0)
+    learning = training_peak(settings.train_batch_size)
+    phases = {"text": num_bytes(found["text_encoder"]), f"trajectories, experts: {residency}": walking, "training": learning,
+              "validation": training_peak(1) + decoding_peak(partial(make_autoencoder, config), decode_latents, SHARD_SIZE,
+                                                                 latent_shape)}
+    if settings.matching_steps:                              # the critic learns beside the student, and the teacher is asked
+        phases["matching"] = learning + training_peak(max(1, settings.train_batch_size // MATCHED)) + walking
+    weights = 4 * student.num_parameters()
+    remembered = weights * (4 if settings.muon_learning_rate else 5) * (1.5 if settings.matching_steps else 1)
+    seen = walks + min(len(held_out), SHARD_SIZE) + NUM_VALIDATION**2
+    copied = sum(num_bytes(place) for place in found.values())
+    disk = {settings.cache_dir: weights + trajectory_bytes(seen, settings.teacher_steps, latent_shape, tokens, shape["hidden_size"])
+            + sum(num_bytes(place) for part, place in found.items() if not is_converted(found, part)),
+            settings.output_dir: weights + copied + (settings.checkpoints_total_limit + 1) * remembered}
+    print(f"memory   {gigabytes(free)} free on {device}" + (f", {gigabytes(beside)} more on the CPU" if beside else ""))
+    for name, needed in phases.items():
+        print(f"  {gigabytes(needed):>10}  {name}")
+    print("disk")
+    for place, needed in disk.items():
+        print(f"  {gigabytes(needed):>10}  {place} ({gigabytes(free_disk(place))} free)")
+    print(f"time     {estimate(student, files, passes, states, tokens, latent_shape[1:], device, dtype)}")
+    wrong = []
+    if phases["text"] > free:
+        wrong.append("the text encoder does not fit: run on a machine with more free memory.")
+    if walking > free:
+        wrong.append("the teacher's passes do not fit: " + ("add --teacher_residency disk." if residency != "disk" else
+                                                            "lower --resolution."))
+    if learning > free:
+        fits = largest_batch(training_peak, settings.train_batch_size // 2, free)
+        wrong.append(f"training does not fit: lower --train_batch_size to {fits} and raise --gradient_accumulation_steps to "
+                     f"{settings.gradient_accumulation_steps * settings.train_batch_size // fits}." if fits else
+                     "training does not fit at any batch: add --gradient_checkpointing, or lower --resolution.")
+    needed, places = sum(disk.values()), [free_disk(place) for place in disk]
+    if needed > min(places) if places[0] == places[1] else any(size > room for size, room in zip(disk.values(), places)):
+        wrong.append("the disk is too small: lower --num_trajectories, or name a larger --cache_dir.")
+    for reason in wrong:
+        print(f"PROBLEM  {reason}")
+    print(f"run      {command(Path(__file__).name, program_words)}")
+    return 2 if wrong else 0
+
+
 # ---- looking at it ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -623,7 +722,7 @@ def train(settings, is_resumed, stop):
            "schedule": describe_schedule(settings, few_steps, parts)}
     if is_resumed:
         check_resumable(output, run, say)
-    announce(settings, files, student, device, num_trajectories, parts, say)
+    work = announce(settings, files, student, device, num_trajectories, parts, say)
     cosines = check_experts(files, device) if accelerator.is_main_process and not is_resumed else {}
     parts_folder = open_parts(settings, accelerator)
     embeddings = encode_once(parts_folder, [*training, *held_out, *validation, settings.negative_prompt], device)
@@ -631,6 +730,8 @@ def train(settings, is_resumed, stop):
     size = settings.resolution // autoencoder.config.scale_factor_spatial
     latent_shape, scheduler = (files.config["in_channels"], size, size), make_scheduler(settings.flow_shift)
     tokens_each = size * size // math.prod(student.config.patch_size)
+    dtype = torch.float32 if settings.mixed_precision == "no" else torch.bfloat16
+    say(f"time     {estimate(student, files, *work, tokens_each, latent_shape[1:], device, dtype)}")
     (output / "cache").mkdir(exist_ok=True)
     if accelerator.is_main_process and hold(output / "cache") is None:          # held until the process ends
         raise OSError(f"{output}: another run is writing there. Wait for it, or name another --output_dir.")
@@ -644,7 +745,6 @@ def train(settings, is_resumed, stop):
     accelerator.wait_for_everyone()
 
     # What the teacher draws: walked once, for training, for held-out prompts, and for a few of these from many seeds.
-    dtype = torch.float32 if settings.mixed_precision == "no" else torch.bfloat16
     residency = settings.teacher_residency
     if residency == "auto":
         residency = choose_residency(files, dtype, settings.teacher_fp8, *free_memory(device), device.type == "cpu")
@@ -924,8 +1024,10 @@ def averaged(ema, student, use_ema):
 # ---- main --------------------------------------------------------------------------------------------------------------------
 
 def main(settings, is_resumed):
-    """Train in --output_dir; returns the exit code."""
+    """Train in --output_dir, or say what that would need; returns the exit code."""
     try:
+        if settings.dry_run:
+            return plan(settings, [word for word in sys.argv[1:] if word != "--dry_run"])
         train(settings, is_resumed, StopSignal())
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"train_distillation.py: {error}", file=sys.stderr)

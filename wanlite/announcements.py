@@ -2,14 +2,13 @@
 
 import importlib.metadata
 import platform
-import time
 from pathlib import Path
 
 import torch
 
 
 def announce(settings, files, student, device, num_trajectories, parts, say):
-    """Say what will happen before it happens."""
+    """Say what will happen before it happens; returns how many passes of the teacher and how many states."""
     sizes = " + ".join(f"{expert.num_parameters / 1e6:,.2f} M" for expert in files.experts.values())
     passes = num_trajectories * settings.teacher_steps * 2
     pictures = settings.max_train_steps * settings.train_batch_size * settings.gradient_accumulation_steps
@@ -24,24 +23,7 @@ def announce(settings, files, student, device, num_trajectories, parts, say):
         f"work     {num_trajectories:,} teacher pictures ({passes:,} teacher passes), then {settings.max_train_steps:,} steps "
         f"({pictures:,} states): {', '.join(f'{part} {count:,}' for part, count in steps.items())}\n"
         f"output   {Path(settings.output_dir).absolute()}")
-    say(f"time     {estimate(settings, files, student, device, passes, pictures)}")
-
-
-def estimate(settings, files, student, device, passes, states):
-    """Time a few steps of the student's twin and scale by parameters; says about how long the run takes."""
-    twin, patch = type(student)(dict(student.config)).to(device), student.config.patch_size[1]
-    side = settings.resolution // 8 // patch * patch
-    rows = max(1, min(64, 65536 // (side // patch) ** 2))
-    words = torch.zeros(rows, 24, student.config.text_dim, device=device)
-    latents = torch.randn(rows, student.config.num_channels, side, side, device=device)
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        twin(latents, torch.full((rows,), 500.0, device=device), words, return_dict=False)[0].mean().backward()
-        seconds.append(time.perf_counter() - began)
-    each = min(seconds) / rows
-    larger = files.num_parameters / len(files.experts) / student.num_parameters()
-    return f"about {max(1, round((each * states + each / 3 * larger * passes) / 60)):,} minutes"
+    return passes, pictures
 
 
 def versions():

@@ -11,6 +11,8 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch.nn import functional as F
 
+DECODED_AT_ONCE = 2**20  # pixels: four pictures of 512 x 512, 7 GB of activations in Wan2.1's autoencoder
+
 
 def load_autoencoder(folder, device="cpu"):
     """Load AutoencoderKLWan from a folder's vae/ in float32, frozen, with the single-frame fast path."""
@@ -18,6 +20,11 @@ def load_autoencoder(folder, device="cpu"):
     autoencoder = AutoencoderKLWan.from_pretrained(Path(folder) / "vae", torch_dtype=torch.float32, local_files_only=True,
                                                    use_safetensors=True)
     return use_single_frame_path(autoencoder).to(device).eval().requires_grad_(False)
+
+
+def make_autoencoder(config):
+    """Return an autoencoder of a config with new weights, and with the single-frame fast path."""
+    return use_single_frame_path(AutoencoderKLWan.from_config(config))
 
 
 def use_single_frame_path(autoencoder):
@@ -47,9 +54,11 @@ def encode_images(autoencoder, pixels):
 
 
 def decode_latents(autoencoder, latents):
-    """Turn latents (B, C, H, W) into pixels (B, 3, S*H, S*W)."""
+    """Turn latents (B, C, H, W) into pixels (B, 3, S*H, S*W), a few large pictures at a time."""
     mean, std = _statistics(autoencoder, latents)
-    return autoencoder.decode((latents * std + mean).unsqueeze(2)).sample.squeeze(2)
+    pixels = latents.shape[-2] * latents.shape[-1] * autoencoder.config.scale_factor_spatial**2
+    parts = (latents * std + mean).unsqueeze(2).split(max(1, DECODED_AT_ONCE // pixels))
+    return torch.cat([autoencoder.decode(part).sample.squeeze(2) for part in parts])
 
 
 def _statistics(autoencoder, latents):

@@ -8,6 +8,7 @@ Sizes are read off the tensors. A pickle is opened for tensors alone, mapped, an
 Facts: Wan-Video/Wan2.2, wan/modules/vae2_1.py, vae2_2.py and t5.py.
 """
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -91,6 +92,18 @@ def convert_parts(found, folder, say=print):
             say(f"converting {found[part]}")
             convert = _convert_autoencoder if part == "vae" else _convert_text_encoder
             convert(read_pickle(found[part]), found[part]).save_pretrained(partial)
+
+
+def autoencoder_config(place):
+    """Return the config of an autoencoder that find_parts() found, whose weights are not read."""
+    if place.is_dir():
+        return json.loads((place / "config.json").read_text(encoding="utf-8"))
+    return _autoencoder_config({name: tuple(tensor.shape) for name, tensor in read_pickle(place).items()})
+
+
+def num_bytes(place):
+    """Return how large the weights of a part are on disk."""
+    return place.stat().st_size if place.is_file() else sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
 
 
 def read_pickle(path):

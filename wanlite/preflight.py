@@ -10,6 +10,27 @@ COUNTS = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", 
           "num_held_out", "checkpointing_steps", "validation_steps", "critic_updates")
 
 
+def check_all(checks, together=False):
+    """Run checks one after the other; the first that fails raises, or where `together` all that do in one, a line each."""
+    failed = []
+    for check in checks:
+        try:
+            check()
+        except (OSError, ValueError) as error:
+            if not together:
+                raise
+            failed.append(str(error))
+    if failed:
+        raise ValueError("\n".join(dict.fromkeys(failed)))
+
+
+def check_resolution(resolution):
+    """Refuse a height and width in pixels that does not divide into latents and tokens."""
+    if resolution % 16 or resolution <= 0:
+        nearest = max(16, round(resolution / 16) * 16)
+        raise ValueError(f"--resolution {resolution} is not divisible by 16; the nearest is {nearest}.")
+
+
 def check_numbers(settings):
     """Refuse numbers out of range, and settings that contradict each other."""
     for name in COUNTS:

@@ -23,8 +23,8 @@ from .network import TEXT_LENGTH, OneFrameBlock, TextTokens, one_frame_velocity
 BOUNDARY = 0.875  # Wan2.2 A14B: noise levels from here on belong to the high-noise expert
 WEIGHTS = "diffusion_pytorch_model"
 RESIDENCIES = ("both", "one", "streamed", "disk")
-BYTES_A_TOKEN = 40      # of a pass at its peak, for each channel of the width
-TOKENS_AT_ONCE = 65536  # image tokens of a teacher's pass: 32 guided pictures of 512 x 512; 10 GB of activations at A14B's width
+BYTES_A_TOKEN = 24      # of a pass in bfloat16 at its peak, for each channel of the width
+TOKENS_AT_ONCE = 65536  # image tokens of a teacher's pass: 32 guided pictures of 512 x 512; 8 GB of activations at A14B's width
 
 # Official name -> diffusers' name. The order matters: head.modulation before modulation. norm2 and norm3 are swapped.
 _TO_DIFFUSERS = [(re.compile(pattern), name) for pattern, name in (
@@ -463,8 +463,7 @@ def ask(expert, latents, timestep, text, feature_blocks=()):
 def load_expert(files, device="cpu", dtype=torch.float32):
     """Load one expert, frozen: a stock WanTransformer3DModel whose blocks take the text's logit bias."""
     with init_empty_weights():                            # parameters without memory; the rotary tables are real
-        network = Expert(**files.config)
-        network.blocks = nn.ModuleList(_empty_block(files) for _ in range(files.config["num_layers"]))
+        network = make_expert(files, files.config["num_layers"])
     network.load_state_dict(_read_all(files, files.places, device, dtype), strict=True, assign=True)
     return network.to(device).eval().requires_grad_(False)
 
@@ -472,7 +471,7 @@ def load_expert(files, device="cpu", dtype=torch.float32):
 def stream_expert(files, device="cpu", dtype=torch.float32):
     """Load one expert without its blocks; each pass reads them from disk, one in memory at a time."""
     with init_empty_weights():
-        network = Expert(**files.config | {"num_layers": 0})
+        network = make_expert(files, 0)
     others = [name for name in files.places if not name.startswith("blocks.")]
     network.load_state_dict(_read_all(files, others, device, dtype), strict=True, assign=True)
     network.blocks = _StreamedBlocks(files, device, dtype)
@@ -502,6 +501,13 @@ class _StreamedBlocks(nn.Module):
             tensors = _read_all(self.files, names, self.device, self.dtype)
             block.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, strict=True, assign=True)
             yield block.eval().requires_grad_(False)
+
+
+def make_expert(files, depth):
+    """Return an expert of `files`' sizes and of `depth` blocks, in the default dtype, with no weights read."""
+    network = Expert(**files.config | {"num_layers": 0})
+    network.blocks = nn.ModuleList(_empty_block(files) for _ in range(depth))
+    return network
 
 
 def _empty_block(files):

@@ -1,0 +1,161 @@
+"""What a run is said to need is what it takes, and saying it writes nothing."""
+
+import os
+import re
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.training_utils import EMAModel
+
+from tests.conftest import A14B, ROOT, SHORT_RUN, TINY_TEACHER, run_script, write_sparse_wan
+from tests.test_official import write_autoencoder
+from train_distillation import Settings, WanLiteStudent
+from wanlite.autoencoder import decode_latents, load_autoencoder, make_autoencoder
+from wanlite.network import pack_text
+from wanlite.optimizers import make_optimizers
+from wanlite.plan import (
+    MemoryMeter,
+    at_depth,
+    decoding_peak,
+    largest_batch,
+    pass_peak,
+    simulated_peak,
+    teacher_bytes,
+    training_peak,
+)
+from wanlite.teacher import Teacher, ask, open_teacher_files
+
+TRAIN = ROOT / "train_distillation.py"
+
+
+def alive(work):
+    """Return the peak of what is alive in work that is really done."""
+    with MemoryMeter() as meter:
+        work()
+    return meter.peak
+
+
+def train(depth, peak, rate=0.01):
+    settings = Settings(muon_learning_rate=rate)
+    return training_peak(lambda: WanLiteStudent(hidden_size=64, depth=depth, num_heads=2, text_dim=64),
+                         partial(make_optimizers, settings), lambda network: EMAModel(network.parameters()), 4, (16, 16), False,
+                         peak)
+
+
+def test_the_meter_counts_what_is_alive_and_no_view_twice():
+    def work():
+        first = torch.zeros(1000)
+        second = first.view(10, 100)[3:] + 1                 # 700 more
+        del first
+        torch.zeros(500) + second.sum()                      # 500 and 500, after 1000 are gone, beside one
+    assert alive(work) == simulated_peak(work) == 4 * (700 + 1000 + 1)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01])
+def test_simulated_training_has_the_peak_of_training(rate):
+    assert train(3, simulated_peak, rate) == pytest.approx(train(3, alive, rate), rel=0.02)
+
+
+def test_the_peak_of_a_deep_student_follows_from_two_shallow_ones():
+    assert at_depth(partial(train, peak=simulated_peak), 9) == pytest.approx(train(9, simulated_peak), rel=0.01)
+
+
+def test_simulated_pass_has_the_peak_of_the_tiny_teachers(teacher, words):
+    files = open_teacher_files(TINY_TEACHER)
+    text = pack_text([torch.zeros(63, 64)] * 8)              # 64 tokens, one of them the padding's
+    latents, timestep = torch.zeros(8, 16, 8, 8), torch.full((8,), 990.0)
+    expert = teacher.expert("high")
+    with torch.no_grad():
+        real = alive(lambda: ask(expert, latents, timestep, text))
+    told = pass_peak(files, 8, (8, 8), torch.float32)
+    inputs = sum(tensor.numel() * 4 for tensor in (latents, timestep, *text))            # made inside the simulation alone
+    assert told - inputs == pytest.approx(real, rel=0.1)
+
+
+def test_simulated_decoding_has_the_peak_of_decoding():
+    autoencoder, latents = load_autoencoder(TINY_TEACHER), torch.zeros(64, 16, 8, 8)
+    real = alive(lambda: decode_latents(autoencoder, latents))
+    weights = sum(tensor.numel() * 4 for tensor in autoencoder.state_dict().values())
+    told = decoding_peak(partial(make_autoencoder, autoencoder.config), decode_latents, 64, (16, 8, 8))
+    assert told == pytest.approx(real + weights + latents.numel() * 4, rel=0.1)
+
+
+@pytest.mark.parametrize("residency, on_device, beside", [("both", 2, 0), ("one", 1, 2), ("streamed", 0.6, 2), ("disk", 0.6, 0)])
+def test_the_bytes_of_a_teacher_follow_its_residency(residency, on_device, beside):
+    files = open_teacher_files(TINY_TEACHER)
+    size = 4 * files.num_parameters / 2
+    found = teacher_bytes(files, residency, torch.float32, False)
+    assert found == (pytest.approx(on_device * size, rel=0.1), pytest.approx(beside * size, rel=0.1))
+    if residency in ("both", "one"):
+        held = Teacher(files, residency=residency)
+        for name in ("high", "low"):
+            held.expert(name)
+        weights = sum(tensor.numel() * 4 for network in held._read.values() for tensor in network.state_dict().values())
+        assert weights == pytest.approx(found[0], rel=0.01)
+
+
+def test_the_largest_batch_that_fits_is_a_half_of_a_half():
+    assert largest_batch(lambda rows: 10 + 3 * rows, 64, 60) == 16 and largest_batch(lambda rows: 100, 64, 60) == 0
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------------------
+
+def size_of(text, place):
+    number, unit = re.search(rf"([\d.,]+) (MB|GB)  {re.escape(str(place))} ", text).groups()
+    return float(number.replace(",", "")) * {"MB": 1e6, "GB": 1e9}[unit]
+
+
+def disk_used(folder, without=()):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not set(without) & set(path.parts))
+
+
+def test_a_dry_run_tells_the_disk_that_the_run_took_and_writes_nothing(finished_run, tmp_path):
+    process = run_script(TRAIN, "--dry_run", "--output_dir", tmp_path / "run", *SHORT_RUN)
+    assert process.returncode == 0, process.stderr
+    flags = f"--output_dir {tmp_path}/run {' '.join(SHORT_RUN)}"
+    assert process.stdout.splitlines()[-1] == f"run      python train_distillation.py {flags}"
+    assert not list(tmp_path.iterdir())
+    told = size_of(process.stdout, tmp_path / "run" / "cache")
+    assert told == pytest.approx(disk_used(finished_run[0] / "cache"), rel=0.1)
+    taken = disk_used(finished_run[0], without=("cache", "samples", "logs"))
+    assert taken < size_of(process.stdout, tmp_path / "run") < 1.8 * taken     # a checkpoint more, each with a best student
+
+
+@pytest.fixture(scope="module")
+def a14b(tmp_path_factory):
+    """The official folder of A14B, with every size real and zeros for weights, and of the text encoder only its length."""
+    folder = tmp_path_factory.mktemp("real") / "Wan2.2-T2V-A14B"
+    for name in ("high_noise_model", "low_noise_model"):
+        write_sparse_wan(folder / name, A14B, "official", 6)
+    torch.manual_seed(0)
+    write_autoencoder(folder / "Wan2.1_VAE.pth", AutoencoderKLWan(base_dim=8))
+    shutil.copytree(TINY_TEACHER / "tokenizer", folder / "google" / "umt5-xxl")
+    with open(folder / "models_t5_umt5-xxl-enc-bf16.pth", "wb") as file:
+        os.truncate(file.fileno(), 11_361_920_418)
+    return folder
+
+
+def test_a_dry_run_of_a14b_tells_what_is_needed_and_what_does_not_fit(a14b):
+    process = run_script(TRAIN, "--dry_run", "--mixed_precision", "bf16", "--train_batch_size", "100000", "--num_trajectories",
+                         "10000000", cwd=a14b.parent)
+    assert process.returncode == 2
+    said = process.stdout
+    assert said.startswith(f"teacher  {a14b} (official layout, 2 expert(s): 14,288.49 M + 14,288.49 M parameters)\n")
+    assert "11.4 GB  text" in said and "PFLOP" in said
+    assert "PROBLEM  the disk is too small: lower --num_trajectories" in said
+    assert re.search(r"training does not fit: lower --train_batch_size to \d+ and raise --gradient_accumulation_steps to \d+", said)
+    assert [path.name for path in a14b.parent.iterdir()] == [a14b.name]
+
+
+def test_a_dry_run_names_all_that_is_wrong_at_once(a14b, tmp_path):
+    shutil.copytree(a14b / "high_noise_model", tmp_path / "wan" / "high_noise_model", copy_function=os.link)
+    (tmp_path / "wan" / "high_noise_model" / "config.json").unlink()
+    process = run_script(TRAIN, "--dry_run", "--teacher", tmp_path / "wan", "--prompts", tmp_path / "none.txt",
+                         "--resolution", "100", "--max_train_steps", "0")
+    assert process.returncode == 2
+    for words in ("lacks tokenizer", "text_encoder", "Wan2.1_VAE.pth", "none.txt: no such file",
+                  "--resolution 100 is not divisible", "--max_train_steps is 0", "low_noise_model/ is missing"):
+        assert words in process.stderr, words

@@ -1,0 +1,186 @@
+"""What a run will need, told before it begins: memory phase by phase, disk, work; no weight is read and none is allocated.
+
+Memory is not guessed by formulas: each phase is run once on tensors that have shapes and no contents, and the bytes that are alive
+at its peak are counted.
+"""
+
+import shlex
+import shutil
+import time
+import weakref
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from .teacher import make_expert
+
+TEXT = 64                # tokens of a long prompt
+EFFICIENCY = 0.4         # of a device's rate for matrices that large transformers reach
+H100 = 989e12            # operations a second, in bfloat16
+TIMED = 1e11             # operations of a step that is timed; larger ones are reckoned
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside and still alive: `now`, and `peak`, the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        given = {tensor.untyped_storage()._cdata for tensor in tree_iter((arguments, keywords)) if isinstance(tensor, torch.Tensor)}
+        result = function(*arguments, **keywords)
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage(), given)
+        return result
+
+    def _count(self, storage, given):
+        if storage in self._known or storage._cdata in given:     # a view, of what was made inside or of what was there before
+            return
+        self._known[storage] = size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size):
+        self.now -= size
+
+
+def simulated_peak(work):
+    """Return the bytes alive at the peak of `work()`, which is run without contents and without memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True), MemoryMeter() as meter:
+        work()
+    return meter.peak
+
+
+def at_depth(peak_of, depth):
+    """Return `peak_of(depth)` of a network of equal blocks, from the peaks of two shallow ones: each block adds the same."""
+    first, second = (peak_of(min(shallow, depth)) for shallow in (2, 4))
+    return first if depth <= 2 else second + (second - first) // 2 * (depth - 4)
+
+
+# ---- memory; `peak(work)` may also be one that measures ----------------------------------------------------------------------
+
+def teacher_bytes(files, residency, dtype, is_fp8):
+    """Return the bytes of weights that a teacher has on the device, and beside it in the CPU's memory."""
+    sizes = [expert.num_parameters * (1 if is_fp8 else dtype.itemsize) for expert in files.experts.values()]
+    if residency == "both":
+        return sum(sizes), 0
+    if residency == "one":
+        return max(sizes), sum(sizes)
+    blocks = [sum(torch.Size(shape).numel() for name, (*_, shape) in expert.places.items() if name.startswith("blocks."))
+              for expert in files.experts.values()]
+    block = max(blocks) // files.config["num_layers"] * dtype.itemsize
+    others = max(sizes) - max(blocks) * (1 if is_fp8 else dtype.itemsize)
+    return others + 2 * block, sum(sizes) if residency == "streamed" else 0
+
+
+def pass_peak(files, rows, latent_size, dtype, peak=simulated_peak):
+    """Return the bytes that a pass of an expert takes besides its weights, for `rows` latents."""
+    def work():
+        expert = make_expert(next(iter(files.experts.values())), 2)    # without gradients the third takes what the second did
+        weights.append(sum(tensor.untyped_storage().nbytes() for tensor in expert.parameters()))
+        with torch.no_grad():
+            expert(torch.zeros(rows, files.config["in_channels"], *latent_size), torch.zeros(rows),
+                   torch.zeros(rows, TEXT, files.config["text_dim"]), torch.zeros(rows, TEXT))
+
+    weights, before = [], torch.get_default_dtype()
+    torch.set_default_dtype(dtype)                           # a network without contents cannot be cast
+    try:
+        return peak(work) - weights[0]
+    finally:
+        torch.set_default_dtype(before)
+
+
+def training_peak(make_student, make_optimizers, make_average, rows, latent_size, is_mixed, peak=simulated_peak):
+    """Return the bytes of training: weights, their average, gradients, optimizers and activations of `rows` states."""
+    def work():
+        student = make_student()
+        optimizers, average = make_optimizers(student), make_average(student)
+        latents = torch.zeros(rows, student.config.num_channels, *latent_size)
+        for _ in range(2):                                   # the second step has the optimizers' memory beside it
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+                velocity, = student(latents, torch.zeros(rows), torch.zeros(rows, TEXT, student.config.text_dim),
+                                    text_logit_bias=torch.zeros(rows, TEXT), return_dict=False)
+            (velocity.float() - latents).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            average.step(student.parameters())
+
+    return peak(work)
+
+
+def decoding_peak(make_autoencoder, decode, rows, latent_shape, peak=simulated_peak):
+    """Return the bytes of an autoencoder and of what `decode(autoencoder, latents)` of so many latents takes."""
+    def work():
+        with torch.no_grad():
+            decode(make_autoencoder(), torch.zeros(rows, *latent_shape))
+
+    return peak(work)
+
+
+# ---- disk and time ---------------------------------------------------------------------------------------------------------
+
+def trajectory_bytes(num_walks, num_steps, latent_shape, num_tokens, width):
+    """Return the bytes on disk of walks: latents and velocities of each state, and token states of a width, in float16."""
+    return 2 * num_walks * num_steps * (2 * torch.Size(latent_shape).numel() + num_tokens * width)
+
+
+def estimate(student, files, passes, states, tokens, latent_size, device, dtype):
+    """Return in words how long `passes` of the teacher and training on `states` take: by timing a small student, a large one's
+    operations by how fast the device multiplies matrices."""
+    teacher = files.num_parameters / len(files.experts)
+    if 6 * tokens * student.num_parameters() > TIMED:
+        operations = 2 * tokens * (passes * teacher + 3 * states * student.num_parameters())
+        hours = [operations / (EFFICIENCY * rate * 3600) for rate in (matrix_rate(device, dtype), H100)]
+        return f"about {hours[0]:,.1f} hours ({operations / 1e15:,.0f} PFLOP; an H100 would take {hours[1]:,.1f} hours)"
+    twin, rows = type(student)(dict(student.config)).to(device), max(1, min(64, 8192 // tokens))
+    words = torch.zeros(rows, 24, student.config.text_dim, device=device)
+    latents, seconds = torch.randn(rows, student.config.num_channels, *latent_size, device=device), []
+    for _ in range(3):
+        began = time.perf_counter()
+        twin(latents, torch.full((rows,), 500.0, device=device), words, return_dict=False)[0].mean().backward()
+        seconds.append(time.perf_counter() - began)
+    each = min(seconds) / rows
+    return f"about {max(1, round((each * states + each / 3 * teacher / student.num_parameters() * passes) / 60)):,} minutes"
+
+
+def matrix_rate(device, dtype, width=2048):
+    """Return the operations a second that a device multiplies matrices of a dtype with."""
+    matrix, seconds = torch.randn(width, width, device=device).to(dtype), []
+    for _ in range(5):
+        began = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()                       # waits until it is there
+        seconds.append(time.perf_counter() - began)
+    return 2 * width**3 / min(seconds)
+
+
+def free_disk(folder):
+    """Return the bytes that are free where a folder is, or will be."""
+    folder = Path(folder).absolute()
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+
+
+# ---- said ------------------------------------------------------------------------------------------------------------------
+
+def largest_batch(peak_of, rows, free):
+    """Return the largest of `rows` and its halves whose peak is no more than `free`; 0 where none is."""
+    while rows and peak_of(rows) > free:
+        rows //= 2
+    return rows
+
+
+def command(program, words):
+    """Return a command line as it can be typed."""
+    return shlex.join(["python", program, *words])
+
+
+def gigabytes(size):
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
