@@ -10,6 +10,7 @@ command after a stop and it goes on where it was.
 
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -228,15 +229,13 @@ from wanlite.network import TEXT_LENGTH, OneFrameBlock, TextTokens, one_frame_ve
 from wanlite.optimizers import make_optimizers, make_rates  # noqa: E402
 from wanlite.plan import (  # noqa: E402
     at_depth,
-    command,
     decoding_peak,
     estimate,
-    free_disk,
-    gigabytes,
-    largest_batch,
     pass_peak,
     teacher_bytes,
+    tell,
     trajectory_bytes,
+    walk_bytes,
 )
 from wanlite.plan import training_peak as simulate_training  # noqa: E402
 from wanlite.projection import check_shape as check_cut  # noqa: E402
@@ -567,10 +566,10 @@ def feature_block(depth):
     return max(0, round(0.75 * depth) - 1)
 
 
-def plan(settings, program_words):
+def plan(settings, words):
     """Say what a run of these settings will do and need, and whether it fits; nothing is read but headers, nothing is written.
 
-    Returns the exit code: 0 where it fits, 2 where it does not, with what would.
+    `words` are those of the command line. Returns the exit code: 0 where it fits, 2 where it does not.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files, found = open_teacher_files(settings.teacher), find_parts(settings.teacher)
@@ -579,63 +578,56 @@ def plan(settings, program_words):
         student = WanLiteStudent(shape)
     training, held_out = choose_prompts(settings, print)
     walks = settings.num_trajectories or len(training)
-    passes, states = announce(settings, files, student, device, walks, parts, print)
-    config = autoencoder_config(found["vae"])
-    size = settings.resolution // config.get("scale_factor_spatial", 8)
+    work = announce(settings, files, student, device, walks, parts, print)
+    decoder = autoencoder_config(found["vae"])
+    size = settings.resolution // decoder.get("scale_factor_spatial", 8)
     latent_shape, tokens = (files.config["in_channels"], size, size), (size // student.config.patch_size[1])**2
-    dtype = torch.float32 if settings.mixed_precision == "no" else torch.bfloat16
-    free, free_host = free_memory(device)
-    residency = settings.teacher_residency
-    if residency == "auto":
-        residency = choose_residency(files, dtype, settings.teacher_fp8, free, free_host, device.type == "cpu")
+    dtype, residency = training_dtype(settings), place_teacher(settings, files, device)
 
     def training_peak(rows):
         return at_depth(lambda depth: simulate_training(
             lambda: WanLiteStudent(shape | {"depth": depth}), partial(make_optimizers, settings),
             lambda network: EMAModel(network.parameters()), rows, latent_shape[1:], dtype != torch.float32), shape["depth"])
 
-    rows = min(2 * SHARD_SIZE, max(1, TOKENS_AT_ONCE // tokens))
     held, beside = teacher_bytes(files, residency, dtype, settings.teacher_fp8)
-    walking = held + pass_peak(files, rows, latent_shape[1:], dtype) + trajectory_bytes(SHARD_SIZE, 2 * settings.teacher_steps,
-                                                                                       latent_shape, 0, 0)
-    learning = training_peak(settings.train_batch_size)
-    phases = {"text": num_bytes(found["text_encoder"]), f"trajectories, experts: {residency}": walking, "training": learning,
-              "validation": training_peak(1) + decoding_peak(partial(make_autoencoder, config), decode_latents, SHARD_SIZE,
-                                                                 latent_shape)}
+    rows = min(2 * SHARD_SIZE, max(1, TOKENS_AT_ONCE // tokens))                                # half of them for guidance
+    phases = {
+        "text": num_bytes(found["text_encoder"]),
+        "trajectories": held + pass_peak(files, rows, latent_shape[1:], dtype) + walk_bytes(SHARD_SIZE, settings.teacher_steps,
+                                                                                            latent_shape),
+        "training": training_peak(settings.train_batch_size),
+        "validation": training_peak(1) + decoding_peak(partial(make_autoencoder, decoder), decode_latents, SHARD_SIZE,
+                                                       latent_shape)}
     if settings.matching_steps:                              # the critic learns beside the student, and the teacher is asked
-        phases["matching"] = learning + training_peak(max(1, settings.train_batch_size // MATCHED)) + walking
+        phases["matching"] = (phases["training"] + training_peak(max(1, settings.train_batch_size // MATCHED))
+                              + phases["trajectories"])
     weights = 4 * student.num_parameters()
     remembered = weights * (4 if settings.muon_learning_rate else 5) * (1.5 if settings.matching_steps else 1)
     seen = walks + min(len(held_out), SHARD_SIZE) + NUM_VALIDATION**2
-    copied = sum(num_bytes(place) for place in found.values())
-    disk = {settings.cache_dir: weights + trajectory_bytes(seen, settings.teacher_steps, latent_shape, tokens, shape["hidden_size"])
-            + sum(num_bytes(place) for part, place in found.items() if not is_converted(found, part)),
-            settings.output_dir: weights + copied + (settings.checkpoints_total_limit + 1) * remembered}
-    print(f"memory   {gigabytes(free)} free on {device}" + (f", {gigabytes(beside)} more on the CPU" if beside else ""))
-    for name, needed in phases.items():
-        print(f"  {gigabytes(needed):>10}  {name}")
-    print("disk")
-    for place, needed in disk.items():
-        print(f"  {gigabytes(needed):>10}  {place} ({gigabytes(free_disk(place))} free)")
-    print(f"time     {estimate(student, files, passes, states, tokens, latent_shape[1:], device, dtype)}")
-    wrong = []
-    if phases["text"] > free:
-        wrong.append("the text encoder does not fit: run on a machine with more free memory.")
-    if walking > free:
-        wrong.append("the teacher's passes do not fit: " + ("add --teacher_residency disk." if residency != "disk" else
-                                                            "lower --resolution."))
-    if learning > free:
-        fits = largest_batch(training_peak, settings.train_batch_size // 2, free)
-        wrong.append(f"training does not fit: lower --train_batch_size to {fits} and raise --gradient_accumulation_steps to "
-                     f"{settings.gradient_accumulation_steps * settings.train_batch_size // fits}." if fits else
-                     "training does not fit at any batch: add --gradient_checkpointing, or lower --resolution.")
-    needed, places = sum(disk.values()), [free_disk(place) for place in disk]
-    if needed > min(places) if places[0] == places[1] else any(size > room for size, room in zip(disk.values(), places)):
-        wrong.append("the disk is too small: lower --num_trajectories, or name a larger --cache_dir.")
+    converted = sum(num_bytes(place) for part, place in found.items() if not is_converted(found, part))
+    disk = {settings.cache_dir: weights + converted + trajectory_bytes(seen, settings.teacher_steps, latent_shape, tokens,
+                                                                       shape["hidden_size"]),
+            settings.output_dir: weights + sum(map(num_bytes, found.values()))
+            + (settings.checkpoints_total_limit + 1) * remembered}
+    wrong = tell(phases, disk, device, free_memory(device)[0], residency, beside, settings.train_batch_size,
+                 settings.gradient_accumulation_steps, training_peak)
+    print(f"time     {estimate(student, files, *work, tokens, latent_shape[1:], device, dtype)}")
     for reason in wrong:
         print(f"PROBLEM  {reason}")
-    print(f"run      {command(Path(__file__).name, program_words)}")
+    print(f"run      {shlex.join(['python', Path(__file__).name, *words])}")
     return 2 if wrong else 0
+
+
+def training_dtype(settings):
+    """Return the dtype that matrices are multiplied in."""
+    return torch.float32 if settings.mixed_precision == "no" else torch.bfloat16
+
+
+def place_teacher(settings, files, device):
+    """Return where the teacher's experts will be: as --teacher_residency says, or as memory allows."""
+    if settings.teacher_residency != "auto":
+        return settings.teacher_residency
+    return choose_residency(files, training_dtype(settings), settings.teacher_fp8, *free_memory(device), device.type == "cpu")
 
 
 # ---- looking at it ---------------------------------------------------------------------------------------------------------
@@ -730,7 +722,7 @@ def train(settings, is_resumed, stop):
     size = settings.resolution // autoencoder.config.scale_factor_spatial
     latent_shape, scheduler = (files.config["in_channels"], size, size), make_scheduler(settings.flow_shift)
     tokens_each = size * size // math.prod(student.config.patch_size)
-    dtype = torch.float32 if settings.mixed_precision == "no" else torch.bfloat16
+    dtype = training_dtype(settings)
     say(f"time     {estimate(student, files, *work, tokens_each, latent_shape[1:], device, dtype)}")
     (output / "cache").mkdir(exist_ok=True)
     if accelerator.is_main_process and hold(output / "cache") is None:          # held until the process ends
@@ -745,10 +737,7 @@ def train(settings, is_resumed, stop):
     accelerator.wait_for_everyone()
 
     # What the teacher draws: walked once, for training, for held-out prompts, and for a few of these from many seeds.
-    residency = settings.teacher_residency
-    if residency == "auto":
-        residency = choose_residency(files, dtype, settings.teacher_fp8, *free_memory(device), device.type == "cpu")
-    teacher = Teacher(files, device, dtype, residency, settings.teacher_fp8)
+    teacher = Teacher(files, device, dtype, place_teacher(settings, files, device), settings.teacher_fp8)
     guided = teacher_velocity(teacher, settings, embeddings[settings.negative_prompt])
     plain = teacher_velocity(teacher, replace(settings, guidance_scale=1.0, guidance_scale_2=1.0),
                              embeddings[settings.negative_prompt])

@@ -128,6 +128,9 @@ def _convert_autoencoder(tensors, path):
         config = _autoencoder_config({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     except (LookupError, ZeroDivisionError):
         raise ValueError(f"{path}: is no Wan autoencoder: tensors that each has are missing. Download it again.") from None
+    if config["z_dim"] not in (16, 48):
+        raise ValueError(f"{path}: has {config['z_dim']} latent channels, expected Wan2.1's 16 or Wan2.2's 48, whose "
+                         "statistics are known. Put a vae/ of diffusers' layout beside it.")
     if not config["is_residual"]:
         tensors = {_place_in_level(name, config["num_res_blocks"] + 2): tensor for name, tensor in tensors.items()}
     return _fill(AutoencoderKLWan, config, _rename(tensors, _AUTOENCODER_NAMES), path)

@@ -4,7 +4,6 @@ Memory is not guessed by formulas: each phase is run once on tensors that have s
 at its peak are counted.
 """
 
-import shlex
 import shutil
 import time
 import weakref
@@ -128,6 +127,11 @@ def decoding_peak(make_autoencoder, decode, rows, latent_shape, peak=simulated_p
 
 # ---- disk and time ---------------------------------------------------------------------------------------------------------
 
+def walk_bytes(num_walks, num_steps, latent_shape):
+    """Return the bytes in memory of walks under way: latents and velocities of each state, in float32."""
+    return 4 * num_walks * num_steps * 2 * torch.Size(latent_shape).numel()
+
+
 def trajectory_bytes(num_walks, num_steps, latent_shape, num_tokens, width):
     """Return the bytes on disk of walks: latents and velocities of each state, and token states of a width, in float16."""
     return 2 * num_walks * num_steps * (2 * torch.Size(latent_shape).numel() + num_tokens * width)
@@ -177,9 +181,33 @@ def largest_batch(peak_of, rows, free):
     return rows
 
 
-def command(program, words):
-    """Return a command line as it can be typed."""
-    return shlex.join(["python", program, *words])
+def tell(phases, disk, device, free, residency, beside, rows, accumulated, training_peak):
+    """Say what `phases` and `disk`, {what: bytes}, need and what is free; returns what does not fit, with what would, in words."""
+    print(f"memory   {gigabytes(free)} free on {device}; experts: {residency}"
+          + (f", {gigabytes(beside)} of them in the CPU's memory" if beside else ""))
+    for name, needed in phases.items():
+        print(f"  {gigabytes(needed):>10}  {name}")
+    print("disk")
+    rooms = {place: free_disk(place) for place in disk}
+    for place, needed in disk.items():
+        print(f"  {gigabytes(needed):>10}  {place} ({gigabytes(rooms[place])} free)")
+    wrong = []
+    if phases["text"] > free:
+        wrong.append("the text encoder does not fit: run where more memory is free.")
+    if phases["trajectories"] > free:
+        wrong.append("the teacher's passes do not fit: " + ("lower --resolution." if residency == "disk" else
+                                                            "add --teacher_residency disk."))
+    if phases["training"] > free:
+        fits = largest_batch(training_peak, rows // 2, free)
+        wrong.append(f"training does not fit: lower --train_batch_size to {fits} and raise --gradient_accumulation_steps to "
+                     f"{accumulated * rows // fits}." if fits else
+                     "training does not fit at any batch: add --gradient_checkpointing, or lower --resolution.")
+    if phases.get("matching", 0) > free >= phases["training"]:
+        wrong.append("distribution matching does not fit: leave --matching_steps out, or lower --train_batch_size.")
+    is_shared = len(set(rooms.values())) == 1                # folders on one disk need their sum of it
+    if sum(disk.values()) > min(rooms.values()) if is_shared else any(disk[place] > rooms[place] for place in disk):
+        wrong.append("the disk is too small: lower --num_trajectories, or name a larger --cache_dir.")
+    return wrong
 
 
 def gigabytes(size):
