@@ -34,6 +34,7 @@ from wanlite.whole_files import hold, new_folder, not_finite, why_broken, write_
 
 TINY_TEACHER = Path(__file__).resolve().parent / "tiny_teacher"
 REAL_TEACHERS = ("Wan2.2-T2V-A14B", "Wan2.2-T2V-A14B-Diffusers")     # looked for where the command is typed
+OFFICIAL_SHIFTS = {True: 12.0, False: 5.0}                           # of two experts and of one, where no scheduler says it
 DEFAULT_PROMPTS = 4000    # of the tiny world or of a grammar, where no prompts file is named
 CALIBRATION_TOKENS = 16384   # image tokens on which the projected weights are refitted
 NUM_VALIDATION = 8        # of them, shown in the grids, and drawn from as many seeds each to see how varied pictures are
@@ -159,8 +160,9 @@ def complete(settings):
     check_all(checks, together=settings.dry_run)
     few_steps, segment_steps = complete_steps(settings)
     scheduler = teacher / "scheduler" / "scheduler_config.json"
+    official_shift = OFFICIAL_SHIFTS[(teacher / "high_noise_model").is_dir()]
     shift = settings.flow_shift or record.get("shift") or (
-        json.loads(scheduler.read_text())["flow_shift"] if scheduler.is_file() else 12.0)
+        json.loads(scheduler.read_text())["flow_shift"] if scheduler.is_file() else official_shift)
     settings = replace(settings, teacher=str(teacher), resolution=resolution, flow_shift=float(shift), few_steps=few_steps,
                        segment_steps=segment_steps, cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"))
     if settings.student is not None:

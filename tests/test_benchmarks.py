@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 
+from benchmarks.memory import WARM, measured_peak, phases
 from benchmarks.projection_scale import num_bytes, remove_expert, teacher_config, tensor_shapes, write_expert
 from tests.conftest import ROOT, run_script
+from tests.test_plan import alive
+from wanlite.plan import simulated_peak
 from wanlite.teacher import open_teacher_files
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -125,3 +128,13 @@ def test_what_is_wrong_is_refused_and_a_folder_of_somebody_else_stays(script, ar
     process = run_script(BENCHMARKS / script, "--folder", tmp_path, *arguments)
     assert process.returncode == 2 and words in process.stderr.splitlines()[-1] and "Traceback" not in process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", phases(WARM))
+def test_each_phase_can_be_simulated_and_done(phase):
+    find = phases(WARM)[phase]
+    assert find(simulated_peak) == pytest.approx(find(alive), rel=0.05)
+    assert find(measured_peak) > -2**27                      # so small a phase may hide in what the process has; it runs

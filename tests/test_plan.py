@@ -140,7 +140,7 @@ def a14b(tmp_path_factory):
 
 def test_a_dry_run_of_a14b_tells_what_is_needed_and_what_does_not_fit(a14b):
     process = run_script(TRAIN, "--dry_run", "--mixed_precision", "bf16", "--train_batch_size", "100000", "--num_trajectories",
-                         "10000000", cwd=a14b.parent)
+                         "100000", cwd=a14b.parent)
     assert process.returncode == 2
     said = process.stdout
     assert said.startswith(f"teacher  {a14b} (official layout, 2 expert(s): 14,288.49 M + 14,288.49 M parameters)\n")

@@ -78,5 +78,8 @@ def test_a_real_teacher_in_this_folder_is_found_and_learns_from_the_grammar(tmp_
         (tmp_path / REAL_TEACHERS[0] / part).mkdir(parents=True)
     settings = complete(Settings())
     assert settings.teacher == str(tmp_path / REAL_TEACHERS[0]) and settings.resolution == 512
+    assert settings.flow_shift == 5.0                        # of one network, in the official folder
+    (tmp_path / REAL_TEACHERS[0] / "high_noise_model").mkdir()
+    assert complete(Settings()).flow_shift == 12.0           # of A14B
     training, held_out = choose_prompts(settings)
     assert training + held_out == varied_prompts(settings.seed, 4000) and len(held_out) == 200

@@ -175,8 +175,9 @@ def free_disk(folder):
 # ---- said ------------------------------------------------------------------------------------------------------------------
 
 def largest_batch(peak_of, rows, free):
-    """Return the largest of `rows` and its halves whose peak is no more than `free`; 0 where none is."""
-    while rows and peak_of(rows) > free:
+    """Return the largest of `rows` and its halves whose peak is no more than `free`; 0 where none is. Each row adds the same."""
+    one, two = peak_of(1), peak_of(2)
+    while rows and one + (rows - 1) * (two - one) > free:
         rows //= 2
     return rows
 
