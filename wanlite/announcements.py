@@ -1,4 +1,4 @@
-"""What a user is told: what will happen and about how long it takes, and how it ended."""
+"""What a user is told: what will happen, and how it ended."""
 
 import importlib.metadata
 import platform

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from .network import TEXT_LENGTH, OneFrameBlock, TextTokens, one_frame_velocity
 
 BOUNDARY = 0.875  # Wan2.2 A14B: noise levels from here on belong to the high-noise expert
-WEIGHTS = "diffusion_pytorch_model"
 RESIDENCIES = ("both", "one", "streamed", "disk")
 BYTES_A_TOKEN = 24      # of a pass in bfloat16 at its peak, for each channel of the width
 TOKENS_AT_ONCE = 65536  # image tokens of a teacher's pass: 32 guided pictures of 512 x 512; 8 GB of activations at A14B's width
