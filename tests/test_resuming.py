@@ -1,5 +1,6 @@
 """A run that is stopped, killed, short of disk or of finite numbers: what it says, what is left, how it ends."""
 
+import gc
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from tests.conftest import SHORT_RUN, fork
 from wanlite.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
 from wanlite.run_folder import read_run
 from wanlite.steps import STEPS
+from wanlite.teacher import Expert
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -61,6 +63,18 @@ def train(folder, *flags, at=None, checks=None, guards=None):
         os._exit(code)
     code = fork(as_typed)
     return code, Path(f"{folder}.log").read_text()
+
+
+def test_the_teacher_is_in_memory_only_in_the_part_that_asks_it(folder):
+    counts = folder.parent / "counts"
+
+    def count():
+        with open(counts, "a") as file:
+            file.write(f"{sum(isinstance(thing, Expert) for thing in gc.get_objects())} ")
+
+    assert train(folder, at={1: count, 3: count, 6: count})[0] == 0
+    velocity, segments, matching = map(int, counts.read_text().split())
+    assert velocity == segments < matching                   # not 0: this process, whose copy runs, may hold a teacher too
 
 
 def asked(number=signal.SIGTERM):
