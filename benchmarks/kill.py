@@ -115,9 +115,9 @@ def is_lost(folder, before):
 
 def strike(number, folder, moment, how):
     """Wait for the moment, then kill; returns what was there before, and where it struck, None where the run had ended."""
-    began, seen, wanted = time.monotonic(), set(), moment.get("save")
-    while wanted is not None and len(seen) < wanted or time.monotonic() - began < moment["after"]:
-        if wanted is not None and len(seen) < wanted:
+    began, seen, wanted = time.monotonic(), set(), moment["save"] or 0
+    while len(seen) < wanted or time.monotonic() - began < moment["after"]:
+        if len(seen) < wanted:
             seen |= signs(folder)
             began = time.monotonic()
         if os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -134,38 +134,36 @@ def strike(number, folder, moment, how):
 
 
 def kill_and_finish(job):
-    """Kill a run at its moment, run it again to its end; returns what happened, None where the kill came too late."""
-    folder = Path(job["folder"])
+    """Kill a run at its moment, run it again to its end; returns what happened. A kill that came too late is tried sooner."""
+    folder, how = Path(job["folder"]), signal.Signals[job["signal"]]
     folder.mkdir(parents=True)
     if job["cache"]:
         shutil.copytree(job["cache"], folder / "cache")
-    number, how = start(folder), signal.Signals[job["signal"]]
+    number = start(folder)
     before, where = strike(number, folder, job, how)
     code = finish(number)
-    found = None
-    if before is not None:
-        lost = is_lost(folder, before)
-        codes = {-how} if how == signal.SIGKILL else {0, 3, -how}      # 3: stopped, can be resumed; 0: it was done by then
-        refused = code not in codes or (code != 0 and finish(start(folder)) != 0)
-        found = {"signal": job["signal"], "where": where, "lost": lost, "refused": refused,
-                 "identical": digest(folder) == job["digest"]}
-    if found is None or not (found["lost"] or found["refused"] or not found["identical"]):
+    if before is None:
+        shutil.rmtree(folder)
+        return kill_and_finish(job | {"after": job["after"] / 2, "save": job["save"] and job["save"] - 1})
+    lost = is_lost(folder, before)
+    codes = {-how} if how == signal.SIGKILL else {0, 3, -how}          # 3: stopped, can be resumed; 0: it was done by then
+    refused = code not in codes or (code != 0 and finish(start(folder)) != 0)
+    is_identical = digest(folder) == job["digest"]
+    if is_identical and not (lost or refused):
         shutil.rmtree(folder)                                # what went wrong stays, with its log
-    return found
+    return {"signal": job["signal"], "where": where, "lost": lost, "refused": refused, "identical": is_identical}
 
 
 # ---- all of them -------------------------------------------------------------------------------------------------------------
 
 def moments(arguments, folder, seconds, cache, expected):
-    """Yield jobs without end, each with a moment of its own; `seconds` are of a run without and with a cache."""
-    draw, count = random.Random(arguments.seed), 0  # noqa: S311 (moments, no secrets)
-    while True:
+    """Yield jobs, each with a moment of its own; `seconds` are of a run without and with a cache."""
+    draw = random.Random(arguments.seed)  # noqa: S311 (moments, no secrets)
+    for count in range(arguments.kills):
         has_cache, how = count % 10 != 9, "SIGTERM" if count % 5 == 4 else "SIGKILL"
-        moment = {"save": draw.randint(1, NUM_SAVES), "after": draw.uniform(0, SAVING)} if has_cache and count % 3 == 0 else {
-            "after": draw.uniform(0, seconds[has_cache])}
-        yield moment | {"signal": how, "cache": cache if has_cache else None, "folder": str(folder / f"{count:04d}"),
-                        "digest": expected}
-        count += 1
+        save = draw.randint(1, NUM_SAVES) if has_cache and count % 3 == 0 else None
+        yield {"save": save, "after": draw.uniform(0, SAVING if save else seconds[has_cache]), "signal": how,
+               "cache": cache if has_cache else None, "folder": str(folder / f"{count:04d}"), "digest": expected}
 
 
 def measure(arguments, folder):
@@ -187,14 +185,10 @@ def measure(arguments, folder):
         raise SystemExit("kill.py: two uninterrupted runs, without and with a cache, end with different weights.")
     slower = {has_cache: each * min(arguments.jobs, 2) ** 0.5 for has_cache, each in seconds.items()}   # beside another run
     jobs = moments(arguments, folder, slower, folder / "uninterrupted-0" / "cache", digests[0])
-    rows, progress = [], tqdm(total=arguments.kills, desc="killing", unit="run")
     began = time.monotonic()
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("fork")) as pool:
-        while len(rows) < arguments.kills:                   # again, for kills that came too late
-            for row in pool.map(kill_and_finish, [next(jobs) for _ in range(min(20, arguments.kills - len(rows)))]):
-                rows += [row] if row else []
-                progress.update(row is not None)
-    progress.close()
+        kills = pool.map(kill_and_finish, jobs)
+        rows = list(tqdm(kills, desc="killing", total=arguments.kills, unit="run"))
     return {"kills": len(rows), **{name: sum(row[name] for row in rows) for name in ("identical", "lost", "refused")},
             "where": Counter(row["where"] for row in rows), "signals": Counter(row["signal"] for row in rows),
             "seconds_uninterrupted": round(seconds[True], 2), "seconds": round(time.monotonic() - began)}, rows

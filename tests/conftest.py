@@ -159,6 +159,15 @@ def noisy():
     return torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Tell what it cost to refuse bad input, whichever process did it."""
+    costs = [cost for report in terminalreporter.getreports("") for name, found in getattr(report, "user_properties", ())
+             if name == "refused" for cost in found]
+    if costs:
+        seconds, megabytes = map(max, zip(*costs))
+        terminalreporter.write_line(f"{len(costs)} bad inputs refused, slowest {seconds:.2f} s, largest {megabytes:.0f} MB")
+
+
 def run_script(*arguments, cwd=ROOT, timeout=300):
     """Run a script as a user does; returns the finished process with its output as text."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

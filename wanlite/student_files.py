@@ -44,6 +44,7 @@ def student_folder(path, subfolder=None, **hub):
     try:
         root = _download(path, subfolder, **hub) if _is_hub_name(path) else Path(path).expanduser().absolute()
         folder = root / subfolder if subfolder else root
+        root.exists()                                        # raises for a path too long, which resolve() would walk part by part
         if not folder.resolve().is_relative_to(root.resolve()):
             raise ValueError(f"subfolder {subfolder!r} leads out of {root}. Name a folder inside it.")
         if not folder.exists():
