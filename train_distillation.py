@@ -16,7 +16,16 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from wanlite.official import autoencoder_config, convert_parts, find_parts, is_converted, num_bytes
+from wanlite.official import (
+    autoencoder_config,
+    check_parts,
+    convert_parts,
+    find_parts,
+    has_two_experts,
+    is_converted,
+    num_bytes,
+    pixels_per_token,
+)
 from wanlite.preflight import PARTS, check_all, check_numbers, check_resolution, check_student, complete_steps, parts_of
 from wanlite.prompts import read_prompts, varied_prompts
 from wanlite.run_folder import (
@@ -53,8 +62,8 @@ FREE = ("teacher", "teacher_residency", "output_dir", "cache_dir", "dry_run", "o
 
 @dataclass(frozen=True)
 class Settings:
-    teacher: str | None = setting(None, f"Wan folder, diffusers or official layout; None = ./{REAL_TEACHERS[0]} where there is "
-                                  "one, else the tiny teacher", aliases=("--teacher_checkpoint_path", "--teacher_path"))
+    teacher: str | None = setting(None, f"Wan folder, diffusers, official or ComfyUI layout; None = ./{REAL_TEACHERS[0]} "
+                                  "if there is one, else the tiny teacher", aliases=("--teacher_checkpoint_path", "--teacher_path"))
     prompts: str | None = setting(None, "text file, one prompt a line, or .jsonl, .csv, .parquet with a column prompt, text or "
                                   "caption; None = prompts of a grammar, for the tiny teacher captions of its world")
     output_dir: str = setting("./outputs/wan_t2i", "where everything is written")
@@ -78,7 +87,8 @@ class Settings:
     guidance_scale_2: float = setting(3.0, "guidance of the low-noise expert; baked into the student")
     negative_prompt: str = setting("", "what guidance steers away from")
     flow_shift: float | None = setting(None, "shift of the noise schedule; None = what the teacher's scheduler says")
-    resolution: int | None = setting(None, "height and width in pixels, divisible by 16; None = the teacher's own, else 512")
+    resolution: int | None = setting(None, "height and width in pixels, divisible by 16, for TI2V-5B by 32; None = the "
+                                     "teacher's own, else 512")
     teacher_residency: str = setting("auto", "where its experts are while they are asked: both on the device; one there, the other "
                                      "in CPU memory; streamed from there block by block; read from disk at each pass; auto = "
                                      "the first of these that fits", choices=("auto", "both", "one", "streamed", "disk"))
@@ -147,12 +157,12 @@ def complete(settings):
     here = (Path(name) for name in REAL_TEACHERS if Path(name).is_dir())
     teacher = Path(settings.teacher or next(here, TINY_TEACHER)).expanduser().absolute()
     if not teacher.is_dir():
-        raise OSError(f"--teacher {settings.teacher}: no such folder. Expected a Wan checkpoint in the official or diffusers "
-                      "layout; leave the flag out for the tiny teacher.")
+        raise OSError(f"--teacher {settings.teacher}: no such folder. Expected a Wan checkpoint in the official, diffusers or "
+                      "ComfyUI layout; leave the flag out for the tiny teacher.")
     record = read_record(teacher)
     resolution = settings.resolution or record.get("resolution", 512)
-    checks = [partial(find_parts, teacher), partial(check_resolution, resolution), partial(check_numbers, settings),
-              partial(complete_steps, settings)]
+    checks = [partial(find_parts, teacher), partial(check_resolution, resolution, pixels_per_token(teacher)),
+              partial(check_numbers, settings), partial(complete_steps, settings)]
     if settings.prompts is not None:
         checks.insert(0, partial(read_prompts, settings.prompts))
     if settings.dry_run:                                     # takes the time of an import, and no run waits for it
@@ -160,7 +170,7 @@ def complete(settings):
     check_all(checks, together=settings.dry_run)
     few_steps, segment_steps = complete_steps(settings)
     scheduler = teacher / "scheduler" / "scheduler_config.json"
-    official_shift = OFFICIAL_SHIFTS[(teacher / "high_noise_model").is_dir()]
+    official_shift = OFFICIAL_SHIFTS[has_two_experts(teacher)]
     shift = settings.flow_shift or record.get("shift") or (
         json.loads(scheduler.read_text())["flow_shift"] if scheduler.is_file() else official_shift)
     settings = replace(settings, teacher=str(teacher), resolution=resolution, flow_shift=float(shift), few_steps=few_steps,
@@ -575,6 +585,7 @@ def plan(settings, words):
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files, found = open_teacher_files(settings.teacher), find_parts(settings.teacher)
+    check_parts(found, files.config)
     shape, parts = choose_shape(settings, files.config), parts_of(settings)
     with init_empty_weights():
         student = WanLiteStudent(shape)
@@ -606,10 +617,10 @@ def plan(settings, words):
     weights = 4 * student.num_parameters()
     remembered = weights * (4 if settings.muon_learning_rate else 5) * (1.5 if settings.matching_steps else 1)
     seen = walks + min(len(held_out), SHARD_SIZE) + NUM_VALIDATION**2
-    converted = sum(num_bytes(place) for part, place in found.items() if not is_converted(found, part))
+    converted = sum(map(num_bytes, {place for part, place in found.items() if not is_converted(found, part)}))
     disk = {settings.cache_dir: weights + converted + trajectory_bytes(seen, settings.teacher_steps, latent_shape, tokens,
                                                                        shape["hidden_size"]),
-            settings.output_dir: weights + sum(map(num_bytes, found.values()))
+            settings.output_dir: weights + sum(map(num_bytes, set(found.values())))
             + (settings.checkpoints_total_limit + 1) * remembered}
     wrong = tell(phases, disk, device, free_memory(device)[0], residency, beside, settings.train_batch_size,
                  settings.gradient_accumulation_steps, training_peak)
@@ -700,6 +711,7 @@ def train(settings, is_resumed, stop):
 
     # What there is: teacher, student, prompts.
     files = open_teacher_files(settings.teacher)
+    check_parts(find_parts(settings.teacher), files.config)
     shape = choose_shape(settings, files.config)
     student = WanLiteStudent(shape)
     if settings.projection != "none" and settings.student is None:

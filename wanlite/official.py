@@ -1,17 +1,22 @@
-"""An official Wan folder's pickled parts -> diffusers' parts, converted once; no torch until something is converted.
+"""The parts of an official or a ComfyUI folder -> diffusers' parts, converted once; no torch until something is converted.
 
-    Wan2.1_VAE.pth, Wan2.2_VAE.pth            vae/            AutoencoderKLWan
-    models_t5_umt5-xxl-enc-bf16.pth           text_encoder/   UMT5EncoderModel
-    google/umt5-xxl/                          tokenizer/
+    official                          ComfyUI, in these folders of models/ or all in one        diffusers
+    Wan2.1_VAE.pth, Wan2.2_VAE.pth    vae/wan_2.1_vae.safetensors, wan2.2_vae.safetensors       vae/          AutoencoderKLWan
+    models_t5_umt5-xxl-enc-bf16.pth   text_encoders/umt5_xxl_fp16.safetensors, fp8 as well      text_encoder/ UMT5EncoderModel
+    google/umt5-xxl/                  in the text encoder, as the tensor spiece_model           tokenizer/
 
-Sizes are read off the tensors. A pickle is opened for tensors alone, mapped, and no code in it runs.
-Facts: Wan-Video/Wan2.2, wan/modules/vae2_1.py, vae2_2.py and t5.py.
+Sizes are read off the tensors. A pickle is opened for tensors alone, mapped, and no code in it runs. A ComfyUI file is known by its
+tensors, whatever its name; only of an autoencoder it has to say wan, for Qwen's has the same tensors.
+Facts: Wan-Video/Wan2.2, wan/modules/vae2_1.py, vae2_2.py and t5.py; ComfyUI, comfy/text_encoders/wan.py and comfy/sd.py.
 """
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from .whole_files import new_folder, why_broken
 
@@ -19,6 +24,15 @@ AUTOENCODERS = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 TEXT_ENCODER = "models_t5_*.pth"
 TOKENIZER = Path("google") / "umt5-xxl"
 PARTS = ("tokenizer", "text_encoder", "vae")             # diffusers' names of them
+SINGLE_FILES = ("", "diffusion_models", "unet", "text_encoders", "clip", "vae")      # where ComfyUI's lie, in one folder or models/
+SPIECE = "spiece_model"                                  # of its text encoder: sentencepiece's own file, as bytes
+FP8_SCALES = ("scale_weight", "weight_scale")            # value = X.weight * X.scale
+FP8_MARKS = ("scaled_fp8", "scale_input", "input_scale", "comfy_quant")          # no part of a weight's value
+EXPECTED = {"tokenizer": f"tokenizer/, {TOKENIZER}/ or {SPIECE} in ComfyUI's text encoder",
+            "text_encoder": f"text_encoder/, {TEXT_ENCODER} or ComfyUI's umt5_xxl_*.safetensors",
+            "vae": f"vae/, {' or '.join(AUTOENCODERS)}, or ComfyUI's wan*vae.safetensors"}
+PREFIX = "model.diffusion_model."                        # of some experts' tensors
+PATCH = 2                                                # latents across a token, in every Wan
 
 # Official name -> diffusers' name, one after the other.
 _AUTOENCODER_NAMES = [(re.compile(pattern), name) for pattern, name in (
@@ -55,17 +69,19 @@ _STATISTICS_48 = {                                           # of Wan2.2's autoe
 def find_parts(folder):
     """Return {part: where it lies}, a folder in diffusers' layout or what convert_parts() makes one of.
 
-    Raises OSError that names all that is missing.
+    Raises OSError that names all that is missing and ValueError where several files could be meant.
     """
-    folder, found = Path(folder), {}
+    folder, found, others = Path(folder), {}, {}
     for part, places in {"tokenizer": [folder / TOKENIZER], "text_encoder": sorted(folder.glob(TEXT_ENCODER)),
                          "vae": [folder / name for name in AUTOENCODERS]}.items():
-        place = next((place for place in (folder / part, *places) if place.exists()), None)
+        is_own = (folder / part / ("config.json" if part == "vae" else "")).exists()     # ComfyUI's vae/ is full of other files
+        place = folder / part if is_own else next((place for place in places if place.exists()), None)
         if place is not None:
             found[part] = place
-    if missing := [f"{part} ({expected})" for part, expected in
-                   {"tokenizer": f"tokenizer/ or {TOKENIZER}/", "text_encoder": f"text_encoder/ or {TEXT_ENCODER}",
-                    "vae": f"vae/ or {' or '.join(AUTOENCODERS)}"}.items() if part not in found]:
+    if lacking := [part for part in PARTS if part not in found]:
+        single, others = _single_parts(folder, lacking)
+        found |= single
+    if missing := [f"{part} ({EXPECTED[part]}{others.get(part, '')})" for part in PARTS if part not in found]:
         raise OSError(f"{folder}: lacks {', '.join(missing)}, which training and inference need. Download the folder again, or "
                       "put them there from another layout of the same model.")
     return found
@@ -79,8 +95,9 @@ def is_converted(found, part):
 def convert_parts(found, folder, say=print):
     """Make vae/, text_encoder/ and tokenizer/ of diffusers' layout in `folder` of what find_parts() found, where they are not yet.
 
-    Raises OSError for a pickle that is not whole and ValueError for one of another model.
+    Raises OSError for a file that is not whole and ValueError for one of another model.
     """
+    convert = {"tokenizer": _convert_tokenizer, "text_encoder": _convert_text_encoder, "vae": _convert_autoencoder}
     for part in PARTS:
         place = Path(folder) / part
         if why_broken(place) is None:
@@ -89,21 +106,147 @@ def convert_parts(found, folder, say=print):
             if found[part].is_dir():
                 shutil.copytree(found[part], partial, dirs_exist_ok=True)
                 continue
-            say(f"converting {found[part]}")
-            convert = _convert_autoencoder if part == "vae" else _convert_text_encoder
-            convert(read_pickle(found[part]), found[part]).save_pretrained(partial)
+            say(f"converting {found[part]} into {part}/")
+            convert[part](found[part]).save_pretrained(partial)
+
+
+def check_parts(found, teacher):
+    """Refuse parts that find_parts() found and that are not those of a teacher of this config, by the widths they share.
+
+    A pickled text encoder is not opened for it: that takes long.
+    """
+    place, channels = found["vae"], autoencoder_config(found["vae"]).get("z_dim", 16)
+    if channels != teacher["in_channels"]:
+        raise ValueError(f"{place}: has {channels} latent channels, the teacher's experts {teacher['in_channels']}. Put the "
+                         "autoencoder of the same model there: TI2V-5B has Wan2.2's with 48, every other Wan has Wan2.1's with 16.")
+    place = found["text_encoder"]
+    if place.suffix != ".pth":
+        config = _read_config(place) if place.is_dir() else {"model_type": "umt5", "d_model": _recognise(place)[1]}
+        if (config.get("model_type"), config.get("d_model")) != ("umt5", teacher["text_dim"]):
+            raise ValueError(f"{place}: is a {config.get('model_type')} of width {config.get('d_model')}, the teacher's experts "
+                             f"expect a umt5 of width {teacher['text_dim']}. Put the text encoder of the same model there.")
 
 
 def autoencoder_config(place):
     """Return the config of an autoencoder that find_parts() found, whose weights are not read."""
     if place.is_dir():
-        return json.loads((place / "config.json").read_text(encoding="utf-8"))
-    return _autoencoder_config({name: tuple(tensor.shape) for name, tensor in read_pickle(place).items()})
+        return _read_config(place)
+    if place.suffix == ".pth":
+        return _autoencoder_config({name: tuple(tensor.shape) for name, tensor in read_pickle(place).items()}, place)
+    return _autoencoder_config({name: shape for name, (_, shape) in _header(place).items()}, place)
+
+
+def pixels_per_token(folder):
+    """Return how many pixels across a token has, by which sizes of pictures divide: 16, or 32 with Wan2.2's autoencoder."""
+    try:
+        place = find_parts(folder)["vae"]
+        if place.suffix == ".pth":                           # opened only once torch is there
+            return PATCH * (16 if place.name == AUTOENCODERS[1] else 8)
+        return PATCH * autoencoder_config(place).get("scale_factor_spatial", 8)
+    except (OSError, ValueError):                            # what is wrong with the parts is said by those who need them
+        return PATCH * 8
+
+
+def has_two_experts(folder):
+    """Whether the teacher in a folder of official or ComfyUI's layout has two experts."""
+    return (Path(folder) / "high_noise_model").is_dir() or len(_single_files(Path(folder))["expert"]) > 1
 
 
 def num_bytes(place):
-    """Return how large the weights of a part are on disk."""
-    return place.stat().st_size if place.is_file() else sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    """Return how large the weights of a part are in diffusers' layout."""
+    if place.is_dir():
+        return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    if place.suffix == ".pth":
+        return place.stat().st_size
+    return sum(math.prod(shape) * (4 if dtype == "F32" else 2) for dtype, shape in _header(place).values())
+
+
+def _read_config(folder):
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise OSError(f"{folder / 'config.json'}: cannot be read as settings ({error}). Download the folder again.") from None
+
+
+# ---- ComfyUI's single files ------------------------------------------------------------------------------------------------
+
+def _single_parts(folder, lacking):
+    """Return {part: file} of what is lacking and ComfyUI's files hold, and {part: which others lie there, in words}."""
+    files, found, others = _single_files(folder), {}, {}
+    channels = set(files["expert"].values())
+    fitting = {"text_encoder": list(files["text_encoder"]),
+               "vae": [path for path, latents in files["vae"].items() if not channels or latents in channels]}
+    for part in (part for part in lacking if part in fitting):
+        if len(fitting[part]) > 1:
+            raise ValueError(f"{folder}: {' and '.join(path.name for path in fitting[part])} could each be its {part}, expected "
+                             "one, in one precision. Put the files of one teacher into a folder of their own (links will do) and "
+                             "name that.")
+        if fitting[part]:
+            found[part], = fitting[part]
+    if "tokenizer" in lacking and len(fitting["text_encoder"]) == 1 and SPIECE in _header(fitting["text_encoder"][0]):
+        found["tokenizer"], = fitting["text_encoder"]
+    for part, kind, what in (("text_encoder", "t5", "a T5"), ("vae", "vae", "another Wan's")):
+        others[part] = "".join(f"; {path.name} is {what}" for path in files[kind] if path not in found.values())
+    return found, others
+
+
+def _single_files(folder):
+    """Return {what it is: {file: its width or latent channels}} of ComfyUI's files, whatever their names and where they lie."""
+    found = {"expert": {}, "text_encoder": {}, "t5": {}, "vae": {}}
+    for path in sorted(path for place in SINGLE_FILES for path in (folder / place).glob("*.safetensors")):
+        kind, width = _recognise(path)
+        if kind is not None:
+            found[kind][path] = width
+    return found
+
+
+def _recognise(path):
+    """Return what a safetensors file is by its tensors, and its width or latent channels; (None, None) for anything else."""
+    shapes = {name.removeprefix(PREFIX): shape for name, (_, shape) in _header(path).items()}
+    texts = _rename(shapes, _TEXT_ENCODER_NAMES)
+    if "encoder.block.0.layer.1.DenseReluDense.wi_1.weight" in texts and "shared.weight" in texts:
+        each_has_positions = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in texts     # UMT5, unlike T5
+        return "text_encoder" if each_has_positions else "t5", texts["shared.weight"][-1]
+    if {"decoder.middle.0.residual.0.gamma", "conv2.weight"} <= shapes.keys() and re.search("(?i)wan", path.name):
+        return "vae", shapes["conv2.weight"][0]
+    entry, rows = shapes.get("patch_embedding.weight", ()), shapes.get("head.head.weight", (0,))[0]
+    return ("expert", entry[1]) if len(entry) == 5 and rows == math.prod(entry[1:]) else (None, None)
+
+
+def _header(path):
+    """Return {tensor: (dtype, shape)} of a safetensors file; raises OSError for half a one."""
+    try:
+        with safe_open(path, "np") as file:
+            stored = {name: file.get_slice(name) for name in file.keys()}
+            return {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in stored.items()}
+    except SafetensorError as error:
+        raise OSError(f"{path}: not a whole safetensors file ({error}). Download it again.") from None
+
+
+def _read_weights(path, half):
+    """Return a part's weights by name; of a safetensors file those in float16, or in float8 times their scale, come in `half`."""
+    if path.suffix == ".pth":
+        return read_pickle(path)
+    with safe_open(path, "pt") as file:
+        kinds = {name: name.rpartition(".") for name in file.keys()}
+        scales = {f"{layer}.weight": file.get_tensor(name) for name, (layer, _, kind) in kinds.items() if kind in FP8_SCALES}
+        names = [name for name, (*_, kind) in kinds.items() if kind not in (*FP8_SCALES, *FP8_MARKS, SPIECE)]
+        if lost := sorted(scales.keys() - set(names)):
+            raise ValueError(f"{path}: there is a scale of {lost[0]} but no such weight. Download it again.")
+        return {name: _in_half(file.get_tensor(name), scales.get(name), half, f"{path}: {name}") for name in names}
+
+
+def _in_half(tensor, scale, half, what):
+    import torch
+
+    if not tensor.is_floating_point():
+        raise ValueError(f"{what} is stored as {tensor.dtype}, expected floats. Choose a file in fp16, bf16 or scaled fp8.")
+    if scale is not None:
+        if scale.numel() not in (1, len(tensor)) or not (torch.isfinite(scale) & (scale > 0)).all():
+            raise ValueError(f"{what} has a scale of {tuple(scale.shape)} with {scale.min().item()}, expected finite numbers above "
+                             "0, one or one a row. Download it again.")
+        return (tensor.float() * scale.float().reshape(-1, *[1] * (tensor.ndim - 1))).to(half)
+    return tensor if tensor.dtype in (torch.float32, torch.bfloat16) else tensor.to(half)
 
 
 def read_pickle(path):
@@ -121,13 +264,12 @@ def read_pickle(path):
 
 # ---- the autoencoder -------------------------------------------------------------------------------------------------------
 
-def _convert_autoencoder(tensors, path):
+def _convert_autoencoder(path):
+    import torch
     from diffusers import AutoencoderKLWan
 
-    try:
-        config = _autoencoder_config({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    except (LookupError, ZeroDivisionError):
-        raise ValueError(f"{path}: is no Wan autoencoder: tensors that each has are missing. Download it again.") from None
+    tensors = _read_weights(path, torch.float16)
+    config = _autoencoder_config({name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
     if config["z_dim"] not in (16, 48):
         raise ValueError(f"{path}: has {config['z_dim']} latent channels, expected Wan2.1's 16 or Wan2.2's 48, whose "
                          "statistics are known. Put a vae/ of diffusers' layout beside it.")
@@ -136,8 +278,15 @@ def _convert_autoencoder(tensors, path):
     return _fill(AutoencoderKLWan, config, _rename(tensors, _AUTOENCODER_NAMES), path)
 
 
-def _autoencoder_config(shapes):
+def _autoencoder_config(shapes, path):
     """Return AutoencoderKLWan's config of official tensors, whose shapes and names tell all of it but the statistics."""
+    try:
+        return _sizes_of(shapes)
+    except (LookupError, ZeroDivisionError):
+        raise ValueError(f"{path}: is no Wan autoencoder: tensors that each has are missing. Download it again.") from None
+
+
+def _sizes_of(shapes):
     is_residual = any(".downsamples.0.downsamples." in name for name in shapes)
     width, channels, decoder_width = shapes["encoder.conv1.weight"][:2] + shapes["decoder.head.0.gamma"][:1]
     samplers = [name.removesuffix("resample.1.weight") for name in shapes
@@ -165,24 +314,44 @@ def _place_in_level(name, modules):
     return re.sub(r"^decoder\.upsamples\.(\d+)\.", place, name)
 
 
-# ---- the text encoder ------------------------------------------------------------------------------------------------------
+# ---- the text encoder and its tokenizer ------------------------------------------------------------------------------------
 
-def _convert_text_encoder(tensors, path):
+def _convert_text_encoder(path):
+    import torch
     from transformers import UMT5Config, UMT5EncoderModel
 
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    tensors = _rename(_read_weights(path, torch.bfloat16), _TEXT_ENCODER_NAMES)      # as Wan's own is; float16 overflows in it
+    shapes, attention = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, "encoder.block.0.layer.0.SelfAttention"
     try:
-        (words, width), (neurons, _) = shapes["token_embedding.weight"], shapes["blocks.0.ffn.fc1.weight"]
-        buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
+        (words, width), (neurons, _) = shapes["shared.weight"], shapes["encoder.block.0.layer.1.DenseReluDense.wi_1.weight"]
+        buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
         config = UMT5Config(
-            vocab_size=words, d_model=width, d_ff=neurons, num_heads=heads, d_kv=shapes["blocks.0.attn.q.weight"][0] // heads,
-            num_layers=sum(name.endswith("attn.q.weight") for name in shapes), relative_attention_num_buckets=buckets,
-            feed_forward_proj="gated-gelu", dropout_rate=0.0, dtype=str(tensors["norm.weight"].dtype).removeprefix("torch."))
+            vocab_size=words, d_model=width, d_ff=neurons, num_heads=heads, d_kv=shapes[f"{attention}.q.weight"][0] // heads,
+            num_layers=sum(name.endswith("SelfAttention.q.weight") for name in shapes), relative_attention_num_buckets=buckets,
+            feed_forward_proj="gated-gelu", dropout_rate=0.0, dtype=str(tensors["shared.weight"].dtype).removeprefix("torch."))
     except LookupError as error:
         raise ValueError(f"{path}: is no UMT5 encoder: it lacks {error}. Download it again.") from None
-    renamed = _rename(tensors, _TEXT_ENCODER_NAMES)
-    renamed["encoder.embed_tokens.weight"] = renamed["shared.weight"]
-    return _fill(UMT5EncoderModel, config, renamed, path)
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
+    return _fill(UMT5EncoderModel, config, tensors, path)
+
+
+def _convert_tokenizer(path):
+    """Return the tokenizer that a text encoder's file carries, of which sentencepiece itself makes the same words."""
+    from transformers import T5TokenizerFast
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    with safe_open(path, "np") as file:
+        content = file.get_tensor(SPIECE).tobytes()
+    try:
+        model = import_protobuf().ModelProto.FromString(content)
+    except Exception as error:
+        raise ValueError(f"{path}: {SPIECE} is no sentencepiece model ({error}). Download it again, or put a tokenizer/ of "
+                         "diffusers' layout beside it.") from None
+    pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    if [piece for piece, _ in pieces[:3]] != ["<pad>", "</s>", "<unk>"]:
+        raise ValueError(f"{path}: {SPIECE} begins with {[piece for piece, _ in pieces[:3]]}, expected <pad>, </s> and <unk>, as "
+                         "UMT5's does. Put a tokenizer/ of diffusers' layout beside it.")
+    return T5TokenizerFast(vocab=pieces, _spm_precompiled_charsmap=model.normalizer_spec.precompiled_charsmap or None, extra_ids=0)
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------------

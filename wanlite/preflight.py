@@ -24,11 +24,11 @@ def check_all(checks, together=False):
         raise ValueError("\n".join(dict.fromkeys(failed)))
 
 
-def check_resolution(resolution):
-    """Refuse a height and width in pixels that does not divide into latents and tokens."""
-    if resolution % 16 or resolution <= 0:
-        nearest = max(16, round(resolution / 16) * 16)
-        raise ValueError(f"--resolution {resolution} is not divisible by 16; the nearest is {nearest}.")
+def check_resolution(resolution, pixels=16):
+    """Refuse a height and width in pixels that does not divide into tokens of `pixels` across."""
+    if resolution % pixels or resolution <= 0:
+        nearest = max(pixels, round(resolution / pixels) * pixels)
+        raise ValueError(f"--resolution {resolution} is not divisible by {pixels}; the nearest is {nearest}.")
 
 
 def check_numbers(settings):

@@ -1,6 +1,6 @@
 """A Wan folder -> tensors, read one at a time, and guided one-frame velocities.
 
-Official and diffusers layouts, both key dialects, two experts (A14B) or one (2.1, 5B); all is said in diffusers' words.
+Official, diffusers and ComfyUI layouts, both key dialects, two experts (A14B) or one (2.1, 5B); all is said in diffusers' words.
 Legend: B batch, C channels, H W latent height and width, N image tokens, D width.
 """
 
@@ -51,6 +51,10 @@ _IS_DIFFUSERS = re.compile(
     r"|blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|norm2|ffn\.net\.0\.proj|ffn\.net\.2))\.(weight|bias)$"
     r"|^blocks\.\d+\.attn[12]\.norm_[qk]\.weight$|^(blocks\.\d+\.)?scale_shift_table$")
 _PREFIX = "model.diffusion_model."  # ComfyUI's single files
+_SINGLE_FILES = ("", "diffusion_models", "unet")   # where they lie: all in one folder, or in ComfyUI's models/
+_ONE_OF_TWO = re.compile(r"(?i)(?<![a-z])(high|low)(?=[-_ ]?noise|[^a-z])")      # in the name of an expert's single file
+_ONE_OF_MANY = re.compile(r"^diffusion_pytorch_model|-\d{5}-of-\d{5}")          # in the name of what is no single file
+HEAD_SIZE = 128                     # of every Wan that was published; no tensor's shape tells it
 _OTHER_WANS = [(re.compile(pattern), name) for pattern, name in (
     (r"img_emb|[kv]_img|image_embedder|add_[kv]_proj", "an image-to-video Wan"), (r"vace", "VACE"), (r"lora|\.diff", "a LoRA"),
     (r"audio|frame_packer|trainable_cond|cond_encoder", "a speech-to-video Wan"), (r"face_|motion_|pose_patch", "Wan Animate"),
@@ -81,7 +85,7 @@ class ExpertFiles:
     """One network on disk: its config in diffusers' words, and where each tensor lies."""
 
     name: str                                     # "high", "low", or "only"
-    folder: Path
+    folder: Path                                  # or its single file
     config: dict
     places: dict = field(repr=False)              # diffusers' name -> (file, name in the file, shape)
     scales: dict = field(repr=False, default_factory=dict)    # of scaled fp8 weights: diffusers' name -> (rows, 1, ...)
@@ -122,7 +126,7 @@ class TeacherFiles:
     """A Wan folder, read as far as its headers."""
 
     folder: Path
-    layout: str                                   # "official" or "diffusers"
+    layout: str                                   # "official", "diffusers" or "ComfyUI"
     experts: dict                                 # "high" and "low", or "only"
     boundary: float | None
 
@@ -161,8 +165,8 @@ def open_teacher_files(folder):
     """
     folder = Path(folder).expanduser().absolute()
     if not folder.is_dir():
-        raise OSError(f"{folder}: no such folder. Expected a Wan checkpoint: transformer/ and transformer_2/ (diffusers) or "
-                      "high_noise_model/ and low_noise_model/ (official).")
+        raise OSError(f"{folder}: no such folder. Expected a Wan checkpoint: transformer/ and transformer_2/ (diffusers), "
+                      "high_noise_model/ and low_noise_model/ (official), or diffusion_models/ (ComfyUI).")
     index_path = folder / "model_index.json"
     index = _read_json(index_path) if index_path.exists() else {}
     pairs = {"official": ("high_noise_model", "low_noise_model"), "diffusers": ("transformer", "transformer_2")}
@@ -176,12 +180,60 @@ def open_teacher_files(folder):
     for name in (*promised, *(("high_noise_model", "low_noise_model") if lonely else ())):
         if not (folder / name).is_dir():
             raise OSError(f"{folder}: {name}/ is missing, the other expert is there. Download the folder again.")
-    for layout, only in (("diffusers", folder / "transformer"), ("official", folder)):
-        if (only / "config.json").is_file():
-            expert = _open_expert("only", only)
-            return TeacherFiles(folder, layout, {"only": expert}, None)
-    raise OSError(f"{folder}: no Wan transformer. Expected transformer/ or high_noise_model/; found "
+    if (folder / "transformer" / "config.json").is_file():
+        return TeacherFiles(folder, "diffusers", {"only": _open_expert("only", folder / "transformer")}, None)
+    if single := _single_files(folder):
+        experts = {name: _open_expert(name, path) for name, path in single.items()}
+        if len(experts) == 2:
+            _check_same_size(folder, *experts.values())
+        return TeacherFiles(folder, "ComfyUI", experts, BOUNDARY if len(experts) == 2 else None)
+    if (folder / "config.json").is_file():
+        return TeacherFiles(folder, "official", {"only": _open_expert("only", folder)}, None)
+    raise OSError(f"{folder}: no Wan transformer. Expected transformer/, high_noise_model/ or diffusion_models/; found "
                   f"{', '.join(sorted(entry.name for entry in folder.iterdir())[:8]) or 'nothing'}.")
+
+
+def _single_files(folder):
+    """Return {expert: file} of ComfyUI's single files in a folder, or nothing where there are none.
+
+    A file is known by its tensors, and by its name which of two experts it is. Raises OSError for one without the other and
+    ValueError where the files leave open which are meant, or are of other Wans.
+    """
+    experts, others = {}, []
+    for path in sorted(path for place in _SINGLE_FILES for path in (folder / place).glob("*.safetensors")):
+        if _ONE_OF_MANY.search(path.name):
+            continue
+        if (kind := _kind_of(path)) != "a text-to-video Wan":
+            others += [f"{path.name} is {kind}"] if kind else []
+            continue
+        name = match[1].lower() if (match := _ONE_OF_TWO.search(path.name)) else "only"
+        if name in experts or (experts and "only" in (name, *experts)):
+            raise ValueError(f"{folder}: both {next(iter(experts.values())).name} and {path.name} are text-to-video Wans, expected "
+                             "one, or the high_noise and the low_noise one of a pair, in one precision. Put the files of one "
+                             "teacher into a folder of their own (links will do) and name that.")
+        experts[name] = path
+    if not experts and others:
+        raise ValueError(f"{folder}: no text-to-video Wan: {', '.join(others)}. Choose a text-to-video Wan.")
+    if len(experts) == 1 and "only" not in experts:
+        (name, path), = experts.items()
+        raise OSError(f"{folder}: {path.name} is one of two experts, and there is no {'low' if name == 'high' else 'high'}_noise "
+                      f"file in {path.parent}. Download it into that folder.")
+    return dict(sorted(experts.items()))
+
+
+def _kind_of(path):
+    """Say of a safetensors file what Wan it is, or nothing where it is none; raises OSError for half a file."""
+    try:
+        with safe_open(path, "pt") as file:
+            keys = {key.removeprefix(_PREFIX): key for key in file.keys()}
+            if {"patch_embedding.weight", "head.head.weight"} <= keys.keys():
+                (_, channels, *patch), (rows, _) = (file.get_slice(keys[f"{name}.weight"]).get_shape()
+                                                    for name in ("patch_embedding", "head.head"))
+                return ("a text-to-video Wan" if rows == channels * math.prod(patch) else "an image-to-video or control Wan "
+                        f"(it takes {channels} channels and gives {rows // math.prod(patch)})")
+    except SafetensorError as error:
+        raise OSError(f"{path}: not a whole safetensors file ({error}). Download it again.") from None
+    return next((other for pattern, other in _OTHER_WANS if any(pattern.search(key) for key in keys)), None)
 
 
 def _boundary(index, path):
@@ -200,6 +252,7 @@ def _check_same_size(folder, high, low):
 
 
 def _open_expert(name, folder):
+    """Read an expert's headers; `folder` may be its single file."""
     places, scales, promised = {}, {}, _promised_by_index(folder)
     for path in _weight_files(folder, promised):
         try:
@@ -261,15 +314,16 @@ def _spread_scales(folder, scales, places):
 
 
 def _check_shapes(folder, config, places):
+    source = "its config.json" if folder.is_dir() else "its first block"
     with init_empty_weights():
         expected = {key: tuple(tensor.shape) for key, tensor in WanTransformer3DModel(**config).state_dict().items()}
     missing, unknown = sorted(expected.keys() - places.keys()), sorted(places.keys() - expected.keys())
     if missing or unknown:
-        raise ValueError(f"{folder}: tensors differ from what its config.json implies; missing {missing[:3]} "
-                         f"({len(missing)}), unknown {unknown[:3]} ({len(unknown)}). A shard is absent or of another Wan.")
+        raise ValueError(f"{folder}: tensors differ from what {source} implies; missing {missing[:3]} ({len(missing)}), unknown "
+                         f"{unknown[:3]} ({len(unknown)}). A shard is absent or of another Wan: download the expert again.")
     for key, (path, _, shape) in places.items():
         if shape != expected[key]:
-            raise ValueError(f"{path}: {key} is {shape}, config.json implies {expected[key]}. The shard is of another Wan.")
+            raise ValueError(f"{path}: {key} is {shape}, {source} implies {expected[key]}. The shard is of another Wan.")
 
 
 def _promised_by_index(folder):
@@ -288,6 +342,11 @@ def _promised_by_index(folder):
 
 def _weight_files(folder, promised):
     """Return the safetensors files of one expert: those that the index or their own numbers promise, or the only one."""
+    if folder.is_file():
+        if unfinished := [suffix for suffix in _UNFINISHED if Path(f"{folder}{suffix}").exists()]:
+            raise OSError(f"{folder}{unfinished[0]}: a download that did not finish. Let it end, or delete this file if the other "
+                          "is whole.")
+        return [folder]
     if unfinished := sorted(path.name for path in folder.glob("*") if path.suffix in _UNFINISHED):
         raise OSError(f"{folder}: {unfinished[0]} is a download that did not finish. Download the expert again, or delete this "
                       "file if every other is whole.")
@@ -308,7 +367,7 @@ def _siblings(name):
 
 
 def _config_in_diffusers_words(folder, places):
-    config = _read_json(folder / "config.json")
+    config = _read_json(folder / "config.json") if folder.is_dir() else _sizes_of(folder, places)
     if "num_attention_heads" in config:
         names = ("patch_size", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim",
                  "freq_dim", "ffn_dim", "num_layers", "cross_attn_norm", "qk_norm", "eps", "rope_max_seq_len")
@@ -324,6 +383,24 @@ def _config_in_diffusers_words(folder, places):
             "freq_dim": config["freq_dim"], "ffn_dim": config["ffn_dim"], "num_layers": config["num_layers"],
             "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": config.get("eps", 1e-6),
             "rope_max_seq_len": 1024}
+
+
+def _sizes_of(path, places):
+    """Return the sizes of a single file, which has no config.json, in the official words: all but the heads' from its shapes."""
+    shapes = {name: place[2] for name, place in places.items()}
+    try:
+        width, channels, *patch = shapes["patch_embedding.weight"]
+        sizes = {"dim": width, "num_heads": width // HEAD_SIZE, "in_dim": channels,
+                 "out_dim": shapes["proj_out.weight"][0] // math.prod(patch),
+                 "freq_dim": shapes["condition_embedder.time_embedder.linear_1.weight"][1],
+                 "ffn_dim": shapes["blocks.0.ffn.net.0.proj.weight"][0],
+                 "num_layers": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))}
+    except LookupError as error:
+        raise ValueError(f"{path}: lacks the tensor {error}, which every Wan has. Download it again.") from None
+    if width % HEAD_SIZE:
+        raise ValueError(f"{path}: has a width of {width}, expected a multiple of {HEAD_SIZE}, the head size of every Wan. Choose "
+                         "another layout of this teacher, which has a config.json.")
+    return sizes
 
 
 def _read_json(path):
@@ -554,7 +631,7 @@ def check_experts(files, device="cpu"):
         shares = "; ".join(f"at noise level {level} they leave {ours:.2g} and {theirs:.2g} of the noise"
                            for level, ours, theirs in zip(PROBE_LEVELS, *left))
         raise ValueError(f"{files.folder}: {high.folder.name} and {low.folder.name} hold each other's weights: {shares}. Exchange "
-                         "the names of the two folders.")
+                         "their names.")
     return pair.cosines()
 
 
