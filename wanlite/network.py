@@ -116,3 +116,15 @@ def unpatchify(tokens, height, width, patch_size):
     _, patch_height, patch_width = patch_size
     patches = tokens.unflatten(1, (height, width)).unflatten(-1, (patch_height, patch_width, -1))
     return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def pass_operations(config, rows, tokens, words):
+    """Return the operations of a pass of a Wan of `config` on `rows` pictures of `tokens` tokens, each with `words` text tokens.
+
+    Every product of matrices counts, two operations for each multiplication, attention included.
+    """
+    width, patch = config["num_attention_heads"] * config["attention_head_dim"], math.prod(config["patch_size"])
+    block = 2 * tokens * width * (6 * width + 2 * config["ffn_dim"]) + 4 * words * width**2 + 4 * tokens * (tokens + words) * width
+    text, time = 2 * words * width * (config["text_dim"] + width), 2 * width * (config["freq_dim"] + 7 * width)
+    ends = 2 * tokens * width * patch * (config["in_channels"] + config["out_channels"])
+    return rows * (config["num_layers"] * block + text + time + ends)
