@@ -37,15 +37,14 @@ class TextTokens(NamedTuple):
 
 def pack_text(embeddings, text_length=TEXT_LENGTH):
     """Turn prompts' embeddings, a list of (length, T), into TextTokens equal to zero padding up to `text_length`."""
-    longest = max(len(embedding) for embedding in embeddings)
-    tokens = embeddings[0].new_zeros(len(embeddings), longest + 1, embeddings[0].shape[-1])
-    logit_bias = torch.full(tokens.shape[:2], -math.inf, dtype=torch.float32, device=tokens.device)
+    lengths = [len(embedding) for embedding in embeddings]
+    tokens = embeddings[0].new_zeros(len(embeddings), max(lengths) + 1, embeddings[0].shape[-1])
     for row, embedding in enumerate(embeddings):
-        length = len(embedding)
-        tokens[row, :length] = embedding
-        logit_bias[row, :length] = 0.0
-        if length < text_length:
-            logit_bias[row, length] = math.log(text_length - length)
+        tokens[row, :len(embedding)] = embedding
+    padding = torch.tensor([math.log(text_length - length) if length < text_length else -math.inf for length in lengths])
+    ends = torch.tensor(lengths).unsqueeze(1)                                                             # (B, 1)
+    logit_bias = torch.zeros(tokens.shape[:2]).masked_fill_(torch.arange(tokens.shape[1]) > ends, -math.inf)
+    logit_bias = logit_bias.scatter_(1, ends, padding.unsqueeze(1)).to(tokens.device)
     return TextTokens(tokens, logit_bias)
 
 
