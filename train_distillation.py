@@ -26,7 +26,16 @@ from wanlite.official import (
     num_bytes,
     pixels_per_token,
 )
-from wanlite.preflight import PARTS, check_all, check_numbers, check_resolution, check_student, complete_steps, parts_of
+from wanlite.preflight import (
+    PARTS,
+    check_all,
+    check_compiler,
+    check_numbers,
+    check_resolution,
+    check_student,
+    complete_steps,
+    parts_of,
+)
 from wanlite.prompts import read_prompts, varied_prompts
 from wanlite.run_folder import (
     MetricsLog,
@@ -39,6 +48,7 @@ from wanlite.run_folder import (
 )
 from wanlite.settings import make_parser, setting
 from wanlite.stopping import Stopped, StopSignal
+from wanlite.trackers import check_tracker, log_picture
 from wanlite.whole_files import hold, new_folder, not_finite, why_broken, write_json
 
 TINY_TEACHER = Path(__file__).resolve().parent / "tiny_teacher"
@@ -122,13 +132,15 @@ class Settings:
     mixed_precision: str = setting("no", "as in accelerate; master weights and losses stay in float32",
                                    choices=("no", "bf16", "fp16"))
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass to save memory")
+    compile: bool = setting(False, "compile the student's blocks: minutes at first, faster steps then; needs a C++ compiler")
+    allow_tf32: bool = setting(False, "on CUDA, multiply float32 matrices with TF32's shorter mantissas while training")
 
     checkpointing_steps: int = setting(500, "steps between resumable checkpoints")
     checkpoints_total_limit: int = setting(2, "newest checkpoints to keep, at least 2")
     validation_steps: int = setting(350, "steps between validations: figures, a grid, and a candidate to be saved")
     validation_prompts: list[str] | None = setting(None, "prompts of the grids; None = eight held-out ones")
     num_inference_steps: int = setting(4, "steps in which the student draws; goes to run.json as its default")
-    report_to: str = setting("tensorboard", "tracker, as in accelerate; 'none' for metrics.jsonl alone")
+    report_to: str = setting("tensorboard", "tracker, as in accelerate: tensorboard, wandb, ...; 'none' for metrics.jsonl alone")
     logging_dir: str = setting("logs", "tracker files, inside --output_dir")
     seed: int = setting(0, "seed of everything random")
 
@@ -162,7 +174,9 @@ def complete(settings):
     record = read_record(teacher)
     resolution = settings.resolution or record.get("resolution", 512)
     checks = [partial(find_parts, teacher), partial(check_resolution, resolution, pixels_per_token(teacher)),
-              partial(check_numbers, settings), partial(complete_steps, settings)]
+              partial(check_numbers, settings), partial(complete_steps, settings), partial(check_tracker, settings.report_to)]
+    if settings.compile:
+        checks.append(check_compiler)
     if settings.prompts is not None:
         checks.insert(0, partial(read_prompts, settings.prompts))
     if settings.dry_run:                                     # takes the time of an import, and no run waits for it
@@ -239,10 +253,12 @@ from wanlite.grids import save_grid  # noqa: E402
 from wanlite.measure import beyond_guards, compare, frechet_distance, likeness  # noqa: E402
 from wanlite.network import TEXT_LENGTH, OneFrameBlock, TextTokens, one_frame_velocity, pack_text  # noqa: E402
 from wanlite.optimizers import make_optimizers, make_rates  # noqa: E402
+from wanlite.pace import Pace, in_brief  # noqa: E402
 from wanlite.plan import (  # noqa: E402
     at_depth,
     decoding_peak,
     estimate,
+    matrix_rate,
     pass_peak,
     teacher_bytes,
     tell,
@@ -252,6 +268,7 @@ from wanlite.plan import (  # noqa: E402
 from wanlite.plan import training_peak as simulate_training  # noqa: E402
 from wanlite.projection import check_shape as check_cut  # noqa: E402
 from wanlite.projection import choose_experts, project, project_into, student_shape  # noqa: E402
+from wanlite.reading import AHEAD, read_ahead  # noqa: E402
 from wanlite.steps import MATCHED, STEPS, Networks, velocity_from  # noqa: E402
 from wanlite.student_files import (  # noqa: E402
     all_tensor_shapes,
@@ -755,6 +772,8 @@ def train(settings, is_resumed, stop):
     guided = teacher_velocity(teacher, settings, embeddings[settings.negative_prompt])
     plain = teacher_velocity(teacher, replace(settings, guidance_scale=1.0, guidance_scale_2=1.0),
                              embeddings[settings.negative_prompt])
+    pace = Pace(device, matrix_rate(device, dtype), ranks)
+    guided, plain = pace.timed(guided), pace.timed(plain)
 
     def pack(prompts):
         return pack_text([embeddings[prompt] for prompt in prompts]).to(device)
@@ -775,10 +794,15 @@ def train(settings, is_resumed, stop):
     states, made_of = {}, {"teacher": files.fingerprint, "negative_prompt": settings.negative_prompt, "shift": settings.flow_shift,
                            "guidance": (settings.guidance_scale, settings.guidance_scale_2), "steps": settings.teacher_steps,
                            "text_length": TEXT_LENGTH, "latents": latent_shape, "features": shape["hidden_size"]}
+    pace.restart()
     for part, walked in jobs.items():
         folder = cache_folder(settings.cache_dir, "trajectories", walks=walked, **made_of)
         states[part] = walk_teacher(accelerator, guided_for, basis, scheduler, settings.teacher_steps, walked, latent_shape,
                                     folder)
+    walk_figures = pace.walk_figures(settings.teacher_steps)
+    if walk_figures:
+        say("walked   {walked:,} trajectories, {walks_per_second:.3g} a second, {walk_teacher_share:.0%} of the time in the "
+            "teacher".format(**walk_figures))
     check = stop.check if ranks == 1 else lambda: None          # several ranks stop together, at a step
     seeds = list(range(settings.seed, settings.seed + max(len(validation), len(held_out))))
     draw = partial(draw_pictures, autoencoder=autoencoder, scheduler=scheduler, latent_shape=latent_shape, check=check)
@@ -791,10 +815,12 @@ def train(settings, is_resumed, stop):
 
     # What learns, and how; all of it is in `memory`, and nothing else has to be remembered.
     set_seed(settings.seed)                                  # again: what lay in the cache has drawn no numbers
+    if settings.allow_tf32 and device.type == "cuda":        # only now: a projection solves for weights in full float32
+        torch.set_float32_matmul_precision("high")
     head = nn.Linear(shape["hidden_size"], shape["hidden_size"])
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    optimizers = make_optimizers(settings, student, head)
+    optimizers = make_optimizers(settings, student, head, is_fused=device.type == "cuda")
     rates = make_rates(settings, optimizers)
     ema = EMAModel(student.to(device).parameters(), decay=settings.ema_decay)
     wrapped, wrapped_head, *optimizers = accelerator.prepare(student, head, *optimizers)
@@ -804,14 +830,19 @@ def train(settings, is_resumed, stop):
     memory |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
     if settings.matching_steps:
         critic = copy.deepcopy(student)
-        networks.critic_optimizers = make_optimizers(settings, critic, rate=settings.critic_learning_rate)
+        networks.critic_optimizers = make_optimizers(settings, critic, rate=settings.critic_learning_rate,
+                                                     is_fused=device.type == "cuda")
         memory |= {"critic": critic, "critic_optimizers": networks.critic_optimizers}
         networks.critic = accelerator.prepare(critic)
+    for network in (student, critic) if settings.matching_steps else (student,):
+        pace.count(network)
+        if settings.compile:                                 # block by block, in place: names and weights stay as they are
+            network.compile_repeated_blocks()
     if is_resumed:
         resume(memory, output, device, say)
     step = memory["step"]
     tensorboard = {"purge_step": step + 1} if step else {}     # what was logged after the checkpoint is logged again
-    accelerator.init_trackers("wanlite", init_kwargs={"tensorboard": tensorboard})
+    accelerator.init_trackers("wanlite", init_kwargs={"tensorboard": tensorboard, "wandb": {"dir": str(output)}})
     log = MetricsLog(output / "metrics.jsonl", step) if accelerator.is_main_process else None
     began -= log.seconds if log else 0                       # what the run took before it was cut short
 
@@ -825,10 +856,13 @@ def train(settings, is_resumed, stop):
             if grid is not None:
                 picture = save_grid(output / "samples" / f"step-{step:06d}.png", grid)
                 for tracker in accelerator.trackers:
-                    if tracker.name == "tensorboard":
-                        tracker.log_images({"teacher above student": picture[None]}, step=step, dataformats="NHWC")
+                    log_picture(tracker, "teacher above student", picture, step)
         except OSError as error:
             say(f"WARNING: step {step} is not logged: {error}")
+
+    def read(data, numbers):
+        batch = data.__getitems__(numbers[accelerator.process_index::ranks])
+        return batch, pack_text([embeddings[training[number]] for number in batch["prompt"].tolist()])
 
     def validate(step, part):
         """Look at the averaged student: figures, a grid, and whether it is the best so far."""
@@ -845,6 +879,7 @@ def train(settings, is_resumed, stop):
             memory["looked"] = {"step": step, **figures}
             if part != "velocity" or not few_steps:
                 consider(step, figures, looks)
+        pace.restart()                                       # looking and saving are no part of a step
 
     def consider(step, figures, looks):
         """Keep the student that is lent just now if no guard is against it and none before it was better."""
@@ -866,6 +901,7 @@ def train(settings, is_resumed, stop):
                 newest = latest_checkpoint(output)[0]
                 say(f"\nWARNING: step {step} is NOT saved: {error}\nThe newest checkpoint is {newest}; training goes on.")
         accelerator.wait_for_everyone()
+        pace.restart()
 
     def walk_own(first):
         """Walk the averaged student's own path, once for the part that begins at step `first`; nothing where none is asked for."""
@@ -883,6 +919,8 @@ def train(settings, is_resumed, stop):
             return walk_own_path(accelerator, lambda said: velocity_from(student, pack(said)), guided_for,
                                  (few.scheduler, scheduler), settings.teacher_steps, paths, latent_shape, folder)
 
+    if walk_figures:
+        tell(step, **walk_figures)
     bar = tqdm(total=settings.max_train_steps, initial=step, desc="distilling", unit="step", smoothing=0.05,
                disable=not accelerator.is_main_process)
     stop.is_immediate, is_asked = False, False               # from here on a stop waits until nothing is lost by it
@@ -901,12 +939,10 @@ def train(settings, is_resumed, stop):
                 teacher.rest()                               # nobody asks it while the student learns from what is kept
             if step % settings.validation_steps == 0 and memory["looked"].get("step") != step:
                 validate(step, part)
-            for micro_batch, numbers in enumerate(batches):
+            coming = read_ahead(partial(read, data), batches, device, AHEAD if device.type == "cuda" else 0)
+            for micro_batch, (batch, text) in enumerate(pace.deal(coming)):
                 if is_asked or (ranks == 1 and stop.asked):
                     raise Stopped
-                batch = data.__getitems__(numbers[accelerator.process_index::ranks])
-                text = pack([training[number] for number in batch["prompt"].tolist()])
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
                 drawn_by = (settings.seed, step, micro_batch % micro_batches, accelerator.process_index)
                 with accelerator.accumulate(wrapped, wrapped_head):
                     with accelerator.autocast():
@@ -943,7 +979,8 @@ def train(settings, is_resumed, stop):
                 if step % LOG_STEPS == 0 or step == last or not is_sound:
                     record = {"loss": mean_loss, "grad_norm": norm, "learning_rate": rates[0].get_last_lr()[0],
                               "skipped_steps": memory["skipped"], **{name: value.item() for name, value in told_apart.items()}}
-                    bar.set_postfix(part=part, loss=f"{mean_loss:.3f}")
+                    record |= (figures := pace.figures())
+                    bar.set_postfix(part=part, loss=f"{mean_loss:.3f}", **in_brief(figures))
                     tell(step, seconds=round(time.time() - began, 1), **record)
                 if step % settings.validation_steps == 0 and step < settings.max_train_steps:
                     validate(step, part)

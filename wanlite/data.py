@@ -107,7 +107,8 @@ def _fill(accelerator, folder, jobs, make, description):
     shards = [jobs[start:start + SHARD_SIZE] for start in range(0, len(jobs), SHARD_SIZE)]
     missing = [index for index in range(len(shards)) if not shard_path(folder, index).exists()]
     mine = missing[accelerator.process_index::accelerator.num_processes]
-    for index in tqdm(mine, desc=description, unit="shard", leave=False, disable=not accelerator.is_main_process):
+    for index in tqdm(mine, desc=description, unit="walk", unit_scale=SHARD_SIZE, leave=False,
+                      disable=not accelerator.is_main_process):
         tensors = make(*zip(*shards[index]))
         write_shard(folder, index, {name: tensor.cpu() if name in EXACT else tensor.half().cpu()
                                     for name, tensor in tensors.items()})

@@ -37,15 +37,14 @@ class TextTokens(NamedTuple):
 
 def pack_text(embeddings, text_length=TEXT_LENGTH):
     """Turn prompts' embeddings, a list of (length, T), into float32 TextTokens equal to zero padding up to `text_length`."""
-    longest = max(len(embedding) for embedding in embeddings)
-    tokens = embeddings[0].new_zeros(len(embeddings), longest + 1, embeddings[0].shape[-1], dtype=torch.float32)
-    logit_bias = torch.full(tokens.shape[:2], -math.inf, dtype=torch.float32, device=tokens.device)
+    lengths = [len(embedding) for embedding in embeddings]
+    tokens = embeddings[0].new_zeros(len(embeddings), max(lengths) + 1, embeddings[0].shape[-1], dtype=torch.float32)
     for row, embedding in enumerate(embeddings):
-        length = len(embedding)
-        tokens[row, :length] = embedding
-        logit_bias[row, :length] = 0.0
-        if length < text_length:
-            logit_bias[row, length] = math.log(text_length - length)
+        tokens[row, :len(embedding)] = embedding
+    padding = torch.tensor([math.log(text_length - length) if length < text_length else -math.inf for length in lengths])
+    ends = torch.tensor(lengths).unsqueeze(1)                                                             # (B, 1)
+    logit_bias = torch.zeros(tokens.shape[:2]).masked_fill_(torch.arange(tokens.shape[1]) > ends, -math.inf)
+    logit_bias = logit_bias.scatter_(1, ends, padding.unsqueeze(1)).to(tokens.device)
     return TextTokens(tokens, logit_bias)
 
 
@@ -116,3 +115,15 @@ def unpatchify(tokens, height, width, patch_size):
     _, patch_height, patch_width = patch_size
     patches = tokens.unflatten(1, (height, width)).unflatten(-1, (patch_height, patch_width, -1))
     return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def pass_operations(config, rows, tokens, words):
+    """Return the operations of a pass of a Wan of `config` on `rows` pictures of `tokens` tokens, each with `words` text tokens.
+
+    Every product of matrices counts, two operations for each multiplication, attention included.
+    """
+    width, patch = config["num_attention_heads"] * config["attention_head_dim"], math.prod(config["patch_size"])
+    block = 2 * tokens * width * (6 * width + 2 * config["ffn_dim"]) + 4 * words * width**2 + 4 * tokens * (tokens + words) * width
+    text, time = 2 * words * width * (config["text_dim"] + width), 2 * width * (config["freq_dim"] + 7 * width)
+    ends = 2 * tokens * width * patch * (config["in_channels"] + config["out_channels"])
+    return rows * (config["num_layers"] * block + text + time + ends)

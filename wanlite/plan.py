@@ -156,8 +156,10 @@ def estimate(student, files, passes, states, tokens, latent_size, device, dtype)
     return f"about {max(1, round((each * states + each / 3 * teacher / student.num_parameters() * passes) / 60)):,} minutes"
 
 
-def matrix_rate(device, dtype, width=2048):
-    """Return the operations a second that a device multiplies matrices of a dtype with."""
+def matrix_rate(device, dtype, width=None):
+    """Return the operations a second that a device multiplies matrices of a dtype and a width with; None = so wide that a GPU is
+    busy, and on the CPU for a moment only."""
+    width = width or (8192 if torch.device(device).type == "cuda" else 1024)
     matrix, seconds = torch.randn(width, width, device=device).to(dtype), []
     for _ in range(5):
         began = time.perf_counter()

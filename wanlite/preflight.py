@@ -3,6 +3,9 @@
 A run has up to three parts, one after the other: `velocity` (stage 1), `segments` (stage 2a), `matching` (stage 2b).
 """
 
+import os
+import shutil
+
 PARTS = ("velocity", "segments", "matching")
 OWN_PATH_ROUNDS = 2        # how often in the part of segments the student's own path is walked
 SEGMENT_SHARE = 5 / 7      # of the steps, where --segment_steps is left open
@@ -47,6 +50,14 @@ def check_numbers(settings):
                          "--projection weights, or choose --expert low or high.")
     if settings.matching_steps and settings.mixed_precision == "fp16":
         raise ValueError("--matching_steps goes with --mixed_precision no or bf16: the critic's gradients are not scaled.")
+
+
+def check_compiler():
+    """Refuse --compile where there is no C++ compiler, which torch builds its kernels with."""
+    names = [name for name in (os.environ.get("CXX"), "g++", "clang++", "c++", "cl") if name]
+    if not any(map(shutil.which, names)):
+        raise ValueError(f"--compile needs a C++ compiler, and none of {', '.join(names)} is found. Install one (apt install g++), "
+                         "or leave --compile out.")
 
 
 def complete_steps(settings):

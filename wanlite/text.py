@@ -13,6 +13,8 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from .network import TEXT_LENGTH
 
+BATCH_SIZE = 64          # prompts encoded together
+
 
 def load_text_encoder(folder, device="cpu", dtype=None):
     """Load the tokenizer and the frozen UMT5 encoder that lie in a Wan folder or in a saved student."""
@@ -31,13 +33,13 @@ def encode_once(folder, prompts, device):
     """Encode every prompt once and free the encoder: {prompt: embedding (L, T)}, on the CPU."""
     tokenizer, encoder = load_text_encoder(folder, device)
     prompts = list(dict.fromkeys(prompts))
-    progress = partial(tqdm, desc="text", unit="batch", disable=len(prompts) < 1000)
+    progress = partial(tqdm, desc="text", unit="prompt", unit_scale=BATCH_SIZE, disable=len(prompts) <= BATCH_SIZE)
     embeddings = encode_prompts(tokenizer, encoder, prompts, progress=progress)
     return {prompt: embedding.cpu() for prompt, embedding in zip(prompts, embeddings)}
 
 
 @torch.no_grad()
-def encode_prompts(tokenizer, encoder, prompts, batch_size=64, progress=iter):
+def encode_prompts(tokenizer, encoder, prompts, batch_size=BATCH_SIZE, progress=iter):
     """Return one embedding (L, T) a prompt, cut to the prompt's true length; `progress` wraps the loop over batches."""
     embeddings = []
     for start in progress(range(0, len(prompts), batch_size)):

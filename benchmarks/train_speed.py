@@ -1,0 +1,360 @@
+"""What a training step costs: pictures a second and memory, from the cache and with the teacher asked in the step.
+
+    python benchmarks/train_speed.py                     # the tiny teacher, minutes on two cores
+    python benchmarks/train_speed.py --device cuda       # A14B's shapes with random weights, 512 and 1024 pixels, bfloat16
+    python benchmarks/train_speed.py --quick --json speed.json
+
+All ways train a student of one shape on the same states, in batches of one size and in one precision:
+
+plain     a loop as diffusers' text-to-image example has it: stock DataLoader, text padded to 512 tokens, AdamW over all, EMA
+ours      the loop of train_distillation.py from its cache, with AdamW over all, and the loss on token states that plain lacks
+muon      the same with Muon for the matrices of the blocks
+compiled  ours with --compile
+online    ours, with every state's guided velocity asked of the teacher in the step, whose experts are where the row says. Batches
+          are of its two experts in turn, so that "one" exchanges them at every step: the worst case
+
+The ways from the cache take turns, step by step; the medians are of single steps. "peak" is what a way adds to memory, its weights
+included: on a GPU what torch allocated, on the CPU the tensors alive. "student" is the share of the measured rate of matrix
+products that the student's operations make up, "teacher" that of the guided teacher's while it is asked.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from train_distillation import Settings, WanLiteStudent, feature_block
+from wanlite.data import SeededBatches, Trajectories, write_shard
+from wanlite.network import pack_text, pass_operations, unpack_text
+from wanlite.optimizers import make_optimizers
+from wanlite.plan import MemoryMeter, gigabytes, matrix_rate
+from wanlite.projection import student_shape
+from wanlite.reading import AHEAD, read_ahead
+from wanlite.steps import STEPS, Networks
+from wanlite.teacher import ExpertFiles, Teacher, TeacherFiles, make_expert, open_teacher_files
+
+A14B = {"patch_size": (1, 2, 2), "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16, "out_channels": 16,
+        "text_dim": 4096, "freq_dim": 256, "ffn_dim": 13824, "num_layers": 40, "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "rope_max_seq_len": 1024}
+RESIDENCIES = {"cpu": (("both", False), ("one", False), ("streamed", False), ("disk", False), ("both", True)),
+               "cuda": (("both", False), ("one", False), ("streamed", False), ("both", True), ("one", True), ("streamed", True))}
+BUDGETS = (100, 60, 24)                  # GB of common GPUs, that a peak is held against
+LEVELS = (950.0, 500.0)                  # timesteps of the high- and of the low-noise expert
+WALKS, STATES = 16, 20                   # on disk; the ways read them over and over
+
+
+@dataclass
+class World:
+    """What all ways share."""
+
+    device: torch.device
+    precision: str               # as in accelerate
+    files: TeacherFiles
+    shape: dict                  # of the student
+    side: int                    # height and width of the latents
+    batch: int
+    states: Trajectories
+    embeddings: list             # one a walk: (L, T)
+
+    @property
+    def tokens(self):
+        return (self.side // 2) ** 2
+
+    @property
+    def dtype(self):
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def student(self):
+        torch.manual_seed(0)
+        return WanLiteStudent(self.shape).to(self.device)
+
+    def feed(self, count=10**6):
+        """Yield batches as the loop of train_distillation.py has them."""
+        ahead = AHEAD if self.device.type == "cuda" else 0
+        return read_ahead(self.read, SeededBatches(len(self.states), self.batch, 0, 0, count), self.device, ahead)
+
+    def read(self, numbers):
+        """Read a batch as the loop of train_distillation.py does."""
+        batch = self.states.__getitems__(numbers)
+        return batch, pack_text([self.embeddings[number] for number in batch["prompt"].tolist()])
+
+
+@dataclass
+class RandomFiles(ExpertFiles):
+    """An expert whose weights are drawn when they are read."""
+
+    device: str = "cpu"
+
+    def read(self, name, dtype=torch.float32, rows=None):
+        return 0.02 * torch.randn(self.shape(name), device=self.device, dtype=dtype)
+
+
+def random_teacher(config, device):
+    """Return the files of two experts of this config that lie on no disk."""
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in make_expert(
+            ExpertFiles("high", Path(), config, {}), config["num_layers"]).state_dict().items()}
+    places = {name: (Path(), name, shape) for name, shape in shapes.items()}
+    return TeacherFiles(Path(), "diffusers", {name: RandomFiles(name, Path(), config, places, device=device)
+                                              for name in ("high", "low")}, 0.875)
+
+
+def make_world(folder, files, shape, side, batch, device, precision):
+    """Write states of random numbers, as many as WALKS trajectories have, in the shapes of real ones."""
+    draw = torch.Generator().manual_seed(0)
+    noise = partial(torch.randn, generator=draw, dtype=torch.float32)
+    channels, tokens = shape["num_channels"], (side // 2) ** 2
+    folder.mkdir(parents=True)
+    for index in range(WALKS // 4):
+        write_shard(folder, index, {
+            "latents": noise(4, STATES, channels, side, side).half(), "velocity": noise(4, STATES, channels, side, side).half(),
+            "features": noise(4, STATES, tokens, shape["hidden_size"]).half(),
+            "timestep": torch.full((4, STATES), 500.0), "noise_level": torch.full((4, STATES), 0.5),
+            "prompt": torch.arange(4 * index, 4 * index + 4)})
+    lengths = torch.randint(8, 64, (WALKS,), generator=draw).tolist()
+    return World(torch.device(device), precision, files, shape, side, batch, Trajectories(folder, WALKS // 4),
+                 [noise(length, shape["text_dim"]) for length in lengths])
+
+
+# ---- ways to train; each step is taken where the generator is asked for the next -----------------------------------------------
+
+class PlainStates(torch.utils.data.Dataset):
+    """States as a plain dataset: one an index, text padded as a stock pipeline pads it."""
+
+    def __init__(self, world):
+        text = unpack_text(pack_text(world.embeddings))
+        self.states, self.text = world.states, text
+
+    def __len__(self):
+        return len(self.states)
+
+    def __getitem__(self, number):
+        shard, place = divmod(number, 4 * STATES)
+        walk, state = divmod(place, STATES)
+        tensors = self.states.shards[shard]
+        return {name: tensors[name][walk, state] for name in ("latents", "velocity", "timestep")} | {
+            "text": self.text[tensors["prompt"][walk]]}
+
+
+def plain(world):
+    """A loop in the manner of diffusers' text-to-image example, on the same states."""
+    accelerator = Accelerator(mixed_precision=world.precision, cpu=world.device.type == "cpu")
+    student = world.student()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01)
+    ema = EMAModel(student.parameters(), decay=0.998)
+    loader = torch.utils.data.DataLoader(PlainStates(world), shuffle=True, batch_size=world.batch, drop_last=True)
+    student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
+    while True:
+        for batch in loader:
+            with accelerator.accumulate(student):
+                velocity = student(batch["latents"].float(), batch["timestep"], batch["text"], return_dict=False)[0]
+                loss = nn.functional.mse_loss(velocity.float(), batch["velocity"].float())
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(student.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                ema.step(student.parameters())
+            loss.detach().item()
+            yield
+
+
+def ours(world, muon_rate=0.0, is_compiled=False, ask=None, feed=None):
+    """A step of stage 1 as the loop of train_distillation.py takes it; `ask(batch, text)` replaces what the teacher said."""
+    settings, on_gpu = Settings(muon_learning_rate=muon_rate), world.device.type == "cuda"
+    accelerator = Accelerator(mixed_precision=world.precision, cpu=not on_gpu)
+    student, width = world.student(), world.shape["hidden_size"]
+    head = nn.Linear(width, width).to(world.device)
+    optimizers = make_optimizers(settings, student, head, is_fused=on_gpu)
+    ema = EMAModel(student.parameters(), decay=settings.ema_decay)
+    wrapped, wrapped_head, *optimizers = accelerator.prepare(student, head, *optimizers)
+    if is_compiled:
+        student.compile_repeated_blocks()
+    networks = Networks(wrapped, wrapped_head, feature_block(world.shape["depth"]), None, None, None)
+    for batch, text in feed or world.feed():
+        if ask is not None:
+            batch["velocity"], batch["features"] = ask(batch, text)
+        with accelerator.autocast():
+            loss, _ = STEPS["velocity"](networks, settings, batch, text, 0.5, None)
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_([*wrapped.parameters(), *wrapped_head.parameters()], settings.max_grad_norm)
+        torch.stack([loss.detach(), norm]).tolist()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        ema.step(student.parameters())
+        yield
+
+
+class Online:
+    """The guided teacher, asked for a batch's velocities and token states; `seconds` of each time it was."""
+
+    def __init__(self, world, residency, is_fp8):
+        self.world, self.seconds = world, []
+        self.teacher = Teacher(world.files, world.device, world.dtype, residency, is_fp8)
+        self.block = feature_block(world.files.config["num_layers"])
+        self.unwanted = pack_text([world.embeddings[0]] * world.batch).to(world.device)
+        torch.manual_seed(0)
+        width = world.files.config["num_attention_heads"] * world.files.config["attention_head_dim"]
+        self.basis = torch.linalg.qr(torch.randn(width, world.shape["hidden_size"])).Q.to(world.device)
+
+    def __call__(self, batch, text):
+        timestep = torch.full_like(batch["timestep"], LEVELS[len(self.seconds) % 2])
+        settle(self.world.device)
+        began = time.perf_counter()
+        velocity, (states,) = self.teacher.velocity(batch["latents"].float(), timestep, text, self.unwanted, 4.0, 3.0,
+                                                    (self.block,))
+        features = states.float() @ self.basis
+        settle(self.world.device)
+        self.seconds.append(time.perf_counter() - began)
+        return velocity, features
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------------------
+
+def settle(device):
+    """Wait until the device has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_of(work, device):
+    """Return the bytes that `work()` adds to memory at its peak."""
+    if device.type == "cpu":
+        with MemoryMeter() as meter:
+            work()
+        return meter.peak
+    settle(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    settle(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def timed(way, device):
+    """Return the seconds of a step."""
+    settle(device)
+    began = time.perf_counter()
+    next(way)
+    settle(device)
+    return time.perf_counter() - began
+
+
+def warm(ways, device):
+    """Take two steps of each of {name: way}, which is its start; returns {name: bytes at its peak}."""
+    return {name: peak_of(lambda way=way: (next(way), next(way)), device) for name, way in ways.items()}
+
+
+def student_operations(world):
+    """Return the operations of a step: a pass there and twice as many back."""
+    words = sum(map(len, world.embeddings)) / len(world.embeddings)
+    config = WanLiteStudent(world.shape | {"depth": 1, "text_dim": 1}).config | {"num_layers": world.shape["depth"],
+                                                                                "text_dim": world.shape["text_dim"]}
+    return 3 * pass_operations(config, world.batch, world.tokens, words)
+
+
+def measure(world, repeats, is_compiled):
+    """Return a row for each way."""
+    rate = matrix_rate(world.device, world.dtype)
+    ways = {"plain": plain(world), "ours": ours(world), "muon": ours(world, muon_rate=0.09)}
+    ways |= {"compiled": ours(world, is_compiled=True)} if is_compiled else {}
+    peaks, seconds = warm(ways, world.device), {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            seconds[name].append(timed(way, world.device))
+    rows = [row(world, name, peaks[name], seconds[name], rate) for name in ways]
+    for residency, is_fp8 in RESIDENCIES[world.device.type]:
+        name = f"online, {residency}{', fp8' * is_fp8}"
+        del ways
+        ask = Online(world, residency, is_fp8)
+        ways = {name: ours(world, ask=ask)}
+        try:
+            peak = warm(ways, world.device)[name]
+            seconds = [timed(ways[name], world.device) for _ in range(max(2, repeats // 4))]
+            rows.append(row(world, name, peak, seconds, rate, ask.seconds[2:]))
+        except torch.OutOfMemoryError:
+            rows.append({"way": name, "pixels": 8 * world.side, "failed": "out of memory"})
+        ask.teacher.rest()
+        del ask
+    for each in rows:
+        each["over_plain"] = each.get("images_per_second", 0) / rows[0]["images_per_second"]
+    return rows
+
+
+def row(world, name, peak, seconds, rate, asked=()):
+    """Return what was measured of a way."""
+    step = statistics.median(seconds)
+    words = sum(map(len, world.embeddings)) / len(world.embeddings)
+    found = {"way": name, "pixels": 8 * world.side, "batch": world.batch, "images_per_second": world.batch / step,
+             "seconds": step, "fastest": min(seconds), "slowest": max(seconds), "peak_bytes": peak,
+             "fits_gb": [gb for gb in BUDGETS if peak < gb * 1e9], "student_share": student_operations(world) / (step * rate),
+             "matrix_rate": rate}
+    if asked:
+        guided = pass_operations(world.files.config, 2 * world.batch, world.tokens, words)
+        found["teacher_share"] = guided / (statistics.median(asked) * rate)
+    return found
+
+
+def table(rows):
+    """Print rows."""
+    print("\n| pixels | way | images/s | over plain | ms a step (range) | peak | fits in | student | teacher |\n"
+          + "|---" * 9 + "|")
+    for each in rows:
+        if "failed" in each:
+            print(f"| {each['pixels']} | {each['way']} | {each['failed']} |" + " |" * 6)
+            continue
+        teacher = f"{each['teacher_share']:.1%}" if "teacher_share" in each else ""
+        print(f"| {each['pixels']} | {each['way']} | {each['images_per_second']:.1f} | {each['over_plain']:.2f} | "
+              f"{1e3 * each['seconds']:.0f} ({1e3 * each['fastest']:.0f} to {1e3 * each['slowest']:.0f}) | "
+              f"{gigabytes(each['peak_bytes'])} | {', '.join(map(str, each['fits_gb']))} GB | {each['student_share']:.1%} | "
+              f"{teacher} |")
+
+
+def read_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: the real shapes")
+    parser.add_argument("--repeats", type=int, default=20, help="steps of each way that are timed")
+    parser.add_argument("--no_compile", action="store_true", help="leave the compiled way out")
+    parser.add_argument("--quick", action="store_true", help="a few steps of small batches, nothing compiled")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    arguments = parser.parse_args()
+    if arguments.repeats < 1:
+        parser.error("--repeats is at least 1.")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU. Leave the flag out to measure the tiny teacher on the CPU.")
+    return arguments
+
+
+def main():
+    arguments = read_arguments()
+    on_gpu, repeats = arguments.device == "cuda", 3 if arguments.quick else arguments.repeats
+    files = random_teacher(A14B, "cuda") if on_gpu else open_teacher_files(ROOT / "tiny_teacher")
+    sizes = ((64, 16), (128, 4)) if on_gpu else ((8, 8 if arguments.quick else 128),)       # latents' side, and batch
+    shape, rows = student_shape(files.config), []
+    print(f"student {shape['hidden_size']} x {shape['depth']} on {arguments.device}, {torch.get_num_threads()} threads; "
+          f"{repeats} steps of each way, in turns", flush=True)
+    with tempfile.TemporaryDirectory(prefix="train-speed-") as folder:
+        for side, batch in sizes:
+            world = make_world(Path(folder) / str(side), files, shape, side, batch, arguments.device, "bf16" if on_gpu else "no")
+            rows += measure(world, repeats, not (arguments.quick or arguments.no_compile))
+        table(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

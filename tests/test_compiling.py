@@ -1,0 +1,61 @@
+"""A compiled student is the same student, faster; so is a fused optimizer."""
+
+import shutil
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, loud_student, run_script
+from train_distillation import Settings, WanLiteStudent
+from wanlite.optimizers import make_optimizers
+
+TEXT = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1))
+LATENTS = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+def make_student():
+    return loud_student(hidden_size=32, depth=1, num_heads=2, text_dim=48)
+
+
+def gradients(student):
+    bias = torch.zeros(2, 5)
+    velocity, = student(LATENTS, torch.tensor([900.0, 100.0]), TEXT, text_logit_bias=bias, return_dict=False)
+    velocity.square().mean().backward()
+    return {name: parameter.grad for name, parameter in student.named_parameters()}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_student_has_the_names_the_gradients_and_the_files_of_a_plain_one(tmp_path):
+    plain, compiled = make_student(), make_student()
+    compiled.compile_repeated_blocks()
+    assert all(block._compiled_call_impl is not None for block in compiled.blocks)
+    expected, found = gradients(plain), gradients(compiled)
+    assert list(found) == list(expected) and list(compiled.state_dict()) == list(plain.state_dict())
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, expected[name], atol=1e-5, rtol=1e-4), name
+    assert any(not torch.equal(gradient, expected[name]) for name, gradient in found.items())      # it was compiled
+    compiled.save_pretrained(tmp_path / "student")
+    loaded = WanLiteStudent.from_pretrained(tmp_path / "student")
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_compiling_without_a_compiler_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    process = run_script(ROOT / "train_distillation.py", "--compile", "--output_dir", tmp_path / "run")
+    assert process.returncode == 2 and process.stderr.count("\n") == 1 and "--compile needs a C++ compiler" in process.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_fused_adamw_moves_weights_as_plain_adamw_and_is_used_only_where_asked():
+    weights = {}
+    for is_fused in (False, True):
+        student = make_student()
+        optimizer, = make_optimizers(Settings(muon_learning_rate=0.0), student, is_fused=is_fused)
+        assert optimizer.defaults["fused"] is (True if is_fused else None)
+        for _ in range(3):
+            gradients(student)
+            optimizer.step()
+            optimizer.zero_grad()
+        weights[is_fused] = student.state_dict()
+    assert all(torch.allclose(tensor, weights[False][name], atol=1e-5) for name, tensor in weights[True].items())

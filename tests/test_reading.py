@@ -1,0 +1,64 @@
+"""Batches read ahead are those that would have been read in the step, and the thread that reads them ends with the run."""
+
+import json
+import threading
+import time
+
+import pytest
+import torch
+
+import train_distillation
+from tests.test_resuming import asked, folder, same, train  # noqa: F401
+from wanlite.network import TextTokens
+from wanlite.reading import read_ahead
+
+
+def read(job):
+    return {"number": torch.tensor([job])}, TextTokens(torch.full((1, 1, 1), float(job)), torch.zeros(1, 1))
+
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("reading")]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 50])
+def test_batches_come_in_their_order_and_no_thread_is_left(ahead):
+    found = [(batch["number"].item(), text.tokens.item()) for batch, text in read_ahead(read, range(20), "cpu", ahead)]
+    assert found == [(number, number) for number in range(20)] and not readers()
+
+
+def test_the_next_batches_are_read_while_a_step_computes():
+    was_read = []
+    coming = read_ahead(lambda job: was_read.append(job) or read(job), range(9), "cpu", 2)
+    assert not was_read
+    next(coming)
+    until = time.monotonic() + 10
+    while len(was_read) < 3 and time.monotonic() < until:
+        time.sleep(0.001)
+    assert was_read == [0, 1, 2] and len(readers()) == 1                 # two ahead, and no more
+    coming.close()
+    assert not readers()
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_batch_that_cannot_be_read_is_an_error_where_it_would_have_been(ahead):
+    def broken(job):
+        if job == 3:
+            raise OSError("shard-00003: not whole")
+        return read(job)
+    coming = read_ahead(broken, range(9), "cpu", ahead)
+    assert [next(coming)[0]["number"].item() for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(OSError, match="not whole"):
+        next(coming)
+    assert not readers()
+
+
+def test_a_run_that_reads_ahead_stops_and_resumes_to_the_same_weights(folder, finished_run, monkeypatch):  # noqa: F811
+    left = folder.with_name("left")
+
+    def look():
+        left.write_text(json.dumps(len(readers())))
+    monkeypatch.setattr(train_distillation, "read_ahead", lambda read, jobs, device, _: read_ahead(read, jobs, device, 2))
+    code, said = train(folder, at={1: look, 2: asked()})
+    assert code == 3 and "stopped at step 2 of 6" in said and left.read_text() == "1"
+    assert train(folder)[0] == 0 and same(folder, finished_run[0])
