@@ -16,14 +16,15 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from wanlite.official import autoencoder_config, convert_parts, find_parts, is_converted, num_bytes
-from wanlite.preflight import PARTS, check_all, check_numbers, check_resolution, check_student, complete_steps, parts_of
+from wanlite.official import autoencoder_config, convert_parts, find_parts, is_converted, num_bytes, token_pixels
+from wanlite.preflight import PARTS, check_all, check_numbers, check_student, complete_resolution, complete_steps, parts_of
 from wanlite.prompts import read_prompts, varied_prompts
 from wanlite.run_folder import (
     MetricsLog,
     check_output_folder,
     check_resumable,
     clear,
+    picture_size,
     read_run,
     save_parts,
     write_model_card,
@@ -78,7 +79,8 @@ class Settings:
     guidance_scale_2: float = setting(3.0, "guidance of the low-noise expert; baked into the student")
     negative_prompt: str = setting("", "what guidance steers away from")
     flow_shift: float | None = setting(None, "shift of the noise schedule; None = what the teacher's scheduler says")
-    resolution: int | None = setting(None, "height and width in pixels, divisible by 16; None = the teacher's own, else 512")
+    resolution: list[int] | int | None = setting(None, "pixels, one number for squares, or WIDTH HEIGHT; divisible by 16, for "
+                                                 "TI2V-5B by 32; None = the teacher's own, else 512")
     teacher_residency: str = setting("auto", "where its experts are while they are asked: both on the device; one there, the other "
                                      "in CPU memory; streamed from there block by block; read from disk at each pass; auto = "
                                      "the first of these that fits", choices=("auto", "both", "one", "streamed", "disk"))
@@ -150,8 +152,7 @@ def complete(settings):
         raise OSError(f"--teacher {settings.teacher}: no such folder. Expected a Wan checkpoint in the official or diffusers "
                       "layout; leave the flag out for the tiny teacher.")
     record = read_record(teacher)
-    resolution = settings.resolution or record.get("resolution", 512)
-    checks = [partial(find_parts, teacher), partial(check_resolution, resolution), partial(check_numbers, settings),
+    checks = [partial(find_parts, teacher), partial(_complete_resolution, teacher, settings), partial(check_numbers, settings),
               partial(complete_steps, settings)]
     if settings.prompts is not None:
         checks.insert(0, partial(read_prompts, settings.prompts))
@@ -163,8 +164,9 @@ def complete(settings):
     official_shift = OFFICIAL_SHIFTS[(teacher / "high_noise_model").is_dir()]
     shift = settings.flow_shift or record.get("shift") or (
         json.loads(scheduler.read_text())["flow_shift"] if scheduler.is_file() else official_shift)
-    settings = replace(settings, teacher=str(teacher), resolution=resolution, flow_shift=float(shift), few_steps=few_steps,
-                       segment_steps=segment_steps, cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"))
+    settings = replace(settings, teacher=str(teacher), resolution=_complete_resolution(teacher, settings), flow_shift=float(shift),
+                       few_steps=few_steps, segment_steps=segment_steps,
+                       cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"))
     if settings.student is not None:
         student = Path(settings.student).expanduser().absolute()
         check_student(read_run(student), settings, student)
@@ -176,6 +178,11 @@ def _check_headers(teacher):
     from wanlite.teacher import open_teacher_files
 
     open_teacher_files(teacher)
+
+
+def _complete_resolution(teacher, settings):
+    resolution = read_record(teacher).get("resolution", 512) if settings.resolution is None else settings.resolution
+    return complete_resolution(resolution, token_pixels(teacher))
 
 
 def read_record(teacher):
@@ -582,8 +589,8 @@ def plan(settings, words):
     walks = settings.num_trajectories or len(training)
     work = announce(settings, files, student, device, walks, parts, print)
     decoder = autoencoder_config(found["vae"])
-    size = settings.resolution // decoder.get("scale_factor_spatial", 8)
-    latent_shape, tokens = (files.config["in_channels"], size, size), (size // student.config.patch_size[1])**2
+    latent_shape = latent_shape_of(settings, files, decoder.get("scale_factor_spatial", 8))
+    tokens = math.prod(latent_shape[1:]) // math.prod(student.config.patch_size)
     dtype, residency = training_dtype(settings), place_teacher(settings, files, device)
 
     def training_peak(rows):
@@ -618,6 +625,12 @@ def plan(settings, words):
         print(f"PROBLEM  {reason}")
     print(f"run      {shlex.join(['python', Path(__file__).name, *words])}")
     return 2 if wrong else 0
+
+
+def latent_shape_of(settings, files, stride):
+    """Return the shape (C, H, W) of the latents of a picture of --resolution."""
+    width, height = picture_size(settings.resolution)
+    return files.config["in_channels"], height // stride, width // stride
 
 
 def training_dtype(settings):
@@ -721,10 +734,9 @@ def train(settings, is_resumed, stop):
     parts_folder = open_parts(settings, accelerator)
     embeddings = encode_once(parts_folder, [*training, *held_out, *validation, settings.negative_prompt], device)
     autoencoder = load_autoencoder(parts_folder, device=device)
-    size = settings.resolution // autoencoder.config.scale_factor_spatial
-    latent_shape, scheduler = (files.config["in_channels"], size, size), make_scheduler(settings.flow_shift)
-    tokens_each = size * size // math.prod(student.config.patch_size)
-    dtype = training_dtype(settings)
+    latent_shape = latent_shape_of(settings, files, autoencoder.config.scale_factor_spatial)
+    tokens_each = math.prod(latent_shape[1:]) // math.prod(student.config.patch_size)
+    scheduler, dtype = make_scheduler(settings.flow_shift), training_dtype(settings)
     say(f"time     {estimate(student, files, *work, tokens_each, latent_shape[1:], device, dtype)}")
     (output / "cache").mkdir(exist_ok=True)
     if accelerator.is_main_process and hold(output / "cache") is None:          # held until the process ends

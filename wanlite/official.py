@@ -101,6 +101,23 @@ def autoencoder_config(place):
     return _autoencoder_config({name: tuple(tensor.shape) for name, tensor in read_pickle(place).items()})
 
 
+def token_pixels(folder):
+    """Return how many pixels wide a token of a Wan folder's teacher is: 16, or 32 with Wan2.2's own autoencoder; no weight is read.
+
+    Raises ValueError where vae/config.json does not say it.
+    """
+    config = Path(folder) / "vae" / "config.json"
+    if not config.is_file():
+        return 32 if [name for name in AUTOENCODERS if (Path(folder) / name).is_file()] == [AUTOENCODERS[1]] else 16
+    try:
+        stride = json.loads(config.read_text(encoding="utf-8")).get("scale_factor_spatial", 8)
+    except (ValueError, AttributeError):
+        stride = None
+    if type(stride) is not int or stride < 1:
+        raise ValueError(f"{config}: does not say the autoencoder's stride. Download the folder again.")
+    return 2 * stride
+
+
 def num_bytes(place):
     """Return how large the weights of a part are on disk."""
     return place.stat().st_size if place.is_file() else sum(path.stat().st_size for path in place.rglob("*") if path.is_file())

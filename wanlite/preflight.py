@@ -24,11 +24,19 @@ def check_all(checks, together=False):
         raise ValueError("\n".join(dict.fromkeys(failed)))
 
 
-def check_resolution(resolution):
-    """Refuse a height and width in pixels that does not divide into latents and tokens."""
-    if resolution % 16 or resolution <= 0:
-        nearest = max(16, round(resolution / 16) * 16)
-        raise ValueError(f"--resolution {resolution} is not divisible by 16; the nearest is {nearest}.")
+def complete_resolution(resolution, unit=16):
+    """Return --resolution as a run records it: one number for a square, else [width, height].
+
+    Raises ValueError for sides that do not divide into tokens of `unit` pixels.
+    """
+    sides = [resolution] if isinstance(resolution, int) else list(resolution)
+    if len(sides) not in (1, 2):
+        raise ValueError(f"--resolution {' '.join(map(str, sides))}: expected one number, for a square, or WIDTH HEIGHT.")
+    for side in sides:
+        if side % unit or side <= 0:
+            nearest = max(unit, round(side / unit) * unit)
+            raise ValueError(f"--resolution {side} is not divisible by {unit}; the nearest is {nearest}.")
+    return sides[0] if sides[0] == sides[-1] else sides
 
 
 def check_numbers(settings):
