@@ -3,6 +3,9 @@
 A run has up to three parts, one after the other: `velocity` (stage 1), `segments` (stage 2a), `matching` (stage 2b).
 """
 
+import re
+
+WIDEST = 4                 # aspect ratio of a bucket
 PARTS = ("velocity", "segments", "matching")
 OWN_PATH_ROUNDS = 2        # how often in the part of segments the student's own path is walked
 SEGMENT_SHARE = 5 / 7      # of the steps, where --segment_steps is left open
@@ -39,6 +42,24 @@ def complete_resolution(resolution, unit=16):
     return sides[0] if sides[0] == sides[-1] else sides
 
 
+def bucket_sizes(size, aspect_ratios, unit=16):
+    """Return the sizes (width, height) of about the area of `size` that have `aspect_ratios`, as "3:2"; None for `size` alone.
+
+    Sides are multiples of `unit`; ratios that come out as one size are one bucket. Raises ValueError for what is no ratio.
+    """
+    if aspect_ratios is None:
+        return [size]
+    sizes, area = {}, size[0] * size[1]
+    for said in aspect_ratios:
+        sides = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", said)
+        ratio = int(sides[1]) / int(sides[2]) if sides else 0
+        if not 1 / WIDEST <= ratio <= WIDEST:
+            raise ValueError(f"--aspect_ratios {said}: expected WIDTH:HEIGHT as 3:2, from 1:{WIDEST} to {WIDEST}:1.")
+        width, height = (max(1, round((area * each) ** 0.5 / unit)) * unit for each in (ratio, 1 / ratio))
+        sizes[width, height] = None
+    return list(sizes)
+
+
 def check_numbers(settings):
     """Refuse numbers out of range, and settings that contradict each other."""
     for name in COUNTS:
@@ -47,6 +68,9 @@ def check_numbers(settings):
     for name in ("segment_steps", "matching_steps", "own_path_pictures"):
         if (getattr(settings, name) or 0) < 0:
             raise ValueError(f"--{name} is {getattr(settings, name)}, expected 0 or more.")
+    if 0 < settings.own_path_pictures < len(settings.aspect_ratios or ()):
+        raise ValueError(f"--own_path_pictures is {settings.own_path_pictures}, expected 0, or at least one for each of the "
+                         f"{len(settings.aspect_ratios)} --aspect_ratios.")
     if settings.checkpoints_total_limit < 2:
         raise ValueError(f"--checkpoints_total_limit is {settings.checkpoints_total_limit}, expected at least 2: with one, a "
                          "save that fails leaves none.")
