@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wanlite.prompts import read_prompts
-from wanlite.run_folder import check_saved_parts, read_run
+from wanlite.run_folder import check_saved_parts, picture_size, read_run
 from wanlite.settings import make_parser, setting
 from wanlite.student_files import open_student, student_folder
 
@@ -61,8 +61,8 @@ def complete(settings):
     if config.get("_class_name") != "WanLiteStudent":
         raise ValueError(f"{folder}: holds a {config.get('_class_name')}, expected a WanLiteStudent.")
     prompts = choose_prompts(settings, run, folder)
-    resolution = run.get("resolution", 512)
-    defaults = {"height": resolution, "width": resolution, "num_inference_steps": run.get("num_inference_steps", 20)}
+    width, height = picture_size(run.get("resolution", 512))
+    defaults = {"height": height, "width": width, "num_inference_steps": run.get("num_inference_steps", 20)}
     filled = {name: default if getattr(settings, name) is None else getattr(settings, name)
               for name, default in defaults.items()}
     settings = replace(settings, model=str(folder), **filled)

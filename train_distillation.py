@@ -28,11 +28,12 @@ from wanlite.official import (
 )
 from wanlite.preflight import (
     PARTS,
+    bucket_sizes,
     check_all,
     check_compiler,
     check_numbers,
-    check_resolution,
     check_student,
+    complete_resolution,
     complete_steps,
     parts_of,
 )
@@ -42,6 +43,7 @@ from wanlite.run_folder import (
     check_output_folder,
     check_resumable,
     clear,
+    picture_size,
     read_run,
     save_parts,
     write_model_card,
@@ -97,8 +99,10 @@ class Settings:
     guidance_scale_2: float = setting(3.0, "guidance of the low-noise expert; baked into the student")
     negative_prompt: str = setting("", "what guidance steers away from")
     flow_shift: float | None = setting(None, "shift of the noise schedule; None = what the teacher's scheduler says")
-    resolution: int | None = setting(None, "height and width in pixels, divisible by 16, for TI2V-5B by 32; None = the "
-                                     "teacher's own, else 512")
+    resolution: list[int] | int | None = setting(None, "pixels, one number for squares, or WIDTH HEIGHT; divisible by 16, for "
+                                                 "TI2V-5B by 32; None = the teacher's own, else 512")
+    aspect_ratios: list[str] | None = setting(None, "WIDTH:HEIGHT of what is trained on, as 1:1 3:2 2:3, all of about the area of "
+                                              "--resolution, which validations keep; None = that of --resolution")
     teacher_residency: str = setting("auto", "where its experts are while they are asked: both on the device; one there, the other "
                                      "in CPU memory; streamed from there block by block; read from disk at each pass; auto = "
                                      "the first of these that fits", choices=("auto", "both", "one", "streamed", "disk"))
@@ -172,9 +176,8 @@ def complete(settings):
         raise OSError(f"--teacher {settings.teacher}: no such folder. Expected a Wan checkpoint in the official, diffusers or "
                       "ComfyUI layout; leave the flag out for the tiny teacher.")
     record = read_record(teacher)
-    resolution = settings.resolution or record.get("resolution", 512)
-    checks = [partial(find_parts, teacher), partial(check_resolution, resolution, pixels_per_token(teacher)),
-              partial(check_numbers, settings), partial(complete_steps, settings), partial(check_tracker, settings.report_to)]
+    checks = [partial(find_parts, teacher), partial(_complete_resolution, teacher, settings), partial(check_numbers, settings),
+              partial(complete_steps, settings), partial(check_tracker, settings.report_to)]
     if settings.compile:
         checks.append(check_compiler)
     if settings.prompts is not None:
@@ -187,8 +190,9 @@ def complete(settings):
     official_shift = OFFICIAL_SHIFTS[has_two_experts(teacher)]
     shift = settings.flow_shift or record.get("shift") or (
         json.loads(scheduler.read_text())["flow_shift"] if scheduler.is_file() else official_shift)
-    settings = replace(settings, teacher=str(teacher), resolution=resolution, flow_shift=float(shift), few_steps=few_steps,
-                       segment_steps=segment_steps, cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"))
+    settings = replace(settings, teacher=str(teacher), resolution=_complete_resolution(teacher, settings), flow_shift=float(shift),
+                       few_steps=few_steps, segment_steps=segment_steps,
+                       cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"))
     if settings.student is not None:
         student = Path(settings.student).expanduser().absolute()
         check_student(read_run(student), settings, student)
@@ -200,6 +204,13 @@ def _check_headers(teacher):
     from wanlite.teacher import open_teacher_files
 
     open_teacher_files(teacher)
+
+
+def _complete_resolution(teacher, settings):
+    resolution = read_record(teacher).get("resolution", 512) if settings.resolution is None else settings.resolution
+    resolution, unit = complete_resolution(resolution, pixels_per_token(teacher)), pixels_per_token(teacher)
+    bucket_sizes(picture_size(resolution), settings.aspect_ratios, unit)
+    return resolution
 
 
 def read_record(teacher):
@@ -246,7 +257,17 @@ from wanlite.autoencoder import decode_latents, load_autoencoder, make_autoencod
 from wanlite.cache import cache_folder, fingerprint  # noqa: E402
 from wanlite.calibration import calibrate, choose_channels, make_frames  # noqa: E402
 from wanlite.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint  # noqa: E402
-from wanlite.data import SHARD_SIZE, Sampled, SeededBatches, Segments, feature_basis, walk_own_path, walk_teacher  # noqa: E402
+from wanlite.data import (  # noqa: E402
+    SHARD_SIZE,
+    Buckets,
+    Sampled,
+    SeededBatches,
+    Segments,
+    deal_out,
+    feature_basis,
+    walk_own_path,
+    walk_teacher,
+)
 from wanlite.devices import as_device, as_dtype, free_memory  # noqa: E402
 from wanlite.flow import FewSteps, make_scheduler, sample, seeded_noise  # noqa: E402
 from wanlite.grids import save_grid  # noqa: E402
@@ -610,21 +631,21 @@ def plan(settings, words):
     walks = settings.num_trajectories or len(training)
     work = announce(settings, files, student, device, walks, parts, print)
     decoder = autoencoder_config(found["vae"])
-    size = settings.resolution // decoder.get("scale_factor_spatial", 8)
-    latent_shape, tokens = (files.config["in_channels"], size, size), (size // student.config.patch_size[1])**2
+    latent_shape, buckets = latent_shapes(settings, files, decoder.get("scale_factor_spatial", 8))
+    largest = max([latent_shape, *buckets], key=math.prod)
+    tokens = math.prod(latent_shape[1:]) // math.prod(student.config.patch_size)
     dtype, residency = training_dtype(settings), place_teacher(settings, files, device)
 
     def training_peak(rows):
         return at_depth(lambda depth: simulate_training(
             lambda: WanLiteStudent(shape | {"depth": depth}), partial(make_optimizers, settings),
-            lambda network: EMAModel(network.parameters()), rows, latent_shape[1:], dtype != torch.float32), shape["depth"])
+            lambda network: EMAModel(network.parameters()), rows, largest[1:], dtype != torch.float32), shape["depth"])
 
     held, beside = teacher_bytes(files, residency, dtype, settings.teacher_fp8)
     rows = min(2 * SHARD_SIZE, max(1, TOKENS_AT_ONCE // tokens))                                # half of them for guidance
     phases = {
         "text": num_bytes(found["text_encoder"]),
-        "trajectories": held + pass_peak(files, rows, latent_shape[1:], dtype) + walk_bytes(SHARD_SIZE, settings.teacher_steps,
-                                                                                            latent_shape),
+        "trajectories": held + pass_peak(files, rows, largest[1:], dtype) + walk_bytes(SHARD_SIZE, settings.teacher_steps, largest),
         "training": training_peak(settings.train_batch_size),
         "validation": training_peak(1) + decoding_peak(partial(make_autoencoder, decoder), decode_latents, SHARD_SIZE,
                                                        latent_shape)}
@@ -635,7 +656,7 @@ def plan(settings, words):
     remembered = weights * (4 if settings.muon_learning_rate else 5) * (1.5 if settings.matching_steps else 1)
     seen = walks + min(len(held_out), SHARD_SIZE) + NUM_VALIDATION**2
     converted = sum(map(num_bytes, {place for part, place in found.items() if not is_converted(found, part)}))
-    disk = {settings.cache_dir: weights + converted + trajectory_bytes(seen, settings.teacher_steps, latent_shape, tokens,
+    disk = {settings.cache_dir: weights + converted + trajectory_bytes(seen, settings.teacher_steps, largest, tokens,
                                                                        shape["hidden_size"]),
             settings.output_dir: weights + sum(map(num_bytes, set(found.values())))
             + (settings.checkpoints_total_limit + 1) * remembered}
@@ -646,6 +667,14 @@ def plan(settings, words):
         print(f"PROBLEM  {reason}")
     print(f"run      {shlex.join(['python', Path(__file__).name, *words])}")
     return 2 if wrong else 0
+
+
+def latent_shapes(settings, files, stride):
+    """Return the shape (C, H, W) of the latents of a picture of --resolution, and those of what is trained on, one a bucket."""
+    size = picture_size(settings.resolution)
+    sizes = [size, *bucket_sizes(size, settings.aspect_ratios, pixels_per_token(settings.teacher))]
+    shape, *buckets = ((files.config["in_channels"], height // stride, width // stride) for width, height in sizes)
+    return shape, buckets
 
 
 def training_dtype(settings):
@@ -750,11 +779,13 @@ def train(settings, is_resumed, stop):
     parts_folder = open_parts(settings, accelerator)
     embeddings = encode_once(parts_folder, [*training, *held_out, *validation, settings.negative_prompt], device)
     autoencoder = load_autoencoder(parts_folder, device=device)
-    size = settings.resolution // autoencoder.config.scale_factor_spatial
-    latent_shape, scheduler = (files.config["in_channels"], size, size), make_scheduler(settings.flow_shift)
-    tokens_each = size * size // math.prod(student.config.patch_size)
-    dtype = training_dtype(settings)
+    latent_shape, buckets = latent_shapes(settings, files, autoencoder.config.scale_factor_spatial)
+    tokens_each = math.prod(latent_shape[1:]) // math.prod(student.config.patch_size)
+    scheduler, dtype = make_scheduler(settings.flow_shift), training_dtype(settings)
     say(f"time     {estimate(student, files, *work, tokens_each, latent_shape[1:], device, dtype)}")
+    if settings.aspect_ratios:
+        stride = autoencoder.config.scale_factor_spatial
+        say(f"sizes    {', '.join(f'{width * stride} x {height * stride}' for _, height, width in buckets)}")
     (output / "cache").mkdir(exist_ok=True)
     if accelerator.is_main_process and hold(output / "cache") is None:          # held until the process ends
         raise OSError(f"{output}: another run is writing there. Wait for it, or name another --output_dir.")
@@ -788,17 +819,20 @@ def train(settings, is_resumed, stop):
     walks = [(n % len(training), training[n % len(training)], first_seed + n) for n in range(num_trajectories)]
     unseen = held_out[:SHARD_SIZE]
     looked_at = range(max(len(unseen), 2 * NUM_VALIDATION))    # a few walks at least, where prompts are fewer
-    jobs = {"training": walks, "held_out": [(n % len(unseen), unseen[n % len(unseen)], first_seed - 1 - n) for n in looked_at],
+    jobs = {"held_out": [(n % len(unseen), unseen[n % len(unseen)], first_seed - 1 - n) for n in looked_at],
             "seeds": [(n, prompt, first_seed - 1000 - seed) for n, prompt in enumerate(unseen[:NUM_VALIDATION])
                       for seed in range(NUM_VALIDATION)]}
-    states, made_of = {}, {"teacher": files.fingerprint, "negative_prompt": settings.negative_prompt, "shift": settings.flow_shift,
-                           "guidance": (settings.guidance_scale, settings.guidance_scale_2), "steps": settings.teacher_steps,
-                           "text_length": TEXT_LENGTH, "latents": latent_shape, "features": shape["hidden_size"]}
+    made_of = {"teacher": files.fingerprint, "negative_prompt": settings.negative_prompt, "shift": settings.flow_shift,
+               "guidance": (settings.guidance_scale, settings.guidance_scale_2), "steps": settings.teacher_steps,
+               "text_length": TEXT_LENGTH, "features": shape["hidden_size"]}
+
+    def walk(walked, latents):
+        folder = cache_folder(settings.cache_dir, "trajectories", walks=walked, latents=latents, **made_of)
+        return walk_teacher(accelerator, guided_for, basis, scheduler, settings.teacher_steps, walked, latents, folder)
+
     pace.restart()
-    for part, walked in jobs.items():
-        folder = cache_folder(settings.cache_dir, "trajectories", walks=walked, **made_of)
-        states[part] = walk_teacher(accelerator, guided_for, basis, scheduler, settings.teacher_steps, walked, latent_shape,
-                                    folder)
+    trajectories = [walk(*bucket) for bucket in zip(deal_out(walks, len(buckets), settings.seed), buckets)]
+    states = {part: walk(walked, latent_shape) for part, walked in jobs.items()}
     walk_figures = pace.walk_figures(settings.teacher_steps)
     if walk_figures:
         say("walked   {walked:,} trajectories, {walks_per_second:.3g} a second, {walk_teacher_share:.0%} of the time in the "
@@ -904,20 +938,24 @@ def train(settings, is_resumed, stop):
         pace.restart()
 
     def walk_own(first):
-        """Walk the averaged student's own path, once for the part that begins at step `first`; nothing where none is asked for."""
+        """Walk the averaged student's own path, once for the part that begins at step `first`; returns its states by bucket."""
         if not settings.own_path_pictures or not few.stops:
-            return None
+            return [None] * len(buckets)
         with averaged(ema, student, settings.use_ema):
             if memory["own_path"].get("first") != first:
                 memory["own_path"] = {"first": first, "student": digest(student)}
             paths = [(*walks[n % len(walks)], *few.stops[n % len(few.stops)])
                      for n in range(first, first + settings.own_path_pictures)]
-            folder = cache_folder(output / "cache", "own-path", paths=paths, student=memory["own_path"]["student"], **made_of)
-            if step != first and not any(folder.glob("shard-*")):
-                raise OSError(f"{folder}: the states that the student met at step {first} are gone, and it is past that step. Put "
-                              "them back, or add --overwrite to start again.")
-            return walk_own_path(accelerator, lambda said: velocity_from(student, pack(said)), guided_for,
-                                 (few.scheduler, scheduler), settings.teacher_steps, paths, latent_shape, folder)
+            return [walk_bucket(*bucket, first) for bucket in zip(deal_out(paths, len(buckets), settings.seed), buckets)]
+
+    def walk_bucket(paths, latents, first):
+        folder = cache_folder(output / "cache", "own-path", paths=paths, latents=latents, student=memory["own_path"]["student"],
+                              **made_of)
+        if step != first and not any(folder.glob("shard-*")):
+            raise OSError(f"{folder}: the states that the student met at step {first} are gone, and it is past that step. Put "
+                          "them back, or add --overwrite to start again.")
+        return walk_own_path(accelerator, lambda said: velocity_from(student, pack(said)), guided_for, (few.scheduler, scheduler),
+                             settings.teacher_steps, paths, latents, folder)
 
     if walk_figures:
         tell(step, **walk_figures)
@@ -932,8 +970,9 @@ def train(settings, is_resumed, stop):
                 continue
             if part == "matching" and step == first:         # the critic begins as the student that it will watch
                 critic.load_state_dict(student.state_dict())
-            data = states["training"] if part == "velocity" else Segments(states["training"], few.levels, walk_own(first))
-            batches = SeededBatches(len(data), settings.train_batch_size * ranks, settings.seed + 1000 * number,
+            data = Buckets(trajectories if part == "velocity" else
+                           [Segments(walked, few.levels, own) for walked, own in zip(trajectories, walk_own(first))])
+            batches = SeededBatches(data.sizes, settings.train_batch_size * ranks, settings.seed + 1000 * number,
                                     (step - first) * micro_batches, (last - first) * micro_batches)
             if part != "matching":
                 teacher.rest()                               # nobody asks it while the student learns from what is kept

@@ -6,6 +6,8 @@ Legend: B batch, K states a trajectory, C channels, H W latent height and width,
 """
 
 import os
+from bisect import bisect_right
+from itertools import accumulate
 
 import torch
 from safetensors import SafetensorError
@@ -100,6 +102,15 @@ def walk_own_path(accelerator, student_for, velocity_for, schedulers, num_steps,
         return shard | {"prompt": torch.tensor(numbers)}
 
     return _fill(accelerator, folder, jobs, make, "student's own path")
+
+
+def deal_out(jobs, num_buckets, seed):
+    """Return a list of jobs for each bucket: as many for each, drawn at random by `seed`; of a single one, `jobs` as they are."""
+    if len(jobs) < num_buckets:
+        raise ValueError(f"{len(jobs)} pictures of the teacher are fewer than the {num_buckets} sizes of --aspect_ratios: raise "
+                         "--num_trajectories, or name fewer.")
+    drawn = torch.randperm(len(jobs), generator=torch.Generator().manual_seed(seed)) % num_buckets
+    return [[jobs[number] for number in (drawn == bucket).nonzero().flatten().tolist()] for bucket in range(num_buckets)]
 
 
 def _fill(accelerator, folder, jobs, make, description):
@@ -214,25 +225,53 @@ class Segments(torch.utils.data.Dataset):
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
+class Buckets(torch.utils.data.Dataset):
+    """Datasets of one latent shape each, their states numbered one after the other; a batch is of one of them."""
+
+    def __init__(self, datasets):
+        self.datasets, self.sizes = datasets, [len(dataset) for dataset in datasets]
+        self.starts = [0, *accumulate(self.sizes)]
+
+    def __len__(self):
+        return self.starts[-1]
+
+    def __getitems__(self, numbers):
+        index = bisect_right(self.starts, numbers[0]) - 1
+        return self.datasets[index].__getitems__([number - self.starts[index] for number in numbers])
+
+
 class SeededBatches(torch.utils.data.Sampler):
-    """Batches of state numbers in an order that is a function of (seed, epoch) alone, from batch `first` to batch `last`."""
+    """Batches of state numbers in an order that is a function of (seed, epoch) alone, from batch `first` to batch `last`.
+
+    `num_states` is how many there are or, of Buckets, a list of how many each has: no batch is of two.
+    """
 
     def __init__(self, num_states, batch_size, seed, first, last):
-        if num_states < batch_size:
-            raise ValueError(f"{num_states} cached states are fewer than one batch of {batch_size}: "
-                             "raise --num_trajectories or lower --train_batch_size.")
-        self.num_states, self.batch_size, self.seed, self.first, self.last = num_states, batch_size, seed, first, last
+        self.sizes = [num_states] if isinstance(num_states, int) else num_states
+        if min(self.sizes) < batch_size:
+            raise ValueError(f"{min(self.sizes)} cached states are fewer than one batch of {batch_size}: raise --num_trajectories "
+                             f"or lower --train_batch_size{', or name fewer --aspect_ratios' if len(self.sizes) > 1 else ''}.")
+        self.batch_size, self.seed, self.first, self.last = batch_size, seed, first, last
 
     def __len__(self):
         return self.last - self.first
 
     def __iter__(self):
-        batches_each = self.num_states // self.batch_size
-        epoch = order = None
+        batches_each = sum(size // self.batch_size for size in self.sizes)
+        epoch = dealt = None
         for batch in range(self.first, self.last):
             if epoch != batch // batches_each:
                 epoch = batch // batches_each
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                order = torch.randperm(self.num_states, generator=generator)
-            start = batch % batches_each * self.batch_size
-            yield order[start:start + self.batch_size].tolist()
+                dealt = self._deal(epoch)
+            yield dealt[batch % batches_each].tolist()
+
+    def _deal(self, epoch):
+        """Return an epoch's batches: of every bucket all that are whole, and the buckets mixed."""
+        generator, batches, start = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch), [], 0
+        for size in self.sizes:
+            order = start + torch.randperm(size, generator=generator)
+            batches += order.split(self.batch_size)[:size // self.batch_size]
+            start += size
+        if len(self.sizes) == 1:
+            return batches
+        return [batches[number] for number in torch.randperm(len(batches), generator=generator).tolist()]

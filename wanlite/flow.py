@@ -105,11 +105,14 @@ class FewSteps:
         check_schedule(self.scheduler, count)
         return list(zip(self.scheduler.timesteps.float().tolist(), self.scheduler.sigmas.tolist()))
 
-    def draw(self, num_pictures, velocity_of, generator, device):
-        """Return the pictures (B, C, H, W) that a student sees from a stop drawn at random; the gradient is of its last step."""
+    def draw(self, num_pictures, velocity_of, generator, device, latent_shape=None):
+        """Return the pictures (B, C, H, W) that a student sees from a stop drawn at random; the gradient is of its last step.
+
+        `latent_shape` (C, H, W) where it is not the one of all.
+        """
         count = self.counts[int(torch.randint(len(self.counts), (1,), generator=generator))]
         index = int(torch.randint(count, (1,), generator=generator))
-        noise = torch.randn(num_pictures, *self.latent_shape, generator=generator).to(device)
+        noise = torch.randn(num_pictures, *(latent_shape or self.latent_shape), generator=generator).to(device)
         with torch.no_grad():
             latents = sample(velocity_of, noise, self.scheduler, count, end=index)
         timestep, noise_level = (torch.full((num_pictures,), value, device=device) for value in self.paths[count][index])

@@ -137,14 +137,20 @@ def autoencoder_config(place):
 
 
 def pixels_per_token(folder):
-    """Return how many pixels across a token has, by which sizes of pictures divide: 16, or 32 with Wan2.2's autoencoder."""
+    """Return how many pixels across a token has, by which sizes of pictures divide: 16, or 32 with Wan2.2's autoencoder.
+
+    Raises ValueError where the autoencoder's config does not say it.
+    """
     try:
         place = find_parts(folder)["vae"]
-        if place.suffix == ".pth":                           # opened only once torch is there
-            return PATCH * (16 if place.name == AUTOENCODERS[1] else 8)
-        return PATCH * autoencoder_config(place).get("scale_factor_spatial", 8)
     except (OSError, ValueError):                            # what is wrong with the parts is said by those who need them
         return PATCH * 8
+    if place.suffix == ".pth":                               # opened only once torch is there
+        return PATCH * (16 if place.name == AUTOENCODERS[1] else 8)
+    stride = autoencoder_config(place).get("scale_factor_spatial", 8)
+    if type(stride) is not int or stride < 1:
+        raise ValueError(f"{place}: does not say the autoencoder's stride. Download the folder again.")
+    return PATCH * stride
 
 
 def has_two_experts(folder):

@@ -4,8 +4,10 @@ A run has up to three parts, one after the other: `velocity` (stage 1), `segment
 """
 
 import os
+import re
 import shutil
 
+WIDEST = 4                 # aspect ratio of a bucket
 PARTS = ("velocity", "segments", "matching")
 OWN_PATH_ROUNDS = 2        # how often in the part of segments the student's own path is walked
 SEGMENT_SHARE = 5 / 7      # of the steps, where --segment_steps is left open
@@ -27,11 +29,37 @@ def check_all(checks, together=False):
         raise ValueError("\n".join(dict.fromkeys(failed)))
 
 
-def check_resolution(resolution, pixels=16):
-    """Refuse a height and width in pixels that does not divide into tokens of `pixels` across."""
-    if resolution % pixels or resolution <= 0:
-        nearest = max(pixels, round(resolution / pixels) * pixels)
-        raise ValueError(f"--resolution {resolution} is not divisible by {pixels}; the nearest is {nearest}.")
+def complete_resolution(resolution, unit=16):
+    """Return --resolution as a run records it: one number for a square, else [width, height].
+
+    Raises ValueError for sides that do not divide into tokens of `unit` pixels.
+    """
+    sides = [resolution] if isinstance(resolution, int) else list(resolution)
+    if len(sides) not in (1, 2):
+        raise ValueError(f"--resolution {' '.join(map(str, sides))}: expected one number, for a square, or WIDTH HEIGHT.")
+    for side in sides:
+        if side % unit or side <= 0:
+            nearest = max(unit, round(side / unit) * unit)
+            raise ValueError(f"--resolution {side} is not divisible by {unit}; the nearest is {nearest}.")
+    return sides[0] if sides[0] == sides[-1] else sides
+
+
+def bucket_sizes(size, aspect_ratios, unit=16):
+    """Return the sizes (width, height) of about the area of `size` that have `aspect_ratios`, as "3:2"; None for `size` alone.
+
+    Sides are multiples of `unit`; ratios that come out as one size are one bucket. Raises ValueError for what is no ratio.
+    """
+    if aspect_ratios is None:
+        return [size]
+    sizes, area = {}, size[0] * size[1]
+    for said in aspect_ratios:
+        sides = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", said)
+        ratio = int(sides[1]) / int(sides[2]) if sides else 0
+        if not 1 / WIDEST <= ratio <= WIDEST:
+            raise ValueError(f"--aspect_ratios {said}: expected WIDTH:HEIGHT as 3:2, from 1:{WIDEST} to {WIDEST}:1.")
+        width, height = (max(1, round((area * each) ** 0.5 / unit)) * unit for each in (ratio, 1 / ratio))
+        sizes[width, height] = None
+    return list(sizes)
 
 
 def check_numbers(settings):
@@ -42,6 +70,9 @@ def check_numbers(settings):
     for name in ("segment_steps", "matching_steps", "own_path_pictures"):
         if (getattr(settings, name) or 0) < 0:
             raise ValueError(f"--{name} is {getattr(settings, name)}, expected 0 or more.")
+    if 0 < settings.own_path_pictures < len(settings.aspect_ratios or ()):
+        raise ValueError(f"--own_path_pictures is {settings.own_path_pictures}, expected 0, or at least one for each of the "
+                         f"{len(settings.aspect_ratios)} --aspect_ratios.")
     if settings.checkpoints_total_limit < 2:
         raise ValueError(f"--checkpoints_total_limit is {settings.checkpoints_total_limit}, expected at least 2: with one, a "
                          "save that fails leaves none.")

@@ -38,6 +38,11 @@ def read_run(folder):
     return run
 
 
+def picture_size(resolution):
+    """Return (width, height) in pixels of what a run calls its resolution: one number, or [width, height]."""
+    return tuple(resolution) if isinstance(resolution, list) and len(resolution) == 2 else (resolution, resolution)
+
+
 def check_output_folder(folder, settings, overwrite=False, resume=True):
     """Say what a run may do with its output folder: "new", or "resume" a run that was cut short under the same settings.
 
@@ -137,6 +142,7 @@ def write_model_card(folder, settings, few_steps, results):
     """Write the run's README.md: what the model is, how good it measured, how to draw with it."""
     measured = "".join(f"- {name}: {value}\n" for name, value in results.items() if not isinstance(value, dict))
     measured += "".join(f"- accuracy of the {name}: {value}\n" for name, value in results.get("prompt_accuracy", {}).items())
+    width, height = picture_size(settings.resolution)
     said = f" It was trained for {' or '.join(map(str, few_steps))} steps." if few_steps else ""
     (Path(folder) / "README.md").write_text(f"""---
 library_name: diffusers
@@ -144,7 +150,7 @@ pipeline_tag: text-to-image
 ---
 # A WanLiteStudent
 
-A text-to-image model distilled from `{Path(settings.teacher).name}`; it draws {settings.resolution} x {settings.resolution} pixels
+A text-to-image model distilled from `{Path(settings.teacher).name}`; it draws {width} x {height} pixels
 in {settings.num_inference_steps} steps, without guidance.{said}
 
     python run_inference.py --model {settings.output_dir} --prompt "..."
@@ -154,7 +160,7 @@ With stock diffusers, no code of this project:
     from diffusers import WanPipeline, WanTransformer3DModel
     student = WanTransformer3DModel.from_pretrained("{settings.output_dir}")
     pipeline = WanPipeline.from_pretrained("{settings.output_dir}", transformer=student)
-    frames = pipeline("...", height={settings.resolution}, width={settings.resolution}, num_frames=1, guidance_scale=1.0,
+    frames = pipeline("...", height={height}, width={width}, num_frames=1, guidance_scale=1.0,
                       num_inference_steps={settings.num_inference_steps}, output_type="pil").frames
 
 Measured on held-out prompts:

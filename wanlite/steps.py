@@ -55,12 +55,12 @@ def matching_step(networks, settings, batch, text, progress, generator):
     Source: DMD2 (Yin et al. 2024), decoupled DMD (Liu et al. 2025), K-DMD in SnapGen++ for the critic that is pulled along.
     """
     anchor, parts = segment_step(networks, settings, batch, text, progress, generator)
-    text = text.rows(slice(0, max(1, len(text.tokens) // MATCHED)))
+    text, latent_shape = text.rows(slice(0, max(1, len(text.tokens) // MATCHED))), batch["latents"].shape[1:]
     for _ in range(settings.critic_updates):
         with torch.no_grad():
-            drawn = draw(networks, text, generator)
+            drawn = draw(networks, text, generator, latent_shape)
         parts["critic_loss"] = update_critic(networks, settings, drawn, text, generator)
-    drawn = draw(networks, text, generator)
+    drawn = draw(networks, text, generator, latent_shape)
     for name, here, there in (("guidance", networks.guided, networks.plain),
                               ("critic", networks.plain, partial(velocity_from, networks.critic))):
         noisy, _, timestep, noise_level = networks.few.renoise(drawn, generator, is_one_level=True)
@@ -86,10 +86,10 @@ def update_critic(networks, settings, drawn, text, generator):
     return loss.detach()
 
 
-def draw(networks, text, generator):
-    """Return the student's pictures of `text`, from new noise and one stop drawn at random."""
+def draw(networks, text, generator, latent_shape=None):
+    """Return the student's pictures of `text`, from new noise and one stop drawn at random; `latent_shape` as in FewSteps.draw."""
     velocity_of = velocity_from(networks.student, text)
-    return networks.few.draw(len(text.tokens), velocity_of, generator, text.tokens.device)
+    return networks.few.draw(len(text.tokens), velocity_of, generator, text.tokens.device, latent_shape)
 
 
 def velocity_from(network, text):
