@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from wanlite.official import (
@@ -28,13 +28,17 @@ from wanlite.official import (
 )
 from wanlite.preflight import (
     PARTS,
+    bound_pictures,
     bucket_sizes,
     check_all,
+    check_batch,
     check_compiler,
     check_numbers,
     check_student,
     complete_resolution,
     complete_steps,
+    count_looks,
+    count_passes,
     parts_of,
 )
 from wanlite.prompts import read_prompts, varied_prompts
@@ -58,8 +62,6 @@ REAL_TEACHERS = ("Wan2.2-T2V-A14B", "Wan2.2-T2V-A14B-Diffusers")     # looked fo
 OFFICIAL_SHIFTS = {True: 12.0, False: 5.0}                           # of two experts and of one, where no scheduler says it
 DEFAULT_PROMPTS = 4000    # of the tiny world or of a grammar, where no prompts file is named
 CALIBRATION_TOKENS = 16384   # image tokens on which the projected weights are refitted
-NUM_VALIDATION = 8        # of them, shown in the grids, and drawn from as many seeds each to see how varied pictures are
-REFERENCE_STEPS = 40      # guided steps of the teacher that pictures and figures of a run are held against
 GRID_FIGURES = {"variety": "variety", "colour": "saturation", "drift": "channel_drift"}      # told beside the rows of a grid
 LOG_STEPS = 10
 STOPPED = 3               # exit code of a run that was asked to stop and can be resumed
@@ -117,7 +119,8 @@ class Settings:
     segment_steps: int | None = setting(None, "stage 2a: of them, steps towards the teacher's pictures; None = 5 of 7")
     matching_steps: int = setting(0, "stage 2b: of them, the last, steps of distribution matching with a critic")
     few_steps: list[int] = setting((1, 2, 4), "numbers of steps that stage 2 trains for; divisors of --teacher_steps")
-    own_path_pictures: int = setting(512, "states on the student's own path, walked on by the teacher, twice in stage 2a")
+    own_path_pictures: int | None = setting(None, "states on the student's own path, walked on by the teacher, twice in stage 2a; "
+                                            "None = 512, of a large teacher at most one for eight trajectories")
     gradient_accumulation_steps: int = setting(1, "micro-batches in a step")
     learning_rate: float = setting(3e-3, "peak of AdamW's learning rate")
     lr_scheduler: str = setting("cosine", "as in diffusers", choices=("cosine", "linear", "constant_with_warmup"))
@@ -142,6 +145,9 @@ class Settings:
     checkpointing_steps: int = setting(500, "steps between resumable checkpoints")
     checkpoints_total_limit: int = setting(2, "newest checkpoints to keep, at least 2")
     validation_steps: int = setting(350, "steps between validations: figures, a grid, and a candidate to be saved")
+    validation_walks: int | None = setting(None, "the most teacher pictures of a kind that validations are held against; None = "
+                                           "64, of a large teacher one for twenty trajectories, at least 4")
+    reference_steps: int | None = setting(None, "guided steps of the teacher in the grids; None = twice --teacher_steps")
     validation_prompts: list[str] | None = setting(None, "prompts of the grids; None = eight held-out ones")
     num_inference_steps: int = setting(4, "steps in which the student draws; goes to run.json as its default")
     report_to: str = setting("tensorboard", "tracker, as in accelerate: tensorboard, wandb, ...; 'none' for metrics.jsonl alone")
@@ -192,6 +198,7 @@ def complete(settings):
         json.loads(scheduler.read_text())["flow_shift"] if scheduler.is_file() else official_shift)
     settings = replace(settings, teacher=str(teacher), resolution=_complete_resolution(teacher, settings), flow_shift=float(shift),
                        few_steps=few_steps, segment_steps=segment_steps,
+                       reference_steps=settings.reference_steps or 2 * settings.teacher_steps,
                        cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"))
     if settings.student is not None:
         student = Path(settings.student).expanduser().absolute()
@@ -253,7 +260,7 @@ from tqdm import tqdm  # noqa: E402
 
 from wanlite import shapes  # noqa: E402
 from wanlite.announcements import announce, conclude, versions  # noqa: E402
-from wanlite.autoencoder import decode_latents, load_autoencoder, make_autoencoder, to_pictures  # noqa: E402
+from wanlite.autoencoder import DECODED_AT_ONCE, decode_latents, load_autoencoder, make_autoencoder, to_pictures  # noqa: E402
 from wanlite.cache import cache_folder, fingerprint  # noqa: E402
 from wanlite.calibration import calibrate, choose_channels, make_frames  # noqa: E402
 from wanlite.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint  # noqa: E402
@@ -265,6 +272,7 @@ from wanlite.data import (  # noqa: E402
     Segments,
     deal_out,
     feature_basis,
+    kept_once,
     walk_own_path,
     walk_teacher,
 )
@@ -552,6 +560,14 @@ def open_parts(settings, accelerator):
     return folder
 
 
+def compare_experts(settings, files, device):
+    """Return the cosines of check_experts(), which reads both experts: once, and kept in the cache."""
+    record = cache_folder(settings.cache_dir, "experts", teacher=files.fingerprint) / "cosines.json"
+    if not record.exists():
+        write_json(record, check_experts(files, device))
+    return json.loads(record.read_text(encoding="utf-8"))
+
+
 def start_student(settings, student, files, cosines, embeddings, prompts, latent_size, accelerator):
     """Give the student its first weights, as --projection says; returns the report for run.json, None for a random start.
 
@@ -629,32 +645,38 @@ def plan(settings, words):
         student = WanLiteStudent(shape)
     training, held_out = choose_prompts(settings, print)
     walks = settings.num_trajectories or len(training)
-    work = announce(settings, files, student, device, walks, parts, print)
+    settings = replace(settings, **bound_pictures(settings, files.width, walks))
+    check_batch(settings, walks, 1, parts)
+    work = announce(settings, files, student, device, walks, count_passes(settings, walks, len(held_out), parts), parts, print)
     decoder = autoencoder_config(found["vae"])
     latent_shape, buckets = latent_shapes(settings, files, decoder.get("scale_factor_spatial", 8))
     largest = max([latent_shape, *buckets], key=math.prod)
     tokens = math.prod(latent_shape[1:]) // math.prod(student.config.patch_size)
     dtype, residency = training_dtype(settings), place_teacher(settings, files, device)
 
+    @cache
     def training_peak(rows):
         return at_depth(lambda depth: simulate_training(
             lambda: WanLiteStudent(shape | {"depth": depth}), partial(make_optimizers, settings),
             lambda network: EMAModel(network.parameters()), rows, largest[1:], dtype != torch.float32), shape["depth"])
 
+    together = max(1, DECODED_AT_ONCE // math.prod(picture_size(settings.resolution)))
     held, beside = teacher_bytes(files, residency, dtype, settings.teacher_fp8)
     rows = min(2 * SHARD_SIZE, max(1, TOKENS_AT_ONCE // tokens))                                # half of them for guidance
     phases = {
         "text": num_bytes(found["text_encoder"]),
         "trajectories": held + pass_peak(files, rows, largest[1:], dtype) + walk_bytes(SHARD_SIZE, settings.teacher_steps, largest),
         "training": training_peak(settings.train_batch_size),
-        "validation": training_peak(1) + decoding_peak(partial(make_autoencoder, decoder), decode_latents, SHARD_SIZE,
-                                                       latent_shape)}
+        "validation": training_peak(1) + at_depth(
+            lambda parts: decoding_peak(partial(make_autoencoder, decoder), decode_latents, parts * together, latent_shape),
+            -(-settings.validation_walks // together))}
     if settings.matching_steps:                              # the critic learns beside the student, and the teacher is asked
         phases["matching"] = (phases["training"] + training_peak(max(1, settings.train_batch_size // MATCHED))
                               + phases["trajectories"])
     weights = 4 * student.num_parameters()
     remembered = weights * (4 if settings.muon_learning_rate else 5) * (1.5 if settings.matching_steps else 1)
-    seen = walks + min(len(held_out), SHARD_SIZE) + NUM_VALIDATION**2
+    looks, several = count_looks(settings.validation_walks, len(held_out))
+    seen = walks + looks + min(several, len(held_out)) * several
     converted = sum(map(num_bytes, {place for part, place in found.items() if not is_converted(found, part)}))
     disk = {settings.cache_dir: weights + converted + trajectory_bytes(seen, settings.teacher_steps, largest, tokens,
                                                                        shape["hidden_size"]),
@@ -715,15 +737,15 @@ def teacher_walks(trajectories, pack, prompts, autoencoder):
 
 
 @torch.no_grad()
-def compare_walks(walks, velocity_for, num_steps, autoencoder, scheduler, check):
-    """Draw from the noise of `walks`, of many prompts and of many seeds; returns how like the teacher's it is, in figures."""
+def compare_walks(walks, velocity_for, num_steps, num_seeds, autoencoder, scheduler, check):
+    """Draw from the noise of `walks`, of many prompts and of `num_seeds` seeds each; returns how like the teacher's it is, in figures."""
     drawn = []
     for noise, text, _, _ in walks:
         check()
         latents = sample(velocity_for(text), noise, scheduler, num_steps)
         drawn.append((latents.cpu(), to_pictures(decode_latents(autoencoder, latents))))
     (_, _, latents, pictures), (_, _, _, by_seed) = walks
-    by_seed, own_by_seed = (each.reshape(-1, NUM_VALIDATION, *each.shape[1:]) for each in (by_seed, drawn[1][1]))
+    by_seed, own_by_seed = (each.reshape(-1, num_seeds, *each.shape[1:]) for each in (by_seed, drawn[1][1]))
     return likeness(*drawn[0], own_by_seed, latents, pictures, by_seed) | {
         "frechet_distance": frechet_distance(drawn[0][1], pictures)}
 
@@ -763,19 +785,23 @@ def train(settings, is_resumed, stop):
     if settings.projection != "none" and settings.student is None:
         check_cut(files.config, dict(student.config))
     training, held_out = choose_prompts(settings, say)
-    validation = settings.validation_prompts or held_out[:NUM_VALIDATION]
     num_trajectories = settings.num_trajectories or len(training)
     parts = parts_of(settings)
+    asked, settings = settings, replace(settings, **bound_pictures(settings, files.width, num_trajectories))
+    check_batch(settings, num_trajectories, ranks, parts)
+    num_looked_at, several = count_looks(settings.validation_walks, len(held_out))
+    validation = settings.validation_prompts or held_out[:several]
     few_steps = settings.few_steps if parts[-1][0] != "velocity" else []
-    run = {"settings": asdict(settings), "versions": versions(), "teacher": files.fingerprint, "student": shape,
+    run = {"settings": asdict(asked), "versions": versions(), "teacher": files.fingerprint, "student": shape,
            "prompts": fingerprint([training, held_out]), "processes": ranks,
            "student_parameters": student.num_parameters(), "finished": False, "validation_prompts": validation,
            "num_inference_steps": settings.num_inference_steps, "resolution": settings.resolution,
            "schedule": describe_schedule(settings, few_steps, parts)}
     if is_resumed:
         check_resumable(output, run, say)
-    work = announce(settings, files, student, device, num_trajectories, parts, say)
-    cosines = check_experts(files, device) if accelerator.is_main_process and not is_resumed else {}
+    passes = count_passes(settings, num_trajectories, len(held_out), parts)
+    work = announce(settings, files, student, device, num_trajectories, passes, parts, say)
+    cosines = compare_experts(settings, files, device) if accelerator.is_main_process and not is_resumed else {}
     parts_folder = open_parts(settings, accelerator)
     embeddings = encode_once(parts_folder, [*training, *held_out, *validation, settings.negative_prompt], device)
     autoencoder = load_autoencoder(parts_folder, device=device)
@@ -812,19 +838,22 @@ def train(settings, is_resumed, stop):
     def guided_for(prompts, features):
         return guided(pack(prompts), features)
 
-    some, features = training[:SHARD_SIZE], Sampled(len(training[:SHARD_SIZE]) * settings.teacher_steps * tokens_each)
-    basis = feature_basis(guided_for(some, features), features, seeded_noise(latent_shape, range(len(some))).to(device),
-                          scheduler, settings.teacher_steps, shape["hidden_size"])
-    first_seed = settings.seed * 10**7
-    walks = [(n % len(training), training[n % len(training)], first_seed + n) for n in range(num_trajectories)]
-    unseen = held_out[:SHARD_SIZE]
-    looked_at = range(max(len(unseen), 2 * NUM_VALIDATION))    # a few walks at least, where prompts are fewer
-    jobs = {"held_out": [(n % len(unseen), unseen[n % len(unseen)], first_seed - 1 - n) for n in looked_at],
-            "seeds": [(n, prompt, first_seed - 1000 - seed) for n, prompt in enumerate(unseen[:NUM_VALIDATION])
-                      for seed in range(NUM_VALIDATION)]}
     made_of = {"teacher": files.fingerprint, "negative_prompt": settings.negative_prompt, "shift": settings.flow_shift,
                "guidance": (settings.guidance_scale, settings.guidance_scale_2), "steps": settings.teacher_steps,
                "text_length": TEXT_LENGTH, "features": shape["hidden_size"]}
+    some = training[:settings.validation_walks]
+
+    def find_basis():
+        features = Sampled(len(some) * settings.teacher_steps * tokens_each)
+        return {"basis": feature_basis(guided_for(some, features), features, seeded_noise(latent_shape, range(len(some))).to(device),
+                                       scheduler, settings.teacher_steps, shape["hidden_size"]).cpu()}
+
+    basis = kept_once(accelerator, cache_folder(settings.cache_dir, "basis", prompts=some, latents=latent_shape, **made_of), find_basis)["basis"].to(device)
+    first_seed = settings.seed * 10**7
+    walks = [(n % len(training), training[n % len(training)], first_seed + n) for n in range(num_trajectories)]
+    unseen = held_out[:settings.validation_walks]
+    jobs = {"held_out": [(n % len(unseen), unseen[n % len(unseen)], first_seed - 1 - n) for n in range(num_looked_at)],
+            "seeds": [(n, prompt, first_seed - 1000 - seed) for n, prompt in enumerate(unseen[:several]) for seed in range(several)]}
 
     def walk(walked, latents):
         folder = cache_folder(settings.cache_dir, "trajectories", walks=walked, latents=latents, **made_of)
@@ -840,12 +869,15 @@ def train(settings, is_resumed, stop):
     check = stop.check if ranks == 1 else lambda: None          # several ranks stop together, at a step
     seeds = list(range(settings.seed, settings.seed + max(len(validation), len(held_out))))
     draw = partial(draw_pictures, autoencoder=autoencoder, scheduler=scheduler, latent_shape=latent_shape, check=check)
-    teacher_drawn = draw(guided, embeddings=[embeddings[p] for p in validation], seeds=seeds, num_steps=REFERENCE_STEPS)
+    folder = cache_folder(settings.cache_dir, "pictures", prompts=validation, seeds=seeds[:len(validation)],
+                          reference=settings.reference_steps, **made_of)
+    teacher_drawn = kept_once(accelerator, folder, lambda: {"pictures": torch.from_numpy(draw(
+        guided, embeddings=[embeddings[p] for p in validation], seeds=seeds, num_steps=settings.reference_steps))})["pictures"].numpy()
     few = FewSteps(settings.flow_shift, few_steps or [settings.num_inference_steps], latent_shape, settings.teacher_steps)
     own_scheduler = few.scheduler if few_steps else scheduler
     draw_own = partial(draw, scheduler=own_scheduler)
     examine = partial(compare_walks, [teacher_walks(states[part], pack, unseen, autoencoder) for part in ("held_out", "seeds")],
-                      autoencoder=autoencoder, scheduler=own_scheduler, check=check)
+                      num_seeds=several, autoencoder=autoencoder, scheduler=own_scheduler, check=check)
 
     # What learns, and how; all of it is in `memory`, and nothing else has to be remembered.
     set_seed(settings.seed)                                  # again: what lay in the cache has drawn no numbers
@@ -904,7 +936,7 @@ def train(settings, is_resumed, stop):
             figures = {"held_out_error": relative_error(student, states["held_out"], embeddings, held_out, device, check)}
             looks = {count: examine(partial(velocity_from, student), num_steps=count) for count in few.counts}
             figures |= {f"{name}_{count}": value for count, look in looks.items() for name, value in look.items()}
-            grid = {f"teacher {REFERENCE_STEPS} steps": teacher_drawn}
+            grid = {f"teacher {settings.reference_steps} steps": teacher_drawn}
             for count, look in reversed(looks.items()):
                 said = [f"{name} {look[measure]:.2f}" for name, measure in GRID_FIGURES.items()]
                 grid[", ".join([f"student {count} step{'s' * (count > 1)}", *said])] = draw_own(
@@ -1054,7 +1086,7 @@ def train(settings, is_resumed, stop):
         if settings.resolution == shapes.PICTURE_SIZE:
             words = [embeddings[prompt] for prompt in held_out]
             results |= compare(
-                lambda _: draw(guided, embeddings=words, seeds=seeds, num_steps=REFERENCE_STEPS),
+                lambda _: draw(guided, embeddings=words, seeds=seeds, num_steps=settings.reference_steps),
                 {count: lambda _, count=count: draw_own(partial(velocity_from, student), embeddings=words, seeds=seeds,
                                                         num_steps=count) for count in few.counts},
                 settings.num_inference_steps, held_out)

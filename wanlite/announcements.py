@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 
 
-def announce(settings, files, student, device, num_trajectories, parts, say):
-    """Say what will happen before it happens; returns how many passes of the teacher and how many states."""
+def announce(settings, files, student, device, num_trajectories, passes, parts, say):
+    """Say what will happen before it happens; returns `passes`, of the teacher, and how many states the student learns from."""
     sizes = " + ".join(f"{expert.num_parameters / 1e6:,.2f} M" for expert in files.experts.values())
-    passes = num_trajectories * settings.teacher_steps * 2
     pictures = settings.max_train_steps * settings.train_batch_size * settings.gradient_accumulation_steps
     config, steps = student.config, {}
     for part, first, last in parts:
@@ -20,7 +19,7 @@ def announce(settings, files, student, device, num_trajectories, parts, say):
         f"parameters, start: {settings.student or settings.projection}\n"
         f"device   {device}, {torch.get_num_threads()} threads, "
         f"{'float32' if settings.mixed_precision == 'no' else settings.mixed_precision + ' mixed precision'}\n"
-        f"work     {num_trajectories:,} teacher pictures ({passes:,} teacher passes), then {settings.max_train_steps:,} steps "
+        f"work     {num_trajectories:,} teacher pictures ({passes:,} teacher passes with all that is looked at), then {settings.max_train_steps:,} steps "
         f"({pictures:,} states): {', '.join(f'{part} {count:,}' for part, count in steps.items())}\n"
         f"output   {Path(settings.output_dir).absolute()}")
     return passes, pictures

@@ -9,7 +9,7 @@ Legend: B batch, N tokens, L text length, D d teacher and student width, F f fee
 """
 
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import nn
@@ -97,8 +97,8 @@ def calibrate(student, files, report, frames):
     blocks, channels = iter(expert.blocks), report.channels.to(frames.latents.device)
     spans = tqdm(report.spans, desc="calibrating", unit="block", disable=None)
     for span, block, cut in zip(spans, student.blocks, report.cuts):
-        goals, seen = _watch_span(islice(blocks, len(span)), theirs, channels)
-        _refit_block(block, ours, goals, _wanted(seen, cut), cut)
+        goals, seen = _watch_span(islice(blocks, len(span)), theirs, channels, cut)
+        _refit_block(block, ours, goals, _join(seen), cut)
     wanted = expert.proj_out(_head_input(expert, theirs))
     _refit(student.proj_out, _head_input(student, ours), wanted)
 
@@ -128,38 +128,43 @@ def _head_input(network, walk):
 # ---- the teacher's side --------------------------------------------------------------------------------------------
 
 WATCHED = {f"{attention}.{kind}": f"{attention}.to_{kind}" for attention in ("attn1", "attn2") for kind in "qkv"}
-WATCHED |= {"ffn": "ffn.net.0.proj", "attn1": "attn1", "attn2": "attn2"}
+WATCHED |= {"ffn": "ffn.net.0.proj"}
 
 
-def _watch_span(blocks, walk, channels):
-    """Walk a span; returns the states to reach after each part of a student block, and what each block computed."""
+def _watch_span(blocks, walk, channels, cut):
+    """Walk a span; returns the states to reach after each part of a student block, and of each block what the student keeps."""
     entry, updates, seen = walk.states[..., channels], {"attn1": 0.0, "attn2": 0.0}, []
-    for block in blocks:
+    for number, block in enumerate(blocks):
         found = {}
         hooks = [block.get_submodule(module).register_forward_hook(
-            lambda module, inputs, output, name=name, found=found: found.__setitem__(name, output))
+            lambda module, inputs, output, name=name, number=number, found=found: found.update(_pick(output, name, number, cut)))
             for name, module in WATCHED.items()]
+        hooks += [block.get_submodule(module).register_forward_hook(
+            lambda module, inputs, output, name=module, found=found: found.__setitem__(name, output[..., channels]))
+            for module in updates]
         walk.states = block(walk.states, walk.text, walk.modulation, walk.rotary, walk.logit_bias)
         for hook in hooks:
             hook.remove()
         gate = (block.scale_shift_table + walk.modulation)[:, 2:3]
-        updates["attn1"] = updates["attn1"] + (found.pop("attn1") * gate)[..., channels]
-        updates["attn2"] = updates["attn2"] + found.pop("attn2")[..., channels]
+        updates["attn1"] = updates["attn1"] + found.pop("attn1") * gate[..., channels]
+        updates["attn2"] = updates["attn2"] + found.pop("attn2")
         seen.append(found)
     after = entry + updates["attn1"]
     return {"attn1": after, "attn2": after + updates["attn2"], "ffn": walk.states[..., channels]}, seen
 
 
-def _wanted(seen, cut):
-    """Pick what the student keeps of the blocks' queries, keys, values and neurons."""
-    wanted = {}
-    for name in ("attn1.q", "attn1.k", "attn1.v", "attn2.q", "attn2.k", "attn2.v", "ffn"):
-        picks = cut.get(name)
-        if picks is not None:
-            wanted[name] = torch.cat([seen[number][name][..., rows] for number, rows in picks], -1)
-        if name[-1] in "qk":
-            wanted[f"{name}.size"] = torch.cat([_size(seen[number][name]).expand(len(rows)) for number, rows in picks])
-    return wanted
+def _pick(output, name, number, cut):
+    """Pick what the student keeps of a block's queries, keys, values or neurons: all of them, of a span, would fill the memory."""
+    rows = [kept for block, kept in cut.get(name) or () if block == number]
+    if not rows:
+        return {}
+    rows = torch.cat([torch.as_tensor(kept) for kept in rows])
+    return {name: output[..., rows]} | ({f"{name}.size": _size(output).expand(len(rows))} if name[-1] in "qk" else {})
+
+
+def _join(seen):
+    """Put what was picked of the blocks of a span side by side, in their order."""
+    return {name: torch.cat([found[name] for found in seen if name in found], -1) for name in dict.fromkeys(chain(*seen))}
 
 
 def _size(queries):

@@ -140,6 +140,16 @@ def write_shard(folder, index, tensors):
     os.replace(partial, shard_path(folder, index))
 
 
+def kept_once(accelerator, folder, make):
+    """Return the tensors of `make()`, {name: tensor} on the CPU, that `folder` keeps; they are made where it does not yet."""
+    if not shard_path(folder, 0).exists():
+        made = make()
+        if accelerator.is_main_process:
+            write_shard(folder, 0, made)
+    accelerator.wait_for_everyone()
+    return {name: tensor.clone() for name, tensor in read_shard(folder, 0).items()}      # sums would depend on where a file has it
+
+
 def read_shard(folder, index):
     """Return a shard's tensors, memory-mapped."""
     try:

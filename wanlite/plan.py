@@ -59,9 +59,9 @@ def simulated_peak(work):
 
 
 def at_depth(peak_of, depth):
-    """Return `peak_of(depth)` of a network of equal blocks, from the peaks of two shallow ones: each block adds the same."""
-    first, second = (peak_of(min(shallow, depth)) for shallow in (2, 4))
-    return first if depth <= 2 else second + (second - first) // 2 * (depth - 4)
+    """Return `peak_of(depth)` of a network of equal blocks, or of so many equal parts, from one and two: each adds the same."""
+    first, second = (peak_of(min(shallow, depth)) for shallow in (1, 2))
+    return first if depth <= 1 else second + (second - first) * (depth - 2)
 
 
 # ---- memory; `peak(work)` may also be one that measures ----------------------------------------------------------------------
@@ -103,15 +103,20 @@ def training_peak(make_student, make_optimizers, make_average, rows, latent_size
         student = make_student()
         optimizers, average = make_optimizers(student), make_average(student)
         latents = torch.zeros(rows, student.config.num_channels, *latent_size)
-        for _ in range(2):                                   # the second step has the optimizers' memory beside it
-            with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
-                velocity, = student(latents, torch.zeros(rows), torch.zeros(rows, TEXT, student.config.text_dim),
-                                    text_logit_bias=torch.zeros(rows, TEXT), return_dict=False)
-            (velocity.float() - latents).square().mean().backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            average.step(student.parameters())
+        for parameter in student.parameters():               # optimizers that have stepped have their memory beside a step
+            parameter.grad = torch.zeros_like(parameter)
+        update(student, optimizers, average)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            velocity, = student(latents, torch.zeros(rows), torch.zeros(rows, TEXT, student.config.text_dim),
+                                text_logit_bias=torch.zeros(rows, TEXT), return_dict=False)
+        (velocity.float() - latents).square().mean().backward()
+        update(student, optimizers, average)
+
+    def update(student, optimizers, average):
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        average.step(student.parameters())
 
     return peak(work)
 
@@ -156,16 +161,25 @@ def estimate(student, files, passes, states, tokens, latent_size, device, dtype)
     return f"about {max(1, round((each * states + each / 3 * teacher / student.num_parameters() * passes) / 60)):,} minutes"
 
 
-def matrix_rate(device, dtype, width=None):
-    """Return the operations a second that a device multiplies matrices of a dtype and a width with; None = so wide that a GPU is
-    busy, and on the CPU for a moment only."""
-    width = width or (8192 if torch.device(device).type == "cuda" else 1024)
-    matrix, seconds = torch.randn(width, width, device=device).to(dtype), []
-    for _ in range(5):
-        began = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()                       # waits until it is there
-        seconds.append(time.perf_counter() - began)
-    return 2 * width**3 / min(seconds)
+def matrix_rate(device, dtype, widest=4096, patience=0.05):
+    """Return the operations a second that a device multiplies matrices of a dtype with: of ever larger ones while these are quick.
+
+    A product that takes longer than `patience` seconds is the last: some CPUs are a thousand times slower than a GPU in bfloat16.
+    """
+    width, fastest = 128, 0.0
+    while width <= widest:
+        matrix, seconds = torch.randn(width, width, device=device).to(dtype), []
+        for _ in range(3):
+            began = time.perf_counter()
+            (matrix @ matrix)[0, 0].item()                   # waits until it is there
+            seconds.append(time.perf_counter() - began)
+            if seconds[-1] > patience:
+                break
+        fastest = max(fastest, 2 * width**3 / min(seconds))
+        if max(seconds[1:] or seconds) > patience:
+            break
+        width *= 2
+    return fastest
 
 
 def free_disk(folder):
@@ -178,10 +192,10 @@ def free_disk(folder):
 
 def largest_batch(peak_of, rows, free):
     """Return the largest of `rows` and its halves whose peak is no more than `free`; 0 where none is. Each row adds the same."""
-    one, two = peak_of(1), peak_of(2)
-    while rows and one + (rows - 1) * (two - one) > free:
-        rows //= 2
-    return rows
+    one, each, fits = peak_of(1), (peak_of(rows) - peak_of(1)) / max(1, rows - 1), rows
+    while fits and one + (fits - 1) * each > free:
+        fits //= 2
+    return fits
 
 
 def tell(phases, disk, device, free, residency, beside, rows, accumulated, training_peak):
@@ -201,7 +215,7 @@ def tell(phases, disk, device, free, residency, beside, rows, accumulated, train
         wrong.append("the teacher's passes do not fit: " + ("lower --resolution." if residency == "disk" else
                                                             "add --teacher_residency disk."))
     if phases["training"] > free:
-        fits = largest_batch(training_peak, rows // 2, free)
+        fits = largest_batch(training_peak, rows, free)
         wrong.append(f"training does not fit: lower --train_batch_size to {fits} and raise --gradient_accumulation_steps to "
                      f"{accumulated * rows // fits}." if fits else
                      "training does not fit at any batch: add --gradient_checkpointing, or lower --resolution.")

@@ -3,6 +3,7 @@
 A run has up to three parts, one after the other: `velocity` (stage 1), `segments` (stage 2a), `matching` (stage 2b).
 """
 
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,10 @@ WIDEST = 4                 # aspect ratio of a bucket
 PARTS = ("velocity", "segments", "matching")
 OWN_PATH_ROUNDS = 2        # how often in the part of segments the student's own path is walked
 SEGMENT_SHARE = 5 / 7      # of the steps, where --segment_steps is left open
+MOST_LOOKED_AT, LEAST_LOOKED_AT = 64, 4     # walks of a kind that a validation is held against
+SHOWN = 8                  # prompts in the grids; as many are drawn from as many seeds each to see how varied pictures are
+LOOKED_AT = 20             # of a large teacher: one for so many trajectories, where --validation_walks is left open
+MOST_OWN = 512             # states on the student's own path, where --own_path_pictures is left open
 COUNTS = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "teacher_steps", "num_inference_steps",
           "num_held_out", "checkpointing_steps", "validation_steps", "critic_updates")
 
@@ -73,6 +78,10 @@ def check_numbers(settings):
     if 0 < settings.own_path_pictures < len(settings.aspect_ratios or ()):
         raise ValueError(f"--own_path_pictures is {settings.own_path_pictures}, expected 0, or at least one for each of the "
                          f"{len(settings.aspect_ratios)} --aspect_ratios.")
+    if settings.validation_walks is not None and not LEAST_LOOKED_AT <= settings.validation_walks <= MOST_LOOKED_AT:
+        raise ValueError(f"--validation_walks is {settings.validation_walks}, expected {LEAST_LOOKED_AT} to {MOST_LOOKED_AT}.")
+    if settings.reference_steps is not None and settings.reference_steps < 1:
+        raise ValueError(f"--reference_steps is {settings.reference_steps}, expected at least 1.")
     if settings.checkpoints_total_limit < 2:
         raise ValueError(f"--checkpoints_total_limit is {settings.checkpoints_total_limit}, expected at least 2: with one, a "
                          "save that fails leaves none.")
@@ -128,6 +137,44 @@ def parts_of(settings):
     ends += [settings.max_train_steps]
     names = (PARTS[0], *[PARTS[1]] * OWN_PATH_ROUNDS, PARTS[2])
     return [(name, first, last) for name, first, last in zip(names, [0, *ends], ends) if first < last]
+
+
+def bound_pictures(settings, width, num_trajectories):
+    """Return what --validation_walks and --own_path_pictures are where they are left open: a share of the trajectories if the
+    teacher is large, of `width` 1024 or more, so that little to learn from is not looked at for ever."""
+    is_large = width >= 1024
+    walks, own = num_trajectories // LOOKED_AT if is_large else MOST_LOOKED_AT, MOST_OWN
+    if is_large:
+        own = min(own, max(settings.train_batch_size, num_trajectories // 8))
+    return {"validation_walks": min(MOST_LOOKED_AT, max(LEAST_LOOKED_AT, settings.validation_walks or walks)),
+            "own_path_pictures": own if settings.own_path_pictures is None else settings.own_path_pictures}
+
+
+def count_looks(walks, num_held_out):
+    """Return (walks of held-out prompts, n): a validation is held against these, and against n prompts from n seeds each."""
+    return max(min(num_held_out, walks), min(2 * SHOWN, walks)), min(SHOWN, math.isqrt(walks))
+
+
+def count_passes(settings, num_trajectories, num_held_out, parts):
+    """Return how many times a picture goes through the teacher in a run; guidance takes two of these a step."""
+    looks, several = count_looks(settings.validation_walks, num_held_out)
+    walks = num_trajectories + settings.validation_walks + looks + min(several, num_held_out) * several
+    steps = {part: sum(last - first for name, first, last in parts if name == part) for part in PARTS}
+    shown = len(settings.validation_prompts or range(min(several, num_held_out)))
+    own = OWN_PATH_ROUNDS * settings.own_path_pictures * settings.teacher_steps // 2 * (steps["segments"] > 0)
+    matched = steps["matching"] * settings.train_batch_size * settings.gradient_accumulation_steps      # a quarter, four times
+    return 2 * (walks * settings.teacher_steps + shown * settings.reference_steps + own) + matched
+
+
+def check_batch(settings, num_trajectories, ranks, parts):
+    """Refuse, before the teacher is asked, a batch larger than what a part of the run learns from."""
+    rows = settings.train_batch_size * ranks
+    later = 2 * num_trajectories + settings.own_path_pictures if max(settings.few_steps) > 1 else num_trajectories
+    for part in dict.fromkeys(part for part, *_ in parts):
+        states = num_trajectories * settings.teacher_steps if part == "velocity" else later
+        if states < rows:
+            raise ValueError(f"the part {part} learns from {states} states, fewer than one batch of {rows}: lower "
+                             f"--train_batch_size to {states // ranks}, or raise --num_trajectories or --own_path_pictures.")
 
 
 def check_student(run, settings, folder):

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -135,10 +136,14 @@ class TeacherFiles:
         return next(iter(self.experts.values())).config
 
     @property
+    def width(self):
+        return next(iter(self.experts.values())).width
+
+    @property
     def num_parameters(self):
         return sum(expert.num_parameters for expert in self.experts.values())
 
-    @property
+    @cached_property
     def fingerprint(self):
         """A sha256 over every expert's files: the whole of a small one, 64 samples of a large one."""
         return sampled_digest((expert.name, path) for expert in self.experts.values()
@@ -576,7 +581,9 @@ class _StreamedBlocks(nn.Module):
             names = [name for name in self.files.places if name.startswith(prefix)]
             tensors = _read_all(self.files, names, self.device, self.dtype)
             block.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, strict=True, assign=True)
+            del tensors
             yield block.eval().requires_grad_(False)
+            block.to("meta")                                 # gone before the next is read, whoever still holds it
 
 
 def make_expert(files, depth):
