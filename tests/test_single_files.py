@@ -3,9 +3,9 @@
 import io
 import json
 import math
-import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -14,23 +14,29 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
-from tests.conftest import ROOT, official_name, run_script
+from tests.conftest import A14B, TI2V_5B, WAN_1_3B, official_name, wan_shapes, write_sparse
 from tests.test_official import AUTOENCODERS, SMALL, official_autoencoder_name, official_text_encoder_name
 from tests.test_resuming import train as train_in_a_process
-from train_distillation import Settings, WanLiteStudent, complete, train
+from train_distillation import Settings, WanLiteStudent, complete, plan, train
 from wanlite import shapes
-from wanlite.official import check_parts, convert_parts, find_parts, has_two_experts, num_bytes
+from wanlite.official import convert_parts, find_parts, has_two_experts, num_bytes
 from wanlite.projection import project_into
 from wanlite.stopping import StopSignal
 from wanlite.teacher import open_teacher_files
 
+OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 FP8 = torch.float8_e4m3fn
 EXPERTS = {"high": "transformer", "low": "transformer_2"}
-VERY_SHORT = ("--num_trajectories", "8", "--teacher_steps", "4", "--train_batch_size", "8", "--max_train_steps", "2",
-              "--segment_steps", "1", "--matching_steps", "0", "--own_path_pictures", "4", "--num_held_out", "4",
-              "--checkpointing_steps", "2", "--validation_steps", "2")
+VERY_SHORT = {"num_trajectories": 8, "teacher_steps": 4, "train_batch_size": 8, "max_train_steps": 2, "segment_steps": 1,
+              "own_path_pictures": 4, "num_held_out": 4, "checkpointing_steps": 2, "validation_steps": 2}
 NETWORK = {"num_attention_heads": 1, "attention_head_dim": 128, "num_layers": 2, "ffn_dim": 256, "freq_dim": 32, "text_dim": 64,
            "in_channels": 16, "out_channels": 16, "rope_max_seq_len": 1024}
+
+
+def settings_in(folder, **more):
+    """Return the settings of a very short run with the teacher wan/ in a folder; it goes to run/ there."""
+    return Settings(teacher=str(folder / "wan"), output_dir=str(folder / "run"), report_to="none",
+                    **{"resolution": 32} | VERY_SHORT | more)
 
 
 # ---- a teacher, every number of which float8, times a scale, holds exactly ---------------------------------------------------
@@ -132,12 +138,12 @@ def write(path, tensors):
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
-def write_models(folder, wan, spiece, store=halved, precision="fp16"):
+def write_models(folder, wan, spiece):
     """Write a teacher as ComfyUI's models/ holds it, the tokenizer inside the text encoder."""
     for name in EXPERTS:
-        write(folder / "diffusion_models" / f"wan2.2_t2v_{name}_noise_14B_{precision}.safetensors", store(expert_of(wan, name)))
+        write(folder / "diffusion_models" / f"wan2.2_t2v_{name}_noise_14B_fp16.safetensors", halved(expert_of(wan, name)))
     words = {"spiece_model": torch.frombuffer(bytearray(spiece), dtype=torch.uint8)}
-    write(folder / "text_encoders" / f"umt5_xxl_{precision}.safetensors", store(text_encoder_of(wan)) | words)
+    write(folder / "text_encoders" / "umt5_xxl_fp16.safetensors", halved(text_encoder_of(wan)) | words)
     write(folder / "vae" / "wan_2.1_vae.safetensors", autoencoder_of(wan))
 
 
@@ -166,12 +172,7 @@ def write_official(folder, wan, spiece):
     shutil.copytree(wan / "tokenizer", folder / "google" / "umt5-xxl")
 
 
-def write_scaled_models(folder, wan, spiece):
-    write_models(folder, wan, spiece, scaled, "fp8_e4m3fn_scaled")
-
-
-LAYOUTS = {"official": (write_official, "official"), "models fp16": (write_models, "ComfyUI"), "flat fp8": (write_flat, "ComfyUI"),
-           "models fp8": (write_scaled_models, "ComfyUI")}
+LAYOUTS = {"official": (write_official, "official"), "models fp16": (write_models, "ComfyUI"), "flat fp8": (write_flat, "ComfyUI")}
 
 
 # ---- the same student ---------------------------------------------------------------------------------------------------------
@@ -181,13 +182,14 @@ def flags(tmp_path_factory):
     """Flags of a very short run, with prompts whose words the tokenizer knows."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text("\n".join(shapes.captions(1, 100)))
-    return ("--prompts", prompts, "--resolution", "32", *VERY_SHORT)
+    return ("--matching_steps", 0, "--prompts", prompts,
+            *(word for name, value in VERY_SHORT.items() for word in (f"--{name}", value)))
 
 
 @pytest.fixture(scope="module")
 def reference(wan, flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference") / "run"
-    code, said = train_in_a_process(folder, "--teacher", wan, *flags)
+    code, said = train_in_a_process(folder, "--teacher", wan, "--resolution", 32, *flags)
     assert code == 0, said
     return folder
 
@@ -201,10 +203,251 @@ def results_of(run):
 def test_every_layout_trains_bitwise_the_same_student(layout, wan, spiece, flags, reference, tmp_path):
     write_it, name = LAYOUTS[layout]
     write_it(tmp_path / "teacher", wan, spiece)
-    code, said = train_in_a_process(tmp_path / "run", "--teacher", tmp_path / "teacher", *flags)
+    code, said = train_in_a_process(tmp_path / "run", "--teacher", tmp_path / "teacher", "--resolution", 32, *flags)
     assert code == 0 and f"({name} layout, 2 expert(s)" in said, said
     expected, found = results_of(reference), results_of(tmp_path / "run")
     assert len(expected) > 100 and expected.keys() == found.keys()
     assert not [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
     runs = [json.loads((run / "run.json").read_text())["settings"]["flow_shift"] for run in (reference, tmp_path / "run")]
     assert runs == [12.0, 12.0]
+
+
+def test_every_layout_projects_bitwise_the_same_student_and_tells_its_teacher_apart(wan, spiece, tmp_path):
+    starts, fingerprints = [], set()
+    for layout, (write_it, _) in LAYOUTS.items():
+        write_it(tmp_path / layout, wan, spiece)
+    for folder in (wan, *(tmp_path / layout for layout in LAYOUTS)):
+        student = WanLiteStudent(hidden_size=64, depth=2, num_heads=1, ffn_dim=128, text_dim=64, freq_dim=32)
+        project_into(student, folder, "low")
+        starts.append(student.state_dict())
+        fingerprints.add(open_teacher_files(folder).fingerprint)
+        assert len(open_teacher_files(folder).experts) == 2 and (folder == wan or has_two_experts(folder))
+    assert all(torch.equal(tensor, start[name]) for start in starts[1:] for name, tensor in starts[0].items())
+    path = next((tmp_path / "models fp16" / "diffusion_models").glob("*low_noise*"))
+    write(path, {name: -tensor for name, tensor in load_file(path).items()})
+    fingerprints.add(open_teacher_files(tmp_path / "models fp16").fingerprint)
+    assert len(fingerprints) == len(LAYOUTS) + 2
+
+
+def test_single_files_hold_what_folders_hold_and_are_known_by_their_names(wan, spiece, tmp_path):
+    write_models(tmp_path / "wan", wan, spiece)
+    files = open_teacher_files(tmp_path / "wan")
+    assert list(files.experts) == ["high", "low"] and files.boundary == 0.875
+    for name in EXPERTS:
+        found, expected = files.experts[name], open_teacher_files(wan).experts[name]
+        assert found.config == expected.config and found.places.keys() == expected.places.keys()
+        assert all(torch.equal(found.read(key), expected.read(key)) for key in expected.places)
+
+
+@pytest.mark.parametrize("model, names", [
+    (A14B, ["wan2.2_t2v_high_noise_14B_fp16", "wan2.2_t2v_low_noise_14B_fp16"]), (A14B, ["wan2.1_t2v_14B_fp8_scaled"]),
+    (A14B, ["Wan2.2-T2V-A14B-HighNoise", "Wan2.2-T2V-A14B-LowNoise"]), (WAN_1_3B, ["wan2.1_t2v_1.3B_fp16"]),
+    (TI2V_5B, ["wan2.2_ti2v_5B_fp16"])], ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_every_single_file_opens_at_its_real_shape(model, names, tmp_path):
+    (tmp_path / "unet").mkdir()
+    for name in names:
+        write_sparse(tmp_path / "unet" / f"{name}.safetensors", {official_name(key): shape
+                                                                 for key, shape in wan_shapes(**model).items()})
+    files = open_teacher_files(tmp_path)
+    assert list(files.experts) == (["high", "low"] if len(names) == 2 else ["only"])
+    assert has_two_experts(tmp_path) == (len(names) == 2)
+    expected = {"num_attention_heads": model["width"] // 128, "attention_head_dim": 128, "num_layers": model["num_layers"],
+                "ffn_dim": model["ffn_dim"], "in_channels": model["channels"], "out_channels": model["channels"], "freq_dim": 256,
+                "text_dim": 4096, "patch_size": (1, 2, 2), "eps": 1e-6}
+    assert expected.items() <= files.config.items()
+
+
+@pytest.mark.skipif(OVERCOMMIT.is_file() and OVERCOMMIT.read_text().strip() == "1", reason="this machine promises any memory")
+def test_a_file_that_this_machine_cannot_map_opens_and_is_refused_once_it_is_read(tmp_path):
+    terabytes = A14B | {"ffn_dim": 40_000_000, "num_layers": 2}         # on the disk only a header
+    write_sparse(tmp_path / "wan.safetensors", {official_name(key): shape for key, shape in wan_shapes(**terabytes).items()})
+    only = open_teacher_files(tmp_path).experts["only"]
+    with pytest.raises(OSError, match="wan.safetensors: .* GB cannot be mapped .* official or diffusers layout"):
+        only.read("patch_embedding.bias")
+
+
+# ---- the tokenizer ------------------------------------------------------------------------------------------------------------
+
+def test_the_tokenizer_inside_a_text_encoder_says_what_sentencepiece_says(wan, spiece, tmp_path):
+    write_models(tmp_path / "wan", wan, spiece)
+    convert_parts(find_parts(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
+    exact = sentencepiece.SentencePieceProcessor(model_proto=spiece, add_eos=True)
+    texts = [*shapes.captions(5, 50), "", "A", "Ünï ｆｕｌｌ 漢字 12,5", "a  small\ttriangle "]
+    for tokenizer in (AutoTokenizer.from_pretrained(tmp_path / "parts" / "tokenizer"),
+                      T5TokenizerFast.from_pretrained(tmp_path / "parts", subfolder="tokenizer")):
+        assert tokenizer(texts).input_ids == [exact.encode(text) for text in texts]
+        padded = tokenizer(["a", "a small circle"], padding=True, return_tensors="pt")
+        assert padded.input_ids[0].tolist()[-3:] == [0, 0, 0] and padded.attention_mask[0].tolist()[:2] == [1, 1]
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"\xff\xff no protocol buffer", "spiece_model is no sentencepiece model"), (b"\n\x00", r"begins with \[''\], expected <pad>")])
+def test_a_spoilt_tokenizer_is_refused(content, words, wan, spiece, tmp_path):
+    write_models(tmp_path / "wan", wan, content)
+    with pytest.raises(ValueError, match=words):
+        convert_parts(find_parts(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
+    assert not (tmp_path / "parts" / "tokenizer").exists()
+
+
+def test_a_folder_that_carries_no_tokenizer_is_told_where_to_put_one(wan, spiece, tmp_path):
+    write_flat(tmp_path / "wan", wan, spiece)
+    shutil.rmtree(tmp_path / "wan" / "tokenizer")
+    with pytest.raises(OSError, match="lacks tokenizer .*tokenizer/, google/umt5-xxl/ or spiece_model"):
+        find_parts(tmp_path / "wan")
+
+
+# ---- other Wans ---------------------------------------------------------------------------------------------------------------
+
+def write_one_expert(folder, network, layout, name):
+    tensors = {official_name(key): tensor for key, tensor in network.state_dict().items()}
+    config = network.config
+    if layout == "ComfyUI":
+        return write(folder / "diffusion_models" / f"{name}_fp16.safetensors", halved(tensors))
+    write(folder / "diffusion_pytorch_model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps({
+        "_class_name": "WanModel", "dim": 128, "ffn_dim": config.ffn_dim, "freq_dim": config.freq_dim, "in_dim": config.in_channels,
+        "num_heads": 1, "num_layers": config.num_layers, "out_dim": config.out_channels, "text_len": 512, "eps": 1e-6}))
+
+
+def write_wan(folder, name, layout, spiece, channels, autoencoder):
+    """Write a Wan of one expert in the official or in ComfyUI's layout, without any file that another layout has."""
+    write_one_expert(folder, make_network(5, in_channels=channels, out_channels=channels), layout, name)
+    torch.manual_seed(6)
+    vae = in_four_bits(AutoencoderKLWan(**AUTOENCODERS[autoencoder] | {"num_res_blocks": 1}))
+    tensors = {official_autoencoder_name(key, vae.config): tensor for key, tensor in vae.state_dict().items()}
+    words = {key: tensor for key, tensor in make_text_encoder().state_dict().items() if "embed_tokens" not in key}
+    if layout == "official":
+        torch.save(tensors, folder / autoencoder)
+        torch.save({official_text_encoder_name(key): tensor for key, tensor in words.items()}, folder / "models_t5_umt5-xxl.pth")
+        (folder / "google").mkdir()
+        return write_tokenizer(folder / "google" / "umt5-xxl", spiece)
+    words = halved(words) | {"spiece_model": torch.frombuffer(bytearray(spiece), dtype=torch.uint8)}
+    write(folder / "text_encoders" / "umt5_xxl_fp16.safetensors", words)
+    write(folder / "vae" / "wan2.2_vae.safetensors", tensors)
+    write(folder / "vae" / "wan_2.1_vae.safetensors", {               # lies there as well: the experts' channels choose
+        "conv2.weight": torch.zeros(16, 16, 1, 1, 1), "decoder.middle.0.residual.0.gamma": torch.zeros(8)})
+
+
+@pytest.mark.parametrize("name, layout, channels, autoencoder, pixels", [
+    ("wan2.2_ti2v_5B", "ComfyUI", 48, "Wan2.2_VAE.pth", 32), ("wan2.1_t2v_1.3B", "official", 16, "Wan2.1_VAE.pth", 16)])
+def test_a_wan_with_one_expert_is_planned_and_trains(name, layout, channels, autoencoder, pixels, spiece, flags, capsys, tmp_path):
+    write_wan(tmp_path / "wan", name, layout, spiece, channels, autoencoder)
+    settings = settings_in(tmp_path, prompts=str(flags[3]))
+    with pytest.raises(ValueError, match=f"--resolution {32 + pixels // 2} is not divisible by {pixels}"):
+        complete(replace(settings, resolution=32 + pixels // 2))
+    assert plan(complete(settings), []) == 0 and f"({layout} layout, 1 expert(s)" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    code, said = train_in_a_process(tmp_path / "run", "--teacher", tmp_path / "wan", "--resolution", 32, *flags)
+    assert code == 0, said
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["settings"]["flow_shift"] == 5.0 and run["finished"]
+    assert WanLiteStudent.from_pretrained(tmp_path / "run").config.num_channels == channels
+
+
+# ---- what is refused, and what is told to do -----------------------------------------------------------------------------------
+
+HIGH, LOW, WORDS, VAE = ("diffusion_models/wan2.2_t2v_high_noise_14B_fp16.safetensors",
+                         "diffusion_models/wan2.2_t2v_low_noise_14B_fp16.safetensors",
+                         "text_encoders/umt5_xxl_fp16.safetensors", "vae/wan_2.1_vae.safetensors")
+
+
+def change(path, how):
+    write(path, how(load_file(path)))
+
+
+def without(tensors, words):
+    return {name: tensor for name, tensor in tensors.items() if words not in name}
+
+
+def copy_in_fp8(wan, path):
+    write(wan / path.replace("fp16", "fp8_scaled"), scaled(load_file(wan / path)))
+
+
+def become_image_to_video(wan):
+    for path in (HIGH, LOW):
+        change(wan / path, lambda tensors: tensors | {"patch_embedding.weight": torch.zeros(128, 36, 1, 2, 2)})
+        (wan / path).rename(wan / path.replace("t2v", "i2v"))
+
+
+def become_lora(wan):
+    (wan / HIGH).unlink()
+    write(wan / LOW, {"diffusion_model.blocks.0.ffn.0.lora_A.weight": torch.zeros(4, 128)})
+
+
+def put_wider_text_encoder(wan):
+    words = {key: tensor for key, tensor in make_text_encoder(width=96).state_dict().items() if "embed_tokens" not in key}
+    write(wan / WORDS, words | {"spiece_model": load_file(wan / WORDS)["spiece_model"]})
+
+
+def put_other_autoencoder(wan):
+    change(wan / VAE, lambda tensors: tensors | {"conv2.weight": torch.zeros(48, 48, 1, 1, 1)})
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda wan: (wan / HIGH).write_bytes((wan / HIGH).read_bytes()[:-1000]), "high_noise.*not a whole safetensors.*Download it"),
+    (lambda wan: (wan / LOW).write_bytes(b""), "low_noise.*not a whole safetensors.*Download it"),
+    (lambda wan: (wan / f"{LOW}.aria2").touch(), "low_noise.*aria2: a download that did not finish. Let it end"),
+    (lambda wan: (wan / LOW).unlink(), "high_noise.* is one of two experts, and there is no low_noise file.*Download it into"),
+    (lambda wan: shutil.copy(wan / LOW, wan / HIGH), "hold the same weights, expected two experts. Download"),
+    (lambda wan: shutil.copy(wan / LOW, wan / "unet_low_noise.safetensors"), "both .* in one precision. Put the files"),
+    (lambda wan: copy_in_fp8(wan, HIGH), "both .*fp16.* and .*fp8_scaled.* are text-to-video Wans.*folder of their own"),
+    (lambda wan: shutil.copy(wan / LOW, wan / "wan2.1_t2v_14B.safetensors"), "both .*folder of their own"),
+    (become_image_to_video, "i2v_high_noise.* is an image-to-video or control Wan .it takes 36 channels.*Choose a text-to-video"),
+    (become_lora, "low_noise.* is a LoRA. Choose a text-to-video Wan"),
+    (lambda wan: change(wan / LOW, lambda tensors: tensors | {"vace_blocks.0.before_proj.weight": torch.zeros(8, 8)}), "to VACE"),
+    (lambda wan: change(wan / LOW, lambda tensors: without(tensors, "blocks.1.ffn.2.bias")),
+     "what its first block implies; missing .*blocks.1.ffn.net.2.bias.*download the expert again"),
+    (lambda wan: copy_in_fp8(wan, WORDS), "umt5_xxl_fp16.* and umt5_xxl_fp8_scaled.* could each be its text_encoder.*links will"),
+    (lambda wan: change(wan / WORDS, lambda tensors: without(tensors, "block.1.layer.0.SelfAttention.relative")),
+     "lacks tokenizer .*, text_encoder .*umt5_xxl_fp16.safetensors is a T5"),
+    (put_wider_text_encoder, "umt5_xxl_fp16.safetensors: is a umt5 of width 96, .*width 64. Put the text encoder"),
+    (put_other_autoencoder, "lacks vae .*wan_2.1_vae.safetensors is another Wan's"),
+    (lambda wan: (wan / VAE).rename(wan / "vae/qwen_image_vae.safetensors"), "lacks vae .*ComfyUI's wan.vae.safetensors"),
+    (lambda wan: (wan / WORDS).write_bytes((wan / WORDS).read_bytes()[:-9]), "umt5.*not a whole safetensors.*Download it again")])
+def test_what_cannot_be_a_teacher_is_refused_with_what_to_do(spoil, words, wan, spiece, tmp_path):
+    write_models(tmp_path / "wan", wan, spiece)
+    spoil(tmp_path / "wan")
+    settings = settings_in(tmp_path)
+    with pytest.raises((OSError, ValueError), match=words) as refused:
+        train(complete(settings), False, StopSignal(()))
+    assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
+def test_a_width_that_no_published_wan_has_is_refused(wan, spiece, tmp_path):
+    write_models(tmp_path / "wan", wan, spiece)
+    for path in (HIGH, LOW):
+        write(tmp_path / "wan" / path, halved({official_name(key): tensor for key, tensor in make_network(
+            0, attention_head_dim=96).state_dict().items()}))
+    with pytest.raises(ValueError, match="width of 96, expected a multiple of 128.*config.json"):
+        open_teacher_files(tmp_path / "wan")
+
+
+@pytest.mark.parametrize("part, field, value, words", [
+    ("vae", "z_dim", 48, "vae: has 48 latent channels, the teacher's experts 16. Put the autoencoder"),
+    ("text_encoder", "d_model", 32, "is a umt5 of width 32, the teacher's experts expect a umt5 of width 64"),
+    ("text_encoder", "model_type", "t5", "is a t5 of width 64")])
+def test_parts_of_another_model_are_refused_in_diffusers_layout_too(part, field, value, words, wan, tmp_path):
+    shutil.copytree(wan, tmp_path / "wan")
+    path = tmp_path / "wan" / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    settings = settings_in(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        plan(complete(settings), [])
+
+
+@pytest.mark.parametrize("scale, words", [
+    (torch.tensor(float("nan")), "scale of .* with nan, expected finite"), (torch.zeros(()), "with 0.0, expected finite numbers"),
+    (torch.ones(3), r"has a scale of \(3,\)")])
+def test_a_text_encoder_with_a_scale_that_cannot_be_right_is_refused(scale, words, wan, spiece, tmp_path):
+    write_models(tmp_path / "wan", wan, spiece)
+    change(tmp_path / "wan" / WORDS, lambda tensors: tensors | {"encoder.block.0.layer.0.SelfAttention.q.scale_weight": scale})
+    with pytest.raises(ValueError, match=words):
+        convert_parts(find_parts(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
+
+
+def test_the_bytes_of_a_part_are_told_as_they_will_be_once_converted(wan, spiece, tmp_path):
+    write_flat(tmp_path / "wan", wan, spiece)
+    found = find_parts(tmp_path / "wan")
+    convert_parts(found, tmp_path / "parts", lambda _: None)
+    for part in ("text_encoder", "vae"):
+        assert num_bytes(found[part]) == pytest.approx(num_bytes(tmp_path / "parts" / part), rel=0.1)

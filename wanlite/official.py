@@ -31,7 +31,7 @@ FP8_MARKS = ("scaled_fp8", "scale_input", "input_scale", "comfy_quant")         
 EXPECTED = {"tokenizer": f"tokenizer/, {TOKENIZER}/ or {SPIECE} in ComfyUI's text encoder",
             "text_encoder": f"text_encoder/, {TEXT_ENCODER} or ComfyUI's umt5_xxl_*.safetensors",
             "vae": f"vae/, {' or '.join(AUTOENCODERS)}, or ComfyUI's wan*vae.safetensors"}
-PREFIX = "model.diffusion_model."                        # of some experts' tensors
+PREFIX = re.compile(r"^model\.(diffusion_model\.)?")     # of the tensors of some experts and autoencoders
 PATCH = 2                                                # latents across a token, in every Wan
 
 # Official name -> diffusers' name, one after the other.
@@ -208,7 +208,7 @@ def _single_files(folder):
 
 def _recognise(path):
     """Return what a safetensors file is by its tensors, and its width or latent channels; (None, None) for anything else."""
-    shapes = {name.removeprefix(PREFIX): shape for name, (_, shape) in _header(path).items()}
+    shapes = {name: shape for name, (_, shape) in _header(path).items()}
     texts = _rename(shapes, _TEXT_ENCODER_NAMES)
     if "encoder.block.0.layer.1.DenseReluDense.wi_1.weight" in texts and "shared.weight" in texts:
         each_has_positions = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in texts     # UMT5, unlike T5
@@ -220,11 +220,11 @@ def _recognise(path):
 
 
 def _header(path):
-    """Return {tensor: (dtype, shape)} of a safetensors file; raises OSError for half a one."""
+    """Return {tensor: (dtype, shape)} of a safetensors file, without prefixes; raises OSError for half a one."""
     try:
         with safe_open(path, "np") as file:
             stored = {name: file.get_slice(name) for name in file.keys()}
-            return {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in stored.items()}
+            return {PREFIX.sub("", name): (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in stored.items()}
     except SafetensorError as error:
         raise OSError(f"{path}: not a whole safetensors file ({error}). Download it again.") from None
 
@@ -239,7 +239,7 @@ def _read_weights(path, half):
         names = [name for name, (*_, kind) in kinds.items() if kind not in (*FP8_SCALES, *FP8_MARKS, SPIECE)]
         if lost := sorted(scales.keys() - set(names)):
             raise ValueError(f"{path}: there is a scale of {lost[0]} but no such weight. Download it again.")
-        return {name: _in_half(file.get_tensor(name), scales.get(name), half, f"{path}: {name}") for name in names}
+        return {PREFIX.sub("", name): _in_half(file.get_tensor(name), scales.get(name), half, f"{path}: {name}") for name in names}
 
 
 def _in_half(tensor, scale, half, what):

@@ -97,7 +97,7 @@ class ExpertFiles:
         Raises ValueError for values that are not finite.
         """
         path, stored_name, _ = self.places[name]
-        with safe_open(path, "pt") as file:
+        with _mapped(path) as file:
             tensor = file.get_tensor(stored_name) if rows is None else file.get_slice(stored_name)[rows]
         if name in self.scales:
             tensor = tensor.float() * (self.scales[name] if rows is None else self.scales[name][rows])
@@ -120,6 +120,15 @@ class ExpertFiles:
     @property
     def num_bytes(self):
         return sum(path.stat().st_size for path in {path for path, *_ in self.places.values()})
+
+
+def _mapped(path):
+    """Open a safetensors file for its tensors, for which all of it is mapped, as private memory; its header costs nothing."""
+    try:
+        return safe_open(path, "pt")
+    except RuntimeError as error:
+        raise OSError(f"{path}: {path.stat().st_size / 1e9:,.1f} GB cannot be mapped into this machine's memory ({error}). Take "
+                      "the official or diffusers layout, whose shards are smaller, or add swap.") from None
 
 
 @dataclass
@@ -229,7 +238,7 @@ def _single_files(folder):
 def _kind_of(path):
     """Say of a safetensors file what Wan it is, or nothing where it is none; raises OSError for half a file."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             keys = {key.removeprefix(_PREFIX): key for key in file.keys()}
             if {"patch_embedding.weight", "head.head.weight"} <= keys.keys():
                 (_, channels, *patch), (rows, _) = (file.get_slice(keys[f"{name}.weight"]).get_shape()
@@ -284,11 +293,12 @@ def _is_weight(key):
 
 def _read_header(path, places, scales):
     """Add where a file's tensors lie to `places`, and its scales, which are small, to `scales`."""
-    with safe_open(path, "pt") as file:
+    with safe_open(path, "np") as file:
         for key in file.keys():
             layer, _, kind = key.rpartition(".")
             if kind in _FP8_SCALES:
-                scales[diffusers_name(f"{layer}.weight")] = file.get_tensor(key)
+                with _mapped(path) as tensors:
+                    scales[diffusers_name(f"{layer}.weight")] = tensors.get_tensor(key)
             if not _is_weight(key):
                 continue
             name, stored = diffusers_name(key), file.get_slice(key)
