@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.memory import WARM, measured_peak, phases
 from benchmarks.projection_scale import num_bytes, remove_expert, teacher_config, tensor_shapes, write_expert
+from benchmarks.train_speed import A14B, Online, make_world, ours, random_teacher
 from tests.conftest import ROOT, run_script
 from tests.test_plan import alive
 from wanlite.plan import simulated_peak
@@ -114,6 +115,40 @@ def test_a_sample_of_starts_is_trained_and_judged(tmp_path):
     assert process.returncode == 0, process.stdout + process.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {row["start"] for row in rows} == {"random", "weights_only"} and all(row["error_at"]["0"] > 0.5 for row in rows)
+
+
+def test_a_sample_of_training_steps_tells_their_speed_and_memory(tmp_path):
+    process = run_script(BENCHMARKS / "train_speed.py", "--quick", "--json", tmp_path / "rows.json")
+    assert process.returncode == 0, process.stdout + process.stderr
+    rows = {row["way"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    residencies = ("both", "one", "streamed", "disk", "both, fp8")
+    assert list(rows) == ["plain", "ours", "muon", *(f"online, {residency}" for residency in residencies)]
+    assert all(row["images_per_second"] > 0 and row["peak_bytes"] > 4 * 330_000 * 5 for row in rows.values())   # AdamW's five
+    assert rows["plain"]["over_plain"] == 1 and rows["online, disk"]["peak_bytes"] < rows["online, both"]["peak_bytes"]
+    assert all(("teacher_share" in row) == way.startswith("online") for way, row in rows.items())
+    assert sum(line.startswith("| 64 | ") for line in process.stdout.splitlines()) == len(rows)
+
+
+def test_a_teacher_of_random_weights_is_asked_as_a_real_one(tmp_path):
+    config = A14B | {"num_attention_heads": 2, "text_dim": 32, "ffn_dim": 96, "num_layers": 2}
+    shape = {"hidden_size": 64, "depth": 2, "num_heads": 2, "text_dim": 32, "num_channels": 16}
+    world = make_world(tmp_path / "states", random_teacher(config, "cpu"), shape, 8, 4, "cpu", "bf16")
+    ask = Online(world, "both", False)
+    (batch, text), *_ = world.feed(1)
+    velocity, features = ask(batch, text)
+    assert velocity.shape == (4, 16, 8, 8) and features.shape == (4, 16, 64) and torch.isfinite(velocity).all()
+    assert next(ours(world, ask=ask)) is None and len(ask.seconds) == 2
+
+
+def test_a_sample_of_the_cache_tells_what_it_costs_and_whether_it_feeds(tmp_path):
+    process = run_script(BENCHMARKS / "cache.py", "--quick", "--json", tmp_path / "figures.json")
+    assert process.returncode == 0, process.stdout + process.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    states = 20 * 2 * (2 * 16 * 8 * 8 + 16 * 64 + 4)         # latents, velocity, features in float16; two float32 a state
+    assert figures["bytes_per_prompt"] == pytest.approx(states, rel=0.01) and figures["filled_per_second"] > 0
+    readers = {"ours", "DataLoader", "DataLoader, 2 workers"}
+    assert figures["read_per_second"].keys() == figures["waiting_share"].keys() == readers
+    assert 0 < figures["waiting_share"]["ours"] < 0.5 and process.stdout.count("%") == len(readers)
 
 
 # ---- what is wrong -----------------------------------------------------------------------------------------------------------
