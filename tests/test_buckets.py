@@ -1,8 +1,6 @@
 """Aspect ratios: states of several sizes, each batch of one of them, and a run without the flag as it was."""
 
-import json
 import math
-import shutil
 from collections import Counter
 
 import pytest
@@ -10,13 +8,10 @@ import torch
 from accelerate import Accelerator
 
 from tests.test_data import STEPS, student_for, teacher_for
-from tests.test_resuming import same, train
 from train_distillation import Settings, complete
-from wanlite.checkpoints import checkpoint_path
 from wanlite.data import Buckets, SeededBatches, Segments, deal_out, walk_own_path, walk_teacher
 from wanlite.flow import FewSteps, make_scheduler
 from wanlite.preflight import WIDEST, bucket_sizes
-from wanlite.run_folder import read_run
 
 
 @pytest.mark.parametrize("unit", [16, 32])
@@ -51,15 +46,6 @@ def test_jobs_are_dealt_out_evenly_by_seed_and_to_one_bucket_as_they_are():
     assert dealt == deal_out(jobs, 3, seed=5) != deal_out(jobs, 3, seed=6) and deal_out(jobs, 1, seed=5) == [jobs]
     with pytest.raises(ValueError, match="2 pictures of the teacher are fewer than the 3 sizes"):
         deal_out(jobs[:2], 3, seed=5)
-
-
-def leave_as_killed(whole, cut, step):
-    """Copy a finished run as it would lie there had it been killed after its checkpoint of a step."""
-    shutil.copytree(whole, cut, ignore=shutil.ignore_patterns("diffusion_pytorch_model.safetensors", "config.json"))
-    for path in (cut / "checkpoints").iterdir():
-        if path != checkpoint_path(cut, step):
-            shutil.rmtree(path)
-    (cut / "run.json").write_text(json.dumps(read_run(whole) | {"finished": False}))
 
 
 SIZES = [96, 70, 40]
@@ -113,15 +99,3 @@ def test_few_steps_draw_in_the_shape_of_a_batch():
     few = FewSteps(3.0, (1, 2), (2, 4, 4), 20)
     drawn = few.draw(3, lambda latents, timestep: latents, torch.Generator().manual_seed(0), "cpu", (2, 2, 6))
     assert drawn.shape == (3, 2, 2, 6)
-
-
-def test_a_run_with_buckets_goes_through_all_parts_and_resumes_to_the_same_weights(tmp_path):
-    flags = ("--projection", "weights", "--aspect_ratios", "1:1", "3:2", "2:3", "--num_trajectories", "96", "--num_held_out", "16",
-             "--teacher_steps", "4", "--validation_steps", "6")
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    code, said = train(whole, *flags)
-    assert code == 0, said
-    assert "64 x 64, 80 x 48, 48 x 80" in said and read_run(whole)["settings"]["aspect_ratios"] == ["1:1", "3:2", "2:3"]
-    leave_as_killed(whole, cut, step=3)
-    code, said = train(cut, *flags)
-    assert code == 0 and "resumed at step 3" in said and same(cut, whole), said

@@ -17,10 +17,10 @@ from PIL import Image
 from pyarrow import parquet
 
 from tests.conftest import ROOT, TINY_TEACHER
-from tests.test_buckets import leave_as_killed
 from tests.test_command_lines import refused
 from tests.test_data import STEPS, teacher_for
 from tests.test_resuming import same, train
+from tests.test_sizes import leave_as_killed
 from train_distillation import Settings, choose_data, complete
 from wanlite import shapes
 from wanlite.autoencoder import encode_images, load_autoencoder, to_pixels
@@ -233,7 +233,7 @@ def test_a_name_that_leads_out_of_the_folder_is_not_followed(tmp_path):
 def test_a_broken_cell_of_a_table_or_member_of_a_tar_is_skipped(tmp_path):
     parquet.write_table(table([None, b"no image", CONTENTS[2]], ["a", "b", None]), tmp_path / "some.parquet")
     with pytest.raises(ValueError, match=r"none of its 3 images can be used: a cell without the image's bytes \(1: some.parquet "
-                                         r"row 1\); not a whole .* \(1: some.parquet row 2\); no caption \(1: some.parquet row 3\)"):
+                                         r"row 1\); not a whole .*parquet row 2\); no caption \(1: some.parquet row 3\)"):
         choose_images(tmp_path / "some.parquet", SIZE)
     write_tar(tmp_path / "some.tar", [("a.png", CONTENTS[0]), ("a.json", b"{"), ("b.png", CONTENTS[1]), ("c.txt", b"alone")])
     with pytest.raises(ValueError, match=r"none of its 2 .*in its .json \(1: some.tar a\); no caption \(1: some.tar b\)"):
@@ -331,8 +331,8 @@ def test_large_pictures_are_encoded_a_few_at_a_time_to_the_same_latents(monkeypa
     assert torch.allclose(encode_images(autoencoder, pixels), whole, atol=1e-5)
 
 
-FLAGS = ("--projection", "weights", "--num_held_out", "16", "--teacher_steps", "4", "--validation_steps", "6", "--segment_steps", "1",
-         "--matching_steps", "0", "--max_train_steps", "4", "--checkpointing_steps", "2")
+FLAGS = ("--projection", "weights", "--num_held_out", "16", "--teacher_steps", "4", "--validation_steps", "6",
+         "--segment_steps", "1", "--matching_steps", "0", "--max_train_steps", "4", "--checkpointing_steps", "2")
 
 
 def test_a_run_learns_from_images_tells_what_it_skipped_and_resumes_to_the_same_weights(tmp_path):
