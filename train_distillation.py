@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
+from wanlite.images import choose_images, list_images, read_picture
 from wanlite.official import (
     autoencoder_config,
     check_parts,
@@ -80,6 +81,9 @@ class Settings:
                                   "if there is one, else the tiny teacher", aliases=("--teacher_checkpoint_path", "--teacher_path"))
     prompts: str | None = setting(None, "text file, one prompt a line, or .jsonl, .csv, .parquet with a column prompt, text or "
                                   "caption; None = prompts of a grammar, for the tiny teacher captions of its world")
+    images: str | None = setting(None, "captioned images that stage 1 learns from too: a folder with a .txt beside each or "
+                                 "metadata.jsonl or .csv, .parquet files, a folder saved by datasets, or webdataset's .tar files")
+    num_images: int | None = setting(None, "of them, the first so many that can be used; None = all")
     output_dir: str = setting("./outputs/wan_t2i", "where everything is written")
     cache_dir: str | None = setting(None, "projected starts and trajectories, which runs may share; None = cache/ in --output_dir")
     dry_run: bool = setting(False, "say what a run will do and need, and stop; nothing is written")
@@ -188,6 +192,8 @@ def complete(settings):
         checks.append(check_compiler)
     if settings.prompts is not None:
         checks.insert(0, partial(read_prompts, settings.prompts))
+    if settings.images is not None:
+        checks.insert(0, partial(list_images, settings.images))
     if settings.dry_run:                                     # takes the time of an import, and no run waits for it
         checks.append(partial(_check_headers, teacher))
     check_all(checks, together=settings.dry_run)
@@ -260,7 +266,15 @@ from tqdm import tqdm  # noqa: E402
 
 from wanlite import shapes  # noqa: E402
 from wanlite.announcements import announce, conclude, versions  # noqa: E402
-from wanlite.autoencoder import DECODED_AT_ONCE, decode_latents, load_autoencoder, make_autoencoder, to_pictures  # noqa: E402
+from wanlite.autoencoder import (  # noqa: E402
+    DECODED_AT_ONCE,
+    decode_latents,
+    encode_images,
+    load_autoencoder,
+    make_autoencoder,
+    to_pictures,
+    to_pixels,
+)
 from wanlite.cache import cache_folder, fingerprint  # noqa: E402
 from wanlite.calibration import calibrate, choose_channels, make_frames  # noqa: E402
 from wanlite.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint  # noqa: E402
@@ -270,6 +284,7 @@ from wanlite.data import (  # noqa: E402
     Sampled,
     SeededBatches,
     Segments,
+    ask_at_pictures,
     deal_out,
     feature_basis,
     kept_once,
@@ -531,6 +546,15 @@ def choose_prompts(settings, say=None):
     return prompts[:-num_held_out] or prompts, prompts[-num_held_out:]
 
 
+def choose_data(settings, say):
+    """Return training prompts, held-out prompts, and captioned images, whose captions are among the former."""
+    training, held_out = choose_prompts(settings, say)
+    if settings.images is None:
+        return training, held_out, []
+    images = choose_images(settings.images, picture_sizes(settings)[1:], settings.num_images, held_out, say)
+    return list(dict.fromkeys([*training, *(image.caption for image in images)])), held_out, images
+
+
 def choose_shape(settings, teacher_config):
     """Return the student's shape: that of --student, or what the flags and the teacher's say."""
     if settings.student is not None:
@@ -643,10 +667,11 @@ def plan(settings, words):
     shape, parts = choose_shape(settings, files.config), parts_of(settings)
     with init_empty_weights():
         student = WanLiteStudent(shape)
-    training, held_out = choose_prompts(settings, print)
+    training, held_out, images = choose_data(settings, print)
     walks = settings.num_trajectories or len(training)
     settings = replace(settings, **bound_pictures(settings, files.width, walks))
     check_batch(settings, walks, 1, parts)
+    walks += len(images)                                     # each is asked about as often
     work = announce(settings, files, student, device, walks, count_passes(settings, walks, len(held_out), parts), parts, print)
     decoder = autoencoder_config(found["vae"])
     latent_shape, buckets = latent_shapes(settings, files, decoder.get("scale_factor_spatial", 8))
@@ -691,11 +716,16 @@ def plan(settings, words):
     return 2 if wrong else 0
 
 
+def picture_sizes(settings):
+    """Return --resolution as (width, height), and after it the sizes of what is trained on, one a bucket."""
+    size = picture_size(settings.resolution)
+    return [size, *bucket_sizes(size, settings.aspect_ratios, pixels_per_token(settings.teacher))]
+
+
 def latent_shapes(settings, files, stride):
     """Return the shape (C, H, W) of the latents of a picture of --resolution, and those of what is trained on, one a bucket."""
-    size = picture_size(settings.resolution)
-    sizes = [size, *bucket_sizes(size, settings.aspect_ratios, pixels_per_token(settings.teacher))]
-    shape, *buckets = ((files.config["in_channels"], height // stride, width // stride) for width, height in sizes)
+    shape, *buckets = ((files.config["in_channels"], height // stride, width // stride)
+                       for width, height in picture_sizes(settings))
     return shape, buckets
 
 
@@ -784,7 +814,7 @@ def train(settings, is_resumed, stop):
     student = WanLiteStudent(shape)
     if settings.projection != "none" and settings.student is None:
         check_cut(files.config, dict(student.config))
-    training, held_out = choose_prompts(settings, say)
+    training, held_out, images = choose_data(settings, say)
     num_trajectories = settings.num_trajectories or len(training)
     parts = parts_of(settings)
     asked, settings = settings, replace(settings, **bound_pictures(settings, files.width, num_trajectories))
@@ -793,14 +823,16 @@ def train(settings, is_resumed, stop):
     validation = settings.validation_prompts or held_out[:several]
     few_steps = settings.few_steps if parts[-1][0] != "velocity" else []
     run = {"settings": asdict(asked), "versions": versions(), "teacher": files.fingerprint, "student": shape,
-           "prompts": fingerprint([training, held_out]), "processes": ranks,
+           "prompts": fingerprint([training, held_out]), "images": fingerprint([image.sha256 for image in images]),
+           "processes": ranks,
            "student_parameters": student.num_parameters(), "finished": False, "validation_prompts": validation,
            "num_inference_steps": settings.num_inference_steps, "resolution": settings.resolution,
            "schedule": describe_schedule(settings, few_steps, parts)}
     if is_resumed:
         check_resumable(output, run, say)
-    passes = count_passes(settings, num_trajectories, len(held_out), parts)
-    work = announce(settings, files, student, device, num_trajectories, passes, parts, say)
+    walked = num_trajectories + len(images)                  # an image is asked about as often as a trajectory has states
+    passes = count_passes(settings, walked, len(held_out), parts)
+    work = announce(settings, files, student, device, walked, passes, parts, say)
     cosines = compare_experts(settings, files, device) if accelerator.is_main_process and not is_resumed else {}
     parts_folder = open_parts(settings, accelerator)
     embeddings = encode_once(parts_folder, [*training, *held_out, *validation, settings.negative_prompt], device)
@@ -859,8 +891,24 @@ def train(settings, is_resumed, stop):
         folder = cache_folder(settings.cache_dir, "trajectories", walks=walked, latents=latents, **made_of)
         return walk_teacher(accelerator, guided_for, basis, scheduler, settings.teacher_steps, walked, latents, folder)
 
+    number_of = {prompt: number for number, prompt in enumerate(training)}
+
+    def at_images(size, latents):
+        found = {image.sha256: image for image in images if image.size == size}
+        asked = [(number_of[image.caption], image.caption, first_seed - 10**6 - n, image.sha256)
+                 for n, image in enumerate(images) if image.size == size]
+        folder = cache_folder(settings.cache_dir, "images", asked=asked, latents=latents, **made_of)
+
+        def latents_of(digests):
+            pictures = np.stack([read_picture(found[sha256]) for sha256 in digests])
+            return encode_images(autoencoder, to_pixels(pictures).to(device))
+        return ask_at_pictures(accelerator, guided_for, latents_of, basis, scheduler, settings.teacher_steps, asked, folder)
+
     pace.restart()
     trajectories = [walk(*bucket) for bucket in zip(deal_out(walks, len(buckets), settings.seed), buckets)]
+    pictured = {image.size for image in images} if parts[0][0] == "velocity" else ()
+    seen = [walked + at_images(size, latents) if size in pictured else walked
+            for walked, size, latents in zip(trajectories, picture_sizes(settings)[1:], buckets)]
     states = {part: walk(walked, latent_shape) for part, walked in jobs.items()}
     walk_figures = pace.walk_figures(settings.teacher_steps)
     if walk_figures:
@@ -1002,7 +1050,7 @@ def train(settings, is_resumed, stop):
                 continue
             if part == "matching" and step == first:         # the critic begins as the student that it will watch
                 critic.load_state_dict(student.state_dict())
-            data = Buckets(trajectories if part == "velocity" else
+            data = Buckets(seen if part == "velocity" else
                            [Segments(walked, few.levels, own) for walked, own in zip(trajectories, walk_own(first))])
             batches = SeededBatches(data.sizes, settings.train_batch_size * ranks, settings.seed + 1000 * number,
                                     (step - first) * micro_batches, (last - first) * micro_batches)

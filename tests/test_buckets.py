@@ -8,12 +8,10 @@ import torch
 from accelerate import Accelerator
 
 from tests.test_data import STEPS, student_for, teacher_for
-from tests.test_resuming import asked, same, train
 from train_distillation import Settings, complete
 from wanlite.data import Buckets, SeededBatches, Segments, deal_out, walk_own_path, walk_teacher
 from wanlite.flow import FewSteps, make_scheduler
 from wanlite.preflight import WIDEST, bucket_sizes
-from wanlite.run_folder import read_run
 
 
 @pytest.mark.parametrize("unit", [16, 32])
@@ -101,19 +99,3 @@ def test_few_steps_draw_in_the_shape_of_a_batch():
     few = FewSteps(3.0, (1, 2), (2, 4, 4), 20)
     drawn = few.draw(3, lambda latents, timestep: latents, torch.Generator().manual_seed(0), "cpu", (2, 2, 6))
     assert drawn.shape == (3, 2, 2, 6)
-
-
-def test_a_run_with_buckets_goes_through_all_parts_and_resumes_to_the_same_weights(tmp_path):
-    flags = ("--projection", "weights", "--aspect_ratios", "1:1", "3:2", "2:3", "--num_trajectories", "96", "--resolution", "64")
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    code, said = train(whole, *flags)
-    assert code == 0, said
-    assert "64 x 64, 80 x 48, 48 x 80" in said and read_run(whole)["settings"]["aspect_ratios"] == ["1:1", "3:2", "2:3"]
-    for kind in ("start-*", "trajectories-*"):
-        for folder in (whole / "cache").glob(kind):
-            (cut / "cache").mkdir(parents=True, exist_ok=True)
-            (cut / "cache" / folder.name).symlink_to(folder)
-    code, said = train(cut, *flags, at={5: asked()})
-    assert code == 3 and "stopped at step 5 of 6" in said, said
-    code, said = train(cut, *flags)
-    assert code == 0 and "resumed at step 5" in said and same(cut, whole)

@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from run_inference import read_settings
-from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, run_script
+from tests.conftest import ROOT, TINY_TEACHER, run_script
+from tests.test_resuming import same, train
 from train_distillation import Settings, complete
+from wanlite.checkpoints import checkpoint_path
 from wanlite.official import pixels_per_token
 from wanlite.run_folder import check_output_folder, picture_size, read_run
-
-TRAIN = ROOT / "train_distillation.py"
 
 
 @pytest.mark.parametrize("said, recorded", [(None, 64), (96, 96), ([96], 96), ([96, 96], 96), ([640, 384], [640, 384])])
@@ -56,18 +56,38 @@ def test_a_run_cut_short_when_resolution_was_one_number_is_gone_on_with(tmp_path
         check_output_folder(tmp_path, {"resolution": complete(Settings(resolution=[96, 64])).resolution})
 
 
+def leave_as_killed(whole, cut, step):
+    """Copy a finished run as it would lie there had it been killed after its checkpoint of a step."""
+    shutil.copytree(whole, cut, ignore=shutil.ignore_patterns("diffusion_pytorch_model.safetensors", "config.json"))
+    for path in (cut / "checkpoints").iterdir():
+        if path != checkpoint_path(cut, step):
+            shutil.rmtree(path)
+    (cut / "run.json").write_text(json.dumps(read_run(whole) | {"finished": False}))
+
+
+WIDE = ("--projection", "weights", "--resolution", "96", "64", "--aspect_ratios", "3:2", "1:1", "2:3", "--num_trajectories", "96",
+        "--num_held_out", "16", "--teacher_steps", "4", "--validation_steps", "6")
+
+
 @pytest.fixture(scope="module")
 def wide_run(tmp_path_factory):
-    """A run of a few steps whose pictures are wider than high."""
+    """A run of a few steps of all parts, whose pictures are wider than high, and what it said; it trains on three sizes."""
     folder = tmp_path_factory.mktemp("wide") / "run"
-    process = run_script(TRAIN, "--output_dir", folder, *SHORT_RUN, "--resolution", "96", "64")
-    assert process.returncode == 0, process.stderr
+    code, said = train(folder, *WIDE)
+    assert code == 0, said
+    assert "96 x 64, 80 x 80, 64 x 96" in said and read_run(folder)["settings"]["aspect_ratios"] == ["3:2", "1:1", "2:3"]
     return folder
+
+
+def test_a_run_with_buckets_resumes_to_the_same_weights(wide_run, tmp_path):
+    leave_as_killed(wide_run, tmp_path / "cut", step=3)
+    code, said = train(tmp_path / "cut", *WIDE)
+    assert code == 0 and "resumed at step 3" in said and same(tmp_path / "cut", wide_run), said
 
 
 def test_everything_in_a_wide_run_is_wide(wide_run):
     assert read_run(wide_run)["resolution"] == read_run(wide_run)["settings"]["resolution"] == [96, 64]
-    grid = Image.open(next((wide_run / "samples").glob("*.png")))
+    grid = Image.open(wide_run / "samples/step-000006.png")
     assert grid.height == 4 * 64 and (grid.width - 92) == 8 * 96          # the teacher and three numbers of steps; a label
     card = (wide_run / "README.md").read_text()
     assert "96 x 64 pixels" in card and "height=64, width=96" in card

@@ -47,8 +47,12 @@ def _one_frame_convolution(convolution, frames, cache=None):
 
 
 def encode_images(autoencoder, pixels):
-    """Turn pixels (B, 3, S*H, S*W) into latents (B, C, H, W): the posterior's mean, normalised per channel."""
-    raw_latents = autoencoder.encode(pixels.unsqueeze(2)).latent_dist.mode().squeeze(2)
+    """Turn pixels (B, 3, S*H, S*W) into latents (B, C, H, W), a few large pictures at a time.
+
+    They are the posterior's mean, normalised per channel.
+    """
+    parts = pixels.unsqueeze(2).split(max(1, DECODED_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1])))
+    raw_latents = torch.cat([autoencoder.encode(part).latent_dist.mode().squeeze(2) for part in parts])
     mean, std = _statistics(autoencoder, raw_latents)
     return (raw_latents - mean) / std
 

@@ -5,6 +5,7 @@ latents, the guided velocity there, and the teacher's token states in the studen
 Legend: B batch, K states a trajectory, C channels, H W latent height and width, N image tokens, D feature width.
 """
 
+import copy
 import os
 from bisect import bisect_right
 from itertools import accumulate
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from .flow import add_noise, average_velocity, clean_from, sample, seeded_noise, walk
+from .flow import add_noise, average_velocity, clean_from, noise_along, sample, seeded_noise, walk
 
 SHARD_SIZE = 64  # trajectories a file; also how many the teacher walks at once
 MOST_SAMPLED = 32768  # token states from which directions are found
@@ -67,13 +68,30 @@ def walk_teacher(accelerator, velocity_for, basis, scheduler, num_steps, jobs, l
     """
     def make(numbers, prompts, seeds):
         noise, features = seeded_noise(latent_shape, seeds).to(accelerator.device), Projected(basis)
-        steps = walk(velocity_for(prompts, features), noise, scheduler, num_steps)
-        latents, timestep, noise_level, velocity = (torch.stack(list(part)) for part in zip(*steps))  # (K, ...)
-        return {"latents": latents.transpose(0, 1), "velocity": velocity.transpose(0, 1), "features": torch.stack(features, 1),
-                "timestep": timestep.float().repeat(len(prompts), 1), "prompt": torch.tensor(numbers),
-                "noise_level": noise_level.float().repeat(len(prompts), 1)}
+        return _states(walk(velocity_for(prompts, features), noise, scheduler, num_steps), features, numbers)
 
     return _fill(accelerator, folder, jobs, make, "teacher trajectories")
+
+
+@torch.no_grad()
+def ask_at_pictures(accelerator, velocity_for, latents_of, basis, scheduler, num_steps, jobs, folder):
+    """Ask the teacher at real pictures, noised to each level of its walk, for every (number, prompt, seed, picture) of `jobs`.
+
+    `latents_of(pictures)` returns their latents (B, C, H, W); all else, and what is kept, is as in walk_teacher.
+    """
+    def make(numbers, prompts, seeds, pictures):
+        clean, features = latents_of(pictures).to(accelerator.device), Projected(basis)
+        return _states(noise_along(velocity_for(prompts, features), clean, seeds, scheduler, num_steps), features, numbers)
+
+    return _fill(accelerator, folder, jobs, make, "teacher at images")
+
+
+def _states(steps, features, numbers):
+    """Return the tensors of a shard from (latents, timestep, noise_level, velocity) of each step."""
+    latents, timestep, noise_level, velocity = (torch.stack(list(part)) for part in zip(*steps))  # (K, ...)
+    return {"latents": latents.transpose(0, 1), "velocity": velocity.transpose(0, 1), "features": torch.stack(features, 1),
+            "timestep": timestep.float().repeat(len(numbers), 1), "prompt": torch.tensor(numbers),
+            "noise_level": noise_level.float().repeat(len(numbers), 1)}
 
 
 @torch.no_grad()
@@ -170,12 +188,21 @@ class Trajectories(torch.utils.data.Dataset):
     """
 
     def __init__(self, folder, num_shards):
-        self.shards = [read_shard(folder, index) for index in range(num_shards)]
+        self._hold([read_shard(folder, index) for index in range(num_shards)])
+
+    def _hold(self, shards):
+        self.shards = shards
         self.states_each = self.shards[0]["timestep"].shape[1]
         self.starts = torch.tensor([len(shard["prompt"]) for shard in self.shards]).cumsum(0) * self.states_each
 
     def __len__(self):
         return int(self.starts[-1])
+
+    def __add__(self, other):
+        """Return the states of both; of each row of either there are as many."""
+        both = copy.copy(self)
+        both._hold([*self.shards, *other.shards])
+        return both
 
     def __getitems__(self, numbers, names=None):
         numbers = torch.as_tensor(numbers)

@@ -71,6 +71,15 @@ def walk(velocity_of, latents, scheduler, num_steps, begin=0, end=None):
     return latents
 
 
+def noise_along(velocity_of, clean, seeds, scheduler, num_steps):
+    """Yield what walk() does, not on a walk but at the pictures `clean` (B, C, H, W), noised anew to each of its levels."""
+    scheduler.set_timesteps(num_steps, device=clean.device)
+    noises = seeded_noise((num_steps, *clean.shape[1:]), seeds).to(clean.device).unbind(1)
+    for timestep, noise_level, noise in zip(scheduler.timesteps, scheduler.sigmas, noises):
+        noisy = add_noise(clean.float(), noise, noise_level.expand(len(clean)))
+        yield noisy, timestep, noise_level, velocity_of(noisy, timestep.float().expand(len(clean))).float()
+
+
 def sample(velocity_of, noise, scheduler, num_steps, begin=0, end=None):
     """Return the latents (B, C, H, W) at the end of the walk from `noise`; see walk()."""
     steps = walk(velocity_of, noise, scheduler, num_steps, begin, end)

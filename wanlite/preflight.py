@@ -75,6 +75,8 @@ def check_numbers(settings):
     for name in ("segment_steps", "matching_steps", "own_path_pictures"):
         if (getattr(settings, name) or 0) < 0:
             raise ValueError(f"--{name} is {getattr(settings, name)}, expected 0 or more.")
+    if settings.num_images is not None and (settings.num_images < 1 or settings.images is None):
+        raise ValueError(f"--num_images is {settings.num_images}, expected at least 1, and --images beside it.")
     if 0 < settings.own_path_pictures < len(settings.aspect_ratios or ()):
         raise ValueError(f"--own_path_pictures is {settings.own_path_pictures}, expected 0, or at least one for each of the "
                          f"{len(settings.aspect_ratios)} --aspect_ratios.")

@@ -41,22 +41,38 @@ def _lines(path):
     return [(number, line) for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1) if line.strip()]
 
 
-def _json_lines(path):
+def read_rows(path):
+    """Return [(number, row)] of a .jsonl or .csv file: a row is a dict, or what a line of JSON says. Raises ValueError."""
+    if path.suffix.lower() == ".csv":
+        return list(enumerate(_read_csv(path)[1], 2))
     rows = []
     for number, line in _lines(path):
         try:
-            row = json.loads(line)
-        except ValueError:
+            rows.append((number, json.loads(line)))
+        except (ValueError, RecursionError):
             raise ValueError(f"{path}: line {number} is not JSON. Expected an object or a string a line.") from None
-        rows.append((number, row if isinstance(row, str) else row[_column(path, row)] if isinstance(row, dict) else None))
     return rows
 
 
+def _read_csv(path):
+    """Return the names of the columns, and the rows as dicts."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file)
+            return table.fieldnames or (), list(table)
+    except csv.Error as error:
+        raise ValueError(f"{path}: cannot be read as CSV ({error}). Write it again.") from None
+
+
+def _json_lines(path):
+    return [(number, row if isinstance(row, str) else row[find_column(path, row)] if isinstance(row, dict) else None)
+            for number, row in read_rows(path)]
+
+
 def _table(path):
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        table = csv.DictReader(file)
-        column = _column(path, table.fieldnames or ())
-        return [(number, row[column]) for number, row in enumerate(table, 2)]
+    names, rows = _read_csv(path)
+    column = find_column(path, names)
+    return [(number, row[column]) for number, row in enumerate(rows, 2)]
 
 
 def _parquet(path):
@@ -64,13 +80,13 @@ def _parquet(path):
     from pyarrow import parquet
 
     try:
-        column = _column(path, parquet.read_schema(path).names)
+        column = find_column(path, parquet.read_schema(path).names)
         return list(enumerate(parquet.read_table(path, columns=[column])[column].to_pylist(), 1))
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}). Write it again.") from None
 
 
-def _column(path, names):
+def find_column(path, names):
     """Return the name of the column that holds prompts."""
     column = next((name for wanted in COLUMNS for name in names if name and name.strip().lower() == wanted), None)
     if column is None:

@@ -76,6 +76,7 @@ def check_resumable(folder, run, say):
     """Refuse to resume where teacher, prompts or the number of processes are others; other versions are told."""
     earlier = read_run(folder)
     for name, meaning in (("teacher", "--teacher holds other weights"), ("prompts", "the prompts are others"),
+                          ("images", "the images are others"),
                           ("processes", "the number of processes is another")):
         if earlier.get(name, run[name]) != run[name]:
             raise ValueError(f"{folder}: holds a run cut short, and {meaning} than it had ({earlier[name]}, now {run[name]}): it "

@@ -1,0 +1,360 @@
+"""Captioned images: every kind of place gives the same, what cannot be used is skipped and told, and a run learns from them."""
+
+import csv
+import io
+import json
+import shutil
+import tarfile
+import time
+import zlib
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from pyarrow import parquet
+
+from tests.conftest import ROOT, TINY_TEACHER
+from tests.test_command_lines import refused
+from tests.test_data import STEPS, teacher_for
+from tests.test_resuming import same, train
+from tests.test_sizes import leave_as_killed
+from train_distillation import Settings, choose_data, complete
+from wanlite import shapes
+from wanlite.autoencoder import encode_images, load_autoencoder, to_pixels
+from wanlite.data import Trajectories, ask_at_pictures, walk_teacher
+from wanlite.flow import add_noise, make_scheduler
+from wanlite.images import SHOWN, choose_images, decode, list_images, read_picture
+from wanlite.run_folder import read_run
+
+SCENES = shapes.scenes(40, 6)
+CAPTIONS = [shapes.ways_to_say(scene)[0] for scene in SCENES]
+PICTURES = [shapes.draw(scene) for scene in SCENES]
+SIZE = [(64, 64)]
+
+
+def encoded(picture, kind="PNG", **options):
+    content = io.BytesIO()
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(content, kind, **options)
+    return content.getvalue()
+
+
+CONTENTS = [encoded(picture) for picture in PICTURES]
+
+
+def write_folder(place):
+    (place / "below").mkdir(parents=True)
+    for number, (content, caption) in enumerate(zip(CONTENTS, CAPTIONS)):
+        path = place / ("below" if number > 3 else "") / f"{number}.png"
+        path.write_bytes(content)
+        path.with_suffix(".txt").write_text(f"{caption}\n")
+    (place / "below").rename(place / "z")                    # sorted after the others
+
+
+def write_described(place, name):
+    place.mkdir()
+    rows = [{"file_name": f"{number}.png", "text": caption} for number, caption in enumerate(CAPTIONS)]
+    for row, content in zip(rows, CONTENTS):
+        (place / row["file_name"]).write_bytes(content)
+    with open(place / name, "w", newline="") as file:
+        if name.endswith("csv"):
+            table = csv.DictWriter(file, ["file_name", "text"])
+            table.writeheader()
+            table.writerows(rows)
+        else:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def table(contents=CONTENTS, captions=CAPTIONS):
+    images = pyarrow.array([{"bytes": content, "path": None} for content in contents],
+                           pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}))
+    return pyarrow.table({"id": list(range(len(contents))), "image": images, "caption": captions})
+
+
+def write_parquet(place):
+    (place / "data").mkdir(parents=True)
+    parquet.write_table(table(CONTENTS[:4], CAPTIONS[:4]), place / "data" / "train-00000-of-00002.parquet", row_group_size=3)
+    parquet.write_table(table(CONTENTS[4:], CAPTIONS[4:]), place / "data" / "train-00001-of-00002.parquet")
+
+
+def write_saved_dataset(place):
+    """As save_to_disk of `datasets` lays a dataset out."""
+    (place / "train").mkdir(parents=True)
+    (place / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    names = [f"data-{number:05d}-of-00002.arrow" for number in range(2)]
+    for name, rows in zip(names, (slice(0, 2), slice(2, 6))):
+        part = table(CONTENTS[rows], CAPTIONS[rows])
+        with pyarrow.OSFile(str(place / "train" / name), "wb") as file, pyarrow.ipc.new_stream(file, part.schema) as stream:
+            stream.write_table(part)
+    (place / "train" / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def write_webdataset(place):
+    rows = list(zip(CONTENTS, CAPTIONS))
+    write_tar(place / "000.tar", [member for number, (content, caption) in enumerate(rows[:3])
+                                  for member in ((f"{number}.png", content), (f"{number}.txt", caption.encode()))])
+    write_tar(place / "001.tar", [member for number, (content, caption) in enumerate(rows[3:]) for member in (
+        (f"a/{number}.json", json.dumps({"caption": caption, "id": 1}).encode()), (f"a/{number}.PNG", content))])
+
+
+WRITERS = {"folder": write_folder, "metadata.jsonl": lambda place: write_described(place, "metadata.jsonl"),
+           "metadata.csv": lambda place: write_described(place, "metadata.csv"), "parquet": write_parquet,
+           "saved dataset": write_saved_dataset, "webdataset": write_webdataset}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_kind_of_place_gives_the_same_pictures_and_captions(kind, tmp_path):
+    said = []
+    WRITERS[kind](tmp_path / "place")
+    images = choose_images(tmp_path / "place", SIZE, say=said.append)
+    assert [image.caption for image in images] == CAPTIONS
+    assert all((read_picture(image) == picture).all() for image, picture in zip(images, PICTURES))
+    assert said == [f"images   6 of {tmp_path / 'place'}"]
+    assert [image.caption for image in choose_images(tmp_path / "place", SIZE, most=2)] == CAPTIONS[:2]
+
+
+@pytest.mark.parametrize("kind, name", [("parquet", "data/train-00000-of-00002.parquet"), ("webdataset", "001.tar")])
+def test_a_single_file_is_a_place_too(kind, name, tmp_path):
+    WRITERS[kind](tmp_path / "place")
+    assert len(choose_images(tmp_path / "place" / name, SIZE)) in (4, 3)
+
+
+# ---- what an image may be --------------------------------------------------------------------------------------------------------
+
+def test_an_image_is_cropped_in_its_middle_to_the_nearest_ratio_and_made_smaller(tmp_path):
+    wide = np.zeros((128, 256, 3), np.uint8)
+    wide[:, 64:192] = 255                                    # what a square keeps
+    (tmp_path / "wide.png").write_bytes(encoded(wide))
+    (tmp_path / "wide.txt").write_text("a bar")
+    square, = choose_images(tmp_path, SIZE)
+    assert read_picture(square).shape == (64, 64, 3) and read_picture(square).min() > 230
+    nearest, = choose_images(tmp_path, [(64, 64), (48, 80), (96, 48)])
+    assert nearest.size == (96, 48) and 0 < read_picture(nearest).mean() < 255
+
+
+RED = Image.new("RGB", (64, 64), (200, 30, 30))
+
+
+def turned():
+    """A picture, its left half red, that a camera held sideways: its top is at the right of what is stored."""
+    upright = Image.new("RGB", (64, 80), (0, 0, 255))
+    upright.paste((255, 0, 0), (0, 0, 32, 80))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return upright, encoded(upright.rotate(90, expand=True), "PNG", exif=exif)
+
+
+def test_an_image_is_turned_upright_as_its_camera_says():
+    upright, content = turned()
+    assert (np.asarray(decode(content)) == np.asarray(upright)).all()
+
+
+@pytest.mark.parametrize("mode, kind, expected, near", [
+    ("CMYK", "JPEG", (200, 30, 30), 12), ("P", "PNG", (200, 30, 30), 52), ("L", "PNG", (81, 81, 81), 1),
+    ("YCbCr", "JPEG", (200, 30, 30), 12), ("RGBA", "WEBP", (200, 30, 30), 4), ("LA", "PNG", (81, 81, 81), 1)])
+def test_an_image_of_any_colours_is_rgb(mode, kind, expected, near):
+    found = np.asarray(decode(encoded(RED.convert(mode), kind)))
+    assert found.shape == (64, 64, 3) and np.abs(found.astype(int) - expected).max() <= near
+
+
+def test_what_is_transparent_is_white_and_sixteen_bits_of_grey_become_eight():
+    half = RED.convert("RGBA")
+    half.putalpha(Image.fromarray(np.repeat(np.uint8([0, 255]), 32)[None].repeat(64, 0)))
+    found = np.asarray(decode(encoded(half)))
+    assert (found[:, :32] == 255).all() and (found[:, 32:] == (200, 30, 30)).all()
+    palette = Image.new("P", (64, 64), 0)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    assert (np.asarray(decode(encoded(palette, transparency=0))) == 255).all()
+    grey = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    assert (np.asarray(decode(encoded(grey)))[..., 0] == grey >> 8).all()
+
+
+def bomb(width, height):
+    """The header of a PNG of a size, with no pixels behind it."""
+    chunk = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n\0\0\0\r" + chunk + zlib.crc32(chunk).to_bytes(4, "big") + b"\0\0\0\x10IDAT" + bytes(64)
+
+
+BROKEN = {"cut.png": (CONTENTS[0][:-200], "not a whole"), "cut.jpg": (encoded(PICTURES[0], "JPEG")[:-300], "not a whole"),
+          "none.jpg": (b"", "not a whole"), "page.png": (b"<html>not found</html>", "not a whole"),
+          "bitmap.png": (encoded(PICTURES[0], "BMP"), "not a whole"), "empty.png": (bomb(0, 0), "not a whole"),
+          "bomb.png": (bomb(20000, 20000), "more than 89 million pixels"), "large.png": (bomb(10000, 10000), "more than 89"),
+          "small.png": (encoded(PICTURES[0][:63]), "smaller than 64 x 64")}
+
+
+def test_what_cannot_be_used_is_skipped_counted_and_named_at_once(tmp_path):
+    write_folder(tmp_path / "place")
+    for name, (content, _) in BROKEN.items():
+        (tmp_path / "place" / name).write_bytes(content)
+        (tmp_path / "place" / name).with_suffix(".txt").write_text("a caption")
+    for number, caption in enumerate((b" \n", b"\xff\xfe", None)):
+        (tmp_path / "place" / f"words{number}.png").write_bytes(CONTENTS[0])
+        if caption is not None:
+            (tmp_path / "place" / f"words{number}.txt").write_bytes(caption)
+    (tmp_path / "place" / "folder.png").mkdir()
+    (tmp_path / "place" / "folder.txt").write_text("a caption")
+    (tmp_path / "place" / "gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "place" / "gone.txt").write_text("a caption")
+    said, began = [], time.perf_counter()
+    images = choose_images(tmp_path / "place", SIZE, held_out=CAPTIONS[:1], say=said.append)
+    assert time.perf_counter() - began < 2 and [image.caption for image in images] == CAPTIONS[1:]
+    assert said[0].startswith(f"images   5 of {tmp_path / 'place'}; {len(BROKEN) + 6} skipped: ")
+    for words in ("its caption is a held-out prompt (1: 0.png)", "no caption (2: words0.png, words2.png)",
+                  "a caption that is not UTF-8 (1: words1.png)", "smaller than 64 x 64 (1: small.png)",
+                  "more than 89 million pixels (2: bomb.png, large.png)", "no such file (2: folder.png, gone.png)"):
+        assert words in said[0]
+    whole = [name for name, (_, reason) in BROKEN.items() if reason == "not a whole"]
+    assert f"not a whole JPEG, PNG or WebP ({len(whole)}: {', '.join(sorted(whole)[:SHOWN])}, ...)" in said[0]
+
+
+def test_a_name_that_leads_out_of_the_folder_is_not_followed(tmp_path):
+    write_described(tmp_path / "place", "metadata.jsonl")
+    (tmp_path / "secret.png").write_bytes(CONTENTS[0])
+    names = ["../secret.png", str(tmp_path / "secret.png"), "0.png", "none.png", 7]
+    rows = [json.dumps({"file_name": name, "text": "a"}) for name in names] + [json.dumps({"file_name": "1.png"})]
+    (tmp_path / "place" / "metadata.jsonl").write_text("\n".join(rows))
+    said = []
+    assert len(choose_images(tmp_path / "place", SIZE, say=said.append)) == 1
+    for words in ("outside the folder (2: ../secret.png, /", "no such file (2: none.png, 7)", "no caption (1: 1.png)"):
+        assert words in said[0]
+
+
+def test_a_broken_cell_of_a_table_or_member_of_a_tar_is_skipped(tmp_path):
+    parquet.write_table(table([None, b"no image", CONTENTS[2]], ["a", "b", None]), tmp_path / "some.parquet")
+    with pytest.raises(ValueError, match=r"none of its 3 images can be used: a cell without the image's bytes \(1: some.parquet "
+                                         r"row 1\); not a whole .*parquet row 2\); no caption \(1: some.parquet row 3\)"):
+        choose_images(tmp_path / "some.parquet", SIZE)
+    write_tar(tmp_path / "some.tar", [("a.png", CONTENTS[0]), ("a.json", b"{"), ("b.png", CONTENTS[1]), ("c.txt", b"alone")])
+    with pytest.raises(ValueError, match=r"none of its 2 .*in its .json \(1: some.tar a\); no caption \(1: some.tar b\)"):
+        choose_images(tmp_path / "some.tar", SIZE)
+
+
+def test_an_image_that_changes_under_a_run_is_named(tmp_path):
+    write_folder(tmp_path / "place")
+    first, *_ = choose_images(tmp_path / "place", SIZE)
+    (tmp_path / "place" / "0.png").write_bytes(CONTENTS[1])
+    with pytest.raises(OSError, match="0.png: has changed since this run began"):
+        read_picture(first)
+
+
+# ---- what a place may be ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, content, words", [
+    ("a.txt", b"a caption", "holds no image. Expected a folder of images"),
+    ("metadata.csv", b"file_name,url\n0.png,x\n", "has the columns file_name, url, expected one called"),
+    ("metadata.csv", b"name,text\n0.png,x\n", "row 2 has no file_name"),
+    ("metadata.jsonl", b'["0.png"]\n', "row 1 has no file_name"),
+    ("metadata.jsonl", b'{"file_name": ', "line 1 is not JSON"), ("metadata.jsonl", b"\xff\xfe", "not UTF-8 text"),
+    ("metadata.jsonl", b"", "columns of nothing"), ("a.parquet", b"PAR1 and no more", "cannot be read as parquet"),
+    ("a.tar", b"no tar" * 200, "is not whole"), ("state.json", b"[]", "is no JSON object"), ("state.json", b"{}", "holds no image"),
+    ("state.json", b'{"_data_files": [{"filename": "none.arrow"}]}', "cannot be read as an Arrow stream"),
+    ("state.json", b'{"_indices_files": [{"filename": "i"}]}', "saved as a selection"),
+    ("dataset_dict.json", b'{"splits": ["test", "dev"]}', "has the splits test, dev and none called train")])
+def test_a_place_that_holds_no_captioned_images_is_refused_with_what_was_expected(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        list_images(tmp_path)
+
+
+def test_a_table_without_images_or_captions_is_refused(tmp_path):
+    parquet.write_table(pyarrow.table({"text": ["a"], "url": ["b"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="has the columns text, url, and none of images"):
+        list_images(tmp_path)
+    parquet.write_table(table().drop_columns(["caption"]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="has the columns id, image, expected one called prompt, text or caption"):
+        list_images(tmp_path)
+
+
+def test_a_wrong_place_is_answered_before_torch(tmp_path):
+    said = refused(ROOT / "train_distillation.py", "--output_dir", tmp_path / "run", "--images", tmp_path / "none")
+    assert "none: no such place. Expected a folder of images" in said and not (tmp_path / "run").exists()
+
+
+def test_a_csv_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "prompts.csv").write_text("prompt\n" + "a" * 200_000)
+    with pytest.raises(ValueError, match="cannot be read as CSV"):
+        complete(Settings(prompts=str(tmp_path / "prompts.csv")))
+
+
+# ---- what is learnt from them ----------------------------------------------------------------------------------------------------
+
+def test_captions_join_the_prompts_and_none_is_held_out(tmp_path):
+    write_folder(tmp_path / "place")
+    (tmp_path / "prompts.txt").write_text("\n".join(["one", CAPTIONS[2], "three", CAPTIONS[0]]))
+    settings = complete(Settings(images=str(tmp_path / "place"), prompts=str(tmp_path / "prompts.txt")))
+    training, held_out, images = choose_data(settings, lambda said: None)
+    assert held_out == [CAPTIONS[0]] and [image.caption for image in images] == CAPTIONS[1:]
+    assert training == ["one", CAPTIONS[2], "three", CAPTIONS[1], *CAPTIONS[3:]]
+
+
+def test_the_teacher_is_asked_at_each_of_its_levels_at_noised_pictures_and_states_are_joined_with_its_walks(tmp_path):
+    scheduler, pictures = make_scheduler(3.0), torch.randn(5, 2, 4, 4)
+    jobs = [(number, f"{number}", 50 + number, number) for number in range(5)]
+    for name in ("asked", "walked"):
+        (tmp_path / name).mkdir()
+    states = ask_at_pictures(Accelerator(), teacher_for, lambda numbers: pictures[list(numbers)], torch.eye(4), scheduler, STEPS,
+                             jobs, tmp_path / "asked")
+    batch = states.__getitems__(range(len(states)))
+    assert len(states) == 5 * STEPS and batch["prompt"].tolist() == [number for number in range(5) for _ in range(STEPS)]
+    assert torch.allclose(batch["noise_level"].view(5, STEPS), scheduler.sigmas[:-1].expand(5, STEPS))
+    repeated, level = pictures.repeat_interleave(STEPS, 0), batch["noise_level"].view(-1, 1, 1, 1)
+    noise = (batch["latents"].float() - (1 - level) * repeated) / level
+    assert 0.9 < noise.std() < 1.1 and torch.allclose(add_noise(repeated, noise, batch["noise_level"]), batch["latents"].float())
+    low = batch["noise_level"] < 0.5
+    assert (noise[low][1:] - noise[low][:-1]).abs().mean() > 0.5           # noised anew at each level
+    velocity = teacher_for([str(number) for number in batch["prompt"].tolist()], None)(batch["latents"].float(), batch["timestep"])
+    assert torch.allclose(velocity, batch["velocity"].float(), atol=0.01)
+    walked = walk_teacher(Accelerator(), teacher_for, torch.eye(4), scheduler, STEPS, [job[:3] for job in jobs[:2]], (2, 4, 4),
+                          tmp_path / "walked")
+    both = walked + states
+    assert len(both) == 7 * STEPS and len(walked) == 2 * STEPS
+    parts = [walked.__getitems__([3]), states.__getitems__([9])]
+    joined = both.__getitems__([3, 2 * STEPS + 9])
+    assert all(torch.equal(torch.cat([part[name] for part in parts]), joined[name]) for name in joined)
+
+
+def test_large_pictures_are_encoded_a_few_at_a_time_to_the_same_latents(monkeypatch):
+    autoencoder, pixels = load_autoencoder(TINY_TEACHER), to_pixels(np.stack(PICTURES))
+    whole = encode_images(autoencoder, pixels)
+    monkeypatch.setattr("wanlite.autoencoder.DECODED_AT_ONCE", 2 * 64 * 64)
+    assert torch.allclose(encode_images(autoencoder, pixels), whole, atol=1e-5)
+
+
+FLAGS = ("--projection", "weights", "--num_held_out", "16", "--teacher_steps", "4", "--validation_steps", "6",
+         "--segment_steps", "1", "--matching_steps", "0", "--max_train_steps", "4", "--checkpointing_steps", "2")
+
+
+def test_a_run_learns_from_images_tells_what_it_skipped_and_resumes_to_the_same_weights(tmp_path):
+    write_folder(tmp_path / "place")
+    (tmp_path / "place" / "cut.png").write_bytes(CONTENTS[0][:100])
+    (tmp_path / "place" / "cut.txt").write_text("a caption")
+    flags = (*FLAGS, "--images", tmp_path / "place")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    code, said = train(whole, *flags)
+    assert code == 0, said
+    assert said.startswith(f"images   6 of {tmp_path / 'place'}; 1 skipped: not a whole JPEG, PNG or WebP (1: cut.png)\nteacher")
+    assert "70 teacher pictures" in said                     # 64 walks and 6 images
+    states = Trajectories(next((whole / "cache").glob("images-*")), 1)
+    assert len(states) == 6 * 4
+    latents = encode_images(load_autoencoder(TINY_TEACHER), to_pixels(np.stack(PICTURES)))
+    _, clean, _ = states.ends(range(6))
+    assert (clean - latents).square().mean() < 0.2 * latents.var()         # the teacher nearly knows what is nearly clean
+    leave_as_killed(whole, cut, step=2)
+    (tmp_path / "place" / "z" / "5.png").rename(tmp_path / "kept.png")
+    code, said = train(cut, *flags)
+    assert code == 2 and ("the prompts are others" in said or "the images are others" in said)
+    shutil.move(tmp_path / "kept.png", tmp_path / "place" / "z" / "5.png")
+    code, said = train(cut, *flags)
+    assert code == 0 and "resumed at step 2" in said and same(cut, whole), said
+    assert read_run(cut)["settings"]["images"] == str(tmp_path / "place")
