@@ -37,11 +37,12 @@ TEXT_ENCODER, AUTOENCODER = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"
 TEXT_SIZES = {"words": 256384, "width": 4096, "neurons": 10240, "heads": 64, "head_size": 64, "layers": 24}
 QUICK = {"config": {"dim": 256, "ffn_dim": 512, "num_heads": 2}, "base_dim": 8,
          "text": {"words": 4096, "neurons": 64, "heads": 2, "head_size": 8, "layers": 1},
-         "flags": ["--hidden_size", "128", "--depth", "2", "--num_heads", "2", "--validation_walks", "4", "--own_path_pictures", "2"]}
+         "flags": ["--hidden_size", "128", "--depth", "2", "--num_heads", "2", "--validation_walks", "4",
+                   "--own_path_pictures", "2"]}
 PROMPTS = ("a lighthouse at dusk", "two cats on a red sofa", "a glass of water on a wooden table", "an old bicycle in the rain")
 FLAGS = ["--num_trajectories", "1", "--teacher_steps", "2", "--few_steps", "1", "2", "--num_inference_steps", "2",
-         "--train_batch_size", "2", "--max_train_steps", "4", "--segment_steps", "2", "--lr_warmup_steps", "1", "--report_to", "none",
-         "--teacher_residency", "disk"]
+         "--train_batch_size", "2", "--max_train_steps", "4", "--segment_steps", "2", "--lr_warmup_steps", "1",
+         "--report_to", "none", "--teacher_residency", "disk"]
 # What the spine calls -> the phase that it is, in the words of --dry_run where these know it.
 PHASES = {"check_experts": "comparing experts", "convert_parts": "converting", "encode_once": "text", "start_student": "start",
           "feature_basis": "trajectories", "walk_teacher": "trajectories", "walk_own_path": "own path", "draw_pictures": "drawing",
@@ -133,19 +134,16 @@ class PhaseMeter(threading.Thread):
     @contextmanager
     def within(self, phase):
         """Count what happens inside as `phase` and no longer as the one around it."""
-        self._turn()
+        self.turn()
         self.stack.append(phase)
         try:
             yield
         finally:
-            self._turn()
+            self.turn()
             found = self.phases[self.stack.pop()]
             print(f"{phase}: {found['seconds']:.0f} s so far, peak {found['peak'] / GIB:.2f} GiB", file=sys.stderr, flush=True)
 
-    def end(self):
-        self._turn()
-
-    def _turn(self):
+    def turn(self):
         now = time.perf_counter()
         self._phase()["seconds"] += now - self.since
         self.since = now
@@ -171,7 +169,7 @@ def measure_run(words):
     code = spine.main(settings, is_resumed)
     if code:
         sys.exit(code)
-    meter.end()
+    meter.turn()
     return meter.phases
 
 
@@ -199,7 +197,7 @@ def measure_agreement(folder):
                 stock = WanTransformer3DModel(**expert.config)
             stock.rope = load_rope(expert.config)
             stock.load_state_dict(weights, strict=True, assign=True)
-            theirs = stock(latents[:, :, None].to(dtype), timestep, unpack_text(text).to(dtype), return_dict=False)[0][:, :, 0].float()
+            theirs = stock(latents[:, :, None].to(dtype), timestep, unpack_text(text).to(dtype)).sample[:, :, 0].float()
         found[name] = float((ours - theirs).abs().max() / theirs.abs().max())
         if not found[name] < most:
             raise AssertionError(f"the streamed teacher is {found[name]:.2g} off the stock one in {name}, expected {most} at most")
@@ -214,7 +212,8 @@ def load_rope(config):
 
 def in_a_process(task, *arguments):
     """Run a task of this script in a process of its own; returns what it tells."""
-    process = subprocess.run([sys.executable, __file__, "--task", json.dumps([task, *arguments])], stdout=subprocess.PIPE, text=True)
+    process = subprocess.run([sys.executable, __file__, "--task", json.dumps([task, *arguments])], stdout=subprocess.PIPE,
+                             text=True)
     if process.returncode:
         sys.exit(f"real_size.py: {task} failed (exit code {process.returncode}).")
     return json.loads(process.stdout.splitlines()[-1])
@@ -241,7 +240,7 @@ def read_options():
     parser.add_argument("--folder", type=Path, help="where all is written, a new folder; None = a temporary one")
     parser.add_argument("--quick", action="store_true", help="small widths")
     parser.add_argument("--json", type=Path, help="also write the figures there")
-    parser.add_argument("--train_flags", nargs=argparse.REMAINDER, default=[], help="all that follows goes to train_distillation.py")
+    parser.add_argument("--train_flags", nargs=argparse.REMAINDER, default=[], help="all that follows goes to the run")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.layers < 2:
@@ -255,7 +254,8 @@ def read_options():
 
 def check_disk(parser, folder, config, text):
     """Refuse a disk too small for the folder, the converted text encoder, and the one that is saved with the student."""
-    needed = 2 * num_bytes(tensor_shapes(config)) + 3 * sum(2 * math.prod(shape) for shape in text_shapes(**text).values()) + 6 * SPARE
+    encoder = sum(2 * math.prod(shape) for shape in text_shapes(**text).values())
+    needed = 2 * num_bytes(tensor_shapes(config)) + 3 * encoder + 6 * SPARE
     free = shutil.disk_usage(next(place for place in folder.parents if place.is_dir())).free
     if free < needed:
         parser.error(f"all takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free at {folder}. Name another disk with --folder, "

@@ -23,6 +23,7 @@ LAST_SHARE = 3        # the states that the head reads count this often in the c
 
 
 DRAWING_STEPS = 4     # Euler steps from noise to a frame; each reads the expert once
+PASSES = DRAWING_STEPS + 2    # of a frame through the expert: drawing, choosing channels, calibrating
 
 
 @dataclass
