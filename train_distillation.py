@@ -631,17 +631,19 @@ def plan(settings, words):
             lambda: WanLiteStudent(shape | {"depth": depth}), partial(make_optimizers, settings),
             lambda network: EMAModel(network.parameters()), rows, latent_shape[1:], dtype != torch.float32), shape["depth"])
 
-    together = max(1, DECODED_AT_ONCE // settings.resolution**2)
+    looks, several = count_looks(settings.validation_walks, len(held_out))
+    drawn = max(looks, several**2)
+    together, at_once = min(drawn, max(1, DECODED_AT_ONCE // settings.resolution**2)), min(SHARD_SIZE, max(walks, drawn))
     held, beside = teacher_bytes(files, residency, dtype, settings.teacher_fp8)
-    rows = min(2 * SHARD_SIZE, max(1, TOKENS_AT_ONCE // tokens))                                # half of them for guidance
+    rows = min(2 * at_once, max(1, TOKENS_AT_ONCE // tokens))                                   # half of them for guidance
     phases = {
         "text": num_bytes(found["text_encoder"]),
-        "trajectories": held + pass_peak(files, rows, latent_shape[1:], dtype) + walk_bytes(SHARD_SIZE, settings.teacher_steps,
+        "trajectories": held + pass_peak(files, rows, latent_shape[1:], dtype) + walk_bytes(at_once, settings.teacher_steps,
                                                                                             latent_shape),
         "training": training_peak(settings.train_batch_size),
         "validation": training_peak(1) + at_depth(
             lambda parts: decoding_peak(partial(make_autoencoder, decoder), decode_latents, parts * together, latent_shape),
-            -(-settings.validation_walks // together))}
+            -(-drawn // together))}
     frames = min(len(training), most_frames(tokens)) if settings.projection == "calibrated" and settings.student is None else 0
     if frames:                                               # in float32, whatever the run is in
         phases["start"] = teacher_bytes(files, "disk", torch.float32, False)[0] + pass_peak(files, frames, latent_shape[1:],
@@ -653,7 +655,6 @@ def plan(settings, words):
     phases = {name: needed + own for name, needed in phases.items()}
     weights = 4 * student.num_parameters()
     remembered = weights * (4 if settings.muon_learning_rate else 5) * (1.5 if settings.matching_steps else 1)
-    looks, several = count_looks(settings.validation_walks, len(held_out))
     seen = walks + looks + min(several, len(held_out)) * several
     converted = sum(num_bytes(place) for part, place in found.items() if not is_converted(found, part))
     disk = {settings.cache_dir: weights + converted + trajectory_bytes(seen, settings.teacher_steps, latent_shape, tokens,
