@@ -276,6 +276,7 @@ from wanlite.autoencoder import (  # noqa: E402
     to_pixels,
 )
 from wanlite.cache import cache_folder, fingerprint  # noqa: E402
+from wanlite.calibration import PASSES as CALIBRATING_PASSES  # noqa: E402
 from wanlite.calibration import calibrate, choose_channels, make_frames  # noqa: E402
 from wanlite.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint  # noqa: E402
 from wanlite.data import (  # noqa: E402
@@ -291,7 +292,7 @@ from wanlite.data import (  # noqa: E402
     walk_own_path,
     walk_teacher,
 )
-from wanlite.devices import as_device, as_dtype, free_memory  # noqa: E402
+from wanlite.devices import as_device, as_dtype, free_memory, own_memory  # noqa: E402
 from wanlite.flow import FewSteps, make_scheduler, sample, seeded_noise  # noqa: E402
 from wanlite.grids import save_grid  # noqa: E402
 from wanlite.measure import beyond_guards, compare, frechet_distance, likeness  # noqa: E402
@@ -313,7 +314,7 @@ from wanlite.plan import training_peak as simulate_training  # noqa: E402
 from wanlite.projection import check_shape as check_cut  # noqa: E402
 from wanlite.projection import choose_experts, project, project_into, student_shape  # noqa: E402
 from wanlite.reading import AHEAD, read_ahead  # noqa: E402
-from wanlite.steps import MATCHED, STEPS, Networks, velocity_from  # noqa: E402
+from wanlite.steps import MATCHED, STEPS, Networks, velocity_in_parts  # noqa: E402
 from wanlite.student_files import (  # noqa: E402
     all_tensor_shapes,
     check_hashes,
@@ -584,6 +585,11 @@ def open_parts(settings, accelerator):
     return folder
 
 
+def most_frames(tokens):
+    """Return on how many frames of so many image tokens a student is calibrated, where there are as many prompts."""
+    return max(16, CALIBRATION_TOKENS // tokens)
+
+
 def compare_experts(settings, files, device):
     """Return the cosines of check_experts(), which reads both experts: once, and kept in the cache."""
     record = cache_folder(settings.cache_dir, "experts", teacher=files.fingerprint) / "cosines.json"
@@ -609,8 +615,7 @@ def start_student(settings, student, files, cosines, embeddings, prompts, latent
         say("random start: nothing is projected (the control)")
         return None
     is_calibrated = settings.projection == "calibrated"
-    tokens_each = math.prod(latent_size) // math.prod(student.config.patch_size)
-    prompts = prompts[:max(16, CALIBRATION_TOKENS // tokens_each)]
+    prompts = prompts[:most_frames(math.prod(latent_size) // math.prod(student.config.patch_size))]
     folder = cache_folder(settings.cache_dir, "start", teacher=files.fingerprint, prompts=prompts,
                           student={name: value for name, value in student.config.items() if name[0] != "_"},
                           method=[inspect.getsource(inspect.getmodule(function)) for function in (project, calibrate)],
@@ -685,31 +690,40 @@ def plan(settings, words):
             lambda: WanLiteStudent(shape | {"depth": depth}), partial(make_optimizers, settings),
             lambda network: EMAModel(network.parameters()), rows, largest[1:], dtype != torch.float32), shape["depth"])
 
-    together = max(1, DECODED_AT_ONCE // math.prod(picture_size(settings.resolution)))
+    looks, several = count_looks(settings.validation_walks, len(held_out))
+    drawn, pixels = max(looks, several**2), math.prod(picture_size(settings.resolution))
+    together, at_once = min(drawn, max(1, DECODED_AT_ONCE // pixels)), min(SHARD_SIZE, max(walks, drawn))
     held, beside = teacher_bytes(files, residency, dtype, settings.teacher_fp8)
-    rows = min(2 * SHARD_SIZE, max(1, TOKENS_AT_ONCE // tokens))                                # half of them for guidance
+    rows = min(2 * at_once, max(1, TOKENS_AT_ONCE // tokens))                                   # half of them for guidance
     phases = {
         "text": num_bytes(found["text_encoder"]),
-        "trajectories": held + pass_peak(files, rows, largest[1:], dtype) + walk_bytes(SHARD_SIZE, settings.teacher_steps, largest),
+        "trajectories": held + pass_peak(files, rows, largest[1:], dtype) + walk_bytes(at_once, settings.teacher_steps, largest),
         "training": training_peak(settings.train_batch_size),
         "validation": training_peak(1) + at_depth(
             lambda parts: decoding_peak(partial(make_autoencoder, decoder), decode_latents, parts * together, latent_shape),
-            -(-settings.validation_walks // together))}
+            -(-drawn // together))}
+    frames = min(len(training), most_frames(tokens)) if settings.projection == "calibrated" and settings.student is None else 0
+    if frames:                                               # in float32, whatever the run is in
+        phases["start"] = teacher_bytes(files, "disk", torch.float32, False)[0] + pass_peak(files, frames, latent_shape[1:],
+                                                                                            torch.float32)
     if settings.matching_steps:                              # the critic learns beside the student, and the teacher is asked
         phases["matching"] = (phases["training"] + training_peak(max(1, settings.train_batch_size // MATCHED))
                               + phases["trajectories"])
+    own = own_memory() if device.type == "cpu" else 0        # Python and its libraries, which a run holds as well
+    phases = {name: needed + own for name, needed in phases.items()}
     weights = 4 * student.num_parameters()
     remembered = weights * (4 if settings.muon_learning_rate else 5) * (1.5 if settings.matching_steps else 1)
-    looks, several = count_looks(settings.validation_walks, len(held_out))
     seen = walks + looks + min(several, len(held_out)) * several
     converted = sum(map(num_bytes, {place for part, place in found.items() if not is_converted(found, part)}))
     disk = {settings.cache_dir: weights + converted + trajectory_bytes(seen, settings.teacher_steps, largest, tokens,
                                                                        shape["hidden_size"]),
             settings.output_dir: weights + sum(map(num_bytes, set(found.values())))
             + (settings.checkpoints_total_limit + 1) * remembered}
-    wrong = tell(phases, disk, device, free_memory(device)[0], residency, beside, settings.train_batch_size,
+    wrong = tell(phases, disk, device, free_memory(device)[0] + own, residency, beside, settings.train_batch_size,
                  settings.gradient_accumulation_steps, training_peak)
-    print(f"time     {estimate(student, files, *work, tokens, latent_shape[1:], device, dtype)}")
+    passes, states = work
+    passes += CALIBRATING_PASSES * frames
+    print(f"time     {estimate(student, files, passes, states, tokens, latent_shape[1:], device, dtype)}")
     for reason in wrong:
         print(f"PROBLEM  {reason}")
     print(f"run      {shlex.join(['python', Path(__file__).name, *words])}")
@@ -768,7 +782,7 @@ def teacher_walks(trajectories, pack, prompts, autoencoder):
 
 @torch.no_grad()
 def compare_walks(walks, velocity_for, num_steps, num_seeds, autoencoder, scheduler, check):
-    """Draw from the noise of `walks`, of many prompts and of `num_seeds` seeds each; returns how like the teacher's it is, in figures."""
+    """Draw from the noise of `walks`, of many prompts and of `num_seeds` seeds each; returns figures of its likeness."""
     drawn = []
     for noise, text, _, _ in walks:
         check()
@@ -788,7 +802,7 @@ def relative_error(student, states, embeddings, prompts, device, check):
         check()
         batch = states.__getitems__(range(start, min(start + 256, len(states))))
         text = pack_text([embeddings[prompts[number]] for number in batch["prompt"].tolist()]).to(device)
-        velocity = velocity_from(student, text)(batch["latents"].float().to(device), batch["timestep"].to(device))
+        velocity = velocity_in_parts(student, text)(batch["latents"].float().to(device), batch["timestep"].to(device))
         error += (velocity.float().cpu() - batch["velocity"]).square().sum().item()
         power += batch["velocity"].float().square().sum().item()
     return error / power
@@ -876,16 +890,18 @@ def train(settings, is_resumed, stop):
     some = training[:settings.validation_walks]
 
     def find_basis():
-        features = Sampled(len(some) * settings.teacher_steps * tokens_each)
-        return {"basis": feature_basis(guided_for(some, features), features, seeded_noise(latent_shape, range(len(some))).to(device),
-                                       scheduler, settings.teacher_steps, shape["hidden_size"]).cpu()}
+        features, noise = Sampled(len(some) * settings.teacher_steps * tokens_each), seeded_noise(latent_shape, range(len(some)))
+        return {"basis": feature_basis(guided_for(some, features), features, noise.to(device), scheduler, settings.teacher_steps,
+                                       shape["hidden_size"]).cpu()}
 
-    basis = kept_once(accelerator, cache_folder(settings.cache_dir, "basis", prompts=some, latents=latent_shape, **made_of), find_basis)["basis"].to(device)
+    folder = cache_folder(settings.cache_dir, "basis", prompts=some, latents=latent_shape, **made_of)
+    basis = kept_once(accelerator, folder, find_basis)["basis"].to(device)
     first_seed = settings.seed * 10**7
     walks = [(n % len(training), training[n % len(training)], first_seed + n) for n in range(num_trajectories)]
     unseen = held_out[:settings.validation_walks]
     jobs = {"held_out": [(n % len(unseen), unseen[n % len(unseen)], first_seed - 1 - n) for n in range(num_looked_at)],
-            "seeds": [(n, prompt, first_seed - 1000 - seed) for n, prompt in enumerate(unseen[:several]) for seed in range(several)]}
+            "seeds": [(n, prompt, first_seed - 1000 - seed) for n, prompt in enumerate(unseen[:several])
+                      for seed in range(several)]}
 
     def walk(walked, latents):
         folder = cache_folder(settings.cache_dir, "trajectories", walks=walked, latents=latents, **made_of)
@@ -919,8 +935,9 @@ def train(settings, is_resumed, stop):
     draw = partial(draw_pictures, autoencoder=autoencoder, scheduler=scheduler, latent_shape=latent_shape, check=check)
     folder = cache_folder(settings.cache_dir, "pictures", prompts=validation, seeds=seeds[:len(validation)],
                           reference=settings.reference_steps, **made_of)
+    shown = [embeddings[prompt] for prompt in validation]
     teacher_drawn = kept_once(accelerator, folder, lambda: {"pictures": torch.from_numpy(draw(
-        guided, embeddings=[embeddings[p] for p in validation], seeds=seeds, num_steps=settings.reference_steps))})["pictures"].numpy()
+        guided, embeddings=shown, seeds=seeds, num_steps=settings.reference_steps))})["pictures"].numpy()
     few = FewSteps(settings.flow_shift, few_steps or [settings.num_inference_steps], latent_shape, settings.teacher_steps)
     own_scheduler = few.scheduler if few_steps else scheduler
     draw_own = partial(draw, scheduler=own_scheduler)
@@ -982,13 +999,13 @@ def train(settings, is_resumed, stop):
         """Look at the averaged student: figures, a grid, and whether it is the best so far."""
         with averaged(ema, student, settings.use_ema):
             figures = {"held_out_error": relative_error(student, states["held_out"], embeddings, held_out, device, check)}
-            looks = {count: examine(partial(velocity_from, student), num_steps=count) for count in few.counts}
+            looks = {count: examine(partial(velocity_in_parts, student), num_steps=count) for count in few.counts}
             figures |= {f"{name}_{count}": value for count, look in looks.items() for name, value in look.items()}
             grid = {f"teacher {settings.reference_steps} steps": teacher_drawn}
             for count, look in reversed(looks.items()):
                 said = [f"{name} {look[measure]:.2f}" for name, measure in GRID_FIGURES.items()]
                 grid[", ".join([f"student {count} step{'s' * (count > 1)}", *said])] = draw_own(
-                    partial(velocity_from, student), embeddings=[embeddings[p] for p in validation], seeds=seeds, num_steps=count)
+                    partial(velocity_in_parts, student), embeddings=shown, seeds=seeds, num_steps=count)
             tell(step, grid=grid, **figures)
             memory["looked"] = {"step": step, **figures}
             if part != "velocity" or not few_steps:
@@ -1034,8 +1051,8 @@ def train(settings, is_resumed, stop):
         if step != first and not any(folder.glob("shard-*")):
             raise OSError(f"{folder}: the states that the student met at step {first} are gone, and it is past that step. Put "
                           "them back, or add --overwrite to start again.")
-        return walk_own_path(accelerator, lambda said: velocity_from(student, pack(said)), guided_for, (few.scheduler, scheduler),
-                             settings.teacher_steps, paths, latents, folder)
+        return walk_own_path(accelerator, lambda said: velocity_in_parts(student, pack(said)), guided_for,
+                             (few.scheduler, scheduler), settings.teacher_steps, paths, latents, folder)
 
     if walk_figures:
         tell(step, **walk_figures)
@@ -1135,7 +1152,7 @@ def train(settings, is_resumed, stop):
             words = [embeddings[prompt] for prompt in held_out]
             results |= compare(
                 lambda _: draw(guided, embeddings=words, seeds=seeds, num_steps=settings.reference_steps),
-                {count: lambda _, count=count: draw_own(partial(velocity_from, student), embeddings=words, seeds=seeds,
+                {count: lambda _, count=count: draw_own(partial(velocity_in_parts, student), embeddings=words, seeds=seeds,
                                                         num_steps=count) for count in few.counts},
                 settings.num_inference_steps, held_out)
         write_json(output / "run.json", run | {"finished": True, "steps": step, "minutes": (time.time() - began) / 60,

@@ -142,6 +142,7 @@ def run(job):
     from wanlite.measure import prompt_accuracy
     from wanlite.objectives import velocity_loss
     from wanlite.projection import student_shape
+    from wanlite.steps import velocity_from
 
     torch.set_num_threads(1)
     cache = Path(job["data"])
@@ -169,7 +170,7 @@ def run(job):
     for step, numbers in enumerate(SeededBatches(len(states["training"]), job["batch"], job["seed"], 0, job["steps"]), 1):
         batch = states["training"].__getitems__(numbers)
         text = spine.pack_text([embeddings[training[number]] for number in batch["prompt"].tolist()])
-        velocity = spine.velocity_from(student, text)(batch["latents"].float(), batch["timestep"])
+        velocity = velocity_from(student, text)(batch["latents"].float(), batch["timestep"])
         velocity_loss(velocity, batch["velocity"]).mean().backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), settings.max_grad_norm)
         for optimizer, rate in zip(optimizers, rates):
@@ -182,7 +183,7 @@ def run(job):
     ema.copy_to(student.parameters())
     autoencoder, scheduler = load_autoencoder(settings.teacher), make_scheduler(settings.flow_shift)
     drawn = prompt_accuracy(lambda prompts: spine.draw_pictures(
-        partial(spine.velocity_from, student), autoencoder, [embeddings[prompt] for prompt in prompts], list(range(len(prompts))),
+        partial(velocity_from, student), autoencoder, [embeddings[prompt] for prompt in prompts], list(range(len(prompts))),
         scheduler, settings.teacher_steps, (16, 8, 8)), held_out[:200])
     return {name: value for name, value in job.items() if name != "data"} | {
         "error_at": errors, "accuracy": drawn["accuracy"], "seconds": round(seconds, 2), "parameters": student.num_parameters()}

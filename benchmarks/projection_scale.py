@@ -142,10 +142,10 @@ def _upper_half(values):
     return np.ascontiguousarray(values.view("<u4").view("<u2").reshape(*values.shape, 2)[..., 1])
 
 
-def write_expert(folder, config):
+def write_expert(folder, config, seed=0):
     """Write an expert, holding one matrix at most; returns bytes per second. config.json comes last: with it all is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    shapes, values, began = tensor_shapes(config), RandomWan(config["dim"]), time.perf_counter()
+    shapes, values, began = tensor_shapes(config), RandomWan(config["dim"], seed=seed), time.perf_counter()
     weight_map = {}
     with tqdm(total=num_bytes(shapes), desc="writing", unit="B", unit_scale=True, disable=None) as progress:
         for number, names in enumerate(_shards(shapes), 1):

@@ -25,13 +25,14 @@ import numpy as np
 import torch
 
 from run_inference import Painter
-from train_distillation import Settings, complete, teacher_velocity, velocity_from
+from train_distillation import Settings, complete, teacher_velocity
 from wanlite import shapes
 from wanlite.autoencoder import decode_latents, to_pictures
 from wanlite.flow import make_scheduler, sample, seeded_noise
 from wanlite.measure import channel_drift, channel_spread, frechet_distance, prompt_accuracy, variety
 from wanlite.network import pack_text
 from wanlite.run_folder import read_run
+from wanlite.steps import velocity_from
 from wanlite.teacher import Teacher, open_teacher_files
 
 REFERENCE = "teacher, guided", 40       # what every row is held against, at its own noise

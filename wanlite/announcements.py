@@ -19,7 +19,8 @@ def announce(settings, files, student, device, num_trajectories, passes, parts, 
         f"parameters, start: {settings.student or settings.projection}\n"
         f"device   {device}, {torch.get_num_threads()} threads, "
         f"{'float32' if settings.mixed_precision == 'no' else settings.mixed_precision + ' mixed precision'}\n"
-        f"work     {num_trajectories:,} teacher pictures ({passes:,} teacher passes with all that is looked at), then {settings.max_train_steps:,} steps "
+        f"work     {num_trajectories:,} teacher pictures ({passes:,} teacher passes with all that is looked at), then "
+        f"{settings.max_train_steps:,} steps "
         f"({pictures:,} states): {', '.join(f'{part} {count:,}' for part, count in steps.items())}\n"
         f"output   {Path(settings.output_dir).absolute()}")
     return passes, pictures

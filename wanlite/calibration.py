@@ -23,6 +23,7 @@ LAST_SHARE = 3        # the states that the head reads count this often in the c
 
 
 DRAWING_STEPS = 4     # Euler steps from noise to a frame; each reads the expert once
+PASSES = DRAWING_STEPS + 2    # of a frame through the expert: drawing, choosing channels, calibrating
 
 
 @dataclass
@@ -80,12 +81,12 @@ def _normed_moment(states):
 def _best_columns(moment, count):
     """Pick columns one by one, each that which explains most of what the picked ones leave unexplained."""
     left = moment + 1e-6 * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
-    free = torch.ones(len(left), dtype=torch.bool)
+    free, room = torch.ones(len(left), dtype=torch.bool), torch.empty_like(left)     # new memory at each turn takes as long again
     for _ in range(count):
-        explained = left.square().sum(0) / left.diagonal().clamp(min=1e-12)
+        explained = torch.square(left, out=room).sum(0) / left.diagonal().clamp(min=1e-12)
         best = torch.where(free, explained, -1.0).argmax()
         free[best] = False
-        left = left - torch.outer(left[:, best], left[:, best]) / left[best, best]
+        left -= torch.outer(left[:, best], left[:, best], out=room).div_(left[best, best].clone())
     return (~free).nonzero().flatten()
 
 

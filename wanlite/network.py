@@ -36,7 +36,10 @@ class TextTokens(NamedTuple):
 
 
 def pack_text(embeddings, text_length=TEXT_LENGTH):
-    """Turn prompts' embeddings, a list of (length, T), into float32 TextTokens equal to zero padding up to `text_length`."""
+    """Turn prompts' embeddings, a list of (length, T), into TextTokens equal to zero padding up to `text_length`.
+
+    In float32 whatever the encoder's dtype: Wan's is bfloat16, and who attends to them casts, or trains in float32.
+    """
     lengths = [len(embedding) for embedding in embeddings]
     tokens = embeddings[0].new_zeros(len(embeddings), max(lengths) + 1, embeddings[0].shape[-1], dtype=torch.float32)
     for row, embedding in enumerate(embeddings):

@@ -77,7 +77,9 @@ def teacher_bytes(files, residency, dtype, is_fp8):
               for expert in files.experts.values()]
     block = max(blocks) // files.config["num_layers"] * dtype.itemsize
     others = max(sizes) - max(blocks) * (1 if is_fp8 else dtype.itemsize)
-    return others + 2 * block, sum(sizes) if residency == "streamed" else 0
+    if residency == "disk":                                  # each block is gone before the next is read; both experts' others stay
+        return others * len(files.experts) + block, 0
+    return others + 2 * block, sum(sizes)
 
 
 def pass_peak(files, rows, latent_size, dtype, peak=simulated_peak):
@@ -149,7 +151,9 @@ def estimate(student, files, passes, states, tokens, latent_size, device, dtype)
     if 6 * tokens * student.num_parameters() > TIMED:
         operations = 2 * tokens * (passes * teacher + 3 * states * student.num_parameters())
         hours = [operations / (EFFICIENCY * rate * 3600) for rate in (matrix_rate(device, dtype), H100)]
-        return f"about {hours[0]:,.1f} hours ({operations / 1e15:,.0f} PFLOP; an H100 would take {hours[1]:,.1f} hours)"
+        slower = matrix_rate(device, torch.float32) / matrix_rate(device, dtype) if dtype != torch.float32 else 1
+        return (f"about {hours[0]:,.1f} hours ({operations / 1e15:,.0f} PFLOP; an H100 would take {hours[1]:,.1f} hours)"
+                + (f"; {slower:,.1f} times less without --mixed_precision, for this device is slow in it" if slower > 1.2 else ""))
     twin, rows = type(student)(dict(student.config)).to(device), max(1, min(64, 8192 // tokens))
     words = torch.zeros(rows, 24, student.config.text_dim, device=device)
     latents, seconds = torch.randn(rows, student.config.num_channels, *latent_size, device=device), []

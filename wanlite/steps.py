@@ -4,6 +4,7 @@ Every step is called as `step(networks, settings, batch, text, progress, generat
 `text` TextTokens of the same rows, `progress` 0..1 through the part, `generator` the source of all that is random.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ from torch import nn
 
 from .objectives import distribution_matching_loss, feature_loss, velocity_loss
 
+TOGETHER = 65536    # image tokens of a pass while a student is looked at: 64 pictures of 512 x 512
 MATCHED = 4     # one row in so many of a micro-batch is matched; every row anchors
 
 
@@ -96,6 +98,16 @@ def velocity_from(network, text):
     """Return a student's, or a critic's, velocity as a function of (latents, timestep); guidance is baked into it."""
     return lambda latents, timestep: network(latents, timestep, text.tokens, text_logit_bias=text.logit_bias,
                                              return_dict=False)[0]
+
+
+def velocity_in_parts(network, text):
+    """As velocity_from(), but TOGETHER image tokens at a time: all rows of large pictures would fill the memory."""
+    def velocity_of(latents, timestep):
+        tokens = latents.shape[-2] * latents.shape[-1] // math.prod(network.config.patch_size)
+        rows = max(1, TOGETHER // tokens)
+        return torch.cat([velocity_from(network, text.rows(part))(latents[part], timestep[part])
+                          for part in (slice(start, start + rows) for start in range(0, len(latents), rows))])
+    return velocity_of
 
 
 STEPS = {"velocity": velocity_step, "segments": segment_step, "matching": matching_step}     # by the names of preflight.PARTS
