@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from wanlite.launch import check_launch, give_way, is_first, is_launched, launched_precision, local_processes
 from wanlite.official import autoencoder_config, convert_parts, find_parts, is_converted, num_bytes
 from wanlite.preflight import PARTS, check_all, check_numbers, check_resolution, check_student, complete_steps, parts_of
 from wanlite.prompts import read_prompts, varied_prompts
@@ -80,8 +81,9 @@ class Settings:
     flow_shift: float | None = setting(None, "shift of the noise schedule; None = what the teacher's scheduler says")
     resolution: int | None = setting(None, "height and width in pixels, divisible by 16; None = the teacher's own, else 512")
     teacher_residency: str = setting("auto", "where its experts are while they are asked: both on the device; one there, the other "
-                                     "in CPU memory; streamed from there block by block; read from disk at each pass; auto = "
-                                     "the first of these that fits", choices=("auto", "both", "one", "streamed", "disk"))
+                                     "in CPU memory; sharded over a machine's GPUs; streamed from CPU memory block by block; "
+                                     "read from disk at each pass; auto = the first of these that fits",
+                                     choices=("auto", "both", "one", "sharded", "streamed", "disk"))
     teacher_fp8: bool = setting(False, "keep the experts' matrices in float8, in half the memory")
     teacher_steps: int = setting(20, "guided steps of a teacher trajectory")
     num_trajectories: int | None = setting(None, "teacher pictures to learn from; None = one a prompt")
@@ -109,8 +111,8 @@ class Settings:
     critic_pull: float = setting(0.03, "stage 2b: how far the critic moves to the student after each of its updates")
     use_ema: bool = setting(True, "save an exponential moving average of the weights")
     ema_decay: float = setting(0.998, "its decay a step")
-    mixed_precision: str = setting("no", "as in accelerate; master weights and losses stay in float32",
-                                   choices=("no", "bf16", "fp16"))
+    mixed_precision: str | None = setting(None, "as in accelerate; master weights and losses stay in float32; None = what accelerate "
+                                          "launch says, else no", choices=("no", "bf16", "fp16"))
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass to save memory")
 
     checkpointing_steps: int = setting(500, "steps between resumable checkpoints")
@@ -150,9 +152,10 @@ def complete(settings):
         raise OSError(f"--teacher {settings.teacher}: no such folder. Expected a Wan checkpoint in the official or diffusers "
                       "layout; leave the flag out for the tiny teacher.")
     record = read_record(teacher)
+    settings = replace(settings, mixed_precision=launched_precision(settings.mixed_precision))
     resolution = settings.resolution or record.get("resolution", 512)
     checks = [partial(find_parts, teacher), partial(check_resolution, resolution), partial(check_numbers, settings),
-              partial(complete_steps, settings)]
+              partial(check_launch, settings), partial(complete_steps, settings)]
     if settings.prompts is not None:
         checks.insert(0, partial(read_prompts, settings.prompts))
     if settings.dry_run:                                     # takes the time of an import, and no run waits for it
@@ -242,6 +245,7 @@ from wanlite.plan import (  # noqa: E402
 from wanlite.plan import training_peak as simulate_training  # noqa: E402
 from wanlite.projection import check_shape as check_cut  # noqa: E402
 from wanlite.projection import choose_experts, project, project_into, student_shape  # noqa: E402
+from wanlite.ranks import agreed, check_devices, is_lost, patience, refuse_together  # noqa: E402
 from wanlite.steps import MATCHED, STEPS, Networks, velocity_from  # noqa: E402
 from wanlite.student_files import (  # noqa: E402
     all_tensor_shapes,
@@ -497,7 +501,8 @@ def open_parts(settings, accelerator):
         return Path(settings.teacher)
     files = [path for place in found.values() for path in ([place] if place.is_file() else sorted(place.rglob("*")))
              if path.is_file()]
-    folder = cache_folder(settings.cache_dir, "parts", files=sampled_digest(("part", path) for path in files))
+    with accelerator.main_process_first():
+        folder = cache_folder(settings.cache_dir, "parts", files=sampled_digest(("part", path) for path in files))
     if accelerator.is_main_process:
         convert_parts(found, folder, accelerator.print)
     accelerator.wait_for_everyone()
@@ -523,10 +528,11 @@ def start_student(settings, student, files, cosines, embeddings, prompts, latent
     is_calibrated = settings.projection == "calibrated"
     tokens_each = math.prod(latent_size) // math.prod(student.config.patch_size)
     prompts = prompts[:max(16, CALIBRATION_TOKENS // tokens_each)]
-    folder = cache_folder(settings.cache_dir, "start", teacher=files.fingerprint, prompts=prompts,
-                          student={name: value for name, value in student.config.items() if name[0] != "_"},
-                          method=[inspect.getsource(inspect.getmodule(function)) for function in (project, calibrate)],
-                          settings=(settings.projection, settings.expert, settings.seed, settings.flow_shift, latent_size))
+    with accelerator.main_process_first():
+        folder = cache_folder(settings.cache_dir, "start", teacher=files.fingerprint, prompts=prompts,
+                              student={name: value for name, value in student.config.items() if name[0] != "_"},
+                              method=[inspect.getsource(inspect.getmodule(function)) for function in (project, calibrate)],
+                              settings=(settings.projection, settings.expert, settings.seed, settings.flow_shift, latent_size))
     if accelerator.is_main_process and why_broken(folder):
         words, channels = [embeddings[prompt] for prompt in prompts], None
         experts = choose_experts(files, settings.expert)
@@ -591,7 +597,7 @@ def plan(settings, words):
             lambda: WanLiteStudent(shape | {"depth": depth}), partial(make_optimizers, settings),
             lambda network: EMAModel(network.parameters()), rows, latent_shape[1:], dtype != torch.float32), shape["depth"])
 
-    held, beside = teacher_bytes(files, residency, dtype, settings.teacher_fp8)
+    held, beside = teacher_bytes(files, residency, dtype, settings.teacher_fp8, local_processes())
     rows = min(2 * SHARD_SIZE, max(1, TOKENS_AT_ONCE // tokens))                                # half of them for guidance
     phases = {
         "text": num_bytes(found["text_encoder"]),
@@ -629,7 +635,8 @@ def place_teacher(settings, files, device):
     """Return where the teacher's experts will be: as --teacher_residency says, or as memory allows."""
     if settings.teacher_residency != "auto":
         return settings.teacher_residency
-    return choose_residency(files, training_dtype(settings), settings.teacher_fp8, *free_memory(device), device.type == "cpu")
+    return choose_residency(files, training_dtype(settings), settings.teacher_fp8, *free_memory(device, local_processes()),
+                            device.type == "cpu", local_processes())
 
 
 # ---- looking at it ---------------------------------------------------------------------------------------------------------
@@ -690,7 +697,9 @@ def relative_error(student, states, embeddings, prompts, device, check):
 def train(settings, is_resumed, stop):
     """Project, walk the teacher, distil, validate and save into settings.output_dir; raises Stopped where `stop` asks for it."""
     began, output = time.time(), Path(settings.output_dir)
+    check_devices(os.environ)
     accelerator = Accelerator(
+        kwargs_handlers=[patience()],
         mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.gradient_accumulation_steps,
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / settings.logging_dir)))
@@ -727,8 +736,8 @@ def train(settings, is_resumed, stop):
     dtype = training_dtype(settings)
     say(f"time     {estimate(student, files, *work, tokens_each, latent_shape[1:], device, dtype)}")
     (output / "cache").mkdir(exist_ok=True)
-    if accelerator.is_main_process and hold(output / "cache") is None:          # held until the process ends
-        raise OSError(f"{output}: another run is writing there. Wait for it, or name another --output_dir.")
+    is_taken = accelerator.is_main_process and hold(output / "cache") is None   # held until the process ends
+    refuse_together(accelerator, is_taken and f"{output}: another run is writing there. Wait for it, or name another --output_dir.")
     run["projection"] = start_student(settings, student, files, cosines, embeddings, training, latent_shape[1:], accelerator)
     if settings.project_only:
         return accelerator.end_training()
@@ -737,9 +746,12 @@ def train(settings, is_resumed, stop):
             clear(output)
         write_json(output / "run.json", run)
     accelerator.wait_for_everyone()
+    if not (output / "run.json").exists():
+        raise OSError(f"{output}: what rank 0 wrote there is not here. All machines of a run need the same disk under --output_dir.")
 
     # What the teacher draws: walked once, for training, for held-out prompts, and for a few of these from many seeds.
-    teacher = Teacher(files, device, dtype, place_teacher(settings, files, device), settings.teacher_fp8)
+    teacher = Teacher(files, device, dtype, agreed(place_teacher(settings, files, device)), settings.teacher_fp8)
+    in_step = teacher.residency == "sharded"
     guided = teacher_velocity(teacher, settings, embeddings[settings.negative_prompt])
     plain = teacher_velocity(teacher, replace(settings, guidance_scale=1.0, guidance_scale_2=1.0),
                              embeddings[settings.negative_prompt])
@@ -753,6 +765,7 @@ def train(settings, is_resumed, stop):
     some, features = training[:SHARD_SIZE], Sampled(len(training[:SHARD_SIZE]) * settings.teacher_steps * tokens_each)
     basis = feature_basis(guided_for(some, features), features, seeded_noise(latent_shape, range(len(some))).to(device),
                           scheduler, settings.teacher_steps, shape["hidden_size"])
+    basis = agreed(basis.cpu()).to(device)                   # directions have no sign: ranks may find them turned round
     first_seed = settings.seed * 10**7
     walks = [(n % len(training), training[n % len(training)], first_seed + n) for n in range(num_trajectories)]
     unseen = held_out[:SHARD_SIZE]
@@ -764,14 +777,16 @@ def train(settings, is_resumed, stop):
                            "guidance": (settings.guidance_scale, settings.guidance_scale_2), "steps": settings.teacher_steps,
                            "text_length": TEXT_LENGTH, "latents": latent_shape, "features": shape["hidden_size"]}
     for part, walked in jobs.items():
-        folder = cache_folder(settings.cache_dir, "trajectories", walks=walked, **made_of)
+        with accelerator.main_process_first():
+            folder = cache_folder(settings.cache_dir, "trajectories", walks=walked, **made_of)
         states[part] = walk_teacher(accelerator, guided_for, basis, scheduler, settings.teacher_steps, walked, latent_shape,
-                                    folder)
+                                    folder, in_step)
     check = stop.check if ranks == 1 else lambda: None          # several ranks stop together, at a step
     seeds = list(range(settings.seed, settings.seed + max(len(validation), len(held_out))))
     draw = partial(draw_pictures, autoencoder=autoencoder, scheduler=scheduler, latent_shape=latent_shape, check=check)
     teacher_drawn = draw(guided, embeddings=[embeddings[p] for p in validation], seeds=seeds, num_steps=REFERENCE_STEPS)
-    few = FewSteps(settings.flow_shift, few_steps or [settings.num_inference_steps], latent_shape, settings.teacher_steps)
+    few = FewSteps(settings.flow_shift, few_steps or [settings.num_inference_steps], latent_shape, settings.teacher_steps,
+                   (accelerator.process_index, ranks))
     own_scheduler = few.scheduler if few_steps else scheduler
     draw_own = partial(draw, scheduler=own_scheduler)
     examine = partial(compare_walks, [teacher_walks(states[part], pack, unseen, autoencoder) for part in ("held_out", "seeds")],
@@ -823,6 +838,7 @@ def train(settings, is_resumed, stop):
         with averaged(ema, student, settings.use_ema):
             figures = {"held_out_error": relative_error(student, states["held_out"], embeddings, held_out, device, check)}
             looks = {count: examine(partial(velocity_from, student), num_steps=count) for count in few.counts}
+            figures, looks = agreed((figures, looks))        # by which every rank chooses, and ends
             figures |= {f"{name}_{count}": value for count, look in looks.items() for name, value in look.items()}
             grid = {f"teacher {REFERENCE_STEPS} steps": teacher_drawn}
             for count, look in reversed(looks.items()):
@@ -861,15 +877,16 @@ def train(settings, is_resumed, stop):
             return None
         with averaged(ema, student, settings.use_ema):
             if memory["own_path"].get("first") != first:
-                memory["own_path"] = {"first": first, "student": digest(student)}
+                memory["own_path"] = {"first": first, "student": agreed(digest(student))}
             paths = [(*walks[n % len(walks)], *few.stops[n % len(few.stops)])
                      for n in range(first, first + settings.own_path_pictures)]
-            folder = cache_folder(output / "cache", "own-path", paths=paths, student=memory["own_path"]["student"], **made_of)
+            with accelerator.main_process_first():
+                folder = cache_folder(output / "cache", "own-path", paths=paths, student=memory["own_path"]["student"], **made_of)
             if step != first and not any(folder.glob("shard-*")):
                 raise OSError(f"{folder}: the states that the student met at step {first} are gone, and it is past that step. Put "
                               "them back, or add --overwrite to start again.")
             return walk_own_path(accelerator, lambda said: velocity_from(student, pack(said)), guided_for,
-                                 (few.scheduler, scheduler), settings.teacher_steps, paths, latent_shape, folder)
+                                 (few.scheduler, scheduler), settings.teacher_steps, paths, latent_shape, folder, in_step)
 
     bar = tqdm(total=settings.max_train_steps, initial=step, desc="distilling", unit="step", smoothing=0.05,
                disable=not accelerator.is_main_process)
@@ -892,10 +909,10 @@ def train(settings, is_resumed, stop):
             for micro_batch, numbers in enumerate(batches):
                 if is_asked or (ranks == 1 and stop.asked):
                     raise Stopped
-                batch = data.__getitems__(numbers[accelerator.process_index::ranks])
+                batch = data.__getitems__(data.in_order(numbers)[accelerator.process_index::ranks])
                 text = pack([training[number] for number in batch["prompt"].tolist()])
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                drawn_by = (settings.seed, step, micro_batch % micro_batches, accelerator.process_index)
+                drawn_by = (settings.seed, step, micro_batch % micro_batches, 0)     # the same on all ranks; see FewSteps
                 with accelerator.accumulate(wrapped, wrapped_head):
                     with accelerator.autocast():
                         loss, told_apart = STEPS[part](networks, settings, batch, text, (step - first) / (last - first),
@@ -962,14 +979,15 @@ def train(settings, is_resumed, stop):
     if accelerator.is_main_process:
         student.save_pretrained(output)
         save_parts(output, parts_folder, own_scheduler)
-        results = {name: value for name, value in figures.items() if name != "step"}
-        if settings.resolution == shapes.PICTURE_SIZE:
-            words = [embeddings[prompt] for prompt in held_out]
-            results |= compare(
-                lambda _: draw(guided, embeddings=words, seeds=seeds, num_steps=REFERENCE_STEPS),
-                {count: lambda _, count=count: draw_own(partial(velocity_from, student), embeddings=words, seeds=seeds,
-                                                        num_steps=count) for count in few.counts},
-                settings.num_inference_steps, held_out)
+    results = {name: value for name, value in figures.items() if name != "step"}
+    if settings.resolution == shapes.PICTURE_SIZE and (in_step or accelerator.is_main_process):
+        words = [embeddings[prompt] for prompt in held_out]
+        results |= compare(
+            lambda _: draw(guided, embeddings=words, seeds=seeds, num_steps=REFERENCE_STEPS),
+            {count: lambda _, count=count: draw_own(partial(velocity_from, student), embeddings=words, seeds=seeds,
+                                                    num_steps=count) for count in few.counts},
+            settings.num_inference_steps, held_out)
+    if accelerator.is_main_process:
         write_json(output / "run.json", run | {"finished": True, "steps": step, "minutes": (time.time() - began) / 60,
                                                "skipped_steps": memory["skipped"], "chosen": chosen, "results": results})
         write_model_card(output, settings, few_steps, results)
@@ -1018,10 +1036,17 @@ def main(settings, is_resumed):
     """Train in --output_dir, or say what that would need; returns the exit code."""
     try:
         if settings.dry_run:
-            return plan(settings, [word for word in sys.argv[1:] if word != "--dry_run"])
-        train(settings, is_resumed, StopSignal())
+            return 0 if not is_first() else plan(settings, [word for word in sys.argv[1:] if word != "--dry_run"])
+        train(settings, is_resumed, StopSignal(is_launched=is_launched()))
     except (OSError, ValueError, FloatingPointError) as error:
+        give_way()
         print(f"train_distillation.py: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not (is_launched() and is_lost(error)):
+            raise
+        print(f"train_distillation.py: another process of this run is gone ({str(error).splitlines()[0]}). What ended it is said by "
+              "that process or its machine; the same command goes on from the newest checkpoint.", file=sys.stderr)
         return 2
     except Stopped:
         print("stopped; the same command goes on from what is on disk.", file=sys.stderr)

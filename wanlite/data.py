@@ -8,6 +8,7 @@ Legend: B batch, K states a trajectory, C channels, H W latent height and width,
 import os
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -57,11 +58,12 @@ def feature_basis(velocity_of, features, noise, scheduler, num_steps, width):
 
 
 @torch.no_grad()
-def walk_teacher(accelerator, velocity_for, basis, scheduler, num_steps, jobs, latent_shape, folder):
+def walk_teacher(accelerator, velocity_for, basis, scheduler, num_steps, jobs, latent_shape, folder, in_step=False):
     """Walk from noise to picture for every (number, prompt, seed) of `jobs`, shard by shard; shards that are there are kept.
 
     `velocity_for(prompts, features)` returns the velocity as a function of (latents, timestep) that appends token states to
-    `features`, if there are any; `basis` (D, d) is that of the states on disk. Every rank walks its share of the shards.
+    `features`, if there are any; `basis` (D, d) is that of the states on disk. Every rank walks its share of the shards, all of
+    them `in_step` where they share the teacher out.
     """
     def make(numbers, prompts, seeds):
         noise, features = seeded_noise(latent_shape, seeds).to(accelerator.device), Projected(basis)
@@ -71,11 +73,11 @@ def walk_teacher(accelerator, velocity_for, basis, scheduler, num_steps, jobs, l
                 "timestep": timestep.float().repeat(len(prompts), 1), "prompt": torch.tensor(numbers),
                 "noise_level": noise_level.float().repeat(len(prompts), 1)}
 
-    return _fill(accelerator, folder, jobs, make, "teacher trajectories")
+    return _fill(accelerator, folder, jobs, make, "teacher trajectories", in_step)
 
 
 @torch.no_grad()
-def walk_own_path(accelerator, student_for, velocity_for, schedulers, num_steps, jobs, latent_shape, folder):
+def walk_own_path(accelerator, student_for, velocity_for, schedulers, num_steps, jobs, latent_shape, folder, in_step=False):
     """Go a part of the way with the student and the rest with the teacher, for every (number, prompt, seed, count, index).
 
     The student takes `index` of `count` steps, the teacher what is left of its `num_steps`; kept is where they met, and the
@@ -99,20 +101,30 @@ def walk_own_path(accelerator, student_for, velocity_for, schedulers, num_steps,
                 shard.setdefault(name, part.new_empty(len(prompts), 1, *part.shape[1:]))[rows] = part.unsqueeze(1)
         return shard | {"prompt": torch.tensor(numbers)}
 
-    return _fill(accelerator, folder, jobs, make, "student's own path")
+    return _fill(accelerator, folder, jobs, make, "student's own path", in_step)
 
 
-def _fill(accelerator, folder, jobs, make, description):
-    """Make the shards that `folder` lacks, SHARD_SIZE jobs each, every rank its share: `make(*columns of the jobs)` -> tensors."""
-    shards = [jobs[start:start + SHARD_SIZE] for start in range(0, len(jobs), SHARD_SIZE)]
-    missing = [index for index in range(len(shards)) if not shard_path(folder, index).exists()]
-    mine = missing[accelerator.process_index::accelerator.num_processes]
-    for index in tqdm(mine, desc=description, unit="shard", leave=False, disable=not accelerator.is_main_process):
-        tensors = make(*zip(*shards[index]))
-        write_shard(folder, index, {name: tensor.cpu() if name in EXACT else tensor.half().cpu()
-                                    for name, tensor in tensors.items()})
+def _fill(accelerator, folder, jobs, make, description, in_step=False):
+    """Make the shards that `folder` lacks, SHARD_SIZE jobs each, every rank its share: `make(*columns of the jobs)` -> tensors.
+
+    Where ranks have to be `in_step`, every rank makes as many shards of as many jobs as any: what would be too few is filled up
+    with the jobs before it, and who has no shard of its own repeats one that is not written.
+    """
+    rank, ranks, num_shards = accelerator.process_index, accelerator.num_processes, -(-len(jobs) // SHARD_SIZE)
+    missing = [index for index in range(num_shards) if not shard_path(folder, index).exists()]
+    missing, = broadcast_object_list([missing])              # as one rank sees it, for others may already be writing
+    mine = missing[rank::ranks]
+    if in_step:
+        mine += missing[-1:] * (-(-len(missing) // ranks) - len(mine))
+    for number, index in enumerate(tqdm(mine, desc=description, unit="shard", leave=False, disable=rank > 0)):
+        start, end = index * SHARD_SIZE, min((index + 1) * SHARD_SIZE, len(jobs))
+        before = start - max(0, end - SHARD_SIZE) if in_step else 0
+        tensors = make(*zip(*jobs[start - before:end]))
+        if rank + number * ranks < len(missing):
+            write_shard(folder, index, {name: tensor[before:].cpu() if name in EXACT else tensor[before:].half().cpu()
+                                        for name, tensor in tensors.items()})
     accelerator.wait_for_everyone()
-    return Trajectories(folder, len(shards))
+    return Trajectories(folder, num_shards)
 
 
 def write_shard(folder, index, tensors):
@@ -171,6 +183,10 @@ class Trajectories(torch.utils.data.Dataset):
         back = torch.cat(order).argsort()
         return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
 
+    def in_order(self, numbers):
+        """Return state numbers as their rows come in a batch."""
+        return numbers
+
     def ends(self, rows):
         """Return where the trajectories `rows` start and end: noise and pictures, both (B, C, H, W), and their prompts (B,)."""
         rows, names = torch.as_tensor(rows), ("latents", "velocity", "noise_level")
@@ -195,6 +211,10 @@ class Segments(torch.utils.data.Dataset):
 
     def __len__(self):
         return self.num_walks + self.num_lines + len(self.own_path or ())
+
+    def in_order(self, numbers):
+        """Return state numbers as their rows come in a batch: own states last. Dealt out so, ranks have the rows of one batch."""
+        return sorted(numbers, key=lambda number: number >= self.num_walks + self.num_lines)
 
     def __getitems__(self, numbers):
         numbers = torch.as_tensor(numbers)
