@@ -17,6 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from wanlite.images import choose_images, list_images, read_picture
+from wanlite.launch import check_launch, give_way, is_first, is_launched, launched_precision, local_processes
 from wanlite.official import (
     autoencoder_config,
     check_parts,
@@ -110,8 +111,9 @@ class Settings:
     aspect_ratios: list[str] | None = setting(None, "WIDTH:HEIGHT of what is trained on, as 1:1 3:2 2:3, all of about the area of "
                                               "--resolution, which validations keep; None = that of --resolution")
     teacher_residency: str = setting("auto", "where its experts are while they are asked: both on the device; one there, the other "
-                                     "in CPU memory; streamed from there block by block; read from disk at each pass; auto = "
-                                     "the first of these that fits", choices=("auto", "both", "one", "streamed", "disk"))
+                                     "in CPU memory; sharded over a machine's GPUs; streamed from CPU memory block by block; "
+                                     "read from disk at each pass; auto = the first of these that fits",
+                                     choices=("auto", "both", "one", "sharded", "streamed", "disk"))
     teacher_fp8: bool = setting(False, "keep the experts' matrices in float8, in half the memory")
     teacher_steps: int = setting(20, "guided steps of a teacher trajectory")
     num_trajectories: int | None = setting(None, "teacher pictures to learn from; None = one a prompt")
@@ -140,8 +142,8 @@ class Settings:
     critic_pull: float = setting(0.03, "stage 2b: how far the critic moves to the student after each of its updates")
     use_ema: bool = setting(True, "save an exponential moving average of the weights")
     ema_decay: float = setting(0.998, "its decay a step")
-    mixed_precision: str = setting("no", "as in accelerate; master weights and losses stay in float32",
-                                   choices=("no", "bf16", "fp16"))
+    mixed_precision: str | None = setting(None, "as in accelerate; master weights and losses stay in float32; None = what "
+                                          "accelerate launch says, else no", choices=("no", "bf16", "fp16"))
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass to save memory")
     compile: bool = setting(False, "compile the student's blocks: minutes at first, faster steps then; needs a C++ compiler")
     allow_tf32: bool = setting(False, "on CUDA, multiply float32 matrices with TF32's shorter mantissas while training")
@@ -186,8 +188,9 @@ def complete(settings):
         raise OSError(f"--teacher {settings.teacher}: no such folder. Expected a Wan checkpoint in the official, diffusers or "
                       "ComfyUI layout; leave the flag out for the tiny teacher.")
     record = read_record(teacher)
+    settings = replace(settings, mixed_precision=launched_precision(settings.mixed_precision))
     checks = [partial(find_parts, teacher), partial(_complete_resolution, teacher, settings), partial(check_numbers, settings),
-              partial(complete_steps, settings), partial(check_tracker, settings.report_to)]
+              partial(check_launch, settings), partial(complete_steps, settings), partial(check_tracker, settings.report_to)]
     if settings.compile:
         checks.append(check_compiler)
     if settings.prompts is not None:
@@ -313,6 +316,7 @@ from wanlite.plan import (  # noqa: E402
 from wanlite.plan import training_peak as simulate_training  # noqa: E402
 from wanlite.projection import check_shape as check_cut  # noqa: E402
 from wanlite.projection import choose_experts, project, project_into, student_shape  # noqa: E402
+from wanlite.ranks import agreed, check_devices, is_lost, patience, refuse_together  # noqa: E402
 from wanlite.reading import AHEAD, read_ahead  # noqa: E402
 from wanlite.steps import MATCHED, STEPS, Networks, velocity_in_parts  # noqa: E402
 from wanlite.student_files import (  # noqa: E402
@@ -578,7 +582,8 @@ def open_parts(settings, accelerator):
         return Path(settings.teacher)
     files = [path for place in found.values() for path in ([place] if place.is_file() else sorted(place.rglob("*")))
              if path.is_file()]
-    folder = cache_folder(settings.cache_dir, "parts", files=sampled_digest(("part", path) for path in files))
+    with accelerator.main_process_first():
+        folder = cache_folder(settings.cache_dir, "parts", files=sampled_digest(("part", path) for path in files))
     if accelerator.is_main_process:
         convert_parts(found, folder, accelerator.print)
     accelerator.wait_for_everyone()
@@ -616,10 +621,11 @@ def start_student(settings, student, files, cosines, embeddings, prompts, latent
         return None
     is_calibrated = settings.projection == "calibrated"
     prompts = prompts[:most_frames(math.prod(latent_size) // math.prod(student.config.patch_size))]
-    folder = cache_folder(settings.cache_dir, "start", teacher=files.fingerprint, prompts=prompts,
-                          student={name: value for name, value in student.config.items() if name[0] != "_"},
-                          method=[inspect.getsource(inspect.getmodule(function)) for function in (project, calibrate)],
-                          settings=(settings.projection, settings.expert, settings.seed, settings.flow_shift, latent_size))
+    with accelerator.main_process_first():
+        folder = cache_folder(settings.cache_dir, "start", teacher=files.fingerprint, prompts=prompts,
+                              student={name: value for name, value in student.config.items() if name[0] != "_"},
+                              method=[inspect.getsource(inspect.getmodule(function)) for function in (project, calibrate)],
+                              settings=(settings.projection, settings.expert, settings.seed, settings.flow_shift, latent_size))
     if accelerator.is_main_process and why_broken(folder):
         words, channels = [embeddings[prompt] for prompt in prompts], None
         experts = choose_experts(files, settings.expert)
@@ -693,7 +699,7 @@ def plan(settings, words):
     looks, several = count_looks(settings.validation_walks, len(held_out))
     drawn, pixels = max(looks, several**2), math.prod(picture_size(settings.resolution))
     together, at_once = min(drawn, max(1, DECODED_AT_ONCE // pixels)), min(SHARD_SIZE, max(walks, drawn))
-    held, beside = teacher_bytes(files, residency, dtype, settings.teacher_fp8)
+    held, beside = teacher_bytes(files, residency, dtype, settings.teacher_fp8, local_processes())
     rows = min(2 * at_once, max(1, TOKENS_AT_ONCE // tokens))                                   # half of them for guidance
     phases = {
         "text": num_bytes(found["text_encoder"]),
@@ -752,7 +758,8 @@ def place_teacher(settings, files, device):
     """Return where the teacher's experts will be: as --teacher_residency says, or as memory allows."""
     if settings.teacher_residency != "auto":
         return settings.teacher_residency
-    return choose_residency(files, training_dtype(settings), settings.teacher_fp8, *free_memory(device), device.type == "cpu")
+    return choose_residency(files, training_dtype(settings), settings.teacher_fp8, *free_memory(device, local_processes()),
+                            device.type == "cpu", local_processes())
 
 
 # ---- looking at it ---------------------------------------------------------------------------------------------------------
@@ -813,7 +820,9 @@ def relative_error(student, states, embeddings, prompts, device, check):
 def train(settings, is_resumed, stop):
     """Project, walk the teacher, distil, validate and save into settings.output_dir; raises Stopped where `stop` asks for it."""
     began, output = time.time(), Path(settings.output_dir)
+    check_devices(os.environ)
     accelerator = Accelerator(
+        kwargs_handlers=[patience()],
         mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.gradient_accumulation_steps,
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / settings.logging_dir)))
@@ -859,8 +868,8 @@ def train(settings, is_resumed, stop):
         stride = autoencoder.config.scale_factor_spatial
         say(f"sizes    {', '.join(f'{width * stride} x {height * stride}' for _, height, width in buckets)}")
     (output / "cache").mkdir(exist_ok=True)
-    if accelerator.is_main_process and hold(output / "cache") is None:          # held until the process ends
-        raise OSError(f"{output}: another run is writing there. Wait for it, or name another --output_dir.")
+    is_taken = accelerator.is_main_process and hold(output / "cache") is None   # held until the process ends
+    refuse_together(accelerator, is_taken and f"{output}: another run is writing there. Wait for it, or name another --output_dir.")
     run["projection"] = start_student(settings, student, files, cosines, embeddings, training, latent_shape[1:], accelerator)
     if settings.project_only:
         return accelerator.end_training()
@@ -869,9 +878,12 @@ def train(settings, is_resumed, stop):
             clear(output)
         write_json(output / "run.json", run)
     accelerator.wait_for_everyone()
+    if not (output / "run.json").exists():
+        raise OSError(f"{output}: what rank 0 wrote there is not here. All machines of a run need one disk under --output_dir.")
 
     # What the teacher draws: walked once, for training, for held-out prompts, and for a few of these from many seeds.
-    teacher = Teacher(files, device, dtype, place_teacher(settings, files, device), settings.teacher_fp8)
+    teacher = Teacher(files, device, dtype, agreed(place_teacher(settings, files, device)), settings.teacher_fp8)
+    in_step = teacher.residency == "sharded"
     guided = teacher_velocity(teacher, settings, embeddings[settings.negative_prompt])
     plain = teacher_velocity(teacher, replace(settings, guidance_scale=1.0, guidance_scale_2=1.0),
                              embeddings[settings.negative_prompt])
@@ -887,6 +899,11 @@ def train(settings, is_resumed, stop):
     made_of = {"teacher": files.fingerprint, "negative_prompt": settings.negative_prompt, "shift": settings.flow_shift,
                "guidance": (settings.guidance_scale, settings.guidance_scale_2), "steps": settings.teacher_steps,
                "text_length": TEXT_LENGTH, "features": shape["hidden_size"]}
+
+    def kept_in(parent, kind, **what):
+        with accelerator.main_process_first():
+            return cache_folder(parent, kind, **what, **made_of)
+
     some = training[:settings.validation_walks]
 
     def find_basis():
@@ -894,7 +911,7 @@ def train(settings, is_resumed, stop):
         return {"basis": feature_basis(guided_for(some, features), features, noise.to(device), scheduler, settings.teacher_steps,
                                        shape["hidden_size"]).cpu()}
 
-    folder = cache_folder(settings.cache_dir, "basis", prompts=some, latents=latent_shape, **made_of)
+    folder = kept_in(settings.cache_dir, "basis", prompts=some, latents=latent_shape)
     basis = kept_once(accelerator, folder, find_basis)["basis"].to(device)
     first_seed = settings.seed * 10**7
     walks = [(n % len(training), training[n % len(training)], first_seed + n) for n in range(num_trajectories)]
@@ -904,8 +921,9 @@ def train(settings, is_resumed, stop):
                       for seed in range(several)]}
 
     def walk(walked, latents):
-        folder = cache_folder(settings.cache_dir, "trajectories", walks=walked, latents=latents, **made_of)
-        return walk_teacher(accelerator, guided_for, basis, scheduler, settings.teacher_steps, walked, latents, folder)
+        folder = kept_in(settings.cache_dir, "trajectories", walks=walked, latents=latents)
+        return walk_teacher(accelerator, guided_for, basis, scheduler, settings.teacher_steps, walked, latents, folder,
+                            in_step)
 
     number_of = {prompt: number for number, prompt in enumerate(training)}
 
@@ -913,12 +931,13 @@ def train(settings, is_resumed, stop):
         found = {image.sha256: image for image in images if image.size == size}
         asked = [(number_of[image.caption], image.caption, first_seed - 10**6 - n, image.sha256)
                  for n, image in enumerate(images) if image.size == size]
-        folder = cache_folder(settings.cache_dir, "images", asked=asked, latents=latents, **made_of)
+        folder = kept_in(settings.cache_dir, "images", asked=asked, latents=latents)
 
         def latents_of(digests):
             pictures = np.stack([read_picture(found[sha256]) for sha256 in digests])
             return encode_images(autoencoder, to_pixels(pictures).to(device))
-        return ask_at_pictures(accelerator, guided_for, latents_of, basis, scheduler, settings.teacher_steps, asked, folder)
+        return ask_at_pictures(accelerator, guided_for, latents_of, basis, scheduler, settings.teacher_steps, asked, folder,
+                               in_step)
 
     pace.restart()
     trajectories = [walk(*bucket) for bucket in zip(deal_out(walks, len(buckets), settings.seed), buckets)]
@@ -933,12 +952,13 @@ def train(settings, is_resumed, stop):
     check = stop.check if ranks == 1 else lambda: None          # several ranks stop together, at a step
     seeds = list(range(settings.seed, settings.seed + max(len(validation), len(held_out))))
     draw = partial(draw_pictures, autoencoder=autoencoder, scheduler=scheduler, latent_shape=latent_shape, check=check)
-    folder = cache_folder(settings.cache_dir, "pictures", prompts=validation, seeds=seeds[:len(validation)],
-                          reference=settings.reference_steps, **made_of)
+    folder = kept_in(settings.cache_dir, "pictures", prompts=validation, seeds=seeds[:len(validation)],
+                     reference=settings.reference_steps)
     shown = [embeddings[prompt] for prompt in validation]
     teacher_drawn = kept_once(accelerator, folder, lambda: {"pictures": torch.from_numpy(draw(
         guided, embeddings=shown, seeds=seeds, num_steps=settings.reference_steps))})["pictures"].numpy()
-    few = FewSteps(settings.flow_shift, few_steps or [settings.num_inference_steps], latent_shape, settings.teacher_steps)
+    few = FewSteps(settings.flow_shift, few_steps or [settings.num_inference_steps], latent_shape, settings.teacher_steps,
+                   (accelerator.process_index, ranks))
     own_scheduler = few.scheduler if few_steps else scheduler
     draw_own = partial(draw, scheduler=own_scheduler)
     examine = partial(compare_walks, [teacher_walks(states[part], pack, unseen, autoencoder) for part in ("held_out", "seeds")],
@@ -992,7 +1012,7 @@ def train(settings, is_resumed, stop):
             say(f"WARNING: step {step} is not logged: {error}")
 
     def read(data, numbers):
-        batch = data.__getitems__(numbers[accelerator.process_index::ranks])
+        batch = data.__getitems__(data.in_order(numbers)[accelerator.process_index::ranks])
         return batch, pack_text([embeddings[training[number]] for number in batch["prompt"].tolist()])
 
     def validate(step, part):
@@ -1000,6 +1020,7 @@ def train(settings, is_resumed, stop):
         with averaged(ema, student, settings.use_ema):
             figures = {"held_out_error": relative_error(student, states["held_out"], embeddings, held_out, device, check)}
             looks = {count: examine(partial(velocity_in_parts, student), num_steps=count) for count in few.counts}
+            figures, looks = agreed((figures, looks))        # by which every rank chooses, and ends
             figures |= {f"{name}_{count}": value for count, look in looks.items() for name, value in look.items()}
             grid = {f"teacher {settings.reference_steps} steps": teacher_drawn}
             for count, look in reversed(looks.items()):
@@ -1040,19 +1061,18 @@ def train(settings, is_resumed, stop):
             return [None] * len(buckets)
         with averaged(ema, student, settings.use_ema):
             if memory["own_path"].get("first") != first:
-                memory["own_path"] = {"first": first, "student": digest(student)}
+                memory["own_path"] = {"first": first, "student": agreed(digest(student))}
             paths = [(*walks[n % len(walks)], *few.stops[n % len(few.stops)])
                      for n in range(first, first + settings.own_path_pictures)]
             return [walk_bucket(*bucket, first) for bucket in zip(deal_out(paths, len(buckets), settings.seed), buckets)]
 
     def walk_bucket(paths, latents, first):
-        folder = cache_folder(output / "cache", "own-path", paths=paths, latents=latents, student=memory["own_path"]["student"],
-                              **made_of)
+        folder = kept_in(output / "cache", "own-path", paths=paths, latents=latents, student=memory["own_path"]["student"])
         if step != first and not any(folder.glob("shard-*")):
             raise OSError(f"{folder}: the states that the student met at step {first} are gone, and it is past that step. Put "
                           "them back, or add --overwrite to start again.")
         return walk_own_path(accelerator, lambda said: velocity_in_parts(student, pack(said)), guided_for,
-                             (few.scheduler, scheduler), settings.teacher_steps, paths, latents, folder)
+                             (few.scheduler, scheduler), settings.teacher_steps, paths, latents, folder, in_step)
 
     if walk_figures:
         tell(step, **walk_figures)
@@ -1079,7 +1099,7 @@ def train(settings, is_resumed, stop):
             for micro_batch, (batch, text) in enumerate(pace.deal(coming)):
                 if is_asked or (ranks == 1 and stop.asked):
                     raise Stopped
-                drawn_by = (settings.seed, step, micro_batch % micro_batches, accelerator.process_index)
+                drawn_by = (settings.seed, step, micro_batch % micro_batches, 0)     # the same on all ranks; see FewSteps
                 with accelerator.accumulate(wrapped, wrapped_head):
                     with accelerator.autocast():
                         loss, told_apart = STEPS[part](networks, settings, batch, text, (step - first) / (last - first),
@@ -1147,14 +1167,15 @@ def train(settings, is_resumed, stop):
     if accelerator.is_main_process:
         student.save_pretrained(output)
         save_parts(output, parts_folder, own_scheduler)
-        results = {name: value for name, value in figures.items() if name != "step"}
-        if settings.resolution == shapes.PICTURE_SIZE:
-            words = [embeddings[prompt] for prompt in held_out]
-            results |= compare(
-                lambda _: draw(guided, embeddings=words, seeds=seeds, num_steps=settings.reference_steps),
-                {count: lambda _, count=count: draw_own(partial(velocity_in_parts, student), embeddings=words, seeds=seeds,
-                                                        num_steps=count) for count in few.counts},
-                settings.num_inference_steps, held_out)
+    results = {name: value for name, value in figures.items() if name != "step"}
+    if settings.resolution == shapes.PICTURE_SIZE and (in_step or accelerator.is_main_process):
+        words = [embeddings[prompt] for prompt in held_out]
+        results |= compare(
+            lambda _: draw(guided, embeddings=words, seeds=seeds, num_steps=settings.reference_steps),
+            {count: lambda _, count=count: draw_own(partial(velocity_in_parts, student), embeddings=words, seeds=seeds,
+                                                    num_steps=count) for count in few.counts},
+            settings.num_inference_steps, held_out)
+    if accelerator.is_main_process:
         write_json(output / "run.json", run | {"finished": True, "steps": step, "minutes": (time.time() - began) / 60,
                                                "skipped_steps": memory["skipped"], "chosen": chosen, "results": results})
         write_model_card(output, settings, few_steps, results)
@@ -1203,10 +1224,17 @@ def main(settings, is_resumed):
     """Train in --output_dir, or say what that would need; returns the exit code."""
     try:
         if settings.dry_run:
-            return plan(settings, [word for word in sys.argv[1:] if word != "--dry_run"])
-        train(settings, is_resumed, StopSignal())
+            return 0 if not is_first() else plan(settings, [word for word in sys.argv[1:] if word != "--dry_run"])
+        train(settings, is_resumed, StopSignal(is_launched=is_launched()))
     except (OSError, ValueError, FloatingPointError) as error:
+        give_way()
         print(f"train_distillation.py: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not (is_launched() and is_lost(error)):
+            raise
+        print(f"train_distillation.py: another process of this run is gone ({str(error).splitlines()[0]}). What ended it is said "
+              "by that process or its machine; the same command goes on from the newest checkpoint.", file=sys.stderr)
         return 2
     except Stopped:
         print("stopped; the same command goes on from what is on disk.", file=sys.stderr)

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from itertools import accumulate
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -60,21 +61,22 @@ def feature_basis(velocity_of, features, noise, scheduler, num_steps, width):
 
 
 @torch.no_grad()
-def walk_teacher(accelerator, velocity_for, basis, scheduler, num_steps, jobs, latent_shape, folder):
+def walk_teacher(accelerator, velocity_for, basis, scheduler, num_steps, jobs, latent_shape, folder, in_step=False):
     """Walk from noise to picture for every (number, prompt, seed) of `jobs`, shard by shard; shards that are there are kept.
 
     `velocity_for(prompts, features)` returns the velocity as a function of (latents, timestep) that appends token states to
-    `features`, if there are any; `basis` (D, d) is that of the states on disk. Every rank walks its share of the shards.
+    `features`, if there are any; `basis` (D, d) is that of the states on disk. Every rank walks its share of the shards, all of
+    them `in_step` where they share the teacher out.
     """
     def make(numbers, prompts, seeds):
         noise, features = seeded_noise(latent_shape, seeds).to(accelerator.device), Projected(basis)
         return _states(walk(velocity_for(prompts, features), noise, scheduler, num_steps), features, numbers)
 
-    return _fill(accelerator, folder, jobs, make, "teacher trajectories")
+    return _fill(accelerator, folder, jobs, make, "teacher trajectories", in_step)
 
 
 @torch.no_grad()
-def ask_at_pictures(accelerator, velocity_for, latents_of, basis, scheduler, num_steps, jobs, folder):
+def ask_at_pictures(accelerator, velocity_for, latents_of, basis, scheduler, num_steps, jobs, folder, in_step=False):
     """Ask the teacher at real pictures, noised to each level of its walk, for every (number, prompt, seed, picture) of `jobs`.
 
     `latents_of(pictures)` returns their latents (B, C, H, W); all else, and what is kept, is as in walk_teacher.
@@ -83,7 +85,7 @@ def ask_at_pictures(accelerator, velocity_for, latents_of, basis, scheduler, num
         clean, features = latents_of(pictures).to(accelerator.device), Projected(basis)
         return _states(noise_along(velocity_for(prompts, features), clean, seeds, scheduler, num_steps), features, numbers)
 
-    return _fill(accelerator, folder, jobs, make, "teacher at images")
+    return _fill(accelerator, folder, jobs, make, "teacher at images", in_step)
 
 
 def _states(steps, features, numbers):
@@ -95,7 +97,7 @@ def _states(steps, features, numbers):
 
 
 @torch.no_grad()
-def walk_own_path(accelerator, student_for, velocity_for, schedulers, num_steps, jobs, latent_shape, folder):
+def walk_own_path(accelerator, student_for, velocity_for, schedulers, num_steps, jobs, latent_shape, folder, in_step=False):
     """Go a part of the way with the student and the rest with the teacher, for every (number, prompt, seed, count, index).
 
     The student takes `index` of `count` steps, the teacher what is left of its `num_steps`; kept is where they met, and the
@@ -119,7 +121,7 @@ def walk_own_path(accelerator, student_for, velocity_for, schedulers, num_steps,
                 shard.setdefault(name, part.new_empty(len(prompts), 1, *part.shape[1:]))[rows] = part.unsqueeze(1)
         return shard | {"prompt": torch.tensor(numbers)}
 
-    return _fill(accelerator, folder, jobs, make, "student's own path")
+    return _fill(accelerator, folder, jobs, make, "student's own path", in_step)
 
 
 def deal_out(jobs, num_buckets, seed):
@@ -131,18 +133,28 @@ def deal_out(jobs, num_buckets, seed):
     return [[jobs[number] for number in (drawn == bucket).nonzero().flatten().tolist()] for bucket in range(num_buckets)]
 
 
-def _fill(accelerator, folder, jobs, make, description):
-    """Make the shards that `folder` lacks, SHARD_SIZE jobs each, every rank its share: `make(*columns of the jobs)` -> tensors."""
-    shards = [jobs[start:start + SHARD_SIZE] for start in range(0, len(jobs), SHARD_SIZE)]
-    missing = [index for index in range(len(shards)) if not shard_path(folder, index).exists()]
-    mine = missing[accelerator.process_index::accelerator.num_processes]
-    for index in tqdm(mine, desc=description, unit="walk", unit_scale=SHARD_SIZE, leave=False,
-                      disable=not accelerator.is_main_process):
-        tensors = make(*zip(*shards[index]))
-        write_shard(folder, index, {name: tensor.cpu() if name in EXACT else tensor.half().cpu()
-                                    for name, tensor in tensors.items()})
+def _fill(accelerator, folder, jobs, make, description, in_step=False):
+    """Make the shards that `folder` lacks, SHARD_SIZE jobs each, every rank its share: `make(*columns of the jobs)` -> tensors.
+
+    Where ranks have to be `in_step`, every rank makes as many shards of as many jobs as any: what would be too few is filled up
+    with the jobs before it, and who has no shard of its own repeats one that is not written.
+    """
+    rank, ranks, num_shards = accelerator.process_index, accelerator.num_processes, -(-len(jobs) // SHARD_SIZE)
+    missing = [index for index in range(num_shards) if not shard_path(folder, index).exists()]
+    missing, = broadcast_object_list([missing])              # as one rank sees it, for others may already be writing
+    mine = missing[rank::ranks]
+    if in_step:
+        mine += missing[-1:] * (-(-len(missing) // ranks) - len(mine))
+    progress = tqdm(mine, desc=description, unit="walk", unit_scale=SHARD_SIZE, leave=False, disable=rank > 0)
+    for number, index in enumerate(progress):
+        start, end = index * SHARD_SIZE, min((index + 1) * SHARD_SIZE, len(jobs))
+        before = start - max(0, end - SHARD_SIZE) if in_step else 0
+        tensors = make(*zip(*jobs[start - before:end]))
+        if rank + number * ranks < len(missing):
+            write_shard(folder, index, {name: tensor[before:].cpu() if name in EXACT else tensor[before:].half().cpu()
+                                        for name, tensor in tensors.items()})
     accelerator.wait_for_everyone()
-    return Trajectories(folder, len(shards))
+    return Trajectories(folder, num_shards)
 
 
 def write_shard(folder, index, tensors):
@@ -160,7 +172,8 @@ def write_shard(folder, index, tensors):
 
 def kept_once(accelerator, folder, make):
     """Return the tensors of `make()`, {name: tensor} on the CPU, that `folder` keeps; they are made where it does not yet."""
-    if not shard_path(folder, 0).exists():
+    is_there, = broadcast_object_list([shard_path(folder, 0).exists()])          # all make it, or none: they may need each other
+    if not is_there:
         made = make()
         if accelerator.is_main_process:
             write_shard(folder, 0, made)
@@ -220,6 +233,10 @@ class Trajectories(torch.utils.data.Dataset):
         back = torch.cat(order).argsort()
         return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
 
+    def in_order(self, numbers):
+        """Return state numbers as their rows come in a batch."""
+        return numbers
+
     def ends(self, rows):
         """Return where the trajectories `rows` start and end: noise and pictures, both (B, C, H, W), and their prompts (B,)."""
         rows, names = torch.as_tensor(rows), ("latents", "velocity", "noise_level")
@@ -244,6 +261,10 @@ class Segments(torch.utils.data.Dataset):
 
     def __len__(self):
         return self.num_walks + self.num_lines + len(self.own_path or ())
+
+    def in_order(self, numbers):
+        """Return state numbers as their rows come in a batch: own states last. Dealt out so, ranks have the rows of one batch."""
+        return sorted(numbers, key=lambda number: number >= self.num_walks + self.num_lines)
 
     def __getitems__(self, numbers):
         numbers = torch.as_tensor(numbers)
@@ -275,6 +296,12 @@ class Buckets(torch.utils.data.Dataset):
     def __getitems__(self, numbers):
         index = bisect_right(self.starts, numbers[0]) - 1
         return self.datasets[index].__getitems__([number - self.starts[index] for number in numbers])
+
+    def in_order(self, numbers):
+        """Return the state numbers of a batch as its rows come."""
+        index = bisect_right(self.starts, numbers[0]) - 1
+        own = self.datasets[index].in_order([number - self.starts[index] for number in numbers])
+        return [number + self.starts[index] for number in own]
 
 
 class SeededBatches(torch.utils.data.Sampler):

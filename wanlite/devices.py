@@ -41,9 +41,10 @@ def _has(device):
         return False
 
 
-def free_memory(device):
-    """Return the bytes that are free on a device, and in the CPU's memory; the same where the device is the CPU."""
-    host = psutil.virtual_memory().available
+def free_memory(device, sharing=1):
+    """Return the bytes that are free on a device, and in the CPU's memory, which so many processes are `sharing`; the same where
+    the device is the CPU."""
+    host = psutil.virtual_memory().available // sharing
     return (torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else host), host
 
 

@@ -100,11 +100,12 @@ class FewSteps:
 
     `levels` are the (timestep, noise level) that any of them passes, noise first; `stops` the (count, index) after noise;
     `teacher_levels` (K, 2) those of the teacher's walk. The timesteps are those that sampling passes, truncated to whole numbers
-    as the scheduler does.
+    as the scheduler does. `share` is (rank, ranks): all draw from equal generators for the rows of all, and each takes its own.
     """
 
-    def __init__(self, shift, counts, latent_shape, teacher_steps):
+    def __init__(self, shift, counts, latent_shape, teacher_steps, share=(0, 1)):
         self.scheduler, self.counts, self.latent_shape = make_scheduler(shift, counts), tuple(counts), latent_shape
+        self.rank, self.ranks = share
         self.teacher_levels = torch.tensor(self._pass(teacher_steps))
         self.paths = {count: self._pass(count) for count in counts}
         self.levels = sorted({state for path in self.paths.values() for state in path}, reverse=True)
@@ -121,7 +122,7 @@ class FewSteps:
         """
         count = self.counts[int(torch.randint(len(self.counts), (1,), generator=generator))]
         index = int(torch.randint(count, (1,), generator=generator))
-        noise = torch.randn(num_pictures, *(latent_shape or self.latent_shape), generator=generator).to(device)
+        noise = self.own_noise(num_pictures, generator, latent_shape).to(device)
         with torch.no_grad():
             latents = sample(velocity_of, noise, self.scheduler, count, end=index)
         timestep, noise_level = (torch.full((num_pictures,), value, device=device) for value in self.paths[count][index])
@@ -130,10 +131,16 @@ class FewSteps:
     def renoise(self, clean, generator, is_one_level=False):
         """Return (noisy, noise, timestep (B,), noise level (B,)) at inner levels of the teacher's walk, drawn at random.
 
-        One level for all keeps a micro-batch with one of the teacher's experts.
+        One level for all rows of all ranks keeps a micro-batch with one of the teacher's experts.
         """
-        count = 1 if is_one_level else len(clean)
-        chosen = torch.randint(1, max(2, len(self.teacher_levels) - 1), (count,), generator=generator).expand(len(clean))
+        count = 1 if is_one_level else len(clean) * self.ranks
+        chosen = torch.randint(1, max(2, len(self.teacher_levels) - 1), (count,), generator=generator)
+        chosen = chosen.expand(len(clean)) if is_one_level else chosen[self.rank::self.ranks]
         timestep, noise_level = self.teacher_levels[chosen].to(clean.device).unbind(1)
-        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        noise = self.own_noise(len(clean), generator, clean.shape[1:]).to(clean.device)
         return add_noise(clean.detach(), noise, noise_level), noise, timestep, noise_level
+
+    def own_noise(self, num_pictures, generator, latent_shape=None):
+        """Return this rank's rows of noise that is drawn for all ranks: (B, C, H, W)."""
+        shape = latent_shape or self.latent_shape
+        return torch.randn(num_pictures * self.ranks, *shape, generator=generator)[self.rank::self.ranks]

@@ -66,8 +66,9 @@ def at_depth(peak_of, depth):
 
 # ---- memory; `peak(work)` may also be one that measures ----------------------------------------------------------------------
 
-def teacher_bytes(files, residency, dtype, is_fp8):
-    """Return the bytes of weights that a teacher has on the device, and beside it in the CPU's memory."""
+def teacher_bytes(files, residency, dtype, is_fp8, shares=1):
+    """Return the bytes of weights that a teacher has on the device, and beside it in the CPU's memory; a sharded one's blocks lie
+    in so many `shares`."""
     sizes = [expert.num_parameters * (1 if is_fp8 else dtype.itemsize) for expert in files.experts.values()]
     if residency == "both":
         return sum(sizes), 0
@@ -79,6 +80,8 @@ def teacher_bytes(files, residency, dtype, is_fp8):
     others = max(sizes) - max(blocks) * (1 if is_fp8 else dtype.itemsize)
     if residency == "disk":                                  # each block is gone before the next is read; both experts' others stay
         return others * len(files.experts) + block, 0
+    if residency == "sharded":
+        return len(sizes) * others + sum(blocks) * dtype.itemsize // shares + 2 * block, 0
     return others + 2 * block, sum(sizes)
 
 

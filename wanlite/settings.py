@@ -5,6 +5,8 @@ import dataclasses
 import types
 import typing
 
+from .launch import give_way
+
 
 def setting(default, meaning, aliases=(), choices=None):
     """Declare one setting: its default and what it means, None included."""
@@ -43,4 +45,5 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line and exit code 2."""
 
     def error(self, message):
+        give_way()
         self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")

@@ -13,11 +13,12 @@ class StopSignal:
     """Turns the first SIGTERM, SIGINT or SIGUSR1 into `asked`; the second one ends the process at once.
 
     While `is_immediate`, the first one raises Stopped there and then: for work whose results are whole files on disk. Else it
-    is up to `check`, which raises it, and to whoever reads `asked`.
+    is up to `check`, which raises it, and to whoever reads `asked`. Where `is_launched`, later ones change nothing: a scheduler
+    sends its signal to every process and the launcher sends it on, and it is the launcher that ends who does not stop.
     """
 
-    def __init__(self, signals=SIGNALS):
-        self.asked, self.is_immediate = False, True
+    def __init__(self, signals=SIGNALS, is_launched=False):
+        self.asked, self.is_immediate, self.later = False, True, signal.SIG_IGN if is_launched else signal.SIG_DFL
         for number in signals:
             signal.signal(number, self._ask)
 
@@ -28,6 +29,6 @@ class StopSignal:
     def _ask(self, number, frame):
         self.asked = True
         for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, self.later)
         if self.is_immediate:
             raise Stopped

@@ -7,6 +7,7 @@ Legend: B batch, C channels, H W latent height and width, N image tokens, D widt
 import hashlib
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,13 +17,16 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 from .network import TEXT_LENGTH, OneFrameBlock, TextTokens, one_frame_velocity
 
 BOUNDARY = 0.875  # Wan2.2 A14B: noise levels from here on belong to the high-noise expert
-RESIDENCIES = ("both", "one", "streamed", "disk")
+RESIDENCIES = ("both", "one", "streamed", "disk")      # of one process; several also share it out: "sharded"
+SHARDED_BESIDE = 0.1    # of an expert: what is no block, and two blocks that are whole
 BYTES_A_TOKEN = 24      # of a pass in bfloat16 at its peak, for each channel of the width
 TOKENS_AT_ONCE = 65536  # image tokens of a teacher's pass: 32 guided pictures of 512 x 512; 8 GB of activations at A14B's width
 
@@ -436,8 +440,9 @@ class Teacher:
     """The frozen teacher: the guided velocity at this noise level for these text tokens.
 
     Experts are read when they are first asked, and kept as `residency` says: "both" on the device, "one" there and the other in
-    the CPU's memory, "streamed" from the CPU's memory block by block while the block before computes, or read from "disk" block
-    by block at each pass. `is_fp8` keeps their matrices in float8, half of bfloat16, and computes in `dtype`. `tokens_at_once`
+    the CPU's memory, "streamed" from the CPU's memory block by block while the block before computes, read from "disk" block by
+    block at each pass, or "sharded", each rank of a machine with its share of every block: then all of them have to ask the same
+    expert at the same time. `is_fp8` keeps their matrices in float8, half of bfloat16, and computes in `dtype`. `tokens_at_once`
     image tokens go through an expert together, those of the negative prompt counted in.
     """
 
@@ -445,6 +450,7 @@ class Teacher:
         self.files, self.config, self.boundary = files, files.config, files.boundary
         self.device, self.dtype, self.residency, self.is_fp8 = torch.device(device), dtype, residency, is_fp8
         self.tokens_at_once, self._read = tokens_at_once, {}
+        self.mesh = machine_mesh(self.device) if residency == "sharded" else None
 
     def expert(self, name):
         """Return one expert, "high", "low" or "only", where it can be asked."""
@@ -466,6 +472,8 @@ class Teacher:
     def _load(self, files):
         if self.residency == "disk":
             return stream_expert(files, self.device, self.dtype)
+        if self.residency == "sharded":
+            return shard_expert(files, self.device, self.dtype, self.mesh)
         expert = load_expert(files, self.device if self.residency == "both" else "cpu", self.dtype)
         if self.is_fp8:
             expert.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
@@ -489,10 +497,11 @@ class Teacher:
         expert = self.expert("only" if self.boundary is None else "high" if high else "low")
         guidance = guidance_high if high else guidance_low
         rows = self._rows_at_once(latents, guidance > 1.0)
-        if len(latents) > rows:
+        parts = [slice(start, start + rows) for start in range(0, len(latents), rows)]
+        if (passes := self._most_passes(len(parts), high)) > 1:
             parts = [self.velocity(latents[part], timestep[part], text.rows(part), negative and negative.rows(part), guidance_high,
                                    guidance_low, feature_blocks)
-                     for part in (slice(start, start + rows) for start in range(0, len(latents), rows))]
+                     for part in parts + parts[-1:] * (passes - len(parts))][:len(parts)]
             return torch.cat([velocity for velocity, _ in parts]), [torch.cat(states) for states in zip(*(s for _, s in parts))]
         if guidance <= 1.0:
             return ask(expert, latents, timestep, text, feature_blocks)
@@ -506,6 +515,17 @@ class Teacher:
     def _rows_at_once(self, latents, is_guided):
         tokens = latents.shape[-2] * latents.shape[-1] // math.prod(self.config["patch_size"]) * (2 if is_guided else 1)
         return max(1, self.tokens_at_once // tokens)
+
+    def _most_passes(self, passes, is_high):
+        """Return how many passes an answer takes; of a sharded teacher as many as any rank needs, for all go together."""
+        if self.mesh is None:
+            return passes
+        told = torch.tensor([passes, is_high, -is_high], device=self.device)
+        distributed.all_reduce(told, distributed.ReduceOp.MAX, group=self.mesh.get_group())
+        passes, any_high, none_low = told.tolist()
+        if any_high != -none_low:
+            raise RuntimeError("ranks asked different experts of a sharded teacher at the same time.")
+        return passes
 
     def _velocity_of_both(self, is_high, latents, timestep, text, negative, guidance_high, guidance_low, feature_blocks):
         velocity, features = torch.empty_like(latents, dtype=torch.float32), [None] * len(feature_blocks)
@@ -521,9 +541,10 @@ class Teacher:
         return velocity, features
 
 
-def choose_residency(files, dtype, is_fp8, free_device, free_host, is_cpu=False):
-    """Return the residency that keeps most of the teacher near: of "both", "one", "streamed" and "disk" the first that fits.
+def choose_residency(files, dtype, is_fp8, free_device, free_host, is_cpu=False, shares=1):
+    """Return the residency that keeps most of the teacher near: first of "both", "one", "sharded", "streamed", "disk" that fits.
 
+    Among so many `shares` on one machine its GPUs share the blocks out: they reach each other faster than the CPU's memory.
     `free_device` and `free_host` are bytes; what a pass computes with is left free. On the CPU the two are one memory, and
     nothing is streamed from it.
     """
@@ -533,6 +554,8 @@ def choose_residency(files, dtype, is_fp8, free_device, free_host, is_cpu=False)
         return "both"
     if size + passing <= free_device and len(files.experts) > 1 and (is_cpu or whole <= free_host):
         return "one"
+    if shares > 1 and not is_cpu and not is_fp8 and whole / shares + SHARDED_BESIDE * size + passing <= free_device:
+        return "sharded"
     return "streamed" if whole <= free_host and not is_cpu else "disk"
 
 
@@ -573,6 +596,24 @@ def _read_all(files, names, device, dtype):
     """Read tensors by name; those of modules that Wan keeps in float32 stay there."""
     stays = set(WanTransformer3DModel._keep_in_fp32_modules)
     return {name: files.read(name, torch.float32 if set(name.split(".")) & stays else dtype).to(device) for name in names}
+
+
+def shard_expert(files, device, dtype, mesh):
+    """Load one expert of whose blocks each device of `mesh` keeps an equal share; a block is whole only while it computes.
+
+    All ranks of the mesh have to ask it together. Every rank reads each block, one in memory at a time.
+    """
+    network = stream_expert(files, device, dtype)
+    network.blocks = nn.ModuleList(fully_shard(block, mesh=mesh) for block in network.blocks)
+    others = {weight for name, weight in network.named_parameters() if not name.startswith("blocks.")}
+    return fully_shard(network, mesh=mesh, ignored_params=others)      # the root, so that blocks are gathered ahead
+
+
+def machine_mesh(device):
+    """Return the mesh of this machine's ranks."""
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    shape = (distributed.get_world_size() // local, local)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("machines", "ranks"))["ranks"]
 
 
 class _StreamedBlocks(nn.Module):

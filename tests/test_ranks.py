@@ -1,0 +1,202 @@
+"""Two processes, one run, on the CPU over gloo: what they learn, how they stop, what is left when one is killed."""
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+import train_distillation
+from tests.conftest import SHORT_RUN, TINY_TEACHER
+from wanlite.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint
+from wanlite.data import SHARD_SIZE, walk_teacher
+from wanlite.flow import FewSteps, make_scheduler, seeded_noise
+from wanlite.steps import STEPS
+from wanlite.teacher import Teacher, open_teacher_files
+from wanlite.whole_files import locked
+
+
+def start(rank, group, work, log):
+    """Fork one process of a group, as a launcher starts it; returns its number."""
+    number = os.fork()
+    if number:
+        return number
+    code = 1
+    with open(log, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            if group:
+                said = group | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}
+                os.environ |= {name: str(value) for name, value in said.items()}
+            code = work(rank)
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+    os._exit(code or 0)
+
+
+def together(work, folder, processes=2):
+    """Run `work(rank)` in processes of one group; returns their exit codes and what they said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    logs = [Path(f"{folder}.rank{rank}") for rank in range(processes)]
+    numbers = [start(rank, group if processes > 1 else {}, work, log) for rank, log in enumerate(logs)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in numbers]
+    return codes, [log.read_text() for log in logs]
+
+
+def train(folder, *flags, processes=2, at=None):
+    """Run the command that a user types, in processes; `at` is {(rank, number of a micro-batch): what happens before it}."""
+    def as_typed(rank):
+        numbers = iter(range(1, 10**6))
+
+        def step(name, *arguments):
+            (at or {}).get((rank, next(numbers)), lambda: None)()
+            return STEPS[name](*arguments)
+        train_distillation.STEPS = {name: partial(step, name) for name in STEPS}
+        sys.argv = ["train_distillation.py", "--output_dir", str(folder), *map(str, (*SHORT_RUN, *CHEAP, *flags))]
+        return train_distillation.main(*train_distillation.read_settings())
+    return together(as_typed, folder, processes)
+
+
+# Every part of a run, with as little to look at as there can be.
+CHEAP = ("--projection", "weights", "--teacher_steps", 4, "--few_steps", 1, 2, "--num_inference_steps", 2, "--num_held_out", 2,
+         "--validation_steps", 100, "--validation_prompts", "a red ring", "--checkpointing_steps", 2,
+         "--checkpoints_total_limit", 9,
+         "--muon_learning_rate", 0)                          # Muon's bfloat16 would make much of the last bits
+SHARDED = ("--teacher_residency", "sharded", "--train_batch_size", 16)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    codes, said = train(folder, processes=1)
+    assert codes == [0], said
+    return folder
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory):
+    """A run of two processes with half the batch each, that share the teacher out between them."""
+    folder = tmp_path_factory.mktemp("paired") / "run"
+    codes, said = train(folder, *SHARDED)
+    assert codes == [0, 0], said
+    return folder
+
+
+def distance(first, second):
+    """Return how far apart the weights of two networks are, over their norm."""
+    gap = sum((first[name].double() - second[name].double()).square().sum() for name in first)
+    return float((gap / sum(weight.double().square().sum() for weight in first.values())).sqrt())
+
+
+def test_two_processes_of_half_a_batch_each_learn_what_one_does_in_every_part(alone, paired):
+    for step, moved in ((2, "student"), (4, "student"), (6, "student"), (6, "critic"), (6, "feature_head")):
+        one, two, before = (load_checkpoint(checkpoint_path(folder, at))[moved]
+                            for folder, at in ((alone, step), (paired, step), (alone, max(2, step - 2))))
+        assert distance(one, two) < 1e-6, (step, moved)
+        assert step == 2 or moved == "feature_head" or distance(one, before) > 1e-3
+
+
+def test_micro_batches_that_are_accumulated_learn_what_one_batch_does(alone, tmp_path):
+    shutil.copytree(alone / "cache", tmp_path / "run/cache")
+    train(tmp_path / "run", "--gradient_accumulation_steps", 2, "--train_batch_size", 16, processes=1,
+          at={(0, 9): lambda: os.kill(os.getpid(), signal.SIGKILL)})
+    one, two = (load_checkpoint(checkpoint_path(folder, 4))["student"] for folder in (alone, tmp_path / "run"))
+    assert distance(one, two) < 1e-6
+
+
+def test_processes_stop_together_and_where_one_is_killed_the_other_ends_and_the_same_command_goes_on(paired, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(paired / "cache", folder / "cache")
+
+    def asked_twice():                                       # as by a scheduler, whose signal the launcher sends on
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    codes, said = train(folder, *SHARDED, at={(1, 2): asked_twice})
+    assert codes == [3, 3] and "stopped at step 2 of 6" in said[0] and latest_checkpoint(folder)[0] == checkpoint_path(folder, 2)
+    began = time.monotonic()
+    codes, said = train(folder, *SHARDED, at={(1, 4): lambda: os.kill(os.getpid(), signal.SIGKILL)})
+    assert codes == [2, -9] and time.monotonic() - began < 100
+    last = said[0].splitlines()[-1]
+    assert "another process of this run is gone" in last and "the same command goes on" in last and "Traceback" not in said[0]
+    assert latest_checkpoint(folder) == (checkpoint_path(folder, 4), [])
+    codes, said = train(folder, *SHARDED)
+    assert codes == [0, 0] and "resumed at step 4" in said[0]
+    first, second = (load_file(place / "diffusion_pytorch_model.safetensors") for place in (folder, paired))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_an_output_folder_that_another_run_writes_to_is_refused_in_one_line_for_all_processes(alone, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copytree(alone / "cache", tmp_path / "run/cache")
+    with locked(tmp_path / "run/cache"):
+        codes, said = train(tmp_path / "run")
+    assert codes == [2, 2]
+    lines = [line for line in "".join(said).splitlines() if "train_distillation.py" in line]
+    assert len(lines) == 1 and "another run is writing there" in lines[0] and "Traceback" not in "".join(said)
+
+
+# ---- a teacher in shares -------------------------------------------------------------------------------------------------------
+
+def test_a_teacher_in_shares_says_what_a_whole_one_does_and_each_rank_keeps_half_of_its_blocks(teacher, words, noisy, tmp_path):
+    def ask(rank):
+        torch.distributed.init_process_group("gloo")
+        rows = 1 + 3 * rank                                  # rank 0 makes two passes more than its one row needs
+        shared = Teacher(open_teacher_files(TINY_TEACHER), residency="sharded", tokens_at_once=64)
+        for level in (999.0, 100.0):
+            asked = (noisy[:rows], torch.full((rows,), level), *(text.rows(slice(0, rows)) for text in words), 4.0, 3.0, (2,))
+            for found, expected in zip(shared.velocity(*asked), teacher.velocity(*asked)):
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        whole = [tensor for name, tensor in teacher.expert("low").named_parameters() if name.startswith("blocks.")]
+        kept = [tensor.to_local() for tensor in shared.expert("low").blocks.parameters()]
+        assert sum(map(torch.numel, kept)) <= 0.51 * sum(map(torch.numel, whole))
+        with pytest.raises(RuntimeError, match="different experts"):
+            shared.velocity(noisy, torch.full((4,), 999.0 if rank else 100.0), words[0])
+        torch.distributed.destroy_process_group()
+        return 0
+    codes, said = together(ask, tmp_path / "ask")
+    assert codes == [0, 0], said
+
+
+def test_ranks_in_step_make_as_many_shards_of_as_many_jobs_as_any_and_write_each_once(tmp_path):
+    jobs = [(number, "x", number) for number in range(2 * SHARD_SIZE + 5)]
+
+    def walk(rank):
+        asked = []
+
+        def velocity_for(prompts, features):
+            asked.append(len(prompts))
+            features.append(torch.zeros(len(prompts), 4, 2))
+            return lambda latents, timestep: (features.append(torch.zeros(len(prompts), 4, 2)), latents)[1]
+        states = walk_teacher(Accelerator(), velocity_for, torch.eye(2), make_scheduler(3.0), 1, jobs, (1, 2, 2), tmp_path, True)
+        noise, _, prompt = states.ends(range(len(jobs)))
+        assert asked == [SHARD_SIZE] * 2 and prompt.tolist() == list(range(len(jobs)))
+        assert torch.equal(noise, seeded_noise((1, 2, 2), prompt.tolist()).half().float())
+        return 0
+    codes, said = together(walk, tmp_path / "walk")
+    assert codes == [0, 0], said
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [f"shard-{index:05d}.safetensors" for index in range(3)]
+
+
+def test_ranks_draw_the_rows_of_one_batch_at_one_level():
+    def drawn(rank, ranks):
+        few, generator = FewSteps(3.0, (1, 2), (1, 2, 2), 10, (rank, ranks)), torch.Generator().manual_seed(0)
+        pictures = few.draw(4 // ranks, lambda latents, timestep: latents, generator, "cpu")
+        return [pictures, *few.renoise(pictures, generator), *few.renoise(pictures, generator, is_one_level=True)]
+    for whole, first, second in zip(drawn(0, 1), drawn(0, 2), drawn(1, 2)):
+        assert torch.equal(whole, torch.stack([first, second], 1).flatten(0, 1))
+    assert len(whole.unique()) == 1                          # the last is the level
