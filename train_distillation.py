@@ -136,6 +136,8 @@ class Settings:
     adam_weight_decay: float = setting(0.01, "decoupled weight decay")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     feature_weight: float = setting(3.0, "weight of the feature loss at the start of stage 1, falling to 0 at its end")
+    variety_gain: float = setting(0.3, "stage 2: how much farther apart than the teacher's the pictures of a prompt are aimed at, "
+                                  "as they come out nearer to each other; 0 = regression alone")
     anchor_weight: float = setting(1.0, "stage 2b: weight of stage 2a's loss beside distribution matching")
     critic_learning_rate: float = setting(5e-4, "stage 2b: the critic's; its Muon has the student's ratio to it")
     critic_updates: int = setting(3, "stage 2b: updates of the critic for one of the student")

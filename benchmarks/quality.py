@@ -44,18 +44,19 @@ QUICK = ("--max_train_steps", 20, "--num_trajectories", 256, "--num_held_out", 4
 
 def methods(steps):
     """Return {name: (script and flags, numbers of steps that are judged)}, every one of `steps` optimizer steps."""
-    matching = ("--matching_steps", min(MATCHING, steps // 4))
+    matching, plain = ("--matching_steps", min(MATCHING, steps // 4)), ("--variety_gain", 0)
     return {
         "student": ((TRAIN,), FEW),
-        "stage 1 alone": ((TRAIN, "--segment_steps", 0), (20, *FEW)),
-        "matching (K-DMD)": ((TRAIN, *matching), FEW),
-        "TwinFlow": ((RIVALS, "twin_flow", *matching), FEW),
-        "flow matching": ((RIVALS, "flow_matching", "--segment_steps", steps - 1, "--own_path_pictures", 0), (20, *FEW)),
-        "random start": ((TRAIN, "--projection", "none"), FEW),
-        "minus features": ((TRAIN, "--feature_weight", 0), FEW),
-        "minus own path": ((TRAIN, "--own_path_pictures", 0), FEW),
-        "minus stage 1": ((TRAIN, "--segment_steps", steps - 1), FEW),
-        "matching minus anchor": ((TRAIN, *matching, "--anchor_weight", 0), FEW)}
+        "minus variety gain": ((TRAIN, *plain), FEW),        # and so are all below
+        "stage 1 alone": ((TRAIN, *plain, "--segment_steps", 0), (20, *FEW)),
+        "matching (K-DMD)": ((TRAIN, *plain, *matching), FEW),
+        "TwinFlow": ((RIVALS, "twin_flow", *plain, *matching), FEW),
+        "flow matching": ((RIVALS, "flow_matching", *plain, "--segment_steps", steps - 1, "--own_path_pictures", 0), (20, *FEW)),
+        "random start": ((TRAIN, *plain, "--projection", "none"), FEW),
+        "minus features": ((TRAIN, *plain, "--feature_weight", 0), FEW),
+        "minus own path": ((TRAIN, *plain, "--own_path_pictures", 0), FEW),
+        "minus stage 1": ((TRAIN, *plain, "--segment_steps", steps - 1), FEW),
+        "matching minus anchor": ((TRAIN, *plain, *matching, "--anchor_weight", 0), FEW)}
 
 
 # ---- training --------------------------------------------------------------------------------------------------------------

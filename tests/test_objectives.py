@@ -2,8 +2,10 @@
 
 import torch
 
-from wanlite.flow import add_noise
-from wanlite.objectives import distribution_matching_loss, feature_loss, velocity_loss
+from wanlite.flow import FewSteps, add_noise, clean_from
+from wanlite.network import pack_text
+from wanlite.objectives import distribution_matching_loss, feature_loss, more_varied, velocity_loss
+from wanlite.steps import Networks, vary
 
 
 def test_velocity_loss_is_the_mean_square_of_each_picture():
@@ -47,3 +49,35 @@ def test_distribution_matching_is_silent_where_critic_and_teacher_agree():
     loss = distribution_matching_loss(sample, torch.randn(2, 2, 4, 4), torch.tensor([0.3, 0.6]), velocity, velocity)
     loss.sum().backward()
     assert torch.equal(sample.grad, torch.zeros_like(sample)) and loss.shape == (2,)
+
+
+def test_what_is_more_varied_keeps_its_mean_and_lies_farther_from_it_by_the_gain():
+    torch.manual_seed(0)
+    noise_level, mean = torch.full((4096,), 0.9), 3.0
+    picture, other = (mean + torch.randn(4096, 1, 2, 2) for _ in range(2))
+    noise, other_noise = torch.randn(2, 4096, 1, 2, 2)
+    start, other_start = add_noise(picture, noise, noise_level), add_noise(other, other_noise, noise_level)
+    aim = clean_from(start, more_varied(noise - picture, picture, other_start, other_noise - other, noise_level, 0.3), noise_level)
+    torch.testing.assert_close(aim, picture + 0.3 * (picture - other), atol=1e-5, rtol=0)
+    assert abs(aim.mean() - mean) < 0.02
+    followed = ((aim - mean) * (picture - mean)).mean() / (picture - mean).square().mean()      # what a regression learns of it
+    assert abs(followed - 1.3) < 0.02
+
+
+def test_the_student_aims_at_more_varied_pictures_from_noise_alone():
+    def network(latents, timestep, tokens, **_):
+        return (latents * 0.5,)
+
+    few = FewSteps(3.0, (1, 2), (1, 2, 2), 4)
+    timestep, noise_level = torch.tensor([few.levels[0], few.levels[1], few.levels[0]]).unbind(1)
+    latents, picture = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2)
+    batch = {"latents": latents, "timestep": timestep, "noise_level": noise_level, "picture": picture,
+             "velocity": (latents - picture) / noise_level.view(-1, 1, 1, 1)}
+    text = pack_text([torch.zeros(2, 4)] * 3)
+    networks = Networks(network, None, 0, None, None, few)
+    aims = [clean_from(latents, vary(networks, gain, batch, text, torch.Generator().manual_seed(0)), noise_level)
+            for gain in (0.0, 0.5)]
+    other = few.own_noise(3, torch.Generator().manual_seed(0)) * (1 - 0.5 * noise_level.view(-1, 1, 1, 1))
+    assert torch.allclose(aims[0], picture, atol=1e-5)
+    assert torch.allclose(aims[1][1], picture[1], atol=1e-5)                                    # it is on its way already
+    assert torch.allclose(aims[1][[0, 2]], (1.5 * picture - 0.5 * other)[[0, 2]], atol=1e-5)

@@ -27,6 +27,18 @@ def feature_loss(student_features, teacher_features, outlier=2.0):
     return error.sum((1, 2)) / typical.sum((1, 2)).clamp(min=1)
 
 
+def more_varied(velocity, picture, other_noise, other_velocity, noise_level, gain):
+    """Return the velocity to a picture that lies farther from others of its prompt, by `gain` of the distance.
+
+    A regression draws the mean of what it cannot tell from the noise, and so its pictures of a prompt differ less than the
+    teacher's. `velocity` leads to the teacher's `picture`; `other_velocity` is the student's, of the same prompt from
+    `other_noise`, all at `noise_level` (B,); shapes (B, C, H, W). What the student draws from other noise is on average the
+    prompt's mean picture: moving away from it leaves the mean where it is and lets what deviates from it grow.
+    """
+    other = clean_from(other_noise, other_velocity.float(), noise_level)
+    return velocity + gain * (other - picture) / noise_level.view(-1, 1, 1, 1)
+
+
 def distribution_matching_loss(sample, noisy, noise_level, teacher_velocity, critic_velocity):
     """Push samples where the teacher finds them likelier than the critic, which knows what the student draws.
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from .objectives import distribution_matching_loss, feature_loss, velocity_loss
+from .objectives import distribution_matching_loss, feature_loss, more_varied, velocity_loss
 
 TOGETHER = 65536    # image tokens of a pass while a student is looked at: 64 pictures of 512 x 512
 MATCHED = 4     # one row in so many of a micro-batch is matched; every row anchors
@@ -43,10 +43,21 @@ def velocity_step(networks, settings, batch, text, progress, generator):
 
 
 def segment_step(networks, settings, batch, text, progress, generator):
-    """Stage 2a: from where few steps stop, the average velocity to the teacher's picture."""
+    """Stage 2a: from where few steps stop, the average velocity to the teacher's picture, or from noise to a more varied one."""
     velocity = velocity_from(networks.student, text)(batch["latents"].float(), batch["timestep"])
-    segment_part = velocity_loss(velocity, batch["velocity"]).mean()
+    target = vary(networks, settings.variety_gain, batch, text, generator) if settings.variety_gain else batch["velocity"]
+    segment_part = velocity_loss(velocity, target).mean()
     return segment_part, {"segment_loss": segment_part}
+
+
+def vary(networks, gain, batch, text, generator):
+    """Return the velocities that segments aim at (B, C, H, W), those from noise moved away from what other noise gives."""
+    rows = (batch["timestep"] == networks.few.levels[0][0]).nonzero().flatten()
+    noise = networks.few.own_noise(len(batch["latents"]), generator, batch["latents"].shape[1:]).to(rows.device)[rows]
+    target, noise_level = batch["velocity"].float(), batch["noise_level"][rows]
+    with torch.no_grad():
+        velocity = velocity_from(networks.student, text.rows(rows))(noise, batch["timestep"][rows])
+    return target.index_copy(0, rows, more_varied(target[rows], batch["picture"][rows], noise, velocity, noise_level, gain))
 
 
 def matching_step(networks, settings, batch, text, progress, generator):
