@@ -78,7 +78,7 @@ def check_resumable(folder, run, say):
     for name, meaning in (("teacher", "--teacher holds other weights"), ("prompts", "the prompts are others"),
                           ("images", "the images are others"),
                           ("processes", "the number of processes is another")):
-        if earlier.get(name, run[name]) != run[name]:
+        if earlier.get(name, run.get(name)) != run.get(name):
             raise ValueError(f"{folder}: holds a run cut short, and {meaning} than it had ({earlier[name]}, now {run[name]}): it "
                              "would not end as it would have. Resume it with the same, or add --overwrite.")
     if changed := [f"{name} {version}, now {run['versions'][name]}" for name, version in earlier.get("versions", {}).items()
