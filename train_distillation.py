@@ -297,7 +297,7 @@ from wanlite.data import (  # noqa: E402
     walk_own_path,
     walk_teacher,
 )
-from wanlite.devices import as_device, as_dtype, free_memory, own_memory  # noqa: E402
+from wanlite.devices import as_device, as_dtype, free_memory  # noqa: E402
 from wanlite.flow import FewSteps, make_scheduler, sample, seeded_noise  # noqa: E402
 from wanlite.grids import save_grid  # noqa: E402
 from wanlite.measure import beyond_guards, compare, frechet_distance, likeness  # noqa: E402
@@ -717,8 +717,6 @@ def plan(settings, words):
     if settings.matching_steps:                              # the critic learns beside the student, and the teacher is asked
         phases["matching"] = (phases["training"] + training_peak(max(1, settings.train_batch_size // MATCHED))
                               + phases["trajectories"])
-    own = own_memory() if device.type == "cpu" else 0        # Python and its libraries, which a run holds as well
-    phases = {name: needed + own for name, needed in phases.items()}
     weights = 4 * student.num_parameters()
     remembered = weights * (4 if settings.muon_learning_rate else 5) * (1.5 if settings.matching_steps else 1)
     seen = walks + looks + min(several, len(held_out)) * several
@@ -727,7 +725,7 @@ def plan(settings, words):
                                                                        shape["hidden_size"]),
             settings.output_dir: weights + sum(map(num_bytes, set(found.values())))
             + (settings.checkpoints_total_limit + 1) * remembered}
-    wrong = tell(phases, disk, device, free_memory(device)[0] + own, residency, beside, settings.train_batch_size,
+    wrong = tell(phases, disk, device, free_memory(device)[0], residency, beside, settings.train_batch_size,
                  settings.gradient_accumulation_steps, training_peak)
     passes, states = work
     passes += CALIBRATING_PASSES * frames

@@ -1,14 +1,14 @@
 """A whole run at the real teacher's widths: seconds and memory of each phase, beside what `--dry_run` had said.
 
-    python benchmarks/real_size.py                     # two blocks an expert: an hour on two busy cores, 41 GB of disk
-    python benchmarks/real_size.py --layers 40         # the whole of it: a day or more, 135 GB
-    python benchmarks/real_size.py --quick             # the same code on small widths, half a minute
+    python benchmarks/real_size.py                     # two blocks an expert, 45 GB of disk at most
+    python benchmarks/real_size.py --layers 40         # the whole of it, 100 GB
+    python benchmarks/real_size.py --quick             # the same code on small widths
 
 A folder as Wan's own repository lays it out is written with random weights: two experts of A14B's widths in bfloat16, the
 autoencoder and the text encoder in pickles, a tokenizer; one trajectory is walked, a student trained for four steps and
 saved, each expert's blocks read from the disk at each pass. Linux alone: memory is read in /proc. *Peak* is the process's own
-memory; *resident* counts the pages of mapped files as well, which are given up where memory is short. That the streamed
-teacher is the stock one is checked on two blocks.
+memory beyond Python and its libraries; *resident* counts the pages of mapped files as well, which are given up where memory is
+short. That the streamed teacher is the stock one is checked on two blocks.
 """
 
 import argparse
@@ -119,11 +119,11 @@ class PhaseMeter(threading.Thread):
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.phases, self.stack, self.since = {}, ["training"], time.perf_counter()
+        self.phases, self.stack, self.since, self.before = {}, ["training"], time.perf_counter(), memory("RssAnon")
 
     def run(self):
         while True:
-            own, resident = memory("RssAnon"), memory("VmRSS")
+            own, resident = memory("RssAnon") - self.before, memory("VmRSS")
             found = self._phase()
             found["peak"], found["resident"] = max(found["peak"], own), max(found["resident"], resident)
             time.sleep(0.01)

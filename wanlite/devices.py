@@ -46,9 +46,3 @@ def free_memory(device, sharing=1):
     the device is the CPU."""
     host = psutil.virtual_memory().available // sharing
     return (torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else host), host
-
-
-def own_memory():
-    """Return the bytes that this process holds in the CPU's memory, without pages of files."""
-    held = psutil.Process().memory_info()
-    return held.rss - getattr(held, "shared", 0)
