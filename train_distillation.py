@@ -1049,7 +1049,8 @@ def main(settings, is_resumed):
               "by itself or its machine; the same command goes on from the newest checkpoint.", file=sys.stderr)
         return 2
     except Stopped:
-        print("stopped; the same command goes on from what is on disk.", file=sys.stderr)
+        if is_first():
+            print("stopped; the same command goes on from what is on disk.", file=sys.stderr)
         return STOPPED
     return 0
 
