@@ -110,7 +110,7 @@ class FewSteps:
         """Return the pictures (B, C, H, W) that a student sees from a stop drawn at random; the gradient is of its last step."""
         count = self.counts[int(torch.randint(len(self.counts), (1,), generator=generator))]
         index = int(torch.randint(count, (1,), generator=generator))
-        noise = self._own_noise(num_pictures, generator).to(device)
+        noise = self._own_noise((num_pictures, *self.latent_shape), generator).to(device)
         with torch.no_grad():
             latents = sample(velocity_of, noise, self.scheduler, count, end=index)
         timestep, noise_level = (torch.full((num_pictures,), value, device=device) for value in self.paths[count][index])
@@ -125,9 +125,9 @@ class FewSteps:
         chosen = torch.randint(1, max(2, len(self.teacher_levels) - 1), (count,), generator=generator)
         chosen = chosen.expand(len(clean)) if is_one_level else chosen[self.rank::self.ranks]
         timestep, noise_level = self.teacher_levels[chosen].to(clean.device).unbind(1)
-        noise = self._own_noise(len(clean), generator).to(clean.device)
+        noise = self._own_noise(clean.shape, generator).to(clean.device)
         return add_noise(clean.detach(), noise, noise_level), noise, timestep, noise_level
 
-    def _own_noise(self, num_pictures, generator):
-        """Return this rank's rows of noise that is drawn for all ranks: (B, C, H, W)."""
-        return torch.randn(num_pictures * self.ranks, *self.latent_shape, generator=generator)[self.rank::self.ranks]
+    def _own_noise(self, shape, generator):
+        """Return this rank's rows (B, C, H, W) of noise that is drawn for all ranks."""
+        return torch.randn(shape[0] * self.ranks, *shape[1:], generator=generator)[self.rank::self.ranks]
