@@ -879,7 +879,7 @@ def train(settings, is_resumed, stop):
         write_json(output / "run.json", run)
     accelerator.wait_for_everyone()
     if not (output / "run.json").exists():
-        raise OSError(f"{output}: what rank 0 wrote there is not here. All machines of a run need one disk under --output_dir.")
+        raise OSError(f"{output}: what rank 0 wrote there is not here. The machines of a run need one disk under --output_dir.")
 
     # What the teacher draws: walked once, for training, for held-out prompts, and for a few of these from many seeds.
     teacher = Teacher(files, device, dtype, agreed(place_teacher(settings, files, device)), settings.teacher_fp8)
@@ -1233,11 +1233,12 @@ def main(settings, is_resumed):
     except RuntimeError as error:
         if not (is_launched() and is_lost(error)):
             raise
-        print(f"train_distillation.py: another process of this run is gone ({str(error).splitlines()[0]}). What ended it is said "
-              "by that process or its machine; the same command goes on from the newest checkpoint.", file=sys.stderr)
+        print(f"train_distillation.py: another process of this run is gone ({str(error).splitlines()[0]}). What ended it was said "
+              "by itself or its machine; the same command goes on from the newest checkpoint.", file=sys.stderr)
         return 2
     except Stopped:
-        print("stopped; the same command goes on from what is on disk.", file=sys.stderr)
+        if is_first():
+            print("stopped; the same command goes on from what is on disk.", file=sys.stderr)
         return STOPPED
     return 0
 

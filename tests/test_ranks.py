@@ -1,6 +1,7 @@
 """Two processes, one run, on the CPU over gloo: what they learn, how they stop, what is left when one is killed."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,13 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 import train_distillation
-from tests.conftest import SHORT_RUN, TINY_TEACHER
+from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER
 from wanlite.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint
 from wanlite.data import SHARD_SIZE, walk_teacher
 from wanlite.flow import FewSteps, make_scheduler, seeded_noise
+from wanlite.launch import launched_precision
+from wanlite.ranks import check_devices
 from wanlite.steps import STEPS
 from wanlite.teacher import Teacher, open_teacher_files
 from wanlite.whole_files import locked
@@ -74,8 +78,7 @@ def train(folder, *flags, processes=2, at=None):
 # Every part of a run, with as little to look at as there can be.
 CHEAP = ("--projection", "weights", "--teacher_steps", 4, "--few_steps", 1, 2, "--num_inference_steps", 2, "--num_held_out", 2,
          "--validation_steps", 100, "--validation_prompts", "a red ring", "--checkpointing_steps", 2,
-         "--checkpoints_total_limit", 9,
-         "--muon_learning_rate", 0)                          # Muon's bfloat16 would make much of the last bits
+         "--checkpoints_total_limit", 9, "--muon_learning_rate", 0)    # Muon's bfloat16 would make much of the last bits
 SHARDED = ("--teacher_residency", "sharded", "--train_batch_size", 16)
 
 
@@ -131,8 +134,7 @@ def test_processes_stop_together_and_where_one_is_killed_the_other_ends_and_the_
     began = time.monotonic()
     codes, said = train(folder, *SHARDED, at={(1, 4): lambda: os.kill(os.getpid(), signal.SIGKILL)})
     assert codes == [2, -9] and time.monotonic() - began < 100
-    last = said[0].splitlines()[-1]
-    assert "another process of this run is gone" in last and "the same command goes on" in last and "Traceback" not in said[0]
+    assert "another process of this run is gone" in said[0] and "the same command goes on" in said[0] and "Traceback" not in said[0]
     assert latest_checkpoint(folder) == (checkpoint_path(folder, 4), [])
     codes, said = train(folder, *SHARDED)
     assert codes == [0, 0] and "resumed at step 4" in said[0]
@@ -200,3 +202,47 @@ def test_ranks_draw_the_rows_of_one_batch_at_one_level():
     for whole, first, second in zip(drawn(0, 1), drawn(0, 2), drawn(1, 2)):
         assert torch.equal(whole, torch.stack([first, second], 1).flatten(0, 1))
     assert len(whole.unique()) == 1                          # the last is the level
+
+
+# ---- accelerate's config -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_loads_every_config_and_its_first_line_says_the_command(path):
+    config = load_config_from_file(str(path))
+    machines, gpus = [1, *map(int, re.findall(r"\d+", path.stem))][-2:]
+    assert (config.num_machines, config.num_processes) == (machines, machines * gpus)
+    assert config.mixed_precision == "bf16" and not config.use_cpu
+    command = path.read_text().splitlines()[0]
+    assert f"accelerate launch --config_file configs/{path.name}" in command and "train_distillation.py" in command
+
+
+@pytest.mark.parametrize("said, flags, words", [
+    ({"ACCELERATE_USE_FSDP": "true"}, {}, "trains by FSDP; a student is small"),
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "trains by DeepSpeed"),
+    ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {}, "has gradient_accumulation_steps 4"),
+    ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {}, "has mixed_precision fp8, expected no, bf16, fp16"),
+    ({}, {"teacher_residency": "sharded"}, "and there is one. Start the run with accelerate launch"),
+    ({"LOCAL_WORLD_SIZE": "2"}, {"teacher_residency": "sharded", "teacher_fp8": True}, "leave --teacher_fp8 out")])
+def test_a_launch_that_contradicts_the_flags_is_refused(said, flags, words, monkeypatch):
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        train_distillation.complete(train_distillation.Settings(**flags))
+
+
+@pytest.mark.parametrize("asked, config, expected, is_told", [(None, None, "no", False), (None, "bf16", "bf16", False),
+                                                              ("fp16", "bf16", "fp16", True), ("bf16", "no", "bf16", False),
+                                                              ("bf16", "fp8", "bf16", True)])
+def test_the_precision_is_that_of_the_flag_else_of_the_config(asked, config, expected, is_told, monkeypatch):
+    if config:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", config)
+    told = []
+    assert launched_precision(asked, told.append) == expected and bool(told) == is_told
+    assert not told or told == [f"--mixed_precision {asked} counts, and not {config} of accelerate's config"]
+
+
+def test_more_processes_than_gpus_are_refused_unless_they_are_to_share_the_cpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
+    with pytest.raises(ValueError, match="started 99 processes for as many GPUs here, torch sees"):
+        check_devices({"ACCELERATE_USE_CPU": "False"})
+    check_devices({"ACCELERATE_USE_CPU": "True"})

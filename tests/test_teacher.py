@@ -548,3 +548,12 @@ def test_the_residency_of_a14b_follows_free_memory(is_fp8, free_device, free_hos
         write_sparse_wan(tmp_path / name, A14B, "official", 6)
     files = open_teacher_files(tmp_path)
     assert choose_residency(files, torch.bfloat16, is_fp8, free_device * GIB, free_host * GIB, is_cpu) == expected
+
+
+def test_gpus_of_one_machine_share_the_experts_of_a14b_out_where_neither_they_nor_the_cpu_hold_one(tmp_path):
+    for name in ("high_noise_model", "low_noise_model"):
+        write_sparse_wan(tmp_path / name, A14B, "official", 6)
+    files = open_teacher_files(tmp_path)
+    chosen = [choose_residency(files, torch.bfloat16, is_fp8, 23 * GIB, 40 * GIB, shares=shares)
+              for is_fp8, shares in ((False, 1), (False, 2), (False, 8), (True, 8))]
+    assert chosen == ["disk", "disk", "sharded", "streamed"]

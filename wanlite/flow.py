@@ -122,7 +122,7 @@ class FewSteps:
         """
         count = self.counts[int(torch.randint(len(self.counts), (1,), generator=generator))]
         index = int(torch.randint(count, (1,), generator=generator))
-        noise = self.own_noise(num_pictures, generator, latent_shape).to(device)
+        noise = self.own_noise((num_pictures, *(latent_shape or self.latent_shape)), generator).to(device)
         with torch.no_grad():
             latents = sample(velocity_of, noise, self.scheduler, count, end=index)
         timestep, noise_level = (torch.full((num_pictures,), value, device=device) for value in self.paths[count][index])
@@ -137,10 +137,9 @@ class FewSteps:
         chosen = torch.randint(1, max(2, len(self.teacher_levels) - 1), (count,), generator=generator)
         chosen = chosen.expand(len(clean)) if is_one_level else chosen[self.rank::self.ranks]
         timestep, noise_level = self.teacher_levels[chosen].to(clean.device).unbind(1)
-        noise = self.own_noise(len(clean), generator, clean.shape[1:]).to(clean.device)
+        noise = self.own_noise(clean.shape, generator).to(clean.device)
         return add_noise(clean.detach(), noise, noise_level), noise, timestep, noise_level
 
-    def own_noise(self, num_pictures, generator, latent_shape=None):
-        """Return this rank's rows of noise that is drawn for all ranks: (B, C, H, W)."""
-        shape = latent_shape or self.latent_shape
-        return torch.randn(num_pictures * self.ranks, *shape, generator=generator)[self.rank::self.ranks]
+    def own_noise(self, shape, generator):
+        """Return this rank's rows (B, C, H, W) of noise that is drawn for all ranks."""
+        return torch.randn(shape[0] * self.ranks, *shape[1:], generator=generator)[self.rank::self.ranks]

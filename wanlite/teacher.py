@@ -517,7 +517,7 @@ class Teacher:
         return max(1, self.tokens_at_once // tokens)
 
     def _most_passes(self, passes, is_high):
-        """Return how many passes an answer takes; of a sharded teacher as many as any rank needs, for all go together."""
+        """Return how many passes an answer takes: of a sharded teacher as many as any rank needs, for all go together."""
         if self.mesh is None:
             return passes
         told = torch.tensor([passes, is_high, -is_high], device=self.device)
@@ -542,7 +542,7 @@ class Teacher:
 
 
 def choose_residency(files, dtype, is_fp8, free_device, free_host, is_cpu=False, shares=1):
-    """Return the residency that keeps most of the teacher near: first of "both", "one", "sharded", "streamed", "disk" that fits.
+    """Return the residency that keeps most of the teacher near: of "both", "one", "sharded", "streamed", "disk" what fits first.
 
     Among so many `shares` on one machine its GPUs share the blocks out: they reach each other faster than the CPU's memory.
     `free_device` and `free_host` are bytes; what a pass computes with is left free. On the CPU the two are one memory, and
