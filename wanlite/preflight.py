@@ -77,7 +77,7 @@ def check_numbers(settings):
             raise ValueError(f"--{name} is {getattr(settings, name)}, expected 0 or more.")
     if settings.num_images is not None and (settings.num_images < 1 or settings.images is None):
         raise ValueError(f"--num_images is {settings.num_images}, expected at least 1, and --images beside it.")
-    if 0 < settings.own_path_pictures < len(settings.aspect_ratios or ()):
+    if 0 < (settings.own_path_pictures or 0) < len(settings.aspect_ratios or ()):
         raise ValueError(f"--own_path_pictures is {settings.own_path_pictures}, expected 0, or at least one for each of the "
                          f"{len(settings.aspect_ratios)} --aspect_ratios.")
     if settings.validation_walks is not None and not LEAST_LOOKED_AT <= settings.validation_walks <= MOST_LOOKED_AT:
