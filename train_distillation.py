@@ -598,10 +598,12 @@ def most_frames(tokens):
 
 
 def compare_experts(settings, files, device):
-    """Return the cosines of check_experts(), which reads both experts: once, and kept in the cache."""
-    record = cache_folder(settings.cache_dir, "experts", teacher=files.fingerprint) / "cosines.json"
+    """Return the cosines of check_experts(), which reads both experts: once, and kept in the cache; what is refused leaves nothing."""
+    record = Path(settings.cache_dir) / f"experts-{files.fingerprint[:16]}.json"
     if not record.exists():
-        write_json(record, check_experts(files, device))
+        cosines = check_experts(files, device)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, cosines)
     return json.loads(record.read_text(encoding="utf-8"))
 
 

@@ -132,7 +132,7 @@ def test_a_sample_of_training_steps_tells_their_speed_and_memory(tmp_path):
 def test_a_teacher_of_random_weights_is_asked_as_a_real_one(tmp_path):
     config = A14B | {"num_attention_heads": 2, "text_dim": 32, "ffn_dim": 96, "num_layers": 2}
     shape = {"hidden_size": 64, "depth": 2, "num_heads": 2, "text_dim": 32, "num_channels": 16}
-    world = make_world(tmp_path / "states", random_teacher(config, "cpu"), shape, 8, 4, "cpu", "bf16")
+    world = make_world(tmp_path / "states", random_teacher(config, "cpu"), shape, 8, 4, "cpu", "no")
     ask = Online(world, "both", False)
     (batch, text), *_ = world.feed(1)
     velocity, features = ask(batch, text)

@@ -531,7 +531,7 @@ def test_one_expert_at_a_time_holds_one_and_at_rest_none(asked):
 def test_few_rows_at_once_give_what_all_give(asked, teacher):
     few = Teacher(open_teacher_files(TINY_TEACHER), tokens_at_once=1)
     (found, (own,)), (expected, (states,)) = few.velocity(**asked), teacher.velocity(**asked)
-    assert torch.allclose(found, expected, atol=1e-5) and torch.allclose(own, states, atol=1e-4)
+    assert torch.allclose(found, expected, atol=1e-4) and torch.allclose(own, states, atol=1e-4)     # of values up to 22 and 60
     seen = []
     few.expert("low").register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     few.velocity(**asked)
@@ -554,6 +554,6 @@ def test_gpus_of_one_machine_share_the_experts_of_a14b_out_where_neither_they_no
     for name in ("high_noise_model", "low_noise_model"):
         write_sparse_wan(tmp_path / name, A14B, "official", 6)
     files = open_teacher_files(tmp_path)
-    chosen = [choose_residency(files, torch.bfloat16, is_fp8, 23 * GIB, 40 * GIB, shares=shares)
-              for is_fp8, shares in ((False, 1), (False, 2), (False, 8), (True, 8))]
+    chosen = [choose_residency(files, torch.bfloat16, is_fp8, free * GIB, 40 * GIB, shares=shares)
+              for is_fp8, free, shares in ((False, 23, 1), (False, 23, 2), (False, 23, 8), (True, 18, 8))]
     assert chosen == ["disk", "disk", "sharded", "streamed"]

@@ -604,7 +604,8 @@ def shard_expert(files, device, dtype, mesh):
     All ranks of the mesh have to ask it together. Every rank reads each block, one in memory at a time.
     """
     network = stream_expert(files, device, dtype)
-    network.blocks = nn.ModuleList(fully_shard(block, mesh=mesh) for block in network.blocks)
+    streamed = network.blocks
+    network.blocks = nn.ModuleList(fully_shard(streamed.read(index), mesh=mesh) for index in range(len(streamed)))
     others = {weight for name, weight in network.named_parameters() if not name.startswith("blocks.")}
     return fully_shard(network, mesh=mesh, ignored_params=others)      # the root, so that blocks are gathered ahead
 
@@ -626,15 +627,19 @@ class _StreamedBlocks(nn.Module):
 
     def __iter__(self):
         for index in range(len(self)):
-            with init_empty_weights():
-                block = _empty_block(self.files)
-            prefix = f"blocks.{index}."
-            names = [name for name in self.files.places if name.startswith(prefix)]
-            tensors = _read_all(self.files, names, self.device, self.dtype)
-            block.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, strict=True, assign=True)
-            del tensors
-            yield block.eval().requires_grad_(False)
+            block = self.read(index)
+            yield block
             block.to("meta")                                 # gone before the next is read, whoever still holds it
+
+    def read(self, index):
+        """Return one block, which is the caller's to keep."""
+        with init_empty_weights():
+            block = _empty_block(self.files)
+        prefix = f"blocks.{index}."
+        names = [name for name in self.files.places if name.startswith(prefix)]
+        tensors = _read_all(self.files, names, self.device, self.dtype)
+        block.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, strict=True, assign=True)
+        return block.eval().requires_grad_(False)
 
 
 def make_expert(files, depth):
