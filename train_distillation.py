@@ -598,7 +598,7 @@ def most_frames(tokens):
 
 
 def compare_experts(settings, files, device):
-    """Return the cosines of check_experts(), which reads both experts: once, and kept in the cache; what is refused leaves nothing."""
+    """Return the cosines of check_experts(), which reads both experts once: they are kept in the cache, unless it refuses."""
     record = Path(settings.cache_dir) / f"experts-{files.fingerprint[:16]}.json"
     if not record.exists():
         cosines = check_experts(files, device)

@@ -4,7 +4,7 @@
     python benchmarks/kill.py --quick --json kill.json
 
 Every run is a process of its own, forked from one that has imported torch, and does what the command line does. One kill a run:
-most are SIGKILL, every fifth is SIGTERM; every third waits for a save and strikes in it, every tenth run starts without a cache,
+three of four are SIGKILL, one is SIGTERM; every third waits for a save and strikes in it, every tenth run starts without a cache,
 so that it is struck while it projects and walks as well. Then the same command runs to its end.
 
 identical  ended with the weights of the uninterrupted run, byte by byte
@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 RUN = ("--num_trajectories", "64", "--max_train_steps", "12", "--train_batch_size", "16", "--checkpointing_steps", "2",
        "--validation_steps", "4", "--lr_warmup_steps", "2", "--num_held_out", "16", "--teacher_steps", "8", "--report_to", "none",
-       "--segment_steps", "4", "--matching_steps", "4", "--own_path_pictures", "16")                 # four steps of each part
+       "--segment_steps", "4", "--matching_steps", "4", "--own_path_pictures", "8", "--validation_walks", "8")                 # four steps of each part
 NUM_SAVES = 7              # six checkpoints and the student
 SAVING = 0.02              # seconds after the first sign of a save, within which it is struck
 
@@ -44,11 +44,11 @@ def read_arguments():
     parser.add_argument("--kills", type=int, default=100, help="runs, each of which is killed once")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
-    parser.add_argument("--quick", action="store_true", help="6 kills")
+    parser.add_argument("--quick", action="store_true", help="4 kills")
     parser.add_argument("--folder", type=Path, help="where runs are written; None = a temporary folder, removed at the end")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
-    arguments.kills = 6 if arguments.quick else arguments.kills
+    arguments.kills = 4 if arguments.quick else arguments.kills
     if arguments.kills < 1 or arguments.jobs < 1:
         parser.error("--kills and --jobs are at least 1.")
     if arguments.folder and arguments.folder.exists() and any(arguments.folder.iterdir()):
@@ -160,7 +160,7 @@ def moments(arguments, folder, seconds, cache, expected):
     """Yield jobs, each with a moment of its own; `seconds` are of a run without and with a cache."""
     draw = random.Random(arguments.seed)  # noqa: S311 (moments, no secrets)
     for count in range(arguments.kills):
-        has_cache, how = count % 10 != 9, "SIGTERM" if count % 5 == 4 else "SIGKILL"
+        has_cache, how = count % 10 != 9, "SIGTERM" if count % 4 == 1 else "SIGKILL"
         save = draw.randint(1, NUM_SAVES) if has_cache and count % 3 == 0 else None
         yield {"save": save, "after": draw.uniform(0, SAVING if save else seconds[has_cache]), "signal": how,
                "cache": cache if has_cache else None, "folder": str(folder / f"{count:04d}"), "digest": expected}

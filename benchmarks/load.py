@@ -31,8 +31,8 @@ sys.path.insert(0, str(ROOT))
 WAYS = ("ours", "stock", "bare", "lean")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SIZES = {False: {}, True: {"hidden_size": 256, "depth": 4, "num_heads": 4}}
-SHORT_RUN = ("--num_trajectories", "64", "--max_train_steps", "2", "--train_batch_size", "16", "--num_held_out", "16",
-             "--report_to", "none")
+SHORT_RUN = ("--num_trajectories", "32", "--max_train_steps", "2", "--train_batch_size", "16", "--num_held_out", "16",
+             "--own_path_pictures", "0", "--validation_walks", "8", "--teacher_steps", "8", "--report_to", "none")
 IMPORTS = """
 import os
 import numpy, torch, safetensors.torch, tqdm
@@ -55,7 +55,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def read_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9, help="processes for each way and dtype")
-    parser.add_argument("--quick", action="store_true", help="a small student, each way once")
+    parser.add_argument("--quick", action="store_true", help="a small student in one dtype, each way once")
     parser.add_argument("--folder", type=Path, help="where students are written; None = a temporary folder, removed at the end")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)      # what a process of ours is started with
@@ -120,23 +120,23 @@ def load_once(way, folder):
 
 # ---- all of them -------------------------------------------------------------------------------------------------------------
 
-def save_students(folder, is_quick):
-    """Save a student with random weights in both dtypes; returns its parameters in millions."""
+def save_students(folder, dtypes, is_quick):
+    """Save a student with random weights in each dtype; returns its parameters in millions."""
     import torch
 
     from train_distillation import WanLiteStudent
     torch.manual_seed(0)
     student = WanLiteStudent(**SIZES[is_quick])
     student.proj_out.reset_parameters()                          # silent when new
-    for name in ("float32", "bfloat16"):
+    for name in dtypes:
         student.to(getattr(torch, name)).save_pretrained(folder / name)
     return student.num_parameters() / 1e6
 
 
-def measure_loading(folder, repeats):
+def measure_loading(folder, dtypes, repeats):
     """Return {dtype: {way: [what it took, once]}}; ways take turns."""
     from tqdm import tqdm
-    found = {dtype: {way: [] for way in WAYS} for dtype in ("float32", "bfloat16")}
+    found = {dtype: {way: [] for way in WAYS} for dtype in dtypes}
     jobs = [(dtype, way) for _ in range(repeats) for dtype in found for way in WAYS]
     for dtype, way in tqdm(jobs, desc="loading", unit="process"):
         (folder / dtype / WEIGHTS).read_bytes()                  # into the page cache
@@ -183,22 +183,22 @@ def main():
     arguments = read_arguments()
     if arguments.one:
         return load_once(arguments.one, arguments.folder)
-    repeats = 1 if arguments.quick else arguments.repeats
+    repeats, dtypes = (1, ("bfloat16",)) if arguments.quick else (arguments.repeats, ("float32", "bfloat16"))
     folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="load-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    print(f"loading a student in {len(WAYS)} ways, {repeats} times each in two dtypes; writing to {folder}", flush=True)
-    millions = save_students(folder, arguments.quick)
-    medians = summarise(measure_loading(folder, repeats))
+    print(f"loading a student in {len(WAYS)} ways, {repeats} times each in {' and '.join(dtypes)}; writing to {folder}", flush=True)
+    millions = save_students(folder, dtypes, arguments.quick)
+    medians = summarise(measure_loading(folder, dtypes, repeats))
     start = {name: statistics.median(each) for name, each in measure_start(folder, repeats).items()}
 
     def worst(name, of, over=None):
-        return max(medians[dtype, of][name] / (medians[dtype, over][name] if over else 1) for dtype in ("float32", "bfloat16"))
+        return max(medians[dtype, of][name] / (medians[dtype, over][name] if over else 1) for dtype in dtypes)
     figures = {"over_bare": worst("seconds", "ours", "bare"), "over_stock": worst("seconds", "ours", "stock"),
                "over_lean": worst("seconds", "ours", "lean"), "touched_over_stock": worst("touched", "ours", "stock"),
                "touched_over_lean": worst("touched", "ours", "lean"), "peak_over_weights": worst("peak", "ours"),
                "start_over_imports": start["start"] / start["imports"], "million_parameters": millions, "seconds_to_start": start}
-    print(f"\nours, the worse of two dtypes: {figures['over_bare']:.2f} x bare, {figures['over_stock']:.2f} x stock, "
+    print(f"\nours, the worse of {len(dtypes)} dtypes: {figures['over_bare']:.2f} x bare, {figures['over_stock']:.2f} x stock, "
           f"{figures['over_lean']:.2f} x lean; touched {figures['touched_over_stock']:.2f} x stock, "
           f"{figures['touched_over_lean']:.2f} x lean; peak {figures['peak_over_weights']:.2f} x the weights ({millions:.0f} M)\n"
           f"run_inference.py takes its first sampling step after {start['start']:.1f} s, {figures['start_over_imports']:.2f} x the "

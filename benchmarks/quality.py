@@ -39,7 +39,8 @@ REFERENCE = "teacher, guided", 40       # what every row is held against, at its
 TRAIN, RIVALS = ROOT / "train_distillation.py", ROOT / "benchmarks" / "rivals.py"
 MATCHING = 150                          # steps of distribution matching, out of as many in all
 FEW = (4, 2, 1)
-QUICK = ("--max_train_steps", 20, "--num_trajectories", 256, "--num_held_out", 40, "--lr_warmup_steps", 4)
+QUICK = ("--max_train_steps", 20, "--num_trajectories", 64, "--num_held_out", 16, "--lr_warmup_steps", 4, "--teacher_steps", 8,
+         "--validation_walks", 16)
 
 
 def methods(steps):
@@ -189,7 +190,7 @@ def main():
         parser.exit(2, f"quality.py: --methods {', '.join(unknown)}: unknown, expected some of {', '.join(known)}.\n")
     flags, seeds = options.train_flags, range(options.seeds)
     if options.quick:
-        options.captions, seeds, known, flags = 40, range(1), methods(QUICK[1]), [*QUICK, *flags]
+        options.captions, seeds, known, flags = 24, range(1), methods(QUICK[1]), [*QUICK, *flags]
     chosen = {name: method for name, method in known.items() if name == "student" or name in (options.methods or known)}
     work = "judging" if options.judge_only else "training, then judging,"
     print(f"{work} {len(chosen)} students for {len(seeds)} seeds in {options.folder.absolute()}: {options.captions} held-out "

@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train_distillation
@@ -36,6 +37,7 @@ def start(rank, group, work, log):
     if number:
         return number
     code = 1
+    AcceleratorState._reset_state(reset_partial_state=True)  # what a test before left in this process, whose copy this is
     with open(log, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         try:
             if group:
