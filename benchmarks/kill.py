@@ -34,7 +34,8 @@ sys.path.insert(0, str(ROOT))
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 RUN = ("--num_trajectories", "64", "--max_train_steps", "12", "--train_batch_size", "16", "--checkpointing_steps", "2",
        "--validation_steps", "4", "--lr_warmup_steps", "2", "--num_held_out", "16", "--teacher_steps", "8", "--report_to", "none",
-       "--segment_steps", "4", "--matching_steps", "4", "--own_path_pictures", "8", "--validation_walks", "8")                 # four steps of each part
+       "--segment_steps", "4", "--matching_steps", "4",                                              # four steps of each part
+       "--own_path_pictures", "8", "--validation_walks", "8")
 NUM_SAVES = 7              # six checkpoints and the student
 SAVING = 0.02              # seconds after the first sign of a save, within which it is struck
 
