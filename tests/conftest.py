@@ -236,7 +236,7 @@ def small_disk(tmp_path, request):
 SHORT_RUN = ("--num_trajectories", "64", "--max_train_steps", "6", "--segment_steps", "2", "--matching_steps", "2",
              "--own_path_pictures", "8", "--train_batch_size", "16", "--checkpointing_steps", "3", "--validation_steps", "3",
              "--lr_warmup_steps", "2", "--num_held_out", "16", "--report_to", "none", "--teacher_steps", "8",
-             "--reference_steps", "8", "--validation_walks", "8")
+             "--reference_steps", "8", "--validation_walks", "16")
 
 
 @pytest.fixture(scope="session")

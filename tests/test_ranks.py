@@ -77,10 +77,10 @@ def train(folder, *flags, processes=2, at=None):
     return together(as_typed, folder, processes)
 
 
-# Every part of a run, with as little to look at as there can be.
+# Every part of a run, with as little to look at as there can be; Muon's bfloat16 would make much of the last bits.
 CHEAP = ("--projection", "weights", "--teacher_steps", 4, "--few_steps", 1, 2, "--num_inference_steps", 2, "--num_held_out", 2,
          "--validation_steps", 100, "--validation_prompts", "a red ring", "--checkpointing_steps", 2,
-         "--checkpoints_total_limit", 9, "--muon_learning_rate", 0)    # Muon's bfloat16 would make much of the last bits
+         "--checkpoints_total_limit", 9, "--muon_learning_rate", 0, "--train_batch_size", 32)
 SHARDED = ("--teacher_residency", "sharded", "--train_batch_size", 16)
 
 
