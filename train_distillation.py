@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 from wanlite.images import choose_images, list_images, read_picture
@@ -694,12 +694,13 @@ def plan(settings, words):
     tokens = math.prod(latent_shape[1:]) // math.prod(student.config.patch_size)
     dtype, residency = training_dtype(settings), place_teacher(settings, files, device)
 
-    @cache
     def training_peak(rows):
         return at_depth(lambda depth: simulate_training(
             lambda: WanLiteStudent(shape | {"depth": depth}), partial(make_optimizers, settings),
             lambda network: EMAModel(network.parameters()), rows, largest[1:], dtype != torch.float32), shape["depth"])
 
+    weights = 4 * student.num_parameters()
+    resting = weights * (3 if settings.muon_learning_rate else 4)       # weights, their average, what optimizers remember
     looks, several = count_looks(settings.validation_walks, len(held_out))
     drawn, pixels = max(looks, several**2), math.prod(picture_size(settings.resolution))
     together, at_once = min(drawn, max(1, DECODED_AT_ONCE // pixels)), min(SHARD_SIZE, max(walks, drawn))
@@ -709,7 +710,7 @@ def plan(settings, words):
         "text": num_bytes(found["text_encoder"]),
         "trajectories": held + pass_peak(files, rows, largest[1:], dtype) + walk_bytes(at_once, settings.teacher_steps, largest),
         "training": training_peak(settings.train_batch_size),
-        "validation": training_peak(1) + at_depth(
+        "validation": resting + weights + at_depth(                     # what is lent keeps its place
             lambda parts: decoding_peak(partial(make_autoencoder, decoder), decode_latents, parts * together, latent_shape),
             -(-drawn // together))}
     frames = min(len(training), most_frames(tokens)) if settings.projection == "calibrated" and settings.student is None else 0
@@ -719,8 +720,7 @@ def plan(settings, words):
     if settings.matching_steps:                              # the critic learns beside the student, and the teacher is asked
         phases["matching"] = (phases["training"] + training_peak(max(1, settings.train_batch_size // MATCHED))
                               + phases["trajectories"])
-    weights = 4 * student.num_parameters()
-    remembered = weights * (4 if settings.muon_learning_rate else 5) * (1.5 if settings.matching_steps else 1)
+    remembered = (resting + weights) * (1.5 if settings.matching_steps else 1)      # with the best student so far
     seen = walks + looks + min(several, len(held_out)) * several
     converted = sum(map(num_bytes, {place for part, place in found.items() if not is_converted(found, part)}))
     disk = {settings.cache_dir: weights + converted + trajectory_bytes(seen, settings.teacher_steps, largest, tokens,
@@ -728,7 +728,7 @@ def plan(settings, words):
             settings.output_dir: weights + sum(map(num_bytes, set(found.values())))
             + (settings.checkpoints_total_limit + 1) * remembered}
     wrong = tell(phases, disk, device, free_memory(device)[0], residency, beside, settings.train_batch_size,
-                 settings.gradient_accumulation_steps, training_peak)
+                 settings.gradient_accumulation_steps, resting + weights)
     passes, states = work
     passes += CALIBRATING_PASSES * frames
     print(f"time     {estimate(student, files, passes, states, tokens, latent_shape[1:], device, dtype)}")

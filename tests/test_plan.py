@@ -98,7 +98,7 @@ def test_the_bytes_of_a_teacher_follow_its_residency(residency, on_device, besid
 
 
 def test_the_largest_batch_that_fits_is_a_half_of_a_half():
-    assert largest_batch(lambda rows: 10 + 3 * rows, 64, 60) == 16 and largest_batch(lambda rows: 100, 64, 60) == 0
+    assert largest_batch(64, 10 + 3 * 64, 10, 60) == 16 and largest_batch(64, 100, 100, 60) == 0
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------------------

@@ -7,11 +7,15 @@ Legend: B batch, C channels, H W latent height and width, N image tokens, L text
 """
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+
+# Under autocast norms take bfloat16 and keep their own weights in float32; torch says at the first that it cannot fuse them.
+warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 TEXT_LENGTH = 512  # every Wan was trained on text padded with zeros to this length, and attends to the padding
 

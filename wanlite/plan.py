@@ -110,18 +110,14 @@ def training_peak(make_student, make_optimizers, make_average, rows, latent_size
         latents = torch.zeros(rows, student.config.num_channels, *latent_size)
         for parameter in student.parameters():               # optimizers that have stepped have their memory beside a step
             parameter.grad = torch.zeros_like(parameter)
-        update(student, optimizers, average)
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
-            velocity, = student(latents, torch.zeros(rows), torch.zeros(rows, TEXT, student.config.text_dim),
-                                text_logit_bias=torch.zeros(rows, TEXT), return_dict=False)
-        (velocity.float() - latents).square().mean().backward()
-        update(student, optimizers, average)
-
-    def update(student, optimizers, average):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         average.step(student.parameters())
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            velocity, = student(latents, torch.zeros(rows), torch.zeros(rows, TEXT, student.config.text_dim),
+                                text_logit_bias=torch.zeros(rows, TEXT), return_dict=False)
+        (velocity.float() - latents).square().mean().backward()
 
     return peak(work)
 
@@ -197,15 +193,18 @@ def free_disk(folder):
 
 # ---- said ------------------------------------------------------------------------------------------------------------------
 
-def largest_batch(peak_of, rows, free):
-    """Return the largest of `rows` and its halves whose peak is no more than `free`; 0 where none is. Each row adds the same."""
-    one, each, fits = peak_of(1), (peak_of(rows) - peak_of(1)) / max(1, rows - 1), rows
-    while fits and one + (fits - 1) * each > free:
+def largest_batch(rows, peak, rest, free):
+    """Return the largest of `rows` and its halves that fits into `free` bytes, 0 where none does.
+
+    `peak` is what all rows take, `rest` what is there without any; less than in proportion no number of rows takes more.
+    """
+    fits = rows
+    while fits and rest + (peak - rest) * fits / rows > free:
         fits //= 2
     return fits
 
 
-def tell(phases, disk, device, free, residency, beside, rows, accumulated, training_peak):
+def tell(phases, disk, device, free, residency, beside, rows, accumulated, rest):
     """Say what `phases` and `disk`, {what: bytes}, need and what is free; returns what does not fit, with what would, in words."""
     print(f"memory   {gigabytes(free)} free on {device}; experts: {residency}"
           + (f", {gigabytes(beside)} of them in the CPU's memory" if beside else ""))
@@ -222,7 +221,7 @@ def tell(phases, disk, device, free, residency, beside, rows, accumulated, train
         wrong.append("the teacher's passes do not fit: " + ("lower --resolution." if residency == "disk" else
                                                             "add --teacher_residency disk."))
     if phases["training"] > free:
-        fits = largest_batch(training_peak, rows, free)
+        fits = largest_batch(rows, phases["training"], rest, free)
         wrong.append(f"training does not fit: lower --train_batch_size to {fits} and raise --gradient_accumulation_steps to "
                      f"{accumulated * rows // fits}." if fits else
                      "training does not fit at any batch: add --gradient_checkpointing, or lower --resolution.")

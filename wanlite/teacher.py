@@ -10,7 +10,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -334,8 +334,7 @@ def _spread_scales(folder, scales, places):
 
 def _check_shapes(folder, config, places):
     source = "its config.json" if folder.is_dir() else "its first block"
-    with init_empty_weights():
-        expected = {key: tuple(tensor.shape) for key, tensor in WanTransformer3DModel(**config).state_dict().items()}
+    expected = _implied_shapes(json.dumps(config))
     missing, unknown = sorted(expected.keys() - places.keys()), sorted(places.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(f"{folder}: tensors differ from what {source} implies; missing {missing[:3]} ({len(missing)}), unknown "
@@ -343,6 +342,13 @@ def _check_shapes(folder, config, places):
     for key, (path, _, shape) in places.items():
         if shape != expected[key]:
             raise ValueError(f"{path}: {key} is {shape}, {source} implies {expected[key]}. The shard is of another Wan.")
+
+
+@cache
+def _implied_shapes(config):
+    """Return {name: shape} of the Wan that a config, as JSON, describes."""
+    with init_empty_weights():
+        return {key: tuple(tensor.shape) for key, tensor in WanTransformer3DModel(**json.loads(config)).state_dict().items()}
 
 
 def _promised_by_index(folder):
