@@ -19,7 +19,7 @@ from .teacher import make_expert
 TEXT = 64                # tokens of a long prompt
 EFFICIENCY = 0.4         # of a device's rate for matrices that large transformers reach
 H100 = 989e12            # operations a second, in bfloat16
-TIMED = 1e11             # operations of a step that is timed; larger ones are reckoned
+TIMED = 2e10             # the most operations of a step that is timed; where one state takes more, all is reckoned
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -147,13 +147,14 @@ def estimate(student, files, passes, states, tokens, latent_size, device, dtype)
     """Return in words how long `passes` of the teacher and training on `states` take: by timing a small student, a large one's
     operations by how fast the device multiplies matrices."""
     teacher = files.num_parameters / len(files.experts)
-    if 6 * tokens * student.num_parameters() > TIMED:
+    one_state = 6 * tokens * student.num_parameters()
+    if one_state > TIMED:
         operations = 2 * tokens * (passes * teacher + 3 * states * student.num_parameters())
         hours = [operations / (EFFICIENCY * rate * 3600) for rate in (matrix_rate(device, dtype), H100)]
         slower = matrix_rate(device, torch.float32) / matrix_rate(device, dtype) if dtype != torch.float32 else 1
         return (f"about {hours[0]:,.1f} hours ({operations / 1e15:,.0f} PFLOP; an H100 would take {hours[1]:,.1f} hours)"
                 + (f"; {slower:,.1f} times less without --mixed_precision, for this device is slow in it" if slower > 1.2 else ""))
-    twin, rows = type(student)(dict(student.config)).to(device), max(1, min(64, 8192 // tokens))
+    twin, rows = type(student)(dict(student.config)).to(device), int(min(64, TIMED // one_state))
     words = torch.zeros(rows, 24, student.config.text_dim, device=device)
     latents, seconds = torch.randn(rows, student.config.num_channels, *latent_size, device=device), []
     for _ in range(3):
