@@ -198,7 +198,7 @@ def main():
                "over_lean": worst("seconds", "ours", "lean"), "touched_over_stock": worst("touched", "ours", "stock"),
                "touched_over_lean": worst("touched", "ours", "lean"), "peak_over_weights": worst("peak", "ours"),
                "start_over_imports": start["start"] / start["imports"], "million_parameters": millions, "seconds_to_start": start}
-    print(f"\nours, the worse of {len(dtypes)} dtypes: {figures['over_bare']:.2f} x bare, {figures['over_stock']:.2f} x stock, "
+    print(f"\nours, the worse where there are two dtypes: {figures['over_bare']:.2f} x bare, {figures['over_stock']:.2f} x stock, "
           f"{figures['over_lean']:.2f} x lean; touched {figures['touched_over_stock']:.2f} x stock, "
           f"{figures['touched_over_lean']:.2f} x lean; peak {figures['peak_over_weights']:.2f} x the weights ({millions:.0f} M)\n"
           f"run_inference.py takes its first sampling step after {start['start']:.1f} s, {figures['start_over_imports']:.2f} x the "

@@ -1,6 +1,6 @@
 """How faithful, how varied, and how like the teacher's the pictures of every way to train a student are: one table.
 
-    python benchmarks/quality.py            # ten students for each of three seeds, one a core: over an hour on two cores
+    python benchmarks/quality.py            # eleven students for each of three seeds, one a core: over an hour on two cores
     python benchmarks/quality.py --quick    # minutes: one seed, few steps and captions
     python benchmarks/quality.py --methods student matching --train_flags --hidden_size 48 --depth 2 --num_heads 3
 

@@ -197,7 +197,7 @@ def free_disk(folder):
 def largest_batch(rows, peak, rest, free):
     """Return the largest of `rows` and its halves that fits into `free` bytes, 0 where none does.
 
-    `peak` is what all rows take, `rest` what is there without any; less than in proportion no number of rows takes more.
+    `peak` is what all rows take, `rest` what is there without any; fewer rows take at most their share of the difference.
     """
     fits = rows
     while fits and rest + (peak - rest) * fits / rows > free:
@@ -206,7 +206,10 @@ def largest_batch(rows, peak, rest, free):
 
 
 def tell(phases, disk, device, free, residency, beside, rows, accumulated, rest):
-    """Say what `phases` and `disk`, {what: bytes}, need and what is free; returns what does not fit, with what would, in words."""
+    """Say what `phases` and `disk`, {what: bytes}, need and what is free; returns what does not fit, with what would, in words.
+
+    `rest` is what training takes without activations.
+    """
     print(f"memory   {gigabytes(free)} free on {device}; experts: {residency}"
           + (f", {gigabytes(beside)} of them in the CPU's memory" if beside else ""))
     for name, needed in phases.items():
