@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from wanlite.plan import (
     MemoryMeter,
     at_depth,
     decoding_peak,
+    estimate,
     largest_batch,
     pass_peak,
     simulated_peak,
@@ -99,6 +101,28 @@ def test_the_bytes_of_a_teacher_follow_its_residency(residency, on_device, besid
 
 def test_the_largest_batch_that_fits_is_a_half_of_a_half():
     assert largest_batch(64, 10 + 3 * 64, 10, 60) == 16 and largest_batch(64, 100, 100, 60) == 0
+
+
+@pytest.mark.parametrize("parameters, timed", [(100_000, 64), (10**6, 13), (10**7, 1), (5 * 10**7, 0)])
+def test_the_time_is_told_by_a_step_of_few_operations(parameters, timed):
+    asked = []                                               # how many states each pass has
+
+    class Student(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config, self.weight = config, torch.nn.Parameter(torch.ones(1))
+
+        def num_parameters(self):
+            return parameters
+
+        def forward(self, latents, timestep, words, return_dict):
+            asked.append(len(latents))
+            return (latents * self.weight,)
+
+    config = type("Config", (dict,), {"text_dim": 8, "num_channels": 4})()
+    files = SimpleNamespace(num_parameters=10**9, experts={"only": None})
+    said = estimate(Student(config), files, 60, 8, 256, (4, 4), torch.device("cpu"), torch.float32)
+    assert set(asked) == ({timed} if timed else set()) and ("minutes" in said) == bool(timed)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------------------

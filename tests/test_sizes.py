@@ -43,7 +43,7 @@ def test_sides_are_multiples_of_a_token_of_the_teachers_own_autoencoder(tmp_path
     (wide / "vae/config.json").write_text(json.dumps(config | {"scale_factor_spatial": 16}))
     with pytest.raises(ValueError, match="--resolution 48 is not divisible by 32; the nearest is 64"):
         complete(Settings(teacher=str(wide), resolution=[64, 48]))
-    for broken in ("{", "[1]", '{"scale_factor_spatial": 0}'):
+    for broken in ("{", "[]", '{"scale_factor_spatial": 0}'):
         (wide / "vae/config.json").write_text(broken)
         with pytest.raises((OSError, ValueError), match="vae.*(cannot be read as settings|does not say the autoencoder's stride)"):
             complete(Settings(teacher=str(wide)))

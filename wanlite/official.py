@@ -169,8 +169,11 @@ def num_bytes(place):
 
 def _read_config(folder):
     try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}, expected an object")
+        return config
+    except (OSError, ValueError) as error:
         raise OSError(f"{folder / 'config.json'}: cannot be read as settings ({error}). Download the folder again.") from None
 
 
