@@ -32,6 +32,8 @@ class MemoryMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
+        if function.namespace == "prim":                     # asks a tensor for its device, half of all that is called
+            return function(*arguments, **keywords)
         given = {tensor.untyped_storage()._cdata for tensor in tree_iter((arguments, keywords)) if isinstance(tensor, torch.Tensor)}
         result = function(*arguments, **keywords)
         for tensor in tree_iter(result):
@@ -60,8 +62,8 @@ def simulated_peak(work):
 
 def at_depth(peak_of, depth):
     """Return `peak_of(depth)` of a network of equal blocks, or of so many equal parts, from one and two: each adds the same."""
-    first, second = (peak_of(min(shallow, depth)) for shallow in (1, 2))
-    return first if depth <= 1 else second + (second - first) * (depth - 2)
+    first = peak_of(1)
+    return first if depth == 1 else first + (peak_of(2) - first) * (depth - 1)
 
 
 # ---- memory; `peak(work)` may also be one that measures ----------------------------------------------------------------------
@@ -150,8 +152,9 @@ def estimate(student, files, passes, states, tokens, latent_size, device, dtype)
     one_state = 6 * tokens * student.num_parameters()
     if one_state > TIMED:
         operations = 2 * tokens * (passes * teacher + 3 * states * student.num_parameters())
-        hours = [operations / (EFFICIENCY * rate * 3600) for rate in (matrix_rate(device, dtype), H100)]
-        slower = matrix_rate(device, torch.float32) / matrix_rate(device, dtype) if dtype != torch.float32 else 1
+        rate = matrix_rate(device, dtype)
+        hours = [operations / (EFFICIENCY * each * 3600) for each in (rate, H100)]
+        slower = matrix_rate(device, torch.float32) / rate if dtype != torch.float32 else 1
         return (f"about {hours[0]:,.1f} hours ({operations / 1e15:,.0f} PFLOP; an H100 would take {hours[1]:,.1f} hours)"
                 + (f"; {slower:,.1f} times less without --mixed_precision, for this device is slow in it" if slower > 1.2 else ""))
     twin, rows = type(student)(dict(student.config)).to(device), int(min(64, TIMED // one_state))
