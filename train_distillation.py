@@ -292,6 +292,7 @@ from wanlite.data import (  # noqa: E402
     Segments,
     ask_at_pictures,
     deal_out,
+    encode_once,
     feature_basis,
     kept_once,
     walk_own_path,
@@ -312,6 +313,7 @@ from wanlite.plan import (  # noqa: E402
     pass_peak,
     teacher_bytes,
     tell,
+    text_bytes,
     trajectory_bytes,
     walk_bytes,
 )
@@ -339,7 +341,7 @@ from wanlite.teacher import (  # noqa: E402
     open_teacher_files,
     sampled_digest,
 )
-from wanlite.text import encode_once  # noqa: E402
+from wanlite.text import lazy_encoder  # noqa: E402
 
 # ---- the model ---------------------------------------------------------------------------------------------------------
 
@@ -680,16 +682,16 @@ def plan(settings, words):
     files, found = open_teacher_files(settings.teacher), find_parts(settings.teacher)
     check_parts(found, files.config)
     shape, parts = choose_shape(settings, files.config), parts_of(settings)
+    decoder = autoencoder_config(found["vae"])
     with init_empty_weights():
-        student = WanLiteStudent(shape)
+        student, autoencoder = WanLiteStudent(shape), make_autoencoder(decoder)
     training, held_out, images = choose_data(settings, print)
     walks = settings.num_trajectories or len(training)
     settings = replace(settings, **bound_pictures(settings, files.width, walks))
     check_batch(settings, walks, 1, parts)
     walks += len(images)                                     # each is asked about as often
     work = announce(settings, files, student, device, walks, count_passes(settings, walks, len(held_out), parts), parts, print)
-    decoder = autoencoder_config(found["vae"])
-    latent_shape, buckets = latent_shapes(settings, files, decoder.get("scale_factor_spatial", 8))
+    latent_shape, buckets = latent_shapes(settings, files, autoencoder.config.scale_factor_spatial)
     largest = max([latent_shape, *buckets], key=math.prod)
     tokens = math.prod(latent_shape[1:]) // math.prod(student.config.patch_size)
     dtype, residency = training_dtype(settings), place_teacher(settings, files, device)
@@ -699,36 +701,35 @@ def plan(settings, words):
             lambda: WanLiteStudent(shape | {"depth": depth}), partial(make_optimizers, settings),
             lambda network: EMAModel(network.parameters()), rows, largest[1:], dtype != torch.float32), shape["depth"])
 
-    weights = 4 * student.num_parameters()
+    weights, drawing = 4 * student.num_parameters(), 4 * autoencoder.num_parameters()
     resting = weights * (3 if settings.muon_learning_rate else 4)       # weights, their average, what optimizers remember
     looks, several = count_looks(settings.validation_walks, len(held_out))
     drawn, pixels = max(looks, several**2), math.prod(picture_size(settings.resolution))
     together, at_once = min(drawn, max(1, DECODED_AT_ONCE // pixels)), min(SHARD_SIZE, max(walks, drawn))
     held, beside = teacher_bytes(files, residency, dtype, settings.teacher_fp8, local_processes())
     rows = min(2 * at_once, max(1, TOKENS_AT_ONCE // tokens))                                   # half of them for guidance
-    phases = {
-        "text": num_bytes(found["text_encoder"]),
-        "trajectories": held + pass_peak(files, rows, largest[1:], dtype) + walk_bytes(at_once, settings.teacher_steps, largest),
-        "training": training_peak(settings.train_batch_size),
+    asked = held + pass_peak(files, rows, largest[1:], dtype) + walk_bytes(at_once, settings.teacher_steps, largest)
+    phases = {                                               # the autoencoder stays, and so does the student once it has a start
+        "text": num_bytes(found["text_encoder"]), "trajectories": asked + drawing + weights,
+        "training": training_peak(settings.train_batch_size) + drawing,
         "validation": resting + weights + at_depth(                     # what is lent keeps its place
             lambda parts: decoding_peak(partial(make_autoencoder, decoder), decode_latents, parts * together, latent_shape),
             -(-drawn // together))}
     frames = min(len(training), most_frames(tokens)) if settings.projection == "calibrated" and settings.student is None else 0
     if frames:                                               # in float32, whatever the run is in
-        phases["start"] = teacher_bytes(files, "disk", torch.float32, False)[0] + pass_peak(files, frames, latent_shape[1:],
-                                                                                            torch.float32)
+        phases["start"] = (teacher_bytes(files, "disk", torch.float32, False)[0] + drawing + weights
+                           + pass_peak(files, frames, latent_shape[1:], torch.float32))
     if settings.matching_steps:                              # the critic learns beside the student, and the teacher is asked
-        phases["matching"] = (phases["training"] + training_peak(max(1, settings.train_batch_size // MATCHED))
-                              + phases["trajectories"])
+        phases["matching"] = phases["training"] + training_peak(max(1, settings.train_batch_size // MATCHED)) + asked
     remembered = (resting + weights) * (1.5 if settings.matching_steps else 1)      # with the best student so far
     seen = walks + looks + min(several, len(held_out)) * several
     converted = sum(map(num_bytes, {place for part, place in found.items() if not is_converted(found, part)}))
-    disk = {settings.cache_dir: weights + converted + trajectory_bytes(seen, settings.teacher_steps, largest, tokens,
-                                                                       shape["hidden_size"]),
+    disk = {settings.cache_dir: weights + converted + text_bytes([*training, *held_out], files.config["text_dim"])
+            + trajectory_bytes(seen, settings.teacher_steps, largest, tokens, shape["hidden_size"]),
             settings.output_dir: weights + sum(map(num_bytes, set(found.values())))
             + (settings.checkpoints_total_limit + 1) * remembered}
     wrong = tell(phases, disk, device, free_memory(device)[0], residency, beside, settings.train_batch_size,
-                 settings.gradient_accumulation_steps, resting + weights)
+                 settings.gradient_accumulation_steps, resting + weights + drawing)
     passes, states = work
     passes += CALIBRATING_PASSES * frames
     print(f"time     {estimate(student, files, passes, states, tokens, latent_shape[1:], device, dtype)}")
@@ -860,7 +861,12 @@ def train(settings, is_resumed, stop):
     work = announce(settings, files, student, device, walked, passes, parts, say)
     cosines = compare_experts(settings, files, device) if accelerator.is_main_process and not is_resumed else {}
     parts_folder = open_parts(settings, accelerator)
-    embeddings = encode_once(parts_folder, [*training, *held_out, *validation, settings.negative_prompt], device)
+    said_by = sampled_digest(("part", path) for part in ("text_encoder", "tokenizer")
+                             for path in sorted((parts_folder / part).iterdir()) if path.is_file())
+    prompts = list(dict.fromkeys([*training, *held_out, *validation, settings.negative_prompt]))
+    with accelerator.main_process_first():
+        folder = cache_folder(settings.cache_dir, "text", encoder=said_by, length=TEXT_LENGTH, prompts=prompts)
+    embeddings = encode_once(accelerator, lazy_encoder(parts_folder, device), prompts, folder)
     autoencoder = load_autoencoder(parts_folder, device=device)
     latent_shape, buckets = latent_shapes(settings, files, autoencoder.config.scale_factor_spatial)
     tokens_each = math.prod(latent_shape[1:]) // math.prod(student.config.patch_size)
@@ -900,7 +906,7 @@ def train(settings, is_resumed, stop):
 
     made_of = {"teacher": files.fingerprint, "negative_prompt": settings.negative_prompt, "shift": settings.flow_shift,
                "guidance": (settings.guidance_scale, settings.guidance_scale_2), "steps": settings.teacher_steps,
-               "text_length": TEXT_LENGTH, "features": shape["hidden_size"]}
+               "text": (said_by, TEXT_LENGTH), "features": shape["hidden_size"]}
 
     def kept_in(parent, kind, **what):
         with accelerator.main_process_first():

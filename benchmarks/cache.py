@@ -26,13 +26,13 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.train_speed import World, ours, settle
 from train_distillation import Settings, teacher_velocity
 from wanlite import shapes
-from wanlite.data import walk_teacher
+from wanlite.data import encode_once, walk_teacher
 from wanlite.flow import make_scheduler
 from wanlite.network import pack_text
 from wanlite.pace import Pace
 from wanlite.projection import student_shape
 from wanlite.teacher import Teacher, open_teacher_files
-from wanlite.text import encode_once
+from wanlite.text import lazy_encoder
 
 TINY_TEACHER = ROOT / "tiny_teacher"
 STEPS = 20               # of a trajectory
@@ -73,15 +73,18 @@ def readers(world):
 def fill(folder, count, device):
     """Let the tiny teacher walk `count` trajectories; returns the states, their embeddings, and the seconds."""
     settings, prompts = Settings(), shapes.captions(0, count)
-    words = encode_once(TINY_TEACHER, [*prompts, ""], device)
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    for place in (folder, folder.with_name("text")):
+        place.mkdir()
+    words = encode_once(accelerator, lazy_encoder(TINY_TEACHER, device), list(dict.fromkeys([*prompts, ""])),
+                        folder.with_name("text"))
     teacher = Teacher(open_teacher_files(TINY_TEACHER), device)
     guided, basis = teacher_velocity(teacher, settings, words[""]), torch.eye(128, 64, device=device)
     jobs = [(number, prompt, number) for number, prompt in enumerate(prompts)]
-    folder.mkdir()
     began = time.perf_counter()
-    states = walk_teacher(Accelerator(cpu=device.type == "cpu"),
-                          lambda said, features: guided(pack_text([words[prompt] for prompt in said]).to(device), features), basis,
-                          make_scheduler(3.0), STEPS, jobs, (16, SIDE, SIDE), folder)
+    states = walk_teacher(accelerator, lambda said, features: guided(pack_text([words[prompt] for prompt in said]).to(device),
+                                                                     features),
+                          basis, make_scheduler(3.0), STEPS, jobs, (16, SIDE, SIDE), folder)
     return states, [words[prompt] for prompt in prompts], time.perf_counter() - began
 
 

@@ -112,11 +112,13 @@ def prepare(folder, num_trajectories):
     from wanlite.cache import cache_folder
     from wanlite.data import walk_teacher
     from wanlite.flow import make_scheduler
+    from wanlite.text import encode_prompts, load_text_encoder
 
     settings = replace(spine.complete(spine.Settings()), num_trajectories=num_trajectories)
     files = spine.open_teacher_files(settings.teacher)
     training, held_out = spine.choose_prompts(settings)
-    embeddings = spine.encode_once(settings.teacher, [*training, *held_out, ""], "cpu")
+    prompts = [*training, *held_out, ""]
+    embeddings = dict(zip(prompts, encode_prompts(*load_text_encoder(settings.teacher), prompts)))
     guided = spine.teacher_velocity(spine.Teacher(files), settings, embeddings[""])
     cache = cache_folder(folder, "projection", teacher=files.fingerprint, prompts=[*training, *held_out])
     for part, prompts, first in (("training", training, 0), ("held_out", held_out[:64], -10**6)):

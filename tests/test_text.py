@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import WanPipeline
 
 from tests.conftest import TINY_TEACHER, refuse_pickle
+from wanlite.data import SHARD_SIZE, encode_once, shard_path
 from wanlite.network import TextTokens, pack_text, unpack_text
-from wanlite.text import encode_prompts, load_text_encoder
+from wanlite.text import encode_prompts, lazy_encoder, load_text_encoder
 
 PROMPTS = ["a small red circle at the left on a white background", "  A  SMALL &amp;amp; red\tring ", "", "qzx unknown words"]
 
@@ -27,6 +29,24 @@ def test_an_embedding_does_not_depend_on_its_batch():
     together = encode_prompts(tokenizer, encoder, PROMPTS, batch_size=4)
     alone = encode_prompts(tokenizer, encoder, PROMPTS, batch_size=1)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(together, alone))
+
+
+def test_prompts_are_encoded_once_and_only_what_is_lost_again(tmp_path):
+    prompts, asked = [f"{number} rings" for number in range(SHARD_SIZE + 6)], []
+    encode = lazy_encoder(TINY_TEACHER, "cpu")
+
+    def counted(prompts):
+        asked.append(prompts)
+        return encode(prompts)
+
+    tokenizer, encoder = load_text_encoder(TINY_TEACHER)
+    expected = encode_prompts(tokenizer, encoder, prompts)
+    for _ in range(2):
+        found = encode_once(Accelerator(cpu=True), counted, prompts, tmp_path)
+        assert list(found) == prompts and all(torch.equal(*pair) for pair in zip(found.values(), expected))
+    shard_path(tmp_path, 0).unlink()
+    encode_once(Accelerator(cpu=True), counted, prompts, tmp_path)
+    assert [len(prompts) for prompts in asked] == [SHARD_SIZE, 6, SHARD_SIZE]
 
 
 def test_packing_and_unpacking_are_inverse_up_to_the_full_length():

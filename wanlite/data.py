@@ -8,7 +8,7 @@ Legend: B batch, K states a trajectory, C channels, H W latent height and width,
 import copy
 import os
 from bisect import bisect_right
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from .flow import add_noise, average_velocity, clean_from, noise_along, sample, seeded_noise, walk
 
-SHARD_SIZE = 64  # trajectories a file; also how many the teacher walks at once
+SHARD_SIZE = 64  # trajectories or prompts a file; also how many the teacher walks, or the text encoder reads, at once
 MOST_SAMPLED = 32768  # token states from which directions are found
-EXACT = ("timestep", "noise_level", "prompt")  # kept as they are; latents, velocities and features in float16
+EXACT = ("timestep", "noise_level", "prompt", "text", "length")  # kept as they are; latents, velocities and features in float16
 
 
 class Sampled(list):
@@ -72,7 +72,7 @@ def walk_teacher(accelerator, velocity_for, basis, scheduler, num_steps, jobs, l
         noise, features = seeded_noise(latent_shape, seeds).to(accelerator.device), Projected(basis)
         return _states(walk(velocity_for(prompts, features), noise, scheduler, num_steps), features, numbers)
 
-    return _fill(accelerator, folder, jobs, make, "teacher trajectories", in_step)
+    return Trajectories(folder, _fill(accelerator, folder, jobs, make, "teacher trajectories", in_step=in_step))
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def ask_at_pictures(accelerator, velocity_for, latents_of, basis, scheduler, num
         clean, features = latents_of(pictures).to(accelerator.device), Projected(basis)
         return _states(noise_along(velocity_for(prompts, features), clean, seeds, scheduler, num_steps), features, numbers)
 
-    return _fill(accelerator, folder, jobs, make, "teacher at images", in_step)
+    return Trajectories(folder, _fill(accelerator, folder, jobs, make, "teacher at images", in_step=in_step))
 
 
 def _states(steps, features, numbers):
@@ -121,7 +121,7 @@ def walk_own_path(accelerator, student_for, velocity_for, schedulers, num_steps,
                 shard.setdefault(name, part.new_empty(len(prompts), 1, *part.shape[1:]))[rows] = part.unsqueeze(1)
         return shard | {"prompt": torch.tensor(numbers)}
 
-    return _fill(accelerator, folder, jobs, make, "student's own path", in_step)
+    return Trajectories(folder, _fill(accelerator, folder, jobs, make, "student's own path", in_step=in_step))
 
 
 def deal_out(jobs, num_buckets, seed):
@@ -133,8 +133,16 @@ def deal_out(jobs, num_buckets, seed):
     return [[jobs[number] for number in (drawn == bucket).nonzero().flatten().tolist()] for bucket in range(num_buckets)]
 
 
-def _fill(accelerator, folder, jobs, make, description, in_step=False):
+def encode_once(accelerator, encode, prompts, folder):
+    """Encode prompts, none of which is twice there: {prompt: embedding (L, T)}, memory-mapped; `encode` is a lazy_encoder()."""
+    num_shards = _fill(accelerator, folder, [(prompt,) for prompt in prompts], encode, "text", "prompt")
+    shards = [read_shard(folder, index) for index in range(num_shards)]
+    return dict(zip(prompts, chain.from_iterable(shard["text"].split(shard["length"].tolist()) for shard in shards)))
+
+
+def _fill(accelerator, folder, jobs, make, description, unit="walk", in_step=False):
     """Make the shards that `folder` lacks, SHARD_SIZE jobs each, every rank its share: `make(*columns of the jobs)` -> tensors.
+    Returns how many there are.
 
     Where ranks have to be `in_step`, every rank makes as many shards of as many jobs as any: what would be too few is filled up
     with the jobs before it, and who has no shard of its own repeats one that is not written.
@@ -145,7 +153,7 @@ def _fill(accelerator, folder, jobs, make, description, in_step=False):
     mine = missing[rank::ranks]
     if in_step:
         mine += missing[-1:] * (-(-len(missing) // ranks) - len(mine))
-    progress = tqdm(mine, desc=description, unit="walk", unit_scale=SHARD_SIZE, leave=False, disable=rank > 0)
+    progress = tqdm(mine, desc=description, unit=unit, unit_scale=SHARD_SIZE, leave=False, disable=rank > 0)
     for number, index in enumerate(progress):
         start, end = index * SHARD_SIZE, min((index + 1) * SHARD_SIZE, len(jobs))
         before = start - max(0, end - SHARD_SIZE) if in_step else 0
@@ -154,7 +162,7 @@ def _fill(accelerator, folder, jobs, make, description, in_step=False):
             write_shard(folder, index, {name: tensor[before:].cpu() if name in EXACT else tensor[before:].half().cpu()
                                         for name, tensor in tensors.items()})
     accelerator.wait_for_everyone()
-    return Trajectories(folder, num_shards)
+    return num_shards
 
 
 def write_shard(folder, index, tensors):

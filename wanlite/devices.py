@@ -45,4 +45,7 @@ def free_memory(device, sharing=1):
     """Return the bytes that are free on a device, and in the CPU's memory, which so many processes are `sharing`; the same where
     the device is the CPU."""
     host = psutil.virtual_memory().available // sharing
-    return (torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else host), host
+    if torch.device(device).type != "cuda":
+        return host, host
+    torch.cuda.empty_cache()                                 # what torch keeps for later counts as free
+    return torch.cuda.mem_get_info(device)[0], host

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_iter
 from .teacher import make_expert
 
 TEXT = 64                # tokens of a long prompt
+TOKENS_A_WORD = 1.3      # of UMT5, in English
 EFFICIENCY = 0.4         # of a device's rate for matrices that large transformers reach
 H100 = 989e12            # operations a second, in bfloat16
 TIMED = 2e10             # the most operations of a step that is timed; where one state takes more, all is reckoned
@@ -143,6 +144,11 @@ def walk_bytes(num_walks, num_steps, latent_shape):
 def trajectory_bytes(num_walks, num_steps, latent_shape, num_tokens, width):
     """Return the bytes on disk of walks: latents and velocities of each state, and token states of a width, in float16."""
     return 2 * num_walks * num_steps * (2 * torch.Size(latent_shape).numel() + num_tokens * width)
+
+
+def text_bytes(prompts, width):
+    """Return the bytes on disk of prompts' embeddings of a width, in bfloat16; none is tokenized."""
+    return 2 * width * round(sum(1 + TOKENS_A_WORD * len(prompt.split()) for prompt in prompts))
 
 
 def estimate(student, files, passes, states, tokens, latent_size, device, dtype):

@@ -4,11 +4,10 @@ Every embedding is kept at its prompt's true length; network.pack_text puts the 
 Legend: L text length, T text width.
 """
 
-from functools import partial
+from functools import cache
 
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from tqdm import tqdm
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from .network import TEXT_LENGTH
@@ -29,20 +28,26 @@ def load_text_encoder(folder, device="cpu", dtype=None):
     return tokenizer, encoder.to(device).eval().requires_grad_(False)
 
 
-def encode_once(folder, prompts, device):
-    """Encode every prompt once and free the encoder: {prompt: embedding (L, T)}, on the CPU."""
-    tokenizer, encoder = load_text_encoder(folder, device)
-    prompts = list(dict.fromkeys(prompts))
-    progress = partial(tqdm, desc="text", unit="prompt", unit_scale=BATCH_SIZE, disable=len(prompts) <= BATCH_SIZE)
-    embeddings = encode_prompts(tokenizer, encoder, prompts, progress=progress)
-    return {prompt: embedding.cpu() for prompt, embedding in zip(prompts, embeddings)}
+def lazy_encoder(folder, device):
+    """Return a function that encodes prompts: {"text": embeddings one after the other (sum of L, T), "length": (B,)}.
+
+    Tokenizer and encoder are loaded when it is first called, and freed with it.
+    """
+    @cache
+    def loaded():
+        return load_text_encoder(folder, device)
+
+    def encode(prompts):
+        embeddings = encode_prompts(*loaded(), prompts)
+        return {"text": torch.cat(embeddings), "length": torch.tensor([len(embedding) for embedding in embeddings])}
+    return encode
 
 
 @torch.no_grad()
-def encode_prompts(tokenizer, encoder, prompts, batch_size=BATCH_SIZE, progress=iter):
-    """Return one embedding (L, T) a prompt, cut to the prompt's true length; `progress` wraps the loop over batches."""
+def encode_prompts(tokenizer, encoder, prompts, batch_size=BATCH_SIZE):
+    """Return one embedding (L, T) a prompt, cut to the prompt's true length."""
     embeddings = []
-    for start in progress(range(0, len(prompts), batch_size)):
+    for start in range(0, len(prompts), batch_size):
         cleaned = [prompt_clean(prompt) for prompt in prompts[start:start + batch_size]]
         tokens = tokenizer(cleaned, padding=True, truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
         tokens = tokens.to(encoder.device)
