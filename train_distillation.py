@@ -311,6 +311,7 @@ from wanlite.plan import (  # noqa: E402
     estimate,
     matrix_rate,
     pass_peak,
+    start_peaks,
     teacher_bytes,
     tell,
     text_bytes,
@@ -716,9 +717,8 @@ def plan(settings, words):
             lambda parts: decoding_peak(partial(make_autoencoder, decoder), decode_latents, parts * together, latent_shape),
             -(-drawn // together))}
     frames = min(len(training), most_frames(tokens)) if settings.projection == "calibrated" and settings.student is None else 0
-    if frames:                                               # in float32, whatever the run is in
-        phases["start"] = (teacher_bytes(files, "disk", torch.float32, False)[0] + drawing + weights
-                           + pass_peak(files, frames, latent_shape[1:], torch.float32))
+    comparing, calibrating = start_peaks(files, frames, latent_shape[1:])
+    phases["start"] = max(comparing, calibrating + drawing + weights)
     if settings.matching_steps:                              # the critic learns beside the student, and the teacher is asked
         phases["matching"] = phases["training"] + training_peak(max(1, settings.train_batch_size // MATCHED)) + asked
     remembered = (resting + weights) * (1.5 if settings.matching_steps else 1)      # with the best student so far
@@ -981,7 +981,7 @@ def train(settings, is_resumed, stop):
         student.enable_gradient_checkpointing()
     optimizers = make_optimizers(settings, student, head, is_fused=device.type == "cuda")
     rates = make_rates(settings, optimizers)
-    ema = EMAModel(student.to(device).parameters(), decay=settings.ema_decay)
+    ema = EMAModel(student.to(device).parameters(), decay=settings.ema_decay, foreach=device.type == "cuda")
     wrapped, wrapped_head, *optimizers = accelerator.prepare(student, head, *optimizers)
     networks = Networks(wrapped, wrapped_head, feature_block(shape["depth"]), guided, plain, few)
     memory = {"student": student, "feature_head": head, "ema": ema, "rates": rates, "optimizers": optimizers,

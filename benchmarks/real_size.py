@@ -40,9 +40,10 @@ QUICK = {"config": {"dim": 256, "ffn_dim": 512, "num_heads": 2}, "base_dim": 8,
          "flags": ["--hidden_size", "128", "--depth", "2", "--num_heads", "2", "--validation_walks", "4",
                    "--own_path_pictures", "2"]}
 PROMPTS = ("a lighthouse at dusk", "two cats on a red sofa", "a glass of water on a wooden table", "an old bicycle in the rain")
-FLAGS = ["--num_trajectories", "1", "--teacher_steps", "2", "--few_steps", "1", "2", "--num_inference_steps", "2",
-         "--train_batch_size", "2", "--max_train_steps", "4", "--segment_steps", "2", "--lr_warmup_steps", "1",
-         "--muon_learning_rate", "0", "--report_to", "none", "--teacher_residency", "disk"]
+FLAGS = ["--num_trajectories", "1", "--teacher_steps", "2", "--flow_shift", "3",       # of two steps each expert takes one
+         "--few_steps", "1", "2", "--num_inference_steps", "2", "--train_batch_size", "2", "--max_train_steps", "4",
+         "--segment_steps", "2", "--lr_warmup_steps", "1", "--muon_learning_rate", "0", "--report_to", "none",
+         "--teacher_residency", "disk"]
 # What the spine calls -> the phase that it is, in the words of --dry_run where these know it.
 PHASES = {"check_experts": "comparing experts", "convert_parts": "converting", "encode_once": "text", "start_student": "start",
           "feature_basis": "trajectories", "walk_teacher": "trajectories", "walk_own_path": "own path", "draw_pictures": "drawing",

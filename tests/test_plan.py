@@ -25,10 +25,11 @@ from wanlite.plan import (
     largest_batch,
     pass_peak,
     simulated_peak,
+    start_peaks,
     teacher_bytes,
     training_peak,
 )
-from wanlite.teacher import Teacher, ask, open_teacher_files
+from wanlite.teacher import Teacher, ask, check_experts, open_teacher_files, stream_expert
 
 TRAIN = ROOT / "train_distillation.py"
 
@@ -77,6 +78,16 @@ def test_simulated_pass_has_the_peak_of_the_tiny_teachers(teacher, words):
     assert told - inputs == pytest.approx(real, rel=0.1)
 
 
+def test_the_start_is_told_what_comparing_and_one_expert_take():
+    files = open_teacher_files(TINY_TEACHER)
+    real = alive(lambda: check_experts(files))
+    comparing, calibrating = start_peaks(files, 16, (24, 24))
+    assert comparing == pytest.approx(real, rel=0.12)
+    streamed, more = alive(lambda: stream_expert(files.experts["high"])), start_peaks(files, 32, (24, 24))[1] - calibrating
+    assert streamed < calibrating and more == pytest.approx(pass_peak(files, 16, (24, 24), torch.float32), rel=0.1)
+    assert start_peaks(files, 0, (8, 8)) == (comparing, 0)
+
+
 def test_simulated_decoding_has_the_peak_of_decoding():
     autoencoder, latents = load_autoencoder(TINY_TEACHER), torch.zeros(64, 16, 8, 8)
     real = alive(lambda: decode_latents(autoencoder, latents))
@@ -85,7 +96,7 @@ def test_simulated_decoding_has_the_peak_of_decoding():
     assert told == pytest.approx(real + weights + latents.numel() * 4, rel=0.1)
 
 
-@pytest.mark.parametrize("residency, on_device, beside", [("both", 2, 0), ("one", 1, 2), ("streamed", 0.6, 2), ("disk", 0.52, 0)])
+@pytest.mark.parametrize("residency, on_device, beside", [("both", 2, 0), ("one", 1, 2), ("streamed", 0.6, 2.1), ("disk", 0.52, 0)])
 def test_the_bytes_of_a_teacher_follow_its_residency(residency, on_device, beside):
     files = open_teacher_files(TINY_TEACHER)
     size = 4 * files.num_parameters / 2

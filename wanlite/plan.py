@@ -4,6 +4,7 @@ Memory is not guessed by formulas: each phase is run once on tensors that have s
 at its peak are counted.
 """
 
+import math
 import shutil
 import time
 import weakref
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from .teacher import make_expert
+from .teacher import PROBE_ROWS, PROBE_SIZE, make_expert, pinned_bytes
 
 TEXT = 64                # tokens of a long prompt
 TOKENS_A_WORD = 1.3      # of UMT5, in English
@@ -85,7 +86,7 @@ def teacher_bytes(files, residency, dtype, is_fp8, shares=1):
         return others * len(files.experts) + block, 0
     if residency == "sharded":
         return len(sizes) * others + sum(blocks) * dtype.itemsize // shares + 2 * block, 0
-    return others + 2 * block, sum(sizes)
+    return others + 2 * block, sum(pinned_bytes(expert, dtype, is_fp8) for expert in files.experts.values())
 
 
 def pass_peak(files, rows, latent_size, dtype, peak=simulated_peak):
@@ -103,6 +104,20 @@ def pass_peak(files, rows, latent_size, dtype, peak=simulated_peak):
         return peak(work) - weights[0]
     finally:
         torch.set_default_dtype(before)
+
+
+def start_peaks(files, frames, latent_size, peak=simulated_peak):
+    """Return the bytes of comparing two experts, and of one that is asked at `frames` latents; 0 for what does not happen.
+
+    Both are in float32, with one block of an expert in memory.
+    """
+    expert = next(iter(files.experts.values()))
+    blocks = sum(torch.Size(shape).numel() for name, (*_, shape) in expert.places.items() if name.startswith("blocks."))
+    held = 4 * (expert.num_parameters - blocks + blocks // files.config["num_layers"])
+    rows, size = (frames, latent_size) if frames else (PROBE_ROWS, PROBE_SIZE)
+    passing = pass_peak(files, rows, size, torch.float32, peak)
+    probing = passing * PROBE_ROWS * math.prod(PROBE_SIZE) // (rows * math.prod(size))        # it grows as the tokens do
+    return len(files.experts) * held + probing if len(files.experts) > 1 else 0, held + passing if frames else 0
 
 
 def training_peak(make_student, make_optimizers, make_average, rows, latent_size, is_mixed, peak=simulated_peak):

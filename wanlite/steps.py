@@ -44,8 +44,8 @@ def velocity_step(networks, settings, batch, text, progress, generator):
 
 def segment_step(networks, settings, batch, text, progress, generator):
     """Stage 2a: from where few steps stop, the average velocity to the teacher's picture, or from noise to a more varied one."""
-    velocity = velocity_from(networks.student, text)(batch["latents"].float(), batch["timestep"])
     target = vary(networks, settings.variety_gain, batch, text, generator) if settings.variety_gain else batch["velocity"]
+    velocity = velocity_from(networks.student, text)(batch["latents"].float(), batch["timestep"])
     segment_part = velocity_loss(velocity, target).mean()
     return segment_part, {"segment_loss": segment_part}
 

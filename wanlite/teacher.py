@@ -484,6 +484,9 @@ class Teacher:
         if self.is_fp8:
             expert.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
         if self.residency == "streamed":
+            if self.device.type == "cuda":                   # one by one: the hooks would have all of them twice
+                for weight in expert.parameters():
+                    weight.data = weight.data.pin_memory()
             expert.enable_group_offload(onload_device=self.device, offload_type="block_level", num_blocks_per_group=1,
                                         use_stream=self.device.type == "cuda")
         return expert
@@ -562,7 +565,14 @@ def choose_residency(files, dtype, is_fp8, free_device, free_host, is_cpu=False,
         return "one"
     if shares > 1 and not is_cpu and not is_fp8 and whole / shares + SHARDED_BESIDE * size + passing <= free_device:
         return "sharded"
-    return "streamed" if whole <= free_host and not is_cpu else "disk"
+    pinned = sum(pinned_bytes(expert, dtype, is_fp8) for expert in files.experts.values())
+    return "streamed" if pinned <= free_host and not is_cpu else "disk"
+
+
+def pinned_bytes(files, dtype, is_fp8):
+    """Return what an expert takes of the CPU's memory where blocks are streamed from: torch pins powers of two."""
+    return sum(2 ** (torch.Size(shape).numel() * (1 if is_fp8 else dtype.itemsize) - 1).bit_length()
+               for *_, shape in files.places.values())
 
 
 class Expert(WanTransformer3DModel):
@@ -676,6 +686,7 @@ PROBE_LEVELS = (0.3, 0.99)      # noise levels of the low and of the high expert
 PROBE_MARGINS = (2.0, 1.2)      # how many times more noise than the other the wrong expert must leave, at each level
 PROBE_LIMIT = 0.1               # the share of the noise that a trained expert leaves at most, at its own level
 PROBE_FRAMES, PROBE_SIZE = 4, (24, 24)
+PROBE_ROWS = 2 * PROBE_FRAMES   # of an expert's pass: the frames at each level
 
 
 @torch.no_grad()
