@@ -45,7 +45,7 @@ FLAGS = ["--num_trajectories", "1", "--teacher_steps", "2", "--flow_shift", "3",
          "--segment_steps", "2", "--lr_warmup_steps", "1", "--muon_learning_rate", "0", "--report_to", "none",
          "--teacher_residency", "disk"]
 # What the spine calls -> the phase that it is, in the words of --dry_run where these know it.
-PHASES = {"check_experts": "comparing experts", "convert_parts": "converting", "encode_once": "text", "start_student": "start",
+PHASES = {"check_experts": "start", "convert_parts": "converting", "encode_once": "text", "start_student": "start",
           "feature_basis": "trajectories", "walk_teacher": "trajectories", "walk_own_path": "own path", "draw_pictures": "drawing",
           "teacher_walks": "drawing", "relative_error": "validation", "compare_walks": "validation", "save_parts": "saving"}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}          # of the largest velocity
@@ -120,7 +120,7 @@ class PhaseMeter(threading.Thread):
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.phases, self.stack, self.since, self.before = {}, ["training"], time.perf_counter(), memory("RssAnon")
+        self.phases, self.stack, self.since, self.before = {}, ["between"], time.perf_counter(), memory("RssAnon")
 
     def run(self):
         while True:
@@ -165,6 +165,12 @@ def measure_run(words):
     meter = PhaseMeter()
     for name, phase in PHASES.items():
         setattr(spine, name, watched(meter, getattr(spine, name), phase))
+    deal = spine.Pace.deal
+
+    def dealt(pace, batches):
+        with meter.within("training"):                       # the loop's body runs between two of its batches
+            yield from deal(pace, batches)
+    spine.Pace.deal = dealt
     settings, is_resumed = spine.read_settings()
     meter.start()
     code = spine.main(settings, is_resumed)
