@@ -69,7 +69,7 @@ def choose_channels(files, frames, width):
         walk.states = block(walk.states, walk.text, walk.modulation, walk.rotary, walk.logit_bias)
         last = _normed_moment(walk.states)
         moment += last
-    return _best_columns((moment + LAST_SHARE * last).cpu(), width)
+    return _best_columns(moment + LAST_SHARE * last, width)
 
 
 def _normed_moment(states):
@@ -80,14 +80,14 @@ def _normed_moment(states):
 
 def _best_columns(moment, count):
     """Pick columns one by one, each that which explains most of what the picked ones leave unexplained."""
-    left = moment + 1e-6 * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
-    free, room = torch.ones(len(left), dtype=torch.bool), torch.empty_like(left)     # new memory at each turn takes as long again
+    left = moment + 1e-6 * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    free, room = torch.ones_like(left[0], dtype=torch.bool), torch.empty_like(left)  # new memory at each turn takes as long again
     for _ in range(count):
         explained = torch.square(left, out=room).sum(0) / left.diagonal().clamp(min=1e-12)
         best = torch.where(free, explained, -1.0).argmax()
         free[best] = False
         left -= torch.outer(left[:, best], left[:, best], out=room).div_(left[best, best].clone())
-    return (~free).nonzero().flatten()
+    return (~free).nonzero().flatten().cpu()
 
 
 @torch.no_grad()
