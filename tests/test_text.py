@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from diffusers import WanPipeline
 
 from tests.conftest import TINY_TEACHER, refuse_pickle
-from wanlite.data import SHARD_SIZE, encode_once, shard_path
+from wanlite.data import SHARD_SIZE, encode_once, read_shard, shard_path
 from wanlite.network import TextTokens, pack_text, unpack_text
 from wanlite.text import encode_prompts, lazy_encoder, load_text_encoder
 
@@ -45,6 +45,8 @@ def test_prompts_are_encoded_once_and_only_what_is_lost_again(tmp_path):
         found = encode_once(Accelerator(cpu=True), counted, prompts, tmp_path)
         assert list(found) == prompts and all(torch.equal(*pair) for pair in zip(found.values(), expected))
     shard_path(tmp_path, 0).unlink()
+    with pytest.raises(OSError, match="is not here. The machines of a run need one disk"):
+        read_shard(tmp_path, 0)
     encode_once(Accelerator(cpu=True), counted, prompts, tmp_path)
     assert [len(prompts) for prompts in asked] == [SHARD_SIZE, 6, SHARD_SIZE]
 

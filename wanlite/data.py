@@ -193,6 +193,9 @@ def read_shard(folder, index):
     """Return a shard's tensors, memory-mapped."""
     try:
         return load_file(shard_path(folder, index))
+    except FileNotFoundError:
+        raise OSError(f"{shard_path(folder, index)}: is not here. The machines of a run need one disk under --output_dir and "
+                      "--cache_dir; on one machine, somebody deleted it.") from None
     except SafetensorError as error:
         raise OSError(f"{shard_path(folder, index)}: not whole ({error}). Delete it: the same command makes it again.") from None
 
