@@ -45,11 +45,11 @@ def read_arguments():
     parser.add_argument("--kills", type=int, default=100, help="runs, each of which is killed once")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
-    parser.add_argument("--quick", action="store_true", help="4 kills")
+    parser.add_argument("--quick", action="store_true", help="3 kills")
     parser.add_argument("--folder", type=Path, help="where runs are written; None = a temporary folder, removed at the end")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
-    arguments.kills = 4 if arguments.quick else arguments.kills
+    arguments.kills = 3 if arguments.quick else arguments.kills
     if arguments.kills < 1 or arguments.jobs < 1:
         parser.error("--kills and --jobs are at least 1.")
     if arguments.folder and arguments.folder.exists() and any(arguments.folder.iterdir()):
