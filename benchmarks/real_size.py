@@ -7,8 +7,9 @@
 A folder as Wan's own repository lays it out is written with random weights: two experts of A14B's widths in bfloat16, the
 autoencoder and the text encoder in pickles, a tokenizer; one trajectory is walked, a student trained for four steps and
 saved, each expert's blocks read from the disk at each pass. Linux alone: memory is read in /proc. *Peak* is the process's own
-memory beyond Python and its libraries; *resident* counts the pages of mapped files as well, which are given up where memory is
-short. That the streamed teacher is the stock one is checked on two blocks.
+memory beyond Python and its libraries, and text encoder and autoencoder, which on the CPU are mapped files; *resident* counts the
+pages of all mapped files, which are given up where memory is short. That the streamed teacher is the stock one is checked on two
+blocks.
 """
 
 import argparse
@@ -121,10 +122,11 @@ class PhaseMeter(threading.Thread):
     def __init__(self):
         super().__init__(daemon=True)
         self.phases, self.stack, self.since, self.before = {}, ["between"], time.perf_counter(), memory("RssAnon")
+        self.mapped = 0
 
     def run(self):
         while True:
-            own, resident = memory("RssAnon") - self.before, memory("VmRSS")
+            own, resident = memory("RssAnon") - self.before + self.mapped, memory("VmRSS")
             found = self._phase()
             found["peak"], found["resident"] = max(found["peak"], own), max(found["resident"], resident)
             time.sleep(0.01)
@@ -157,15 +159,28 @@ def watched(meter, function, phase):
     return called
 
 
+def weighed(meter, load):
+    """Return a loader whose networks count from then on: on the CPU their weights are a file's own pages."""
+    def loaded(*arguments, **options):
+        found = load(*arguments, **options)
+        network = found[-1] if isinstance(found, tuple) else found
+        meter.mapped = sum(weight.nbytes for weight in network.parameters())
+        return found
+    return loaded
+
+
 def measure_run(words):
     """Train as the command of these words does, in this process; returns {phase: its figures}."""
     sys.argv = [str(ROOT / "train_distillation.py"), *words]
     import train_distillation as spine
+    from wanlite import text
 
     meter = PhaseMeter()
     for name, phase in PHASES.items():
         setattr(spine, name, watched(meter, getattr(spine, name), phase))
     deal = spine.Pace.deal
+    spine.load_autoencoder = weighed(meter, spine.load_autoencoder)
+    text.load_text_encoder = weighed(meter, text.load_text_encoder)
 
     def dealt(pace, batches):
         with meter.within("training"):                       # the loop's body runs between two of its batches

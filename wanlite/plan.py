@@ -4,7 +4,6 @@ Memory is not guessed by formulas: each phase is run once on tensors that have s
 at its peak are counted.
 """
 
-import math
 import shutil
 import time
 import weakref
@@ -114,10 +113,9 @@ def start_peaks(files, frames, latent_size, peak=simulated_peak):
     expert = next(iter(files.experts.values()))
     blocks = sum(torch.Size(shape).numel() for name, (*_, shape) in expert.places.items() if name.startswith("blocks."))
     held = 4 * (expert.num_parameters - blocks + blocks // files.config["num_layers"])
-    rows, size = (frames, latent_size) if frames else (PROBE_ROWS, PROBE_SIZE)
-    passing = pass_peak(files, rows, size, torch.float32, peak)
-    probing = passing * PROBE_ROWS * math.prod(PROBE_SIZE) // (rows * math.prod(size))        # it grows as the tokens do
-    return len(files.experts) * held + probing if len(files.experts) > 1 else 0, held + passing if frames else 0
+    comparing = len(files.experts) * held + pass_peak(files, PROBE_ROWS, PROBE_SIZE, torch.float32, peak)
+    calibrating = held + pass_peak(files, frames, latent_size, torch.float32, peak) if frames else 0
+    return comparing if len(files.experts) > 1 else 0, calibrating
 
 
 def training_peak(make_student, make_optimizers, make_average, rows, latent_size, is_mixed, peak=simulated_peak):
