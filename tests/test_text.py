@@ -1,5 +1,6 @@
 """Prompts -> embeddings, as a stock pipeline makes them."""
 
+import gc
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import WanPipeline
+from transformers import UMT5EncoderModel
 
 from tests.conftest import TINY_TEACHER, refuse_pickle
 from wanlite.data import SHARD_SIZE, encode_once, read_shard, shard_path
@@ -49,6 +51,17 @@ def test_prompts_are_encoded_once_and_only_what_is_lost_again(tmp_path):
         read_shard(tmp_path, 0)
     encode_once(Accelerator(cpu=True), counted, prompts, tmp_path)
     assert [len(prompts) for prompts in asked] == [SHARD_SIZE, 6, SHARD_SIZE]
+
+
+def test_the_encoder_is_freed_with_what_encodes():
+    def count():
+        return sum(type(each) is UMT5EncoderModel for each in gc.get_objects())
+
+    gc.collect()
+    before, encode = count(), lazy_encoder(TINY_TEACHER, "cpu")
+    assert count() == before and len(encode(["a ring"])["length"]) == 1 and count() == before + 1
+    del encode
+    assert count() == before
 
 
 def test_packing_and_unpacking_are_inverse_up_to_the_full_length():
