@@ -1,11 +1,15 @@
 """Trajectories on disk and the order in which they are dealt out."""
 
 import json
+import os
+import time
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 
+from wanlite import data
 from wanlite.cache import cache_folder
 from wanlite.data import (
     MOST_SAMPLED,
@@ -14,6 +18,8 @@ from wanlite.data import (
     SeededBatches,
     Segments,
     Trajectories,
+    encode_once,
+    read_shard,
     shard_path,
     walk_own_path,
     walk_teacher,
@@ -30,6 +36,29 @@ def write_numbered(folder, sizes, states=3):
         write_shard(folder, index, {"timestep": number, "latents": number[..., None].half(),
                                     "prompt": torch.arange(first, first + size * states, states) // states})
         first += size * states
+
+
+def test_runs_that_write_one_shard_at_once_each_find_it_whole(tmp_path, monkeypatch):
+    tensors, others = {"latents": torch.arange(4.0)}, []
+
+    def save_while_another_does(found, path):
+        if not others:
+            others.append(path)
+            write_shard(tmp_path, 0, tensors)
+        save_file(found, path)
+        others.append(path)
+    monkeypatch.setattr(data, "save_file", save_while_another_does)
+    write_shard(tmp_path, 0, tensors)
+    assert len(set(others)) == 2 and torch.equal(read_shard(tmp_path, 0)["latents"], tensors["latents"])
+    assert [path.name for path in tmp_path.iterdir()] == [shard_path(tmp_path, 0).name]
+
+
+def test_what_a_killed_run_left_half_written_goes_after_an_hour(tmp_path):
+    for name, age in (("old", 3700), ("new", 10)):
+        (tmp_path / f".shard-00000-{name}.partial").write_text("half")
+        os.utime(tmp_path / f".shard-00000-{name}.partial", (time.time() - age,) * 2)
+    encode_once(Accelerator(cpu=True), lambda prompts: {"text": torch.ones(2, 3), "length": torch.tensor([2])}, ["a"], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".shard-00000-new.partial", "shard-00000.safetensors"}
 
 
 def test_a_batch_is_the_named_states_in_the_named_order(tmp_path):

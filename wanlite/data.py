@@ -7,8 +7,11 @@ Legend: B batch, K states a trajectory, C channels, H W latent height and width,
 
 import copy
 import os
+import time
 from bisect import bisect_right
+from contextlib import suppress
 from itertools import accumulate, chain
+from uuid import uuid4
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -150,6 +153,8 @@ def _fill(accelerator, folder, jobs, make, description, unit="walk", in_step=Fal
     rank, ranks, num_shards = accelerator.process_index, accelerator.num_processes, -(-len(jobs) // SHARD_SIZE)
     missing = [index for index in range(num_shards) if not shard_path(folder, index).exists()]
     missing, = broadcast_object_list([missing])              # as one rank sees it, for others may already be writing
+    if rank == 0:
+        remove_leftovers(folder)
     mine = missing[rank::ranks]
     if in_step:
         mine += missing[-1:] * (-(-len(missing) // ranks) - len(mine))
@@ -166,8 +171,8 @@ def _fill(accelerator, folder, jobs, make, description, unit="walk", in_step=Fal
 
 
 def write_shard(folder, index, tensors):
-    """Write one shard so that it is there whole or not at all."""
-    partial = folder / f".shard-{index:05d}.partial"
+    """Write one shard so that it is there whole or not at all; other runs may be writing the same one."""
+    partial = folder / f".shard-{index:05d}-{uuid4().hex}.partial"
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
         with open(partial, "rb") as file:
@@ -176,6 +181,14 @@ def write_shard(folder, index, tensors):
         partial.unlink(missing_ok=True)
         raise OSError(f"{partial}: {error}. Free some space; what was walked so far is kept.") from None
     os.replace(partial, shard_path(folder, index))
+
+
+def remove_leftovers(folder):
+    """Delete what runs that were killed left half written; what nobody has touched for an hour nobody is writing."""
+    for partial in folder.glob(".shard-*.partial"):
+        with suppress(FileNotFoundError):                    # it has just got its name
+            if time.time() - partial.stat().st_mtime > 3600:
+                partial.unlink()
 
 
 def kept_once(accelerator, folder, make):
