@@ -57,7 +57,7 @@ from wanlite.run_folder import (
 from wanlite.settings import make_parser, setting
 from wanlite.stopping import Stopped, StopSignal
 from wanlite.trackers import check_tracker, log_picture
-from wanlite.whole_files import hold, new_folder, not_finite, why_broken, write_json
+from wanlite.whole_files import hold, in_turn, new_folder, not_finite, why_broken, write_json
 
 TINY_TEACHER = Path(__file__).resolve().parent / "tiny_teacher"
 REAL_TEACHERS = ("Wan2.2-T2V-A14B", "Wan2.2-T2V-A14B-Diffusers")     # looked for where the command is typed
@@ -590,7 +590,8 @@ def open_parts(settings, accelerator):
     with accelerator.main_process_first():
         folder = cache_folder(settings.cache_dir, "parts", files=sampled_digest(("part", path) for path in files))
     if accelerator.is_main_process:
-        convert_parts(found, folder, accelerator.print)
+        with in_turn(folder, accelerator.print):
+            convert_parts(found, folder, accelerator.print)
     accelerator.wait_for_everyone()
     return folder
 
@@ -626,31 +627,37 @@ def start_student(settings, student, files, cosines, embeddings, prompts, latent
     if settings.projection == "none":
         say("random start: nothing is projected (the control)")
         return None
-    is_calibrated = settings.projection == "calibrated"
     prompts = prompts[:most_frames(math.prod(latent_size) // math.prod(student.config.patch_size))]
     with accelerator.main_process_first():
         folder = cache_folder(settings.cache_dir, "start", teacher=files.fingerprint, prompts=prompts,
                               student={name: value for name, value in student.config.items() if name[0] != "_"},
                               method=[inspect.getsource(inspect.getmodule(function)) for function in (project, calibrate)],
                               settings=(settings.projection, settings.expert, settings.seed, settings.flow_shift, latent_size))
-    if accelerator.is_main_process and why_broken(folder):
-        words, channels = [embeddings[prompt] for prompt in prompts], None
-        experts = choose_experts(files, settings.expert)
-        if is_calibrated:
-            frames = make_frames(experts[0], pack_text(words), latent_size, None, settings.seed, settings.flow_shift, device)
-            channels = choose_channels(experts[0], frames, student.config.hidden_size)
-        report = project(student, experts, torch.cat(words), channels, device)
-        report.cosines = cosines
-        if is_calibrated:
-            calibrate(student.to(device), experts[0], report, frames)
-        say(f"{report}{f'; calibrated on {len(prompts)} frames' if is_calibrated else ''}")
-        with new_folder(folder) as partial_folder:
-            student.save_pretrained(partial_folder)
-            write_json(partial_folder / "report.json", report.as_dict() | {"calibration_frames": is_calibrated * len(prompts)})
+    if accelerator.is_main_process:
+        with in_turn(folder, say):
+            if why_broken(folder):
+                words = [embeddings[prompt] for prompt in prompts]
+                make_start(settings, student, files, cosines, words, latent_size, folder, device, say)
     accelerator.wait_for_everyone()
     say(f"start    {folder}")
     student.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True)
     return json.loads((folder / "report.json").read_text())
+
+
+def make_start(settings, student, files, cosines, words, latent_size, folder, device, say):
+    """Project the teacher's weights into the student, refit them where asked, and keep both student and report in `folder`."""
+    experts, channels, is_calibrated = choose_experts(files, settings.expert), None, settings.projection == "calibrated"
+    if is_calibrated:
+        frames = make_frames(experts[0], pack_text(words), latent_size, None, settings.seed, settings.flow_shift, device)
+        channels = choose_channels(experts[0], frames, student.config.hidden_size)
+    report = project(student, experts, torch.cat(words), channels, device)
+    report.cosines = cosines
+    if is_calibrated:
+        calibrate(student.to(device), experts[0], report, frames)
+    say(f"{report}{f'; calibrated on {len(words)} frames' if is_calibrated else ''}")
+    with new_folder(folder) as partial_folder:
+        student.save_pretrained(partial_folder)
+        write_json(partial_folder / "report.json", report.as_dict() | {"calibration_frames": is_calibrated * len(words)})
 
 
 def teacher_velocity(teacher, settings, negative):

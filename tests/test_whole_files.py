@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from threading import Timer
 
 import pytest
 
 from tests.conftest import ROOT
-from wanlite.whole_files import check_space, locked, new_folder, read_manifest, why_broken, write_json
+from wanlite.whole_files import check_space, hold, in_turn, locked, new_folder, read_manifest, why_broken, write_json
 
 
 def write_folder(folder, content):
@@ -95,3 +96,13 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_written(tmp_path)
     check_space(tmp_path, 1000)
     with pytest.raises(OSError, match="no space left: 1,000,000,000,000.0 MB"):
         check_space(tmp_path, 10**18)
+
+
+def test_who_comes_second_says_that_it_waits_and_then_has_its_turn(tmp_path):
+    said, held, began = [], hold(tmp_path), time.monotonic()
+    Timer(0.3, os.close, [held]).start()
+    with in_turn(tmp_path, said.append):
+        assert time.monotonic() - began >= 0.3 and said == [f"waiting for another run, which makes {tmp_path}"]
+        assert hold(tmp_path) is None
+    with in_turn(tmp_path, said.append):
+        assert len(said) == 1

@@ -100,7 +100,7 @@ def convert_parts(found, folder, say=print):
     convert = {"tokenizer": _convert_tokenizer, "text_encoder": _convert_text_encoder, "vae": _convert_autoencoder}
     for part in PARTS:
         place = Path(folder) / part
-        if why_broken(place) is None:
+        if why_broken(place, sizes_only=True) is None:           # all of it would be read at every start of a run
             continue
         with new_folder(place) as partial:
             if found[part].is_dir():

@@ -119,6 +119,18 @@ def locked(folder, is_patient=True):
             os.close(descriptor)
 
 
+@contextmanager
+def in_turn(folder, say):
+    """Hold a folder's lock; where another has it, say so and wait."""
+    with locked(folder, is_patient=False) as is_mine:
+        if is_mine:
+            yield
+            return
+    say(f"waiting for another run, which makes {folder}")
+    with locked(folder):
+        yield
+
+
 def check_space(folder, num_bytes):
     """Refuse to write `num_bytes` where they do not fit, before anything is written."""
     free = shutil.disk_usage(folder).free
