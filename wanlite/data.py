@@ -158,14 +158,16 @@ def _fill(accelerator, folder, jobs, make, description, unit="walk", in_step=Fal
     mine = missing[rank::ranks]
     if in_step:
         mine += missing[-1:] * (-(-len(missing) // ranks) - len(mine))
-    progress = tqdm(mine, desc=description, unit=unit, unit_scale=SHARD_SIZE, leave=False, disable=rank > 0)
-    for number, index in enumerate(progress):
-        start, end = index * SHARD_SIZE, min((index + 1) * SHARD_SIZE, len(jobs))
-        before = start - max(0, end - SHARD_SIZE) if in_step else 0
-        tensors = make(*zip(*jobs[start - before:end]))
-        if rank + number * ranks < len(missing):
-            write_shard(folder, index, {name: tensor[before:].cpu() if name in EXACT else tensor[before:].half().cpu()
-                                        for name, tensor in tensors.items()})
+    sizes = [min(SHARD_SIZE, len(jobs) - index * SHARD_SIZE) for index in mine]
+    with tqdm(total=sum(sizes), desc=description, unit=unit, leave=False, disable=rank > 0) as progress:
+        for number, (index, size) in enumerate(zip(mine, sizes)):
+            start = index * SHARD_SIZE
+            before = min(start, SHARD_SIZE - size) if in_step else 0
+            tensors = make(*zip(*jobs[start - before:start + size]))
+            if rank + number * ranks < len(missing):
+                write_shard(folder, index, {name: tensor[before:].cpu() if name in EXACT else tensor[before:].half().cpu()
+                                            for name, tensor in tensors.items()})
+            progress.update(size)
     accelerator.wait_for_everyone()
     return num_shards
 
