@@ -1,6 +1,6 @@
 """Memory as `--dry_run` tells it beside memory as it is: each phase simulated, then run for real in a process of its own.
 
-    python benchmarks/memory.py             # a minute on two cores
+    python benchmarks/memory.py             # minutes, on CPUs that are slow in bfloat16, as Muon is, hours
     python benchmarks/memory.py --quick     # seconds
 
 On a GPU the peak of what torch allocated there, on the CPU that of the process's anonymous memory.
