@@ -611,10 +611,10 @@ def compare_experts(settings, files, device):
     return json.loads(record.read_text(encoding="utf-8"))
 
 
-def start_student(settings, student, files, cosines, embeddings, prompts, latent_size, accelerator):
+def start_student(settings, student, files, cosines, embeddings, said_by, prompts, latent_size, accelerator):
     """Give the student its first weights, as --projection says; returns the report for run.json, None for a random start.
 
-    A start that an earlier run left in --output_dir is taken as it is, if its teacher, shape, prompts and method are the same.
+    A start that lies in the cache is taken as it is, if its teacher, text encoder, shape, prompts and method are the same.
     """
     say, device = accelerator.print, accelerator.device
     if settings.student is not None:
@@ -629,7 +629,7 @@ def start_student(settings, student, files, cosines, embeddings, prompts, latent
         return None
     prompts = prompts[:most_frames(math.prod(latent_size) // math.prod(student.config.patch_size))]
     with accelerator.main_process_first():
-        folder = cache_folder(settings.cache_dir, "start", teacher=files.fingerprint, prompts=prompts,
+        folder = cache_folder(settings.cache_dir, "start", teacher=files.fingerprint, text=said_by, prompts=prompts,
                               student={name: value for name, value in student.config.items() if name[0] != "_"},
                               method=[inspect.getsource(inspect.getmodule(function)) for function in (project, calibrate)],
                               settings=(settings.projection, settings.expert, settings.seed, settings.flow_shift, latent_size))
@@ -885,7 +885,8 @@ def train(settings, is_resumed, stop):
     (output / "cache").mkdir(exist_ok=True)
     is_taken = accelerator.is_main_process and hold(output / "cache") is None   # held until the process ends
     refuse_together(accelerator, is_taken and f"{output}: another run is writing there. Wait for it, or name another --output_dir.")
-    run["projection"] = start_student(settings, student, files, cosines, embeddings, training, latent_shape[1:], accelerator)
+    run["projection"] = start_student(settings, student, files, cosines, embeddings, said_by, training, latent_shape[1:],
+                                      accelerator)
     if settings.project_only:
         return accelerator.end_training()
     if accelerator.is_main_process:

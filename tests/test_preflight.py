@@ -5,6 +5,7 @@ import shutil
 from dataclasses import asdict, replace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT, SHORT_RUN, run_script
 from train_distillation import Settings, complete
@@ -102,6 +103,20 @@ def test_runs_share_a_cache_and_each_keeps_its_own_path(finished_run, tmp_path):
     assert process.returncode == 0, process.stderr
     assert {path.name for path in cache.iterdir()} == before
     assert {path.name.rpartition("-")[0] for path in (tmp_path / "run/cache").iterdir()} == {"own-path"}
+
+
+def test_another_text_encoder_shares_no_start_and_no_trajectories(finished_run, tmp_path):
+    shutil.copytree(finished_run[0] / "cache", tmp_path / "cache")
+    before = {path.name for path in (tmp_path / "cache").iterdir()}
+    shutil.copytree(ROOT / "tiny_teacher", tmp_path / "teacher")
+    path = tmp_path / "teacher/text_encoder/model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor * 1.1 if "final_layer_norm" in name else tensor for name, tensor in tensors.items()}, path)
+    process = run_script(TRAIN, "--teacher", tmp_path / "teacher", "--output_dir", tmp_path / "run", *SHORT_RUN, "--cache_dir",
+                         tmp_path / "cache")
+    assert process.returncode == 0, process.stderr
+    made = {path.name.rpartition("-")[0] for path in (tmp_path / "cache").iterdir() if path.name not in before}
+    assert made == {"basis", "pictures", "start", "text", "trajectories"}
 
 
 def test_a_file_of_three_prompts_trains_to_the_end(tmp_path):
