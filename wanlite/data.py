@@ -115,7 +115,7 @@ def walk_own_path(accelerator, student_for, velocity_for, schedulers, num_steps,
             rows = [row for row, path in enumerate(zip(counts, indices)) if path == (count, index)]
             said = [prompts[row] for row in rows]
             met = sample(student_for(said), noise[rows], own, count, end=index)
-            timestep, noise_level = own.timesteps[index].float(), own.sigmas[index].float()
+            timestep, noise_level = own.timesteps[index].float(), own.sigmas[index].float().to(met.device)
             picture = sample(velocity_for(said, None), met, teachers, num_steps, begin=num_steps * index // count)
             noise_level = noise_level.expand(len(rows))
             found = {"latents": met, "velocity": average_velocity(met, picture, noise_level), "noise_level": noise_level,
@@ -159,7 +159,7 @@ def _fill(accelerator, folder, jobs, make, description, unit="walk", in_step=Fal
     if in_step:
         mine += missing[-1:] * (-(-len(missing) // ranks) - len(mine))
     sizes = [min(SHARD_SIZE, len(jobs) - index * SHARD_SIZE) for index in mine]
-    with tqdm(total=sum(sizes), desc=description, unit=unit, leave=False, disable=rank > 0) as progress:
+    with tqdm(total=sum(sizes), desc=description, unit=unit, leave=False, disable=rank > 0 or not mine) as progress:
         for number, (index, size) in enumerate(zip(mine, sizes)):
             start = index * SHARD_SIZE
             before = min(start, SHARD_SIZE - size) if in_step else 0

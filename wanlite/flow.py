@@ -61,10 +61,10 @@ def walk(velocity_of, latents, scheduler, num_steps, begin=0, end=None):
     `velocity_of(latents, timestep (B,))` is asked once a step. Shapes: (B, C, H, W). With `begin` the walk starts before that
     step of `num_steps`, from latents that are there already, and with `end` it stops before that one.
     """
-    scheduler.set_timesteps(num_steps, device=latents.device)
+    states = _pass(scheduler, num_steps, latents.device)
     scheduler.set_begin_index(begin)
     latents = latents.float()
-    for timestep, noise_level in list(zip(scheduler.timesteps, scheduler.sigmas))[begin:end]:
+    for timestep, noise_level in states[begin:end]:
         velocity = velocity_of(latents, timestep.float().expand(len(latents))).float()
         yield latents, timestep, noise_level, velocity
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
@@ -73,11 +73,16 @@ def walk(velocity_of, latents, scheduler, num_steps, begin=0, end=None):
 
 def noise_along(velocity_of, clean, seeds, scheduler, num_steps):
     """Yield what walk() does, not on a walk but at the pictures `clean` (B, C, H, W), noised anew to each of its levels."""
-    scheduler.set_timesteps(num_steps, device=clean.device)
     noises = seeded_noise((num_steps, *clean.shape[1:]), seeds).to(clean.device).unbind(1)
-    for timestep, noise_level, noise in zip(scheduler.timesteps, scheduler.sigmas, noises):
+    for (timestep, noise_level), noise in zip(_pass(scheduler, num_steps, clean.device), noises):
         noisy = add_noise(clean.float(), noise, noise_level.expand(len(clean)))
         yield noisy, timestep, noise_level, velocity_of(noisy, timestep.float().expand(len(clean))).float()
+
+
+def _pass(scheduler, num_steps, device):
+    """Set up a scheduler; returns the (timestep, noise level) before each step, on `device`: diffusers has levels on the CPU."""
+    scheduler.set_timesteps(num_steps, device=device)
+    return list(zip(scheduler.timesteps, scheduler.sigmas.to(device)))
 
 
 def sample(velocity_of, noise, scheduler, num_steps, begin=0, end=None):

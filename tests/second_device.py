@@ -1,0 +1,118 @@
+"""Run a script on a device that this machine lacks: tensors on it say `second:0`, and their numbers lie in the CPU's memory.
+
+    python tests/second_device.py train_distillation.py --output_dir DIR
+
+What mixes two devices, or hands a device's tensor to numpy, fails as it would on a GPU. Nothing else of a GPU is imitated: no
+kernels, streams or rounding.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+import accelerate.state
+import safetensors.torch
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+_setup_privateuseone_for_python_backend("second")
+SECOND = torch.device("second", 0)
+CROSSING = ("_to_copy", "copy_", "_foreach_copy_")                       # take tensors of two devices
+INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")     # take indices from the CPU
+
+
+class There(torch.Tensor):
+    """A tensor on the second device; `numbers` is its content, on the CPU."""
+
+    @staticmethod
+    def __new__(cls, numbers):
+        there = torch.Tensor._make_wrapper_subclass(cls, numbers.size(), strides=numbers.stride(), dtype=numbers.dtype,
+                                                    storage_offset=numbers.storage_offset(), device=SECOND)
+        there.numbers = numbers
+        return there
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), keywords=None):
+        return compute(function, arguments, keywords or {})
+
+    def __deepcopy__(self, memo):
+        copied = There(self.numbers.clone())
+        return torch.nn.Parameter(copied, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copied
+
+    def __tensor_flatten__(self):                            # by which those who save weights know them from aliases
+        return ["numbers"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, *_):
+        return There(inner["numbers"])
+
+    def tolist(self):
+        return self.numbers.tolist()
+
+    def numpy(self):
+        raise TypeError(f"can't convert a tensor on {SECOND} to numpy. Use Tensor.cpu() to copy it to host memory first.")
+
+
+class SecondDevice(TorchDispatchMode):
+    """Makes tensors on the second device; what has one among its arguments comes to compute() by itself."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        is_there = keywords and keywords.get("device") == SECOND
+        return compute(function, arguments, keywords) if is_there else function(*arguments, **(keywords or {}))
+
+
+def compute(function, arguments, keywords):
+    """Compute on the CPU what is asked of the second device, if all that it takes is there."""
+    name, first = function._schema.name.removeprefix("aten::"), arguments[0] if arguments else None
+    told = (first, *arguments[2:]) if name in INDEXING and isinstance(first, There) else (arguments, keywords)
+    tensors = [value for value in tree_iter(told) if isinstance(value, torch.Tensor)]
+    there = [tensor for tensor in tensors if isinstance(tensor, There)]
+    is_mixed = any(tensor.dim() for tensor in tensors if not isinstance(tensor, There))      # a single number may be anywhere
+    if there and name not in CROSSING and (is_mixed or function._schema.is_mutable and not isinstance(tensors[0], There)):
+        raise RuntimeError(f"Expected all tensors to be on the same device, but {name} has {len(there)} of {len(tensors)} on "
+                           f"{SECOND}.")
+    device = keywords.get("device") or (arguments[0].device if name == "copy_" else SECOND)
+    known = {id(tensor.numbers): tensor for tensor in there}                # what is written to stays the same tensor
+
+    def outside(tensor):
+        return tensor.numbers if isinstance(tensor, There) else tensor
+
+    def inside(tensor):
+        if device != SECOND or not isinstance(tensor, torch.Tensor):
+            return tensor
+        return known[id(tensor)] if id(tensor) in known else There(tensor)
+
+    if "device" in keywords:
+        keywords = keywords | {"device": torch.device("cpu") if keywords["device"] == SECOND else keywords["device"]}
+    return tree_map(inside, function(*tree_map(outside, arguments), **tree_map(outside, keywords)))
+
+
+def let_torch_fill():
+    """Register what torch calls by itself where it makes a tensor from Python's numbers."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("empty_strided", lambda size, stride, dtype=None, **_: There(torch.empty_strided(size, stride, dtype=dtype)),
+                 "PrivateUse1")
+    library.impl("_copy_from", lambda source, target, non_blocking=False: There(target.numbers.copy_(source)), "PrivateUse1")
+    return library
+
+
+def main(script, *arguments):
+    library, begin, save_file = let_torch_fill(), accelerate.state.PartialState.__init__, safetensors.torch.save_file
+
+    def begin_there(state, *given, **named):
+        begin(state, *given, **named)
+        state.device = SECOND
+
+    accelerate.state.PartialState.__init__ = begin_there
+    safetensors.torch.save_file = lambda tensors, *rest, **named: save_file(      # which takes a GPU's as they are
+        {name: tensor.cpu() for name, tensor in tensors.items()}, *rest, **named)
+    sys.argv, sys.path[0] = [script, *arguments], str(Path(script).resolve().parent)
+    with SecondDevice():
+        runpy.run_path(script, run_name="__main__")
+    library._destroy()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
