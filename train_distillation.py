@@ -984,12 +984,12 @@ def train(settings, is_resumed, stop):
     set_seed(settings.seed)                                  # again: what lay in the cache has drawn no numbers
     if settings.allow_tf32 and device.type == "cuda":        # only now: a projection solves for weights in full float32
         torch.set_float32_matmul_precision("high")
-    head = nn.Linear(shape["hidden_size"], shape["hidden_size"])
+    student, head = student.to(device), nn.Linear(shape["hidden_size"], shape["hidden_size"]).to(device)
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     optimizers = make_optimizers(settings, student, head, is_fused=device.type == "cuda")
     rates = make_rates(settings, optimizers)
-    ema = EMAModel(student.to(device).parameters(), decay=settings.ema_decay, foreach=device.type == "cuda")
+    ema = EMAModel(student.parameters(), decay=settings.ema_decay, foreach=device.type == "cuda")
     wrapped, wrapped_head, *optimizers = accelerator.prepare(student, head, *optimizers)
     networks = Networks(wrapped, wrapped_head, feature_block(shape["depth"]), guided, plain, few)
     memory = {"student": student, "feature_head": head, "ema": ema, "rates": rates, "optimizers": optimizers,

@@ -130,7 +130,7 @@ def training_peak(make_student, make_optimizers, make_average, rows, latent_size
             optimizer.step()
             optimizer.zero_grad()
         average.step(student.parameters())
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=is_mixed):
             velocity, = student(latents, torch.zeros(rows), torch.zeros(rows, TEXT, student.config.text_dim),
                                 text_logit_bias=torch.zeros(rows, TEXT), return_dict=False)
         (velocity.float() - latents).square().mean().backward()
