@@ -335,6 +335,7 @@ from wanlite.student_files import (  # noqa: E402
 )
 from wanlite.student_saving import check_savable, save_student  # noqa: E402
 from wanlite.teacher import (  # noqa: E402
+    RESIDENCIES,
     TOKENS_AT_ONCE,
     Teacher,
     check_experts,
@@ -714,9 +715,10 @@ def plan(settings, words):
     looks, several = count_looks(settings.validation_walks, len(held_out))
     drawn, pixels = max(looks, several**2), math.prod(picture_size(settings.resolution))
     together, at_once = min(drawn, max(1, DECODED_AT_ONCE // pixels)), min(SHARD_SIZE, max(walks, drawn))
-    held, beside = teacher_bytes(files, residency, dtype, settings.teacher_fp8, local_processes())
+    placed = {place: teacher_bytes(files, place, dtype, settings.teacher_fp8, local_processes())
+              for place in dict.fromkeys((*RESIDENCIES, residency))}
     rows = min(2 * at_once, max(1, TOKENS_AT_ONCE // tokens))                                   # half of them for guidance
-    asked = held + pass_peak(files, rows, largest[1:], dtype) + walk_bytes(at_once, settings.teacher_steps, largest)
+    asked = placed[residency][0] + pass_peak(files, rows, largest[1:], dtype) + walk_bytes(at_once, settings.teacher_steps, largest)
     phases = {                                               # the autoencoder stays, and so does the student once it has a start
         "text": num_bytes(found["text_encoder"]), "trajectories": asked + drawing + weights,
         "training": training_peak(settings.train_batch_size) + drawing,
@@ -735,7 +737,7 @@ def plan(settings, words):
             + trajectory_bytes(seen, settings.teacher_steps, largest, tokens, shape["hidden_size"]),
             settings.output_dir: weights + sum(map(num_bytes, set(found.values())))
             + (settings.checkpoints_total_limit + 1) * remembered}
-    wrong = tell(phases, disk, device, free_memory(device)[0], residency, beside, settings.train_batch_size,
+    wrong = tell(phases, disk, device, free_memory(device)[0], residency, placed, settings.train_batch_size,
                  settings.gradient_accumulation_steps, resting + weights + drawing)
     passes, states = work
     passes += CALIBRATING_PASSES * frames

@@ -181,6 +181,9 @@ def test_a_dry_run_of_a14b_tells_what_is_needed_and_what_does_not_fit(a14b):
     assert said.startswith(f"teacher  {a14b} (official layout, 2 expert(s): 14,288.49 M + 14,288.49 M parameters)\n")
     assert "11.4 GB  text" in said and "PFLOP" in said
     assert "PROBLEM  the disk is too small: lower --num_trajectories" in said
+    both, one, streamed = (float(re.search(rf"{place} ([\d.]+) GB", said)[1]) for place in ("both", "one", "streamed"))
+    assert both - one == pytest.approx(28.58, abs=0.11)       # an expert in bfloat16
+    assert one - streamed == pytest.approx(26.7, abs=0.2)     # of one, all but two blocks and what is in no block
     assert re.search(r"training does not fit: lower --train_batch_size to \d+ and raise --gradient_accumulation_steps to \d+", said)
     assert [path.name for path in a14b.parent.iterdir()] == [a14b.name]
 

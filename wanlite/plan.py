@@ -227,15 +227,18 @@ def largest_batch(rows, peak, rest, free):
     return fits
 
 
-def tell(phases, disk, device, free, residency, beside, rows, accumulated, rest):
+def tell(phases, disk, device, free, residency, placed, rows, accumulated, rest):
     """Say what `phases` and `disk`, {what: bytes}, need and what is free; returns what does not fit, with what would, in words.
 
-    `rest` is what training takes without activations.
+    `placed` is {residency: teacher_bytes()}; `rest` is what training takes without activations.
     """
-    print(f"memory   {gigabytes(free)} free on {device}; experts: {residency}"
-          + (f", {gigabytes(beside)} of them in the CPU's memory" if beside else ""))
+    print(f"memory   {gigabytes(free)} free on {device}")
     for name, needed in phases.items():
         print(f"  {gigabytes(needed):>10}  {name}")
+    rest_of_pass = phases["trajectories"] - placed[residency][0]
+    told = [f"{place} {gigabytes(rest_of_pass + held)}{f' (+ {gigabytes(beside)} CPU)' if beside else ''}"
+            for place, (held, beside) in placed.items()]
+    print(f"experts  {residency}; trajectories by --teacher_residency: {', '.join(told)}")
     print("disk")
     rooms = {place: free_disk(place) for place in disk}
     for place, needed in disk.items():
