@@ -557,12 +557,21 @@ def choose_prompts(settings, say=None):
     return prompts[:-num_held_out] or prompts, prompts[-num_held_out:]
 
 
-def choose_data(settings, say):
-    """Return training prompts, held-out prompts, and captioned images, whose captions are among the former."""
+def choose_data(settings, say, is_first=True):
+    """Return training prompts, held-out prompts, and captioned images, whose captions are among the former.
+
+    What was found of images is kept in the cache, by their contents: only new ones are decoded. A dry run keeps nothing.
+    """
     training, held_out = choose_prompts(settings, say)
     if settings.images is None:
         return training, held_out, []
-    images = choose_images(settings.images, picture_sizes(settings)[1:], settings.num_images, held_out, say)
+    record = Path(settings.cache_dir) / "images.json"
+    seen = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    known = len(seen)
+    images = choose_images(settings.images, picture_sizes(settings)[1:], settings.num_images, held_out, say, seen, is_first)
+    if len(seen) > known and is_first and not settings.dry_run:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, seen)
     return list(dict.fromkeys([*training, *(image.caption for image in images)])), held_out, images
 
 
@@ -849,7 +858,8 @@ def train(settings, is_resumed, stop):
     student = WanLiteStudent(shape)
     if settings.projection != "none" and settings.student is None:
         check_cut(files.config, dict(student.config))
-    training, held_out, images = choose_data(settings, say)
+    with accelerator.main_process_first():                   # one rank looks at images, the others read what it found
+        training, held_out, images = choose_data(settings, say, accelerator.is_main_process)
     num_trajectories = settings.num_trajectories or len(training)
     parts = parts_of(settings)
     asked, settings = settings, replace(settings, **bound_pictures(settings, files.width, num_trajectories))

@@ -218,6 +218,23 @@ def test_what_cannot_be_used_is_skipped_counted_and_named_at_once(tmp_path):
     assert f"not a whole JPEG, PNG or WebP ({len(whole)}: {', '.join(sorted(whole)[:SHOWN])}, ...)" in said[0]
 
 
+def test_what_was_seen_once_is_not_decoded_again(tmp_path, monkeypatch):
+    write_folder(tmp_path / "place")
+    (tmp_path / "place" / "broken.png").write_bytes(CONTENTS[0][:100])
+    (tmp_path / "place" / "broken.txt").write_text("a caption")
+    settings, said, decoded = complete(Settings(images=str(tmp_path / "place"), cache_dir=str(tmp_path / "cache"))), [], []
+
+    def chosen():
+        return [(image.caption, image.sha256, image.size) for image in choose_data(settings, said.append)[2]]
+
+    monkeypatch.setattr("wanlite.images.decode", lambda content: decoded.append(content) or decode(content))
+    first = chosen()
+    assert len(decoded) == len(CONTENTS) + 1 and chosen() == first and len(decoded) == len(CONTENTS) + 1
+    assert said[0] == said[1] and "not a whole JPEG, PNG or WebP (1: broken.png)" in said[1]
+    (tmp_path / "place" / "0.png").write_bytes(new := encoded(Image.new("RGB", (80, 64))))
+    assert chosen() != first and decoded[len(CONTENTS) + 1:] == [new]
+
+
 def test_a_name_that_leads_out_of_the_folder_is_not_followed(tmp_path):
     write_described(tmp_path / "place", "metadata.jsonl")
     (tmp_path / "secret.png").write_bytes(CONTENTS[0])

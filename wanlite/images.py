@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
+from tqdm import tqdm
+
 from .prompts import find_column, read_rows
 
 KINDS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}    # the decoders that are asked, and no others
@@ -51,15 +53,16 @@ class CaptionedImage:
     listed: Listed
 
 
-def choose_images(place, sizes, most=None, held_out=(), say=None):
+def choose_images(place, sizes, most=None, held_out=(), say=None, seen=None, is_shown=False):
     """Return the CaptionedImages of a place that can be used, `most` of them at most; `say` is told what is skipped and why.
 
     `sizes` are (width, height) to crop to; an image takes the one whose aspect ratio is nearest its own and is skipped where it
-    is smaller, as one whose caption is among the `held_out`. Raises ValueError where none is left.
+    is smaller, as one whose caption is among the `held_out`. `seen` is what look() said of contents, by their sha256: what it
+    holds is not decoded again, all else is added. Raises ValueError where none is left.
     """
-    chosen, skipped, held_out = [], {}, set(held_out)
+    chosen, skipped, held_out, seen = [], {}, set(held_out), {} if seen is None else seen
     listed = list_images(place)
-    for image in listed:
+    for image in tqdm(listed, desc="looking at images", unit="image", leave=False, disable=None if is_shown else True):
         if len(chosen) == most:
             break
         try:
@@ -69,14 +72,19 @@ def choose_images(place, sizes, most=None, held_out=(), say=None):
             if caption in held_out:
                 raise Unusable("its caption is a held-out prompt")
             content = image.content()
-            width, height = decode(content).size
+            sha256 = hashlib.sha256(content).hexdigest()
+            if sha256 not in seen:
+                seen[sha256] = look(content)
+            if isinstance(seen[sha256], str):
+                raise Unusable(seen[sha256])
+            width, height = seen[sha256]
             size = min(sizes, key=lambda size: abs(math.log(size[0] * height / (size[1] * width))))
             if width < size[0] or height < size[1]:
                 raise Unusable(f"smaller than {size[0]} x {size[1]}")
         except (Unusable, OSError) as problem:
             skipped.setdefault(str(problem) if isinstance(problem, Unusable) else "cannot be read", []).append(image.name)
             continue
-        chosen.append(CaptionedImage(caption, hashlib.sha256(content).hexdigest(), size, image))
+        chosen.append(CaptionedImage(caption, sha256, size, image))
     reasons = "; ".join(f"{reason} ({len(names)}: {', '.join(map(_sayable, names[:SHOWN]))}{', ...' if len(names) > SHOWN else ''})"
                         for reason, names in skipped.items())
     if not chosen:
@@ -85,6 +93,14 @@ def choose_images(place, sizes, most=None, held_out=(), say=None):
         say(f"images   {len(chosen):,} of {place}"
             + (f"; {sum(map(len, skipped.values())):,} skipped: {reasons}" if skipped else ""))
     return chosen
+
+
+def look(content):
+    """Return the (width, height) of an image file's bytes once it is upright, or in words why it cannot be decoded."""
+    try:
+        return decode(content).size
+    except Unusable as problem:
+        return str(problem)
 
 
 def read_picture(image):
