@@ -27,6 +27,7 @@ from wanlite.plan import (
     simulated_peak,
     start_peaks,
     teacher_bytes,
+    tell,
     training_peak,
 )
 from wanlite.teacher import Teacher, ask, check_experts, open_teacher_files, stream_expert
@@ -157,6 +158,16 @@ def test_a_dry_run_tells_the_disk_that_the_run_took_and_writes_nothing(finished_
     assert told == pytest.approx(disk_used(finished_run[0] / "cache"), rel=0.1)
     taken = disk_used(finished_run[0], without=("cache", "samples", "logs"))
     assert taken < size_of(process.stdout, tmp_path / "run") < 1.8 * taken     # a checkpoint more, each with a best student
+
+
+def test_each_phase_that_does_not_fit_is_named(tmp_path):
+    names = {"text": "text encoder", "trajectories": "passes", "training": "training", "validation": "validation",
+             "start": "projecting", "matching": "distribution matching"}
+    for large, word in names.items():
+        phases = {name: 2 if name == large else 1 for name in names}
+        found = tell(phases, {tmp_path: 1}, "cpu", 1, "both", {"both": (1, 0)}, 8, 1, 1)
+        assert len(found) == 1 and word in found[0]
+    assert not tell(dict.fromkeys(names, 1), {tmp_path: 1}, "cpu", 1, "both", {"both": (1, 0)}, 8, 1, 1)
 
 
 @pytest.fixture(scope="module")

@@ -254,6 +254,10 @@ def tell(phases, disk, device, free, residency, placed, rows, accumulated, rest)
         wrong.append(f"training does not fit: lower --train_batch_size to {fits} and raise --gradient_accumulation_steps to "
                      f"{accumulated * rows // fits}." if fits else
                      "training does not fit at any batch: add --gradient_checkpointing, or lower --resolution.")
+    if phases["validation"] > free:
+        wrong.append("validation does not fit: lower --validation_walks.")
+    if phases["start"] > free:
+        wrong.append("projecting does not fit: run where more memory is free; a start in --cache_dir is taken as it is.")
     if phases.get("matching", 0) > free >= phases["training"]:
         wrong.append("distribution matching does not fit: leave --matching_steps out, or lower --train_batch_size.")
     is_shared = len(set(rooms.values())) == 1                # folders on one disk need their sum of it
