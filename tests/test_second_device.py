@@ -15,16 +15,16 @@ from tests.test_images import write_folder
 
 pytestmark = pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
                                 reason="this torch takes no device that is written in Python")
-STAGES = ["--num_trajectories=16", "--num_held_out=6", "--train_batch_size=8", "--max_train_steps=6", "--segment_steps=2",
-          "--matching_steps=2", "--validation_steps=3", "--validation_walks=4", "--own_path_pictures=8", "--teacher_steps=4",
-          "--aspect_ratios", "1:1", "3:2"]
+STAGES = ["--num_trajectories=8", "--num_held_out=6", "--train_batch_size=8", "--max_train_steps=6", "--segment_steps=2",
+          "--matching_steps=2", "--validation_steps=6", "--validation_walks=4", "--own_path_pictures=4", "--teacher_steps=2",
+          "--few_steps", "1", "2", "--num_inference_steps=2", "--aspect_ratios", "1:1", "3:2"]
 SECOND_DEVICE, WEIGHTS = ROOT / "tests" / "second_device.py", "diffusion_pytorch_model.safetensors"
 PROMPTS = ["a small red ring on a white background", "a large blue cross on a grey background"]
 DRAWS = f"""import sys
 sys.path.insert(0, "{{root}}")
 import numpy
 from run_inference import Painter
-numpy.save("{{path}}", Painter("{{run}}", "second:0").draw({PROMPTS}, range(2), 4, 64, 96))
+numpy.save("{{path}}", Painter("{{run}}", "second:0").draw({PROMPTS}, range(2), 2, 64, 96))
 """
 
 
@@ -57,7 +57,7 @@ def test_a_student_draws_there_what_it_draws_on_the_cpu(runs, tmp_path):
     script.write_text(DRAWS.format(root=str(ROOT), run=str(runs[1]), path=str(tmp_path / "drawn.npy")))
     said = on_second_device(script)
     assert said.returncode == 0, said.stderr[-3000:]
-    drawn = Painter(runs[1], "cpu").draw(PROMPTS, range(2), 4, 64, 96)
+    drawn = Painter(runs[1], "cpu").draw(PROMPTS, range(2), 2, 64, 96)
     assert np.abs(np.load(tmp_path / "drawn.npy").astype(int) - drawn).max() <= 1
 
 
