@@ -1002,7 +1002,7 @@ def train(settings, is_resumed, stop):
     optimizers = make_optimizers(settings, student, head, is_fused=device.type == "cuda")
     rates = make_rates(settings, optimizers)
     ema = EMAModel(student.parameters(), decay=settings.ema_decay, foreach=device.type == "cuda")
-    wrapped, wrapped_head, *optimizers = accelerator.prepare(student, head, *optimizers)
+    wrapped, wrapped_head, *_ = accelerator.prepare(student, head, *optimizers)      # whose gradients it unscales
     networks = Networks(wrapped, wrapped_head, feature_block(shape["depth"]), guided, plain, few)
     memory = {"student": student, "feature_head": head, "ema": ema, "rates": rates, "optimizers": optimizers,
               "step": 0, "skipped": 0, "own_path": {}, "looked": {}, "best": {}, "beyond": 0}
@@ -1144,9 +1144,11 @@ def train(settings, is_resumed, stop):
                     is_asked, is_sound = asked > 0, math.isfinite(mean_loss + norm)
                     total_loss.zero_()
                     for optimizer in optimizers:
-                        if is_sound or accelerator.scaler is not None:      # float16's scaler skips by itself, and learns from it
+                        if is_sound:
                             optimizer.step()
                         optimizer.zero_grad()
+                    if accelerator.scaler is not None:       # once: accelerate would for each optimizer, and unscale again
+                        accelerator.scaler.update()
                 for rate in rates:
                     rate.step()
                 step += 1

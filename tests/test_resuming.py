@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import train_distillation
@@ -63,6 +64,27 @@ def train(folder, *flags, at=None, checks=None, guards=None):
         os._exit(code)
     code = fork(as_typed)
     return code, Path(f"{folder}.log").read_text()
+
+
+class Scaled(Accelerator):
+    """Scales gradients as accelerate does in float16, which it has on GPUs alone."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.scaler = torch.amp.GradScaler("cpu", growth_interval=5)
+
+    def unscale_gradients(self, optimizer=None):
+        for prepared in self._optimizers:
+            self.scaler.unscale_(prepared.optimizer)
+
+
+def test_gradients_that_are_scaled_train_the_same_student_bit_for_bit(finished_run, folder, monkeypatch):
+    """By powers of two, in float32: nothing is lost. The scale doubles after five steps, once for all optimizers."""
+    monkeypatch.setattr(train_distillation, "Accelerator", Scaled)
+    assert train(folder)[0] == 0
+    assert same(folder, finished_run[0])
+    path, _ = latest_checkpoint(folder)
+    assert load_checkpoint(path)["scaler"]["scale"] == 2.0 ** (16 + read_run(folder)["steps"] // 5)
 
 
 def test_the_teacher_is_in_memory_only_in_the_part_that_asks_it(folder):
