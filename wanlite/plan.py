@@ -187,7 +187,7 @@ def estimate(student, files, passes, states, tokens, latent_size, device, dtype)
     return f"about {max(1, round((each * states + each / 3 * teacher / student.num_parameters() * passes) / 60)):,} minutes"
 
 
-def matrix_rate(device, dtype, widest=4096, patience=0.05):
+def matrix_rate(device, dtype, widest=8192, patience=0.05):
     """Return the operations a second that a device multiplies matrices of a dtype with: of ever larger ones while these are quick.
 
     A product that takes longer than `patience` seconds is the last: some CPUs are a thousand times slower than a GPU in bfloat16.

@@ -480,9 +480,11 @@ class Teacher:
             return stream_expert(files, self.device, self.dtype)
         if self.residency == "sharded":
             return shard_expert(files, self.device, self.dtype, self.mesh)
-        expert = load_expert(files, self.device if self.residency == "both" else "cpu", self.dtype)
-        if self.is_fp8:
+        place = self.device if self.residency == "both" else torch.device("cpu")
+        expert = load_expert(files, "cpu" if self.is_fp8 else place, self.dtype)
+        if self.is_fp8:                                      # before it is on a device that has no room for what it was
             expert.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
+            expert.to(place)
         if self.residency == "streamed":
             if self.device.type == "cuda":                   # one by one: the hooks would have all of them twice
                 for weight in expert.parameters():
