@@ -474,6 +474,7 @@ class Teacher:
         self._read.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+            torch._C._host_emptyCache()                      # what was pinned; it has a public name from torch 2.13 on
 
     def _load(self, files):
         if self.residency == "disk":
