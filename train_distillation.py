@@ -557,7 +557,7 @@ def choose_prompts(settings, say=None):
     return prompts[:-num_held_out] or prompts, prompts[-num_held_out:]
 
 
-def choose_data(settings, say, is_first=True):
+def choose_data(settings, say, is_main_process=True):
     """Return training prompts, held-out prompts, and captioned images, whose captions are among the former.
 
     What was found of images is kept in the cache, by their contents: only new ones are decoded. A dry run keeps nothing.
@@ -568,18 +568,28 @@ def choose_data(settings, say, is_first=True):
     record = Path(settings.cache_dir) / "images.json"
     seen = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     known = len(seen)
-    images = choose_images(settings.images, picture_sizes(settings)[1:], settings.num_images, held_out, say, seen, is_first)
-    if len(seen) > known and is_first and not settings.dry_run:
+    images = choose_images(settings.images, picture_sizes(settings)[1:], settings.num_images, held_out, say, seen,
+                           is_main_process)
+    if len(seen) > known and is_main_process and not settings.dry_run:
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, seen)
     return list(dict.fromkeys([*training, *(image.caption for image in images)])), held_out, images
 
 
-def choose_shape(settings, teacher_config):
-    """Return the student's shape: that of --student, or what the flags and the teacher's say."""
+def choose_shape(settings, files):
+    """Return the student's shape: that of --student, or what the flags and the teacher's say.
+
+    Raises ValueError for a student of another teacher, and for a shape that cannot be projected.
+    """
     if settings.student is not None:
+        if read_run(settings.student)["teacher"] != files.fingerprint:
+            raise ValueError(f"--student {settings.student}: was distilled from another teacher than {settings.teacher}. Use the "
+                             "same, or leave --student out.")
         return read_run(settings.student)["student"]
-    return student_shape(teacher_config, settings.hidden_size, settings.depth, settings.num_heads, settings.ffn_dim)
+    shape = student_shape(files.config, settings.hidden_size, settings.depth, settings.num_heads, settings.ffn_dim)
+    if settings.projection != "none":
+        check_cut(files.config, shape)
+    return shape
 
 
 def describe_schedule(settings, few_steps, parts):
@@ -628,9 +638,6 @@ def start_student(settings, student, files, cosines, embeddings, said_by, prompt
     """
     say, device = accelerator.print, accelerator.device
     if settings.student is not None:
-        if read_run(settings.student)["teacher"] != files.fingerprint:
-            raise ValueError(f"--student {settings.student}: was distilled from another teacher than {settings.teacher}. Use the "
-                             "same, or leave --student out.")
         say(f"start    {settings.student}, a saved student")
         student.load_state_dict(WanLiteStudent.from_pretrained(settings.student, dtype="float32").state_dict())
         return None
@@ -699,7 +706,7 @@ def plan(settings, words):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files, found = open_teacher_files(settings.teacher), find_parts(settings.teacher)
     check_parts(found, files.config)
-    shape, parts = choose_shape(settings, files.config), parts_of(settings)
+    shape, parts = choose_shape(settings, files), parts_of(settings)
     decoder = autoencoder_config(found["vae"])
     with init_empty_weights():
         student, autoencoder = WanLiteStudent(shape), make_autoencoder(decoder)
@@ -854,10 +861,8 @@ def train(settings, is_resumed, stop):
     # What there is: teacher, student, prompts.
     files = open_teacher_files(settings.teacher)
     check_parts(find_parts(settings.teacher), files.config)
-    shape = choose_shape(settings, files.config)
+    shape = choose_shape(settings, files)
     student = WanLiteStudent(shape)
-    if settings.projection != "none" and settings.student is None:
-        check_cut(files.config, dict(student.config))
     with accelerator.main_process_first():                   # one rank looks at images, the others read what it found
         training, held_out, images = choose_data(settings, say, accelerator.is_main_process)
     num_trajectories = settings.num_trajectories or len(training)

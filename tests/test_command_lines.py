@@ -75,7 +75,7 @@ def test_a_prompt_file_that_holds_none_is_refused(content, words, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [(["--hidden_size", "256"], "hidden_size 256 is more than the teacher's 128"),
-                                              (["--num_heads", "3"], "choose another --num_heads"),
+                                              (["--num_heads", "3"], "3 heads of 21.3333 channels cannot be cut"),
                                               (["--depth", "9"], "depth 9 is more")])
 def test_a_shape_that_cannot_be_cut_is_refused_before_anything_is_written(arguments, words, tmp_path):
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", *arguments)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import A14B, ROOT, SHORT_RUN, TINY_TEACHER, run_script, write_sparse_wan
 from tests.test_official import write_autoencoder
@@ -158,6 +159,27 @@ def test_a_dry_run_tells_the_disk_that_the_run_took_and_writes_nothing(finished_
     assert told == pytest.approx(disk_used(finished_run[0] / "cache"), rel=0.1)
     taken = disk_used(finished_run[0], without=("cache", "samples", "logs"))
     assert taken < size_of(process.stdout, tmp_path / "run") < 1.8 * taken     # a checkpoint more, each with a best student
+
+
+def test_a_dry_run_counts_the_student_beside_the_teacher(tmp_path):
+    """It stays on the device while the teacher walks: a larger student's weights are told there too."""
+    told = []
+    for width in ("64", "128"):
+        said = run_script(TRAIN, "--dry_run", "--output_dir", tmp_path / "run", "--hidden_size", width, *SHORT_RUN).stdout
+        parameters = float(re.search(r"heads: ([\d.]+) M parameters", said)[1])
+        told.append((parameters, float(re.search(r"([\d.]+) MB  trajectories", said)[1])))
+    (few, lower), (many, higher) = told
+    assert higher - lower == pytest.approx(4 * (many - few), abs=0.15)
+
+
+def test_a_dry_run_refuses_a_student_that_the_run_refuses(finished_run, tmp_path):
+    shutil.copytree(TINY_TEACHER, tmp_path / "teacher")
+    path = tmp_path / "teacher/transformer/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.1 for name, tensor in load_file(path).items()}, path)
+    for flags, words in ((["--hidden_size", "640"], "--hidden_size 640 is more than the teacher's 128"),
+                         (["--student", finished_run[0], "--teacher", tmp_path / "teacher"], "distilled from another teacher")):
+        process = run_script(TRAIN, "--dry_run", "--output_dir", tmp_path / "run", *SHORT_RUN, *flags)
+        assert process.returncode == 2 and words in process.stderr
 
 
 def test_each_phase_that_does_not_fit_is_named(tmp_path):

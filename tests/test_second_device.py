@@ -26,6 +26,17 @@ import numpy
 from run_inference import Painter
 numpy.save("{{path}}", Painter("{{run}}", "second:0").draw({PROMPTS}, range(2), 2, 64, 96))
 """
+FP8 = f"""import sys
+sys.path.insert(0, "{ROOT}")
+import torch
+from wanlite.teacher import Teacher, open_teacher_files
+there, made = type(torch.zeros(1, device="second:0")), {{}}
+make = there.__new__
+there.__new__ = staticmethod(lambda cls, numbers: made.update({{numbers.data_ptr(): numbers.nbytes}}) or make(cls, numbers))
+files = open_teacher_files("{ROOT / 'tiny_teacher'}")
+expert = Teacher(files, torch.device("second:0"), torch.float32, "both", is_fp8=True).expert("high")
+print(sum(made.values()), sum(weight.nbytes for weight in expert.parameters()), 4 * files.experts["high"].num_parameters)
+"""
 
 
 def on_second_device(script):
@@ -59,6 +70,15 @@ def test_a_student_draws_there_what_it_draws_on_the_cpu(runs, tmp_path):
     assert said.returncode == 0, said.stderr[-3000:]
     drawn = Painter(runs[1], "cpu").draw(PROMPTS, range(2), 2, 64, 96)
     assert np.abs(np.load(tmp_path / "drawn.npy").astype(int) - drawn).max() <= 1
+
+
+def test_an_expert_in_float8_is_never_there_in_more(tmp_path):
+    script = tmp_path / "loads.py"
+    script.write_text(FP8)
+    said = on_second_device(script)
+    assert said.returncode == 0, said.stderr[-3000:]
+    made, held, in_float32 = map(int, said.stdout.split())
+    assert made < 1.1 * held < 0.5 * in_float32
 
 
 def test_what_is_mixed_is_refused(tmp_path):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from .flow import add_noise, average_velocity, clean_from, noise_along, sample, seeded_noise, walk
+from .flow import add_noise, average_velocity, clean_from, noise_along, sample, seeded_noise, states_passed, walk
 
 SHARD_SIZE = 64  # trajectories or prompts a file; also how many the teacher walks, or the text encoder reads, at once
 MOST_SAMPLED = 32768  # token states from which directions are found
@@ -115,7 +115,7 @@ def walk_own_path(accelerator, student_for, velocity_for, schedulers, num_steps,
             rows = [row for row, path in enumerate(zip(counts, indices)) if path == (count, index)]
             said = [prompts[row] for row in rows]
             met = sample(student_for(said), noise[rows], own, count, end=index)
-            timestep, noise_level = own.timesteps[index].float(), own.sigmas[index].float().to(met.device)
+            timestep, noise_level = (part.float() for part in states_passed(own, count, met.device)[index])
             picture = sample(velocity_for(said, None), met, teachers, num_steps, begin=num_steps * index // count)
             noise_level = noise_level.expand(len(rows))
             found = {"latents": met, "velocity": average_velocity(met, picture, noise_level), "noise_level": noise_level,

@@ -55,13 +55,19 @@ def check_schedule(scheduler, num_steps):
                          "Take scheduler_config.json from the folder that train_distillation.py wrote.")
 
 
+def states_passed(scheduler, num_steps, device):
+    """Set up a scheduler; returns the (timestep, noise level) before each step, on `device`: diffusers has levels on the CPU."""
+    scheduler.set_timesteps(num_steps, device=device)
+    return list(zip(scheduler.timesteps, scheduler.sigmas.to(device)))
+
+
 def walk(velocity_of, latents, scheduler, num_steps, begin=0, end=None):
     """Walk from noise to a picture, yielding (latents, timestep, noise_level, velocity) before each step; returns the last latents.
 
     `velocity_of(latents, timestep (B,))` is asked once a step. Shapes: (B, C, H, W). With `begin` the walk starts before that
     step of `num_steps`, from latents that are there already, and with `end` it stops before that one.
     """
-    states = _pass(scheduler, num_steps, latents.device)
+    states = states_passed(scheduler, num_steps, latents.device)
     scheduler.set_begin_index(begin)
     latents = latents.float()
     for timestep, noise_level in states[begin:end]:
@@ -74,15 +80,9 @@ def walk(velocity_of, latents, scheduler, num_steps, begin=0, end=None):
 def noise_along(velocity_of, clean, seeds, scheduler, num_steps):
     """Yield what walk() does, not on a walk but at the pictures `clean` (B, C, H, W), noised anew to each of its levels."""
     noises = seeded_noise((num_steps, *clean.shape[1:]), seeds).to(clean.device).unbind(1)
-    for (timestep, noise_level), noise in zip(_pass(scheduler, num_steps, clean.device), noises):
+    for (timestep, noise_level), noise in zip(states_passed(scheduler, num_steps, clean.device), noises):
         noisy = add_noise(clean.float(), noise, noise_level.expand(len(clean)))
         yield noisy, timestep, noise_level, velocity_of(noisy, timestep.float().expand(len(clean))).float()
-
-
-def _pass(scheduler, num_steps, device):
-    """Set up a scheduler; returns the (timestep, noise level) before each step, on `device`: diffusers has levels on the CPU."""
-    scheduler.set_timesteps(num_steps, device=device)
-    return list(zip(scheduler.timesteps, scheduler.sigmas.to(device)))
 
 
 def sample(velocity_of, noise, scheduler, num_steps, begin=0, end=None):
