@@ -148,13 +148,23 @@ def test_a_file_of_any_prompts_trains_and_its_last_ones_are_held_out(tmp_path):
     assert [record["step"] for record in records if "held_out_error" in record] == [0, 3, 6]
 
 
-def test_two_processes_train_one_student(tmp_path):
-    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
-              "no", "--dynamo_backend", "no")
-    process = run_script(*launch, TRAIN, "--output_dir", tmp_path / "run", *SHORT_RUN)
+LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
+          "no", "--dynamo_backend", "no", TRAIN)             # with --cpu accelerate starts one process, whatever their number
+
+
+def test_two_processes_train_one_student(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    process = run_script(*LAUNCH, "--output_dir", tmp_path / "run", *SHORT_RUN)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("held-out captions drawn right") == 1
-    assert json.loads((tmp_path / "run/run.json").read_text())["finished"]
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert run["finished"] and run["processes"] == 2
+
+
+@pytest.mark.skipif(torch.accelerator.device_count() > 1, reason="this machine has as many GPUs")
+def test_more_processes_than_gpus_are_refused_by_one_of_them(tmp_path):
+    said = run_script(*LAUNCH, "--output_dir", tmp_path / "run", *SHORT_RUN).stderr
+    assert said.count("torch sees") == 1 and "set ACCELERATE_USE_CPU=true" in said and "wanlite/" not in said
 
 
 def test_the_words_of_both_scripts_say_what_happens_and_where(finished_run):

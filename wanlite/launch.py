@@ -3,6 +3,8 @@
 import os
 import time
 
+from .stopping import Stopped
+
 PRECISIONS = ("no", "bf16", "fp16")
 CUTTERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
            "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config"}       # what would cut the student into pieces
@@ -27,7 +29,10 @@ def is_first():
 def give_way():
     """Let the first process of a machine say what went wrong: the launcher then ends those that would say the same."""
     if int(os.environ.get("LOCAL_RANK", 0)):
-        time.sleep(SECONDS_TO_END)
+        try:
+            time.sleep(SECONDS_TO_END)
+        except Stopped:
+            raise SystemExit(2) from None
 
 
 def launched_precision(asked, say=print):

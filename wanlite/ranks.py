@@ -22,7 +22,7 @@ def check_devices(environment):
     found = torch.accelerator.device_count()
     if 1 < local_processes() > found and not str_to_bool(environment.get("ACCELERATE_USE_CPU", "false")):
         raise ValueError(f"accelerate launch started {local_processes()} processes for as many GPUs here, torch sees {found}. "
-                         "Lower its --num_processes, or add --cpu to it.")
+                         "Lower its --num_processes, or set ACCELERATE_USE_CPU=true, and they share the CPU.")
 
 
 def agreed(found):
