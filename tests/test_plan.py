@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import A14B, ROOT, SHORT_RUN, TINY_TEACHER, run_script, write_sparse_wan
 from tests.test_official import write_autoencoder
-from train_distillation import Settings, WanLiteStudent
+from train_distillation import Settings, WanLiteStudent, complete, plan
 from wanlite.autoencoder import decode_latents, load_autoencoder, make_autoencoder
 from wanlite.network import pack_text
 from wanlite.optimizers import make_optimizers
@@ -161,11 +161,16 @@ def test_a_dry_run_tells_the_disk_that_the_run_took_and_writes_nothing(finished_
     assert taken < size_of(process.stdout, tmp_path / "run") < 1.8 * taken     # a checkpoint more, each with a best student
 
 
-def test_a_dry_run_counts_the_student_beside_the_teacher(tmp_path):
+def dry_run(folder, **settings):
+    return plan(complete(Settings(output_dir=str(folder), num_trajectories=64, num_held_out=16, dry_run=True, **settings)), [])
+
+
+def test_a_dry_run_counts_the_student_beside_the_teacher(tmp_path, capsys):
     """It stays on the device while the teacher walks: a larger student's weights are told there too."""
     told = []
-    for width in ("64", "128"):
-        said = run_script(TRAIN, "--dry_run", "--output_dir", tmp_path / "run", "--hidden_size", width, *SHORT_RUN).stdout
+    for width in (64, 128):
+        assert dry_run(tmp_path / "run", hidden_size=width) == 0
+        said = capsys.readouterr().out
         parameters = float(re.search(r"heads: ([\d.]+) M parameters", said)[1])
         told.append((parameters, float(re.search(r"([\d.]+) MB  trajectories", said)[1])))
     (few, lower), (many, higher) = told
@@ -173,13 +178,13 @@ def test_a_dry_run_counts_the_student_beside_the_teacher(tmp_path):
 
 
 def test_a_dry_run_refuses_a_student_that_the_run_refuses(finished_run, tmp_path):
+    with pytest.raises(ValueError, match="--hidden_size 640 is more than the teacher's 128"):
+        dry_run(tmp_path / "run", hidden_size=640)
     shutil.copytree(TINY_TEACHER, tmp_path / "teacher")
     path = tmp_path / "teacher/transformer/diffusion_pytorch_model.safetensors"
     save_file({name: tensor * 1.1 for name, tensor in load_file(path).items()}, path)
-    for flags, words in ((["--hidden_size", "640"], "--hidden_size 640 is more than the teacher's 128"),
-                         (["--student", finished_run[0], "--teacher", tmp_path / "teacher"], "distilled from another teacher")):
-        process = run_script(TRAIN, "--dry_run", "--output_dir", tmp_path / "run", *SHORT_RUN, *flags)
-        assert process.returncode == 2 and words in process.stderr
+    with pytest.raises(ValueError, match="was distilled from another teacher"):
+        dry_run(tmp_path / "run", student=str(finished_run[0]), teacher=str(tmp_path / "teacher"))
 
 
 def test_each_phase_that_does_not_fit_is_named(tmp_path):
