@@ -20,7 +20,7 @@ from wanlite.whole_files import write_json
 def test_a_folder_with_no_more_than_a_projected_start_is_free_for_a_run(tmp_path):
     (tmp_path / "cache/start-0").mkdir(parents=True)
     assert check_output_folder(tmp_path, {}) == "new"
-    (tmp_path / ".run.json.partial").touch()                 # of a run that was killed as it wrote its settings
+    (tmp_path / ".run.json.0123.partial").touch()                 # of a run that was killed as it wrote its settings
     assert check_output_folder(tmp_path, {}) == "new"
     (tmp_path / "letter.txt").touch()
     with pytest.raises(ValueError, match="no run of this script"):

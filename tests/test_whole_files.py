@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from threading import Timer
 
 import pytest
@@ -27,6 +28,13 @@ def test_json_is_replaced_whole(tmp_path):
     write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 2} and os.stat(path).st_ino != before
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_writers_of_the_same_json_do_not_meet(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: write_json(tmp_path / "made_of.json", {"number": number}), range(200)))
+    assert json.loads((tmp_path / "made_of.json").read_text())["number"] in range(200)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["made_of.json"]
 
 
 def test_an_error_in_the_middle_of_a_save_leaves_the_old_folder(tmp_path):

@@ -52,9 +52,8 @@ def check_output_folder(folder, settings, overwrite=False, resume=True):
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file, expected a folder to write to. Name another --output_dir.")
-    begun = {"cache", ".run.json.partial"}                   # a start projected, nothing trained; killed as it said its settings
-    if not folder.exists() or {path.name for path in folder.iterdir()} <= begun:
-        return "new"
+    if not folder.exists() or all(path.name == "cache" or path.name.startswith(".run.json.") for path in folder.iterdir()):
+        return "new"                                         # a start projected, nothing trained; killed as it said its settings
     run = read_run(folder)
     if not isinstance(run.get("settings"), dict):
         raise ValueError(f"{folder}: holds files that are no run of this script. Name an empty or a new --output_dir.")

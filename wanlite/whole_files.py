@@ -12,6 +12,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 try:
     import fcntl
@@ -23,11 +24,14 @@ SPARE = 2**20                # bytes that a file system needs beside the files t
 
 
 def write_json(path, content):
-    """Write JSON so that a reader sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    flush(partial)
-    os.replace(partial, path)
+    """Write JSON so that a reader sees the old file or the new one; other runs may be writing the same one."""
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+    try:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        flush(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     flush(path.parent)
 
 
