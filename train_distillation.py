@@ -65,12 +65,16 @@ OFFICIAL_SHIFTS = {True: 12.0, False: 5.0}                           # of two ex
 DEFAULT_PROMPTS = 4000    # of the tiny world or of a grammar, where no prompts file is named
 CALIBRATION_TOKENS = 16384   # image tokens on which the projected weights are refitted
 GRID_FIGURES = {"variety": "variety", "colour": "saturation", "drift": "channel_drift"}      # told beside the rows of a grid
+LARGE = 1024             # width of a teacher from which on the machine decides batch and precision where they are left open
+BATCH = 128              # states in a batch on each device, where --train_batch_size is left open
+FILLED = 0.9             # of the free memory is for them, for it is told a little low
 LOG_STEPS = 10
 STOPPED = 3               # exit code of a run that was asked to stop and can be resumed
 MOST_BEYOND = 2           # validations in a row with a guard against the student, after which training ends and the best is saved
 MOST_SKIPPED = 20         # steps in a row without a finite gradient, after which a run ends; float16 needs some to find its scale
 FREE = ("teacher", "teacher_residency", "output_dir", "cache_dir", "dry_run", "overwrite", "resume_from_checkpoint", "project_only",
         "checkpointing_steps", "report_to", "checkpoints_total_limit", "logging_dir")    # decide no weight
+FITTED = ("mixed_precision", "train_batch_size", "gradient_accumulation_steps")          # are chosen for a machine where left open
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------------
@@ -120,14 +124,16 @@ class Settings:
 
     num_held_out: int = setting(400, "prompts that are never trained on; at most a twentieth of a prompts file")
 
-    train_batch_size: int = setting(128, "states in a micro-batch, on each device")
+    train_batch_size: int | None = setting(None, "states in a micro-batch, on each device; None = 128, of a large teacher's "
+                                           "student as many of them as fit")
     max_train_steps: int = setting(1400, "optimizer steps in all; what --segment_steps and --matching_steps leave is stage 1")
     segment_steps: int | None = setting(None, "stage 2a: of them, steps towards the teacher's pictures; None = 5 of 7")
     matching_steps: int = setting(0, "stage 2b: of them, the last, steps of distribution matching with a critic")
     few_steps: list[int] = setting((1, 2, 4), "numbers of steps that stage 2 trains for; divisors of --teacher_steps")
     own_path_pictures: int | None = setting(None, "states on the student's own path, walked on by the teacher, twice in stage 2a; "
                                             "None = 512, of a large teacher at most one for eight trajectories")
-    gradient_accumulation_steps: int = setting(1, "micro-batches in a step")
+    gradient_accumulation_steps: int | None = setting(None, "micro-batches in a step; None = as many as make up 128 states where "
+                                                      "--train_batch_size is open, else 1")
     learning_rate: float = setting(3e-3, "peak of AdamW's learning rate")
     lr_scheduler: str = setting("cosine", "as in diffusers", choices=("cosine", "linear", "constant_with_warmup"))
     lr_warmup_steps: int = setting(100, "steps until the peak")
@@ -145,7 +151,8 @@ class Settings:
     use_ema: bool = setting(True, "save an exponential moving average of the weights")
     ema_decay: float = setting(0.998, "its decay a step")
     mixed_precision: str | None = setting(None, "as in accelerate; master weights and losses stay in float32; None = what "
-                                          "accelerate launch says, else no", choices=("no", "bf16", "fp16"))
+                                          "accelerate launch says, else bf16 for a large teacher on a GPU, else no",
+                                          choices=("no", "bf16", "fp16"))
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass to save memory")
     compile: bool = setting(False, "compile the student's blocks: minutes at first, faster steps then; needs a C++ compiler")
     allow_tf32: bool = setting(False, "on CUDA, multiply float32 matrices with TF32's shorter mantissas while training")
@@ -298,7 +305,7 @@ from wanlite.data import (  # noqa: E402
     walk_own_path,
     walk_teacher,
 )
-from wanlite.devices import as_device, as_dtype, free_memory  # noqa: E402
+from wanlite.devices import as_device, as_dtype, free_memory, has_gpu  # noqa: E402
 from wanlite.flow import FewSteps, make_scheduler, sample, seeded_noise  # noqa: E402
 from wanlite.grids import save_grid  # noqa: E402
 from wanlite.measure import beyond_guards, compare, frechet_distance, likeness  # noqa: E402
@@ -309,6 +316,7 @@ from wanlite.plan import (  # noqa: E402
     at_depth,
     decoding_peak,
     estimate,
+    largest_batch,
     matrix_rate,
     pass_peak,
     start_peaks,
@@ -698,66 +706,123 @@ def feature_block(depth):
     return max(0, round(0.75 * depth) - 1)
 
 
+class Needs:
+    """What a run will need: memory by phase, disk, time. Nothing is read but headers, and phases run without contents."""
+
+    def __init__(self, settings, files, shape, device):
+        self.files, self.shape, self.device, self.found = files, shape, device, find_parts(settings.teacher)
+        decoder = autoencoder_config(self.found["vae"])
+        self.make_autoencoder = partial(make_autoencoder, decoder)
+        with init_empty_weights():
+            self.student, autoencoder = WanLiteStudent(shape), self.make_autoencoder()
+        self.latent_shape, buckets = latent_shapes(settings, files, autoencoder.config.scale_factor_spatial)
+        self.largest = max([self.latent_shape, *buckets], key=math.prod)
+        self.tokens = math.prod(self.latent_shape[1:]) // math.prod(self.student.config.patch_size)
+        self.drawing = 4 * autoencoder.num_parameters()      # it stays, and so does the student once it has a start
+        self.weights = 4 * self.student.num_parameters()
+        self.resting = self.weights * (3 if settings.muon_learning_rate else 4)     # weights, average, what optimizers remember
+        self.free = free_memory(device, local_processes())[0]
+
+    def training(self, settings, rows):
+        """Return the bytes of training on `rows` states."""
+        def make_student(depth):
+            student = WanLiteStudent(self.shape | {"depth": depth})
+            if settings.gradient_checkpointing:
+                student.enable_gradient_checkpointing()
+            return student
+        return self.drawing + at_depth(lambda depth: simulate_training(
+            partial(make_student, depth), partial(make_optimizers, settings), lambda network: EMAModel(network.parameters()), rows,
+            self.largest[1:], training_dtype(settings) != torch.float32), self.shape["depth"])
+
+    def asking(self, settings, at_once=SHARD_SIZE):
+        """Return the bytes of the teacher, where it is while it is asked, and of so many walks under way."""
+        dtype, residency = training_dtype(settings), place_teacher(settings, self.files, self.device)
+        rows = min(2 * at_once, max(1, TOKENS_AT_ONCE // self.tokens))      # half of them for guidance
+        return (teacher_bytes(self.files, residency, dtype, settings.teacher_fp8, local_processes())[0]
+                + pass_peak(self.files, rows, self.largest[1:], dtype) + walk_bytes(at_once, settings.teacher_steps, self.largest))
+
+    def matching(self, settings, rows):
+        """Return the bytes of distribution matching: the critic learns beside the student, and the teacher is asked."""
+        critic = self.training(settings, max(1, rows // MATCHED)) - self.drawing
+        return self.training(settings, rows) + critic + self.asking(settings)
+
+    def fit(self, settings):
+        """Return the settings with batch and accumulation filled in where they are open: of BATCH states as many as fit at once."""
+        rows, micro_batches = settings.train_batch_size, settings.gradient_accumulation_steps
+        if rows is None:
+            rows = BATCH
+            if self.files.width >= LARGE:
+                peak = self.matching if settings.matching_steps else self.training
+                rows = max(1, largest_batch(BATCH, peak(settings, BATCH), peak(settings, 1), FILLED * self.free))
+            micro_batches = micro_batches or BATCH // rows
+        return replace(settings, train_batch_size=rows, gradient_accumulation_steps=micro_batches or 1)
+
+    def tell(self, settings, training, held_out, images):
+        """Say what is needed and what there is; returns what does not fit, and what would, in words."""
+        walks = len(images) + (settings.num_trajectories or len(training))
+        dtype, residency = training_dtype(settings), place_teacher(settings, self.files, self.device)
+        looks, several = count_looks(settings.validation_walks, len(held_out))
+        drawn, pixels = max(looks, several**2), math.prod(picture_size(settings.resolution))
+        together = min(drawn, max(1, DECODED_AT_ONCE // pixels))
+        placed = {place: teacher_bytes(self.files, place, dtype, settings.teacher_fp8, local_processes())
+                  for place in dict.fromkeys((*RESIDENCIES, residency))}
+        phases = {
+            "text": num_bytes(self.found["text_encoder"]),
+            "trajectories": self.asking(settings, min(SHARD_SIZE, max(walks, drawn))) + self.drawing + self.weights,
+            "training": self.training(settings, settings.train_batch_size),
+            "validation": self.resting + self.weights + at_depth(           # what is lent keeps its place
+                lambda parts: decoding_peak(self.make_autoencoder, decode_latents, parts * together, self.latent_shape),
+                -(-drawn // together))}
+        comparing, calibrating = start_peaks(self.files, calibration_frames(settings, training, self.tokens), self.latent_shape[1:])
+        phases["start"] = max(comparing, calibrating + self.drawing + self.weights)
+        if settings.matching_steps:
+            phases["matching"] = self.matching(settings, settings.train_batch_size)
+        remembered = (self.resting + self.weights) * (1.5 if settings.matching_steps else 1)        # with the best student so far
+        seen = walks + looks + min(several, len(held_out)) * several
+        converted = sum(map(num_bytes, {place for part, place in self.found.items() if not is_converted(self.found, part)}))
+        disk = {settings.cache_dir: self.weights + converted + text_bytes([*training, *held_out], self.files.config["text_dim"])
+                + trajectory_bytes(seen, settings.teacher_steps, self.largest, self.tokens, self.shape["hidden_size"]),
+                settings.output_dir: self.weights + sum(map(num_bytes, set(self.found.values())))
+                + (settings.checkpoints_total_limit + 1) * remembered}
+        return tell(phases, disk, self.device, self.free, residency, placed, settings.train_batch_size,
+                    settings.gradient_accumulation_steps, self.resting + self.weights + self.drawing)
+
+
+def calibration_frames(settings, prompts, tokens):
+    """Return on how many frames of so many image tokens a student is calibrated."""
+    if settings.projection != "calibrated" or settings.student is not None:
+        return 0
+    return min(len(prompts), most_frames(tokens))
+
+
+def choose_precision(settings, files):
+    """Return the settings with --mixed_precision filled in where it is open."""
+    is_large = files.width >= LARGE and has_gpu() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return replace(settings, mixed_precision=settings.mixed_precision or ("bf16" if is_large else "no"))
+
+
 def plan(settings, words):
     """Say what a run of these settings will do and need, and whether it fits; nothing is read but headers, nothing is written.
 
     `words` are those of the command line. Returns the exit code: 0 where it fits, 2 where it does not.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    files, found = open_teacher_files(settings.teacher), find_parts(settings.teacher)
-    check_parts(found, files.config)
-    shape, parts = choose_shape(settings, files), parts_of(settings)
-    decoder = autoencoder_config(found["vae"])
-    with init_empty_weights():
-        student, autoencoder = WanLiteStudent(shape), make_autoencoder(decoder)
+    device = torch.device("cuda" if has_gpu() else "cpu")
+    files = open_teacher_files(settings.teacher)
+    check_parts(find_parts(settings.teacher), files.config)
+    shape, parts, settings = choose_shape(settings, files), parts_of(settings), choose_precision(settings, files)
+    needs = Needs(settings, files, shape, device)
+    settings = needs.fit(settings)
     training, held_out, images = choose_data(settings, print)
     walks = settings.num_trajectories or len(training)
-    settings = replace(settings, **bound_pictures(settings, files.width, walks))
+    settings = replace(settings, **bound_pictures(settings, files.width >= LARGE, walks))
     check_batch(settings, walks, 1, parts)
     walks += len(images)                                     # each is asked about as often
-    work = announce(settings, files, student, device, walks, count_passes(settings, walks, len(held_out), parts), parts, print)
-    latent_shape, buckets = latent_shapes(settings, files, autoencoder.config.scale_factor_spatial)
-    largest = max([latent_shape, *buckets], key=math.prod)
-    tokens = math.prod(latent_shape[1:]) // math.prod(student.config.patch_size)
-    dtype, residency = training_dtype(settings), place_teacher(settings, files, device)
-
-    def training_peak(rows):
-        return at_depth(lambda depth: simulate_training(
-            lambda: WanLiteStudent(shape | {"depth": depth}), partial(make_optimizers, settings),
-            lambda network: EMAModel(network.parameters()), rows, largest[1:], dtype != torch.float32), shape["depth"])
-
-    weights, drawing = 4 * student.num_parameters(), 4 * autoencoder.num_parameters()
-    resting = weights * (3 if settings.muon_learning_rate else 4)       # weights, their average, what optimizers remember
-    looks, several = count_looks(settings.validation_walks, len(held_out))
-    drawn, pixels = max(looks, several**2), math.prod(picture_size(settings.resolution))
-    together, at_once = min(drawn, max(1, DECODED_AT_ONCE // pixels)), min(SHARD_SIZE, max(walks, drawn))
-    placed = {place: teacher_bytes(files, place, dtype, settings.teacher_fp8, local_processes())
-              for place in dict.fromkeys((*RESIDENCIES, residency))}
-    rows = min(2 * at_once, max(1, TOKENS_AT_ONCE // tokens))                                   # half of them for guidance
-    asked = placed[residency][0] + pass_peak(files, rows, largest[1:], dtype) + walk_bytes(at_once, settings.teacher_steps, largest)
-    phases = {                                               # the autoencoder stays, and so does the student once it has a start
-        "text": num_bytes(found["text_encoder"]), "trajectories": asked + drawing + weights,
-        "training": training_peak(settings.train_batch_size) + drawing,
-        "validation": resting + weights + at_depth(                     # what is lent keeps its place
-            lambda parts: decoding_peak(partial(make_autoencoder, decoder), decode_latents, parts * together, latent_shape),
-            -(-drawn // together))}
-    frames = min(len(training), most_frames(tokens)) if settings.projection == "calibrated" and settings.student is None else 0
-    comparing, calibrating = start_peaks(files, frames, latent_shape[1:])
-    phases["start"] = max(comparing, calibrating + drawing + weights)
-    if settings.matching_steps:                              # the critic learns beside the student, and the teacher is asked
-        phases["matching"] = phases["training"] + training_peak(max(1, settings.train_batch_size // MATCHED)) + asked
-    remembered = (resting + weights) * (1.5 if settings.matching_steps else 1)      # with the best student so far
-    seen = walks + looks + min(several, len(held_out)) * several
-    converted = sum(map(num_bytes, {place for part, place in found.items() if not is_converted(found, part)}))
-    disk = {settings.cache_dir: weights + converted + text_bytes([*training, *held_out], files.config["text_dim"])
-            + trajectory_bytes(seen, settings.teacher_steps, largest, tokens, shape["hidden_size"]),
-            settings.output_dir: weights + sum(map(num_bytes, set(found.values())))
-            + (settings.checkpoints_total_limit + 1) * remembered}
-    wrong = tell(phases, disk, device, free_memory(device)[0], residency, placed, settings.train_batch_size,
-                 settings.gradient_accumulation_steps, resting + weights + drawing)
-    passes, states = work
-    passes += CALIBRATING_PASSES * frames
-    print(f"time     {estimate(student, files, passes, states, tokens, latent_shape[1:], device, dtype)}")
+    passes = count_passes(settings, walks, len(held_out), parts)
+    states = announce(settings, files, needs.student, device, walks, passes, parts, print)
+    wrong = needs.tell(settings, training, held_out, images)
+    passes += CALIBRATING_PASSES * calibration_frames(settings, training, needs.tokens)
+    print("time     " + estimate(needs.student, files, passes, states, needs.tokens, needs.latent_shape[1:], device,
+                                 training_dtype(settings)))
     for reason in wrong:
         print(f"PROBLEM  {reason}")
     print(f"run      {shlex.join(['python', Path(__file__).name, *words])}")
@@ -849,32 +914,33 @@ def train(settings, is_resumed, stop):
     """Project, walk the teacher, distil, validate and save into settings.output_dir; raises Stopped where `stop` asks for it."""
     began, output = time.time(), Path(settings.output_dir)
     check_devices(os.environ)
+    files = open_teacher_files(settings.teacher)
+    fitted = choose_precision(settings, files)
     accelerator = Accelerator(
-        kwargs_handlers=[patience()],
-        mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        kwargs_handlers=[patience()], mixed_precision=fitted.mixed_precision,
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / settings.logging_dir)))
-    device, say = accelerator.device, accelerator.print
-    ranks, micro_batches = accelerator.num_processes, settings.gradient_accumulation_steps
+    device, say, ranks = accelerator.device, accelerator.print, accelerator.num_processes
     set_seed(settings.seed)
 
     # What there is: teacher, student, prompts.
-    files = open_teacher_files(settings.teacher)
     check_parts(find_parts(settings.teacher), files.config)
     shape = choose_shape(settings, files)
-    student = WanLiteStudent(shape)
+    needs, student = Needs(settings, files, shape, device), WanLiteStudent(shape)    # its memory is not yet taken
+    fitted = agreed(replace(fitted, **read_run(output)["fitted"]) if is_resumed else needs.fit(fitted))
+    micro_batches = accelerator.gradient_accumulation_steps = fitted.gradient_accumulation_steps
     with accelerator.main_process_first():                   # one rank looks at images, the others read what it found
         training, held_out, images = choose_data(settings, say, accelerator.is_main_process)
     num_trajectories = settings.num_trajectories or len(training)
     parts = parts_of(settings)
-    asked, settings = settings, replace(settings, **bound_pictures(settings, files.width, num_trajectories))
+    asked, settings = settings, replace(fitted, **bound_pictures(fitted, files.width >= LARGE, num_trajectories))
     check_batch(settings, num_trajectories, ranks, parts)
     num_looked_at, several = count_looks(settings.validation_walks, len(held_out))
     validation = settings.validation_prompts or held_out[:several]
     few_steps = settings.few_steps if parts[-1][0] != "velocity" else []
     run = {"settings": asdict(asked), "versions": versions(), "teacher": files.fingerprint, "student": shape,
            "prompts": fingerprint([training, held_out]), "images": fingerprint([image.sha256 for image in images]),
-           "processes": ranks,
+           "processes": ranks, "fitted": {name: getattr(settings, name) for name in FITTED},
            "student_parameters": student.num_parameters(), "finished": False, "validation_prompts": validation,
            "num_inference_steps": settings.num_inference_steps, "resolution": settings.resolution,
            "schedule": describe_schedule(settings, few_steps, parts)}
@@ -882,7 +948,10 @@ def train(settings, is_resumed, stop):
         check_resumable(output, run, say)
     walked = num_trajectories + len(images)                  # an image is asked about as often as a trajectory has states
     passes = count_passes(settings, walked, len(held_out), parts)
-    work = announce(settings, files, student, device, walked, passes, parts, say)
+    states = announce(settings, files, student, device, walked, passes, parts, say)
+    if files.width >= LARGE:
+        wrong = needs.tell(settings, training, held_out, images) if accelerator.is_main_process else []
+        refuse_together(accelerator, "\n".join(wrong))
     cosines = compare_experts(settings, files, device) if accelerator.is_main_process and not is_resumed else {}
     parts_folder = open_parts(settings, accelerator)
     said_by = sampled_digest(("part", path) for part in ("text_encoder", "tokenizer")
@@ -895,7 +964,7 @@ def train(settings, is_resumed, stop):
     latent_shape, buckets = latent_shapes(settings, files, autoencoder.config.scale_factor_spatial)
     tokens_each = math.prod(latent_shape[1:]) // math.prod(student.config.patch_size)
     scheduler, dtype = make_scheduler(settings.flow_shift), training_dtype(settings)
-    say(f"time     {estimate(student, files, *work, tokens_each, latent_shape[1:], device, dtype)}")
+    say(f"time     {estimate(student, files, passes, states, tokens_each, latent_shape[1:], device, dtype)}")
     if settings.aspect_ratios:
         stride = autoencoder.config.scale_factor_spatial
         say(f"sizes    {', '.join(f'{width * stride} x {height * stride}' for _, height, width in buckets)}")

@@ -232,9 +232,9 @@ def test_a_launch_that_contradicts_the_flags_is_refused(said, flags, words, monk
         train_distillation.complete(train_distillation.Settings(**flags))
 
 
-@pytest.mark.parametrize("asked, config, expected, is_told", [(None, None, "no", False), (None, "bf16", "bf16", False),
-                                                              ("fp16", "bf16", "fp16", True), ("bf16", "no", "bf16", False),
-                                                              ("bf16", "fp8", "bf16", True)])
+@pytest.mark.parametrize("asked, config, expected, is_told", [
+    (None, None, None, False), (None, "no", None, False), (None, "bf16", "bf16", False), ("no", "bf16", "no", True),
+    ("fp16", "bf16", "fp16", True), ("bf16", "no", "bf16", False), ("bf16", "fp8", "bf16", True)])
 def test_the_precision_is_that_of_the_flag_else_of_the_config(asked, config, expected, is_told, monkeypatch):
     if config:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", config)

@@ -14,21 +14,21 @@ from wanlite.network import pack_text
 from wanlite.preflight import bound_pictures, check_batch, count_passes, parts_of
 from wanlite.teacher import open_teacher_files, stream_expert
 
-SETTINGS = replace(Settings(), segment_steps=1000, reference_steps=40)
+SETTINGS = replace(Settings(), segment_steps=1000, reference_steps=40, train_batch_size=128, gradient_accumulation_steps=1)
 
 
 @pytest.mark.parametrize("walks", [400, 1000, 4000, 20000])
 def test_what_is_looked_at_costs_a_large_teacher_less_than_half_of_its_trajectories(walks):
-    settings = replace(SETTINGS, **bound_pictures(SETTINGS, 5120, walks))
+    settings = replace(SETTINGS, **bound_pictures(SETTINGS, True, walks))
     learnt = 2 * walks * settings.teacher_steps
     assert learnt < count_passes(settings, walks, 400, parts_of(settings)) < 1.5 * learnt
 
 
 def test_one_trajectory_of_a_large_teacher_is_looked_at_four_times_of_a_kind_and_a_small_one_as_ever():
-    assert bound_pictures(replace(SETTINGS, train_batch_size=2), 5120, 1) == {"validation_walks": 4, "own_path_pictures": 2}
-    assert bound_pictures(SETTINGS, 128, 1) == {"validation_walks": 64, "own_path_pictures": 512}
+    assert bound_pictures(replace(SETTINGS, train_batch_size=2), True, 1) == {"validation_walks": 4, "own_path_pictures": 2}
+    assert bound_pictures(SETTINGS, False, 1) == {"validation_walks": 64, "own_path_pictures": 512}
     asked = replace(SETTINGS, validation_walks=16, own_path_pictures=0)
-    assert bound_pictures(asked, 5120, 1) == {"validation_walks": 16, "own_path_pictures": 0}
+    assert bound_pictures(asked, True, 1) == {"validation_walks": 16, "own_path_pictures": 0}
 
 
 def test_a_batch_larger_than_what_is_learnt_from_is_refused_before_the_teacher_is_asked():

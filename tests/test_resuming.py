@@ -155,6 +155,27 @@ def test_what_decides_no_weight_may_change_on_resume(folder, finished_run):
     assert code == 0 and "resumed at step 3" in said and same(folder, finished_run[0]) and steps(folder) == [3, 4, 5, 6]
 
 
+def test_a_batch_that_was_fitted_to_a_machine_stays_when_a_run_goes_on_where_more_is_free_or_less(folder, monkeypatch):
+    place = SHORT_RUN.index("--train_batch_size")
+    monkeypatch.setattr(sys.modules[__name__], "SHORT_RUN", SHORT_RUN[:place] + SHORT_RUN[place + 2:])
+    for name, value in (("LARGE", 1), ("BATCH", 256)):
+        monkeypatch.setattr(train_distillation, name, value)
+
+    def train_in(free, *flags, **happenings):
+        monkeypatch.setattr(train_distillation, "free_memory", lambda device, sharing=1: (free, free))
+        return train(folder, *flags, **happenings)
+
+    code, said = train_in(20e6)                              # less than the tiny teacher's walks take
+    assert code == 2 and "the teacher's passes do not fit" in said and "Traceback" not in said
+    code, said = train_in(150e6, at={1: asked()})
+    assert code == 3 and "4 x 64 a step" in said             # the critic counts, and the teacher that is asked beside it
+    code, said = train_in(60e6, "--matching_steps", "0", "--overwrite", at={12: asked()})
+    assert code == 3 and "8 x 32 a step" in said and "60.0 MB free on cpu" in said and "stopped at step 1" in said
+    assert read_run(folder)["fitted"] == {"mixed_precision": "no", "train_batch_size": 32, "gradient_accumulation_steps": 8}
+    code, said = train_in(1e12, "--matching_steps", "0")
+    assert code == 0 and "8 x 32 a step" in said and "resumed at step 1" in said
+
+
 @pytest.mark.parametrize("flags, words", [(["--seed", "1"], "seed was 0, is 1"),
                                           (["--max_train_steps", "7"], "max_train_steps was 6, is 7")])
 def test_a_changed_setting_that_decides_a_weight_is_named(flags, words, folder):

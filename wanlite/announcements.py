@@ -1,6 +1,7 @@
 """What a user is told: what will happen, and how it ended."""
 
 import importlib.metadata
+import math
 import platform
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import torch
 
 
 def announce(settings, files, student, device, num_trajectories, passes, parts, say):
-    """Say what will happen before it happens; returns `passes`, of the teacher, and how many states the student learns from."""
+    """Say what will happen before it happens; returns how many states the student learns from."""
     sizes = " + ".join(f"{expert.num_parameters / 1e6:,.2f} M" for expert in files.experts.values())
-    pictures = settings.max_train_steps * settings.train_batch_size * settings.gradient_accumulation_steps
+    batch = [settings.gradient_accumulation_steps, settings.train_batch_size]
+    pictures = settings.max_train_steps * math.prod(batch)
+    said = " x ".join(str(number) for number in batch if number > 1) or "1"
     config, steps = student.config, {}
     for part, first, last in parts:
         steps[part] = steps.get(part, 0) + last - first
@@ -21,9 +24,9 @@ def announce(settings, files, student, device, num_trajectories, passes, parts, 
         f"{'float32' if settings.mixed_precision == 'no' else settings.mixed_precision + ' mixed precision'}\n"
         f"work     {num_trajectories:,} teacher pictures ({passes:,} teacher passes with all that is looked at), then "
         f"{settings.max_train_steps:,} steps "
-        f"({pictures:,} states): {', '.join(f'{part} {count:,}' for part, count in steps.items())}\n"
+        f"({pictures:,} states, {said} a step): {', '.join(f'{part} {count:,}' for part, count in steps.items())}\n"
         f"output   {Path(settings.output_dir).absolute()}")
-    return passes, pictures
+    return pictures
 
 
 def versions():

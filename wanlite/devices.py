@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import psutil
 import torch
+from accelerate.utils import parse_flag_from_env
 
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)     # what a student's weights are kept in
 
@@ -39,6 +40,11 @@ def _has(device):
         return device.type != "meta" and torch.empty(0, device=device).device.type == device.type
     except (RuntimeError, AssertionError):                   # how builds without a device's support say it
         return False
+
+
+def has_gpu():
+    """Whether a run will be on a GPU: there is one, and accelerate was not told to leave it."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def free_memory(device, sharing=1):

@@ -36,7 +36,9 @@ def give_way():
 
 
 def launched_precision(asked, say=print):
-    """Return --mixed_precision, or where it is None what accelerate's config says, or "no"; of two that differ the flag counts.
+    """Return --mixed_precision, or where it is None what accelerate's config says; of two that differ the flag counts.
+
+    Its "no" is no word of the user's: accelerate launch says it where nothing else was.
 
     Raises ValueError for a config's precision that is none of ours.
     """
@@ -46,7 +48,7 @@ def launched_precision(asked, say=print):
                          "bf16, which then counts.")
     if asked not in (None, said) and said != "no" and is_first():
         say(f"--mixed_precision {asked} counts, and not {said} of accelerate's config")
-    return asked or said
+    return asked or (None if said == "no" else said)
 
 
 def check_launch(settings):

@@ -214,6 +214,13 @@ def free_disk(folder):
     return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
 
 
+def bytes_there(folder, *apart):
+    """Return the bytes of the files in a folder, without those in folders `apart` that may lie in it."""
+    apart = [Path(each).absolute() for each in apart]
+    return sum(path.stat().st_size for path in Path(folder).absolute().rglob("*")
+               if path.is_file() and not any(path.is_relative_to(each) for each in apart))
+
+
 # ---- said ------------------------------------------------------------------------------------------------------------------
 
 def largest_batch(rows, peak, rest, free):
@@ -240,9 +247,12 @@ def tell(phases, disk, device, free, residency, placed, rows, accumulated, rest)
             for place, (held, beside) in placed.items()]
     print(f"experts  {residency}; trajectories by --teacher_residency: {', '.join(told)}")
     print("disk")
-    rooms = {place: free_disk(place) for place in disk}
+    rooms, missing = {place: free_disk(place) for place in disk}, {}
     for place, needed in disk.items():
-        print(f"  {gigabytes(needed):>10}  {place} ({gigabytes(rooms[place])} free)")
+        there = bytes_there(place, *(other for other in disk if Path(other).is_relative_to(place) and other != place))
+        missing[place] = needed - min(needed, there)
+        told_there = f"{gigabytes(there)} are there, " if there else ""
+        print(f"  {gigabytes(needed):>10}  {place} ({told_there}{gigabytes(rooms[place])} free)")
     wrong = []
     if phases["text"] > free:
         wrong.append("the text encoder does not fit: run where more memory is free.")
@@ -261,7 +271,7 @@ def tell(phases, disk, device, free, residency, placed, rows, accumulated, rest)
     if phases.get("matching", 0) > free >= phases["training"]:
         wrong.append("distribution matching does not fit: leave --matching_steps out, or lower --train_batch_size.")
     is_shared = len(set(rooms.values())) == 1                # folders on one disk need their sum of it
-    if sum(disk.values()) > min(rooms.values()) if is_shared else any(disk[place] > rooms[place] for place in disk):
+    if sum(missing.values()) > min(rooms.values()) if is_shared else any(missing[place] > rooms[place] for place in disk):
         wrong.append("the disk is too small: lower --num_trajectories, or name a larger --cache_dir.")
     return wrong
 

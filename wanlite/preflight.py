@@ -70,7 +70,7 @@ def bucket_sizes(size, aspect_ratios, unit=16):
 def check_numbers(settings):
     """Refuse numbers out of range, and settings that contradict each other."""
     for name in COUNTS:
-        if getattr(settings, name) < 1:
+        if getattr(settings, name) is not None and getattr(settings, name) < 1:
             raise ValueError(f"--{name} is {getattr(settings, name)}, expected at least 1.")
     for name in ("segment_steps", "matching_steps", "own_path_pictures"):
         if (getattr(settings, name) or 0) < 0:
@@ -141,10 +141,9 @@ def parts_of(settings):
     return [(name, first, last) for name, first, last in zip(names, [0, *ends], ends) if first < last]
 
 
-def bound_pictures(settings, width, num_trajectories):
+def bound_pictures(settings, is_large, num_trajectories):
     """Return what --validation_walks and --own_path_pictures are where they are left open: a share of the trajectories if the
-    teacher is large, of `width` 1024 or more, so that little to learn from is not looked at for ever."""
-    is_large = width >= 1024
+    teacher is large, so that little to learn from is not looked at for ever."""
     walks, own = num_trajectories // LOOKED_AT if is_large else MOST_LOOKED_AT, MOST_OWN
     if is_large:
         own = min(own, max(settings.train_batch_size, num_trajectories // 8))
