@@ -67,6 +67,7 @@ CALIBRATION_TOKENS = 16384   # image tokens on which the projected weights are r
 GRID_FIGURES = {"variety": "variety", "colour": "saturation", "drift": "channel_drift"}      # told beside the rows of a grid
 LARGE = 1024             # width of a teacher from which on the machine decides batch and precision where they are left open
 BATCH = 128              # states in a batch on each device, where --train_batch_size is left open
+MOST_DIRECTIONS = 256    # in which token states are kept: a quarter of a student's 1024
 FILLED = 0.9             # of the free memory is for them, for it is told a little low
 LOG_STEPS = 10
 STOPPED = 3               # exit code of a run that was asked to stop and can be resumed
@@ -294,16 +295,12 @@ from wanlite.checkpoints import latest_checkpoint, load_checkpoint, restore, sav
 from wanlite.data import (  # noqa: E402
     SHARD_SIZE,
     Buckets,
-    Sampled,
     SeededBatches,
     Segments,
-    ask_at_pictures,
+    Walker,
     deal_out,
     encode_once,
-    feature_basis,
     kept_once,
-    walk_own_path,
-    walk_teacher,
 )
 from wanlite.devices import as_device, as_dtype, free_memory, has_gpu  # noqa: E402
 from wanlite.flow import FewSteps, make_scheduler, sample, seeded_noise  # noqa: E402
@@ -706,6 +703,11 @@ def feature_block(depth):
     return max(0, round(0.75 * depth) - 1)
 
 
+def feature_width(hidden_size):
+    """Return in how many directions token states are compared, and kept: they would be most of what lies on the disk."""
+    return min(hidden_size, MOST_DIRECTIONS)
+
+
 class Needs:
     """What a run will need: memory by phase, disk, time. Nothing is read but headers, and phases run without contents."""
 
@@ -781,7 +783,8 @@ class Needs:
         seen = walks + looks + min(several, len(held_out)) * several
         converted = sum(map(num_bytes, {place for part, place in self.found.items() if not is_converted(self.found, part)}))
         disk = {settings.cache_dir: self.weights + converted + text_bytes([*training, *held_out], self.files.config["text_dim"])
-                + trajectory_bytes(seen, settings.teacher_steps, self.largest, self.tokens, self.shape["hidden_size"]),
+                + trajectory_bytes(seen, settings.teacher_steps, self.largest, self.tokens,
+                                   feature_width(self.shape["hidden_size"])),
                 settings.output_dir: self.weights + sum(map(num_bytes, set(self.found.values())))
                 + (settings.checkpoints_total_limit + 1) * remembered}
         return tell(phases, disk, self.device, self.free, residency, placed, settings.train_batch_size,
@@ -998,23 +1001,18 @@ def train(settings, is_resumed, stop):
     def guided_for(prompts, features):
         return guided(pack(prompts), features)
 
+    width_kept = feature_width(shape["hidden_size"])
     made_of = {"teacher": files.fingerprint, "negative_prompt": settings.negative_prompt, "shift": settings.flow_shift,
                "guidance": (settings.guidance_scale, settings.guidance_scale_2), "steps": settings.teacher_steps,
-               "text": (said_by, TEXT_LENGTH), "features": shape["hidden_size"]}
+               "text": (said_by, TEXT_LENGTH), "features": width_kept}
 
     def kept_in(parent, kind, **what):
         with accelerator.main_process_first():
             return cache_folder(parent, kind, **what, **made_of)
 
+    walker = Walker(accelerator, guided_for, scheduler, settings.teacher_steps, in_step)
     some = training[:settings.validation_walks]
-
-    def find_basis():
-        features, noise = Sampled(len(some) * settings.teacher_steps * tokens_each), seeded_noise(latent_shape, range(len(some)))
-        return {"basis": feature_basis(guided_for(some, features), features, noise.to(device), scheduler, settings.teacher_steps,
-                                       shape["hidden_size"]).cpu()}
-
-    folder = kept_in(settings.cache_dir, "basis", prompts=some, latents=latent_shape)
-    basis = kept_once(accelerator, folder, find_basis)["basis"].to(device)
+    walker.find_basis(kept_in(settings.cache_dir, "basis", prompts=some, latents=latent_shape), some, latent_shape, width_kept)
     first_seed = settings.seed * 10**7
     walks = [(n % len(training), training[n % len(training)], first_seed + n) for n in range(num_trajectories)]
     unseen = held_out[:settings.validation_walks]
@@ -1023,9 +1021,7 @@ def train(settings, is_resumed, stop):
                       for seed in range(several)]}
 
     def walk(walked, latents):
-        folder = kept_in(settings.cache_dir, "trajectories", walks=walked, latents=latents)
-        return walk_teacher(accelerator, guided_for, basis, scheduler, settings.teacher_steps, walked, latents, folder,
-                            in_step)
+        return walker.walk(kept_in(settings.cache_dir, "trajectories", walks=walked, latents=latents), walked, latents)
 
     number_of = {prompt: number for number, prompt in enumerate(training)}
 
@@ -1033,13 +1029,11 @@ def train(settings, is_resumed, stop):
         found = {image.sha256: image for image in images if image.size == size}
         asked = [(number_of[image.caption], image.caption, first_seed - 10**6 - n, image.sha256)
                  for n, image in enumerate(images) if image.size == size]
-        folder = kept_in(settings.cache_dir, "images", asked=asked, latents=latents)
 
         def latents_of(digests):
             pictures = np.stack([read_picture(found[sha256]) for sha256 in digests])
             return encode_images(autoencoder, to_pixels(pictures).to(device))
-        return ask_at_pictures(accelerator, guided_for, latents_of, basis, scheduler, settings.teacher_steps, asked, folder,
-                               in_step)
+        return walker.ask_at_pictures(kept_in(settings.cache_dir, "images", asked=asked, latents=latents), asked, latents_of)
 
     pace.restart()
     trajectories = [walk(*bucket) for bucket in zip(deal_out(walks, len(buckets), settings.seed), buckets)]
@@ -1070,7 +1064,7 @@ def train(settings, is_resumed, stop):
     set_seed(settings.seed)                                  # again: what lay in the cache has drawn no numbers
     if settings.allow_tf32 and device.type == "cuda":        # only now: a projection solves for weights in full float32
         torch.set_float32_matmul_precision("high")
-    student, head = student.to(device), nn.Linear(shape["hidden_size"], shape["hidden_size"]).to(device)
+    student, head = student.to(device), nn.Linear(shape["hidden_size"], width_kept).to(device)
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     optimizers = make_optimizers(settings, student, head, is_fused=device.type == "cuda")
@@ -1173,8 +1167,7 @@ def train(settings, is_resumed, stop):
         if step != first and not any(folder.glob("shard-*")):
             raise OSError(f"{folder}: the states that the student met at step {first} are gone, and it is past that step. Put "
                           "them back, or add --overwrite to start again.")
-        return walk_own_path(accelerator, lambda said: velocity_in_parts(student, pack(said)), guided_for,
-                             (few.scheduler, scheduler), settings.teacher_steps, paths, latents, folder, in_step)
+        return walker.walk_own_path(folder, paths, latents, lambda said: velocity_in_parts(student, pack(said)), few.scheduler)
 
     if walk_figures:
         tell(step, **walk_figures)

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.train_speed import World, ours, settle
 from train_distillation import Settings, teacher_velocity
 from wanlite import shapes
-from wanlite.data import encode_once, walk_teacher
+from wanlite.data import Walker, encode_once
 from wanlite.flow import make_scheduler
 from wanlite.network import pack_text
 from wanlite.pace import Pace
@@ -82,9 +82,9 @@ def fill(folder, count, device):
     guided, basis = teacher_velocity(teacher, settings, words[""]), torch.eye(128, 64, device=device)
     jobs = [(number, prompt, number) for number, prompt in enumerate(prompts)]
     began = time.perf_counter()
-    states = walk_teacher(accelerator, lambda said, features: guided(pack_text([words[prompt] for prompt in said]).to(device),
-                                                                     features),
-                          basis, make_scheduler(3.0), STEPS, jobs, (16, SIDE, SIDE), folder)
+    walker = Walker(accelerator, lambda said, features: guided(pack_text([words[prompt] for prompt in said]).to(device), features),
+                    make_scheduler(3.0), STEPS, basis=basis)
+    states = walker.walk(folder, jobs, (16, SIDE, SIDE))
     return states, [words[prompt] for prompt in prompts], time.perf_counter() - began
 
 

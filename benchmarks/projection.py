@@ -110,7 +110,7 @@ def prepare(folder, num_trajectories):
 
     import train_distillation as spine
     from wanlite.cache import cache_folder
-    from wanlite.data import walk_teacher
+    from wanlite.data import Walker
     from wanlite.flow import make_scheduler
     from wanlite.text import encode_prompts, load_text_encoder
 
@@ -120,13 +120,12 @@ def prepare(folder, num_trajectories):
     prompts = [*training, *held_out, ""]
     embeddings = dict(zip(prompts, encode_prompts(*load_text_encoder(settings.teacher), prompts)))
     guided = spine.teacher_velocity(spine.Teacher(files), settings, embeddings[""])
+    walker = Walker(Accelerator(), lambda said, features: guided(spine.pack_text([embeddings[p] for p in said]), features),
+                    make_scheduler(settings.flow_shift), settings.teacher_steps, basis=torch.eye(files.experts["low"].width)[:, :1])
     cache = cache_folder(folder, "projection", teacher=files.fingerprint, prompts=[*training, *held_out])
     for part, prompts, first in (("training", training, 0), ("held_out", held_out[:64], -10**6)):
         (cache / part).mkdir(exist_ok=True)
-        walks = [(n, prompt, first + n) for n, prompt in enumerate(prompts)]
-        walk_teacher(Accelerator(), lambda said, features: guided(spine.pack_text([embeddings[p] for p in said]), features),
-                     torch.eye(files.experts["low"].width)[:, :1], make_scheduler(settings.flow_shift), settings.teacher_steps,
-                     walks, (16, 8, 8), cache / part)
+        walker.walk(cache / part, [(n, prompt, first + n) for n, prompt in enumerate(prompts)], (16, 8, 8))
     torch.save({"training": training, "held_out": held_out, "embeddings": embeddings}, cache / "prompts.pt")
     return str(cache)
 

@@ -47,8 +47,9 @@ FLAGS = ["--num_trajectories", "1", "--teacher_steps", "2", "--flow_shift", "3",
          "--teacher_residency", "disk"]
 # What the spine calls -> the phase that it is, in the words of --dry_run where these know it.
 PHASES = {"check_experts": "start", "convert_parts": "converting", "encode_once": "text", "start_student": "start",
-          "feature_basis": "trajectories", "walk_teacher": "trajectories", "walk_own_path": "own path", "draw_pictures": "drawing",
-          "teacher_walks": "drawing", "relative_error": "validation", "compare_walks": "validation", "save_parts": "saving"}
+          "Walker.find_basis": "trajectories", "Walker.walk": "trajectories", "Walker.walk_own_path": "own path",
+          "draw_pictures": "drawing", "teacher_walks": "drawing", "relative_error": "validation", "compare_walks": "validation",
+          "save_parts": "saving"}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}          # of the largest velocity
 
 
@@ -176,8 +177,10 @@ def measure_run(words):
     from wanlite import text
 
     meter = PhaseMeter()
-    for name, phase in PHASES.items():
-        setattr(spine, name, watched(meter, getattr(spine, name), phase))
+    for place, phase in PHASES.items():
+        *owner, name = place.split(".")
+        owner = getattr(spine, *owner) if owner else spine
+        setattr(owner, name, watched(meter, getattr(owner, name), phase))
     deal = spine.Pace.deal
     spine.load_autoencoder = weighed(meter, spine.load_autoencoder)
     text.load_text_encoder = weighed(meter, text.load_text_encoder)

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from tests.test_data import STEPS, student_for, teacher_for
 from train_distillation import Settings, complete
-from wanlite.data import Buckets, SeededBatches, Segments, deal_out, walk_own_path, walk_teacher
+from wanlite.data import Buckets, SeededBatches, Segments, Walker, deal_out
 from wanlite.flow import FewSteps, make_scheduler
 from wanlite.preflight import WIDEST, bucket_sizes
 
@@ -83,9 +83,9 @@ def test_a_batch_of_segments_is_of_one_shape_and_the_states_of_its_numbers(tmp_p
         jobs = [(number, f"{number}", 10 * bucket + number) for number in range(3 + bucket)]
         for part in ("walked", "own"):
             (tmp_path / f"{part}{bucket}").mkdir()
-        walked = walk_teacher(Accelerator(), teacher_for, torch.eye(4), scheduler, STEPS, jobs, shape, tmp_path / f"walked{bucket}")
-        own = walk_own_path(Accelerator(), student_for, teacher_for, (few, scheduler), STEPS, [(*jobs[0], 2, 1)], shape,
-                            tmp_path / f"own{bucket}")
+        walker = Walker(Accelerator(), teacher_for, scheduler, STEPS, basis=torch.eye(4))
+        walked = walker.walk(tmp_path / f"walked{bucket}", jobs, shape)
+        own = walker.walk_own_path(tmp_path / f"own{bucket}", [(*jobs[0], 2, 1)], shape, student_for, few)
         data.append(Segments(walked, [(999.0, 0.999), (500.0, 0.5)], own))
     buckets = Buckets(data)
     assert buckets.sizes == [7, 9] and len(buckets) == 16

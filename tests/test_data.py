@@ -18,11 +18,10 @@ from wanlite.data import (
     SeededBatches,
     Segments,
     Trajectories,
+    Walker,
     encode_once,
     read_shard,
     shard_path,
-    walk_own_path,
-    walk_teacher,
     write_shard,
 )
 from wanlite.flow import clean_from, make_scheduler, sample, seeded_noise
@@ -115,11 +114,11 @@ def test_a_cache_that_was_moved_under_another_name_is_refused_with_what_differs(
 
 def test_what_is_kept_of_token_states_is_bounded_and_in_the_basis():
     states = torch.randn(4, 5000, 6)
-    kept = Sampled(10 * 4 * 5000)
+    kept = Sampled(10)
     for _ in range(10):
         kept.append(states)
     assert 0.5 * MOST_SAMPLED < sum(map(len, kept)) <= MOST_SAMPLED + len(kept)
-    whole = Sampled(20000)
+    whole = Sampled(1)
     whole.append(states)
     assert torch.equal(torch.cat(whole), states.flatten(0, 1))
     projected = Projected(torch.eye(6)[:, :2])
@@ -138,9 +137,10 @@ def walked(tmp_path_factory):
     folder, own = tmp_path_factory.mktemp("walked"), tmp_path_factory.mktemp("own")
     jobs = [(number % 3, f"{number % 3}", 100 + number) for number in range(70)]
     scheduler, few = make_scheduler(3.0), make_scheduler(3.0, (1, 2, 4))
-    states = walk_teacher(Accelerator(), teacher_for, torch.eye(4), scheduler, STEPS, jobs, SHAPE, folder)
+    walker = Walker(Accelerator(), teacher_for, scheduler, STEPS, basis=torch.eye(4))
+    states = walker.walk(folder, jobs, SHAPE)
     paths = [(*job, *((2, 1), (4, 3))[number % 2]) for number, job in enumerate(jobs[:20])]
-    path = walk_own_path(Accelerator(), student_for, teacher_for, (few, scheduler), STEPS, paths, SHAPE, own)
+    path = walker.walk_own_path(own, paths, SHAPE, student_for, few)
     return states, path, paths, few, scheduler
 
 

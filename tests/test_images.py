@@ -24,7 +24,7 @@ from tests.test_sizes import leave_as_killed
 from train_distillation import Settings, choose_data, complete
 from wanlite import shapes
 from wanlite.autoencoder import encode_images, load_autoencoder, to_pixels
-from wanlite.data import Trajectories, ask_at_pictures, walk_teacher
+from wanlite.data import Trajectories, Walker
 from wanlite.flow import add_noise, make_scheduler
 from wanlite.images import SHOWN, choose_images, decode, list_images, read_picture
 from wanlite.run_folder import read_run
@@ -320,8 +320,8 @@ def test_the_teacher_is_asked_at_each_of_its_levels_at_noised_pictures_and_state
     jobs = [(number, f"{number}", 50 + number, number) for number in range(5)]
     for name in ("asked", "walked"):
         (tmp_path / name).mkdir()
-    states = ask_at_pictures(Accelerator(), teacher_for, lambda numbers: pictures[list(numbers)], torch.eye(4), scheduler, STEPS,
-                             jobs, tmp_path / "asked")
+    walker = Walker(Accelerator(), teacher_for, scheduler, STEPS, basis=torch.eye(4))
+    states = walker.ask_at_pictures(tmp_path / "asked", jobs, lambda numbers: pictures[list(numbers)])
     batch = states.__getitems__(range(len(states)))
     assert len(states) == 5 * STEPS and batch["prompt"].tolist() == [number for number in range(5) for _ in range(STEPS)]
     assert torch.allclose(batch["noise_level"].view(5, STEPS), scheduler.sigmas[:-1].expand(5, STEPS))
@@ -332,8 +332,7 @@ def test_the_teacher_is_asked_at_each_of_its_levels_at_noised_pictures_and_state
     assert (noise[low][1:] - noise[low][:-1]).abs().mean() > 0.5           # noised anew at each level
     velocity = teacher_for([str(number) for number in batch["prompt"].tolist()], None)(batch["latents"].float(), batch["timestep"])
     assert torch.allclose(velocity, batch["velocity"].float(), atol=0.01)
-    walked = walk_teacher(Accelerator(), teacher_for, torch.eye(4), scheduler, STEPS, [job[:3] for job in jobs[:2]], (2, 4, 4),
-                          tmp_path / "walked")
+    walked = walker.walk(tmp_path / "walked", [job[:3] for job in jobs[:2]], (2, 4, 4))
     both = walked + states
     assert len(both) == 7 * STEPS and len(walked) == 2 * STEPS
     parts = [walked.__getitems__([3]), states.__getitems__([9])]

@@ -27,15 +27,16 @@ EXACT = ("timestep", "noise_level", "prompt", "text", "length")  # kept as they 
 
 
 class Sampled(list):
-    """A list of token states that keeps evenly spaced ones of `expected`, so many that directions can be found."""
+    """A list of token states that keeps evenly spaced ones: of `times` that come, so many that directions can be found."""
 
-    def __init__(self, expected):
+    def __init__(self, times):
         super().__init__()
-        self.stride = -(-expected // MOST_SAMPLED)
+        self.times = times
 
     def append(self, states):
         """Keep some of the rows of (B, N, D)."""
-        super().append(states.flatten(0, 1)[::self.stride].float())
+        rows = states.flatten(0, 1)
+        super().append(rows[::-(-self.times * len(rows) // MOST_SAMPLED)].float())
 
 
 class Projected(list):
@@ -50,45 +51,77 @@ class Projected(list):
         super().append(states.float() @ self.basis)
 
 
-@torch.no_grad()
-def feature_basis(velocity_of, features, noise, scheduler, num_steps, width):
-    """Return the directions (D, width) in which token states vary most along trajectories from `noise`.
+class Walker:
+    """Asks the teacher for all that a student learns from, and keeps it shard by shard; shards that are there are not made again.
 
-    `velocity_of` appends the token states (B, N, D) of each step to `features`, which is Sampled.
-    """
-    for _ in walk(velocity_of, noise, scheduler, num_steps):
-        pass
-    states = torch.cat(features).double()
-    states = states - states.mean(0)
-    return torch.linalg.eigh(states.T @ states).eigenvectors[:, -width:].float()
-
-
-@torch.no_grad()
-def walk_teacher(accelerator, velocity_for, basis, scheduler, num_steps, jobs, latent_shape, folder, in_step=False):
-    """Walk from noise to picture for every (number, prompt, seed) of `jobs`, shard by shard; shards that are there are kept.
-
-    `velocity_for(prompts, features)` returns the velocity as a function of (latents, timestep) that appends token states to
-    `features`, if there are any; `basis` (D, d) is that of the states on disk. Every rank walks its share of the shards, all of
+    `velocity_for(prompts, features)` returns the guided velocity as a function of (latents, timestep) that appends token states to
+    `features`, if there are any; `basis` (D, d) is that of the states on disk. Every rank makes its share of the shards, all of
     them `in_step` where they share the teacher out.
     """
-    def make(numbers, prompts, seeds):
-        noise, features = seeded_noise(latent_shape, seeds).to(accelerator.device), Projected(basis)
-        return _states(walk(velocity_for(prompts, features), noise, scheduler, num_steps), features, numbers)
 
-    return Trajectories(folder, _fill(accelerator, folder, jobs, make, "teacher trajectories", in_step=in_step))
+    def __init__(self, accelerator, velocity_for, scheduler, num_steps, in_step=False, basis=None):
+        self.accelerator, self.velocity_for, self.scheduler, self.num_steps = accelerator, velocity_for, scheduler, num_steps
+        self.in_step, self.basis = in_step, basis
 
+    @torch.no_grad()
+    def find_basis(self, folder, prompts, latent_shape, width):
+        """From here on keep token states in the `width` directions in which they vary most along walks of `prompts`."""
+        def make():
+            features, noise = Sampled(self.num_steps), seeded_noise(latent_shape, range(len(prompts))).to(self.accelerator.device)
+            for _ in walk(self.velocity_for(prompts, features), noise, self.scheduler, self.num_steps):
+                pass
+            return {"basis": principal_directions(torch.cat(features), width).cpu()}
 
-@torch.no_grad()
-def ask_at_pictures(accelerator, velocity_for, latents_of, basis, scheduler, num_steps, jobs, folder, in_step=False):
-    """Ask the teacher at real pictures, noised to each level of its walk, for every (number, prompt, seed, picture) of `jobs`.
+        self.basis = kept_once(self.accelerator, folder, make)["basis"].to(self.accelerator.device)
 
-    `latents_of(pictures)` returns their latents (B, C, H, W); all else, and what is kept, is as in walk_teacher.
-    """
-    def make(numbers, prompts, seeds, pictures):
-        clean, features = latents_of(pictures).to(accelerator.device), Projected(basis)
-        return _states(noise_along(velocity_for(prompts, features), clean, seeds, scheduler, num_steps), features, numbers)
+    def walk(self, folder, jobs, latent_shape):
+        """Walk from noise to picture for every (number, prompt, seed) of `jobs`; returns the Trajectories."""
+        def make(numbers, prompts, seeds):
+            noise, features = seeded_noise(latent_shape, seeds).to(self.accelerator.device), Projected(self.basis)
+            return _states(walk(self.velocity_for(prompts, features), noise, self.scheduler, self.num_steps), features, numbers)
 
-    return Trajectories(folder, _fill(accelerator, folder, jobs, make, "teacher at images", in_step=in_step))
+        return self._kept(folder, jobs, make, "teacher trajectories")
+
+    def ask_at_pictures(self, folder, jobs, latents_of):
+        """Ask at real pictures, noised to each level of a walk, for every (number, prompt, seed, picture) of `jobs`.
+
+        `latents_of(pictures)` returns their latents (B, C, H, W); what is kept is as that of walks.
+        """
+        def make(numbers, prompts, seeds, pictures):
+            clean, features = latents_of(pictures).to(self.accelerator.device), Projected(self.basis)
+            return _states(noise_along(self.velocity_for(prompts, features), clean, seeds, self.scheduler, self.num_steps),
+                           features, numbers)
+
+        return self._kept(folder, jobs, make, "teacher at images")
+
+    def walk_own_path(self, folder, jobs, latent_shape, student_for, own_scheduler):
+        """Go a part of the way with the student and the rest with the teacher, for every (number, prompt, seed, count, index).
+
+        The student takes `index` of `count` steps, the teacher what is left of its own; kept is where they met, and the average
+        velocity from there to the teacher's picture.
+        Source: the roll-outs of pi-Flow (Chen et al. 2025), with one segment that ends at the picture.
+        """
+        def make(numbers, prompts, seeds, counts, indices):
+            noise, shard = seeded_noise(latent_shape, seeds).to(self.accelerator.device), {}
+            for count, index in sorted(set(zip(counts, indices))):
+                rows = [row for row, path in enumerate(zip(counts, indices)) if path == (count, index)]
+                said = [prompts[row] for row in rows]
+                met = sample(student_for(said), noise[rows], own_scheduler, count, end=index)
+                timestep, noise_level = (part.float() for part in states_passed(own_scheduler, count, met.device)[index])
+                picture = sample(self.velocity_for(said, None), met, self.scheduler, self.num_steps,
+                                 begin=self.num_steps * index // count)
+                noise_level = noise_level.expand(len(rows))
+                found = {"latents": met, "velocity": average_velocity(met, picture, noise_level), "noise_level": noise_level,
+                         "timestep": timestep.expand(len(rows))}
+                for name, part in found.items():
+                    shard.setdefault(name, part.new_empty(len(prompts), 1, *part.shape[1:]))[rows] = part.unsqueeze(1)
+            return shard | {"prompt": torch.tensor(numbers)}
+
+        return self._kept(folder, jobs, make, "student's own path")
+
+    @torch.no_grad()
+    def _kept(self, folder, jobs, make, description):
+        return Trajectories(folder, _fill(self.accelerator, folder, jobs, make, description, in_step=self.in_step))
 
 
 def _states(steps, features, numbers):
@@ -99,32 +132,11 @@ def _states(steps, features, numbers):
             "noise_level": noise_level.float().repeat(len(numbers), 1)}
 
 
-@torch.no_grad()
-def walk_own_path(accelerator, student_for, velocity_for, schedulers, num_steps, jobs, latent_shape, folder, in_step=False):
-    """Go a part of the way with the student and the rest with the teacher, for every (number, prompt, seed, count, index).
-
-    The student takes `index` of `count` steps, the teacher what is left of its `num_steps`; kept is where they met, and the
-    average velocity from there to the teacher's picture. `schedulers` are the student's and the teacher's.
-    Source: the roll-outs of pi-Flow (Chen et al. 2025), with one segment that ends at the picture.
-    """
-    own, teachers = schedulers
-
-    def make(numbers, prompts, seeds, counts, indices):
-        noise, shard = seeded_noise(latent_shape, seeds).to(accelerator.device), {}
-        for count, index in sorted(set(zip(counts, indices))):
-            rows = [row for row, path in enumerate(zip(counts, indices)) if path == (count, index)]
-            said = [prompts[row] for row in rows]
-            met = sample(student_for(said), noise[rows], own, count, end=index)
-            timestep, noise_level = (part.float() for part in states_passed(own, count, met.device)[index])
-            picture = sample(velocity_for(said, None), met, teachers, num_steps, begin=num_steps * index // count)
-            noise_level = noise_level.expand(len(rows))
-            found = {"latents": met, "velocity": average_velocity(met, picture, noise_level), "noise_level": noise_level,
-                     "timestep": timestep.expand(len(rows))}
-            for name, part in found.items():
-                shard.setdefault(name, part.new_empty(len(prompts), 1, *part.shape[1:]))[rows] = part.unsqueeze(1)
-        return shard | {"prompt": torch.tensor(numbers)}
-
-    return Trajectories(folder, _fill(accelerator, folder, jobs, make, "student's own path", in_step=in_step))
+def principal_directions(states, width):
+    """Return the directions (D, width) in which states (B, D) vary most."""
+    states = states.double()
+    states = states - states.mean(0)
+    return torch.linalg.eigh(states.T @ states).eigenvectors[:, -width:].float()
 
 
 def deal_out(jobs, num_buckets, seed):
