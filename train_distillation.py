@@ -49,6 +49,7 @@ from wanlite.run_folder import (
     check_output_folder,
     check_resumable,
     clear,
+    fitted_before,
     picture_size,
     read_run,
     save_parts,
@@ -67,7 +68,6 @@ CALIBRATION_TOKENS = 16384   # image tokens on which the projected weights are r
 GRID_FIGURES = {"variety": "variety", "colour": "saturation", "drift": "channel_drift"}      # told beside the rows of a grid
 LARGE = 1024             # width of a teacher from which on the machine decides batch and precision where they are left open
 BATCH = 128              # states in a batch on each device, where --train_batch_size is left open
-MOST_DIRECTIONS = 256    # in which token states are kept: a quarter of a student's 1024
 FILLED = 0.9             # of the free memory is for them, for it is told a little low
 LOG_STEPS = 10
 STOPPED = 3               # exit code of a run that was asked to stop and can be resumed
@@ -143,6 +143,8 @@ class Settings:
     adam_weight_decay: float = setting(0.01, "decoupled weight decay")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     feature_weight: float = setting(3.0, "weight of the feature loss at the start of stage 1, falling to 0 at its end")
+    feature_directions: int | None = setting(None, "directions in which token states are compared, those in which the teacher's "
+                                             "vary most; None = a quarter of the student's width")
     variety_gain: float = setting(0.3, "stage 2: how much farther apart than the teacher's the pictures of a prompt are aimed at, "
                                   "as they come out nearer to each other; 0 = regression alone")
     anchor_weight: float = setting(1.0, "stage 2b: weight of stage 2a's loss beside distribution matching")
@@ -591,6 +593,9 @@ def choose_shape(settings, files):
             raise ValueError(f"--student {settings.student}: was distilled from another teacher than {settings.teacher}. Use the "
                              "same, or leave --student out.")
         return read_run(settings.student)["student"]
+    if (settings.feature_directions or 1) > files.width:
+        raise ValueError(f"--feature_directions {settings.feature_directions} is more than the {files.width} of the teacher's "
+                         "token states. Lower it, or leave it out.")
     shape = student_shape(files.config, settings.hidden_size, settings.depth, settings.num_heads, settings.ffn_dim)
     if settings.projection != "none":
         check_cut(files.config, shape)
@@ -703,9 +708,9 @@ def feature_block(depth):
     return max(0, round(0.75 * depth) - 1)
 
 
-def feature_width(hidden_size):
-    """Return in how many directions token states are compared, and kept: they would be most of what lies on the disk."""
-    return min(hidden_size, MOST_DIRECTIONS)
+def feature_width(settings, hidden_size):
+    """Return in how many directions token states are compared, and kept: more hold a narrow student up, and fill the disk."""
+    return settings.feature_directions or max(1, hidden_size // 4)
 
 
 class Needs:
@@ -784,7 +789,7 @@ class Needs:
         converted = sum(map(num_bytes, {place for part, place in self.found.items() if not is_converted(self.found, part)}))
         disk = {settings.cache_dir: self.weights + converted + text_bytes([*training, *held_out], self.files.config["text_dim"])
                 + trajectory_bytes(seen, settings.teacher_steps, self.largest, self.tokens,
-                                   feature_width(self.shape["hidden_size"])),
+                                   feature_width(settings, self.shape["hidden_size"])),
                 settings.output_dir: self.weights + sum(map(num_bytes, set(self.found.values())))
                 + (settings.checkpoints_total_limit + 1) * remembered}
         return tell(phases, disk, self.device, self.free, residency, placed, settings.train_batch_size,
@@ -930,7 +935,7 @@ def train(settings, is_resumed, stop):
     check_parts(find_parts(settings.teacher), files.config)
     shape = choose_shape(settings, files)
     needs, student = Needs(settings, files, shape, device), WanLiteStudent(shape)    # its memory is not yet taken
-    fitted = agreed(replace(fitted, **read_run(output)["fitted"]) if is_resumed else needs.fit(fitted))
+    fitted = agreed(replace(fitted, **fitted_before(output)) if is_resumed else needs.fit(fitted))
     micro_batches = accelerator.gradient_accumulation_steps = fitted.gradient_accumulation_steps
     with accelerator.main_process_first():                   # one rank looks at images, the others read what it found
         training, held_out, images = choose_data(settings, say, accelerator.is_main_process)
@@ -1001,7 +1006,7 @@ def train(settings, is_resumed, stop):
     def guided_for(prompts, features):
         return guided(pack(prompts), features)
 
-    width_kept = feature_width(shape["hidden_size"])
+    width_kept = feature_width(settings, shape["hidden_size"])
     made_of = {"teacher": files.fingerprint, "negative_prompt": settings.negative_prompt, "shift": settings.flow_shift,
                "guidance": (settings.guidance_scale, settings.guidance_scale_2), "steps": settings.teacher_steps,
                "text": (said_by, TEXT_LENGTH), "features": width_kept}

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.train_speed import World, ours, settle
-from train_distillation import Settings, teacher_velocity
+from train_distillation import Settings, feature_width, teacher_velocity
 from wanlite import shapes
 from wanlite.data import Walker, encode_once
 from wanlite.flow import make_scheduler
@@ -79,7 +79,7 @@ def fill(folder, count, device):
     words = encode_once(accelerator, lazy_encoder(TINY_TEACHER, device), list(dict.fromkeys([*prompts, ""])),
                         folder.with_name("text"))
     teacher = Teacher(open_teacher_files(TINY_TEACHER), device)
-    guided, basis = teacher_velocity(teacher, settings, words[""]), torch.eye(128, 64, device=device)
+    guided, basis = teacher_velocity(teacher, settings, words[""]), torch.eye(128, feature_width(settings, 64), device=device)
     jobs = [(number, prompt, number) for number, prompt in enumerate(prompts)]
     began = time.perf_counter()
     walker = Walker(accelerator, lambda said, features: guided(pack_text([words[prompt] for prompt in said]).to(device), features),

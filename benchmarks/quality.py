@@ -48,16 +48,16 @@ def methods(steps):
     matching, plain = ("--matching_steps", min(MATCHING, steps // 4)), ("--variety_gain", 0)
     return {
         "student": ((TRAIN,), FEW),
-        "minus variety gain": ((TRAIN, *plain), FEW),        # and so are all below
-        "stage 1 alone": ((TRAIN, *plain, "--segment_steps", 0), (20, *FEW)),
-        "matching (K-DMD)": ((TRAIN, *plain, *matching), FEW),
-        "TwinFlow": ((RIVALS, "twin_flow", *plain, *matching), FEW),
+        "stage 1 alone": ((TRAIN, "--segment_steps", 0), (20, *FEW)),
+        "matching (K-DMD)": ((TRAIN, *matching), FEW),
+        "TwinFlow": ((RIVALS, "twin_flow", *plain, *matching), FEW),         # as published, and so is the next
         "flow matching": ((RIVALS, "flow_matching", *plain, "--segment_steps", steps - 1, "--own_path_pictures", 0), (20, *FEW)),
-        "random start": ((TRAIN, *plain, "--projection", "none"), FEW),
-        "minus features": ((TRAIN, *plain, "--feature_weight", 0), FEW),
-        "minus own path": ((TRAIN, *plain, "--own_path_pictures", 0), FEW),
-        "minus stage 1": ((TRAIN, *plain, "--segment_steps", steps - 1), FEW),
-        "matching minus anchor": ((TRAIN, *plain, *matching, "--anchor_weight", 0), FEW)}
+        "random start": ((TRAIN, "--projection", "none"), FEW),
+        "minus variety gain": ((TRAIN, *plain), FEW),
+        "minus features": ((TRAIN, "--feature_weight", 0), FEW),
+        "minus own path": ((TRAIN, "--own_path_pictures", 0), FEW),
+        "minus stage 1": ((TRAIN, "--segment_steps", steps - 1), FEW),
+        "matching minus anchor": ((TRAIN, *matching, "--anchor_weight", 0), FEW)}
 
 
 # ---- training --------------------------------------------------------------------------------------------------------------

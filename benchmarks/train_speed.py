@@ -121,7 +121,7 @@ def make_world(folder, files, shape, side, batch, device, precision):
     for index in range(WALKS // 4):
         write_shard(folder, index, {
             "latents": noise(4, STATES, channels, side, side).half(), "velocity": noise(4, STATES, channels, side, side).half(),
-            "features": noise(4, STATES, tokens, feature_width(shape["hidden_size"])).half(),
+            "features": noise(4, STATES, tokens, feature_width(Settings(), shape["hidden_size"])).half(),
             "timestep": torch.full((4, STATES), 500.0), "noise_level": torch.full((4, STATES), 0.5),
             "prompt": torch.arange(4 * index, 4 * index + 4)})
     lengths = torch.randint(8, 64, (WALKS,), generator=draw).tolist()
@@ -176,7 +176,7 @@ def ours(world, muon_rate=0.0, is_compiled=False, ask=None, feed=None):
     settings, on_gpu = Settings(muon_learning_rate=muon_rate), world.device.type == "cuda"
     accelerator = Accelerator(mixed_precision=world.precision, cpu=not on_gpu)
     student, width = world.student(), world.shape["hidden_size"]
-    head = nn.Linear(width, feature_width(width)).to(world.device)
+    head = nn.Linear(width, feature_width(settings, width)).to(world.device)
     optimizers = make_optimizers(settings, student, head, is_fused=on_gpu)
     ema = EMAModel(student.parameters(), decay=settings.ema_decay)
     wrapped, wrapped_head, *optimizers = accelerator.prepare(student, head, *optimizers)
@@ -208,7 +208,7 @@ class Online:
         self.unwanted = pack_text([world.embeddings[0]] * world.batch).to(world.device)
         torch.manual_seed(0)
         width = world.files.config["num_attention_heads"] * world.files.config["attention_head_dim"]
-        self.basis = torch.linalg.qr(torch.randn(width, feature_width(world.shape["hidden_size"]))).Q.to(world.device)
+        self.basis = torch.linalg.qr(torch.randn(width, feature_width(Settings(), world.shape["hidden_size"]))).Q.to(world.device)
 
     def __call__(self, batch, text):
         timestep = torch.full_like(batch["timestep"], LEVELS[len(self.seconds) % 2])

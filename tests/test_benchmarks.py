@@ -75,7 +75,7 @@ def test_a_teacher_of_random_weights_is_asked_as_a_real_one(tmp_path):
     ask = Online(world, "both", False)
     (batch, text), *_ = world.feed(1)
     velocity, features = ask(batch, text)
-    assert velocity.shape == (4, 16, 8, 8) and features.shape == (4, 16, 64) and torch.isfinite(velocity).all()
+    assert velocity.shape == (4, 16, 8, 8) and features.shape == (4, 16, 16) and torch.isfinite(velocity).all()
     assert next(ours(world, ask=ask)) is None and len(ask.seconds) == 2
 
 

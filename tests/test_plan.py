@@ -180,6 +180,8 @@ def test_a_dry_run_counts_the_student_beside_the_teacher(tmp_path, capsys):
 def test_a_dry_run_refuses_a_student_that_the_run_refuses(finished_run, tmp_path):
     with pytest.raises(ValueError, match="--hidden_size 640 is more than the teacher's 128"):
         dry_run(tmp_path / "run", hidden_size=640)
+    with pytest.raises(ValueError, match="--feature_directions 129 is more than the 128 of"):
+        dry_run(tmp_path / "run", feature_directions=129)
     shutil.copytree(TINY_TEACHER, tmp_path / "teacher")
     path = tmp_path / "teacher/transformer/diffusion_pytorch_model.safetensors"
     save_file({name: tensor * 1.1 for name, tensor in load_file(path).items()}, path)

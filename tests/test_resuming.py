@@ -22,6 +22,7 @@ from wanlite.checkpoints import checkpoint_path, latest_checkpoint, load_checkpo
 from wanlite.run_folder import read_run
 from wanlite.steps import STEPS
 from wanlite.teacher import Expert
+from wanlite.whole_files import write_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -172,6 +173,11 @@ def test_a_batch_that_was_fitted_to_a_machine_stays_when_a_run_goes_on_where_mor
     code, said = train_in(60e6, "--matching_steps", "0", "--overwrite", at={12: asked()})
     assert code == 3 and "8 x 32 a step" in said and "60.0 MB free on cpu" in said and "stopped at step 1" in said
     assert read_run(folder)["fitted"] == {"mixed_precision": "no", "train_batch_size": 32, "gradient_accumulation_steps": 8}
+    run = read_run(folder)
+    write_json(folder / "run.json", {name: value for name, value in run.items() if name != "fitted"})
+    code, said = train_in(60e6, "--matching_steps", "0")
+    assert code == 2 and "cut short by an older version" in said
+    write_json(folder / "run.json", run)
     code, said = train_in(1e12, "--matching_steps", "0")
     assert code == 0 and "8 x 32 a step" in said and "resumed at step 1" in said
 

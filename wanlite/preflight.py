@@ -17,7 +17,7 @@ SHOWN = 8                  # prompts in the grids; as many are drawn from as man
 LOOKED_AT = 20             # of a large teacher: one for so many trajectories, where --validation_walks is left open
 MOST_OWN = 512             # states on the student's own path, where --own_path_pictures is left open
 COUNTS = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "teacher_steps", "num_inference_steps",
-          "num_held_out", "checkpointing_steps", "validation_steps", "critic_updates")
+          "num_held_out", "checkpointing_steps", "validation_steps", "critic_updates", "feature_directions")
 
 
 def check_all(checks, together=False):

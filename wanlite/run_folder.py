@@ -71,6 +71,15 @@ def check_output_folder(folder, settings, overwrite=False, resume=True):
     return "resume"
 
 
+def fitted_before(folder):
+    """Return what a run that was cut short had chosen for its machine."""
+    run = read_run(folder)
+    if "fitted" not in run:
+        raise ValueError(f"{folder}: holds a run cut short by an older version, which took other steps. Add --overwrite to start "
+                         "again.")
+    return run["fitted"]
+
+
 def check_resumable(folder, run, say):
     """Refuse to resume where teacher, prompts or the number of processes are others; other versions are told."""
     earlier = read_run(folder)
