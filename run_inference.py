@@ -15,12 +15,14 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from wanlite.official import num_bytes
 from wanlite.prompts import read_prompts
 from wanlite.run_folder import check_saved_parts, picture_size, read_run
 from wanlite.settings import make_parser, setting
 from wanlite.student_files import open_student, student_folder
 
-TIMESTEPS = 1000   # more steps than these repeat themselves
+TIMESTEPS = 1000     # more steps than these repeat themselves
+ENCODER_SHARE = 0.8  # of the device's free memory; a larger text encoder, of a real Wan 11 GB, reads prompts on the CPU
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ from tqdm import tqdm  # noqa: E402
 
 from train_distillation import WanLiteStudent  # noqa: E402
 from wanlite.autoencoder import decode_latents, load_autoencoder, to_pictures  # noqa: E402
+from wanlite.devices import free_memory  # noqa: E402
 from wanlite.flow import check_schedule, sample, seeded_noise  # noqa: E402
 from wanlite.network import pack_text  # noqa: E402
 from wanlite.text import encode_prompts, load_text_encoder  # noqa: E402
@@ -168,7 +171,8 @@ class Painter:
         self.student = WanLiteStudent.from_pretrained(folder, dtype=dtype, device=device, sha256=sha256)
         self.scheduler = UniPCMultistepScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
         self.autoencoder = load_autoencoder(folder, device=device)
-        self.tokenizer, self.encoder = load_text_encoder(folder, device)
+        size, free = num_bytes(Path(folder) / "text_encoder"), free_memory(self.device)[0]
+        self.tokenizer, self.encoder = load_text_encoder(folder, self.device if size < ENCODER_SHARE * free else "cpu")
 
     def embed(self, prompts):
         return encode_prompts(self.tokenizer, self.encoder, prompts)
@@ -253,6 +257,8 @@ def main(settings, prompts):
           f"{settings.model} on {device}{reason}; writing to {output.absolute()}", flush=True)
     output.mkdir(parents=True, exist_ok=True)
     painter = Painter(settings.model, device, settings.dtype, settings.sha256)
+    if painter.encoder.device.type != painter.device.type:
+        print(f"the text encoder does not fit on {device} and reads prompts on the CPU", flush=True)
     with open_student(Path(settings.model)) as (_, files):
         weights = settings.sha256 or " ".join(file.sha256() for file in files)
     pictures = []
@@ -277,4 +283,8 @@ if __name__ == "__main__":
         main(SETTINGS, PROMPTS)
     except (OSError, ValueError, FloatingPointError, SafetensorError) as error:
         print(f"run_inference.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"run_inference.py: {str(error).splitlines()[0]} Lower --batch_size, --height or --width, add --dtype bfloat16, or "
+              "--device cpu.", file=sys.stderr)
         sys.exit(2)

@@ -1332,6 +1332,11 @@ def main(settings, is_resumed):
         give_way()
         print(f"train_distillation.py: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(f"train_distillation.py: {str(error).splitlines()[0]} What the teacher has said is kept. See that nothing else is on "
+              "the device, or add --overwrite and a lower --train_batch_size with more --gradient_accumulation_steps, "
+              "--gradient_checkpointing, or --teacher_residency disk.", file=sys.stderr)
+        return 2
     except RuntimeError as error:
         if not (is_launched() and is_lost(error)):
             raise

@@ -349,6 +349,15 @@ def test_a_step_without_a_finite_gradient_is_skipped_counted_and_remembered(fold
     assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / WEIGHTS).values())
 
 
+def test_memory_that_runs_out_ends_the_run_with_what_to_try(folder):
+    def run_out():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nOf the allocated memory ...")
+    code, said = train(folder, at={5: run_out})
+    assert code == 2 and "Traceback" not in said and "Tried to allocate 2.00 GiB. What the teacher has said is kept." in said
+    code, said = train(folder, "--overwrite", "--train_batch_size", "8", "--gradient_accumulation_steps", "2")
+    assert code == 0 and "teacher trajectories" not in said and "2 x 8 a step" in said
+
+
 def test_too_many_such_steps_in_a_row_end_the_run_with_what_to_try(folder):
     code, said = train(folder, "--max_train_steps", "30", at={number: lambda: float("inf") for number in range(4, 31)})
     assert code == 2 and "20 steps in a row, up to 23, had no finite gradient" in said and "lower --learning_rate" in said

@@ -23,8 +23,12 @@ PROMPTS = ["a small red ring on a white background", "a large blue cross on a gr
 DRAWS = f"""import sys
 sys.path.insert(0, "{{root}}")
 import numpy
-from run_inference import Painter
-numpy.save("{{path}}", Painter("{{run}}", "second:0").draw({PROMPTS}, range(2), 2, 64, 96))
+import run_inference
+for name, free in (("there", 1e12), ("beside", 1)):
+    run_inference.free_memory = lambda device: (free, free)
+    painter = run_inference.Painter("{{run}}", "second:0")
+    print(painter.encoder.device)
+    numpy.save("{{folder}}/" + name + ".npy", painter.draw({PROMPTS}, range(2), 2, 64, 96))
 """
 LOADS = f"""import sys
 sys.path.insert(0, "{ROOT}")
@@ -66,11 +70,13 @@ def test_every_stage_trains_there_to_the_student_of_the_cpu(runs):
 
 def test_a_student_draws_there_what_it_draws_on_the_cpu(runs, tmp_path):
     script = tmp_path / "draws.py"
-    script.write_text(DRAWS.format(root=str(ROOT), run=str(runs[1]), path=str(tmp_path / "drawn.npy")))
+    script.write_text(DRAWS.format(root=ROOT, run=runs[1], folder=tmp_path))
     said = on_second_device(script)
     assert said.returncode == 0, said.stderr[-3000:]
+    assert said.stdout.split() == ["second:0", "cpu"]        # where the text encoder was: the second time too little was free
     drawn = Painter(runs[1], "cpu").draw(PROMPTS, range(2), 2, 64, 96)
-    assert np.abs(np.load(tmp_path / "drawn.npy").astype(int) - drawn).max() <= 1
+    for name in ("there", "beside"):
+        assert np.abs(np.load(tmp_path / f"{name}.npy").astype(int) - drawn).max() <= 1
 
 
 def test_an_expert_in_float8_is_never_there_in_more_and_what_is_mixed_is_refused(tmp_path):
