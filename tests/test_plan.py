@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import A14B, ROOT, SHORT_RUN, TINY_TEACHER, run_script, write_sparse_wan
 from tests.test_official import write_autoencoder
-from train_distillation import Settings, WanLiteStudent, complete, plan
+from train_distillation import Settings, WanLiteStudent, choose_precision, complete, plan
 from wanlite.autoencoder import decode_latents, load_autoencoder, make_autoencoder
 from wanlite.network import pack_text
 from wanlite.optimizers import make_optimizers
@@ -110,6 +110,15 @@ def test_the_bytes_of_a_teacher_follow_its_residency(residency, on_device, besid
             held.expert(name)
         weights = sum(tensor.numel() * 4 for network in held._read.values() for tensor in network.state_dict().values())
         assert weights == pytest.approx(found[0], rel=0.01)
+
+
+@pytest.mark.parametrize("asked, width, gpu, bf16, chosen", [
+    (None, 5120, True, True, "bf16"), (None, 5120, True, False, "no"), (None, 5120, False, True, "no"),
+    (None, 128, True, True, "no"), ("no", 5120, True, True, "no"), ("fp16", 5120, True, True, "fp16")])
+def test_a_large_teacher_computes_in_bf16_on_a_gpu_that_has_it_unless_asked_otherwise(asked, width, gpu, bf16, chosen, monkeypatch):
+    monkeypatch.setattr("train_distillation.has_gpu", lambda: gpu)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16)
+    assert choose_precision(Settings(mixed_precision=asked), SimpleNamespace(width=width)).mixed_precision == chosen
 
 
 def test_the_largest_batch_that_fits_is_a_half_of_a_half():
