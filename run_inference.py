@@ -144,7 +144,9 @@ def choose_prompts(settings, run, folder):
 
 
 if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train_distillation.py
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train_distillation.py, and so is the next
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     SETTINGS, PROMPTS = read_settings()
 
 import numpy as np  # noqa: E402

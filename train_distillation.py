@@ -249,6 +249,8 @@ def read_record(teacher):
 
 if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # threads that spin long at barriers stall beside any other busy program
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")    # seconds between two lines of progress in a log
     SETTINGS, IS_RESUMED = read_settings()
 
 import copy  # noqa: E402
@@ -1238,7 +1240,7 @@ def train(settings, is_resumed, stop):
                     record = {"loss": mean_loss, "grad_norm": norm, "learning_rate": rates[0].get_last_lr()[0],
                               "skipped_steps": memory["skipped"], **{name: value.item() for name, value in told_apart.items()}}
                     record |= (figures := pace.figures())
-                    bar.set_postfix(part=part, loss=f"{mean_loss:.3f}", **in_brief(figures))
+                    bar.set_postfix(part=part, loss=f"{mean_loss:.3f}", **in_brief(figures), refresh=False)
                     tell(step, seconds=round(time.time() - began, 1), **record)
                 if step % settings.validation_steps == 0 and step < settings.max_train_steps:
                     validate(step, part)

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from .prompts import find_column, read_rows
 
 KINDS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}    # the decoders that are asked, and no others
@@ -62,6 +60,8 @@ def choose_images(place, sizes, most=None, held_out=(), say=None, seen=None, is_
     """
     chosen, skipped, held_out, seen = [], {}, set(held_out), {} if seen is None else seen
     listed = list_images(place)
+    from tqdm import tqdm  # takes its defaults from the environment, which a script sets first
+
     for image in tqdm(listed, desc="looking at images", unit="image", leave=False, disable=None if is_shown else True):
         if len(chosen) == most:
             break
