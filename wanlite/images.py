@@ -58,10 +58,10 @@ def choose_images(place, sizes, most=None, held_out=(), say=None, seen=None, is_
     is smaller, as one whose caption is among the `held_out`. `seen` is what look() said of contents, by their sha256: what it
     holds is not decoded again, all else is added. Raises ValueError where none is left.
     """
-    chosen, skipped, held_out, seen = [], {}, set(held_out), {} if seen is None else seen
-    listed = list_images(place)
     from tqdm import tqdm  # takes its defaults from the environment, which a script sets first
 
+    chosen, skipped, held_out, seen = [], {}, set(held_out), {} if seen is None else seen
+    listed = list_images(place)
     for image in tqdm(listed, desc="looking at images", unit="image", leave=False, disable=None if is_shown else True):
         if len(chosen) == most:
             break
