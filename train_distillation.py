@@ -761,8 +761,10 @@ class Needs:
         if rows is None:
             rows = BATCH
             if self.files.width >= LARGE:
-                peak = self.matching if settings.matching_steps else self.training
-                rows = max(1, largest_batch(BATCH, peak(settings, BATCH), peak(settings, 1), FILLED * self.free))
+                peak, rest = self.training(settings, BATCH), self.resting + self.weights + self.drawing
+                if settings.matching_steps:
+                    peak, rest = self.matching(settings, BATCH), 2 * rest - self.drawing + self.asking(settings)
+                rows = max(1, largest_batch(BATCH, peak, rest, FILLED * self.free))
             micro_batches = micro_batches or BATCH // rows
         return replace(settings, train_batch_size=rows, gradient_accumulation_steps=micro_batches or 1)
 
