@@ -66,9 +66,9 @@ OFFICIAL_SHIFTS = {True: 12.0, False: 5.0}                           # of two ex
 DEFAULT_PROMPTS = 4000    # of the tiny world or of a grammar, where no prompts file is named
 CALIBRATION_TOKENS = 16384   # image tokens on which the projected weights are refitted
 GRID_FIGURES = {"variety": "variety", "colour": "saturation", "drift": "channel_drift"}      # told beside the rows of a grid
-LARGE = 1024             # width of a teacher from which on the machine decides batch and precision where they are left open
-BATCH = 128              # states in a batch on each device, where --train_batch_size is left open
-FILLED = 0.9             # of the free memory is for them, for it is told a little low
+LARGE = 1024              # width from which on a teacher is held against the machine that it runs on
+BATCH = 128               # states in a batch on each device, where --train_batch_size is left open
+FILLED = 0.9              # of the free memory may be filled with them, for what they take is told a little low
 LOG_STEPS = 10
 STOPPED = 3               # exit code of a run that was asked to stop and can be resumed
 MOST_BEYOND = 2           # validations in a row with a guard against the student, after which training ends and the best is saved
@@ -730,6 +730,7 @@ class Needs:
         self.drawing = 4 * autoencoder.num_parameters()      # it stays, and so does the student once it has a start
         self.weights = 4 * self.student.num_parameters()
         self.resting = self.weights * (3 if settings.muon_learning_rate else 4)     # weights, average, what optimizers remember
+        self.standing = self.resting + self.weights + self.drawing                  # what training takes without any states
         self.free = free_memory(device, local_processes())[0]
 
     def training(self, settings, rows):
@@ -760,8 +761,8 @@ class Needs:
         rows, micro_batches = settings.train_batch_size, settings.gradient_accumulation_steps
         if rows is None:
             rows = BATCH
-            if self.files.width >= LARGE:
-                peak, rest = self.training(settings, BATCH), self.resting + self.weights + self.drawing
+            if is_large(self.files):
+                peak, rest = self.training(settings, BATCH), self.standing
                 if settings.matching_steps:
                     peak, rest = self.matching(settings, BATCH), 2 * rest - self.drawing + self.asking(settings)
                 rows = max(1, largest_batch(BATCH, peak, rest, FILLED * self.free))
@@ -785,7 +786,8 @@ class Needs:
                 lambda parts: decoding_peak(self.make_autoencoder, decode_latents, parts * together, self.latent_shape),
                 -(-drawn // together))}
         comparing, calibrating = start_peaks(self.files, calibration_frames(settings, training, self.tokens), self.latent_shape[1:])
-        phases["start"] = max(comparing, calibrating + self.drawing + self.weights)
+        is_started = any(Path(settings.cache_dir).glob("start-*/manifest.json"))        # and is taken as it is, if it is this run's
+        phases["start"] = 0 if is_started else max(comparing, calibrating + self.drawing + self.weights)
         if settings.matching_steps:
             phases["matching"] = self.matching(settings, settings.train_batch_size)
         remembered = (self.resting + self.weights) * (1.5 if settings.matching_steps else 1)        # with the best student so far
@@ -797,7 +799,7 @@ class Needs:
                 settings.output_dir: self.weights + sum(map(num_bytes, set(self.found.values())))
                 + (settings.checkpoints_total_limit + 1) * remembered}
         return tell(phases, disk, self.device, self.free, residency, placed, settings.train_batch_size,
-                    settings.gradient_accumulation_steps, self.resting + self.weights + self.drawing)
+                    settings.gradient_accumulation_steps, self.standing)
 
 
 def calibration_frames(settings, prompts, tokens):
@@ -807,10 +809,15 @@ def calibration_frames(settings, prompts, tokens):
     return min(len(prompts), most_frames(tokens))
 
 
+def is_large(files):
+    """Whether a teacher is so large that a run fits itself to its machine, and says beforehand what it needs."""
+    return files.width >= LARGE
+
+
 def choose_precision(settings, files):
     """Return the settings with --mixed_precision filled in where it is open."""
-    is_large = files.width >= LARGE and has_gpu() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return replace(settings, mixed_precision=settings.mixed_precision or ("bf16" if is_large else "no"))
+    has_bf16 = has_gpu() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return replace(settings, mixed_precision=settings.mixed_precision or ("bf16" if is_large(files) and has_bf16 else "no"))
 
 
 def plan(settings, words):
@@ -826,7 +833,7 @@ def plan(settings, words):
     settings = needs.fit(settings)
     training, held_out, images = choose_data(settings, print)
     walks = settings.num_trajectories or len(training)
-    settings = replace(settings, **bound_pictures(settings, files.width >= LARGE, walks))
+    settings = replace(settings, **bound_pictures(settings, is_large(files), walks))
     check_batch(settings, walks, 1, parts)
     walks += len(images)                                     # each is asked about as often
     passes = count_passes(settings, walks, len(held_out), parts)
@@ -927,7 +934,7 @@ def train(settings, is_resumed, stop):
     began, output = time.time(), Path(settings.output_dir)
     check_devices(os.environ)
     files = open_teacher_files(settings.teacher)
-    fitted = choose_precision(settings, files)
+    fitted = replace(settings, **fitted_before(output)) if is_resumed else choose_precision(settings, files)
     accelerator = Accelerator(
         kwargs_handlers=[patience()], mixed_precision=fitted.mixed_precision,
         log_with=None if settings.report_to == "none" else settings.report_to,
@@ -939,13 +946,13 @@ def train(settings, is_resumed, stop):
     check_parts(find_parts(settings.teacher), files.config)
     shape = choose_shape(settings, files)
     needs, student = Needs(settings, files, shape, device), WanLiteStudent(shape)    # its memory is not yet taken
-    fitted = agreed(replace(fitted, **fitted_before(output)) if is_resumed else needs.fit(fitted))
+    fitted = fitted if is_resumed else agreed(needs.fit(fitted))
     micro_batches = accelerator.gradient_accumulation_steps = fitted.gradient_accumulation_steps
     with accelerator.main_process_first():                   # one rank looks at images, the others read what it found
         training, held_out, images = choose_data(settings, say, accelerator.is_main_process)
     num_trajectories = settings.num_trajectories or len(training)
     parts = parts_of(settings)
-    asked, settings = settings, replace(fitted, **bound_pictures(fitted, files.width >= LARGE, num_trajectories))
+    asked, settings = settings, replace(fitted, **bound_pictures(fitted, is_large(files), num_trajectories))
     check_batch(settings, num_trajectories, ranks, parts)
     num_looked_at, several = count_looks(settings.validation_walks, len(held_out))
     validation = settings.validation_prompts or held_out[:several]
@@ -961,7 +968,7 @@ def train(settings, is_resumed, stop):
     walked = num_trajectories + len(images)                  # an image is asked about as often as a trajectory has states
     passes = count_passes(settings, walked, len(held_out), parts)
     states = announce(settings, files, student, device, walked, passes, parts, say)
-    if files.width >= LARGE:
+    if is_large(files) and not settings.project_only:
         wrong = needs.tell(settings, training, held_out, images) if accelerator.is_main_process else []
         refuse_together(accelerator, "\n".join(wrong))
     cosines = compare_experts(settings, files, device) if accelerator.is_main_process and not is_resumed else {}

@@ -84,3 +84,15 @@ def test_a_schedule_that_does_not_end_at_zero_draws_nothing(copied_run, tmp_path
     place.write_text(json.dumps(json.loads(place.read_text()) | {"final_sigmas_type": "sigma_min"}))
     process = run_script(DRAW, "--model", copied_run, "--output_dir", tmp_path / "pictures")
     assert process.returncode == 2 and "ends at a noise level of" in process.stderr and "Traceback" not in process.stderr
+
+
+def test_memory_that_runs_out_is_one_line_with_what_to_try(finished_run, tmp_path):
+    code = f"""import runpy, sys, torch, wanlite.flow
+def run_out(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nOf the allocated memory ...")
+wanlite.flow.sample = run_out
+sys.argv = ["run_inference.py", "--model", "{finished_run[0]}", "--output_dir", "{tmp_path}"]
+runpy.run_path("{DRAW}", run_name="__main__")"""
+    process = run_script("-c", code)
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert process.stderr.splitlines()[-1].startswith("run_inference.py: CUDA out of memory. Tried to allocate 2.00 GiB. Lower")

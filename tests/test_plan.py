@@ -198,6 +198,42 @@ def test_a_dry_run_refuses_a_student_that_the_run_refuses(finished_run, tmp_path
         dry_run(tmp_path / "run", student=str(finished_run[0]), teacher=str(tmp_path / "teacher"))
 
 
+def told(folder, capsys, phase, **settings):
+    """Return the MB that a dry run tells of a phase."""
+    dry_run(folder, **settings)
+    number, unit = re.search(rf"([\d.]+) (MB|GB)  {phase}", capsys.readouterr().out).groups()
+    return float(number) * {"MB": 1, "GB": 1000}[unit]
+
+
+def test_recomputing_blocks_is_told_to_take_less(tmp_path, capsys):
+    kept, recomputed = (told(tmp_path, capsys, "training", train_batch_size=32, gradient_checkpointing=each)
+                        for each in (False, True))
+    assert recomputed < 0.8 * kept
+
+
+def test_a_start_in_the_cache_needs_no_memory_again(tmp_path, capsys):
+    assert told(tmp_path / "run", capsys, "start") > 1
+    for made in ("start-0/report.json", "start-0/manifest.json"):
+        path = tmp_path / "run/cache" / made
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        assert (told(tmp_path / "run", capsys, "start") == 0) == (path.name == "manifest.json")
+
+
+def test_what_lies_on_the_disk_is_not_needed_again(tmp_path, monkeypatch):
+    """Of 100 bytes of cache and 50 of output, with 60 free: what lies in the cache, which is in the output, counts once."""
+    monkeypatch.setattr("wanlite.plan.free_disk", lambda folder: 60)
+    cache, phases = tmp_path / "run/cache", dict.fromkeys(("text", "trajectories", "training", "validation", "start"), 1)
+
+    def wrong():
+        return tell(phases, {cache: 100, tmp_path / "run": 50}, "cpu", 1, "both", {"both": (1, 0)}, 8, 1, 1)
+    cache.mkdir(parents=True)
+    (cache / "shard").write_bytes(bytes(80))
+    assert wrong() == ["the disk is too small: lower --num_trajectories, or name a larger --cache_dir."]
+    (tmp_path / "run/step").write_bytes(bytes(10))
+    assert not wrong()
+
+
 def test_each_phase_that_does_not_fit_is_named(tmp_path):
     names = {"text": "text encoder", "trajectories": "passes", "training": "training", "validation": "validation",
              "start": "projecting", "matching": "distribution matching"}

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import train_distillation
-from tests.conftest import SHORT_RUN, fork
+from tests.conftest import ROOT, SHORT_RUN, fork, run_script
 from wanlite.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
 from wanlite.run_folder import read_run
 from wanlite.steps import STEPS
@@ -178,6 +178,7 @@ def test_a_batch_that_was_fitted_to_a_machine_stays_when_a_run_goes_on_where_mor
     code, said = train_in(60e6, "--matching_steps", "0")
     assert code == 2 and "cut short by an older version" in said
     write_json(folder / "run.json", run)
+    monkeypatch.delattr(train_distillation, "choose_precision")                 # nothing is chosen again
     code, said = train_in(1e12, "--matching_steps", "0")
     assert code == 0 and "8 x 32 a step" in said and "resumed at step 1" in said
 
@@ -347,6 +348,12 @@ def test_a_step_without_a_finite_gradient_is_skipped_counted_and_remembered(fold
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["skipped_steps"] for record in records if "skipped_steps" in record and record["step"] != 4] == [1, 1, 1]
     assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / WEIGHTS).values())
+
+
+def test_progress_in_a_log_is_few_lines(finished_run, tmp_path):
+    process = run_script(ROOT / "train_distillation.py", "--output_dir", tmp_path / "run", *SHORT_RUN, "--max_train_steps", "40",
+                         "--cache_dir", finished_run[0] / "cache")
+    assert process.returncode == 0 and 2 <= process.stderr.count("distilling:") < 15
 
 
 def test_memory_that_runs_out_ends_the_run_with_what_to_try(folder):
