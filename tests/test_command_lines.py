@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, run_script
 from train_distillation import WanLiteStudent
@@ -139,8 +140,10 @@ def test_a_file_of_any_prompts_trains_and_its_last_ones_are_held_out(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join([*prompts, "", prompts[0]]))
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", "--prompts", tmp_path / "prompts.txt", "--projection", "weights",
                          "--gradient_accumulation_steps", "2", "--mixed_precision", "bf16", "--gradient_checkpointing",
-                         "--no-use_ema", "--muon_learning_rate", "0", *SHORT_RUN)
+                         "--no-use_ema", "--muon_learning_rate", "0", "--feature_directions", "5", *SHORT_RUN)
     assert process.returncode == 0, process.stderr
+    kept = [load_file(path) for path in tmp_path.glob("run/cache/trajectories-*/*.safetensors")]
+    assert kept and {shard["features"].shape[-1] for shard in kept} == {5}
     run = json.loads((tmp_path / "run/run.json").read_text())
     assert run["finished"] and run["validation_prompts"] == prompts[-3:]
     assert "prompt_accuracy" not in run["results"] and 0 < run["results"]["held_out_error"] < 2

@@ -126,6 +126,23 @@ def test_what_is_kept_of_token_states_is_bounded_and_in_the_basis():
     assert torch.equal(projected[0], states.bfloat16().float()[..., :2])
 
 
+def test_a_basis_is_of_the_directions_that_vary_most_and_kept_for_the_next_run(tmp_path):
+    deviations, asked = torch.tensor([0.1, 3.0, 0.2, 1.0]), []
+
+    def velocity_for(prompts, features):
+        asked.append(prompts)
+
+        def velocity_of(latents, timestep):
+            features.append(5 + deviations * torch.randn(len(latents), 50, 4))           # a mean is no direction
+            return latents
+        return velocity_of
+    for _ in range(2):
+        walker = Walker(Accelerator(), velocity_for, make_scheduler(3.0), STEPS)
+        walker.find_basis(tmp_path, ["a", "b"], SHAPE, 2)
+        assert walker.basis.shape == (4, 2) and walker.basis[[1, 3]].norm() > 0.99 * walker.basis.norm()
+    assert asked == [["a", "b"]]
+
+
 # ---- segments ------------------------------------------------------------------------------------------------------------------
 
 SHAPE, STEPS = (2, 4, 4), 8

@@ -16,6 +16,7 @@ from tests.conftest import A14B, ROOT, SHORT_RUN, TINY_TEACHER, run_script, writ
 from tests.test_official import write_autoencoder
 from train_distillation import Settings, WanLiteStudent, choose_precision, complete, plan
 from wanlite.autoencoder import decode_latents, load_autoencoder, make_autoencoder
+from wanlite.devices import has_gpu
 from wanlite.network import pack_text
 from wanlite.optimizers import make_optimizers
 from wanlite.plan import (
@@ -119,6 +120,15 @@ def test_a_large_teacher_computes_in_bf16_on_a_gpu_that_has_it_unless_asked_othe
     monkeypatch.setattr("train_distillation.has_gpu", lambda: gpu)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16)
     assert choose_precision(Settings(mixed_precision=asked), SimpleNamespace(width=width)).mixed_precision == chosen
+
+
+@pytest.mark.parametrize("said, is_there", [(None, True), ("false", True), ("true", False)])
+def test_a_gpu_that_accelerate_is_told_to_leave_is_none(said, is_there, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if said:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", said)
+    assert has_gpu() == is_there
 
 
 def test_the_largest_batch_that_fits_is_a_half_of_a_half():
