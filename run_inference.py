@@ -149,20 +149,20 @@ if __name__ == "__main__":  # arguments and paths are answered before torch is i
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     SETTINGS, PROMPTS = read_settings()
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from diffusers import UniPCMultistepScheduler  # noqa: E402
-from PIL import Image  # noqa: E402
-from PIL.PngImagePlugin import PngInfo  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+from diffusers import UniPCMultistepScheduler
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError
+from tqdm import tqdm
 
-from train_distillation import WanLiteStudent  # noqa: E402
-from wanlite.autoencoder import decode_latents, load_autoencoder, to_pictures  # noqa: E402
-from wanlite.devices import free_memory  # noqa: E402
-from wanlite.flow import check_schedule, sample, seeded_noise  # noqa: E402
-from wanlite.network import pack_text  # noqa: E402
-from wanlite.text import encode_prompts, load_text_encoder  # noqa: E402
+from train_distillation import WanLiteStudent
+from wanlite.autoencoder import decode_latents, load_autoencoder, to_pictures
+from wanlite.devices import free_memory
+from wanlite.flow import check_schedule, sample, seeded_noise
+from wanlite.network import pack_text
+from wanlite.text import encode_prompts, load_text_encoder
 
 
 class Painter:

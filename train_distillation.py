@@ -4,11 +4,10 @@
     python train_distillation.py --teacher ./Wan2.2-T2V-A14B --prompts prompts.txt   # one GPU box
     accelerate launch train_distillation.py --teacher ... --prompts ...              # several GPUs
 
-Order: settings -> WanLiteStudent -> build -> one step -> looking at it -> the loop. The run goes to --output_dir; run the same
-command after a stop and it goes on where it was.
+Order: settings -> WanLiteStudent -> the dry run -> the loop, which goes through the stages of wanlite/stages/. The run goes to
+--output_dir; run the same command after a stop and it goes on where it was.
 """
 
-import json
 import os
 import shlex
 import sys
@@ -16,66 +15,22 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from wanlite.images import choose_images, list_images, read_picture
-from wanlite.launch import check_launch, give_way, is_first, is_launched, launched_precision, local_processes
-from wanlite.official import (
-    autoencoder_config,
-    check_parts,
-    convert_parts,
-    find_parts,
-    has_two_experts,
-    is_converted,
-    num_bytes,
-    pixels_per_token,
-)
-from wanlite.preflight import (
-    PARTS,
-    bound_pictures,
-    bucket_sizes,
-    check_all,
-    check_batch,
-    check_compiler,
-    check_numbers,
-    check_student,
-    complete_resolution,
-    complete_steps,
-    count_looks,
-    count_passes,
-    parts_of,
-)
-from wanlite.prompts import read_prompts, varied_prompts
-from wanlite.run_folder import (
-    MetricsLog,
-    check_output_folder,
-    check_resumable,
-    clear,
-    fitted_before,
-    picture_size,
-    read_run,
-    save_parts,
-    write_model_card,
-)
+from wanlite.launch import give_way, is_first, is_launched
+from wanlite.official import check_parts, find_parts
+from wanlite.preflight import bound_pictures, check_batch, count_looks, count_passes, parts_of
+from wanlite.run_folder import MetricsLog, check_output_folder, check_resumable, clear, fitted_before, save_parts, write_model_card
 from wanlite.settings import make_parser, setting
+from wanlite.stages.complete import REAL_TEACHERS, complete, picture_sizes
 from wanlite.stopping import Stopped, StopSignal
-from wanlite.trackers import check_tracker, log_picture
-from wanlite.whole_files import hold, in_turn, new_folder, not_finite, why_broken, write_json
+from wanlite.trackers import log_picture
+from wanlite.whole_files import hold, not_finite, write_json
 
-TINY_TEACHER = Path(__file__).resolve().parent / "tiny_teacher"
-REAL_TEACHERS = ("Wan2.2-T2V-A14B", "Wan2.2-T2V-A14B-Diffusers")     # looked for where the command is typed
-OFFICIAL_SHIFTS = {True: 12.0, False: 5.0}                           # of two experts and of one, where no scheduler says it
-DEFAULT_PROMPTS = 4000    # of the tiny world or of a grammar, where no prompts file is named
-CALIBRATION_TOKENS = 16384   # image tokens on which the projected weights are refitted
-GRID_FIGURES = {"variety": "variety", "colour": "saturation", "drift": "channel_drift"}      # told beside the rows of a grid
-LARGE = 1024              # width from which on a teacher is held against the machine that it runs on
-BATCH = 128               # states in a batch on each device, where --train_batch_size is left open
-FILLED = 0.9              # of the free memory may be filled with them, for what they take is told a little low
 LOG_STEPS = 10
 STOPPED = 3               # exit code of a run that was asked to stop and can be resumed
 MOST_BEYOND = 2           # validations in a row with a guard against the student, after which training ends and the best is saved
 MOST_SKIPPED = 20         # steps in a row without a finite gradient, after which a run ends; float16 needs some to find its scale
 FREE = ("teacher", "teacher_residency", "output_dir", "cache_dir", "dry_run", "overwrite", "resume_from_checkpoint", "project_only",
         "checkpointing_steps", "report_to", "checkpoints_total_limit", "logging_dir")    # decide no weight
-FITTED = ("mixed_precision", "train_batch_size", "gradient_accumulation_steps")          # are chosen for a machine where left open
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------------
@@ -192,148 +147,72 @@ def read_settings():
     return settings, state == "resume"
 
 
-def complete(settings):
-    """Check paths, sizes and numbers, and fill in what the teacher's folder says."""
-    here = (Path(name) for name in REAL_TEACHERS if Path(name).is_dir())
-    teacher = Path(settings.teacher or next(here, TINY_TEACHER)).expanduser().absolute()
-    if not teacher.is_dir():
-        raise OSError(f"--teacher {settings.teacher}: no such folder. Expected a Wan checkpoint in the official, diffusers or "
-                      "ComfyUI layout; leave the flag out for the tiny teacher.")
-    record = read_record(teacher)
-    settings = replace(settings, mixed_precision=launched_precision(settings.mixed_precision))
-    checks = [partial(find_parts, teacher), partial(_complete_resolution, teacher, settings), partial(check_numbers, settings),
-              partial(check_launch, settings), partial(complete_steps, settings), partial(check_tracker, settings.report_to)]
-    if settings.compile:
-        checks.append(check_compiler)
-    if settings.prompts is not None:
-        checks.insert(0, partial(read_prompts, settings.prompts))
-    if settings.images is not None:
-        checks.insert(0, partial(list_images, settings.images))
-    if settings.dry_run:                                     # takes the time of an import, and no run waits for it
-        checks.append(partial(_check_headers, teacher))
-    check_all(checks, together=settings.dry_run)
-    few_steps, segment_steps = complete_steps(settings)
-    scheduler = teacher / "scheduler" / "scheduler_config.json"
-    official_shift = OFFICIAL_SHIFTS[has_two_experts(teacher)]
-    shift = settings.flow_shift or record.get("shift") or (
-        json.loads(scheduler.read_text())["flow_shift"] if scheduler.is_file() else official_shift)
-    settings = replace(settings, teacher=str(teacher), resolution=_complete_resolution(teacher, settings), flow_shift=float(shift),
-                       few_steps=few_steps, segment_steps=segment_steps,
-                       reference_steps=settings.reference_steps or 2 * settings.teacher_steps,
-                       cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"))
-    if settings.student is not None:
-        student = Path(settings.student).expanduser().absolute()
-        check_student(read_run(student), settings, student)
-        settings = replace(settings, student=str(student))
-    return settings
-
-
-def _check_headers(teacher):
-    from wanlite.teacher import open_teacher_files
-
-    open_teacher_files(teacher)
-
-
-def _complete_resolution(teacher, settings):
-    resolution = read_record(teacher).get("resolution", 512) if settings.resolution is None else settings.resolution
-    resolution, unit = complete_resolution(resolution, pixels_per_token(teacher)), pixels_per_token(teacher)
-    bucket_sizes(picture_size(resolution), settings.aspect_ratios, unit)
-    return resolution
-
-
-def read_record(teacher):
-    """Return the training record of a tiny teacher, or an empty dict for any other teacher."""
-    path = Path(teacher) / "training.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # threads that spin long at barriers stall beside any other busy program
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")    # seconds between two lines of progress in a log
     SETTINGS, IS_RESUMED = read_settings()
 
-import copy  # noqa: E402
-import hashlib  # noqa: E402
-import inspect  # noqa: E402
-import math  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable, Mapping  # noqa: E402
-from contextlib import contextmanager  # noqa: E402
-from itertools import chain  # noqa: E402
-from typing import Any  # noqa: E402
+import copy
+import hashlib
+import inspect
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from accelerate import Accelerator, init_empty_weights  # noqa: E402
-from accelerate.utils import ProjectConfiguration, set_seed  # noqa: E402
-from diffusers.configuration_utils import ConfigMixin  # noqa: E402
-from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin  # noqa: E402
-from diffusers.models.attention import AttentionMixin  # noqa: E402
-from diffusers.models.cache_utils import CacheMixin  # noqa: E402
-from diffusers.models.modeling_outputs import Transformer2DModelOutput  # noqa: E402
-from diffusers.models.modeling_utils import ModelMixin  # noqa: E402
-from diffusers.models.normalization import FP32LayerNorm  # noqa: E402
-from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTimeTextImageEmbedding  # noqa: E402
-from diffusers.training_utils import EMAModel  # noqa: E402
-from diffusers.utils.peft_utils import apply_lora_scale  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from torch import nn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from accelerate import Accelerator, init_empty_weights
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import FP32LayerNorm
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTimeTextImageEmbedding
+from diffusers.training_utils import EMAModel
+from diffusers.utils.peft_utils import apply_lora_scale
+from torch import nn
+from tqdm import tqdm
 
-from wanlite import shapes  # noqa: E402
-from wanlite.announcements import announce, conclude, versions  # noqa: E402
-from wanlite.autoencoder import (  # noqa: E402
-    DECODED_AT_ONCE,
-    decode_latents,
-    encode_images,
-    load_autoencoder,
-    make_autoencoder,
-    to_pictures,
-    to_pixels,
+from wanlite.announcements import announce, conclude, versions
+from wanlite.autoencoder import load_autoencoder
+from wanlite.cache import fingerprint
+from wanlite.calibration import PASSES as CALIBRATING_PASSES
+from wanlite.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint
+from wanlite.data import Buckets, SeededBatches, Segments
+from wanlite.devices import as_device, as_dtype, has_gpu
+from wanlite.flow import FewSteps
+from wanlite.grids import save_grid
+from wanlite.measure import beyond_guards
+from wanlite.network import OneFrameBlock, TextTokens, one_frame_velocity
+from wanlite.optimizers import make_optimizers, make_rates
+from wanlite.pace import Pace, in_brief
+from wanlite.plan import estimate, matrix_rate
+from wanlite.projection import project_into
+from wanlite.ranks import agreed, check_devices, is_lost, patience, refuse_together
+from wanlite.reading import AHEAD, read_ahead
+from wanlite.stages.choices import choose_data, choose_shape, describe_schedule
+from wanlite.stages.examiner import Examiner
+from wanlite.stages.lessons import Lessons, Words, feature_block, open_parts
+from wanlite.stages.needs import (
+    FITTED,
+    Needs,
+    calibration_frames,
+    choose_precision,
+    feature_width,
+    is_large,
+    most_frames,
+    place_teacher,
+    training_dtype,
 )
-from wanlite.cache import cache_folder, fingerprint  # noqa: E402
-from wanlite.calibration import PASSES as CALIBRATING_PASSES  # noqa: E402
-from wanlite.calibration import calibrate, choose_channels, make_frames  # noqa: E402
-from wanlite.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint  # noqa: E402
-from wanlite.data import (  # noqa: E402
-    SHARD_SIZE,
-    Buckets,
-    SeededBatches,
-    Segments,
-    Walker,
-    deal_out,
-    encode_once,
-    kept_once,
-)
-from wanlite.devices import as_device, as_dtype, free_memory, has_gpu  # noqa: E402
-from wanlite.flow import FewSteps, make_scheduler, sample, seeded_noise  # noqa: E402
-from wanlite.grids import save_grid  # noqa: E402
-from wanlite.measure import beyond_guards, compare, frechet_distance, likeness  # noqa: E402
-from wanlite.network import TEXT_LENGTH, OneFrameBlock, TextTokens, one_frame_velocity, pack_text  # noqa: E402
-from wanlite.optimizers import make_optimizers, make_rates  # noqa: E402
-from wanlite.pace import Pace, in_brief  # noqa: E402
-from wanlite.plan import (  # noqa: E402
-    at_depth,
-    decoding_peak,
-    estimate,
-    largest_batch,
-    matrix_rate,
-    pass_peak,
-    start_peaks,
-    teacher_bytes,
-    tell,
-    text_bytes,
-    trajectory_bytes,
-    walk_bytes,
-)
-from wanlite.plan import training_peak as simulate_training  # noqa: E402
-from wanlite.projection import check_shape as check_cut  # noqa: E402
-from wanlite.projection import choose_experts, project, project_into, student_shape  # noqa: E402
-from wanlite.ranks import agreed, check_devices, is_lost, patience, refuse_together  # noqa: E402
-from wanlite.reading import AHEAD, read_ahead  # noqa: E402
-from wanlite.steps import MATCHED, STEPS, Networks, velocity_in_parts  # noqa: E402
-from wanlite.student_files import (  # noqa: E402
+from wanlite.stages.start import compare_experts, start_student
+from wanlite.steps import STEPS, Networks
+from wanlite.student_files import (
     all_tensor_shapes,
     check_hashes,
     check_shape,
@@ -342,17 +221,8 @@ from wanlite.student_files import (  # noqa: E402
     student_arguments,
     student_folder,
 )
-from wanlite.student_saving import check_savable, save_student  # noqa: E402
-from wanlite.teacher import (  # noqa: E402
-    RESIDENCIES,
-    TOKENS_AT_ONCE,
-    Teacher,
-    check_experts,
-    choose_residency,
-    open_teacher_files,
-    sampled_digest,
-)
-from wanlite.text import lazy_encoder  # noqa: E402
+from wanlite.student_saving import check_savable, save_student
+from wanlite.teacher import Teacher, open_teacher_files
 
 # ---- the model ---------------------------------------------------------------------------------------------------------
 
@@ -552,273 +422,7 @@ def _stays_float32(name):
     return any(part in WanLiteStudent._keep_in_fp32_modules for part in name.split("."))
 
 
-# ---- build: what a run has before its first step -------------------------------------------------------------------------
-
-def choose_prompts(settings, say=None):
-    """Return training prompts and held-out prompts; no trajectory of training starts from a held-out one."""
-    count = settings.num_trajectories or DEFAULT_PROMPTS
-    if settings.prompts is None and read_record(settings.teacher).get("world") == "wanlite.shapes":
-        one, two = (shapes.captions(settings.seed + 1, settings.num_held_out // 2, held_out=True, num_objects=n) for n in (1, 2))
-        return shapes.captions(settings.seed, count), [prompt for pair in zip(one, two) for prompt in pair]
-    prompts = varied_prompts(settings.seed, count) if settings.prompts is None else (
-        list(dict.fromkeys(read_prompts(settings.prompts, say))))
-    num_held_out = min(settings.num_held_out, max(1, len(prompts) // 20))
-    return prompts[:-num_held_out] or prompts, prompts[-num_held_out:]
-
-
-def choose_data(settings, say, is_main_process=True):
-    """Return training prompts, held-out prompts, and captioned images, whose captions are among the former.
-
-    What was found of images is kept in the cache, by their contents: only new ones are decoded. A dry run keeps nothing.
-    """
-    training, held_out = choose_prompts(settings, say)
-    if settings.images is None:
-        return training, held_out, []
-    record = Path(settings.cache_dir) / "images.json"
-    seen = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    known = len(seen)
-    images = choose_images(settings.images, picture_sizes(settings)[1:], settings.num_images, held_out, say, seen,
-                           is_main_process)
-    if len(seen) > known and is_main_process and not settings.dry_run:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, seen)
-    return list(dict.fromkeys([*training, *(image.caption for image in images)])), held_out, images
-
-
-def choose_shape(settings, files):
-    """Return the student's shape: that of --student, or what the flags and the teacher's say.
-
-    Raises ValueError for a student of another teacher, and for a shape that cannot be projected.
-    """
-    if settings.student is not None:
-        if read_run(settings.student)["teacher"] != files.fingerprint:
-            raise ValueError(f"--student {settings.student}: was distilled from another teacher than {settings.teacher}. Use the "
-                             "same, or leave --student out.")
-        return read_run(settings.student)["student"]
-    if (settings.feature_directions or 1) > files.width:
-        raise ValueError(f"--feature_directions {settings.feature_directions} is more than the {files.width} of the teacher's "
-                         "token states. Lower it, or leave it out.")
-    shape = student_shape(files.config, settings.hidden_size, settings.depth, settings.num_heads, settings.ffn_dim)
-    if settings.projection != "none":
-        check_cut(files.config, shape)
-    return shape
-
-
-def describe_schedule(settings, few_steps, parts):
-    """Return what run.json says of the schedule: where its levels come from, the numbers of steps, the parts trained so far."""
-    earlier = read_run(settings.student)["schedule"]["parts"] if settings.student is not None else {}
-    steps = {name: earlier.get(name, 0) + sum(last - first for part, first, last in parts if part == name) for name in PARTS}
-    return {"flow_shift": settings.flow_shift, "few_steps": few_steps or None, "parts": steps}
-
-
-def open_parts(settings, accelerator):
-    """Return the folder of vae/, text_encoder/ and tokenizer/ in diffusers' layout: the teacher's, or the cache that they are
-    converted into."""
-    found = find_parts(settings.teacher)
-    if all(is_converted(found, part) for part in found):
-        return Path(settings.teacher)
-    files = [path for place in found.values() for path in ([place] if place.is_file() else sorted(place.rglob("*")))
-             if path.is_file()]
-    with accelerator.main_process_first():
-        folder = cache_folder(settings.cache_dir, "parts", files=sampled_digest(("part", path) for path in files))
-    if accelerator.is_main_process:
-        with in_turn(folder, accelerator.print):
-            convert_parts(found, folder, accelerator.print)
-    accelerator.wait_for_everyone()
-    return folder
-
-
-def most_frames(tokens):
-    """Return on how many frames of so many image tokens a student is calibrated, where there are as many prompts."""
-    return max(16, CALIBRATION_TOKENS // tokens)
-
-
-def compare_experts(settings, files, device):
-    """Return the cosines of check_experts(), which reads both experts once: they are kept in the cache, unless it refuses."""
-    record = Path(settings.cache_dir) / f"experts-{files.fingerprint[:16]}.json"
-    if not record.exists():
-        cosines = check_experts(files, device)
-        record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, cosines)
-    return json.loads(record.read_text(encoding="utf-8"))
-
-
-def start_student(settings, student, files, cosines, embeddings, said_by, prompts, latent_size, accelerator):
-    """Give the student its first weights, as --projection says; returns the report for run.json, None for a random start.
-
-    A start that lies in the cache is taken as it is, if its teacher, text encoder, shape, prompts and method are the same.
-    """
-    say, device = accelerator.print, accelerator.device
-    if settings.student is not None:
-        say(f"start    {settings.student}, a saved student")
-        student.load_state_dict(WanLiteStudent.from_pretrained(settings.student, dtype="float32").state_dict())
-        return None
-    if settings.projection == "none":
-        say("random start: nothing is projected (the control)")
-        return None
-    prompts = prompts[:most_frames(math.prod(latent_size) // math.prod(student.config.patch_size))]
-    with accelerator.main_process_first():
-        folder = cache_folder(settings.cache_dir, "start", teacher=files.fingerprint, text=said_by, prompts=prompts,
-                              student={name: value for name, value in student.config.items() if name[0] != "_"},
-                              method=[inspect.getsource(inspect.getmodule(function)) for function in (project, calibrate)],
-                              settings=(settings.projection, settings.expert, settings.seed, settings.flow_shift, latent_size))
-    if accelerator.is_main_process:
-        with in_turn(folder, say):
-            if why_broken(folder):
-                words = [embeddings[prompt] for prompt in prompts]
-                make_start(settings, student, files, cosines, words, latent_size, folder, device, say)
-    accelerator.wait_for_everyone()
-    say(f"start    {folder}")
-    student.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True)
-    return json.loads((folder / "report.json").read_text())
-
-
-def make_start(settings, student, files, cosines, words, latent_size, folder, device, say):
-    """Project the teacher's weights into the student, refit them where asked, and keep both student and report in `folder`."""
-    experts, channels, is_calibrated = choose_experts(files, settings.expert), None, settings.projection == "calibrated"
-    if is_calibrated:
-        frames = make_frames(experts[0], pack_text(words), latent_size, None, settings.seed, settings.flow_shift, device)
-        channels = choose_channels(experts[0], frames, student.config.hidden_size)
-    report = project(student, experts, torch.cat(words), channels, device)
-    report.cosines = cosines
-    if is_calibrated:
-        calibrate(student.to(device), experts[0], report, frames)
-    say(f"{report}{f'; calibrated on {len(words)} frames' if is_calibrated else ''}")
-    with new_folder(folder) as partial_folder:
-        student.save_pretrained(partial_folder)
-        write_json(partial_folder / "report.json", report.as_dict() | {"calibration_frames": is_calibrated * len(words)})
-
-
-def teacher_velocity(teacher, settings, negative):
-    """Return the guided teacher as a maker of velocity functions of (latents, timestep); see draw_pictures."""
-    def velocity_for(text, features=None):
-        unwanted = pack_text([negative] * len(text.tokens)).to(text.tokens.device)
-        blocks = () if features is None else (feature_block(teacher.config["num_layers"]),)
-
-        def velocity_of(latents, timestep):
-            velocity, states = teacher.velocity(latents, timestep, text, unwanted, settings.guidance_scale,
-                                                settings.guidance_scale_2, feature_blocks=blocks)
-            if features is not None:
-                features.append(states[0].float())
-            return velocity
-        return velocity_of
-    return velocity_for
-
-
-def feature_block(depth):
-    """Return the block whose token states are compared: three quarters deep, where text has become layout."""
-    return max(0, round(0.75 * depth) - 1)
-
-
-def feature_width(settings, hidden_size):
-    """Return in how many directions token states are compared, and kept: more hold a narrow student up, and fill the disk."""
-    return settings.feature_directions or max(1, hidden_size // 4)
-
-
-class Needs:
-    """What a run will need: memory by phase, disk, time. Nothing is read but headers, and phases run without contents."""
-
-    def __init__(self, settings, files, shape, device):
-        self.files, self.shape, self.device, self.found = files, shape, device, find_parts(settings.teacher)
-        decoder = autoencoder_config(self.found["vae"])
-        self.make_autoencoder = partial(make_autoencoder, decoder)
-        with init_empty_weights():
-            self.student, autoencoder = WanLiteStudent(shape), self.make_autoencoder()
-        self.latent_shape, buckets = latent_shapes(settings, files, autoencoder.config.scale_factor_spatial)
-        self.largest = max([self.latent_shape, *buckets], key=math.prod)
-        self.tokens = math.prod(self.latent_shape[1:]) // math.prod(self.student.config.patch_size)
-        self.drawing = 4 * autoencoder.num_parameters()      # it stays, and so does the student once it has a start
-        self.weights = 4 * self.student.num_parameters()
-        self.resting = self.weights * (3 if settings.muon_learning_rate else 4)     # weights, average, what optimizers remember
-        self.standing = self.resting + self.weights + self.drawing                  # what training takes without any states
-        self.free = free_memory(device, local_processes())[0]
-
-    def training(self, settings, rows):
-        """Return the bytes of training on `rows` states."""
-        def make_student(depth):
-            student = WanLiteStudent(self.shape | {"depth": depth})
-            if settings.gradient_checkpointing:
-                student.enable_gradient_checkpointing()
-            return student
-        return self.drawing + at_depth(lambda depth: simulate_training(
-            partial(make_student, depth), partial(make_optimizers, settings), lambda network: EMAModel(network.parameters()), rows,
-            self.largest[1:], training_dtype(settings) != torch.float32), self.shape["depth"])
-
-    def asking(self, settings, at_once=SHARD_SIZE):
-        """Return the bytes of the teacher, where it is while it is asked, and of so many walks under way."""
-        dtype, residency = training_dtype(settings), place_teacher(settings, self.files, self.device)
-        rows = min(2 * at_once, max(1, TOKENS_AT_ONCE // self.tokens))      # half of them for guidance
-        return (teacher_bytes(self.files, residency, dtype, settings.teacher_fp8, local_processes())[0]
-                + pass_peak(self.files, rows, self.largest[1:], dtype) + walk_bytes(at_once, settings.teacher_steps, self.largest))
-
-    def matching(self, settings, rows):
-        """Return the bytes of distribution matching: the critic learns beside the student, and the teacher is asked."""
-        critic = self.training(settings, max(1, rows // MATCHED)) - self.drawing
-        return self.training(settings, rows) + critic + self.asking(settings)
-
-    def fit(self, settings):
-        """Return the settings with batch and accumulation filled in where they are open: of BATCH states as many as fit at once."""
-        rows, micro_batches = settings.train_batch_size, settings.gradient_accumulation_steps
-        if rows is None:
-            rows = BATCH
-            if is_large(self.files):
-                peak, rest = self.training(settings, BATCH), self.standing
-                if settings.matching_steps:
-                    peak, rest = self.matching(settings, BATCH), 2 * rest - self.drawing + self.asking(settings)
-                rows = max(1, largest_batch(BATCH, peak, rest, FILLED * self.free))
-            micro_batches = micro_batches or BATCH // rows
-        return replace(settings, train_batch_size=rows, gradient_accumulation_steps=micro_batches or 1)
-
-    def tell(self, settings, training, held_out, images):
-        """Say what is needed and what there is; returns what does not fit, and what would, in words."""
-        walks = len(images) + (settings.num_trajectories or len(training))
-        dtype, residency = training_dtype(settings), place_teacher(settings, self.files, self.device)
-        looks, several = count_looks(settings.validation_walks, len(held_out))
-        drawn, pixels = max(looks, several**2), math.prod(picture_size(settings.resolution))
-        together = min(drawn, max(1, DECODED_AT_ONCE // pixels))
-        placed = {place: teacher_bytes(self.files, place, dtype, settings.teacher_fp8, local_processes())
-                  for place in dict.fromkeys((*RESIDENCIES, residency))}
-        phases = {
-            "text": num_bytes(self.found["text_encoder"]),
-            "trajectories": self.asking(settings, min(SHARD_SIZE, max(walks, drawn))) + self.drawing + self.weights,
-            "training": self.training(settings, settings.train_batch_size),
-            "validation": self.resting + self.weights + at_depth(           # what is lent keeps its place
-                lambda parts: decoding_peak(self.make_autoencoder, decode_latents, parts * together, self.latent_shape),
-                -(-drawn // together))}
-        comparing, calibrating = start_peaks(self.files, calibration_frames(settings, training, self.tokens), self.latent_shape[1:])
-        is_started = any(Path(settings.cache_dir).glob("start-*/manifest.json"))        # and is taken as it is, if it is this run's
-        phases["start"] = 0 if is_started else max(comparing, calibrating + self.drawing + self.weights)
-        if settings.matching_steps:
-            phases["matching"] = self.matching(settings, settings.train_batch_size)
-        remembered = (self.resting + self.weights) * (1.5 if settings.matching_steps else 1)        # with the best student so far
-        seen = walks + looks + min(several, len(held_out)) * several
-        converted = sum(map(num_bytes, {place for part, place in self.found.items() if not is_converted(self.found, part)}))
-        disk = {settings.cache_dir: self.weights + converted + text_bytes([*training, *held_out], self.files.config["text_dim"])
-                + trajectory_bytes(seen, settings.teacher_steps, self.largest, self.tokens,
-                                   feature_width(settings, self.shape["hidden_size"])),
-                settings.output_dir: self.weights + sum(map(num_bytes, set(self.found.values())))
-                + (settings.checkpoints_total_limit + 1) * remembered}
-        return tell(phases, disk, self.device, self.free, residency, placed, settings.train_batch_size,
-                    settings.gradient_accumulation_steps, self.standing)
-
-
-def calibration_frames(settings, prompts, tokens):
-    """Return on how many frames of so many image tokens a student is calibrated."""
-    if settings.projection != "calibrated" or settings.student is not None:
-        return 0
-    return min(len(prompts), most_frames(tokens))
-
-
-def is_large(files):
-    """Whether a teacher is so large that a run fits itself to its machine, and says beforehand what it needs."""
-    return files.width >= LARGE
-
-
-def choose_precision(settings, files):
-    """Return the settings with --mixed_precision filled in where it is open."""
-    has_bf16 = has_gpu() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return replace(settings, mixed_precision=settings.mixed_precision or ("bf16" if is_large(files) and has_bf16 else "no"))
-
+# ---- the dry run ---------------------------------------------------------------------------------------------------------
 
 def plan(settings, words):
     """Say what a run of these settings will do and need, and whether it fits; nothing is read but headers, nothing is written.
@@ -828,10 +432,10 @@ def plan(settings, words):
     device = torch.device("cuda" if has_gpu() else "cpu")
     files = open_teacher_files(settings.teacher)
     check_parts(find_parts(settings.teacher), files.config)
-    shape, parts, settings = choose_shape(settings, files), parts_of(settings), choose_precision(settings, files)
-    needs = Needs(settings, files, shape, device)
+    parts, sizes, settings = parts_of(settings), picture_sizes(settings), choose_precision(settings, files)
+    needs = Needs(settings, files, WanLiteStudent, choose_shape(settings, files), sizes, device)
     settings = needs.fit(settings)
-    training, held_out, images = choose_data(settings, print)
+    training, held_out, images = choose_data(settings, sizes[1:], print)
     walks = settings.num_trajectories or len(training)
     settings = replace(settings, **bound_pictures(settings, is_large(files), walks))
     check_batch(settings, walks, 1, parts)
@@ -846,85 +450,6 @@ def plan(settings, words):
         print(f"PROBLEM  {reason}")
     print(f"run      {shlex.join(['python', Path(__file__).name, *words])}")
     return 2 if wrong else 0
-
-
-def picture_sizes(settings):
-    """Return --resolution as (width, height), and after it the sizes of what is trained on, one a bucket."""
-    size = picture_size(settings.resolution)
-    return [size, *bucket_sizes(size, settings.aspect_ratios, pixels_per_token(settings.teacher))]
-
-
-def latent_shapes(settings, files, stride):
-    """Return the shape (C, H, W) of the latents of a picture of --resolution, and those of what is trained on, one a bucket."""
-    shape, *buckets = ((files.config["in_channels"], height // stride, width // stride)
-                       for width, height in picture_sizes(settings))
-    return shape, buckets
-
-
-def training_dtype(settings):
-    """Return the dtype that matrices are multiplied in."""
-    return torch.float32 if settings.mixed_precision == "no" else torch.bfloat16
-
-
-def place_teacher(settings, files, device):
-    """Return where the teacher's experts will be: as --teacher_residency says, or as memory allows."""
-    if settings.teacher_residency != "auto":
-        return settings.teacher_residency
-    return choose_residency(files, training_dtype(settings), settings.teacher_fp8, *free_memory(device, local_processes()),
-                            device.type == "cpu", local_processes())
-
-
-# ---- looking at it ---------------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def draw_pictures(velocity_for, autoencoder, embeddings, seeds, scheduler, num_steps, latent_shape, check=lambda: None,
-                  batch_size=64):
-    """Draw one picture for each embedding and seed: (B, height, width, 3) uint8; `check` may end it between two batches."""
-    drawn, device = [], autoencoder.device
-    for start in tqdm(range(0, len(embeddings), batch_size), desc="drawing", unit="batch", leave=False,
-                      disable=len(embeddings) <= batch_size):
-        check()
-        text = pack_text(embeddings[start:start + batch_size]).to(device)
-        noise = seeded_noise(latent_shape, seeds[start:start + len(text.tokens)]).to(device)
-        latents = sample(velocity_for(text), noise, scheduler, num_steps)
-        drawn.append(to_pictures(decode_latents(autoencoder, latents)))
-    return np.concatenate(drawn)
-
-
-@torch.no_grad()
-def teacher_walks(trajectories, pack, prompts, autoencoder):
-    """Return what a student is held against: noise, text, and the teacher's latents (B, C, H, W) and pictures from that noise."""
-    noise, latents, numbers = trajectories.ends(range(len(trajectories) // trajectories.states_each))
-    pictures = [to_pictures(decode_latents(autoencoder, part.to(autoencoder.device))) for part in latents.split(64)]
-    return noise.to(autoencoder.device), pack([prompts[number] for number in numbers.tolist()]), latents, np.concatenate(pictures)
-
-
-@torch.no_grad()
-def compare_walks(walks, velocity_for, num_steps, num_seeds, autoencoder, scheduler, check):
-    """Draw from the noise of `walks`, of many prompts and of `num_seeds` seeds each; returns figures of its likeness."""
-    drawn = []
-    for noise, text, _, _ in walks:
-        check()
-        latents = sample(velocity_for(text), noise, scheduler, num_steps)
-        drawn.append((latents.cpu(), to_pictures(decode_latents(autoencoder, latents))))
-    (_, _, latents, pictures), (_, _, _, by_seed) = walks
-    by_seed, own_by_seed = (each.reshape(-1, num_seeds, *each.shape[1:]) for each in (by_seed, drawn[1][1]))
-    return likeness(*drawn[0], own_by_seed, latents, pictures, by_seed) | {
-        "frechet_distance": frechet_distance(drawn[0][1], pictures)}
-
-
-@torch.no_grad()
-def relative_error(student, states, embeddings, prompts, device, check):
-    """Return the student's squared velocity error on held-out trajectories, over the power of the teacher's velocity."""
-    error = power = 0.0
-    for start in range(0, len(states), 256):
-        check()
-        batch = states.__getitems__(range(start, min(start + 256, len(states))))
-        text = pack_text([embeddings[prompts[number]] for number in batch["prompt"].tolist()]).to(device)
-        velocity = velocity_in_parts(student, text)(batch["latents"].float().to(device), batch["timestep"].to(device))
-        error += (velocity.float().cpu() - batch["velocity"]).square().sum().item()
-        power += batch["velocity"].float().square().sum().item()
-    return error / power
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------------
@@ -944,18 +469,18 @@ def train(settings, is_resumed, stop):
 
     # What there is: teacher, student, prompts.
     check_parts(find_parts(settings.teacher), files.config)
-    shape = choose_shape(settings, files)
-    needs, student = Needs(settings, files, shape, device), WanLiteStudent(shape)    # its memory is not yet taken
+    shape, sizes = choose_shape(settings, files), picture_sizes(settings)
+    needs = Needs(settings, files, WanLiteStudent, shape, sizes, device)
+    student = WanLiteStudent(shape)                          # its memory is not yet taken
     fitted = fitted if is_resumed else agreed(needs.fit(fitted))
     micro_batches = accelerator.gradient_accumulation_steps = fitted.gradient_accumulation_steps
     with accelerator.main_process_first():                   # one rank looks at images, the others read what it found
-        training, held_out, images = choose_data(settings, say, accelerator.is_main_process)
+        training, held_out, images = choose_data(settings, sizes[1:], say, accelerator.is_main_process)
     num_trajectories = settings.num_trajectories or len(training)
     parts = parts_of(settings)
     asked, settings = settings, replace(fitted, **bound_pictures(fitted, is_large(files), num_trajectories))
     check_batch(settings, num_trajectories, ranks, parts)
-    num_looked_at, several = count_looks(settings.validation_walks, len(held_out))
-    validation = settings.validation_prompts or held_out[:several]
+    validation = settings.validation_prompts or held_out[:count_looks(settings.validation_walks, len(held_out))[1]]
     few_steps = settings.few_steps if parts[-1][0] != "velocity" else []
     run = {"settings": asdict(asked), "versions": versions(), "teacher": files.fingerprint, "student": shape,
            "prompts": fingerprint([training, held_out]), "images": fingerprint([image.sha256 for image in images]),
@@ -971,27 +496,20 @@ def train(settings, is_resumed, stop):
     if is_large(files) and not settings.project_only:
         wrong = needs.tell(settings, training, held_out, images) if accelerator.is_main_process else []
         refuse_together(accelerator, "\n".join(wrong))
-    cosines = compare_experts(settings, files, device) if accelerator.is_main_process and not is_resumed else {}
+    if accelerator.is_main_process and not is_resumed:
+        compare_experts(settings, files, device)             # before anything is made of them
     parts_folder = open_parts(settings, accelerator)
-    said_by = sampled_digest(("part", path) for part in ("text_encoder", "tokenizer")
-                             for path in sorted((parts_folder / part).iterdir()) if path.is_file())
-    prompts = list(dict.fromkeys([*training, *held_out, *validation, settings.negative_prompt]))
-    with accelerator.main_process_first():
-        folder = cache_folder(settings.cache_dir, "text", encoder=said_by, length=TEXT_LENGTH, prompts=prompts)
-    embeddings = encode_once(accelerator, lazy_encoder(parts_folder, device), prompts, folder)
-    autoencoder = load_autoencoder(parts_folder, device=device)
-    latent_shape, buckets = latent_shapes(settings, files, autoencoder.config.scale_factor_spatial)
-    tokens_each = math.prod(latent_shape[1:]) // math.prod(student.config.patch_size)
-    scheduler, dtype = make_scheduler(settings.flow_shift), training_dtype(settings)
-    say(f"time     {estimate(student, files, passes, states, tokens_each, latent_shape[1:], device, dtype)}")
+    words = Words(accelerator, parts_folder, settings.cache_dir,
+                  list(dict.fromkeys([*training, *held_out, *validation, settings.negative_prompt])))
+    autoencoder, dtype = load_autoencoder(parts_folder, device=device), training_dtype(settings)
+    say(f"time     {estimate(student, files, passes, states, needs.tokens, needs.latent_shape[1:], device, dtype)}")
     if settings.aspect_ratios:
-        stride = autoencoder.config.scale_factor_spatial
-        say(f"sizes    {', '.join(f'{width * stride} x {height * stride}' for _, height, width in buckets)}")
+        say(f"sizes    {', '.join(f'{width} x {height}' for width, height in sizes[1:])}")
     (output / "cache").mkdir(exist_ok=True)
     is_taken = accelerator.is_main_process and hold(output / "cache") is None   # held until the process ends
     refuse_together(accelerator, is_taken and f"{output}: another run is writing there. Wait for it, or name another --output_dir.")
-    run["projection"] = start_student(settings, student, files, cosines, embeddings, said_by, training, latent_shape[1:],
-                                      accelerator)
+    run["projection"] = start_student(settings, student, files, words, training[:most_frames(needs.tokens)],
+                                      needs.latent_shape[1:], accelerator)
     if settings.project_only:
         return accelerator.end_training()
     if accelerator.is_main_process:
@@ -1002,92 +520,37 @@ def train(settings, is_resumed, stop):
     if not (output / "run.json").exists():
         raise OSError(f"{output}: what rank 0 wrote there is not here. The machines of a run need one disk under --output_dir.")
 
-    # What the teacher draws: walked once, for training, for held-out prompts, and for a few of these from many seeds.
+    # What the teacher says: walked once, for training and for held-out prompts, and where students will be held against it.
     teacher = Teacher(files, device, dtype, agreed(place_teacher(settings, files, device)), settings.teacher_fp8)
-    in_step = teacher.residency == "sharded"
-    guided = teacher_velocity(teacher, settings, embeddings[settings.negative_prompt])
-    plain = teacher_velocity(teacher, replace(settings, guidance_scale=1.0, guidance_scale_2=1.0),
-                             embeddings[settings.negative_prompt])
-    pace = Pace(device, matrix_rate(device, dtype), ranks)
-    guided, plain = pace.timed(guided), pace.timed(plain)
-
-    def pack(prompts):
-        return pack_text([embeddings[prompt] for prompt in prompts]).to(device)
-
-    def guided_for(prompts, features):
-        return guided(pack(prompts), features)
-
-    width_kept = feature_width(settings, shape["hidden_size"])
-    made_of = {"teacher": files.fingerprint, "negative_prompt": settings.negative_prompt, "shift": settings.flow_shift,
-               "guidance": (settings.guidance_scale, settings.guidance_scale_2), "steps": settings.teacher_steps,
-               "text": (said_by, TEXT_LENGTH), "features": width_kept}
-
-    def kept_in(parent, kind, **what):
-        with accelerator.main_process_first():
-            return cache_folder(parent, kind, **what, **made_of)
-
-    walker = Walker(accelerator, guided_for, scheduler, settings.teacher_steps, in_step)
-    some = training[:settings.validation_walks]
-    walker.find_basis(kept_in(settings.cache_dir, "basis", prompts=some, latents=latent_shape), some, latent_shape, width_kept)
-    first_seed = settings.seed * 10**7
-    walks = [(n % len(training), training[n % len(training)], first_seed + n) for n in range(num_trajectories)]
-    unseen = held_out[:settings.validation_walks]
-    jobs = {"held_out": [(n % len(unseen), unseen[n % len(unseen)], first_seed - 1 - n) for n in range(num_looked_at)],
-            "seeds": [(n, prompt, first_seed - 1000 - seed) for n, prompt in enumerate(unseen[:several])
-                      for seed in range(several)]}
-
-    def walk(walked, latents):
-        return walker.walk(kept_in(settings.cache_dir, "trajectories", walks=walked, latents=latents), walked, latents)
-
-    number_of = {prompt: number for number, prompt in enumerate(training)}
-
-    def at_images(size, latents):
-        found = {image.sha256: image for image in images if image.size == size}
-        asked = [(number_of[image.caption], image.caption, first_seed - 10**6 - n, image.sha256)
-                 for n, image in enumerate(images) if image.size == size]
-
-        def latents_of(digests):
-            pictures = np.stack([read_picture(found[sha256]) for sha256 in digests])
-            return encode_images(autoencoder, to_pixels(pictures).to(device))
-        return walker.ask_at_pictures(kept_in(settings.cache_dir, "images", asked=asked, latents=latents), asked, latents_of)
-
+    pace, width = Pace(device, matrix_rate(device, dtype), ranks), feature_width(settings, shape["hidden_size"])
+    lessons = Lessons(accelerator, settings, teacher, words, training, held_out, [needs.latent_shape, *needs.buckets], width, pace)
+    lessons.find_basis()
     pace.restart()
-    trajectories = [walk(*bucket) for bucket in zip(deal_out(walks, len(buckets), settings.seed), buckets)]
-    pictured = {image.size for image in images} if parts[0][0] == "velocity" else ()
-    seen = [walked + at_images(size, latents) if size in pictured else walked
-            for walked, size, latents in zip(trajectories, picture_sizes(settings)[1:], buckets)]
-    states = {part: walk(walked, latent_shape) for part, walked in jobs.items()}
+    trajectories = lessons.walk_training(num_trajectories)
+    pictured = lessons.ask_at_images(images if parts[0][0] == "velocity" else [], sizes[1:], autoencoder)
+    held_out_walks = lessons.walk_held_out()
     walk_figures = pace.walk_figures(settings.teacher_steps)
     if walk_figures:
         say("walked   {walked:,} trajectories, {walks_per_second:.3g} a second, {walk_teacher_share:.0%} of the time in the "
             "teacher".format(**walk_figures))
-    check = stop.check if ranks == 1 else lambda: None          # several ranks stop together, at a step
-    seeds = list(range(settings.seed, settings.seed + max(len(validation), len(held_out))))
-    draw = partial(draw_pictures, autoencoder=autoencoder, scheduler=scheduler, latent_shape=latent_shape, check=check)
-    folder = kept_in(settings.cache_dir, "pictures", prompts=validation, seeds=seeds[:len(validation)],
-                     reference=settings.reference_steps)
-    shown = [embeddings[prompt] for prompt in validation]
-    teacher_drawn = kept_once(accelerator, folder, lambda: {"pictures": torch.from_numpy(draw(
-        guided, embeddings=shown, seeds=seeds, num_steps=settings.reference_steps))})["pictures"].numpy()
-    few = FewSteps(settings.flow_shift, few_steps or [settings.num_inference_steps], latent_shape, settings.teacher_steps,
+    few = FewSteps(settings.flow_shift, few_steps or [settings.num_inference_steps], needs.latent_shape, settings.teacher_steps,
                    (accelerator.process_index, ranks))
-    own_scheduler = few.scheduler if few_steps else scheduler
-    draw_own = partial(draw, scheduler=own_scheduler)
-    examine = partial(compare_walks, [teacher_walks(states[part], pack, unseen, autoencoder) for part in ("held_out", "seeds")],
-                      num_seeds=several, autoencoder=autoencoder, scheduler=own_scheduler, check=check)
+    own_scheduler = few.scheduler if few_steps else lessons.scheduler
+    examiner = Examiner(lessons, *held_out_walks, validation, few.counts, own_scheduler, autoencoder,
+                        stop.check if ranks == 1 else lambda: None)              # several ranks stop together, at a step
 
     # What learns, and how; all of it is in `memory`, and nothing else has to be remembered.
     set_seed(settings.seed)                                  # again: what lay in the cache has drawn no numbers
     if settings.allow_tf32 and device.type == "cuda":        # only now: a projection solves for weights in full float32
         torch.set_float32_matmul_precision("high")
-    student, head = student.to(device), nn.Linear(shape["hidden_size"], width_kept).to(device)
+    student, head = student.to(device), nn.Linear(shape["hidden_size"], width).to(device)
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     optimizers = make_optimizers(settings, student, head, is_fused=device.type == "cuda")
     rates = make_rates(settings, optimizers)
     ema = EMAModel(student.parameters(), decay=settings.ema_decay, foreach=device.type == "cuda")
     wrapped, wrapped_head, *_ = accelerator.prepare(student, head, *optimizers)      # whose gradients it unscales
-    networks = Networks(wrapped, wrapped_head, feature_block(shape["depth"]), guided, plain, few)
+    networks = Networks(wrapped, wrapped_head, feature_block(shape["depth"]), lessons.guided, lessons.plain, few)
     memory = {"student": student, "feature_head": head, "ema": ema, "rates": rates, "optimizers": optimizers,
               "step": 0, "skipped": 0, "own_path": {}, "looked": {}, "best": {}, "beyond": 0}
     memory |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
@@ -1125,21 +588,13 @@ def train(settings, is_resumed, stop):
 
     def read(data, numbers):
         batch = data.__getitems__(data.in_order(numbers)[accelerator.process_index::ranks])
-        return batch, pack_text([embeddings[training[number]] for number in batch["prompt"].tolist()])
+        return batch, words.pack([training[number] for number in batch["prompt"].tolist()])
 
     def validate(step, part):
         """Look at the averaged student: figures, a grid, and whether it is the best so far."""
         with averaged(ema, student, settings.use_ema):
-            figures = {"held_out_error": relative_error(student, states["held_out"], embeddings, held_out, device, check)}
-            looks = {count: examine(partial(velocity_in_parts, student), num_steps=count) for count in few.counts}
-            figures, looks = agreed((figures, looks))        # by which every rank chooses, and ends
-            figures |= {f"{name}_{count}": value for count, look in looks.items() for name, value in look.items()}
-            grid = {f"teacher {settings.reference_steps} steps": teacher_drawn}
-            for count, look in reversed(looks.items()):
-                said = [f"{name} {look[measure]:.2f}" for name, measure in GRID_FIGURES.items()]
-                grid[", ".join([f"student {count} step{'s' * (count > 1)}", *said])] = draw_own(
-                    partial(velocity_in_parts, student), embeddings=shown, seeds=seeds, num_steps=count)
-            tell(step, grid=grid, **figures)
+            looks, figures = examiner.look(student)
+            tell(step, grid=examiner.draw_grid(student, looks), **figures)
             memory["looked"] = {"step": step, **figures}
             if part != "velocity" or not few_steps:
                 consider(step, figures, looks)
@@ -1169,21 +624,10 @@ def train(settings, is_resumed, stop):
 
     def walk_own(first):
         """Walk the averaged student's own path, once for the part that begins at step `first`; returns its states by bucket."""
-        if not settings.own_path_pictures or not few.stops:
-            return [None] * len(buckets)
         with averaged(ema, student, settings.use_ema):
             if memory["own_path"].get("first") != first:
                 memory["own_path"] = {"first": first, "student": agreed(digest(student))}
-            paths = [(*walks[n % len(walks)], *few.stops[n % len(few.stops)])
-                     for n in range(first, first + settings.own_path_pictures)]
-            return [walk_bucket(*bucket, first) for bucket in zip(deal_out(paths, len(buckets), settings.seed), buckets)]
-
-    def walk_bucket(paths, latents, first):
-        folder = kept_in(output / "cache", "own-path", paths=paths, latents=latents, student=memory["own_path"]["student"])
-        if step != first and not any(folder.glob("shard-*")):
-            raise OSError(f"{folder}: the states that the student met at step {first} are gone, and it is past that step. Put "
-                          "them back, or add --overwrite to start again.")
-        return walker.walk_own_path(folder, paths, latents, lambda said: velocity_in_parts(student, pack(said)), few.scheduler)
+            return lessons.walk_own_path(student, memory["own_path"]["student"], few, first, is_past=step != first)
 
     if walk_figures:
         tell(step, **walk_figures)
@@ -1198,7 +642,7 @@ def train(settings, is_resumed, stop):
                 continue
             if part == "matching" and step == first:         # the critic begins as the student that it will watch
                 critic.load_state_dict(student.state_dict())
-            data = Buckets(seen if part == "velocity" else
+            data = Buckets([walked + at if at else walked for walked, at in zip(trajectories, pictured)] if part == "velocity" else
                            [Segments(walked, few.levels, own) for walked, own in zip(trajectories, walk_own(first))])
             batches = SeededBatches(data.sizes, settings.train_batch_size * ranks, settings.seed + 1000 * number,
                                     (step - first) * micro_batches, (last - first) * micro_batches)
@@ -1281,13 +725,8 @@ def train(settings, is_resumed, stop):
         student.save_pretrained(output)
         save_parts(output, parts_folder, own_scheduler)
     results = {name: value for name, value in figures.items() if name != "step"}
-    if settings.resolution == shapes.PICTURE_SIZE and (in_step or accelerator.is_main_process):
-        words = [embeddings[prompt] for prompt in held_out]
-        results |= compare(
-            lambda _: draw(guided, embeddings=words, seeds=seeds, num_steps=settings.reference_steps),
-            {count: lambda _, count=count: draw_own(partial(velocity_in_parts, student), embeddings=words, seeds=seeds,
-                                                    num_steps=count) for count in few.counts},
-            settings.num_inference_steps, held_out)
+    if teacher.residency == "sharded" or accelerator.is_main_process:            # of a teacher in shares all have to ask
+        results |= examiner.judge(student)
     if accelerator.is_main_process:
         write_json(output / "run.json", run | {"finished": True, "steps": step, "minutes": (time.time() - began) / 60,
                                                "skipped_steps": memory["skipped"], "chosen": chosen, "results": results})

@@ -24,7 +24,9 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.train_speed import World, ours, settle
-from train_distillation import Settings, feature_width, teacher_velocity
+from train_distillation import Settings
+from wanlite.stages.lessons import teacher_velocity
+from wanlite.stages.needs import feature_width
 from wanlite import shapes
 from wanlite.data import Walker, encode_once
 from wanlite.flow import make_scheduler

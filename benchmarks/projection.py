@@ -112,15 +112,19 @@ def prepare(folder, num_trajectories):
     from wanlite.cache import cache_folder
     from wanlite.data import Walker
     from wanlite.flow import make_scheduler
+    from wanlite.network import pack_text
+    from wanlite.stages.choices import choose_prompts
+    from wanlite.stages.complete import complete
+    from wanlite.stages.lessons import teacher_velocity
     from wanlite.text import encode_prompts, load_text_encoder
 
-    settings = replace(spine.complete(spine.Settings()), num_trajectories=num_trajectories)
+    settings = replace(complete(spine.Settings()), num_trajectories=num_trajectories)
     files = spine.open_teacher_files(settings.teacher)
-    training, held_out = spine.choose_prompts(settings)
+    training, held_out = choose_prompts(settings)
     prompts = [*training, *held_out, ""]
     embeddings = dict(zip(prompts, encode_prompts(*load_text_encoder(settings.teacher), prompts)))
-    guided = spine.teacher_velocity(spine.Teacher(files), settings, embeddings[""])
-    walker = Walker(Accelerator(), lambda said, features: guided(spine.pack_text([embeddings[p] for p in said]), features),
+    guided = teacher_velocity(spine.Teacher(files), settings, embeddings[""])
+    walker = Walker(Accelerator(), lambda said, features: guided(pack_text([embeddings[p] for p in said]), features),
                     make_scheduler(settings.flow_shift), settings.teacher_steps, basis=torch.eye(files.experts["low"].width)[:, :1])
     cache = cache_folder(folder, "projection", teacher=files.fingerprint, prompts=[*training, *held_out])
     for part, prompts, first in (("training", training, 0), ("held_out", held_out[:64], -10**6)):
@@ -141,8 +145,11 @@ def run(job):
     from wanlite.data import SeededBatches, Trajectories
     from wanlite.flow import make_scheduler
     from wanlite.measure import prompt_accuracy
+    from wanlite.network import pack_text
     from wanlite.objectives import velocity_loss
     from wanlite.projection import student_shape
+    from wanlite.stages.complete import complete
+    from wanlite.stages.examiner import draw_pictures, relative_error
     from wanlite.steps import velocity_from
 
     torch.set_num_threads(1)
@@ -150,7 +157,7 @@ def run(job):
     said = torch.load(cache / "prompts.pt", weights_only=True)
     training, held_out, embeddings = said["training"], said["held_out"], said["embeddings"]
     states = {part: Trajectories(cache / part, len(list((cache / part).glob("shard-*")))) for part in ("training", "held_out")}
-    settings = replace(spine.complete(spine.Settings()), seed=job["seed"], learning_rate=2e-3, muon_learning_rate=job["rate"],
+    settings = replace(complete(spine.Settings()), seed=job["seed"], learning_rate=2e-3, muon_learning_rate=job["rate"],
                        max_train_steps=job["steps"], lr_warmup_steps=job["steps"] // 10)
     files = spine.open_teacher_files(settings.teacher)
     torch.manual_seed(job["seed"])
@@ -164,13 +171,13 @@ def run(job):
 
     def measure(step):
         with spine.averaged(ema, student, True):
-            errors[str(step)] = round(spine.relative_error(student, states["held_out"], embeddings, held_out, "cpu",
+            errors[str(step)] = round(relative_error(student, states["held_out"], embeddings, held_out, "cpu",
                                                            lambda: None), 5)
 
     measure(0)
     for step, numbers in enumerate(SeededBatches(len(states["training"]), job["batch"], job["seed"], 0, job["steps"]), 1):
         batch = states["training"].__getitems__(numbers)
-        text = spine.pack_text([embeddings[training[number]] for number in batch["prompt"].tolist()])
+        text = pack_text([embeddings[training[number]] for number in batch["prompt"].tolist()])
         velocity = velocity_from(student, text)(batch["latents"].float(), batch["timestep"])
         velocity_loss(velocity, batch["velocity"]).mean().backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), settings.max_grad_norm)
@@ -183,7 +190,7 @@ def run(job):
             measure(step)
     ema.copy_to(student.parameters())
     autoencoder, scheduler = load_autoencoder(settings.teacher), make_scheduler(settings.flow_shift)
-    drawn = prompt_accuracy(lambda prompts: spine.draw_pictures(
+    drawn = prompt_accuracy(lambda prompts: draw_pictures(
         partial(velocity_from, student), autoencoder, [embeddings[prompt] for prompt in prompts], list(range(len(prompts))),
         scheduler, settings.teacher_steps, (16, 8, 8)), held_out[:200])
     return {name: value for name, value in job.items() if name != "data"} | {

@@ -25,7 +25,9 @@ import numpy as np
 import torch
 
 from run_inference import Painter
-from train_distillation import Settings, complete, teacher_velocity
+from train_distillation import Settings
+from wanlite.stages.complete import complete
+from wanlite.stages.lessons import teacher_velocity
 from wanlite import shapes
 from wanlite.autoencoder import decode_latents, to_pictures
 from wanlite.flow import make_scheduler, sample, seeded_noise

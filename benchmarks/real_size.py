@@ -15,6 +15,7 @@ blocks.
 import argparse
 import json
 import math
+import pkgutil
 import os
 import re
 import shutil
@@ -45,11 +46,13 @@ FLAGS = ["--num_trajectories", "1", "--teacher_steps", "2", "--flow_shift", "3",
          "--few_steps", "1", "2", "--num_inference_steps", "2", "--train_batch_size", "2", "--max_train_steps", "4",
          "--segment_steps", "2", "--lr_warmup_steps", "1", "--muon_learning_rate", "0", "--report_to", "none",
          "--teacher_residency", "disk"]
-# What the spine calls -> the phase that it is, in the words of --dry_run where these know it.
-PHASES = {"check_experts": "start", "convert_parts": "converting", "encode_once": "text", "start_student": "start",
-          "Walker.find_basis": "trajectories", "Walker.walk": "trajectories", "Walker.walk_own_path": "own path",
-          "draw_pictures": "drawing", "teacher_walks": "drawing", "relative_error": "validation", "compare_walks": "validation",
-          "save_parts": "saving"}
+# What a run calls -> the phase that it is, in the words of --dry_run where these know it.
+PHASES = {"train_distillation.compare_experts": "start", "wanlite.stages.lessons.convert_parts": "converting",
+          "wanlite.stages.lessons.encode_once": "text", "train_distillation.start_student": "start",
+          "wanlite.data.Walker.find_basis": "trajectories", "wanlite.data.Walker.walk": "trajectories",
+          "wanlite.data.Walker.walk_own_path": "own path", "wanlite.stages.examiner.draw_pictures": "drawing",
+          "wanlite.stages.examiner.teacher_walks": "drawing", "wanlite.stages.examiner.relative_error": "validation",
+          "wanlite.stages.examiner.compare_walks": "validation", "train_distillation.save_parts": "saving"}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}          # of the largest velocity
 
 
@@ -178,8 +181,8 @@ def measure_run(words):
 
     meter = PhaseMeter()
     for place, phase in PHASES.items():
-        *owner, name = place.split(".")
-        owner = getattr(spine, *owner) if owner else spine
+        owner, _, name = place.rpartition(".")
+        owner = pkgutil.resolve_name(owner)
         setattr(owner, name, watched(meter, getattr(owner, name), phase))
     deal = spine.Pace.deal
     spine.load_autoencoder = weighed(meter, spine.load_autoencoder)

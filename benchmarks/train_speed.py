@@ -36,7 +36,9 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from train_distillation import Settings, WanLiteStudent, feature_block, feature_width
+from train_distillation import Settings, WanLiteStudent
+from wanlite.stages.lessons import feature_block
+from wanlite.stages.needs import feature_width
 from wanlite.data import SeededBatches, Trajectories, write_shard
 from wanlite.network import pack_text, pass_operations, unpack_text
 from wanlite.optimizers import make_optimizers

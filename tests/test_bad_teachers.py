@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY_TEACHER, write_official
-from train_distillation import Settings, complete, train
+from train_distillation import Settings, train
+from wanlite.stages.complete import complete
 from wanlite.stopping import StopSignal
 
 LOW, HIGH = "low_noise_model", "high_noise_model"

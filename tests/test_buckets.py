@@ -8,10 +8,11 @@ import torch
 from accelerate import Accelerator
 
 from tests.test_data import STEPS, student_for, teacher_for
-from train_distillation import Settings, complete
+from train_distillation import Settings
 from wanlite.data import Buckets, SeededBatches, Segments, Walker, deal_out
 from wanlite.flow import FewSteps, make_scheduler
 from wanlite.preflight import WIDEST, bucket_sizes
+from wanlite.stages.complete import complete
 
 
 @pytest.mark.parametrize("unit", [16, 32])

@@ -21,13 +21,15 @@ from tests.test_command_lines import refused
 from tests.test_data import STEPS, teacher_for
 from tests.test_resuming import same, train
 from tests.test_sizes import leave_as_killed
-from train_distillation import Settings, choose_data, complete
+from train_distillation import Settings
 from wanlite import shapes
 from wanlite.autoencoder import encode_images, load_autoencoder, to_pixels
 from wanlite.data import Trajectories, Walker
 from wanlite.flow import add_noise, make_scheduler
 from wanlite.images import SHOWN, choose_images, decode, list_images, read_picture
 from wanlite.run_folder import read_run
+from wanlite.stages.choices import choose_data
+from wanlite.stages.complete import complete, picture_sizes
 
 SCENES = shapes.scenes(40, 6)
 CAPTIONS = [shapes.ways_to_say(scene)[0] for scene in SCENES]
@@ -225,7 +227,8 @@ def test_what_was_seen_once_is_not_decoded_again(tmp_path, monkeypatch):
     settings, said, decoded = complete(Settings(images=str(tmp_path / "place"), cache_dir=str(tmp_path / "cache"))), [], []
 
     def chosen():
-        return [(image.caption, image.sha256, image.size) for image in choose_data(settings, said.append)[2]]
+        images = choose_data(settings, picture_sizes(settings), said.append)[2]
+        return [(image.caption, image.sha256, image.size) for image in images]
 
     monkeypatch.setattr("wanlite.images.decode", lambda content: decoded.append(content) or decode(content))
     first = chosen()
@@ -310,7 +313,7 @@ def test_captions_join_the_prompts_and_none_is_held_out(tmp_path):
     write_folder(tmp_path / "place")
     (tmp_path / "prompts.txt").write_text("\n".join(["one", CAPTIONS[2], "three", CAPTIONS[0]]))
     settings = complete(Settings(images=str(tmp_path / "place"), prompts=str(tmp_path / "prompts.txt")))
-    training, held_out, images = choose_data(settings, lambda said: None)
+    training, held_out, images = choose_data(settings, picture_sizes(settings), lambda said: None)
     assert held_out == [CAPTIONS[0]] and [image.caption for image in images] == CAPTIONS[1:]
     assert training == ["one", CAPTIONS[2], "three", CAPTIONS[1], *CAPTIONS[3:]]
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import A14B, ROOT, SHORT_RUN, TINY_TEACHER, run_script, write_sparse_wan
 from tests.test_official import write_autoencoder
-from train_distillation import Settings, WanLiteStudent, choose_precision, complete, plan
+from train_distillation import Settings, WanLiteStudent, plan
 from wanlite.autoencoder import decode_latents, load_autoencoder, make_autoencoder
 from wanlite.devices import has_gpu
 from wanlite.network import pack_text
@@ -32,6 +32,8 @@ from wanlite.plan import (
     tell,
     training_peak,
 )
+from wanlite.stages.complete import complete
+from wanlite.stages.needs import choose_precision
 from wanlite.teacher import Teacher, ask, check_experts, open_teacher_files, stream_expert
 
 TRAIN = ROOT / "train_distillation.py"
@@ -117,7 +119,7 @@ def test_the_bytes_of_a_teacher_follow_its_residency(residency, on_device, besid
     (None, 5120, True, True, "bf16"), (None, 5120, True, False, "no"), (None, 5120, False, True, "no"),
     (None, 128, True, True, "no"), ("no", 5120, True, True, "no"), ("fp16", 5120, True, True, "fp16")])
 def test_a_large_teacher_computes_in_bf16_on_a_gpu_that_has_it_unless_asked_otherwise(asked, width, gpu, bf16, chosen, monkeypatch):
-    monkeypatch.setattr("train_distillation.has_gpu", lambda: gpu)
+    monkeypatch.setattr("wanlite.stages.needs.has_gpu", lambda: gpu)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16)
     assert choose_precision(Settings(mixed_precision=asked), SimpleNamespace(width=width)).mixed_precision == chosen
 

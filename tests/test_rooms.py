@@ -2,39 +2,51 @@
 
 import ast
 import sys
+from importlib.util import resolve_name
 
 import pytest
 
 from tests.conftest import ROOT, run_script
 
-ROOMS = sorted(path for path in (ROOT / "wanlite").glob("*.py") if path.name != "__init__.py")
+ROOMS, STAGES = (sorted(path for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py")
+                 for folder in ("wanlite", "wanlite/stages"))
 SCRIPTS = ("train_distillation.py", "run_inference.py")
 
 
 def imported(path):
-    """Return the modules that a file imports, rooms by their short names."""
-    names = set()
+    """Return the modules that a file imports, and the names it takes from packages."""
+    names, package = set(), ".".join(path.parent.relative_to(ROOT).parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            if node.level or node.module == "wanlite":
-                names |= {f"wanlite.{node.module or alias.name}".replace("wanlite.wanlite", "wanlite") if node.module != "wanlite"
-                          else f"wanlite.{alias.name}" for alias in node.names}
-            else:
-                names.add(node.module)
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            names |= {f"{module}.{alias.name}" for alias in node.names} if module in ("wanlite", "wanlite.stages") else {module}
     return names
 
 
+def test_what_is_imported_is_found():
+    assert {"wanlite.shapes", "wanlite.flow", "numpy"} <= imported(ROOT / "wanlite/stages/examiner.py")
+    assert {"wanlite.shapes", "torch"} <= imported(ROOT / "wanlite/measure.py")
+
+
 @pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.stem)
-def test_a_room_imports_at_most_one_other_room_and_never_a_script(room):
+def test_a_room_imports_at_most_one_other_room_and_neither_a_stage_nor_a_script(room):
     names = imported(room)
     assert len({name for name in names if name.startswith("wanlite.")}) <= 1
-    assert not names & {"train_distillation", "run_inference"}
+    assert not any(name.startswith("wanlite.stages") for name in names) and not names & {"train_distillation", "run_inference"}
 
 
-def test_the_package_imports_nothing():
-    assert not imported(ROOT / "wanlite/__init__.py")
+@pytest.mark.parametrize("stage", STAGES, ids=lambda path: path.stem)
+def test_a_stage_imports_rooms_and_neither_another_stage_nor_a_script(stage):
+    names = imported(stage)
+    assert len({name for name in names if name.startswith("wanlite.")}) > 1, "this is a room"
+    assert not any(name.startswith("wanlite.stages") for name in names) and not names & {"train_distillation", "run_inference"}
+
+
+@pytest.mark.parametrize("package", ["wanlite", "wanlite/stages"])
+def test_a_package_imports_nothing(package):
+    assert not imported(ROOT / package / "__init__.py")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -18,10 +18,11 @@ from transformers import AutoTokenizer, T5TokenizerFast, UMT5Config, UMT5Encoder
 from tests.conftest import A14B, TI2V_5B, WAN_1_3B, official_name, wan_shapes, write_sparse
 from tests.test_official import AUTOENCODERS, SMALL, official_autoencoder_name, official_text_encoder_name
 from tests.test_resuming import train as train_in_a_process
-from train_distillation import Settings, WanLiteStudent, complete, plan, train
+from train_distillation import Settings, WanLiteStudent, plan, train
 from wanlite import shapes
 from wanlite.official import convert_parts, find_parts, has_two_experts, num_bytes
 from wanlite.projection import project_into
+from wanlite.stages.complete import complete
 from wanlite.stopping import StopSignal
 from wanlite.teacher import open_teacher_files
 

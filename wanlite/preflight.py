@@ -3,10 +3,12 @@
 A run has up to three parts, one after the other: `velocity` (stage 1), `segments` (stage 2a), `matching` (stage 2b).
 """
 
+import json
 import math
 import os
 import re
 import shutil
+from pathlib import Path
 
 WIDEST = 4                 # aspect ratio of a bucket
 PARTS = ("velocity", "segments", "matching")
@@ -32,6 +34,12 @@ def check_all(checks, together=False):
             failed.append(str(error))
     if failed:
         raise ValueError("\n".join(dict.fromkeys(failed)))
+
+
+def read_record(teacher):
+    """Return the training record of a tiny teacher, or an empty dict for any other teacher."""
+    path = Path(teacher) / "training.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def complete_resolution(resolution, unit=16):

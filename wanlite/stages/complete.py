@@ -1,0 +1,85 @@
+"""Settings as they were typed -> with all that folders and files decide. No torch: what is wrong is said at once."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from ..images import list_images
+from ..launch import check_launch, launched_precision
+from ..official import find_parts, has_two_experts, pixels_per_token
+from ..preflight import (
+    bucket_sizes,
+    check_all,
+    check_compiler,
+    check_numbers,
+    check_student,
+    complete_resolution,
+    complete_steps,
+    read_record,
+)
+from ..prompts import read_prompts
+from ..run_folder import picture_size, read_run
+from ..trackers import check_tracker
+
+TINY_TEACHER = Path(__file__).resolve().parents[2] / "tiny_teacher"
+REAL_TEACHERS = ("Wan2.2-T2V-A14B", "Wan2.2-T2V-A14B-Diffusers")     # looked for where the command is typed
+OFFICIAL_SHIFTS = {True: 12.0, False: 5.0}                           # of two experts and of one, where no scheduler says it
+
+
+def complete(settings):
+    """Check paths, sizes and numbers, and fill in what the teacher's folder says.
+
+    Raises OSError and ValueError for the first thing that is wrong, on a dry run for all of them, a line each.
+    """
+    here = (Path(name) for name in REAL_TEACHERS if Path(name).is_dir())
+    teacher = Path(settings.teacher or next(here, TINY_TEACHER)).expanduser().absolute()
+    if not teacher.is_dir():
+        raise OSError(f"--teacher {settings.teacher}: no such folder. Expected a Wan checkpoint in the official, diffusers or "
+                      "ComfyUI layout; leave the flag out for the tiny teacher.")
+    record = read_record(teacher)
+    settings = replace(settings, mixed_precision=launched_precision(settings.mixed_precision))
+    checks = [partial(find_parts, teacher), partial(_complete_resolution, teacher, settings), partial(check_numbers, settings),
+              partial(check_launch, settings), partial(complete_steps, settings), partial(check_tracker, settings.report_to)]
+    if settings.compile:
+        checks.append(check_compiler)
+    if settings.prompts is not None:
+        checks.insert(0, partial(read_prompts, settings.prompts))
+    if settings.images is not None:
+        checks.insert(0, partial(list_images, settings.images))
+    if settings.dry_run:                                     # takes the time of an import, and no run waits for it
+        checks.append(partial(_check_headers, teacher))
+    check_all(checks, together=settings.dry_run)
+    few_steps, segment_steps = complete_steps(settings)
+    scheduler = teacher / "scheduler" / "scheduler_config.json"
+    official_shift = OFFICIAL_SHIFTS[has_two_experts(teacher)]
+    shift = settings.flow_shift or record.get("shift") or (
+        json.loads(scheduler.read_text())["flow_shift"] if scheduler.is_file() else official_shift)
+    settings = replace(settings, teacher=str(teacher), resolution=_complete_resolution(teacher, settings), flow_shift=float(shift),
+                       few_steps=few_steps, segment_steps=segment_steps,
+                       reference_steps=settings.reference_steps or 2 * settings.teacher_steps,
+                       cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"))
+    if settings.student is not None:
+        student = Path(settings.student).expanduser().absolute()
+        check_student(read_run(student), settings, student)
+        settings = replace(settings, student=str(student))
+    return settings
+
+
+def _check_headers(teacher):
+    from ..teacher import open_teacher_files
+
+    open_teacher_files(teacher)
+
+
+def _complete_resolution(teacher, settings):
+    resolution = read_record(teacher).get("resolution", 512) if settings.resolution is None else settings.resolution
+    resolution, unit = complete_resolution(resolution, pixels_per_token(teacher)), pixels_per_token(teacher)
+    bucket_sizes(picture_size(resolution), settings.aspect_ratios, unit)
+    return resolution
+
+
+def picture_sizes(settings):
+    """Return --resolution as (width, height), and after it the sizes of what is trained on, one a bucket."""
+    size = picture_size(settings.resolution)
+    return [size, *bucket_sizes(size, settings.aspect_ratios, pixels_per_token(settings.teacher))]
