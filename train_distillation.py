@@ -193,7 +193,6 @@ from wanlite.network import OneFrameBlock, TextTokens, one_frame_velocity
 from wanlite.optimizers import make_optimizers, make_rates
 from wanlite.pace import Pace, in_brief
 from wanlite.plan import estimate, matrix_rate
-from wanlite.projection import project_into
 from wanlite.ranks import agreed, check_devices, is_lost, patience, refuse_together
 from wanlite.reading import AHEAD, read_ahead
 from wanlite.stages.choices import choose_data, choose_shape, describe_schedule
@@ -210,7 +209,7 @@ from wanlite.stages.needs import (
     place_teacher,
     training_dtype,
 )
-from wanlite.stages.start import compare_experts, start_student
+from wanlite.stages.start import compare_experts, project_into, start_student
 from wanlite.steps import STEPS, Networks
 from wanlite.student_files import (
     all_tensor_shapes,
@@ -222,7 +221,8 @@ from wanlite.student_files import (
     student_folder,
 )
 from wanlite.student_saving import check_savable, save_student
-from wanlite.teacher import Teacher, open_teacher_files
+from wanlite.teacher import Teacher
+from wanlite.teacher_files import open_teacher_files
 
 # ---- the model ---------------------------------------------------------------------------------------------------------
 

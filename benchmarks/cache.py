@@ -25,15 +25,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.train_speed import World, ours, settle
 from train_distillation import Settings
-from wanlite.stages.lessons import teacher_velocity
-from wanlite.stages.needs import feature_width
 from wanlite import shapes
 from wanlite.data import Walker, encode_once
 from wanlite.flow import make_scheduler
 from wanlite.network import pack_text
 from wanlite.pace import Pace
 from wanlite.projection import student_shape
-from wanlite.teacher import Teacher, open_teacher_files
+from wanlite.stages.lessons import teacher_velocity
+from wanlite.stages.needs import feature_width
+from wanlite.teacher import Teacher
+from wanlite.teacher_files import open_teacher_files
 from wanlite.text import lazy_encoder
 
 TINY_TEACHER = ROOT / "tiny_teacher"

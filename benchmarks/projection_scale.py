@@ -280,8 +280,8 @@ def measure_projection(folder, student, device):
     import torch
 
     from train_distillation import WanLiteStudent
-    from wanlite.projection import project_into
-    from wanlite.teacher import ExpertFiles
+    from wanlite.stages.start import project_into
+    from wanlite.teacher_files import ExpertFiles
 
     student, reads = WanLiteStudent(**student), count_reads(ExpertFiles)
     with PeakAnonymous() as anonymous:

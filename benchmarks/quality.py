@@ -26,16 +26,17 @@ import torch
 
 from run_inference import Painter
 from train_distillation import Settings
-from wanlite.stages.complete import complete
-from wanlite.stages.lessons import teacher_velocity
 from wanlite import shapes
 from wanlite.autoencoder import decode_latents, to_pictures
 from wanlite.flow import make_scheduler, sample, seeded_noise
 from wanlite.measure import channel_drift, channel_spread, frechet_distance, prompt_accuracy, variety
 from wanlite.network import pack_text
 from wanlite.run_folder import read_run
+from wanlite.stages.complete import complete
+from wanlite.stages.lessons import teacher_velocity
 from wanlite.steps import velocity_from
-from wanlite.teacher import Teacher, open_teacher_files
+from wanlite.teacher import Teacher
+from wanlite.teacher_files import open_teacher_files
 
 REFERENCE = "teacher, guided", 40       # what every row is held against, at its own noise
 TRAIN, RIVALS = ROOT / "train_distillation.py", ROOT / "benchmarks" / "rivals.py"

@@ -15,8 +15,8 @@ blocks.
 import argparse
 import json
 import math
-import pkgutil
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -207,7 +207,8 @@ def measure_agreement(folder):
     from diffusers import WanTransformer3DModel
 
     from wanlite.network import pack_text, unpack_text
-    from wanlite.teacher import ask, load_expert, open_teacher_files, stream_expert
+    from wanlite.teacher import ask, load_expert, stream_expert
+    from wanlite.teacher_files import open_teacher_files
 
     whole, found = open_teacher_files(folder).experts["high"], {}
     blocks = tuple(f"blocks.{index}." for index in range(2))

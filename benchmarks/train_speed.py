@@ -37,16 +37,17 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from train_distillation import Settings, WanLiteStudent
-from wanlite.stages.lessons import feature_block
-from wanlite.stages.needs import feature_width
 from wanlite.data import SeededBatches, Trajectories, write_shard
 from wanlite.network import pack_text, pass_operations, unpack_text
 from wanlite.optimizers import make_optimizers
 from wanlite.plan import MemoryMeter, gigabytes, matrix_rate
 from wanlite.projection import student_shape
 from wanlite.reading import AHEAD, read_ahead
+from wanlite.stages.lessons import feature_block
+from wanlite.stages.needs import feature_width
 from wanlite.steps import STEPS, Networks
-from wanlite.teacher import ExpertFiles, Teacher, TeacherFiles, make_expert, open_teacher_files
+from wanlite.teacher import Teacher, make_expert
+from wanlite.teacher_files import ExpertFiles, TeacherFiles, open_teacher_files
 
 A14B = {"patch_size": (1, 2, 2), "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16, "out_channels": 16,
         "text_dim": 4096, "freq_dim": 256, "ffn_dim": 13824, "num_layers": 40, "cross_attn_norm": True,

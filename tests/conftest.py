@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from train_distillation import WanLiteStudent
 from wanlite.network import pack_text
-from wanlite.teacher import Teacher, open_teacher_files
+from wanlite.teacher import Teacher
+from wanlite.teacher_files import open_teacher_files
 from wanlite.text import encode_prompts, load_text_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -233,6 +235,32 @@ def small_disk(tmp_path, request):
 
 
 # Two steps of each part.
+
+
+@pytest.fixture
+def copied(tmp_path):
+    shutil.copytree(TINY_TEACHER, tmp_path / "wan")
+    return tmp_path / "wan"
+
+
+@pytest.fixture
+def official_copy(official_teacher, tmp_path):
+    shutil.copytree(official_teacher, tmp_path / "official")
+    return tmp_path / "official"
+
+
+def weights_of(folder):
+    return next(folder.glob("*.safetensors"))
+
+
+def change(folder, how):
+    """Rewrite the only file of an expert after `how` has changed its dict of tensors; returns the dict."""
+    tensors = load_file(weights_of(folder))
+    how(tensors)
+    save_file(tensors, weights_of(folder))
+    return tensors
+
+
 SHORT_RUN = ("--num_trajectories", "64", "--max_train_steps", "6", "--segment_steps", "2", "--matching_steps", "2",
              "--own_path_pictures", "8", "--train_batch_size", "16", "--checkpointing_steps", "3", "--validation_steps", "3",
              "--lr_warmup_steps", "2", "--num_held_out", "16", "--report_to", "none", "--teacher_steps", "8",

@@ -11,7 +11,7 @@ from benchmarks.train_speed import A14B, Online, make_world, ours, random_teache
 from tests.conftest import ROOT, run_script
 from tests.test_plan import alive
 from wanlite.plan import simulated_peak
-from wanlite.teacher import open_teacher_files
+from wanlite.teacher_files import open_teacher_files
 
 BENCHMARKS = ROOT / "benchmarks"
 SCALE = BENCHMARKS / "projection_scale.py"

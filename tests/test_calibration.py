@@ -7,8 +7,9 @@ from tests.conftest import TINY_TEACHER
 from train_distillation import WanLiteStudent
 from wanlite.calibration import _best_columns, calibrate, choose_channels, make_frames
 from wanlite.network import one_frame_velocity, pack_text
-from wanlite.projection import project_into
-from wanlite.teacher import open_teacher_files, stream_expert
+from wanlite.stages.start import project_into
+from wanlite.teacher import stream_expert
+from wanlite.teacher_files import open_teacher_files
 
 TEXT = {"num_channels": 16, "text_dim": 64, "rope_max_seq_len": 64}
 CUT = {"hidden_size": 64, "depth": 4, "num_heads": 2} | TEXT

@@ -17,6 +17,7 @@ from tests.test_official import write_autoencoder
 from train_distillation import Settings, WanLiteStudent, plan
 from wanlite.autoencoder import decode_latents, load_autoencoder, make_autoencoder
 from wanlite.devices import has_gpu
+from wanlite.experts import PROBE_ROWS, PROBE_SIZE, check_experts
 from wanlite.network import pack_text
 from wanlite.optimizers import make_optimizers
 from wanlite.plan import (
@@ -34,7 +35,8 @@ from wanlite.plan import (
 )
 from wanlite.stages.complete import complete
 from wanlite.stages.needs import choose_precision
-from wanlite.teacher import Teacher, ask, check_experts, open_teacher_files, stream_expert
+from wanlite.teacher import Teacher, ask, stream_expert
+from wanlite.teacher_files import open_teacher_files
 
 TRAIN = ROOT / "train_distillation.py"
 
@@ -84,13 +86,13 @@ def test_simulated_pass_has_the_peak_of_the_tiny_teachers(teacher, words):
 
 
 def test_the_start_is_told_what_comparing_and_one_expert_take():
-    files = open_teacher_files(TINY_TEACHER)
+    files, probe = open_teacher_files(TINY_TEACHER), (PROBE_ROWS, PROBE_SIZE)
     real = alive(lambda: check_experts(files))
-    comparing, calibrating = start_peaks(files, 16, (24, 24))
+    comparing, calibrating = start_peaks(files, probe, 16, (24, 24))
     assert comparing == pytest.approx(real, rel=0.12)
-    streamed, more = alive(lambda: stream_expert(files.experts["high"])), start_peaks(files, 32, (24, 24))[1] - calibrating
+    streamed, more = alive(lambda: stream_expert(files.experts["high"])), start_peaks(files, probe, 32, (24, 24))[1] - calibrating
     assert streamed < calibrating and more == pytest.approx(pass_peak(files, 16, (24, 24), torch.float32), rel=0.1)
-    assert start_peaks(files, 0, (8, 8)) == (comparing, 0)
+    assert start_peaks(files, probe, 0, (8, 8)) == (comparing, 0)
 
 
 def test_simulated_decoding_has_the_peak_of_decoding():

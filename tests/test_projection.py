@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import A14B, TI2V_5B, TINY_TEACHER, WAN_1_3B, write_official, write_sparse_wan
 from train_distillation import WanLiteStudent
 from wanlite import projection
+from wanlite.experts import check_experts
 from wanlite.network import one_frame_velocity
-from wanlite.teacher import ExpertFiles, check_experts, open_teacher_files
+from wanlite.stages.start import project_into
+from wanlite.teacher_files import ExpertFiles, open_teacher_files
 
 TEXT = {"num_channels": 16, "text_dim": 64, "rope_max_seq_len": 64}
 CUT = {"hidden_size": 64, "depth": 4, "num_heads": 2} | TEXT
@@ -72,7 +74,7 @@ def test_a_student_tensor_that_gets_no_value_stops_the_projection():
 
 
 def test_the_report_tells_what_was_kept_of_every_block_and_how_alike_the_experts_are():
-    report = projection.project_into(WanLiteStudent(**CUT), TINY_TEACHER)
+    report = project_into(WanLiteStudent(**CUT), TINY_TEACHER)
     assert report.kept.keys() == {"residual", "text", "attn1", "attn2", "ffn"}
     assert all(0 < share <= 1 for shares in report.kept.values() for share in shares) and len(report.kept["ffn"]) == 4
     assert report.experts == ["low"] * 4 and report.cosines == check_experts(open_teacher_files(TINY_TEACHER))
@@ -91,7 +93,7 @@ def test_each_block_comes_from_the_expert_that_keeps_more():
 
 def test_an_expert_that_no_teacher_has_is_refused():
     with pytest.raises(ValueError, match="'middle' is unknown"):
-        projection.project_into(WanLiteStudent(**CUT), TINY_TEACHER, "middle")
+        project_into(WanLiteStudent(**CUT), TINY_TEACHER, "middle")
 
 
 def test_a_teacher_tensor_without_a_place_stops_the_projection(monkeypatch):

@@ -28,7 +28,8 @@ from wanlite.launch import launched_precision
 from wanlite.ranks import check_devices
 from wanlite.stages.complete import complete
 from wanlite.steps import STEPS
-from wanlite.teacher import Teacher, open_teacher_files
+from wanlite.teacher import Teacher
+from wanlite.teacher_files import open_teacher_files
 from wanlite.whole_files import locked
 
 

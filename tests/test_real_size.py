@@ -12,7 +12,8 @@ from wanlite import steps
 from wanlite.data import kept_once
 from wanlite.network import pack_text
 from wanlite.preflight import bound_pictures, check_batch, count_passes, parts_of
-from wanlite.teacher import open_teacher_files, stream_expert
+from wanlite.teacher import stream_expert
+from wanlite.teacher_files import open_teacher_files
 
 SETTINGS = replace(Settings(), segment_steps=1000, reference_steps=40, train_batch_size=128, gradient_accumulation_steps=1)
 

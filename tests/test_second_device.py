@@ -33,7 +33,8 @@ for name, free in (("there", 1e12), ("beside", 1)):
 LOADS = f"""import sys
 sys.path.insert(0, "{ROOT}")
 import torch
-from wanlite.teacher import Teacher, open_teacher_files
+from wanlite.teacher import Teacher
+from wanlite.teacher_files import open_teacher_files
 there, made = type(torch.zeros(1, device="second:0")), {{}}
 make = there.__new__
 there.__new__ = staticmethod(lambda cls, numbers: made.update({{numbers.data_ptr(): numbers.nbytes}}) or make(cls, numbers))

@@ -21,10 +21,10 @@ from tests.test_resuming import train as train_in_a_process
 from train_distillation import Settings, WanLiteStudent, plan, train
 from wanlite import shapes
 from wanlite.official import convert_parts, find_parts, has_two_experts, num_bytes
-from wanlite.projection import project_into
 from wanlite.stages.complete import complete
+from wanlite.stages.start import project_into
 from wanlite.stopping import StopSignal
-from wanlite.teacher import open_teacher_files
+from wanlite.teacher_files import open_teacher_files
 
 OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 FP8 = torch.float8_e4m3fn

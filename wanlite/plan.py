@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from .teacher import PROBE_ROWS, PROBE_SIZE, make_expert, pinned_bytes
+from .teacher import make_expert, pinned_bytes
 
 TEXT = 64                # tokens of a long prompt
 TOKENS_A_WORD = 1.3      # of UMT5, in English
@@ -105,15 +105,15 @@ def pass_peak(files, rows, latent_size, dtype, peak=simulated_peak):
         torch.set_default_dtype(before)
 
 
-def start_peaks(files, frames, latent_size, peak=simulated_peak):
+def start_peaks(files, probe, frames, latent_size, peak=simulated_peak):
     """Return the bytes of comparing two experts, and of one that is asked at `frames` latents; 0 for what does not happen.
 
-    Both are in float32, with one block of an expert in memory.
+    `probe` is what experts are compared on: (rows, size). Both are in float32, with one block of an expert in memory.
     """
     expert = next(iter(files.experts.values()))
     blocks = sum(torch.Size(shape).numel() for name, (*_, shape) in expert.places.items() if name.startswith("blocks."))
     held = 4 * (expert.num_parameters - blocks + blocks // files.config["num_layers"])
-    comparing = len(files.experts) * held + pass_peak(files, PROBE_ROWS, PROBE_SIZE, torch.float32, peak)
+    comparing = len(files.experts) * held + pass_peak(files, *probe, torch.float32, peak)
     calibrating = held + pass_peak(files, frames, latent_size, torch.float32, peak) if frames else 0
     return comparing if len(files.experts) > 1 else 0, calibrating
 

@@ -17,8 +17,6 @@ from diffusers.models.embeddings import Timesteps
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .teacher import check_experts, open_teacher_files
-
 SHIFT, SCALE, GATE = (0, 3), (1, 4), (2, 5)  # rows of the modulation: of self-attention, of the feed-forward
 ATTENTIONS = ("attn1", "attn2")
 EXPERTS = ("low", "high", "span")            # span: for each student block the expert that keeps more energy
@@ -56,21 +54,6 @@ class Report:
                 "channels": self.channels.tolist(), "teacher_tensors_used": self.num_read,
                 "teacher_tensors_dropped": self.dropped, "student_tensors_written": self.num_written, "student_tensors_new": [],
                 "seconds": round(self.seconds, 1)}
-
-
-def project_into(student, folder, expert="low", text_samples=None, channels=None, device="cpu"):
-    """Fill a student with a teacher's weights, in place; returns the Report.
-
-    Raises OSError and ValueError for files that no teacher can have, see open_teacher_files and check_experts, and for a shape
-    that cannot be cut from this teacher, before any tensor is projected.
-    """
-    files = open_teacher_files(folder)
-    check_shape(files.config, dict(student.config))
-    chosen = choose_experts(files, expert)
-    cosines = check_experts(files, device)
-    report = project(student, chosen, text_samples, channels, device)
-    report.cosines = cosines
-    return report
 
 
 def choose_experts(files, expert):

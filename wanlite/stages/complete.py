@@ -67,7 +67,7 @@ def complete(settings):
 
 
 def _check_headers(teacher):
-    from ..teacher import open_teacher_files
+    from ..teacher_files import open_teacher_files
 
     open_teacher_files(teacher)
 

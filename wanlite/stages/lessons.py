@@ -18,7 +18,7 @@ from ..network import TEXT_LENGTH, pack_text
 from ..official import convert_parts, find_parts, is_converted
 from ..preflight import count_looks
 from ..steps import velocity_in_parts
-from ..teacher import sampled_digest
+from ..teacher_files import sampled_digest
 from ..text import lazy_encoder
 from ..whole_files import in_turn
 

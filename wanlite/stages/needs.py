@@ -15,6 +15,7 @@ from diffusers.training_utils import EMAModel
 from ..autoencoder import DECODED_AT_ONCE, decode_latents, make_autoencoder
 from ..data import SHARD_SIZE
 from ..devices import free_memory, has_gpu
+from ..experts import PROBE_ROWS, PROBE_SIZE
 from ..launch import local_processes
 from ..official import autoencoder_config, find_parts, is_converted, num_bytes
 from ..optimizers import make_optimizers
@@ -119,7 +120,8 @@ class Needs:
             "validation": self.resting + self.weights + at_depth(           # what is lent keeps its place
                 lambda parts: decoding_peak(self.make_autoencoder, decode_latents, parts * together, self.latent_shape),
                 -(-drawn // together))}
-        comparing, calibrating = start_peaks(self.files, calibration_frames(settings, training, self.tokens), self.latent_shape[1:])
+        comparing, calibrating = start_peaks(self.files, (PROBE_ROWS, PROBE_SIZE),
+                                               calibration_frames(settings, training, self.tokens), self.latent_shape[1:])
         is_started = any(Path(settings.cache_dir).glob("start-*/manifest.json"))        # and is taken as it is, if it is this run's
         phases["start"] = 0 if is_started else max(comparing, calibrating + self.drawing + self.weights)
         if settings.matching_steps:

@@ -9,10 +9,26 @@ from safetensors.torch import load_file
 
 from ..cache import cache_folder
 from ..calibration import calibrate, choose_channels, make_frames
+from ..experts import check_experts
 from ..network import pack_text
-from ..projection import choose_experts, project
-from ..teacher import check_experts
+from ..projection import check_shape, choose_experts, project
+from ..teacher_files import open_teacher_files
 from ..whole_files import in_turn, new_folder, why_broken, write_json
+
+
+def project_into(student, folder, expert="low", text_samples=None, channels=None, device="cpu"):
+    """Fill a student with a teacher's weights, in place; returns the Report.
+
+    Raises OSError and ValueError for files that no teacher can have, see open_teacher_files and check_experts, and for a shape
+    that cannot be cut from this teacher, before any tensor is projected.
+    """
+    files = open_teacher_files(folder)
+    check_shape(files.config, dict(student.config))
+    chosen = choose_experts(files, expert)
+    cosines = check_experts(files, device)
+    report = project(student, chosen, text_samples, channels, device)
+    report.cosines = cosines
+    return report
 
 
 def compare_experts(settings, files, device):

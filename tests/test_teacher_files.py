@@ -1,0 +1,267 @@
+"""A Wan folder, opened: every layout, both dialects, fp8, real shapes; and what is wrong with one."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import A14B, TI2V_5B, TINY_TEACHER, WAN_1_3B, change, official_name, weights_of, write_sparse_wan
+from wanlite import teacher_files as room
+from wanlite.teacher_files import diffusers_name, open_teacher_files
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return {name: WanTransformer3DModel.from_pretrained(TINY_TEACHER / folder).eval()
+            for name, folder in (("high", "transformer"), ("low", "transformer_2"))}
+
+
+def test_every_diffusers_name_survives_the_way_to_the_official_dialect_and_back(stock):
+    names = list(stock["high"].state_dict())
+    official = [official_name(name) for name in names]
+    assert len(set(official)) == len(names) == 27 * 4 + 15
+    assert [diffusers_name(name) for name in official] == names == [diffusers_name(name) for name in names]
+    assert diffusers_name("model.diffusion_model.blocks.3.norm3.weight") == "blocks.3.norm2.weight"
+    assert diffusers_name("head.modulation") == "scale_shift_table"
+
+
+@pytest.mark.parametrize("name, other", [
+    ("img_emb.proj.0.weight", "image-to-video"), ("blocks.0.cross_attn.k_img.weight", "image-to-video"),
+    ("condition_embedder.image_embedder.norm1.weight", "image-to-video"), ("blocks.0.attn2.add_k_proj.bias", "image-to-video"),
+    ("vace_blocks.0.before_proj.weight", "VACE"), ("audio_injector.injector.0.k.weight", "speech-to-video"),
+    ("face_adapter.fuser_blocks.0.k_norm.weight", "Animate"), ("control_adapter.conv.weight", "Fun Control"),
+    ("blocks.0.self_attn.q.lora_A.weight", "LoRA")])
+def test_a_tensor_of_another_kind_of_wan_is_refused_with_its_kind(name, other):
+    with pytest.raises(ValueError, match=f"{name}.*belongs to .*{other}"):
+        diffusers_name(name)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn3.to_q.weight", "xblocks.0.modulation", "img_emb.proj.0.weight", ""])
+def test_a_name_that_no_wan_has_is_an_error(name):
+    with pytest.raises(ValueError, match="is no tensor"):
+        diffusers_name(name)
+
+
+def edit_config(folder, **settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize("break_it, error, words", [
+    (lambda wan: shutil.rmtree(wan), OSError, "no such folder"),
+    (lambda wan: shutil.rmtree(wan / "transformer_2"), OSError, "transformer_2/ is missing"),
+    (lambda wan: [shutil.rmtree(wan / name) for name in ("transformer", "transformer_2")], OSError, "is missing"),
+    (lambda wan: (wan / "transformer/config.json").unlink(), OSError, "config.json: missing"),
+    (lambda wan: (wan / "transformer/config.json").write_text("{}"), ValueError, "lacks dim"),
+    (lambda wan: weights_of(wan / "transformer").unlink(), OSError, "holds no .safetensors"),
+    (lambda wan: weights_of(wan / "transformer").write_bytes(weights_of(wan / "transformer").read_bytes()[:5000]),
+     OSError, "not a whole safetensors"),
+    (lambda wan: (wan / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"proj_out.bias": "absent.safetensors"}})), OSError, "absent.safetensors is missing"),
+    (lambda wan: (wan / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"proj_out.bias": "../x.safetensors"}})), ValueError, "expected a file beside it"),
+    (lambda wan: (wan / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": null}'),
+     ValueError, "no weight_map"),
+    (lambda wan: shutil.copy(weights_of(wan / "transformer"), wan / "transformer/stale.safetensors"), ValueError,
+     "stands in diffusion_pytorch_model.safetensors and in stale.safetensors"),
+    (lambda wan: (wan / "model_index.json").write_text('{"boundary_ratio": 875}'), ValueError, "boundary_ratio is 875"),
+    (lambda wan: weights_of(wan / "transformer").write_bytes(weights_of(wan / "transformer").read_bytes()[:-1]),
+     OSError, "not a whole safetensors"),
+    (lambda wan: (wan / "transformer_2/xyz.safetensors.incomplete").touch(), OSError, "xyz.safetensors.incomplete is a download"),
+    (lambda wan: (wan / "transformer_2/xyz.safetensors.aria2").touch(), OSError, "xyz.safetensors.aria2 is a download"),
+    (lambda wan: weights_of(wan / "transformer").rename(wan / "transformer/x-00002-of-00003.safetensors"),
+     OSError, "shard x-00001-of-00003.safetensors is missing.*2 of 3"),
+    (lambda wan: edit_config(wan / "transformer", in_channels=36), ValueError, "takes 36 channels and gives 16: an image-to-video"),
+    (lambda wan: change(wan / "transformer", lambda tensors: tensors.update({"img_emb.proj.0.bias": torch.zeros(8)})),
+     ValueError, "model.safetensors.*img_emb.proj.0.bias.*image-to-video"),
+    *((lambda wan, dtype=dtype: change(wan / "transformer", lambda tensors: tensors.update(
+        {"proj_out.bias": tensors["proj_out.bias"].to(dtype)})), ValueError, f"proj_out.bias is stored as {found}, expected one of")
+      for dtype, found in ((torch.float64, "F64"), (torch.int8, "I8"), (torch.uint8, "U8"), (torch.bool, "BOOL"))),
+])
+def test_a_broken_teacher_folder_is_refused_with_its_reason(copied, break_it, error, words):
+    break_it(copied)
+    with pytest.raises(error, match=words):
+        open_teacher_files(copied)
+
+
+def test_experts_of_two_sizes_are_refused(copied):
+    config = json.loads((copied / "transformer_2/config.json").read_text())
+    WanTransformer3DModel(**{name: value for name, value in config.items() if not name.startswith("_")}
+                          | {"num_layers": 3}).save_pretrained(copied / "transformer_2")
+    with pytest.raises(ValueError, match="differ in size"):
+        open_teacher_files(copied)
+
+
+def test_a_shard_of_another_wan_is_refused(copied):
+    config = json.loads((copied / "transformer_2/config.json").read_text())
+    (copied / "transformer_2/config.json").write_text(json.dumps(config | {"ffn_dim": 64}))
+    with pytest.raises(ValueError, match="of another Wan"):
+        open_teacher_files(copied)
+
+
+def test_an_index_that_promises_what_no_shard_holds_is_refused_with_shard_and_tensor(official_copy):
+    path = official_copy / "low_noise_model/diffusion_pytorch_model.safetensors.index.json"
+    weight_map = json.loads(path.read_text())["weight_map"]
+    shard = official_copy / "low_noise_model" / weight_map["blocks.2.ffn.0.weight"]
+    tensors = load_file(shard)
+    del tensors["blocks.2.ffn.0.weight"]
+    save_file(tensors, shard)
+    with pytest.raises(ValueError, match=f"index promises blocks.2.ffn.0.weight in {shard.name}, no shard holds it"):
+        open_teacher_files(official_copy)
+
+
+def test_a_tensor_in_another_shard_than_the_index_says_is_found(official_copy):
+    path = official_copy / "low_noise_model/diffusion_pytorch_model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    before = open_teacher_files(official_copy).experts["low"]
+    first, second = sorted(set(index["weight_map"].values()))[:2]
+    moved = next(name for name, shard in index["weight_map"].items() if shard == first)
+    index["weight_map"][moved] = second
+    path.write_text(json.dumps(index))
+    after = open_teacher_files(official_copy).experts["low"]
+    assert after.places == before.places and after.places[diffusers_name(moved)][0].name == first
+
+
+def test_a_wider_shard_among_the_shards_is_refused_by_name(official_copy):
+    shard = sorted((official_copy / "high_noise_model").glob("*.safetensors"))[1]
+    save_file({name: torch.cat([tensor, tensor]) for name, tensor in load_file(shard).items()}, shard)
+    with pytest.raises(ValueError, match=f"{shard.name}: .*The shard is of another Wan"):
+        open_teacher_files(official_copy)
+
+
+def test_the_fingerprint_tells_teachers_apart(copied):
+    before = open_teacher_files(copied).fingerprint
+    assert before == open_teacher_files(TINY_TEACHER).fingerprint
+    high, low = copied / "transformer", copied / "transformer_2"
+    high.rename(copied / "x"), low.rename(high), (copied / "x").rename(low)
+    assert open_teacher_files(copied).fingerprint != before
+
+
+# ---- rows and fp8 --------------------------------------------------------------------------------------------------------
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+LAYER = "blocks.1.ffn.net.0.proj"
+
+
+@pytest.mark.parametrize("rows", [slice(3, 7), slice(0, 1), slice(500, 512), slice(None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_tensor_are_the_rows_of_the_whole(rows, dtype):
+    expert = open_teacher_files(TINY_TEACHER).experts["low"]
+    for name in (f"{LAYER}.weight", f"{LAYER}.bias"):
+        found = expert.read(name, dtype, rows)
+        assert found.dtype == dtype and torch.equal(found, expert.read(name, dtype)[rows])
+
+
+def test_rows_are_read_without_the_rest_of_the_tensor(monkeypatch):
+    expert, opened = open_teacher_files(TINY_TEACHER).experts["low"], room.safe_open
+
+    class OnlySlices:
+        def __init__(self, *arguments):
+            self.file = opened(*arguments)
+
+        def __enter__(self):
+            self.get_slice = self.file.__enter__().get_slice
+            return self
+
+        def __exit__(self, *arguments):
+            return self.file.__exit__(*arguments)
+
+    monkeypatch.setattr(room, "safe_open", OnlySlices)
+    assert expert.read(f"{LAYER}.weight", rows=slice(3, 5)).shape == (2, 128)
+
+
+def quantize(tensors, layer, dtype, scale, kind, marks=()):
+    """Store a layer's weight in fp8 beside its scale and what else ComfyUI writes; the exact value is weight.float() * scale."""
+    weight = tensors[f"{layer}.weight"] / (1 if scale is None else scale.reshape(-1, 1))
+    tensors[f"{layer}.weight"] = weight.to(dtype)
+    if scale is not None:
+        tensors[f"{layer}.{kind}"] = scale
+    tensors |= {f"{layer}.{mark}": torch.ones(()) for mark in marks if mark != "comfy_quant"}
+    if "comfy_quant" in marks:
+        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", FP8)
+@pytest.mark.parametrize("prefix, dialect", [("", "diffusers"), ("", "official"), ("model.diffusion_model.", "official")])
+@pytest.mark.parametrize("kind, marks, scale", [
+    (None, (), None), ("scale_weight", (), torch.tensor(0.0625)), ("scale_weight", ("scale_input",), torch.tensor([0.03])),
+    ("scale_weight", (), torch.linspace(0.1, 1, 512)), ("scale_weight", (), torch.linspace(0.1, 1, 512)[:, None]),
+    ("weight_scale", ("input_scale", "comfy_quant"), torch.tensor(0.03)),
+    ("weight_scale", ("comfy_quant",), torch.linspace(0.1, 1, 512))])
+def test_a_weight_in_fp8_is_its_stored_value_times_its_scale(copied, dtype, prefix, dialect, kind, marks, scale):
+    def store(tensors):
+        quantize(tensors, LAYER, dtype, scale, kind, marks)
+        if kind == "scale_weight":
+            tensors["scaled_fp8"] = torch.zeros(2, dtype=dtype)
+        renamed = {prefix + (official_name(name) if dialect == "official" else name): tensor for name, tensor in tensors.items()}
+        wanted.append(tensors[f"{LAYER}.weight"].float() * (1 if scale is None else scale.reshape(-1, 1)))
+        tensors.clear(), tensors.update(renamed)
+
+    wanted = []
+    change(copied / "transformer_2", store)
+    expert = open_teacher_files(copied).experts["low"]
+    assert expert.places.keys() == open_teacher_files(TINY_TEACHER).experts["low"].places.keys()
+    assert torch.equal(expert.read(f"{LAYER}.weight"), wanted[0])
+    assert torch.equal(expert.read(f"{LAYER}.weight", torch.bfloat16, slice(5, 9)), wanted[0][5:9].bfloat16())
+
+
+def test_shards_may_differ_in_precision_and_a_scale_may_lie_in_another_shard_than_its_weight(official_copy):
+    folder = official_copy / "low_noise_model"
+    (folder / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    first, second, third = sorted(folder.glob("*.safetensors"))
+    save_file({name: tensor.half() for name, tensor in load_file(first).items()}, first)
+    weights = load_file(second)
+    name = next(name for name in sorted(weights) if "_attn" in name and weights[name].ndim == 2)
+    weights[name] = (weights[name] / 0.01).to(torch.float8_e4m3fn)
+    save_file(weights, second)
+    save_file({key: tensor.bfloat16() for key, tensor in load_file(third).items()}
+              | {name.replace(".weight", ".scale_weight"): torch.tensor(0.01)}, third)
+    found, exact = open_teacher_files(official_copy).experts["low"], open_teacher_files(TINY_TEACHER).experts["low"]
+    for name in exact.places:
+        assert (found.read(name) - exact.read(name)).norm() <= 0.05 * exact.read(name).norm()
+
+
+@pytest.mark.parametrize("extra, words", [
+    ({f"{LAYER}.scale_weight": torch.tensor(float("nan"))}, f"scale of {LAYER}.weight holds nan"),
+    ({f"{LAYER}.weight_scale": torch.tensor(float("inf"))}, f"scale of {LAYER}.weight holds inf"),
+    ({f"{LAYER}.weight_scale": torch.tensor(0.0)}, f"scale of {LAYER}.weight holds 0.0"),
+    ({f"{LAYER}.weight_scale": torch.ones(512, 4)}, f"scale of {LAYER}.weight is torch.float32 .512, 4.*one a row .512"),
+    ({f"{LAYER}.weight_scale": torch.ones(512, dtype=torch.uint8)}, f"scale of {LAYER}.weight is torch.uint8"),
+    ({"blocks.9.ffn.2.scale_weight": torch.tensor(1.0)}, "scale of blocks.9.ffn.net.2.weight but no such weight"),
+    ({"blocks.0.ffn.9.scale_weight": torch.tensor(1.0)}, "blocks.0.ffn.9.weight' is no tensor")])
+def test_a_scale_that_cannot_be_right_is_refused_by_name(copied, extra, words):
+    change(copied / "transformer_2", lambda tensors: tensors.update(extra))
+    with pytest.raises(ValueError, match=words):
+        open_teacher_files(copied)
+
+
+# ---- real shapes ---------------------------------------------------------------------------------------------------------
+
+NONE = [None, None]
+MODULE = ["diffusers", "WanTransformer3DModel"]
+
+
+@pytest.mark.parametrize("layout", ["official", "diffusers"])
+@pytest.mark.parametrize("model, num_experts, num_shards, num_parameters, num_tensors", [
+    (A14B, 2, {"official": 6, "diffusers": 12}, 14_288_491_584, 1095),
+    (A14B, 1, {"official": 6, "diffusers": 12}, 14_288_491_584, 1095),
+    (WAN_1_3B, 1, {"official": 1, "diffusers": 2}, 1_418_996_800, 825),
+    (TI2V_5B, 1, {"official": 3, "diffusers": 3}, 4_999_787_712, 825)], ids=["2.2-A14B", "2.1-14B", "2.1-1.3B", "2.2-5B"])
+def test_every_wan_opens_at_its_real_shape(model, num_experts, num_shards, num_parameters, num_tensors, layout, tmp_path):
+    folders = {("official", 2): ["high_noise_model", "low_noise_model"], ("official", 1): ["."],
+               ("diffusers", 2): ["transformer", "transformer_2"], ("diffusers", 1): ["transformer"]}[layout, num_experts]
+    for name in folders:
+        write_sparse_wan(tmp_path / "wan" / name, model, layout, num_shards[layout])
+    if layout == "diffusers":
+        (tmp_path / "wan/model_index.json").write_text(json.dumps(
+            {"_class_name": "WanPipeline", "transformer": MODULE, "transformer_2": MODULE if num_experts == 2 else NONE,
+             "boundary_ratio": 0.875 if num_experts == 2 else None, "expand_timesteps": model is TI2V_5B}))
+    files = open_teacher_files(tmp_path / "wan")
+    assert (files.layout, files.boundary) == (layout, 0.875 if num_experts == 2 else None)
+    assert list(files.experts) == (["high", "low"] if num_experts == 2 else ["only"])
+    for expert in files.experts.values():
+        assert (expert.num_parameters, len(expert.places), expert.width) == (num_parameters, num_tensors, model["width"])
+    assert files.config["in_channels"] == model["channels"] and files.config["patch_size"] == (1, 2, 2)
