@@ -30,7 +30,7 @@ from wanlite.data import Walker, encode_once
 from wanlite.flow import make_scheduler
 from wanlite.network import pack_text
 from wanlite.pace import Pace
-from wanlite.projection import student_shape
+from wanlite.student_shape import student_shape
 from wanlite.stages.lessons import teacher_velocity
 from wanlite.stages.needs import feature_width
 from wanlite.teacher import Teacher

@@ -147,7 +147,7 @@ def run(job):
     from wanlite.measure import prompt_accuracy
     from wanlite.network import pack_text
     from wanlite.objectives import velocity_loss
-    from wanlite.projection import student_shape
+    from wanlite.student_shape import student_shape
     from wanlite.stages.complete import complete
     from wanlite.stages.examiner import draw_pictures, relative_error
     from wanlite.steps import velocity_from
@@ -234,7 +234,7 @@ def importance(student, files, expert, words, seed):
 
     from wanlite.calibration import make_frames
     from wanlite.network import one_frame_velocity, pack_text
-    from wanlite.projection import _rotary_rows, _top
+    from wanlite.block_cutting import _rotary_rows, top
     from wanlite.teacher import load_expert
 
     files, active = files.experts[expert], {}
@@ -255,10 +255,10 @@ def importance(student, files, expert, words, seed):
         one_frame_velocity(network, frames.latents, frames.timestep, *frames.text)
     config, head_dim = student.config, files.config["attention_head_dim"]
     size = config.hidden_size // config.num_heads
-    channels = _top(sum(score for name, score in active.items() if name.endswith("channels")), config.hidden_size)
+    channels = top(sum(score for name, score in active.items() if name.endswith("channels")), config.hidden_size)
 
     def head_rows(block, attention):
-        heads = _top(active[f"{block}.{attention}"].unflatten(0, (-1, head_dim)).square().sum(1), config.num_heads)
+        heads = top(active[f"{block}.{attention}"].unflatten(0, (-1, head_dim)).square().sum(1), config.num_heads)
         cut = {kind: (files.read(f"blocks.{block}.{attention}.to_{kind}.weight"),
                       files.read(f"blocks.{block}.{attention}.to_{kind}.bias")) for kind in "qk"}
         places = [head * head_dim + torch.arange(head_dim) for head in heads.tolist()]
@@ -272,7 +272,7 @@ def importance(student, files, expert, words, seed):
                                                                     (part[3] == "to_out") == (dimension == 1)):
             return head_rows(part[1], part[2])
         if part[0] == "blocks" and part[2] == "ffn" and (dimension == 0) == (part[4] == "0"):
-            return _top(active[f"{part[1]}.ffn"], few)
+            return top(active[f"{part[1]}.ffn"], few)
         if "time_proj" in name and dimension == 0:
             return (torch.arange(6)[:, None] * files.width + channels).flatten()
         return channels

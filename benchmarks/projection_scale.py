@@ -360,7 +360,7 @@ def check_folder(folder, config):
 
 def check_student(config, student):
     """Refuse a student that cannot be cut from the teacher, before anything is written."""
-    from wanlite.projection import check_shape as check_cut
+    from wanlite.student_shape import check_cut
     from wanlite.student_files import check_shape
     patch = {"patch_size": (1, 2, 2)}
     check_shape(**patch, eps=config["eps"], **student)

@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import A14B, TI2V_5B, TINY_TEACHER, WAN_1_3B, write_official, write_sparse_wan
 from train_distillation import WanLiteStudent
-from wanlite import projection
+from wanlite import block_cutting, projection
 from wanlite.experts import check_experts
 from wanlite.network import one_frame_velocity
 from wanlite.stages.start import project_into
+from wanlite.student_shape import check_cut
 from wanlite.teacher_files import ExpertFiles, open_teacher_files
 
 TEXT = {"num_channels": 16, "text_dim": 64, "rope_max_seq_len": 64}
@@ -118,7 +119,7 @@ def test_every_shape_that_fits_gives_finite_velocities(shape, words, noisy):
     ({"text_dim": 32}, "text_dim is 32"), ({"num_channels": 48}, "num_channels is 48")])
 def test_a_shape_that_cannot_be_cut_is_refused(shape, words, teacher):
     with pytest.raises(ValueError, match=words):
-        projection.check_shape(teacher.config, PLAIN | shape)
+        check_cut(teacher.config, PLAIN | shape)
 
 
 def test_a_student_that_cannot_be_cut_is_refused_before_a_tensor_is_read(monkeypatch):
@@ -131,12 +132,12 @@ def test_a_student_that_cannot_be_cut_is_refused_before_a_tensor_is_read(monkeyp
                                    {"ffn_dim": 4096}, {"hidden_size": 60, "num_heads": 4}])
 def test_the_nearest_shapes_that_a_refusal_names_can_be_cut(shape, teacher):
     with pytest.raises(ValueError, match="nearest shapes") as refused:
-        projection.check_shape(teacher.config, PLAIN | shape)
+        check_cut(teacher.config, PLAIN | shape)
     named = re.findall(r"--hidden_size (\d+) --num_heads (\d+) --depth (\d+) --ffn_dim (\d+)", str(refused.value))
     assert len(named) == 3
     for numbers in named:
         nearest = dict(zip(("hidden_size", "num_heads", "depth", "ffn_dim"), map(int, numbers)))
-        projection.check_shape(teacher.config, dict(WanLiteStudent(**CUT | nearest).config))
+        check_cut(teacher.config, dict(WanLiteStudent(**CUT | nearest).config))
 
 
 @pytest.mark.parametrize("model, shapes", [
@@ -148,7 +149,7 @@ def test_students_of_both_head_sizes_can_be_cut_from_every_wan(model, shapes, tm
     for depth, num_heads in shapes:
         student = {"hidden_size": 1024 // num_heads // 2 * 2 * num_heads, "depth": depth, "num_heads": num_heads, "ffn_dim": 4096,
                    "text_dim": 4096, "freq_dim": 256, "num_channels": model["channels"], "patch_size": (1, 2, 2)}
-        projection.check_shape(config, student)
+        check_cut(config, student)
 
 
 def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path):
@@ -163,7 +164,7 @@ def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path):
 
 def test_a_smaller_head_keeps_whole_rotary_pairs_of_every_axis():
     cut = {kind: (torch.randn(128, 8), torch.randn(128)) for kind in "qk"}
-    rows = projection._rotary_rows(cut, torch.arange(128), 128, 64, has_rotary=True)
+    rows = block_cutting._rotary_rows(cut, torch.arange(128), 128, 64, has_rotary=True)
     assert len(rows.unique()) == 64 and torch.equal(rows[1::2], rows[::2] + 1) and (rows[::2] % 2 == 0).all()
     pairs = rows[::2] // 2
     assert [int((pairs < 22).sum()), int(((pairs >= 22) & (pairs < 43)).sum()), int((pairs >= 43).sum())] == [12, 10, 10]
@@ -180,13 +181,13 @@ def attention_cut():
     cut["v"] = ((loud == 1.0) * torch.randn(16, 8, generator=generator), torch.randn(16, generator=generator))
     cut |= {"o": torch.randn(8, 16, generator=generator), "o_bias": torch.randn(8, generator=generator),
             "gain": {kind: torch.rand(16, generator=generator) + 0.5 for kind in "qk"}}
-    cut["power"] = {kind: projection._row_power(*cut[kind]).mean() for kind in "qk"}
+    cut["power"] = {kind: block_cutting._row_power(*cut[kind]).mean() for kind in "qk"}
     return cut
 
 
 def joined(cut):
-    cut = projection._weigh_heads(cut, 4, 3)
-    tensors = projection._join_heads([cut], {"num_heads": 2, "hidden_size": 8}, 4, "attn1", {}, {})
+    cut = block_cutting._weigh_heads(cut, 4, 3)
+    tensors = block_cutting._join_heads([cut], {"num_heads": 2, "hidden_size": 8}, 4, "attn1", {}, {})
     return {name.removeprefix("attn1."): tensor for name, tensor in tensors.items()}
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 from .. import shapes
 from ..images import choose_images
 from ..preflight import PARTS, read_record
-from ..projection import check_shape as check_cut
-from ..projection import student_shape
 from ..prompts import read_prompts, varied_prompts
 from ..run_folder import read_run
+from ..student_shape import check_cut, student_shape
 from ..whole_files import write_json
 
 DEFAULT_PROMPTS = 4000    # of the tiny world or of a grammar, where no prompts file is named

@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from .. import block_cutting, calibration, projection
 from ..cache import cache_folder
 from ..calibration import calibrate, choose_channels, make_frames
 from ..experts import check_experts
 from ..network import pack_text
-from ..projection import check_shape, choose_experts, project
+from ..projection import choose_experts, project
+from ..student_shape import check_cut
 from ..teacher_files import open_teacher_files
 from ..whole_files import in_turn, new_folder, why_broken, write_json
 
@@ -23,7 +25,7 @@ def project_into(student, folder, expert="low", text_samples=None, channels=None
     that cannot be cut from this teacher, before any tensor is projected.
     """
     files = open_teacher_files(folder)
-    check_shape(files.config, dict(student.config))
+    check_cut(files.config, dict(student.config))
     chosen = choose_experts(files, expert)
     cosines = check_experts(files, device)
     report = project(student, chosen, text_samples, channels, device)
@@ -58,7 +60,7 @@ def start_student(settings, student, files, words, prompts, latent_size, acceler
     with accelerator.main_process_first():
         folder = cache_folder(settings.cache_dir, "start", teacher=files.fingerprint, text=words.said_by, prompts=prompts,
                               student={name: value for name, value in student.config.items() if name[0] != "_"},
-                              method=[inspect.getsource(inspect.getmodule(function)) for function in (project, calibrate)],
+                              method=[inspect.getsource(room) for room in (projection, block_cutting, calibration)],
                               settings=(settings.projection, settings.expert, settings.seed, settings.flow_shift, latent_size))
     if accelerator.is_main_process:
         with in_turn(folder, say):
