@@ -1,7 +1,7 @@
 """A teacher, prompts and images -> all that they say to a run, asked once and kept in the cache under what it was made of.
 
-Training walks start from seeds that count up from seed * 10**7, those of held-out prompts and noise on images from seeds that
-count down from it: no two of a run start from the same noise.
+Training walks start from seeds that count up from seed * 10**7, what students are examined on and the noise on images from seeds
+that count down from it: a student is never examined at noise that it learned from.
 """
 
 from dataclasses import replace
