@@ -1,6 +1,6 @@
 """What a larger budget is worth: more pictures of the teacher, or more steps of the student. One table.
 
-    python benchmarks/budget.py            # six students for each of three seeds, one a core: an hour on two cores
+    python benchmarks/budget.py            # four students for each of three seeds, one a core: half an hour on two cores
     python benchmarks/budget.py --quick    # a minute: one seed, small budgets
     python benchmarks/budget.py --train_flags --hidden_size 64 --depth 4
 
@@ -25,7 +25,7 @@ from wanlite.run_folder import read_run
 
 SMALL = ("--hidden_size", "24", "--depth", "2")
 QUICK = ("--num_held_out", 16, "--lr_warmup_steps", 4, "--teacher_steps", 8, "--validation_walks", 16, "--own_path_pictures", 16)
-PICTURES, STEPS = (1000, 4000, 16000), (1400, 5600)
+PICTURES, STEPS = (1000, 4000), (1400, 5600)
 RATE = 0.4 * 989e12 * 3600              # operations an hour
 TOKENS, TEACHER, STUDENT, BATCH = 1024, 14.29e9, 0.282e9, 128     # of a picture; parameters
 

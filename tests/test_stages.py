@@ -2,12 +2,13 @@
 
 import inspect
 import json
+import re
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.conftest import TINY_TEACHER
+from tests.conftest import ROOT, TINY_TEACHER, run_script
 from train_distillation import Settings, WanLiteStudent
 from wanlite import block_cutting, calibration, projection
 from wanlite.stages.complete import complete
@@ -21,13 +22,19 @@ def kept(folder, kind):
     return [json.loads((place / "made_of.json").read_text()) for place in sorted((folder / "cache").glob(f"{kind}-*"))]
 
 
-def test_no_walk_that_is_learned_from_has_prompt_or_noise_of_one_that_students_are_examined_on(finished_run):
+def test_no_walk_that_is_learned_from_has_prompt_or_noise_of_one_that_students_are_examined_on_or_used_at(finished_run, tmp_path):
+    pictures = tmp_path / "pictures"
+    process = run_script(ROOT / "run_inference.py", "--model", finished_run[0], "--prompt", "a red ring", "--output_dir", pictures,
+                         "--num_images_per_prompt", "4")
+    assert process.returncode == 0, process.stderr
     walks = sorted((made_of["walks"] for made_of in kept(finished_run[0], "trajectories")), key=len)
     (*_, training), examined = walks, [walk for part in walks[:-1] for walk in part]
     assert len(walks) == 3 and len(training) == 64 and len(examined) > 16
     for column in (1, 2):                                    # prompts, seeds
         assert not {walk[column] for walk in training} & {walk[column] for walk in examined}
     assert len({seed for _, _, seed in training}) == 64
+    drawn_with = {int(re.search(r"seed(\d+)", path.name)[1]) for path in pictures.glob("*seed*.png")}
+    assert drawn_with == {0, 1, 2, 3} and min(walk[2] for part in walks for walk in part) > 10**9 * max(drawn_with)
 
 
 @pytest.mark.parametrize("room", [projection, block_cutting, calibration])

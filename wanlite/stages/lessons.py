@@ -1,7 +1,7 @@
 """A teacher, prompts and images -> all that they say to a run, asked once and kept in the cache under what it was made of.
 
-Training walks start from seeds that count up from seed * 10**7, what students are examined on and the noise on images from seeds
-that count down from it: a student is never examined at noise that it learned from.
+Training walks start from seeds that count up from a number that is above all that users draw with, held-out walks and the noise on
+images from seeds that count down from it: a student is never examined, and not used either, at noise that it learned from.
 """
 
 from dataclasses import replace
@@ -21,6 +21,8 @@ from ..steps import velocity_in_parts
 from ..teacher_files import sampled_digest
 from ..text import lazy_encoder
 from ..whole_files import in_turn
+
+FIRST_SEED, SEEDS_A_RUN = 10**12, 10**7      # of training walks, and how far those of two runs are apart
 
 
 def open_parts(settings, accelerator):
@@ -68,11 +70,12 @@ class Lessons:
     def __init__(self, accelerator, settings, teacher, words, training, held_out, latent_shapes, width, pace):
         self.accelerator, self.settings, self.words, self.training, self.held_out = accelerator, settings, words, training, held_out
         self.latent_shape, *self.buckets = latent_shapes
-        self.width, self.first_seed, self.scheduler = width, settings.seed * 10**7, make_scheduler(settings.flow_shift)
+        self.width, self.scheduler = width, make_scheduler(settings.flow_shift)
+        self.first_seed = FIRST_SEED + settings.seed * SEEDS_A_RUN
         negative, without = words[settings.negative_prompt], replace(settings, guidance_scale=1.0, guidance_scale_2=1.0)
         self.guided, self.plain = (pace.timed(teacher_velocity(teacher, each, negative)) for each in (settings, without))
-        self.in_step = teacher.residency == "sharded"
-        self.walker = Walker(accelerator, self._guided_for, self.scheduler, settings.teacher_steps, self.in_step)
+        self.walker = Walker(accelerator, self._guided_for, self.scheduler, settings.teacher_steps,
+                             in_step=teacher.residency == "sharded")
         self.made_of = {"teacher": teacher.files.fingerprint, "negative_prompt": settings.negative_prompt,
                         "shift": settings.flow_shift, "guidance": (settings.guidance_scale, settings.guidance_scale_2),
                         "steps": settings.teacher_steps, "text": (words.said_by, TEXT_LENGTH), "features": width}
