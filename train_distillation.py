@@ -20,7 +20,7 @@ from wanlite.official import check_parts, find_parts
 from wanlite.preflight import bound_pictures, check_batch, count_looks, count_passes, parts_of
 from wanlite.run_folder import MetricsLog, check_output_folder, check_resumable, clear, fitted_before, save_parts, write_model_card
 from wanlite.settings import make_parser, setting
-from wanlite.stages.complete import REAL_TEACHERS, complete, picture_sizes
+from wanlite.stages.complete import REAL_STEPS, REAL_TEACHERS, TINY_STEPS, complete, picture_sizes
 from wanlite.stopping import Stopped, StopSignal
 from wanlite.trackers import log_picture
 from wanlite.whole_files import hold, not_finite, write_json
@@ -82,7 +82,8 @@ class Settings:
 
     train_batch_size: int | None = setting(None, "states in a micro-batch, on each device; None = 128, of a large teacher's "
                                            "student as many of them as fit")
-    max_train_steps: int = setting(1400, "optimizer steps in all; what --segment_steps and --matching_steps leave is stage 1")
+    max_train_steps: int | None = setting(None, "optimizer steps in all; what --segment_steps and --matching_steps leave is stage "
+                                          f"1; None = {TINY_STEPS}, of any teacher but the tiny one {REAL_STEPS}")
     segment_steps: int | None = setting(None, "stage 2a: of them, steps towards the teacher's pictures; None = 5 of 7")
     matching_steps: int = setting(0, "stage 2b: of them, the last, steps of distribution matching with a critic")
     few_steps: list[int] = setting((1, 2, 4), "numbers of steps that stage 2 trains for; divisors of --teacher_steps")

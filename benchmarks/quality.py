@@ -32,7 +32,7 @@ from wanlite.flow import make_scheduler, sample, seeded_noise
 from wanlite.measure import channel_drift, channel_spread, frechet_distance, prompt_accuracy, variety
 from wanlite.network import pack_text
 from wanlite.run_folder import read_run
-from wanlite.stages.complete import complete
+from wanlite.stages.complete import TINY_STEPS, complete
 from wanlite.stages.lessons import teacher_velocity
 from wanlite.steps import velocity_from
 from wanlite.teacher import Teacher
@@ -188,7 +188,7 @@ def main():
     parser.add_argument("--json", type=Path, help="also write the rows there")
     parser.add_argument("--train_flags", nargs=argparse.REMAINDER, default=[], help="flags for every training, to the end")
     options = parser.parse_args()
-    known = methods(Settings().max_train_steps)
+    known = methods(TINY_STEPS)
     if unknown := set(options.methods or ()) - set(known):
         parser.exit(2, f"quality.py: --methods {', '.join(unknown)}: unknown, expected some of {', '.join(known)}.\n")
     flags, seeds = options.train_flags, range(options.seeds)

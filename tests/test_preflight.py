@@ -7,11 +7,11 @@ from dataclasses import asdict, replace
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import ROOT, SHORT_RUN, run_script
+from tests.conftest import ROOT, SHORT_RUN, WAN_1_3B, run_script, write_sparse_wan
 from train_distillation import Settings
 from wanlite.preflight import parts_of
 from wanlite.run_folder import read_run
-from wanlite.stages.complete import complete
+from wanlite.stages.complete import REAL_STEPS, TINY_STEPS, complete
 
 TRAIN = ROOT / "train_distillation.py"
 
@@ -24,7 +24,7 @@ def test_the_parts_of_a_run_follow_each_other_and_own_path_is_walked_where_segme
 
 def test_a_default_run_leaves_most_steps_to_stage_one_and_counts_all():
     parts = parts_of(complete(Settings()))
-    assert [name for name, *_ in parts] == ["velocity", "segments", "segments"] and parts[-1][2] == Settings().max_train_steps
+    assert [name for name, *_ in parts] == ["velocity", "segments", "segments"] and parts[-1][2] == TINY_STEPS
     assert all(before[2] == after[1] for before, after in zip(parts, parts[1:]))
 
 
@@ -56,6 +56,16 @@ def saved(finished_run, tmp_path):
         (folder / "run.json").write_text(json.dumps({name: value for name, value in (run | what).items() if value is not None}))
         return folder
     return change
+
+
+def test_the_student_of_a_real_teacher_takes_more_steps_unless_asked_otherwise(tmp_path):
+    write_sparse_wan(tmp_path / "wan", WAN_1_3B, "official", 1)
+    for part in ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"):
+        (tmp_path / "wan" / part).touch()
+    (tmp_path / "wan/google/umt5-xxl").mkdir(parents=True)
+    assert [complete(Settings(teacher=teacher, max_train_steps=steps)).max_train_steps
+            for teacher in (None, str(tmp_path / "wan")) for steps in (None, 30)] == [TINY_STEPS, 30, REAL_STEPS, 30]
+    assert REAL_STEPS > TINY_STEPS
 
 
 STAGE_TWO = {"max_train_steps": 6, "segment_steps": 6, "flow_shift": 3.0, "resolution": 64}

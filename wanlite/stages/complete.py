@@ -24,6 +24,7 @@ from ..trackers import check_tracker
 
 TINY_TEACHER = Path(__file__).resolve().parents[2] / "tiny_teacher"
 REAL_TEACHERS = ("Wan2.2-T2V-A14B", "Wan2.2-T2V-A14B-Diffusers")     # looked for where the command is typed
+TINY_STEPS, REAL_STEPS = 1400, 5600     # where --max_train_steps is open: a real teacher's student is far narrower, and far quicker
 OFFICIAL_SHIFTS = {True: 12.0, False: 5.0}                           # of two experts and of one, where no scheduler says it
 
 
@@ -38,7 +39,8 @@ def complete(settings):
         raise OSError(f"--teacher {settings.teacher}: no such folder. Expected a Wan checkpoint in the official, diffusers or "
                       "ComfyUI layout; leave the flag out for the tiny teacher.")
     record = read_record(teacher)
-    settings = replace(settings, mixed_precision=launched_precision(settings.mixed_precision))
+    steps = (TINY_STEPS if record else REAL_STEPS) if settings.max_train_steps is None else settings.max_train_steps
+    settings = replace(settings, max_train_steps=steps, mixed_precision=launched_precision(settings.mixed_precision))
     checks = [partial(find_parts, teacher), partial(_complete_resolution, teacher, settings), partial(check_numbers, settings),
               partial(check_launch, settings), partial(complete_steps, settings), partial(check_tracker, settings.report_to)]
     if settings.compile:
