@@ -15,7 +15,8 @@ from wanlite.preflight import bound_pictures, check_batch, count_passes, parts_o
 from wanlite.teacher import stream_expert
 from wanlite.teacher_files import open_teacher_files
 
-SETTINGS = replace(Settings(), segment_steps=1000, reference_steps=40, train_batch_size=128, gradient_accumulation_steps=1)
+SETTINGS = replace(Settings(), max_train_steps=1400, segment_steps=1000, reference_steps=40, train_batch_size=128,
+                   gradient_accumulation_steps=1)
 
 
 @pytest.mark.parametrize("walks", [400, 1000, 4000, 20000])
