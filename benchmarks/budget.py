@@ -6,7 +6,7 @@
 
 The student is 24 x 2 where the tiny teacher is 128 x 4, about as much narrower and shallower as 1024 x 16 is than A14B. "hours" are
 those of an H100 at 40 % of its rate, if the same budget were spent on A14B and a student of 1024 x 16 at 512 pixels. Students that
-lie in --folder, finished under the same settings, are told as they are.
+lie in --folder, finished under the same settings, are told as they are; under others, they are refused by name.
 """
 
 import argparse
@@ -21,12 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.quality import TRAIN, train
+from wanlite.plan import EFFICIENCY, H100
 from wanlite.run_folder import read_run
 
 SMALL = ("--hidden_size", "24", "--depth", "2")
 QUICK = ("--num_held_out", 16, "--lr_warmup_steps", 4, "--teacher_steps", 8, "--validation_walks", 16, "--own_path_pictures", 16)
 PICTURES, STEPS = (1000, 4000), (1400, 5600)
-RATE = 0.4 * 989e12 * 3600              # operations an hour
+RATE = EFFICIENCY * H100 * 3600         # operations an hour
 TOKENS, TEACHER, STUDENT, BATCH = 1024, 14.29e9, 0.282e9, 128     # of a picture; parameters
 
 

@@ -30,9 +30,9 @@ from wanlite.data import Walker, encode_once
 from wanlite.flow import make_scheduler
 from wanlite.network import pack_text
 from wanlite.pace import Pace
-from wanlite.student_shape import student_shape
 from wanlite.stages.lessons import teacher_velocity
 from wanlite.stages.needs import feature_width
+from wanlite.student_shape import student_shape
 from wanlite.teacher import Teacher
 from wanlite.teacher_files import open_teacher_files
 from wanlite.text import lazy_encoder

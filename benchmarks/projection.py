@@ -147,10 +147,10 @@ def run(job):
     from wanlite.measure import prompt_accuracy
     from wanlite.network import pack_text
     from wanlite.objectives import velocity_loss
-    from wanlite.student_shape import student_shape
     from wanlite.stages.complete import complete
     from wanlite.stages.examiner import draw_pictures, relative_error
     from wanlite.steps import velocity_from
+    from wanlite.student_shape import student_shape
 
     torch.set_num_threads(1)
     cache = Path(job["data"])
@@ -232,9 +232,9 @@ def importance(student, files, expert, words, seed):
     and nothing else. Source: Minitron (Muralidharan et al. 2024), activations over calibration frames."""
     import torch
 
+    from wanlite.block_cutting import _rotary_rows, top
     from wanlite.calibration import make_frames
     from wanlite.network import one_frame_velocity, pack_text
-    from wanlite.block_cutting import _rotary_rows, top
     from wanlite.teacher import load_expert
 
     files, active = files.experts[expert], {}

@@ -4,7 +4,7 @@
     python benchmarks/quality.py --quick    # minutes: one seed, few steps and captions
     python benchmarks/quality.py --methods student matching --train_flags --hidden_size 48 --depth 2 --num_heads 3
 
-Students that lie in --folder, finished under the same settings, are judged as they are.
+Students that lie in --folder, finished under the same settings, are judged as they are; under others, they are refused by name.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,13 +25,14 @@ import numpy as np
 import torch
 
 from run_inference import Painter
-from train_distillation import Settings
+from train_distillation import FREE, Settings
 from wanlite import shapes
 from wanlite.autoencoder import decode_latents, to_pictures
 from wanlite.flow import make_scheduler, sample, seeded_noise
 from wanlite.measure import channel_drift, channel_spread, frechet_distance, prompt_accuracy, variety
 from wanlite.network import pack_text
 from wanlite.run_folder import read_run
+from wanlite.settings import make_parser
 from wanlite.stages.complete import TINY_STEPS, complete
 from wanlite.stages.lessons import teacher_velocity
 from wanlite.steps import velocity_from
@@ -66,15 +67,21 @@ def methods(steps):
 # ---- training --------------------------------------------------------------------------------------------------------------
 
 def train(folder, command, flags, seed):
-    """Train one student, unless it is there; returns its folder."""
-    if not read_run(folder).get("finished"):
-        words = (sys.executable, *command, "--output_dir", folder, "--cache_dir", folder.parent.parent / "cache", "--seed", seed,
-                 "--report_to", "none", *flags)
+    """Train one student, unless it is there; returns its folder. Ends where there is one of other settings."""
+    words = (*command, "--output_dir", folder, "--cache_dir", folder.parent.parent / "cache", "--seed", seed, "--report_to", "none",
+             *flags)
+    if (run := read_run(folder)).get("finished"):
+        asked = make_parser(Settings, "").parse_args([str(word) for word in words[2 if command[0] == RIVALS else 1:]])
+        asked = asdict(complete(Settings(**vars(asked))))
+        if changed := [name for name, value in asked.items() if name not in FREE and run["settings"].get(name) != value]:
+            raise SystemExit(f"{folder}: holds a student that was trained with another {', '.join(changed)}. Name another "
+                             "--folder, or delete it.")
+    else:
         log = folder.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as said:
             one_core = os.environ | {"OMP_NUM_THREADS": "1"}
-            code = subprocess.run([*map(str, words)], stdout=said, stderr=said, env=one_core).returncode
+            code = subprocess.run([sys.executable, *map(str, words)], stdout=said, stderr=said, env=one_core).returncode
         if code:
             raise RuntimeError(f"{folder}: training ended with code {code}; see {log}")
         print(f"trained {folder}", flush=True)

@@ -41,11 +41,11 @@ from wanlite.data import SeededBatches, Trajectories, write_shard
 from wanlite.network import pack_text, pass_operations, unpack_text
 from wanlite.optimizers import make_optimizers
 from wanlite.plan import MemoryMeter, gigabytes, matrix_rate
-from wanlite.student_shape import student_shape
 from wanlite.reading import AHEAD, read_ahead
 from wanlite.stages.lessons import feature_block
 from wanlite.stages.needs import feature_width
 from wanlite.steps import STEPS, Networks
+from wanlite.student_shape import student_shape
 from wanlite.teacher import Teacher, make_expert
 from wanlite.teacher_files import ExpertFiles, TeacherFiles, open_teacher_files
 

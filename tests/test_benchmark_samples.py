@@ -71,3 +71,18 @@ def test_a_sample_of_the_cache_tells_what_it_costs_and_whether_it_feeds(tmp_path
     readers = {"ours", "DataLoader", "DataLoader, 2 workers"}
     assert figures["read_per_second"].keys() == figures["waiting_share"].keys() == readers
     assert 0 < figures["waiting_share"]["ours"] < 0.5 and process.stdout.count("%") == len(readers)
+
+
+def test_a_sample_of_budgets_is_trained_and_told_and_another_student_is_not_taken_for_it(tmp_path):
+    command = (BENCHMARKS / "budget.py", "--quick", "--folder", tmp_path / "students", "--json", tmp_path / "rows.json")
+    process = run_script(*command)
+    assert process.returncode == 0, process.stdout + process.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["pictures"], row["steps"]) for row in rows] == [(64, 7), (64, 14), (128, 7), (128, 14)]
+    assert len([line for line in process.stdout.splitlines() if line.startswith(("| 64 |", "| 128 |"))]) == 4
+    assert len({row["picture_error_4"] for row in rows}) == 4
+    again = run_script(*command)
+    assert again.returncode == 0 and "trained" not in again.stdout and again.stdout.splitlines()[1:] == [
+        line for line in process.stdout.splitlines()[1:] if not line.startswith("trained")]
+    other = run_script(*command, "--train_flags", "--hidden_size", "48", "--depth", "2")
+    assert other.returncode == 1 and "trained with another hidden_size" in other.stderr and "Traceback" not in other.stderr

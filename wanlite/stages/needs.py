@@ -120,8 +120,8 @@ class Needs:
             "validation": self.resting + self.weights + at_depth(           # what is lent keeps its place
                 lambda parts: decoding_peak(self.make_autoencoder, decode_latents, parts * together, self.latent_shape),
                 -(-drawn // together))}
-        comparing, calibrating = start_peaks(self.files, (PROBE_ROWS, PROBE_SIZE),
-                                               calibration_frames(settings, training, self.tokens), self.latent_shape[1:])
+        frames = calibration_frames(settings, training, self.tokens)
+        comparing, calibrating = start_peaks(self.files, (PROBE_ROWS, PROBE_SIZE), frames, self.latent_shape[1:])
         is_started = any(Path(settings.cache_dir).glob("start-*/manifest.json"))        # and is taken as it is, if it is this run's
         phases["start"] = 0 if is_started else max(comparing, calibrating + self.drawing + self.weights)
         if settings.matching_steps:
