@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from PIL import Image, ImageOps
 from pyarrow import parquet
 
 from tests.conftest import ROOT, TINY_TEACHER
@@ -26,7 +26,7 @@ from wanlite import shapes
 from wanlite.autoencoder import encode_images, load_autoencoder, to_pixels
 from wanlite.data import Trajectories, Walker
 from wanlite.flow import add_noise, make_scheduler
-from wanlite.images import SHOWN, choose_images, decode, list_images, read_picture
+from wanlite.images import KINDS, SHOWN, choose_images, decode, list_images, read_picture
 from wanlite.run_folder import read_run
 from wanlite.stages.choices import choose_data
 from wanlite.stages.complete import complete, picture_sizes
@@ -369,6 +369,11 @@ def test_a_run_learns_from_images_tells_what_it_skipped_and_resumes_to_the_same_
     latents = encode_images(load_autoencoder(TINY_TEACHER), to_pixels(np.stack(PICTURES)))
     _, clean, _ = states.ends(range(6))
     assert (clean - latents).square().mean() < 0.2 * latents.var()         # the teacher nearly knows what is nearly clean
+    shutil.copytree(tmp_path / "place", tmp_path / "inverted")
+    for path in (path for path in (tmp_path / "inverted").rglob("*") if path.suffix in KINDS and path.name != "cut.png"):
+        ImageOps.invert(Image.open(path).convert("RGB")).save(path)
+    code, said = train(tmp_path / "other", *FLAGS, "--images", tmp_path / "inverted")
+    assert code == 0 and not same(tmp_path / "other", whole), said         # of the same captions: it is the pictures that tell
     leave_as_killed(whole, cut, step=2)
     (tmp_path / "place" / "z" / "5.png").rename(tmp_path / "kept.png")
     code, said = train(cut, *flags)
