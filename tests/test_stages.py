@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +12,16 @@ from accelerate import Accelerator
 from tests.conftest import ROOT, TINY_TEACHER, run_script
 from train_distillation import Settings, WanLiteStudent
 from wanlite import block_cutting, calibration, projection
+from wanlite.autoencoder import load_autoencoder
+from wanlite.flow import FewSteps
+from wanlite.pace import Pace
+from wanlite.run_folder import read_run
+from wanlite.stages import examiner
 from wanlite.stages.complete import complete
-from wanlite.stages.lessons import Words
+from wanlite.stages.lessons import Lessons, Words
 from wanlite.stages.start import project_into, start_student
+from wanlite.steps import velocity_in_parts
+from wanlite.teacher import Teacher
 from wanlite.teacher_files import open_teacher_files
 
 
@@ -65,3 +73,33 @@ def test_what_is_kept_of_a_start_is_what_was_projected(tmp_path):
     assert reports[0] == reports[1] and reports[0]["expert_cosines"] == report.cosines
     for found in (started, again):
         assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in found.state_dict().items())
+
+
+def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_it_says(finished_run, tmp_path, monkeypatch):
+    settings = complete(Settings(cache_dir=str(tmp_path), teacher_steps=4, reference_steps=4, validation_walks=4))
+    accelerator, prompts, shape = Accelerator(), ["a red ring", "a blue cross", "a green square", "a red circle"], (16, 8, 8)
+    words, teacher = Words(accelerator, TINY_TEACHER, tmp_path, [*prompts, ""]), Teacher(open_teacher_files(TINY_TEACHER))
+    lessons = Lessons(accelerator, settings, teacher, words, prompts, prompts, [shape, shape], 16, Pace("cpu", 1e9))
+    lessons.find_basis()
+    few, autoencoder = FewSteps(settings.flow_shift, [1, 2, 4], shape, 4), load_autoencoder(TINY_TEACHER)
+    found = examiner.Examiner(lessons, *lessons.walk_held_out(), prompts, few.counts, few.scheduler, autoencoder, lambda: None)
+    student = WanLiteStudent.from_pretrained(finished_run[0])
+    drawn = {count: examiner.draw_pictures(partial(velocity_in_parts, student), autoencoder, [words[prompt] for prompt in prompts],
+                                           range(4), few.scheduler, count, shape) for count in few.counts}
+    looks, figures = found.look(student)
+    assert set(looks) == {1, 2, 4} and figures["picture_error_2"] == looks[2]["picture_error"] != looks[4]["picture_error"]
+    teachers, *rows = found.draw_grid(student, looks).items()
+    assert teachers[0] == "teacher 4 steps" and (teachers[1] == found.teacher_drawn).all()
+    assert [title.split(",")[0] for title, _ in rows] == ["student 4 steps", "student 2 steps", "student 1 step"]
+    for (title, row), count in zip(rows, (4, 2, 1)):
+        assert (row == drawn[count]).all() and f"variety {looks[count]['variety']:.2f}" in title
+    monkeypatch.setattr(examiner, "compare", lambda by_teacher, by_student, *_: (by_teacher(prompts), {
+        count: draw(prompts) for count, draw in by_student.items()}))
+    by_teacher, by_student = found.judge(student)
+    assert (by_teacher == found.teacher_drawn).all() and all((by_student[count] == drawn[count]).all() for count in drawn)
+    assert not (drawn[1] == drawn[4]).all()
+
+
+def test_a_start_is_calibrated_on_a_frame_of_each_prompt(finished_run):
+    run = read_run(finished_run[0])
+    assert run["projection"]["calibration_frames"] == run["settings"]["num_trajectories"] == 64
