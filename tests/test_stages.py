@@ -13,7 +13,7 @@ from tests.conftest import ROOT, TINY_TEACHER, run_script
 from train_distillation import Settings, WanLiteStudent
 from wanlite import block_cutting, calibration, projection
 from wanlite.autoencoder import load_autoencoder
-from wanlite.flow import FewSteps
+from wanlite.flow import FewSteps, seeded_noise
 from wanlite.pace import Pace
 from wanlite.run_folder import read_run
 from wanlite.stages import examiner
@@ -103,3 +103,16 @@ def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_
 def test_a_start_is_calibrated_on_a_frame_of_each_prompt(finished_run):
     run = read_run(finished_run[0])
     assert run["projection"]["calibration_frames"] == run["settings"]["num_trajectories"] == 64
+
+
+def test_the_teacher_is_guided_by_the_settings_and_plain_where_it_is_held_against_a_critic(tmp_path):
+    settings = complete(Settings(cache_dir=str(tmp_path), negative_prompt="a blue cross", guidance_scale=5.0, guidance_scale_2=2.0))
+    accelerator, prompts = Accelerator(), ["a red ring", "a green square"]
+    words, teacher = Words(accelerator, TINY_TEACHER, tmp_path, [*prompts, "a blue cross"]), Teacher(open_teacher_files(TINY_TEACHER))
+    lessons = Lessons(accelerator, settings, teacher, words, prompts, prompts, [(16, 8, 8), (16, 8, 8)], 16, Pace("cpu", 1e9))
+    text, unwanted = words.pack(prompts), words.pack(2 * ["a blue cross"])
+    latents = seeded_noise((16, 8, 8), [1, 2])
+    for timestep in (torch.full((2,), 990.0), torch.full((2,), 100.0)):    # the high and the low expert's
+        assert torch.equal(lessons.guided(text)(latents, timestep), teacher.velocity(latents, timestep, text, unwanted, 5.0, 2.0)[0])
+        assert torch.equal(lessons.plain(text)(latents, timestep), teacher.velocity(latents, timestep, text)[0])
+        assert not torch.allclose(lessons.guided(text)(latents, timestep), lessons.plain(text)(latents, timestep), atol=0.01)
