@@ -108,11 +108,12 @@ def test_a_start_is_calibrated_on_a_frame_of_each_prompt(finished_run):
 def test_the_teacher_is_guided_by_the_settings_and_plain_where_it_is_held_against_a_critic(tmp_path):
     settings = complete(Settings(cache_dir=str(tmp_path), negative_prompt="a blue cross", guidance_scale=5.0, guidance_scale_2=2.0))
     accelerator, prompts = Accelerator(), ["a red ring", "a green square"]
-    words, teacher = Words(accelerator, TINY_TEACHER, tmp_path, [*prompts, "a blue cross"]), Teacher(open_teacher_files(TINY_TEACHER))
+    words = Words(accelerator, TINY_TEACHER, tmp_path, [*prompts, "a blue cross"])
+    teacher = Teacher(open_teacher_files(TINY_TEACHER))
     lessons = Lessons(accelerator, settings, teacher, words, prompts, prompts, [(16, 8, 8), (16, 8, 8)], 16, Pace("cpu", 1e9))
     text, unwanted = words.pack(prompts), words.pack(2 * ["a blue cross"])
     latents = seeded_noise((16, 8, 8), [1, 2])
     for timestep in (torch.full((2,), 990.0), torch.full((2,), 100.0)):    # the high and the low expert's
-        assert torch.equal(lessons.guided(text)(latents, timestep), teacher.velocity(latents, timestep, text, unwanted, 5.0, 2.0)[0])
-        assert torch.equal(lessons.plain(text)(latents, timestep), teacher.velocity(latents, timestep, text)[0])
-        assert not torch.allclose(lessons.guided(text)(latents, timestep), lessons.plain(text)(latents, timestep), atol=0.01)
+        guided, plain = (maker(text)(latents, timestep) for maker in (lessons.guided, lessons.plain))
+        assert torch.equal(guided, teacher.velocity(latents, timestep, text, unwanted, 5.0, 2.0)[0])
+        assert torch.equal(plain, teacher.velocity(latents, timestep, text)[0]) and not torch.allclose(guided, plain, atol=0.01)
