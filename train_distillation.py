@@ -10,6 +10,7 @@ Order: settings -> WanLiteStudent -> the dry run -> the loop, which goes through
 
 import os
 import shlex
+import signal
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -44,17 +45,17 @@ class Settings:
                                   "caption; None = prompts of a grammar, for the tiny teacher captions of its world")
     images: str | None = setting(None, "captioned images that stage 1 learns from too: a folder with a .txt beside each or "
                                  "metadata.jsonl or .csv, .parquet files, a folder saved by datasets, or webdataset's .tar files")
-    num_images: int | None = setting(None, "of them, the first so many that can be used; None = all")
+    num_images: int | None = setting(None, "of them, the first so many that can be used; None = all", least=1)
     output_dir: str = setting("./outputs/wan_t2i", "where everything is written")
     cache_dir: str | None = setting(None, "projected starts and trajectories, which runs may share; None = cache/ in --output_dir")
     dry_run: bool = setting(False, "say what a run will do and need, and stop; nothing is written")
     overwrite: bool = setting(False, "replace a finished run in --output_dir")
-    resume_from_checkpoint: str | None = setting("latest", "'latest', or 'none' to start again where a run was cut short")
+    resume_from_checkpoint: str = setting("latest", "go on where a run was cut short, or start again", choices=("latest", "none"))
 
-    hidden_size: int | None = setting(None, "student width; None = 1024, for a small teacher half its width")
-    depth: int | None = setting(None, "student blocks; None = 16, for a small teacher its depth")
-    num_heads: int | None = setting(None, "student heads; None = heads of half the teacher's size")
-    ffn_dim: int | None = setting(None, "width inside the feed-forward; None = 4 * hidden_size")
+    hidden_size: int | None = setting(None, "student width; None = 1024, for a small teacher half its width", least=1)
+    depth: int | None = setting(None, "student blocks; None = 16, for a small teacher its depth", least=1)
+    num_heads: int | None = setting(None, "student heads; None = heads of half the teacher's size", least=1)
+    ffn_dim: int | None = setting(None, "width inside the feed-forward; None = 4 * hidden_size", least=1)
     projection: str = setting("calibrated", "how the student starts: from the teacher's weights, these refitted to what the "
                               "teacher computes, or random as a control", choices=("weights", "calibrated", "none"))
     expert: str = setting("high", "which of two experts is projected; span = for each block the one that keeps more, from "
@@ -62,10 +63,12 @@ class Settings:
     project_only: bool = setting(False, "save the projected start in --output_dir and stop; later runs there reuse it")
     student: str | None = setting(None, "a saved student to go on from, instead of projecting")
 
-    guidance_scale: float = setting(4.0, "guidance of the high-noise expert, or of the only one; baked into the student")
-    guidance_scale_2: float = setting(3.0, "guidance of the low-noise expert; baked into the student")
+    guidance_scale: float = setting(4.0, "guidance of the high-noise expert, or of the only one; baked into the student",
+                                    least=1, most=100)
+    guidance_scale_2: float = setting(3.0, "guidance of the low-noise expert; baked into the student", least=1, most=100)
     negative_prompt: str = setting("", "what guidance steers away from")
-    flow_shift: float | None = setting(None, "shift of the noise schedule; None = what the teacher's scheduler says")
+    flow_shift: float | None = setting(None, "shift of the noise schedule; None = what the teacher's scheduler says",
+                                       above=0, most=100)
     resolution: list[int] | int | None = setting(None, "pixels, one number for squares, or WIDTH HEIGHT; divisible by 16, for "
                                                  "TI2V-5B by 32; None = the teacher's own, else 512")
     aspect_ratios: list[str] | None = setting(None, "WIDTH:HEIGHT of what is trained on, as 1:1 3:2 2:3, all of about the area of "
@@ -75,40 +78,41 @@ class Settings:
                                      "read from disk at each pass; auto = the first of these that fits",
                                      choices=("auto", "both", "one", "sharded", "streamed", "disk"))
     teacher_fp8: bool = setting(False, "keep the experts' matrices in float8, in half the memory")
-    teacher_steps: int = setting(20, "guided steps of a teacher trajectory")
-    num_trajectories: int | None = setting(None, "teacher pictures to learn from; None = one a prompt")
+    teacher_steps: int = setting(20, "guided steps of a teacher trajectory", least=1, most=1000)
+    num_trajectories: int | None = setting(None, "teacher pictures to learn from; None = one a prompt", least=1)
 
-    num_held_out: int = setting(400, "prompts that are never trained on; at most a twentieth of a prompts file")
+    num_held_out: int = setting(400, "prompts that are never trained on; at most a twentieth of a prompts file", least=1)
 
     train_batch_size: int | None = setting(None, "states in a micro-batch, on each device; None = 128, of a large teacher's "
-                                           "student as many of them as fit")
+                                           "student as many of them as fit", least=1)
     max_train_steps: int | None = setting(None, "optimizer steps in all; what --segment_steps and --matching_steps leave is stage "
-                                          f"1; None = {TINY_STEPS}, of any teacher but the tiny one {REAL_STEPS}")
-    segment_steps: int | None = setting(None, "stage 2a: of them, steps towards the teacher's pictures; None = 5 of 7")
-    matching_steps: int = setting(0, "stage 2b: of them, the last, steps of distribution matching with a critic")
-    few_steps: list[int] = setting((1, 2, 4), "numbers of steps that stage 2 trains for; divisors of --teacher_steps")
+                                          f"1; None = {TINY_STEPS}, of any teacher but the tiny one {REAL_STEPS}", least=1)
+    segment_steps: int | None = setting(None, "stage 2a: of them, steps towards the teacher's pictures; None = 5 of 7", least=0)
+    matching_steps: int = setting(0, "stage 2b: of them, the last, steps of distribution matching with a critic", least=0)
+    few_steps: list[int] = setting((1, 2, 4), "numbers of steps that stage 2 trains for; divisors of --teacher_steps", least=1)
     own_path_pictures: int | None = setting(None, "states on the student's own path, walked on by the teacher, twice in stage 2a; "
-                                            "None = 512, of a large teacher at most one for eight trajectories")
+                                            "None = 512, of a large teacher at most one for eight trajectories", least=0)
     gradient_accumulation_steps: int | None = setting(None, "micro-batches in a step; None = as many as make up 128 states where "
-                                                      "--train_batch_size is open, else 1")
-    learning_rate: float = setting(3e-3, "peak of AdamW's learning rate")
+                                                      "--train_batch_size is open, else 1", least=1)
+    learning_rate: float = setting(3e-3, "peak of AdamW's learning rate", above=0, most=1)
     lr_scheduler: str = setting("cosine", "as in diffusers", choices=("cosine", "linear", "constant_with_warmup"))
-    lr_warmup_steps: int = setting(100, "steps until the peak")
-    muon_learning_rate: float = setting(0.09, "peak of Muon's, for the matrices of the blocks; 0 = AdamW for all")
-    adam_beta2: float = setting(0.99, "decay of AdamW's second moment")
-    adam_weight_decay: float = setting(0.01, "decoupled weight decay")
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
-    feature_weight: float = setting(3.0, "weight of the feature loss at the start of stage 1, falling to 0 at its end")
+    lr_warmup_steps: int = setting(100, "steps until the peak", least=0)
+    muon_learning_rate: float = setting(0.09, "peak of Muon's, for the matrices of the blocks; 0 = AdamW for all", least=0, most=10)
+    adam_beta2: float = setting(0.99, "decay of AdamW's second moment", least=0, below=1)
+    adam_weight_decay: float = setting(0.01, "decoupled weight decay", least=0, most=1)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", above=0)
+    feature_weight: float = setting(3.0, "weight of the feature loss at the start of stage 1, falling to 0 at its end", least=0)
     feature_directions: int | None = setting(None, "directions in which token states are compared, those in which the teacher's "
-                                             "vary most; None = a quarter of the student's width")
+                                             "vary most; None = a quarter of the student's width", least=1)
     variety_gain: float = setting(0.3, "stage 2: how much farther apart than the teacher's the pictures of a prompt are aimed at, "
-                                  "as they come out nearer to each other; 0 = regression alone")
-    anchor_weight: float = setting(1.0, "stage 2b: weight of stage 2a's loss beside distribution matching")
-    critic_learning_rate: float = setting(5e-4, "stage 2b: the critic's; its Muon has the student's ratio to it")
-    critic_updates: int = setting(3, "stage 2b: updates of the critic for one of the student")
-    critic_pull: float = setting(0.03, "stage 2b: how far the critic moves to the student after each of its updates")
+                                  "as they come out nearer to each other; 0 = regression alone", least=0, most=10)
+    anchor_weight: float = setting(1.0, "stage 2b: weight of stage 2a's loss beside distribution matching", least=0)
+    critic_learning_rate: float = setting(5e-4, "stage 2b: the critic's; its Muon has the student's ratio to it", above=0, most=1)
+    critic_updates: int = setting(3, "stage 2b: updates of the critic for one of the student", least=1)
+    critic_pull: float = setting(0.03, "stage 2b: how far the critic moves to the student after each of its updates",
+                                 least=0, most=1)
     use_ema: bool = setting(True, "save an exponential moving average of the weights")
-    ema_decay: float = setting(0.998, "its decay a step")
+    ema_decay: float = setting(0.998, "its decay a step", least=0, below=1)
     mixed_precision: str | None = setting(None, "as in accelerate; master weights and losses stay in float32; None = what "
                                           "accelerate launch says, else bf16 for a large teacher on a GPU, else no",
                                           choices=("no", "bf16", "fp16"))
@@ -116,17 +120,18 @@ class Settings:
     compile: bool = setting(False, "compile the student's blocks: minutes at first, faster steps then; needs a C++ compiler")
     allow_tf32: bool = setting(False, "on CUDA, multiply float32 matrices with TF32's shorter mantissas while training")
 
-    checkpointing_steps: int = setting(500, "steps between resumable checkpoints")
-    checkpoints_total_limit: int = setting(2, "newest checkpoints to keep, at least 2")
-    validation_steps: int = setting(350, "steps between validations: figures, a grid, and a candidate to be saved")
+    checkpointing_steps: int = setting(500, "steps between resumable checkpoints", least=1)
+    checkpoints_total_limit: int = setting(2, "newest checkpoints to keep, at least 2", least=2)
+    validation_steps: int = setting(350, "steps between validations: figures, a grid, and a candidate to be saved", least=1)
     validation_walks: int | None = setting(None, "the most teacher pictures of a kind that validations are held against; None = "
-                                           "64, of a large teacher one for twenty trajectories, at least 4")
-    reference_steps: int | None = setting(None, "guided steps of the teacher in the grids; None = twice --teacher_steps")
+                                           "64, of a large teacher one for twenty trajectories, at least 4", least=4, most=64)
+    reference_steps: int | None = setting(None, "guided steps of the teacher in the grids; None = twice --teacher_steps",
+                                          least=1, most=1000)
     validation_prompts: list[str] | None = setting(None, "prompts of the grids; None = eight held-out ones")
-    num_inference_steps: int = setting(4, "steps in which the student draws; goes to run.json as its default")
+    num_inference_steps: int = setting(4, "steps in which the student draws; goes to run.json as its default", least=1, most=1000)
     report_to: str = setting("tensorboard", "tracker, as in accelerate: tensorboard, wandb, ...; 'none' for metrics.jsonl alone")
     logging_dir: str = setting("logs", "tracker files, inside --output_dir")
-    seed: int = setting(0, "seed of everything random")
+    seed: int = setting(0, "seed of everything random", least=0, below=2**32)
 
 
 def read_settings():
@@ -140,15 +145,19 @@ def read_settings():
         settings = complete(settings)
         decisive = {name: value for name, value in asdict(settings).items() if name not in FREE}
         state = check_output_folder(settings.output_dir, decisive, settings.overwrite or settings.project_only,
-                                    settings.resume_from_checkpoint not in (None, "none"))
+                                    settings.resume_from_checkpoint != "none")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if not settings.dry_run:
-        Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--output_dir {settings.output_dir}: cannot be made ({error.strerror}). Name another.")
     return settings, state == "resume"
 
 
 if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)       # ends it at once and silently, until a run has something to lose
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # threads that spin long at barriers stall beside any other busy program
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")    # seconds between two lines of progress in a log
@@ -513,13 +522,6 @@ def train(settings, is_resumed, stop):
                                       needs.latent_shape[1:], accelerator)
     if settings.project_only:
         return accelerator.end_training()
-    if accelerator.is_main_process:
-        if not is_resumed:                                   # an earlier run goes only now, when this one has its start
-            clear(output)
-        write_json(output / "run.json", run)
-    accelerator.wait_for_everyone()
-    if not (output / "run.json").exists():
-        raise OSError(f"{output}: what rank 0 wrote there is not here. The machines of a run need one disk under --output_dir.")
 
     # What the teacher says: walked once, for training and for held-out prompts, and where students will be held against it.
     teacher = Teacher(files, device, dtype, agreed(place_teacher(settings, files, device)), settings.teacher_fp8)
@@ -539,6 +541,13 @@ def train(settings, is_resumed, stop):
     own_scheduler = few.scheduler if few_steps else lessons.scheduler
     examiner = Examiner(lessons, *held_out_walks, validation, few.counts, own_scheduler, autoencoder,
                         stop.check if ranks == 1 else lambda: None)              # several ranks stop together, at a step
+    if accelerator.is_main_process:
+        if not is_resumed:                                   # an earlier run goes only now, when this one has all to begin with
+            clear(output)
+        write_json(output / "run.json", run)
+    accelerator.wait_for_everyone()
+    if not (output / "run.json").exists():
+        raise OSError(f"{output}: what rank 0 wrote there is not here. The machines of a run need one disk under --output_dir.")
 
     # What learns, and how; all of it is in `memory`, and nothing else has to be remembered.
     set_seed(settings.seed)                                  # again: what lay in the cache has drawn no numbers

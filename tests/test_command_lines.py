@@ -91,6 +91,16 @@ def test_a_shape_that_cannot_be_cut_leaves_the_run_that_it_was_to_overwrite(fini
     assert (tmp_path / "run/diffusion_pytorch_model.safetensors").is_file() and (tmp_path / "run/run.json").is_file()
 
 
+def test_a_run_that_fails_before_its_first_step_leaves_the_run_that_it_was_to_overwrite(finished_run, tmp_path):
+    shutil.copytree(finished_run[0], tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file() and "cache" not in path.parts}
+    shard = max((tmp_path / "run/cache").glob("trajectories-*/shard-*"), key=lambda path: path.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:-100])             # found where the teacher's pictures are opened, the last thing before
+    process = run_script(TRAIN, "--output_dir", tmp_path / "run", "--overwrite", *SHORT_RUN)
+    assert process.returncode == 2 and f"{shard.name}: not whole" in process.stderr
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_a_folder_of_something_else_is_never_written_to(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     assert "no run of this script" in refused(TRAIN, "--output_dir", tmp_path, "--overwrite")

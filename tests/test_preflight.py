@@ -1,8 +1,9 @@
 """What is refused before torch is imported: numbers, steps that do not fit, students that cannot be gone on from."""
 
 import json
+import math
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -33,14 +34,77 @@ def test_a_default_run_leaves_most_steps_to_stage_one_and_counts_all():
     ({"segment_steps": 1500}, "are more than --max_train_steps 1400"),
     ({"segment_steps": 0, "matching_steps": 10}, "--matching_steps without --segment_steps"),
     ({"few_steps": [3]}, "--few_steps 3 does not divide --teacher_steps 20"),
-    ({"few_steps": [0, 4]}, "--few_steps 0 does not divide"),
     ({"few_steps": [1, 2]}, "--num_inference_steps 4 is none of --few_steps 1 2"),
-    ({"segment_steps": -1}, "--segment_steps is -1, expected 0 or more"),
-    ({"critic_updates": 0}, "--critic_updates is 0, expected at least 1"),
     ({"matching_steps": 5, "mixed_precision": "fp16"}, "goes with --mixed_precision no or bf16")])
 def test_steps_that_cannot_be_trained_are_refused_with_what_to_do(changed, words):
     with pytest.raises(ValueError, match=words):
         complete(Settings(**changed))
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"few_steps": [0, 4]}, "--few_steps is 0, expected at least 1"),
+    ({"segment_steps": -1}, "--segment_steps is -1, expected at least 0"),
+    ({"critic_updates": 0}, "--critic_updates is 0, expected at least 1"),
+    ({"hidden_size": 0}, "--hidden_size is 0, expected at least 1"),
+    ({"num_trajectories": 0}, "--num_trajectories is 0"),
+    ({"flow_shift": 0.0}, "--flow_shift is 0.0, expected above 0 and at most 100"),
+    ({"guidance_scale": math.nan}, "--guidance_scale is nan, expected at least 1"),
+    ({"variety_gain": math.inf}, "--variety_gain is inf"),
+    ({"feature_weight": math.inf}, "--feature_weight is inf, expected at least 0"),
+    ({"max_grad_norm": -1.0}, "--max_grad_norm is -1.0, expected above 0"),
+    ({"ema_decay": 1.0}, "--ema_decay is 1.0, expected at least 0 and below 1"),
+    ({"checkpoints_total_limit": 1}, "--checkpoints_total_limit is 1, expected at least 2"),
+    ({"seed": 2**32}, "--seed is 4294967296, expected at least 0 and below 4,294,967,296")])
+def test_numbers_out_of_their_bounds_are_refused_and_so_is_what_is_not_finite(changed, words):
+    with pytest.raises(ValueError, match=words):
+        complete(Settings(**changed))
+
+
+def test_every_number_has_bounds():
+    unbound = [field.name for field in fields(Settings) if not field.metadata["bounds"] and
+               any(kind in str(field.type) for kind in ("int", "float"))]
+    assert unbound == ["resolution"]                         # whose sides are checked against what a token takes
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"num_images": 3}, "--num_images is 3, expected --images beside it"),
+    ({"validation_prompts": ["a red cup", "  "]}, "--validation_prompts has one that says nothing"),
+    ({"logging_dir": "../elsewhere"}, "--logging_dir ../elsewhere: is not inside --output_dir"),
+    ({"logging_dir": "/elsewhere"}, "--logging_dir /elsewhere: is not inside --output_dir"),
+    ({"cache_dir": str(TRAIN)}, "is a file, expected a folder")])
+def test_settings_that_contradict_others_are_refused(changed, words):
+    with pytest.raises(ValueError, match=words):
+        complete(Settings(**changed))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"flow_shift": null}', '{"flow_shift": "3"}', '{"flow_shift": 0}',
+                                     pytest.param("[" * 10**5, id="deep")])
+def test_a_schedule_without_a_shift_is_named_unless_a_shift_is_given(content, tmp_path):
+    shutil.copytree(ROOT / "tiny_teacher", tmp_path / "teacher", ignore=shutil.ignore_patterns("training.json"))
+    (tmp_path / "teacher/scheduler/scheduler_config.json").write_text(content)
+    asked = Settings(teacher=str(tmp_path / "teacher"), resolution=64)
+    with pytest.raises(ValueError, match="scheduler_config.json: says no flow_shift .*add --flow_shift"):
+        complete(asked)
+    assert complete(replace(asked, flow_shift=5.0)).flow_shift == 5.0
+
+
+@pytest.mark.parametrize("content", ["[]", "{", pytest.param("[" * 10**5, id="deep")])
+def test_a_broken_record_of_a_tiny_teacher_is_named(content, tmp_path):
+    (tmp_path / "training.json").write_text(content)
+    with pytest.raises(ValueError, match="training.json: is no JSON object"):
+        complete(Settings(teacher=str(tmp_path)))
+
+
+def test_a_picture_larger_than_the_teacher_places_is_refused_before_anything_is_made(tmp_path):
+    process = run_script(TRAIN, "--output_dir", tmp_path / "run", "--resolution", "64", "1040", "--dry_run")
+    assert process.returncode == 2 and "a side of 1,040 pixels is more than this teacher places" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    process = run_script(TRAIN, "--output_dir", tmp_path / "file" / "run")
+    assert process.returncode == 2 and "Traceback" not in process.stderr and str(tmp_path / "file") in process.stderr
 
 
 # ---- a student to go on from ---------------------------------------------------------------------------------------------------

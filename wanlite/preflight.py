@@ -18,8 +18,6 @@ MOST_LOOKED_AT, LEAST_LOOKED_AT = 64, 4     # walks of a kind that a validation 
 SHOWN = 8                  # prompts in the grids; as many are drawn from as many seeds each to see how varied pictures are
 LOOKED_AT = 20             # of a large teacher: one for so many trajectories, where --validation_walks is left open
 MOST_OWN = 512             # states on the student's own path, where --own_path_pictures is left open
-COUNTS = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "teacher_steps", "num_inference_steps",
-          "num_held_out", "checkpointing_steps", "validation_steps", "critic_updates", "feature_directions")
 
 
 def check_all(checks, together=False):
@@ -39,7 +37,14 @@ def check_all(checks, together=False):
 def read_record(teacher):
     """Return the training record of a tiny teacher, or an empty dict for any other teacher."""
     path = Path(teacher) / "training.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: is no JSON object. It tells a tiny teacher from others: take its folder out of the repository "
+                         "again, or delete the file beside any other teacher.")
+    return record
 
 
 def complete_resolution(resolution, unit=16):
@@ -75,26 +80,20 @@ def bucket_sizes(size, aspect_ratios, unit=16):
     return list(sizes)
 
 
-def check_numbers(settings):
-    """Refuse numbers out of range, and settings that contradict each other."""
-    for name in COUNTS:
-        if getattr(settings, name) is not None and getattr(settings, name) < 1:
-            raise ValueError(f"--{name} is {getattr(settings, name)}, expected at least 1.")
-    for name in ("segment_steps", "matching_steps", "own_path_pictures"):
-        if (getattr(settings, name) or 0) < 0:
-            raise ValueError(f"--{name} is {getattr(settings, name)}, expected 0 or more.")
-    if settings.num_images is not None and (settings.num_images < 1 or settings.images is None):
-        raise ValueError(f"--num_images is {settings.num_images}, expected at least 1, and --images beside it.")
+def check_together(settings):
+    """Refuse settings that contradict each other, prompts that say nothing, and places that nothing can be written to."""
+    if settings.num_images is not None and settings.images is None:
+        raise ValueError(f"--num_images is {settings.num_images}, expected --images beside it.")
     if 0 < (settings.own_path_pictures or 0) < len(settings.aspect_ratios or ()):
         raise ValueError(f"--own_path_pictures is {settings.own_path_pictures}, expected 0, or at least one for each of the "
                          f"{len(settings.aspect_ratios)} --aspect_ratios.")
-    if settings.validation_walks is not None and not LEAST_LOOKED_AT <= settings.validation_walks <= MOST_LOOKED_AT:
-        raise ValueError(f"--validation_walks is {settings.validation_walks}, expected {LEAST_LOOKED_AT} to {MOST_LOOKED_AT}.")
-    if settings.reference_steps is not None and settings.reference_steps < 1:
-        raise ValueError(f"--reference_steps is {settings.reference_steps}, expected at least 1.")
-    if settings.checkpoints_total_limit < 2:
-        raise ValueError(f"--checkpoints_total_limit is {settings.checkpoints_total_limit}, expected at least 2: with one, a "
-                         "save that fails leaves none.")
+    if any(not prompt.strip() for prompt in settings.validation_prompts or ()):
+        raise ValueError("--validation_prompts has one that says nothing, expected words in each. Leave it out.")
+    if settings.cache_dir is not None and Path(settings.cache_dir).exists() and not Path(settings.cache_dir).is_dir():
+        raise ValueError(f"--cache_dir {settings.cache_dir}: is a file, expected a folder. Name another.")
+    output = Path(settings.output_dir).absolute()
+    if not Path(os.path.normpath(output / settings.logging_dir)).is_relative_to(output):
+        raise ValueError(f"--logging_dir {settings.logging_dir}: is not inside --output_dir, expected a folder's name, as logs.")
     if settings.expert == "span" and settings.projection == "calibrated":
         raise ValueError("--expert span goes with --projection weights: a student is calibrated against one expert. Add "
                          "--projection weights, or choose --expert low or high.")

@@ -2,15 +2,32 @@
 
 import argparse
 import dataclasses
+import math
+import operator
 import types
 import typing
 
 from .launch import give_way
 
+BOUNDS = {"least": ("at least", operator.ge), "above": ("above", operator.gt), "most": ("at most", operator.le),
+          "below": ("below", operator.lt)}
 
-def setting(default, meaning, aliases=(), choices=None):
-    """Declare one setting: its default and what it means, None included."""
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "aliases": aliases, "choices": choices})
+
+def setting(default, meaning, aliases=(), choices=None, **bounds):
+    """Declare one setting: its default, what it means, None included, and as `bounds`, called as in BOUNDS, what it may be."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "aliases": aliases, "choices": choices,
+                                                        "bounds": bounds})
+
+
+def check_bounds(settings):
+    """Raise ValueError for the first number that is out of the bounds of its setting, or not finite."""
+    for field in dataclasses.fields(settings):
+        found, bounds = getattr(settings, field.name), field.metadata["bounds"]
+        for number in found if isinstance(found, (list, tuple)) else [found]:
+            if isinstance(number, (int, float)) and not (math.isfinite(number) and all(
+                    BOUNDS[name][1](number, bound) for name, bound in bounds.items())):
+                told = " and ".join(f"{BOUNDS[name][0]} {bound:,}" for name, bound in bounds.items()) or "a finite number"
+                raise ValueError(f"--{field.name} is {number}, expected {told}.")
 
 
 def make_parser(settings_class, description, repeatable=()):

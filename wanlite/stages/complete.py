@@ -1,6 +1,7 @@
 """Settings as they were typed -> with all that folders and files decide. No torch: what is wrong is said at once."""
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,14 +13,15 @@ from ..preflight import (
     bucket_sizes,
     check_all,
     check_compiler,
-    check_numbers,
     check_student,
+    check_together,
     complete_resolution,
     complete_steps,
     read_record,
 )
 from ..prompts import read_prompts
 from ..run_folder import picture_size, read_run
+from ..settings import check_bounds
 from ..trackers import check_tracker
 
 TINY_TEACHER = Path(__file__).resolve().parents[2] / "tiny_teacher"
@@ -41,8 +43,9 @@ def complete(settings):
     record = read_record(teacher)
     steps = (TINY_STEPS if record else REAL_STEPS) if settings.max_train_steps is None else settings.max_train_steps
     settings = replace(settings, max_train_steps=steps, mixed_precision=launched_precision(settings.mixed_precision))
-    checks = [partial(find_parts, teacher), partial(_complete_resolution, teacher, settings), partial(check_numbers, settings),
-              partial(check_launch, settings), partial(complete_steps, settings), partial(check_tracker, settings.report_to)]
+    checks = [partial(check_bounds, settings), partial(find_parts, teacher), partial(_complete_resolution, teacher, settings),
+              partial(_complete_shift, teacher, settings), partial(check_together, settings), partial(check_launch, settings),
+              partial(complete_steps, settings), partial(check_tracker, settings.report_to)]
     if settings.compile:
         checks.append(check_compiler)
     if settings.prompts is not None:
@@ -53,12 +56,8 @@ def complete(settings):
         checks.append(partial(_check_headers, teacher))
     check_all(checks, together=settings.dry_run)
     few_steps, segment_steps = complete_steps(settings)
-    scheduler = teacher / "scheduler" / "scheduler_config.json"
-    official_shift = OFFICIAL_SHIFTS[has_two_experts(teacher)]
-    shift = settings.flow_shift or record.get("shift") or (
-        json.loads(scheduler.read_text())["flow_shift"] if scheduler.is_file() else official_shift)
-    settings = replace(settings, teacher=str(teacher), resolution=_complete_resolution(teacher, settings), flow_shift=float(shift),
-                       few_steps=few_steps, segment_steps=segment_steps,
+    settings = replace(settings, teacher=str(teacher), resolution=_complete_resolution(teacher, settings),
+                       flow_shift=_complete_shift(teacher, settings), few_steps=few_steps, segment_steps=segment_steps,
                        reference_steps=settings.reference_steps or 2 * settings.teacher_steps,
                        cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"))
     if settings.student is not None:
@@ -72,6 +71,22 @@ def _check_headers(teacher):
     from ..teacher_files import open_teacher_files
 
     open_teacher_files(teacher)
+
+
+def _complete_shift(teacher, settings):
+    """Return --flow_shift, or where it is open that of the schedule that the teacher was made for."""
+    record, path = read_record(teacher), teacher / "scheduler" / "scheduler_config.json"
+    if settings.flow_shift is not None:
+        return settings.flow_shift
+    if "shift" in record or not path.is_file():
+        return float(record.get("shift", OFFICIAL_SHIFTS[has_two_experts(teacher)]))
+    try:
+        shift = json.loads(path.read_text(encoding="utf-8"))["flow_shift"]
+        if not 0 < shift < math.inf:
+            raise ValueError(f"{shift} is not above 0")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: says no flow_shift ({error}). Download it again, or add --flow_shift.") from None
+    return float(shift)
 
 
 def _complete_resolution(teacher, settings):

@@ -59,6 +59,10 @@ class Needs:
         stride = autoencoder.config.scale_factor_spatial
         self.latent_shape, *self.buckets = ((files.config["in_channels"], height // stride, width // stride)
                                             for width, height in sizes)
+        token, places = stride * self.student.config.patch_size[1], self.student.config.rope_max_seq_len
+        if (side := max(max(size) for size in sizes)) > token * places:
+            raise ValueError(f"--resolution: a side of {side:,} pixels is more than this teacher places; the most is "
+                             f"{token * places:,}. Lower it, or choose other --aspect_ratios.")
         self.pixels = math.prod(sizes[0])
         self.largest = max([self.latent_shape, *self.buckets], key=math.prod)
         self.tokens = math.prod(self.latent_shape[1:]) // math.prod(self.student.config.patch_size)
