@@ -1,6 +1,6 @@
 """What a larger budget is worth: more pictures of the teacher, or more steps of the student. One table.
 
-    python benchmarks/budget.py            # four students for each of three seeds, one a core: half an hour on two cores
+    python benchmarks/budget.py            # five students for each of three seeds, one a core: over an hour on two cores
     python benchmarks/budget.py --quick    # a minute: one seed, small budgets
     python benchmarks/budget.py --train_flags --hidden_size 64 --depth 4
 
@@ -26,7 +26,7 @@ from wanlite.run_folder import read_run
 
 SMALL = ("--hidden_size", "24", "--depth", "2")
 QUICK = ("--num_held_out", 16, "--lr_warmup_steps", 4, "--teacher_steps", 8, "--validation_walks", 16, "--own_path_pictures", 16)
-PICTURES, STEPS = (1000, 4000), (1400, 5600)
+BUDGETS = (1000, 1400), (1000, 5600), (4000, 1400), (4000, 5600), (4000, 22400)      # pictures of the teacher, and steps
 RATE = EFFICIENCY * H100 * 3600         # operations an hour
 TOKENS, TEACHER, STUDENT, BATCH = 1024, 14.29e9, 0.282e9, 128     # of a picture; parameters
 
@@ -61,10 +61,9 @@ def main():
     parser.add_argument("--json", type=Path, help="also write the results there")
     parser.add_argument("--train_flags", nargs=argparse.REMAINDER, default=[*SMALL], help="flags for every training, to the end")
     options = parser.parse_args()
-    pictures, steps, flags, seeds = PICTURES, STEPS, options.train_flags, range(options.seeds)
+    budgets, flags, seeds = BUDGETS, options.train_flags, range(options.seeds)
     if options.quick:
-        pictures, steps, flags, seeds = (64, 128), (7, 14), [*QUICK, *flags], range(1)
-    budgets = [(each, count) for each in pictures for count in steps]
+        budgets, flags, seeds = ((64, 7), (64, 14), (128, 7), (128, 14)), [*QUICK, *flags], range(1)
     folder = options.folder.absolute()
     print(f"training {len(budgets)} students for {len(seeds)} seeds in {folder}", flush=True)
 
@@ -74,8 +73,8 @@ def main():
                      ("--num_trajectories", count, "--max_train_steps", length, *flags), seed)
 
     with ThreadPoolExecutor(options.workers) as pool:        # students of one seed and number share the teacher's pictures
-        for length in steps:
-            list(pool.map(run, [((count, length), seed) for seed in seeds for count in pictures]))
+        for length in sorted({length for _, length in budgets}):
+            list(pool.map(run, [(budget, seed) for seed in seeds for budget in budgets if budget[1] == length]))
     runs = {budget: [read_run(run((budget, seed))) for seed in seeds] for budget in budgets}
     print_table(runs)
     if options.json:
