@@ -241,13 +241,15 @@ def test_what_was_seen_once_is_not_decoded_again(tmp_path, monkeypatch):
 def test_a_name_that_leads_out_of_the_folder_is_not_followed(tmp_path):
     write_described(tmp_path / "place", "metadata.jsonl")
     (tmp_path / "secret.png").write_bytes(CONTENTS[0])
-    names = ["../secret.png", str(tmp_path / "secret.png"), "0.png", "none.png", 7]
+    names = ["../secret.png", str(tmp_path / "secret.png"), "0.png", "none.png", 7, "a\0.png", "\ud800.png", "n" * 5000]
     rows = [json.dumps({"file_name": name, "text": "a"}) for name in names] + [json.dumps({"file_name": "1.png"})]
     (tmp_path / "place" / "metadata.jsonl").write_text("\n".join(rows))
     said = []
     assert len(choose_images(tmp_path / "place", SIZE, say=said.append)) == 1
-    for words in ("outside the folder (2: ../secret.png, /", "no such file (2: none.png, 7)", "no caption (1: 1.png)"):
+    for words in ("outside the folder (2: ../secret.png, /", "no such file (2: none.png, 7)", "no caption (1: 1.png)",
+                  "a name that no file can have (2: ", "cannot be read (1: nnnn"):
         assert words in said[0]
+    assert len(said[0]) < 600
 
 
 def test_a_broken_cell_of_a_table_or_member_of_a_tar_is_skipped(tmp_path):

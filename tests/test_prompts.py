@@ -1,6 +1,7 @@
 """Prompts come out of every kind of file as they went in, and out of the grammar the same for the same seed."""
 
 import csv
+import gzip
 import json
 import re
 
@@ -20,11 +21,13 @@ PROMPTS = ['a "quoted", comma\'d prompt', "zweite Zeile: Käse", "a third {one}"
 def write(path, prompts, column="prompt"):
     """Write prompts as the kind of file that the name says, beside another column."""
     rows = [{"id": number, column: prompt} for number, prompt in enumerate(prompts)]
-    if path.suffix == ".jsonl":
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    elif path.suffix == ".csv":
+    elif path.suffix in (".csv", ".tsv"):
         with open(path, "w", encoding="utf-8", newline="") as file:
-            table = csv.DictWriter(file, ["id", column])
+            table = csv.DictWriter(file, ["id", column], delimiter="\t" if path.suffix == ".tsv" else ",")
             table.writeheader()
             table.writerows(rows)
     elif path.suffix == ".parquet":
@@ -35,7 +38,7 @@ def write(path, prompts, column="prompt"):
 
 
 @pytest.mark.parametrize("column", ["prompt", "text", "Caption"])
-@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet"])
 def test_prompts_are_read_as_they_were_written(kind, column, tmp_path):
     assert read_prompts(write(tmp_path / f"prompts{kind}", PROMPTS, column)) == PROMPTS
 
@@ -47,15 +50,40 @@ def test_rows_without_a_prompt_are_left_out_and_named(kind, rows, tmp_path):
     assert len(said) == 1 and said[0].endswith(f"2 of 4 rows hold no prompt and are left out: {rows}")
 
 
-def test_json_lines_may_be_strings(tmp_path):
+def test_a_line_ends_where_a_line_ends_and_not_at_every_separator_of_unicode(tmp_path):
+    prompts = ["one\u2028line", "another\x85one", "a \x0b third"]
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join(json.dumps({"text": each}, ensure_ascii=False) for each in prompts).encode())
+    assert read_prompts(tmp_path / "a.jsonl") == prompts
+    (tmp_path / "a.txt").write_bytes("\r".join(prompts).encode())
+    assert read_prompts(tmp_path / "a.txt") == prompts
+
+
+def test_json_lines_may_be_strings_and_be_called_json(tmp_path):
+    (tmp_path / "prompts.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert read_prompts(tmp_path / "prompts.json") == ["one", "two"]
     (tmp_path / "prompts.jsonl").write_text('"one"\n\n"two"\n')
     assert read_prompts(tmp_path / "prompts.jsonl") == ["one", "two"]
+
+
+def test_a_damaged_page_of_a_table_is_named(tmp_path):
+    write(path := tmp_path / "a.parquet", PROMPTS)
+    content = bytearray(path.read_bytes())
+    start = content.index(b"quoted")
+    content[start - 24:start] = b"\xff" * 24                 # the head of the page that holds the prompts
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a.parquet: cannot be read as parquet"):
+        read_prompts(path)
 
 
 @pytest.mark.parametrize("name, content, words", [
     ("a.jsonl", b'{"prompt": "one"}\n{"prompt": ', "line 2 is not JSON"), ("a.jsonl", b'{"url": "x"}', "columns url, expected"),
     ("a.csv", b"id,url\n1,x\n", "columns id, url, expected"), ("a.csv", b"", "columns of nothing"),
     ("a.csv", b"prompt\n\xff\n", "not UTF-8"), ("a.parquet", b"PAR1 and no more", "cannot be read as parquet"),
+    ("a.json", b'{"prompt": \n"one"}', "line 1 is not JSON. Expected an object or a string a line, or one list of them"),
+    ("a.json", b"[" * 10**5, "nested too deep"), ("a.csv", b'prompt\none\n"two\nthree\n', "cannot be read as CSV"),
+    ("a.tsv", b"id\turl\n1\tx\n", "columns id, url, expected"), ("a.txt.gz", gzip.compress(b"one", mtime=0), "is compressed"),
+    ("a.txt", "one\ntwo".encode("utf-16-le"), "holds zero bytes; it is UTF-16"),
+    ("a.txt", b"<!DOCTYPE html><p>one</p>", "is a web page"),
     ("a.jsonl", b'{"prompt": ""}\n', "holds no prompt"), ("a.txt", b" \n\n", "holds no prompt")])
 def test_a_file_that_holds_no_prompts_is_refused_with_what_was_expected(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)

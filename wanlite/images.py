@@ -26,6 +26,7 @@ EXPECTED = (f"a folder of images ({', '.join(KINDS)}) with a .txt beside each or
             "saved by datasets, or webdataset's .tar files")
 MOST_BYTES = 2**28           # of an image's file; of a caption's, a hundredth of it
 SHOWN = 3                    # names of a kind of what is skipped
+LONGEST = 80                 # characters of such a name
 
 
 class Unusable(ValueError):
@@ -142,7 +143,8 @@ def _as_rgb(image):
 
 
 def _sayable(name):
-    return name.encode("utf-8", "replace").decode()          # a name on a disk may be no text
+    name = name.encode("utf-8", "replace").decode()          # a name on a disk may be no text
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
 
 
 # ---- what lies in a place ----------------------------------------------------------------------------------------------------
@@ -207,7 +209,11 @@ def _described(place, metadata):
 
 def _within(place, name):
     path = place / str(name)
-    if not path.resolve().is_relative_to(place.resolve()):
+    try:
+        is_inside = path.resolve().is_relative_to(place.resolve())
+    except ValueError:                                       # zero bytes, halves of surrogates
+        raise Unusable("a name that no file can have") from None
+    if not is_inside:
         raise Unusable("outside the folder")
     return _file(path)
 
@@ -251,7 +257,7 @@ def _parquet(path):
         file = parquet.ParquetFile(path)
         images, captions = _columns(path, file.schema_arrow)
         said = file.read(columns=[captions])[captions].to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}). Write it again.") from None
     places = [(group, row) for group in range(file.num_row_groups) for row in range(file.metadata.row_group(group).num_rows)]
     return [Listed(f"{path.name} row {number}", partial(_said, caption), partial(_cell, _row_group, path, images, *there))

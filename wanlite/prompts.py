@@ -1,19 +1,21 @@
 """Prompts, from a file of any usual kind or from a grammar of ours; no torch, so that a wrong path is answered at once."""
 
 import csv
+import io
 import json
 import random
 from pathlib import Path
 
 COLUMNS = ("prompt", "text", "caption")      # a table's column of prompts is called one of these
-KINDS = {".jsonl": "JSON lines", ".csv": "CSV", ".parquet": "parquet"}         # any other name: text, one prompt a line
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")            # any other name: text, one prompt a line
+PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd")       # how gzip, zip, xz, bzip2 and zstd begin
 SHOWN = 5                                    # rows without a prompt that are named
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------------
 
 def read_prompts(path, say=None):
-    """Return the prompts of a text file, one a line, or of a .jsonl, .csv or .parquet file's column prompt, text or caption.
+    """Return the prompts of a text file, one a line, or of a table's (see KINDS) column prompt, text or caption.
 
     Rows without a prompt are left out; `say` is told which. Raises OSError where the file cannot be read and ValueError where it
     holds no prompt or is not what its name says.
@@ -24,7 +26,8 @@ def read_prompts(path, say=None):
     if not path.is_file():
         raise OSError(f"{path}: not a file. Expected a text file with one prompt a line, or {', '.join(KINDS)}.")
     try:
-        rows = {".jsonl": _json_lines, ".csv": _table, ".parquet": _parquet}.get(path.suffix.lower(), _lines)(path)
+        kind = path.suffix.lower()
+        rows = _lines(path) if kind not in KINDS else _parquet(path) if kind == ".parquet" else _table(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     prompts = {number: prompt.strip() if isinstance(prompt, str) else "" for number, prompt in rows}
@@ -37,42 +40,63 @@ def read_prompts(path, say=None):
     return found
 
 
+def _read_text(path):
+    content = path.read_bytes()
+    if content.startswith(PACKED):
+        raise ValueError(f"{path}: is compressed, expected text. Unpack it.")
+    text = content.decode("utf-8-sig")
+    if "\0" in text:
+        raise ValueError(f"{path}: holds zero bytes; it is UTF-16, or no text. Save it as UTF-8.")
+    if text.lstrip()[:14].lower().startswith(("<!doctype html", "<html")):
+        raise ValueError(f"{path}: is a web page, expected a file of prompts. Download the file itself.")
+    return text
+
+
 def _lines(path):
-    return [(number, line) for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1) if line.strip()]
+    lines = _read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")     # a JSON string may hold other separators
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def read_rows(path):
-    """Return [(number, row)] of a .jsonl or .csv file: a row is a dict, or what a line of JSON says. Raises ValueError."""
-    if path.suffix.lower() == ".csv":
+    """Return [(number, row)] of a .jsonl, .json, .csv or .tsv file: a row is a dict, or what JSON says. Raises ValueError."""
+    kind = path.suffix.lower()
+    if kind in (".csv", ".tsv"):
         return list(enumerate(_read_csv(path)[1], 2))
+    if kind == ".json":
+        try:
+            rows = json.loads(_read_text(path))
+        except RecursionError:
+            raise ValueError(f"{path}: is nested too deep for a list of prompts.") from None
+        except json.JSONDecodeError:
+            rows = None                                      # lines of JSON under another name
+        if isinstance(rows, list):
+            return list(enumerate(rows, 1))
     rows = []
     for number, line in _lines(path):
         try:
             rows.append((number, json.loads(line)))
         except (ValueError, RecursionError):
-            raise ValueError(f"{path}: line {number} is not JSON. Expected an object or a string a line.") from None
+            raise ValueError(f"{path}: line {number} is not JSON. Expected an object or a string a line"
+                             f"{', or one list of them' if kind == '.json' else ''}.") from None
     return rows
 
 
 def _read_csv(path):
     """Return the names of the columns, and the rows as dicts."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file)
-            return table.fieldnames or (), list(table)
+        table = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True,       # strict: every quote is closed
+                               delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        return table.fieldnames or (), list(table)
     except csv.Error as error:
-        raise ValueError(f"{path}: cannot be read as CSV ({error}). Write it again.") from None
-
-
-def _json_lines(path):
-    return [(number, row if isinstance(row, str) else row[find_column(path, row)] if isinstance(row, dict) else None)
-            for number, row in read_rows(path)]
+        raise ValueError(f"{path}: cannot be read as {path.suffix[1:].upper()} ({error}). Write it again.") from None
 
 
 def _table(path):
-    names, rows = _read_csv(path)
-    column = find_column(path, names)
-    return [(number, row[column]) for number, row in enumerate(rows, 2)]
+    if path.suffix.lower() in (".csv", ".tsv"):
+        column = find_column(path, _read_csv(path)[0])
+        return [(number, row[column]) for number, row in read_rows(path)]
+    return [(number, row if isinstance(row, str) else row[find_column(path, row)] if isinstance(row, dict) else None)
+            for number, row in read_rows(path)]
 
 
 def _parquet(path):
@@ -82,7 +106,7 @@ def _parquet(path):
     try:
         column = find_column(path, parquet.read_schema(path).names)
         return list(enumerate(parquet.read_table(path, columns=[column])[column].to_pylist(), 1))
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:       # the latter of a damaged page
         raise ValueError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}). Write it again.") from None
 
 
