@@ -236,6 +236,10 @@ def test_what_was_seen_once_is_not_decoded_again(tmp_path, monkeypatch):
     assert said[0] == said[1] and "not a whole JPEG, PNG or WebP (1: broken.png)" in said[1]
     (tmp_path / "place" / "0.png").write_bytes(new := encoded(Image.new("RGB", (80, 64))))
     assert chosen() != first and decoded[len(CONTENTS) + 1:] == [new]
+    for content in ("{", "[1]"):                             # a record that cannot be read: all are looked at again
+        (tmp_path / "cache/images.json").write_text(content)
+        decoded.clear()
+        assert len(chosen()) == len(first) and len(decoded) == len(CONTENTS) + 1
 
 
 def test_a_name_that_leads_out_of_the_folder_is_not_followed(tmp_path):

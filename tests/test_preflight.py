@@ -138,6 +138,9 @@ STAGE_TWO = {"max_train_steps": 6, "segment_steps": 6, "flow_shift": 3.0, "resol
 @pytest.mark.parametrize("what, words", [
     ({"finished": False}, "holds no finished run"),
     ({"schedule": None}, "was saved by an older version"),
+    ({"schedule": [1]}, "its run.json does not say a run's schedule"),
+    ({"schedule": {"parts": [1]}}, "does not say the parts of its schedule"),
+    ({"teacher": None, "student": {}, "settings": [1]}, "does not say a run's teacher, student, settings. Copy the folder again"),
     ({"schedule": {"parts": {"velocity": 0, "segments": 3}}}, "has not been through stage 1"),
     ({"settings": asdict(Settings(flow_shift=5.0, resolution=64))}, "was trained with flow_shift 5.0, this run has 3.0"),
     ({"settings": asdict(Settings(flow_shift=3.0, resolution=64, guidance_scale=7.0))}, "was trained with guidance_scale 7.0")])

@@ -12,6 +12,8 @@ from wanlite.run_folder import (
     check_resumable,
     check_saved_parts,
     clear,
+    fitted_before,
+    read_run,
     save_parts,
 )
 from wanlite.whole_files import write_json
@@ -69,6 +71,32 @@ def test_clearing_removes_what_a_run_wrote_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("{}")
     clear(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", "cache"}
+    mine = ("samples/mine.png", "checkpoints/backup/state.json")
+    for name in (*mine, "samples/step-000001.png", "checkpoints/step-000001/state.json", "checkpoints/.step-000002.old/state.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    clear(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"thesis.tex", "cache/shard", *mine}
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", pytest.param("[" * 10**5, id="deep")])
+def test_a_run_that_cannot_be_read_is_named(content, tmp_path):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(OSError, match="run.json: .*Copy it again"):
+        read_run(tmp_path)
+
+
+def test_what_a_run_was_fitted_to_has_to_be_said(tmp_path):
+    write_json(tmp_path / "run.json", {"fitted": [1], "versions": [1]})
+    with pytest.raises(ValueError, match="Add --overwrite to start again"):
+        fitted_before(tmp_path)
+    check_resumable(tmp_path, {"versions": {"torch": "2.13.0"}}, print)
+
+
+def test_metrics_with_a_broken_byte_lose_that_line_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": \xff2}\n{"step": 3}\n')
+    assert MetricsLog(tmp_path / "metrics.jsonl", 3).path.read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
 class NoScheduler:

@@ -17,9 +17,10 @@ from wanlite.flow import FewSteps, seeded_noise
 from wanlite.pace import Pace
 from wanlite.run_folder import read_run
 from wanlite.stages import examiner
+from wanlite.stages.choices import choose_prompts
 from wanlite.stages.complete import complete
 from wanlite.stages.lessons import Lessons, Words
-from wanlite.stages.start import project_into, start_student
+from wanlite.stages.start import compare_experts, project_into, start_student
 from wanlite.steps import velocity_in_parts
 from wanlite.teacher import Teacher
 from wanlite.teacher_files import open_teacher_files
@@ -60,6 +61,24 @@ def test_a_start_is_taken_again_only_if_it_was_made_by_the_same_code(room, tmp_p
     assert start() == first and len(first) == 1
     monkeypatch.setattr(inspect, "getsource", lambda which: source(which) + "# changed" * (which is room))
     assert len(start()) == 2
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", pytest.param("[" * 10**5, id="deep")])
+def test_a_small_record_of_the_cache_that_cannot_be_read_is_made_again(content, tmp_path):
+    settings, files = complete(Settings(cache_dir=str(tmp_path))), open_teacher_files(TINY_TEACHER)
+    cosines = compare_experts(settings, files, "cpu")
+    record, = tmp_path.glob("experts-*.json")
+    record.write_text(content)
+    assert compare_experts(settings, files, "cpu") == cosines == json.loads(record.read_text()) and cosines.keys() > {"ffn"}
+
+
+def test_one_held_out_prompt_is_two_and_one_prompt_is_both_held_out_and_trained_on(tmp_path):
+    training, held_out = choose_prompts(complete(Settings(num_held_out=1)))
+    assert len(held_out) == 2 and not {*held_out} & {*training}      # of one object and of two
+    (tmp_path / "prompts.txt").write_text("a red ring")
+    settings, said = complete(Settings(prompts=str(tmp_path / "prompts.txt"))), []
+    assert choose_prompts(settings, said.append) == (["a red ring"], ["a red ring"])
+    assert said == ["prompts  there is one: it is trained on, and held out as well"]
 
 
 def test_what_is_kept_of_a_start_is_what_was_projected(tmp_path):

@@ -195,7 +195,12 @@ def check_student(run, settings, folder):
     if "schedule" not in run:
         refuse("was saved by an older version, which did not record the schedule it was trained for. Train it again, or leave "
                "--student out to start from the teacher's weights.")
-    parts = run["schedule"].get("parts", {})
+    kinds = {"teacher": str, "student": dict, "settings": dict, "schedule": dict}
+    if odd := [name for name, kind in kinds.items() if not run.get(name) or not isinstance(run[name], kind)]:
+        refuse(f"its run.json does not say a run's {', '.join(odd)}. Copy the folder again.")
+    parts = run["schedule"].get("parts")
+    if not isinstance(parts, dict):
+        refuse("its run.json does not say the parts of its schedule. Copy the folder again.")
     is_velocity_left = settings.max_train_steps > settings.segment_steps + settings.matching_steps
     if not is_velocity_left and not parts.get("velocity"):
         refuse(f"has not been through stage 1 (its parts are {parts}). Lower --segment_steps, so that steps of stage 1 are left, "
@@ -203,7 +208,7 @@ def check_student(run, settings, folder):
     if not is_velocity_left and not settings.segment_steps and not parts.get("segments"):
         refuse(f"does not draw in few steps yet (its parts are {parts}), and distribution matching goes on from a student that "
                "does. Raise --segment_steps, or name another student.")
-    then, shape, now = run.get("settings", {}), run.get("student", {}), vars(settings)
+    then, shape, now = run["settings"], run["student"], vars(settings)
     for name in ("guidance_scale", "guidance_scale_2", "negative_prompt", "flow_shift", "resolution"):
         if then.get(name) != now[name]:
             refuse(f"was trained with {name} {then.get(name)!r}, this run has {now[name]!r}. Use the same, or leave --student out.")

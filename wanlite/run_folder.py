@@ -13,13 +13,14 @@ imported: a wrong folder is answered at once.
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from .whole_files import MANIFEST, new_folder, why_broken, write_json
 
 PARTS = ("tokenizer", "text_encoder", "vae")
-RESULTS = (*PARTS, "scheduler", "checkpoints", "samples", "logs", "config.json", "diffusion_pytorch_model.safetensors",
-           "model_index.json", "metrics.jsonl", "README.md")   # what clear() removes, run.json after them
+RESULTS = (*PARTS, "scheduler", "checkpoints/step-*", "checkpoints/.step-*", "samples/step-*.png", "logs", "config.json",
+           "diffusion_pytorch_model.safetensors", "model_index.json", "metrics.jsonl", "README.md")   # what clear() removes
 
 
 # ---- a run --------------------------------------------------------------------------------------------------------------
@@ -31,10 +32,11 @@ def read_run(folder):
         return {}
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OSError(f"{path}: not JSON ({error}). Move the folder away or name another --output_dir.") from None
+    except (ValueError, RecursionError) as error:
+        raise OSError(f"{path}: not JSON ({error}). Copy it again; of a run to be made, move the folder away.") from None
     if not isinstance(run, dict):
-        raise OSError(f"{path}: holds a {type(run).__name__}, expected an object. Name another --output_dir.")
+        raise OSError(f"{path}: holds a {type(run).__name__}, expected an object. Copy it again; of a run to be made, move the folder "
+                      "away.")
     return run
 
 
@@ -74,7 +76,7 @@ def check_output_folder(folder, settings, overwrite=False, resume=True):
 def fitted_before(folder):
     """Return what a run that was cut short had chosen for its machine."""
     run = read_run(folder)
-    if "fitted" not in run:
+    if not isinstance(run.get("fitted"), dict):
         raise ValueError(f"{folder}: holds a run cut short by an older version, which took other steps. Add --overwrite to start "
                          "again.")
     return run["fitted"]
@@ -89,22 +91,26 @@ def check_resumable(folder, run, say):
         if earlier.get(name, run.get(name)) != run.get(name):
             raise ValueError(f"{folder}: holds a run cut short, and {meaning} than it had ({earlier[name]}, now {run[name]}): it "
                              "would not end as it would have. Resume it with the same, or add --overwrite.")
-    if changed := [f"{name} {version}, now {run['versions'][name]}" for name, version in earlier.get("versions", {}).items()
+    versions = earlier["versions"] if isinstance(earlier.get("versions"), dict) else {}
+    if changed := [f"{name} {version}, now {run['versions'][name]}" for name, version in versions.items()
                    if run["versions"].get(name) not in (None, version)]:
         say(f"resumed under other versions ({', '.join(changed)}): the last bits of the weights may differ")
 
 
 def clear(folder):
-    """Remove an earlier run's results, and nothing else; run.json goes last, so that a clearing cut short is still a run.
+    """Remove an earlier run's results, and nothing else; run.json goes after them, so that a clearing cut short is still a run.
 
     What lies in cache/ stays: starts and trajectories are checked by what they were made of.
     """
     for name in (*RESULTS, "run.json"):
-        entry = Path(folder) / name
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink(missing_ok=True)
+        for entry in Path(folder).glob(name):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+    for name in ("checkpoints", "samples"):
+        with suppress(OSError):                              # not there, or not empty: what somebody put there stays
+            (Path(folder) / name).rmdir()
 
 
 def save_parts(folder, parts_folder, scheduler):
@@ -186,7 +192,7 @@ class MetricsLog:
     def __init__(self, path, step):
         self.path, self.seconds = Path(path), 0.0
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if step and self.path.exists() else ():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if step and self.path.exists() else ():
             try:
                 record = json.loads(line)
             except ValueError:

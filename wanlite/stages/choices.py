@@ -18,11 +18,14 @@ def choose_prompts(settings, say=None):
     """Return training prompts and held-out prompts; no trajectory of training starts from a held-out one."""
     count = settings.num_trajectories or DEFAULT_PROMPTS
     if settings.prompts is None and read_record(settings.teacher).get("world") == "wanlite.shapes":
-        one, two = (shapes.captions(settings.seed + 1, settings.num_held_out // 2, held_out=True, num_objects=n) for n in (1, 2))
+        each = max(1, settings.num_held_out // 2)
+        one, two = (shapes.captions(settings.seed + 1, each, held_out=True, num_objects=n) for n in (1, 2))
         return shapes.captions(settings.seed, count), [prompt for pair in zip(one, two) for prompt in pair]
     prompts = varied_prompts(settings.seed, count) if settings.prompts is None else (
         list(dict.fromkeys(read_prompts(settings.prompts, say))))
     num_held_out = min(settings.num_held_out, max(1, len(prompts) // 20))
+    if len(prompts) == 1 and say:
+        say("prompts  there is one: it is trained on, and held out as well")
     return prompts[:-num_held_out] or prompts, prompts[-num_held_out:]
 
 
@@ -35,13 +38,22 @@ def choose_data(settings, sizes, say, is_main_process=True):
     if settings.images is None:
         return training, held_out, []
     record = Path(settings.cache_dir) / "images.json"
-    seen = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    seen = _read_seen(record)
     known = len(seen)
     images = choose_images(settings.images, sizes, settings.num_images, held_out, say, seen, is_main_process)
     if len(seen) > known and is_main_process and not settings.dry_run:
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, seen)
     return list(dict.fromkeys([*training, *(image.caption for image in images)])), held_out, images
+
+
+def _read_seen(record):
+    """Return what was found of images before, nothing where that cannot be read: they are looked at again."""
+    try:
+        seen = json.loads(record.read_text(encoding="utf-8"))
+        return seen if isinstance(seen, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
 
 
 def choose_shape(settings, files):

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -36,11 +37,13 @@ def project_into(student, folder, expert="low", text_samples=None, channels=None
 def compare_experts(settings, files, device):
     """Return the cosines of check_experts(), which reads both experts once: they are kept in the cache, unless it refuses."""
     record = Path(settings.cache_dir) / f"experts-{files.fingerprint[:16]}.json"
-    if not record.exists():
-        cosines = check_experts(files, device)
-        record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, cosines)
-    return json.loads(record.read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, RecursionError):      # what is not there, or cannot be read, is made again
+        if isinstance(cosines := json.loads(record.read_text(encoding="utf-8")), dict):
+            return cosines
+    cosines = check_experts(files, device)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, cosines)
+    return cosines
 
 
 def start_student(settings, student, files, words, prompts, latent_size, accelerator):
