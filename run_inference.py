@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from wanlite.settings import make_parser, setting
 from wanlite.student_files import open_student, student_folder
 
 TIMESTEPS = 1000     # more steps than these repeat themselves
+SCHEDULER = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
+             "num_train_timesteps": TIMESTEPS}
 ENCODER_SHARE = 0.8  # of the device's free memory; a larger text encoder, of a real Wan 11 GB, reads prompts on the CPU
 
 
@@ -70,6 +73,7 @@ def complete(settings):
     settings = replace(settings, model=str(folder), **filled)
     check_numbers(settings, len(prompts))
     check_steps(settings.num_inference_steps, run, folder)
+    check_scheduler(folder, run)
     check_picture_size(settings, folder, config)
     check_output_dir(Path(settings.output_dir))
     if settings.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", settings.device):
@@ -93,13 +97,33 @@ def check_numbers(settings, num_prompts):
         raise ValueError(f"--guidance_scale is {settings.guidance_scale}, expected 1 (none) or more.")
 
 
+def _schedule_of(run):
+    schedule = run.get("schedule") or {}
+    return schedule if isinstance(schedule, dict) else {}
+
+
 def check_steps(num_steps, run, folder):
     """Refuse a number of steps that the student was not trained for; a student of stage 1 takes any."""
-    schedule = run.get("schedule") or {}
-    few_steps = schedule.get("few_steps") if isinstance(schedule, dict) else None
+    few_steps = _schedule_of(run).get("few_steps") or []
+    if not isinstance(few_steps, list) or any(type(count) is not int for count in few_steps):
+        raise ValueError(f"{folder / 'run.json'}: says few_steps {few_steps!r}, expected whole numbers. Copy the folder again.")
     if few_steps and num_steps not in few_steps:
         raise ValueError(f"--num_inference_steps {num_steps}: {folder} was trained to draw in {', '.join(map(str, few_steps))} "
                          "steps. Choose one of these, or train with --few_steps.")
+
+
+def check_scheduler(folder, run):
+    """Refuse a scheduler that would lead the student through other noise levels than it was trained at."""
+    path, wanted = folder / "scheduler" / "scheduler_config.json", dict(SCHEDULER)
+    if "flow_shift" in _schedule_of(run):
+        wanted["flow_shift"] = run["schedule"]["flow_shift"]
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        odd = [f"{name} {config.get(name)!r}, expected {value!r}" for name, value in wanted.items() if config.get(name) != value]
+    except (ValueError, AttributeError, RecursionError):
+        odd = ["nothing that can be read, expected a schedule"]
+    if odd:
+        raise ValueError(f"{path}: says {odd[0]}, as the student was trained. Copy the folder again.")
 
 
 def check_picture_size(settings, folder, config):
@@ -144,6 +168,7 @@ def choose_prompts(settings, run, folder):
 
 
 if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)     # ends it at once and silently: what was drawn is whole, and stays
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train_distillation.py, and so is the next
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")
@@ -228,6 +253,19 @@ def text_chunks(settings, prompt, seed, weights_sha256):
     return info
 
 
+def save_picture(picture, path, info=None):
+    """Write a picture (height, width, 3) as a PNG that is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        Image.fromarray(picture).save(partial, "PNG", pnginfo=info)
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error}). Free some space, or name another --output_dir; "
+                      "what was drawn before is there.") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def grid(pictures, columns):
     """Lay pictures (B, height, width, 3) out in rows of `columns`, the rest black."""
     rows = -(-len(pictures) // columns)
@@ -257,6 +295,8 @@ def main(settings, prompts):
     reason = "" if settings.device or device != "cpu" else " (no CUDA device was found)"
     print(f"drawing {len(jobs)} pictures of {settings.width}x{settings.height} in {settings.num_inference_steps} steps with "
           f"{settings.model} on {device}{reason}; writing to {output.absolute()}", flush=True)
+    if not read_run(settings.model):
+        print("no run.json says how it was trained: size and steps are those of the flags, or a guess", flush=True)
     output.mkdir(parents=True, exist_ok=True)
     painter = Painter(settings.model, device, settings.dtype, settings.sha256)
     if painter.encoder.device.type != painter.device.type:
@@ -269,12 +309,12 @@ def main(settings, prompts):
         drawn = painter.draw(jobs[start:stop], seeds[start:stop], settings.num_inference_steps, settings.height,
                              settings.width, settings.guidance_scale, settings.negative_prompt)
         for number, picture in enumerate(drawn, start):
-            Image.fromarray(picture).save(output / f"{number:04d}-seed{seeds[number]}.png",
-                                          pnginfo=text_chunks(settings, jobs[number], seeds[number], weights))
+            save_picture(picture, output / f"{number:04d}-seed{seeds[number]}.png",
+                         text_chunks(settings, jobs[number], seeds[number], weights))
         pictures.append(drawn)
     pictures = np.concatenate(pictures)
     columns = settings.num_images_per_prompt if settings.num_images_per_prompt > 1 else math.ceil(math.sqrt(len(jobs)))
-    Image.fromarray(grid(pictures, columns)).save(output / "grid.png")
+    save_picture(grid(pictures, columns), output / "grid.png")
     for prompt in prompts[:12]:
         print(f"  {prompt}")
     print(f"wrote {len(jobs)} pictures and grid.png to {output.absolute()}")

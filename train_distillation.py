@@ -42,7 +42,7 @@ class Settings:
     teacher: str | None = setting(None, f"Wan folder, diffusers, official or ComfyUI layout; None = ./{REAL_TEACHERS[0]} "
                                   "if there is one, else the tiny teacher", aliases=("--teacher_checkpoint_path", "--teacher_path"))
     prompts: str | None = setting(None, "text file, one prompt a line, or .jsonl, .json, .csv, .tsv, .parquet with a column "
-                                  "prompt, text or caption; None = prompts of a grammar, for the tiny teacher captions of its world")
+                                  "prompt, text or caption; None = a grammar's prompts, for the tiny teacher captions of its world")
     images: str | None = setting(None, "captioned images that stage 1 learns from too: a folder with a .txt beside each or "
                                  "metadata.jsonl or .csv, .parquet files, a folder saved by datasets, or webdataset's .tar files")
     num_images: int | None = setting(None, "of them, the first so many that can be used; None = all", least=1)

@@ -32,11 +32,10 @@ def read_run(folder):
         return {}
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(run, dict):
+            raise ValueError(f"it holds a {type(run).__name__}, expected an object")
     except (ValueError, RecursionError) as error:
-        raise OSError(f"{path}: not JSON ({error}). Copy it again; of a run to be made, move the folder away.") from None
-    if not isinstance(run, dict):
-        raise OSError(f"{path}: holds a {type(run).__name__}, expected an object. Copy it again; of a run to be made, move the folder "
-                      "away.")
+        raise OSError(f"{path}: cannot be read ({error}). Copy it again; of a run to be made, move the folder away.") from None
     return run
 
 
