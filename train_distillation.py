@@ -225,6 +225,7 @@ from wanlite.student_files import (
     all_tensor_shapes,
     check_hashes,
     check_shape,
+    check_variant,
     check_weights,
     open_student,
     student_arguments,
@@ -360,6 +361,11 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
             raise TypeError(f"WanLiteStudent.save_pretrained does not take {', '.join(sorted(kwargs))} without push_to_hub.")
         if not safe_serialization:
             raise ValueError("safe_serialization=False asks for a pickle; students are saved as safetensors only. Leave it out.")
+        check_variant(variant)
+        if not str(save_directory):
+            raise ValueError("save_directory is empty, expected a folder.")
+        if not isinstance(max_shard_size, (int, str)) or isinstance(max_shard_size, int) and max_shard_size < 1:
+            raise ValueError(f"max_shard_size is {max_shard_size!r}, expected bytes, at least 1, or text as '5GB'.")
         if is_main_process is None:
             is_main_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         tensors = self.state_dict()                              # of a sharded student every rank has to take part

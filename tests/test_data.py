@@ -76,6 +76,15 @@ def test_a_shard_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not shard_path(tmp_path, 0).exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_kept(value, tmp_path):
+    tensors = {"latents": torch.zeros(4, 8).half(), "velocity": torch.zeros(4, 8).half()}
+    tensors["velocity"][2, 3] = value
+    with pytest.raises(FloatingPointError, match="velocity came out NaN or infinite and is not kept. Lower --guidance_scale"):
+        write_shard(tmp_path, 0, tensors)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_order_is_a_function_of_seed_and_epoch_alone():
     whole = list(SeededBatches(100, 32, seed=3, first=0, last=9))
     resumed = list(SeededBatches(100, 32, seed=3, first=5, last=9))

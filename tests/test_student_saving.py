@@ -161,6 +161,22 @@ def test_the_second_file_name_goes_for_it_would_be_read_before_an_index(tmp_path
     assert found(tmp_path) == (16, 2) and "diffusion_model.safetensors" not in names(tmp_path)
 
 
+@pytest.mark.parametrize("named, words", [
+    ({"variant": ""}, "variant '' is no part of a file name"), ({"variant": 5}, "variant 5"), ({"variant": "a/b"}, "variant 'a/b'"),
+    ({"max_shard_size": None}, "max_shard_size is None, expected bytes"), ({"max_shard_size": -1}, "max_shard_size is -1")])
+def test_a_save_that_would_not_load_is_refused(named, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        student(NARROW, 1).save_pretrained(tmp_path, **named)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_save_to_nowhere_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="save_directory is empty"):
+        student(NARROW, 1).save_pretrained("")
+    assert not list(tmp_path.iterdir())
+
+
 def test_stock_diffusers_reads_shards_and_variants(tmp_path):
     student(NARROW, 1).save_pretrained(tmp_path, **SHARDED)
     student(NARROW, 2).save_pretrained(tmp_path, variant="fp16")

@@ -6,6 +6,7 @@ Legend: B batch, K states a trajectory, C channels, H W latent height and width,
 """
 
 import copy
+import math
 import os
 import time
 from bisect import bisect_right
@@ -185,7 +186,13 @@ def _fill(accelerator, folder, jobs, make, description, unit="walk", in_step=Fal
 
 
 def write_shard(folder, index, tensors):
-    """Write one shard so that it is there whole or not at all; other runs may be writing the same one."""
+    """Write one shard so that it is there whole or not at all; other runs may be writing the same one.
+
+    Raises FloatingPointError, and writes nothing, where a tensor is not finite.
+    """
+    if odd := [name for name, tensor in tensors.items() if not math.isfinite(tensor.sum(dtype=torch.float64))]:
+        raise FloatingPointError(f"{folder}: {odd[0]} came out NaN or infinite and is not kept. Lower --guidance_scale and "
+                                 "--guidance_scale_2, add --mixed_precision no, or see that the teacher's files are whole.")
     partial = folder / f".shard-{index:05d}-{uuid4().hex}.partial"
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)

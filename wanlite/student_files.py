@@ -211,10 +211,15 @@ def _matching_config(folder, told):
     raise ValueError(reason)
 
 
-def find_weights(folder, variant=None):
-    """Return {path: None} of a student's one file of weights, or {path: names of its tensors} of every shard in its index."""
+def check_variant(variant):
+    """Refuse what cannot be a part of the name of weights; None is none."""
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,32}", variant)):
         raise ValueError(f"variant {variant!r} is no part of a file name. Expected a word such as fp16 or bf16.")
+
+
+def find_weights(folder, variant=None):
+    """Return {path: None} of a student's one file of weights, or {path: names of its tensors} of every shard in its index."""
+    check_variant(variant)
     infix = "" if variant is None else f".{variant}"
     names = [name.replace(".safetensors", f"{infix}.safetensors") for name in WEIGHT_NAMES]
     index_name = f"{WEIGHTS_STEM}.safetensors.index{infix}.json"
