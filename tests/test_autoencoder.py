@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from tests.conftest import TINY_TEACHER, refuse_pickle
+from tests.conftest import TINY_TEACHER, change, refuse_pickle
 from wanlite import shapes
 from wanlite.autoencoder import decode_latents, encode_images, load_autoencoder, to_pictures, to_pixels, use_single_frame_path
 
@@ -68,3 +68,29 @@ def test_a_pickle_in_place_of_the_autoencoder_is_never_opened(tmp_path, monkeypa
     shutil.copytree(TINY_TEACHER / "vae", tmp_path / "vae")
     refuse_pickle(tmp_path / "vae", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", load_autoencoder,
                   monkeypatch)
+
+
+def drop_first_level(tensors):
+    for name in [name for name in tensors if name.startswith("decoder.up_blocks.0.")]:
+        del tensors[name]
+
+
+@pytest.mark.parametrize("how, words", [
+    (drop_first_level, "lacks decoder.up_blocks.0"),
+    (lambda tensors: tensors.update({"quant.bias": torch.zeros(3)}), "holds unknown quant.bias"),
+    (lambda tensors: tensors.update({"quant_conv.bias": torch.zeros(3)}), "holds in another shape quant_conv.bias"),
+    (lambda tensors: tensors["quant_conv.bias"].fill_(float("inf")), "quant_conv.bias holds NaN or infinity")])
+def test_an_autoencoder_of_which_weights_are_missing_others_or_not_finite_is_refused_by_name(how, words, tmp_path):
+    shutil.copytree(TINY_TEACHER / "vae", tmp_path / "vae")
+    change(tmp_path / "vae", how)
+    with pytest.raises(ValueError, match=f"vae: .*{words}"):
+        load_autoencoder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "config.json"])
+def test_an_autoencoder_that_cannot_be_loaded_is_told_in_a_line_that_names_its_folder(name, tmp_path):
+    shutil.copytree(TINY_TEACHER / "vae", tmp_path / "vae")
+    (tmp_path / "vae" / name).write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(OSError, match="vae: cannot be loaded .*again") as refused:
+        load_autoencoder(tmp_path)
+    assert "\n" not in str(refused.value)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import WanPipeline
+from safetensors.torch import load_file
 from transformers import UMT5EncoderModel
 
-from tests.conftest import TINY_TEACHER, refuse_pickle
+from tests.conftest import TINY_TEACHER, change, refuse_pickle
 from wanlite.data import SHARD_SIZE, encode_once, read_shard, shard_path
 from wanlite.network import TextTokens, pack_text, unpack_text
 from wanlite.text import encode_prompts, lazy_encoder, load_text_encoder
@@ -91,6 +92,47 @@ def test_code_beside_the_tokenizer_is_never_run(tmp_path):
     (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(config | {
         "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}))
     (tmp_path / "tokenizer/evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Tokenizer: pass\n")
-    with pytest.raises(ValueError, match="trust_remote_code"):
+    with pytest.raises(OSError, match="tokenizer: .*trust_remote_code"):
         load_text_encoder(tmp_path)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.fixture
+def wan(tmp_path):
+    for part in ("tokenizer", "text_encoder"):
+        shutil.copytree(TINY_TEACHER / part, tmp_path / part)
+    return tmp_path
+
+
+QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
+
+
+@pytest.mark.parametrize("how, words", [
+    (lambda tensors: tensors.pop(QUERY), f"lacks {QUERY} .1 of"),
+    (lambda tensors: tensors.update({f"module.{name}": tensors.pop(name) for name in list(tensors)}), "lacks encoder.block.0"),
+    (lambda tensors: tensors.update({"decoder.x": torch.zeros(3)}), "holds unknown decoder.x"),
+    (lambda tensors: tensors.update({QUERY: torch.zeros(3, 3)}), f"holds in another shape {QUERY}"),
+    (lambda tensors: tensors[QUERY].fill_(float("nan")), f"{QUERY} holds NaN"),
+    (lambda tensors: tensors["shared.weight"][30:].fill_(float("inf")), "shared.weight holds NaN or infinity")])
+def test_a_text_encoder_of_which_weights_are_missing_others_or_not_finite_is_refused_by_name(how, words, wan):
+    change(wan / "text_encoder", how)
+    with pytest.raises(ValueError, match=f"text_encoder: .*{words}"):
+        load_text_encoder(wan)
+
+
+def test_an_embedding_that_is_stored_once_or_twice_is_the_same(wan):
+    path = wan / "text_encoder/model.safetensors"
+    change(wan / "text_encoder", lambda tensors: tensors.update({"encoder.embed_tokens.weight": tensors["shared.weight"].clone()}))
+    assert len(load_file(path)) == 23
+    expected, found = (load_text_encoder(folder)[1].state_dict() for folder in (TINY_TEACHER, wan))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("name, content", [
+    ("text_encoder/model.safetensors", b"version https://git-lfs.github.com/spec/v1"), ("text_encoder/model.safetensors", b""),
+    ("tokenizer/tokenizer.json", b"version https://git-lfs.github.com/spec/v1"), ("text_encoder/config.json", b"[" * 100_000)])
+def test_whatever_cannot_be_loaded_is_told_in_a_line_that_names_its_folder(name, content, wan):
+    (wan / name).write_bytes(content)
+    with pytest.raises(OSError, match=f"{name.partition('/')[0]}: cannot be loaded .*again") as refused:
+        load_text_encoder(wan)
+    assert "\n" not in str(refused.value)

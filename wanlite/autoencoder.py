@@ -11,14 +11,18 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch.nn import functional as F
 
+from .text import CHECKED, check_loaded, named
+
 DECODED_AT_ONCE = 2**20  # pixels: four pictures of 512 x 512, 7 GB of activations in Wan2.1's autoencoder
 
 
 def load_autoencoder(folder, device="cpu"):
     """Load AutoencoderKLWan from a folder's vae/ in float32, frozen, with the single-frame fast path."""
-    # The path is joined here: given `subfolder`, diffusers reads weights of the same name in the parent folder first.
-    autoencoder = AutoencoderKLWan.from_pretrained(Path(folder) / "vae", torch_dtype=torch.float32, local_files_only=True,
-                                                   use_safetensors=True)
+    place = Path(folder) / "vae"     # joined here: given `subfolder`, diffusers reads weights of the same name in the parent first
+    with named(place):
+        autoencoder, loaded = AutoencoderKLWan.from_pretrained(place, torch_dtype=torch.float32, local_files_only=True,
+                                                               use_safetensors=True, **CHECKED)
+    check_loaded(place, autoencoder, loaded)
     return use_single_frame_path(autoencoder).to(device).eval().requires_grad_(False)
 
 

@@ -4,7 +4,9 @@ Every embedding is kept at its prompt's true length; network.pack_text puts the 
 Legend: L text length, T text width.
 """
 
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -13,19 +15,49 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from .network import TEXT_LENGTH
 
 BATCH_SIZE = 64          # prompts encoded together
+CHECKED = {"output_loading_info": True, "ignore_mismatched_sizes": True}     # of from_pretrained(): faults are told, and refused
 
 
 def load_text_encoder(folder, device="cpu", dtype=None):
     """Load the tokenizer and the frozen UMT5 encoder that lie in a Wan folder or in a saved student."""
-    tokenizer = AutoTokenizer.from_pretrained(  # nosec B615: a folder
-        folder, subfolder="tokenizer", local_files_only=True, trust_remote_code=False)
-    encoder = UMT5EncoderModel.from_pretrained(  # nosec B615: a folder
-        folder, subfolder="text_encoder", local_files_only=True, use_safetensors=True, dtype=dtype)
+    folder = Path(folder)
+    with named(folder / "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(  # nosec B615: a folder
+            folder, subfolder="tokenizer", local_files_only=True, trust_remote_code=False)
+    with named(folder / "text_encoder"):
+        encoder, loaded = UMT5EncoderModel.from_pretrained(  # nosec B615: a folder
+            folder, subfolder="text_encoder", local_files_only=True, use_safetensors=True, dtype=dtype, **CHECKED)
+    check_loaded(folder / "text_encoder", encoder, loaded)
     embedding = encoder.encoder.embed_tokens.weight
     if not embedding[:100].any() or not torch.equal(embedding, encoder.shared.weight):     # all of Wan's is a GB of booleans
         raise OSError(f"{folder}/text_encoder: the token embedding came out zero or untied, which transformers 5.0 to 5.2 "
                       "do to Wan's UMT5. Install transformers >= 5.3.")
     return tokenizer, encoder.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def named(place):
+    """Turn whatever a library raises over files into one line that names where they lie."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"{place}: cannot be loaded ({' '.join(str(error).split()) or type(error).__name__}). Download or copy it "
+                      "again.") from None
+
+
+def check_loaded(place, network, loaded):
+    """Refuse a network of which tensors were not in its files, or are not finite; `loaded` is what from_pretrained() tells.
+
+    What files lack comes out as random numbers, and those train and draw without a word.
+    """
+    for fault, names in (("lacks", loaded["missing_keys"]), ("holds unknown", loaded["unexpected_keys"]),
+                         ("holds in another shape", [name for name, *_ in loaded["mismatched_keys"]])):
+        if names:
+            raise ValueError(f"{place}: {fault} {', '.join(sorted(names)[:3])} ({len(names)} of its tensors), expected those that "
+                             "its config.json implies. Weights are of another model or cut: download or copy it again.")
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):      # no memory, unlike isfinite()
+            raise ValueError(f"{place}: {name} holds NaN or infinity. Download or copy it again.")
 
 
 def lazy_encoder(folder, device):
