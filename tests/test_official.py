@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import TINY_TEACHER, Payload, write_official
 from tests.test_resuming import train
-from wanlite.official import convert_parts, find_parts, is_converted
+from wanlite.official import convert_parts, find_parts, is_converted, pixels_per_token
 from wanlite.text import load_text_encoder
 
 SMALL = {"base_dim": 8, "num_res_blocks": 1, "z_dim": 16}
@@ -163,6 +163,27 @@ def test_a_broken_or_foreign_pickle_is_refused_and_never_run(spoil, name, layout
     with pytest.raises((OSError, ValueError), match=f"{name}.*Download it again"):
         convert_parts(find_parts(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
     assert not (tmp_path / "wan" / "executed").exists()
+
+
+LFS, PAGE = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 46184\n", b"\n<html>not found</html>"
+
+
+@pytest.mark.parametrize("name", ["Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"])
+@pytest.mark.parametrize("content, words", [(LFS, "it is a git-lfs pointer: run `git lfs pull`"),
+                                            (PAGE, "it is a web page: download the file again")])
+def test_what_a_download_left_in_place_of_a_pickle_is_told(content, words, name, layouts, tmp_path):
+    shutil.copytree(layouts[1], tmp_path / "wan")
+    (tmp_path / "wan" / name).write_bytes(content)
+    with pytest.raises(OSError, match=f"{name}: {words}"):
+        convert_parts(find_parts(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
+
+
+@pytest.mark.parametrize("content, words", [(LFS, "vae/config.json: it is a git-lfs pointer"),
+                                            (b"[" * 100_000, "vae/config.json: not JSON .nested too deeply.. Download it again")])
+def test_a_config_that_cannot_be_read_is_told(content, words, copied):
+    (copied / "vae/config.json").write_bytes(content)
+    with pytest.raises(OSError, match=words):
+        pixels_per_token(copied)
 
 
 def test_all_that_is_missing_is_named_at_once(layouts, tmp_path):

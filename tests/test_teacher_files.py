@@ -1,6 +1,7 @@
 """A Wan folder, opened: every layout, both dialects, fp8, real shapes; and what is wrong with one."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -85,6 +86,77 @@ def test_a_broken_teacher_folder_is_refused_with_its_reason(copied, break_it, er
     break_it(copied)
     with pytest.raises(error, match=words):
         open_teacher_files(copied)
+
+
+DEEP = "[" * 100_000
+LFS, PAGE = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 46184\n", b"<!DOCTYPE html><html>not found</html>"
+
+
+@pytest.mark.parametrize("layout, name, value, words", [
+    *(("diffusers", name, value, f"{name} is {found}, expected a whole number from 1 to") for name, value, found in (
+        ("num_attention_heads", 0, "0"), ("num_attention_heads", "4", "'4'"),
+        ("ffn_dim", [1], r"\[1\]"), ("num_layers", 4.0, "4.0"),
+        ("num_layers", 10_000_000, "10000000"), ("in_channels", True, "True"), ("text_dim", -1, "-1"), ("freq_dim", 10**90, "10+"),
+        ("rope_max_seq_len", None, "None"))),
+    ("diffusers", "patch_size", None, "patch_size is None, expected frames, height and width"),
+    ("diffusers", "patch_size", 5, "patch_size is 5, expected frames"), ("diffusers", "eps", "x", "eps is 'x', expected a number"),
+    ("diffusers", "attention_head_dim", 33, "attention_head_dim is 33, expected an even number"),
+    ("diffusers", "qk_norm", None, "qk_norm is None, expected 'rms_norm_across_heads'"),
+    ("official", "num_heads", 0, "num_heads is 0, expected a whole number"), ("official", "dim", "128", "dim is '128', expected"),
+    ("official", "num_heads", 3, "dim is 128, expected a multiple of num_heads, which is 3"),
+    ("official", "eps", float("nan"), "eps is nan, expected a number")])
+def test_a_setting_that_no_wan_has_is_refused_by_name(layout, name, value, words, copied, official_copy):
+    wan, expert = (copied, "transformer") if layout == "diffusers" else (official_copy, "high_noise_model")
+    edit_config(wan / expert, **{name: value})
+    with pytest.raises(ValueError, match=f"{expert}/config.json: {words}.*Download it again") as refused:
+        open_teacher_files(wan)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["num_layers", "num_attention_heads", "text_dim"])
+def test_a_size_that_the_config_does_not_say_is_not_made_up(name, copied):
+    path = copied / "transformer/config.json"
+    config = json.loads(path.read_text())
+    del config[name]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"config.json: lacks {name};"):
+        open_teacher_files(copied)
+
+
+def replace_by_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def replace_by_dangling_link(path):
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+SHARD, SHARD_INDEX = "transformer_2/diffusion_pytorch_model.safetensors", "transformer/x.safetensors.index.json"
+
+
+@pytest.mark.parametrize("name, how, words", [
+    *((name, lambda path: path.write_text(DEEP), "not JSON .nested too deeply.. Download it again")
+      for name in ("transformer/config.json", "model_index.json", SHARD_INDEX)),
+    *((name, lambda path: path.write_bytes(LFS), "it is a git-lfs pointer: run `git lfs pull`")
+      for name in (SHARD, "transformer/config.json", SHARD_INDEX)),
+    (SHARD, lambda path: path.write_bytes(PAGE), "it is a web page: download the file again"),
+    (SHARD, replace_by_pipe, "not a regular file"), ("transformer/config.json", replace_by_pipe, "not a regular file"),
+    (SHARD, replace_by_dangling_link, "cannot be read .No such file or directory.. Expected a regular file")])
+def test_what_a_download_left_in_place_of_a_file_is_told(name, how, words, copied):
+    how(copied / name)
+    with pytest.raises(OSError, match=f"{name}: {words}") as refused:
+        open_teacher_files(copied)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content, words", [(LFS, "git lfs pull"), (PAGE, "web page"), (b"", "not a whole safetensors file")])
+def test_a_single_file_that_is_no_safetensors_file_is_told_by_what_it_is(content, words, tmp_path):
+    (tmp_path / "diffusion_models").mkdir()
+    (tmp_path / "diffusion_models/wan.safetensors").write_bytes(content)
+    with pytest.raises(OSError, match=f"wan.safetensors: .*{words}"):
+        open_teacher_files(tmp_path)
 
 
 def test_experts_of_two_sizes_are_refused(copied):

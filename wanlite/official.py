@@ -10,7 +10,6 @@ tensors, whatever its name; only of an autoencoder it has to say wan, for Qwen's
 Facts: Wan-Video/Wan2.2, wan/modules/vae2_1.py, vae2_2.py and t5.py; ComfyUI, comfy/text_encoders/wan.py and comfy/sd.py.
 """
 
-import json
 import math
 import re
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from .whole_files import new_folder, why_broken
+from .whole_files import broken_download, new_folder, open_regular, read_downloaded_json, why_broken
 
 AUTOENCODERS = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 TEXT_ENCODER = "models_t5_*.pth"
@@ -121,7 +120,8 @@ def check_parts(found, teacher):
                          "autoencoder of the same model there: TI2V-5B has Wan2.2's with 48, every other Wan has Wan2.1's with 16.")
     place = found["text_encoder"]
     if place.suffix != ".pth":
-        config = _read_config(place) if place.is_dir() else {"model_type": "umt5", "d_model": _recognise(place)[1]}
+        config = (read_downloaded_json(place / "config.json") if place.is_dir() else
+                  {"model_type": "umt5", "d_model": _recognise(place)[1]})
         if (config.get("model_type"), config.get("d_model")) != ("umt5", teacher["text_dim"]):
             raise ValueError(f"{place}: is a {config.get('model_type')} of width {config.get('d_model')}, the teacher's experts "
                              f"expect a umt5 of width {teacher['text_dim']}. Put the text encoder of the same model there.")
@@ -130,7 +130,7 @@ def check_parts(found, teacher):
 def autoencoder_config(place):
     """Return the config of an autoencoder that find_parts() found, whose weights are not read."""
     if place.is_dir():
-        return _read_config(place)
+        return read_downloaded_json(place / "config.json")
     if place.suffix == ".pth":
         return _autoencoder_config({name: tuple(tensor.shape) for name, tensor in read_pickle(place).items()}, place)
     return _autoencoder_config({name: shape for name, (_, shape) in _header(place).items()}, place)
@@ -165,16 +165,6 @@ def num_bytes(place):
     if place.suffix == ".pth":
         return place.stat().st_size
     return sum(math.prod(shape) * (4 if dtype == "F32" else 2) for dtype, shape in _header(place).values())
-
-
-def _read_config(folder):
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"it holds a {type(config).__name__}, expected an object")
-        return config
-    except (OSError, ValueError) as error:
-        raise OSError(f"{folder / 'config.json'}: cannot be read as settings ({error}). Download the folder again.") from None
 
 
 # ---- ComfyUI's single files ------------------------------------------------------------------------------------------------
@@ -224,12 +214,13 @@ def _recognise(path):
 
 def _header(path):
     """Return {tensor: (dtype, shape)} of a safetensors file, without prefixes; raises OSError for half a one."""
+    open_regular(path).close()                               # safetensors waits for a pipe, and calls what it may not read missing
     try:
         with safe_open(path, "np") as file:
             stored = {name: file.get_slice(name) for name in file.keys()}
             return {PREFIX.sub("", name): (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in stored.items()}
     except SafetensorError as error:
-        raise OSError(f"{path}: not a whole safetensors file ({error}). Download it again.") from None
+        raise broken_download(path, f"not a whole safetensors file ({error})") from None
 
 
 def _read_weights(path, half):
@@ -262,10 +253,11 @@ def read_pickle(path):
     """Return the tensors of a .pth file by name, mapped; nothing else in it is made."""
     import torch
 
+    open_regular(path).close()
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise OSError(f"{path}: cannot be read as tensors ({str(error).splitlines()[0]}). Download it again.") from None
+        raise broken_download(path, f"cannot be read as tensors ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{path}: holds something other than tensors by name. Download it again.")
     return content

@@ -16,6 +16,8 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
+from .whole_files import broken_download, open_regular, read_downloaded_json
+
 BOUNDARY = 0.875  # Wan2.2 A14B: noise levels from here on belong to the high-noise expert
 
 # Official name -> diffusers' name. The order matters: head.modulation before modulation. norm2 and norm3 are swapped.
@@ -47,6 +49,12 @@ _PREFIX = "model.diffusion_model."  # ComfyUI's single files
 _SINGLE_FILES = ("", "diffusion_models", "unet")   # where they lie: all in one folder, or in ComfyUI's models/
 _ONE_OF_TWO = re.compile(r"(?i)(?<![a-z])(high|low)(?=[-_ ]?noise|[^a-z])")      # in the name of an expert's single file
 _ONE_OF_MANY = re.compile(r"^diffusion_pytorch_model|-\d{5}-of-\d{5}")          # in the name of what is no single file
+_OFFICIAL_SIZES = ("dim", "num_heads", "in_dim", "out_dim", "freq_dim", "ffn_dim", "num_layers")       # in a config.json
+_DIFFUSERS_SIZES = ("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim", "ffn_dim",
+                    "num_layers", "rope_max_seq_len")
+_SAME_IN_ALL = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "rope_max_seq_len": 1024}
+_MOST_SIZE = 2**20                  # of a config: far above any Wan's, and a network without contents is still made in no time
+_MOST = {"num_layers": 512, "attention_head_dim": 1024, "rope_max_seq_len": 16384}
 HEAD_SIZE = 128                     # of every Wan that was published; no tensor's shape tells it
 _OTHER_WANS = [(re.compile(pattern), name) for pattern, name in (
     (r"img_emb|[kv]_img|image_embedder|add_[kv]_proj", "an image-to-video Wan"), (r"vace", "VACE"), (r"lora|\.diff", "a LoRA"),
@@ -179,7 +187,7 @@ def open_teacher_files(folder):
             experts = {"high": _open_expert("high", folder / high), "low": _open_expert("low", folder / low)}
             _check_same_size(folder, *experts.values())
             return TeacherFiles(folder, layout, experts, _boundary(index, index_path))
-    promised = [name for name in ("transformer", "transformer_2") if (index.get(name) or [None])[0] is not None]
+    promised = [name for name in ("transformer", "transformer_2") if index.get(name) not in (None, [], [None], [None, None])]
     lonely = [name for name in pairs["official"] if (folder / name).is_dir()]
     for name in (*promised, *(("high_noise_model", "low_noise_model") if lonely else ())):
         if not (folder / name).is_dir():
@@ -227,6 +235,7 @@ def _single_files(folder):
 
 def _kind_of(path):
     """Say of a safetensors file what Wan it is, or nothing where it is none; raises OSError for half a file."""
+    open_regular(path).close()
     try:
         with safe_open(path, "np") as file:
             keys = {key.removeprefix(_PREFIX): key for key in file.keys()}
@@ -236,7 +245,7 @@ def _kind_of(path):
                 return ("a text-to-video Wan" if rows == channels * math.prod(patch) else "an image-to-video or control Wan "
                         f"(it takes {channels} channels and gives {rows // math.prod(patch)})")
     except SafetensorError as error:
-        raise OSError(f"{path}: not a whole safetensors file ({error}). Download it again.") from None
+        raise broken_download(path, f"not a whole safetensors file ({error})") from None
     return next((other for pattern, other in _OTHER_WANS if any(pattern.search(key) for key in keys)), None)
 
 
@@ -259,10 +268,11 @@ def _open_expert(name, folder):
     """Read an expert's headers; `folder` may be its single file."""
     places, scales, promised = {}, {}, _promised_by_index(folder)
     for path in _weight_files(folder, promised):
+        open_regular(path).close()                           # safetensors waits for a pipe, and calls what it may not read missing
         try:
             _read_header(path, places, scales)
         except SafetensorError as error:
-            raise OSError(f"{path}: not a whole safetensors file ({error}). Download it again.") from None
+            raise broken_download(path, f"not a whole safetensors file ({error})") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     held = {stored_name for _, stored_name, _ in places.values()}
@@ -378,22 +388,49 @@ def _siblings(name):
 
 
 def _config_in_diffusers_words(folder, places):
-    config = _read_json(folder / "config.json") if folder.is_dir() else _sizes_of(folder, places)
-    if "num_attention_heads" in config:
-        names = ("patch_size", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim",
-                 "freq_dim", "ffn_dim", "num_layers", "cross_attn_norm", "qk_norm", "eps", "rope_max_seq_len")
-        return {name: tuple(config[name]) if name == "patch_size" else config[name] for name in names if name in config}
-    wanted = ("dim", "num_heads", "in_dim", "out_dim", "freq_dim", "ffn_dim", "num_layers")
-    if missing := [name for name in wanted if name not in config]:
-        raise ValueError(f"{folder / 'config.json'}: lacks {', '.join(missing)}; it is no Wan transformer's config.")
-    shapes = {name: place[2] for name, place in places.items()}
-    text = shapes.get("condition_embedder.text_embedder.linear_1.weight", (0, 4096))
-    return {"patch_size": tuple(shapes.get("patch_embedding.weight", (0, 0, 1, 2, 2))[2:]),
-            "num_attention_heads": config["num_heads"], "attention_head_dim": config["dim"] // config["num_heads"],
-            "in_channels": config["in_dim"], "out_channels": config["out_dim"], "text_dim": text[1],
-            "freq_dim": config["freq_dim"], "ffn_dim": config["ffn_dim"], "num_layers": config["num_layers"],
-            "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": config.get("eps", 1e-6),
-            "rope_max_seq_len": 1024}
+    path = folder / "config.json" if folder.is_dir() else folder
+    config = _SAME_IN_ALL | (_read_json(path) if folder.is_dir() else _sizes_of(folder, places))
+    if not {"num_attention_heads", "attention_head_dim"} & config.keys():
+        config |= _translate(path, config, {name: place[2] for name, place in places.items()})
+    _check_sizes(path, config, _DIFFUSERS_SIZES)
+    _check_others(path, config)
+    return {name: tuple(config[name]) if name == "patch_size" else config[name]
+            for name in ("patch_size", *_DIFFUSERS_SIZES, *_SAME_IN_ALL)}
+
+
+def _translate(path, config, shapes):
+    """Return the sizes of an official config in diffusers' words; two of them only its tensors tell."""
+    _check_sizes(path, config, _OFFICIAL_SIZES)
+    width, heads = config["dim"], config["num_heads"]
+    if width % heads:
+        raise ValueError(f"{path}: dim is {width}, expected a multiple of num_heads, which is {heads}. Download it again.")
+    return {"patch_size": shapes.get("patch_embedding.weight", (0, 0, 1, 2, 2))[2:], "num_attention_heads": heads,
+            "attention_head_dim": width // heads, "in_channels": config["in_dim"], "out_channels": config["out_dim"],
+            "text_dim": shapes.get("condition_embedder.text_embedder.linear_1.weight", (0, 4096))[-1]}
+
+
+def _check_sizes(path, config, names):
+    """Refuse what can be no size of a Wan before anything is computed with it."""
+    if missing := [name for name in names if name not in config]:
+        raise ValueError(f"{path}: lacks {', '.join(missing)}; it is no Wan transformer's config. Download it again.")
+    for name in names:
+        size, most = config[name], _MOST.get(name, _MOST_SIZE)
+        if type(size) is not int or not 1 <= size <= most:
+            raise ValueError(f"{path}: {name} is {size!r:.60}, expected a whole number from 1 to {most:,}. Download it again.")
+
+
+def _check_others(path, config):
+    """Refuse what fits no Wan among settings that are not sizes alone."""
+    patch, eps, head = config.get("patch_size"), config["eps"], config["attention_head_dim"]
+    is_patch = isinstance(patch, (list, tuple)) and len(patch) == 3 and all(type(side) is int and 1 <= side <= 16 for side in patch)
+    same = [name for name in ("cross_attn_norm", "qk_norm") if config[name] != _SAME_IN_ALL[name]]
+    for is_wrong, name, expected in (
+            (not is_patch, "patch_size", "frames, height and width of a token, as [1, 2, 2]"),
+            (type(eps) not in (int, float) or not 0 < eps < 1, "eps", "a number above 0 and below 1, as 1e-06"),
+            (head % 2, "attention_head_dim", "an even number, for positions turn channels in pairs"),
+            *((True, name, f"{_SAME_IN_ALL[name]!r}, as every Wan has") for name in same)):
+        if is_wrong:
+            raise ValueError(f"{path}: {name} is {config.get(name)!r:.60}, expected {expected}. Download it again.")
 
 
 def _sizes_of(path, places):
@@ -415,12 +452,6 @@ def _sizes_of(path, places):
 
 
 def _read_json(path):
-    if not path.is_file():
+    if not path.exists():
         raise OSError(f"{path}: missing. Download the folder again.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OSError(f"{path}: not JSON ({error}). Download it again.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected an object.")
-    return content
+    return read_downloaded_json(path)

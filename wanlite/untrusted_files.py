@@ -9,9 +9,10 @@ import json
 import math
 import mmap
 import os
-import stat
 from pathlib import Path
 from typing import NamedTuple
+
+from .whole_files import open_regular, what_came_instead
 
 MOST_JSON = 4 * 2**20        # bytes: the header of a student of eight hundred blocks
 MOST_PARTS = 2**16           # lists and objects in it: two bytes each in the file, a hundred in memory
@@ -27,18 +28,6 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     start: int
     stop: int
-
-
-def open_regular(path):
-    """Open a regular file for reading; a folder, pipe, device or socket under its name is refused, never waited for."""
-    try:
-        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
-    except OSError as error:
-        raise OSError(f"{path}: cannot be read ({error.strerror}). Expected a regular file that you may read.") from None
-    if not stat.S_ISREG(os.fstat(number).st_mode):
-        os.close(number)
-        raise OSError(f"{path}: not a regular file. Expected one; a folder, pipe, device or socket is never opened.")
-    return open(number, "rb", buffering=0)
 
 
 def read_json(path, most=MOST_JSON):
@@ -168,10 +157,8 @@ class WeightsFile:
 
     def _what_it_is(self, beginning):
         """Say what a file is that does not begin as safetensors do."""
-        if beginning.startswith(b"version https://git-lfs"):
-            return "it is a git-lfs pointer: run `git lfs pull` in that folder"
-        if beginning.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
-            return "it is a web page: download the file again"
+        if instead := what_came_instead(beginning):
+            return instead
         if beginning.startswith((b"PK\x03\x04", b"\x80")):
             return "it is a pickle, whatever its name says, and pickles are never opened"
         if self.size < 10:

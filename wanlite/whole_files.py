@@ -1,7 +1,8 @@
 """Files and folders that are there whole or not at all, whatever kills the writer.
 
 Written beside their place under a hidden name, flushed to the disk, then renamed. A folder ends with a manifest of its files.
-What would be no whole save is found before it is written: values that are not finite, too little space.
+What would be no whole save is found before it is written: values that are not finite, too little space. What a download left in
+place of a file is told from its first bytes.
 """
 
 import errno
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -157,3 +159,47 @@ def flush(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ---- what was downloaded ---------------------------------------------------------------------------------------------------
+
+def open_regular(path):
+    """Open a regular file for reading; a folder, pipe, device or socket under its name is refused, never waited for."""
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read ({error.strerror}). Expected a regular file that you may read.") from None
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(f"{path}: not a regular file. Expected one; a folder, pipe, device or socket is never opened.")
+    return open(number, "rb", buffering=0)
+
+
+def read_downloaded_json(path):
+    """Return the object in a JSON file of any size as a dict."""
+    with open_regular(path) as file:
+        content = file.read()
+    try:
+        found = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+        raise broken_download(path, f"not JSON ({reason})") from None
+    if not isinstance(found, dict):
+        raise OSError(f"{path}: holds a {type(found).__name__}, expected an object {{...}}. Download it again.")
+    return found
+
+
+def broken_download(path, fault):
+    """Return the error for a file that is not what its name says: the `fault` found, or what a download left in its place."""
+    with open_regular(path) as file:
+        instead = what_came_instead(file.read(64))
+    return OSError(f"{path}: {instead}." if instead else f"{path}: {fault}. Download it again.")
+
+
+def what_came_instead(beginning):
+    """Say by its first bytes what a download left in place of a file, and what to do; None where it cannot be told."""
+    if beginning.startswith(b"version https://git-lfs"):
+        return "it is a git-lfs pointer: run `git lfs pull` in that folder"
+    if beginning.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
+        return "it is a web page: download the file again"
+    return None
