@@ -6,11 +6,13 @@ import psutil
 import torch
 from accelerate.utils import parse_flag_from_env
 
+SHARED_OUT = ("auto", "balanced", "balanced_low_0", "sequential")
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)     # what a student's weights are kept in
 
 
 def as_dtype(asked):
-    """Return a dtype that is asked for by itself or by name; None stays None."""
+    """Return a dtype that is asked for by itself or by name; None stays None, and "auto", diffusers' word for it, is."""
+    asked = None if isinstance(asked, str) and asked == "auto" else asked
     found = getattr(torch, asked, None) if isinstance(asked, str) else asked
     if asked is None or any(found is dtype for dtype in STORED_DTYPES):
         return found
@@ -18,9 +20,14 @@ def as_dtype(asked):
 
 
 def as_device(asked):
-    """Return a device that is asked for by itself, by name, by number or as {"": device}; None is the CPU."""
+    """Return a device that is asked for by itself, by name, by number or as {"": device}; None is the CPU.
+
+    Of accelerate's words for sharing a model out all are the first GPU, or the CPU: a student is small.
+    """
     asked = asked[""] if isinstance(asked, Mapping) and set(asked) == {""} else asked
     asked = "cpu" if asked is None else asked
+    if isinstance(asked, str) and asked in SHARED_OUT:
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(asked)
         if not isinstance(asked, torch.device) and asked not in (str(found), found.index):
