@@ -7,13 +7,14 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from tests.conftest import TINY_TEACHER, Payload, write_official
+from tests.conftest import ROOT, TINY_TEACHER, Payload, run_script, write_official
 from tests.test_resuming import train
-from wanlite.official import convert_parts, find_parts, is_converted, pixels_per_token
+from wanlite.official import check_parts, convert_parts, find_parts, is_converted, pixels_per_token
 from wanlite.text import load_text_encoder
 
+TEACHER = {"in_channels": 16, "text_dim": 64}                # what parts share with the tiny teacher's experts
 SMALL = {"base_dim": 8, "num_res_blocks": 1, "z_dim": 16}
 AUTOENCODERS = {                                              # every size is another one, so that none can be taken for another
     "Wan2.1_VAE.pth": {"base_dim": 6, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2},
@@ -184,6 +185,84 @@ def test_a_config_that_cannot_be_read_is_told(content, words, copied):
     (copied / "vae/config.json").write_bytes(content)
     with pytest.raises(OSError, match=words):
         pixels_per_token(copied)
+
+
+TEXT, VAE = "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"
+
+
+def shard(wan):
+    """Store the text encoder in two shards with an index."""
+    tensors = load_file(wan / TEXT)
+    (wan / TEXT).unlink()
+    weight_map = {}
+    for number in (1, 2):
+        name = f"model-0000{number}-of-00002.safetensors"
+        part = {key: tensors[key] for key in sorted(tensors)[number - 1::2]}
+        save_file(part, wan / "text_encoder" / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, name)
+    (wan / "text_encoder/model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def edit(path, **settings):
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def without(path, beginning):
+    save_file({name: tensor for name, tensor in load_file(path).items() if not name.startswith(beginning)}, path)
+
+
+def test_parts_that_are_whole_are_those_of_their_teacher(copied):
+    for _ in ("one file", "shards"):
+        check_parts(find_parts(copied), TEACHER)
+        assert load_text_encoder(copied)
+        shard(copied) if (copied / TEXT).exists() else None
+
+
+@pytest.mark.parametrize("spoil, words", [
+    *((lambda wan, name=name: (wan / name).write_bytes(LFS), f"{name}: it is a git-lfs pointer: run `git lfs pull`")
+      for name in (TEXT, VAE, "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "text_encoder/config.json")),
+    *((lambda wan, name=name: _half(wan / name), f"{name}: not a whole safetensors file .*Download it again")
+      for name in (TEXT, VAE)),
+    (lambda wan: (wan / VAE).write_bytes(PAGE), f"{VAE}: it is a web page: download the file again"),
+    (lambda wan: (shard(wan), (wan / "text_encoder/model-00002-of-00002.safetensors").unlink()),
+     "text_encoder: shard model-00002-of-00002.safetensors is missing, model.safetensors.index.json promises it .1 of 2"),
+    (lambda wan: (shard(wan), _half(wan / "text_encoder/model-00002-of-00002.safetensors")),
+     "model-00002-of-00002.safetensors: not a whole safetensors file"),
+    (lambda wan: (shard(wan), edit(wan / "text_encoder/model.safetensors.index.json", weight_map={"x": "../x"})),
+     "model.safetensors.index.json: has no weight_map of tensors and files beside it"),
+    (lambda wan: (wan / TEXT).rename(wan / "text_encoder/model.fp16.safetensors"),
+     "text_encoder: lacks model.safetensors; found model.fp16.safetensors. Download it; one in another precision"),
+    (lambda wan: (wan / VAE).unlink(), "vae: lacks diffusion_pytorch_model.safetensors; found no weights"),
+    (lambda wan: (wan / VAE).rename(wan / "vae/diffusion_pytorch_model.fp16.safetensors"), "found diffusion_pytorch_model.fp16"),
+    (lambda wan: (wan / "tokenizer/tokenizer.json").unlink(), "tokenizer: lacks tokenizer.json"),
+    (lambda wan: ((wan / "tokenizer/tokenizer.json").unlink(), (wan / "tokenizer/spiece.model").write_bytes(LFS)),
+     "spiece.model: it is a git-lfs pointer"),
+    (lambda wan: without(wan / VAE, "decoder.up_blocks.0."), "vae: 16 tensors are not as its sizes imply, first decoder.up"),
+    (lambda wan: without(wan / TEXT, "encoder.block.1.layer.0.SelfAttention.q"), "text_encoder: 1 tensors .*Attention.q.weight"),
+    (lambda wan: edit(wan / "text_encoder/config.json", num_layers=10**7), "text_encoder/config.json: num_layers is 10000000"),
+    (lambda wan: edit(wan / "text_encoder/config.json", num_heads=0), "text_encoder/config.json: describes no text_encoder"),
+    (lambda wan: edit(wan / "vae/config.json", dim_mult="x"), "vae/config.json: describes no vae of a Wan")])
+def test_a_part_that_is_not_whole_is_refused_before_a_run_with_its_file(spoil, words, copied):
+    spoil(copied)
+    with pytest.raises((OSError, ValueError), match=words) as refused:
+        check_parts(find_parts(copied), TEACHER)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("spoil", [_half, lambda path: path.write_bytes(LFS), lambda path: path.write_bytes(b"")])
+def test_a_pickled_text_encoder_that_is_not_whole_is_refused_before_a_run(spoil, layouts, tmp_path):
+    shutil.copytree(layouts[1], tmp_path / "wan")
+    check_parts(find_parts(tmp_path / "wan"), TEACHER)
+    spoil(tmp_path / "wan/models_t5_umt5-xxl-enc-bf16.pth")
+    with pytest.raises(OSError, match="models_t5_umt5-xxl-enc-bf16.pth: (not a whole file|it is a git-lfs pointer)"):
+        check_parts(find_parts(tmp_path / "wan"), TEACHER)
+
+
+def test_a_dry_run_tells_of_a_part_that_is_not_whole(copied):
+    (copied / TEXT).write_bytes(LFS)
+    process = run_script(ROOT / "train_distillation.py", "--dry_run", "--teacher", copied)
+    assert process.returncode == 2 and f"{TEXT}: it is a git-lfs pointer" in process.stderr, process.stderr
+    assert "Traceback" not in process.stderr
 
 
 def test_all_that_is_missing_is_named_at_once(layouts, tmp_path):

@@ -14,15 +14,26 @@ import math
 import re
 import shutil
 from pathlib import Path
+from zipfile import is_zipfile
 
 from safetensors import SafetensorError, safe_open
 
-from .whole_files import broken_download, new_folder, open_regular, read_downloaded_json, why_broken
+from .whole_files import (
+    broken_download,
+    first_bytes,
+    new_folder,
+    open_regular,
+    read_downloaded_json,
+    what_came_instead,
+    why_broken,
+)
 
 AUTOENCODERS = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 TEXT_ENCODER = "models_t5_*.pth"
 TOKENIZER = Path("google") / "umt5-xxl"
 PARTS = ("tokenizer", "text_encoder", "vae")             # diffusers' names of them
+STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model"}                  # of their weights' names
+TIED = {"shared.weight", "encoder.embed_tokens.weight"}
 SINGLE_FILES = ("", "diffusion_models", "unet", "text_encoders", "clip", "vae")      # where ComfyUI's lie, in one folder or models/
 SPIECE = "spiece_model"                                  # of its text encoder: sentencepiece's own file, as bytes
 FP8_SCALES = ("scale_weight", "weight_scale")            # value = X.weight * X.scale
@@ -110,9 +121,9 @@ def convert_parts(found, folder, say=print):
 
 
 def check_parts(found, teacher):
-    """Refuse parts that find_parts() found and that are not those of a teacher of this config, by the widths they share.
+    """Refuse parts that find_parts() found and that are not whole, or not those of a teacher of this config.
 
-    A pickled text encoder is not opened for it: that takes long.
+    Headers are held against configs, no tensor is read. A pickled text encoder is not opened for it: that takes long.
     """
     place, channels = found["vae"], autoencoder_config(found["vae"]).get("z_dim", 16)
     if channels != teacher["in_channels"]:
@@ -125,6 +136,74 @@ def check_parts(found, teacher):
         if (config.get("model_type"), config.get("d_model")) != ("umt5", teacher["text_dim"]):
             raise ValueError(f"{place}: is a {config.get('model_type')} of width {config.get('d_model')}, the teacher's experts "
                              f"expect a umt5 of width {teacher['text_dim']}. Put the text encoder of the same model there.")
+    for part in PARTS:
+        if found[part].is_dir():
+            _check_tokenizer(found[part]) if part == "tokenizer" else _check_weights(part, found[part])
+        elif found[part].suffix == ".pth":
+            open_regular(found[part]).close()
+            if not is_zipfile(found[part]):                  # its table of contents is its end
+                raise broken_download(found[part], "not a whole file of torch.save()")
+
+
+def _check_tokenizer(folder):
+    """Refuse a tokenizer that has no words, or whose JSON cannot be read."""
+    words = [path for path in (folder / "tokenizer.json", *sorted(folder.glob("*.model"))) if path.exists()]
+    if not words:
+        raise OSError(f"{folder}: lacks tokenizer.json, and spiece.model as well. Download the folder again.")
+    for path in (path for path in (words[0], folder / "tokenizer_config.json") if path.exists()):
+        if path.suffix == ".json":
+            read_downloaded_json(path)
+        elif what_came_instead(first_bytes(path)):
+            raise broken_download(path, "no sentencepiece model")
+
+
+def _check_weights(part, folder):
+    """Refuse a part in diffusers' layout whose files are not whole, or hold other tensors than its config.json implies."""
+    config, held = read_downloaded_json(folder / "config.json"), {}
+    for path in _files_of(part, folder):
+        held |= {name: shape for name, (_, shape) in _header(path).items()}
+    for name in ("num_layers", "num_res_blocks"):            # networks are made of them, and those of millions take hours
+        if isinstance(config.get(name), int) and config[name] > len(held):
+            raise ValueError(f"{folder / 'config.json'}: {name} is {config[name]!r:.60}, expected no more than the {len(held)} "
+                             "tensors beside it. Download it again.")
+    expected = _implied_shapes(part, config, folder / "config.json")
+    if TIED & held.keys():                                   # one tensor, of which files hold either or both
+        expected, held = ({name: shape for name, shape in shapes.items() if name not in TIED} for shapes in (expected, held))
+    _check_shapes(folder, expected, held)
+
+
+def _files_of(part, folder):
+    """Return the safetensors files that a part's loader reads; an index is taken where there is no single file."""
+    single = folder / f"{STEMS[part]}.safetensors"
+    index = folder / f"{single.name}.index.json"
+    if single.exists() or not index.exists():
+        if not single.exists():
+            others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".msgpack", ".h5"))
+            raise OSError(f"{folder}: lacks {single.name}; found {', '.join(others) or 'no weights'}. Download it; one in another "
+                          "precision, as *.fp16.safetensors, will do under this name.")
+        return [single]
+    shards = read_downloaded_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) and Path(name).name == name for name in shards.values()):
+        raise ValueError(f"{index}: has no weight_map of tensors and files beside it. Download it again.")
+    shards = [folder / name for name in sorted(set(shards.values()))]
+    if missing := [path.name for path in shards if not path.exists()]:
+        raise OSError(f"{folder}: shard {missing[0]} is missing, {index.name} promises it ({len(missing)} of {len(shards)} are "
+                      "missing). Download it again.")
+    return shards
+
+
+def _implied_shapes(part, config, path):
+    """Return {name: shape} of the network that a config of diffusers' layout describes."""
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKLWan
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    make = {"vae": AutoencoderKLWan.from_config, "text_encoder": lambda config: UMT5EncoderModel(UMT5Config.from_dict(config))}
+    try:
+        with init_empty_weights():
+            return {name: tuple(tensor.shape) for name, tensor in make[part](config).state_dict().items()}
+    except Exception as error:
+        raise ValueError(f"{path}: describes no {part} of a Wan ({' '.join(str(error).split())}). Download it again.") from None
 
 
 def autoencoder_config(place):
@@ -372,10 +451,13 @@ def _fill(network_class, config, tensors, path):
 
     with init_empty_weights():
         network = network_class(**config) if isinstance(config, dict) else network_class(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    held = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if wrong := sorted(name for name in expected.keys() | held.keys() if expected.get(name) != held.get(name)):
-        raise ValueError(f"{path}: {len(wrong)} tensors are not as its sizes imply, first {wrong[0]}: found {held.get(wrong[0])}, "
-                         f"expected {expected.get(wrong[0])}. Download it again.")
+    _check_shapes(path, {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()},
+                  {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     network.load_state_dict(tensors, strict=True, assign=True)
     return network
+
+
+def _check_shapes(path, expected, held):
+    if wrong := sorted(name for name in expected.keys() | held.keys() if expected.get(name) != held.get(name)):
+        raise ValueError(f"{path}: {len(wrong)} tensors are not as its sizes imply, first {wrong[0]}: found "
+                         f"{held.get(wrong[0], 'none')}, expected {expected.get(wrong[0], 'none')}. Download it again.")

@@ -191,9 +191,13 @@ def read_downloaded_json(path):
 
 def broken_download(path, fault):
     """Return the error for a file that is not what its name says: the `fault` found, or what a download left in its place."""
-    with open_regular(path) as file:
-        instead = what_came_instead(file.read(64))
+    instead = what_came_instead(first_bytes(path))
     return OSError(f"{path}: {instead}." if instead else f"{path}: {fault}. Download it again.")
+
+
+def first_bytes(path):
+    with open_regular(path) as file:
+        return file.read(64)
 
 
 def what_came_instead(beginning):
