@@ -8,6 +8,7 @@ Order: settings -> WanLiteStudent -> the dry run -> the loop, which goes through
 --output_dir; run the same command after a stop and it goes on where it was.
 """
 
+import gc
 import os
 import shlex
 import signal
@@ -157,6 +158,7 @@ def read_settings():
 
 
 if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
+    gc.disable()                                       # imports make a million objects, and all of them stay
     signal.signal(signal.SIGINT, signal.SIG_DFL)       # ends it at once and silently, until a run has something to lose
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # threads that spin long at barriers stall beside any other busy program
     if not sys.stderr.isatty():
@@ -817,4 +819,6 @@ def main(settings, is_resumed):
 
 
 if __name__ == "__main__":
+    gc.freeze()                                        # and are not looked through again
+    gc.enable()
     sys.exit(main(SETTINGS, IS_RESUMED))
