@@ -13,6 +13,7 @@ from train_distillation import Settings, train
 from wanlite.stages.complete import complete
 from wanlite.stopping import StopSignal
 
+TEXT, VAE = "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 LOW, HIGH = "low_noise_model", "high_noise_model"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
@@ -54,6 +55,10 @@ def spoil(wan):
     change(shards(wan, LOW)[1], lambda tensor: tensor.index_fill(0, torch.tensor([0]), float("nan")))
 
 
+def drop(path, beginning):
+    save_file({name: tensor for name, tensor in load_file(path).items() if not name.startswith(beginning)}, path)
+
+
 @pytest.mark.parametrize("spoilt, flags, words", [
     (lambda wan: shutil.rmtree(wan / HIGH), {}, "high_noise_model"),
     (copy_low, {}, "hold the same weights"),
@@ -63,11 +68,15 @@ def spoil(wan):
     (lambda wan: change(shards(wan, HIGH)[1], lambda tensor: torch.cat([tensor, tensor])), {}, "shard is of another Wan"),
     (promise_more, {}, "blocks.4.ffn.0.weight"),
     (spoil, {}, "holds NaN or infinity"),
+    (lambda wan: drop(wan / TEXT, "encoder.block.0.layer.0.SelfAttention.q"), {}, "text_encoder: 1 tensors .*Attention.q.weight"),
+    (lambda wan: drop(wan / VAE, "decoder.up_blocks.0"), {}, "vae: 16 tensors .*decoder.up_blocks.0"),
+    (lambda wan: (wan / TEXT).write_text("version https://git-lfs.github.com/spec/v1"), {}, "model.safetensors: .*git lfs pull"),
     (lambda wan: None, {"hidden_size": 256, "num_heads": 8}, "--hidden_size 256 is more than the teacher's 128"),
     (lambda wan: None, {"hidden_size": 64, "num_heads": 16}, "16 heads|--num_heads 16"),
     (lambda wan: None, {"depth": 2, "num_heads": 1, "hidden_size": 34}, "1 heads of 34 channels cannot be cut")],
     ids=["one expert missing", "twice the same expert", "experts swapped", "shard cut short", "shard absent",
-         "shard of another Wan", "index promises more", "NaN", "teacher narrower", "heads too small", "head larger"])
+         "shard of another Wan", "index promises more", "NaN", "text encoder lacks weights", "vae lacks weights",
+         "text encoder is a pointer", "teacher narrower", "heads too small", "head larger"])
 def test_what_cannot_be_projected_is_refused_before_anything_is_written(spoilt, flags, words, official_pipeline, finished_run,
                                                                         tmp_path):
     wan, run = tmp_path / "wan", tmp_path / "run"

@@ -241,6 +241,11 @@ def test_parts_that_are_whole_are_those_of_their_teacher(copied):
     (lambda wan: without(wan / TEXT, "encoder.block.1.layer.0.SelfAttention.q"), "text_encoder: 1 tensors .*Attention.q.weight"),
     (lambda wan: edit(wan / "text_encoder/config.json", num_layers=10**7), "text_encoder/config.json: num_layers is 10000000"),
     (lambda wan: edit(wan / "text_encoder/config.json", num_heads=0), "text_encoder/config.json: describes no text_encoder"),
+    (lambda wan: (wan / "tokenizer/tokenizer.json").write_text("{}"), "tokenizer/tokenizer.json: has no model"),
+    *((lambda wan, name=name, values=values: edit(wan / "vae/config.json", **{name: values}),
+       f"vae/config.json: {name} is .*, expected 16 finite numbers.*, one a latent channel. Download it again")
+      for name, values in (("latents_mean", ["x"] * 16), ("latents_mean", [0.0] * 15), ("latents_mean", [float("nan")] * 16),
+                           ("latents_std", [0] * 16), ("latents_std", None))),
     (lambda wan: edit(wan / "vae/config.json", dim_mult="x"), "vae/config.json: describes no vae of a Wan")])
 def test_a_part_that_is_not_whole_is_refused_before_a_run_with_its_file(spoil, words, copied):
     spoil(copied)

@@ -152,7 +152,8 @@ def _check_tokenizer(folder):
         raise OSError(f"{folder}: lacks tokenizer.json, and spiece.model as well. Download the folder again.")
     for path in (path for path in (words[0], folder / "tokenizer_config.json") if path.exists()):
         if path.suffix == ".json":
-            read_downloaded_json(path)
+            if "model" not in read_downloaded_json(path) and path.name == "tokenizer.json":
+                raise OSError(f"{path}: has no model, which holds a tokenizer's words. Download it again.")
         elif what_came_instead(first_bytes(path)):
             raise broken_download(path, "no sentencepiece model")
 
@@ -166,10 +167,22 @@ def _check_weights(part, folder):
         if isinstance(config.get(name), int) and config[name] > len(held):
             raise ValueError(f"{folder / 'config.json'}: {name} is {config[name]!r:.60}, expected no more than the {len(held)} "
                              "tensors beside it. Download it again.")
+    if part == "vae":
+        _check_statistics(config, folder / "config.json")
     expected = _implied_shapes(part, config, folder / "config.json")
     if TIED & held.keys():                                   # one tensor, of which files hold either or both
         expected, held = ({name: shape for name, shape in shapes.items() if name not in TIED} for shapes in (expected, held))
     _check_shapes(folder, expected, held)
+
+
+def _check_statistics(config, path):
+    """Refuse statistics of latents that are not one number a channel; where there are none, diffusers has Wan2.1's."""
+    for name, least in (("latents_mean", -math.inf), ("latents_std", 0)):
+        values, channels = config.get(name, [1.0] * 16), config.get("z_dim", 16)
+        is_list = isinstance(values, list) and all(type(value) in (int, float) and least < value < math.inf for value in values)
+        if not is_list or len(values) != channels:
+            raise ValueError(f"{path}: {name} is {values!r:.60}, expected {channels} finite numbers{'' if least else ' above 0'}, "
+                             "one a latent channel. Download it again.")
 
 
 def _files_of(part, folder):
