@@ -484,6 +484,7 @@ def train(settings, is_resumed, stop):
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / settings.logging_dir)))
     device, say, ranks = accelerator.device, accelerator.print, accelerator.num_processes
     set_seed(settings.seed)
+    torch.backends.cuda.enable_cudnn_sdp(False)              # it plans anew for each length of text and number of rows
 
     # What there is: teacher, student, prompts.
     check_parts(find_parts(settings.teacher), files.config)
@@ -581,6 +582,8 @@ def train(settings, is_resumed, stop):
     for network in (student, critic) if settings.matching_steps else (student,):
         pace.count(network)
         if settings.compile:                                 # block by block, in place: names and weights stay as they are
+            torch._dynamo.config.optimize_ddp = False        # it would cut each block where gradients go out
+            torch._dynamo.config.recompile_limit = 32        # sizes, lengths of text, with gradients and without
             network.compile_repeated_blocks()
     if is_resumed:
         resume(memory, output, device, say)

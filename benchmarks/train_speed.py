@@ -57,6 +57,7 @@ RESIDENCIES = {"cpu": (("both", False), ("one", False), ("streamed", False), ("d
 BUDGETS = (100, 60, 24)                  # GB of common GPUs, that a peak is held against
 LEVELS = (950.0, 500.0)                  # timesteps of the high- and of the low-noise expert
 WALKS, STATES = 16, 20                   # on disk; the ways read them over and over
+WARMING = 4                              # untimed steps: a compiled student sees more than one length of text
 
 
 @dataclass
@@ -181,7 +182,7 @@ def ours(world, muon_rate=0.0, is_compiled=False, ask=None, feed=None):
     student, width = world.student(), world.shape["hidden_size"]
     head = nn.Linear(width, feature_width(settings, width)).to(world.device)
     optimizers = make_optimizers(settings, student, head, is_fused=on_gpu)
-    ema = EMAModel(student.parameters(), decay=settings.ema_decay)
+    ema = EMAModel(student.parameters(), decay=settings.ema_decay, foreach=on_gpu)
     wrapped, wrapped_head, *optimizers = accelerator.prepare(student, head, *optimizers)
     if is_compiled:
         student.compile_repeated_blocks()
@@ -257,8 +258,8 @@ def timed(way, device):
 
 
 def warm(ways, device):
-    """Take two steps of each of {name: way}, which is its start; returns {name: bytes at its peak}."""
-    return {name: peak_of(lambda way=way: (next(way), next(way)), device) for name, way in ways.items()}
+    """Take the first steps of each of {name: way}; returns {name: bytes at its peak}."""
+    return {name: peak_of(lambda way=way: [next(way) for _ in range(WARMING)], device) for name, way in ways.items()}
 
 
 def student_operations(world):
@@ -272,29 +273,34 @@ def student_operations(world):
 def measure(world, repeats, is_compiled):
     """Return a row for each way."""
     rate = matrix_rate(world.device, world.dtype)
+    rows = measure_from_cache(world, repeats, is_compiled, rate)
+    rows += [measure_online(world, repeats, rate, *place) for place in RESIDENCIES[world.device.type]]
+    for each in rows:
+        each["over_plain"] = each.get("images_per_second", 0) / rows[0]["images_per_second"]
+    return rows
+
+
+def measure_from_cache(world, repeats, is_compiled, rate):
     ways = {"plain": plain(world), "ours": ours(world), "muon": ours(world, muon_rate=0.09)}
     ways |= {"compiled": ours(world, is_compiled=True)} if is_compiled else {}
     peaks, seconds = warm(ways, world.device), {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
             seconds[name].append(timed(way, world.device))
-    rows = [row(world, name, peaks[name], seconds[name], rate) for name in ways]
-    for residency, is_fp8 in RESIDENCIES[world.device.type]:
-        name = f"online, {residency}{', fp8' * is_fp8}"
-        del ways
-        ask = Online(world, residency, is_fp8)
-        ways = {name: ours(world, ask=ask)}
-        try:
-            peak = warm(ways, world.device)[name]
-            seconds = [timed(ways[name], world.device) for _ in range(max(2, repeats // 4))]
-            rows.append(row(world, name, peak, seconds, rate, ask.seconds[2:]))
-        except torch.OutOfMemoryError:
-            rows.append({"way": name, "pixels": 8 * world.side, "failed": "out of memory"})
+    return [row(world, name, peaks[name], seconds[name], rate) for name in ways]
+
+
+def measure_online(world, repeats, rate, residency, is_fp8):
+    name, ask = f"online, {residency}{', fp8' * is_fp8}", Online(world, residency, is_fp8)
+    way = ours(world, ask=ask)
+    try:
+        peak = warm({name: way}, world.device)[name]
+        seconds = [timed(way, world.device) for _ in range(max(2, repeats // 4))]
+        return row(world, name, peak, seconds, rate, ask.seconds[WARMING:])
+    except torch.OutOfMemoryError:
+        return {"way": name, "pixels": 8 * world.side, "failed": "out of memory"}
+    finally:
         ask.teacher.rest()
-        del ask
-    for each in rows:
-        each["over_plain"] = each.get("images_per_second", 0) / rows[0]["images_per_second"]
-    return rows
 
 
 def row(world, name, peak, seconds, rate, asked=()):
@@ -344,6 +350,7 @@ def read_arguments():
 def main():
     arguments = read_arguments()
     on_gpu, repeats = arguments.device == "cuda", 3 if arguments.quick else arguments.repeats
+    torch.backends.cuda.enable_cudnn_sdp(False)              # as train_distillation.py has it
     files = random_teacher(A14B, "cuda") if on_gpu else open_teacher_files(ROOT / "tiny_teacher")
     sizes = ((64, 16), (128, 4)) if on_gpu else ((8, 8 if arguments.quick else 128),)       # latents' side, and batch
     shape, rows = student_shape(files.config), []

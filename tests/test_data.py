@@ -130,9 +130,10 @@ def test_what_is_kept_of_token_states_is_bounded_and_in_the_basis():
     whole = Sampled(1)
     whole.append(states)
     assert torch.equal(torch.cat(whole), states.flatten(0, 1))
+    assert all(kept.untyped_storage().nbytes() == kept.nbytes and kept.data_ptr() != states.data_ptr() for kept in whole)
     projected = Projected(torch.eye(6)[:, :2])
     projected.append(states.bfloat16())
-    assert torch.equal(projected[0], states.bfloat16().float()[..., :2])
+    assert torch.equal(projected[0], states.bfloat16().half()[..., :2])
 
 
 def test_a_basis_is_of_the_directions_that_vary_most_and_kept_for_the_next_run(tmp_path):

@@ -77,7 +77,7 @@ def test_the_student_aims_at_more_varied_pictures_from_noise_alone():
     networks = Networks(network, None, 0, None, None, few)
     aims = [clean_from(latents, vary(networks, gain, batch, text, torch.Generator().manual_seed(0)), noise_level)
             for gain in (0.0, 0.5)]
-    other = few.own_noise((3, 1, 2, 2), torch.Generator().manual_seed(0)) * (1 - 0.5 * noise_level.view(-1, 1, 1, 1))
+    other = few.own_noise((3, 1, 2, 2), torch.Generator().manual_seed(0), "cpu") * (1 - 0.5 * noise_level.view(-1, 1, 1, 1))
     assert torch.allclose(aims[0], picture, atol=1e-5)
     assert torch.allclose(aims[1][1], picture[1], atol=1e-5)                                    # it is on its way already
     assert torch.allclose(aims[1][[0, 2]], (1.5 * picture - 0.5 * other)[[0, 2]], atol=1e-5)

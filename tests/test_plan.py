@@ -3,11 +3,14 @@
 import os
 import re
 import shutil
+import tempfile
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKLWan
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -16,8 +19,10 @@ from tests.conftest import A14B, ROOT, SHORT_RUN, TINY_TEACHER, run_script, writ
 from tests.test_official import write_autoencoder
 from train_distillation import Settings, WanLiteStudent, plan
 from wanlite.autoencoder import decode_latents, load_autoencoder, make_autoencoder
+from wanlite.data import Walker
 from wanlite.devices import has_gpu
 from wanlite.experts import PROBE_ROWS, PROBE_SIZE, check_experts
+from wanlite.flow import make_scheduler
 from wanlite.network import pack_text
 from wanlite.optimizers import make_optimizers
 from wanlite.plan import (
@@ -32,8 +37,11 @@ from wanlite.plan import (
     teacher_bytes,
     tell,
     training_peak,
+    walk_bytes,
+    walking_peak,
 )
 from wanlite.stages.complete import complete
+from wanlite.stages.lessons import teacher_velocity
 from wanlite.stages.needs import choose_precision
 from wanlite.teacher import Teacher, ask, stream_expert
 from wanlite.teacher_files import open_teacher_files
@@ -83,6 +91,26 @@ def test_simulated_pass_has_the_peak_of_the_tiny_teachers(teacher, words):
     told = pass_peak(files, 8, (8, 8), torch.float32)
     inputs = sum(tensor.numel() * 4 for tensor in (latents, timestep, *text))            # made inside the simulation alone
     assert told - inputs == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("tokens_at_once, steps", [(256, 2), (256, 20), (10**6, 6)], ids=["states", "kept", "a pass"])
+def test_walks_take_what_is_told_of_them(tokens_at_once, steps, teacher, words):
+    """Whatever takes most: joining the token states of many passes, what the walks keep, or a pass."""
+    files, walks, width = open_teacher_files(TINY_TEACHER), 16, 32
+    few = Teacher(files, tokens_at_once=tokens_at_once)
+    few.expert("high"), few.expert("low")
+    velocity_for = teacher_velocity(few, Settings(), torch.zeros(63, 64))
+    text = pack_text([torch.zeros(63, 64)] * walks)
+    walker = Walker(Accelerator(), lambda prompts, features: velocity_for(text, features), make_scheduler(3.0), steps,
+                    basis=torch.zeros(files.width, width))
+
+    def work(folder):
+        walker.walk(folder, [(number, "", number) for number in range(walks)], (16, 16, 16))
+    with tempfile.TemporaryDirectory() as folder:
+        real = alive(lambda: work(Path(folder)))
+    passing = pass_peak(files, min(2 * walks, tokens_at_once // 64), (16, 16), torch.float32)
+    told = walking_peak(passing, walks * 64 * files.width, torch.float32, walk_bytes(walks, steps, (16, 16, 16), 64, width))
+    assert told == pytest.approx(real, rel=0.1)
 
 
 def test_the_start_is_told_what_comparing_and_one_expert_take():
@@ -192,7 +220,7 @@ def test_a_dry_run_counts_the_student_beside_the_teacher(tmp_path, capsys):
     """It stays on the device while the teacher walks: a larger student's weights are told there too."""
     told = []
     for width in (64, 128):
-        assert dry_run(tmp_path / "run", hidden_size=width) == 0
+        assert dry_run(tmp_path / "run", hidden_size=width, feature_directions=16) == 0
         said = capsys.readouterr().out
         parameters = float(re.search(r"heads: ([\d.]+) M parameters", said)[1])
         told.append((parameters, float(re.search(r"([\d.]+) MB  trajectories", said)[1])))

@@ -43,10 +43,29 @@ expert = Teacher(files, torch.device("second:0"), torch.float32, "both", is_fp8=
 print(sum(made.values()), sum(weight.nbytes for weight in expert.parameters()), 4 * files.experts["high"].num_parameters)
 torch.zeros(2, device="second:0") + torch.zeros(2)
 """
+SWAPS = f"""import sys
+sys.path.insert(0, "{ROOT}")
+import torch
+from wanlite.network import pack_text
+from wanlite.teacher import Teacher
+from wanlite.teacher_files import open_teacher_files
+files, latents = open_teacher_files("{ROOT / 'tiny_teacher'}"), torch.randn(2, 16, 8, 8)
+def asked(teacher, device):
+    text = pack_text([torch.ones(3, 64)] * 2).to(device)
+    return torch.stack([teacher.velocity(latents.to(device), torch.full((2,), level, device=device), text)[0].cpu()
+                        for level in (990.0, 20.0, 980.0)])
+is_fp8 = sys.argv[1] == "fp8"
+swapped = Teacher(files, torch.device("second:0"), torch.float32, "one", is_fp8)
+swapped.expert("low"), swapped.expert("high")
+kept = {{name: weight.data_ptr() for name, weight in swapped._read["low"].named_parameters()}}
+print((asked(swapped, "second:0") - asked(Teacher(files, is_fp8=is_fp8), "cpu")).abs().max().item())
+print({{name: {{weight.device.type for weight in expert.parameters()}} for name, expert in swapped._read.items()}})
+print(kept == {{name: weight.data_ptr() for name, weight in swapped._read["low"].named_parameters()}})
+"""
 
 
-def on_second_device(script):
-    return subprocess.run([sys.executable, SECOND_DEVICE, script], capture_output=True, text=True)
+def on_second_device(script, *arguments):
+    return subprocess.run([sys.executable, SECOND_DEVICE, script, *arguments], capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +106,12 @@ def test_an_expert_in_float8_is_never_there_in_more_and_what_is_mixed_is_refused
     made, held, in_float32 = map(int, said.stdout.split())
     assert made < 1.1 * held < 0.5 * in_float32
     assert said.stderr.splitlines()[-1].startswith("RuntimeError: Expected all tensors to be on the same device, but add ")
+
+
+@pytest.mark.parametrize("storage", ["float32", "fp8"])
+def test_of_experts_that_take_turns_there_the_other_is_on_the_cpu_where_it_was(storage, tmp_path):
+    script = tmp_path / "swaps.py"
+    script.write_text(SWAPS)
+    said = on_second_device(script, storage)
+    apart, places, is_where_it_was = said.stdout.splitlines()
+    assert float(apart) < 1e-4 and places == "{'low': {'cpu'}, 'high': {'second'}}" and is_where_it_was == "True"

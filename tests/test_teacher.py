@@ -1,5 +1,6 @@
 """The teacher, asked: routing at the boundary, guidance, and wherever its experts are."""
 
+import gc
 import weakref
 
 import pytest
@@ -116,6 +117,17 @@ def test_one_expert_at_a_time_holds_one_and_at_rest_none(asked):
     found.rest()
     assert held() is None
     found.velocity(**asked)                                  # and reads it again where it is asked
+
+
+def test_at_rest_streamed_experts_are_gone_though_their_hooks_hold_each_other():
+    found = Teacher(open_teacher_files(TINY_TEACHER), residency="streamed")
+    held = weakref.ref(found.expert("high").blocks[0].ffn.net[0].proj.weight)
+    gc.disable()
+    try:
+        found.rest()
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_few_rows_at_once_give_what_all_give(asked, teacher):

@@ -37,11 +37,11 @@ class Sampled(list):
     def append(self, states):
         """Keep some of the rows of (B, N, D)."""
         rows = states.flatten(0, 1)
-        super().append(rows[::-(-self.times * len(rows) // MOST_SAMPLED)].float())
+        super().append(rows[::-(-self.times * len(rows) // MOST_SAMPLED)].to(torch.float32, copy=True))      # a view would keep all
 
 
 class Projected(list):
-    """A list of token states that keeps each in a basis (D, d)."""
+    """A list of token states that keeps each in a basis (D, d), in float16 as they will lie on disk."""
 
     def __init__(self, basis):
         super().__init__()
@@ -49,7 +49,7 @@ class Projected(list):
 
     def append(self, states):
         """Keep (B, N, D) as (B, N, d)."""
-        super().append(states.float() @ self.basis)
+        super().append((states.float() @ self.basis).half())
 
 
 class Walker:

@@ -127,7 +127,7 @@ class FewSteps:
         """
         count = self.counts[int(torch.randint(len(self.counts), (1,), generator=generator))]
         index = int(torch.randint(count, (1,), generator=generator))
-        noise = self.own_noise((num_pictures, *(latent_shape or self.latent_shape)), generator).to(device)
+        noise = self.own_noise((num_pictures, *(latent_shape or self.latent_shape)), generator, device)
         with torch.no_grad():
             latents = sample(velocity_of, noise, self.scheduler, count, end=index)
         timestep, noise_level = (torch.full((num_pictures,), value, device=device) for value in self.paths[count][index])
@@ -142,9 +142,12 @@ class FewSteps:
         chosen = torch.randint(1, max(2, len(self.teacher_levels) - 1), (count,), generator=generator)
         chosen = chosen.expand(len(clean)) if is_one_level else chosen[self.rank::self.ranks]
         timestep, noise_level = self.teacher_levels[chosen].to(clean.device).unbind(1)
-        noise = self.own_noise(clean.shape, generator).to(clean.device)
+        noise = self.own_noise(clean.shape, generator, clean.device)
         return add_noise(clean.detach(), noise, noise_level), noise, timestep, noise_level
 
-    def own_noise(self, shape, generator):
-        """Return this rank's rows (B, C, H, W) of noise that is drawn for all ranks."""
-        return torch.randn(shape[0] * self.ranks, *shape[1:], generator=generator)[self.rank::self.ranks]
+    def own_noise(self, shape, generator, device):
+        """Return this rank's rows (B, C, H, W) of noise that is drawn for all ranks, on a GPU by itself: a CPU takes too long."""
+        if torch.device(device).type == "cuda":
+            generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        noise = torch.randn(shape[0] * self.ranks, *shape[1:], generator=generator, device=generator.device)
+        return noise[self.rank::self.ranks].to(device)

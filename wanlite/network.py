@@ -7,15 +7,13 @@ Legend: B batch, C channels, H W latent height and width, N image tokens, L text
 """
 
 import math
-import warnings
 from typing import NamedTuple
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-
-# Under autocast norms take bfloat16 and keep their own weights in float32; torch says at the first that it cannot fuse them.
-warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+from torch import nn
+from torch.nn import functional
 
 TEXT_LENGTH = 512  # every Wan was trained on text padded with zeros to this length, and attends to the padding
 
@@ -64,8 +62,20 @@ def unpack_text(text, text_length=TEXT_LENGTH):
     return padded
 
 
+class RMSNorm(nn.RMSNorm):
+    """Norms in its input's dtype: beside bfloat16 from autocast a weight in float32 would make everything after it float32."""
+
+    def forward(self, states):
+        return functional.rms_norm(states, self.normalized_shape, self.weight.to(states.dtype), self.eps)
+
+
 class OneFrameBlock(WanTransformerBlock):
     """diffusers' Wan block whose cross-attention also takes a bias on the logits of the text tokens."""
+
+    def __init__(self, width, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps):
+        super().__init__(width, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
+        for attention in (self.attn1, self.attn2):
+            attention.norm_q, attention.norm_k = RMSNorm(width, eps), RMSNorm(width, eps)
 
     def forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb, text_logit_bias=None):
         """Shapes: hidden_states (B, N, D), encoder_hidden_states (B, L, D), temb (B, 6, D); returns (B, N, D)."""

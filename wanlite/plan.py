@@ -105,6 +105,15 @@ def pass_peak(files, rows, latent_size, dtype, peak=simulated_peak):
         torch.set_default_dtype(before)
 
 
+def walking_peak(passing, states, dtype, kept):
+    """Return the bytes of walks, of which a pass takes `passing` and what they keep `kept`.
+
+    A step has so many token `states` (walks x tokens x width): those of earlier passes lie beside a pass, then all are joined, and
+    turned into float32 to be kept in few directions. At the end what is kept is joined.
+    """
+    return max(kept + max(passing + states * dtype.itemsize, states * (2 * dtype.itemsize + 4)), 2 * kept)
+
+
 def start_peaks(files, probe, frames, latent_size, peak=simulated_peak):
     """Return the bytes of comparing two experts, and of one that is asked at `frames` latents; 0 for what does not happen.
 
@@ -149,9 +158,10 @@ def decoding_peak(make_autoencoder, decode, rows, latent_shape, peak=simulated_p
 
 # ---- disk and time ---------------------------------------------------------------------------------------------------------
 
-def walk_bytes(num_walks, num_steps, latent_shape):
-    """Return the bytes in memory of walks under way: latents and velocities of each state, in float32."""
-    return 4 * num_walks * num_steps * 2 * torch.Size(latent_shape).numel()
+def walk_bytes(num_walks, num_steps, latent_shape, num_tokens, width):
+    """Return the bytes in memory of walks under way: latents and velocities of each state, in float32, and token states of a
+    width, in float16."""
+    return num_walks * num_steps * (4 * 2 * torch.Size(latent_shape).numel() + 2 * num_tokens * width)
 
 
 def trajectory_bytes(num_walks, num_steps, latent_shape, num_tokens, width):
@@ -193,6 +203,8 @@ def matrix_rate(device, dtype, widest=8192, patience=0.05):
     A product that takes longer than `patience` seconds is the last: some CPUs are a thousand times slower than a GPU in bfloat16.
     """
     width, fastest = 128, 0.0
+    first = torch.ones(width, width, device=device, dtype=dtype)
+    (first @ first)[0, 0].item()                             # not timed: on a GPU it loads a library first
     while width <= widest:
         matrix, seconds = torch.randn(width, width, device=device).to(dtype), []
         for _ in range(3):

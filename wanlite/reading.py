@@ -19,7 +19,7 @@ def read_ahead(read, jobs, device, ahead=AHEAD):
     if not ahead:
         yield from (copies.finish(*copies.start(read(job))) for job in jobs)
         return
-    pool, coming = ThreadPoolExecutor(1, thread_name_prefix="reading"), deque()
+    pool, coming = ThreadPoolExecutor(1, thread_name_prefix="reading", initializer=copies.enter), deque()
     try:
         for job in jobs:
             coming.append(pool.submit(lambda job=job: copies.start(read(job))))
@@ -37,6 +37,9 @@ class Moves:
     def __init__(self, device):
         self.device = device
 
+    def enter(self):
+        """Prepare a thread."""
+
     def start(self, batch):
         return tree_map(lambda tensor: tensor.to(self.device), batch), None
 
@@ -49,6 +52,10 @@ class Copies:
 
     def __init__(self, device):
         self.device, self.stream = torch.device(device), torch.cuda.Stream(device)
+
+    def enter(self):
+        """Prepare a thread: each begins on the first GPU, where it would take memory."""
+        torch.cuda.set_device(self.stream.device)
 
     def start(self, batch):
         """Begin to copy, from any thread; returns the copies and the event after which they hold what they should."""

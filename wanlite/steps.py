@@ -53,7 +53,7 @@ def segment_step(networks, settings, batch, text, progress, generator):
 def vary(networks, gain, batch, text, generator):
     """Return the velocities that segments aim at (B, C, H, W), those from noise moved away from what other noise gives."""
     rows = (batch["timestep"] == networks.few.levels[0][0]).nonzero().flatten()
-    noise = networks.few.own_noise(batch["latents"].shape, generator).to(rows.device)[rows]
+    noise = networks.few.own_noise(batch["latents"].shape, generator, rows.device)[rows]
     target, noise_level = batch["velocity"].float(), batch["noise_level"][rows]
     with torch.no_grad():
         velocity = velocity_from(networks.student, text.rows(rows))(noise, batch["timestep"][rows])

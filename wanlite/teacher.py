@@ -3,6 +3,7 @@
 Legend: B batch, C channels, H W latent height and width, N image tokens, D width.
 """
 
+import gc
 import math
 import os
 
@@ -17,7 +18,7 @@ from .network import OneFrameBlock, TextTokens, one_frame_velocity
 
 RESIDENCIES = ("both", "one", "streamed", "disk")      # of one process; several also share it out: "sharded"
 SHARDED_BESIDE = 0.1    # of an expert: what is no block, and two blocks that are whole
-BYTES_A_TOKEN = 24      # of a pass in bfloat16 at its peak, for each channel of the width
+BYTES_A_TOKEN = 36      # of a pass in bfloat16 at its peak, for each channel of the width, and of 64 walks beside it
 TOKENS_AT_ONCE = 65536  # image tokens of a teacher's pass: 32 guided pictures of 512 x 512; 8 GB of activations at A14B's width
 
 
@@ -34,7 +35,7 @@ class Teacher:
     def __init__(self, files, device="cpu", dtype=torch.float32, residency="both", is_fp8=False, tokens_at_once=TOKENS_AT_ONCE):
         self.files, self.config, self.boundary = files, files.config, files.boundary
         self.device, self.dtype, self.residency, self.is_fp8 = torch.device(device), dtype, residency, is_fp8
-        self.tokens_at_once, self._read = tokens_at_once, {}
+        self.tokens_at_once, self._read, self._on_cpu = tokens_at_once, {}, {}
         self.mesh = machine_mesh(self.device) if residency == "sharded" else None
 
     def expert(self, name):
@@ -43,14 +44,18 @@ class Teacher:
             if self.residency == "one" and self.device.type == "cpu":
                 self.rest()                                  # the CPU's memory is the device's
             self._read[name] = self._load(self.files.experts[name])
+            self._on_cpu |= {name: self._read[name].state_dict()} if self.residency == "one" else {}
         if self.residency == "one":
-            for _, network in sorted(self._read.items(), key=lambda item: item[0] == name):      # out first, then in
-                network.to(self.device if network is self._read[name] else "cpu")
+            for other in self._read.keys() - {name}:         # out first, then in; the CPU has kept what goes out
+                self._read[other].load_state_dict(self._on_cpu[other], assign=True)
+            self._read[name].to(self.device)
         return self._read[name]
 
     def rest(self):
         """Let go of every expert's memory; they are read again when they are next asked."""
         self._read.clear()
+        self._on_cpu.clear()
+        gc.collect()                                         # hooks and what they are on hold each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch._C._host_emptyCache()                      # what was pinned; it has a public name from torch 2.13 on
@@ -101,7 +106,7 @@ class Teacher:
         velocity, features = ask(expert, latents.repeat(2, 1, 1, 1), timestep.repeat(2), _stack_text(text, negative),
                                   feature_blocks)
         wanted, unwanted = velocity.chunk(2)
-        return unwanted + guidance * (wanted - unwanted), [states.chunk(2)[0] for states in features]
+        return unwanted + guidance * (wanted - unwanted), [states.chunk(2)[0].clone() for states in features]
 
     def _rows_at_once(self, latents, is_guided):
         tokens = latents.shape[-2] * latents.shape[-1] // math.prod(self.config["patch_size"]) * (2 if is_guided else 1)

@@ -165,7 +165,7 @@ def teacher_velocity(teacher, settings, negative):
             velocity, states = teacher.velocity(latents, timestep, text, unwanted, settings.guidance_scale,
                                                 settings.guidance_scale_2, feature_blocks=blocks)
             if features is not None:
-                features.append(states[0].float())
+                features.append(states[0])
             return velocity
         return velocity_of
     return velocity_for

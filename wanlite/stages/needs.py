@@ -31,6 +31,7 @@ from ..plan import (
     training_peak,
     trajectory_bytes,
     walk_bytes,
+    walking_peak,
 )
 from ..preflight import count_looks
 from ..steps import MATCHED
@@ -87,8 +88,10 @@ class Needs:
         """Return the bytes of the teacher, where it is while it is asked, and of so many walks under way."""
         dtype, residency = training_dtype(settings), place_teacher(settings, self.files, self.device)
         rows = min(2 * at_once, max(1, TOKENS_AT_ONCE // self.tokens))      # half of them for guidance
-        return (teacher_bytes(self.files, residency, dtype, settings.teacher_fp8, local_processes())[0]
-                + pass_peak(self.files, rows, self.largest[1:], dtype) + walk_bytes(at_once, settings.teacher_steps, self.largest))
+        kept = walk_bytes(at_once, settings.teacher_steps, self.largest, self.tokens,
+                          feature_width(settings, self.shape["hidden_size"]))
+        return teacher_bytes(self.files, residency, dtype, settings.teacher_fp8, local_processes())[0] + walking_peak(
+            pass_peak(self.files, rows, self.largest[1:], dtype), at_once * self.tokens * self.files.width, dtype, kept)
 
     def matching(self, settings, rows):
         """Return the bytes of distribution matching: the critic learns beside the student, and the teacher is asked."""
