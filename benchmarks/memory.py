@@ -43,7 +43,8 @@ def phases(size):
 
     def train(peak, muon_rate):
         settings = Settings(muon_learning_rate=muon_rate)
-        return training_peak(partial(WanLiteStudent, size["width"], size["depth"]), partial(make_optimizers, settings),
+        return training_peak(partial(WanLiteStudent, size["width"], size["depth"]),
+                             lambda network: make_optimizers(settings, network, is_fused=network.device.type == "cuda"),
                              lambda network: EMAModel(network.parameters()), size["rows"], latents, False, peak)
 
     return {
@@ -96,7 +97,7 @@ def main():
     print(f"measuring {len(phases(size))} phases, each in a process of its own: {size}\n\n"
           "| phase | told | measured | told / measured |\n|---|---|---|---|", flush=True)
     for phase, find in phases(size).items():
-        told = find(simulated_peak)
+        told = find(partial(simulated_peak, device_type="cuda" if torch.cuda.is_available() else "cpu"))
         ours, theirs = get_context("spawn").Pipe()
         process = get_context("spawn").Process(target=measure, args=(size, phase, theirs))
         process.start()

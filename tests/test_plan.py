@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKLWan
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 
 from tests.conftest import A14B, ROOT, SHORT_RUN, TINY_TEACHER, run_script, write_sparse_wan
 from tests.test_official import write_autoencoder
@@ -70,6 +71,16 @@ def test_the_meter_counts_what_is_alive_and_no_view_twice():
         del first
         torch.zeros(500) + second.sum()                      # 500 and 500, after 1000 are gone, beside one
     assert alive(work) == simulated_peak(work) == 4 * (700 + 1000 + 1)
+
+
+def test_on_a_gpu_a_norm_keeps_its_input_alone():
+    def work():
+        states = torch.ones(8, 32, 64, dtype=torch.bfloat16, requires_grad=True)
+        return [functional.rms_norm(states, (64,), torch.ones(64, dtype=torch.bfloat16), 1e-6) for _ in range(3)]
+    kept = 2 * 4 * 8 * 32 * 64                               # what goes in, and what comes out thrice
+    assert simulated_peak(work, "cuda") == pytest.approx(kept, rel=0.06) and simulated_peak(work) > 2.5 * kept
+    on_cpu, on_gpu = (train(3, partial(simulated_peak, device_type=device)) for device in ("cpu", "cuda"))
+    assert 0.7 * on_cpu < on_gpu < 0.95 * on_cpu
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.01])

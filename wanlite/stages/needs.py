@@ -24,6 +24,7 @@ from ..plan import (
     decoding_peak,
     largest_batch,
     pass_peak,
+    simulated_peak,
     start_peaks,
     teacher_bytes,
     tell,
@@ -53,7 +54,7 @@ class Needs:
 
     def __init__(self, settings, files, make_student, shape, sizes, device):
         self.files, self.make_student, self.shape, self.device = files, make_student, shape, device
-        self.found = find_parts(settings.teacher)
+        self.found, self.peak = find_parts(settings.teacher), partial(simulated_peak, device_type=device.type)
         self.make_autoencoder = partial(make_autoencoder, autoencoder_config(self.found["vae"]))
         with init_empty_weights():
             self.student, autoencoder = make_student(shape), self.make_autoencoder()
@@ -82,7 +83,7 @@ class Needs:
             return student
         return self.drawing + at_depth(lambda depth: training_peak(
             partial(make_student, depth), partial(make_optimizers, settings), lambda network: EMAModel(network.parameters()), rows,
-            self.largest[1:], training_dtype(settings) != torch.float32), self.shape["depth"])
+            self.largest[1:], training_dtype(settings) != torch.float32, self.peak), self.shape["depth"])
 
     def asking(self, settings, at_once=SHARD_SIZE):
         """Return the bytes of the teacher, where it is while it is asked, and of so many walks under way."""
@@ -91,7 +92,7 @@ class Needs:
         kept = walk_bytes(at_once, settings.teacher_steps, self.largest, self.tokens,
                           feature_width(settings, self.shape["hidden_size"]))
         return teacher_bytes(self.files, residency, dtype, settings.teacher_fp8, local_processes())[0] + walking_peak(
-            pass_peak(self.files, rows, self.largest[1:], dtype), at_once * self.tokens * self.files.width, dtype, kept)
+            pass_peak(self.files, rows, self.largest[1:], dtype, self.peak), at_once * self.tokens * self.files.width, dtype, kept)
 
     def matching(self, settings, rows):
         """Return the bytes of distribution matching: the critic learns beside the student, and the teacher is asked."""
@@ -125,10 +126,10 @@ class Needs:
             "trajectories": self.asking(settings, min(SHARD_SIZE, max(walks, drawn))) + self.drawing + self.weights,
             "training": self.training(settings, settings.train_batch_size),
             "validation": self.resting + self.weights + at_depth(           # what is lent keeps its place
-                lambda parts: decoding_peak(self.make_autoencoder, decode_latents, parts * together, self.latent_shape),
+                lambda parts: decoding_peak(self.make_autoencoder, decode_latents, parts * together, self.latent_shape, self.peak),
                 -(-drawn // together))}
         frames = calibration_frames(settings, training, self.tokens)
-        comparing, calibrating = start_peaks(self.files, (PROBE_ROWS, PROBE_SIZE), frames, self.latent_shape[1:])
+        comparing, calibrating = start_peaks(self.files, (PROBE_ROWS, PROBE_SIZE), frames, self.latent_shape[1:], self.peak)
         is_started = any(Path(settings.cache_dir).glob("start-*/manifest.json"))        # and is taken as it is, if it is this run's
         phases["start"] = 0 if is_started else max(comparing, calibrating + self.drawing + self.weights)
         if settings.matching_steps:
