@@ -29,7 +29,7 @@ from wanlite.whole_files import hold, not_finite, write_json
 
 LOG_STEPS = 10
 STOPPED = 3               # exit code of a run that was asked to stop and can be resumed
-MOST_BEYOND = 2           # validations in a row with a guard against the student, after which training ends and the best is saved
+MOST_BEYOND = 2           # validations in a row beyond a guard and no nearer to the teacher, after which the best so far is saved
 MOST_SKIPPED = 20         # steps in a row without a finite gradient, after which a run ends; float16 needs some to find its scale
 FREE = ("teacher", "teacher_residency", "output_dir", "cache_dir", "dry_run", "overwrite", "resume_from_checkpoint", "project_only",
         "checkpointing_steps", "report_to", "checkpoints_total_limit", "logging_dir")    # decide no weight
@@ -625,10 +625,11 @@ def train(settings, is_resumed, stop):
         """Keep the student that is lent just now if no guard is against it and none before it was better."""
         score = sum(look[measure] for look in looks.values()) / len(looks)
         against = [f"in {count} steps {reason}" for count, look in looks.items() for reason in beyond_guards(look)]
-        memory["beyond"] = memory["beyond"] + 1 if against and memory["best"] else 0
+        is_best = not memory["best"] or score < memory["best"]["score"]
+        memory["beyond"] = memory["beyond"] + 1 if against and not is_best else 0
         if against:
             say(f"\nstep {step} is no candidate to be saved: {'; '.join(against)}")
-        elif not memory["best"] or score < memory["best"]["score"]:
+        elif is_best:
             weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
             memory["best"] = {"step": step, "score": score, "figures": figures, "weights": weights}
 
@@ -721,7 +722,7 @@ def train(settings, is_resumed, stop):
                 if step % settings.checkpointing_steps == 0 or step == settings.max_train_steps:
                     checkpoint(step)
                 if memory["beyond"] >= MOST_BEYOND:
-                    say(f"\nended at step {step}: {MOST_BEYOND} validations in a row were beyond a guard")
+                    say(f"\nended at step {step}: {MOST_BEYOND} validations in a row were beyond a guard, no nearer to the teacher")
                     break
     except Stopped:
         checkpoint(step)

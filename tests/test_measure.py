@@ -41,6 +41,9 @@ def test_a_student_that_draws_as_its_teacher_is_within_every_guard_and_a_collaps
     assert not beyond_guards(same)
     collapsed = likeness(LATENTS, drawn, np.repeat(seeds[:, :1], 8, axis=1), LATENTS, drawn, seeds)
     assert collapsed["variety"] == 0 and [reason.split()[0] for reason in beyond_guards(collapsed)] == ["variety"]
+    assert "at least 0.6" in beyond_guards(collapsed)[0]
+    unruly = likeness(LATENTS, drawn, seeds, LATENTS, drawn, np.clip(0.2 * seeds, 0, 255).astype(np.uint8))
+    assert unruly["variety"] > 3 and not beyond_guards(unruly)
     faded = likeness(LATENTS, (drawn // 2 + 64), seeds, LATENTS, drawn, seeds)
     assert [reason.split()[0] for reason in beyond_guards(faded)] == ["saturation"]
     drifted = likeness(LATENTS + 2, drawn, seeds, LATENTS, drawn, seeds)

@@ -235,13 +235,17 @@ def test_the_best_validation_is_saved_and_not_the_last_and_a_resumed_run_chooses
     assert all(torch.equal(saved[name], last[f"/best/weights/{name}"]) for name in saved) or chosen["step"] == 6
 
 
-def test_training_ends_where_students_stay_beyond_a_guard_and_the_best_before_is_saved(folder):
-    looks = iter([[]] * 3 + [["variety 0.00, expected 0.6 to 3"]] * 99)
-    code, said = train(folder, "--validation_steps", "1", guards=lambda figures: next(looks))
-    run = json.loads((folder / "run.json").read_text())
-    assert code == 0 and "2 validations in a row were beyond a guard" in said and run["steps"] < 6
-    assert run["chosen"]["step"] == min(scores(folder).keys() - {0, 1, 2})
-    assert "no candidate to be saved: in 1 steps variety" in said
+@pytest.mark.parametrize("rate, ends", [("0.3", True), ("0.003", False)], ids=["worse", "nearer"])
+def test_training_ends_where_students_stay_beyond_a_guard_unless_they_still_come_nearer(rate, ends, folder):
+    """And the best before is saved."""
+    looks = iter([[]] * 3 + [["variety 0.00, expected at least 0.6"]] * 99)
+    code, said = train(folder, "--validation_steps", "1", "--lr_warmup_steps", "0", "--learning_rate", rate,
+                       guards=lambda figures: next(looks))
+    run, found = json.loads((folder / "run.json").read_text()), scores(folder)
+    first, *later = (found[step] for step in sorted(found) if step > 2)
+    assert code == 0 and ("2 validations in a row were beyond a guard" in said) == ends == (run["steps"] < 6)
+    assert ends == all(score >= first for score in later[:2])
+    assert run["chosen"]["step"] == min(found.keys() - {0, 1, 2}) and "no candidate to be saved: in 1 steps variety" in said
 
 
 # ---- checkpoints that do not verify --------------------------------------------------------------------------------------------
