@@ -106,6 +106,36 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_written(tmp_path)
         check_space(tmp_path, 10**18)
 
 
+LOOKS = """import sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+import torch
+from safetensors.torch import save_file
+from wanlite.data import write_shard
+from wanlite.teacher_files import ExpertFiles
+from wanlite.text import check_loaded
+from wanlite.whole_files import not_finite
+folder, large = Path(sys.argv[2]), torch.nn.Linear(16384, 4096, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+large.weight.fill_(3e33)                                     # all together they are more than bfloat16 says
+save_file({"weight": large.weight}, folder / "expert.safetensors")
+expert = ExpertFiles("high", folder, {}, {"weight": (folder / "expert.safetensors", "weight", (4096, 16384))})
+nothing = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
+for look in (lambda: check_loaded("here", large, nothing), lambda: not_finite(large.state_dict()),
+             lambda: expert.read("weight", torch.bfloat16), lambda: write_shard(folder, 0, large.state_dict())):
+    before = getrusage(RUSAGE_SELF).ru_maxrss
+    look()
+    print(1024 * (getrusage(RUSAGE_SELF).ru_maxrss - before) / large.weight.nbytes)
+"""
+
+
+def test_who_looks_for_what_is_not_finite_takes_no_memory(tmp_path):
+    """Copies in float32, of a Wan's token embedding, would be 4 GB. A file that is read is mapped, and written once more."""
+    looked = subprocess.run([sys.executable, "-c", LOOKS, ROOT, tmp_path], capture_output=True, text=True)
+    assert looked.returncode == 0, looked.stderr
+    loaded, saved, read, written = map(float, looked.stdout.split())
+    assert loaded < 0.2 and saved < 0.2 and read < 1.3 and written < 1.3
+
+
 def test_who_comes_second_says_that_it_waits_and_then_has_its_turn(tmp_path):
     said, held, began = [], hold(tmp_path), time.monotonic()
     Timer(0.3, os.close, [held]).start()

@@ -190,7 +190,7 @@ def write_shard(folder, index, tensors):
 
     Raises FloatingPointError, and writes nothing, where a tensor is not finite.
     """
-    if odd := [name for name, tensor in tensors.items() if not math.isfinite(tensor.sum(dtype=torch.float64))]:
+    if odd := [name for name, tensor in tensors.items() if not all(map(math.isfinite, tensor.aminmax()))]:
         raise FloatingPointError(f"{folder}: {odd[0]} came out NaN or infinite and is not kept. Lower --guidance_scale and "
                                  "--guidance_scale_2, add --mixed_precision no, or see that the teacher's files are whole.")
     partial = folder / f".shard-{index:05d}-{uuid4().hex}.partial"

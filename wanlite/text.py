@@ -4,6 +4,7 @@ Every embedding is kept at its prompt's true length; network.pack_text puts the 
 Legend: L text length, T text width.
 """
 
+import math
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -56,7 +57,7 @@ def check_loaded(place, network, loaded):
             raise ValueError(f"{place}: {fault} {', '.join(sorted(names)[:3])} ({len(names)} of its tensors), expected those that "
                              "its config.json implies. Weights are of another model or cut: download or copy it again.")
     for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):      # no memory, unlike isfinite()
+        if not all(map(math.isfinite, tensor.aminmax())):    # no memory, unlike isfinite() and a sum in float32
             raise ValueError(f"{place}: {name} holds NaN or infinity. Download or copy it again.")
 
 
