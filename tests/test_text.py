@@ -29,9 +29,12 @@ def test_padded_embeddings_equal_those_of_a_stock_pipeline():
 
 def test_an_embedding_does_not_depend_on_its_batch():
     tokenizer, encoder = load_text_encoder(TINY_TEACHER)
-    together = encode_prompts(tokenizer, encoder, PROMPTS, batch_size=4)
-    alone = encode_prompts(tokenizer, encoder, PROMPTS, batch_size=1)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(together, alone))
+    seen = []
+    encoder.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
+    together, pairs, alone = (encode_prompts(tokenizer, encoder, PROMPTS, at_once) for at_once in (10**4, 25, 1))
+    length = seen[0][1]
+    assert 10 < length <= 12 and seen == [(4, length), *[(2, length)] * 2, *[(1, length)] * 4]
+    assert all(torch.allclose(a, b, atol=1e-5) for each in (pairs, alone) for a, b in zip(together, each))
 
 
 def test_prompts_are_encoded_once_and_only_what_is_lost_again(tmp_path):

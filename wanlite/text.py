@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from .network import TEXT_LENGTH
 
 BATCH_SIZE = 64          # prompts encoded together
+TOKENS_AT_ONCE = 8192    # of them at most: 16 prompts of 512 tokens, whose attention in a real UMT5 takes some 2 GB
 CHECKED = {"output_loading_info": True, "ignore_mismatched_sizes": True}     # of from_pretrained(): faults are told, and refused
 
 
@@ -77,13 +78,14 @@ def lazy_encoder(folder, device):
 
 
 @torch.no_grad()
-def encode_prompts(tokenizer, encoder, prompts, batch_size=BATCH_SIZE):
+def encode_prompts(tokenizer, encoder, prompts, tokens_at_once=TOKENS_AT_ONCE):
     """Return one embedding (L, T) a prompt, cut to the prompt's true length."""
     embeddings = []
-    for start in range(0, len(prompts), batch_size):
-        cleaned = [prompt_clean(prompt) for prompt in prompts[start:start + batch_size]]
-        tokens = tokenizer(cleaned, padding=True, truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
-        tokens = tokens.to(encoder.device)
-        states = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state          # (B, L, T)
-        embeddings += [state[:length] for state, length in zip(states, tokens.attention_mask.sum(1).tolist())]
+    for start in range(0, len(prompts), BATCH_SIZE):
+        cleaned = [prompt_clean(prompt) for prompt in prompts[start:start + BATCH_SIZE]]
+        tokens = tokenizer(cleaned, padding=True, truncation=True, max_length=TEXT_LENGTH, return_tensors="pt").to(encoder.device)
+        rows = max(1, tokens_at_once // tokens.input_ids.shape[1])
+        for ids, mask in zip(tokens.input_ids.split(rows), tokens.attention_mask.split(rows)):
+            states = encoder(ids, mask).last_hidden_state                                    # (B, L, T)
+            embeddings += [state[:length] for state, length in zip(states, mask.sum(1).tolist())]
     return embeddings
