@@ -211,24 +211,22 @@ def estimate(student, files, passes, states, tokens, latent_size, device, dtype)
     return f"about {max(1, round((each * states + each / 3 * teacher / student.num_parameters() * passes) / 60)):,} minutes"
 
 
-def matrix_rate(device, dtype, widest=8192, patience=0.05):
+def matrix_rate(device, dtype, widest=8192, patience=0.02):
     """Return the operations a second that a device multiplies matrices of a dtype with: of ever larger ones while these are quick.
 
-    A product that takes longer than `patience` seconds is the last: some CPUs are a thousand times slower than a GPU in bfloat16.
+    Products that take longer than `patience` seconds are the last: some CPUs are a thousand times slower than a GPU in bfloat16.
     """
     width, fastest = 128, 0.0
     first = torch.ones(width, width, device=device, dtype=dtype)
     (first @ first)[0, 0].item()                             # not timed: on a GPU it loads a library first
     while width <= widest:
         matrix, seconds = torch.randn(width, width, device=device).to(dtype), []
-        for _ in range(3):
+        while len(seconds) < 3 and sum(seconds) < 3 * patience:
             began = time.perf_counter()
             (matrix @ matrix)[0, 0].item()                   # waits until it is there
             seconds.append(time.perf_counter() - began)
-            if seconds[-1] > patience:
-                break
         fastest = max(fastest, 2 * width**3 / min(seconds))
-        if max(seconds[1:] or seconds) > patience:
+        if min(seconds) > patience:
             break
         width *= 2
     return fastest
