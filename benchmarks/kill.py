@@ -143,7 +143,7 @@ def kill_and_finish(job):
     number = start(folder)
     before, where = strike(number, folder, job, how)
     code = finish(number)
-    if before is None:
+    if before is None or code == 0 and how == signal.SIGKILL:            # it had just ended by itself
         shutil.rmtree(folder)
         return kill_and_finish(job | {"after": job["after"] / 2, "save": job["save"] and job["save"] - 1})
     lost = is_lost(folder, before)
