@@ -281,6 +281,7 @@ def measure(world, repeats, is_compiled):
 
 
 def measure_from_cache(world, repeats, is_compiled, rate):
+    """Return the rows of the ways that take turns; when it returns, their students are gone."""
     ways = {"plain": plain(world), "ours": ours(world), "muon": ours(world, muon_rate=0.09)}
     ways |= {"compiled": ours(world, is_compiled=True)} if is_compiled else {}
     peaks, seconds = warm(ways, world.device), {name: [] for name in ways}
@@ -291,6 +292,7 @@ def measure_from_cache(world, repeats, is_compiled, rate):
 
 
 def measure_online(world, repeats, rate, residency, is_fp8):
+    """Return the row of asking the teacher in the step, from where its experts are."""
     name, ask = f"online, {residency}{', fp8' * is_fp8}", Online(world, residency, is_fp8)
     way = ours(world, ask=ask)
     try:

@@ -3,9 +3,7 @@
 import os
 import re
 import shutil
-import tempfile
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -105,7 +103,7 @@ def test_simulated_pass_has_the_peak_of_the_tiny_teachers(teacher, words):
 
 
 @pytest.mark.parametrize("tokens_at_once, steps", [(256, 2), (256, 20), (10**6, 6)], ids=["states", "kept", "a pass"])
-def test_walks_take_what_is_told_of_them(tokens_at_once, steps, teacher, words):
+def test_walks_take_what_is_told_of_them(tokens_at_once, steps, tmp_path):
     """Whatever takes most: joining the token states of many passes, what the walks keep, or a pass."""
     files, walks, width = open_teacher_files(TINY_TEACHER), 16, 32
     few = Teacher(files, tokens_at_once=tokens_at_once)
@@ -114,11 +112,7 @@ def test_walks_take_what_is_told_of_them(tokens_at_once, steps, teacher, words):
     text = pack_text([torch.zeros(63, 64)] * walks)
     walker = Walker(Accelerator(), lambda prompts, features: velocity_for(text, features), make_scheduler(3.0), steps,
                     basis=torch.zeros(files.width, width))
-
-    def work(folder):
-        walker.walk(folder, [(number, "", number) for number in range(walks)], (16, 16, 16))
-    with tempfile.TemporaryDirectory() as folder:
-        real = alive(lambda: work(Path(folder)))
+    real = alive(lambda: walker.walk(tmp_path, [(number, "", number) for number in range(walks)], (16, 16, 16)))
     passing = pass_peak(files, min(2 * walks, tokens_at_once // 64), (16, 16), torch.float32)
     told = walking_peak(passing, walks * 64 * files.width, torch.float32, walk_bytes(walks, steps, (16, 16, 16), 64, width))
     assert told == pytest.approx(real, rel=0.1)

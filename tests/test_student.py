@@ -1,6 +1,7 @@
 """WanLiteStudent: what it computes, what it accepts, how it is loaded."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -171,3 +172,16 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match="proj_out.bias"):
         student.save_pretrained(tmp_path / "student")
     assert not (tmp_path / "student").exists()
+
+
+def test_beside_bfloat16_from_autocast_norms_of_queries_and_keys_stay_in_it():
+    """Their weights are in float32: torch would warn, leave its fused kernel, and make float32 of all that follows."""
+    student, seen = WanLiteStudent(hidden_size=32, depth=2, num_heads=2, text_dim=48), []
+    for attention in (each for block in student.blocks for each in (block.attn1, block.attn2)):
+        for norm in (attention.norm_q, attention.norm_k):
+            norm.register_forward_hook(lambda module, given, found: seen.append((module.weight.dtype, given[0].dtype, found.dtype)))
+    latents, timestep, text = torch.randn(2, 16, 8, 8), torch.tensor([900.0, 100.0]), torch.randn(2, 5, 48)
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        student(latents, timestep, text)
+    assert seen == [(torch.float32, torch.bfloat16, torch.bfloat16)] * 8

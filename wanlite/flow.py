@@ -146,7 +146,7 @@ class FewSteps:
         return add_noise(clean.detach(), noise, noise_level), noise, timestep, noise_level
 
     def own_noise(self, shape, generator, device):
-        """Return this rank's rows (B, C, H, W) of noise that is drawn for all ranks, on a GPU by itself: a CPU takes too long."""
+        """Return this rank's rows (B, C, H, W) of noise that is drawn for all ranks; a GPU draws it itself, for the CPU is slow."""
         if torch.device(device).type == "cuda":
             generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         noise = torch.randn(shape[0] * self.ranks, *shape[1:], generator=generator, device=generator.device)

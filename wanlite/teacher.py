@@ -141,7 +141,7 @@ def choose_residency(files, dtype, is_fp8, free_device, free_host, is_cpu=False,
     """Return the residency that keeps most of the teacher near: of "both", "one", "sharded", "streamed", "disk" what fits first.
 
     Among so many `shares` on one machine its GPUs share the blocks out: they reach each other faster than the CPU's memory.
-    `free_device` and `free_host` are bytes; what a pass computes with is left free. On the CPU the two are one memory, and
+    `free_device` and `free_host` are bytes; what walks and their passes take is left free. On the CPU the two are one memory, and
     nothing is streamed from it.
     """
     size = max(expert.num_parameters for expert in files.experts.values()) * (1 if is_fp8 else dtype.itemsize)

@@ -16,7 +16,7 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
-from .whole_files import broken_download, open_regular, read_downloaded_json
+from .whole_files import broken_download, not_finite, open_regular, read_downloaded_json
 
 BOUNDARY = 0.875  # Wan2.2 A14B: noise levels from here on belong to the high-noise expert
 
@@ -100,7 +100,7 @@ class ExpertFiles:
         if name in self.scales:
             tensor = tensor.float() * (self.scales[name] if rows is None else self.scales[name][rows])
         tensor = tensor.to(dtype)
-        if not all(map(math.isfinite, tensor.aminmax())):    # one pass and no memory, unlike isfinite() and a sum in float32
+        if not_finite({name: tensor}):
             raise ValueError(f"{self.folder}: {name} holds NaN or infinity. Download the expert again.")
         return tensor
 

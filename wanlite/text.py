@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from .network import TEXT_LENGTH
 
 BATCH_SIZE = 64          # prompts encoded together
-TOKENS_AT_ONCE = 8192    # of them at most: 16 prompts of 512 tokens, whose attention in a real UMT5 takes some 2 GB
+TOKENS_AT_ONCE = 8192    # the most of theirs: 16 prompts of 512, whose attention in a real UMT5 takes some 2 GB
 CHECKED = {"output_loading_info": True, "ignore_mismatched_sizes": True}     # of from_pretrained(): faults are told, and refused
 
 
