@@ -265,7 +265,7 @@ def test_a_pickled_text_encoder_that_is_not_whole_is_refused_before_a_run(spoil,
 
 def test_a_dry_run_tells_of_a_part_that_is_not_whole(copied):
     (copied / TEXT).write_bytes(LFS)
-    process = run_script(ROOT / "train_distillation.py", "--dry_run", "--teacher", copied)
+    process = run_script(ROOT / "train_distillation.py", "--dry_run", "--teacher", copied, "--output_dir", copied / "run")
     assert process.returncode == 2 and f"{TEXT}: it is a git-lfs pointer" in process.stderr, process.stderr
     assert "Traceback" not in process.stderr
 
