@@ -5,9 +5,12 @@ import shutil
 import pytest
 import torch
 
-from tests.conftest import ROOT, loud_student, run_script
+from tests.conftest import ROOT, TINY_TEACHER, loud_student, run_script
 from train_distillation import Settings, WanLiteStudent
+from wanlite.network import pack_text
 from wanlite.optimizers import make_optimizers
+from wanlite.teacher import ask, load_expert
+from wanlite.teacher_files import open_teacher_files
 
 TEXT = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1))
 LATENTS = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(2))
@@ -37,6 +40,17 @@ def test_a_compiled_student_has_the_names_the_gradients_and_the_files_of_a_plain
     compiled.save_pretrained(tmp_path / "student")
     loaded = WanLiteStudent.from_pretrained(tmp_path / "student")
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_compiled_expert_of_the_teacher_gives_its_own_velocity():
+    expert = load_expert(next(iter(open_teacher_files(TINY_TEACHER).experts.values())))
+    text = pack_text([torch.randn(5, expert.config.text_dim)] * 2)
+    given = (torch.randn(2, expert.config.in_channels, 8, 8), torch.tensor([900.0, 100.0]), text)
+    with torch.no_grad():
+        expected, _ = ask(expert, *given)
+        expert.compile_repeated_blocks(backend="eager")
+        found, _ = ask(expert, *given)
+    assert all(block._compiled_call_impl is not None for block in expert.blocks) and torch.equal(found, expected)
 
 
 def test_compiling_without_a_compiler_is_refused_before_any_work(tmp_path, monkeypatch):

@@ -6,10 +6,11 @@ import warnings
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.conftest import loud_student
 from train_distillation import WanLiteStudent
-from wanlite.network import one_frame_velocity, pack_text, unpack_text
+from wanlite.network import OneFrameBlock, RMSNorm, one_frame_velocity, pack_text, unpack_text
 
 SMALL = dict(hidden_size=32, depth=2, num_heads=2, ffn_dim=64, num_channels=4, text_dim=8, rope_max_seq_len=32)
 
@@ -174,14 +175,40 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert not (tmp_path / "student").exists()
 
 
-def test_beside_bfloat16_from_autocast_norms_of_queries_and_keys_stay_in_it():
-    """Their weights are in float32: torch would warn, leave its fused kernel, and make float32 of all that follows."""
-    student, seen = WanLiteStudent(hidden_size=32, depth=2, num_heads=2, text_dim=48), []
-    for attention in (each for block in student.blocks for each in (block.attn1, block.attn2)):
-        for norm in (attention.norm_q, attention.norm_k):
-            norm.register_forward_hook(lambda module, given, found: seen.append((module.weight.dtype, given[0].dtype, found.dtype)))
-    latents, timestep, text = torch.randn(2, 16, 8, 8), torch.tensor([900.0, 100.0]), torch.randn(2, 5, 48)
+def watch_norms(network):
+    """Return a list that each norm of queries or keys adds (dtype in, dtype out) to."""
+    seen = []
+    for name, norm in network.named_modules():
+        if name.endswith(("norm_q", "norm_k")):
+            norm.register_forward_hook(lambda module, given, found: seen.append((given[0].dtype, found.dtype)))
+    return seen
+
+
+def test_under_autocast_norms_of_queries_and_keys_stay_in_bfloat16():
+    student = WanLiteStudent(hidden_size=32, depth=2, num_heads=2, text_dim=48)
+    seen, latents, text = watch_norms(student), torch.randn(2, 16, 8, 8), torch.randn(2, 5, 48)
     with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        student(latents, timestep, text)
-    assert seen == [(torch.float32, torch.bfloat16, torch.bfloat16)] * 8
+        warnings.simplefilter("error")                       # torch warns of a weight in another dtype, and leaves its fused kernel
+        student(latents, torch.tensor([9.0, 1.0]), text)
+    assert seen == [(torch.bfloat16, torch.bfloat16)] * 8
+
+
+def test_under_autocast_on_cuda_norms_of_queries_and_keys_stay_in_bfloat16():
+    """On tensors without contents, which need no GPU: CUDA's list of float32 operations is longer than the CPU's."""
+    with torch.device("meta"):
+        block = OneFrameBlock(32, 64, 2, "rms_norm_across_heads", True, 1e-6).requires_grad_(False)
+    seen = watch_norms(block)
+    with FakeTensorMode(allow_non_fake_inputs=True):         # its weights are those of meta
+        block.to_empty(device="cuda")
+        states, text = (torch.empty(2, length, 32, device="cuda", dtype=torch.bfloat16) for length in (16, 5))
+        try:
+            torch.set_autocast_enabled("cuda", True)         # torch.autocast turns itself off where no GPU is found
+            torch.set_autocast_dtype("cuda", torch.bfloat16)
+            block(states, text, torch.empty(2, 6, 32, device="cuda"), None)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert seen == [(torch.bfloat16, torch.bfloat16)] * 4
+
+
+def test_a_norm_works_on_devices_without_autocast():
+    assert RMSNorm(8, 1e-6).to("meta")(torch.empty(2, 8, device="meta")).shape == (2, 8)

@@ -7,6 +7,7 @@ Legend: B batch, C channels, H W latent height and width, N image tokens, L text
 """
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -63,10 +64,17 @@ def unpack_text(text, text_length=TEXT_LENGTH):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Norms in its input's dtype: beside bfloat16 from autocast a weight in float32 would make everything after it float32."""
+    """RMSNorm in the dtype of its input, also under autocast.
+
+    From torch 2.12 on, autocast on CUDA computes norms in float32, and so does a float32 weight everywhere: queries, keys and the
+    attention after them would follow.
+    """
 
     def forward(self, states):
-        return functional.rms_norm(states, self.normalized_shape, self.weight.to(states.dtype), self.eps)
+        device = states.device.type
+        is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if is_cast else nullcontext():
+            return functional.rms_norm(states, self.normalized_shape, self.weight.to(states.dtype), self.eps)
 
 
 class OneFrameBlock(WanTransformerBlock):

@@ -57,19 +57,22 @@ class MemoryMeter(TorchDispatchMode):
         self.now -= size
 
 
-class FusedNorms(TorchFunctionMode):
-    """Has RMSNorm done in one kernel that keeps its input alone, as LayerNorm's does everywhere, and RMSNorm's on a GPU."""
+class GpuNorms(TorchFunctionMode):
+    """Computes RMSNorm as a GPU does: in one kernel that keeps its input alone, from torch 2.12 on in float32 under autocast."""
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
         if function is functional.rms_norm:
-            return torch.native_layer_norm(*arguments, keywords["weight"], None, keywords["eps"])[0]
+            tensors = [arguments[0], keywords["weight"]]
+            if torch.is_autocast_enabled("cpu") and torch.__version__ >= "2.12":     # the simulation runs on the CPU
+                tensors = [tensor.float() for tensor in tensors]
+            return torch.native_layer_norm(tensors[0], arguments[1], tensors[1], None, keywords["eps"])[0]
         return function(*arguments, **keywords)
 
 
 def simulated_peak(work, device_type="cpu"):
     """Return the bytes alive at the peak of `work()` on a device, which is run without contents and without memory."""
-    fused = FusedNorms() if device_type == "cuda" else nullcontext()
+    fused = GpuNorms() if device_type == "cuda" else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryMeter() as meter, fused:
         work()
     return meter.peak

@@ -165,6 +165,8 @@ def pinned_bytes(files, dtype, is_fp8):
 class Expert(WanTransformer3DModel):
     """diffusers' network on single frames; it is asked by its forward, which diffusers' hooks for offloading and casting wrap."""
 
+    _repeated_blocks = ["OneFrameBlock"]                     # compile_repeated_blocks() finds blocks by the name of their class
+
     def forward(self, latents, timestep, text, logit_bias=None, feature_blocks=()):
         """See network.one_frame_velocity()."""
         return one_frame_velocity(self, latents, timestep, text, logit_bias, feature_blocks)
