@@ -14,10 +14,11 @@ import re
 import signal
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from wanlite.official import num_bytes
-from wanlite.prompts import read_prompts
+from wanlite.prompts import check_text, read_prompts
 from wanlite.run_folder import check_saved_parts, picture_size, read_run
 from wanlite.settings import make_parser, setting
 from wanlite.student_files import open_student, student_folder
@@ -30,9 +31,9 @@ ENCODER_SHARE = 0.8  # of the device's free memory; a larger text encoder, of a 
 
 @dataclass(frozen=True)
 class Settings:
-    model: str = setting("./outputs/wan_t2i", "folder of a saved student; nothing outside it is read")
+    model: str = setting("./outputs/wan_t2i", "folder of a saved student; nothing outside it is read", is_path=True)
     prompt: list[str] | None = setting(None, "what to draw, repeatable; None = the run's own validation prompts")
-    prompts_file: str | None = setting(None, "text file, one prompt a line, instead of --prompt")
+    prompts_file: str | None = setting(None, "text file, one prompt a line, instead of --prompt", is_path=True)
     negative_prompt: str = setting("", "what guidance steers away from; used where --guidance_scale is above 1")
     num_inference_steps: int | None = setting(None, "steps from noise to picture; None = what the student was saved for")
     guidance_scale: float = setting(1.0, "guidance on top of the guidance that is baked into the student; 1 = none")
@@ -41,7 +42,7 @@ class Settings:
     seed: int = setting(0, "seed of the first picture; each further picture takes the next")
     num_images_per_prompt: int = setting(1, "pictures of each prompt")
     batch_size: int = setting(1, "pictures drawn at once; above 1 is faster, and a picture may differ in its last bit")
-    output_dir: str = setting("./outputs/pictures", "where the PNGs are written")
+    output_dir: str = setting("./outputs/pictures", "where the PNGs are written", is_path=True)
     device: str | None = setting(None, "cpu, cuda, cuda:N or mps; None = CUDA where there is one, else the CPU")
     dtype: str = setting("float32", "dtype of the student", choices=("float32", "float16", "bfloat16"))
     sha256: str | None = setting(None, "digest that the student's one weights file must have; every picture's text says it")
@@ -159,11 +160,13 @@ def choose_prompts(settings, run, folder):
     if settings.prompt is not None and settings.prompts_file is not None:
         raise ValueError("--prompt and --prompts_file were both given; choose one.")
     if settings.prompts_file is not None:
-        return read_prompts(settings.prompts_file)
+        return read_prompts(settings.prompts_file, print)
     prompts = settings.prompt if settings.prompt is not None else run.get("validation_prompts", [])
     if not prompts or not isinstance(prompts, list) or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise ValueError(f"no prompt to draw: {folder}/run.json names no validation prompts, or --prompt is empty. "
                          'Add --prompt "...".')
+    for prompt in prompts:
+        check_text(prompt, f"{folder / 'run.json'}: a validation prompt")
     return prompts
 
 
@@ -187,7 +190,7 @@ from wanlite.autoencoder import decode_latents, load_autoencoder, to_pictures
 from wanlite.devices import free_memory
 from wanlite.flow import check_schedule, sample, seeded_noise
 from wanlite.network import pack_text
-from wanlite.text import encode_prompts, load_text_encoder
+from wanlite.text import encode_prompts, load_text_encoder, tell_cut
 
 
 class Painter:
@@ -301,6 +304,7 @@ def main(settings, prompts):
     painter = Painter(settings.model, device, settings.dtype, settings.sha256)
     if painter.encoder.device.type != painter.device.type:
         print(f"the text encoder does not fit on {device} and reads prompts on the CPU", flush=True)
+    tell_cut(painter.tokenizer, [*prompts, settings.negative_prompt], partial(print, flush=True))
     with open_student(Path(settings.model)) as (_, files):
         weights = settings.sha256 or " ".join(file.sha256() for file in files)
     pictures = []

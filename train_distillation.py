@@ -41,14 +41,18 @@ FREE = ("teacher", "teacher_residency", "output_dir", "cache_dir", "dry_run", "o
 @dataclass(frozen=True)
 class Settings:
     teacher: str | None = setting(None, f"Wan folder, diffusers, official or ComfyUI layout; None = ./{REAL_TEACHERS[0]} "
-                                  "if there is one, else the tiny teacher", aliases=("--teacher_checkpoint_path", "--teacher_path"))
+                                  "if there is one, else the tiny teacher", aliases=("--teacher_checkpoint_path", "--teacher_path"),
+                                  is_path=True)
     prompts: str | None = setting(None, "text file, one prompt a line, or .jsonl, .json, .csv, .tsv, .parquet with a column "
-                                  "prompt, text or caption; None = a grammar's prompts, for the tiny teacher captions of its world")
+                                  "prompt, text or caption; None = a grammar's prompts, for the tiny teacher captions of its world",
+                                  is_path=True)
     images: str | None = setting(None, "captioned images that stage 1 learns from too: a folder with a .txt beside each or "
-                                 "metadata.jsonl or .csv, .parquet files, a folder saved by datasets, or webdataset's .tar files")
+                                 "metadata.jsonl or .csv, .parquet files, a folder saved by datasets, or webdataset's .tar files",
+                                 is_path=True)
     num_images: int | None = setting(None, "of them, the first so many that can be used; None = all", least=1)
-    output_dir: str = setting("./outputs/wan_t2i", "where everything is written")
-    cache_dir: str | None = setting(None, "projected starts and trajectories, which runs may share; None = cache/ in --output_dir")
+    output_dir: str = setting("./outputs/wan_t2i", "where everything is written", is_path=True)
+    cache_dir: str | None = setting(None, "projected starts and trajectories, which runs may share; None = cache/ in --output_dir",
+                                    is_path=True)
     dry_run: bool = setting(False, "say what a run will do and need, and stop; nothing is written")
     overwrite: bool = setting(False, "replace a finished run in --output_dir")
     resume_from_checkpoint: str = setting("latest", "go on where a run was cut short, or start again", choices=("latest", "none"))
@@ -62,7 +66,7 @@ class Settings:
     expert: str = setting("high", "which of two experts is projected; span = for each block the one that keeps more, from "
                           "weights only", choices=("low", "high", "span"))
     project_only: bool = setting(False, "save the projected start in --output_dir and stop; later runs there reuse it")
-    student: str | None = setting(None, "a saved student to go on from, instead of projecting")
+    student: str | None = setting(None, "a saved student to go on from, instead of projecting", is_path=True)
 
     guidance_scale: float = setting(4.0, "guidance of the high-noise expert, or of the only one; baked into the student",
                                     least=1, most=100)
@@ -131,7 +135,7 @@ class Settings:
     validation_prompts: list[str] | None = setting(None, "prompts of the grids; None = eight held-out ones")
     num_inference_steps: int = setting(4, "steps in which the student draws; goes to run.json as its default", least=1, most=1000)
     report_to: str = setting("tensorboard", "tracker, as in accelerate: tensorboard, wandb, ...; 'none' for metrics.jsonl alone")
-    logging_dir: str = setting("logs", "tracker files, inside --output_dir")
+    logging_dir: str = setting("logs", "tracker files, inside --output_dir", is_path=True)
     seed: int = setting(0, "seed of everything random", least=0, below=2**32)
 
 

@@ -1,6 +1,8 @@
 """Both scripts, as a user types them: every wrong word is one line, exit code 2, before torch is imported."""
 
 import json
+import os
+import pwd
 import shutil
 import time
 
@@ -8,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from run_inference import Settings as DrawSettings
 from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, run_script
+from train_distillation import Settings as TrainSettings
 from train_distillation import WanLiteStudent
+from wanlite.settings import make_parser
 
 TRAIN, DRAW = ROOT / "train_distillation.py", ROOT / "run_inference.py"
 
@@ -24,6 +29,42 @@ def refused(script, *arguments, seconds=2.0):
     lines = [line for line in process.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, process.stderr
     return lines[0]
+
+
+PATHS = {TrainSettings: ("teacher", "prompts", "images", "output_dir", "cache_dir", "student", "logging_dir"),
+         DrawSettings: ("model", "prompts_file", "output_dir")}
+
+
+@pytest.mark.parametrize("settings, name", [(settings, name) for settings, names in PATHS.items() for name in names])
+def test_a_tilde_is_expanded_in_every_path_and_an_unknown_user_is_named(settings, name, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    parser = make_parser(settings, "")
+    for typed, path in (("~/a b", "/home/somebody/a b"), ("~", "/home/somebody"), ("~root/x", f"{pwd.getpwnam('root').pw_dir}/x"),
+                        ("./~/x", "./~/x"), ("x~", "x~"), ("", "")):
+        assert getattr(parser.parse_args([f"--{name}={typed}"]), name) == path
+        assert getattr(parser.parse_args([f"--{name}", typed]), name) == path
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args([f"--{name}=~nobody-here/x"])
+    assert ended.value.code == 2 and "~nobody-here/x: there is no user nobody-here. Write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings, flag", [
+    (TrainSettings, "--negative_prompt"), (TrainSettings, "--validation_prompts"), (TrainSettings, "--report_to"),
+    (DrawSettings, "--prompt"), (DrawSettings, "--negative_prompt"), (DrawSettings, "--device")])
+def test_bytes_that_are_not_utf8_are_refused_in_every_flag_but_paths(settings, flag, capsys):
+    parser = make_parser(settings, "", repeatable=("prompt",))
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args([flag, os.fsdecode(b"a \xff cat")])
+    assert ended.value.code == 2 and rf"argument {flag}: 'a \udcff cat' is not UTF-8 text (character 3)" in capsys.readouterr().err
+    assert parser.parse_args(["--output_dir", os.fsdecode(b"\xff")]).output_dir == os.fsdecode(b"\xff")
+
+
+def test_a_path_with_a_tilde_is_the_same_in_all_that_is_printed_and_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    process = run_script(TRAIN, "--output_dir=~/run", "--cache_dir=~/cache", *SHORT_RUN, cwd=tmp_path)
+    assert process.returncode == 0 and "~" not in process.stdout, process.stderr
+    assert process.stdout.splitlines()[-1].endswith(f"--model {tmp_path}/run")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == ["cache", "run"]
 
 
 @pytest.mark.parametrize("arguments, words", [

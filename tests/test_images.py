@@ -19,6 +19,7 @@ from pyarrow import parquet
 from tests.conftest import ROOT, TINY_TEACHER
 from tests.test_command_lines import refused
 from tests.test_data import STEPS, teacher_for
+from tests.test_prompts import texts
 from tests.test_resuming import same, train
 from tests.test_sizes import leave_as_killed
 from train_distillation import Settings
@@ -26,6 +27,7 @@ from wanlite import shapes
 from wanlite.autoencoder import encode_images, load_autoencoder, to_pixels
 from wanlite.data import Trajectories, Walker
 from wanlite.flow import add_noise, make_scheduler
+from wanlite.images import CAPTIONS as CAPTION_KINDS
 from wanlite.images import KINDS, SHOWN, choose_images, decode, list_images, read_picture
 from wanlite.run_folder import read_run
 from wanlite.stages.choices import choose_data
@@ -218,6 +220,108 @@ def test_what_cannot_be_used_is_skipped_counted_and_named_at_once(tmp_path):
         assert words in said[0]
     whole = [name for name, (_, reason) in BROKEN.items() if reason == "not a whole"]
     assert f"not a whole JPEG, PNG or WebP ({len(whole)}: {', '.join(sorted(whole)[:SHOWN])}, ...)" in said[0]
+
+
+def write_files(place, files):
+    """Write {name: bytes} as a folder, or as a .tar file where that is the place's name."""
+    if place.suffix == ".tar":
+        return write_tar(place, files.items())
+    for name, content in files.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("place", ["folder", "some.tar"])
+def test_a_file_with_a_caption_of_a_kind_that_is_not_read_is_counted_and_named(place, tmp_path):
+    others = ["b.bmp", "c.TIFF", "z 1.5/d.gif", "e.heic", "f.svg", "g.mp4", "h.strange", "i"]
+    files = {"a.png": CONTENTS[0], "a.txt": b"a", "a.bmp": b"beside", "a.npz": b"latents", "alone.avif": b"", "README.md": b"",
+             "notes.txt": b"of nothing"} | dict.fromkeys(others, b"content")
+    files |= {f"{name.rpartition('.')[0] or name}{CAPTION_KINDS[number % 3]}": b'"a caption"' for number, name in enumerate(others)}
+    write_files(tmp_path / place, files)
+    said = []
+    assert [image.caption for image in choose_images(tmp_path / place, SIZE, say=said.append)] == ["a"]
+    assert f"; {len(others) + 2} skipped: not a JPEG, PNG or WebP ({len(others) + 2}: " in said[0]
+    named = sorted(image.name.removeprefix("some.tar ") for image in list_images(tmp_path / place))
+    assert {*named} - {"a", "a.png"} == {*others, "a.bmp", "alone.avif"}
+
+
+@pytest.mark.parametrize("place", ["folder", "some.tar"])
+def test_jpegs_are_taken_under_all_of_their_suffixes(place, tmp_path):
+    names = ["a.jpg", "b.JPEG", "c.jpe", "d.jfif", "e.JIF", "f.jfi", "g.pjpeg", "h.pjp"]
+    contents = [encoded(PICTURES[0], "JPEG", quality=90 - number) for number in range(len(names))]
+    write_files(tmp_path / place, dict(zip(names, contents)) | {f"{name[0]}.txt": name.encode() for name in names})
+    assert [image.caption for image in choose_images(tmp_path / place, SIZE)] == names
+
+
+@pytest.mark.parametrize("place", ["folder", "some.tar"])
+def test_captions_under_the_names_of_other_trainers_are_read_or_named(place, tmp_path):
+    captions = {"a.caption": b"one", "b.json": b'{"caption": "two"}', "c.png.txt": b"three", "d.TXT": b"four", "e.v2.txt": b"five",
+                "f.txt": b"six", "f.caption": b"not this", "g.tags": b"x", "h.caption.md": b"x", "i.json": b'{"tags": "x"}'}
+    images = {f"{name}.png": CONTENTS[0] for name in ("a", "b", "c", "d", "e.v2", *"fghij")}
+    write_files(tmp_path / place, images | captions)
+    said = []
+    found = choose_images(tmp_path / place, SIZE, say=said.append)
+    assert [image.caption for image in found] == ["one", "two", "three", "four", "five", "six"]
+    for reason, name in (("no .txt, .caption or .json but a .tags", "g"), ("no .txt, .caption or .json but a .caption.md", "h"),
+                         ("a caption that cannot be read in its .json", "i"), ("no caption", "j")):
+        assert f"{reason} (1: {name}.png)" in said[0] or f"{reason} (1: some.tar {name})" in said[0], said
+
+
+HIDDEN = ("._0.png", ".DS_Store", ".cache/0.png", "__MACOSX/._0.png", "z/.thumbs/z/0.png", ".0.jpg", ".ipynb_checkpoints/0.png")
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "webdataset"])
+def test_names_that_begin_with_a_dot_are_not_files_of_a_place(kind, tmp_path):
+    place = tmp_path / ".hidden" / "place"                   # but a place may lie below one
+    WRITERS[kind](place)
+    for path in [path for path in place.rglob("*") if path.suffix in (".tar", ".parquet")]:
+        (path.parent / f"._{path.name}").write_bytes(b"\0\5\x16\7")
+        (path.parent / ".cache").mkdir(exist_ok=True)
+        shutil.copy(path, path.parent / ".cache")
+    write_files(place, dict.fromkeys(HIDDEN, CONTENTS[5]) | {f"{name[:-4]}.txt": b"a caption" for name in HIDDEN})
+    said = []
+    assert [image.caption for image in choose_images(place, SIZE, say=said.append)] == CAPTIONS
+    assert said == [f"images   6 of {place}"]
+
+
+def test_hidden_members_of_a_tar_are_not_read_and_hidden_rows_are_named(tmp_path):
+    write_tar(tmp_path / "some.tar", [(name, CONTENTS[5]) for name in HIDDEN] + [("./._a.txt", b"a"), ("./a.png", CONTENTS[0]),
+                                                                                 ("./a.txt", b"one"), ("../b.png", CONTENTS[1])])
+    assert [image.name for image in list_images(tmp_path / "some.tar")] == ["some.tar ./a", "some.tar ../b"]
+    write_described(place := tmp_path / ".place", "metadata.jsonl")
+    write_files(place, dict.fromkeys(HIDDEN, CONTENTS[5]))
+    names = [*HIDDEN, "./0.png", str(place / "1.png"), "z/../2.png"]
+    (place / "metadata.jsonl").write_text("".join(json.dumps({"file_name": name, "text": name}) + "\n" for name in names))
+    said = []
+    assert [image.caption for image in choose_images(place, SIZE, say=said.append)] == names[-3:]
+    assert f"a hidden file ({len(HIDDEN)}: ._0.png, .DS_Store, " in said[0]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_metadata_whose_cells_do_not_fit_are_refused_by_row(separator, tmp_path):
+    write_files(tmp_path, {"0.png": CONTENTS[0], "metadata.csv": separator.join(["file_name", "text\n0.png", "a ring\n"]).encode()})
+    assert [image.caption for image in choose_images(tmp_path, SIZE)] == ["a ring"]
+    (tmp_path / "metadata.csv").write_text(f"file_name{separator}text\n0.png{separator}a ring{separator} on white\n")
+    with pytest.raises(ValueError, match="metadata.csv: row 2 has 3 cells, the header 2: quote prompts with "):
+        list_images(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["metadata.jsonl", "parquet", "arrow", "some.tar", "folder"])
+def test_a_caption_that_utf8_cannot_encode_is_skipped_and_named(kind, tmp_path):
+    half = rb'{"file_name": "0.png", "text": "\ud800 cat"}'
+    cells = table(CONTENTS[:1], texts(b"a \xff cat"))
+    if kind == "parquet":
+        parquet.write_table(cells, tmp_path / "a.parquet")
+    elif kind == "arrow":
+        (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "a.arrow"}]}))
+        with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, cells.schema) as stream:
+            stream.write_table(cells)
+    elif kind == "some.tar":
+        write_tar(tmp_path / kind, [("0.png", CONTENTS[0]), ("0.json", half)])
+    else:
+        write_files(tmp_path, {"0.png": CONTENTS[0], "0.json" if kind == "folder" else kind: half})
+    with pytest.raises(ValueError, match=r"can be used: a caption that is not UTF-8 \(1: "):
+        choose_images(tmp_path, SIZE)
 
 
 def test_what_was_seen_once_is_not_decoded_again(tmp_path, monkeypatch):

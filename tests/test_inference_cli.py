@@ -51,6 +51,22 @@ def test_a_damaged_run_json_is_refused(changes, words, copied_run):
     assert words in refused(DRAW, "--model", copied_run)
 
 
+def test_a_validation_prompt_that_utf8_cannot_encode_is_refused(copied_run):
+    path = copied_run / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"validation_prompts": ["a ring", "\ud800 cat"]}))
+    assert r"run.json: a validation prompt holds '\ud800', not a character" in refused(DRAW, "--model", copied_run)
+
+
+def test_a_prompt_over_the_limit_of_tokens_is_drawn_with_one_line_that_names_it(finished_run, tmp_path):
+    prompts = ("", "a red ring " * 300, "a ring")
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts))
+    process = run_script(DRAW, "--model", finished_run[0], "--output_dir", tmp_path / "drawn", "--prompts_file",
+                         tmp_path / "prompts.jsonl", "--negative_prompt", "blur " * 600, "--guidance_scale", "2")
+    said, = (line for line in process.stdout.splitlines() if line.startswith("WARNING"))
+    assert said.startswith("WARNING: prompts over the limit of 512 tokens are cut there: 2, the first 'a red ring a red")
+    assert "1 of 3 rows hold no prompt and are left out: 1\n" in process.stdout and process.returncode == 0
+
+
 @pytest.mark.parametrize("name", ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
                                   "tokenizer/tokenizer.json"])
 def test_a_part_that_is_cut_short_or_gone_is_named(name, copied_run):

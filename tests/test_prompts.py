@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -63,6 +64,74 @@ def test_json_lines_may_be_strings_and_be_called_json(tmp_path):
     assert read_prompts(tmp_path / "prompts.json") == ["one", "two"]
     (tmp_path / "prompts.jsonl").write_text('"one"\n\n"two"\n')
     assert read_prompts(tmp_path / "prompts.jsonl") == ["one", "two"]
+
+
+@pytest.mark.parametrize("name, content, prompts", [
+    ("a.csv", "prompt\na ring, at the left, on white\n", ["a ring, at the left, on white"]),
+    ("a.csv", 'prompt\r\n"one, quoted"\r\na sign, "OPEN", in fog\r\n', ["one, quoted", 'a sign, "OPEN", in fog']),
+    ("a.csv", 'prompt,,\na, b\n"a, b",,\nc,,\n', ["a, b", "a, b", "c"]),
+    ("a.csv", "id,prompt,\n1,a ring,\n", ["a ring"]), ("a.csv", "prompt\ra, b\rc", ["a, b", "c"])])
+def test_a_table_of_one_column_needs_no_quotes_around_commas(name, content, prompts, tmp_path):
+    (tmp_path / name).write_bytes(content.encode())
+    assert read_prompts(tmp_path / name) == prompts
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("a.csv", "id,prompt\n1,one\n2,a ring, on white\n", "row 3 has 3 cells, the header 2: quote prompts with commas"),
+    ("a.csv", 'prompt\n"a ring, at the left", on white\n', "row 2 has 2 cells, the header 1: quote"),
+    ("a.csv", '"prompt"\n"1","a ring"\n', "row 2 has 2 cells, the header 1"),
+    ("a.csv", "prompt,score\n\na ring, at the left,0.9\n", "row 3 has 3 cells, the header 2"),
+    ("a.csv", "id;prompt\n1;a ring; red\n", "row 2 has 3 cells, the header 2: quote prompts with semicolons"),
+    ("a.tsv", "id\tprompt\n1\ta ring\ton white\n", "row 2 has 3 cells, the header 2: quote prompts with tabs"),
+    ("a.tsv", "prompt\na ring\t0.9\n", "row 2 has 2 cells, the header 1"),
+    ("a.csv", "prompt,id,Prompt\none,1,two\n", "has 2 columns called prompt, expected one")])
+def test_a_table_whose_cells_do_not_fit_its_header_is_refused_by_row(name, content, words, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}: {words}"):
+        read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_a_table_is_read_by_the_separator_of_its_header(separator, suffix, tmp_path):
+    rows = [["id", "prompt"], ["1", "a ring; red, on white | black"], ["2", 'a "sign"\tand\na line']]
+    with open(tmp_path / f"a{suffix}", "w", newline="") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    assert read_prompts(tmp_path / f"a{suffix}") == [prompt for _, prompt in rows[1:]]
+
+
+def texts(*cells):
+    """Bytes as a column of text, which pyarrow does not check."""
+    buffers = [np.cumsum([0, *map(len, cells)], dtype=np.int32), b"".join(cells)]
+    return pyarrow.Array.from_buffers(pyarrow.string(), len(cells), [None, *map(pyarrow.py_buffer, buffers)])
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", rb'{"prompt": "one"}' b"\n" rb'{"prompt": "\ud800 cat"}'), ("a.json", rb'["one", "a cat \udfff"]'),
+    ("a.jsonl", b'"one"\n' rb'"\ude00\ud83d"'), ("a.parquet", texts(b"one", b"a \xff cat")),
+    ("a.parquet", texts(b"one", b"\xed\xa0\x80").dictionary_encode())])
+def test_a_prompt_that_utf8_cannot_encode_is_refused_by_file_and_row(name, content, tmp_path):
+    if name == "a.parquet":
+        parquet.write_table(pyarrow.table({"prompt": content}), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}: row 2 holds '\\ud\w+', not a character that UTF-8 can encode"):
+        read_prompts(tmp_path / name)
+
+
+def test_text_that_is_not_utf8_is_refused_by_file_and_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo \xed\xa0\x80")
+    with pytest.raises(ValueError, match=r"a.txt: not UTF-8 text .byte 8, in line 2."):
+        read_prompts(tmp_path / "a.txt")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "\U0001f600 cat"}))            # written as two halves: one character
+    assert read_prompts(tmp_path / "a.jsonl") == ["\U0001f600 cat"]
+
+
+def test_a_table_with_two_columns_of_prompts_is_refused(tmp_path):
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"])
+    parquet.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet: has 2 columns called prompt, expected one"):
+        read_prompts(tmp_path / "a.parquet")
 
 
 def test_a_damaged_page_of_a_table_is_named(tmp_path):

@@ -14,7 +14,8 @@ from transformers import UMT5EncoderModel
 from tests.conftest import TINY_TEACHER, change, refuse_pickle
 from wanlite.data import SHARD_SIZE, encode_once, read_shard, shard_path
 from wanlite.network import TextTokens, pack_text, unpack_text
-from wanlite.text import encode_prompts, lazy_encoder, load_text_encoder
+from wanlite.stages.lessons import Words
+from wanlite.text import encode_prompts, lazy_encoder, load_text_encoder, tell_cut
 
 PROMPTS = ["a small red circle at the left on a white background", "  A  SMALL &amp;amp; red\tring ", "", "qzx unknown words"]
 
@@ -139,3 +140,60 @@ def test_whatever_cannot_be_loaded_is_told_in_a_line_that_names_its_folder(name,
     with pytest.raises(OSError, match=f"{name.partition('/')[0]}: cannot be loaded .*again") as refused:
         load_text_encoder(wan)
     assert "\n" not in str(refused.value)
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("truncation", ["left", "right"])
+def test_embeddings_do_not_depend_on_the_sides_in_a_tokenizers_files(padding, truncation, wan):
+    prompts = [*PROMPTS, " ".join(["red ring"] * 300)]
+    batches = [prompts[:4], *([prompt] for prompt in prompts)]
+    expected = [embedding for batch in batches for embedding in encode_prompts(*load_text_encoder(wan), batch)]
+    change_json(wan / "tokenizer/tokenizer_config.json", padding_side=padding, truncation_side=truncation)
+    side = padding.capitalize()
+    change_json(wan / "tokenizer/tokenizer.json", truncation={"direction": side, "max_length": 7, "strategy": "LongestFirst",
+                                                              "stride": 0},
+                padding={"strategy": {"Fixed": 20}, "direction": side, "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+                         "pad_token": "<pad>"})
+    found = [embedding for batch in batches for embedding in encode_prompts(*load_text_encoder(wan), batch)]
+    assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+
+
+def change_vocabulary(folder, how):
+    path = folder / "tokenizer/tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    how(tokenizer)
+    path.write_text(json.dumps(tokenizer))
+
+
+def test_a_tokenizer_and_a_text_encoder_of_two_models_are_refused_by_name(wan):
+    change_vocabulary(wan, lambda tokenizer: tokenizer["model"]["vocab"].update(purple=35))
+    with pytest.raises(ValueError, match=rf"^{wan}/tokenizer: has tokens up to number 35, and {wan}/text_encoder embeds 35: they "):
+        load_text_encoder(wan)
+
+
+def test_a_prompt_with_an_added_token_that_is_not_embedded_is_refused_before_it_is_encoded(wan):
+    change_vocabulary(wan, lambda tokenizer: tokenizer["added_tokens"].append(
+        {"id": 35, "content": "<extra>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": True}))
+    tokenizer, encoder = load_text_encoder(wan)
+    assert len(encode_prompts(tokenizer, encoder, PROMPTS)) == 4
+    encoder.register_forward_pre_hook(lambda module, inputs: pytest.fail("it was encoded"))
+    with pytest.raises(ValueError, match=rf"^{wan}/tokenizer: gives 'a <extra> ring' token 35, and {wan}/text_encoder embeds 35"):
+        encode_prompts(tokenizer, encoder, ["a ring", "a <extra> ring"])
+
+
+def test_prompts_over_the_limit_are_counted_in_one_line_that_shows_the_first(tmp_path, capsys):
+    tokenizer, said = load_text_encoder(TINY_TEACHER)[0], []
+    long, exact = " ".join(["a small red\x1b circle"] * 200), " ".join(["ring"] * 511)
+    tell_cut(tokenizer, ["a ring", exact], said.append)
+    assert said == []
+    tell_cut(tokenizer, ["a ring", long, exact, f"{exact} ring"], said.append)
+    assert len(said) == 1 and len(said[0]) < 200 and said[0].isprintable()
+    assert said[0].startswith("WARNING: prompts over the limit of 512 tokens are cut there: 2, the first 'a small red")
+    for _ in range(2):                                       # the second time from the cache
+        Words(Accelerator(cpu=True), TINY_TEACHER, tmp_path, ["a ring", f"{exact} ring", exact])
+        assert "cut there: 1, the first 'ring ring" in capsys.readouterr().out

@@ -1,32 +1,42 @@
 """A place of captioned images -> those that can be learnt from, as pictures of a size; no torch, and Pillow only to decode.
 
-    a folder of images    a caption in a .txt beside each, or metadata.jsonl or metadata.csv with file_name and a caption
+    a folder of images    a caption in a .txt, .caption or .json of the same name, or metadata.jsonl or metadata.csv with
+                          file_name and a caption
     a table               .parquet files with a column of images, or a folder that the library `datasets` saved
-    .tar files            as webdataset has them: an image and a .txt or .json of the same name, one after the other
+    .tar files            as webdataset has them: an image and its caption as in a folder
 
-A column of captions is called as one of prompts. What cannot be used is skipped, counted and named; it never ends a run.
+A column of captions is called as one of prompts. Names that begin with a dot are not files of a place. What cannot be used is
+skipped, counted and named; it never ends a run.
 """
 
 import hashlib
 import io
 import json
 import math
+import os
 import tarfile
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from .prompts import find_column, read_rows
+from .prompts import check_text, find_column, read_rows, read_texts
 
-KINDS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}    # the decoders that are asked, and no others
+KINDS = {**dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp"), "JPEG"),
+         ".png": "PNG", ".webp": "WEBP"}                     # the decoders that are asked, and no others
+OTHER_KINDS = {".apng", ".avif", ".avifs", ".bmp", ".cr2", ".dib", ".dng", ".emf", ".eps", ".exr", ".gif", ".hdr", ".heic", ".heif",
+               ".hif", ".icns", ".ico", ".j2k", ".jp2", ".jpx", ".jxl", ".jxr", ".mpo", ".nef", ".pbm", ".pcx", ".pgm", ".pnm",
+               ".ppm", ".psd", ".qoi", ".raw", ".svg", ".tga", ".tif", ".tiff", ".wmf", ".xcf"}      # named, with a caption or not
+CAPTIONS = (".txt", ".caption", ".json")                     # the first that is there is read: a.txt or a.png.txt of a.png
 METADATA = ("metadata.jsonl", "metadata.csv")
-EXPECTED = (f"a folder of images ({', '.join(KINDS)}) with a .txt beside each or {' or '.join(METADATA)}, .parquet files, a folder "
-            "saved by datasets, or webdataset's .tar files")
+EXPECTED = (f"a folder of images (JPEG, PNG, WebP) with a {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]} beside each or "
+            f"{' or '.join(METADATA)}, .parquet files, a folder saved by datasets, or webdataset's .tar files")
 MOST_BYTES = 2**28           # of an image's file; of a caption's, a hundredth of it
 SHOWN = 3                    # names of a kind of what is skipped
 LONGEST = 80                 # characters of such a name
+NO_TEXT = "a caption that is not UTF-8"
 
 
 class Unusable(ValueError):
@@ -67,9 +77,7 @@ def choose_images(place, sizes, most=None, held_out=(), say=None, seen=None, is_
         if len(chosen) == most:
             break
         try:
-            caption = image.caption().strip()
-            if not caption:
-                raise Unusable("no caption")
+            caption = _checked(image.caption())
             if caption in held_out:
                 raise Unusable("its caption is a held-out prompt")
             content = image.content()
@@ -94,6 +102,17 @@ def choose_images(place, sizes, most=None, held_out=(), say=None, seen=None, is_
         say(f"images   {len(chosen):,} of {place}"
             + (f"; {sum(map(len, skipped.values())):,} skipped: {reasons}" if skipped else ""))
     return chosen
+
+
+def _checked(caption):
+    caption = caption.strip()
+    if not caption:
+        raise Unusable("no caption")
+    try:
+        check_text(caption, "")
+    except ValueError:
+        raise Unusable(NO_TEXT) from None
+    return caption
 
 
 def look(content):
@@ -151,7 +170,7 @@ def _sayable(name):
 
 def list_images(place):
     """Return what lies in a place as a list of Listed, of which no image is read yet; raises OSError and ValueError."""
-    place = Path(place).expanduser()
+    place = Path(place)
     if not place.exists():
         raise OSError(f"--images {place}: no such place. Expected {EXPECTED}.")
     try:
@@ -179,32 +198,82 @@ def _list(place):
     elif metadata := [place / name for name in METADATA if (place / name).is_file()]:
         return _described(place, metadata[0])
     else:
-        files = {suffix: sorted(place.rglob(f"*{suffix}")) for suffix in (".parquet", ".tar")}
+        names = [path for path in sorted(place.rglob("*")) if not is_hidden(path.relative_to(place))]
+        files = {suffix: [path for path in names if path.suffix == suffix] for suffix in (".parquet", ".tar")}
     if files.get(".parquet"):
         return [row for path in files[".parquet"] for row in _parquet(path)]
     if files.get(".tar"):
         return [row for path in files[".tar"] for row in _tar(path)]
-    return _folder(place) if place.is_dir() else []
+    return _folder(place, names) if place.is_dir() else []
 
 
-def _folder(place):
-    found = sorted(path for path in place.rglob("*") if path.suffix.lower() in KINDS)
-    return [Listed(str(path.relative_to(place)), partial(_caption_beside, path.with_suffix(".txt")), partial(_file, path))
-            for path in found]
+def is_hidden(name):
+    """Whether a system put a file there and no person: `.DS_Store`, `._a.png` and `__MACOSX/` of macOS, thumbnails, caches."""
+    return any(part == "__MACOSX" or part.startswith(".") and part not in (".", "..") for part in PurePath(name).parts)
 
 
-def _caption_beside(path):
-    return _text(_file(path, MOST_BYTES // 100)) if path.exists() else ""
+def _folder(place, paths):
+    files = {path.relative_to(place).as_posix(): partial(_file, path) for path in paths
+             if path.suffix.lower() in KINDS or not path.is_dir()}
+    return [Listed(name, caption, content) for name, caption, content in _pair(files)]
+
+
+def _pair(files):
+    """Return (name, caption, content) of every image among `files`, {name: reads at most so many bytes of it}, and of every other
+    file that has a caption of its own: a video, or an image of a kind that is not known here."""
+    beside, stems = defaultdict(dict), set()                 # {name without some suffixes: {those suffixes: name}}
+    for name in files:
+        stem, suffix = _split(name)
+        if suffix in KINDS or suffix in OTHER_KINDS:
+            stems.add(stem)
+            continue
+        for dot in (position for position, letter in enumerate(name) if letter == "." and position > name.rfind("/") + 1):
+            beside[name[:dot]][name[dot:].lower()] = name
+    found = []
+    for name, content in files.items():
+        stem, suffix = _split(name)
+        captions = [beside[base][kind] for kind in CAPTIONS for base in (stem, name) if kind in beside.get(base, ())]
+        if suffix in KINDS:
+            caption = partial(_read_caption, files[captions[0]], captions[0]) if captions else partial(
+                _refuse, _why_uncaptioned(beside.get(stem, ())))
+            found.append((name, caption, content))
+        elif suffix in OTHER_KINDS or captions and suffix not in CAPTIONS and stem not in stems:
+            found.append((name, partial(_refuse, "not a JPEG, PNG or WebP"), content))
+    return found
+
+
+def _split(name):
+    """Return a name without its suffix, and the suffix in small letters."""
+    stem, dot, suffix = name.rpartition(".")
+    return (stem, f".{suffix.lower()}") if dot and "/" not in suffix else (name, "")
+
+
+def _why_uncaptioned(suffixes):
+    return f"no {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]} but a {min(suffixes)}" if suffixes else "no caption"
+
+
+def _refuse(reason):
+    raise Unusable(reason)
+
+
+def _read_caption(content, name):
+    text = _text(content(MOST_BYTES // 100))
+    if not name.lower().endswith(".json"):
+        return text
+    try:
+        row = json.loads(text)
+        return _said(row[find_column(name, row)]) if isinstance(row, dict) else _said(row)
+    except (ValueError, RecursionError):
+        raise Unusable("a caption that cannot be read in its .json") from None
 
 
 def _described(place, metadata):
     """A folder of images whose captions are in a table of file_name and caption."""
-    rows = read_rows(metadata)
+    columns, rows = read_rows(metadata)
     if odd := [number for number, row in rows if not isinstance(row, dict) or "file_name" not in row]:
         raise ValueError(f"{metadata}: row {odd[0]} has no file_name. Expected file_name and a caption in every row.")
-    captions = find_column(metadata, list(dict.fromkeys(name for _, row in rows for name in row)))
-    return [Listed(str(row["file_name"]), partial(_said, row.get(captions)), partial(_within, place, row["file_name"]))
-            for _, row in rows]
+    captions, names = find_column(metadata, columns), find_column(metadata, columns, ("file_name",))
+    return [Listed(str(row[names]), partial(_said, row.get(captions)), partial(_within, place, row[names])) for _, row in rows]
 
 
 def _within(place, name):
@@ -215,6 +284,8 @@ def _within(place, name):
         raise Unusable("a name that no file can have") from None
     if not is_inside:
         raise Unusable("outside the folder")
+    if is_hidden(os.path.relpath(path, place)):
+        raise Unusable("a hidden file")
     return _file(path)
 
 
@@ -230,7 +301,7 @@ def _text(content):
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise Unusable("a caption that is not UTF-8") from None
+        raise Unusable(NO_TEXT) from None
 
 
 def _said(value):
@@ -256,7 +327,7 @@ def _parquet(path):
     try:
         file = parquet.ParquetFile(path)
         images, captions = _columns(path, file.schema_arrow)
-        said = file.read(columns=[captions])[captions].to_pylist()
+        said = read_texts(file.read(columns=[captions])[captions])
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}). Write it again.") from None
     places = [(group, row) for group in range(file.num_row_groups) for row in range(file.metadata.row_group(group).num_rows)]
@@ -274,7 +345,7 @@ def _saved_dataset(place):
         table = _stream(path)
         images, captions = _columns(path, table.schema)
         rows += [Listed(f"{path.name} row {row + 1}", partial(_said, caption), partial(_cell, _whole, path, images, 0, row))
-                 for row, caption in enumerate(table[captions].to_pylist())]
+                 for row, caption in enumerate(read_texts(table[captions]))]
     return rows
 
 
@@ -322,27 +393,11 @@ def _stream(path):
 # ---- webdataset --------------------------------------------------------------------------------------------------------------
 
 def _tar(path):
-    groups = {}
     with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            folder, _, name = member.name.rpartition("/")
-            key, _, suffix = name.partition(".")
-            if member.isreg():
-                groups.setdefault(f"{folder}/{key}", {})[f".{suffix.lower()}"] = (member.offset_data, member.size)
-    return [Listed(f"{path.name} {key.lstrip('/')}", partial(_tar_caption, path, members), partial(_part, path, *members[suffix]))
-            for key, members in groups.items() for suffix in [next((name for name in members if name in KINDS), None)] if suffix]
-
-
-def _tar_caption(path, members):
-    if ".txt" in members:
-        return _text(_part(path, *members[".txt"], MOST_BYTES // 100))
-    if ".json" not in members:
-        return ""
-    try:
-        row = json.loads(_text(_part(path, *members[".json"], MOST_BYTES // 100)))
-        return _said(row[find_column(path, row)]) if isinstance(row, dict) else _said(row)
-    except (ValueError, RecursionError):
-        raise Unusable("a caption that cannot be read in its .json") from None
+        files = {member.name: partial(_part, path, member.offset_data, member.size)
+                 for member in tar if member.isreg() and not is_hidden(member.name)}
+    return [Listed(f"{path.name} {_split(name)[0] if _split(name)[1] in KINDS else name}", caption, content)
+            for name, caption, content in _pair(files)]
 
 
 def _part(path, offset, size, most=MOST_BYTES):

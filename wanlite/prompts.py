@@ -8,6 +8,7 @@ from pathlib import Path
 
 COLUMNS = ("prompt", "text", "caption")      # a table's column of prompts is called one of these
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")            # any other name: text, one prompt a line
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}     # that spreadsheets write between cells
 PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd")       # how gzip, zip, xz, bzip2 and zstd begin
 SHOWN = 5                                    # rows without a prompt that are named
 
@@ -25,19 +26,31 @@ def read_prompts(path, say=None):
         raise OSError(f"{path}: no such file. Expected a text file with one prompt a line, or {', '.join(KINDS)}.")
     if not path.is_file():
         raise OSError(f"{path}: not a file. Expected a text file with one prompt a line, or {', '.join(KINDS)}.")
+    is_table = path.suffix.lower() in KINDS
     try:
-        kind = path.suffix.lower()
-        rows = _lines(path) if kind not in KINDS else _parquet(path) if kind == ".parquet" else _table(path)
+        rows = _table(path) if is_table else _lines(path)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}, in line {line}). Save it as UTF-8.") from None
     prompts = {number: prompt.strip() if isinstance(prompt, str) else "" for number, prompt in rows}
+    for number, prompt in prompts.items():
+        check_text(prompt, f"{path}: row {number}")
     found = [prompt for prompt in prompts.values() if prompt]
     if not found:
-        raise ValueError(f"{path}: holds no prompt. Write one prompt a {'row' if path.suffix.lower() in KINDS else 'line'}.")
+        raise ValueError(f"{path}: holds no prompt. Write one prompt a {'row' if is_table else 'line'}.")
     if (empty := [number for number, prompt in prompts.items() if not prompt]) and say:
         named = ", ".join(map(str, empty[:SHOWN])) + (", ..." if len(empty) > SHOWN else "")
         say(f"{path}: {len(empty)} of {len(prompts)} rows hold no prompt and are left out: {named}")
     return found
+
+
+def check_text(text, source):
+    """Raise ValueError for text that UTF-8 cannot encode: JSON's escapes can write half a character, and tables any bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{source} holds {ascii(text[error.start])}, not a character that UTF-8 can encode. Write it again."
+                         ) from None
 
 
 def _read_text(path):
@@ -58,11 +71,17 @@ def _lines(path):
 
 
 def read_rows(path):
-    """Return [(number, row)] of a .jsonl, .json, .csv or .tsv file: a row is a dict, or what JSON says. Raises ValueError."""
-    kind = path.suffix.lower()
-    if kind in (".csv", ".tsv"):
-        return list(enumerate(_read_csv(path)[1], 2))
-    if kind == ".json":
+    """Return the names of the columns and [(number, row)] of a .jsonl, .json, .csv or .tsv file; a row is a dict, or what JSON
+    holds in its place. Raises ValueError."""
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return _read_csv(path)
+    rows = _read_json(path)
+    return list(dict.fromkeys(name for _, row in rows if isinstance(row, dict) for name in row)), rows
+
+
+def _read_json(path):
+    is_list = path.suffix.lower() == ".json"
+    if is_list:
         try:
             rows = json.loads(_read_text(path))
         except RecursionError:
@@ -77,26 +96,61 @@ def read_rows(path):
             rows.append((number, json.loads(line)))
         except (ValueError, RecursionError):
             raise ValueError(f"{path}: line {number} is not JSON. Expected an object or a string a line"
-                             f"{', or one list of them' if kind == '.json' else ''}.") from None
+                             f"{', or one list of them' if is_list else ''}.") from None
     return rows
 
 
 def _read_csv(path):
-    """Return the names of the columns, and the rows as dicts."""
+    """Return the names of the columns, which are row 1, and the rows as dicts; a row of more cells than names is refused."""
+    lines = io.StringIO(_read_text(path), newline="").readlines()
     try:
-        table = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True,       # strict: every quote is closed
-                               delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        return table.fieldnames or (), list(table)
+        separator = _find_separator(path, lines)
+        (_, names, _), *records = [*_records(lines, separator)] or [(1, [], False)]
     except csv.Error as error:
         raise ValueError(f"{path}: cannot be read as {path.suffix[1:].upper()} ({error}). Write it again.") from None
+    rows = []
+    for number, cells, is_quoted in records:
+        if len(names) == 1 and separator == "," and not is_quoted:
+            cells = [",".join(cells)]                        # the commas are the prompt's
+        if len(cells) > len(names):
+            raise ValueError(f"{path}: row {number} has {len(cells)} cells, the header {len(names)}: quote prompts with "
+                             f"{SEPARATORS[separator]}.")
+        rows.append((number, dict(zip(names, cells))))
+    return names, rows
+
+
+def _find_separator(path, lines):
+    """Return the separator that the file's name says, or the one under which its header has a column of prompts."""
+    expected = "\t" if path.suffix.lower() == ".tsv" else ","
+    header = next((line for line in lines if line.strip()), "")
+    for separator in (expected, *SEPARATORS):
+        if _columns_of(COLUMNS, next(csv.reader([header], delimiter=separator), [])):
+            return separator
+    return expected
+
+
+def _records(lines, separator):
+    """Yield (number, cells, whether any is quoted) of each row; empty cells at its end are none, as spreadsheets write them."""
+    reader, start = csv.reader(lines, delimiter=separator, strict=True), 0                       # strict: every quote is closed
+    for number, cells in enumerate(reader, 1):
+        is_quoted = separator.join(cells) != "".join(lines[start:reader.line_num]).rstrip("\r\n")
+        start = reader.line_num
+        while cells and not cells[-1]:
+            cells.pop()
+        if cells:
+            yield number, cells, is_quoted
 
 
 def _table(path):
-    if path.suffix.lower() in (".csv", ".tsv"):
-        column = find_column(path, _read_csv(path)[0])
-        return [(number, row[column]) for number, row in read_rows(path)]
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return _parquet(path)
+    names, rows = read_rows(path)
+    if kind in (".csv", ".tsv"):
+        column = find_column(path, names)
+        return [(number, row.get(column)) for number, row in rows]
     return [(number, row if isinstance(row, str) else row[find_column(path, row)] if isinstance(row, dict) else None)
-            for number, row in read_rows(path)]
+            for number, row in rows]
 
 
 def _parquet(path):
@@ -105,18 +159,41 @@ def _parquet(path):
 
     try:
         column = find_column(path, parquet.read_schema(path).names)
-        return list(enumerate(parquet.read_table(path, columns=[column])[column].to_pylist(), 1))
+        return list(enumerate(read_texts(parquet.read_table(path, columns=[column])[column]), 1))
     except (pyarrow.ArrowException, OSError) as error:       # the latter of a damaged page
         raise ValueError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}). Write it again.") from None
 
 
-def find_column(path, names):
-    """Return the name of the column that holds prompts."""
-    column = next((name for wanted in COLUMNS for name in names if name and name.strip().lower() == wanted), None)
-    if column is None:
-        raise ValueError(f"{path}: has the columns {', '.join(map(str, names)) or 'of nothing'}, expected one called "
-                         f"{', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}.")
-    return column
+def read_texts(column):
+    """Return the cells of an Arrow column; bytes that are not UTF-8 become characters that check_text() refuses."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+
+    def read(cell):
+        try:
+            return cell.as_py()
+        except UnicodeDecodeError:
+            return cell.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
+    return [read(cell) for cell in column]
+
+
+def find_column(path, names, wanted=COLUMNS):
+    """Return the name of the column that holds prompts, or whatever else is `wanted`: the first of these that is there, once."""
+    found = _columns_of(wanted, names)
+    expected = " or ".join(filter(None, [", ".join(wanted[:-1]), wanted[-1]]))
+    if not found:
+        raise ValueError(f"{path}: has the columns {', '.join(map(str, names)) or 'of nothing'}, expected one called {expected}.")
+    if len(found) > 1:
+        raise ValueError(f"{path}: has {len(found)} columns called {found[0].strip()}, expected one. Rename the others.")
+    return found[0]
+
+
+def _columns_of(wanted, names):
+    """Return the names that are the first of `wanted` that any is, whatever their case."""
+    called = ([name for name in names if name and name.strip().lower() == each] for each in wanted)
+    return next(filter(None, called), [])
 
 
 # ---- a grammar -------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import math
 import operator
+import os
 import types
 import typing
 
@@ -13,10 +14,13 @@ BOUNDS = {"least": ("at least", operator.ge), "above": ("above", operator.gt), "
           "below": ("below", operator.lt)}
 
 
-def setting(default, meaning, aliases=(), choices=None, **bounds):
-    """Declare one setting: its default, what it means, None included, and as `bounds`, called as in BOUNDS, what it may be."""
+def setting(default, meaning, aliases=(), choices=None, is_path=False, **bounds):
+    """Declare one setting: its default, what it means, None included, and as `bounds`, called as in BOUNDS, what it may be.
+
+    A `~` at the beginning of a path is expanded; any other text must be text that UTF-8 can encode.
+    """
     return dataclasses.field(default=default, metadata={"meaning": meaning, "aliases": aliases, "choices": choices,
-                                                        "bounds": bounds})
+                                                        "bounds": bounds, "is_path": is_path})
 
 
 def check_bounds(settings):
@@ -41,13 +45,14 @@ def make_parser(settings_class, description, repeatable=()):
         options = {"dest": field.name, "default": field.default, "help": meaning.replace("%", "%%")}
         names = [f"--{field.name}", *field.metadata["aliases"]]
         kind, item = _plain_type(hints[field.name])
+        text = _path if field.metadata["is_path"] else _text
         if kind is bool:
             parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
         elif kind is list:
             several = {"action": "append"} if field.name in repeatable else {"nargs": "+"}
-            parser.add_argument(*names, type=item or str, **options, **several)
+            parser.add_argument(*names, type=item if item in (int, float) else text, **options, **several)
         else:
-            parser.add_argument(*names, type=kind, choices=field.metadata["choices"], **options)
+            parser.add_argument(*names, type=text if kind is str else kind, choices=field.metadata["choices"], **options)
     return parser
 
 
@@ -56,6 +61,25 @@ def _plain_type(hint):
     if isinstance(hint, types.UnionType):
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
     return typing.get_origin(hint) or hint, next(iter(typing.get_args(hint)), None)
+
+
+def _path(typed):
+    """Expand `~` and `~user`: a shell does not where the path follows a `=`."""
+    path = os.path.expanduser(typed)
+    if path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{typed}: there is no user {typed.partition(os.sep)[0][1:] or 'with a home folder'}. "
+                                         f"Write the path without ~, or as ./{typed} where that is its name.")
+    return path
+
+
+def _text(typed):
+    """Refuse bytes that are not UTF-8, which Python turns into characters that cannot be written or encoded again."""
+    try:
+        typed.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{ascii(typed[:80])} is not UTF-8 text (character {error.start + 1}). Type it again in "
+                                         "a terminal that uses UTF-8.") from None
+    return typed
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -36,7 +36,7 @@ def complete(settings):
     Raises OSError and ValueError for the first thing that is wrong, on a dry run for all of them, a line each.
     """
     here = (Path(name) for name in REAL_TEACHERS if Path(name).is_dir())
-    teacher = Path(settings.teacher or next(here, TINY_TEACHER)).expanduser().absolute()
+    teacher = Path(settings.teacher or next(here, TINY_TEACHER)).absolute()
     if not teacher.is_dir():
         raise OSError(f"--teacher {settings.teacher}: no such folder. Expected a Wan checkpoint in the official, diffusers or "
                       "ComfyUI layout; leave the flag out for the tiny teacher.")
@@ -61,7 +61,7 @@ def complete(settings):
                        reference_steps=settings.reference_steps or 2 * settings.teacher_steps,
                        cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"))
     if settings.student is not None:
-        student = Path(settings.student).expanduser().absolute()
+        student = Path(settings.student).absolute()
         check_student(read_run(student), settings, student)
         settings = replace(settings, student=str(student))
     return settings

@@ -19,7 +19,7 @@ from ..official import convert_parts, find_parts, is_converted
 from ..preflight import count_looks
 from ..steps import velocity_in_parts
 from ..teacher_files import sampled_digest
-from ..text import lazy_encoder
+from ..text import lazy_encoder, load_tokenizer, tell_cut
 from ..whole_files import in_turn
 
 FIRST_SEED, SEEDS_A_RUN = 10**12, 10**7      # of training walks, and how far those of two runs are apart
@@ -51,6 +51,9 @@ class Words:
         with accelerator.main_process_first():
             folder = cache_folder(cache_dir, "text", encoder=self.said_by, length=TEXT_LENGTH, prompts=prompts)
         self.embeddings = encode_once(accelerator, lazy_encoder(parts_folder, accelerator.device), prompts, folder)
+        full = [prompt for prompt, embedding in self.embeddings.items() if len(embedding) == TEXT_LENGTH]
+        if full and accelerator.is_main_process:             # the cache holds what was cut as well
+            tell_cut(load_tokenizer(parts_folder), full, print)
 
     def __getitem__(self, prompt):
         return self.embeddings[prompt]
