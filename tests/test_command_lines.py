@@ -50,13 +50,13 @@ def test_a_tilde_is_expanded_in_every_path_and_an_unknown_user_is_named(settings
 
 @pytest.mark.parametrize("settings, flag", [
     (TrainSettings, "--negative_prompt"), (TrainSettings, "--validation_prompts"), (TrainSettings, "--report_to"),
-    (DrawSettings, "--prompt"), (DrawSettings, "--negative_prompt"), (DrawSettings, "--device")])
-def test_bytes_that_are_not_utf8_are_refused_in_every_flag_but_paths(settings, flag, capsys):
+    (TrainSettings, "--output_dir"), (TrainSettings, "--images"), (DrawSettings, "--prompt"), (DrawSettings, "--negative_prompt"),
+    (DrawSettings, "--device"), (DrawSettings, "--output_dir")])
+def test_bytes_that_are_not_utf8_are_refused_in_every_flag(settings, flag, capsys):
     parser = make_parser(settings, "", repeatable=("prompt",))
     with pytest.raises(SystemExit) as ended:
         parser.parse_args([flag, os.fsdecode(b"a \xff cat")])
     assert ended.value.code == 2 and rf"argument {flag}: 'a \udcff cat' is not UTF-8 text (character 3)" in capsys.readouterr().err
-    assert parser.parse_args(["--output_dir", os.fsdecode(b"\xff")]).output_dir == os.fsdecode(b"\xff")
 
 
 def test_a_path_with_a_tilde_is_the_same_in_all_that_is_printed_and_written(tmp_path, monkeypatch):

@@ -84,6 +84,7 @@ def test_a_table_of_one_column_needs_no_quotes_around_commas(name, content, prom
     ("a.csv", "id;prompt\n1;a ring; red\n", "row 2 has 3 cells, the header 2: quote prompts with semicolons"),
     ("a.tsv", "id\tprompt\n1\ta ring\ton white\n", "row 2 has 3 cells, the header 2: quote prompts with tabs"),
     ("a.tsv", "prompt\na ring\t0.9\n", "row 2 has 2 cells, the header 1"),
+    ("a.csv", 'prompt\none\n"OPEN" on a sign, in fog\n', "cannot be read as CSV .line 3: "),
     ("a.csv", "prompt,id,Prompt\none,1,two\n", "has 2 columns called prompt, expected one")])
 def test_a_table_whose_cells_do_not_fit_its_header_is_refused_by_row(name, content, words, tmp_path):
     (tmp_path / name).write_text(content)

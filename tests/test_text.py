@@ -175,7 +175,7 @@ def test_a_tokenizer_and_a_text_encoder_of_two_models_are_refused_by_name(wan):
         load_text_encoder(wan)
 
 
-def test_a_prompt_with_an_added_token_that_is_not_embedded_is_refused_before_it_is_encoded(wan):
+def test_a_prompt_with_a_token_that_is_not_embedded_is_refused_before_it_is_encoded(wan):
     change_vocabulary(wan, lambda tokenizer: tokenizer["added_tokens"].append(
         {"id": 35, "content": "<extra>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
          "special": True}))

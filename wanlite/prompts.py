@@ -103,11 +103,8 @@ def _read_json(path):
 def _read_csv(path):
     """Return the names of the columns, which are row 1, and the rows as dicts; a row of more cells than names is refused."""
     lines = io.StringIO(_read_text(path), newline="").readlines()
-    try:
-        separator = _find_separator(path, lines)
-        (_, names, _), *records = [*_records(lines, separator)] or [(1, [], False)]
-    except csv.Error as error:
-        raise ValueError(f"{path}: cannot be read as {path.suffix[1:].upper()} ({error}). Write it again.") from None
+    separator = _find_separator(path, lines)
+    (_, names, _), *records = [*_records(path, lines, separator)] or [(1, [], False)]
     rows = []
     for number, cells, is_quoted in records:
         if len(names) == 1 and separator == "," and not is_quoted:
@@ -123,22 +120,24 @@ def _find_separator(path, lines):
     """Return the separator that the file's name says, or the one under which its header has a column of prompts."""
     expected = "\t" if path.suffix.lower() == ".tsv" else ","
     header = next((line for line in lines if line.strip()), "")
-    for separator in (expected, *SEPARATORS):
-        if _columns_of(COLUMNS, next(csv.reader([header], delimiter=separator), [])):
-            return separator
-    return expected
+    return next((separator for separator in (expected, *SEPARATORS)
+                 if _columns_of(COLUMNS, [name.strip(' "\r\n') for name in header.split(separator)])), expected)
 
 
-def _records(lines, separator):
+def _records(path, lines, separator):
     """Yield (number, cells, whether any is quoted) of each row; empty cells at its end are none, as spreadsheets write them."""
     reader, start = csv.reader(lines, delimiter=separator, strict=True), 0                       # strict: every quote is closed
-    for number, cells in enumerate(reader, 1):
-        is_quoted = separator.join(cells) != "".join(lines[start:reader.line_num]).rstrip("\r\n")
-        start = reader.line_num
-        while cells and not cells[-1]:
-            cells.pop()
-        if cells:
-            yield number, cells, is_quoted
+    try:
+        for number, cells in enumerate(reader, 1):
+            is_quoted = separator.join(cells) != "".join(lines[start:reader.line_num]).rstrip("\r\n")
+            start = reader.line_num
+            while cells and not cells[-1]:
+                cells.pop()
+            if cells:
+                yield number, cells, is_quoted
+    except csv.Error as error:
+        raise ValueError(f"{path}: cannot be read as {path.suffix[1:].upper()} (line {start + 1}: {error}). Write it again."
+                         ) from None
 
 
 def _table(path):

@@ -17,7 +17,7 @@ BOUNDS = {"least": ("at least", operator.ge), "above": ("above", operator.gt), "
 def setting(default, meaning, aliases=(), choices=None, is_path=False, **bounds):
     """Declare one setting: its default, what it means, None included, and as `bounds`, called as in BOUNDS, what it may be.
 
-    A `~` at the beginning of a path is expanded; any other text must be text that UTF-8 can encode.
+    A `~` at the beginning of a path is expanded.
     """
     return dataclasses.field(default=default, metadata={"meaning": meaning, "aliases": aliases, "choices": choices,
                                                         "bounds": bounds, "is_path": is_path})
@@ -65,7 +65,7 @@ def _plain_type(hint):
 
 def _path(typed):
     """Expand `~` and `~user`: a shell does not where the path follows a `=`."""
-    path = os.path.expanduser(typed)
+    path = os.path.expanduser(_text(typed))
     if path.startswith("~"):
         raise argparse.ArgumentTypeError(f"{typed}: there is no user {typed.partition(os.sep)[0][1:] or 'with a home folder'}. "
                                          f"Write the path without ~, or as ./{typed} where that is its name.")
