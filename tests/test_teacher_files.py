@@ -25,7 +25,7 @@ def test_every_diffusers_name_survives_the_way_to_the_official_dialect_and_back(
     official = [official_name(name) for name in names]
     assert len(set(official)) == len(names) == 27 * 4 + 15
     assert [diffusers_name(name) for name in official] == names == [diffusers_name(name) for name in names]
-    assert diffusers_name("model.diffusion_model.blocks.3.norm3.weight") == "blocks.3.norm2.weight"
+    assert diffusers_name("blocks.3.norm3.weight") == "blocks.3.norm2.weight"
     assert diffusers_name("head.modulation") == "scale_shift_table"
 
 

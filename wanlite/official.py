@@ -20,12 +20,17 @@ from safetensors import SafetensorError, safe_open
 
 from .whole_files import (
     broken_download,
+    broken_safetensors,
     first_bytes,
     new_folder,
     open_regular,
     read_downloaded_json,
+    unwrapped,
+    visible,
+    weights_by_depth,
     what_came_instead,
     why_broken,
+    why_not_read,
 )
 
 AUTOENCODERS = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
@@ -41,7 +46,7 @@ FP8_MARKS = ("scaled_fp8", "scale_input", "input_scale", "comfy_quant")         
 EXPECTED = {"tokenizer": f"tokenizer/, {TOKENIZER}/ or {SPIECE} in ComfyUI's text encoder",
             "text_encoder": f"text_encoder/, {TEXT_ENCODER} or ComfyUI's umt5_xxl_*.safetensors",
             "vae": f"vae/, {' or '.join(AUTOENCODERS)}, or ComfyUI's wan*vae.safetensors"}
-PREFIX = re.compile(r"^model\.(diffusion_model\.)?")     # of the tensors of some experts and autoencoders
+FOUND_BY = {"text_encoder": re.compile("(?i)t5|text"), "vae": re.compile("(?i)vae")}    # files in formats that are not read
 PATCH = 2                                                # latents across a token, in every Wan
 
 # Official name -> diffusers' name, one after the other.
@@ -82,7 +87,7 @@ def find_parts(folder):
     Raises OSError that names all that is missing and ValueError where several files could be meant.
     """
     folder, found, others = Path(folder), {}, {}
-    for part, places in {"tokenizer": [folder / TOKENIZER], "text_encoder": sorted(folder.glob(TEXT_ENCODER)),
+    for part, places in {"tokenizer": [folder / TOKENIZER], "text_encoder": visible(folder.glob(TEXT_ENCODER)),
                          "vae": [folder / name for name in AUTOENCODERS]}.items():
         is_own = (folder / part / ("config.json" if part == "vae" else "")).exists()     # ComfyUI's vae/ is full of other files
         place = folder / part if is_own else next((place for place in places if place.exists()), None)
@@ -114,7 +119,7 @@ def convert_parts(found, folder, say=print):
             continue
         with new_folder(place) as partial:
             if found[part].is_dir():
-                shutil.copytree(found[part], partial, dirs_exist_ok=True)
+                shutil.copytree(found[part], partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
                 continue
             say(f"converting {found[part]} into {part}/")
             convert[part](found[part]).save_pretrained(partial)
@@ -147,7 +152,7 @@ def check_parts(found, teacher):
 
 def _check_tokenizer(folder):
     """Refuse a tokenizer that has no words, or whose JSON cannot be read."""
-    words = [path for path in (folder / "tokenizer.json", *sorted(folder.glob("*.model"))) if path.exists()]
+    words = [path for path in (folder / "tokenizer.json", *visible(folder.glob("*.model"))) if path.exists()]
     if not words:
         raise OSError(f"{folder}: lacks tokenizer.json, and spiece.model as well. Download the folder again.")
     for path in (path for path in (words[0], folder / "tokenizer_config.json") if path.exists()):
@@ -191,7 +196,7 @@ def _files_of(part, folder):
     index = folder / f"{single.name}.index.json"
     if single.exists() or not index.exists():
         if not single.exists():
-            others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".msgpack", ".h5"))
+            others = [path.name for path in visible(folder.iterdir()) if path.suffix == ".safetensors" or why_not_read(path)]
             raise OSError(f"{folder}: lacks {single.name}; found {', '.join(others) or 'no weights'}. Download it; one in another "
                           "precision, as *.fp16.safetensors, will do under this name.")
         return [single]
@@ -225,7 +230,7 @@ def autoencoder_config(place):
         return read_downloaded_json(place / "config.json")
     if place.suffix == ".pth":
         return _autoencoder_config({name: tuple(tensor.shape) for name, tensor in read_pickle(place).items()}, place)
-    return _autoencoder_config({name: shape for name, (_, shape) in _header(place).items()}, place)
+    return _autoencoder_config(_shapes(place), place)
 
 
 def pixels_per_token(folder):
@@ -278,22 +283,38 @@ def _single_parts(folder, lacking):
         found["tokenizer"], = fitting["text_encoder"]
     for part, kind, what in (("text_encoder", "t5", "a T5"), ("vae", "vae", "another Wan's")):
         others[part] = "".join(f"; {path.name} is {what}" for path in files[kind] if path not in found.values())
+        others[part] += _not_read(folder, part)
     return found, others
 
 
+def _not_read(folder, part):
+    """Return in words which files of a part lie in a folder where or as they are not read."""
+    paths = [path for place in SINGLE_FILES if (folder / place).is_dir() for path in visible((folder / place).iterdir())
+             if FOUND_BY[part].search(path.name) and path.is_file()]
+    misplaced = [path for path in paths if path.parent != folder and (path.name in AUTOENCODERS or path.match(TEXT_ENCODER))]
+    said = [f"; {path.name} lies in {path.parent.name}/, expected in {folder}" for path in misplaced]
+    said += [f"; found {path.name}: {reason[0]}" for path in paths if path not in misplaced and (reason := why_not_read(path))]
+    return "".join(said[:3])
+
+
 def _single_files(folder):
-    """Return {what it is: {file: its width or latent channels}} of ComfyUI's files, whatever their names and where they lie."""
+    """Return {what it is: {file: its width or latent channels}} of ComfyUI's files, whatever their names and where they lie.
+
+    Of a kind, those that lie deepest are taken only where there are no others.
+    """
     found = {"expert": {}, "text_encoder": {}, "t5": {}, "vae": {}}
-    for path in sorted(path for place in SINGLE_FILES for path in (folder / place).glob("*.safetensors")):
-        kind, width = _recognise(path)
-        if kind is not None:
-            found[kind][path] = width
+    for paths in weights_by_depth(folder, SINGLE_FILES):
+        recognised = [(path, *_recognise(path)) for path in paths]
+        for kind in [kind for kind, files in found.items() if not files]:
+            found[kind] |= {path: width for path, its_kind, width in recognised if its_kind == kind}
+        if found["expert"] and found["text_encoder"] and found["vae"]:
+            break
     return found
 
 
 def _recognise(path):
     """Return what a safetensors file is by its tensors, and its width or latent channels; (None, None) for anything else."""
-    shapes = {name: shape for name, (_, shape) in _header(path).items()}
+    shapes = _shapes(path)
     texts = _rename(shapes, _TEXT_ENCODER_NAMES)
     if "encoder.block.0.layer.1.DenseReluDense.wi_1.weight" in texts and "shared.weight" in texts:
         each_has_positions = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in texts     # UMT5, unlike T5
@@ -304,15 +325,21 @@ def _recognise(path):
     return ("expert", entry[1]) if len(entry) == 5 and rows == math.prod(entry[1:]) else (None, None)
 
 
+def _shapes(path):
+    """Return {name: shape} of a safetensors file, without a wrapper's words in the names."""
+    header = _header(path)
+    return {name: header[stored][1] for stored, name in unwrapped(header, path).items()}
+
+
 def _header(path):
-    """Return {tensor: (dtype, shape)} of a safetensors file, without prefixes; raises OSError for half a one."""
+    """Return {tensor: (dtype, shape)} of a safetensors file; raises OSError for half a one."""
     open_regular(path).close()                               # safetensors waits for a pipe, and calls what it may not read missing
     try:
         with safe_open(path, "np") as file:
             stored = {name: file.get_slice(name) for name in file.keys()}
-            return {PREFIX.sub("", name): (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in stored.items()}
+            return {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in stored.items()}
     except SafetensorError as error:
-        raise broken_download(path, f"not a whole safetensors file ({error})") from None
+        raise broken_safetensors(path, error) from None
 
 
 def _read_weights(path, half):
@@ -325,7 +352,8 @@ def _read_weights(path, half):
         names = [name for name, (*_, kind) in kinds.items() if kind not in (*FP8_SCALES, *FP8_MARKS, SPIECE)]
         if lost := sorted(scales.keys() - set(names)):
             raise ValueError(f"{path}: there is a scale of {lost[0]} but no such weight. Download it again.")
-        return {PREFIX.sub("", name): _in_half(file.get_tensor(name), scales.get(name), half, f"{path}: {name}") for name in names}
+        bare = unwrapped(names, path)
+        return {bare[name]: _in_half(file.get_tensor(name), scales.get(name), half, f"{path}: {name}") for name in names}
 
 
 def _in_half(tensor, scale, half, what):
@@ -352,7 +380,7 @@ def read_pickle(path):
         raise broken_download(path, f"cannot be read as tensors ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{path}: holds something other than tensors by name. Download it again.")
-    return content
+    return {name: content[stored] for stored, name in unwrapped(content, path).items()}
 
 
 # ---- the autoencoder -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
-from .untrusted_files import WeightsFile, parse_json, read_json, shown
+from .untrusted_files import WeightsFile, parse_json, read_json, shown, without_wrappers
 
 CONFIG_NAME = "config.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -269,8 +269,11 @@ def check_weights(files, arguments):
     names = (*shapes, *(f"blocks.{block}.{name}" for block in range(min(depth, len(found) + 1)) for name in block_shapes))
     missing = list(islice((name for name in names if name not in found), 7))
     if missing or unknown:
+        inside, count = without_wrappers(found) or {""}, len(shapes) + depth * len(block_shapes)
+        reason = ("A wrapper's words in the keys are the only fault: save the model inside the wrapper"
+                  if len(inside) == count and all(map(expected, inside)) else "The weights belong to another model or were renamed")
         raise ValueError(f"{source}: keys differ from what {CONFIG_NAME} implies. Missing: {_some(missing)}; unknown: "
-                         f"{_some(unknown)}. The weights belong to another model or were renamed.")
+                         f"{_some(unknown)}. {reason}.")
     for name, shape in found.items():
         if shape != expected(name):
             raise ValueError(f"{source}: {name} is {shape}, but {CONFIG_NAME} implies {expected(name)}. "

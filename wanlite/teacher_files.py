@@ -16,7 +16,16 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
-from .whole_files import broken_download, not_finite, open_regular, read_downloaded_json
+from .whole_files import (
+    broken_safetensors,
+    name_not_read,
+    not_finite,
+    open_regular,
+    read_downloaded_json,
+    unwrapped,
+    visible,
+    weights_by_depth,
+)
 
 BOUNDARY = 0.875  # Wan2.2 A14B: noise levels from here on belong to the high-noise expert
 
@@ -45,9 +54,11 @@ _IS_DIFFUSERS = re.compile(
     r"^(patch_embedding|proj_out|condition_embedder\.(text|time)_embedder\.linear_[12]|condition_embedder\.time_proj"
     r"|blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|norm2|ffn\.net\.0\.proj|ffn\.net\.2))\.(weight|bias)$"
     r"|^blocks\.\d+\.attn[12]\.norm_[qk]\.weight$|^(blocks\.\d+\.)?scale_shift_table$")
-_PREFIX = "model.diffusion_model."  # ComfyUI's single files
-_SINGLE_FILES = ("", "diffusion_models", "unet")   # where they lie: all in one folder, or in ComfyUI's models/
-_ONE_OF_TWO = re.compile(r"(?i)(?<![a-z])(high|low)(?=[-_ ]?noise|[^a-z])")      # in the name of an expert's single file
+_SINGLE_FILES = ("", "diffusion_models", "unet")   # where they lie: all in one folder, or in ComfyUI's models/, and deeper there
+_ONE_OF_TWO = {name: re.compile(                   # in the name of an expert's single file, or of its folder
+    rf"(?:(?<![A-Za-z])|(?<=2[Vv]))(?i:{name}(?=[-_. ]?noise|[^a-z]|$)|{name[0]}n(?=[^a-z]|$))"          # _high_ HIGH-noise t2v_hn
+    rf"|(?<![A-Z]){word}(?![a-z])|{word}[-_. ]?(?i:noise)|(?<=[A-Z]){name}[-_. ]?(?i:noise)")            # wan22High T2VHighNoise
+    for name, word in (("high", "High"), ("low", "Low"))}
 _ONE_OF_MANY = re.compile(r"^diffusion_pytorch_model|-\d{5}-of-\d{5}")          # in the name of what is no single file
 _OFFICIAL_SIZES = ("dim", "num_heads", "in_dim", "out_dim", "freq_dim", "ffn_dim", "num_layers")       # in a config.json
 _DIFFUSERS_SIZES = ("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim", "ffn_dim",
@@ -57,7 +68,9 @@ _MOST_SIZE = 2**20                  # of a config: far above any Wan's, and a ne
 _MOST = {"num_layers": 512, "attention_head_dim": 1024, "rope_max_seq_len": 16384}
 HEAD_SIZE = 128                     # of every Wan that was published; no tensor's shape tells it
 _OTHER_WANS = [(re.compile(pattern), name) for pattern, name in (
-    (r"img_emb|[kv]_img|image_embedder|add_[kv]_proj", "an image-to-video Wan"), (r"vace", "VACE"), (r"lora|\.diff", "a LoRA"),
+    (r"img_emb|[kv]_img|image_embedder|add_[kv]_proj", "an image-to-video Wan"), (r"vace", "VACE"),
+    (r"qweight|wscales|qzeros|quant_state|quant_map|\.absmax|smooth_factor|\.SCB|\._data|\.scales$",
+     "a Wan in 4 or 8 bits: fp16, bf16 and scaled fp8 are read"), (r"lora|lokr|hada_|\.diff(_b)?$", "a LoRA"),
     (r"audio|frame_packer|trainable_cond|cond_encoder", "a speech-to-video Wan"), (r"face_|motion_|pose_patch", "Wan Animate"),
     (r"control_adapter|ref_conv", "a Fun Control Wan"))]
 _UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload")  # what a download is called, or leaves beside it, until it ends
@@ -66,16 +79,15 @@ _FP8_SCALES = ("scale_weight", "weight_scale")                              # Co
 _FP8_MARKS = ("scaled_fp8", "scale_input", "input_scale", "comfy_quant")    # for fp8 arithmetic: no part of a weight's value
 
 
-def diffusers_name(key):
+def diffusers_name(name):
     """Return diffusers' name for a tensor of either dialect; raises ValueError for a name that no text-to-video Wan has."""
-    name = key.removeprefix(_PREFIX)
     for pattern, template in _TO_DIFFUSERS:
         if pattern.match(name):
             return pattern.sub(template, name)
     if _IS_DIFFUSERS.match(name):
         return name
     other = next((other for pattern, other in _OTHER_WANS if pattern.search(name)), "nothing known")
-    raise ValueError(f"tensor {key!r} is no tensor of a text-to-video Wan transformer, in the official or in diffusers' names "
+    raise ValueError(f"tensor {name!r} is no tensor of a text-to-video Wan transformer, in the official or in diffusers' names "
                      f"(it belongs to {other}). Choose a text-to-video Wan.")
 
 
@@ -202,50 +214,63 @@ def open_teacher_files(folder):
     if (folder / "config.json").is_file():
         return TeacherFiles(folder, "official", {"only": _open_expert("only", folder)}, None)
     raise OSError(f"{folder}: no Wan transformer. Expected transformer/, high_noise_model/ or diffusion_models/; found "
-                  f"{', '.join(sorted(entry.name for entry in folder.iterdir())[:8]) or 'nothing'}.")
+                  f"{', '.join(path.name for path in visible(folder.iterdir())[:8]) or 'nothing'}.")
 
 
 def _single_files(folder):
     """Return {expert: file} of ComfyUI's single files in a folder, or nothing where there are none.
 
-    A file is known by its tensors, and by its name which of two experts it is. Raises OSError for one without the other and
-    ValueError where the files leave open which are meant, or are of other Wans.
+    A file is known by its tensors, and by its name which of two experts it is; those that lie deepest are looked at last.
+    Raises OSError for one without the other and ValueError where the files leave open which are meant, or are of other Wans.
     """
-    experts, others = {}, []
-    for path in sorted(path for place in _SINGLE_FILES for path in (folder / place).glob("*.safetensors")):
-        if _ONE_OF_MANY.search(path.name):
-            continue
-        if (kind := _kind_of(path)) != "a text-to-video Wan":
-            others += [f"{path.name} is {kind}"] if kind else []
-            continue
-        name = match[1].lower() if (match := _ONE_OF_TWO.search(path.name)) else "only"
-        if name in experts or (experts and "only" in (name, *experts)):
-            raise ValueError(f"{folder}: both {next(iter(experts.values())).name} and {path.name} are text-to-video Wans, expected "
-                             "one, or the high_noise and the low_noise one of a pair, in one precision. Put the files of one "
-                             "teacher into a folder of their own (links will do) and name that.")
-        experts[name] = path
-    if not experts and others:
-        raise ValueError(f"{folder}: no text-to-video Wan: {', '.join(others)}. Choose a text-to-video Wan.")
+    others = []
+    for paths in weights_by_depth(folder, _SINGLE_FILES):
+        experts = {}
+        for path in (path for path in paths if not _ONE_OF_MANY.search(path.name)):
+            if (kind := _kind_of(path)) == "a text-to-video Wan":
+                _add_expert(experts, path, folder)
+            elif kind:
+                others.append(f"{path.name} is {kind}")
+        if experts:
+            return _pair_of(experts, folder)
+    if others:
+        raise ValueError(f"{folder}: no text-to-video Wan: {', '.join(others[:4])}. Choose a text-to-video Wan.")
+    return {}
+
+
+def _add_expert(experts, path, folder):
+    names = (name for part in reversed(path.relative_to(folder).parts) for name, pattern in _ONE_OF_TWO.items()
+             if pattern.search(part))
+    name = next(names, "only")
+    if name in experts or (experts and "only" in (name, *experts)):
+        raise ValueError(f"{folder}: both {next(iter(experts.values())).name} and {path.name} are text-to-video Wans, expected "
+                         "one, or the high_noise and the low_noise one of a pair, in one precision. Put the files of one teacher "
+                         "into a folder of their own (links will do) and name that. Two experts are told apart by high and low, "
+                         "high_noise and low_noise, or hn and ln in their names.")
+    experts[name] = path
+
+
+def _pair_of(experts, folder):
     if len(experts) == 1 and "only" not in experts:
         (name, path), = experts.items()
         raise OSError(f"{folder}: {path.name} is one of two experts, and there is no {'low' if name == 'high' else 'high'}_noise "
-                      f"file in {path.parent}. Download it into that folder.")
+                      f"file in {path.parent}. Download it into that folder. {name_not_read(path.parent.iterdir())}".rstrip())
     return dict(sorted(experts.items()))
 
 
 def _kind_of(path):
-    """Say of a safetensors file what Wan it is, or nothing where it is none; raises OSError for half a file."""
+    """Return in words which Wan a safetensors file holds, None where it holds none; raises OSError for half a file."""
     open_regular(path).close()
     try:
         with safe_open(path, "np") as file:
-            keys = {key.removeprefix(_PREFIX): key for key in file.keys()}
+            keys = {name: key for key, name in unwrapped(file.keys(), path).items()}
             if {"patch_embedding.weight", "head.head.weight"} <= keys.keys():
                 (_, channels, *patch), (rows, _) = (file.get_slice(keys[f"{name}.weight"]).get_shape()
                                                     for name in ("patch_embedding", "head.head"))
                 return ("a text-to-video Wan" if rows == channels * math.prod(patch) else "an image-to-video or control Wan "
                         f"(it takes {channels} channels and gives {rows // math.prod(patch)})")
     except SafetensorError as error:
-        raise broken_download(path, f"not a whole safetensors file ({error})") from None
+        raise broken_safetensors(path, error) from None
     return next((other for pattern, other in _OTHER_WANS if any(pattern.search(key) for key in keys)), None)
 
 
@@ -267,12 +292,11 @@ def _check_same_size(folder, high, low):
 def _open_expert(name, folder):
     """Read an expert's headers; `folder` may be its single file."""
     places, scales, promised = {}, {}, _promised_by_index(folder)
-    for path in _weight_files(folder, promised):
-        open_regular(path).close()                           # safetensors waits for a pipe, and calls what it may not read missing
+    paths = _weight_files(folder, promised)
+    names = _bare_names(folder, paths)
+    for path in paths:
         try:
-            _read_header(path, places, scales)
-        except SafetensorError as error:
-            raise broken_download(path, f"not a whole safetensors file ({error})") from None
+            _read_header(path, names, places, scales)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     held = {stored_name for _, stored_name, _ in places.values()}
@@ -291,17 +315,30 @@ def _is_weight(key):
     return key.rpartition(".")[2] not in _FP8_SCALES + _FP8_MARKS
 
 
-def _read_header(path, places, scales):
+def _bare_names(folder, paths):
+    """Return {stored name: name without a wrapper's words} of an expert's files."""
+    stored = []
+    for path in paths:
+        open_regular(path).close()                           # safetensors waits for a pipe, and calls what it may not read missing
+        try:
+            with safe_open(path, "np") as file:
+                stored += file.keys()
+        except SafetensorError as error:
+            raise broken_safetensors(path, error) from None
+    return unwrapped(stored, folder)
+
+
+def _read_header(path, names, places, scales):
     """Add where a file's tensors lie to `places`, and its scales, which are small, to `scales`."""
     with safe_open(path, "np") as file:
         for key in file.keys():
-            layer, _, kind = key.rpartition(".")
+            layer, _, kind = names[key].rpartition(".")
             if kind in _FP8_SCALES:
                 with _mapped(path) as tensors:
                     scales[diffusers_name(f"{layer}.weight")] = tensors.get_tensor(key)
             if not _is_weight(key):
                 continue
-            name, stored = diffusers_name(key), file.get_slice(key)
+            name, stored = diffusers_name(names[key]), file.get_slice(key)
             if name in places:
                 raise ValueError(f"{key} stands in {places[name][0].name} and in {path.name}. Keep the files of one download, in "
                                  "one precision.")
@@ -349,7 +386,7 @@ def _implied_shapes(config):
 
 def _promised_by_index(folder):
     """Return an index's {tensor: shard}, or nothing where there is no index."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    indexes = visible(folder.glob("*.safetensors.index.json"))
     if not indexes:
         return {}
     weight_map = _read_json(indexes[0]).get("weight_map")
@@ -368,12 +405,13 @@ def _weight_files(folder, promised):
             raise OSError(f"{folder}{unfinished[0]}: a download that did not finish. Let it end, or delete this file if the other "
                           "is whole.")
         return [folder]
-    if unfinished := sorted(path.name for path in folder.glob("*") if path.suffix in _UNFINISHED):
+    if unfinished := [path.name for path in visible(folder.glob("*")) if path.suffix in _UNFINISHED]:
         raise OSError(f"{folder}: {unfinished[0]} is a download that did not finish. Download the expert again, or delete this "
                       "file if every other is whole.")
-    names = {path.name for path in folder.glob("*.safetensors")}
-    if not names:
-        raise OSError(f"{folder}: holds no .safetensors file. Download the expert again.")
+    names = {path.name for path in visible(folder.glob("*.safetensors"))}
+    if not names and not promised:
+        found = name_not_read(folder.iterdir())
+        raise OSError(f"{folder}: holds no .safetensors file; {found or 'expected an expert in it. Download the expert again.'}")
     wanted = set(promised.values()) or names | {sibling for name in names for sibling in _siblings(name)}
     if missing := sorted(wanted - names):
         raise OSError(f"{folder}: shard {missing[0]} is missing, its index or its siblings promise it ({len(missing)} of "

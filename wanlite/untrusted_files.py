@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from .whole_files import open_regular, what_came_instead
+from .whole_files import came_instead_of_safetensors, open_regular, unwrapped, wrong_length
 
 MOST_JSON = 4 * 2**20        # bytes: the header of a student of eight hundred blocks
 MOST_PARTS = 2**16           # lists and objects in it: two bytes each in the file, a hundred in memory
@@ -137,8 +137,8 @@ class WeightsFile:
             if entry.start != end:
                 raise self._broken(f"{shown(name)} begins at byte {entry.start:,}, expected {end:,}: tensors overlap or leave gaps")
             end = entry.stop
-        if end != self.size:
-            raise self._broken(f"its tensors end at byte {end:,}, the file at {self.size:,}")
+        if fault := wrong_length(end, self.size):
+            raise self._broken(fault)
         return entries, metadata
 
     def _entry(self, name, found, data_start):
@@ -157,10 +157,8 @@ class WeightsFile:
 
     def _what_it_is(self, beginning):
         """Say what a file is that does not begin as safetensors do."""
-        if instead := what_came_instead(beginning):
+        if instead := came_instead_of_safetensors(beginning):
             return instead
-        if beginning.startswith((b"PK\x03\x04", b"\x80")):
-            return "it is a pickle, whatever its name says, and pickles are never opened"
         if self.size < 10:
             return f"{self.size} bytes hold no header"
         length = int.from_bytes(beginning[:8], "little")
@@ -168,6 +166,15 @@ class WeightsFile:
 
     def _broken(self, reason):
         return OSError(f"{self.path}: not a whole safetensors file ({reason}). Copy it again or save the student again.")
+
+
+def without_wrappers(names):
+    """Return the names that a wrapped network's tensors have inside the wrapper, None where no one wrapper explains them."""
+    try:
+        inside = set(unwrapped(names, "weights").values())
+    except ValueError:
+        return None
+    return inside if inside != set(names) else None
 
 
 def _are_sizes(numbers):

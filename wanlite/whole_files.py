@@ -1,8 +1,8 @@
 """Files and folders that are there whole or not at all, whatever kills the writer.
 
 Written beside their place under a hidden name, flushed to the disk, then renamed. A folder ends with a manifest of its files.
-What would be no whole save is found before it is written: values that are not finite, too little space. What a download left in
-place of a file is told from its first bytes.
+What would be no whole save is found before it is written: values that are not finite, too little space. Of files that were
+downloaded: which are a model's, which formats are not read, how long they have to be, and what a wrapper did to their names.
 """
 
 import errno
@@ -10,9 +10,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import stat
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
@@ -23,6 +25,30 @@ except ImportError:          # Windows: one writer at a time is up to the user
 
 MANIFEST = "manifest.json"
 SPARE = 2**20                # bytes that a file system needs beside the files themselves
+DEEPEST = 3                  # folders below the one where a model's files are expected
+MOST_ENTRIES = 2000          # of a folder that is searched
+MOST_HEADER = 10**8          # bytes: the limit of the safetensors format
+_TAKE = "Take safetensors in fp32, fp16, bf16 or scaled fp8."
+_FORMATS = [(re.compile(pattern, re.I), fault, todo) for pattern, fault, todo in (      # by the end of a file's name
+    (r"\.gguf$", "GGUF is not read", _TAKE), (r"openvino.*\.(xml|bin)$", "OpenVINO is not read", _TAKE),
+    (r"\.(ckpt|pt|pt2|pth|bin|bin\.index\.json|pkl|pickle|distcp)$", "pickles are never opened", _TAKE),
+    (r"\.onnx([._]data)?$", "ONNX is not read", _TAKE), (r"\.(engine|plan|trt)$", "TensorRT is not read", _TAKE),
+    (r"\.(mlmodel|mlmodelc|mlpackage)$", "CoreML is not read", _TAKE), (r"\.npz$", "NumPy's and MLX's files are not read", _TAKE),
+    (r"\.msgpack$", "Flax is not read", _TAKE), (r"\.(h5|hdf5|tflite|pb)$", "HDF5 and TensorFlow are not read", _TAKE),
+    (r"\.(zip|tar|7z|rar|tgz|gz|xz|zst|bz2)$", "archives are not unpacked", "Unpack it there."),
+    (r"\.(sft|safetensor)$", "only *.safetensors is read", "Rename it."))]
+_IN_KEYS = rb'"[^"\\]*(?:%b)[^"\\]*":\s*\{'
+_KINDS = [(re.compile(_IN_KEYS % pattern), fault, todo) for pattern, fault, todo in (   # by the keys of a safetensors header
+    (rb"qweight|wscales|qzeros|quant_state|quant_map|\.absmax|smooth_factor|\.SCB|\._data|\.scales",
+     "weights in 4 or 8 bits (nunchaku, GPTQ, bitsandbytes, quanto, MLX) are not read", _TAKE),
+    (rb"lora_|lokr_|hada_|dora_scale", "this is a LoRA", "Choose a text-to-video Wan."))]
+_FIRST_BYTES = ((b"GGUF", "GGUF"), (b"7z\xbc\xaf", "a 7z archive"), (b"Rar!", "a RAR archive"), (b"\x1f\x8b", "a gzip archive"),
+                (b"\xfd7zXZ", "an xz archive"), (b"\x28\xb5\x2f\xfd", "a Zstandard archive"), (b"\x89HDF", "HDF5"))
+_INFIX = re.compile(r"(?:(?<=\.)|^)(?:_\w+|module)\.(?=.)")          # DDP, FSDP and torch.compile put them before and into names
+_BOTH_ENDS = [(re.compile(rf"^(|.*\.){re.escape(first)}$"), last) for first, last in (         # tensors that a network always has
+    ("patch_embedding.weight", "head.head.weight"), ("patch_embedding.weight", "proj_out.weight"),
+    ("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"), ("token_embedding.weight", "blocks.0.attn.q.weight"),
+    ("conv2.weight", "decoder.middle.0.residual.0.gamma"))]
 
 
 def write_json(path, content):
@@ -204,9 +230,120 @@ def first_bytes(path):
 
 
 def what_came_instead(beginning):
-    """Say by its first bytes what a download left in place of a file, and what to do; None where it cannot be told."""
+    """Describe by its first bytes what a download left in place of a file, and what to do; None where it cannot be told."""
     if beginning.startswith(b"version https://git-lfs"):
         return "it is a git-lfs pointer: run `git lfs pull` in that folder"
     if beginning.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
         return "it is a web page: download the file again"
+    if what := next((what for magic, what in _FIRST_BYTES if beginning.startswith(magic)), None):
+        return f"it is {what}, whatever its name says: download the file again"
     return None
+
+
+def came_instead_of_safetensors(beginning):
+    """As what_came_instead(), for a file that is named safetensors."""
+    if beginning.startswith((b"PK\x03\x04", b"\x80")):
+        return "it is a pickle, whatever its name says, and pickles are never opened"
+    return what_came_instead(beginning)
+
+
+def broken_safetensors(path, error):
+    """Return the error for a file that safetensors refused: what it is instead, or how many bytes it has too few or too many."""
+    if instead := came_instead_of_safetensors(first_bytes(path)):
+        return OSError(f"{path}: {instead}.")
+    fault = _length_fault(path) or str(error)
+    return OSError(f"{path}: {fault if 'too long' in fault else f'not a whole safetensors file ({fault})'}. Download it again.")
+
+
+def _length_fault(path):
+    with open_regular(path) as file:
+        size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, MOST_HEADER):
+            return None
+        try:
+            header = json.loads(file.read(length))
+            end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+            return wrong_length(end, size)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return None
+
+
+def wrong_length(end, size):
+    """Describe how a file of `size` bytes differs from what its header promises, `end`; None where it does not."""
+    if end == size:
+        return None
+    difference = f"{size - end:,} bytes too long" if size > end else f"{end - size:,} bytes are missing"
+    return f"{difference}: its tensors end at byte {end:,}, the file at {size:,}"
+
+
+# ---- which files are a model's -----------------------------------------------------------------------------------------------
+
+def visible(paths):
+    """Return paths in order, without names that begin with a dot: what macOS, notebooks and the hub leave beside a model."""
+    return sorted(path for path in paths if not path.name.startswith("."))
+
+
+def levels_below(folder):
+    """Yield [folder], the visible folders in it, those in these, ...; each once, wherever links lead."""
+    level, met = [folder], set()
+    for _ in range(DEEPEST + 1):
+        level = list({place: entry for entry in level if (place := entry.resolve()) not in met}.values())
+        met |= {entry.resolve() for entry in level}
+        yield level
+        entries = islice((path for entry in level for path in _entries(entry)), MOST_ENTRIES)
+        level = visible(path for path in entries if path.is_dir())
+
+
+def _entries(folder):
+    with suppress(OSError):                                  # not there, or not to be read
+        yield from folder.iterdir()
+
+
+def weights_by_depth(folder, places):
+    """Return lists of a folder's safetensors files: those in its places, those a folder deeper, ...; below "" none is deeper."""
+    levels = [list(levels_below(folder / place)) if place else [[folder]] for place in places]
+    return [visible(path for level in levels for entries in level[depth:depth + 1] for entry in entries
+                    for path in entry.glob("*.safetensors")) for depth in range(DEEPEST + 1)]
+
+
+def why_not_read(path):
+    """Return (why a file's format is not read, what to do), or None for any other file."""
+    found = next(((fault, todo) for pattern, fault, todo in _FORMATS if pattern.search(path.name)), None)
+    if found is None and path.suffix == ".safetensors" and path.is_file():
+        with open_regular(path) as file:
+            beginning = file.read(2**16)
+        found = next(((fault, todo) for pattern, fault, todo in _KINDS if pattern.search(beginning)), None)
+    return found
+
+
+def name_not_read(paths):
+    """Return a sentence on the first visible files of one format that is not read, or "" where there are none."""
+    reasons = {path: reason for path in visible(paths) if (reason := why_not_read(path))}
+    if not reasons:
+        return ""
+    fault, todo = next(iter(reasons.values()))
+    names = [path.name for path, reason in reasons.items() if reason == (fault, todo)]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"found {', '.join(names[:3])}{more}: {fault}. {todo}"
+
+
+# ---- what wrappers do to names -----------------------------------------------------------------------------------------------
+
+def unwrapped(names, source):
+    """Return {stored name: name} of all tensors of a network, without what wrappers put before all of them and into some.
+
+    A prefix is whatever stands before both of two tensors that each Wan transformer, autoencoder or UMT5 has. Raises ValueError,
+    naming the `source`, where there are several: then it is open which network is meant.
+    """
+    bare = {name: _INFIX.sub("", name) for name in names}
+    held, prefixes = set(bare.values()), set()
+    for first, last in _BOTH_ENDS:
+        prefixes = prefixes or {match[1] for name in held if (match := first.match(name)) and match[1] + last in held}
+    if len(prefixes) > 1:
+        raise ValueError(f"{source}: holds {len(prefixes)} networks, under {', '.join(map(repr, sorted(prefixes)[:3]))}, expected "
+                         "one. Keep each in a file of its own.")
+    prefix, found = next(iter(prefixes), ""), {}
+    for name, short in bare.items():
+        if (other := found.setdefault(short.removeprefix(prefix), name)) != name:
+            raise ValueError(f"{source}: holds {short.removeprefix(prefix)} twice, as {other} and as {name}. Keep one of them.")
+    return {name: short for short, name in found.items()}

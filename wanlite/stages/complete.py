@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from ..preflight import (
 from ..prompts import read_prompts
 from ..run_folder import picture_size, read_run
 from ..settings import check_bounds
+from ..teacher_folder import check_holds_experts, find_teacher, neighbours
 from ..trackers import check_tracker
 
 TINY_TEACHER = Path(__file__).resolve().parents[2] / "tiny_teacher"
@@ -36,14 +39,12 @@ def complete(settings):
     Raises OSError and ValueError for the first thing that is wrong, on a dry run for all of them, a line each.
     """
     here = (Path(name) for name in REAL_TEACHERS if Path(name).is_dir())
-    teacher = Path(settings.teacher or next(here, TINY_TEACHER)).absolute()
-    if not teacher.is_dir():
-        raise OSError(f"--teacher {settings.teacher}: no such folder. Expected a Wan checkpoint in the official, diffusers or "
-                      "ComfyUI layout; leave the flag out for the tiny teacher.")
+    teacher = _or_beside(find_teacher, settings.teacher or next(here, TINY_TEACHER))
     record = read_record(teacher)
     steps = (TINY_STEPS if record else REAL_STEPS) if settings.max_train_steps is None else settings.max_train_steps
     settings = replace(settings, max_train_steps=steps, mixed_precision=launched_precision(settings.mixed_precision))
-    checks = [partial(check_bounds, settings), partial(find_parts, teacher), partial(_complete_resolution, teacher, settings),
+    checks = [partial(check_bounds, settings), partial(_or_beside, check_holds_experts, teacher),
+              partial(_or_beside, find_parts, teacher), partial(_complete_resolution, teacher, settings),
               partial(_complete_shift, teacher, settings), partial(check_together, settings), partial(check_launch, settings),
               partial(complete_steps, settings), partial(check_tracker, settings.report_to)]
     if settings.compile:
@@ -65,6 +66,22 @@ def complete(settings):
         check_student(read_run(student), settings, student)
         settings = replace(settings, student=str(student))
     return settings
+
+
+def _or_beside(check, folder):
+    """Return a check's result; where it raises OSError and whole teachers lie above or below the folder, the error names them."""
+    try:
+        return check(folder)
+    except OSError:
+        path, whole = Path(folder).expanduser().absolute(), []
+        for other in neighbours(path):
+            with suppress(OSError, ValueError):
+                check_holds_experts(other)
+                find_parts(other)
+                whole.append(f"--teacher {shlex.quote(str(other))}")
+        if not whole:
+            raise
+        raise OSError(f"--teacher {folder}: no whole teacher. Did you mean {' or '.join(whole[:3])}?") from None
 
 
 def _check_headers(teacher):
