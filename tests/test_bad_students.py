@@ -416,7 +416,7 @@ BAD_HEADERS = [
         "gap before the first tensor": (described(entry(offsets=(8, 16)), body=16), "a begins at byte", "gap"),
         "novel of a name out of place": (weights(raw({NOVEL: entry(offsets=(8, 16))}, bytes(16))), "aaa begins at byte"),
         "offsets past the end": (described(entry([2000], (0, 8000))), "its tensors end at byte", "the file at"),
-        "bytes behind the last tensor": (weights(lambda folder: whole(folder) + b"x"), "its tensors end at byte", "the file at"),
+        "bytes behind the last tensor": (weights(lambda folder: whole(folder) + b"x"), "1 byte too long: its tensors end at byte"),
         "metadata is a list": (header(lambda found: found.update(__metadata__=[])), "metadata are not strings"),
         "metadata with a number": (header(lambda found: found.update(__metadata__={"a": 1})), "metadata are not strings")}),
     *same(OSError, ["config in the weights"], {
@@ -460,7 +460,10 @@ BAD_TENSORS = [
         "key that is half a letter": (weights(raw({"\ud800": entry()}, bytes(8))), r"unknown: '\ud800'"),
         "1 TB in the header, not in the config": (zeros_of(hidden_size=65536, ffn_dim=65536, depth=4), "unknown: blocks.1.")}),
     *each("keys renamed with {}", partial(renamed, ""), ("module.", "_orig_mod.", "ema.", "model.", "transformer."), ValueError,
-          WEIGHTS, CONFIG, "keys differ", "Missing: patch_embedding.weight"),
+          WEIGHTS, CONFIG, "keys differ", "Missing: patch_embedding.weight", "are the only fault: save the model inside"),
+    ("keys renamed inside a block", renamed("blocks.0.", "blocks.0._orig_mod."), ValueError, WEIGHTS, "are the only fault"),
+    ("keys renamed and one missing", both(tensors(lambda found: found.pop("proj_out.bias")), renamed("", "module.")), ValueError,
+     WEIGHTS, "belong to another model or were renamed"),
     *same(ValueError, [WEIGHTS, f"{CONFIG} implies"], {
         "wrong shape": (zeros_of({"proj_out.bias": (15,)}), "proj_out.bias is (15,)", "implies (16,)"),
         "a matrix turned": (changed("blocks.0.ffn.net.0.proj.weight", shape=(16, 32)), "implies (32, 16)"),
@@ -963,6 +966,7 @@ ODD = {
     "config of a stock class": added(_class_name="WanTransformer3DModel"), "config without a class": settings(),
     "config of a later version": added(_diffusers_version="99.0.0", _name_or_path="/gone"),
     "teacher of nothing": added(teacher_checkpoint_path=None),
+    "files of macOS": both(file(f"._{WEIGHTS}", PICKLE), file(f"._{CONFIG}", PICKLE), file(".DS_Store", PICKLE)),
     "pickle beside the weights": file(f"{STEM}.bin", PICKLE), "code beside the weights": file("modeling.py", "raise SystemExit"),
     "links inside the folder": both(lambda folder: (folder / WEIGHTS).rename(folder / "b") and None, lambda folder: (
         folder / WEIGHTS).symlink_to("b")),

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, T5TokenizerFast, UMT5Config, UMT5Encoder
 from tests.conftest import A14B, TI2V_5B, WAN_1_3B, official_name, wan_shapes, write_sparse
 from tests.test_official import AUTOENCODERS, SMALL, official_autoencoder_name, official_text_encoder_name
 from tests.test_resuming import train as train_in_a_process
+from tests.test_teacher_files import WRAPPERS, hide_files_in, wrap
 from train_distillation import Settings, WanLiteStudent, plan, train
 from wanlite import shapes
 from wanlite.official import convert_parts, find_parts, has_two_experts, num_bytes
@@ -231,6 +232,60 @@ def test_every_layout_projects_bitwise_the_same_student_and_tells_its_teacher_ap
     assert len(fingerprints) == len(LAYOUTS) + 2
 
 
+@pytest.mark.parametrize("high, low", [
+    ("wan22T2VHighNoise_v1", "wan22T2VLowNoise_v1"), ("wan_hn", "wan_ln"), ("14B-HN-fp16", "14B-LN-fp16"),
+    ("high-noise", "low-noise"),
+    ("wan_high_", "wan_low_"), ("t2vHIGHNOISE", "t2vLOWNOISE"), ("A14BhighNoise", "A14BlowNoise"), ("wan22High", "wan22Low"),
+    ("Wan2.2/fp16/wan_high_noise", "Wan2.2/fp16/wan_low_noise"), ("Wan2.2/high_noise/model", "Wan2.2/low_noise/model")])
+def test_two_experts_are_found_under_any_usual_name_and_in_subfolders(high, low, wan, spiece, tmp_path):
+    write_models(tmp_path, wan, spiece)
+    for name, new in (("high", high), ("low", low)):
+        path = tmp_path / "diffusion_models" / f"{new}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        next((tmp_path / "diffusion_models").rglob(f"wan2.2_t2v_{name}_noise_14B*")).rename(path)
+    (tmp_path / "diffusion_models" / "loop").symlink_to(tmp_path)
+    experts = open_teacher_files(tmp_path).experts
+    assert experts["high"].folder.stem == Path(high).name and experts["low"].folder.stem == Path(low).name
+    assert has_two_experts(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["wan_slow_noise", "wan_flow_shift", "wan_highres", "WanHighres", "yellow", "film_lnx"])
+def test_a_word_that_merely_contains_high_or_low_names_no_expert(name, wan, tmp_path):
+    write(tmp_path / "diffusion_models" / f"{name}.safetensors", halved(expert_of(wan, "low")))
+    assert list(open_teacher_files(tmp_path).experts) == ["only"]
+
+
+def test_files_in_a_subfolder_are_taken_only_where_there_are_no_others(wan, spiece, tmp_path):
+    write_models(tmp_path, wan, spiece)
+    expected = find_parts(tmp_path), [expert.folder for expert in open_teacher_files(tmp_path).experts.values()]
+    for part in ("diffusion_models", "text_encoders", "vae"):
+        shutil.copytree(tmp_path / part, tmp_path / "x")
+        (tmp_path / "x").rename(tmp_path / part / "old")
+    assert (find_parts(tmp_path), [expert.folder for expert in open_teacher_files(tmp_path).experts.values()]) == expected
+    for path in (*expected[1], expected[0]["vae"], expected[0]["text_encoder"]):
+        path.unlink()
+    assert find_parts(tmp_path)["vae"].parent.name == "old" and len(open_teacher_files(tmp_path).experts) == 2
+
+
+@pytest.mark.parametrize("prefix, infix", WRAPPERS)
+def test_what_a_wrapper_put_into_the_names_of_single_files_is_stripped(prefix, infix, wan, spiece, tmp_path):
+    write_flat(tmp_path, wan, spiece)                        # in scaled fp8, with ComfyUI's own prefix
+    for path in tmp_path.glob("*.safetensors"):
+        change(path, lambda tensors: {name.removeprefix("model.diffusion_model."): tensor for name, tensor in tensors.items()})
+        wrap(path, prefix, infix)
+    exact, found = open_teacher_files(wan).experts["high"], open_teacher_files(tmp_path).experts["high"]
+    assert all(torch.equal(found.read(name), exact.read(name)) for name in exact.places)
+    assert has_two_experts(tmp_path)
+    convert_parts(find_parts(tmp_path), tmp_path / "parts", lambda _: None)
+
+
+def test_names_that_begin_with_a_dot_are_not_files_of_comfyui(wan, spiece, tmp_path):
+    write_models(tmp_path, wan, spiece)
+    expected = find_parts(tmp_path), open_teacher_files(tmp_path).fingerprint
+    hide_files_in(tmp_path)
+    assert (find_parts(tmp_path), open_teacher_files(tmp_path).fingerprint) == expected
+
+
 def test_single_files_hold_what_folders_hold_and_are_known_by_their_names(wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, spiece)
     files = open_teacher_files(tmp_path / "wan")
@@ -390,6 +445,13 @@ def put_other_autoencoder(wan):
     (lambda wan: (wan / HIGH).write_bytes((wan / HIGH).read_bytes()[:-1000]), "high_noise.*not a whole safetensors.*Download it"),
     (lambda wan: (wan / LOW).write_bytes(b""), "low_noise.*not a whole safetensors.*Download it"),
     (lambda wan: (wan / f"{LOW}.aria2").touch(), "low_noise.*aria2: a download that did not finish. Let it end"),
+    (lambda wan: (wan / LOW).write_bytes((wan / LOW).read_bytes() + b"123"), "low_noise.*: 3 bytes too long: .*Download it again"),
+    (lambda wan: (wan / VAE).write_bytes((wan / VAE).read_bytes() + b"123"), "wan_2.1_vae.*: 3 bytes too long"),
+    (lambda wan: (wan / WORDS).rename(wan / "text_encoders/umt5_Q8_0.gguf"), "lacks tokenizer .*found umt5_Q8_0.gguf: GGUF is not"),
+    (lambda wan: (wan / VAE).rename(wan / "vae/Wan2.1_VAE.pth"), "lacks vae .*Wan2.1_VAE.pth lies in vae/, expected in "),
+    (lambda wan: (wan / LOW).rename(wan / "diffusion_models/low.gguf"), "no low_noise file .*; found low.gguf: GGUF is not read"),
+    (lambda wan: [(wan / path).rename(wan / f"diffusion_models/{n}.safetensors") for n, path in enumerate((HIGH, LOW))],
+     "both 0.* and 1.* are told apart by high and low, high_noise and low_noise, or hn and ln"),
     (lambda wan: (wan / LOW).unlink(), "high_noise.* is one of two experts, and there is no low_noise file.*Download it into"),
     (lambda wan: shutil.copy(wan / LOW, wan / HIGH), "hold the same weights, expected two experts. Download"),
     (lambda wan: shutil.copy(wan / LOW, wan / "unet_low_noise.safetensors"), "both .* in one precision. Put the files"),

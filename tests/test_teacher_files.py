@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -46,6 +47,82 @@ def test_a_name_that_no_wan_has_is_an_error(name):
         diffusers_name(name)
 
 
+def wrap(path, prefix, infix):
+    """Rename the tensors of a file as wrappers around the whole network and around its blocks do."""
+    save_file({prefix + re.sub(r"^(blocks\.\d+\.)", rf"\g<1>{infix}", name): tensor
+               for name, tensor in load_file(path).items()}, path)
+
+
+WRAPPERS = [("model.", ""), ("module.", ""), ("_orig_mod.", ""), ("diffusion_model.", ""), ("model.diffusion_model.", ""),
+            ("transformer.", ""), ("pipe.dit.", ""), ("_fsdp_wrapped_module.", "_fsdp_wrapped_module."), ("net.", "module."),
+            ("module._orig_mod.module.", "_orig_mod."), ("", "_fsdp_wrapped_module._checkpoint_wrapped_module."), ("blocks.", "")]
+
+
+@pytest.mark.parametrize("prefix, infix", WRAPPERS)
+def test_what_a_wrapper_put_into_the_names_of_an_expert_is_stripped(prefix, infix, copied, official_copy):
+    exact = open_teacher_files(TINY_TEACHER).experts["low"]
+    for wan, folder in ((copied, "transformer_2"), (official_copy, "low_noise_model")):
+        for path in (wan / folder).glob("*.safetensors"):
+            wrap(path, prefix, infix)
+        for path in (wan / folder).glob("*.index.json"):     # it was written of the wrapped network, or is not there
+            path.unlink()
+        found = open_teacher_files(wan).experts["low"]
+        assert found.places.keys() == exact.places.keys()
+        assert all(torch.equal(found.read(name), exact.read(name)) for name in ("proj_out.bias", "blocks.2.norm2.weight"))
+
+
+@pytest.mark.parametrize("break_it, words", [
+    (lambda tensors: {f"{prefix}.{name}": tensor.clone() for name, tensor in tensors.items() for prefix in ("model", "ema")},
+     "transformer: holds 2 networks, under 'ema.', 'model.', expected one. Keep each in a file of its own"),
+    (lambda tensors: tensors | {"_orig_mod.proj_out.bias": tensors["proj_out.bias"].clone()}, "holds proj_out.bias twice, as "),
+    (lambda tensors: {f"model.{name}": tensor for name, tensor in tensors.items()} | {"vae.conv1.bias": torch.zeros(1)},
+     "'vae.conv1.bias' is no tensor of"),
+    (lambda tensors: {f"model.{name}": tensor for name, tensor in tensors.items() if name != "proj_out.bias"},
+     r"missing \['proj_out.bias'\]")])
+def test_names_that_no_one_wrapper_explains_are_refused(break_it, words, copied):
+    path = weights_of(copied / "transformer")
+    save_file(break_it(load_file(path)), path)
+    with pytest.raises(ValueError, match=words):
+        open_teacher_files(copied)
+
+
+def hide_files_in(folder):
+    """Put beside every file and into every folder what macOS, notebooks and the hub leave there."""
+    for place in (folder, *[path for path in folder.rglob("*") if path.is_dir()]):
+        for path in [path for path in place.iterdir() if path.is_file()]:
+            (place / f"._{path.name}").write_bytes(b"\0\5\x16\7" + bytes(4092))
+        for name in (".DS_Store", "._x.incomplete", "._x.safetensors.index.json", "._models_t5_x.pth", "._spiece.model",
+                     ".ipynb_checkpoints/wan_high_noise.safetensors", ".cache/huggingface/download/x.incomplete"):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(b"<")
+
+
+def test_names_that_begin_with_a_dot_are_not_files_of_a_teacher(copied, official_copy):
+    for wan in (copied, official_copy):
+        before = open_teacher_files(wan).fingerprint
+        hide_files_in(wan)
+        assert open_teacher_files(wan).fingerprint == before
+
+
+@pytest.mark.parametrize("extra, words", [
+    (b"x", "1 byte too long: its tensors end at byte"), (bytes(4096), "4,096 bytes too long"),
+    (-1, r"not a whole safetensors file .1 byte too short: its tensors end at byte"), (-2000, "2,000 bytes too short")])
+def test_a_file_that_is_too_long_or_too_short_is_refused_by_how_much(extra, words, copied):
+    path = weights_of(copied / "transformer_2")
+    path.write_bytes(path.read_bytes() + extra if isinstance(extra, bytes) else path.read_bytes()[:extra])
+    with pytest.raises(OSError, match=f"model.safetensors: .*{words}.*Download it again"):
+        open_teacher_files(copied)
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"GGUF\3", "it is GGUF, .*take safetensors"), (b"PK\3\4", "it is a pickle, .*take safetensors"), (b"\x80\2", "it is a pickle"),
+    (b"7z\xbc\xaf'\x1c", "it is a 7z archive, .*unpack it"), (b"\x1f\x8b\x08", "it is a gzip archive")])
+def test_another_format_under_the_name_of_safetensors_is_told_by_its_first_bytes(content, words, copied):
+    weights_of(copied / "transformer").write_bytes(content + bytes(100))
+    with pytest.raises(OSError, match=f"model.safetensors: {words}"):
+        open_teacher_files(copied)
+
+
 def edit_config(folder, **settings):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
@@ -58,6 +135,7 @@ def edit_config(folder, **settings):
     (lambda wan: (wan / "transformer/config.json").unlink(), OSError, "config.json: missing"),
     (lambda wan: (wan / "transformer/config.json").write_text("{}"), ValueError, "lacks dim"),
     (lambda wan: weights_of(wan / "transformer").unlink(), OSError, "holds no .safetensors"),
+    (lambda wan: weights_of(wan / "transformer").rename(wan / "transformer/x.gguf"), OSError, "found x.gguf: GGUF is not read"),
     (lambda wan: weights_of(wan / "transformer").write_bytes(weights_of(wan / "transformer").read_bytes()[:5000]),
      OSError, "not a whole safetensors"),
     (lambda wan: (wan / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(

@@ -321,7 +321,7 @@ def _recognise(path):
         return "text_encoder" if each_has_positions else "t5", texts["shared.weight"][-1]
     if {"decoder.middle.0.residual.0.gamma", "conv2.weight"} <= shapes.keys() and re.search("(?i)wan", path.name):
         return "vae", shapes["conv2.weight"][0]
-    entry, rows = shapes.get("patch_embedding.weight", ()), shapes.get("head.head.weight", (0,))[0]
+    entry, rows = shapes.get("patch_embedding.weight", ()), shapes.get("head.head.weight", shapes.get("proj_out.weight", (0,)))[0]
     return ("expert", entry[1]) if len(entry) == 5 and rows == math.prod(entry[1:]) else (None, None)
 
 

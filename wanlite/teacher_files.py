@@ -59,6 +59,7 @@ _ONE_OF_TWO = {name: re.compile(                   # in the name of an expert's 
     rf"(?:(?<![A-Za-z])|(?<=2[Vv]))(?i:{name}(?=[-_. ]?noise|[^a-z]|$)|{name[0]}n(?=[^a-z]|$))"          # _high_ HIGH-noise t2v_hn
     rf"|(?<![A-Z]){word}(?![a-z])|{word}[-_. ]?(?i:noise)|(?<=[A-Z]){name}[-_. ]?(?i:noise)")            # wan22High T2VHighNoise
     for name, word in (("high", "High"), ("low", "Low"))}
+_LAST = ("head.head.weight", "proj_out.weight")     # in either dialect
 _ONE_OF_MANY = re.compile(r"^diffusion_pytorch_model|-\d{5}-of-\d{5}")          # in the name of what is no single file
 _OFFICIAL_SIZES = ("dim", "num_heads", "in_dim", "out_dim", "freq_dim", "ffn_dim", "num_layers")       # in a config.json
 _DIFFUSERS_SIZES = ("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim", "ffn_dim",
@@ -253,8 +254,10 @@ def _add_expert(experts, path, folder):
 def _pair_of(experts, folder):
     if len(experts) == 1 and "only" not in experts:
         (name, path), = experts.items()
-        raise OSError(f"{folder}: {path.name} is one of two experts, and there is no {'low' if name == 'high' else 'high'}_noise "
-                      f"file in {path.parent}. Download it into that folder. {name_not_read(path.parent.iterdir())}".rstrip())
+        other = "low" if name == "high" else "high"
+        found = name_not_read(path for path in path.parent.iterdir() if _ONE_OF_TWO[other].search(path.name))
+        raise OSError(f"{folder}: {path.name} is one of two experts, and there is no {other}_noise file in {path.parent}"
+                      f"{f'; {found}' if found else '. Download it into that folder.'}")
     return dict(sorted(experts.items()))
 
 
@@ -264,9 +267,9 @@ def _kind_of(path):
     try:
         with safe_open(path, "np") as file:
             keys = {name: key for key, name in unwrapped(file.keys(), path).items()}
-            if {"patch_embedding.weight", "head.head.weight"} <= keys.keys():
-                (_, channels, *patch), (rows, _) = (file.get_slice(keys[f"{name}.weight"]).get_shape()
-                                                    for name in ("patch_embedding", "head.head"))
+            first, last = "patch_embedding.weight", next((name for name in _LAST if name in keys), None)
+            if last and first in keys:
+                (_, channels, *patch), (rows, _) = (file.get_slice(keys[name]).get_shape() for name in (first, last))
                 return ("a text-to-video Wan" if rows == channels * math.prod(patch) else "an image-to-video or control Wan "
                         f"(it takes {channels} channels and gives {rows // math.prod(patch)})")
     except SafetensorError as error:

@@ -9,32 +9,35 @@ from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 
-from .whole_files import levels_below, name_not_read, open_regular, visible, weights_by_depth
+from .whole_files import levels_below, name_not_read, open_regular, visible, weights_by_depth, why_not_read
 
 EXPERTS = ("high_noise_model", "low_noise_model", "transformer", "transformer_2")      # folders, one an expert
 SINGLE_FILES = ("", "diffusion_models", "unet")         # where ComfyUI's files of experts lie, and deeper there
 MOST_ABOVE, MOST_BELOW = 3, 64                          # folders that are tried in place of one that holds no teacher
 _PART = re.compile("(?i)vae|t5|clip")                   # in the names of files that are not an expert's
 _NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"        # organisation/model
-_URL = re.compile(rf"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/|hf://)(?:models/)?(?!datasets/|spaces/)({_NAME})")
+_HUBS = r"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/|hf:/+"
+_URL = re.compile(rf"(?:{_HUBS})(?:models/)?(?!datasets/|spaces/)({_NAME})")
 _GIGABYTES = {"Wan-AI/Wan2.2-T2V-A14B": 126, "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 126}  # two experts, text encoder, autoencoder
 
 
 def find_teacher(typed):
     """Return the absolute folder that --teacher names, by its path or by its name on the hub, which the hub's cache may have.
 
-    Raises OSError for anything else.
+    Raises OSError for anything else, and ValueError where the cache leaves open which snapshot is meant.
     """
     folder = Path(typed).expanduser().absolute()
     if folder.is_dir():
         return _newest_snapshot(folder) if folder.name.startswith("models--") else folder
     if name := _hub_name(str(typed)):
         return _cached(str(typed), name)
-    fault = ("is a URL, expected a folder. Download it, and name the folder" if "://" in str(typed) else
-             "is a file, expected the folder of a Wan checkpoint" if folder.exists() else
-             "no such folder. Expected a Wan checkpoint in the official, diffusers or ComfyUI layout; leave the flag out for the "
-             "tiny teacher")
-    raise OSError(f"--teacher {typed}: {fault}.")
+    if re.match(r"\w+:/", str(typed)):
+        raise OSError(f"--teacher {typed}: is a URL, expected a folder. Download it, and name the folder.")
+    if folder.exists():
+        reason = why_not_read(folder) or ("expected the folder of a Wan checkpoint", "Name that.")
+        raise OSError(f"--teacher {typed}: is a file; {reason[0]}. {reason[1]}")
+    raise OSError(f"--teacher {typed}: no such folder. Expected a Wan checkpoint in the official, diffusers or ComfyUI layout; "
+                  "leave the flag out for the tiny teacher.")
 
 
 def check_holds_experts(folder):
@@ -107,4 +110,4 @@ def _newest_snapshot(cache):
         raise OSError(f"{cache}: no snapshot in this folder of the hub's cache. Download the model with `hf download {name}`.")
     branches = {path: [ref for ref, commit in refs.items() if commit == path.name] for path in chosen[:4]}
     known = ", ".join(f"{path.name} ({', '.join(names) or 'no branch'})" for path, names in branches.items())
-    raise OSError(f"{cache}: {len(chosen)} snapshots and no main one: {known}. Choose one, as --teacher {chosen[0]}.")
+    raise ValueError(f"{cache}: {len(chosen)} snapshots and no main one: {known}. Choose one, as --teacher {chosen[0]}.")

@@ -42,8 +42,10 @@ _KINDS = [(re.compile(_IN_KEYS % pattern), fault, todo) for pattern, fault, todo
     (rb"qweight|wscales|qzeros|quant_state|quant_map|\.absmax|smooth_factor|\.SCB|\._data|\.scales",
      "weights in 4 or 8 bits (nunchaku, GPTQ, bitsandbytes, quanto, MLX) are not read", _TAKE),
     (rb"lora_|lokr_|hada_|dora_scale", "this is a LoRA", "Choose a text-to-video Wan."))]
-_FIRST_BYTES = ((b"GGUF", "GGUF"), (b"7z\xbc\xaf", "a 7z archive"), (b"Rar!", "a RAR archive"), (b"\x1f\x8b", "a gzip archive"),
-                (b"\xfd7zXZ", "an xz archive"), (b"\x28\xb5\x2f\xfd", "a Zstandard archive"), (b"\x89HDF", "HDF5"))
+_FIRST_BYTES = [(magic, f"it is {what}, whatever its name says: {todo}") for magic, what, todo in (
+    (b"GGUF", "GGUF", "take safetensors"), (b"\x89HDF", "HDF5", "take safetensors"), (b"7z\xbc\xaf", "a 7z archive", "unpack it"),
+    (b"Rar!", "a RAR archive", "unpack it"), (b"\x1f\x8b", "a gzip archive", "unpack it"),
+    (b"\xfd7zXZ", "an xz archive", "unpack it"), (b"\x28\xb5\x2f\xfd", "a Zstandard archive", "unpack it"))]
 _INFIX = re.compile(r"(?:(?<=\.)|^)(?:_\w+|module)\.(?=.)")          # DDP, FSDP and torch.compile put them before and into names
 _BOTH_ENDS = [(re.compile(rf"^(|.*\.){re.escape(first)}$"), last) for first, last in (         # tensors that a network always has
     ("patch_embedding.weight", "head.head.weight"), ("patch_embedding.weight", "proj_out.weight"),
@@ -235,15 +237,13 @@ def what_came_instead(beginning):
         return "it is a git-lfs pointer: run `git lfs pull` in that folder"
     if beginning.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
         return "it is a web page: download the file again"
-    if what := next((what for magic, what in _FIRST_BYTES if beginning.startswith(magic)), None):
-        return f"it is {what}, whatever its name says: download the file again"
-    return None
+    return next((instead for magic, instead in _FIRST_BYTES if beginning.startswith(magic)), None)
 
 
 def came_instead_of_safetensors(beginning):
     """As what_came_instead(), for a file that is named safetensors."""
     if beginning.startswith((b"PK\x03\x04", b"\x80")):
-        return "it is a pickle, whatever its name says, and pickles are never opened"
+        return "it is a pickle, whatever its name says, and pickles are never opened: take safetensors"
     return what_came_instead(beginning)
 
 
@@ -272,8 +272,8 @@ def wrong_length(end, size):
     """Describe how a file of `size` bytes differs from what its header promises, `end`; None where it does not."""
     if end == size:
         return None
-    difference = f"{size - end:,} bytes too long" if size > end else f"{end - size:,} bytes are missing"
-    return f"{difference}: its tensors end at byte {end:,}, the file at {size:,}"
+    difference = f"{abs(size - end):,} byte{'s' * (abs(size - end) > 1)}"
+    return f"{difference} {'too long' if size > end else 'too short'}: its tensors end at byte {end:,}, the file at {size:,}"
 
 
 # ---- which files are a model's -----------------------------------------------------------------------------------------------
