@@ -26,7 +26,7 @@ def find_teacher(typed):
 
     Raises OSError for anything else, and ValueError where the cache leaves open which snapshot is meant.
     """
-    folder = Path(typed).expanduser().absolute()
+    folder = Path(typed).absolute()
     if folder.is_dir():
         return _newest_snapshot(folder) if folder.name.startswith("models--") else folder
     if name := _hub_name(str(typed)):

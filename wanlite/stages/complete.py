@@ -73,7 +73,7 @@ def _or_beside(check, folder):
     try:
         return check(folder)
     except OSError:
-        path, whole = Path(folder).expanduser().absolute(), []
+        path, whole = Path(folder).absolute(), []
         for other in neighbours(path):
             with suppress(OSError, ValueError):
                 check_holds_experts(other)
