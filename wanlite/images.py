@@ -208,7 +208,7 @@ def _list(place):
 
 
 def is_hidden(name):
-    """Whether a system put a file there and no person: `.DS_Store`, `._a.png` and `__MACOSX/` of macOS, thumbnails, caches."""
+    """Whether a name is that of a system's or a tool's file: `.DS_Store`, `._a.png`, `__MACOSX/a.png`, `.cache/a.png`."""
     return any(part == "__MACOSX" or part.startswith(".") and part not in (".", "..") for part in PurePath(name).parts)
 
 
@@ -220,7 +220,7 @@ def _folder(place, paths):
 
 def _pair(files):
     """Return (name, caption, content) of every image among `files`, {name: reads at most so many bytes of it}, and of every other
-    file that has a caption of its own: a video, or an image of a kind that is not known here."""
+    file that has a caption of its own, as a video has."""
     beside, stems = defaultdict(dict), set()                 # {name without some suffixes: {those suffixes: name}}
     for name in files:
         stem, suffix = _split(name)
@@ -273,7 +273,8 @@ def _described(place, metadata):
     if odd := [number for number, row in rows if not isinstance(row, dict) or "file_name" not in row]:
         raise ValueError(f"{metadata}: row {odd[0]} has no file_name. Expected file_name and a caption in every row.")
     captions, names = find_column(metadata, columns), find_column(metadata, columns, ("file_name",))
-    return [Listed(str(row[names]), partial(_said, row.get(captions)), partial(_within, place, row[names])) for _, row in rows]
+    return [Listed(str(row[names] or f"row {number}"), partial(_said, row.get(captions)), partial(_within, place, row[names]))
+            for number, row in rows]
 
 
 def _within(place, name):

@@ -125,7 +125,7 @@ def _find_separator(path, lines):
 
 
 def _records(path, lines, separator):
-    """Yield (number, cells, whether any is quoted) of each row; empty cells at its end are none, as spreadsheets write them."""
+    """Yield (number, cells, whether any is quoted) of each row; empty cells at its end, which spreadsheets write, do not count."""
     reader, start = csv.reader(lines, delimiter=separator, strict=True), 0                       # strict: every quote is closed
     try:
         for number, cells in enumerate(reader, 1):
