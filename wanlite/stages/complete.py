@@ -41,10 +41,11 @@ def complete(settings):
     here = (Path(name) for name in REAL_TEACHERS if Path(name).is_dir())
     teacher = _or_beside(find_teacher, settings.teacher or next(here, TINY_TEACHER))
     record = read_record(teacher)
+    _or_beside(check_holds_experts, teacher)                 # without experts every further check fails as well
     steps = (TINY_STEPS if record else REAL_STEPS) if settings.max_train_steps is None else settings.max_train_steps
     settings = replace(settings, max_train_steps=steps, mixed_precision=launched_precision(settings.mixed_precision))
-    checks = [partial(check_bounds, settings), partial(_or_beside, check_holds_experts, teacher),
-              partial(_or_beside, find_parts, teacher), partial(_complete_resolution, teacher, settings),
+    checks = [partial(check_bounds, settings), partial(_or_beside, find_parts, teacher),
+              partial(_complete_resolution, teacher, settings),
               partial(_complete_shift, teacher, settings), partial(check_together, settings), partial(check_launch, settings),
               partial(complete_steps, settings), partial(check_tracker, settings.report_to)]
     if settings.compile:
