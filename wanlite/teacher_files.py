@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -415,11 +416,19 @@ def _weight_files(folder, promised):
     if not names and not promised:
         found = name_not_read(folder.iterdir())
         raise OSError(f"{folder}: holds no .safetensors file; {found or 'expected an expert in it. Download the expert again.'}")
-    wanted = set(promised.values()) or names | {sibling for name in names for sibling in _siblings(name)}
+    wanted = set(promised.values()) or {sibling for name in _plain(folder, names) for sibling in (name, *_siblings(name))}
     if missing := sorted(wanted - names):
         raise OSError(f"{folder}: shard {missing[0]} is missing, its index or its siblings promise it ({len(missing)} of "
                       f"{len(wanted)} are missing). Download it again.")
     return [folder / name for name in sorted(wanted)]
+
+
+def _plain(folder, names):
+    """Return the files that diffusers reads where it is asked for no variant, as x.safetensors beside x.fp16.safetensors."""
+    plain = {name for name in names if "." not in name.removesuffix(".safetensors")}
+    if plain and plain != names:
+        warnings.warn(f"{folder}: {', '.join(sorted(plain))} is read; left out: {', '.join(sorted(names - plain))}.", stacklevel=2)
+    return plain or names
 
 
 def _siblings(name):
