@@ -237,7 +237,7 @@ from wanlite.student_files import (
     student_arguments,
     student_folder,
 )
-from wanlite.student_saving import check_savable, save_student
+from wanlite.student_saving import check_savable, plain_names, save_student
 from wanlite.teacher import Teacher
 from wanlite.teacher_files import open_teacher_files
 
@@ -374,7 +374,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
             raise ValueError(f"max_shard_size is {max_shard_size!r}, expected bytes, at least 1, or text as '5GB'.")
         if is_main_process is None:
             is_main_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        tensors = self.state_dict()                              # of a sharded student every rank has to take part
+        tensors = plain_names(self.state_dict())                 # of a sharded student every rank has to take part
         if not is_main_process:
             return
         check_savable(tensors, all_tensor_shapes(self.config), save_directory)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
+from torch.nn.utils import prune
 
 from tests.conftest import fork
 from train_distillation import WanLiteStudent
@@ -214,11 +215,53 @@ def adapted(made):
     made.blocks[0].attn1.to_q.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(16, 2)})       # as peft puts them there
 
 
+class InEightBits(torch.Tensor):
+    """A tensor of another class in the place of a weight, as torchao and GGUF put them there."""
+
+
+def quantised(made):
+    for layer in (made.proj_out, made.blocks[1].ffn.net[2]):
+        layer.weight = torch.nn.Parameter(layer.weight.data.as_subclass(InEightBits))
+
+
+def quantised_by_names(made):
+    """Quanto and bitsandbytes keep a weight's codes and scales under names of their own."""
+    weight = made.proj_out.weight.data
+    del made.proj_out.weight
+    made.proj_out.weight = torch.nn.Module()
+    for name, value in (("_data", weight.to(torch.int8)), ("_scale", weight[:, :1])):
+        made.proj_out.weight.register_buffer(name, value)
+
+
+def cast_by_layers(made):
+    made.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def adapted_and_quantised(made):
+    adapted(made)
+    quantised(made)
+
+
+def without_a_layer(made):
+    made.proj_out = torch.nn.Identity()
+
+
 @pytest.mark.parametrize("change, words", [
-    (broken, "proj_out.bias"), (overflowing, "proj_out.bias"), (lambda made: made.double(), "float64"),
+    (broken, "proj_out.bias"), (overflowing, "proj_out.bias"),
+    (lambda made: made.double(), r"weights of another dtype in .*\(torch.float64\) and in .* more"),
     (lambda made: made.to("meta"), "offloaded"), (lambda made: made.register_parameter("more", torch.nn.Parameter(torch.ones(1))),
                                                   "more"),
-    (lambda made: made.blocks.append(made.blocks[0]), "blocks.2"), (adapted, "save_lora_adapter")])
+    (lambda made: made.blocks.append(made.blocks[0]), "blocks.2"),
+    (adapted, r"found an adapter in blocks.0.attn1.to_q \(lora_A\). .*save_lora_adapter"),
+    (quantised, r"quantised weights in blocks.1.ffn.net.2 \(InEightBits\) and in 1 more layers. Save the student before"),
+    (quantised_by_names, r"quantised weights in proj_out \(weight._data\). Save the student before"),
+    (cast_by_layers, r"quantised weights in blocks.0.attn1.to_k \(torch.float8_e4m3fn\) and in 19 more layers"),
+    (lambda made: torch.ao.quantization.quantize_dynamic(made, {torch.nn.Linear}, inplace=True), "quantised .*_packed_params"),
+    (adapted_and_quantised, "an adapter in .*; quantised weights in .* Fuse .* Save the student before"),
+    (lambda made: prune.l1_unstructured(made.proj_out, "weight", 0.5), r"a parametrization in proj_out \(weight_"),
+    (lambda made: torch.nn.utils.parametrizations.weight_norm(made.proj_out), "a parametrization in proj_out "),
+    (without_a_layer, r"another layer than a student's in proj_out \(proj_out.bias is missing\). Put the student's own")])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_would_not_load_again_is_not_saved_and_the_student_that_is_there_stays(change, words, tmp_path):
     student(NARROW, 1).save_pretrained(tmp_path)
     made = student(WIDE, 2)
@@ -226,6 +269,17 @@ def test_what_would_not_load_again_is_not_saved_and_the_student_that_is_there_st
     with pytest.raises(ValueError, match=words):
         made.save_pretrained(tmp_path)
     assert found(tmp_path) == (16, 1) and names(tmp_path) == {"config.json", WEIGHTS}
+
+
+def compiled_block(made):
+    made.blocks[0] = torch.compile(made.blocks[0])
+    return made
+
+
+@pytest.mark.parametrize("change", [torch.compile, compiled_block, lambda made: made.to(memory_format=torch.channels_last_3d)])
+def test_a_change_that_leaves_every_weight_is_saved_as_it_was(change, tmp_path):
+    change(student(WIDE, 2)).save_pretrained(tmp_path)
+    assert found(tmp_path) == (24, 2)
 
 
 def test_a_keyword_that_means_nothing_here_is_refused_by_name(tmp_path):

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import starmap
 from pathlib import Path
 
 import torch
@@ -22,21 +23,65 @@ CONFIG_NAME = "config.json"
 LIST = "files.json"          # of a staged save, with what it replaces
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 ALIGNED = 64                 # bytes of a cache line
+COMPILED = "_orig_mod."      # in the names of a module's tensors where torch.compile has wrapped it
+CHANGES = {                  # what was found in a layer -> what can be saved instead
+    "an adapter": "Fuse it into the weights (fuse_lora, then unload_lora), or save it alone (save_lora_adapter).",
+    "quantised weights": "Save the student before it is quantised, and quantise it after loading.",
+    "a parametrization": "Remove the parametrization; its result stays as the layer's weights.",
+    "weights sharded over devices": "Gather their tensors first.",
+    "offloaded weights": "Move the student to a device first.",
+    "weights of another dtype": "Convert the student to float32, float16 or bfloat16 first.",
+    "another layer than a student's": "Put the student's own layers back, or load it again."}
+SIGNS = {                    # how it shows in the names of tensors; else it shows in the tensors
+    "an adapter": r"\.(base_layer|lora_\w+|lokr_\w+)\.",
+    "a parametrization": r"\.(parametrizations|weight_(?:orig|mask|g|v))\b",
+    "quantised weights": r"\.(weight\.\w+|weight_scale|input_scale|output_scale|SCB|qweight|_packed_params|zero_point|scale)\b"}
+
+
+def plain_names(tensors):
+    """Return {name: tensor} of modules that torch.compile has wrapped under the names that they have without it."""
+    return {name.replace(COMPILED, ""): tensor for name, tensor in tensors.items()}
 
 
 def check_savable(tensors, shapes, place):
     """Refuse to save what from_pretrained would refuse to load: `shapes` is {name: shape} of what belongs to the student."""
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if odd := sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name)):
-        raise ValueError(f"{place}: not saved, {len(odd)} tensors are not those of a student, first {odd[0]}. Fuse or unload an "
-                         "adapter first (save_lora_adapter saves it alone).")
-    for name, tensor in tensors.items():
-        if tensor.is_meta or tensor.dtype not in DTYPES:
-            raise ValueError(f"{place}: not saved, {name} is {'offloaded' if tensor.is_meta else tensor.dtype}, expected values in "
-                             "float32, float16 or bfloat16. Move the student to a device and to one of these first.")
+    changed: dict[str, dict[str, str]] = {}                  # what was found: {layer: how it shows}
+    for name in sorted(tensors.keys() | shapes.keys()):
+        if change := _find_change(name, tensors.get(name), shapes.get(name)):
+            changed.setdefault(change[0], {}).setdefault(*change[1:])
+    if len(changed) > 1:                                     # names that went with another change
+        changed.pop("another layer than a student's", None)
+    if changed:
+        raise ValueError(f"{place}: not saved, found {'; '.join(starmap(_describe, changed.items()))}. "
+                         f"{' '.join(CHANGES[change] for change in changed)}")
     if broken := not_finite(tensors):
         raise ValueError(f"{place}: not saved, {len(broken)} tensors hold NaN or infinity, first {broken[0]}. Go back to an "
                          "earlier checkpoint and lower the learning rate.")
+
+
+def _describe(change, signs):
+    layer, sign = next(iter(signs.items()))
+    return f"{change} in {layer} ({sign})" + (f" and in {len(signs) - 1} more layers" if len(signs) > 1 else "")
+
+
+def _find_change(name, tensor, shape):
+    """Return what was found in the layer of a tensor, the layer, and how it shows; None for a tensor as a student has it."""
+    for change, pattern in SIGNS.items():
+        if match := re.search(pattern, name):
+            return change, name[:match.start()], match[1]
+    layer = name.rpartition(".")[0] or name
+    if tensor is None or shape is None:
+        return "another layer than a student's", layer, f"{name} is {'missing' if tensor is None else 'unknown'}"
+    if type(tensor) is not torch.Tensor:
+        kind = type(tensor).__name__
+        return "weights sharded over devices" if kind == "DTensor" else "quantised weights", layer, kind
+    if tensor.is_meta:
+        return "offloaded weights", layer, "on device meta"
+    if tensor.dtype not in DTYPES:
+        return "quantised weights" if tensor.dtype.itemsize == 1 else "weights of another dtype", layer, str(tensor.dtype)
+    if tuple(tensor.shape) != shape or tensor.layout is not torch.strided:
+        return "another layer than a student's", layer, f"{name} is {tuple(tensor.shape)} {tensor.layout}, expected {shape}"
+    return None
 
 
 def save_student(folder, config, tensors, variant=None, max_shard_size="10GB"):
