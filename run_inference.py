@@ -64,8 +64,6 @@ def complete(settings):
     with open_student(folder) as (config, _):
         run = read_run(folder)
     check_saved_parts(folder)
-    if config.get("_class_name") != "WanLiteStudent":
-        raise ValueError(f"{folder}: holds a {config.get('_class_name')}, expected a WanLiteStudent.")
     prompts = choose_prompts(settings, run, folder)
     width, height = picture_size(run.get("resolution", 512))
     defaults = {"height": height, "width": width, "num_inference_steps": run.get("num_inference_steps", 20)}

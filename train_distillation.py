@@ -172,6 +172,7 @@ if __name__ == "__main__":  # arguments and paths are answered before torch is i
 import copy
 import hashlib
 import inspect
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -182,14 +183,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
-from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTimeTextImageEmbedding
+from diffusers.models.transformers.transformer_wan import (
+    WanRotaryPosEmbed,
+    WanTimeTextImageEmbedding,
+    WanTransformer3DModel,
+)
 from diffusers.training_utils import EMAModel
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import nn
@@ -228,6 +228,7 @@ from wanlite.stages.needs import (
 from wanlite.stages.start import compare_experts, project_into, start_student
 from wanlite.steps import STEPS, Networks
 from wanlite.student_files import (
+    OUR_NAMES,
     all_tensor_shapes,
     check_hashes,
     check_shape,
@@ -248,19 +249,17 @@ class StudentOutput(Transformer2DModelOutput):
     features: list | None = None
 
 
-class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin, AttentionMixin):
+class WanLiteStudent(WanTransformer3DModel):
     """A small Wan transformer that draws single frames, in diffusers' parts and under diffusers' key names.
 
     `WanLiteStudent(hidden_size=64, depth=4, num_heads=2)` or `WanLiteStudent({"hidden_size": 64, ...})` builds a random one;
     `teacher_checkpoint_path=DIR` projects that teacher's weights into it, once, and is no part of the config.
-    A saved student also loads as a stock WanTransformer3DModel: config.json carries the Wan names beside ours.
+    Its config has every setting of a stock WanTransformer3DModel beside ours; its config.json is that of a stock one.
     """
 
-    _supports_gradient_checkpointing = True
-    _skip_layerwise_casting_patterns = ["patch_embedding", "condition_embedder", "norm"]
     _no_split_modules = ["OneFrameBlock"]
-    _keep_in_fp32_modules = ["rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
     _repeated_blocks = ["OneFrameBlock"]
+    _cp_plan = None                              # one frame is too short to be split over devices
     _left_to_stock = ("max_memory", "offload_folder", "offload_state_dict", "use_flashpack")     # a pipeline says no to them
     ignore_for_config = ["teacher_checkpoint_path", "projection", "expert"]
 
@@ -282,7 +281,8 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         projection: str = "weights",             # "weights" or "none"
         expert: str = "low",                     # which of two experts is projected
     ):
-        super().__init__()
+        super(WanTransformer3DModel, self).__init__()    # stock's own would build stock's blocks
+        self.__module__ = WanTransformer3DModel.__module__       # see below the class
         if isinstance(hidden_size, Mapping):
             config = {name: value for name, value in hidden_size.items() if not name.startswith("_")}
             return self.__init__(**{"teacher_checkpoint_path": teacher_checkpoint_path, "projection": projection,
@@ -297,7 +297,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
             text_dim=text_dim, freq_dim=freq_dim, patch_size=patch_size, cross_attn_norm=cross_attn_norm,
             qk_norm=qk_norm, eps=eps, rope_max_seq_len=rope_max_seq_len,
             num_attention_heads=num_heads, attention_head_dim=head_dim, num_layers=depth, in_channels=num_channels,
-            out_channels=num_channels)
+            out_channels=num_channels, image_dim=None, added_kv_proj_dim=None, pos_embed_seq_len=None)
 
         self.rope = WanRotaryPosEmbed(head_dim, patch_size, rope_max_seq_len)
         self.patch_embedding = nn.Conv3d(num_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
@@ -341,6 +341,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         if encoder_hidden_states_image is not None:
             raise ValueError("encoder_hidden_states_image was given; the student is a text-to-image model without it.")
         latents = hidden_states.squeeze(2) if is_video else hidden_states
+        self._check_size(*latents.shape[-2:])
         if isinstance(encoder_hidden_states, TextTokens):
             encoder_hidden_states, text_logit_bias = encoder_hidden_states
         if timestep.ndim == 2:
@@ -353,6 +354,14 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         if return_dict:
             return StudentOutput(sample=velocity, features=features or None)
         return (velocity, features) if feature_blocks else (velocity,)
+
+    def _check_size(self, height, width):
+        """Refuse latents that are not whole patches or lie beyond the rotary table."""
+        for name, size, patch in zip(("high", "wide"), (height, width), self.config.patch_size[1:]):
+            if size % patch or size // patch > self.config.rope_max_seq_len:
+                raise ValueError(f"latents are {size} {name}, expected a multiple of {patch} up to "
+                                 f"{patch * self.config.rope_max_seq_len}, where this student's rotary table ends. Choose another "
+                                 "height or width.")
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool | None = None,
                         save_function: Callable | None = None, safe_serialization: bool = True, variant: str | None = None,
@@ -382,6 +391,27 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
 
+    def to_json_string(self) -> str:
+        """Return the config as a stock Wan has it, without our names for the same: stock warns of names that are not its own."""
+        config = json.loads(super().to_json_string())
+        return json.dumps({name: value for name, value in config.items() if name not in OUR_NAMES}, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict: Any = None, *, config: str | None = None, **kwargs) -> Any:
+        """Load one file of weights under diffusers' names or Wan's own, as stock does; `config` is the folder of config.json."""
+        if config is None:
+            raise ValueError("config is missing, expected the folder of the student's config.json: weights alone do not show it.")
+        try:
+            return super().from_single_file(pretrained_model_link_or_path_or_dict, config=str(config), **kwargs)
+        except NotImplementedError:                              # a tensor without values is to be moved
+            raise ValueError(f"{pretrained_model_link_or_path_or_dict}: lacks tensors of the student that {config} describes. "
+                             "Name the file and the config of one student.") from None
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Mapping, **kwargs):
+        """Turn a config under our names, Wan's or both into arguments: from_config alone would take our defaults for Wan's."""
+        return super().extract_init_dict(student_arguments({**config_dict}, _defaults()), **kwargs)
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, *, subfolder: str | None = None, variant: str | None = None,
@@ -402,7 +432,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         if unknown := {name: value for name, value in unknown.items() if value or name not in cls._left_to_stock}:
             accepted = ", ".join(list(inspect.signature(cls.from_pretrained).parameters)[1:-1])
             raise TypeError(f"WanLiteStudent.from_pretrained does not take {', '.join(sorted(unknown))}; it takes {accepted}. "
-                            "Loading never projects a teacher.")
+                            "Loading never projects a teacher and never quantises: quantise the student that is loaded.")
         if use_safetensors is False:
             raise ValueError("use_safetensors=False asks for a pickle, and pickles are never opened. Leave it out.")
         dtype, device = as_dtype(torch_dtype if dtype is None else dtype), as_device(device_map if device is None else device)
@@ -412,7 +442,7 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
             try:
                 arguments = student_arguments(config, _defaults())
             except ValueError as error:
-                raise ValueError(f"{folder / 'config.json'}: {error}") from None
+                raise ValueError(f"{files[0].path.parent / 'config.json'}: {error}") from None
             check_weights(files, arguments)
             check_hashes(files, sha256)
             tensors = {}
@@ -431,6 +461,11 @@ class WanLiteStudent(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         student.eval()
         nothing: dict[str, list] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         return (student, nothing) if output_loading_info else student
+
+
+# A student is saved as the stock Wan that it also is. Pipelines write a part's class by these names of the class and of its
+# module, and load it by them where this file is not.
+WanLiteStudent.__name__ = WanTransformer3DModel.__name__
 
 
 def _defaults():

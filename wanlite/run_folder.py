@@ -121,6 +121,8 @@ def save_parts(folder, parts_folder, scheduler):
     for part in PARTS:
         with new_folder(folder / part) as partial:
             _copy_files(parts_folder / part, partial)
+            if part == "vae":
+                _write_index(partial / "diffusion_pytorch_model.safetensors")
     scheduler.save_pretrained(folder / "scheduler")
     index = parts_folder / "model_index.json"
     tokenizer = json.loads(index.read_text(encoding="utf-8")).get("tokenizer") if index.is_file() else None
@@ -129,6 +131,20 @@ def save_parts(folder, parts_folder, scheduler):
         "tokenizer": tokenizer or ["transformers", "T5TokenizerFast"], "text_encoder": ["transformers", "UMT5EncoderModel"],
         "vae": ["diffusers", "AutoencoderKLWan"], "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "transformer": ["diffusers", "WanTransformer3DModel"], "transformer_2": [None, None]})
+
+
+def _write_index(weights):
+    """Write an index of one file of weights, which diffusers reads first.
+
+    Given `subfolder` and no index there, it takes the file of this name in the parent folder, which is the student's.
+    """
+    index = weights.with_name(f"{weights.name}.index.json")
+    if not weights.is_file() or index.exists():
+        return
+    with open(weights, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    write_json(index, {"metadata": {"total_size": weights.stat().st_size},
+                       "weight_map": dict.fromkeys(sorted(header.keys() - {"__metadata__"}), weights.name)})
 
 
 def _copy_files(source, target):
@@ -144,7 +160,8 @@ def check_saved_parts(folder):
     """Refuse a saved student's folder whose parts are missing or not as they were written; sizes are compared."""
     folder = Path(folder)
     if missing := [part for part in ("scheduler", *PARTS) if not (folder / part).is_dir()]:
-        raise OSError(f"{folder}: lacks {', '.join(missing)}; expected a folder that train_distillation.py finished.")
+        raise OSError(f"{folder}: lacks {', '.join(missing)}; expected a folder that train_distillation.py finished. Beside a "
+                      "student that was saved alone, put these of its run.")
     if not (folder / "scheduler" / "scheduler_config.json").is_file():
         raise OSError(f"{folder / 'scheduler'}: lacks scheduler_config.json. Copy the folder again.")
     for part in PARTS:

@@ -19,7 +19,7 @@ from .untrusted_files import WeightsFile, parse_json, read_json, shown, without_
 CONFIG_NAME = "config.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
 WEIGHT_NAMES = (f"{WEIGHTS_STEM}.safetensors", "diffusion_model.safetensors")  # the first that is there is read, then an index
-CLASS_NAMES = ("WanLiteStudent", "WanTransformer3DModel")
+CLASS_NAMES = ("WanLiteStudent", "WanTransformer3DModel")      # of older saves; of ours and of those of stock diffusers
 SAVING = ".saving-*"         # where a save lies until it is published
 JUST_NOW = 0.2               # seconds in which the renames of a save are done
 MOST_SAVES = 4               # under way at once, of which one may hold the config
@@ -27,6 +27,7 @@ MOST_SHARDS = 1000           # they are opened together
 MOST_CONFIG = 65536          # bytes; a student's has 700
 MOST_SIZE = 65536
 MOST_POSITIONS = 16384       # rotary tables are built from the config alone, no weights stand for their size
+OUR_NAMES = ("hidden_size", "depth", "num_heads", "num_channels")    # for what Wan's names say as well
 STOCK_SETTINGS = {"out_channels", "num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "image_dim",
                   "added_kv_proj_dim", "pos_embed_seq_len"}     # of a stock Wan, said in our words or of no use to us
 
@@ -70,8 +71,8 @@ def _download(name, subfolder, **hub):
     from huggingface_hub import snapshot_download  # here: a local folder needs none of it
     from huggingface_hub.errors import HFValidationError
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    patterns = [f"{prefix}{pattern}" for pattern in (CONFIG_NAME, f"{WEIGHTS_STEM}*.safetensors", "diffusion_model*.safetensors",
-                                                     f"{WEIGHTS_STEM}.safetensors.index*.json")]
+    names = (CONFIG_NAME, f"{WEIGHTS_STEM}*.safetensors", "diffusion_model*.safetensors", f"{WEIGHTS_STEM}.safetensors.index*.json")
+    patterns = [f"{prefix}{place}{name}" for place in ("", "transformer/") for name in names] + [f"{prefix}model_index.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, **hub))    # nosec B615: the revision is the user's
     except (HFValidationError, OSError) as error:            # what the hub raises over HTTP is an OSError as well
@@ -164,7 +165,7 @@ def open_student(folder, variant=None):
     Weights carry the config that they were saved with. Where config.json is another, a save is under way, or was cut short
     after its weights were in place and before its config was: then that lies in the save's own folder.
     """
-    began = time.monotonic()
+    folder, began = _student_part(folder), time.monotonic()
     while True:
         try:
             config, files, stack = _open_once(folder, variant)
@@ -175,6 +176,16 @@ def open_student(folder, variant=None):
             time.sleep(0.01)
     with stack:
         yield config, files
+
+
+def _student_part(folder):
+    """Return transformer/ of a pipeline that diffusers saved, and any other folder as it is."""
+    part = folder / "transformer"
+    if (folder / CONFIG_NAME).exists() or not (folder / "model_index.json").is_file() or part.is_symlink() or not part.is_dir():
+        return folder
+    if (folder / "transformer_2").exists():
+        raise ValueError(f"{folder}: holds a pipeline of two experts, expected a student. Train one with --teacher {folder}.")
+    return part
 
 
 def _open_once(folder, variant):
@@ -223,13 +234,38 @@ def find_weights(folder, variant=None):
     infix = "" if variant is None else f".{variant}"
     names = [name.replace(".safetensors", f"{infix}.safetensors") for name in WEIGHT_NAMES]
     index_name = f"{WEIGHTS_STEM}.safetensors.index{infix}.json"
-    for name in names:
-        if path := _checked_path(folder, name):
-            return {path: None}
-    if path := _checked_path(folder, index_name):
-        return {_shard(folder, name, path): promised for name, promised in _read_index(path)}
+    found = next((path for name in names if (path := _checked_path(folder, name))), None)
+    index = _checked_path(folder, index_name)
+    if found and not (index and _is_stocks_newer(folder, index, found)):
+        return {found: None}
+    if index:
+        return {_shard(folder, name, index): promised for name, promised in _read_index(index)}
     raise OSError(f"Error no file named {WEIGHTS_STEM}.bin found in directory {folder}, nor any of {', '.join(names)} and "
-                  f"{index_name}, which are expected; found {_listing(folder)}. Pickles are never opened.")
+                  f"{index_name}, which are expected; found {_listing(folder)}. Pickles are never opened.{_variants(folder)}")
+
+
+def _is_stocks_newer(folder, index, weights):
+    """Return whether stock diffusers saved shards beside an older file of weights, which it leaves there and reads no more.
+
+    Its shards have no mark in their names, and a save of ours removes them before it ends.
+    """
+    try:
+        shards = [name for name, _ in _read_index(index)]
+    except OSError:                                          # a broken one leads to no shards
+        return False
+    is_stocks = all(re.fullmatch(rf"{WEIGHTS_STEM}(\.[\w-]+)?-\d{{5}}-of-\d{{5}}\.safetensors", name) and (folder / name).exists()
+                    for name in shards)
+    if is_newer := is_stocks and not any(folder.glob(SAVING)):
+        warnings.warn(f"{folder}: holds {weights.name} beside {len(shards)} shards; the shards are read, as stock diffusers does. "
+                      f"Remove {weights.name} if it is older.", stacklevel=3)
+    return is_newer
+
+
+def _variants(folder):
+    """Return a hint where weights of a variant are there, else nothing."""
+    pattern = re.compile(rf"{WEIGHTS_STEM}\.([\w-]+?)(-\d{{5}}-of-\d{{5}})?\.safetensors")
+    found = sorted({match[1] for path in islice(folder.iterdir(), 1000) if (match := pattern.fullmatch(path.name))})
+    return f" Variants are there: name one of {_some(found)}, or rename it to {WEIGHTS_STEM}.safetensors." if found else ""
 
 
 def _read_index(path):
