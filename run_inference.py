@@ -16,16 +16,22 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from wanlite.official import num_bytes
+from wanlite.preflight import bucket_sizes
 from wanlite.prompts import check_text, read_prompts
 from wanlite.run_folder import check_saved_parts, picture_size, read_run
+from wanlite.schedule import TIMESTEPS, read_schedule, recorded_schedule
 from wanlite.settings import make_parser, setting
 from wanlite.student_files import open_student, student_folder
+from wanlite.terminal import keep_output_open, one_line
 
-TIMESTEPS = 1000     # more steps than these repeat themselves
-SCHEDULER = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
-             "num_train_timesteps": TIMESTEPS}
+MOST_CELLS = 64      # images in a grid
+MOST_COLUMNS = 16    # of a grid with a row for each prompt
+MOST_NAMED = 6       # files that a warning names
+MOST_OF_PROMPT = 80  # characters of it beside its file's name
+FLAT = 1             # of 255: the largest standard deviation of a channel in an image of one flat colour
 ENCODER_SHARE = 0.8  # of the device's free memory; a larger text encoder, of a real Wan 11 GB, reads prompts on the CPU
 
 
@@ -44,7 +50,8 @@ class Settings:
     batch_size: int = setting(1, "pictures drawn at once; above 1 is faster, and a picture may differ in its last bit")
     output_dir: str = setting("./outputs/pictures", "where the PNGs are written", is_path=True)
     device: str | None = setting(None, "cpu, cuda, cuda:N or mps; None = CUDA where there is one, else the CPU")
-    dtype: str = setting("float32", "dtype of the student", choices=("float32", "float16", "bfloat16"))
+    dtype: str | None = setting(None, "dtype of the student (default: bfloat16 on GPUs that support it, else float32)",
+                                choices=("float32", "float16", "bfloat16"))
     sha256: str | None = setting(None, "digest that the student's one weights file must have; every picture's text says it")
 
 
@@ -55,7 +62,7 @@ def read_settings(arguments=None):
     try:
         return complete(settings)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(one_line(str(error)))
 
 
 def complete(settings):
@@ -63,6 +70,7 @@ def complete(settings):
     folder = student_folder(settings.model)
     with open_student(folder) as (config, _):
         run = read_run(folder)
+    schedule = recorded_schedule(run, folder / "run.json")
     check_saved_parts(folder)
     prompts = choose_prompts(settings, run, folder)
     width, height = picture_size(run.get("resolution", 512))
@@ -71,9 +79,9 @@ def complete(settings):
               for name, default in defaults.items()}
     settings = replace(settings, model=str(folder), **filled)
     check_numbers(settings, len(prompts))
-    check_steps(settings.num_inference_steps, run, folder)
-    check_scheduler(folder, run)
-    check_picture_size(settings, folder, config)
+    check_steps(settings.num_inference_steps, schedule, folder)
+    read_schedule(folder, schedule)
+    trained_sizes(run, check_picture_size(settings, folder, config), folder / "run.json")
     check_output_dir(Path(settings.output_dir))
     if settings.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", settings.device):
         raise ValueError(f"--device {settings.device} is unknown, expected cpu, cuda, cuda:N or mps.")
@@ -96,37 +104,16 @@ def check_numbers(settings, num_prompts):
         raise ValueError(f"--guidance_scale is {settings.guidance_scale}, expected 1 (none) or more.")
 
 
-def _schedule_of(run):
-    schedule = run.get("schedule") or {}
-    return schedule if isinstance(schedule, dict) else {}
-
-
-def check_steps(num_steps, run, folder):
+def check_steps(num_steps, schedule, folder):
     """Refuse a number of steps that the student was not trained for; a student of stage 1 takes any."""
-    few_steps = _schedule_of(run).get("few_steps") or []
-    if not isinstance(few_steps, list) or any(type(count) is not int for count in few_steps):
-        raise ValueError(f"{folder / 'run.json'}: says few_steps {few_steps!r}, expected whole numbers. Copy the folder again.")
+    few_steps = schedule.get("few_steps") or []
     if few_steps and num_steps not in few_steps:
         raise ValueError(f"--num_inference_steps {num_steps}: {folder} was trained to draw in {', '.join(map(str, few_steps))} "
                          "steps. Choose one of these, or train with --few_steps.")
 
 
-def check_scheduler(folder, run):
-    """Refuse a scheduler that would lead the student through other noise levels than it was trained at."""
-    path, wanted = folder / "scheduler" / "scheduler_config.json", dict(SCHEDULER)
-    if "flow_shift" in _schedule_of(run):
-        wanted["flow_shift"] = run["schedule"]["flow_shift"]
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        odd = [f"{name} {config.get(name)!r}, expected {value!r}" for name, value in wanted.items() if config.get(name) != value]
-    except (ValueError, AttributeError, RecursionError):
-        odd = ["nothing that can be read, expected a schedule"]
-    if odd:
-        raise ValueError(f"{path}: says {odd[0]}, as the student was trained. Copy the folder again.")
-
-
 def check_picture_size(settings, folder, config):
-    """Refuse sizes that do not divide into tokens or lie beyond the student's rotary tables."""
+    """Refuse sizes that do not divide into tokens or lie beyond the student's rotary tables; returns a token's pixels."""
     try:
         vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
         token = int(vae.get("scale_factor_spatial") or 8) * int(config.get("patch_size", (1, 2, 2))[1])      # pixels
@@ -143,6 +130,36 @@ def check_picture_size(settings, folder, config):
             raise ValueError(f"--{name} {pixels!r} is not divisible by {token}; the nearest is {nearest}.")
         if pixels > largest:
             raise ValueError(f"--{name} {pixels} is more than this student can place; the most is {largest}.")
+    return token
+
+
+def trained_sizes(run, unit, source):
+    """Return the sizes (width, height) that run.json records as trained; none where it records no resolution.
+
+    `unit` is the pixels of a token; `source` names the file in errors.
+    """
+    if "resolution" not in run:
+        return []
+    size, settings = picture_size(run["resolution"]), run.get("settings")
+    ratios = settings.get("aspect_ratios") if isinstance(settings, dict) else None
+    if any(type(side) is not int or side < 1 for side in size):
+        raise ValueError(f"{source}: says resolution {run['resolution']!r}, expected pixels or [width, height]. Copy it again.")
+    if not isinstance(ratios, list | None) or not all(isinstance(ratio, str) for ratio in ratios or ()):
+        raise ValueError(f"{source}: says aspect_ratios {ratios!r}, expected a list of WIDTH:HEIGHT. Copy it again.")
+    try:
+        return list(dict.fromkeys([size, *bucket_sizes(size, ratios, unit)]))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error} Copy it again.") from None
+
+
+def size_warning(size, trained):
+    """Return what to warn of where a size (width, height) is none of the trained ones, else None."""
+    if not trained or size in trained:
+        return None
+    width, height = min(trained, key=lambda each: sum(abs(math.log(side / own)) for side, own in zip(size, each)))
+    named = ", ".join(f"{each[0]} x {each[1]}" for each in trained[:MOST_NAMED]) + (", ..." if len(trained) > MOST_NAMED else "")
+    return (f"the student was trained at {named}; images of {size[0]} x {size[1]} may fail. The nearest trained size is "
+            f"--width {width} --height {height}.")
 
 
 def check_output_dir(output):
@@ -169,36 +186,46 @@ def choose_prompts(settings, run, folder):
 
 
 if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
+    keep_output_open()
     signal.signal(signal.SIGINT, signal.SIG_DFL)     # ends it at once and silently: what was drawn is whole, and stays
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train_distillation.py, and so is the next
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     SETTINGS, PROMPTS = read_settings()
 
-import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 from train_distillation import WanLiteStudent
 from wanlite.autoencoder import decode_latents, load_autoencoder, to_pictures
-from wanlite.devices import free_memory
+from wanlite.devices import disable_cudnn_attention, drawing_dtype, free_memory, has_bfloat16
 from wanlite.flow import check_schedule, sample, seeded_noise
+from wanlite.grids import lay_out
+from wanlite.image_files import grid_names, image_names, save_image
 from wanlite.network import pack_text
 from wanlite.text import encode_prompts, load_text_encoder, tell_cut
 
 
 class Painter:
-    """A saved student with all that turns its velocity into pictures."""
+    """A saved student with all that turns its velocity into pictures.
 
-    def __init__(self, folder, device="cpu", dtype="float32", sha256=None):
-        self.device, self.dtype = torch.device(device), getattr(torch, dtype)
-        self.student = WanLiteStudent.from_pretrained(folder, dtype=dtype, device=device, sha256=sha256)
-        self.scheduler = UniPCMultistepScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+    `weights_sha256` is of the bytes that it draws with: a digest, or that of each shard, sorted by name.
+    """
+
+    def __init__(self, folder, device="cpu", dtype=None, sha256=None):
+        disable_cudnn_attention()
+        self.device = torch.device(device)
+        self.dtype = getattr(torch, dtype or drawing_dtype(self.device.type, has_bfloat16(device)))
+        self.student, loaded = WanLiteStudent.from_pretrained(folder, dtype=self.dtype, device=device, sha256=sha256,
+                                                              output_loading_info=True)
+        self.weights_sha256 = " ".join(loaded["sha256"].values())
+        schedule = recorded_schedule(read_run(folder), Path(folder) / "run.json")
+        self.scheduler = UniPCMultistepScheduler(**read_schedule(folder, schedule))
         self.autoencoder = load_autoencoder(folder, device=device)
+        self.pixels_per_token = self.autoencoder.config.scale_factor_spatial * self.student.config.patch_size[1]
         size, free = num_bytes(Path(folder) / "text_encoder"), free_memory(self.device)[0]
         self.tokenizer, self.encoder = load_text_encoder(folder, self.device if size < ENCODER_SHARE * free else "cpu")
 
@@ -207,11 +234,7 @@ class Painter:
 
     @torch.no_grad()
     def draw(self, prompts, seeds, num_steps, height, width, guidance_scale=1.0, negative_prompt=""):
-        """Return one picture for each prompt and seed: (B, height, width, 3) uint8.
-
-        Raises ValueError for a schedule that does not end at 0, FloatingPointError where the result is not finite or is one flat
-        colour.
-        """
+        """Return one picture for each prompt and seed, (height, width, 3) uint8, or None where it is not finite."""
         check_schedule(self.scheduler, num_steps)
         text = pack_text(self.embed(prompts)).to(self.device, self.dtype)
         unwanted = None
@@ -229,17 +252,39 @@ class Painter:
             return plain + guidance_scale * (wanted - plain)
 
         latents = sample(velocity_of, noise, self.scheduler, num_steps)
-        if not torch.isfinite(latents).all():
-            raise FloatingPointError(f"the latents are not finite in {self.dtype}: try --dtype float32, or train again.")
-        pictures = to_pictures(decode_latents(self.autoencoder, latents))
-        for prompt, picture in zip(prompts, pictures):
-            if picture.std(axis=(0, 1)).max() < 1:
-                raise FloatingPointError(f"the picture for {prompt!r} is one flat colour: the student is not trained, or "
-                                         "the steps or size are not those it was trained for.")
-        return pictures
+        pixels = decode_latents(self.autoencoder, latents)
+        is_finite = [bool(torch.isfinite(each).all() and torch.isfinite(drawn).all()) for each, drawn in zip(latents, pixels)]
+        return [picture if is_sound else None for picture, is_sound in zip(to_pictures(pixels), is_finite)]
 
     def _velocity(self, latents, timestep, text):
         return self.student(latents, timestep, text.tokens, text_logit_bias=text.logit_bias, return_dict=False)[0].float()
+
+
+class Drawn(NamedTuple):
+    """An image of a run; `path` is None where it was not finite, and not written."""
+
+    prompt: str
+    seed: int
+    path: Path | None
+    is_flat: bool = False
+
+
+def draw_all(painter, settings, prompts):
+    """Draw and write an image for each of `prompts`; returns [Drawn], and of the first images MOST_CELLS for the grid."""
+    seeds, drawn, cells = range(settings.seed, settings.seed + len(prompts)), [], []
+    for start in tqdm(range(0, len(prompts), settings.batch_size), desc="drawing", unit="batch", disable=len(prompts) == 1):
+        batch = slice(start, min(start + settings.batch_size, len(prompts)))
+        images = painter.draw(prompts[batch], seeds[batch], settings.num_inference_steps, settings.height, settings.width,
+                              settings.guidance_scale, settings.negative_prompt)
+        for prompt, seed, image in zip(prompts[batch], seeds[batch], images):
+            if image is None:
+                drawn.append(Drawn(prompt, seed, None))
+                continue
+            path = save_image(image, settings.output_dir, image_names(settings.output_dir, prompt, seed),
+                              text_chunks(settings, prompt, seed, painter.weights_sha256))
+            drawn.append(Drawn(prompt, seed, path, bool(image.std(axis=(0, 1)).max() < FLAT)))
+            cells += [image] if len(cells) < MOST_CELLS else []
+    return drawn, cells
 
 
 def text_chunks(settings, prompt, seed, weights_sha256):
@@ -254,26 +299,23 @@ def text_chunks(settings, prompt, seed, weights_sha256):
     return info
 
 
-def save_picture(picture, path, info=None):
-    """Write a picture (height, width, 3) as a PNG that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        Image.fromarray(picture).save(partial, "PNG", pnginfo=info)
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror or error}). Free some space, or name another --output_dir; "
-                      "what was drawn before is there.") from None
-    finally:
-        partial.unlink(missing_ok=True)
+def flat_warning(written):
+    """Return what to warn of where images are one flat colour, else None."""
+    flat = [each.path.name for each in written if each.is_flat]
+    if not flat:
+        return None
+    named = ", ".join(flat[:MOST_NAMED]) + (f" and {len(flat) - MOST_NAMED} more" if len(flat) > MOST_NAMED else "")
+    advice = ". The student is likely untrained, or its steps or size are not the trained ones" if len(flat) == len(written) else ""
+    return f"{len(flat)} of {len(written)} images {'is' if len(flat) == 1 else 'are'} one flat colour: {named}{advice}."
 
 
-def grid(pictures, columns):
-    """Lay pictures (B, height, width, 3) out in rows of `columns`, the rest black."""
-    rows = -(-len(pictures) // columns)
-    canvas = np.zeros((rows * columns, *pictures.shape[1:]), np.uint8)
-    canvas[:len(pictures)] = pictures
-    return canvas.reshape(rows, columns, *pictures.shape[1:]).swapaxes(1, 2).reshape(
-        rows * pictures.shape[1], columns * pictures.shape[2], 3)
+def refuse_not_finite(drawn, dtype):
+    """Raise FloatingPointError where an image was not finite, after all others were written."""
+    if lost := [each.seed for each in drawn if each.path is None]:
+        named = ", ".join(map(str, lost[:MOST_NAMED])) + (", ..." if len(lost) > MOST_NAMED else "")
+        advice = "Train again." if dtype == "float32" else "Add --dtype float32, or train again."
+        raise FloatingPointError(f"{len(lost)} of {len(drawn)} images are not finite in {dtype} and were not written (seed "
+                                 f"{named}). {advice}")
 
 
 def choose_device(wanted):
@@ -290,43 +332,48 @@ def choose_device(wanted):
 
 
 def main(settings, prompts):
-    device, output = choose_device(settings.device), Path(settings.output_dir)
+    device, output, run = choose_device(settings.device), Path(settings.output_dir), read_run(settings.model)
     jobs = [prompt for prompt in prompts for _ in range(settings.num_images_per_prompt)]
-    seeds = range(settings.seed, settings.seed + len(jobs))
     reason = "" if settings.device or device != "cpu" else " (no CUDA device was found)"
     print(f"drawing {len(jobs)} pictures of {settings.width}x{settings.height} in {settings.num_inference_steps} steps with "
           f"{settings.model} on {device}{reason}; writing to {output.absolute()}", flush=True)
-    if not read_run(settings.model):
+    if not run:
         print("no run.json says how it was trained: size and steps are those of the flags, or a guess", flush=True)
     output.mkdir(parents=True, exist_ok=True)
     painter = Painter(settings.model, device, settings.dtype, settings.sha256)
     if painter.encoder.device.type != painter.device.type:
         print(f"the text encoder does not fit on {device} and reads prompts on the CPU", flush=True)
     tell_cut(painter.tokenizer, [*prompts, settings.negative_prompt], partial(print, flush=True))
-    with open_student(Path(settings.model)) as (_, files):
-        weights = settings.sha256 or " ".join(file.sha256() for file in files)
-    pictures = []
-    for start in tqdm(range(0, len(jobs), settings.batch_size), desc="drawing", unit="batch", disable=len(jobs) == 1):
-        stop = min(start + settings.batch_size, len(jobs))
-        drawn = painter.draw(jobs[start:stop], seeds[start:stop], settings.num_inference_steps, settings.height,
-                             settings.width, settings.guidance_scale, settings.negative_prompt)
-        for number, picture in enumerate(drawn, start):
-            save_picture(picture, output / f"{number:04d}-seed{seeds[number]}.png",
-                         text_chunks(settings, jobs[number], seeds[number], weights))
-        pictures.append(drawn)
-    pictures = np.concatenate(pictures)
-    columns = settings.num_images_per_prompt if settings.num_images_per_prompt > 1 else math.ceil(math.sqrt(len(jobs)))
-    save_picture(grid(pictures, columns), output / "grid.png")
-    for prompt in prompts[:12]:
-        print(f"  {prompt}")
-    print(f"wrote {len(jobs)} pictures and grid.png to {output.absolute()}")
+    size = size_warning((settings.width, settings.height), trained_sizes(run, painter.pixels_per_token, "run.json"))
+    warn(size)
+    settings = replace(settings, dtype=str(painter.dtype).removeprefix("torch."))
+    drawn, cells = draw_all(painter, settings, jobs)
+    written = [each for each in drawn if each.path]
+    grid = f" and {save_grid(settings, written, cells).name}" if len(cells) > 1 else ""
+    for each in written:
+        print(f"{each.path.name}  {one_line(each.prompt, MOST_OF_PROMPT)}")
+    print(f"wrote {len(written)} image{'s' * (len(written) != 1)}{grid} to {output.absolute()}", flush=True)
+    warn(size, flat_warning(written))
+    refuse_not_finite(drawn, settings.dtype)
+
+
+def save_grid(settings, written, cells):
+    """Write the grid, a row for each prompt where it has several images; returns its path."""
+    each = settings.num_images_per_prompt
+    columns = each if 1 < each <= MOST_COLUMNS else math.ceil(math.sqrt(len(cells)))
+    return save_image(lay_out(cells, columns), settings.output_dir, grid_names(written[0].path, written[len(cells) - 1].path))
+
+
+def warn(*warnings):
+    for warning in filter(None, warnings):
+        print(f"WARNING: {warning}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
     try:
         main(SETTINGS, PROMPTS)
     except (OSError, ValueError, FloatingPointError, SafetensorError) as error:
-        print(f"run_inference.py: {error}", file=sys.stderr)
+        print(f"run_inference.py: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         print(f"run_inference.py: {str(error).splitlines()[0]} Lower --batch_size, --height or --width, add --dtype bfloat16, or "

@@ -24,6 +24,7 @@ from wanlite.run_folder import MetricsLog, check_output_folder, check_resumable,
 from wanlite.settings import make_parser, setting
 from wanlite.stages.complete import REAL_STEPS, REAL_TEACHERS, TINY_STEPS, complete, picture_sizes
 from wanlite.stopping import Stopped, StopSignal
+from wanlite.terminal import keep_output_open
 from wanlite.trackers import log_picture
 from wanlite.whole_files import hold, not_finite, write_json
 
@@ -162,6 +163,7 @@ def read_settings():
 
 
 if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
+    keep_output_open()
     gc.disable()                                       # imports make a million objects, and all of them stay
     signal.signal(signal.SIGINT, signal.SIG_DFL)       # ends it at once and silently, until a run has something to lose
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # threads that spin long at barriers stall beside any other busy program
@@ -201,7 +203,7 @@ from wanlite.cache import fingerprint
 from wanlite.calibration import PASSES as CALIBRATING_PASSES
 from wanlite.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint
 from wanlite.data import Buckets, SeededBatches, Segments
-from wanlite.devices import as_device, as_dtype, has_gpu
+from wanlite.devices import as_device, as_dtype, disable_cudnn_attention, has_gpu
 from wanlite.flow import FewSteps
 from wanlite.grids import save_grid
 from wanlite.measure import beyond_guards
@@ -235,6 +237,7 @@ from wanlite.student_files import (
     check_variant,
     check_weights,
     open_student,
+    pinned_hashes,
     student_arguments,
     student_folder,
 )
@@ -425,8 +428,10 @@ class WanLiteStudent(WanTransformer3DModel):
         """Load a saved student from a folder or the hub: exactly its weights, on the CPU unless told otherwise, in eval mode.
 
         Never projects and needs no teacher. `dtype` (or `torch_dtype`, a torch.dtype or its name) leaves the modules that
-        Wan keeps in float32 there; None keeps every dtype as saved. `sha256` pins the weights to a digest. Nothing is built
-        before header and config are known to agree. Raises OSError for files that are missing or broken and ValueError for
+        Wan keeps in float32 there; None keeps every dtype as saved. `sha256` pins the weights to a digest. With it, or with
+        `output_loading_info`, whose "sha256" is {file name: digest}, weights are hashed as they are read; else a CPU student in
+        its saved dtype is mapped, and shares its file's fate unless `disable_mmap`. Nothing is built before header and config
+        are known to agree. Raises OSError for files that are missing or broken and ValueError for
         content that is not this student's. Memory is used once whatever `low_cpu_mem_usage` says.
         """
         if unknown := {name: value for name, value in unknown.items() if value or name not in cls._left_to_stock}:
@@ -444,10 +449,11 @@ class WanLiteStudent(WanTransformer3DModel):
             except ValueError as error:
                 raise ValueError(f"{files[0].path.parent / 'config.json'}: {error}") from None
             check_weights(files, arguments)
-            check_hashes(files, sha256)
-            tensors = {}
-            for name, tensor in chain.from_iterable(file.tensors(is_mapped=not disable_mmap) for file in files):
+            pinned, tensors = pinned_hashes(files, sha256), {}
+            is_hashed = pinned is not None or output_loading_info
+            for name, tensor in chain.from_iterable(file.tensors(not disable_mmap, is_hashed) for file in files):
                 tensors[name] = tensor.to(device, None if _stays_float32(name) else dtype)
+            check_hashes(files, pinned)
             for name in not_finite(tensors):
                 path = next(file.path for file in files if name in file.entries)
                 raise ValueError(f"{path}: {name} holds NaN or infinity as {tensors[name].dtype}. Take an earlier save, or a dtype "
@@ -459,8 +465,9 @@ class WanLiteStudent(WanTransformer3DModel):
         student.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         student.rope.to(device)                          # all else is there
         student.eval()
-        nothing: dict[str, list] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
-        return (student, nothing) if output_loading_info else student
+        info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": [],
+                "sha256": {file.path.name: file.sha256 for file in files}}
+        return (student, info) if output_loading_info else student
 
 
 # A student is saved as the stock Wan that it also is. Pipelines write a part's class by these names of the class and of its
@@ -523,7 +530,7 @@ def train(settings, is_resumed, stop):
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / settings.logging_dir)))
     device, say, ranks = accelerator.device, accelerator.print, accelerator.num_processes
     set_seed(settings.seed)
-    torch.backends.cuda.enable_cudnn_sdp(False)              # it plans anew for each length of text and number of rows
+    disable_cudnn_attention()
 
     # What there is: teacher, student, prompts.
     check_parts(find_parts(settings.teacher), files.config)

@@ -38,6 +38,7 @@ from torch import nn
 
 from train_distillation import Settings, WanLiteStudent
 from wanlite.data import SeededBatches, Trajectories, write_shard
+from wanlite.devices import disable_cudnn_attention
 from wanlite.network import pack_text, pass_operations, unpack_text
 from wanlite.optimizers import make_optimizers
 from wanlite.plan import MemoryMeter, gigabytes, matrix_rate
@@ -352,7 +353,7 @@ def read_arguments():
 def main():
     arguments = read_arguments()
     on_gpu, repeats = arguments.device == "cuda", 3 if arguments.quick else arguments.repeats
-    torch.backends.cuda.enable_cudnn_sdp(False)              # as train_distillation.py has it
+    disable_cudnn_attention()
     files = random_teacher(A14B, "cuda") if on_gpu else open_teacher_files(ROOT / "tiny_teacher")
     sizes = ((64, 16), (128, 4)) if on_gpu else ((8, 8 if arguments.quick else 128),)       # latents' side, and batch
     shape, rows = student_shape(files.config), []

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from wanlite import autoencoder as pictures  # noqa: E402
-from wanlite import flow, shapes, text  # noqa: E402
+from wanlite import flow, schedule, shapes, text  # noqa: E402
 from wanlite.measure import prompt_accuracy  # noqa: E402
 from wanlite.network import OneFrameBlock, one_frame_velocity, pack_text  # noqa: E402
 
@@ -270,7 +270,7 @@ def train_experts(folder, work):
             uniform = (torch.rand(batch_size, generator=generator) + torch.arange(batch_size)) / batch_size
             level = flow.shift_noise_level(lowest + (highest - lowest) * uniform, SHIFT)
             velocity, (early, middle) = one_frame_velocity(
-                trained["network"], flow.add_noise(clean, noise, level), flow.TIMESTEPS * level, packed.tokens,
+                trained["network"], flow.add_noise(clean, noise, level), schedule.TIMESTEPS * level, packed.tokens,
                 packed.logit_bias, feature_blocks=(0, 2))
             error = (velocity - (noise - clean)).square().mean()
             where = F.cross_entropy(trained["where"](early).flatten(0, 1), torch.arange(GRID**2).repeat(batch_size))

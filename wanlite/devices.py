@@ -49,6 +49,24 @@ def _has(device):
         return False
 
 
+def drawing_dtype(device_type, has_bfloat16):
+    """Return the name of the dtype in which a student draws where none is asked for."""
+    return "bfloat16" if device_type == "cuda" and has_bfloat16 else "float32"
+
+
+def has_bfloat16(device):
+    """Whether a device computes in bfloat16 itself; of one that is no GPU it is not asked."""
+    if torch.device(device).type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def disable_cudnn_attention():
+    """Leave attention to the other kernels: cuDNN plans anew for each length of text and number of rows."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def has_gpu():
     """Whether a run will be on a GPU: there is one, and accelerate was not told to leave it."""
     return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")

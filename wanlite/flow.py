@@ -9,7 +9,7 @@ Legend: B batch, C channels, H W latent height and width.
 import torch
 from diffusers import UniPCMultistepScheduler
 
-TIMESTEPS = 1000  # the teacher's unit of time
+from .schedule import scheduler_arguments
 
 
 def add_noise(clean, noise, noise_level):
@@ -34,13 +34,8 @@ def average_velocity(start, end, noise_level):
 
 
 def make_scheduler(shift, few_steps=()):
-    """Return diffusers' UniPC, set up as Wan uses it; the schedule lives in its config, where a stock WanPipeline finds it.
-
-    For a student of `few_steps`, numbers of steps, it takes plain Euler steps: order 1 alone would still correct them.
-    """
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift,
-                                   solver_order=1 if few_steps else 2, disable_corrector=list(range(max(few_steps, default=0))),
-                                   num_train_timesteps=TIMESTEPS)
+    """Return diffusers' UniPC, set up as Wan uses it; the schedule lives in its config, where a stock WanPipeline finds it."""
+    return UniPCMultistepScheduler(**scheduler_arguments(shift, few_steps))
 
 
 def check_schedule(scheduler, num_steps):

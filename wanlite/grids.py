@@ -1,9 +1,10 @@
-"""Rows of pictures with a name each -> one PNG."""
+"""Pictures -> one grid of them: rows with a name each, or rows of as many as are asked for."""
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 LABEL_WIDTH = 92  # pixels at the left, for the names of the rows
+GUTTER = 4        # white pixels between two images that have no names
 
 
 def save_grid(path, rows):
@@ -19,3 +20,14 @@ def _label(name, height):
     band = Image.new("RGB", (LABEL_WIDTH, height), "white")
     ImageDraw.Draw(band).multiline_text((4, height / 2), name.replace(", ", "\n"), fill="black", anchor="lm")
     return np.array(band)
+
+
+def lay_out(images, columns):
+    """Return images (height, width, 3) of one size in rows of `columns`, a gutter apart; cells without an image are white."""
+    height, width, _ = images[0].shape
+    rows = -(-len(images) // columns)
+    grid = np.full((rows * (height + GUTTER) - GUTTER, columns * (width + GUTTER) - GUTTER, 3), 255, np.uint8)
+    for number, image in enumerate(images):
+        top, left = number // columns * (height + GUTTER), number % columns * (width + GUTTER)
+        grid[top:top + height, left:left + width] = image
+    return grid

@@ -349,17 +349,22 @@ def _linears(weights):
             for part in ("weight", "bias")}
 
 
-def check_hashes(files, sha256):
-    """Compare weights with the digest of the one file, or {file name: digest} of every shard; None is no digest."""
+def pinned_hashes(files, sha256):
+    """Return {file name: digest} of what the one file, or every shard, is pinned to; None where nothing is."""
     if sha256 is None:
-        return
+        return None
     pinned = {files[0].path.name: sha256} if isinstance(sha256, str) and len(files) == 1 else sha256
     if not isinstance(pinned, dict) or pinned.keys() != {file.path.name for file in files}:
         raise ValueError(f"sha256 is {_short(sha256)}, expected a digest for each of "
                          f"{_some([file.path.name for file in files])}: {{name: digest}}.")
-    for file in files:
-        if (digest := file.sha256()) != str(pinned[file.path.name]).lower():
-            raise ValueError(f"{file.path}: sha256 is {digest}, expected {_short(pinned[file.path.name])}. These are not the "
+    return pinned
+
+
+def check_hashes(files, pinned):
+    """Compare the weights that were read with what they are pinned to."""
+    for file in files if pinned is not None else ():
+        if file.sha256 != str(pinned[file.path.name]).lower():
+            raise ValueError(f"{file.path}: sha256 is {file.sha256}, expected {_short(pinned[file.path.name])}. These are not the "
                              "weights that were pinned.")
 
 

@@ -18,6 +18,7 @@ MOST_JSON = 4 * 2**20        # bytes: the header of a student of eight hundred b
 MOST_PARTS = 2**16           # lists and objects in it: two bytes each in the file, a hundred in memory
 MOST_DIMENSIONS = 8
 ALIGNED = 64                 # bytes: of a tensor that lies otherwise, sums differ in the last bit; it is read, not mapped
+READ_AT_ONCE = 2**20         # bytes: what was read is hashed while it lies in the processor's cache
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}       # what a student's weights are stored as
 
 
@@ -73,13 +74,15 @@ def shown(name):
 
 
 class WeightsFile:
-    """A safetensors file, opened once: header, hash and tensors are of the same bytes, whatever is renamed over its path.
+    """A safetensors file, opened once: header, hash and tensors are of the same bytes, whatever is renamed or written over it.
 
-    `entries` is {name: Entry}; `metadata` the header's own dict of strings. Raises OSError where the file is not whole.
+    `entries` is {name: Entry}; `metadata` the header's own dict of strings; `sha256` the file's digest once its tensors were
+    read with `is_hashed`. Raises OSError where the file is not whole.
     """
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path, self._hash = Path(path), None
+        self.sha256: str | None = None
         self.file = open_regular(path)
         try:
             self.size = os.fstat(self.file.fileno()).st_size
@@ -98,14 +101,11 @@ class WeightsFile:
     def num_bytes(self):
         return sum(entry.stop - entry.start for entry in self.entries.values())
 
-    def sha256(self):
-        self.file.seek(0)
-        return hashlib.file_digest(self.file, "sha256").hexdigest()
-
-    def tensors(self, is_mapped=True):
-        """Yield (name, tensor), on the CPU and writable, mapped from the file or read into memory."""
+    def tensors(self, is_mapped=True, is_hashed=False):
+        """Yield (name, tensor), on the CPU and writable, mapped from the file or read into memory; to be hashed it is read."""
         import torch  # here: the scripts check headers before torch is there
         dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        is_mapped, self._hash = is_mapped and not is_hashed, hashlib.sha256(self._header) if is_hashed else None
         content = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY) if is_mapped else None
         for name, (dtype, shape, start, stop) in sorted(self.entries.items(), key=lambda item: item[1].start):
             if is_mapped and start % ALIGNED == 0 and start < stop:
@@ -114,12 +114,16 @@ class WeightsFile:
                 tensor = torch.empty(shape, dtype=dtypes[dtype])
                 self._fill(memoryview(tensor.view(-1).view(torch.uint8).numpy()), start)
             yield name, tensor
+        if self._hash:
+            self.sha256 = self._hash.hexdigest()             # tensors tile the file behind its header, in this order
 
     def _fill(self, memory, start):
         self.file.seek(start)
         while memory:
-            if not (count := self.file.readinto(memory)):
+            if not (count := self.file.readinto(memory[:READ_AT_ONCE])):
                 raise self._broken("it became shorter while it was read")
+            if self._hash:
+                self._hash.update(memory[:count])
             memory = memory[count:]
 
     def _read_header(self):
@@ -127,7 +131,8 @@ class WeightsFile:
         length = int.from_bytes(beginning, "little")
         if len(beginning) < 8 or not 2 <= length <= min(self.size - 8, MOST_JSON):
             raise self._broken(self._what_it_is(beginning + self.file.read(56)))
-        header = parse_json(self.file.read(length), f"{self.path}, header")
+        self._header = beginning + self.file.read(length)
+        header = parse_json(self._header[8:], f"{self.path}, header")
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise self._broken("its metadata are not strings")
