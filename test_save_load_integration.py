@@ -160,7 +160,7 @@ def test_without_a_prompt_the_runs_own_validation_prompts_are_drawn(orphan, tmp_
     assert process.returncode == 0, process.stderr
     prompts = json.loads((orphan / "run.json").read_text())["validation_prompts"]
     drawn = [Image.open(path).text["prompt"] for path in sorted(tmp_path.glob("0*.png"))]
-    assert drawn == prompts and (tmp_path / "grid.png").is_file()
+    assert drawn == prompts and (tmp_path / f"grid-0000-{len(prompts) - 1:04d}.png").is_file()
 
 
 def test_official_and_diffusers_layouts_train_bitwise_the_same_start(official_teacher_with_parts, orphan, tmp_path):

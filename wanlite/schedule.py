@@ -68,9 +68,10 @@ def scheduler_defaults():
 
 
 def _counts_of(config):
-    """Return the numbers of steps that a scheduler of few steps is set up for, none for one of stage 1."""
-    steps = config["disable_corrector"]
-    return [len(steps)] if config["solver_order"] == 1 and isinstance(steps, list) and 0 < len(steps) <= TIMESTEPS else []
+    """Return the largest number of steps that a scheduler of few steps is set up for, none for one of stage 1."""
+    if config["solver_order"] != 1:
+        return []
+    return [len(config["disable_corrector"]) or 1] if isinstance(config["disable_corrector"], list) else [1]
 
 
 def _is_shift(value):

@@ -27,7 +27,7 @@ def keep_output_open():
 
 def _lasting(stream):
     if stream is None:                                       # closed as the process began
-        return open(os.devnull, "w", encoding="utf-8")
+        return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
     raw = LastingOutput(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, errors="backslashreplace",
                             line_buffering=stream.line_buffering or stream.write_through)
