@@ -28,7 +28,7 @@ def test_a_slug_is_what_every_file_system_takes(prompt, expected):
 
 
 def test_any_prompt_is_a_name_of_a_file(tmp_path):
-    draw = random.Random(0)
+    draw = random.Random(0)                                  # noqa: S311
     for number in range(300):
         prompt = "".join(chr(draw.randrange(0x110000)) for _ in range(draw.randrange(1, 80)))
         assert save(tmp_path, prompt, 2**63 - 1).startswith(f"{number:04d}-")
