@@ -10,7 +10,6 @@ Order: settings -> WanLiteStudent -> the dry run -> the loop, which goes through
 
 import gc
 import os
-import shlex
 import signal
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from wanlite.launch import give_way, is_first, is_launched
 from wanlite.official import check_parts, find_parts
-from wanlite.preflight import bound_pictures, check_batch, count_looks, count_passes, parts_of
+from wanlite.preflight import FEWEST, choose_validated, count_looks, count_passes, count_trajectories, parts_of
 from wanlite.run_folder import MetricsLog, check_output_folder, check_resumable, clear, fitted_before, save_parts, write_model_card
 from wanlite.settings import make_parser, setting
 from wanlite.stages.complete import REAL_STEPS, REAL_TEACHERS, TINY_STEPS, complete, picture_sizes
@@ -85,19 +84,20 @@ class Settings:
                                      choices=("auto", "both", "one", "sharded", "streamed", "disk"))
     teacher_fp8: bool = setting(False, "keep the experts' matrices in float8, in half the memory")
     teacher_steps: int = setting(20, "guided steps of a teacher trajectory", least=1, most=1000)
-    num_trajectories: int | None = setting(None, "teacher pictures to learn from; None = one a prompt", least=1)
+    num_trajectories: int | None = setting(None, f"teacher pictures to learn from; None = one a prompt, at least {FEWEST}: of few "
+                                           "prompts several, from different noise", least=1)
 
     num_held_out: int = setting(400, "prompts that are never trained on; at most a twentieth of a prompts file", least=1)
 
-    train_batch_size: int | None = setting(None, "states in a micro-batch, on each device; None = 128, of a large teacher's "
-                                           "student as many of them as fit", least=1)
+    train_batch_size: int | None = setting(None, "states in a micro-batch, on each device; None = 128 or all there are, of a large "
+                                           "teacher's student as many of them as fit", least=1)
     max_train_steps: int | None = setting(None, "optimizer steps in all; what --segment_steps and --matching_steps leave is stage "
                                           f"1; None = {TINY_STEPS}, of any teacher but the tiny one {REAL_STEPS}", least=1)
     segment_steps: int | None = setting(None, "stage 2a: of them, steps towards the teacher's pictures; None = 5 of 7", least=0)
     matching_steps: int = setting(0, "stage 2b: of them, the last, steps of distribution matching with a critic", least=0)
     few_steps: list[int] = setting((1, 2, 4), "numbers of steps that stage 2 trains for; divisors of --teacher_steps", least=1)
     own_path_pictures: int | None = setting(None, "states on the student's own path, walked on by the teacher, twice in stage 2a; "
-                                            "None = 512, of a large teacher at most one for eight trajectories", least=0)
+                                            "None = 512, at most one for each trajectory, of a large teacher for eight", least=0)
     gradient_accumulation_steps: int | None = setting(None, "micro-batches in a step; None = as many as make up 128 states where "
                                                       "--train_batch_size is open, else 1", least=1)
     learning_rate: float = setting(3e-3, "peak of AdamW's learning rate", above=0, most=1)
@@ -133,7 +133,7 @@ class Settings:
                                            "64, of a large teacher one for twenty trajectories, at least 4", least=4, most=64)
     reference_steps: int | None = setting(None, "guided steps of the teacher in the grids; None = twice --teacher_steps",
                                           least=1, most=1000)
-    validation_prompts: list[str] | None = setting(None, "prompts of the grids; None = eight held-out ones")
+    validation_prompts: list[str] | None = setting(None, "prompts of the grids; None = eight, held-out ones first")
     num_inference_steps: int = setting(4, "steps in which the student draws; goes to run.json as its default", least=1, most=1000)
     report_to: str = setting("tensorboard", "tracker, as in accelerate: tensorboard, wandb, ...; 'none' for metrics.jsonl alone")
     logging_dir: str = setting("logs", "tracker files, inside --output_dir", is_path=True)
@@ -149,9 +149,7 @@ def read_settings():
     settings = Settings(**vars(parser.parse_args()))
     try:
         settings = complete(settings)
-        decisive = {name: value for name, value in asdict(settings).items() if name not in FREE}
-        state = check_output_folder(settings.output_dir, decisive, settings.overwrite or settings.project_only,
-                                    settings.resume_from_checkpoint != "none")
+        is_resumed = not settings.dry_run and is_cut_short(settings)     # a dry run says it beside all else
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if not settings.dry_run:
@@ -159,7 +157,17 @@ def read_settings():
             Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             parser.error(f"--output_dir {settings.output_dir}: cannot be made ({error.strerror}). Name another.")
-    return settings, state == "resume"
+    return settings, is_resumed
+
+
+def is_cut_short(settings):
+    """Whether --output_dir holds a run of these settings that was cut short and goes on; see check_output_folder()."""
+    decisive = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    state = check_output_folder(settings.output_dir, decisive, settings.overwrite, settings.resume_from_checkpoint != "none")
+    if state == "resume" and settings.project_only:
+        raise ValueError(f"{settings.output_dir}: holds a run cut short. Leave --project_only out to resume it, add --overwrite to "
+                         "replace it, or name another --output_dir.")
+    return state == "resume"
 
 
 if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
@@ -178,7 +186,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any
 
@@ -197,14 +205,25 @@ from diffusers.utils.peft_utils import apply_lora_scale
 from torch import nn
 from tqdm import tqdm
 
-from wanlite.announcements import announce, conclude, versions
+from wanlite.announcements import (
+    PROJECTING,
+    announce,
+    announce_few,
+    command,
+    conclude,
+    count_pictures,
+    describe_work,
+    drawing_command,
+    verdict,
+    versions,
+)
 from wanlite.autoencoder import load_autoencoder
 from wanlite.cache import fingerprint
 from wanlite.calibration import PASSES as CALIBRATING_PASSES
 from wanlite.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint
 from wanlite.data import Buckets, SeededBatches, Segments
 from wanlite.devices import as_device, as_dtype, disable_cudnn_attention, has_gpu
-from wanlite.flow import FewSteps
+from wanlite.flow import FewSteps, make_scheduler
 from wanlite.grids import save_grid
 from wanlite.measure import beyond_guards
 from wanlite.network import OneFrameBlock, TextTokens, one_frame_velocity
@@ -493,26 +512,32 @@ def plan(settings, words):
 
     `words` are those of the command line. Returns the exit code: 0 where it fits, 2 where it does not.
     """
-    device = torch.device("cuda" if has_gpu() else "cpu")
+    device, asked = torch.device("cuda" if has_gpu() else "cpu"), settings
     files = open_teacher_files(settings.teacher)
     check_parts(find_parts(settings.teacher), files.config)
     parts, sizes, settings = parts_of(settings), picture_sizes(settings), choose_precision(settings, files)
     needs = Needs(settings, files, WanLiteStudent, choose_shape(settings, files), sizes, device)
-    settings = needs.fit(settings)
     training, held_out, images = choose_data(settings, sizes[1:], print)
-    walks = settings.num_trajectories or len(training)
-    settings = replace(settings, **bound_pictures(settings, is_large(files), walks))
-    check_batch(settings, walks, 1, parts)
+    walks, validated = count_trajectories(settings, len(training)), choose_validated(training, held_out)
+    settings = needs.fit(settings, walks)
     walks += len(images)                                     # each is asked about as often
-    passes = count_passes(settings, walks, len(held_out), parts)
-    states = announce(settings, files, needs.student, device, walks, passes, parts, print)
+    passes = count_passes(settings, walks, len(validated), parts)
+    work = PROJECTING if settings.project_only else describe_work(settings, walks, passes, parts)
+    announce(settings, files, needs.student, device, work, print)
+    if not settings.project_only:
+        announce_few(walks, len(training), len(held_out), print)
     wrong = needs.tell(settings, training, held_out, images)
-    passes += CALIBRATING_PASSES * calibration_frames(settings, training, needs.tokens)
+    passes = CALIBRATING_PASSES * calibration_frames(settings, training, needs.tokens) + (0 if settings.project_only else passes)
+    states = 0 if settings.project_only else count_pictures(settings)
     print("time     " + estimate(needs.student, files, passes, states, needs.tokens, needs.latent_shape[1:], device,
                                  training_dtype(settings)))
+    try:
+        is_cut_short(asked)
+    except (OSError, ValueError) as error:
+        wrong.append(str(error))
     for reason in wrong:
         print(f"PROBLEM  {reason}")
-    print(f"run      {shlex.join(['python', Path(__file__).name, *words])}")
+    print(f"run      {command(Path(__file__).name, *words)}")
     return 2 if wrong else 0
 
 
@@ -537,15 +562,13 @@ def train(settings, is_resumed, stop):
     shape, sizes = choose_shape(settings, files), picture_sizes(settings)
     needs = Needs(settings, files, WanLiteStudent, shape, sizes, device)
     student = WanLiteStudent(shape)                          # its memory is not yet taken
-    fitted = fitted if is_resumed else agreed(needs.fit(fitted))
-    micro_batches = accelerator.gradient_accumulation_steps = fitted.gradient_accumulation_steps
     with accelerator.main_process_first():                   # one rank looks at images, the others read what it found
         training, held_out, images = choose_data(settings, sizes[1:], say, accelerator.is_main_process)
-    num_trajectories = settings.num_trajectories or len(training)
-    parts = parts_of(settings)
-    asked, settings = settings, replace(fitted, **bound_pictures(fitted, is_large(files), num_trajectories))
-    check_batch(settings, num_trajectories, ranks, parts)
-    validation = settings.validation_prompts or held_out[:count_looks(settings.validation_walks, len(held_out))[1]]
+    num_trajectories, parts = count_trajectories(settings, len(training)), parts_of(settings)
+    asked, settings = settings, agreed(needs.fit(fitted, num_trajectories, ranks))
+    micro_batches = accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps
+    validated = choose_validated(training, held_out)
+    validation = settings.validation_prompts or validated[:count_looks(settings.validation_walks, len(validated))[1]]
     few_steps = settings.few_steps if parts[-1][0] != "velocity" else []
     run = {"settings": asdict(asked), "versions": versions(), "teacher": files.fingerprint, "student": shape,
            "prompts": fingerprint([training, held_out]), "images": fingerprint([image.sha256 for image in images]),
@@ -556,9 +579,12 @@ def train(settings, is_resumed, stop):
     if is_resumed:
         check_resumable(output, run, say)
     walked = num_trajectories + len(images)                  # an image is asked about as often as a trajectory has states
-    passes = count_passes(settings, walked, len(held_out), parts)
-    states = announce(settings, files, student, device, walked, passes, parts, say)
-    if is_large(files) and not settings.project_only:
+    passes = count_passes(settings, walked, len(validated), parts)
+    work = PROJECTING if settings.project_only else describe_work(settings, walked, passes, parts)
+    announce(settings, files, student, device, work, say)
+    if not settings.project_only:
+        announce_few(walked, len(training), len(held_out), say)
+    if is_large(files):
         wrong = needs.tell(settings, training, held_out, images) if accelerator.is_main_process else []
         refuse_together(accelerator, "\n".join(wrong))
     if accelerator.is_main_process and not is_resumed:
@@ -567,7 +593,9 @@ def train(settings, is_resumed, stop):
     words = Words(accelerator, parts_folder, settings.cache_dir,
                   list(dict.fromkeys([*training, *held_out, *validation, settings.negative_prompt])))
     autoencoder, dtype = load_autoencoder(parts_folder, device=device), training_dtype(settings)
-    say(f"time     {estimate(student, files, passes, states, needs.tokens, needs.latent_shape[1:], device, dtype)}")
+    if not settings.project_only:
+        say("time     " + estimate(student, files, passes, count_pictures(settings), needs.tokens, needs.latent_shape[1:], device,
+                                   dtype))
     if settings.aspect_ratios:
         say(f"sizes    {', '.join(f'{width} x {height}' for width, height in sizes[1:])}")
     (output / "cache").mkdir(exist_ok=True)
@@ -576,6 +604,8 @@ def train(settings, is_resumed, stop):
     run["projection"] = start_student(settings, student, files, words, training[:most_frames(needs.tokens)],
                                       needs.latent_shape[1:], accelerator)
     if settings.project_only:
+        if accelerator.is_main_process:
+            save_start(output, settings, student, parts_folder, run)
         return accelerator.end_training()
 
     # What the teacher says: walked once, for training and for held-out prompts, and where students will be held against it.
@@ -586,7 +616,7 @@ def train(settings, is_resumed, stop):
     pace.restart()
     trajectories = lessons.walk_training(num_trajectories)
     pictured = lessons.ask_at_images(images if parts[0][0] == "velocity" else [], sizes[1:], autoencoder)
-    held_out_walks = lessons.walk_held_out()
+    validated_walks = lessons.walk_validated()
     walk_figures = pace.walk_figures(settings.teacher_steps)
     if walk_figures:
         say("walked   {walked:,} trajectories, {walks_per_second:.3g} a second, {walk_teacher_share:.0%} of the time in the "
@@ -594,7 +624,7 @@ def train(settings, is_resumed, stop):
     few = FewSteps(settings.flow_shift, few_steps or [settings.num_inference_steps], needs.latent_shape, settings.teacher_steps,
                    (accelerator.process_index, ranks))
     own_scheduler = few.scheduler if few_steps else lessons.scheduler
-    examiner = Examiner(lessons, *held_out_walks, validation, few.counts, own_scheduler, autoencoder,
+    examiner = Examiner(lessons, *validated_walks, validation, few.counts, own_scheduler, autoencoder,
                         stop.check if ranks == 1 else lambda: None)              # several ranks stop together, at a step
     if accelerator.is_main_process:
         if not is_resumed:                                   # an earlier run goes only now, when this one has all to begin with
@@ -670,11 +700,12 @@ def train(settings, is_resumed, stop):
     def consider(step, figures, looks):
         """Keep the student that is lent just now if no guard is against it and none before it was better."""
         score = sum(look[measure] for look in looks.values()) / len(looks)
-        against = [f"in {count} steps {reason}" for count, look in looks.items() for reason in beyond_guards(look)]
+        against = [f"in {count} step{'s' * (count > 1)}: {reason}" for count, look in looks.items() for reason in
+                   beyond_guards(look)]
         is_best = not memory["best"] or score < memory["best"]["score"]
         memory["beyond"] = memory["beyond"] + 1 if against and not is_best else 0
         if against:
-            say(f"\nstep {step} is no candidate to be saved: {'; '.join(against)}")
+            say(f"\nstep {step}: rejected, unlike the teacher {against[0]}")       # all figures are in metrics.jsonl
         elif is_best:
             weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
             memory["best"] = {"step": step, "score": score, "figures": figures, "weights": weights}
@@ -768,7 +799,7 @@ def train(settings, is_resumed, stop):
                 if step % settings.checkpointing_steps == 0 or step == settings.max_train_steps:
                     checkpoint(step)
                 if memory["beyond"] >= MOST_BEYOND:
-                    say(f"\nended at step {step}: {MOST_BEYOND} validations in a row were beyond a guard, no nearer to the teacher")
+                    say(f"\nended at step {step}: {MOST_BEYOND} validations in a row were rejected and no closer to the teacher")
                     break
     except Stopped:
         checkpoint(step)
@@ -784,11 +815,11 @@ def train(settings, is_resumed, stop):
         validate(step, parts[-1][0])
     if settings.use_ema:
         ema.copy_to(student.parameters())
-    figures, chosen = memory["looked"], {"step": step, "why": "the last step, for a guard was against every student before it"}
-    if memory["best"]:
+    figures, chosen = memory["looked"], {"step": step, "why": "the last step, for every validation was rejected"}
+    if is_close := bool(memory["best"]):
         student.load_state_dict(memory["best"]["weights"])
         figures, chosen = memory["best"]["figures"], {"step": memory["best"]["step"], measure: memory["best"]["score"],
-                                                      "why": f"the lowest {measure} of the validations without a guard against"}
+                                                      "why": f"the lowest {measure} of the validations that were not rejected"}
     if accelerator.is_main_process:
         student.save_pretrained(output)
         save_parts(output, parts_folder, own_scheduler)
@@ -796,11 +827,23 @@ def train(settings, is_resumed, stop):
     if teacher.residency == "sharded" or accelerator.is_main_process:            # of a teacher in shares all have to ask
         results |= examiner.judge(student)
     if accelerator.is_main_process:
+        ending = verdict(chosen["step"], is_close)
         write_json(output / "run.json", run | {"finished": True, "steps": step, "minutes": (time.time() - began) / 60,
-                                               "skipped_steps": memory["skipped"], "chosen": chosen, "results": results})
-        write_model_card(output, settings, few_steps, results)
-        conclude(settings, output, results, chosen, time.time() - began, say)
+                                               "skipped_steps": memory["skipped"], "chosen": chosen, "verdict": ending,
+                                               "results": results})
+        write_model_card(output, settings, few_steps, results, drawing_command(settings.output_dir))
+        conclude(settings, output, results, ending, is_close, time.time() - began, say)
     accelerator.end_training()
+
+
+def save_start(output, settings, student, parts_folder, run):
+    """Save a projected student that nothing was trained of: it draws by the teacher's schedule, as a student of stage 1 does."""
+    clear(output)
+    write_json(output / "run.json", run | {"projected_only": True, "schedule": describe_schedule(settings, [], [])})
+    student.save_pretrained(output)
+    save_parts(output, parts_folder, make_scheduler(settings.flow_shift))
+    write_model_card(output, settings, [], {}, drawing_command(settings.output_dir))
+    print(f"saved to {output}, projected and not trained\nnext: {drawing_command(settings.output_dir)}")
 
 
 def resume(memory, output, device, say):
@@ -840,11 +883,26 @@ def averaged(ema, student, use_ema):
 
 # ---- main --------------------------------------------------------------------------------------------------------------------
 
+def is_dry(word):
+    """Whether a word of the command line is --dry_run, or what argparse takes for it."""
+    return len(word) > len("--d") and "--dry_run".startswith(word)
+
+
+def resuming_command(settings):
+    """Return the command that goes on with this run; flags that would start it again are taken back once it is in the folder."""
+    words, again = sys.argv[1:], {"overwrite": False, "resume_from_checkpoint": "latest"}
+    with suppress(OSError, ValueError):
+        if is_cut_short(replace(settings, **again)):
+            words += ["--no-overwrite"] * settings.overwrite
+            words += ["--resume_from_checkpoint", "latest"] * (settings.resume_from_checkpoint == "none")
+    return command(Path(__file__).name, *words)
+
+
 def main(settings, is_resumed):
     """Train in --output_dir, or say what that would need; returns the exit code."""
     try:
         if settings.dry_run:
-            return 0 if not is_first() else plan(settings, [word for word in sys.argv[1:] if word != "--dry_run"])
+            return 0 if not is_first() else plan(settings, [word for word in sys.argv[1:] if not is_dry(word)])
         train(settings, is_resumed, StopSignal(is_launched=is_launched()))
     except (OSError, ValueError, FloatingPointError) as error:
         give_way()
@@ -863,7 +921,7 @@ def main(settings, is_resumed):
         return 2
     except Stopped:
         if is_first():
-            print("stopped; the same command goes on from what is on disk.", file=sys.stderr)
+            print(f"stopped; resume with: {resuming_command(settings)}", file=sys.stderr)
         return STOPPED
     return 0
 

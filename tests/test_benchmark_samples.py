@@ -86,3 +86,17 @@ def test_a_sample_of_budgets_is_trained_and_told_and_another_student_is_not_take
         line for line in process.stdout.splitlines()[1:] if not line.startswith("trained")]
     other = run_script(*command, "--train_flags", "--hidden_size", "48", "--depth", "2")
     assert other.returncode == 1 and "trained with another hidden_size" in other.stderr and "Traceback" not in other.stderr
+
+
+def test_a_sample_of_few_prompts_is_trained_and_judged(tmp_path):
+    process = run_script(BENCHMARKS / "few_prompts.py", "--quick", "--folder", tmp_path / "students", "--json",
+                         tmp_path / "rows.json")
+    assert process.returncode == 0, process.stdout + process.stderr
+    row, = json.loads((tmp_path / "rows.json").read_text())
+    assert (row["seed"], row["prompts"], row["steps"]) == (0, 30, 7) and row["right"].keys() == {"4", "1"}
+    assert process.stdout.splitlines()[-1].startswith("| 0 | 30 | 7 |")
+
+
+def test_too_many_prompts_to_be_few_are_refused():
+    process = run_script(BENCHMARKS / "few_prompts.py", "--prompts", "40")
+    assert process.returncode == 2 and "--prompts is 40, expected 2 to 39" in process.stderr

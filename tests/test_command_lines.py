@@ -3,18 +3,24 @@
 import json
 import os
 import pwd
+import shlex
 import shutil
 import time
 
+import numpy as np
 import pytest
 import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from run_inference import Settings as DrawSettings
 from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, run_script
 from train_distillation import Settings as TrainSettings
 from train_distillation import WanLiteStudent
+from wanlite.run_folder import read_run
 from wanlite.settings import make_parser
+from wanlite.whole_files import write_json
 
 TRAIN, DRAW = ROOT / "train_distillation.py", ROOT / "run_inference.py"
 
@@ -96,18 +102,78 @@ def test_a_start_is_projected_once_and_taken_by_later_runs_of_the_same_teacher_s
     process = run_script(TRAIN, *arguments, "--project_only")
     assert process.returncode == 0, process.stderr
     (folder,) = (tmp_path / "run/cache").glob("start-*")
-    assert str(folder) in process.stdout.splitlines()[-1] and not (tmp_path / "run/run.json").exists()
     first = WanLiteStudent.from_pretrained(folder).state_dict()
     before = starts()
     trained = run_script(TRAIN, *arguments)
     assert trained.returncode == 0 and "energy kept" not in trained.stdout, trained.stderr
     report = json.loads((tmp_path / "run/run.json").read_text())["projection"]
     assert starts() == before and report["experts"] == ["high"] * 4 and report["calibration_frames"] > 0
-    other = run_script(TRAIN, *arguments, "--project_only", "--projection", "weights")
-    assert other.returncode == 0 and "energy kept" in other.stdout and len(list((tmp_path / "run/cache").glob("start-*"))) == 2
+    assert "holds a finished run" in refused(TRAIN, *arguments, "--project_only", "--projection", "weights")
     assert json.loads((tmp_path / "run/run.json").read_text())["finished"]              # the finished run is left as it was
     again = WanLiteStudent.from_pretrained(folder).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A folder of a projected start, whose name a shell would take apart, and what was said."""
+    folder = tmp_path_factory.mktemp("start") / "it's a $HOME"
+    process = run_script(TRAIN, "--output_dir", folder, *SHORT_RUN, "--project_only")
+    assert process.returncode == 0, process.stderr
+    return folder, process.stdout
+
+
+def test_projecting_alone_announces_no_training_and_ends_with_the_command_that_draws(start):
+    folder, said = start
+    assert not any(word in said for word in ("teacher pictures", "steps", "minutes", "trajectories"))
+    *_, saved, then = said.splitlines()
+    assert saved == f"saved to {folder}, projected and not trained"
+    assert shlex.split(then) == ["next:", "python", "run_inference.py", "--model", str(folder)]
+    run = read_run(folder)
+    assert not run["finished"] and run["schedule"]["few_steps"] is None and not any(run["schedule"]["parts"].values())
+    assert f"{shlex.quote(str(folder))} --prompt" in (folder / "README.md").read_text()
+    assert repr(str(folder)) in (folder / "README.md").read_text()
+
+
+def test_a_saved_start_draws_as_step_0_of_a_run_in_its_folder(start, tmp_path):
+    shutil.copytree(start[0], tmp_path / "run")
+    drawing = run_script(DRAW, "--model", tmp_path / "run", "--output_dir", tmp_path / "images", "--batch_size", "8")
+    assert drawing.returncode == 0, drawing.stderr
+    drawn = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "images").glob("0*.png"))]
+    training = run_script(TRAIN, "--output_dir", tmp_path / "run", *SHORT_RUN, "--segment_steps", "0", "--matching_steps", "0")
+    assert training.returncode == 0 and "energy kept" not in training.stdout, training.stderr
+    grid = np.asarray(Image.open(tmp_path / "run/samples/step-000000.png").convert("RGB"))[64:128]       # the student's row
+    assert len(drawn) == len(read_run(start[0])["validation_prompts"])
+    assert (np.concatenate(drawn, axis=1) == grid[:, -64 * len(drawn):]).all()
+    assert read_run(tmp_path / "run")["finished"] and "projected_only" not in read_run(tmp_path / "run")
+
+
+def test_stock_opens_a_saved_start(start):
+    ours, stock = (kind.from_pretrained(start[0]).state_dict() for kind in (WanLiteStudent, WanTransformer3DModel))
+    assert ours.keys() == stock.keys() and all(torch.equal(tensor, stock[name]) for name, tensor in ours.items())
+    assert WanPipeline.from_pretrained(start[0]).scheduler.config.solver_order == 2
+
+
+def test_projecting_alone_replaces_no_run_that_was_cut_short(finished_run, tmp_path):
+    run = read_run(finished_run[0])
+    write_json(tmp_path / "run.json", run | {"finished": False, "settings": run["settings"] | {"output_dir": str(tmp_path)}})
+    said = refused(TRAIN, "--output_dir", tmp_path, *SHORT_RUN, "--project_only")
+    assert "holds a run cut short. Leave --project_only out" in said
+    assert read_run(tmp_path)["finished"] is False
+
+
+def test_a_dry_run_where_a_finished_run_lies_tells_the_plan_and_then_the_problem(finished_run):
+    process = run_script(TRAIN, "--output_dir", finished_run[0], *SHORT_RUN, "--dry_run")
+    assert process.returncode == 2 and process.stdout.startswith("teacher  ")
+    problem, run = process.stdout.splitlines()[-2:]
+    assert problem.startswith(f"PROBLEM  {finished_run[0]}: holds a finished run") and run.startswith("run      python")
+    assert process.stdout.count("PROBLEM") == 1 and "Traceback" not in process.stderr
+
+
+def test_a_dry_run_of_projecting_alone_tells_no_training(tmp_path):
+    process = run_script(TRAIN, "--output_dir", tmp_path / "run", *SHORT_RUN, "--dry_run", "--project_only")
+    assert process.returncode == 0 and "nothing is trained" in process.stdout, process.stderr
+    assert not any(word in process.stdout.partition("run      ")[0] for word in ("teacher pictures", "training", "trajectories"))
 
 
 @pytest.mark.parametrize("content, words", [(b"", "holds no prompt"), (b"\n  \n", "holds no prompt"), (b"\xff\xfe\x00", "UTF-8")])
@@ -196,7 +262,7 @@ def test_a_file_of_any_prompts_trains_and_its_last_ones_are_held_out(tmp_path):
     kept = [load_file(path) for path in tmp_path.glob("run/cache/trajectories-*/*.safetensors")]
     assert kept and {shard["features"].shape[-1] for shard in kept} == {5}
     run = json.loads((tmp_path / "run/run.json").read_text())
-    assert run["finished"] and run["validation_prompts"] == prompts[-3:]
+    assert run["finished"] and run["validation_prompts"] == [*prompts[-3:], prompts[0]]
     assert "prompt_accuracy" not in run["results"] and 0 < run["results"]["held_out_error"] < 2
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "held_out_error" in record] == [0, 3, 6]
@@ -226,7 +292,8 @@ def test_the_words_of_both_scripts_say_what_happens_and_where(finished_run):
     lines = said.splitlines()
     assert lines[0].startswith("teacher") and "tiny_teacher" in lines[0] and "1.25 M + 1.25 M" in lines[0]
     assert lines[1].startswith("student") and "0.33 M" in lines[1] and "calibrated" in lines[1]
-    assert lines[2].startswith("device") and lines[4] == f"output   {folder}" and "minutes" in lines[5]
+    assert lines[2].startswith("device") and lines[4] == f"output   {folder}" and "minutes" in lines[6]
+    assert lines[5] == "WARNING  64 trajectories are few, and images may stay noise; the default is at least 300"
     assert lines[-1] == f"next: python run_inference.py --model {folder}"
     results = json.loads((folder / "run.json").read_text())["results"]
     assert results["captions"] == 16 and 0.9 < results["prompt_accuracy"]["teacher"] <= 1

@@ -47,7 +47,7 @@ def test_a_student_that_draws_as_its_teacher_is_within_every_guard_and_a_collaps
     faded = likeness(LATENTS, (drawn // 2 + 64), seeds, LATENTS, drawn, seeds)
     assert [reason.split()[0] for reason in beyond_guards(faded)] == ["saturation"]
     drifted = likeness(LATENTS + 2, drawn, seeds, LATENTS, drawn, seeds)
-    assert any("channel_drift" in reason for reason in beyond_guards(drifted))
+    assert any("colour drift" in reason for reason in beyond_guards(drifted))
 
 
 def test_variety_and_saturation_have_closed_forms():

@@ -6,13 +6,25 @@ import shutil
 from dataclasses import asdict, fields, replace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT, SHORT_RUN, WAN_1_3B, run_script, write_sparse_wan
-from train_distillation import Settings
-from wanlite.preflight import parts_of
+from train_distillation import Settings, WanLiteStudent
+from wanlite.preflight import (
+    FEWEST,
+    bound_pictures,
+    check_batch,
+    choose_validated,
+    count_states,
+    count_trajectories,
+    parts_of,
+)
 from wanlite.run_folder import read_run
+from wanlite.stages.choices import choose_shape
 from wanlite.stages.complete import REAL_STEPS, TINY_STEPS, complete
+from wanlite.stages.needs import Needs
+from wanlite.teacher_files import open_teacher_files
 
 TRAIN = ROOT / "train_distillation.py"
 
@@ -27,6 +39,57 @@ def test_a_default_run_leaves_most_steps_to_stage_one_and_counts_all():
     parts = parts_of(complete(Settings()))
     assert [name for name, *_ in parts] == ["velocity", "segments", "segments"] and parts[-1][2] == TINY_STEPS
     assert all(before[2] == after[1] for before, after in zip(parts, parts[1:]))
+
+
+# ---- few prompts ---------------------------------------------------------------------------------------------------------------
+
+def test_few_prompts_have_several_trajectories_unless_their_number_is_given():
+    assert [count_trajectories(Settings(), prompts) for prompts in (1, 29, 4000)] == [FEWEST, FEWEST, 4000]
+    assert [count_trajectories(Settings(num_trajectories=given), 29) for given in (1, 29, 5000)] == [1, 29, 5000]
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_states_of_the_own_path_are_no_more_than_trajectories(is_large):
+    for walks in (1, 7, 64, FEWEST, 4000, 10**6):
+        own = bound_pictures(Settings(), is_large, walks)["own_path_pictures"]
+        assert 1 <= own <= min(walks, 512)
+    assert bound_pictures(Settings(), is_large, 4000)["own_path_pictures"] == (500 if is_large else 512)       # of a default run
+    assert bound_pictures(Settings(own_path_pictures=40), is_large, 7)["own_path_pictures"] == 40              # as typed
+
+
+@pytest.fixture(scope="module")
+def needs():
+    settings = complete(Settings())
+    files = open_teacher_files(settings.teacher)
+    return {buckets: Needs(settings, files, WanLiteStudent, choose_shape(settings, files), [(64, 64)] * (1 + buckets),
+                           torch.device("cpu")) for buckets in (1, 3)}
+
+
+@pytest.mark.parametrize("own", [None, 0, 16])
+@pytest.mark.parametrize("walks", [3, 17, 32, 80, FEWEST])
+@pytest.mark.parametrize("buckets, ranks", [(1, 1), (3, 1), (1, 2)])
+def test_a_batch_that_is_left_open_follows_what_there_is_to_learn_from(walks, own, buckets, ranks, needs):
+    settings = complete(Settings(own_path_pictures=own, segment_steps=400, matching_steps=100))
+    fitted = needs[buckets].fit(settings, walks, ranks)
+    fewest = min(count_states(fitted, walks, parts_of(fitted), buckets).values())
+    assert fitted.train_batch_size == min(128, fewest // ranks) and fitted.gradient_accumulation_steps == 1
+
+
+def test_a_batch_that_is_too_large_is_refused_with_one_that_is_not(needs):
+    settings = complete(Settings(train_batch_size=128, own_path_pictures=16))
+    with pytest.raises(ValueError, match="learns from 80 states, fewer than one batch of 128: lower --train_batch_size to 80, or"):
+        needs[1].fit(settings, 32)
+    assert needs[1].fit(replace(settings, train_batch_size=80), 32).train_batch_size == 80
+    with pytest.raises(ValueError, match="learns from 3 states, fewer than one batch of 4: raise --num_trajectories or"):
+        check_batch(replace(settings, train_batch_size=1), {"segments": 3}, 4)
+
+
+def test_validations_use_training_prompts_as_well_where_few_are_held_out():
+    training, held_out = [f"trained {number}" for number in range(29)], [f"held out {number}" for number in range(400)]
+    for count in (16, 20, 400):
+        assert choose_validated(training, held_out[:count]) == held_out[:count]
+    assert choose_validated(training, held_out[:1]) == [held_out[0], *training[:15]]
+    assert choose_validated(["one"], ["one"]) == ["one"] and choose_validated(["one"], ["two"]) == ["two", "one"]
 
 
 @pytest.mark.parametrize("changed, words", [
@@ -68,6 +131,8 @@ def test_every_number_has_bounds():
 
 @pytest.mark.parametrize("changed, words", [
     ({"num_images": 3}, "--num_images is 3, expected --images beside it"),
+    ({"project_only": True, "student": "here"}, "--project_only saves what is projected, and"),
+    ({"project_only": True, "projection": "none"}, "--project_only saves what is projected, and"),
     ({"validation_prompts": ["a red cup", "  "]}, "--validation_prompts has one that says nothing"),
     ({"logging_dir": "../elsewhere"}, "--logging_dir ../elsewhere: is not inside --output_dir"),
     ({"logging_dir": "/elsewhere"}, "--logging_dir /elsewhere: is not inside --output_dir"),
@@ -137,6 +202,7 @@ STAGE_TWO = {"max_train_steps": 6, "segment_steps": 6, "flow_shift": 3.0, "resol
 
 @pytest.mark.parametrize("what, words", [
     ({"finished": False}, "holds no finished run"),
+    ({"finished": False, "projected_only": True}, "holds a projected start, and nothing was trained of it"),
     ({"schedule": None}, "was saved by an older version"),
     ({"schedule": [1]}, "its run.json does not say a run's schedule"),
     ({"schedule": {"parts": [1]}}, "does not say the parts of its schedule"),
@@ -147,6 +213,13 @@ STAGE_TWO = {"max_train_steps": 6, "segment_steps": 6, "flow_shift": 3.0, "resol
 def test_a_student_that_does_not_fit_is_refused_with_what_to_do(what, words, saved):
     with pytest.raises(ValueError, match=words):
         complete(Settings(student=str(saved(**what)), **STAGE_TWO))
+
+
+@pytest.mark.parametrize("name", ["none", "none/at all", "file"])
+def test_a_student_that_is_not_there_is_named(name, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=f"--student {tmp_path / name}: no such folder"):
+        complete(Settings(student=str(tmp_path / name)))
 
 
 def test_distribution_matching_wants_a_student_of_few_steps(saved):
@@ -204,3 +277,7 @@ def test_a_file_of_three_prompts_trains_to_the_end(tmp_path):
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", *SHORT_RUN, "--prompts", tmp_path / "prompts.txt")
     assert process.returncode == 0, process.stderr
     assert "held-out captions drawn right (1):" in process.stdout and read_run(tmp_path / "run")["finished"]
+    assert process.stdout.count(" of 1, too few to judge\n") == 4 and "%" not in process.stdout.split("drawn right (1):")[1]
+    walks = max((json.loads(path.read_text())["walks"] for path in tmp_path.glob("run/cache/trajectories-*/made_of.json")), key=len)
+    assert len(walks) == len({seed for _, _, seed in walks}) == 64                       # each from other noise
+    assert [sum(number == each for each, *_ in walks) for number in (0, 1)] == [32, 32]

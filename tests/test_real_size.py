@@ -11,7 +11,7 @@ from train_distillation import Settings
 from wanlite import steps
 from wanlite.data import kept_once
 from wanlite.network import pack_text
-from wanlite.preflight import bound_pictures, check_batch, count_passes, parts_of
+from wanlite.preflight import bound_pictures, check_batch, count_passes, count_states, parts_of
 from wanlite.teacher import stream_expert
 from wanlite.teacher_files import open_teacher_files
 
@@ -27,17 +27,17 @@ def test_what_is_looked_at_costs_a_large_teacher_less_than_half_of_its_trajector
 
 
 def test_one_trajectory_of_a_large_teacher_is_looked_at_four_times_of_a_kind_and_a_small_one_as_ever():
-    assert bound_pictures(replace(SETTINGS, train_batch_size=2), True, 1) == {"validation_walks": 4, "own_path_pictures": 2}
-    assert bound_pictures(SETTINGS, False, 1) == {"validation_walks": 64, "own_path_pictures": 512}
+    assert bound_pictures(SETTINGS, True, 1) == {"validation_walks": 4, "own_path_pictures": 1}
+    assert bound_pictures(SETTINGS, False, 4000) == {"validation_walks": 64, "own_path_pictures": 512}
     asked = replace(SETTINGS, validation_walks=16, own_path_pictures=0)
     assert bound_pictures(asked, True, 1) == {"validation_walks": 16, "own_path_pictures": 0}
 
 
 def test_a_batch_larger_than_what_is_learnt_from_is_refused_before_the_teacher_is_asked():
     settings = replace(SETTINGS, own_path_pictures=4, train_batch_size=16)
-    check_batch(settings, 6, 1, parts_of(settings))
+    check_batch(settings, count_states(settings, 6, parts_of(settings)), 1)
     with pytest.raises(ValueError, match="segments learns from 14 states, .* --train_batch_size to 14"):
-        check_batch(settings, 5, 1, parts_of(settings))
+        check_batch(settings, count_states(settings, 5, parts_of(settings)), 1)
 
 
 def test_words_of_a_bfloat16_encoder_are_packed_in_float32_as_they_are():

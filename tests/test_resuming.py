@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -119,7 +120,8 @@ def steps(folder):
 def test_a_run_stopped_twice_ends_with_the_weights_of_an_uninterrupted_one(folder, finished_run):
     for at, step in ((2, 2), (3, 5)):                        # the second process begins at step 2
         code, said = train(folder, at={at: asked()})
-        assert code == 3 and f"stopped at step {step} of 6" in said and "the same command goes on" in said
+        assert code == 3 and f"stopped at step {step} of 6" in said
+        assert f"stopped; resume with: python train_distillation.py --output_dir {folder} --num_trajectories 64" in said
         assert step in steps(folder) and not (folder / WEIGHTS).exists()
     code, said = train(folder)
     assert code == 0 and f"resumed at step 5 from {checkpoint_path(folder, 5)}" in said and same(folder, finished_run[0])
@@ -238,14 +240,42 @@ def test_the_best_validation_is_saved_and_not_the_last_and_a_resumed_run_chooses
 @pytest.mark.parametrize("rate, ends", [("0.3", True), ("0.003", False)], ids=["worse", "nearer"])
 def test_training_ends_where_students_stay_beyond_a_guard_unless_they_still_come_nearer(rate, ends, folder):
     """And the best before is saved."""
-    looks = iter([[]] * 3 + [["variety 0.00, expected at least 0.6"]] * 99)
+    looks = iter([[]] * 3 + [["variety 0.00, at least 0.6"]] * 99)
     code, said = train(folder, "--validation_steps", "1", "--lr_warmup_steps", "0", "--learning_rate", rate,
                        guards=lambda figures: next(looks))
+    rejected = "rejected, unlike the teacher in 1 step: variety 0.00, at least 0.6"
     run, found = json.loads((folder / "run.json").read_text()), scores(folder)
     first, *later = (found[step] for step in sorted(found) if step > 2)
-    assert code == 0 and ("2 validations in a row were beyond a guard" in said) == ends == (run["steps"] < 6)
+    assert code == 0 and ("2 validations in a row were rejected" in said) == ends == (run["steps"] < 6)
     assert ends == all(score >= first for score in later[:2])
-    assert run["chosen"]["step"] == min(found.keys() - {0, 1, 2}) and "no candidate to be saved: in 1 steps variety" in said
+    assert run["chosen"]["step"] == min(found.keys() - {0, 1, 2}) and rejected in said
+
+
+def test_a_run_whose_validations_were_all_rejected_ends_with_a_warning(folder):
+    code, said = train(folder, guards=lambda figures: ["colour drift 1.03, at most 0.3"])
+    ending = "no validation came close enough to the teacher; kept the last step. Try more --max_train_steps or --num_trajectories"
+    assert code == 0 and f"\nWARNING   {ending}\n" in said
+    run = read_run(folder)
+    assert run["verdict"] == ending and run["chosen"] == {"step": 6, "why": "the last step, for every validation was rejected"}
+    rejected = [line for line in said.splitlines() if "rejected" in line]
+    assert rejected and max(map(len, rejected)) <= 100
+
+
+def test_a_run_that_came_close_ends_with_the_step_that_was_kept(folder):
+    code, said = train(folder, guards=lambda figures: [])
+    run = read_run(folder)
+    assert run["verdict"] == f"kept step {run['chosen']['step']}, the closest to the teacher" and "WARNING   " not in said
+    assert code == 0 and f"finished in {run['minutes']:.1f} minutes; {run['verdict']}\n" in said
+
+
+@pytest.mark.parametrize("flags, at", [(["--overwrite"], 2), (["--resume_from_checkpoint", "none"], 4)])
+def test_the_command_that_a_stopped_run_prints_resumes_it(flags, at, folder, finished_run):
+    """Whatever would start it again is taken back."""
+    code, said = train(folder, *flags, at={at: asked()})
+    words = shlex.split(said.partition("stopped; resume with: ")[2].splitlines()[0])
+    assert code == 3 and words[:2] == ["python", "train_distillation.py"]
+    code, said = train(folder, *words[4 + len(SHORT_RUN):])  # after the folder, and what every run here has
+    assert code == 0 and "resumed at step" in said and same(folder, finished_run[0])
 
 
 # ---- checkpoints that do not verify --------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A run's folder: saved whole or not at all, resumed from what verifies, never overwritten by accident."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -27,6 +28,24 @@ def test_a_folder_with_no_more_than_a_projected_start_is_free_for_a_run(tmp_path
     (tmp_path / "letter.txt").touch()
     with pytest.raises(ValueError, match="no run of this script"):
         check_output_folder(tmp_path, {})
+
+
+def test_a_saved_start_is_free_for_any_run_and_a_finished_run_is_not(tmp_path):
+    run = {"settings": {"seed": 0}, "finished": False, "projected_only": True}
+    write_json(tmp_path / "run.json", run)
+    assert check_output_folder(tmp_path, {"seed": 0}) == check_output_folder(tmp_path, {"seed": 1}) == "new"
+    write_json(tmp_path / "run.json", run | {"finished": True})
+    with pytest.raises(ValueError, match="finished run"):
+        check_output_folder(tmp_path, {"seed": 0})
+
+
+@pytest.mark.parametrize("name", ["run", "a run", "it's $HOME"])
+def test_a_finished_run_is_refused_with_how_to_train_it_further(name, tmp_path):
+    (tmp_path / name).mkdir()
+    write_json(tmp_path / name / "run.json", {"settings": {}, "finished": True})
+    with pytest.raises(ValueError, match="To train it further, add --student") as refused:
+        check_output_folder(tmp_path / name, {})
+    assert f"--student {shlex.quote(str(tmp_path / name))} and" in str(refused.value)
 
 
 def test_an_output_folder_says_what_a_run_may_do_with_it(tmp_path):

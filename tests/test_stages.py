@@ -101,7 +101,7 @@ def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_
     lessons = Lessons(accelerator, settings, teacher, words, prompts, prompts, [shape, shape], 16, Pace("cpu", 1e9))
     lessons.find_basis()
     few, autoencoder = FewSteps(settings.flow_shift, [1, 2, 4], shape, 4), load_autoencoder(TINY_TEACHER)
-    found = examiner.Examiner(lessons, *lessons.walk_held_out(), prompts, few.counts, few.scheduler, autoencoder, lambda: None)
+    found = examiner.Examiner(lessons, *lessons.walk_validated(), prompts, few.counts, few.scheduler, autoencoder, lambda: None)
     student = WanLiteStudent.from_pretrained(finished_run[0])
     drawn = {count: examiner.draw_pictures(partial(velocity_in_parts, student), autoencoder, [words[prompt] for prompt in prompts],
                                            range(4), few.scheduler, count, shape) for count in few.counts}

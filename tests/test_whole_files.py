@@ -2,17 +2,19 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Timer
+from types import SimpleNamespace
 
 import pytest
 
 from tests.conftest import ROOT
-from wanlite.whole_files import check_space, hold, in_turn, locked, new_folder, read_manifest, why_broken, write_json
+from wanlite.whole_files import SPARE, check_space, hold, in_turn, locked, new_folder, read_manifest, why_broken, write_json
 
 
 def write_folder(folder, content):
@@ -102,8 +104,17 @@ def test_a_lock_is_held_until_its_process_ends(tmp_path):
 
 def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_written(tmp_path):
     check_space(tmp_path, 1000)
-    with pytest.raises(OSError, match="no space left: 1,000,000,000,000.0 MB"):
+    with pytest.raises(OSError, match="no space left: 1,000,000,000,001.1 MB are needed"):       # and the spare
         check_space(tmp_path, 10**18)
+
+
+@pytest.mark.parametrize("num_bytes, free", [(1_300_000, 2_100_000), (0, SPARE - 1), (1_000_000, 2_048_575), (10**12, 10**12)])
+def test_the_figures_of_a_full_disk_are_those_that_are_compared(num_bytes, free, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+    with pytest.raises(OSError, match="no space left") as refused:
+        check_space(tmp_path, num_bytes)
+    needed, there = (float(figure.replace(",", "")) for figure in re.findall(r"([\d,.]+) MB are", str(refused.value)))
+    assert there <= free / 1e6 < (num_bytes + SPARE) / 1e6 <= needed
 
 
 LOOKS = """import sys; sys.path.insert(0, sys.argv[1])

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from . import shapes
 
-# A student beyond one of these is no candidate to be saved: (lowest, highest), each figure beside the teacher's. Too much variety
+# A student beyond one of these is rejected: (lowest, highest), each figure beside the teacher's. Too much variety
 # is no fault of its own: a student that does not yet follow its captions has it, and is as far from its teacher as it is.
 GUARDS = {"channel_drift": (0.0, 0.3), "saturation": (0.75, 1.33), "variety": (0.6, math.inf)}
 
@@ -72,7 +72,8 @@ def likeness(latents, pictures, by_seed, teacher_latents, teacher_pictures, teac
 
 def beyond_guards(figures):
     """Return what figures of likeness() lie beyond GUARDS, in words."""
-    return [f"{name} {figures[name]:.2f}, expected {f'{lowest:g} to {highest:g}' if highest < math.inf else f'at least {lowest:g}'}"
+    return [f"{name.replace('channel', 'colour').replace('_', ' ')} {figures[name]:.2f}, "
+            f"{f'at least {lowest:g}' if figures[name] < lowest else f'at most {highest:g}'}"
             for name, (lowest, highest) in GUARDS.items() if not lowest <= figures[name] <= highest]
 
 

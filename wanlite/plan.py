@@ -4,6 +4,7 @@ Memory is not guessed by formulas: each phase is run once on tensors that have s
 at its peak are counted.
 """
 
+import math
 import shutil
 import time
 import weakref
@@ -261,18 +262,20 @@ def largest_batch(rows, peak, rest, free):
     return fits
 
 
-def tell(phases, disk, device, free, residency, placed, rows, accumulated, rest):
+def tell(phases, disk, device, free, residency=None, placed=None, rows=0, accumulated=0, rest=0):
     """Say what `phases` and `disk`, {what: bytes}, need and what is free; returns what does not fit, with what would, in words.
 
-    `placed` is {residency: teacher_bytes()}; `rest` is what training takes without activations.
+    `placed` is {residency: teacher_bytes()}, None where the teacher is not asked; `rest` is what training takes without
+    activations.
     """
     print(f"memory   {gigabytes(free)} free on {device}")
     for name, needed in phases.items():
         print(f"  {gigabytes(needed):>10}  {name}")
-    rest_of_pass = phases["trajectories"] - placed[residency][0]
-    told = [f"{place} {gigabytes(rest_of_pass + held)}{f' (+ {gigabytes(beside)} CPU)' if beside else ''}"
-            for place, (held, beside) in placed.items()]
-    print(f"experts  {residency}; trajectories by --teacher_residency: {', '.join(told)}")
+    if placed:
+        rest_of_pass = phases["trajectories"] - placed[residency][0]
+        told = [f"{place} {gigabytes(rest_of_pass + held)}{f' (+ {gigabytes(beside)} CPU)' if beside else ''}"
+                for place, (held, beside) in placed.items()]
+        print(f"experts  {residency}; trajectories by --teacher_residency: {', '.join(told)}")
     print("disk")
     rooms, missing = {place: free_disk(place) for place in disk}, {}
     for place, needed in disk.items():
@@ -283,25 +286,32 @@ def tell(phases, disk, device, free, residency, placed, rows, accumulated, rest)
     wrong = []
     if phases["text"] > free:
         wrong.append("the text encoder does not fit: run where more memory is free.")
-    if phases["trajectories"] > free:
+    if phases.get("trajectories", 0) > free:
         wrong.append("the teacher's passes do not fit: " + ("lower --resolution." if residency == "disk" else
                                                             "add --teacher_residency disk."))
-    if phases["training"] > free:
+    if phases.get("training", 0) > free:
         fits = largest_batch(rows, phases["training"], rest, free)
         wrong.append(f"training does not fit: lower --train_batch_size to {fits} and raise --gradient_accumulation_steps to "
                      f"{accumulated * rows // fits}." if fits else
                      "training does not fit at any batch: add --gradient_checkpointing, or lower --resolution.")
-    if phases["validation"] > free:
+    if phases.get("validation", 0) > free:
         wrong.append("validation does not fit: lower --validation_walks.")
     if phases["start"] > free:
         wrong.append("projecting does not fit: run where more memory is free; a start in --cache_dir is taken as it is.")
     if phases.get("matching", 0) > free >= phases["training"]:
         wrong.append("distribution matching does not fit: leave --matching_steps out, or lower --train_batch_size.")
-    is_shared = len(set(rooms.values())) == 1                # folders on one disk need their sum of it
-    if sum(missing.values()) > min(rooms.values()) if is_shared else any(missing[place] > rooms[place] for place in disk):
-        wrong.append("the disk is too small: lower --num_trajectories, or name a larger --cache_dir.")
+    if len(set(rooms.values())) == 1:                        # folders on one disk need their sum of it
+        missing = {next(iter(rooms)): sum(missing.values())}
+    for place, needed in missing.items():
+        if needed > rooms[place]:
+            wrong.append(f"the disk is too small: {gigabytes(needed, math.ceil)} are missing in {place}, "
+                         f"{gigabytes(rooms[place], math.floor)} are free. " + (
+                             "Lower --num_trajectories, or name a larger --cache_dir." if placed else
+                             "Name another --cache_dir or --output_dir."))
     return wrong
 
 
-def gigabytes(size):
-    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+def gigabytes(size, rounded=round):
+    """Return a size in words; two that are compared are `rounded` apart, so that they never look equal."""
+    unit, name = (1e9, "GB") if size >= 1e8 else (1e6, "MB")
+    return f"{rounded(10 * size / unit) / 10:,.1f} {name}"

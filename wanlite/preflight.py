@@ -16,8 +16,12 @@ OWN_PATH_ROUNDS = 2        # how often in the part of segments the student's own
 SEGMENT_SHARE = 5 / 7      # of the steps, where --segment_steps is left open
 MOST_LOOKED_AT, LEAST_LOOKED_AT = 64, 4     # walks of a kind that a validation is held against
 SHOWN = 8                  # prompts in the grids; as many are drawn from as many seeds each to see how varied pictures are
+LEAST_VALIDATED = 16       # prompts of validations, where there are as many
 LOOKED_AT = 20             # of a large teacher: one for so many trajectories, where --validation_walks is left open
-MOST_OWN = 512             # states on the student's own path, where --own_path_pictures is left open
+FEWEST = 300               # trajectories, where --num_trajectories is left open: few prompts have several each, from other noise
+#                            (benchmarks/few_prompts.py: 30 learn nothing in 200 steps, 300 draw 9 of 10 right, 500 hardly more)
+MOST_OWN, OWN_SHARE = 512, 8     # states on the student's own path, and of a large teacher one for so many trajectories, where
+#                                  --own_path_pictures is left open
 
 
 def check_all(checks, together=False):
@@ -94,6 +98,9 @@ def check_together(settings):
     output = Path(settings.output_dir).absolute()
     if not Path(os.path.normpath(output / settings.logging_dir)).is_relative_to(output):
         raise ValueError(f"--logging_dir {settings.logging_dir}: is not inside --output_dir, expected a folder's name, as logs.")
+    if settings.project_only and (settings.student is not None or settings.projection == "none"):
+        raise ValueError("--project_only saves what is projected, and --student or --projection none projects nothing. Leave one "
+                         "of them out.")
     if settings.expert == "span" and settings.projection == "calibrated":
         raise ValueError("--expert span goes with --projection weights: a student is calibrated against one expert. Add "
                          "--projection weights, or choose --expert low or high.")
@@ -148,41 +155,58 @@ def parts_of(settings):
     return [(name, first, last) for name, first, last in zip(names, [0, *ends], ends) if first < last]
 
 
-def bound_pictures(settings, is_large, num_trajectories):
-    """Return what --validation_walks and --own_path_pictures are where they are left open: a share of the trajectories if the
-    teacher is large, so that little to learn from is not looked at for ever."""
-    walks, own = num_trajectories // LOOKED_AT if is_large else MOST_LOOKED_AT, MOST_OWN
-    if is_large:
-        own = min(own, max(settings.train_batch_size, num_trajectories // 8))
+def count_trajectories(settings, num_prompts):
+    """Return how many trajectories a run learns from: one a prompt or, of few prompts, several from different noise."""
+    return settings.num_trajectories or max(num_prompts, FEWEST)
+
+
+def bound_pictures(settings, is_large, num_trajectories, num_buckets=1):
+    """Return what --validation_walks and --own_path_pictures are where they are left open: at most the trajectories and, if the
+    teacher is large, a share of them; at least one state of the own path for each bucket."""
+    walks, own = num_trajectories // LOOKED_AT if is_large else MOST_LOOKED_AT, num_trajectories // (OWN_SHARE if is_large else 1)
     return {"validation_walks": min(MOST_LOOKED_AT, max(LEAST_LOOKED_AT, settings.validation_walks or walks)),
-            "own_path_pictures": own if settings.own_path_pictures is None else settings.own_path_pictures}
+            "own_path_pictures": min(MOST_OWN, max(own, num_buckets)) if settings.own_path_pictures is None else
+            settings.own_path_pictures}
 
 
-def count_looks(walks, num_held_out):
-    """Return (walks of held-out prompts, n): a validation is held against these, and against n prompts from n seeds each."""
-    return max(min(num_held_out, walks), min(2 * SHOWN, walks)), min(SHOWN, math.isqrt(walks))
+def choose_validated(training, held_out):
+    """Return the prompts of validations: those held out and, where these are few, training prompts after them. Noise is never
+    that of training, and one prompt alone would measure what nobody wants: how the teacher's pictures of it differ."""
+    return list(dict.fromkeys([*held_out, *training]))[:max(len(held_out), LEAST_VALIDATED)]
 
 
-def count_passes(settings, num_trajectories, num_held_out, parts):
+def count_looks(walks, num_validated):
+    """Return (walks of validated prompts, n): a validation is held against these, and against n prompts from n seeds each."""
+    return max(min(num_validated, walks), min(LEAST_VALIDATED, walks)), min(SHOWN, math.isqrt(walks))
+
+
+def count_passes(settings, num_trajectories, num_validated, parts):
     """Return how many times a picture goes through the teacher in a run; guidance takes two of these a step."""
-    looks, several = count_looks(settings.validation_walks, num_held_out)
-    walks = num_trajectories + settings.validation_walks + looks + min(several, num_held_out) * several
+    looks, several = count_looks(settings.validation_walks, num_validated)
+    walks = num_trajectories + settings.validation_walks + looks + min(several, num_validated) * several
     steps = {part: sum(last - first for name, first, last in parts if name == part) for part in PARTS}
-    shown = len(settings.validation_prompts or range(min(several, num_held_out)))
+    shown = len(settings.validation_prompts or range(min(several, num_validated)))
     own = OWN_PATH_ROUNDS * settings.own_path_pictures * settings.teacher_steps // 2 * (steps["segments"] > 0)
     matched = steps["matching"] * settings.train_batch_size * settings.gradient_accumulation_steps      # a quarter, four times
     return 2 * (walks * settings.teacher_steps + shown * settings.reference_steps + own) + matched
 
 
-def check_batch(settings, num_trajectories, ranks, parts):
-    """Refuse, before the teacher is asked, a batch larger than what a part of the run learns from."""
+def count_states(settings, num_trajectories, parts, num_buckets=1):
+    """Return {part: states that it learns from}, in the bucket that has fewest: a batch is of one bucket."""
+    walks, own = num_trajectories // num_buckets, settings.own_path_pictures // num_buckets
+    later = 2 * walks + own if max(settings.few_steps) > 1 else walks
+    return {part: walks * settings.teacher_steps if part == "velocity" else later for part, *_ in parts}
+
+
+def check_batch(settings, states, ranks):
+    """Refuse, before the teacher is asked, a batch larger than the states of a part, as count_states() has them."""
     rows = settings.train_batch_size * ranks
-    later = 2 * num_trajectories + settings.own_path_pictures if max(settings.few_steps) > 1 else num_trajectories
-    for part in dict.fromkeys(part for part, *_ in parts):
-        states = num_trajectories * settings.teacher_steps if part == "velocity" else later
-        if states < rows:
-            raise ValueError(f"the part {part} learns from {states} states, fewer than one batch of {rows}: lower "
-                             f"--train_batch_size to {states // ranks}, or raise --num_trajectories or --own_path_pictures.")
+    for part, count in states.items():
+        if count < rows:
+            lower = f"lower --train_batch_size to {count // ranks}, or " if count >= ranks else ""
+            ratios = ", or name fewer --aspect_ratios" if settings.aspect_ratios else ""
+            raise ValueError(f"the part {part} learns from {count} states, fewer than one batch of {rows}: {lower}raise "
+                             f"--num_trajectories or --own_path_pictures{ratios}.")
 
 
 def check_student(run, settings, folder):
@@ -190,6 +214,9 @@ def check_student(run, settings, folder):
     def refuse(what):
         raise ValueError(f"--student {folder}: {what}")
 
+    if run.get("projected_only"):
+        refuse("holds a projected start, and nothing was trained of it. Leave --student out: a run with this --cache_dir or "
+               "--output_dir starts there.")
     if not run.get("finished"):
         refuse("holds no finished run. Let it finish with the command that began it.")
     if "schedule" not in run:

@@ -12,6 +12,7 @@ imported: a wrong folder is answered at once.
 
 import json
 import os
+import shlex
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -47,6 +48,7 @@ def picture_size(resolution):
 def check_output_folder(folder, settings, overwrite=False, resume=True):
     """Say what a run may do with its output folder: "new", or "resume" a run that was cut short under the same settings.
 
+    A start that was projected and saved, with nothing trained of it, is free for a run as an empty folder is.
     Raises ValueError for a finished run without `overwrite`, for a run of other settings, and for a folder that holds
     anything else. `settings` is a dict; only those that decide the result are compared.
     """
@@ -61,8 +63,9 @@ def check_output_folder(folder, settings, overwrite=False, resume=True):
     if overwrite:
         return "new"
     if run.get("finished"):
-        raise ValueError(f"{folder}: holds a finished run. Add --overwrite to replace it, or name another --output_dir.")
-    if not resume:
+        raise ValueError(f"{folder}: holds a finished run. To train it further, add --student {shlex.quote(str(folder))} and name "
+                         "another --output_dir; to replace it, add --overwrite.")
+    if not resume or run.get("projected_only"):
         return "new"
     changed = {name: (run["settings"].get(name), value) for name, value in settings.items()
                if run["settings"].get(name) != value}
@@ -169,10 +172,13 @@ def check_saved_parts(folder):
             raise OSError(f"{folder / part}: {reason}. Copy the folder again.")
 
 
-def write_model_card(folder, settings, few_steps, results):
-    """Write the run's README.md: what the model is, how good it measured, how to draw with it."""
+def write_model_card(folder, settings, few_steps, results, drawing):
+    """Write the run's README.md: what the model is, how good it measured, and `drawing`, the command that draws with it."""
     measured = "".join(f"- {name}: {value}\n" for name, value in results.items() if not isinstance(value, dict))
-    measured += "".join(f"- accuracy of the {name}: {value}\n" for name, value in results.get("prompt_accuracy", {}).items())
+    measured += "".join(f"- accuracy of the {name}: {value}, on {results['captions']} captions\n"
+                        for name, value in results.get("prompt_accuracy", {}).items())
+    measured = f"Measured on held-out prompts:\n\n{measured}" if results else ""
+    made = "projected, and not yet trained," if settings.project_only else "distilled"
     width, height = picture_size(settings.resolution)
     said = f" It was trained for {' or '.join(map(str, few_steps))} steps." if few_steps else ""
     (Path(folder) / "README.md").write_text(f"""---
@@ -181,20 +187,18 @@ pipeline_tag: text-to-image
 ---
 # A WanLiteStudent
 
-A text-to-image model distilled from `{Path(settings.teacher).name}`; it draws {width} x {height} pixels
+A text-to-image model {made} from `{Path(settings.teacher).name}`; it draws {width} x {height} pixels
 in {settings.num_inference_steps} steps, without guidance.{said}
 
-    python run_inference.py --model {settings.output_dir} --prompt "..."
+    {drawing} --prompt "..."
 
 With stock diffusers, no code of this project:
 
     from diffusers import WanPipeline, WanTransformer3DModel
-    student = WanTransformer3DModel.from_pretrained("{settings.output_dir}")
-    pipeline = WanPipeline.from_pretrained("{settings.output_dir}", transformer=student)
+    student = WanTransformer3DModel.from_pretrained({settings.output_dir!r})
+    pipeline = WanPipeline.from_pretrained({settings.output_dir!r}, transformer=student)
     frames = pipeline("...", height={height}, width={width}, num_frames=1, guidance_scale=1.0,
                       num_inference_steps={settings.num_inference_steps}, output_type="pil").frames
-
-Measured on held-out prompts:
 
 {measured}""", encoding="utf-8")
 

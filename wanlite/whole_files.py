@@ -167,10 +167,10 @@ def in_turn(folder, say):
 
 def check_space(folder, num_bytes):
     """Refuse to write `num_bytes` where they do not fit, before anything is written."""
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes + SPARE:
-        raise OSError(f"{folder}: no space left: {num_bytes / 1e6:,.1f} MB are to be written, {free / 1e6:,.1f} MB are free. "
-                      "Free some, or name a folder on another disk.")
+    needed, free = num_bytes + SPARE, shutil.disk_usage(folder).free
+    if free < needed:                                        # rounded apart, so that the figures never look equal
+        raise OSError(f"{folder}: no space left: {math.ceil(needed / 1e5) / 10:,.1f} MB are needed, "
+                      f"{math.floor(free / 1e5) / 10:,.1f} MB are free. Free some, or name a folder on another disk.")
 
 
 def not_finite(tensors):

@@ -43,7 +43,9 @@ def complete(settings):
     record = read_record(teacher)
     _or_beside(check_holds_experts, teacher)                 # without experts every further check fails as well
     steps = (TINY_STEPS if record else REAL_STEPS) if settings.max_train_steps is None else settings.max_train_steps
-    settings = replace(settings, max_train_steps=steps, mixed_precision=launched_precision(settings.mixed_precision))
+    output_dir = f"./{settings.output_dir}" if settings.output_dir.startswith("-") else settings.output_dir     # no flag, as typed
+    settings = replace(settings, max_train_steps=steps, mixed_precision=launched_precision(settings.mixed_precision),
+                       output_dir=output_dir)
     checks = [partial(check_bounds, settings), partial(_or_beside, find_parts, teacher),
               partial(_complete_resolution, teacher, settings),
               partial(_complete_shift, teacher, settings), partial(check_together, settings), partial(check_launch, settings),
@@ -64,6 +66,8 @@ def complete(settings):
                        cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"))
     if settings.student is not None:
         student = Path(settings.student).absolute()
+        if not student.is_dir():
+            raise OSError(f"--student {settings.student}: no such folder. Expected one that train_distillation.py finished.")
         check_student(read_run(student), settings, student)
         settings = replace(settings, student=str(student))
     return settings

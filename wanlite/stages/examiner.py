@@ -21,23 +21,23 @@ GRID_FIGURES = {"variety": "variety", "colour": "saturation", "drift": "channel_
 class Examiner:
     """Holds students against the teacher of `lessons`, each drawing in every one of `counts` steps of `scheduler`.
 
-    `walks` are the teacher's Trajectories of held-out prompts, `by_seed` those of a few prompts from many seeds, `shown` the
+    `walks` are the teacher's Trajectories of validated prompts, `by_seed` those of a few prompts from many seeds, `shown` the
     prompts of the grids. `check` is called between batches, and may end it.
     """
 
     def __init__(self, lessons, walks, by_seed, shown, counts, scheduler, autoencoder, check):
-        self.lessons, self.settings, self.held_out = lessons, lessons.settings, lessons.held_out
+        self.lessons, self.settings, self.validated = lessons, lessons.settings, lessons.validated
         self.counts, self.scheduler, self.autoencoder, self.check = counts, scheduler, autoencoder, check
-        self.states, self.num_seeds = walks, count_looks(self.settings.validation_walks, len(self.held_out))[1]
-        self.walks = [teacher_walks(each, lessons.words, self.held_out, autoencoder) for each in (walks, by_seed)]
-        self.seeds = [self.settings.seed + number for number in range(max(len(shown), len(self.held_out)))]
+        self.states, self.num_seeds = walks, count_looks(self.settings.validation_walks, len(self.validated))[1]
+        self.walks = [teacher_walks(each, lessons.words, self.validated, autoencoder) for each in (walks, by_seed)]
+        self.seeds = [self.settings.seed + number for number in range(max(len(shown), len(lessons.held_out)))]
         self.shown, steps = shown, self.settings.reference_steps
         self.teacher_drawn = lessons.keep("pictures", lambda: {"pictures": torch.from_numpy(self._draw_teacher(shown))},
                                           prompts=shown, seeds=self.seeds[:len(shown)], reference=steps)["pictures"].numpy()
 
     def look(self, student):
         """Return figures by number of steps, and all of them by name with the error on held-out states; the same on all ranks."""
-        error = relative_error(student, self.states, self.lessons.words, self.held_out, self.autoencoder.device, self.check)
+        error = relative_error(student, self.states, self.lessons.words, self.validated, self.autoencoder.device, self.check)
         looks = {count: compare_walks(self.walks, partial(velocity_in_parts, student), count, self.num_seeds, self.autoencoder,
                                       self.scheduler, self.check) for count in self.counts}
         error, looks = agreed((error, looks))                # by which every rank chooses, and ends
@@ -57,7 +57,7 @@ class Examiner:
         if self.settings.resolution != shapes.PICTURE_SIZE:
             return {}
         return compare(self._draw_teacher, {count: partial(self._draw, student, count) for count in self.counts},
-                       self.settings.num_inference_steps, self.held_out)
+                       self.settings.num_inference_steps, self.lessons.held_out)
 
     def _draw(self, student, count, prompts):
         return self._draw_by(partial(velocity_in_parts, student), prompts, self.scheduler, count)

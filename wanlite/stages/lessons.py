@@ -16,7 +16,7 @@ from ..flow import make_scheduler
 from ..images import read_picture
 from ..network import TEXT_LENGTH, pack_text
 from ..official import convert_parts, find_parts, is_converted
-from ..preflight import count_looks
+from ..preflight import choose_validated, count_looks
 from ..steps import velocity_in_parts
 from ..teacher_files import sampled_digest
 from ..text import lazy_encoder, load_tokenizer, tell_cut
@@ -72,6 +72,7 @@ class Lessons:
 
     def __init__(self, accelerator, settings, teacher, words, training, held_out, latent_shapes, width, pace):
         self.accelerator, self.settings, self.words, self.training, self.held_out = accelerator, settings, words, training, held_out
+        self.validated = choose_validated(training, held_out)
         self.latent_shape, *self.buckets = latent_shapes
         self.width, self.scheduler = width, make_scheduler(settings.flow_shift)
         self.first_seed = FIRST_SEED + settings.seed * SEEDS_A_RUN
@@ -106,10 +107,10 @@ class Lessons:
                       for n, number in enumerate(n % len(self.training) for n in range(num_walks))]
         return [self._walk(*bucket) for bucket in zip(deal_out(self.walks, len(self.buckets), self.settings.seed), self.buckets)]
 
-    def walk_held_out(self):
-        """Walk held-out prompts; returns Trajectories of one seed each, and of a few prompts from several seeds each."""
-        looks, several = count_looks(self.settings.validation_walks, len(self.held_out))
-        prompts = self.held_out[:self.settings.validation_walks]
+    def walk_validated(self):
+        """Walk the prompts of validations; returns Trajectories of one seed each, and of a few prompts from several seeds each."""
+        looks, several = count_looks(self.settings.validation_walks, len(self.validated))
+        prompts = self.validated[:self.settings.validation_walks]
         once = [(n % len(prompts), prompts[n % len(prompts)], self.first_seed - 1 - n) for n in range(looks)]
         by_seed = [(n, prompt, self.first_seed - 1000 - seed)
                    for n, prompt in enumerate(prompts[:several]) for seed in range(several)]

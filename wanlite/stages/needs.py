@@ -34,9 +34,18 @@ from ..plan import (
     walk_bytes,
     walking_peak,
 )
-from ..preflight import count_looks
+from ..preflight import (
+    bound_pictures,
+    check_batch,
+    choose_validated,
+    count_looks,
+    count_states,
+    count_trajectories,
+    parts_of,
+)
 from ..steps import MATCHED
 from ..teacher import RESIDENCIES, TOKENS_AT_ONCE, choose_residency
+from ..whole_files import SPARE
 
 LARGE = 1024              # width from which on a teacher is held against the machine that it runs on
 BATCH = 128               # states in a batch on each device, where --train_batch_size is left open
@@ -99,8 +108,19 @@ class Needs:
         critic = self.training(settings, max(1, rows // MATCHED)) - self.drawing
         return self.training(settings, rows) + critic + self.asking(settings)
 
-    def fit(self, settings):
-        """Return the settings with batch and accumulation filled in where they are open: of BATCH states as many as fit at once."""
+    def fit(self, settings, num_trajectories, ranks=1):
+        """Return the settings with what is open filled in for so many trajectories and for the device: what is looked at, and
+        batch and accumulation, of BATCH states as many as fit at once and no more than there are.
+
+        Raises ValueError for a batch that is larger than what a part of the run learns from.
+        """
+        settings = replace(settings, **bound_pictures(settings, is_large(self.files), num_trajectories, len(self.buckets)))
+        states = count_states(settings, num_trajectories, parts_of(settings), len(self.buckets))
+        settings = self._fit_batch(settings, min(states.values()) // ranks)
+        check_batch(settings, states, ranks)
+        return settings
+
+    def _fit_batch(self, settings, states):
         rows, micro_batches = settings.train_batch_size, settings.gradient_accumulation_steps
         if rows is None:
             rows = BATCH
@@ -110,40 +130,49 @@ class Needs:
                     peak, rest = self.matching(settings, BATCH), 2 * rest - self.drawing + self.asking(settings)
                 rows = max(1, largest_batch(BATCH, peak, rest, FILLED * self.free))
             micro_batches = micro_batches or BATCH // rows
+            rows = max(1, min(rows, states))
         return replace(settings, train_batch_size=rows, gradient_accumulation_steps=micro_batches or 1)
 
     def tell(self, settings, training, held_out, images):
         """Say what is needed and what there is; returns what does not fit, and what would, in words."""
-        walks = len(images) + (settings.num_trajectories or len(training))
+        phases = self._start_phases(settings, training)
+        converted = sum(map(num_bytes, {place for part, place in self.found.items() if not is_converted(self.found, part)}))
+        disk = {settings.cache_dir: self.weights + converted + text_bytes([*training, *held_out], self.files.config["text_dim"])
+                + SPARE,
+                settings.output_dir: self.weights + sum(map(num_bytes, set(self.found.values()))) + SPARE}
+        if settings.project_only:
+            return tell(phases, disk, self.device, self.free)
+        walks = len(images) + count_trajectories(settings, len(training))
         dtype, residency = training_dtype(settings), place_teacher(settings, self.files, self.device)
-        looks, several = count_looks(settings.validation_walks, len(held_out))
+        validated = len(choose_validated(training, held_out))
+        looks, several = count_looks(settings.validation_walks, validated)
         drawn = max(looks, several**2)
         together = min(drawn, max(1, DECODED_AT_ONCE // self.pixels))
         placed = {place: teacher_bytes(self.files, place, dtype, settings.teacher_fp8, local_processes())
                   for place in dict.fromkeys((*RESIDENCIES, residency))}
-        phases = {
-            "text": num_bytes(self.found["text_encoder"]),
+        phases |= {
             "trajectories": self.asking(settings, min(SHARD_SIZE, max(walks, drawn))) + self.drawing + self.weights,
             "training": self.training(settings, settings.train_batch_size),
             "validation": self.resting + self.weights + at_depth(           # what is lent keeps its place
                 lambda parts: decoding_peak(self.make_autoencoder, decode_latents, parts * together, self.latent_shape, self.peak),
                 -(-drawn // together))}
-        frames = calibration_frames(settings, training, self.tokens)
-        comparing, calibrating = start_peaks(self.files, (PROBE_ROWS, PROBE_SIZE), frames, self.latent_shape[1:], self.peak)
-        is_started = any(Path(settings.cache_dir).glob("start-*/manifest.json"))        # and is taken as it is, if it is this run's
-        phases["start"] = 0 if is_started else max(comparing, calibrating + self.drawing + self.weights)
         if settings.matching_steps:
             phases["matching"] = self.matching(settings, settings.train_batch_size)
         remembered = (self.resting + self.weights) * (1.5 if settings.matching_steps else 1)        # with the best student so far
-        seen = walks + looks + min(several, len(held_out)) * several
-        converted = sum(map(num_bytes, {place for part, place in self.found.items() if not is_converted(self.found, part)}))
-        disk = {settings.cache_dir: self.weights + converted + text_bytes([*training, *held_out], self.files.config["text_dim"])
-                + trajectory_bytes(seen, settings.teacher_steps, self.largest, self.tokens,
-                                   feature_width(settings, self.shape["hidden_size"])),
-                settings.output_dir: self.weights + sum(map(num_bytes, set(self.found.values())))
-                + (settings.checkpoints_total_limit + 1) * remembered}
+        seen = walks + looks + min(several, validated) * several
+        disk[settings.cache_dir] += trajectory_bytes(seen, settings.teacher_steps, self.largest, self.tokens,
+                                                     feature_width(settings, self.shape["hidden_size"]))
+        disk[settings.output_dir] += (settings.checkpoints_total_limit + 1) * remembered
         return tell(phases, disk, self.device, self.free, residency, placed, settings.train_batch_size,
                     settings.gradient_accumulation_steps, self.standing)
+
+    def _start_phases(self, settings, training):
+        """Return the bytes of what comes before the teacher is asked."""
+        frames = calibration_frames(settings, training, self.tokens)
+        comparing, calibrating = start_peaks(self.files, (PROBE_ROWS, PROBE_SIZE), frames, self.latent_shape[1:], self.peak)
+        is_started = any(Path(settings.cache_dir).glob("start-*/manifest.json"))        # and is taken as it is, if it is this run's
+        return {"text": num_bytes(self.found["text_encoder"]),
+                "start": 0 if is_started else max(comparing, calibrating + self.drawing + self.weights)}
 
 
 def feature_width(settings, hidden_size):
