@@ -65,6 +65,12 @@ def test_bytes_that_are_not_utf8_are_refused_in_every_flag(settings, flag, capsy
     assert ended.value.code == 2 and rf"argument {flag}: 'a \udcff cat' is not UTF-8 text (character 3)" in capsys.readouterr().err
 
 
+def test_a_prompt_is_read_as_utf8_where_the_locale_is_ascii():
+    parser = make_parser(DrawSettings, "", repeatable=("prompt",))
+    arguments = parser.parse_args(["--prompt", "caf\udcc3\udca9"])      # as Python has its bytes there
+    assert arguments.prompt == ["caf\N{LATIN SMALL LETTER E WITH ACUTE}"]
+
+
 def test_a_path_with_a_tilde_is_the_same_in_all_that_is_printed_and_written(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     process = run_script(TRAIN, "--output_dir=~/run", "--cache_dir=~/cache", *SHORT_RUN, cwd=tmp_path)

@@ -7,6 +7,7 @@ import operator
 import os
 import types
 import typing
+from contextlib import suppress
 
 from .launch import give_way
 
@@ -65,7 +66,7 @@ def _plain_type(hint):
 
 def _path(typed):
     """Expand `~` and `~user`: a shell does not where the path follows a `=`."""
-    path = os.path.expanduser(_text(typed))
+    path = os.path.expanduser(_utf8(typed))
     if path.startswith("~"):
         raise argparse.ArgumentTypeError(f"{typed}: there is no user {typed.partition(os.sep)[0][1:] or 'with a home folder'}. "
                                          f"Write the path without ~, or as ./{typed} where that is its name.")
@@ -73,6 +74,13 @@ def _path(typed):
 
 
 def _text(typed):
+    """Read the bytes of text that is no path as UTF-8, also where the locale is ASCII and Python has kept them apart."""
+    with suppress(UnicodeError):
+        return typed.encode("utf-8", "surrogateescape").decode()
+    return _utf8(typed)
+
+
+def _utf8(typed):
     """Refuse bytes that are not UTF-8, which Python turns into characters that cannot be written or encoded again."""
     try:
         typed.encode()
