@@ -81,7 +81,7 @@ def test_a_path_with_a_tilde_is_the_same_in_all_that_is_printed_and_written(tmp_
 
 @pytest.mark.parametrize("arguments, words", [
     (["--teacher", "/no/such/wan"], "no such folder"),
-    (["--teacher", str(ROOT / "tests")], "lacks tokenizer"),
+    (["--teacher", str(ROOT / "tests")], "no Wan transformer. Expected transformer/"),
     (["--prompts", "/no/such/prompts.txt"], "no such file"),
     (["--prompts", str(ROOT)], "not a file"),
     (["--resolution", "60"], "divisible by 16; the nearest is 64"),

@@ -189,7 +189,8 @@ def test_every_form_in_which_stock_saves_a_student_is_drawn_as_stock_draws_it(fo
                                        "--height", "64"])
     painter = Painter(settings.model)
     assert equal({name: tensor.to(expected[name].dtype) for name, tensor in painter.student.state_dict().items()}, expected)
-    assert painter.draw(prompts, [5], 2, 64, 64).shape == (1, 64, 64, 3)
+    image, = painter.draw(prompts, [5], 2, 64, 64)
+    assert image.shape == (64, 64, 3)
 
 
 def test_shards_of_stock_beside_an_older_file_are_named(run):

@@ -72,7 +72,7 @@ def _find_change(name, tensor, shape):
     layer = name.rpartition(".")[0] or name
     if tensor is None or shape is None:
         return "another layer than a student's", layer, f"{name} is {'missing' if tensor is None else 'unknown'}"
-    if type(tensor) is not torch.Tensor:
+    if type(tensor) is not torch.Tensor and type(tensor.cpu()) is not torch.Tensor:      # a backend may have a type of its own
         kind = type(tensor).__name__
         return "weights sharded over devices" if kind == "DTensor" else "quantised weights", layer, kind
     if tensor.is_meta:
