@@ -3,6 +3,7 @@
     python benchmarks/quality.py            # eleven students for each of three seeds, one a core: over an hour on two cores
     python benchmarks/quality.py --quick    # minutes: one seed, few steps and captions
     python benchmarks/quality.py --methods student matching --train_flags --hidden_size 48 --depth 2 --num_heads 3
+    python benchmarks/quality.py --teacher emoji --folder outputs/quality_emoji     # at the true reduction, and two larger students
 
 Students that lie in --folder, finished under the same settings, are judged as they are; under others, they are refused by name.
 """
@@ -26,14 +27,14 @@ import torch
 
 from run_inference import Painter
 from train_distillation import FREE, Settings
-from wanlite import shapes
 from wanlite.autoencoder import decode_latents, to_pictures
 from wanlite.flow import make_scheduler, sample, seeded_noise
 from wanlite.measure import channel_drift, channel_spread, frechet_distance, prompt_accuracy, variety
 from wanlite.network import pack_text
+from wanlite.preflight import read_world
 from wanlite.run_folder import read_run
 from wanlite.settings import make_parser
-from wanlite.stages.complete import TINY_STEPS, complete
+from wanlite.stages.complete import TINY_STEPS, choose_teacher, complete
 from wanlite.stages.lessons import teacher_velocity
 from wanlite.steps import velocity_from
 from wanlite.teacher import Teacher
@@ -43,14 +44,22 @@ REFERENCE = "teacher, guided", 40       # what every row is held against, at its
 TRAIN, RIVALS = ROOT / "train_distillation.py", ROOT / "benchmarks" / "rivals.py"
 MATCHING = 150                          # steps of distribution matching, out of as many in all
 FEW = (4, 2, 1)
+OTHER_COLUMNS = ("model", "steps", "seed", "accuracy", "accuracy_one", "accuracy_two", "evaluations", "variety", "drift", "spread",
+                 "frechet", "seconds")      # beside those that a world's judge gives
+LADDER = {"emoji": ((64, 2), (96, 3), (128, 4))}    # world: width and depth of every method's student, then of larger ones
 QUICK = ("--max_train_steps", 20, "--num_trajectories", 64, "--num_held_out", 16, "--lr_warmup_steps", 4, "--teacher_steps", 8,
          "--validation_walks", 16)
 
 
-def methods(steps):
-    """Return {name: (script and flags, numbers of steps that are judged)}, every one of `steps` optimizer steps."""
+def methods(steps, rungs=()):
+    """Return {name: (script and flags, numbers of steps that are judged)}, every one of `steps` optimizer steps.
+
+    `rungs` are widths and depths: of the first are all methods, and of each other there is a student.
+    """
     matching, plain = ("--matching_steps", min(MATCHING, steps // 4)), ("--variety_gain", 0)
-    return {
+    shapes = [("--hidden_size", width, "--depth", depth) for width, depth in rungs] or [()]
+    larger = {f"student {width} x {depth}": ((TRAIN, *shape), FEW) for (width, depth), shape in zip(rungs[1:], shapes[1:])}
+    chosen = {
         "student": ((TRAIN,), FEW),
         "stage 1 alone": ((TRAIN, "--segment_steps", 0), (20, *FEW)),
         "matching (K-DMD)": ((TRAIN, *matching), FEW),
@@ -62,6 +71,7 @@ def methods(steps):
         "minus own path": ((TRAIN, "--own_path_pictures", 0), FEW),
         "minus stage 1": ((TRAIN, "--segment_steps", steps - 1), FEW),
         "matching minus anchor": ((TRAIN, *matching, "--anchor_weight", 0), FEW)}
+    return {name: ((*command, *shapes[0]), counts) for name, (command, counts) in chosen.items()} | larger
 
 
 # ---- training --------------------------------------------------------------------------------------------------------------
@@ -108,8 +118,8 @@ def place(folder, name, seed):
 class Judge:
     """Draws held-out captions by any velocity, and holds the pictures against the teacher's from the same noise."""
 
-    def __init__(self, painter, captions):
-        self.painter, self.captions, self.few = painter, captions, captions[:6] + captions[-6:]
+    def __init__(self, painter, captions, world):
+        self.painter, self.captions, self.few, self.world = painter, captions, captions[:6] + captions[-6:], world
         self.words = dict(zip(captions, painter.embed(captions)))
         self.references = {}
 
@@ -117,7 +127,7 @@ class Judge:
     def draw(self, velocity_for, scheduler, num_steps, captions, seeds):
         """Return latents (B, C, H, W) and pictures (B, 64, 64, 3) of captions and seeds."""
         stride = self.painter.autoencoder.config.scale_factor_spatial
-        shape = (self.painter.student.config.num_channels, *[shapes.PICTURE_SIZE // stride] * 2)
+        shape = (self.painter.student.config.num_channels, *[self.world.PICTURE_SIZE // stride] * 2)
         latents = torch.cat([sample(velocity_for(pack_text([self.words[caption] for caption in captions[start:start + 64]])),
                                     seeded_noise(shape, seeds[start:start + 64]), scheduler, num_steps)
                              for start in range(0, len(captions), 64)])
@@ -140,19 +150,19 @@ class Judge:
         if (model, num_steps) == REFERENCE:
             self.references[seed] = looked
         teacher_latents, teacher_pictures, teacher_by_seed, _ = self.references[seed]
-        figures = prompt_accuracy(lambda _: pictures, self.captions)
+        figures = prompt_accuracy(lambda _: pictures, self.captions, self.world)
         return {"model": model, "steps": num_steps, "seed": seed, **figures, "evaluations": num_steps * passes,
                 "variety": variety(by_seed) / variety(teacher_by_seed), "drift": channel_drift(latents, teacher_latents),
                 "spread": channel_spread(latents, teacher_latents),
                 "frechet": 1000 * frechet_distance(pictures, teacher_pictures), "seconds": seconds}
 
 
-def judge_all(folders, chosen, captions, seeds):
+def judge_all(folders, chosen, captions, seeds, teacher_folder):
     """Yield a row for every method, number of steps and seed; the teacher's come first."""
     painters = {key: Painter(folder) for key, folder in folders.items()}
     painter = next(iter(painters.values()))
-    judge = Judge(painter, captions)
-    settings = complete(Settings())
+    settings = complete(Settings(teacher=str(teacher_folder)))
+    judge = Judge(painter, captions, read_world(teacher_folder))
     teacher, empty = Teacher(open_teacher_files(settings.teacher)), painter.embed([""])[0]
     guided = teacher_velocity(teacher, settings, empty)
     plain = teacher_velocity(teacher, replace(settings, guidance_scale=1.0, guidance_scale_2=1.0), empty)
@@ -168,8 +178,9 @@ def judge_all(folders, chosen, captions, seeds):
 
 def print_table(rows):
     """Print a line for each model and number of steps: means over seeds, and the range where it tells something."""
-    columns = ("model", "steps", "seeds", "evaluations", "whole caption (range)", "one", "two", *shapes.ATTRIBUTES,
-               "variety (range)", "drift", "spread", "Frechet", "s a picture")
+    judged = [name for name in rows[0] if name not in OTHER_COLUMNS]
+    columns = ("model", "steps", "seeds", "evaluations", "whole caption (range)", "one", "two", *judged, "variety (range)", "drift",
+               "spread", "Frechet", "s a picture")
     print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for model, steps in dict.fromkeys((row["model"], row["steps"]) for row in rows):
         found = [row for row in rows if (row["model"], row["steps"]) == (model, steps)]
@@ -177,7 +188,7 @@ def print_table(rows):
         low, high = ({name: pick(row[name] for row in found) for name in ("accuracy", "variety")} for pick in (min, max))
         cells = [model, steps, len(found), round(mean["evaluations"]),
                  f"{mean['accuracy']:.3f} ({low['accuracy']:.3f} to {high['accuracy']:.3f})",
-                 *(f"{mean[name]:.3f}" for name in ("accuracy_one", "accuracy_two", *shapes.ATTRIBUTES)),
+                 *(f"{mean[name]:.3f}" for name in ("accuracy_one", "accuracy_two", *judged)),
                  f"{mean['variety']:.2f} ({low['variety']:.2f} to {high['variety']:.2f})", f"{mean['drift']:.3f}",
                  f"{mean['spread']:.2f}", f"{mean['frechet']:.3f}", f"{mean['seconds']:.4f}"]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
@@ -185,6 +196,7 @@ def print_table(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", help="a tiny teacher: tiny, emoji or a folder; None = tiny")
     parser.add_argument("--folder", type=Path, default=Path("outputs/quality"), help="where students are trained and kept")
     parser.add_argument("--captions", type=int, default=500, help="held-out captions, half of them of two objects")
     parser.add_argument("--seeds", type=int, default=3, help="training seeds; each is judged at noise of its own")
@@ -195,12 +207,20 @@ def main():
     parser.add_argument("--json", type=Path, help="also write the rows there")
     parser.add_argument("--train_flags", nargs=argparse.REMAINDER, default=[], help="flags for every training, to the end")
     options = parser.parse_args()
-    known = methods(TINY_STEPS)
+    try:
+        teacher = choose_teacher(options.teacher or "tiny")
+        world = read_world(teacher)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"quality.py: {error}\n")
+    if world is None:
+        parser.exit(2, f"quality.py: --teacher {options.teacher}: expected a tiny teacher, for its world alone has a judge.\n")
+    rungs = LADDER.get(world.__name__.removeprefix("wanlite."), ())
+    known = methods(TINY_STEPS, rungs)
     if unknown := set(options.methods or ()) - set(known):
         parser.exit(2, f"quality.py: --methods {', '.join(unknown)}: unknown, expected some of {', '.join(known)}.\n")
-    flags, seeds = options.train_flags, range(options.seeds)
+    flags, seeds = ["--teacher", teacher, *options.train_flags], range(options.seeds)
     if options.quick:
-        options.captions, seeds, known, flags = 24, range(1), methods(QUICK[1]), [*QUICK, *flags]
+        options.captions, seeds, known, flags = 24, range(1), methods(QUICK[1], rungs), [*QUICK, *flags]
     chosen = {name: method for name, method in known.items() if name == "student" or name in (options.methods or known)}
     work = "judging" if options.judge_only else "training, then judging,"
     print(f"{work} {len(chosen)} students for {len(seeds)} seeds in {options.folder.absolute()}: {options.captions} held-out "
@@ -212,9 +232,9 @@ def main():
     if not folders:
         parser.exit(2, f"quality.py: {options.folder} holds no finished student. Leave --judge_only out.\n")
     captions = [caption for count in (1, 2)
-                for caption in shapes.captions(1000, options.captions // 2, held_out=True, num_objects=count)]
+                for caption in world.captions(1000, options.captions // 2, held_out=True, num_objects=count)]
     rows = []
-    for row in judge_all(folders, chosen, captions, seeds):
+    for row in judge_all(folders, chosen, captions, seeds, teacher):
         rows.append(row)
         print(".", end="", flush=True)
     print_table(rows)

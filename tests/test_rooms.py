@@ -10,6 +10,7 @@ from tests.conftest import ROOT, run_script
 
 ROOMS, STAGES = (sorted(path for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py")
                  for folder in ("wanlite", "wanlite/stages"))
+EMOJI = sorted((ROOT / "wanlite/emoji").glob("*.py"))
 SCRIPTS = ("train_distillation.py", "run_inference.py")
 
 
@@ -26,7 +27,7 @@ def imported(path):
 
 
 def test_what_is_imported_is_found():
-    assert {"wanlite.shapes", "wanlite.flow", "numpy"} <= imported(ROOT / "wanlite/stages/examiner.py")
+    assert {"wanlite.measure", "wanlite.flow", "numpy"} <= imported(ROOT / "wanlite/stages/examiner.py")
     assert {"wanlite.shapes", "torch"} <= imported(ROOT / "wanlite/measure.py")
 
 
@@ -35,6 +36,11 @@ def test_a_room_imports_at_most_one_other_room_and_neither_a_stage_nor_a_script(
     names = imported(room)
     assert len({name for name in names if name.startswith("wanlite.")}) <= 1
     assert not any(name.startswith("wanlite.stages") for name in names) and not names & {"train_distillation", "run_inference"}
+
+
+@pytest.mark.parametrize("part", EMOJI, ids=lambda path: path.stem)
+def test_a_file_of_the_emoji_world_imports_that_world_alone(part):
+    assert all(name.startswith("wanlite.emoji") for name in imported(part) if name.startswith("wanlite"))
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda path: path.stem)

@@ -1,18 +1,25 @@
-"""Train the tiny teacher: a complete Wan2.2 checkpoint in the diffusers layout, only small, from scenes drawn by rule.
+"""Train a tiny teacher: a complete Wan2.2 checkpoint in the diffusers layout, only small, from scenes drawn by rule.
 
-    python tools/train_tiny_teacher.py                    # every stage into ./tiny_teacher, about an hour on one core
-    python tools/train_tiny_teacher.py --stages experts   # one stage again
+    python tools/train_tiny_teacher.py                                # of shapes: into ./tiny_teacher, about an hour on one core
+    python tools/train_tiny_teacher.py --stages experts               # one stage again
+    python tools/train_tiny_teacher.py --world emoji --threads 2      # of emoji: into ./emoji_teacher, a night on two cores
+    python tools/train_tiny_teacher.py --world emoji --device cuda    # minutes to an hour
+    python tools/train_tiny_teacher.py --world emoji --look 100       # judge the network as it is, of 100 captions a kind
 
-Stages, each resumable and skipped when its part of the checkpoint is there: autoencoder -> text -> experts -> pipeline.
-Settings, figures and minutes go to training.json beside the weights. Heads that help training (where is this token, what is
-drawn here, which object does this word speak of) are thrown away: the networks that remain are stock.
+Stages: autoencoder -> text -> experts -> pipeline. Each is skipped where its part of the checkpoint is there, and after a kill the
+same command resumes within it, a minute back at most. A stage whose figures miss the gates of its recipe ends the run. Settings,
+figures and minutes go to training.json beside the weights. Heads that help training (where is this token, what is drawn here, which
+object does this word speak of) are thrown away: the networks that remain are stock.
 """
 
 import argparse
 import json
 import math
+import shutil
 import sys
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -28,50 +35,48 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tools.recipes import GRID, RECIPES, Recipe  # noqa: E402
 from wanlite import autoencoder as pictures  # noqa: E402
-from wanlite import flow, schedule, shapes, text  # noqa: E402
+from wanlite import flow, schedule, text  # noqa: E402
 from wanlite.measure import prompt_accuracy  # noqa: E402
 from wanlite.network import OneFrameBlock, one_frame_velocity, pack_text  # noqa: E402
 
 SEED = 22
 SHIFT = 3.0
 BOUNDARY = 0.875                  # noise level from which on the high-noise expert is asked
-GUIDANCE = {"high": 4.0, "low": 3.0}
 PROMPT_DROPOUT = 0.1
-NUM_SCENES = 60_000               # encoded once; each is captioned anew at every use
+SHARD = 10_000                    # scenes encoded between two saves
+SAVE_SECONDS = 60
 
-AUTOENCODER = dict(base_dim=16, z_dim=16, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True],
-                   is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=8)
-TEXT = dict(d_model=64, d_kv=16, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0,
-            relative_attention_num_buckets=32, relative_attention_max_distance=64)
-EXPERT = dict(num_attention_heads=4, attention_head_dim=32, in_channels=16, out_channels=16, text_dim=64, freq_dim=256,
-              ffn_dim=512, num_layers=4, rope_max_seq_len=64)
-GRID = 4                          # image tokens along each side
 
-# stage: steps, batch size, learning rate of AdamW, of Muon (None: AdamW alone), EMA decay
-PLAN = {
-    "autoencoder": dict(steps=3000, batch_size=24, learning_rate=2e-3, muon_rate=None, ema=0.995),
-    "text": dict(steps=1500, batch_size=128, learning_rate=2e-3, muon_rate=None, ema=0.98),
-    "shared": dict(steps=3000, batch_size=192, learning_rate=2e-3, muon_rate=0.02, ema=0.998),
-    "high": dict(steps=900, batch_size=192, learning_rate=5e-4, muon_rate=0.005, ema=0.998),
-    "low": dict(steps=900, batch_size=192, learning_rate=5e-4, muon_rate=0.005, ema=0.998),
-}
+@dataclass(frozen=True)
+class Run:
+    recipe: Recipe
+    folder: Path                  # the checkpoint
+    work: Path                    # resumable state, latents
+    device: str
+
+    @property
+    def world(self):
+        return self.recipe.world
 
 
 # ---- one loop for every stage ----------------------------------------------------------------------------------------
 
-def fit(name, trained, loss_of, work, plan):
+def fit(name, trained, loss_of, run):
     """Train the modules in `trained` and leave their EMA weights in place; returns the minutes spent.
 
     `loss_of(random, torch_generator, progress 0..1)` returns a loss and a dict of figures; its randomness is a function of the
     step, so that a run cut short goes on from its last minute to the same end.
     """
+    plan = run.recipe.plan[name]
+    trained.to(run.device)
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizers = make_optimizers(trained, plan)
     ema = EMAModel(parameters, decay=plan["ema"])
-    path, first, spent = work / f"{name}.pt", 0, 0.0
+    path, first, spent = run.work / f"{name}.pt", 0, 0.0
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=run.device)
         trained.load_state_dict(state["weights"])
         ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -81,7 +86,7 @@ def fit(name, trained, loss_of, work, plan):
     bar = tqdm(range(first, plan["steps"]), initial=first, total=plan["steps"], desc=name, mininterval=5)
     for step in bar:
         progress = step / plan["steps"]
-        scale = min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * progress))
+        scale = min(1.0, (step + 1) / 100) * decayed(progress, plan["decay"])
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * scale
@@ -92,11 +97,11 @@ def fit(name, trained, loss_of, work, plan):
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+        trained.zero_grad()
         ema.step(parameters)
         if step % 50 == 0:
             bar.set_postfix({key: f"{float(value.detach()):.3f}" for key, value in figures.items()})
-        if time.time() - saved_at > 60 or step + 1 == plan["steps"]:
+        if time.time() - saved_at > SAVE_SECONDS or step + 1 == plan["steps"]:
             saved_at = time.time()
             state = dict(weights=trained.state_dict(), ema=ema.state_dict(), step=step + 1,
                          optimizers=[optimizer.state_dict() for optimizer in optimizers],
@@ -107,114 +112,169 @@ def fit(name, trained, loss_of, work, plan):
     return (spent + time.time() - began) / 60
 
 
+def decayed(progress, decay):
+    """Return the share of the learning rate that is left: a cosine, or all of it until the last share `decay` of the steps.
+
+    In the second form the number of steps may be raised until the fall begins, and nothing before changes.
+    """
+    return 0.5 + 0.5 * math.cos(math.pi * progress) if decay is None else min(1.0, (1 - progress) / decay)
+
+
 def make_optimizers(trained, plan):
-    """Muon for the matrices of Wan blocks where the plan says so, AdamW for the rest."""
-    matrices = [p for name, p in trained.named_parameters() if plan["muon_rate"] and "blocks." in name and p.ndim == 2]
-    taken = {id(p) for p in matrices}
-    others = [p for p in trained.parameters() if p.requires_grad and id(p) not in taken]
+    """Muon for the matrices of blocks and the kernels of an autoencoder where the plan has a rate for it; AdamW for the rest."""
+    matrices, kernels, others = [], [], []
+    for name, parameter in trained.named_parameters():
+        if plan["muon_rate"] and "blocks." in name and parameter.ndim == 2:
+            matrices.append(parameter)
+        elif plan["muon_rate"] and is_kernel(name, parameter):
+            kernels.append(parameter)
+        elif parameter.requires_grad:
+            others.append(parameter)
     optimizers = [torch.optim.AdamW(others, lr=plan["learning_rate"], betas=(0.9, 0.98), weight_decay=0.01)]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=plan["muon_rate"], weight_decay=0.01))
+    if kernels:
+        optimizers.append(KernelMuon(kernels, lr=plan["muon_rate"], weight_decay=0.0))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
 
 
+def is_kernel(name, parameter):
+    """Whether a parameter is a 3-D kernel that is trained as a matrix: not at the ends of a network, nor unused at one frame."""
+    is_wide = parameter.ndim == 5 and min(parameter.flatten(1).shape) >= 16
+    return is_wide and "patch_embedding" not in name and "time_conv" not in name
+
+
+class KernelMuon(torch.optim.Muon):
+    """Muon for convolutions: each kernel moves as a matrix of a row an output channel, which is a view of it.
+
+    Without decay, for at one frame most taps of a kernel have no gradient and keep their values.
+    """
+
+    def __init__(self, kernels, **settings):
+        self.kernels = kernels
+        super().__init__([nn.Parameter(kernel.detach().flatten(1)) for kernel in kernels], **settings)
+
+    def step(self, closure=None):
+        for kernel, matrix in zip(self.kernels, self.param_groups[0]["params"]):
+            matrix.grad = kernel.grad.flatten(1)
+        return super().step(closure)
+
+
 # ---- autoencoder -----------------------------------------------------------------------------------------------------
 
-def train_autoencoder(folder, work):
+def train_autoencoder(run):
     """Pictures -> latents -> pictures. The latents' mean is used, plus fixed noise that keeps the latent space smooth.
 
     At one frame only the last temporal taps run: the other taps and the time convolutions keep their initial values.
     """
     torch.manual_seed(SEED)
-    network = pictures.use_single_frame_path(AutoencoderKLWan(**AUTOENCODER))
+    network = pictures.use_single_frame_path(AutoencoderKLWan(**run.recipe.autoencoder))
+    batch_size = run.recipe.plan["autoencoder"]["batch_size"]
 
     def loss_of(random, generator, progress):
-        plan = PLAN["autoencoder"]
-        scenes = [shapes.random_scene(random) for _ in range(plan["batch_size"])]
-        drawn = np.stack([shapes.draw(scene, random) for scene in scenes])
-        pixels = pictures.to_pixels(drawn)
-        ground = torch.from_numpy(np.stack([shapes.BACKGROUNDS[s.background] for s in scenes])).float() / 127.5 - 1
-        weight = 1 + 3 * ((pixels - ground[:, :, None, None]).abs().amax(1, keepdim=True) > 0.1).float()
+        scenes = [run.world.random_scene(random) for _ in range(batch_size)]
+        drawn = np.stack([run.world.draw(scene, random) for scene in scenes])
+        grounds = np.stack([run.world.ground(scene) for scene in scenes])
+        rows, columns = choose_crop(random, run.recipe, progress)
+        pixels, ground = (pictures.to_pixels(each[:, rows, columns]).to(run.device) for each in (drawn, grounds))
+        weight = 1 + 3 * ((pixels - ground).abs().amax(1, keepdim=True) > 0.1).float()
         mean = network.encode(pixels.unsqueeze(2)).latent_dist.mode()
-        raw_latents = mean + 0.1 * torch.randn(mean.shape, generator=generator)
+        raw_latents = mean + 0.1 * torch.randn(mean.shape, generator=generator).to(run.device)
         seen = network.decode(raw_latents).sample.squeeze(2)
-        error = seen - pixels
-        edges = sum((weight.narrow(dim, 1, 63) * error.diff(dim=dim).abs()).mean() for dim in (2, 3))
+        error, sides = seen - pixels, pixels.shape[-1] - 1
+        edges = sum((weight.narrow(dim, 1, sides) * error.diff(dim=dim).abs()).mean() for dim in (2, 3))
         reconstruction = (weight * (error.abs() + error.square())).mean() + edges
         return reconstruction + 1e-3 * mean.square().mean(), {"loss": reconstruction}
 
     # The clamp at the end of decode() stops gradients outside -1..1; the palette stays inside it.
-    minutes = fit("autoencoder", network, loss_of, work, PLAN["autoencoder"])
-    network.eval().requires_grad_(False)
-    mean, std = latent_statistics(network)
+    minutes = fit("autoencoder", network, loss_of, run)
+    mean, std = latent_statistics(network.eval().requires_grad_(False), run)
     network.register_to_config(latents_mean=mean, latents_std=std)
-    network.save_pretrained(folder / "vae")
-    drawn, scenes = some_pictures(seed=1, count=1000)
-    seen = np.concatenate([pictures.to_pictures(pictures.decode_latents(network, pictures.encode_images(
-        network, pictures.to_pixels(chunk)))) for chunk in np.array_split(drawn, 20)])
+    nn.Module.to(network, run.recipe.dtype).save_pretrained(run.folder / "vae")              # diffusers' own to() warns
+    drawn, scenes = some_pictures(run.world, seed=1, count=1000)
+    seen = round_trip(pictures.load_autoencoder(run.folder, run.device), drawn)
     error = np.mean((seen.astype(np.float32) - drawn) ** 2)
-    right = np.mean([shapes.read_picture(picture) == scene for picture, scene in zip(seen, scenes)])
-    return {"minutes": minutes, "read_whole_after_round_trip": float(right), "psnr_db": float(10 * np.log10(255**2 / error)),
+    return {"minutes": minutes, "psnr_db": float(10 * np.log10(255**2 / error)), **judged(run.world, seen, scenes),
             "parameters": network.num_parameters()}
 
 
-def latent_statistics(network):
-    drawn, _ = some_pictures(seed=2, count=2000)
-    latents = torch.cat([network.encode(pictures.to_pixels(chunk).unsqueeze(2)).latent_dist.mode()
+def choose_crop(random, recipe, progress):
+    """Return the rows and columns, slices, that the autoencoder sees: crops at first, for they take a share of the time."""
+    size, share = recipe.cropped
+    if progress >= share:
+        return slice(None), slice(None)
+    return (slice(first, first + size) for first in random.integers(recipe.world.PICTURE_SIZE - size + 1, size=2))
+
+
+def latent_statistics(network, run):
+    drawn, _ = some_pictures(run.world, seed=2, count=2000)
+    latents = torch.cat([network.encode(pictures.to_pixels(chunk).to(run.device).unsqueeze(2)).latent_dist.mode()
                          for chunk in np.array_split(drawn, 20)])
     return latents.mean((0, 2, 3, 4)).tolist(), latents.std((0, 2, 3, 4)).tolist()
 
 
-def some_pictures(seed, count, held_out=False, num_objects=None):
-    scenes = shapes.scenes(seed, count, held_out, num_objects)
+def round_trip(network, drawn):
+    return np.concatenate([pictures.to_pictures(pictures.decode_latents(network, pictures.encode_images(
+        network, pictures.to_pixels(chunk).to(network.device)))) for chunk in np.array_split(drawn, 20)])
+
+
+def some_pictures(world, seed, count):
+    scenes = world.scenes(seed, count)
     random = np.random.default_rng([seed, 1])
-    return np.stack([shapes.draw(scene, random) for scene in scenes]), scenes
+    return np.stack([world.draw(scene, random) for scene in scenes]), scenes
+
+
+def judged(world, seen, scenes):
+    """Return the mean of everything that the world's judge has a figure for."""
+    verdicts = [world.judge(picture, scene) for picture, scene in zip(seen, scenes)]
+    return {name: float(np.mean([verdict[name] for verdict in verdicts])) for name in verdicts[0]}
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 
-def train_text(folder, work):
-    """A word-level tokenizer and a UMT5 whose every object word knows all of its object: size, colour, shape and place.
+def train_text(run):
+    """A word-level tokenizer and a UMT5 whose every word of an object knows all that its caption says of that object.
 
     Learnt alone, which word belongs to which object takes seconds; learnt inside the diffusion loss it takes hours.
     """
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(folder / "tokenizer")
+    recipe = run.recipe
+    tokenizer = make_tokenizer(recipe)
+    tokenizer.save_pretrained(run.folder / "tokenizer")
     torch.manual_seed(SEED)
-    encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **TEXT))
-    facts = {"size": shapes.SIZES, "colour": shapes.COLOURS, "shape": shapes.SHAPES, "place": shapes.PLACES}
-    heads = nn.ModuleDict({name: nn.Linear(TEXT["d_model"], len(values)) for name, values in facts.items()})
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **recipe.text))
+    heads = nn.ModuleDict({name: nn.Linear(recipe.text["d_model"], len(values)) for name, values in recipe.facts.items()})
     trained = nn.ModuleDict({"encoder": encoder, "heads": heads})
 
     def loss_of(random, generator, progress):
-        scenes = training_scenes(random, PLAN["text"]["batch_size"])
-        said = [shapes.caption(scene, random) for scene in scenes]
-        tokens = tokenizer(said, padding=True, return_tensors="pt")
+        scenes = training_scenes(run.world, random, recipe.plan["text"]["batch_size"])
+        said = [run.world.caption(scene, random) for scene in scenes]
+        tokens = tokenizer(said, padding=True, return_tensors="pt").to(run.device)
         states = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-        rows, columns, things = object_words(said, scenes)
+        rows, columns, facts = spoken_words(said, recipe)
         words = states[rows, columns]
-        losses, right = [], torch.ones(len(things), dtype=torch.bool)
-        for name, values in facts.items():
-            answer = torch.tensor([list(values).index(getattr(thing, name)) for thing in things])
+        losses, right = [], torch.ones(len(facts), dtype=torch.bool, device=run.device)
+        for name, values in recipe.facts.items():
+            answer = torch.tensor([values.index(fact[name]) for fact in facts], device=run.device)
             guess = heads[name](words)
             losses.append(F.cross_entropy(guess, answer))
             right &= guess.argmax(-1) == answer
         return sum(losses), {"loss": sum(losses), "right": right.float().mean()}
 
-    minutes = fit("text", trained, loss_of, work, PLAN["text"])
-    encoder.eval()
-    encoder.save_pretrained(folder / "text_encoder")
+    minutes = fit("text", trained, loss_of, run)
+    encoder.eval().to(recipe.dtype).save_pretrained(run.folder / "text_encoder")
+    encoder.float()
     with torch.no_grad():
         figures = [float(loss_of(np.random.default_rng([SEED, 99, i]), None, 1.0)[1]["right"]) for i in range(10)]
     return {"minutes": minutes, "words_that_know_their_object": float(np.mean(figures)),
             "parameters": encoder.num_parameters()}
 
 
-def make_tokenizer():
-    said = [caption for scene in shapes.scenes(SEED, 2000) for caption in shapes.ways_to_say(scene)]
+def make_tokenizer(recipe):
+    said = [caption for scene in recipe.world.scenes(SEED, recipe.num_worded) for caption in recipe.world.ways_to_say(scene)]
+    said += recipe.world.captions(SEED, recipe.num_worded)      # what they leave unsaid makes "an octopus" of "a flat octopus"
     words = sorted({word for caption in said for word in caption.replace(",", " , ").split()})
     vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -225,60 +285,58 @@ def make_tokenizer():
                                    model_max_length=512)
 
 
-def object_words(said, scenes):
-    """Return rows, columns and Objects: one entry for each size, colour and shape word of each caption."""
-    rows, columns, things = [], [], []
-    for row, (caption, scene) in enumerate(zip(said, scenes)):
+def spoken_words(said, recipe):
+    """Return rows, columns and facts: one entry for each word of each caption that speaks of an object."""
+    rows, columns, facts = [], [], []
+    for row, caption in enumerate(said):
         words = caption.replace(",", " , ").split()
-        for thing in scene.objects:
-            start = next(i for i in range(len(words)) if words[i:i + 3] == str(thing).split())
-            rows += [row] * 3
-            columns += [start, start + 1, start + 2]
-            things += [thing] * 3
-    return rows, columns, things
+        for phrase, known in recipe.spoken(recipe.world.read_caption(caption)):
+            start = next(i for i in range(len(words)) if words[i:i + len(phrase)] == phrase)
+            rows += [row] * len(phrase)
+            columns += range(start, start + len(phrase))
+            facts += [known] * len(phrase)
+    return rows, columns, facts
 
 
-def training_scenes(random, count):
-    drawn = (shapes.random_scene(random) for _ in iter(int, 1))
-    wanted = (scene for scene in drawn if not shapes.is_held_out(scene))
+def training_scenes(world, random, count):
+    drawn = (world.random_scene(random) for _ in iter(int, 1))
+    wanted = (scene for scene in drawn if not world.is_held_out(scene))
     return [next(wanted) for _ in range(count)]
 
 
 # ---- experts ---------------------------------------------------------------------------------------------------------
 
-def train_experts(folder, work):
+def train_experts(run):
     """One network for every noise level first, then a copy for each side of the boundary; text encoder frozen."""
-    network_of_pictures = pictures.load_autoencoder(folder)
-    tokenizer, encoder = text.load_text_encoder(folder)
-    latents, scenes = encoded_scenes(network_of_pictures, work)
-    labels = torch.from_numpy(np.stack([layout(scene) for scene in scenes]))                 # (scenes, N, 3)
+    recipe = run.recipe
+    latents, scenes = encoded_scenes(pictures.load_autoencoder(run.folder, run.device), run)
+    labels = torch.from_numpy(np.stack([recipe.layout(scene) for scene in scenes]))                 # (scenes, N, labels)
+    tokenizer, encoder = text.load_text_encoder(run.folder, run.device, torch.float32)
     empty = text.encode_prompts(tokenizer, encoder, [""])[0]
-
-    torch.manual_seed(SEED)
-    trained = nn.ModuleDict({"network": make_expert(),
-                             "where": nn.Linear(128, GRID * GRID), "what": nn.Linear(128, 7 + 6 + 3)})
+    trained = make_trained(recipe)
 
     def loss_between(lowest, highest, batch_size):
         def loss_of(random, generator, progress):
             index = random.integers(len(scenes), size=batch_size)
-            said = [shapes.caption(scenes[i], random) for i in index]
-            embeddings = text.encode_prompts(tokenizer, encoder, said, batch_size)
+            said = [run.world.caption(scenes[i], random) for i in index]
+            embeddings = text.encode_prompts(tokenizer, encoder, said)
             dropped = random.random(batch_size) < PROMPT_DROPOUT
             packed = pack_text([empty if drop else embedding for embedding, drop in zip(embeddings, dropped)])
-            clean = latents[index].float()
-            noise = torch.randn(clean.shape, generator=generator)
+            clean = latents[index].float().to(run.device)
+            noise = torch.randn(clean.shape, generator=generator).to(run.device)
             uniform = (torch.rand(batch_size, generator=generator) + torch.arange(batch_size)) / batch_size
-            level = flow.shift_noise_level(lowest + (highest - lowest) * uniform, SHIFT)
+            level = flow.shift_noise_level(lowest + (highest - lowest) * uniform, SHIFT).to(run.device)
             velocity, (early, middle) = one_frame_velocity(
                 trained["network"], flow.add_noise(clean, noise, level), schedule.TIMESTEPS * level, packed.tokens,
-                packed.logit_bias, feature_blocks=(0, 2))
+                packed.logit_bias, feature_blocks=(0, recipe.expert["num_layers"] // 2))
             error = (velocity - (noise - clean)).square().mean()
-            where = F.cross_entropy(trained["where"](early).flatten(0, 1), torch.arange(GRID**2).repeat(batch_size))
+            position = torch.arange(GRID**2, device=run.device).repeat(batch_size)
+            where = F.cross_entropy(trained["where"](early).flatten(0, 1), position)
             told = torch.from_numpy(~dropped)
-            guesses = trained["what"](middle[told]).flatten(0, 1).split((7, 6, 3), -1)
-            answers = labels[index][told].flatten(0, 1).unbind(-1)
+            guesses = trained["what"](middle[told]).flatten(0, 1).split(list(recipe.labels.values()), -1)
+            answers = labels[index][told].to(run.device).flatten(0, 1).unbind(-1)
             what = sum(F.cross_entropy(guess, answer) for guess, answer in zip(guesses, answers))
-            help_weight = 0.1 * (1 - progress)
+            help_weight = recipe.help_weight * (1 - progress)
             return error + help_weight * (where + what), {"velocity": error, "where": where, "what": what}
         return loss_of
 
@@ -287,110 +345,189 @@ def train_experts(folder, work):
     spans = {"shared": (0.0, 1.0), "high": (turn, 1.0), "low": (0.0, turn)}
     for stage, (lowest, highest) in spans.items():
         if stage != "shared":
-            trained["network"].load_state_dict(load_file(work / "shared.safetensors"))
-        minutes = fit(stage, trained, loss_between(lowest, highest, PLAN[stage]["batch_size"]), work, PLAN[stage])
+            trained["network"].load_state_dict(load_file(run.work / "shared.safetensors"))
+        minutes = fit(stage, trained, loss_between(lowest, highest, recipe.plan[stage]["batch_size"]), run)
         figures[f"minutes_{stage}"] = minutes
-        save_file(trained["network"].state_dict(), work / f"{stage}.safetensors")
+        save_file(trained["network"].state_dict(), run.work / f"{stage}.safetensors")
     for stage, name in (("high", "transformer"), ("low", "transformer_2")):
-        expert = WanTransformer3DModel(**EXPERT)
-        expert.load_state_dict(load_file(work / f"{stage}.safetensors"))
-        expert.save_pretrained(folder / name)
+        expert = WanTransformer3DModel(**recipe.expert)
+        expert.load_state_dict(load_file(run.work / f"{stage}.safetensors"))
+        nn.Module.to(expert, recipe.dtype).save_pretrained(run.folder / name)
     figures["parameters_each"] = expert.num_parameters()
     return figures
 
 
-def make_expert():
-    network = WanTransformer3DModel(**EXPERT)
-    dim = EXPERT["num_attention_heads"] * EXPERT["attention_head_dim"]
-    network.blocks = nn.ModuleList(OneFrameBlock(dim, EXPERT["ffn_dim"], EXPERT["num_attention_heads"],
-                                                 cross_attn_norm=True) for _ in range(EXPERT["num_layers"]))
+def make_trained(recipe):
+    """Return an expert, every block of which takes the text's logit bias, and the heads that help its training."""
+    torch.manual_seed(SEED)
+    network = WanTransformer3DModel(**recipe.expert)
+    config = network.config
+    width = config.num_attention_heads * config.attention_head_dim
+    network.blocks = nn.ModuleList(OneFrameBlock(width, config.ffn_dim, config.num_attention_heads, config.qk_norm,
+                                                 config.cross_attn_norm, config.eps) for _ in range(config.num_layers))
     nn.init.zeros_(network.proj_out.weight)
     nn.init.zeros_(network.proj_out.bias)
-    return network
-
-
-def layout(scene):
-    """Return what is drawn at each image token (N, 3): indices of colour, shape and size, the last of each for none."""
-    answers = np.tile([len(shapes.COLOURS), len(shapes.SHAPES), len(shapes.SIZES)], (GRID, GRID, 1))
-    for thing in scene.objects:
-        x, y = (place // 16 for place in shapes.PLACES[thing.place])
-        answers[y - 1:y + 1, x - 1:x + 1] = [list(shapes.COLOURS).index(thing.colour),
-                                             shapes.SHAPES.index(thing.shape), list(shapes.SIZES).index(thing.size)]
-    return answers.reshape(-1, 3)
+    return nn.ModuleDict({"network": network, "where": nn.Linear(width, GRID * GRID),
+                          "what": nn.Linear(width, sum(recipe.labels.values()))})
 
 
 @torch.no_grad()
-def encoded_scenes(network, work):
-    """Return latents (scenes, C, H, W) in float16 and their scenes; encoded once, then read from the work folder."""
-    path, scenes = work / "latents.safetensors", shapes.scenes(SEED, NUM_SCENES)
-    if path.exists():
-        return load_file(path)["latents"], scenes
-    random, latents = np.random.default_rng([SEED, 2]), []
-    for start in tqdm(range(0, len(scenes), 100), desc="encoding scenes", mininterval=5):
-        drawn = np.stack([shapes.draw(scene, random) for scene in scenes[start:start + 100]])
-        latents.append(pictures.encode_images(network, pictures.to_pixels(drawn)).half())
-    latents = torch.cat(latents).contiguous()
-    save_file({"latents": latents}, path)
-    return latents, scenes
+def encoded_scenes(network, run):
+    """Return latents (scenes, C, H, W) in float16 and their scenes; encoded once, a shard at a time, into the work folder."""
+    scenes, random, shards = run.world.scenes(SEED, run.recipe.num_scenes), np.random.default_rng([SEED, 2]), []
+    for start in tqdm(range(0, len(scenes), SHARD), desc="encoding scenes", mininterval=5):
+        path = run.work / f"latents-{start // SHARD:02d}.safetensors"
+        drawn = [run.world.draw(scene, random) for scene in scenes[start:start + SHARD]]     # of a shard that is there too, for
+        if not path.exists():                                                                # the next depends on what it drew
+            latents = [pictures.encode_images(network, pictures.to_pixels(np.stack(drawn[first:first + 100])).to(run.device))
+                       for first in range(0, len(drawn), 100)]
+            save_file({"latents": torch.cat(latents).half().cpu().contiguous()}, path.with_suffix(".partial"))
+            path.with_suffix(".partial").rename(path)
+        shards.append(load_file(path)["latents"])
+    return torch.cat(shards), scenes
 
 
 # ---- the whole checkpoint --------------------------------------------------------------------------------------------
 
-def assemble(folder, work):
+def assemble(run):
     """Write what makes the parts a WanPipeline, then let the judge read what it draws for held-out captions."""
-    flow.make_scheduler(SHIFT).save_pretrained(folder / "scheduler")
+    flow.make_scheduler(SHIFT).save_pretrained(run.folder / "scheduler")
     parts = {"tokenizer": ["transformers", "PreTrainedTokenizerFast"], "text_encoder": ["transformers", "UMT5EncoderModel"],
              "vae": ["diffusers", "AutoencoderKLWan"], "scheduler": ["diffusers", "UniPCMultistepScheduler"],
              "transformer": ["diffusers", "WanTransformer3DModel"],
              "transformer_2": ["diffusers", "WanTransformer3DModel"]}
     index = {"_class_name": "WanPipeline", "_diffusers_version": diffusers.__version__, "boundary_ratio": BOUNDARY,
              "expand_timesteps": False, **parts}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    pipeline = WanPipeline.from_pretrained(folder)
+    (run.folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if run.recipe.notice:
+        shutil.copy(run.recipe.notice, run.folder)
+    pipeline = WanPipeline.from_pretrained(run.folder, dtype=torch.float32).to(run.device)
     pipeline.set_progress_bar_config(disable=True)
-    captions = [caption for count in (1, 2) for caption in shapes.captions(SEED, 300, held_out=True, num_objects=count)]
 
-    def draw(captions):
-        drawn = []
+    def draw(captions, steps, is_guided):
+        drawn, guidance = [], run.recipe.guidance if is_guided else dict.fromkeys(run.recipe.guidance, 1.0)
         for start in range(0, len(captions), 50):
-            noise = flow.seeded_noise((16, 1, 8, 8), range(start, start + 50))
+            noise = flow.seeded_noise((16, 1, 8, 8), range(start, start + len(captions[start:start + 50]))).to(run.device)
             frames = pipeline(captions[start:start + 50], height=64, width=64, num_frames=1, latents=noise,
-                              num_inference_steps=20, guidance_scale=GUIDANCE["high"],
-                              guidance_scale_2=GUIDANCE["low"], output_type="np").frames
+                              num_inference_steps=steps, guidance_scale=guidance["high"],
+                              guidance_scale_2=guidance["low"], output_type="np").frames
             drawn.append((frames[:, 0] * 255).round().astype(np.uint8))
         return np.concatenate(drawn)
 
-    return {"steps": 20, **prompt_accuracy(draw, captions)}
+    first, *others = ((f"{steps} steps, {'guided' if is_guided else 'unguided'}", accuracy(
+        partial(draw, steps=steps, is_guided=is_guided), run.world, 400)) for steps, is_guided in run.recipe.judged)
+    return {"drawn": first[0], **first[1], **dict(others)}
+
+
+def accuracy(draw, world, count):
+    """Return the judge's figures of pictures of `count` held-out captions of one object, and of as many of two."""
+    figures = {}
+    for name, objects in (("one", 1), ("two", 2)):
+        found = prompt_accuracy(draw, world.captions(SEED, count, held_out=True, num_objects=objects), world)
+        figures |= {f"{name}_{key}": value for key, value in found.items() if not key.startswith("accuracy_")}
+    return figures
+
+
+# ---- the network before it is finished -------------------------------------------------------------------------------
+
+@torch.no_grad()
+def look(run, count):
+    """Print figures of the network that all noise levels share, from the averaged weights of its last save."""
+    state = torch.load(run.work / "shared.pt", weights_only=True, map_location=run.device)
+    trained = make_trained(run.recipe).to(run.device)
+    for parameter, average in zip(trained.parameters(), state["ema"]["shadow_params"]):
+        parameter.copy_(average)
+    draw = make_drawing(run, trained["network"])
+    print(f"step {state['step']}, {state['step'] * run.recipe.plan['shared']['batch_size']} samples", flush=True)
+    for guidance, steps in ((run.recipe.guidance["low"], 20), (1.0, 20), (run.recipe.guidance["low"], 4)):
+        figures = accuracy(partial(draw, guidance=guidance, steps=steps), run.world, count)
+        print(f"guidance {guidance:g}, {steps} steps:", figures, flush=True)
+
+
+def make_drawing(run, network):
+    """Return a function that draws captions with one network for every noise level: pictures (B, 64, 64, 3) uint8."""
+    tokenizer, encoder = text.load_text_encoder(run.folder, run.device, torch.float32)
+    autoencoder = pictures.load_autoencoder(run.folder, run.device)
+    empty = text.encode_prompts(tokenizer, encoder, [""])[0]
+
+    def draw(captions, guidance, steps):
+        embeddings, drawn = text.encode_prompts(tokenizer, encoder, captions), []
+        for start in range(0, len(captions), 100):
+            part = embeddings[start:start + 100]
+            noise = flow.seeded_noise((16, 8, 8), range(start, start + len(part))).to(run.device)
+            velocity = guided_velocity(network, part, empty, guidance)
+            latents = flow.sample(velocity, noise, flow.make_scheduler(SHIFT), steps)
+            drawn.append(pictures.to_pictures(pictures.decode_latents(autoencoder, latents)))
+        return np.concatenate(drawn)
+    return draw
+
+
+def guided_velocity(network, embeddings, empty, guidance):
+    """Return a function of (latents, timestep): the velocity, moved away from that of an empty prompt."""
+    packed = pack_text([*embeddings, *([empty] * len(embeddings))])
+
+    def velocity_of(latents, timestep):
+        latents, timestep = torch.cat([latents] * 2), torch.cat([timestep] * 2)
+        velocity, _ = one_frame_velocity(network, latents, timestep, packed.tokens, packed.logit_bias)
+        wanted, unwanted = velocity.chunk(2)
+        return unwanted + guidance * (wanted - unwanted)
+    return velocity_of
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------
 
+STAGES = {"autoencoder": train_autoencoder, "text": train_text, "experts": train_experts, "pipeline": assemble}
+
+
+def missed_gates(figures, gates):
+    """Return which figures a stage misses, in words; a name behind a minus has a most, any other a least."""
+    return [f"{name.strip('-')} {figures[name.strip('-')]:.4g}, expected at {'most' if name[0] == '-' else 'least'} {bound:g}"
+            for name, bound in gates.items()
+            if (figures[name.strip("-")] > bound if name[0] == "-" else figures[name] < bound)]
+
+
+def read_record(run):
+    path = run.folder / "training.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_record(run, stage, figures, options):
+    """Add a stage's figures to what is recorded now: another stage may have ended meanwhile."""
+    record = read_record(run)
+    record.setdefault("figures", {})[stage] = figures
+    record.update(seed=SEED, world=run.world.__name__, resolution=run.world.PICTURE_SIZE, shift=SHIFT, boundary=BOUNDARY,
+                  guidance=run.recipe.guidance, plan=run.recipe.plan, threads=options.threads, device=options.device,
+                  torch=torch.__version__)
+    (run.folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("tiny_teacher"))
-    parser.add_argument("--work_dir", type=Path, default=Path("outputs/tiny_teacher_work"), help="resumable state, latents")
-    parser.add_argument("--stages", nargs="+", choices=("autoencoder", "text", "experts", "pipeline"))
+    parser.add_argument("--world", choices=tuple(RECIPES), default="shapes")
+    parser.add_argument("--output_dir", type=Path, help="tiny_teacher for shapes, emoji_teacher for emoji")
+    parser.add_argument("--work_dir", type=Path, help="resumable state, latents; a folder in outputs/ by default")
+    parser.add_argument("--stages", nargs="+", choices=tuple(STAGES))
     parser.add_argument("--threads", type=int, default=1, help="one thread is the most efficient at this size")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--look", type=int, metavar="COUNT", help="train nothing: judge the shared network of the last save")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    options.work_dir.mkdir(parents=True, exist_ok=True)
-    record_path = options.output_dir / "training.json"
-    stages = {"autoencoder": train_autoencoder, "text": train_text, "experts": train_experts,
-              "pipeline": assemble}
-    for name, train in stages.items():
-        record = json.loads(record_path.read_text()) if record_path.exists() else {}
-        if name in record.get("figures", {}) and name not in (options.stages or ()):
+    folder = options.output_dir or Path({"shapes": "tiny_teacher"}.get(options.world, f"{options.world}_teacher"))
+    run = Run(RECIPES[options.world], folder, options.work_dir or Path("outputs") / f"{folder.name}_work", options.device)
+    if options.look:
+        return look(run, options.look)
+    for place in (run.folder, run.work):
+        place.mkdir(parents=True, exist_ok=True)
+    for name, train in STAGES.items():
+        if name not in (options.stages or STAGES.keys() - read_record(run).get("figures", {}).keys()):
             continue
-        if options.stages and name not in options.stages:
-            continue
-        print(f"{name}: training into {options.output_dir}, resumable state in {options.work_dir}", flush=True)
-        record.setdefault("figures", {})[name] = train(options.output_dir, options.work_dir)
-        print(name, record["figures"][name], flush=True)
-        record.update(seed=SEED, world="wanlite.shapes", resolution=shapes.PICTURE_SIZE, shift=SHIFT,
-                      boundary=BOUNDARY, guidance=GUIDANCE, plan=PLAN,
-                      threads=options.threads, torch=torch.__version__)
-        record_path.write_text(json.dumps(record, indent=2) + "\n")
+        print(f"{name}: training into {run.folder}, resumable state in {run.work}", flush=True)
+        figures = train(run)
+        print(name, figures, flush=True)
+        write_record(run, name, figures, options)
+        if missed := missed_gates(figures, run.recipe.gates.get(name, {})):
+            parser.exit(1, f"train_tiny_teacher.py: {name}: {'; '.join(missed)}. Raise its steps in tools/recipes.py and run "
+                           f"--stages {name} again, or go on with the stages after it by --stages.\n")
 
 
 if __name__ == "__main__":

@@ -14,33 +14,36 @@ from . import shapes
 GUARDS = {"channel_drift": (0.0, 0.3), "saturation": (0.75, 1.33), "variety": (0.6, math.inf)}
 
 
-def prompt_accuracy(draw, captions):
-    """Judge pictures drawn for captions of the tiny world: shares 0..1, whole and per attribute, and one and two objects apart.
+def prompt_accuracy(draw, captions, world=shapes):
+    """Judge pictures drawn for captions of a tiny world: shares 0..1, whole and per attribute, and one and two objects apart.
 
-    `draw(captions)` returns pictures (B, 64, 64, 3) uint8.
+    `draw(captions)` returns pictures (B, 64, 64, 3) uint8. Raises ValueError for a caption that is none of the world's.
     """
+    scenes = [world.read_caption(caption) for caption in captions]
+    if None in scenes:
+        raise ValueError(f"{captions[scenes.index(None)]!r}: not a caption of {world.__name__}, which alone its judge can read. "
+                         f"Take captions from {world.__name__}.captions().")
     began = time.perf_counter()
     pictures = draw(captions)
     seconds = (time.perf_counter() - began) / len(captions)
-    scenes = [shapes.read_caption(caption) for caption in captions]
-    verdicts = [shapes.judge(picture, scene) for picture, scene in zip(pictures, scenes)]
+    verdicts = [world.judge(picture, scene) for picture, scene in zip(pictures, scenes)]
     counts = np.array([len(scene.objects) for scene in scenes])
     whole = np.array([verdict["whole"] for verdict in verdicts])
     figures = {"accuracy": whole.mean(), "accuracy_one": whole[counts == 1].mean() if (counts == 1).any() else None,
                "accuracy_two": whole[counts == 2].mean() if (counts == 2).any() else None, "seconds": seconds}
-    figures |= {name: np.mean([verdict[name] for verdict in verdicts]) for name in shapes.ATTRIBUTES}
+    figures |= {name: np.mean([verdict[name] for verdict in verdicts]) for name in verdicts[0] if name != "whole"}
     return {name: None if value is None else round(float(value), 4) for name, value in figures.items()}
 
 
-def compare(draw_teacher, draw_student, num_steps, captions):
+def compare(draw_teacher, draw_student, num_steps, captions, world=shapes):
     """Judge teacher and student on the same captions; nothing where they are not of the tiny world.
 
     `draw_student` is {number of steps: a way to draw}; `num_steps` is the one that the student draws in by default.
     """
-    if not all(shapes.read_caption(caption) for caption in captions):
+    if not all(world.read_caption(caption) for caption in captions):
         return {}
-    teacher = prompt_accuracy(draw_teacher, captions)
-    students = {str(count): prompt_accuracy(draw, captions) for count, draw in draw_student.items()}
+    teacher = prompt_accuracy(draw_teacher, captions, world)
+    students = {str(count): prompt_accuracy(draw, captions, world) for count, draw in draw_student.items()}
     student = students[str(num_steps)]
     return {"captions": len(captions), "prompt_accuracy": {"teacher": teacher["accuracy"], "student": student["accuracy"]},
             "teacher": teacher, "student": student, "student_by_steps": students}

@@ -8,8 +8,10 @@ import math
 import os
 import re
 import shutil
+from importlib import import_module
 from pathlib import Path
 
+WORLDS = ("wanlite.shapes", "wanlite.emoji")     # what a tiny teacher's record may name
 WIDEST = 4                 # aspect ratio of a bucket
 PARTS = ("velocity", "segments", "matching")
 OWN_PATH_ROUNDS = 2        # how often in the part of segments the student's own path is walked
@@ -49,6 +51,12 @@ def read_record(teacher):
         raise ValueError(f"{path}: is no JSON object. It tells a tiny teacher from others: take its folder out of the repository "
                          "again, or delete the file beside any other teacher.")
     return record
+
+
+def read_world(teacher):
+    """Return the module of the world that a tiny teacher draws, or None for any other teacher."""
+    name = read_record(teacher).get("world")
+    return import_module(name) if name in WORLDS else None
 
 
 def complete_resolution(resolution, unit=16):

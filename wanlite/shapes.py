@@ -162,7 +162,7 @@ def coverage(shape, radius, x, y):
 
 def draw(scene, random=None):
     """Draw a scene as a picture (64, 64, 3) uint8; `random` moves each object by up to JITTER pixels."""
-    picture = np.broadcast_to(np.float32(BACKGROUNDS[scene.background]), (PICTURE_SIZE, PICTURE_SIZE, 3))
+    picture = ground(scene)
     for thing in scene.objects:
         x, y = PLACES[thing.place]
         if random is not None:
@@ -170,6 +170,11 @@ def draw(scene, random=None):
         covered = coverage(thing.shape, SIZES[thing.size], x, y)[..., None]
         picture = covered * np.float32(COLOURS[thing.colour]) + (1 - covered) * picture
     return picture.round().astype(np.uint8)
+
+
+def ground(scene):
+    """Return a scene's background alone (64, 64, 3), float32."""
+    return np.broadcast_to(np.float32(BACKGROUNDS[scene.background]), (PICTURE_SIZE, PICTURE_SIZE, 3))
 
 
 # ---- the judge -------------------------------------------------------------------------------------------------------

@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-from .. import shapes
 from ..images import choose_images
-from ..preflight import PARTS, read_record
+from ..preflight import PARTS, read_world
 from ..prompts import read_prompts, varied_prompts
 from ..run_folder import read_run
 from ..student_shape import check_cut, student_shape
@@ -17,10 +16,10 @@ DEFAULT_PROMPTS = 4000    # of the tiny world or of a grammar, where no prompts 
 def choose_prompts(settings, say=None):
     """Return training prompts and held-out prompts; no trajectory of training starts from a held-out one."""
     count = settings.num_trajectories or DEFAULT_PROMPTS
-    if settings.prompts is None and read_record(settings.teacher).get("world") == "wanlite.shapes":
+    if settings.prompts is None and (world := read_world(settings.teacher)):
         each = max(1, settings.num_held_out // 2)
-        one, two = (shapes.captions(settings.seed + 1, each, held_out=True, num_objects=n) for n in (1, 2))
-        return shapes.captions(settings.seed, count), [prompt for pair in zip(one, two) for prompt in pair]
+        one, two = (world.captions(settings.seed + 1, each, held_out=True, num_objects=n) for n in (1, 2))
+        return world.captions(settings.seed, count), [prompt for pair in zip(one, two) for prompt in pair]
     prompts = varied_prompts(settings.seed, count) if settings.prompts is None else (
         list(dict.fromkeys(read_prompts(settings.prompts, say))))
     num_held_out = min(settings.num_held_out, max(1, len(prompts) // 20))

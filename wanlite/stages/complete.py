@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ..images import list_images
-from ..launch import check_launch, launched_precision
+from ..launch import check_launch, is_first, launched_precision
 from ..official import find_parts, has_two_experts, pixels_per_token
 from ..preflight import (
     bucket_sizes,
@@ -27,7 +27,8 @@ from ..settings import check_bounds
 from ..teacher_folder import check_holds_experts, find_teacher, neighbours
 from ..trackers import check_tracker
 
-TINY_TEACHER = Path(__file__).resolve().parents[2] / "tiny_teacher"
+TINY_TEACHER, EMOJI_TEACHER = (Path(__file__).resolve().parents[2] / name for name in ("tiny_teacher", "emoji_teacher"))
+NAMED_TEACHERS = {"tiny": TINY_TEACHER, "emoji": EMOJI_TEACHER}      # what --teacher takes beside folders
 REAL_TEACHERS = ("Wan2.2-T2V-A14B", "Wan2.2-T2V-A14B-Diffusers")     # looked for where the command is typed
 TINY_STEPS, REAL_STEPS = 1400, 5600     # where --max_train_steps is open: a real teacher's student is far narrower, and far quicker
 OFFICIAL_SHIFTS = {True: 12.0, False: 5.0}                           # of two experts and of one, where no scheduler says it
@@ -38,8 +39,7 @@ def complete(settings):
 
     Raises OSError and ValueError for the first thing that is wrong, on a dry run for all of them, a line each.
     """
-    here = (Path(name) for name in REAL_TEACHERS if Path(name).is_dir())
-    teacher = _or_beside(find_teacher, settings.teacher or next(here, TINY_TEACHER))
+    teacher = choose_teacher(settings.teacher)
     record = read_record(teacher)
     _or_beside(check_holds_experts, teacher)                 # without experts every further check fails as well
     steps = (TINY_STEPS if record else REAL_STEPS) if settings.max_train_steps is None else settings.max_train_steps
@@ -87,6 +87,25 @@ def _or_beside(check, folder):
         if not whole:
             raise
         raise OSError(f"--teacher {folder}: no whole teacher. Did you mean {' or '.join(whole[:3])}?") from None
+
+
+def choose_teacher(asked, say=print):
+    """Return the folder of --teacher, a name or a path; where it is None that of a real teacher here, else of the tiny one."""
+    if asked in NAMED_TEACHERS:
+        return _find_named(asked, say)
+    here = (Path(name) for name in REAL_TEACHERS if Path(name).is_dir())
+    return _or_beside(find_teacher, asked or next(here, TINY_TEACHER))
+
+
+def _find_named(name, say):
+    """Return the folder of a teacher of this repository; a folder of that name in the current directory does not count."""
+    teacher = NAMED_TEACHERS[name]
+    if Path(name).exists() and is_first():
+        say(f"--teacher {name} is the teacher in {teacher}; for the folder {name} in this directory write ./{name}")
+    if not (teacher / "model_index.json").is_file():
+        raise OSError(f"--teacher {name}: found no teacher in {teacher}, expected a finished one. Make it: python "
+                      f"tools/train_tiny_teacher.py --world {name}, which takes hours.")
+    return teacher
 
 
 def _check_headers(teacher):

@@ -11,7 +11,7 @@ from ..autoencoder import decode_latents, to_pictures
 from ..flow import sample, seeded_noise
 from ..measure import compare, frechet_distance, likeness
 from ..network import pack_text
-from ..preflight import count_looks
+from ..preflight import count_looks, read_world
 from ..ranks import agreed
 from ..steps import velocity_in_parts
 
@@ -54,10 +54,11 @@ class Examiner:
 
     def judge(self, student):
         """Return what share of the held-out captions teacher and student draw right, where there is a judge for them."""
-        if self.settings.resolution != shapes.PICTURE_SIZE:
+        world = read_world(self.settings.teacher) or shapes  # copies of the tiny teacher in other layouts carry no record
+        if self.settings.resolution != world.PICTURE_SIZE:
             return {}
         return compare(self._draw_teacher, {count: partial(self._draw, student, count) for count in self.counts},
-                       self.settings.num_inference_steps, self.lessons.held_out)
+                       self.settings.num_inference_steps, self.lessons.held_out, world)
 
     def _draw(self, student, count, prompts):
         return self._draw_by(partial(velocity_in_parts, student), prompts, self.scheduler, count)

@@ -1,0 +1,202 @@
+"""Tiny teachers: what their training is asked of captions and scenes, that it resumes exactly, and the names that they go by."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import ROOT, TINY_TEACHER
+from tools import train_tiny_teacher as tool
+from tools.recipes import EMOJI, GRID, RECIPES, SHAPES, TOKEN
+from wanlite import emoji, shapes
+from wanlite.emoji.captions import PLURALS
+from wanlite.preflight import read_world
+from wanlite.stages.choices import choose_prompts
+from wanlite.stages.complete import EMOJI_TEACHER, NAMED_TEACHERS, choose_teacher
+
+# ---- what training is asked --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_every_caption_has_words_for_each_of_its_objects_and_a_value_for_each_fact(recipe):
+    said = recipe.world.captions(3, 200)
+    rows, columns, facts = tool.spoken_words(said, recipe)
+    assert set(rows) == set(range(200))
+    for row, column, known in zip(rows, columns, facts):
+        word = said[row].replace(",", " , ").split()[column]
+        assert word in " ".join(map(str, known.values())) or word in PLURALS.values()
+        assert all(known[name] in values for name, values in recipe.facts.items())
+
+
+def test_of_two_different_objects_each_word_speaks_of_its_own():
+    caption = "on a grey background, a flat fox below a cat"
+    _, columns, facts = tool.spoken_words([caption], EMOJI)
+    words = [caption.replace(",", " , ").split()[column] for column in columns]
+    known = {word: (fact["name"], fact["style"], fact["place"], fact["background"]) for word, fact in zip(words, facts)}
+    assert known == {"flat": ("fox", "flat", "bottom", "grey"), "fox": ("fox", "flat", "bottom", "grey"),
+                     "cat": ("cat", None, "top", "grey")}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_image_tokens_are_labelled_where_something_is_drawn(recipe):
+    for scene in recipe.world.scenes(5, 60):
+        labels = recipe.layout(scene)
+        assert labels.shape == (GRID**2, len(recipe.labels)) and (labels < list(recipe.labels.values())).all()
+        differs = np.abs(recipe.world.draw(scene) - recipe.world.ground(scene)).max(-1) > 20
+        drawn = differs.reshape(GRID, TOKEN, GRID, TOKEN).mean((1, 3)).ravel()
+        is_labelled = labels[:, 0] < list(recipe.labels.values())[0] - 1
+        assert drawn[is_labelled].min() > 0 and drawn[~is_labelled].max() < 0.6
+
+
+def test_the_tokenizer_of_emoji_has_every_word_of_their_world():
+    tokenizer = tool.make_tokenizer(EMOJI)
+    words = {*emoji.NAMES, *PLURALS.values(), *emoji.STYLES, *emoji.SIZES, *emoji.PLACES, *emoji.BACKGROUNDS}
+    assert words <= set(tokenizer.get_vocab())
+    assert not any(tokenizer.unk_token_id in ids for ids in tokenizer(emoji.captions(7, 3000, held_out=True)).input_ids)
+
+
+# ---- one loop for every stage ------------------------------------------------------------------------------------------------
+
+
+def small_network():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(16, 16)]), "kernel": nn.Conv3d(4, 16, (3, 2, 2))})
+
+
+def loss_of(network):
+    def loss(random, generator, progress):
+        states = network["kernel"](torch.randn(8, 4, 3, 4, 4, generator=generator)).mean((2, 3, 4))
+        error = (network["blocks"][0](states) - random.random()).square().mean()
+        return error, {"error": error}
+    return loss
+
+
+def make_run(folder, steps, decay=0.5):
+    plan = {"text": dict(steps=steps, batch_size=8, learning_rate=1e-2, muon_rate=0.02, ema=0.9, decay=decay)}
+    return tool.Run(replace(SHAPES, plan=plan), folder, folder, "cpu")
+
+
+def test_a_stage_that_is_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "SAVE_SECONDS", -1)
+    whole, cut = small_network(), small_network()
+    (tmp_path / "whole").mkdir()
+    tool.fit("text", whole, loss_of(whole), make_run(tmp_path / "whole", 12))
+    losses = loss_of(cut)
+
+    def killed(random, generator, progress):
+        if progress >= 0.5:
+            raise KeyboardInterrupt
+        return losses(random, generator, progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        tool.fit("text", cut, killed, make_run(tmp_path, 12))
+    resumed = small_network()
+    tool.fit("text", resumed, loss_of(resumed), make_run(tmp_path, 12))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_steps_may_be_added_before_rates_fall_and_change_nothing_before():
+    few, many = ([tool.decayed(step / count, 0.25) for step in range(60)] for count in (80, 200))
+    assert few == many == [1.0] * 60
+    assert tool.decayed(0.9, 0.2) == pytest.approx(0.5) and tool.decayed(1.0, 0.2) == 0
+    assert [tool.decayed(progress, None) for progress in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+
+
+def test_muon_moves_a_kernel_as_a_matrix_and_leaves_taps_without_gradient():
+    convolution, matrix = nn.Conv3d(6, 16, (3, 2, 2)), nn.Parameter(torch.zeros(16, 24))
+    matrix.data.copy_(convolution.weight[:, :, -1].flatten(1))
+    before = convolution.weight.detach().clone()
+    ours = tool.KernelMuon([convolution.weight], lr=0.1, weight_decay=0.0)
+    stock = torch.optim.Muon([matrix], lr=0.1, weight_decay=0.0)
+    gradient = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    convolution.weight.grad = torch.zeros_like(before)
+    convolution.weight.grad[:, :, -1] = gradient.view(16, 6, 2, 2)
+    matrix.grad = gradient
+    ours.step()
+    stock.step()
+    assert torch.equal(convolution.weight[:, :, :-1], before[:, :, :-1])
+    assert torch.allclose(convolution.weight[:, :, -1].flatten(1), matrix, atol=1e-2)
+    assert not torch.equal(convolution.weight, before)
+
+
+def test_muon_takes_matrices_of_blocks_and_kernels_of_the_autoencoder_alone():
+    def moved(recipe, stage, network):
+        names = {parameter.data_ptr(): name for name, parameter in network.named_parameters()}
+        first, *others = tool.make_optimizers(network, recipe.plan[stage])
+        assert len(names) == sum(len(optimizer.param_groups[0]["params"]) for optimizer in [first, *others])
+        return {names[matrix.data_ptr()] for optimizer in others for matrix in optimizer.param_groups[0]["params"]}
+
+    autoencoder = tool.AutoencoderKLWan(**SHAPES.autoencoder)
+    assert moved(SHAPES, "autoencoder", autoencoder) == set()
+    kernels = moved(EMOJI, "autoencoder", autoencoder)
+    assert "decoder.mid_block.resnets.0.conv1.weight" in kernels and not any("time_conv" in name for name in kernels)
+    assert all("network.blocks." in name for name in moved(SHAPES, "shared", tool.make_trained(SHAPES)))
+
+
+def test_scenes_are_encoded_in_shards_that_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "SHARD", 20)
+    network = tool.pictures.load_autoencoder(TINY_TEACHER)
+    run = tool.Run(replace(SHAPES, num_scenes=50), tmp_path, tmp_path, "cpu")
+    latents, scenes = tool.encoded_scenes(network, run)
+    assert latents.shape == (50, 16, 8, 8) and len(scenes) == 50
+    (tmp_path / "latents-01.safetensors").unlink()
+    assert torch.equal(tool.encoded_scenes(network, run)[0], latents)
+
+
+def test_a_stage_names_every_gate_that_it_misses():
+    gates = {"psnr_db": 29.0, "-residual": 0.05, "whole": 0.95}
+    assert tool.missed_gates({"psnr_db": 29.0, "residual": 0.05, "whole": 0.95}, gates) == []
+    assert tool.missed_gates({"psnr_db": 28.5, "residual": 0.07, "whole": 0.96}, gates) == [
+        "psnr_db 28.5, expected at least 29", "residual 0.07, expected at most 0.05"]
+
+
+# ---- names -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_named_teacher_is_its_folder_wherever_the_command_is_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert choose_teacher("tiny", say=pytest.fail) == choose_teacher(None) == ROOT / "tiny_teacher"
+
+
+def test_a_folder_of_a_teachers_name_does_not_count_and_a_line_names_both(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    lines = []
+    assert choose_teacher("tiny", lines.append) == ROOT / "tiny_teacher" and choose_teacher("./tiny") == tmp_path / "tiny"
+    assert len(lines) == 1 and str(ROOT / "tiny_teacher") in lines[0] and "./tiny" in lines[0]
+
+
+def test_a_named_teacher_that_is_not_there_is_refused_with_the_command_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(NAMED_TEACHERS, "emoji", tmp_path / "emoji_teacher")
+    with pytest.raises(OSError, match=r"emoji_teacher, expected a finished one.*tools/train_tiny_teacher.py --world emoji"):
+        choose_teacher("emoji")
+    assert EMOJI_TEACHER == ROOT / "emoji_teacher"
+
+
+@pytest.mark.parametrize("asked", ["Emoji", "emoji/", "tinny", "emoji_teacher"])
+def test_what_is_neither_a_name_nor_a_folder_is_refused(asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="no such folder"):
+        choose_teacher(asked)
+
+
+@pytest.mark.parametrize("world", [shapes, emoji], ids=lambda world: world.__name__)
+def test_a_tiny_teacher_is_trained_on_captions_of_its_own_world(world, tmp_path):
+    (tmp_path / "training.json").write_text(json.dumps({"world": world.__name__}))
+    assert read_world(tmp_path) is world
+    settings = SimpleNamespace(prompts=None, teacher=str(tmp_path), num_trajectories=30, num_held_out=8, seed=3)
+    training, held_out = choose_prompts(settings)
+    assert len(training) == 30 and len(held_out) == 8
+    assert all(world.is_held_out(world.read_caption(caption)) for caption in held_out)
+    assert not any(world.is_held_out(world.read_caption(caption)) for caption in training)
+
+
+@pytest.mark.parametrize("world", ["os", ["wanlite.emoji"], None, "wanlite.emoji.judge", ""])
+def test_a_record_of_no_world_of_ours_names_none(world, tmp_path):
+    (tmp_path / "training.json").write_text(json.dumps({"world": world}))
+    assert read_world(tmp_path) is None

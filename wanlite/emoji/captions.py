@@ -1,0 +1,156 @@
+"""Scenes -> captions that leave properties unmentioned -> scenes in which those are None."""
+
+import re
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+from numpy.random import Generator
+
+from .scenes import BACKGROUNDS, PAIRS, PLACES, Object, Scene, is_held_out, random_scene
+from .sprites import NAMES, SIZES, STYLES
+
+UNSAID = 0.25          # chance of each style, size, place and background to be missing from a caption
+IRREGULAR = {"mouse": "mice", "fish": "fish", "sheep": "sheep", "snowman": "snowmen"}
+GROUNDS = {"sky": "in the sky", "sunset": "at sunset", "night": "at night", "meadow": "in a meadow"}     # the others: "on white"
+
+ONE = ("{a} {place} {ground}", "{ground}, {a} {place}", "{place} {ground}, {a}")
+PAIR = {("left", "right"): ("{a} left of {b} {ground}", "{b} right of {a} {ground}", "{ground}, {a} left of {b}",
+                            "{a} at the left and {b} at the right {ground}", "{ground}, {b} at the right and {a} at the left"),
+        ("top", "bottom"): ("{a} above {b} {ground}", "{b} below {a} {ground}", "{ground}, {b} below {a}",
+                            "{a} at the top and {b} at the bottom {ground}", "{ground}, {b} at the bottom and {a} at the top")}
+TWO = ("two {many} {place} {ground}", "{ground}, two {many} {place}", "a pair of {many} {place} {ground}")
+TWO_PLACES = {("left", "right"): "side by side", ("top", "bottom"): "one above the other"}
+
+
+# ---- a scene -> captions ---------------------------------------------------------------------------------------------------
+
+def captions(seed: int, count: int, held_out: bool = False, num_objects: int | None = None) -> list[str]:
+    """Return `count` captions of the training side or of the held-out side; no training caption is a held-out one."""
+    random = np.random.default_rng([seed, int(held_out), num_objects or 0, 7])
+    drawn: list[str] = []
+    while len(drawn) < count:
+        said = leave_unsaid(random_scene(random, num_objects), random)
+        if is_held_out(said) == held_out:
+            drawn.append(_choose(ways_to_say(said), random))
+    return drawn
+
+
+def caption(scene: Scene, random: Generator) -> str:
+    """Caption a scene of the training side at random; the caption is of the training side as well."""
+    if is_held_out(scene):
+        raise ValueError(f"{scene}: held out, expected a scene of the training side. Take one from scenes().")
+    said = leave_unsaid(scene, random)
+    while is_held_out(said):
+        said = leave_unsaid(scene, random)
+    return _choose(ways_to_say(said), random)
+
+
+def leave_unsaid(scene: Scene, random: Generator) -> Scene:
+    """Return a scene with styles, sizes, places and background each replaced by None with a chance of UNSAID.
+
+    Two of a kind keep or lose a property together. Two different objects keep their places; the size of two is always small.
+    """
+    def maybe(value):
+        return None if random.random() < UNSAID else value
+
+    background = maybe(scene.background)
+    if scene.kind == "one":
+        thing = scene.objects[0]
+        return Scene((Object(thing.name, maybe(thing.style), maybe(thing.size), maybe(thing.place)),), background)
+    if scene.kind == "pair":
+        return Scene(tuple(replace(thing, style=maybe(thing.style)) for thing in scene.objects), background)
+    style, is_placed = maybe(scene.objects[0].style), maybe(True)
+    places = (thing.place if is_placed else None for thing in scene.objects)
+    return Scene(tuple(replace(thing, style=style, place=place) for thing, place in zip(scene.objects, places)), background)
+
+
+def ways_to_say(scene: Scene) -> list[str]:
+    """Return every caption that mentions all properties of a scene but those that are None."""
+    first, last, size = scene.objects[0], scene.objects[-1], scene.objects[0].size if scene.kind == "one" else None
+    words = {"a": _with_article(size, first.style, first.name), "b": _with_article(None, last.style, last.name),
+             "many": _joined(first.style, PLURALS[first.name]), "place": _place_phrase(scene)}
+    said = (_tidy(way.format(ground=phrase, **words)) for way in _patterns(scene) for phrase in _ground_phrases(scene.background))
+    return list(dict.fromkeys(said))
+
+
+def _patterns(scene):
+    return {"one": ONE, "two": TWO, "pair": PAIR.get(_places(scene))}[scene.kind]
+
+
+def _places(scene):
+    return tuple(thing.place for thing in scene.objects)
+
+
+def _ground_phrases(background):
+    if background is None:
+        return ("",)
+    return f"on a {background} background", GROUNDS.get(background, f"on {background}")
+
+
+def _place_phrase(scene):
+    if scene.kind != "one":
+        return TWO_PLACES.get(_places(scene), "")
+    return f"at the {scene.objects[0].place}" if scene.objects[0].place else ""
+
+
+def _with_article(*words):
+    words = _joined(*words)
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _joined(*words):
+    return " ".join(filter(None, words))
+
+
+def _tidy(text):
+    """Remove the spaces and commas that missing properties leave behind."""
+    return " ".join(text.replace(" ,", ",").split()).strip(", ")
+
+
+def _choose(ways, random):
+    return ways[random.integers(len(ways))]
+
+
+def plural(word: str) -> str:
+    """Return the plural of an object's name."""
+    if word in IRREGULAR:
+        return IRREGULAR[word]
+    if re.search("(s|x|ch|sh)$", word):
+        return word + "es"
+    return word[:-1] + "ies" if re.search("[^aeiou]y$", word) else word + "s"
+
+
+PLURALS = {name: plural(name) for name in NAMES}
+
+
+# ---- a caption -> a scene ---------------------------------------------------------------------------------------------------
+
+def read_caption(text: str) -> Scene | None:
+    """Return the scene of a caption, with None for unmentioned properties; or None for any other text."""
+    text = " ".join(text.lower().split())
+    return next((scene for scene in _candidates(text) if text in ways_to_say(scene)), None)
+
+
+def _candidates(text):
+    """Yield every scene that has the objects and properties of a text, in any order: ways_to_say() decides between them."""
+    words = text.replace(",", "").split()
+    background, place = (next((name for name in names if name in words), None) for names in (BACKGROUNDS, PLACES))
+    found = [(_SINGULAR.get(noun, noun), style, size) for size, style, noun in _THING.findall(text)]
+    looks = [(noun, style or None, size or None) for noun, style, size in found]
+    if len(looks) == 1:
+        noun, style, size = looks[0]
+        yield Scene((Object(noun, style, size, place),), background)
+        for places in (*PAIRS, (None, None)):
+            yield Scene(tuple(Object(noun, style, "small", each) for each in places), background)
+    if len(looks) == 2:
+        for pair, places in product((looks, looks[::-1]), PAIRS):
+            yield Scene(tuple(Object(noun, style, "small", each) for (noun, style, _), each in zip(pair, places)), background)
+
+
+def _any_of(words):
+    return "|".join(sorted(words, key=len, reverse=True))
+
+
+_SINGULAR = {many: name for name, many in PLURALS.items()}
+_THING = re.compile(rf"\b(?:({_any_of(SIZES)}) )?(?:({_any_of(STYLES)}) )?({_any_of({*NAMES, *_SINGULAR})})\b")

@@ -1,0 +1,214 @@
+"""A picture and the scene of its caption -> a verdict, by comparison with every sprite at every place that the caption allows.
+
+The nearest drawing has the least squared error: at half resolution over objects, styles, mirror images and JITTER, then among the
+best few at full resolution. A sprite differs from its background by D = colour - alpha * background, a picture by P.
+
+    |P - D|^2 = |P|^2 - 2 <P, colour> + 2 <P * background, alpha> + |D|^2
+
+Legend: T templates (objects x styles x 2), Q positions (49), K pixels along a sprite's side, h K/2.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+
+import numpy as np
+from scipy import ndimage
+
+from .scenes import BACKGROUNDS, JITTER, PAIRS, PICTURE_SIZE, PLACES, Scene, backdrop, corner
+from .sprites import NAMES, SIZES, STYLES, sprites
+
+ATTRIBUTES = ("object", "style", "count", "place", "background")
+MOST_RESIDUAL = 0.15         # of an object in a whole picture: its squared error over |D|^2 of its sprite
+PRESENT = 0.7                # residual from which on a place counts as empty; that of an empty one is 1
+DETAIL = (0.7, 1.3)          # of a crisp picture: the norm of its Laplacian over that of the nearest drawing
+FARTHEST_BACKGROUND = 25.0   # grey levels between the borders of a picture and of a background, in the median
+STRAY = 40.0                 # grey levels off the background, averaged over 4 x 4 pixels outside every object
+MOST_STRAY = 3               # such squares; the smallest object covers a dozen
+FINALISTS = 4                # templates compared at full resolution
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The sprite nearest to a picture at a place; `error` is its squared error less that of an empty place."""
+
+    error: float
+    residual: float
+    name: str
+    style: str
+    size: str
+    place: str
+    drawn: tuple           # its corner x, y, and D (K, K, 3)
+
+
+def judge(picture: np.ndarray, scene: Scene) -> dict[str, float]:
+    """Compare a picture with the scene of its caption, in which None allows any value.
+
+    Returns a share 0..1 for each of ATTRIBUTES; `seen` (all of them are 1: 0 or 1), `whole` (seen, and no residual above
+    MOST_RESIDUAL: 0 or 1), `residual` (the mean over objects, 1 for an empty place, at most 2), `detail` (see DETAIL) and `crisp`
+    (0 or 1).
+    """
+    if picture.shape != (PICTURE_SIZE, PICTURE_SIZE, 3):
+        raise ValueError(f"the judge reads pictures of {PICTURE_SIZE}x{PICTURE_SIZE}x3; this one is {picture.shape}.")
+    background, is_known = read_background(picture)
+    added = picture - backdrop(background)
+    fits = _fit_scene(added, background, scene)
+    places = _find_places(added, background, scene, fits)
+    residuals = [min(fit.residual, 2.0) for fit in fits]
+    is_clear = _count_stray(added, fits) <= MOST_STRAY
+    verdict = {"object": _share(fit.name == thing.name for fit, thing in zip(fits, scene.objects)),
+               "style": _share(thing.style in (None, fit.style) for fit, thing in zip(fits, scene.objects)),
+               "count": float(is_clear and max(residuals) < PRESENT),
+               "place": _share(place and thing.place in (None, place) for place, thing in zip(places, scene.objects)),
+               "background": float(is_known and scene.background in (None, background))}
+    seen = float(min(verdict.values()) == 1)
+    detail = _roughness(picture) / _roughness(_redraw(background, fits))
+    return verdict | {"seen": seen, "whole": float(seen and max(residuals) <= MOST_RESIDUAL), "residual": float(np.mean(residuals)),
+                      "detail": float(detail), "crisp": float(DETAIL[0] <= detail <= DETAIL[1])}
+
+
+def read_objects(picture: np.ndarray, scene: Scene) -> list[Fit]:
+    """Return the nearest sprite for each object of a caption's scene, the right one or not."""
+    background, _ = read_background(picture)
+    return _fit_scene(picture - backdrop(background), background, scene)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------------
+
+def read_background(picture: np.ndarray) -> tuple[str, bool]:
+    """Return the background whose border is nearest to a picture's, and whether it is within FARTHEST_BACKGROUND."""
+    border = _border(picture)
+    distances = {name: float(np.median(np.abs(border - _border(backdrop(name))).mean(1))) for name in BACKGROUNDS}
+    nearest = min(distances, key=lambda name: distances[name])
+    return nearest, distances[nearest] < FARTHEST_BACKGROUND
+
+
+def _border(picture, width=2):
+    edges = picture[:width], picture[-width:], picture[:, :width], picture[:, -width:]
+    return np.concatenate([edge.reshape(-1, 3) for edge in edges]).astype(np.float32)
+
+
+def _fit_scene(added, background, scene):
+    """Return a Fit for each object of a scene, over all sizes and places that the scene allows."""
+    first = scene.objects[0]
+    if scene.kind == "one":
+        sizes, places = ((value,) if value else tuple(values) for value, values in ((first.size, SIZES), (first.place, PLACES)))
+        fits = (fit(added, background, size, place) for size, place in product(sizes, places))
+        return [min(fits, key=lambda fit: fit.error)]
+    pairs = PAIRS if first.place is None else [tuple(thing.place for thing in scene.objects)]
+    fitted = ([fit(added, background, thing.size, place) for thing, place in zip(scene.objects, places)] for places in pairs)
+    return min(fitted, key=lambda fits: sum(fit.error for fit in fits))
+
+
+def fit(added: np.ndarray, background: str, size: str, place: str) -> Fit:
+    """Return the Fit of a size at a place that is nearest to P, a picture less its background (64, 64, 3)."""
+    corners = _corners(size, place)
+    colour, alpha = _half_templates(size)                                                             # (T, h*h*3), (T, h*h)
+    behind, energy = _half_backdrops(background, size, place)                                         # (Q, h*h*3), (T, Q)
+    seen = _half_windows(added, size, place)                                                          # (Q, h*h*3)
+    covered = (seen * behind).reshape(len(corners), -1, 3).sum(-1)                                    # (Q, h*h)
+    errors = energy - 2 * (colour @ seen.T - alpha @ covered.T)                                       # (T, Q)
+    finalists = np.argsort(errors.min(1))[:FINALISTS]
+    tried = ((template, corners[position]) for template in finalists for position in np.argsort(errors[template])[:2])
+    return min((_compare(added, background, size, place, *each) for each in tried), key=lambda fit: fit.error)
+
+
+def _compare(added, background, size, place, template, at):
+    """Return the Fit of one template at one corner, at full resolution."""
+    drawn, seen = _drawn(background, size, template, at), _window(added, size, at)
+    energy, distance = float(np.square(drawn).sum()), float(np.square(seen - drawn).sum())
+    name, style = divmod(int(template) // 2, len(STYLES))
+    return Fit(distance - float(np.square(seen).sum()), distance / max(energy, 1.0), NAMES[name], STYLES[style], size, place,
+               (*at, drawn))
+
+
+def _find_places(added, background, scene, fits):
+    """Return the place of each object, or None for one that is missing: a bad fit of a single object may lie elsewhere."""
+    thing = scene.objects[0]
+    if scene.kind == "one" and thing.place and fits[0].residual > MOST_RESIDUAL:
+        fits = _fit_scene(added, background, replace(scene, objects=(replace(thing, place=None),)))
+    return [fit.place if fit.residual < PRESENT else None for fit in fits]
+
+
+def _count_stray(added, fits):
+    """Return the number of squares of 4 x 4 pixels, two pixels or more off every object, that are not background."""
+    outside = np.ones((PICTURE_SIZE, PICTURE_SIZE), bool)
+    for x, y, drawn in (fit.drawn for fit in fits):
+        outside[max(0, y - 2):y + len(drawn) + 2, max(0, x - 2):x + len(drawn) + 2] = False
+    is_outside = outside.reshape(16, 4, 16, 4).all((1, 3))
+    return int((is_outside & (np.abs(added).reshape(16, 4, 16, 4, 3).mean((1, 3, 4)) > STRAY)).sum())
+
+
+def _redraw(background, fits):
+    """Return the nearest drawing (64, 64, 3)."""
+    picture = backdrop(background).copy()
+    for x, y, drawn in (fit.drawn for fit in fits):
+        picture[y:y + len(drawn), x:x + len(drawn)] += drawn
+    return picture
+
+
+def _roughness(picture):
+    """Return the norm of a picture's Laplacian: blur takes most of it away, noise adds to it."""
+    return np.linalg.norm(ndimage.laplace(picture.astype(np.float32), axes=(0, 1)))
+
+
+def _share(values):
+    return float(np.mean([bool(value) for value in values]))
+
+
+# ---- templates -------------------------------------------------------------------------------------------------------------
+
+@cache
+def _templates(size):
+    """Return colours (T, K, K, 3) weighted by alpha and alphas (T, K, K, 1) of every sprite and of its mirror image."""
+    both = (np.stack([values, values[:, :, :, ::-1]], 2) for values in sprites(size))
+    return tuple(values.reshape(-1, *values.shape[3:]) for values in both)
+
+
+@cache
+def _half_templates(size):
+    """Return colours (T, h*h*3) and alphas (T, h*h) at half resolution."""
+    return tuple(_average_squares(values)[:, ::2, ::2].reshape(len(values), -1) for values in _templates(size))
+
+
+@cache
+def _half_backdrops(background, size, place):
+    """Return the background under every position (Q, h*h*3), and |D|^2 of every template there (T, Q)."""
+    colour, alpha = _half_templates(size)
+    behind = _half_windows(backdrop(background), size, place)                                         # (Q, h*h*3)
+    by_pixel = behind.reshape(len(behind), -1, 3)
+    crossed = (colour.reshape(len(colour), -1, 3) * alpha[..., None]).reshape(colour.shape)           # (T, h*h*3)
+    energy = np.square(colour).sum(1)[:, None] - 2 * crossed @ behind.T + np.square(alpha) @ np.square(by_pixel).sum(-1).T
+    return behind, energy
+
+
+@cache
+def _corners(size, place):
+    """Return the Q corners x, y that an object of a size can have at a place."""
+    x, y = corner(size, place)
+    steps = range(-JITTER, JITTER + 1)
+    return [(x + right, y + down) for down, right in product(steps, steps)]
+
+
+def _half_windows(picture, size, place):
+    """Return the part of a picture under every position, at half resolution: (Q, h*h*3)."""
+    averaged = _average_squares(picture)
+    windows = np.stack([_window(averaged, size, at)[::2, ::2] for at in _corners(size, place)])
+    return windows.reshape(len(windows), -1)
+
+
+def _window(picture, size, at):
+    x, y = at
+    return picture[y:y + SIZES[size], x:x + SIZES[size]]
+
+
+def _average_squares(pixels):
+    """Average every 2 x 2 neighbours. Shapes: (..., H, W, C); returns (..., H-1, W-1, C)."""
+    columns = pixels[..., 1:, :] + pixels[..., :-1, :]
+    return (columns[..., 1:, :, :] + columns[..., :-1, :, :]) / 4
+
+
+def _drawn(background, size, template, at):
+    """Return D of a template at a corner (K, K, 3)."""
+    colour, alpha = (values[template] for values in _templates(size))
+    return colour - alpha * _window(backdrop(background), size, at)

@@ -1,0 +1,174 @@
+"""A seed -> scenes, held-out or not, and a scene -> its picture.
+
+A scene has one object, small or large, at one of five places; or two small objects in opposite halves, different or two of a kind.
+Each of its drawings is one of many: an object may be mirrored, and lies up to JITTER pixels off its place.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.random import Generator
+
+from .sprites import NAMES, SIZES, STYLES, sprites
+
+PICTURE_SIZE = 64      # pixels, square
+JITTER = 3             # pixels, either way, on both axes
+PLACES = {"center": (0, 0), "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}      # steps from the middle: x, y
+PAIRS = (("left", "right"), ("top", "bottom"))
+KINDS = ("one", "pair", "two")                       # one object, two different ones, two of a kind
+KIND_SHARES = (0.45, 0.4, 0.15)
+LEAST_CONTRAST = 35.0  # grey levels between a sprite and its background, on average; below it the object would be lost
+COLOURS = {"white": (243, 243, 243), "grey": (128, 128, 128), "black": (18, 18, 18), "pink": (245, 170, 190),
+           "blue": (50, 90, 200), "yellow": (245, 220, 110)}
+GRADIENTS = {"sky": ((90, 160, 235), (235, 245, 252)), "sunset": ((80, 40, 120), (250, 160, 70)),    # top and bottom
+             "night": ((10, 12, 40), (60, 50, 110))}
+MEADOW = ((150, 205, 245), (225, 242, 252)), ((40, 120, 40), (120, 190, 70))                         # its sky and its grass
+HORIZON = 38.5         # pixels from the top, two pixels soft
+BACKGROUNDS = (*COLOURS, *GRADIENTS, "meadow")
+
+
+@dataclass(frozen=True)
+class Object:
+    """A thing in a style; None stands for a property that a caption does not mention."""
+
+    name: str
+    style: str | None
+    size: str | None
+    place: str | None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One object, or two in the order of PAIRS (left before right, top before bottom), on a background."""
+
+    objects: tuple[Object, ...]
+    background: str | None
+
+    @property
+    def kind(self) -> str:
+        return "one" if len(self.objects) == 1 else "two" if self.objects[0].name == self.objects[1].name else "pair"
+
+
+# ---- scenes ----------------------------------------------------------------------------------------------------------------
+
+def random_scene(random: Generator, num_objects: int | None = None) -> Scene:
+    """Draw a scene at random; KIND_SHARES decide between one object and two unless `num_objects` is given."""
+    kind = random.choice(KINDS, p=KIND_SHARES)
+    while num_objects is not None and (kind == "one") != (num_objects == 1):
+        kind = random.choice(KINDS, p=KIND_SHARES)
+    if kind == "one":
+        objects = (Object(_pick(random, NAMES), _pick(random, STYLES), _pick(random, SIZES), _pick(random, PLACES)),)
+    else:
+        objects = _two_objects(random, kind == "two")
+    background = _pick(random, BACKGROUNDS)
+    while any(contrast(thing, background) < LEAST_CONTRAST for thing in objects):
+        background = _pick(random, BACKGROUNDS)
+    return Scene(objects, background)
+
+
+def _two_objects(random, are_alike):
+    first, second = ((_pick(random, NAMES), _pick(random, STYLES)) for _ in range(2))
+    while second[0] == first[0]:
+        second = _pick(random, NAMES), second[1]
+    places = PAIRS[random.integers(len(PAIRS))]
+    return Object(*first, "small", places[0]), Object(*(first if are_alike else second), "small", places[1])
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether training excludes this combination of objects, styles and places (one in eight), in a scene as in a caption.
+
+    No object is held out in a style altogether: nothing but its sprite shows how it looks.
+    """
+    index = 0
+    for weight, thing in zip((1, 2), scene.objects):
+        index += weight * (NAMES.index(thing.name) + 3 * _index(STYLES, thing.style) + 5 * _index(PLACES, thing.place))
+    return index % 8 == 0
+
+
+def scenes(seed: int, count: int, held_out: bool = False, num_objects: int | None = None) -> list[Scene]:
+    """Return `count` scenes of the training side or of the held-out side; the same seed gives the same scenes."""
+    random = np.random.default_rng([seed, int(held_out), num_objects or 0])
+    drawn: list[Scene] = []
+    while len(drawn) < count:
+        scene = random_scene(random, num_objects)
+        if is_held_out(scene) == held_out:
+            drawn.append(scene)
+    return drawn
+
+
+def _index(values, value):
+    """Return the number of a value, and one more than all of them for None."""
+    return len(values) if value is None else tuple(values).index(value)
+
+
+def _pick(random, names):
+    return tuple(names)[random.integers(len(names))]
+
+
+# ---- drawing ---------------------------------------------------------------------------------------------------------------
+
+def draw(scene: Scene, random: Generator | None = None) -> np.ndarray:
+    """Draw a scene as a picture (64, 64, 3) uint8; `random` mirrors half of the objects and moves each by up to JITTER pixels."""
+    picture = backdrop(scene.background).copy()
+    for thing in scene.objects:
+        _paste(picture, thing, random)
+    return picture.clip(0, 255).round().astype(np.uint8)
+
+
+def _paste(picture, thing, random):
+    x, y = corner(thing.size, thing.place)
+    colour, alpha = (values[NAMES.index(thing.name), STYLES.index(thing.style)] for values in sprites(thing.size))
+    if random is not None:
+        x, y = np.array([x, y]) + random.integers(-JITTER, JITTER + 1, 2)
+        if random.random() < 0.5:
+            colour, alpha = colour[:, ::-1], alpha[:, ::-1]
+    window = picture[y:y + SIZES[thing.size], x:x + SIZES[thing.size]]
+    window[:] = window * (1 - alpha) + colour
+
+
+def ground(scene: Scene) -> np.ndarray:
+    """Return a scene's background alone (64, 64, 3), float32."""
+    return backdrop(scene.background)
+
+
+def corner(size: str, place: str) -> tuple[int, ...]:
+    """Return the top left corner x, y of an object at its place.
+
+    It starts JITTER pixels inside the edge; neither the places of a large object nor the two of a pair share a position then.
+    """
+    room = (PICTURE_SIZE - SIZES[size]) // 2
+    return tuple(room + step * (room - JITTER) for step in PLACES[place])
+
+
+@cache
+def backdrop(background: str) -> np.ndarray:
+    """Return a background (64, 64, 3), float32, read-only."""
+    if background in COLOURS:
+        picture = _gradient(COLOURS[background], COLOURS[background])
+    elif background in GRADIENTS:
+        picture = _gradient(*GRADIENTS[background])
+    else:
+        sky, grass = (_gradient(*ends) for ends in MEADOW)
+        below = ((np.arange(PICTURE_SIZE, dtype=np.float32) - HORIZON) / 2 + 0.5).clip(0, 1)[:, None, None]
+        picture = (1 - below) * sky + below * grass
+    picture.flags.writeable = False
+    return picture
+
+
+def _gradient(top, bottom):
+    down = np.linspace(0, 1, PICTURE_SIZE, dtype=np.float32)[:, None, None]
+    return np.broadcast_to((1 - down) * np.float32(top) + down * np.float32(bottom), (PICTURE_SIZE, PICTURE_SIZE, 3)).copy()
+
+
+def contrast(thing: Object, background: str) -> float:
+    """Return the mean difference between an object's pixels and the background that they cover, in grey levels."""
+    return _contrasts(thing.size, thing.place, background)[NAMES.index(thing.name), STYLES.index(thing.style)]
+
+
+@cache
+def _contrasts(size, place, background):
+    colour, alpha = sprites(size)
+    x, y = corner(size, place)
+    window = backdrop(background)[y:y + SIZES[size], x:x + SIZES[size]]
+    return np.abs(colour - alpha * window).mean((2, 3, 4)) / alpha.mean((2, 3, 4))
