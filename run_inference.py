@@ -335,7 +335,8 @@ def main(settings, prompts):
     device, output, run = choose_device(settings.device), Path(settings.output_dir), read_run(settings.model)
     jobs = [prompt for prompt in prompts for _ in range(settings.num_images_per_prompt)]
     reason = "" if settings.device or device != "cpu" else " (no CUDA device was found)"
-    print(f"drawing {len(jobs)} pictures of {settings.width}x{settings.height} in {settings.num_inference_steps} steps with "
+    counted = f"{len(jobs)} image{'s' * (len(jobs) != 1)}"
+    print(f"drawing {counted} of {settings.width}x{settings.height} in {settings.num_inference_steps} steps with "
           f"{settings.model} on {device}{reason}; writing to {output.absolute()}", flush=True)
     if not run:
         print("no run.json says how it was trained: size and steps are those of the flags, or a guess", flush=True)

@@ -21,7 +21,7 @@ from wanlite.official import check_parts, find_parts
 from wanlite.preflight import FEWEST, choose_validated, count_looks, count_passes, count_trajectories, parts_of
 from wanlite.run_folder import MetricsLog, check_output_folder, check_resumable, clear, fitted_before, save_parts, write_model_card
 from wanlite.settings import make_parser, setting
-from wanlite.stages.complete import REAL_STEPS, REAL_TEACHERS, TINY_STEPS, complete, picture_sizes
+from wanlite.stages.complete import NAMED_TEACHERS, REAL_STEPS, REAL_TEACHERS, TINY_STEPS, complete, picture_sizes
 from wanlite.stopping import Stopped, StopSignal
 from wanlite.terminal import keep_output_open
 from wanlite.trackers import log_picture
@@ -40,9 +40,9 @@ FREE = ("teacher", "teacher_residency", "output_dir", "cache_dir", "dry_run", "o
 
 @dataclass(frozen=True)
 class Settings:
-    teacher: str | None = setting(None, f"Wan folder, diffusers, official or ComfyUI layout; None = ./{REAL_TEACHERS[0]} "
-                                  "if there is one, else the tiny teacher", aliases=("--teacher_checkpoint_path", "--teacher_path"),
-                                  is_path=True)
+    teacher: str | None = setting(None, "Wan folder, diffusers, official or ComfyUI layout, or a teacher of this repository, "
+                                  f"{' or '.join(NAMED_TEACHERS)}; None = ./{REAL_TEACHERS[0]} if there is one, else tiny",
+                                  aliases=("--teacher_checkpoint_path", "--teacher_path"), is_path=True)
     prompts: str | None = setting(None, "text file, one prompt a line, or .jsonl, .json, .csv, .tsv, .parquet with a column "
                                   "prompt, text or caption; None = a grammar's prompts, for the tiny teacher captions of its world",
                                   is_path=True)
@@ -226,7 +226,7 @@ from wanlite.devices import as_device, as_dtype, disable_cudnn_attention, has_gp
 from wanlite.flow import FewSteps, make_scheduler
 from wanlite.grids import save_grid
 from wanlite.measure import beyond_guards
-from wanlite.network import OneFrameBlock, TextTokens, one_frame_velocity
+from wanlite.network import TEXT_LENGTH, OneFrameBlock, TextTokens, one_frame_velocity
 from wanlite.optimizers import make_optimizers, make_rates
 from wanlite.pace import Pace, in_brief
 from wanlite.plan import estimate, matrix_rate
@@ -263,6 +263,7 @@ from wanlite.student_files import (
 from wanlite.student_saving import check_savable, plain_names, save_student
 from wanlite.teacher import Teacher
 from wanlite.teacher_files import open_teacher_files
+from wanlite.text import load_tokenizer, tell_cut
 
 # ---- the model ---------------------------------------------------------------------------------------------------------
 
@@ -514,10 +515,15 @@ def plan(settings, words):
     """
     device, asked = torch.device("cuda" if has_gpu() else "cpu"), settings
     files = open_teacher_files(settings.teacher)
-    check_parts(find_parts(settings.teacher), files.config)
+    found = find_parts(settings.teacher)
+    check_parts(found, files.config)
     parts, sizes, settings = parts_of(settings), picture_sizes(settings), choose_precision(settings, files)
     needs = Needs(settings, files, WanLiteStudent, choose_shape(settings, files), sizes, device)
     training, held_out, images = choose_data(settings, sizes[1:], print)
+    prompts = [*training, *held_out, *(settings.validation_prompts or ()), settings.negative_prompt]
+    long = [prompt for prompt in prompts if len(prompt.encode()) >= TEXT_LENGTH]     # a token has at least one byte
+    if long and found["tokenizer"].is_dir():
+        tell_cut(load_tokenizer(found["tokenizer"]), long, print)
     walks, validated = count_trajectories(settings, len(training)), choose_validated(training, held_out)
     settings = needs.fit(settings, walks)
     walks += len(images)                                     # each is asked about as often

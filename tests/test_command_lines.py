@@ -303,3 +303,9 @@ def test_the_words_of_both_scripts_say_what_happens_and_where(finished_run):
     assert lines[-1] == f"next: python run_inference.py --model {folder}"
     results = json.loads((folder / "run.json").read_text())["results"]
     assert results["captions"] == 16 and 0.9 < results["prompt_accuracy"]["teacher"] <= 1
+
+
+def test_the_dry_run_counts_prompts_that_are_cut(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a small red circle\n" * 3 + "a small red circle " * 300 + "\na large blue ring\n")
+    process = run_script(TRAIN, "--dry_run", "--prompts", tmp_path / "prompts.txt", "--output_dir", tmp_path / "run")
+    assert process.stdout.count("prompts over the limit of 512 tokens are cut there: 1, the first 'a small red") == 1

@@ -286,8 +286,8 @@ def test_what_lies_on_the_disk_is_not_needed_again(tmp_path, monkeypatch):
         return tell(phases, {cache: 10**7, tmp_path / "run": 5 * 10**6}, "cpu", 1, "both", {"both": (1, 0)}, 8, 1, 1)
     cache.mkdir(parents=True)
     (cache / "shard").write_bytes(bytes(8 * 10**6))
-    assert wrong() == [f"the disk is too small: 7.0 MB are missing in {cache}, 6.0 MB are free. Lower --num_trajectories, or name "
-                       "a larger --cache_dir."]
+    assert wrong() == [f"the disk is too small: 7.0 MB are to be written in {cache}, 6.0 MB are free. Lower --num_trajectories, or "
+                       "name a larger --cache_dir."]
     (tmp_path / "run/step").write_bytes(bytes(10**6))
     assert not wrong()
 
@@ -325,7 +325,7 @@ def test_a_dry_run_of_a14b_tells_what_is_needed_and_what_does_not_fit(a14b):
     said = process.stdout
     assert said.startswith(f"teacher  {a14b} (official layout, 2 expert(s): 14,288.49 M + 14,288.49 M parameters)\n")
     assert "11.4 GB  text" in said and "PFLOP" in said
-    assert re.search(r"PROBLEM  the disk is too small: [\d.,]+ GB are missing in .*, [\d.,]+ GB are free. Lower --num_traj", said)
+    assert re.search(r"PROBLEM  the disk is too small: [\d.,]+ GB are to be written in .*, [\d.,]+ GB are free", said)
     both, one, streamed = (float(re.search(rf"{place} ([\d.]+) GB", said)[1]) for place in ("both", "one", "streamed"))
     assert both - one == pytest.approx(28.58, abs=0.11)       # an expert in bfloat16
     assert one - streamed == pytest.approx(26.7, abs=0.2)     # of one, all but two blocks and what is in no block

@@ -304,7 +304,7 @@ def tell(phases, disk, device, free, residency=None, placed=None, rows=0, accumu
         missing = {next(iter(rooms)): sum(missing.values())}
     for place, needed in missing.items():
         if needed > rooms[place]:
-            wrong.append(f"the disk is too small: {gigabytes(needed, math.ceil)} are missing in {place}, "
+            wrong.append(f"the disk is too small: {gigabytes(needed, math.ceil)} are to be written in {place}, "
                          f"{gigabytes(rooms[place], math.floor)} are free. " + (
                              "Lower --num_trajectories, or name a larger --cache_dir." if placed else
                              "Name another --cache_dir or --output_dir."))

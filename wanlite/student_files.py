@@ -43,7 +43,7 @@ def student_folder(path, subfolder=None, **hub):
     if subfolder is not None and (not isinstance(subfolder, (str, os.PathLike)) or "\0" in str(subfolder)):
         raise ValueError(f"subfolder {_short(subfolder)} names no folder. Expected the name of one inside {shown(str(path))}.")
     try:
-        root = _download(path, subfolder, **hub) if _is_hub_name(path) else Path(path).expanduser().absolute()
+        root = _download(path, subfolder, **hub) if _is_hub_name(path) else Path(os.path.expanduser(path)).absolute()
         folder = root / subfolder if subfolder else root
         root.exists()                                        # raises for a path too long, which resolve() would walk part by part
         if not folder.resolve().is_relative_to(root.resolve()):

@@ -29,7 +29,7 @@ CHANGES = {                  # what was found in a layer -> what can be saved in
     "quantised weights": "Save the student before it is quantised, and quantise it after loading.",
     "a parametrization": "Remove the parametrization; its result stays as the layer's weights.",
     "weights sharded over devices": "Gather their tensors first.",
-    "offloaded weights": "Move the student to a device first.",
+    "offloaded weights": "Remove the hooks that offload it first (accelerate.hooks.remove_hook_from_module with recurse=True).",
     "weights of another dtype": "Convert the student to float32, float16 or bfloat16 first.",
     "another layer than a student's": "Put the student's own layers back, or load it again."}
 SIGNS = {                    # how it shows in the names of tensors; else it shows in the tensors

@@ -6,6 +6,7 @@ Official, diffusers and ComfyUI layouts, both key dialects, two experts (A14B) o
 import hashlib
 import json
 import math
+import os
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -189,7 +190,7 @@ def open_teacher_files(folder):
 
     Raises OSError for what is missing or cut short and ValueError for what belongs to no or to another Wan.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = Path(os.path.expanduser(folder)).absolute()
     if not folder.is_dir():
         raise OSError(f"{folder}: no such folder. Expected a Wan checkpoint: transformer/ and transformer_2/ (diffusers), "
                       "high_noise_model/ and low_noise_model/ (official), or diffusion_models/ (ComfyUI).")

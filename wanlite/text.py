@@ -22,10 +22,9 @@ CHECKED = {"output_loading_info": True, "ignore_mismatched_sizes": True}     # o
 
 
 def load_tokenizer(folder):
-    """Load the tokenizer that lies in a Wan folder or in a saved student."""
-    with named(Path(folder) / "tokenizer"):
-        return AutoTokenizer.from_pretrained(  # nosec B615: a folder
-            folder, subfolder="tokenizer", local_files_only=True, trust_remote_code=False)
+    """Load a tokenizer from its folder, in a Wan folder or in a saved student."""
+    with named(folder):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # nosec B615: a folder
 
 
 def load_text_encoder(folder, device="cpu", dtype=None):
@@ -33,7 +32,7 @@ def load_text_encoder(folder, device="cpu", dtype=None):
 
     Raises ValueError where they are of two models: a tokenizer whose vocabulary, but for added tokens, exceeds the embedding.
     """
-    folder, tokenizer = Path(folder), load_tokenizer(folder)
+    folder, tokenizer = Path(folder), load_tokenizer(Path(folder) / "tokenizer")
     with named(folder / "text_encoder"):
         encoder, loaded = UMT5EncoderModel.from_pretrained(  # nosec B615: a folder
             folder, subfolder="text_encoder", local_files_only=True, use_safetensors=True, dtype=dtype, **CHECKED)
@@ -115,7 +114,7 @@ def _check_embedded(tokenizer, encoder, prompts, ids):
     size = encoder.get_input_embeddings().num_embeddings
     for prompt, token in zip(prompts, ids.amax(1).tolist()):
         if token >= size:
-            raise ValueError(f"{tokenizer.name_or_path}/tokenizer: gives {_short(prompt)} token {token:,}, and "
+            raise ValueError(f"{tokenizer.name_or_path}: gives {_short(prompt)} token {token:,}, and "
                              f"{encoder.name_or_path}/text_encoder embeds {size:,}. Change the prompt, or copy both again, from "
                              "one model.")
 

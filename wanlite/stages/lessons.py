@@ -53,7 +53,7 @@ class Words:
         self.embeddings = encode_once(accelerator, lazy_encoder(parts_folder, accelerator.device), prompts, folder)
         full = [prompt for prompt, embedding in self.embeddings.items() if len(embedding) == TEXT_LENGTH]
         if full and accelerator.is_main_process:             # the cache holds what was cut as well
-            tell_cut(load_tokenizer(parts_folder), full, print)
+            tell_cut(load_tokenizer(Path(parts_folder) / "tokenizer"), full, print)
 
     def __getitem__(self, prompt):
         return self.embeddings[prompt]
