@@ -27,6 +27,7 @@ import torch
 
 from run_inference import Painter
 from train_distillation import FREE, Settings
+from wanlite import shapes
 from wanlite.autoencoder import decode_latents, to_pictures
 from wanlite.flow import make_scheduler, sample, seeded_noise
 from wanlite.measure import channel_drift, channel_spread, frechet_distance, prompt_accuracy, variety
@@ -57,8 +58,8 @@ def methods(steps, rungs=()):
     `rungs` are widths and depths: of the first are all methods, and of each other there is a student.
     """
     matching, plain = ("--matching_steps", min(MATCHING, steps // 4)), ("--variety_gain", 0)
-    shapes = [("--hidden_size", width, "--depth", depth) for width, depth in rungs] or [()]
-    larger = {f"student {width} x {depth}": ((TRAIN, *shape), FEW) for (width, depth), shape in zip(rungs[1:], shapes[1:])}
+    sizes = [("--hidden_size", width, "--depth", depth) for width, depth in rungs] or [()]
+    larger = {f"student {width} x {depth}": ((TRAIN, *size), FEW) for (width, depth), size in zip(rungs[1:], sizes[1:])}
     chosen = {
         "student": ((TRAIN,), FEW),
         "stage 1 alone": ((TRAIN, "--segment_steps", 0), (20, *FEW)),
@@ -71,7 +72,7 @@ def methods(steps, rungs=()):
         "minus own path": ((TRAIN, "--own_path_pictures", 0), FEW),
         "minus stage 1": ((TRAIN, "--segment_steps", steps - 1), FEW),
         "matching minus anchor": ((TRAIN, *matching, "--anchor_weight", 0), FEW)}
-    return {name: ((*command, *shapes[0]), counts) for name, (command, counts) in chosen.items()} | larger
+    return {name: ((*command, *sizes[0]), counts) for name, (command, counts) in chosen.items()} | larger
 
 
 # ---- training --------------------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def place(folder, name, seed):
 class Judge:
     """Draws held-out captions by any velocity, and holds the pictures against the teacher's from the same noise."""
 
-    def __init__(self, painter, captions, world):
+    def __init__(self, painter, captions, world=shapes):
         self.painter, self.captions, self.few, self.world = painter, captions, captions[:6] + captions[-6:], world
         self.words = dict(zip(captions, painter.embed(captions)))
         self.references = {}
