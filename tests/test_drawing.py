@@ -1,4 +1,4 @@
-"""Drawing in this process: what is written, what it carries, and what is warned of."""
+"""Drawing in this process: the files written, their text, and warnings."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The emoji world: every caption says what it says of its scene, held-out stays held out, and the judge is right."""
+"""The emoji world: captions match their scenes, held-out captions stay held out, and the judge is right."""
 
 import io
 import json
