@@ -77,7 +77,7 @@ def loss_of(network):
 
 def make_run(folder, steps, decay=0.5):
     plan = {"text": dict(steps=steps, batch_size=8, learning_rate=1e-2, muon_rate=0.02, ema=0.9, decay=decay)}
-    return tool.Run(replace(SHAPES, plan=plan), folder, folder, "cpu")
+    return tool.Run(replace(SHAPES, plan=plan), folder, folder, "cpu", threads=1)
 
 
 def test_a_stage_that_is_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
@@ -138,14 +138,16 @@ def test_muon_takes_matrices_of_blocks_and_kernels_of_the_autoencoder_alone():
     assert all("network.blocks." in name for name in moved(SHAPES, "shared", tool.make_trained(SHAPES)))
 
 
-def test_scenes_are_encoded_in_shards_that_are_kept(tmp_path, monkeypatch):
+def test_scenes_are_made_in_shards_that_are_kept_and_a_lost_one_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "SHARD", 20)
-    network = tool.pictures.load_autoencoder(TINY_TEACHER)
-    run = tool.Run(replace(SHAPES, num_scenes=50), tmp_path, tmp_path, "cpu")
-    latents, scenes = tool.encoded_scenes(network, run)
-    assert latents.shape == (50, 16, 8, 8) and len(scenes) == 50
-    (tmp_path / "latents-01.safetensors").unlink()
-    assert torch.equal(tool.encoded_scenes(network, run)[0], latents)
+    network, tokenizer = tool.pictures.load_autoencoder(TINY_TEACHER), tool.text.load_tokenizer(TINY_TEACHER / "tokenizer")
+    run = tool.Run(replace(SHAPES, num_scenes=40), tmp_path, tmp_path, "cpu", threads=2)
+    first = tool.captioned_scenes(network, tokenizer, run)
+    assert first["latents"].shape == (40, 16, 8, 8) and first["labels"].shape == (40, GRID * GRID, 3)
+    assert first["ids"].shape == (40, tool.CAPTIONS, tool.TOKENS) and (first["ids"] == tokenizer.unk_token_id).sum() == 0
+    (tmp_path / "scenes-01.safetensors").unlink()
+    again = tool.captioned_scenes(network, tokenizer, run)
+    assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_a_stage_names_every_gate_that_it_misses():

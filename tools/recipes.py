@@ -30,6 +30,7 @@ class Recipe:
     to reach: the least of each, or the most where a minus stands before the name.
     """
 
+    name: str
     world: ModuleType
     autoencoder: dict
     text: dict
@@ -39,7 +40,7 @@ class Recipe:
     judged: tuple         # (steps, is_guided) in which the finished teacher is judged, the first against its gates
     dtype: torch.dtype    # of the files
     notice: Path | None   # a file that lies beside the weights
-    num_scenes: int       # encoded once; each is captioned anew at every use
+    num_scenes: int       # encoded once
     num_worded: int       # scenes whose captions make the vocabulary
     cropped: tuple        # pixels of a crop, and the first share of the steps in which the autoencoder trains on crops
     help_weight: float    # of the auxiliary loss of image tokens in the first step; it falls to zero
@@ -85,7 +86,7 @@ def _shapes_layout(scene):
 
 
 SHAPES = Recipe(
-    world=shapes, autoencoder=_autoencoder(base_dim=16, dim_mult=[1, 2, 2]), text=_text(64, 16, 256),
+    name="shapes", world=shapes, autoencoder=_autoencoder(base_dim=16, dim_mult=[1, 2, 2]), text=_text(64, 16, 256),
     expert=_expert(32, 512, 4, 64),
     plan={"autoencoder": _stage(3000, 24, 2e-3, None, 0.995), "text": _stage(1500, 128, 2e-3, None, 0.98),
           "shared": _stage(3000, 192, 2e-3, 0.02, 0.998), "high": _stage(900, 192, 5e-4, 0.005, 0.998),
@@ -124,13 +125,13 @@ def _emoji_layout(scene):
 
 
 EMOJI = Recipe(
-    world=emoji, autoencoder=_autoencoder(base_dim=24, dim_mult=[1, 2, 2], decoder_base_dim=32), text=_text(128, 32, 384),
+    name="emoji", world=emoji, autoencoder=_autoencoder(base_dim=24, dim_mult=[1, 2, 2], decoder_base_dim=32), text=_text(128, 32, 384),
     expert=_expert(64, 512, 6, 128),
     plan={"autoencoder": _stage(16_000, 16, 2e-3, 0.02, 0.998, 0.4), "text": _stage(1500, 128, 2e-3, None, 0.98),
-          "shared": _stage(20_800, 192, 2e-3, 0.02, 0.999, 0.3), "high": _stage(3000, 192, 5e-4, 0.005, 0.999),
-          "low": _stage(3000, 192, 5e-4, 0.005, 0.999)},
+          "shared": _stage(8000, 1536, 2e-3, 0.02, 0.999, 0.3), "high": _stage(1000, 1536, 5e-4, 0.005, 0.998),
+          "low": _stage(1000, 1536, 5e-4, 0.005, 0.998)},
     guidance={"high": 3.0, "low": 3.0}, judged=((40, True), (40, False), (4, True), (1, True)), dtype=torch.bfloat16,
-    notice=ATLAS / "NOTICE", num_scenes=100_000, num_worded=8000, cropped=(32, 0.92), help_weight=0.1,
+    notice=ATLAS / "NOTICE", num_scenes=200_000, num_worded=8000, cropped=(32, 0.92), help_weight=0.1,
     facts={"name": emoji.NAMES, "style": (*emoji.STYLES, None), "size": (*emoji.SIZES, None), "place": (*emoji.PLACES, None),
            "kind": emoji.KINDS, "background": (*emoji.BACKGROUNDS, None)},
     labels={"name": len(emoji.NAMES) + 1, "style": len(emoji.STYLES) + 1}, spoken=_emoji_spoken, layout=_emoji_layout,

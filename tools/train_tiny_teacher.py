@@ -2,8 +2,8 @@
 
     python tools/train_tiny_teacher.py                                # of shapes: into ./tiny_teacher, about an hour on one core
     python tools/train_tiny_teacher.py --stages experts               # one stage again
-    python tools/train_tiny_teacher.py --world emoji --threads 2      # of emoji: into ./emoji_teacher, a night on two cores
-    python tools/train_tiny_teacher.py --world emoji --device cuda    # minutes to an hour
+    python tools/train_tiny_teacher.py --world emoji --threads 2      # of emoji: into ./emoji_teacher; the experts want a GPU
+    python tools/train_tiny_teacher.py --world emoji --stages experts --device cuda --threads 16      # minutes
     python tools/train_tiny_teacher.py --world emoji --look 100       # judge the network as it is, of 100 captions a kind
 
 Stages: autoencoder -> text -> experts -> pipeline. Each is skipped where its part of the checkpoint is there, and after a kill the
@@ -15,6 +15,7 @@ object does this word speak of) are thrown away: the networks that remain are st
 import argparse
 import json
 import math
+import multiprocessing
 import shutil
 import sys
 import time
@@ -39,13 +40,16 @@ from tools.recipes import GRID, RECIPES, Recipe  # noqa: E402
 from wanlite import autoencoder as pictures  # noqa: E402
 from wanlite import flow, schedule, text  # noqa: E402
 from wanlite.measure import prompt_accuracy  # noqa: E402
-from wanlite.network import OneFrameBlock, one_frame_velocity, pack_text  # noqa: E402
+from wanlite.network import OneFrameBlock, one_frame_velocity, pack_states, pack_text  # noqa: E402
 
 SEED = 22
 SHIFT = 3.0
 BOUNDARY = 0.875                  # noise level from which on the high-noise expert is asked
 PROMPT_DROPOUT = 0.1
-SHARD = 10_000                    # scenes encoded between two saves
+SHARD = 10_000                    # scenes made between two saves
+CAPTIONS = 8                      # of each scene
+TOKENS = 24                       # no caption of a world is longer
+NOT_ASKED = -100                  # a label that counts in no loss
 SAVE_SECONDS = 60
 
 
@@ -55,6 +59,7 @@ class Run:
     folder: Path                  # the checkpoint
     work: Path                    # resumable state, latents
     device: str
+    threads: int
 
     @property
     def world(self):
@@ -73,7 +78,7 @@ def fit(name, trained, loss_of, run):
     trained.to(run.device)
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizers = make_optimizers(trained, plan)
-    ema = EMAModel(parameters, decay=plan["ema"])
+    ema = EMAModel(parameters, decay=plan["ema"], foreach=True)
     path, first, spent = run.work / f"{name}.pt", 0, 0.0
     if path.exists():
         state = torch.load(path, weights_only=True, map_location=run.device)
@@ -92,7 +97,8 @@ def fit(name, trained, loss_of, run):
                 group["lr"] = group["initial_lr"] * scale
         stage_seed = [SEED, sum(name.encode()), step]
         random = np.random.default_rng(stage_seed)
-        loss, figures = loss_of(random, torch.Generator().manual_seed(int(random.integers(2**62))), progress)
+        generator = torch.Generator(run.device).manual_seed(int(random.integers(2**62)))
+        loss, figures = loss_of(random, generator, progress)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
@@ -182,7 +188,7 @@ def train_autoencoder(run):
         pixels, ground = (pictures.to_pixels(each[:, rows, columns]).to(run.device) for each in (drawn, grounds))
         weight = 1 + 3 * ((pixels - ground).abs().amax(1, keepdim=True) > 0.1).float()
         mean = network.encode(pixels.unsqueeze(2)).latent_dist.mode()
-        raw_latents = mean + 0.1 * torch.randn(mean.shape, generator=generator).to(run.device)
+        raw_latents = mean + 0.1 * torch.randn(mean.shape, generator=generator, device=run.device)
         seen = network.decode(raw_latents).sample.squeeze(2)
         error, sides = seen - pixels, pixels.shape[-1] - 1
         edges = sum((weight.narrow(dim, 1, sides) * error.diff(dim=dim).abs()).mean() for dim in (2, 3))
@@ -309,33 +315,35 @@ def training_scenes(world, random, count):
 def train_experts(run):
     """One network for every noise level first, then a copy for each side of the boundary; text encoder frozen."""
     recipe = run.recipe
-    latents, scenes = encoded_scenes(pictures.load_autoencoder(run.folder, run.device), run)
-    labels = torch.from_numpy(np.stack([recipe.layout(scene) for scene in scenes]))                 # (scenes, N, labels)
     tokenizer, encoder = text.load_text_encoder(run.folder, run.device, torch.float32)
-    empty = text.encode_prompts(tokenizer, encoder, [""])[0]
+    scenes = captioned_scenes(pictures.load_autoencoder(run.folder, run.device), tokenizer, run)
+    empty = tokenizer("", return_tensors="pt").input_ids.to(run.device)                             # (1, 1)
     trained = make_trained(recipe)
 
     def loss_between(lowest, highest, batch_size):
         def loss_of(random, generator, progress):
-            index = random.integers(len(scenes), size=batch_size)
-            said = [run.world.caption(scenes[i], random) for i in index]
-            embeddings = text.encode_prompts(tokenizer, encoder, said)
-            dropped = random.random(batch_size) < PROMPT_DROPOUT
-            packed = pack_text([empty if drop else embedding for embedding, drop in zip(embeddings, dropped)])
-            clean = latents[index].float().to(run.device)
-            noise = torch.randn(clean.shape, generator=generator).to(run.device)
-            uniform = (torch.rand(batch_size, generator=generator) + torch.arange(batch_size)) / batch_size
-            level = flow.shift_noise_level(lowest + (highest - lowest) * uniform, SHIFT).to(run.device)
+            index, way = (torch.from_numpy(random.integers(size, size=batch_size)).to(run.device)
+                          for size in scenes["ids"].shape[:2])
+            is_dropped = torch.from_numpy(random.random((batch_size, 1)) < PROMPT_DROPOUT).to(run.device)
+            ids = scenes["ids"][index, way].long()
+            ids = torch.where(is_dropped, F.pad(empty, (0, ids.shape[1] - 1), value=tokenizer.pad_token_id), ids)
+            is_word = ids != tokenizer.pad_token_id
+            with torch.no_grad():
+                words = pack_states(encoder(ids, is_word.long()).last_hidden_state, is_word.sum(1))
+            clean = scenes["latents"][index].float()
+            noise = torch.randn(clean.shape, generator=generator, device=run.device)
+            uniform = torch.rand(batch_size, generator=generator, device=run.device)
+            uniform = (uniform + torch.arange(batch_size, device=run.device)) / batch_size
+            level = flow.shift_noise_level(lowest + (highest - lowest) * uniform, SHIFT)
             velocity, (early, middle) = one_frame_velocity(
-                trained["network"], flow.add_noise(clean, noise, level), schedule.TIMESTEPS * level, packed.tokens,
-                packed.logit_bias, feature_blocks=(0, recipe.expert["num_layers"] // 2))
+                trained["network"], flow.add_noise(clean, noise, level), schedule.TIMESTEPS * level, words.tokens,
+                words.logit_bias, feature_blocks=(0, recipe.expert["num_layers"] // 2))
             error = (velocity - (noise - clean)).square().mean()
             position = torch.arange(GRID**2, device=run.device).repeat(batch_size)
             where = F.cross_entropy(trained["where"](early).flatten(0, 1), position)
-            told = torch.from_numpy(~dropped)
-            guesses = trained["what"](middle[told]).flatten(0, 1).split(list(recipe.labels.values()), -1)
-            answers = labels[index][told].to(run.device).flatten(0, 1).unbind(-1)
-            what = sum(F.cross_entropy(guess, answer) for guess, answer in zip(guesses, answers))
+            guesses = trained["what"](middle).flatten(0, 1).split(list(recipe.labels.values()), -1)
+            answers = scenes["labels"][index].long().masked_fill(is_dropped.unsqueeze(2), NOT_ASKED).flatten(0, 1).unbind(-1)
+            what = sum(F.cross_entropy(guess, answer, ignore_index=NOT_ASKED) for guess, answer in zip(guesses, answers))
             help_weight = recipe.help_weight * (1 - progress)
             return error + help_weight * (where + what), {"velocity": error, "where": where, "what": what}
         return loss_of
@@ -372,19 +380,35 @@ def make_trained(recipe):
 
 
 @torch.no_grad()
-def encoded_scenes(network, run):
-    """Return latents (scenes, C, H, W) in float16 and their scenes; encoded once, a shard at a time, into the work folder."""
-    scenes, random, shards = run.world.scenes(SEED, run.recipe.num_scenes), np.random.default_rng([SEED, 2]), []
-    for start in tqdm(range(0, len(scenes), SHARD), desc="encoding scenes", mininterval=5):
-        path = run.work / f"latents-{start // SHARD:02d}.safetensors"
-        drawn = [run.world.draw(scene, random) for scene in scenes[start:start + SHARD]]     # of a shard that is there too, for
-        if not path.exists():                                                                # the next depends on what it drew
-            latents = [pictures.encode_images(network, pictures.to_pixels(np.stack(drawn[first:first + 100])).to(run.device))
-                       for first in range(0, len(drawn), 100)]
-            save_file({"latents": torch.cat(latents).half().cpu().contiguous()}, path.with_suffix(".partial"))
-            path.with_suffix(".partial").rename(path)
-        shards.append(load_file(path)["latents"])
-    return torch.cat(shards), scenes
+def captioned_scenes(network, tokenizer, run):
+    """Return all scenes that the experts train on, on the device: every shard is made once, into the work folder.
+
+    latents (scenes, C, H, W) float16; ids (scenes, captions, L) int16, padded; labels (scenes, N, labels) uint8.
+    """
+    count = min(SHARD, run.recipe.num_scenes)
+    shards = [run.work / f"scenes-{shard:02d}.safetensors" for shard in range(run.recipe.num_scenes // count)]
+    missing = [shard for shard, path in enumerate(shards) if not path.exists()]
+    with multiprocessing.get_context("spawn").Pool(run.threads) as pool:
+        made = pool.imap(partial(make_scenes, run.recipe.name, count), missing)
+        for shard, (drawn, said, labels) in zip(tqdm(missing, desc="scenes", mininterval=5), made):
+            latents = [pictures.encode_images(network, pictures.to_pixels(part).to(run.device)).half().cpu()
+                       for part in np.array_split(drawn, math.ceil(count / 100))]
+            ids = tokenizer([caption for captions in said for caption in captions], padding="max_length", max_length=TOKENS,
+                            return_tensors="pt").input_ids.short()
+            tensors = {"latents": torch.cat(latents).contiguous(), "ids": ids.view(count, CAPTIONS, TOKENS), "labels": labels}
+            save_file(tensors, shards[shard].with_suffix(".partial"))
+            shards[shard].with_suffix(".partial").rename(shards[shard])
+    read = [load_file(path) for path in shards]
+    return {name: torch.cat([tensors[name] for tensors in read]).to(run.device) for name in read[0]}
+
+
+def make_scenes(name, count, shard):
+    """Return a shard of `count` scenes: pictures (scenes, H, W, 3) uint8, captions of each, labels (scenes, N, labels) uint8."""
+    recipe, random = RECIPES[name], np.random.default_rng([SEED, shard])
+    scenes = training_scenes(recipe.world, random, count)
+    return (np.stack([recipe.world.draw(scene, random) for scene in scenes]),
+            [[recipe.world.caption(scene, random) for _ in range(CAPTIONS)] for scene in scenes],
+            torch.from_numpy(np.stack([recipe.layout(scene) for scene in scenes])).byte())
 
 
 # ---- the whole checkpoint --------------------------------------------------------------------------------------------
@@ -512,8 +536,10 @@ def main():
     parser.add_argument("--look", type=int, metavar="COUNT", help="train nothing: judge the shared network of the last save")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("high")                 # TF32 where the device has it
     folder = options.output_dir or Path({"shapes": "tiny_teacher"}.get(options.world, f"{options.world}_teacher"))
-    run = Run(RECIPES[options.world], folder, options.work_dir or Path("outputs") / f"{folder.name}_work", options.device)
+    run = Run(RECIPES[options.world], folder, options.work_dir or Path("outputs") / f"{folder.name}_work", options.device,
+              options.threads)
     if options.look:
         return look(run, options.look)
     for place in (run.folder, run.work):

@@ -39,19 +39,20 @@ class TextTokens(NamedTuple):
 
 
 def pack_text(embeddings, text_length=TEXT_LENGTH):
-    """Turn prompts' embeddings, a list of (length, T), into TextTokens equal to zero padding up to `text_length`.
+    """Turn prompts' embeddings, a list of (length, T), into TextTokens equal to zero padding up to `text_length`."""
+    lengths = torch.tensor([len(embedding) for embedding in embeddings])
+    return pack_states(nn.utils.rnn.pad_sequence(embeddings, batch_first=True), lengths, text_length)
+
+
+def pack_states(states, lengths, text_length=TEXT_LENGTH):
+    """Turn a text encoder's states (B, L, T), of which `lengths` (B,) are of words, into TextTokens as pack_text() does.
 
     In float32 whatever the encoder's dtype: Wan's is bfloat16, and who attends to them casts, or trains in float32.
     """
-    lengths = [len(embedding) for embedding in embeddings]
-    tokens = embeddings[0].new_zeros(len(embeddings), max(lengths) + 1, embeddings[0].shape[-1], dtype=torch.float32)
-    for row, embedding in enumerate(embeddings):
-        tokens[row, :len(embedding)] = embedding
-    padding = torch.tensor([math.log(text_length - length) if length < text_length else -math.inf for length in lengths])
-    ends = torch.tensor(lengths).unsqueeze(1)                                                             # (B, 1)
-    logit_bias = torch.zeros(tokens.shape[:2]).masked_fill_(torch.arange(tokens.shape[1]) > ends, -math.inf)
-    logit_bias = logit_bias.scatter_(1, ends, padding.unsqueeze(1)).to(tokens.device)
-    return TextTokens(tokens, logit_bias)
+    length, position = lengths.to(states.device).unsqueeze(1), torch.arange(states.shape[1] + 1, device=states.device)
+    tokens = functional.pad(states.float(), (0, 0, 0, 1)).masked_fill((position >= length).unsqueeze(2), 0.0)
+    padding = (text_length - length).clamp(min=0).double().log().float()                                  # (B, 1)
+    return TextTokens(tokens, torch.where(position < length, 0.0, torch.where(position == length, padding, -math.inf)))
 
 
 def unpack_text(text, text_length=TEXT_LENGTH):
