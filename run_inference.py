@@ -18,14 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from wanlite.official import num_bytes
-from wanlite.preflight import bucket_sizes
-from wanlite.prompts import check_text, read_prompts
-from wanlite.run_folder import check_saved_parts, picture_size, read_run
+from wanlite.data.buckets import bucket_sizes
+from wanlite.data.prompts import check_text, read_prompts
+from wanlite.planning.settings import make_parser, setting
+from wanlite.runtime.terminal import keep_output_open, one_line
 from wanlite.schedule import TIMESTEPS, read_schedule, recorded_schedule
-from wanlite.settings import make_parser, setting
-from wanlite.student_files import open_student, student_folder
-from wanlite.terminal import keep_output_open, one_line
+from wanlite.student.loading import open_student, student_folder
+from wanlite.teacher.components import num_bytes
+from wanlite.training.run_folder import check_saved_parts, picture_size, read_run
 
 MOST_CELLS = 64      # images in a grid
 MOST_COLUMNS = 16    # of a grid with a row for each prompt
@@ -200,13 +200,13 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from train_distillation import WanLiteStudent
-from wanlite.autoencoder import decode_latents, load_autoencoder, to_pictures
-from wanlite.devices import disable_cudnn_attention, drawing_dtype, free_memory, has_bfloat16
+from wanlite.data.autoencoder import decode_latents, load_autoencoder, to_pictures
+from wanlite.data.grids import lay_out
+from wanlite.data.text_encoder import encode_prompts, load_text_encoder, tell_cut
+from wanlite.files.image_files import grid_names, image_names, save_image
 from wanlite.flow import check_schedule, sample, seeded_noise
-from wanlite.grids import lay_out
-from wanlite.image_files import grid_names, image_names, save_image
 from wanlite.network import pack_text
-from wanlite.text import encode_prompts, load_text_encoder, tell_cut
+from wanlite.runtime.devices import disable_cudnn_attention, drawing_dtype, free_memory, has_bfloat16
 
 
 class Painter:

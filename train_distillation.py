@@ -16,16 +16,24 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from wanlite.launch import give_way, is_first, is_launched
-from wanlite.official import check_parts, find_parts
-from wanlite.preflight import FEWEST, choose_validated, count_looks, count_passes, count_trajectories, parts_of
-from wanlite.run_folder import MetricsLog, check_output_folder, check_resumable, clear, fitted_before, save_parts, write_model_card
-from wanlite.settings import make_parser, setting
-from wanlite.stages.complete import NAMED_TEACHERS, REAL_STEPS, REAL_TEACHERS, TINY_STEPS, complete, picture_sizes
-from wanlite.stopping import Stopped, StopSignal
-from wanlite.terminal import keep_output_open
-from wanlite.trackers import log_picture
-from wanlite.whole_files import hold, not_finite, write_json
+from wanlite.files.atomic import hold, not_finite, write_json
+from wanlite.phases import FEWEST, choose_validated, count_looks, count_passes, count_trajectories, parts_of
+from wanlite.planning.resolve import NAMED_TEACHERS, REAL_STEPS, REAL_TEACHERS, TINY_STEPS, complete, picture_sizes
+from wanlite.planning.settings import make_parser, setting
+from wanlite.runtime.launch import give_way, is_first, is_launched
+from wanlite.runtime.signals import Stopped, StopSignal
+from wanlite.runtime.terminal import keep_output_open
+from wanlite.teacher.components import check_parts, find_parts
+from wanlite.training.run_folder import (
+    MetricsLog,
+    check_output_folder,
+    check_resumable,
+    clear,
+    fitted_before,
+    save_parts,
+    write_model_card,
+)
+from wanlite.training.trackers import log_picture
 
 LOG_STEPS = 10
 STOPPED = 3               # exit code of a run that was asked to stop and can be resumed
@@ -205,7 +213,28 @@ from diffusers.utils.peft_utils import apply_lora_scale
 from torch import nn
 from tqdm import tqdm
 
-from wanlite.announcements import (
+from wanlite.data.autoencoder import load_autoencoder
+from wanlite.data.grids import save_grid
+from wanlite.data.prefetch import AHEAD, read_ahead
+from wanlite.data.text_encoder import load_tokenizer, tell_cut
+from wanlite.data.trajectories import Buckets, SeededBatches, Segments
+from wanlite.files.cache import fingerprint
+from wanlite.flow import FewSteps, make_scheduler
+from wanlite.network import TEXT_LENGTH, OneFrameBlock, TextTokens, one_frame_velocity
+from wanlite.planning.defaults import choose_data, choose_shape, describe_schedule
+from wanlite.planning.estimate import (
+    FITTED,
+    Needs,
+    calibration_frames,
+    choose_precision,
+    feature_width,
+    is_large,
+    most_frames,
+    place_teacher,
+    training_dtype,
+)
+from wanlite.planning.memory import estimate, matrix_rate
+from wanlite.planning.messages import (
     PROJECTING,
     announce,
     announce_few,
@@ -217,38 +246,11 @@ from wanlite.announcements import (
     verdict,
     versions,
 )
-from wanlite.autoencoder import load_autoencoder
-from wanlite.cache import fingerprint
-from wanlite.calibration import PASSES as CALIBRATING_PASSES
-from wanlite.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint
-from wanlite.data import Buckets, SeededBatches, Segments
-from wanlite.devices import as_device, as_dtype, disable_cudnn_attention, has_gpu
-from wanlite.flow import FewSteps, make_scheduler
-from wanlite.grids import save_grid
-from wanlite.measure import beyond_guards
-from wanlite.network import TEXT_LENGTH, OneFrameBlock, TextTokens, one_frame_velocity
-from wanlite.optimizers import make_optimizers, make_rates
-from wanlite.pace import Pace, in_brief
-from wanlite.plan import estimate, matrix_rate
-from wanlite.ranks import agreed, check_devices, is_lost, patience, refuse_together
-from wanlite.reading import AHEAD, read_ahead
-from wanlite.stages.choices import choose_data, choose_shape, describe_schedule
-from wanlite.stages.examiner import Examiner
-from wanlite.stages.lessons import Lessons, Words, feature_block, open_parts
-from wanlite.stages.needs import (
-    FITTED,
-    Needs,
-    calibration_frames,
-    choose_precision,
-    feature_width,
-    is_large,
-    most_frames,
-    place_teacher,
-    training_dtype,
-)
-from wanlite.stages.start import compare_experts, project_into, start_student
-from wanlite.steps import STEPS, Networks
-from wanlite.student_files import (
+from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention, has_gpu
+from wanlite.runtime.ranks import agreed, check_devices, is_lost, patience, refuse_together
+from wanlite.student.calibration import PASSES as CALIBRATING_PASSES
+from wanlite.student.initialization import compare_experts, project_into, start_student
+from wanlite.student.loading import (
     OUR_NAMES,
     all_tensor_shapes,
     check_hashes,
@@ -260,10 +262,16 @@ from wanlite.student_files import (
     student_arguments,
     student_folder,
 )
-from wanlite.student_saving import check_savable, plain_names, save_student
-from wanlite.teacher import Teacher
-from wanlite.teacher_files import open_teacher_files
-from wanlite.text import load_tokenizer, tell_cut
+from wanlite.student.saving import check_savable, plain_names, save_student
+from wanlite.teacher.checkpoint import open_teacher_files
+from wanlite.teacher.model import Teacher
+from wanlite.training.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint
+from wanlite.training.metrics import beyond_guards
+from wanlite.training.optimizers import make_optimizers, make_rates
+from wanlite.training.steps import STEPS, Networks
+from wanlite.training.teacher_data import Lessons, Words, feature_block, open_parts
+from wanlite.training.throughput import Pace, in_brief
+from wanlite.training.validation import Examiner
 
 # ---- the model ---------------------------------------------------------------------------------------------------------
 

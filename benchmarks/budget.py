@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.quality import TRAIN, train
-from wanlite.plan import EFFICIENCY, H100
-from wanlite.run_folder import read_run
+from wanlite.planning.memory import EFFICIENCY, H100
+from wanlite.training.run_folder import read_run
 
 SMALL = ("--hidden_size", "24", "--depth", "2")
 QUICK = ("--num_held_out", 16, "--lr_warmup_steps", 4, "--teacher_steps", 8, "--validation_walks", 16, "--own_path_pictures", 16)

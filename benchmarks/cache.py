@@ -25,17 +25,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.train_speed import World, ours, settle
 from train_distillation import Settings
-from wanlite import shapes
-from wanlite.data import Walker, encode_once
+from wanlite.world import shapes
+from wanlite.data.trajectories import Walker, encode_once
 from wanlite.flow import make_scheduler
 from wanlite.network import pack_text
-from wanlite.pace import Pace
-from wanlite.stages.lessons import teacher_velocity
-from wanlite.stages.needs import feature_width
-from wanlite.student_shape import student_shape
-from wanlite.teacher import Teacher
-from wanlite.teacher_files import open_teacher_files
-from wanlite.text import lazy_encoder
+from wanlite.training.throughput import Pace
+from wanlite.training.teacher_data import teacher_velocity
+from wanlite.planning.estimate import feature_width
+from wanlite.student.shape import student_shape
+from wanlite.teacher.model import Teacher
+from wanlite.teacher.checkpoint import open_teacher_files
+from wanlite.data.text_encoder import lazy_encoder
 
 TINY_TEACHER = ROOT / "tiny_teacher"
 STEPS = 20               # of a trajectory

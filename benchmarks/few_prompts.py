@@ -19,10 +19,10 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.quality import TRAIN, Judge, train
 from run_inference import Painter
-from wanlite import shapes
-from wanlite.measure import prompt_accuracy
-from wanlite.run_folder import read_run
-from wanlite.steps import velocity_from
+from wanlite.world import shapes
+from wanlite.training.metrics import prompt_accuracy
+from wanlite.training.run_folder import read_run
+from wanlite.training.steps import velocity_from
 
 QUICK = ("--max_train_steps", 7, "--teacher_steps", 4, "--few_steps", 1, 4, "--reference_steps", 4, "--lr_warmup_steps", 2,
          "--num_trajectories", 32)

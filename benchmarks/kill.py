@@ -103,7 +103,7 @@ def kept(folder):
 def is_lost(folder, before):
     """Whether what was there before the kill does not verify now."""
     from train_distillation import WanLiteStudent
-    from wanlite.checkpoints import latest_checkpoint
+    from wanlite.training.checkpoints import latest_checkpoint
     steps, has_student = before
     newest, skipped = latest_checkpoint(folder)
     try:

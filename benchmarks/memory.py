@@ -23,9 +23,9 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from train_distillation import Settings, WanLiteStudent
-from wanlite.autoencoder import decode_latents, make_autoencoder
-from wanlite.optimizers import make_optimizers
-from wanlite.plan import decoding_peak, gigabytes, pass_peak, simulated_peak, training_peak
+from wanlite.data.autoencoder import decode_latents, make_autoencoder
+from wanlite.training.optimizers import make_optimizers
+from wanlite.planning.memory import decoding_peak, gigabytes, pass_peak, simulated_peak, training_peak
 
 WARM = {"width": 128, "depth": 2, "side": 16, "rows": 1, "teacher": 256, "base_dim": 8}
 SIZES = {False: {"width": 1024, "depth": 8, "side": 64, "rows": 2, "teacher": 2560, "base_dim": 96},

@@ -109,14 +109,14 @@ def prepare(folder, num_trajectories):
     from accelerate import Accelerator
 
     import train_distillation as spine
-    from wanlite.cache import cache_folder
-    from wanlite.data import Walker
+    from wanlite.files.cache import cache_folder
+    from wanlite.data.trajectories import Walker
     from wanlite.flow import make_scheduler
     from wanlite.network import pack_text
-    from wanlite.stages.choices import choose_prompts
-    from wanlite.stages.complete import complete
-    from wanlite.stages.lessons import teacher_velocity
-    from wanlite.text import encode_prompts, load_text_encoder
+    from wanlite.planning.defaults import choose_prompts
+    from wanlite.planning.resolve import complete
+    from wanlite.training.teacher_data import teacher_velocity
+    from wanlite.data.text_encoder import encode_prompts, load_text_encoder
 
     settings = replace(complete(spine.Settings()), num_trajectories=num_trajectories)
     files = spine.open_teacher_files(settings.teacher)
@@ -141,16 +141,16 @@ def run(job):
     import torch
 
     import train_distillation as spine
-    from wanlite.autoencoder import load_autoencoder
-    from wanlite.data import SeededBatches, Trajectories
+    from wanlite.data.autoencoder import load_autoencoder
+    from wanlite.data.trajectories import SeededBatches, Trajectories
     from wanlite.flow import make_scheduler
-    from wanlite.measure import prompt_accuracy
+    from wanlite.training.metrics import prompt_accuracy
     from wanlite.network import pack_text
-    from wanlite.objectives import velocity_loss
-    from wanlite.stages.complete import complete
-    from wanlite.stages.examiner import draw_pictures, relative_error
-    from wanlite.steps import velocity_from
-    from wanlite.student_shape import student_shape
+    from wanlite.training.losses import velocity_loss
+    from wanlite.planning.resolve import complete
+    from wanlite.training.validation import draw_pictures, relative_error
+    from wanlite.training.steps import velocity_from
+    from wanlite.student.shape import student_shape
 
     torch.set_num_threads(1)
     cache = Path(job["data"])
@@ -206,16 +206,16 @@ def random_start(student, files, expert, words, seed):
 def weights_only(student, files, expert, words, seed):
     import torch
 
-    from wanlite.projection import choose_experts, project
+    from wanlite.student.projection import choose_experts, project
     project(student, choose_experts(files, expert), torch.cat(words))
 
 
 def calibrated(student, files, expert, words, seed):
     import torch
 
-    from wanlite.calibration import calibrate, choose_channels, make_frames
+    from wanlite.student.calibration import calibrate, choose_channels, make_frames
     from wanlite.network import pack_text
-    from wanlite.projection import choose_experts, project
+    from wanlite.student.projection import choose_experts, project
     (expert,) = choose_experts(files, expert)
     frames = make_frames(expert, pack_text(words), (8, 8), seed=seed)
     report = project(student, [expert], torch.cat(words), choose_channels(expert, frames, student.config.hidden_size))
@@ -232,10 +232,10 @@ def importance(student, files, expert, words, seed):
     and nothing else. Source: Minitron (Muralidharan et al. 2024), activations over calibration frames."""
     import torch
 
-    from wanlite.block_cutting import _rotary_rows, top
-    from wanlite.calibration import make_frames
+    from wanlite.student.pruning import _rotary_rows, top
+    from wanlite.student.calibration import make_frames
     from wanlite.network import one_frame_velocity, pack_text
-    from wanlite.teacher import load_expert
+    from wanlite.teacher.model import load_expert
 
     files, active = files.experts[expert], {}
     network = load_expert(files)

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from tqdm import tqdm
 
-from wanlite.settings import OneLineParser
+from wanlite.planning.settings import OneLineParser
 
 TEACHERS = {
     "a14b": {"dim": 5120, "ffn_dim": 13824, "num_layers": 40, "num_heads": 40, "in_dim": 16},    # one of two experts
@@ -280,8 +280,8 @@ def measure_projection(folder, student, device):
     import torch
 
     from train_distillation import WanLiteStudent
-    from wanlite.stages.start import project_into
-    from wanlite.teacher_files import ExpertFiles
+    from wanlite.student.initialization import project_into
+    from wanlite.teacher.checkpoint import ExpertFiles
 
     student, reads = WanLiteStudent(**student), count_reads(ExpertFiles)
     with PeakAnonymous() as anonymous:
@@ -360,8 +360,8 @@ def check_folder(folder, config):
 
 def check_student(config, student):
     """Refuse a student that cannot be cut from the teacher, before anything is written."""
-    from wanlite.student_shape import check_cut
-    from wanlite.student_files import check_shape
+    from wanlite.student.shape import check_cut
+    from wanlite.student.loading import check_shape
     patch = {"patch_size": (1, 2, 2)}
     check_shape(**patch, eps=config["eps"], **student)
     teacher = {"num_attention_heads": config["num_heads"], "attention_head_dim": config["dim"] // config["num_heads"],

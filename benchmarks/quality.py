@@ -27,19 +27,19 @@ import torch
 
 from run_inference import Painter
 from train_distillation import FREE, Settings
-from wanlite import shapes
-from wanlite.autoencoder import decode_latents, to_pictures
+from wanlite.world import shapes
+from wanlite.data.autoencoder import decode_latents, to_pictures
 from wanlite.flow import make_scheduler, sample, seeded_noise
-from wanlite.measure import channel_drift, channel_spread, frechet_distance, prompt_accuracy, variety
+from wanlite.training.metrics import channel_drift, channel_spread, frechet_distance, prompt_accuracy, variety
 from wanlite.network import pack_text
-from wanlite.preflight import read_world
-from wanlite.run_folder import read_run
-from wanlite.settings import make_parser
-from wanlite.stages.complete import TINY_STEPS, choose_teacher, complete
-from wanlite.stages.lessons import teacher_velocity
-from wanlite.steps import velocity_from
-from wanlite.teacher import Teacher
-from wanlite.teacher_files import open_teacher_files
+from wanlite.world.record import read_world
+from wanlite.training.run_folder import read_run
+from wanlite.planning.settings import make_parser
+from wanlite.planning.resolve import TINY_STEPS, choose_teacher, complete
+from wanlite.training.teacher_data import teacher_velocity
+from wanlite.training.steps import velocity_from
+from wanlite.teacher.model import Teacher
+from wanlite.teacher.checkpoint import open_teacher_files
 
 REFERENCE = "teacher, guided", 40       # what every row is held against, at its own noise
 TRAIN, RIVALS = ROOT / "train_distillation.py", ROOT / "benchmarks" / "rivals.py"
@@ -215,7 +215,7 @@ def main():
         parser.exit(2, f"quality.py: {error}\n")
     if world is None:
         parser.exit(2, f"quality.py: --teacher {options.teacher}: expected a tiny teacher, for its world alone has a judge.\n")
-    rungs = LADDER.get(world.__name__.removeprefix("wanlite."), ())
+    rungs = LADDER.get(world.__name__.rpartition(".")[2], ())
     known = methods(TINY_STEPS, rungs)
     if unknown := set(options.methods or ()) - set(known):
         parser.exit(2, f"quality.py: --methods {', '.join(unknown)}: unknown, expected some of {', '.join(known)}.\n")

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.projection_scale import GIB, SPARE, memory, num_bytes, remove_expert, teacher_config, tensor_shapes, write_expert
-from wanlite.settings import OneLineParser
+from wanlite.planning.settings import OneLineParser
 
 EXPERTS = ("high_noise_model", "low_noise_model")
 TEXT_ENCODER, AUTOENCODER = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"
@@ -47,12 +47,12 @@ FLAGS = ["--num_trajectories", "1", "--teacher_steps", "2", "--flow_shift", "3",
          "--segment_steps", "2", "--lr_warmup_steps", "1", "--muon_learning_rate", "0", "--report_to", "none",
          "--teacher_residency", "disk"]
 # What a run calls -> the phase that it is, in the words of --dry_run where these know it.
-PHASES = {"train_distillation.compare_experts": "start", "wanlite.stages.lessons.convert_parts": "converting",
-          "wanlite.stages.lessons.encode_once": "text", "train_distillation.start_student": "start",
-          "wanlite.data.Walker.find_basis": "trajectories", "wanlite.data.Walker.walk": "trajectories",
-          "wanlite.data.Walker.walk_own_path": "own path", "wanlite.stages.examiner.draw_pictures": "drawing",
-          "wanlite.stages.examiner.teacher_walks": "drawing", "wanlite.stages.examiner.relative_error": "validation",
-          "wanlite.stages.examiner.compare_walks": "validation", "train_distillation.save_parts": "saving"}
+PHASES = {"train_distillation.compare_experts": "start", "wanlite.training.teacher_data.convert_parts": "converting",
+          "wanlite.training.teacher_data.encode_once": "text", "train_distillation.start_student": "start",
+          "wanlite.data.trajectories.Walker.find_basis": "trajectories", "wanlite.data.trajectories.Walker.walk": "trajectories",
+          "wanlite.data.trajectories.Walker.walk_own_path": "own path", "wanlite.training.validation.draw_pictures": "drawing",
+          "wanlite.training.validation.teacher_walks": "drawing", "wanlite.training.validation.relative_error": "validation",
+          "wanlite.training.validation.compare_walks": "validation", "train_distillation.save_parts": "saving"}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}          # of the largest velocity
 
 
@@ -177,7 +177,7 @@ def measure_run(words):
     """Train as the command of these words does, in this process; returns {phase: its figures}."""
     sys.argv = [str(ROOT / "train_distillation.py"), *words]
     import train_distillation as spine
-    from wanlite import text
+    from wanlite.data import text_encoder as text
 
     meter = PhaseMeter()
     for place, phase in PHASES.items():
@@ -207,8 +207,8 @@ def measure_agreement(folder):
     from diffusers import WanTransformer3DModel
 
     from wanlite.network import pack_text, unpack_text
-    from wanlite.teacher import ask, load_expert, stream_expert
-    from wanlite.teacher_files import open_teacher_files
+    from wanlite.teacher.model import ask, load_expert, stream_expert
+    from wanlite.teacher.checkpoint import open_teacher_files
 
     whole, found = open_teacher_files(folder).experts["high"], {}
     blocks = tuple(f"blocks.{index}." for index in range(2))

@@ -15,8 +15,8 @@ import torch
 
 import train_distillation as spine
 from wanlite.flow import add_noise, shift_noise_level
-from wanlite.objectives import velocity_loss
-from wanlite.steps import MATCHED, STEPS, draw, segment_step, velocity_from
+from wanlite.training.losses import velocity_loss
+from wanlite.training.steps import MATCHED, STEPS, draw, segment_step, velocity_from
 
 WARM_UP = 0.5        # share of the part in which the fake branch is learnt before it pushes
 RECTIFY_WEIGHT = 0.5

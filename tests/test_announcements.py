@@ -11,10 +11,10 @@ import pytest
 
 from tests.conftest import ROOT
 from train_distillation import Settings, is_dry
-from wanlite.announcements import announce_few, command, conclude, drawing_command, share_right, verdict
-from wanlite.preflight import FEWEST
-from wanlite.run_folder import write_model_card
-from wanlite.stages.complete import complete
+from wanlite.phases import FEWEST
+from wanlite.planning.messages import announce_few, command, conclude, drawing_command, share_right, verdict
+from wanlite.planning.resolve import complete
+from wanlite.training.run_folder import write_model_card
 
 PATHS = ["plain", "two words", "it's", 'say "no"', "$HOME/x", "a\nb", "`id`", "a;b&c", "*", "~x", "a\\\\b", "#x", "日本", "!!"]
 

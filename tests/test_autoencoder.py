@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from tests.conftest import TINY_TEACHER, change, refuse_pickle
-from wanlite import shapes
-from wanlite.autoencoder import decode_latents, encode_images, load_autoencoder, to_pictures, to_pixels, use_single_frame_path
+from wanlite.data.autoencoder import decode_latents, encode_images, load_autoencoder, to_pictures, to_pixels, use_single_frame_path
+from wanlite.world import shapes
 
 
 @pytest.fixture(scope="module")

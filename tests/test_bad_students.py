@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import loud_student, write_sparse
 from train_distillation import WanLiteStudent
-from wanlite.student_files import all_tensor_shapes
+from wanlite.student.loading import all_tensor_shapes
 
 SMALL = dict(hidden_size=16, depth=1, num_heads=2, ffn_dim=32, num_channels=4, text_dim=8, freq_dim=256, patch_size=[1, 2, 2],
              cross_attn_norm=True, eps=1e-6, rope_max_seq_len=32)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY_TEACHER, write_official
 from train_distillation import Settings, train
-from wanlite.stages.complete import complete
-from wanlite.stopping import StopSignal
+from wanlite.planning.resolve import complete
+from wanlite.runtime.signals import StopSignal
 
 TEXT, VAE = "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 LOW, HIGH = "low_noise_model", "high_noise_model"

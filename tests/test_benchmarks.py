@@ -10,8 +10,8 @@ from benchmarks.projection_scale import num_bytes, remove_expert, teacher_config
 from benchmarks.train_speed import A14B, Online, make_world, ours, random_teacher
 from tests.conftest import ROOT, run_script
 from tests.test_plan import alive
-from wanlite.plan import simulated_peak
-from wanlite.teacher_files import open_teacher_files
+from wanlite.planning.memory import simulated_peak
+from wanlite.teacher.checkpoint import open_teacher_files
 
 BENCHMARKS = ROOT / "benchmarks"
 SCALE = BENCHMARKS / "projection_scale.py"

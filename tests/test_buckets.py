@@ -9,10 +9,10 @@ from accelerate import Accelerator
 
 from tests.test_data import STEPS, student_for, teacher_for
 from train_distillation import Settings
-from wanlite.data import Buckets, SeededBatches, Segments, Walker, deal_out
+from wanlite.data.buckets import WIDEST, bucket_sizes
+from wanlite.data.trajectories import Buckets, SeededBatches, Segments, Walker, deal_out
 from wanlite.flow import FewSteps, make_scheduler
-from wanlite.preflight import WIDEST, bucket_sizes
-from wanlite.stages.complete import complete
+from wanlite.planning.resolve import complete
 
 
 @pytest.mark.parametrize("unit", [16, 32])

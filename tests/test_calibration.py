@@ -5,11 +5,11 @@ import torch
 
 from tests.conftest import TINY_TEACHER
 from train_distillation import WanLiteStudent
-from wanlite.calibration import _best_columns, calibrate, choose_channels, make_frames
 from wanlite.network import one_frame_velocity, pack_text
-from wanlite.stages.start import project_into
-from wanlite.teacher import stream_expert
-from wanlite.teacher_files import open_teacher_files
+from wanlite.student.calibration import _best_columns, calibrate, choose_channels, make_frames
+from wanlite.student.initialization import project_into
+from wanlite.teacher.checkpoint import open_teacher_files
+from wanlite.teacher.model import stream_expert
 
 TEXT = {"num_channels": 16, "text_dim": 64, "rope_max_seq_len": 64}
 CUT = {"hidden_size": 64, "depth": 4, "num_heads": 2} | TEXT

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, Payload
-from wanlite.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
-from wanlite.whole_files import read_manifest, write_json
+from wanlite.files.atomic import read_manifest, write_json
+from wanlite.training.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
 
 
 def save(folder, step, value=0.0, keep=9):
@@ -124,7 +124,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_last_whole_checkpoint(tmp_pat
 
 def test_a_disk_that_fills_during_a_save_leaves_the_earlier_checkpoint(small_disk, monkeypatch):
     save(small_disk, 1)
-    monkeypatch.setattr("wanlite.checkpoints.check_space", lambda *_: None)       # there was room when it was looked at
+    monkeypatch.setattr("wanlite.training.checkpoints.check_space", lambda *_: None)       # there was room when it was looked at
     with pytest.raises(OSError, match="step-000002: .*No space left"):
         save_checkpoint(small_disk, {"weight": torch.zeros(10**6), "step": 2}, {}, 2)
     assert steps(small_disk) == ["step-000001"] and latest_checkpoint(small_disk) == (checkpoint_path(small_disk, 1), [])
@@ -135,7 +135,7 @@ def test_a_save_that_fails_deletes_nothing(tmp_path, failure, monkeypatch):
     for step in (1, 2):
         save(tmp_path, step)
     if isinstance(failure, OSError):
-        monkeypatch.setattr("wanlite.checkpoints.save_file", lambda *_: (_ for _ in ()).throw(failure))
+        monkeypatch.setattr("wanlite.training.checkpoints.save_file", lambda *_: (_ for _ in ()).throw(failure))
     with pytest.raises(type(failure), match=str(failure)):
         save(tmp_path, 3, value=0.0 if isinstance(failure, OSError) else float("nan"), keep=2)
     assert steps(tmp_path) == ["step-000001", "step-000002"]

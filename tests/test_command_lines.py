@@ -18,9 +18,9 @@ from run_inference import Settings as DrawSettings
 from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, run_script
 from train_distillation import Settings as TrainSettings
 from train_distillation import WanLiteStudent
-from wanlite.run_folder import read_run
-from wanlite.settings import make_parser
-from wanlite.whole_files import write_json
+from wanlite.files.atomic import write_json
+from wanlite.planning.settings import make_parser
+from wanlite.training.run_folder import read_run
 
 TRAIN, DRAW = ROOT / "train_distillation.py", ROOT / "run_inference.py"
 

@@ -8,9 +8,9 @@ import torch
 from tests.conftest import ROOT, TINY_TEACHER, loud_student, run_script
 from train_distillation import Settings, WanLiteStudent
 from wanlite.network import pack_text
-from wanlite.optimizers import make_optimizers
-from wanlite.teacher import ask, load_expert
-from wanlite.teacher_files import open_teacher_files
+from wanlite.teacher.checkpoint import open_teacher_files
+from wanlite.teacher.model import ask, load_expert
+from wanlite.training.optimizers import make_optimizers
 
 TEXT = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1))
 LATENTS = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(2))

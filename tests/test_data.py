@@ -9,9 +9,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from wanlite import data
-from wanlite.cache import cache_folder
-from wanlite.data import (
+from wanlite.data import trajectories as data
+from wanlite.data.trajectories import (
     MOST_SAMPLED,
     Projected,
     Sampled,
@@ -24,6 +23,7 @@ from wanlite.data import (
     shard_path,
     write_shard,
 )
+from wanlite.files.cache import cache_folder
 from wanlite.flow import clean_from, make_scheduler, sample, seeded_noise
 
 
@@ -70,7 +70,7 @@ def test_a_batch_is_the_named_states_in_the_named_order(tmp_path):
 
 
 def test_a_shard_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr("wanlite.data.os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("wanlite.data.trajectories.os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write_numbered(tmp_path, (2,))
     assert not shard_path(tmp_path, 0).exists()

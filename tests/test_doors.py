@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from run_inference import Painter, read_settings
 from tests.conftest import TINY_TEACHER, loud_student, official_name, run_script
 from train_distillation import WanLiteStudent
-from wanlite.student_saving import save_student
-from wanlite.teacher_files import open_teacher_files
+from wanlite.student.saving import save_student
+from wanlite.teacher.checkpoint import open_teacher_files
 
 SMALL = dict(hidden_size=32, depth=2, num_heads=2, ffn_dim=64, num_channels=4, text_dim=8, rope_max_seq_len=32)
 STOCK = dict(num_attention_heads=2, attention_head_dim=16, num_layers=2, ffn_dim=64, in_channels=4, out_channels=4, text_dim=8,

@@ -15,8 +15,8 @@ import run_inference
 from run_inference import Painter, draw_all, main, read_settings, size_warning, trained_sizes
 from tests.conftest import loud_student
 from train_distillation import WanLiteStudent
-from wanlite.devices import disable_cudnn_attention, drawing_dtype
-from wanlite.untrusted_files import WeightsFile
+from wanlite.files.untrusted import WeightsFile
+from wanlite.runtime.devices import disable_cudnn_attention, drawing_dtype
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -11,13 +11,13 @@ from scipy import ndimage
 
 from tests.conftest import ROOT
 from tools import make_emoji_atlas
-from wanlite import emoji
-from wanlite.emoji import Object, Scene
-from wanlite.emoji.captions import PLURALS
-from wanlite.emoji.judge import fit, judge, read_objects
-from wanlite.emoji.scenes import JITTER, LEAST_CONTRAST, PAIRS, backdrop, contrast, corner
-from wanlite.emoji.sprites import ATLAS, SIZES, sprites
-from wanlite.measure import compare, prompt_accuracy
+from wanlite.training.metrics import compare, prompt_accuracy
+from wanlite.world import emoji
+from wanlite.world.emoji import Object, Scene
+from wanlite.world.emoji.captions import PLURALS
+from wanlite.world.emoji.judge import fit, judge, read_objects
+from wanlite.world.emoji.scenes import JITTER, LEAST_CONTRAST, PAIRS, backdrop, contrast, corner
+from wanlite.world.emoji.sprites import ATLAS, SIZES, sprites
 
 SCENES = emoji.scenes(11, 60) + emoji.scenes(11, 60, held_out=True)
 SAID = [emoji.leave_unsaid(scene, random) for random in [np.random.default_rng(1)] for scene in SCENES]
@@ -248,7 +248,7 @@ def test_a_picture_of_another_size_is_refused():
 
 
 def test_accuracy_refuses_a_caption_of_another_world_by_name(pictures):
-    with pytest.raises(ValueError, match="'a small red circle at the left on a black background': not a caption of wanlite.emoji"):
+    with pytest.raises(ValueError, match="'a small red circle at the left on a black background': not a caption of wanlite.world.emoji"):
         prompt_accuracy(lambda captions: pictures[:2], ["a cat", "a small red circle at the left on a black background"], emoji)
     assert compare(None, {}, 4, ["a cat", "a red circle"], emoji) == {}
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tests.conftest import TINY_TEACHER, change
-from wanlite import experts as room
-from wanlite import teacher as block_room
-from wanlite.experts import check_experts
 from wanlite.network import one_frame_velocity
-from wanlite.teacher import load_expert
-from wanlite.teacher_files import ExpertFiles, open_teacher_files
+from wanlite.teacher import experts as room
+from wanlite.teacher import model as block_room
+from wanlite.teacher.checkpoint import ExpertFiles, open_teacher_files
+from wanlite.teacher.experts import check_experts
+from wanlite.teacher.model import load_expert
 
 
 def exchange(folder, first, second):

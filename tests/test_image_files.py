@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from tests.conftest import fork
-from wanlite.grids import GUTTER, lay_out
-from wanlite.image_files import LONGEST_SLUG, grid_names, image_names, save_image, slug
+from wanlite.data.grids import GUTTER, lay_out
+from wanlite.files.image_files import LONGEST_SLUG, grid_names, image_names, save_image, slug
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 

@@ -23,15 +23,15 @@ from tests.test_prompts import texts
 from tests.test_resuming import same, train
 from tests.test_sizes import leave_as_killed
 from train_distillation import Settings
-from wanlite import shapes
-from wanlite.autoencoder import encode_images, load_autoencoder, to_pixels
-from wanlite.data import Trajectories, Walker
+from wanlite.data.autoencoder import encode_images, load_autoencoder, to_pixels
+from wanlite.data.images import CAPTIONS as CAPTION_KINDS
+from wanlite.data.images import KINDS, SHOWN, choose_images, decode, list_images, read_picture
+from wanlite.data.trajectories import Trajectories, Walker
 from wanlite.flow import add_noise, make_scheduler
-from wanlite.images import CAPTIONS as CAPTION_KINDS
-from wanlite.images import KINDS, SHOWN, choose_images, decode, list_images, read_picture
-from wanlite.run_folder import read_run
-from wanlite.stages.choices import choose_data
-from wanlite.stages.complete import complete, picture_sizes
+from wanlite.planning.defaults import choose_data
+from wanlite.planning.resolve import complete, picture_sizes
+from wanlite.training.run_folder import read_run
+from wanlite.world import shapes
 
 SCENES = shapes.scenes(40, 6)
 CAPTIONS = [shapes.ways_to_say(scene)[0] for scene in SCENES]
@@ -334,7 +334,7 @@ def test_what_was_seen_once_is_not_decoded_again(tmp_path, monkeypatch):
         images = choose_data(settings, picture_sizes(settings), said.append)[2]
         return [(image.caption, image.sha256, image.size) for image in images]
 
-    monkeypatch.setattr("wanlite.images.decode", lambda content: decoded.append(content) or decode(content))
+    monkeypatch.setattr("wanlite.data.images.decode", lambda content: decoded.append(content) or decode(content))
     first = chosen()
     assert len(decoded) == len(CONTENTS) + 1 and chosen() == first and len(decoded) == len(CONTENTS) + 1
     assert said[0] == said[1] and "not a whole JPEG, PNG or WebP (1: broken.png)" in said[1]
@@ -457,7 +457,7 @@ def test_the_teacher_is_asked_at_each_of_its_levels_at_noised_pictures_and_state
 def test_large_pictures_are_encoded_a_few_at_a_time_to_the_same_latents(monkeypatch):
     autoencoder, pixels = load_autoencoder(TINY_TEACHER), to_pixels(np.stack(PICTURES))
     whole = encode_images(autoencoder, pixels)
-    monkeypatch.setattr("wanlite.autoencoder.DECODED_AT_ONCE", 2 * 64 * 64)
+    monkeypatch.setattr("wanlite.data.autoencoder.DECODED_AT_ONCE", 2 * 64 * 64)
     assert torch.allclose(encode_images(autoencoder, pixels), whole, atol=1e-5)
 
 

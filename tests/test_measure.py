@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from wanlite import shapes
-from wanlite.measure import beyond_guards, channel_drift, channel_spread, frechet_distance, likeness, saturation, variety
+from wanlite.training.metrics import beyond_guards, channel_drift, channel_spread, frechet_distance, likeness, saturation, variety
+from wanlite.world import shapes
 
 LATENTS = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2, 3, 4])[:, None, None]
 

@@ -4,8 +4,8 @@ import torch
 
 from wanlite.flow import FewSteps, add_noise, clean_from
 from wanlite.network import pack_text
-from wanlite.objectives import distribution_matching_loss, feature_loss, more_varied, velocity_loss
-from wanlite.steps import Networks, vary
+from wanlite.training.losses import distribution_matching_loss, feature_loss, more_varied, velocity_loss
+from wanlite.training.steps import Networks, vary
 
 
 def test_velocity_loss_is_the_mean_square_of_each_picture():

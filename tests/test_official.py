@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT, TINY_TEACHER, Payload, run_script, write_official
 from tests.test_resuming import train
-from wanlite.official import check_parts, convert_parts, find_parts, is_converted, pixels_per_token
-from wanlite.text import load_text_encoder
+from wanlite.data.text_encoder import load_text_encoder
+from wanlite.teacher.components import check_parts, convert_parts, find_parts, is_converted, pixels_per_token
 
 TEACHER = {"in_channels": 16, "text_dim": 64}                # what parts share with the tiny teacher's experts
 SMALL = {"base_dim": 8, "num_res_blocks": 1, "z_dim": 16}

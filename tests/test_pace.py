@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import loud_student
 from wanlite.network import TextTokens, pass_operations
-from wanlite.pace import Pace
-from wanlite.teacher import ask
+from wanlite.teacher.model import ask
+from wanlite.training.throughput import Pace
 
 TOLD = {"images_per_second", "teacher_share", "data_wait_share", "memory_peak_gb", "model_flops_utilisation"}
 

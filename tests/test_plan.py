@@ -17,14 +17,13 @@ from torch.nn import functional
 from tests.conftest import A14B, ROOT, SHORT_RUN, TINY_TEACHER, run_script, write_sparse_wan
 from tests.test_official import write_autoencoder
 from train_distillation import Settings, WanLiteStudent, plan
-from wanlite.autoencoder import decode_latents, load_autoencoder, make_autoencoder
-from wanlite.data import Walker
-from wanlite.devices import has_gpu
-from wanlite.experts import PROBE_ROWS, PROBE_SIZE, check_experts
+from wanlite.data.autoencoder import decode_latents, load_autoencoder, make_autoencoder
+from wanlite.data.trajectories import Walker
+from wanlite.files.atomic import SPARE
 from wanlite.flow import make_scheduler
 from wanlite.network import pack_text
-from wanlite.optimizers import make_optimizers
-from wanlite.plan import (
+from wanlite.planning.estimate import choose_precision
+from wanlite.planning.memory import (
     MemoryMeter,
     at_depth,
     decoding_peak,
@@ -39,12 +38,13 @@ from wanlite.plan import (
     walk_bytes,
     walking_peak,
 )
-from wanlite.stages.complete import complete
-from wanlite.stages.lessons import teacher_velocity
-from wanlite.stages.needs import choose_precision
-from wanlite.teacher import Teacher, ask, stream_expert
-from wanlite.teacher_files import open_teacher_files
-from wanlite.whole_files import SPARE
+from wanlite.planning.resolve import complete
+from wanlite.runtime.devices import has_gpu
+from wanlite.teacher.checkpoint import open_teacher_files
+from wanlite.teacher.experts import PROBE_ROWS, PROBE_SIZE, check_experts
+from wanlite.teacher.model import Teacher, ask, stream_expert
+from wanlite.training.optimizers import make_optimizers
+from wanlite.training.teacher_data import teacher_velocity
 
 TRAIN = ROOT / "train_distillation.py"
 
@@ -164,7 +164,7 @@ def test_the_bytes_of_a_teacher_follow_its_residency(residency, on_device, besid
     (None, 5120, True, True, "bf16"), (None, 5120, True, False, "no"), (None, 5120, False, True, "no"),
     (None, 128, True, True, "no"), ("no", 5120, True, True, "no"), ("fp16", 5120, True, True, "fp16")])
 def test_a_large_teacher_computes_in_bf16_on_a_gpu_that_has_it_unless_asked_otherwise(asked, width, gpu, bf16, chosen, monkeypatch):
-    monkeypatch.setattr("wanlite.stages.needs.has_gpu", lambda: gpu)
+    monkeypatch.setattr("wanlite.planning.estimate.has_gpu", lambda: gpu)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16)
     assert choose_precision(Settings(mixed_precision=asked), SimpleNamespace(width=width)).mixed_precision == chosen
 
@@ -279,7 +279,7 @@ def test_a_start_in_the_cache_needs_no_memory_again(tmp_path, capsys):
 
 def test_what_lies_on_the_disk_is_not_needed_again(tmp_path, monkeypatch):
     """Of 10 MB of cache and 5 of output, with 6 free: what lies in the cache, which is in the output, counts once."""
-    monkeypatch.setattr("wanlite.plan.free_disk", lambda folder: 6 * 10**6)
+    monkeypatch.setattr("wanlite.planning.memory.free_disk", lambda folder: 6 * 10**6)
     cache, phases = tmp_path / "run/cache", dict.fromkeys(("text", "trajectories", "training", "validation", "start"), 1)
 
     def wrong():

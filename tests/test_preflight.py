@@ -11,20 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT, SHORT_RUN, WAN_1_3B, run_script, write_sparse_wan
 from train_distillation import Settings, WanLiteStudent
-from wanlite.preflight import (
-    FEWEST,
-    bound_pictures,
-    check_batch,
-    choose_validated,
-    count_states,
-    count_trajectories,
-    parts_of,
-)
-from wanlite.run_folder import read_run
-from wanlite.stages.choices import choose_shape
-from wanlite.stages.complete import REAL_STEPS, TINY_STEPS, complete
-from wanlite.stages.needs import Needs
-from wanlite.teacher_files import open_teacher_files
+from wanlite.phases import FEWEST, bound_pictures, choose_validated, count_states, count_trajectories, parts_of
+from wanlite.planning.checks import check_batch
+from wanlite.planning.defaults import choose_shape
+from wanlite.planning.estimate import Needs
+from wanlite.planning.resolve import REAL_STEPS, TINY_STEPS, complete
+from wanlite.teacher.checkpoint import open_teacher_files
+from wanlite.training.run_folder import read_run
 
 TRAIN = ROOT / "train_distillation.py"
 

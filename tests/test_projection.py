@@ -9,12 +9,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import A14B, TI2V_5B, TINY_TEACHER, WAN_1_3B, write_official, write_sparse_wan
 from train_distillation import WanLiteStudent
-from wanlite import block_cutting, projection
-from wanlite.experts import check_experts
 from wanlite.network import one_frame_velocity
-from wanlite.stages.start import project_into
-from wanlite.student_shape import check_cut
-from wanlite.teacher_files import ExpertFiles, open_teacher_files
+from wanlite.student import projection
+from wanlite.student import pruning as block_cutting
+from wanlite.student.initialization import project_into
+from wanlite.student.shape import check_cut
+from wanlite.teacher.checkpoint import ExpertFiles, open_teacher_files
+from wanlite.teacher.experts import check_experts
 
 TEXT = {"num_channels": 16, "text_dim": 64, "rope_max_seq_len": 64}
 CUT = {"hidden_size": 64, "depth": 4, "num_heads": 2} | TEXT

@@ -12,9 +12,9 @@ from pyarrow import parquet
 
 from tests.conftest import TINY_TEACHER
 from train_distillation import Settings
-from wanlite.prompts import GRAMMAR, read_prompts, varied_prompts
-from wanlite.stages.choices import choose_prompts
-from wanlite.stages.complete import REAL_TEACHERS, complete
+from wanlite.data.prompts import GRAMMAR, read_prompts, varied_prompts
+from wanlite.planning.defaults import choose_prompts
+from wanlite.planning.resolve import REAL_TEACHERS, complete
 
 PROMPTS = ['a "quoted", comma\'d prompt', "zweite Zeile: Käse", "a third {one}"]
 

@@ -21,16 +21,16 @@ from safetensors.torch import load_file
 
 import train_distillation
 from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER
-from wanlite.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint
-from wanlite.data import SHARD_SIZE, Walker
+from wanlite.data.trajectories import SHARD_SIZE, Walker
+from wanlite.files.atomic import locked
 from wanlite.flow import FewSteps, make_scheduler, seeded_noise
-from wanlite.launch import launched_precision
-from wanlite.ranks import check_devices
-from wanlite.stages.complete import complete
-from wanlite.steps import STEPS
-from wanlite.teacher import Teacher
-from wanlite.teacher_files import open_teacher_files
-from wanlite.whole_files import locked
+from wanlite.planning.resolve import complete
+from wanlite.runtime.launch import launched_precision
+from wanlite.runtime.ranks import check_devices
+from wanlite.teacher.checkpoint import open_teacher_files
+from wanlite.teacher.model import Teacher
+from wanlite.training.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint
+from wanlite.training.steps import STEPS
 
 
 def start(rank, group, work, log):

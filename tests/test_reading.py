@@ -9,8 +9,8 @@ import torch
 
 import train_distillation
 from tests.test_resuming import asked, folder, same, train  # noqa: F401
+from wanlite.data.prefetch import read_ahead
 from wanlite.network import TextTokens
-from wanlite.reading import read_ahead
 
 
 def read(job):

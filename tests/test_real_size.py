@@ -8,12 +8,13 @@ from accelerate import Accelerator
 
 from tests.conftest import ROOT, TINY_TEACHER, loud_student, run_script
 from train_distillation import Settings
-from wanlite import steps
-from wanlite.data import kept_once
+from wanlite.data.trajectories import kept_once
 from wanlite.network import pack_text
-from wanlite.preflight import bound_pictures, check_batch, count_passes, count_states, parts_of
-from wanlite.teacher import stream_expert
-from wanlite.teacher_files import open_teacher_files
+from wanlite.phases import bound_pictures, count_passes, count_states, parts_of
+from wanlite.planning.checks import check_batch
+from wanlite.teacher.checkpoint import open_teacher_files
+from wanlite.teacher.model import stream_expert
+from wanlite.training import steps
 
 SETTINGS = replace(Settings(), max_train_steps=1400, segment_steps=1000, reference_steps=40, train_batch_size=128,
                    gradient_accumulation_steps=1)

@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 
 import train_distillation
 from tests.conftest import ROOT, SHORT_RUN, fork, run_script
-from wanlite.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
-from wanlite.run_folder import read_run
-from wanlite.stages import examiner, needs
-from wanlite.steps import STEPS
-from wanlite.teacher import Expert
-from wanlite.whole_files import write_json
+from wanlite.files.atomic import write_json
+from wanlite.planning import estimate as needs
+from wanlite.teacher.model import Expert
+from wanlite.training import validation as examiner
+from wanlite.training.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
+from wanlite.training.run_folder import read_run
+from wanlite.training.steps import STEPS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

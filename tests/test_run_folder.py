@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from wanlite.run_folder import (
+from wanlite.files.atomic import write_json
+from wanlite.training.run_folder import (
     PARTS,
     MetricsLog,
     check_output_folder,
@@ -17,7 +18,6 @@ from wanlite.run_folder import (
     read_run,
     save_parts,
 )
-from wanlite.whole_files import write_json
 
 
 def test_a_folder_with_no_more_than_a_projected_start_is_free_for_a_run(tmp_path):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from wanlite import shapes
-from wanlite.shapes import Object, Scene
+from wanlite.world import shapes
+from wanlite.world.shapes import Object, Scene
 
 SCENES = shapes.scenes(11, 300) + shapes.scenes(11, 300, held_out=True)
 

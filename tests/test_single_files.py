@@ -20,12 +20,12 @@ from tests.test_official import AUTOENCODERS, SMALL, official_autoencoder_name, 
 from tests.test_resuming import train as train_in_a_process
 from tests.test_teacher_files import WRAPPERS, hide_files_in, wrap
 from train_distillation import Settings, WanLiteStudent, plan, train
-from wanlite import shapes
-from wanlite.official import convert_parts, find_parts, has_two_experts, num_bytes
-from wanlite.stages.complete import complete
-from wanlite.stages.start import project_into
-from wanlite.stopping import StopSignal
-from wanlite.teacher_files import open_teacher_files
+from wanlite.planning.resolve import complete
+from wanlite.runtime.signals import StopSignal
+from wanlite.student.initialization import project_into
+from wanlite.teacher.checkpoint import open_teacher_files
+from wanlite.teacher.components import convert_parts, find_parts, has_two_experts, num_bytes
+from wanlite.world import shapes
 
 OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 FP8 = torch.float8_e4m3fn

@@ -10,10 +10,10 @@ from run_inference import read_settings
 from tests.conftest import ROOT, TINY_TEACHER, run_script
 from tests.test_resuming import same, train
 from train_distillation import Settings
-from wanlite.checkpoints import checkpoint_path
-from wanlite.official import pixels_per_token
-from wanlite.run_folder import check_output_folder, picture_size, read_run
-from wanlite.stages.complete import complete
+from wanlite.planning.resolve import complete
+from wanlite.teacher.components import pixels_per_token
+from wanlite.training.checkpoints import checkpoint_path
+from wanlite.training.run_folder import check_output_folder, picture_size, read_run
 
 
 @pytest.mark.parametrize("said, recorded", [(None, 64), (96, 96), ([96], 96), ([96, 96], 96), ([640, 384], [640, 384])])

@@ -11,19 +11,20 @@ from accelerate import Accelerator
 
 from tests.conftest import ROOT, TINY_TEACHER, run_script
 from train_distillation import Settings, WanLiteStudent
-from wanlite import block_cutting, calibration, projection
-from wanlite.autoencoder import load_autoencoder
+from wanlite.data.autoencoder import load_autoencoder
 from wanlite.flow import FewSteps, seeded_noise
-from wanlite.pace import Pace
-from wanlite.run_folder import read_run
-from wanlite.stages import examiner
-from wanlite.stages.choices import choose_prompts
-from wanlite.stages.complete import complete
-from wanlite.stages.lessons import Lessons, Words
-from wanlite.stages.start import compare_experts, project_into, start_student
-from wanlite.steps import velocity_in_parts
-from wanlite.teacher import Teacher
-from wanlite.teacher_files import open_teacher_files
+from wanlite.planning.defaults import choose_prompts
+from wanlite.planning.resolve import complete
+from wanlite.student import calibration, projection
+from wanlite.student import pruning as block_cutting
+from wanlite.student.initialization import compare_experts, project_into, start_student
+from wanlite.teacher.checkpoint import open_teacher_files
+from wanlite.teacher.model import Teacher
+from wanlite.training import validation as examiner
+from wanlite.training.run_folder import read_run
+from wanlite.training.steps import velocity_in_parts
+from wanlite.training.teacher_data import Lessons, Words
+from wanlite.training.throughput import Pace
 
 
 def kept(folder, kind):

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT
 from train_distillation import WanLiteStudent
 
-PRODUCT = sorted(path for place in ("wanlite", "wanlite/stages", "tools", "benchmarks", ".") for path in (ROOT / place).glob("*.py")
+PRODUCT = sorted(path for place in ("wanlite/**", "tools", "benchmarks", ".") for path in ROOT.glob(f"{place}/*.py")
                  if not path.name.startswith("test_"))
 
 

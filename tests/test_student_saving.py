@@ -19,7 +19,7 @@ from torch.nn.utils import prune
 
 from tests.conftest import fork
 from train_distillation import WanLiteStudent
-from wanlite.untrusted_files import ALIGNED, WeightsFile
+from wanlite.files.untrusted import ALIGNED, WeightsFile
 
 NARROW, WIDE = (dict(hidden_size=width, depth=2, num_heads=2, ffn_dim=32, num_channels=4, text_dim=8, freq_dim=32,
                      rope_max_seq_len=32) for width in (16, 24))
@@ -69,7 +69,7 @@ def test_a_save_killed_at_any_rename_leaves_one_student_and_is_finished_by_the_n
     left = found(tmp_path)
     assert left in ([(16, 1), (24, 2)] if code == -signal.SIGKILL else [(24, 2)])
     with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
-        patch.setattr("wanlite.student_saving.check_space", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        patch.setattr("wanlite.student.saving.check_space", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
         student(NARROW, 3).save_pretrained(tmp_path)
     assert found(tmp_path) in [left, (24, 2)] and not list(tmp_path.glob(".saving-*"))       # finished, though nothing was saved
     student(NARROW, 3).save_pretrained(tmp_path)

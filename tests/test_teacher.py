@@ -9,8 +9,8 @@ from diffusers import WanTransformer3DModel
 
 from tests.conftest import A14B, TINY_TEACHER, write_sparse_wan
 from wanlite.network import unpack_text
-from wanlite.teacher import RESIDENCIES, Teacher, choose_residency
-from wanlite.teacher_files import open_teacher_files
+from wanlite.teacher.checkpoint import open_teacher_files
+from wanlite.teacher.model import RESIDENCIES, Teacher, choose_residency
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import A14B, TI2V_5B, TINY_TEACHER, WAN_1_3B, change, official_name, weights_of, write_sparse_wan
-from wanlite import teacher_files as room
-from wanlite.teacher_files import diffusers_name, open_teacher_files
+from wanlite.teacher import checkpoint as room
+from wanlite.teacher.checkpoint import diffusers_name, open_teacher_files
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT, SHORT_RUN
-from wanlite.terminal import one_line
+from wanlite.runtime.terminal import one_line
 
 SPEAKS = f"""import sys
 sys.path.insert(0, {str(ROOT)!r})

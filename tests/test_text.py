@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import UMT5EncoderModel
 
 from tests.conftest import TINY_TEACHER, change, refuse_pickle
-from wanlite.data import SHARD_SIZE, encode_once, read_shard, shard_path
+from wanlite.data.text_encoder import encode_prompts, lazy_encoder, load_text_encoder, tell_cut
+from wanlite.data.trajectories import SHARD_SIZE, encode_once, read_shard, shard_path
 from wanlite.network import TextTokens, pack_text, unpack_text
-from wanlite.stages.lessons import Words
-from wanlite.text import encode_prompts, lazy_encoder, load_text_encoder, tell_cut
+from wanlite.training.teacher_data import Words
 
 PROMPTS = ["a small red circle at the left on a white background", "  A  SMALL &amp;amp; red\tring ", "", "qzx unknown words"]
 

@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from train_distillation import WanLiteStudent, _defaults
-from wanlite.student_files import STOCK_SETTINGS, all_tensor_shapes, find_weights, read_config, student_arguments
-from wanlite.untrusted_files import BYTES, WeightsFile, parse_json
+from wanlite.files.untrusted import BYTES, WeightsFile, parse_json
+from wanlite.student.loading import STOCK_SETTINGS, all_tensor_shapes, find_weights, read_config, student_arguments
 
 SMALL = dict(hidden_size=16, depth=1, num_heads=2, ffn_dim=32, num_channels=4, text_dim=8, freq_dim=32, rope_max_seq_len=32)
 WEIGHTS, INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"

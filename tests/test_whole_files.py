@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.conftest import ROOT
-from wanlite.whole_files import SPARE, check_space, hold, in_turn, locked, new_folder, read_manifest, why_broken, write_json
+from wanlite.files.atomic import SPARE, check_space, hold, in_turn, locked, new_folder, read_manifest, why_broken, write_json
 
 
 def write_folder(folder, content):
@@ -57,7 +57,7 @@ def test_a_save_killed_between_its_renames_loses_no_folder(tmp_path, monkeypatch
         if place == target:
             raise KeyboardInterrupt
         replace(source, place)
-    monkeypatch.setattr("wanlite.whole_files.os.replace", killed)
+    monkeypatch.setattr("wanlite.files.atomic.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         write_folder(target, "new")
     monkeypatch.undo()

@@ -12,10 +12,10 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from wanlite import emoji, shapes
-from wanlite.emoji.captions import PLURALS
-from wanlite.emoji.scenes import corner
-from wanlite.emoji.sprites import ATLAS
+from wanlite.world import emoji, shapes
+from wanlite.world.emoji.captions import PLURALS
+from wanlite.world.emoji.scenes import corner
+from wanlite.world.emoji.sprites import ATLAS
 
 GRID = 4                  # image tokens along each side
 TOKEN = 16                # pixels along a token's side

@@ -37,9 +37,10 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools.recipes import GRID, RECIPES, Recipe  # noqa: E402
-from wanlite import autoencoder as pictures  # noqa: E402
-from wanlite import flow, schedule, text  # noqa: E402
-from wanlite.measure import prompt_accuracy  # noqa: E402
+from wanlite.data import autoencoder as pictures  # noqa: E402
+from wanlite import flow, schedule  # noqa: E402
+from wanlite.data import text_encoder as text  # noqa: E402
+from wanlite.training.metrics import prompt_accuracy  # noqa: E402
 from wanlite.network import OneFrameBlock, one_frame_velocity, pack_states, pack_text  # noqa: E402
 
 SEED = 22
@@ -519,7 +520,7 @@ def write_record(run, stage, figures, options):
     """Add a stage's figures to what is recorded now: another stage may have ended meanwhile."""
     record = read_record(run)
     record.setdefault("figures", {})[stage] = figures
-    record.update(seed=SEED, world=run.world.__name__, resolution=run.world.PICTURE_SIZE, shift=SHIFT, boundary=BOUNDARY,
+    record.update(seed=SEED, world=run.recipe.name, resolution=run.world.PICTURE_SIZE, shift=SHIFT, boundary=BOUNDARY,
                   guidance=run.recipe.guidance, plan=run.recipe.plan, threads=options.threads, device=options.device,
                   torch=torch.__version__)
     (run.folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -4,7 +4,7 @@ import ast
 from importlib.util import find_spec
 from pathlib import Path
 
-from .untrusted_files import read_json, shown
+from .files.untrusted import read_json, shown
 
 TIMESTEPS = 1000             # the teacher's unit of time; more steps than these repeat themselves
 MOST_SHIFT = 1000            # at which all levels but the last are above 0.99

@@ -1,0 +1,1 @@
+"""Prompts, images, text, autoencoder, trajectories: everything that a student learns from."""

@@ -1,0 +1,1 @@
+"""Atomic writes, bounded readers of untrusted files, the cache."""

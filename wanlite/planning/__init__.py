@@ -1,0 +1,1 @@
+"""Settings -> one resolved run: checks, memory, disk, time, messages."""

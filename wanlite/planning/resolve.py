@@ -1,0 +1,136 @@
+"""Settings as they were typed -> with all that folders and files decide. No torch: what is wrong is said at once."""
+
+import json
+import math
+import shlex
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from ..data.buckets import bucket_sizes, complete_resolution
+from ..data.images import list_images
+from ..data.prompts import read_prompts
+from ..runtime.launch import check_launch, is_first, launched_precision
+from ..teacher.components import find_parts, has_two_experts, pixels_per_token
+from ..teacher.folder import check_holds_experts, find_teacher, neighbours
+from ..training.run_folder import picture_size, read_run
+from ..training.trackers import check_tracker
+from ..world.record import read_record
+from .checks import check_all, check_compiler, check_student, check_together, complete_steps
+from .settings import check_bounds
+
+TINY_TEACHER, EMOJI_TEACHER = (Path(__file__).resolve().parents[2] / name for name in ("tiny_teacher", "emoji_teacher"))
+NAMED_TEACHERS = {"tiny": TINY_TEACHER, "emoji": EMOJI_TEACHER}      # what --teacher takes beside folders
+REAL_TEACHERS = ("Wan2.2-T2V-A14B", "Wan2.2-T2V-A14B-Diffusers")     # looked for where the command is typed
+TINY_STEPS, REAL_STEPS = 1400, 5600     # where --max_train_steps is open: a real teacher's student is far narrower, and far quicker
+OFFICIAL_SHIFTS = {True: 12.0, False: 5.0}                           # of two experts and of one, where no scheduler says it
+
+
+def complete(settings):
+    """Check paths, sizes and numbers, and fill in what the teacher's folder says.
+
+    Raises OSError and ValueError for the first thing that is wrong, on a dry run for all of them, a line each.
+    """
+    teacher = choose_teacher(settings.teacher)
+    record = read_record(teacher)
+    _or_beside(check_holds_experts, teacher)                 # without experts every further check fails as well
+    steps = (TINY_STEPS if record else REAL_STEPS) if settings.max_train_steps is None else settings.max_train_steps
+    output_dir = f"./{settings.output_dir}" if settings.output_dir.startswith("-") else settings.output_dir     # no flag, as typed
+    settings = replace(settings, max_train_steps=steps, mixed_precision=launched_precision(settings.mixed_precision),
+                       output_dir=output_dir)
+    checks = [partial(check_bounds, settings), partial(_or_beside, find_parts, teacher),
+              partial(_complete_resolution, teacher, settings),
+              partial(_complete_shift, teacher, settings), partial(check_together, settings), partial(check_launch, settings),
+              partial(complete_steps, settings), partial(check_tracker, settings.report_to)]
+    if settings.compile:
+        checks.append(check_compiler)
+    if settings.prompts is not None:
+        checks.insert(0, partial(read_prompts, settings.prompts))
+    if settings.images is not None:
+        checks.insert(0, partial(list_images, settings.images))
+    if settings.dry_run:                                     # takes the time of an import, and no run waits for it
+        checks.append(partial(_check_headers, teacher))
+    check_all(checks, together=settings.dry_run)
+    few_steps, segment_steps = complete_steps(settings)
+    settings = replace(settings, teacher=str(teacher), resolution=_complete_resolution(teacher, settings),
+                       flow_shift=_complete_shift(teacher, settings), few_steps=few_steps, segment_steps=segment_steps,
+                       reference_steps=settings.reference_steps or 2 * settings.teacher_steps,
+                       cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"))
+    if settings.student is not None:
+        student = Path(settings.student).absolute()
+        if not student.is_dir():
+            raise OSError(f"--student {settings.student}: no such folder. Expected one that train_distillation.py finished.")
+        check_student(read_run(student), settings, student)
+        settings = replace(settings, student=str(student))
+    return settings
+
+
+def _or_beside(check, folder):
+    """Return a check's result; where it raises OSError and whole teachers lie above or below the folder, the error names them."""
+    try:
+        return check(folder)
+    except OSError:
+        path, whole = Path(folder).absolute(), []
+        for other in neighbours(path):
+            with suppress(OSError, ValueError):
+                check_holds_experts(other)
+                find_parts(other)
+                whole.append(f"--teacher {shlex.quote(str(other))}")
+        if not whole:
+            raise
+        raise OSError(f"--teacher {folder}: no whole teacher. Did you mean {' or '.join(whole[:3])}?") from None
+
+
+def choose_teacher(asked, say=print):
+    """Return the folder of --teacher, a name or a path; where it is None that of a real teacher here, else of the tiny one."""
+    if asked in NAMED_TEACHERS:
+        return _find_named(asked, say)
+    here = (Path(name) for name in REAL_TEACHERS if Path(name).is_dir())
+    return _or_beside(find_teacher, asked or next(here, TINY_TEACHER))
+
+
+def _find_named(name, say):
+    """Return the folder of a teacher of this repository; a folder of that name in the current directory does not count."""
+    teacher = NAMED_TEACHERS[name]
+    if Path(name).exists() and is_first():
+        say(f"--teacher {name} is the teacher in {teacher}; for the folder {name} in this directory write ./{name}")
+    if not (teacher / "model_index.json").is_file():
+        raise OSError(f"--teacher {name}: found no teacher in {teacher}, expected a finished one. Make it: python "
+                      f"tools/train_tiny_teacher.py --world {name}, which takes hours.")
+    return teacher
+
+
+def _check_headers(teacher):
+    from ..teacher.checkpoint import open_teacher_files
+
+    open_teacher_files(teacher)
+
+
+def _complete_shift(teacher, settings):
+    """Return --flow_shift, or where it is open that of the schedule that the teacher was made for."""
+    record, path = read_record(teacher), teacher / "scheduler" / "scheduler_config.json"
+    if settings.flow_shift is not None:
+        return settings.flow_shift
+    if "shift" in record or not path.is_file():
+        return float(record.get("shift", OFFICIAL_SHIFTS[has_two_experts(teacher)]))
+    try:
+        shift = json.loads(path.read_text(encoding="utf-8"))["flow_shift"]
+        if not 0 < shift < math.inf:
+            raise ValueError(f"{shift} is not above 0")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: says no flow_shift ({error}). Download it again, or add --flow_shift.") from None
+    return float(shift)
+
+
+def _complete_resolution(teacher, settings):
+    resolution = read_record(teacher).get("resolution", 512) if settings.resolution is None else settings.resolution
+    resolution, unit = complete_resolution(resolution, pixels_per_token(teacher)), pixels_per_token(teacher)
+    bucket_sizes(picture_size(resolution), settings.aspect_ratios, unit)
+    return resolution
+
+
+def picture_sizes(settings):
+    """Return --resolution as (width, height), and after it the sizes of what is trained on, one a bucket."""
+    size = picture_size(settings.resolution)
+    return [size, *bucket_sizes(size, settings.aspect_ratios, pixels_per_token(settings.teacher))]

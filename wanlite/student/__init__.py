@@ -1,0 +1,1 @@
+"""Shape, initialization from the teacher, loading, saving."""

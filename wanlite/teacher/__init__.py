@@ -1,0 +1,1 @@
+"""A Wan folder of any layout: names, checkpoint, components, model."""

@@ -1,0 +1,1 @@
+"""Losses, steps, optimizers, state, validation, the run folder."""

@@ -1,0 +1,1 @@
+"""The tiny worlds: captioned scenes drawn by rule, and their judges."""

@@ -1,0 +1,27 @@
+"""A tiny teacher's training record, and the world that it names."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+WORLDS = ("shapes", "emoji")
+
+
+def read_record(teacher):
+    """Return the training record of a tiny teacher, or an empty dict for any other teacher."""
+    path = Path(teacher) / "training.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: is no JSON object. It tells a tiny teacher from others: take its folder out of the repository "
+                         "again, or delete the file beside any other teacher.")
+    return record
+
+
+def read_world(teacher) -> ModuleType | None:
+    """Return the module of the world that a tiny teacher draws, or None for any other teacher."""
+    name = read_record(teacher).get("world")
+    return import_module(f"{__package__}.{name}") if name in WORLDS else None
