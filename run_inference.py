@@ -27,32 +27,55 @@ from wanlite.student.loading import open_student, student_folder
 from wanlite.teacher.components import num_bytes
 from wanlite.training.run_folder import check_saved_parts, picture_size, read_run
 
-MOST_CELLS = 64      # images in a grid
-MOST_COLUMNS = 16    # of a grid with a row for each prompt
-MOST_NAMED = 6       # files that a warning names
+MOST_CELLS = 64  # images in a grid
+MOST_COLUMNS = 16  # of a grid with a row for each prompt
+MOST_NAMED = 6  # files that a warning names
 MOST_OF_PROMPT = 80  # characters of it beside its file's name
-FLAT = 1             # of 255: the largest standard deviation of a channel in an image of one flat colour
-ENCODER_SHARE = 0.8  # of the device's free memory; a larger text encoder, of a real Wan 11 GB, reads prompts on the CPU
+FLAT = 1  # of 255: the largest standard deviation of a channel in an image of one flat colour
+ENCODER_SHARE = (
+    0.8  # of the device's free memory; a larger text encoder, of a real Wan 11 GB, reads prompts on the CPU
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    model: str = setting("./outputs/wan_t2i", "folder of a saved student; nothing outside it is read", is_path=True)
-    prompt: list[str] | None = setting(None, "what to draw, repeatable; None = the run's own validation prompts")
-    prompts_file: str | None = setting(None, "text file, one prompt a line, instead of --prompt", is_path=True)
-    negative_prompt: str = setting("", "what guidance steers away from; used where --guidance_scale is above 1")
-    num_inference_steps: int | None = setting(None, "steps from noise to picture; None = what the student was saved for")
-    guidance_scale: float = setting(1.0, "guidance on top of the guidance that is baked into the student; 1 = none")
+    model: str = setting(
+        "./outputs/wan_t2i", "folder of a saved student; nothing outside it is read", is_path=True
+    )
+    prompt: list[str] | None = setting(
+        None, "what to draw, repeatable; None = the run's own validation prompts"
+    )
+    prompts_file: str | None = setting(
+        None, "text file, one prompt a line, instead of --prompt", is_path=True
+    )
+    negative_prompt: str = setting(
+        "", "what guidance steers away from; used where --guidance_scale is above 1"
+    )
+    num_inference_steps: int | None = setting(
+        None, "steps from noise to picture; None = what the student was saved for"
+    )
+    guidance_scale: float = setting(
+        1.0, "guidance on top of the guidance that is baked into the student; 1 = none"
+    )
     height: int | None = setting(None, "pixels, divisible by 16; None = what the student was trained at")
     width: int | None = setting(None, "pixels, divisible by 16; None = what the student was trained at")
     seed: int = setting(0, "seed of the first picture; each further picture takes the next")
     num_images_per_prompt: int = setting(1, "pictures of each prompt")
-    batch_size: int = setting(1, "pictures drawn at once; above 1 is faster, and a picture may differ in its last bit")
+    batch_size: int = setting(
+        1, "pictures drawn at once; above 1 is faster, and a picture may differ in its last bit"
+    )
     output_dir: str = setting("./outputs/pictures", "where the PNGs are written", is_path=True)
-    device: str | None = setting(None, "cpu, cuda, cuda:N or mps; None = CUDA where there is one, else the CPU")
-    dtype: str | None = setting(None, "dtype of the student (default: bfloat16 on GPUs that support it, else float32)",
-                                choices=("float32", "float16", "bfloat16"))
-    sha256: str | None = setting(None, "digest that the student's one weights file must have; every picture's text says it")
+    device: str | None = setting(
+        None, "cpu, cuda, cuda:N or mps; None = CUDA where there is one, else the CPU"
+    )
+    dtype: str | None = setting(
+        None,
+        "dtype of the student (default: bfloat16 on GPUs that support it, else float32)",
+        choices=("float32", "float16", "bfloat16"),
+    )
+    sha256: str | None = setting(
+        None, "digest that the student's one weights file must have; every picture's text says it"
+    )
 
 
 def read_settings(arguments=None):
@@ -75,8 +98,10 @@ def complete(settings):
     prompts = choose_prompts(settings, run, folder)
     width, height = picture_size(run.get("resolution", 512))
     defaults = {"height": height, "width": width, "num_inference_steps": run.get("num_inference_steps", 20)}
-    filled = {name: default if getattr(settings, name) is None else getattr(settings, name)
-              for name, default in defaults.items()}
+    filled = {
+        name: default if getattr(settings, name) is None else getattr(settings, name)
+        for name, default in defaults.items()
+    }
     settings = replace(settings, model=str(folder), **filled)
     check_numbers(settings, len(prompts))
     check_steps(settings.num_inference_steps, schedule, folder)
@@ -86,7 +111,9 @@ def complete(settings):
     if settings.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", settings.device):
         raise ValueError(f"--device {settings.device} is unknown, expected cpu, cuda, cuda:N or mps.")
     if settings.negative_prompt and settings.guidance_scale <= 1:
-        raise ValueError("--negative_prompt is used by guidance only; add --guidance_scale above 1 or leave it out.")
+        raise ValueError(
+            "--negative_prompt is used by guidance only; add --guidance_scale above 1 or leave it out."
+        )
     return settings, prompts
 
 
@@ -96,10 +123,14 @@ def check_numbers(settings, num_prompts):
         if type(getattr(settings, name)) is not int or getattr(settings, name) < 1:
             raise ValueError(f"--{name} is {getattr(settings, name)!r}, expected a whole number, at least 1.")
     if settings.num_inference_steps > TIMESTEPS:
-        raise ValueError(f"--num_inference_steps is {settings.num_inference_steps}, expected at most {TIMESTEPS}.")
+        raise ValueError(
+            f"--num_inference_steps is {settings.num_inference_steps}, expected at most {TIMESTEPS}."
+        )
     last = settings.seed + num_prompts * settings.num_images_per_prompt - 1
     if settings.seed < 0 or last >= 2**63:
-        raise ValueError(f"--seed {settings.seed}: the pictures' seeds must lie in 0..2**63 - 1; choose another.")
+        raise ValueError(
+            f"--seed {settings.seed}: the pictures' seeds must lie in 0..2**63 - 1; choose another."
+        )
     if not math.isfinite(settings.guidance_scale) or settings.guidance_scale < 1:
         raise ValueError(f"--guidance_scale is {settings.guidance_scale}, expected 1 (none) or more.")
 
@@ -108,19 +139,25 @@ def check_steps(num_steps, schedule, folder):
     """Refuse a number of steps that the student was not trained for; a student of stage 1 takes any."""
     few_steps = schedule.get("few_steps") or []
     if few_steps and num_steps not in few_steps:
-        raise ValueError(f"--num_inference_steps {num_steps}: {folder} was trained to draw in {', '.join(map(str, few_steps))} "
-                         "steps. Choose one of these, or train with --few_steps.")
+        raise ValueError(
+            f"--num_inference_steps {num_steps}: {folder} was trained to draw in {', '.join(map(str, few_steps))} "
+            "steps. Choose one of these, or train with --few_steps."
+        )
 
 
 def check_picture_size(settings, folder, config):
     """Refuse sizes that do not divide into tokens or lie beyond the student's rotary tables; returns a token's pixels."""
     try:
         vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-        token = int(vae.get("scale_factor_spatial") or 8) * int(config.get("patch_size", (1, 2, 2))[1])      # pixels
+        token = int(vae.get("scale_factor_spatial") or 8) * int(
+            config.get("patch_size", (1, 2, 2))[1]
+        )  # pixels
         largest = token * int(config.get("rope_max_seq_len", 1024))
     except (ValueError, TypeError, AttributeError, LookupError):
-        raise ValueError(f"{folder}: config.json or vae/config.json does not say the patch and picture size. Copy the folder "
-                         "again.") from None
+        raise ValueError(
+            f"{folder}: config.json or vae/config.json does not say the patch and picture size. Copy the folder "
+            "again."
+        ) from None
     if token < 1:
         raise ValueError(f"{folder}: config.json says a patch of {token} pixels. Copy the folder again.")
     for name in ("height", "width"):
@@ -143,9 +180,13 @@ def trained_sizes(run, unit, source):
     size, settings = picture_size(run["resolution"]), run.get("settings")
     ratios = settings.get("aspect_ratios") if isinstance(settings, dict) else None
     if any(type(side) is not int or side < 1 for side in size):
-        raise ValueError(f"{source}: says resolution {run['resolution']!r}, expected pixels or [width, height]. Copy it again.")
+        raise ValueError(
+            f"{source}: says resolution {run['resolution']!r}, expected pixels or [width, height]. Copy it again."
+        )
     if not isinstance(ratios, list | None) or not all(isinstance(ratio, str) for ratio in ratios or ()):
-        raise ValueError(f"{source}: says aspect_ratios {ratios!r}, expected a list of WIDTH:HEIGHT. Copy it again.")
+        raise ValueError(
+            f"{source}: says aspect_ratios {ratios!r}, expected a list of WIDTH:HEIGHT. Copy it again."
+        )
     try:
         return list(dict.fromkeys([size, *bucket_sizes(size, ratios, unit)]))
     except ValueError as error:
@@ -156,17 +197,25 @@ def size_warning(size, trained):
     """Return what to warn of where a size (width, height) is none of the trained ones, else None."""
     if not trained or size in trained:
         return None
-    width, height = min(trained, key=lambda each: sum(abs(math.log(side / own)) for side, own in zip(size, each)))
-    named = ", ".join(f"{each[0]} x {each[1]}" for each in trained[:MOST_NAMED]) + (", ..." if len(trained) > MOST_NAMED else "")
-    return (f"the student was trained at {named}; images of {size[0]} x {size[1]} may fail. The nearest trained size is "
-            f"--width {width} --height {height}.")
+    width, height = min(
+        trained, key=lambda each: sum(abs(math.log(side / own)) for side, own in zip(size, each))
+    )
+    named = ", ".join(f"{each[0]} x {each[1]}" for each in trained[:MOST_NAMED]) + (
+        ", ..." if len(trained) > MOST_NAMED else ""
+    )
+    return (
+        f"the student was trained at {named}; images of {size[0]} x {size[1]} may fail. The nearest trained size is "
+        f"--width {width} --height {height}."
+    )
 
 
 def check_output_dir(output):
     """Refuse a place where no folder can be made."""
     place = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     if not place.is_dir():
-        raise OSError(f"--output_dir {output}: {place} is a file, expected a folder. Name another --output_dir.")
+        raise OSError(
+            f"--output_dir {output}: {place} is a file, expected a folder. Name another --output_dir."
+        )
     if not os.access(place, os.W_OK | os.X_OK):
         raise OSError(f"--output_dir {output}: {place} cannot be written to. Name another --output_dir.")
 
@@ -177,9 +226,15 @@ def choose_prompts(settings, run, folder):
     if settings.prompts_file is not None:
         return read_prompts(settings.prompts_file, print)
     prompts = settings.prompt if settings.prompt is not None else run.get("validation_prompts", [])
-    if not prompts or not isinstance(prompts, list) or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
-        raise ValueError(f"no prompt to draw: {folder}/run.json names no validation prompts, or --prompt is empty. "
-                         'Add --prompt "...".')
+    if (
+        not prompts
+        or not isinstance(prompts, list)
+        or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts)
+    ):
+        raise ValueError(
+            f"no prompt to draw: {folder}/run.json names no validation prompts, or --prompt is empty. "
+            'Add --prompt "...".'
+        )
     for prompt in prompts:
         check_text(prompt, f"{folder / 'run.json'}: a validation prompt")
     return prompts
@@ -187,7 +242,9 @@ def choose_prompts(settings, run, folder):
 
 if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
     keep_output_open()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)     # ends it at once and silently: what was drawn is whole, and stays
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # ends it at once and silently: what was drawn is whole, and stays
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train_distillation.py, and so is the next
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")
@@ -219,15 +276,20 @@ class Painter:
         disable_cudnn_attention()
         self.device = torch.device(device)
         self.dtype = getattr(torch, dtype or drawing_dtype(self.device.type, has_bfloat16(device)))
-        self.student, loaded = WanLiteStudent.from_pretrained(folder, dtype=self.dtype, device=device, sha256=sha256,
-                                                              output_loading_info=True)
+        self.student, loaded = WanLiteStudent.from_pretrained(
+            folder, dtype=self.dtype, device=device, sha256=sha256, output_loading_info=True
+        )
         self.weights_sha256 = " ".join(loaded["sha256"].values())
         schedule = recorded_schedule(read_run(folder), Path(folder) / "run.json")
         self.scheduler = UniPCMultistepScheduler(**read_schedule(folder, schedule))
         self.autoencoder = load_autoencoder(folder, device=device)
-        self.pixels_per_token = self.autoencoder.config.scale_factor_spatial * self.student.config.patch_size[1]
+        self.pixels_per_token = (
+            self.autoencoder.config.scale_factor_spatial * self.student.config.patch_size[1]
+        )
         size, free = num_bytes(Path(folder) / "text_encoder"), free_memory(self.device)[0]
-        self.tokenizer, self.encoder = load_text_encoder(folder, self.device if size < ENCODER_SHARE * free else "cpu")
+        self.tokenizer, self.encoder = load_text_encoder(
+            folder, self.device if size < ENCODER_SHARE * free else "cpu"
+        )
 
     def embed(self, prompts):
         return encode_prompts(self.tokenizer, self.encoder, prompts)
@@ -241,7 +303,9 @@ class Painter:
         if guidance_scale > 1:
             unwanted = pack_text(self.embed([negative_prompt]) * len(prompts)).to(self.device, self.dtype)
         stride = self.autoencoder.config.scale_factor_spatial
-        noise = seeded_noise((self.student.config.num_channels, height // stride, width // stride), seeds).to(self.device)
+        noise = seeded_noise((self.student.config.num_channels, height // stride, width // stride), seeds).to(
+            self.device
+        )
 
         def velocity_of(latents, timestep):
             latents = latents.to(self.dtype)
@@ -253,11 +317,16 @@ class Painter:
 
         latents = sample(velocity_of, noise, self.scheduler, num_steps)
         pixels = decode_latents(self.autoencoder, latents)
-        is_finite = [bool(torch.isfinite(each).all() and torch.isfinite(drawn).all()) for each, drawn in zip(latents, pixels)]
+        is_finite = [
+            bool(torch.isfinite(each).all() and torch.isfinite(drawn).all())
+            for each, drawn in zip(latents, pixels)
+        ]
         return [picture if is_sound else None for picture, is_sound in zip(to_pictures(pixels), is_finite)]
 
     def _velocity(self, latents, timestep, text):
-        return self.student(latents, timestep, text.tokens, text_logit_bias=text.logit_bias, return_dict=False)[0].float()
+        return self.student(
+            latents, timestep, text.tokens, text_logit_bias=text.logit_bias, return_dict=False
+        )[0].float()
 
 
 class Drawn(NamedTuple):
@@ -272,16 +341,29 @@ class Drawn(NamedTuple):
 def draw_all(painter, settings, prompts):
     """Draw and write an image for each of `prompts`; returns [Drawn], and of the first images MOST_CELLS for the grid."""
     seeds, drawn, cells = range(settings.seed, settings.seed + len(prompts)), [], []
-    for start in tqdm(range(0, len(prompts), settings.batch_size), desc="drawing", unit="batch", disable=len(prompts) == 1):
+    for start in tqdm(
+        range(0, len(prompts), settings.batch_size), desc="drawing", unit="batch", disable=len(prompts) == 1
+    ):
         batch = slice(start, min(start + settings.batch_size, len(prompts)))
-        images = painter.draw(prompts[batch], seeds[batch], settings.num_inference_steps, settings.height, settings.width,
-                              settings.guidance_scale, settings.negative_prompt)
+        images = painter.draw(
+            prompts[batch],
+            seeds[batch],
+            settings.num_inference_steps,
+            settings.height,
+            settings.width,
+            settings.guidance_scale,
+            settings.negative_prompt,
+        )
         for prompt, seed, image in zip(prompts[batch], seeds[batch], images):
             if image is None:
                 drawn.append(Drawn(prompt, seed, None))
                 continue
-            path = save_image(image, settings.output_dir, image_names(settings.output_dir, prompt, seed),
-                              text_chunks(settings, prompt, seed, painter.weights_sha256))
+            path = save_image(
+                image,
+                settings.output_dir,
+                image_names(settings.output_dir, prompt, seed),
+                text_chunks(settings, prompt, seed, painter.weights_sha256),
+            )
             drawn.append(Drawn(prompt, seed, path, bool(image.std(axis=(0, 1)).max() < FLAT)))
             cells += [image] if len(cells) < MOST_CELLS else []
     return drawn, cells
@@ -290,10 +372,18 @@ def draw_all(painter, settings, prompts):
 def text_chunks(settings, prompt, seed, weights_sha256):
     """Return the PNG text chunks from which the picture can be drawn again."""
     info = PngInfo()
-    facts = {"prompt": prompt, "seed": seed, "num_inference_steps": settings.num_inference_steps,
-             "guidance_scale": settings.guidance_scale, "negative_prompt": settings.negative_prompt,
-             "height": settings.height, "width": settings.width, "dtype": settings.dtype, "model": settings.model,
-             "weights_sha256": weights_sha256}
+    facts = {
+        "prompt": prompt,
+        "seed": seed,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "negative_prompt": settings.negative_prompt,
+        "height": settings.height,
+        "width": settings.width,
+        "dtype": settings.dtype,
+        "model": settings.model,
+        "weights_sha256": weights_sha256,
+    }
     for name, value in facts.items():
         info.add_itxt(name, str(value))
     return info
@@ -304,8 +394,14 @@ def flat_warning(written):
     flat = [each.path.name for each in written if each.is_flat]
     if not flat:
         return None
-    named = ", ".join(flat[:MOST_NAMED]) + (f" and {len(flat) - MOST_NAMED} more" if len(flat) > MOST_NAMED else "")
-    advice = ". The student is likely untrained, or its steps or size are not the trained ones" if len(flat) == len(written) else ""
+    named = ", ".join(flat[:MOST_NAMED]) + (
+        f" and {len(flat) - MOST_NAMED} more" if len(flat) > MOST_NAMED else ""
+    )
+    advice = (
+        ". The student is likely untrained, or its steps or size are not the trained ones"
+        if len(flat) == len(written)
+        else ""
+    )
     return f"{len(flat)} of {len(written)} images {'is' if len(flat) == 1 else 'are'} one flat colour: {named}{advice}."
 
 
@@ -314,8 +410,10 @@ def refuse_not_finite(drawn, dtype):
     if lost := [each.seed for each in drawn if each.path is None]:
         named = ", ".join(map(str, lost[:MOST_NAMED])) + (", ..." if len(lost) > MOST_NAMED else "")
         advice = "Train again." if dtype == "float32" else "Add --dtype float32, or train again."
-        raise FloatingPointError(f"{len(lost)} of {len(drawn)} images are not finite in {dtype} and were not written (seed "
-                                 f"{named}). {advice}")
+        raise FloatingPointError(
+            f"{len(lost)} of {len(drawn)} images are not finite in {dtype} and were not written (seed "
+            f"{named}). {advice}"
+        )
 
 
 def choose_device(wanted):
@@ -324,8 +422,10 @@ def choose_device(wanted):
         return "cuda" if torch.cuda.is_available() else "cpu"
     number = int(wanted.partition(":")[2] or 0)
     if wanted.startswith("cuda") and number >= torch.cuda.device_count():
-        raise ValueError(f"--device {wanted}: {torch.cuda.device_count()} CUDA devices are here. Leave the flag out, or name "
-                         "cpu.")
+        raise ValueError(
+            f"--device {wanted}: {torch.cuda.device_count()} CUDA devices are here. Leave the flag out, or name "
+            "cpu."
+        )
     if wanted == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: not available here. Leave the flag out, or name cpu.")
     return wanted
@@ -336,16 +436,24 @@ def main(settings, prompts):
     jobs = [prompt for prompt in prompts for _ in range(settings.num_images_per_prompt)]
     reason = "" if settings.device or device != "cpu" else " (no CUDA device was found)"
     counted = f"{len(jobs)} image{'s' * (len(jobs) != 1)}"
-    print(f"drawing {counted} of {settings.width}x{settings.height} in {settings.num_inference_steps} steps with "
-          f"{settings.model} on {device}{reason}; writing to {output.absolute()}", flush=True)
+    print(
+        f"drawing {counted} of {settings.width}x{settings.height} in {settings.num_inference_steps} steps with "
+        f"{settings.model} on {device}{reason}; writing to {output.absolute()}",
+        flush=True,
+    )
     if not run:
-        print("no run.json says how it was trained: size and steps are those of the flags, or a guess", flush=True)
+        print(
+            "no run.json says how it was trained: size and steps are those of the flags, or a guess",
+            flush=True,
+        )
     output.mkdir(parents=True, exist_ok=True)
     painter = Painter(settings.model, device, settings.dtype, settings.sha256)
     if painter.encoder.device.type != painter.device.type:
         print(f"the text encoder does not fit on {device} and reads prompts on the CPU", flush=True)
     tell_cut(painter.tokenizer, [*prompts, settings.negative_prompt], partial(print, flush=True))
-    size = size_warning((settings.width, settings.height), trained_sizes(run, painter.pixels_per_token, "run.json"))
+    size = size_warning(
+        (settings.width, settings.height), trained_sizes(run, painter.pixels_per_token, "run.json")
+    )
     warn(size)
     settings = replace(settings, dtype=str(painter.dtype).removeprefix("torch."))
     drawn, cells = draw_all(painter, settings, jobs)
@@ -362,7 +470,11 @@ def save_grid(settings, written, cells):
     """Write the grid, a row for each prompt where it has several images; returns its path."""
     each = settings.num_images_per_prompt
     columns = each if 1 < each <= MOST_COLUMNS else math.ceil(math.sqrt(len(cells)))
-    return save_image(lay_out(cells, columns), settings.output_dir, grid_names(written[0].path, written[len(cells) - 1].path))
+    return save_image(
+        lay_out(cells, columns),
+        settings.output_dir,
+        grid_names(written[0].path, written[len(cells) - 1].path),
+    )
 
 
 def warn(*warnings):
@@ -377,6 +489,9 @@ if __name__ == "__main__":
         print(f"run_inference.py: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"run_inference.py: {str(error).splitlines()[0]} Lower --batch_size, --height or --width, add --dtype bfloat16, or "
-              "--device cpu.", file=sys.stderr)
+        print(
+            f"run_inference.py: {str(error).splitlines()[0]} Lower --batch_size, --height or --width, add --dtype bfloat16, or "
+            "--device cpu.",
+            file=sys.stderr,
+        )
         sys.exit(2)

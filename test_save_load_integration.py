@@ -44,7 +44,9 @@ def weights(folder):
 
 
 def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    return first.keys() == second.keys() and all(
+        torch.equal(tensor, second[name]) for name, tensor in first.items()
+    )
 
 
 def draw(folder, output, *arguments):
@@ -55,13 +57,29 @@ def draw(folder, output, *arguments):
 
 
 def test_a_run_leaves_the_files_that_the_design_promises(orphan):
-    for name in ("config.json", "diffusion_pytorch_model.safetensors", "run.json", "metrics.jsonl", "README.md",
-                 "model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json", "text_encoder/config.json",
-                 "vae/config.json", "checkpoints/step-000003/manifest.json", "samples/step-000006.png"):
+    for name in (
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "run.json",
+        "metrics.jsonl",
+        "README.md",
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/tokenizer.json",
+        "text_encoder/config.json",
+        "vae/config.json",
+        "checkpoints/step-000003/manifest.json",
+        "samples/step-000006.png",
+    ):
         assert (orphan / name).is_file(), name
     assert "teacher" not in (orphan / "config.json").read_text()
     run = json.loads((orphan / "run.json").read_text())
-    assert run["finished"] and run["settings"]["seed"] == 0 and len(run["teacher"]) == 64 and run["versions"]["torch"]
+    assert (
+        run["finished"]
+        and run["settings"]["seed"] == 0
+        and len(run["teacher"]) == 64
+        and run["versions"]["torch"]
+    )
 
 
 def test_what_is_saved_is_what_training_ended_with_first_middle_last_and_all(orphan):
@@ -77,28 +95,34 @@ def velocity(student):
     """Return the digest of a student's velocity for noise and text that are the same everywhere."""
     latents, text = seeded_noise((16, 8, 8), [1, 2]), seeded_noise((9, 64), [3, 4])
     with torch.no_grad():
-        found = [student(latents, torch.full((2,), timestep), text).sample for timestep in (999.0, 500.0, 3.0)]
+        found = [
+            student(latents, torch.full((2,), timestep), text).sample for timestep in (999.0, 500.0, 3.0)
+        ]
     return hashlib.sha256(torch.stack(found).numpy().tobytes()).hexdigest()
 
 
 def test_a_student_loads_in_a_fresh_process_without_its_teacher_and_without_projecting(orphan):
-    code = ("import sys, hashlib; sys.path.insert(0, sys.argv[1])\n"
-            "import train_distillation\n"
-            "from wanlite import projection, teacher, teacher_files\n"
-            "from wanlite.stages import start\n"
-            "def forbidden(*a, **k): raise AssertionError('loading touched a teacher')\n"
-            "for room, name in ((projection, 'project'), (start, 'project_into'), (train_distillation, 'project_into'),\n"
-            "                   (teacher_files, 'open_teacher_files'), (start, 'open_teacher_files'), (teacher, 'load_expert')):\n"
-            "    getattr(room, name); setattr(room, name, forbidden)\n"
-            "student = train_distillation.WanLiteStudent.from_pretrained(sys.argv[2])\n"
-            "assert not any(t.is_meta for t in (*student.parameters(), *student.buffers())) and not student.training\n"
-            "for name, tensor in sorted(student.state_dict().items()):\n"
-            "    print(name, hashlib.sha256(tensor.numpy().tobytes()).hexdigest())\n"
-            "from test_save_load_integration import velocity; print(velocity(student))\n")
+    code = (
+        "import sys, hashlib; sys.path.insert(0, sys.argv[1])\n"
+        "import train_distillation\n"
+        "from wanlite import projection, teacher, teacher_files\n"
+        "from wanlite.stages import start\n"
+        "def forbidden(*a, **k): raise AssertionError('loading touched a teacher')\n"
+        "for room, name in ((projection, 'project'), (start, 'project_into'), (train_distillation, 'project_into'),\n"
+        "                   (teacher_files, 'open_teacher_files'), (start, 'open_teacher_files'), (teacher, 'load_expert')):\n"
+        "    getattr(room, name); setattr(room, name, forbidden)\n"
+        "student = train_distillation.WanLiteStudent.from_pretrained(sys.argv[2])\n"
+        "assert not any(t.is_meta for t in (*student.parameters(), *student.buffers())) and not student.training\n"
+        "for name, tensor in sorted(student.state_dict().items()):\n"
+        "    print(name, hashlib.sha256(tensor.numpy().tobytes()).hexdigest())\n"
+        "from test_save_load_integration import velocity; print(velocity(student))\n"
+    )
     process = run_script("-c", code, ROOT, orphan)
     assert process.returncode == 0, process.stderr
-    expected = [f"{name} {hashlib.sha256(tensor.numpy().tobytes()).hexdigest()}"
-                for name, tensor in sorted(weights(orphan).items())]
+    expected = [
+        f"{name} {hashlib.sha256(tensor.numpy().tobytes()).hexdigest()}"
+        for name, tensor in sorted(weights(orphan).items())
+    ]
     assert process.stdout.splitlines() == [*expected, velocity(WanLiteStudent.from_pretrained(orphan))]
 
 
@@ -107,48 +131,80 @@ def test_saving_and_loading_again_changes_no_bit_and_no_velocity(dtype, orphan, 
     first = WanLiteStudent.from_pretrained(orphan, dtype=dtype)
     first.save_pretrained(tmp_path / "copy")
     second = WanLiteStudent.from_pretrained(tmp_path / "copy")
-    assert same(first.state_dict(), second.state_dict()) and same(first.state_dict(), weights(tmp_path / "copy"))
+    assert same(first.state_dict(), second.state_dict()) and same(
+        first.state_dict(), weights(tmp_path / "copy")
+    )
     assert [t.dtype for t in first.parameters()] == [t.dtype for t in second.parameters()]
     if dtype in (None, "float32"):
-        assert velocity(first) == velocity(second) and (tmp_path / "copy" / WEIGHTS).read_bytes() == (orphan / WEIGHTS).read_bytes()
+        assert (
+            velocity(first) == velocity(second)
+            and (tmp_path / "copy" / WEIGHTS).read_bytes() == (orphan / WEIGHTS).read_bytes()
+        )
 
 
 def test_a_student_that_was_loaded_and_saved_again_draws_the_same_picture(orphan, tmp_path):
     shutil.copytree(orphan, tmp_path / "run", ignore=shutil.ignore_patterns("cache", "checkpoints"))
     WanLiteStudent.from_pretrained(orphan).save_pretrained(tmp_path / "run", max_shard_size="500KB")
     assert len(list((tmp_path / "run").glob("*.safetensors"))) > 2
-    pictures = [draw(folder, tmp_path / name, "--seed", "5") for folder, name in ((orphan, "one"), (tmp_path / "run", "two"))]
+    pictures = [
+        draw(folder, tmp_path / name, "--seed", "5")
+        for folder, name in ((orphan, "one"), (tmp_path / "run", "two"))
+    ]
     assert all(np.array_equal(one, two) for one, two in zip(*pictures))
 
 
 def test_run_inference_draws_what_a_stock_pipeline_draws(orphan, tmp_path):
     pictures = draw(orphan, tmp_path / "ours", "--seed", "5")
     pipeline = WanPipeline.from_pretrained(orphan, transformer=WanTransformer3DModel.from_pretrained(orphan))
-    frames = pipeline(PROMPTS, height=64, width=64, num_frames=1, guidance_scale=1.0, num_inference_steps=4,
-                      latents=seeded_noise((16, 1, 8, 8), [5, 6]), output_type="np").frames[:, 0]
+    frames = pipeline(
+        PROMPTS,
+        height=64,
+        width=64,
+        num_frames=1,
+        guidance_scale=1.0,
+        num_inference_steps=4,
+        latents=seeded_noise((16, 1, 8, 8), [5, 6]),
+        output_type="np",
+    ).frames[:, 0]
     for ours, theirs in zip(pictures, frames):
         assert np.abs(ours.astype(float) - (theirs * 255).round()).max() <= 1
 
 
 def test_a_pipeline_saved_with_a_student_loads_again_and_draws_the_same(orphan, tmp_path):
     def draw_with(pipeline):
-        return pipeline(PROMPTS, height=64, width=64, num_frames=1, guidance_scale=1.0, num_inference_steps=4,
-                        latents=seeded_noise((16, 1, 8, 8), [5, 6]), output_type="np").frames
+        return pipeline(
+            PROMPTS,
+            height=64,
+            width=64,
+            num_frames=1,
+            guidance_scale=1.0,
+            num_inference_steps=4,
+            latents=seeded_noise((16, 1, 8, 8), [5, 6]),
+            output_type="np",
+        ).frames
+
     pipeline = WanPipeline.from_pretrained(orphan, transformer=WanLiteStudent.from_pretrained(orphan))
     pipeline.save_pretrained(tmp_path / "pipeline")
     again = WanPipeline.from_pretrained(tmp_path / "pipeline")
-    assert type(again.transformer) is WanTransformer3DModel and np.array_equal(draw_with(pipeline), draw_with(again))
+    assert type(again.transformer) is WanTransformer3DModel and np.array_equal(
+        draw_with(pipeline), draw_with(again)
+    )
     half = WanPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.bfloat16, device_map="cpu")
     assert half.transformer.dtype == half.vae.dtype == torch.bfloat16 and np.isfinite(draw_with(half)).all()
 
 
 def test_a_picture_says_what_draws_it_again(orphan, tmp_path):
-    draw(orphan, tmp_path / "once", "--seed", "9", "--num_images_per_prompt", "2", "--num_inference_steps", "2")
+    draw(
+        orphan, tmp_path / "once", "--seed", "9", "--num_images_per_prompt", "2", "--num_inference_steps", "2"
+    )
     original = Image.open(sorted((tmp_path / "once").glob("0*.png"))[3])
     facts = original.text
     assert facts["prompt"] == PROMPTS[1] and facts["seed"] == "12" and len(facts["weights_sha256"]) == 64
-    flags = [word for name in ("seed", "num_inference_steps", "guidance_scale", "height", "width", "dtype", "model")
-             for word in (f"--{name}", facts[name])]
+    flags = [
+        word
+        for name in ("seed", "num_inference_steps", "guidance_scale", "height", "width", "dtype", "model")
+        for word in (f"--{name}", facts[name])
+    ]
     process = run_script(DRAW, "--prompt", facts["prompt"], *flags, "--output_dir", tmp_path / "again")
     assert process.returncode == 0, process.stderr
     again = Image.open(next((tmp_path / "again").glob("0*.png")))
@@ -163,8 +219,12 @@ def test_without_a_prompt_the_runs_own_validation_prompts_are_drawn(orphan, tmp_
     assert drawn == prompts and (tmp_path / f"grid-0000-{len(prompts) - 1:04d}.png").is_file()
 
 
-def test_official_and_diffusers_layouts_train_bitwise_the_same_start(official_teacher_with_parts, orphan, tmp_path):
-    process = run_script(TRAIN, "--teacher", official_teacher_with_parts, "--output_dir", tmp_path / "run", *SHORT_RUN)
+def test_official_and_diffusers_layouts_train_bitwise_the_same_start(
+    official_teacher_with_parts, orphan, tmp_path
+):
+    process = run_script(
+        TRAIN, "--teacher", official_teacher_with_parts, "--output_dir", tmp_path / "run", *SHORT_RUN
+    )
     assert process.returncode == 0, process.stderr
     assert same(weights(tmp_path / "run"), weights(orphan))
 
@@ -184,8 +244,12 @@ def official_teacher_with_parts(tmp_path_factory):
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_cut_short_and_resumed_ends_with_the_weights_of_an_uninterrupted_one(how, orphan, tmp_path):
     command = [sys.executable, str(TRAIN), "--output_dir", str(tmp_path / "run"), *SHORT_RUN]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}      # as run_script has it: sums depend on the number of threads
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread)
+    one_thread = os.environ | {
+        "OMP_NUM_THREADS": "1"
+    }  # as run_script has it: sums depend on the number of threads
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread
+    )
     deadline = time.time() + 200
     while not (tmp_path / "run/checkpoints/step-000003").exists():
         assert time.time() < deadline and process.poll() is None, process.stderr.read()

@@ -25,41 +25,86 @@ from wanlite.planning.memory import EFFICIENCY, H100
 from wanlite.training.run_folder import read_run
 
 SMALL = ("--hidden_size", "24", "--depth", "2")
-QUICK = ("--num_held_out", 16, "--lr_warmup_steps", 4, "--teacher_steps", 8, "--validation_walks", 16, "--own_path_pictures", 16)
-BUDGETS = (1000, 1400), (1000, 5600), (4000, 1400), (4000, 5600), (4000, 22400)      # pictures of the teacher, and steps
-RATE = EFFICIENCY * H100 * 3600         # operations an hour
-TOKENS, TEACHER, STUDENT, BATCH = 1024, 14.29e9, 0.282e9, 128     # of a picture; parameters
+QUICK = (
+    "--num_held_out",
+    16,
+    "--lr_warmup_steps",
+    4,
+    "--teacher_steps",
+    8,
+    "--validation_walks",
+    16,
+    "--own_path_pictures",
+    16,
+)
+BUDGETS = (
+    (1000, 1400),
+    (1000, 5600),
+    (4000, 1400),
+    (4000, 5600),
+    (4000, 22400),
+)  # pictures of the teacher, and steps
+RATE = EFFICIENCY * H100 * 3600  # operations an hour
+TOKENS, TEACHER, STUDENT, BATCH = 1024, 14.29e9, 0.282e9, 128  # of a picture; parameters
 
 
 def hours(pictures, steps, teacher_steps=20):
     """Return the hours in which A14B draws so many pictures, guided, and a student of it is trained."""
-    return (2 * TOKENS * TEACHER * pictures * 2 * teacher_steps / RATE, 6 * TOKENS * STUDENT * steps * BATCH / RATE)
+    return (
+        2 * TOKENS * TEACHER * pictures * 2 * teacher_steps / RATE,
+        6 * TOKENS * STUDENT * steps * BATCH / RATE,
+    )
 
 
 def print_table(runs):
     """Print a line for each budget, {(pictures, steps): [run.json of each seed]}: means over seeds, and the range."""
-    columns = ("pictures", "steps", "hours (teacher + student)", "seeds", "right in 4 steps (range)", "in 1 step",
-               "picture error in 4 steps (range)", "in 1 step", "variety in 4 steps")
+    columns = (
+        "pictures",
+        "steps",
+        "hours (teacher + student)",
+        "seeds",
+        "right in 4 steps (range)",
+        "in 1 step",
+        "picture error in 4 steps (range)",
+        "in 1 step",
+        "variety in 4 steps",
+    )
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for (pictures, steps), found in runs.items():
         results = [run["results"] for run in found]
-        right, right_in_one = ([each["student_by_steps"][count]["accuracy"] for each in results] for count in "41")
-        error, error_in_one, variety = ([each[name] for each in results]
-                                        for name in ("picture_error_4", "picture_error_1", "variety_4"))
+        right, right_in_one = (
+            [each["student_by_steps"][count]["accuracy"] for each in results] for count in "41"
+        )
+        error, error_in_one, variety = (
+            [each[name] for each in results] for name in ("picture_error_4", "picture_error_1", "variety_4")
+        )
         spent = " + ".join(f"{each:.1f}" for each in hours(pictures, steps))
-        print(f"| {pictures:,} | {steps:,} | {spent} | {len(found)} | {mean(right):.3f} ({min(right):.3f} to {max(right):.3f}) | "
-              f"{mean(right_in_one):.3f} | {mean(error):.3f} ({min(error):.3f} to {max(error):.3f}) | {mean(error_in_one):.3f} | "
-              f"{mean(variety):.2f} |")
+        print(
+            f"| {pictures:,} | {steps:,} | {spent} | {len(found)} | {mean(right):.3f} ({min(right):.3f} to {max(right):.3f}) | "
+            f"{mean(right_in_one):.3f} | {mean(error):.3f} ({min(error):.3f} to {max(error):.3f}) | {mean(error_in_one):.3f} | "
+            f"{mean(variety):.2f} |"
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("outputs/budget"), help="where students are trained and kept")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("outputs/budget"), help="where students are trained and kept"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="training seeds")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="trained at a time, each on one core")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="trained at a time, each on one core"
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path, help="also write the results there")
-    parser.add_argument("--train_flags", nargs=argparse.REMAINDER, default=[*SMALL], help="flags for every training, to the end")
+    parser.add_argument(
+        "--train_flags",
+        nargs=argparse.REMAINDER,
+        default=[*SMALL],
+        help="flags for every training, to the end",
+    )
     options = parser.parse_args()
     budgets, flags, seeds = BUDGETS, options.train_flags, range(options.seeds)
     if options.quick:
@@ -69,18 +114,40 @@ def main():
 
     def run(job):
         (count, length), seed = job
-        return train(folder / f"seed-{seed}" / f"{count}-pictures-{length}-steps", (TRAIN,),
-                     ("--num_trajectories", count, "--max_train_steps", length, *flags), seed)
+        return train(
+            folder / f"seed-{seed}" / f"{count}-pictures-{length}-steps",
+            (TRAIN,),
+            ("--num_trajectories", count, "--max_train_steps", length, *flags),
+            seed,
+        )
 
-    with ThreadPoolExecutor(options.workers) as pool:        # students of one seed and number share the teacher's pictures
+    with ThreadPoolExecutor(
+        options.workers
+    ) as pool:  # students of one seed and number share the teacher's pictures
         for length in sorted({length for _, length in budgets}):
-            list(pool.map(run, [(budget, seed) for seed in seeds for budget in budgets if budget[1] == length]))
+            list(
+                pool.map(run, [(budget, seed) for seed in seeds for budget in budgets if budget[1] == length])
+            )
     runs = {budget: [read_run(run((budget, seed))) for seed in seeds] for budget in budgets}
     print_table(runs)
     if options.json:
-        options.json.write_text(json.dumps([{"pictures": count, "steps": length, "seed": seed, "chosen": run["chosen"],
-                                             **run["results"]} for (count, length), found in runs.items()
-                                            for seed, run in zip(seeds, found)], indent=2) + "\n")
+        options.json.write_text(
+            json.dumps(
+                [
+                    {
+                        "pictures": count,
+                        "steps": length,
+                        "seed": seed,
+                        "chosen": run["chosen"],
+                        **run["results"],
+                    }
+                    for (count, length), found in runs.items()
+                    for seed, run in zip(seeds, found)
+                ],
+                indent=2,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

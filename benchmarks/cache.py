@@ -38,17 +38,24 @@ from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.data.text_encoder import lazy_encoder
 
 TINY_TEACHER = ROOT / "tiny_teacher"
-STEPS = 20               # of a trajectory
-SIDE = 8                 # of the latents
-LIMIT = 0.05             # of a step, that may be waited
+STEPS = 20  # of a trajectory
+SIDE = 8  # of the latents
+LIMIT = 0.05  # of a step, that may be waited
 
 
 class States(Dataset):
     """The states of shards as a plain dataset: one an index."""
 
     def __init__(self, shards):
-        self.shards, self.places = shards, [(number, walk, state) for number, shard in enumerate(shards)
-                                            for walk in range(len(shard["prompt"])) for state in range(STEPS)]
+        self.shards, self.places = (
+            shards,
+            [
+                (number, walk, state)
+                for number, shard in enumerate(shards)
+                for walk in range(len(shard["prompt"]))
+                for state in range(STEPS)
+            ],
+        )
 
     def __len__(self):
         return len(self.places)
@@ -56,12 +63,17 @@ class States(Dataset):
     def __getitem__(self, number):
         shard, walk, state = self.places[number]
         tensors = self.shards[shard]
-        return {name: tensor[walk] if name == "prompt" else tensor[walk, state] for name, tensor in tensors.items()}
+        return {
+            name: tensor[walk] if name == "prompt" else tensor[walk, state]
+            for name, tensor in tensors.items()
+        }
 
 
 def stock_feed(world, workers):
     """Yield batches of one epoch from a plain DataLoader."""
-    for batch in DataLoader(States(world.states.shards), batch_size=world.batch, shuffle=True, drop_last=True, num_workers=workers):
+    for batch in DataLoader(
+        States(world.states.shards), batch_size=world.batch, shuffle=True, drop_last=True, num_workers=workers
+    ):
         text = pack_text([world.embeddings[number] for number in batch["prompt"].tolist()])
         yield {name: tensor.to(world.device) for name, tensor in batch.items()}, text.to(world.device)
 
@@ -69,8 +81,11 @@ def stock_feed(world, workers):
 def readers(world):
     """Return {name: a way to begin an epoch of batches}."""
     count = len(world.states) // world.batch
-    return {"ours": lambda: world.feed(count), "DataLoader": lambda: stock_feed(world, 0),
-            "DataLoader, 2 workers": lambda: stock_feed(world, 2)}
+    return {
+        "ours": lambda: world.feed(count),
+        "DataLoader": lambda: stock_feed(world, 0),
+        "DataLoader, 2 workers": lambda: stock_feed(world, 2),
+    }
 
 
 def fill(folder, count, device):
@@ -79,14 +94,26 @@ def fill(folder, count, device):
     accelerator = Accelerator(cpu=device.type == "cpu")
     for place in (folder, folder.with_name("text")):
         place.mkdir()
-    words = encode_once(accelerator, lazy_encoder(TINY_TEACHER, device), list(dict.fromkeys([*prompts, ""])),
-                        folder.with_name("text"))
+    words = encode_once(
+        accelerator,
+        lazy_encoder(TINY_TEACHER, device),
+        list(dict.fromkeys([*prompts, ""])),
+        folder.with_name("text"),
+    )
     teacher = Teacher(open_teacher_files(TINY_TEACHER), device)
-    guided, basis = teacher_velocity(teacher, settings, words[""]), torch.eye(128, feature_width(settings, 64), device=device)
+    guided, basis = (
+        teacher_velocity(teacher, settings, words[""]),
+        torch.eye(128, feature_width(settings, 64), device=device),
+    )
     jobs = [(number, prompt, number) for number, prompt in enumerate(prompts)]
     began = time.perf_counter()
-    walker = Walker(accelerator, lambda said, features: guided(pack_text([words[prompt] for prompt in said]).to(device), features),
-                    make_scheduler(3.0), STEPS, basis=basis)
+    walker = Walker(
+        accelerator,
+        lambda said, features: guided(pack_text([words[prompt] for prompt in said]).to(device), features),
+        make_scheduler(3.0),
+        STEPS,
+        basis=basis,
+    )
     states = walker.walk(folder, jobs, (16, SIDE, SIDE))
     return states, [words[prompt] for prompt in prompts], time.perf_counter() - began
 
@@ -110,7 +137,7 @@ def measure_waiting(world, repeats, steps):
         for name, begin in readers(world).items():
             pace = Pace(world.device, 1.0)
             training = ours(world, muon_rate=0.09, feed=pace.deal(iter(begin())))
-            next(training)                                   # the first makes the optimizers' memory, and starts workers
+            next(training)  # the first makes the optimizers' memory, and starts workers
             pace.restart()
             for _ in range(steps):
                 next(training)
@@ -119,7 +146,9 @@ def measure_waiting(world, repeats, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--trajectories", type=int, default=256, help="that are walked")
     parser.add_argument("--repeats", type=int, default=5, help="epochs, and runs of steps, of each reader")
@@ -130,7 +159,9 @@ def main():
         parser.error("--repeats is at least 1, --trajectories at least 64.")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU.")
-    count, repeats, steps, batch = (64, 1, 4, 32) if arguments.quick else (arguments.trajectories, arguments.repeats, 8, 128)
+    count, repeats, steps, batch = (
+        (64, 1, 4, 32) if arguments.quick else (arguments.trajectories, arguments.repeats, 8, 128)
+    )
     device, files = torch.device(arguments.device), open_teacher_files(TINY_TEACHER)
     print(f"walking {count} trajectories on {device}, {torch.get_num_threads()} threads", flush=True)
     with tempfile.TemporaryDirectory(prefix="cache-") as folder:
@@ -139,10 +170,18 @@ def main():
         each = sum(path.stat().st_size for path in folder.iterdir()) / count
         world = World(device, "no", files, student_shape(files.config), SIDE, batch, states, embeddings)
         reading, waiting = measure_reading(world, repeats), measure_waiting(world, repeats, steps)
-    figures = {"trajectories": count, "filled_per_second": count / seconds, "bytes_per_prompt": each, "read_per_second": reading,
-               "waiting_share": waiting, "is_fed": waiting["ours"] < LIMIT}
-    print(f"\nfilled: {count / seconds:.1f} trajectories a second, {each / 1e3:,.0f} kB a prompt\n\n"
-          "| reader | trajectories read a second | share of a step that waits |\n|---|---|---|")
+    figures = {
+        "trajectories": count,
+        "filled_per_second": count / seconds,
+        "bytes_per_prompt": each,
+        "read_per_second": reading,
+        "waiting_share": waiting,
+        "is_fed": waiting["ours"] < LIMIT,
+    }
+    print(
+        f"\nfilled: {count / seconds:.1f} trajectories a second, {each / 1e3:,.0f} kB a prompt\n\n"
+        "| reader | trajectories read a second | share of a step that waits |\n|---|---|---|"
+    )
     for name in reading:
         print(f"| {name} | {reading[name]:,.0f} | {waiting[name]:.1%} |")
     if arguments.json:

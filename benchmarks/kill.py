@@ -28,25 +28,56 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}       # two runs at once; sums depend on the number of threads
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}  # two runs at once; sums depend on the number of threads
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-RUN = ("--num_trajectories", "64", "--max_train_steps", "12", "--train_batch_size", "16", "--checkpointing_steps", "2",
-       "--validation_steps", "4", "--lr_warmup_steps", "2", "--num_held_out", "16", "--teacher_steps", "8", "--report_to", "none",
-       "--segment_steps", "4", "--matching_steps", "4",                                              # four steps of each part
-       "--own_path_pictures", "8", "--validation_walks", "8")
-NUM_SAVES = 7              # six checkpoints and the student
-SAVING = 0.02              # seconds after the first sign of a save, within which it is struck
+RUN = (
+    "--num_trajectories",
+    "64",
+    "--max_train_steps",
+    "12",
+    "--train_batch_size",
+    "16",
+    "--checkpointing_steps",
+    "2",
+    "--validation_steps",
+    "4",
+    "--lr_warmup_steps",
+    "2",
+    "--num_held_out",
+    "16",
+    "--teacher_steps",
+    "8",
+    "--report_to",
+    "none",
+    "--segment_steps",
+    "4",
+    "--matching_steps",
+    "4",  # four steps of each part
+    "--own_path_pictures",
+    "8",
+    "--validation_walks",
+    "8",
+)
+NUM_SAVES = 7  # six checkpoints and the student
+SAVING = 0.02  # seconds after the first sign of a save, within which it is struck
 
 
 def read_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=100, help="runs, each of which is killed once")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--quick", action="store_true", help="3 kills")
-    parser.add_argument("--folder", type=Path, help="where runs are written; None = a temporary folder, removed at the end")
+    parser.add_argument(
+        "--folder", type=Path, help="where runs are written; None = a temporary folder, removed at the end"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     arguments.kills = 3 if arguments.quick else arguments.kills
@@ -59,6 +90,7 @@ def read_arguments():
 
 # ---- a run -----------------------------------------------------------------------------------------------------------------
 
+
 def start(folder):
     """Fork a process that trains in `folder` as the command line does; returns its number."""
     number = os.fork()
@@ -68,6 +100,7 @@ def start(folder):
             with open(f"{folder}.log", "a") as log:
                 os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
             import train_distillation as spine
+
             sys.argv = ["train_distillation.py", "--output_dir", str(folder), *RUN]
             code = spine.main(*spine.read_settings())
         except SystemExit as end:
@@ -91,7 +124,9 @@ def digest(folder):
 
 def signs(folder):
     """Return the saves that are being written just now."""
-    return {path.name for path in (*folder.glob(".saving-*"), *(folder / "checkpoints").glob(".step-*.partial"))}
+    return {
+        path.name for path in (*folder.glob(".saving-*"), *(folder / "checkpoints").glob(".step-*.partial"))
+    }
 
 
 def kept(folder):
@@ -104,6 +139,7 @@ def is_lost(folder, before):
     """Whether what was there before the kill does not verify now."""
     from train_distillation import WanLiteStudent
     from wanlite.training.checkpoints import latest_checkpoint
+
     steps, has_student = before
     newest, skipped = latest_checkpoint(folder)
     try:
@@ -129,8 +165,17 @@ def strike(number, folder, moment, how):
         return None, None
     os.kill(number, how)
     steps, has_student = before
-    where = ("in a save" if saving else "after the student was saved" if has_student else "between checkpoints" if steps else
-             "before the first checkpoint" if (folder / "run.json").exists() else "before the first step")
+    where = (
+        "in a save"
+        if saving
+        else "after the student was saved"
+        if has_student
+        else "between checkpoints"
+        if steps
+        else "before the first checkpoint"
+        if (folder / "run.json").exists()
+        else "before the first step"
+    )
     return before, where
 
 
@@ -143,19 +188,28 @@ def kill_and_finish(job):
     number = start(folder)
     before, where = strike(number, folder, job, how)
     code = finish(number)
-    if before is None or code == 0 and how == signal.SIGKILL:            # it had just ended by itself
+    if before is None or code == 0 and how == signal.SIGKILL:  # it had just ended by itself
         shutil.rmtree(folder)
         return kill_and_finish(job | {"after": job["after"] / 2, "save": job["save"] and job["save"] - 1})
     lost = is_lost(folder, before)
-    codes = {-how} if how == signal.SIGKILL else {0, 3, -how}          # 3: stopped, can be resumed; 0: it was done by then
+    codes = (
+        {-how} if how == signal.SIGKILL else {0, 3, -how}
+    )  # 3: stopped, can be resumed; 0: it was done by then
     refused = code not in codes or (code != 0 and finish(start(folder)) != 0)
     is_identical = digest(folder) == job["digest"]
     if is_identical and not (lost or refused):
-        shutil.rmtree(folder)                                # what went wrong stays, with its log
-    return {"signal": job["signal"], "where": where, "lost": lost, "refused": refused, "identical": is_identical}
+        shutil.rmtree(folder)  # what went wrong stays, with its log
+    return {
+        "signal": job["signal"],
+        "where": where,
+        "lost": lost,
+        "refused": refused,
+        "identical": is_identical,
+    }
 
 
 # ---- all of them -------------------------------------------------------------------------------------------------------------
+
 
 def moments(arguments, folder, seconds, cache, expected):
     """Yield jobs, each with a moment of its own; `seconds` are of a run without and with a cache."""
@@ -163,8 +217,14 @@ def moments(arguments, folder, seconds, cache, expected):
     for count in range(arguments.kills):
         has_cache, how = count % 10 != 9, "SIGTERM" if count % 4 == 1 else "SIGKILL"
         save = draw.randint(1, NUM_SAVES) if has_cache and count % 3 == 0 else None
-        yield {"save": save, "after": draw.uniform(0, SAVING if save else seconds[has_cache]), "signal": how,
-               "cache": cache if has_cache else None, "folder": str(folder / f"{count:04d}"), "digest": expected}
+        yield {
+            "save": save,
+            "after": draw.uniform(0, SAVING if save else seconds[has_cache]),
+            "signal": how,
+            "cache": cache if has_cache else None,
+            "folder": str(folder / f"{count:04d}"),
+            "digest": expected,
+        }
 
 
 def measure(arguments, folder):
@@ -172,6 +232,7 @@ def measure(arguments, folder):
     from tqdm import tqdm
     import torch
     import train_distillation  # noqa: F401 (for all runs, which are forked)
+
     torch.set_num_threads(1)
     seconds, digests = {}, []
     for has_cache in (False, True):
@@ -179,36 +240,57 @@ def measure(arguments, folder):
             shutil.copytree(folder / "uninterrupted-0" / "cache", folder / "uninterrupted-1" / "cache")
         began = time.monotonic()
         if code := finish(start(folder / f"uninterrupted-{has_cache:d}")):
-            raise SystemExit(f"kill.py: the uninterrupted run ended with {code}; see {folder}/uninterrupted-{has_cache:d}.log")
+            raise SystemExit(
+                f"kill.py: the uninterrupted run ended with {code}; see {folder}/uninterrupted-{has_cache:d}.log"
+            )
         seconds[has_cache] = time.monotonic() - began
         digests.append(digest(folder / f"uninterrupted-{has_cache:d}"))
     if digests[0] != digests[1]:
-        raise SystemExit("kill.py: two uninterrupted runs, without and with a cache, end with different weights.")
-    slower = {has_cache: each * min(arguments.jobs, 2) ** 0.5 for has_cache, each in seconds.items()}   # beside another run
+        raise SystemExit(
+            "kill.py: two uninterrupted runs, without and with a cache, end with different weights."
+        )
+    slower = {
+        has_cache: each * min(arguments.jobs, 2) ** 0.5 for has_cache, each in seconds.items()
+    }  # beside another run
     jobs = moments(arguments, folder, slower, folder / "uninterrupted-0" / "cache", digests[0])
     began = time.monotonic()
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("fork")) as pool:
         kills = pool.map(kill_and_finish, jobs)
         rows = list(tqdm(kills, desc="killing", total=arguments.kills, unit="run"))
-    return {"kills": len(rows), **{name: sum(row[name] for row in rows) for name in ("identical", "lost", "refused")},
-            "where": Counter(row["where"] for row in rows), "signals": Counter(row["signal"] for row in rows),
-            "seconds_uninterrupted": round(seconds[True], 2), "seconds": round(time.monotonic() - began)}, rows
+    return {
+        "kills": len(rows),
+        **{name: sum(row[name] for row in rows) for name in ("identical", "lost", "refused")},
+        "where": Counter(row["where"] for row in rows),
+        "signals": Counter(row["signal"] for row in rows),
+        "seconds_uninterrupted": round(seconds[True], 2),
+        "seconds": round(time.monotonic() - began),
+    }, rows
 
 
 def main():
     arguments = read_arguments()
     folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="kill-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"killing {arguments.kills} runs once each, {arguments.jobs} at a time; writing to {folder}", flush=True)
+    print(
+        f"killing {arguments.kills} runs once each, {arguments.jobs} at a time; writing to {folder}",
+        flush=True,
+    )
     figures, rows = measure(arguments, folder)
     print("\n| struck | kills | identical | lost | refused |\n|---|---|---|---|---|")
     for where in sorted(figures["where"]):
         found = [row for row in rows if row["where"] == where]
-        print(f"| {where} | {len(found)} | " + " | ".join(str(sum(row[name] for row in found))
-                                                          for name in ("identical", "lost", "refused")) + " |")
-    print(f"| **all** | {figures['kills']} | {figures['identical']} | {figures['lost']} | {figures['refused']} |")
-    print(f"\n{dict(figures['signals'])}; an uninterrupted run takes {figures['seconds_uninterrupted']} s; "
-          f"{figures['seconds']} s in all")
+        print(
+            f"| {where} | {len(found)} | "
+            + " | ".join(str(sum(row[name] for row in found)) for name in ("identical", "lost", "refused"))
+            + " |"
+        )
+    print(
+        f"| **all** | {figures['kills']} | {figures['identical']} | {figures['lost']} | {figures['refused']} |"
+    )
+    print(
+        f"\n{dict(figures['signals'])}; an uninterrupted run takes {figures['seconds_uninterrupted']} s; "
+        f"{figures['seconds']} s in all"
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
     is_good = figures["identical"] == figures["kills"] and not figures["lost"] and not figures["refused"]

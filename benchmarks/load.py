@@ -31,8 +31,24 @@ sys.path.insert(0, str(ROOT))
 WAYS = ("ours", "stock", "bare", "lean")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SIZES = {False: {}, True: {"hidden_size": 256, "depth": 4, "num_heads": 4}}
-SHORT_RUN = ("--num_trajectories", "32", "--max_train_steps", "2", "--train_batch_size", "16", "--num_held_out", "16",
-             "--own_path_pictures", "0", "--validation_walks", "8", "--teacher_steps", "8", "--report_to", "none")
+SHORT_RUN = (
+    "--num_trajectories",
+    "32",
+    "--max_train_steps",
+    "2",
+    "--train_batch_size",
+    "16",
+    "--num_held_out",
+    "16",
+    "--own_path_pictures",
+    "0",
+    "--validation_walks",
+    "8",
+    "--teacher_steps",
+    "8",
+    "--report_to",
+    "none",
+)
 IMPORTS = """
 import os
 import numpy, torch, safetensors.torch, tqdm
@@ -53,25 +69,43 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def read_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=9, help="processes for each way and dtype")
     parser.add_argument("--quick", action="store_true", help="a small student in one dtype, each way once")
-    parser.add_argument("--folder", type=Path, help="where students are written; None = a temporary folder, removed at the end")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where students are written; None = a temporary folder, removed at the end",
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)      # what a process of ours is started with
+    parser.add_argument(
+        "--one", choices=WAYS, help=argparse.SUPPRESS
+    )  # what a process of ours is started with
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error("--repeats is at least 1.")
-    if arguments.folder and not arguments.one and arguments.folder.exists() and any(arguments.folder.iterdir()):
+    if (
+        arguments.folder
+        and not arguments.one
+        and arguments.folder.exists()
+        and any(arguments.folder.iterdir())
+    ):
         parser.error(f"--folder {arguments.folder} is not empty. Name a new one.")
     return arguments
 
 
 # ---- one way, once ---------------------------------------------------------------------------------------------------------
 
+
 def memory(name):
     """Return a line of /proc/self/status in bytes."""
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(name)
+    )
 
 
 def load_once(way, folder):
@@ -82,6 +116,7 @@ def load_once(way, folder):
     from safetensors.torch import load_file
 
     from train_distillation import WanLiteStudent
+
     dtype = torch.bfloat16 if folder.name == "bfloat16" else torch.float32
     config = json.loads((folder / "config.json").read_text())
 
@@ -103,8 +138,8 @@ def load_once(way, folder):
         return student.eval()
 
     load = {"ours": ours, "stock": stock, "bare": bare, "lean": lean}[way]
-    torch.empty(1).sum()                                         # what torch sets up at its first sum is no way's cost
-    Path("/proc/self/clear_refs").write_text("5")                # from now on VmHWM is the peak of what follows
+    torch.empty(1).sum()  # what torch sets up at its first sum is no way's cost
+    Path("/proc/self/clear_refs").write_text("5")  # from now on VmHWM is the peak of what follows
     before, own = memory("VmRSS:"), memory("RssAnon:")
     began = time.perf_counter()
     student = load()
@@ -115,19 +150,25 @@ def load_once(way, folder):
     touched = time.perf_counter() - began
     total = sum(parameter.detach().sum(dtype=torch.float64).item() for parameter in student.parameters())
     size = sum(parameter.nbytes for parameter in student.parameters())
-    print(json.dumps({"seconds": seconds, "touched": touched, "peak": peak / size, "own": own / size, "total": total}))
+    print(
+        json.dumps(
+            {"seconds": seconds, "touched": touched, "peak": peak / size, "own": own / size, "total": total}
+        )
+    )
 
 
 # ---- all of them -------------------------------------------------------------------------------------------------------------
+
 
 def save_students(folder, dtypes, is_quick):
     """Save a student with random weights in each dtype; returns its parameters in millions."""
     import torch
 
     from train_distillation import WanLiteStudent
+
     torch.manual_seed(0)
     student = WanLiteStudent(**SIZES[is_quick])
-    student.proj_out.reset_parameters()                          # silent when new
+    student.proj_out.reset_parameters()  # silent when new
     for name in dtypes:
         student.to(getattr(torch, name)).save_pretrained(folder / name)
     return student.num_parameters() / 1e6
@@ -136,27 +177,50 @@ def save_students(folder, dtypes, is_quick):
 def measure_loading(folder, dtypes, repeats):
     """Return {dtype: {way: [what it took, once]}}; ways take turns."""
     from tqdm import tqdm
+
     found = {dtype: {way: [] for way in WAYS} for dtype in dtypes}
     jobs = [(dtype, way) for _ in range(repeats) for dtype in found for way in WAYS]
     for dtype, way in tqdm(jobs, desc="loading", unit="process"):
-        (folder / dtype / WEIGHTS).read_bytes()                  # into the page cache
-        process = subprocess.run([sys.executable, __file__, "--one", way, "--folder", folder / dtype], check=True,
-                                 capture_output=True, text=True)
+        (folder / dtype / WEIGHTS).read_bytes()  # into the page cache
+        process = subprocess.run(
+            [sys.executable, __file__, "--one", way, "--folder", folder / dtype],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         found[dtype][way].append(json.loads(process.stdout.splitlines()[-1]))
     for dtype, ways in found.items():
         totals = [row["total"] for rows in ways.values() for row in rows]
         if max(totals) - min(totals) > 1e-9 * abs(totals[0]):
-            raise SystemExit(f"load.py: the ways loaded different weights in {dtype}: their sums are {totals}")
+            raise SystemExit(
+                f"load.py: the ways loaded different weights in {dtype}: their sums are {totals}"
+            )
     return found
 
 
 def measure_start(folder, repeats):
     """Return seconds of the bare imports, and from the start of run_inference.py to its first sampling step, in turns."""
-    subprocess.run([sys.executable, ROOT / "train_distillation.py", "--output_dir", folder / "run", *SHORT_RUN], check=True,
-                   capture_output=True)
-    commands = {"imports": [sys.executable, "-c", IMPORTS],
-                "start": [sys.executable, "-c", FIRST_STEP, ROOT, ROOT / "run_inference.py", "--model", folder / "run",
-                          "--output_dir", folder / "pictures", "--prompt", "a small red circle"]}
+    subprocess.run(
+        [sys.executable, ROOT / "train_distillation.py", "--output_dir", folder / "run", *SHORT_RUN],
+        check=True,
+        capture_output=True,
+    )
+    commands = {
+        "imports": [sys.executable, "-c", IMPORTS],
+        "start": [
+            sys.executable,
+            "-c",
+            FIRST_STEP,
+            ROOT,
+            ROOT / "run_inference.py",
+            "--model",
+            folder / "run",
+            "--output_dir",
+            folder / "pictures",
+            "--prompt",
+            "a small red circle",
+        ],
+    }
     seconds = {name: [] for name in commands}
     for _ in range(repeats):
         for name, command in commands.items():
@@ -172,10 +236,14 @@ def summarise(found):
     medians = {}
     for dtype, ways in found.items():
         for way, rows in ways.items():
-            middle = medians[dtype, way] = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+            middle = medians[dtype, way] = {
+                name: statistics.median(row[name] for row in rows) for name in rows[0]
+            }
             low, high = (f"{function(row['seconds'] for row in rows):.3f}" for function in (min, max))
-            print(f"| {dtype} | {way} | {middle['seconds']:.3f} ({low} to {high}) | {middle['touched']:.3f} | "
-                  f"{middle['peak']:.2f} | {middle['own']:.2f} |")
+            print(
+                f"| {dtype} | {way} | {middle['seconds']:.3f} ({low} to {high}) | {middle['touched']:.3f} | "
+                f"{middle['peak']:.2f} | {middle['own']:.2f} |"
+            )
     return medians
 
 
@@ -187,22 +255,35 @@ def main():
     folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="load-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    print(f"loading a student in {len(WAYS)} ways, {repeats} times each in {' and '.join(dtypes)}; writing to {folder}", flush=True)
+    print(
+        f"loading a student in {len(WAYS)} ways, {repeats} times each in {' and '.join(dtypes)}; writing to {folder}",
+        flush=True,
+    )
     millions = save_students(folder, dtypes, arguments.quick)
     medians = summarise(measure_loading(folder, dtypes, repeats))
     start = {name: statistics.median(each) for name, each in measure_start(folder, repeats).items()}
 
     def worst(name, of, over=None):
         return max(medians[dtype, of][name] / (medians[dtype, over][name] if over else 1) for dtype in dtypes)
-    figures = {"over_bare": worst("seconds", "ours", "bare"), "over_stock": worst("seconds", "ours", "stock"),
-               "over_lean": worst("seconds", "ours", "lean"), "touched_over_stock": worst("touched", "ours", "stock"),
-               "touched_over_lean": worst("touched", "ours", "lean"), "peak_over_weights": worst("peak", "ours"),
-               "start_over_imports": start["start"] / start["imports"], "million_parameters": millions, "seconds_to_start": start}
-    print(f"\nours, the worse where there are two dtypes: {figures['over_bare']:.2f} x bare, {figures['over_stock']:.2f} x stock, "
-          f"{figures['over_lean']:.2f} x lean; touched {figures['touched_over_stock']:.2f} x stock, "
-          f"{figures['touched_over_lean']:.2f} x lean; peak {figures['peak_over_weights']:.2f} x the weights ({millions:.0f} M)\n"
-          f"run_inference.py takes its first sampling step after {start['start']:.1f} s, {figures['start_over_imports']:.2f} x the "
-          f"{start['imports']:.1f} s of its bare imports")
+
+    figures = {
+        "over_bare": worst("seconds", "ours", "bare"),
+        "over_stock": worst("seconds", "ours", "stock"),
+        "over_lean": worst("seconds", "ours", "lean"),
+        "touched_over_stock": worst("touched", "ours", "stock"),
+        "touched_over_lean": worst("touched", "ours", "lean"),
+        "peak_over_weights": worst("peak", "ours"),
+        "start_over_imports": start["start"] / start["imports"],
+        "million_parameters": millions,
+        "seconds_to_start": start,
+    }
+    print(
+        f"\nours, the worse where there are two dtypes: {figures['over_bare']:.2f} x bare, {figures['over_stock']:.2f} x stock, "
+        f"{figures['over_lean']:.2f} x lean; touched {figures['touched_over_stock']:.2f} x stock, "
+        f"{figures['touched_over_lean']:.2f} x lean; peak {figures['peak_over_weights']:.2f} x the weights ({millions:.0f} M)\n"
+        f"run_inference.py takes its first sampling step after {start['start']:.1f} s, {figures['start_over_imports']:.2f} x the "
+        f"{start['imports']:.1f} s of its bare imports"
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
     if not arguments.folder:

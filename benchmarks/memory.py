@@ -28,30 +28,63 @@ from wanlite.training.optimizers import make_optimizers
 from wanlite.planning.memory import decoding_peak, gigabytes, pass_peak, simulated_peak, training_peak
 
 WARM = {"width": 128, "depth": 2, "side": 16, "rows": 1, "teacher": 256, "base_dim": 8}
-SIZES = {False: {"width": 1024, "depth": 8, "side": 64, "rows": 2, "teacher": 2560, "base_dim": 96},
-         True: {"width": 512, "depth": 4, "side": 32, "rows": 2, "teacher": 1024, "base_dim": 32}}
+SIZES = {
+    False: {"width": 1024, "depth": 8, "side": 64, "rows": 2, "teacher": 2560, "base_dim": 96},
+    True: {"width": 512, "depth": 4, "side": 32, "rows": 2, "teacher": 1024, "base_dim": 32},
+}
 
 
 def phases(size):
     """Return {phase: what measures it by a given way to find a peak}."""
     latents = (size["side"], size["side"])
-    files = SimpleNamespace(config={"in_channels": 16, "text_dim": 4096}, experts={"only": SimpleNamespace(
-        width=size["teacher"], config={
-            "patch_size": (1, 2, 2), "num_attention_heads": size["teacher"] // 128, "attention_head_dim": 128, "in_channels": 16,
-            "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 3 * size["teacher"], "num_layers": 2,
-            "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "rope_max_seq_len": 1024})})
+    files = SimpleNamespace(
+        config={"in_channels": 16, "text_dim": 4096},
+        experts={
+            "only": SimpleNamespace(
+                width=size["teacher"],
+                config={
+                    "patch_size": (1, 2, 2),
+                    "num_attention_heads": size["teacher"] // 128,
+                    "attention_head_dim": 128,
+                    "in_channels": 16,
+                    "out_channels": 16,
+                    "text_dim": 4096,
+                    "freq_dim": 256,
+                    "ffn_dim": 3 * size["teacher"],
+                    "num_layers": 2,
+                    "cross_attn_norm": True,
+                    "qk_norm": "rms_norm_across_heads",
+                    "eps": 1e-6,
+                    "rope_max_seq_len": 1024,
+                },
+            )
+        },
+    )
 
     def train(peak, muon_rate):
         settings = Settings(muon_learning_rate=muon_rate)
-        return training_peak(partial(WanLiteStudent, size["width"], size["depth"]),
-                             lambda network: make_optimizers(settings, network, is_fused=network.device.type == "cuda"),
-                             lambda network: EMAModel(network.parameters()), size["rows"], latents, False, peak)
+        return training_peak(
+            partial(WanLiteStudent, size["width"], size["depth"]),
+            lambda network: make_optimizers(settings, network, is_fused=network.device.type == "cuda"),
+            lambda network: EMAModel(network.parameters()),
+            size["rows"],
+            latents,
+            False,
+            peak,
+        )
 
     return {
-        "training, AdamW": partial(train, muon_rate=0.0), "training, Muon": partial(train, muon_rate=0.01),
+        "training, AdamW": partial(train, muon_rate=0.0),
+        "training, Muon": partial(train, muon_rate=0.01),
         "a teacher's pass": lambda peak: pass_peak(files, 8 * size["rows"], latents, torch.float32, peak),
-        "decoding": lambda peak: decoding_peak(partial(make_autoencoder, {"base_dim": size["base_dim"]}), decode_latents,
-                                               4 * size["rows"], (16, *latents), peak)}
+        "decoding": lambda peak: decoding_peak(
+            partial(make_autoencoder, {"base_dim": size["base_dim"]}),
+            decode_latents,
+            4 * size["rows"],
+            (16, *latents),
+            peak,
+        ),
+    }
 
 
 def measured_peak(work):
@@ -68,6 +101,7 @@ def measured_peak(work):
         while not is_done.is_set():
             found[0] = max(found[0], anonymous_bytes())
             time.sleep(0.002)
+
     watcher = threading.Thread(target=watch)
     watcher.start()
     work()
@@ -83,19 +117,26 @@ def anonymous_bytes():
 
 def measure(size, phase, connection):
     """Measure a phase in this process and send the figure."""
-    phases(WARM)[phase](lambda work: work() or 0)            # what the libraries keep for themselves is there before
+    phases(WARM)[phase](lambda work: work() or 0)  # what the libraries keep for themselves is there before
     connection.send(phases(size)[phase](measured_peak))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     options = parser.parse_args()
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"           # glibc gives back what is freed, and no holes between are counted
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = (
+        "65536"  # glibc gives back what is freed, and no holes between are counted
+    )
     size, figures = SIZES[options.quick], {}
-    print(f"measuring {len(phases(size))} phases, each in a process of its own: {size}\n\n"
-          "| phase | told | measured | told / measured |\n|---|---|---|---|", flush=True)
+    print(
+        f"measuring {len(phases(size))} phases, each in a process of its own: {size}\n\n"
+        "| phase | told | measured | told / measured |\n|---|---|---|---|",
+        flush=True,
+    )
     for phase, find in phases(size).items():
         told = find(partial(simulated_peak, device_type="cuda" if torch.cuda.is_available() else "cpu"))
         ours, theirs = get_context("spawn").Pipe()

@@ -21,59 +21,109 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 STARTS = ("random", "selection", "importance", "weights_only", "calibrated")
-SHAPES = ("64x4x2", "64x4x4", "48x2x2", "48x2x3", "24x2x1", "24x2x2")    # width x blocks x heads; the teacher has 128 x 4 x 4
-RATES = (0.03, 0.1, 0.3)                                                # of Muon; AdamW, for the rest, has the default's
+SHAPES = (
+    "64x4x2",
+    "64x4x4",
+    "48x2x2",
+    "48x2x3",
+    "24x2x1",
+    "24x2x2",
+)  # width x blocks x heads; the teacher has 128 x 4 x 4
+RATES = (0.03, 0.1, 0.3)  # of Muon; AdamW, for the rest, has the default's
 TUNING_SEED = 100
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="width x blocks x heads")
     parser.add_argument("--starts", nargs="+", default=STARTS, choices=STARTS)
-    parser.add_argument("--experts", nargs="+", default=["low"], choices=("low", "high", "span"), help="which expert is projected")
+    parser.add_argument(
+        "--experts",
+        nargs="+",
+        default=["low"],
+        choices=("low", "high", "span"),
+        help="which expert is projected",
+    )
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="one = no tuning")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/projection"), help="where the teacher's trajectories are kept")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("outputs/projection"),
+        help="where the teacher's trajectories are kept",
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     options = parser.parse_args()
     if options.quick:
-        options.steps, options.seeds, options.shapes, options.rates = 30, 1, options.shapes[:1], options.rates[1:2]
-    print(f"comparing {len(options.starts)} starts x {len(options.shapes)} shapes x {options.seeds} seeds over {options.steps} "
-          f"steps; trajectories go to {options.folder}", flush=True)
+        options.steps, options.seeds, options.shapes, options.rates = (
+            30,
+            1,
+            options.shapes[:1],
+            options.rates[1:2],
+        )
+    print(
+        f"comparing {len(options.starts)} starts x {len(options.shapes)} shapes x {options.seeds} seeds over {options.steps} "
+        f"steps; trajectories go to {options.folder}",
+        flush=True,
+    )
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     data = prepare(options.folder, 256 if options.quick else 4000)
-    os.environ["TQDM_DISABLE"] = "1"                          # the runs at once would write over each other's bars
+    os.environ["TQDM_DISABLE"] = "1"  # the runs at once would write over each other's bars
     rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         rates = tune(pool, rows, options, data)
-        jobs = [job(start, shape, seed, rates[start, width_of(shape)], expert, options, data) for seed in range(options.seeds)
-                for shape in options.shapes for start in options.starts for expert in options.experts
-                if expert == options.experts[0] or start == "weights_only" or (start, expert) == ("calibrated", "high")]
+        jobs = [
+            job(start, shape, seed, rates[start, width_of(shape)], expert, options, data)
+            for seed in range(options.seeds)
+            for shape in options.shapes
+            for start in options.starts
+            for expert in options.experts
+            if expert == options.experts[0]
+            or start == "weights_only"
+            or (start, expert) == ("calibrated", "high")
+        ]
         summarise(run_all(pool, rows, jobs, options))
 
 
 def job(start, shape, seed, rate, expert, options, data):
     width, blocks, heads = map(int, shape.split("x"))
-    return {"start": start, "student": {"hidden_size": width, "depth": blocks, "num_heads": heads}, "expert": expert, "seed": seed,
-            "rate": rate, "steps": options.steps, "batch": options.batch, "data": data}
+    return {
+        "start": start,
+        "student": {"hidden_size": width, "depth": blocks, "num_heads": heads},
+        "expert": expert,
+        "seed": seed,
+        "rate": rate,
+        "steps": options.steps,
+        "batch": options.batch,
+        "data": data,
+    }
 
 
 def run_all(pool, rows, jobs, options):
     """Run the jobs that have no row yet, adding to `rows` and to the file as they end; returns the rows of all jobs."""
+
     def key(row):
-        return json.dumps([row[name] for name in ("start", "student", "expert", "seed", "rate", "steps", "batch")])
+        return json.dumps(
+            [row[name] for name in ("start", "student", "expert", "seed", "rate", "steps", "batch")]
+        )
+
     have = {key(row) for row in rows}
     missing = [job for job in jobs if key(job) not in have]
     for number, row in enumerate(pool.map(run, missing), 1):
         rows.append(row)
         errors = "  ".join(f"{step}: {error:.3f}" for step, error in row["error_at"].items())
         shape = "x".join(map(str, row["student"].values()))
-        print(f"[{number}/{len(missing)}] {row['start']:>12} ({row['expert']}) {shape:>7} seed {row['seed']} rate {row['rate']:g}  "
-              f"{errors}  accuracy {row['accuracy']:.3f}  {row['seconds']:.1f} s", flush=True)
+        print(
+            f"[{number}/{len(missing)}] {row['start']:>12} ({row['expert']}) {shape:>7} seed {row['seed']} rate {row['rate']:g}  "
+            f"{errors}  accuracy {row['accuracy']:.3f}  {row['seconds']:.1f} s",
+            flush=True,
+        )
         if options.json:
             partial = options.json.with_suffix(".partial")
             partial.write_text(json.dumps(rows, indent=1) + "\n")
@@ -84,16 +134,25 @@ def run_all(pool, rows, jobs, options):
 def tune(pool, rows, options, data):
     """Return {(start, width): the rate with the lowest error at the end}, by a seed that the table does not use."""
     first = {width_of(shape): shape for shape in reversed(options.shapes)}
-    jobs = [job(start, shape, TUNING_SEED, rate, "low", options, data) for shape in first.values() for start in options.starts
-            for rate in options.rates]
+    jobs = [
+        job(start, shape, TUNING_SEED, rate, "low", options, data)
+        for shape in first.values()
+        for start in options.starts
+        for rate in options.rates
+    ]
     if len(options.rates) > 1:
         found = run_all(pool, rows, jobs, options)
         found.sort(key=lambda row: -row["error_at"][str(options.steps)])
-        rates = {(row["start"], row["student"]["hidden_size"]): row["rate"] for row in found}            # the last, best one stays
+        rates = {
+            (row["start"], row["student"]["hidden_size"]): row["rate"] for row in found
+        }  # the last, best one stays
     else:
         rates = {(job["start"], job["student"]["hidden_size"]): job["rate"] for job in jobs}
-    print("learning rates of Muon:", ", ".join(f"{start} at width {width} {rate:g}" for (start, width), rate in rates.items()),
-          flush=True)
+    print(
+        "learning rates of Muon:",
+        ", ".join(f"{start} at width {width} {rate:g}" for (start, width), rate in rates.items()),
+        flush=True,
+    )
     return rates
 
 
@@ -102,6 +161,7 @@ def width_of(shape):
 
 
 # ---- what every run learns from --------------------------------------------------------------------------------------------
+
 
 def prepare(folder, num_trajectories):
     """Walk the teacher once, as a training run does; returns where it lies."""
@@ -124,10 +184,15 @@ def prepare(folder, num_trajectories):
     prompts = [*training, *held_out, ""]
     embeddings = dict(zip(prompts, encode_prompts(*load_text_encoder(settings.teacher), prompts)))
     guided = teacher_velocity(spine.Teacher(files), settings, embeddings[""])
-    walker = Walker(Accelerator(), lambda said, features: guided(pack_text([embeddings[p] for p in said]), features),
-                    make_scheduler(settings.flow_shift), settings.teacher_steps, basis=torch.eye(files.experts["low"].width)[:, :1])
+    walker = Walker(
+        Accelerator(),
+        lambda said, features: guided(pack_text([embeddings[p] for p in said]), features),
+        make_scheduler(settings.flow_shift),
+        settings.teacher_steps,
+        basis=torch.eye(files.experts["low"].width)[:, :1],
+    )
     cache = cache_folder(folder, "projection", teacher=files.fingerprint, prompts=[*training, *held_out])
-    for part, prompts, first in (("training", training, 0), ("held_out", held_out[:64], -10**6)):
+    for part, prompts, first in (("training", training, 0), ("held_out", held_out[:64], -(10**6))):
         (cache / part).mkdir(exist_ok=True)
         walker.walk(cache / part, [(n, prompt, first + n) for n, prompt in enumerate(prompts)], (16, 8, 8))
     torch.save({"training": training, "held_out": held_out, "embeddings": embeddings}, cache / "prompts.pt")
@@ -135,6 +200,7 @@ def prepare(folder, num_trajectories):
 
 
 # ---- one run ----------------------------------------------------------------------------------------------------------------
+
 
 def run(job):
     """Make a start, train it, and judge it; returns the row."""
@@ -156,14 +222,25 @@ def run(job):
     cache = Path(job["data"])
     said = torch.load(cache / "prompts.pt", weights_only=True)
     training, held_out, embeddings = said["training"], said["held_out"], said["embeddings"]
-    states = {part: Trajectories(cache / part, len(list((cache / part).glob("shard-*")))) for part in ("training", "held_out")}
-    settings = replace(complete(spine.Settings()), seed=job["seed"], learning_rate=2e-3, muon_learning_rate=job["rate"],
-                       max_train_steps=job["steps"], lr_warmup_steps=job["steps"] // 10)
+    states = {
+        part: Trajectories(cache / part, len(list((cache / part).glob("shard-*"))))
+        for part in ("training", "held_out")
+    }
+    settings = replace(
+        complete(spine.Settings()),
+        seed=job["seed"],
+        learning_rate=2e-3,
+        muon_learning_rate=job["rate"],
+        max_train_steps=job["steps"],
+        lr_warmup_steps=job["steps"] // 10,
+    )
     files = spine.open_teacher_files(settings.teacher)
     torch.manual_seed(job["seed"])
     student = spine.WanLiteStudent(student_shape(files.config, **job["student"]))
     began = time.perf_counter()
-    STARTERS[job["start"]](student, files, job["expert"], [embeddings[prompt] for prompt in training[:1024]], job["seed"])
+    STARTERS[job["start"]](
+        student, files, job["expert"], [embeddings[prompt] for prompt in training[:1024]], job["seed"]
+    )
     seconds = time.perf_counter() - began
     optimizers = spine.make_optimizers(settings, student)
     rates = spine.make_rates(settings, optimizers)
@@ -171,11 +248,14 @@ def run(job):
 
     def measure(step):
         with spine.averaged(ema, student, True):
-            errors[str(step)] = round(relative_error(student, states["held_out"], embeddings, held_out, "cpu",
-                                                           lambda: None), 5)
+            errors[str(step)] = round(
+                relative_error(student, states["held_out"], embeddings, held_out, "cpu", lambda: None), 5
+            )
 
     measure(0)
-    for step, numbers in enumerate(SeededBatches(len(states["training"]), job["batch"], job["seed"], 0, job["steps"]), 1):
+    for step, numbers in enumerate(
+        SeededBatches(len(states["training"]), job["batch"], job["seed"], 0, job["steps"]), 1
+    ):
         batch = states["training"].__getitems__(numbers)
         text = pack_text([embeddings[training[number]] for number in batch["prompt"].tolist()])
         velocity = velocity_from(student, text)(batch["latents"].float(), batch["timestep"])
@@ -190,14 +270,28 @@ def run(job):
             measure(step)
     ema.copy_to(student.parameters())
     autoencoder, scheduler = load_autoencoder(settings.teacher), make_scheduler(settings.flow_shift)
-    drawn = prompt_accuracy(lambda prompts: draw_pictures(
-        partial(velocity_from, student), autoencoder, [embeddings[prompt] for prompt in prompts], list(range(len(prompts))),
-        scheduler, settings.teacher_steps, (16, 8, 8)), held_out[:200])
+    drawn = prompt_accuracy(
+        lambda prompts: draw_pictures(
+            partial(velocity_from, student),
+            autoencoder,
+            [embeddings[prompt] for prompt in prompts],
+            list(range(len(prompts))),
+            scheduler,
+            settings.teacher_steps,
+            (16, 8, 8),
+        ),
+        held_out[:200],
+    )
     return {name: value for name, value in job.items() if name != "data"} | {
-        "error_at": errors, "accuracy": drawn["accuracy"], "seconds": round(seconds, 2), "parameters": student.num_parameters()}
+        "error_at": errors,
+        "accuracy": drawn["accuracy"],
+        "seconds": round(seconds, 2),
+        "parameters": student.num_parameters(),
+    }
 
 
 # ---- the starts ---------------------------------------------------------------------------------------------------------------
+
 
 def random_start(student, files, expert, words, seed):
     pass
@@ -207,6 +301,7 @@ def weights_only(student, files, expert, words, seed):
     import torch
 
     from wanlite.student.projection import choose_experts, project
+
     project(student, choose_experts(files, expert), torch.cat(words))
 
 
@@ -216,9 +311,12 @@ def calibrated(student, files, expert, words, seed):
     from wanlite.student.calibration import calibrate, choose_channels, make_frames
     from wanlite.network import pack_text
     from wanlite.student.projection import choose_experts, project
+
     (expert,) = choose_experts(files, expert)
     frames = make_frames(expert, pack_text(words), (8, 8), seed=seed)
-    report = project(student, [expert], torch.cat(words), choose_channels(expert, frames, student.config.hidden_size))
+    report = project(
+        student, [expert], torch.cat(words), choose_channels(expert, frames, student.config.hidden_size)
+    )
     calibrate(student, expert, report, frames)
 
 
@@ -243,6 +341,7 @@ def importance(student, files, expert, words, seed):
     def watch(name, module):
         def add(module, inputs, output):
             active[name] = active.get(name, 0) + inputs[0].detach().flatten(0, -2).abs().mean(0)
+
         module.register_forward_hook(add)
 
     for index, block in enumerate(network.blocks):
@@ -255,27 +354,42 @@ def importance(student, files, expert, words, seed):
         one_frame_velocity(network, frames.latents, frames.timestep, *frames.text)
     config, head_dim = student.config, files.config["attention_head_dim"]
     size = config.hidden_size // config.num_heads
-    channels = top(sum(score for name, score in active.items() if name.endswith("channels")), config.hidden_size)
+    channels = top(
+        sum(score for name, score in active.items() if name.endswith("channels")), config.hidden_size
+    )
 
     def head_rows(block, attention):
-        heads = top(active[f"{block}.{attention}"].unflatten(0, (-1, head_dim)).square().sum(1), config.num_heads)
-        cut = {kind: (files.read(f"blocks.{block}.{attention}.to_{kind}.weight"),
-                      files.read(f"blocks.{block}.{attention}.to_{kind}.bias")) for kind in "qk"}
+        heads = top(
+            active[f"{block}.{attention}"].unflatten(0, (-1, head_dim)).square().sum(1), config.num_heads
+        )
+        cut = {
+            kind: (
+                files.read(f"blocks.{block}.{attention}.to_{kind}.weight"),
+                files.read(f"blocks.{block}.{attention}.to_{kind}.bias"),
+            )
+            for kind in "qk"
+        }
         places = [head * head_dim + torch.arange(head_dim) for head in heads.tolist()]
-        return torch.cat([rows[_rotary_rows(cut, rows, head_dim, size, attention == "attn1")] for rows in places])
+        return torch.cat(
+            [rows[_rotary_rows(cut, rows, head_dim, size, attention == "attn1")] for rows in places]
+        )
 
     def choose(name, dimension, few, many):
         part = name.split(".")
         if few == many:
             return torch.arange(many)
-        if part[0] == "blocks" and part[2] in ("attn1", "attn2") and (part[3].startswith("norm") or
-                                                                    (part[3] == "to_out") == (dimension == 1)):
+        if (
+            part[0] == "blocks"
+            and part[2] in ("attn1", "attn2")
+            and (part[3].startswith("norm") or (part[3] == "to_out") == (dimension == 1))
+        ):
             return head_rows(part[1], part[2])
         if part[0] == "blocks" and part[2] == "ffn" and (dimension == 0) == (part[4] == "0"):
             return top(active[f"{part[1]}.ffn"], few)
         if "time_proj" in name and dimension == 0:
             return (torch.arange(6)[:, None] * files.width + channels).flatten()
         return channels
+
     slice_into(student, files, choose)
 
 
@@ -287,7 +401,9 @@ def slice_into(student, files, choose):
     with torch.no_grad():
         for name, tensor in student.state_dict().items():
             part = name.split(".")
-            theirs = ".".join([part[0], str(blocks[int(part[1])]), *part[2:]]) if part[0] == "blocks" else name
+            theirs = (
+                ".".join([part[0], str(blocks[int(part[1])]), *part[2:]]) if part[0] == "blocks" else name
+            )
             found = files.read(theirs)
             for dimension, (few, many) in enumerate(zip(tensor.shape, found.shape)):
                 kept = choose(theirs, dimension, few, many)
@@ -297,31 +413,48 @@ def slice_into(student, files, choose):
 
 def evenly(few, many):
     import torch
+
     return torch.linspace(0, many - 1, few).round().long()
 
 
-STARTERS = {"random": random_start, "selection": selection, "importance": importance, "weights_only": weights_only,
-            "calibrated": calibrated}
+STARTERS = {
+    "random": random_start,
+    "selection": selection,
+    "importance": importance,
+    "weights_only": weights_only,
+    "calibrated": calibrated,
+}
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------------------
 
+
 def summarise(rows):
     """Print the README's table: mean and range over seeds."""
     marks = list(rows[0]["error_at"])
-    print(f"\n| student | start | {' | '.join(f'error at {mark}' for mark in marks)} | captions right | seconds to project |\n"
-          f"|{'---|' * (len(marks) + 4)}")
+    print(
+        f"\n| student | start | {' | '.join(f'error at {mark}' for mark in marks)} | captions right | seconds to project |\n"
+        f"|{'---|' * (len(marks) + 4)}"
+    )
     cells = dict.fromkeys((tuple(row["student"].values()), row["start"], row["expert"]) for row in rows)
-    for shape, start, expert in sorted(cells, key=lambda cell: (-cell[0][0], -cell[0][1], cell[0][2], STARTS.index(cell[1]))):
-        found = [row for row in rows if (tuple(row["student"].values()), row["start"], row["expert"]) == (shape, start, expert)]
+    for shape, start, expert in sorted(
+        cells, key=lambda cell: (-cell[0][0], -cell[0][1], cell[0][2], STARTS.index(cell[1]))
+    ):
+        found = [
+            row
+            for row in rows
+            if (tuple(row["student"].values()), row["start"], row["expert"]) == (shape, start, expert)
+        ]
         errors = [[row["error_at"][mark] for row in found] for mark in marks]
         shares = [row["accuracy"] for row in found]
         name = start.replace("_", " ") + ("" if expert == "low" else f", {expert}")
-        print(f"| {shape[0]} x {shape[1]}, {shape[2]} heads | {name} | "
-              + " | ".join(f"{sum(each) / len(each):.3f}" for each in errors[:-1])
-              + f" | {sum(errors[-1]) / len(found):.3f} ({min(errors[-1]):.3f} to {max(errors[-1]):.3f})"
-              f" | {sum(shares) / len(found):.2f} ({min(shares):.2f} to {max(shares):.2f})"
-              f" | {sum(row['seconds'] for row in found) / len(found):.1f} |")
+        print(
+            f"| {shape[0]} x {shape[1]}, {shape[2]} heads | {name} | "
+            + " | ".join(f"{sum(each) / len(each):.3f}" for each in errors[:-1])
+            + f" | {sum(errors[-1]) / len(found):.3f} ({min(errors[-1]):.3f} to {max(errors[-1]):.3f})"
+            f" | {sum(shares) / len(found):.2f} ({min(shares):.2f} to {max(shares):.2f})"
+            f" | {sum(row['seconds'] for row in found) / len(found):.1f} |"
+        )
 
 
 if __name__ == "__main__":

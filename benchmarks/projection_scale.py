@@ -31,7 +31,13 @@ from tqdm import tqdm
 from wanlite.planning.settings import OneLineParser
 
 TEACHERS = {
-    "a14b": {"dim": 5120, "ffn_dim": 13824, "num_layers": 40, "num_heads": 40, "in_dim": 16},    # one of two experts
+    "a14b": {
+        "dim": 5120,
+        "ffn_dim": 13824,
+        "num_layers": 40,
+        "num_heads": 40,
+        "in_dim": 16,
+    },  # one of two experts
     "14b": {"dim": 5120, "ffn_dim": 13824, "num_layers": 40, "num_heads": 40, "in_dim": 16},
     "5b": {"dim": 3072, "ffn_dim": 14336, "num_layers": 30, "num_heads": 24, "in_dim": 48},
     "1.3b": {"dim": 1536, "ffn_dim": 8960, "num_layers": 30, "num_heads": 12, "in_dim": 16},
@@ -42,27 +48,41 @@ QUICK_STUDENT = {"hidden_size": 256, "depth": 2, "num_heads": 2, "ffn_dim": 1024
 TEXT_DIM = 4096
 NUM_SHARDS = 6
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
-PIECE = 16 << 20           # bytes of one plain read
-SPARE = 1 << 30            # bytes of disk that stay free
+PIECE = 16 << 20  # bytes of one plain read
+SPARE = 1 << 30  # bytes of disk that stay free
 GIB = 1 << 30
 
 
 # ---- the tensors of a Wan, by their official names -------------------------------------------------------------------------
 
+
 def teacher_config(name, layers=None, is_quick=False):
     """Return an expert's config.json; `_written_by` tells a folder of this script from anybody else's."""
     sizes = TEACHERS[name] | (QUICK_TEACHER if is_quick else {})
-    return {"_class_name": "WanModel", "_written_by": f"projection_scale.py for {name}", **sizes, "out_dim": sizes["in_dim"],
-            "num_layers": layers or sizes["num_layers"], "freq_dim": 256, "text_len": 512, "eps": 1e-6, "model_type": "t2v"}
+    return {
+        "_class_name": "WanModel",
+        "_written_by": f"projection_scale.py for {name}",
+        **sizes,
+        "out_dim": sizes["in_dim"],
+        "num_layers": layers or sizes["num_layers"],
+        "freq_dim": 256,
+        "text_len": 512,
+        "eps": 1e-6,
+        "model_type": "t2v",
+    }
 
 
 def tensor_shapes(config):
     """Return {official name: shape} in the order of the layers."""
     width, inner, channels = config["dim"], config["ffn_dim"], config["in_dim"]
     shapes = {"patch_embedding.weight": (width, channels, 1, 2, 2), "patch_embedding.bias": (width,)}
-    for name, out, fan_in in (("text_embedding.0", width, TEXT_DIM), ("text_embedding.2", width, width),
-                              ("time_embedding.0", width, config["freq_dim"]), ("time_embedding.2", width, width),
-                              ("time_projection.1", 6 * width, width)):
+    for name, out, fan_in in (
+        ("text_embedding.0", width, TEXT_DIM),
+        ("text_embedding.2", width, width),
+        ("time_embedding.0", width, config["freq_dim"]),
+        ("time_embedding.2", width, width),
+        ("time_projection.1", 6 * width, width),
+    ):
         shapes |= _linear(name, out, fan_in)
     for index in range(config["num_layers"]):
         shapes |= {f"blocks.{index}.{name}": shape for name, shape in _block_shapes(width, inner).items()}
@@ -87,6 +107,7 @@ def num_bytes(shapes):
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------------
+
 
 class RandomWan:
     """Random bf16 values of which a share is common: every matrix reads or writes one falling spectrum over the residual.
@@ -124,14 +145,14 @@ class RandomWan:
     def _transposed(self, fan_in):
         matrix, start = np.empty((self.width, fan_in), np.uint16), 0
         for rows in self._rows(fan_in, fan_in):
-            matrix[:, start:start + len(rows)] = rows.T
+            matrix[:, start : start + len(rows)] = rows.T
             start += len(rows)
         return matrix
 
     def _small(self, name, shape):
         if "norm" in name and name.endswith("weight"):
             return 1 + 0.1 * self._normal(*shape)
-        return self._normal(*shape) * (self.width ** -0.5 if "modulation" in name else 0.02)
+        return self._normal(*shape) * (self.width**-0.5 if "modulation" in name else 0.02)
 
     def _normal(self, *shape):
         return self.random.standard_normal(shape, dtype=np.float32)
@@ -152,7 +173,9 @@ def write_expert(folder, config, seed=0):
             path = folder / _shard_name(number)
             _write_shard(path, {name: shapes[name] for name in names}, values, progress)
             weight_map |= dict.fromkeys(names, path.name)
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": num_bytes(shapes)}, "weight_map": weight_map}))
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": {"total_size": num_bytes(shapes)}, "weight_map": weight_map})
+    )
     (folder / "config.json").write_text(_config_text(config))
     return num_bytes(shapes) / (time.perf_counter() - began)
 
@@ -205,6 +228,7 @@ def remove_expert(folder):
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------------
+
 
 def forget(path):
     """Drop a file from the page cache, so that it is read from the disk again."""
@@ -292,12 +316,18 @@ def measure_projection(folder, student, device):
         seconds = time.perf_counter() - began
     if not reads["bytes"]:
         raise AssertionError("the projection reads past ExpertFiles.read: count that here")
-    return {"peak_gib": memory("VmHWM") / GIB, "peak_anonymous_gib": anonymous.peak / GIB,
-            "anonymous_before_gib": before / GIB,                     # python, torch and the student
-            "peak_device_gib": torch.cuda.max_memory_allocated() / GIB if device.startswith("cuda") else None,
-            "seconds": seconds, "seconds_reading": reads["seconds"], "seconds_arithmetic": seconds - reads["seconds"],
-            "bytes_read": reads["bytes"], "read_gb_per_s": reads["bytes"] / reads["seconds"] / 1e9,
-            "threads": torch.get_num_threads()}
+    return {
+        "peak_gib": memory("VmHWM") / GIB,
+        "peak_anonymous_gib": anonymous.peak / GIB,
+        "anonymous_before_gib": before / GIB,  # python, torch and the student
+        "peak_device_gib": torch.cuda.max_memory_allocated() / GIB if device.startswith("cuda") else None,
+        "seconds": seconds,
+        "seconds_reading": reads["seconds"],
+        "seconds_arithmetic": seconds - reads["seconds"],
+        "bytes_read": reads["bytes"],
+        "read_gb_per_s": reads["bytes"] / reads["seconds"] / 1e9,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def measure_in_a_fresh_process(folder, student, device):
@@ -306,22 +336,38 @@ def measure_in_a_fresh_process(folder, student, device):
     task = json.dumps({"folder": str(folder), "student": student, "device": device})
     process = subprocess.run([sys.executable, __file__, "--project", task], stdout=subprocess.PIPE, text=True)
     if process.returncode:
-        how = "was killed, as is done where memory runs out" if process.returncode == -signal.SIGKILL else "failed"
+        how = (
+            "was killed, as is done where memory runs out"
+            if process.returncode == -signal.SIGKILL
+            else "failed"
+        )
         sys.exit(f"projection_scale.py: the projection {how} (exit code {process.returncode}).")
     return json.loads(process.stdout.splitlines()[-1])
 
 
 # ---- the script ----------------------------------------------------------------------------------------------------------
 
+
 def read_options():
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", choices=TEACHERS, default="a14b", help="whose shape is written (default: a14b, one expert)")
+    parser.add_argument(
+        "--teacher",
+        choices=TEACHERS,
+        default="a14b",
+        help="whose shape is written (default: a14b, one expert)",
+    )
     parser.add_argument("--layers", type=int, help="fewer blocks of the same width; None = all of them")
     for name, value in STUDENT.items():
         parser.add_argument(f"--{name}", type=int, help=f"of the student (default: {value})")
     parser.add_argument("--device", default="cpu", help="where the arithmetic runs (default: cpu)")
-    parser.add_argument("--folder", type=Path, help="where the expert is written, new or empty, on a disk; None = a temporary one")
-    parser.add_argument("--keep", action="store_true", help="leave the expert in --folder; the next run measures it again")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where the expert is written, new or empty, on a disk; None = a temporary one",
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="leave the expert in --folder; the next run measures it again"
+    )
     parser.add_argument("--quick", action="store_true", help="a narrow Wan of two blocks")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--project", help=argparse.SUPPRESS)
@@ -339,7 +385,9 @@ def read_options():
 
 def student_config(options, config):
     """Return the student's settings; its depth is by default no more than the teacher's."""
-    defaults = QUICK_STUDENT if options.quick else STUDENT | {"depth": min(STUDENT["depth"], config["num_layers"])}
+    defaults = (
+        QUICK_STUDENT if options.quick else STUDENT | {"depth": min(STUDENT["depth"], config["num_layers"])}
+    )
     given = {name: getattr(options, name) for name in STUDENT if getattr(options, name) is not None}
     return defaults | given | {"num_channels": config["in_dim"]}
 
@@ -350,11 +398,15 @@ def check_folder(folder, config):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if path.is_file() and path.read_bytes() == _config_text(config).encode():
             return True
-        raise OSError(f"--folder {folder} is not empty and holds no such expert that this script wrote. Name a new one.")
+        raise OSError(
+            f"--folder {folder} is not empty and holds no such expert that this script wrote. Name a new one."
+        )
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
     if free < size + SPARE:
-        raise OSError(f"the expert takes {size / 1e9:.1f} GB and a spare {SPARE / 1e9:.1f} GB, {free / 1e9:.1f} GB are free at "
-                      f"{folder}. Name another disk with --folder, or fewer --layers.")
+        raise OSError(
+            f"the expert takes {size / 1e9:.1f} GB and a spare {SPARE / 1e9:.1f} GB, {free / 1e9:.1f} GB are free at "
+            f"{folder}. Name another disk with --folder, or fewer --layers."
+        )
     return False
 
 
@@ -362,24 +414,37 @@ def check_student(config, student):
     """Refuse a student that cannot be cut from the teacher, before anything is written."""
     from wanlite.student.shape import check_cut
     from wanlite.student.loading import check_shape
+
     patch = {"patch_size": (1, 2, 2)}
     check_shape(**patch, eps=config["eps"], **student)
-    teacher = {"num_attention_heads": config["num_heads"], "attention_head_dim": config["dim"] // config["num_heads"],
-               "num_layers": config["num_layers"], "ffn_dim": config["ffn_dim"], "in_channels": config["in_dim"],
-               "text_dim": TEXT_DIM, "freq_dim": config["freq_dim"]}
+    teacher = {
+        "num_attention_heads": config["num_heads"],
+        "attention_head_dim": config["dim"] // config["num_heads"],
+        "num_layers": config["num_layers"],
+        "ffn_dim": config["ffn_dim"],
+        "in_channels": config["in_dim"],
+        "text_dim": TEXT_DIM,
+        "freq_dim": config["freq_dim"],
+    }
     check_cut(teacher | patch, student | patch | {"text_dim": TEXT_DIM, "freq_dim": config["freq_dim"]})
 
 
 def print_table(record, size):
     print(f"peak resident memory     {record['peak_gib']:8.2f} GiB, pages of mapped files included")
-    print(f"peak anonymous memory    {record['peak_anonymous_gib']:8.2f} GiB, of it {record['anonymous_before_gib']:.2f} before "
-          "the projection began")
+    print(
+        f"peak anonymous memory    {record['peak_anonymous_gib']:8.2f} GiB, of it {record['anonymous_before_gib']:.2f} before "
+        "the projection began"
+    )
     if record["peak_device_gib"] is not None:
         print(f"peak device memory       {record['peak_device_gib']:8.2f} GiB")
-    print(f"projection               {record['seconds']:8.1f} s, reading {record['seconds_reading']:.1f} s and arithmetic "
-          f"{record['seconds_arithmetic']:.1f} s, {record['threads']} threads")
-    print(f"read                     {record['bytes_read'] / 1e9:8.1f} GB, {record['bytes_read'] / size:.1f} times the expert, "
-          f"at {record['read_gb_per_s']:.2f} GB/s")
+    print(
+        f"projection               {record['seconds']:8.1f} s, reading {record['seconds_reading']:.1f} s and arithmetic "
+        f"{record['seconds_arithmetic']:.1f} s, {record['threads']} threads"
+    )
+    print(
+        f"read                     {record['bytes_read'] / 1e9:8.1f} GB, {record['bytes_read'] / size:.1f} times the expert, "
+        f"at {record['read_gb_per_s']:.2f} GB/s"
+    )
     print(f"plain read               {size / 1e9:8.1f} GB at {record['plain_read_gb_per_s']:.2f} GB/s")
     if record["write_gb_per_s"] is not None:
         print(f"written                  {size / 1e9:8.1f} GB at {record['write_gb_per_s']:.2f} GB/s")
@@ -388,9 +453,14 @@ def print_table(record, size):
 def run(folder, config, student, options, is_kept):
     """Write the expert unless it is there, measure, and tell."""
     written = None if is_kept else write_expert(folder, config) / 1e9
-    record = {"teacher": {"name": options.teacher, **config}, "student": student, "device": options.device,
-              "plain_read_gb_per_s": plain_read(folder) / 1e9, "write_gb_per_s": written,
-              **measure_in_a_fresh_process(folder, student, options.device)}
+    record = {
+        "teacher": {"name": options.teacher, **config},
+        "student": student,
+        "device": options.device,
+        "plain_read_gb_per_s": plain_read(folder) / 1e9,
+        "write_gb_per_s": written,
+        **measure_in_a_fresh_process(folder, student, options.device),
+    }
     print_table(record, num_bytes(tensor_shapes(config)))
     if options.json:
         options.json.write_text(json.dumps(record, indent=2) + "\n")
@@ -410,15 +480,18 @@ def main():
     except OSError as error:
         parser.error(str(error))
     size = num_bytes(tensor_shapes(config))
-    print(f"{'measures' if is_kept else 'writes'} an expert shaped as {options.teacher}, {config['num_layers']} blocks of "
-          f"{config['dim']}, {size / 2e9:.2f} B parameters, {size / 1e9:.1f} GB of disk, in {folder} ("
-          f"{'kept' if options.keep else 'removed at the end'}); projects it into {student['hidden_size']} x "
-          f"{student['depth']} on {options.device}; a table follows", flush=True)
+    print(
+        f"{'measures' if is_kept else 'writes'} an expert shaped as {options.teacher}, {config['num_layers']} blocks of "
+        f"{config['dim']}, {size / 2e9:.2f} B parameters, {size / 1e9:.1f} GB of disk, in {folder} ("
+        f"{'kept' if options.keep else 'removed at the end'}); projects it into {student['hidden_size']} x "
+        f"{student['depth']} on {options.device}; a table follows",
+        flush=True,
+    )
     try:
         check_student(config, student)
     except ValueError as error:
         parser.error(str(error))
-    for number in (signal.SIGTERM, signal.SIGHUP):                     # an end on request also removes what was written
+    for number in (signal.SIGTERM, signal.SIGHUP):  # an end on request also removes what was written
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         run(folder, config, student, options, is_kept)

@@ -1,7 +1,7 @@
 """Train a student by a rival of ours, under the command line of train_distillation.py.
 
-    python benchmarks/rivals.py flow_matching --output_dir DIR ...    # in place of stage 2a: the teacher's pictures as data
-    python benchmarks/rivals.py twin_flow --output_dir DIR ...        # in place of stage 2b: its own critic, at negative times
+python benchmarks/rivals.py flow_matching --output_dir DIR ...    # in place of stage 2a: the teacher's pictures as data
+python benchmarks/rivals.py twin_flow --output_dir DIR ...        # in place of stage 2b: its own critic, at negative times
 """
 
 import os
@@ -18,7 +18,7 @@ from wanlite.flow import add_noise, shift_noise_level
 from wanlite.training.losses import velocity_loss
 from wanlite.training.steps import MATCHED, STEPS, draw, segment_step, velocity_from
 
-WARM_UP = 0.5        # share of the part in which the fake branch is learnt before it pushes
+WARM_UP = 0.5  # share of the part in which the fake branch is learnt before it pushes
 RECTIFY_WEIGHT = 0.5
 
 
@@ -52,7 +52,9 @@ def twin_flow_step(networks, settings, batch, text, progress, generator):
     noisy, _, timestep, _ = networks.few.renoise(drawn, generator)
     with torch.no_grad():
         push = (velocity_of(noisy, -timestep) - velocity_of(noisy, timestep)).clamp(-1, 1)
-    parts["rectify_loss"] = velocity_loss(drawn, (drawn + push).detach()).mean()      # clean falls where velocity rises
+    parts["rectify_loss"] = velocity_loss(
+        drawn, (drawn + push).detach()
+    ).mean()  # clean falls where velocity rises
     weight = RECTIFY_WEIGHT * (progress >= WARM_UP)
     return anchor + parts["fake_loss"] + weight * parts["rectify_loss"], parts
 

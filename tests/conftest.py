@@ -26,15 +26,24 @@ TINY_TEACHER = ROOT / "tiny_teacher"
 A14B = {"width": 5120, "ffn_dim": 13824, "num_layers": 40, "channels": 16, "model_type": "t2v"}
 WAN_1_3B = {"width": 1536, "ffn_dim": 8960, "num_layers": 30, "channels": 16, "model_type": "t2v"}
 TI2V_5B = {"width": 3072, "ffn_dim": 14336, "num_layers": 30, "channels": 48, "model_type": "ti2v"}
-TO_OFFICIAL = [("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-               ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-               ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-               ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-               ("condition_embedder.time_proj", "time_projection.1"), ("proj_out", "head.head"),
-               (".attn1.to_out.0", ".self_attn.o"), (".attn2.to_out.0", ".cross_attn.o"),
-               (".attn1.to_", ".self_attn."), (".attn2.to_", ".cross_attn."), (".attn1.norm_", ".self_attn.norm_"),
-               (".attn2.norm_", ".cross_attn.norm_"), (".norm2.", ".norm3."), (".ffn.net.0.proj", ".ffn.0"),
-               (".ffn.net.2", ".ffn.2"), (".scale_shift_table", ".modulation")]
+TO_OFFICIAL = [
+    ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    ("condition_embedder.time_proj", "time_projection.1"),
+    ("proj_out", "head.head"),
+    (".attn1.to_out.0", ".self_attn.o"),
+    (".attn2.to_out.0", ".cross_attn.o"),
+    (".attn1.to_", ".self_attn."),
+    (".attn2.to_", ".cross_attn."),
+    (".attn1.norm_", ".self_attn.norm_"),
+    (".attn2.norm_", ".cross_attn.norm_"),
+    (".norm2.", ".norm3."),
+    (".ffn.net.0.proj", ".ffn.0"),
+    (".ffn.net.2", ".ffn.2"),
+    (".scale_shift_table", ".modulation"),
+]
 
 
 def official_name(name):
@@ -56,10 +65,23 @@ def write_official(source, target, num_shards=3):
         for path in (source / ours).glob("*.safetensors"):
             tensors |= {official_name(name): tensor for name, tensor in load_file(path).items()}
         heads, size = config["num_attention_heads"], config["attention_head_dim"]
-        (folder / "config.json").write_text(json.dumps({
-            "_class_name": "WanModel", "dim": heads * size, "ffn_dim": config["ffn_dim"], "freq_dim": config["freq_dim"],
-            "in_dim": config["in_channels"], "num_heads": heads, "num_layers": config["num_layers"],
-            "out_dim": config["out_channels"], "text_len": 512, "eps": config["eps"], "model_type": "t2v"}))
+        (folder / "config.json").write_text(
+            json.dumps(
+                {
+                    "_class_name": "WanModel",
+                    "dim": heads * size,
+                    "ffn_dim": config["ffn_dim"],
+                    "freq_dim": config["freq_dim"],
+                    "in_dim": config["in_channels"],
+                    "num_heads": heads,
+                    "num_layers": config["num_layers"],
+                    "out_dim": config["out_channels"],
+                    "text_len": 512,
+                    "eps": config["eps"],
+                    "model_type": "t2v",
+                }
+            )
+        )
         weight_map = {}
         for number in range(num_shards):
             shard = f"diffusion_pytorch_model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
@@ -67,27 +89,40 @@ def write_official(source, target, num_shards=3):
             save_file(part, folder / shard)
             weight_map |= dict.fromkeys(part, shard)
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
-            json.dumps({"metadata": {}, "weight_map": weight_map}))
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
 
 
 def wan_shapes(width, ffn_dim, num_layers, channels, **_):
     """Return {diffusers' name: shape} of a Wan with head size 128, as its own repository has them."""
+
     def linear(name, rows, columns):
         return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
 
     condition = "condition_embedder."
-    shapes = {"patch_embedding.weight": (width, channels, 1, 2, 2), "patch_embedding.bias": (width,),
-              "scale_shift_table": (1, 2, width)}
-    shapes |= linear(f"{condition}text_embedder.linear_1", width, 4096) | linear(f"{condition}text_embedder.linear_2", width, width)
-    shapes |= linear(f"{condition}time_embedder.linear_1", width, 256) | linear(f"{condition}time_embedder.linear_2", width, width)
+    shapes = {
+        "patch_embedding.weight": (width, channels, 1, 2, 2),
+        "patch_embedding.bias": (width,),
+        "scale_shift_table": (1, 2, width),
+    }
+    shapes |= linear(f"{condition}text_embedder.linear_1", width, 4096) | linear(
+        f"{condition}text_embedder.linear_2", width, width
+    )
+    shapes |= linear(f"{condition}time_embedder.linear_1", width, 256) | linear(
+        f"{condition}time_embedder.linear_2", width, width
+    )
     shapes |= linear(f"{condition}time_proj", 6 * width, width) | linear("proj_out", 4 * channels, width)
     for block in (f"blocks.{index}." for index in range(num_layers)):
         for attention in ("attn1", "attn2"):
             for part in ("to_q", "to_k", "to_v", "to_out.0"):
                 shapes |= linear(f"{block}{attention}.{part}", width, width)
             shapes |= {f"{block}{attention}.norm_{kind}.weight": (width,) for kind in "qk"}
-        shapes |= linear(f"{block}ffn.net.0.proj", ffn_dim, width) | linear(f"{block}ffn.net.2", width, ffn_dim)
-        shapes |= {f"{block}scale_shift_table": (1, 6, width)} | {f"{block}norm2.{kind}": (width,) for kind in ("weight", "bias")}
+        shapes |= linear(f"{block}ffn.net.0.proj", ffn_dim, width) | linear(
+            f"{block}ffn.net.2", width, ffn_dim
+        )
+        shapes |= {f"{block}scale_shift_table": (1, 6, width)} | {
+            f"{block}norm2.{kind}": (width,) for kind in ("weight", "bias")
+        }
     return shapes
 
 
@@ -108,26 +143,62 @@ def write_sparse_wan(folder, model, dialect, num_shards):
     folder.mkdir(parents=True)
     width, heads, channels = model["width"], model["width"] // 128, model["channels"]
     if dialect == "official":
-        config = {"_class_name": "WanModel", "dim": width, "eps": 1e-06, "ffn_dim": model["ffn_dim"],
-                  "freq_dim": 256, "in_dim": channels, "model_type": model["model_type"], "num_heads": heads,
-                  "num_layers": model["num_layers"], "out_dim": channels, "text_len": 512}
+        config = {
+            "_class_name": "WanModel",
+            "dim": width,
+            "eps": 1e-06,
+            "ffn_dim": model["ffn_dim"],
+            "freq_dim": 256,
+            "in_dim": channels,
+            "model_type": model["model_type"],
+            "num_heads": heads,
+            "num_layers": model["num_layers"],
+            "out_dim": channels,
+            "text_len": 512,
+        }
     else:
-        config = {"_class_name": "WanTransformer3DModel", "added_kv_proj_dim": None, "attention_head_dim": 128,
-                  "cross_attn_norm": True, "eps": 1e-06, "ffn_dim": model["ffn_dim"], "freq_dim": 256, "image_dim": None,
-                  "in_channels": channels, "num_attention_heads": heads, "num_layers": model["num_layers"],
-                  "out_channels": channels, "patch_size": [1, 2, 2], "pos_embed_seq_len": None,
-                  "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024, "text_dim": 4096}
+        config = {
+            "_class_name": "WanTransformer3DModel",
+            "added_kv_proj_dim": None,
+            "attention_head_dim": 128,
+            "cross_attn_norm": True,
+            "eps": 1e-06,
+            "ffn_dim": model["ffn_dim"],
+            "freq_dim": 256,
+            "image_dim": None,
+            "in_channels": channels,
+            "num_attention_heads": heads,
+            "num_layers": model["num_layers"],
+            "out_channels": channels,
+            "patch_size": [1, 2, 2],
+            "pos_embed_seq_len": None,
+            "qk_norm": "rms_norm_across_heads",
+            "rope_max_seq_len": 1024,
+            "text_dim": 4096,
+        }
     (folder / "config.json").write_text(json.dumps(config))
-    shapes = {official_name(name) if dialect == "official" else name: shape for name, shape in wan_shapes(**model).items()}
+    shapes = {
+        official_name(name) if dialect == "official" else name: shape
+        for name, shape in wan_shapes(**model).items()
+    }
     names, weight_map = list(shapes), {}
     for number in range(num_shards):
         shard = f"diffusion_pytorch_model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
-        part = {name: shapes[name] for name in names[number * len(names) // num_shards:(number + 1) * len(names) // num_shards]}
+        part = {
+            name: shapes[name]
+            for name in names[number * len(names) // num_shards : (number + 1) * len(names) // num_shards]
+        }
         write_sparse(folder / ("diffusion_pytorch_model.safetensors" if num_shards == 1 else shard), part)
         weight_map |= dict.fromkeys(part, shard)
     if num_shards > 1:
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
-            json.dumps({"metadata": {"total_size": 4 * sum(map(math.prod, shapes.values()))}, "weight_map": weight_map}))
+            json.dumps(
+                {
+                    "metadata": {"total_size": 4 * sum(map(math.prod, shapes.values()))},
+                    "weight_map": weight_map,
+                }
+            )
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -151,9 +222,16 @@ def teacher():
 def words():
     """Four prompts and the empty one four times, as TextTokens."""
     tokenizer, encoder = load_text_encoder(TINY_TEACHER)
-    prompts = ["a small red circle at the left on a white background", "at the top, a large blue ring on black",
-               "a large green cross left of a small cyan square on a grey background", "something else entirely"]
-    return (pack_text(encode_prompts(tokenizer, encoder, prompts)), pack_text(encode_prompts(tokenizer, encoder, [""] * 4)))
+    prompts = [
+        "a small red circle at the left on a white background",
+        "at the top, a large blue ring on black",
+        "a large green cross left of a small cyan square on a grey background",
+        "something else entirely",
+    ]
+    return (
+        pack_text(encode_prompts(tokenizer, encoder, prompts)),
+        pack_text(encode_prompts(tokenizer, encoder, [""] * 4)),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -163,18 +241,31 @@ def noisy():
 
 def pytest_terminal_summary(terminalreporter):
     """Tell what it cost to refuse bad input, whichever process did it."""
-    costs = [cost for report in terminalreporter.getreports("") for name, found in getattr(report, "user_properties", ())
-             if name == "refused" for cost in found]
+    costs = [
+        cost
+        for report in terminalreporter.getreports("")
+        for name, found in getattr(report, "user_properties", ())
+        if name == "refused"
+        for cost in found
+    ]
     if costs:
         seconds, megabytes = map(max, zip(*costs))
-        terminalreporter.write_line(f"{len(costs)} bad inputs refused, slowest {seconds:.2f} s, largest {megabytes:.0f} MB")
+        terminalreporter.write_line(
+            f"{len(costs)} bad inputs refused, slowest {seconds:.2f} s, largest {megabytes:.0f} MB"
+        )
 
 
 def run_script(*arguments, cwd=ROOT, timeout=300):
     """Run a script as a user does; returns the finished process with its output as text."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, timeout=timeout,
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+    )
 
 
 def fork(work, kill_after=None):
@@ -261,10 +352,36 @@ def change(folder, how):
     return tensors
 
 
-SHORT_RUN = ("--num_trajectories", "64", "--max_train_steps", "6", "--segment_steps", "2", "--matching_steps", "2",
-             "--own_path_pictures", "8", "--train_batch_size", "16", "--checkpointing_steps", "3", "--validation_steps", "3",
-             "--lr_warmup_steps", "2", "--num_held_out", "16", "--report_to", "none", "--teacher_steps", "8",
-             "--reference_steps", "8", "--validation_walks", "16")
+SHORT_RUN = (
+    "--num_trajectories",
+    "64",
+    "--max_train_steps",
+    "6",
+    "--segment_steps",
+    "2",
+    "--matching_steps",
+    "2",
+    "--own_path_pictures",
+    "8",
+    "--train_batch_size",
+    "16",
+    "--checkpointing_steps",
+    "3",
+    "--validation_steps",
+    "3",
+    "--lr_warmup_steps",
+    "2",
+    "--num_held_out",
+    "16",
+    "--report_to",
+    "none",
+    "--teacher_steps",
+    "8",
+    "--reference_steps",
+    "8",
+    "--validation_walks",
+    "16",
+)
 
 
 @pytest.fixture(scope="session")

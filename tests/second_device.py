@@ -19,8 +19,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 _setup_privateuseone_for_python_backend("second")
 SECOND = torch.device("second", 0)
-CROSSING = ("_to_copy", "copy_", "_foreach_copy_")                       # take tensors of two devices
-INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")     # take indices from the CPU
+CROSSING = ("_to_copy", "copy_", "_foreach_copy_")  # take tensors of two devices
+INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")  # take indices from the CPU
 
 
 class There(torch.Tensor):
@@ -28,8 +28,14 @@ class There(torch.Tensor):
 
     @staticmethod
     def __new__(cls, numbers):
-        there = torch.Tensor._make_wrapper_subclass(cls, numbers.size(), strides=numbers.stride(), dtype=numbers.dtype,
-                                                    storage_offset=numbers.storage_offset(), device=SECOND)
+        there = torch.Tensor._make_wrapper_subclass(
+            cls,
+            numbers.size(),
+            strides=numbers.stride(),
+            dtype=numbers.dtype,
+            storage_offset=numbers.storage_offset(),
+            device=SECOND,
+        )
         there.numbers = numbers
         return there
 
@@ -39,9 +45,11 @@ class There(torch.Tensor):
 
     def __deepcopy__(self, memo):
         copied = There(self.numbers.clone())
-        return torch.nn.Parameter(copied, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copied
+        return (
+            torch.nn.Parameter(copied, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copied
+        )
 
-    def __tensor_flatten__(self):                            # by which those who save weights know them from aliases
+    def __tensor_flatten__(self):  # by which those who save weights know them from aliases
         return ["numbers"], None
 
     @staticmethod
@@ -52,7 +60,9 @@ class There(torch.Tensor):
         return self.numbers.tolist()
 
     def numpy(self):
-        raise TypeError(f"can't convert a tensor on {SECOND} to numpy. Use Tensor.cpu() to copy it to host memory first.")
+        raise TypeError(
+            f"can't convert a tensor on {SECOND} to numpy. Use Tensor.cpu() to copy it to host memory first."
+        )
 
 
 class SecondDevice(TorchDispatchMode):
@@ -60,7 +70,9 @@ class SecondDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         is_there = keywords and keywords.get("device") == SECOND
-        return compute(function, arguments, keywords) if is_there else function(*arguments, **(keywords or {}))
+        return (
+            compute(function, arguments, keywords) if is_there else function(*arguments, **(keywords or {}))
+        )
 
 
 def compute(function, arguments, keywords):
@@ -69,12 +81,20 @@ def compute(function, arguments, keywords):
     told = (first, *arguments[2:]) if name in INDEXING and isinstance(first, There) else (arguments, keywords)
     tensors = [value for value in tree_iter(told) if isinstance(value, torch.Tensor)]
     there = [tensor for tensor in tensors if isinstance(tensor, There)]
-    is_mixed = any(tensor.dim() for tensor in tensors if not isinstance(tensor, There))      # a single number may be anywhere
-    if there and name not in CROSSING and (is_mixed or function._schema.is_mutable and not isinstance(tensors[0], There)):
-        raise RuntimeError(f"Expected all tensors to be on the same device, but {name} has {len(there)} of {len(tensors)} on "
-                           f"{SECOND}.")
+    is_mixed = any(
+        tensor.dim() for tensor in tensors if not isinstance(tensor, There)
+    )  # a single number may be anywhere
+    if (
+        there
+        and name not in CROSSING
+        and (is_mixed or function._schema.is_mutable and not isinstance(tensors[0], There))
+    ):
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {name} has {len(there)} of {len(tensors)} on "
+            f"{SECOND}."
+        )
     device = keywords.get("device") or (arguments[0].device if name == "copy_" else SECOND)
-    known = {id(tensor.numbers): tensor for tensor in there}                # what is written to stays the same tensor
+    known = {id(tensor.numbers): tensor for tensor in there}  # what is written to stays the same tensor
 
     def outside(tensor):
         return tensor.numbers if isinstance(tensor, There) else tensor
@@ -85,29 +105,45 @@ def compute(function, arguments, keywords):
         return known[id(tensor)] if id(tensor) in known else There(tensor)
 
     if "device" in keywords:
-        keywords = keywords | {"device": torch.device("cpu") if keywords["device"] == SECOND else keywords["device"]}
+        keywords = keywords | {
+            "device": torch.device("cpu") if keywords["device"] == SECOND else keywords["device"]
+        }
     return tree_map(inside, function(*tree_map(outside, arguments), **tree_map(outside, keywords)))
 
 
 def let_torch_fill():
     """Register what torch calls by itself where it makes a tensor from Python's numbers."""
     library = torch.library.Library("aten", "IMPL")
-    library.impl("empty_strided", lambda size, stride, dtype=None, **_: There(torch.empty_strided(size, stride, dtype=dtype)),
-                 "PrivateUse1")
-    library.impl("_copy_from", lambda source, target, non_blocking=False: There(target.numbers.copy_(source)), "PrivateUse1")
+    library.impl(
+        "empty_strided",
+        lambda size, stride, dtype=None, **_: There(torch.empty_strided(size, stride, dtype=dtype)),
+        "PrivateUse1",
+    )
+    library.impl(
+        "_copy_from",
+        lambda source, target, non_blocking=False: There(target.numbers.copy_(source)),
+        "PrivateUse1",
+    )
     return library
 
 
 def main(script, *arguments):
-    library, begin, save_file = let_torch_fill(), accelerate.state.PartialState.__init__, safetensors.torch.save_file
+    library, begin, save_file = (
+        let_torch_fill(),
+        accelerate.state.PartialState.__init__,
+        safetensors.torch.save_file,
+    )
 
     def begin_there(state, *given, **named):
         begin(state, *given, **named)
         state.device = SECOND
 
     accelerate.state.PartialState.__init__ = begin_there
-    safetensors.torch.save_file = lambda tensors, *rest, **named: save_file(      # which takes a GPU's as they are
-        {name: tensor.cpu() for name, tensor in tensors.items()}, *rest, **named)
+    safetensors.torch.save_file = lambda tensors, *rest, **named: (
+        save_file(  # which takes a GPU's as they are
+            {name: tensor.cpu() for name, tensor in tensors.items()}, *rest, **named
+        )
+    )
     sys.argv, sys.path[0] = [script, *arguments], str(Path(script).resolve().parent)
     with SecondDevice():
         runpy.run_path(script, run_name="__main__")

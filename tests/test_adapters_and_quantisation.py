@@ -18,7 +18,11 @@ from train_distillation import WanLiteStudent
 from wanlite.flow import seeded_noise
 
 PROMPT = "a small red circle at the left on a white background"
-LAYERS = [*(f"attn{number}.to_{part}" for number in (1, 2) for part in ("q", "k", "v", "out.0")), "ffn.net.0.proj", "ffn.net.2"]
+LAYERS = [
+    *(f"attn{number}.to_{part}" for number in (1, 2) for part in ("q", "k", "v", "out.0")),
+    "ffn.net.0.proj",
+    "ffn.net.2",
+]
 RANK = 4
 
 needs_peft = pytest.mark.skipif(not find_spec("peft"), reason="needs peft")
@@ -50,8 +54,16 @@ def velocity(transformer):
 
 
 def draw(pipeline):
-    return pipeline(PROMPT, height=64, width=64, num_frames=1, guidance_scale=1.0, num_inference_steps=2,
-                    latents=seeded_noise((16, 1, 8, 8), [5]), output_type="np").frames
+    return pipeline(
+        PROMPT,
+        height=64,
+        width=64,
+        num_frames=1,
+        guidance_scale=1.0,
+        num_inference_steps=2,
+        latents=seeded_noise((16, 1, 8, 8), [5]),
+        output_type="np",
+    ).frames
 
 
 def near(first, second):
@@ -60,9 +72,13 @@ def near(first, second):
 
 # ---- LoRA ----------------------------------------------------------------------------------------------------------------------
 
+
 def adapter(run, seed=0):
     """Return {(layer, "A" or "B"): matrix} of an adapter on every layer that the dialects name."""
-    weights, generator = load_file(run / "diffusion_pytorch_model.safetensors"), torch.Generator().manual_seed(seed)
+    weights, generator = (
+        load_file(run / "diffusion_pytorch_model.safetensors"),
+        torch.Generator().manual_seed(seed),
+    )
     matrices = {}
     for layer in (f"blocks.{block}.{name}" for block in range(4) for name in LAYERS):
         rows, columns = weights[f"{layer}.weight"].shape
@@ -76,14 +92,20 @@ def diffusers_dialect(matrices):
 
 
 def comfyui_dialect(matrices):
-    return {f"diffusion_model.{official_name(layer)}.lora_{side}.weight": matrix for (layer, side), matrix in matrices.items()}
+    return {
+        f"diffusion_model.{official_name(layer)}.lora_{side}.weight": matrix
+        for (layer, side), matrix in matrices.items()
+    }
 
 
 def comfyui_dialect_with_alpha(matrices):
     """Half of the adapter: alpha / rank is 1/2."""
     sides = {"A": "lora_down", "B": "lora_up"}
     names = {f"diffusion_model.{official_name(layer)}" for layer, _ in matrices}
-    adapted = {f"diffusion_model.{official_name(layer)}.{sides[side]}.weight": matrix for (layer, side), matrix in matrices.items()}
+    adapted = {
+        f"diffusion_model.{official_name(layer)}.{sides[side]}.weight": matrix
+        for (layer, side), matrix in matrices.items()
+    }
     return adapted | {f"{name}.alpha": torch.tensor(RANK / 2) for name in names}
 
 
@@ -91,15 +113,18 @@ def kohya_dialect(matrices):
     names = {layer: f"lora_unet_{official_name(layer).replace('.', '_')}" for layer, _ in matrices}
     sides = {"A": "lora_down", "B": "lora_up"}
     return {f"{names[layer]}.{sides[side]}.weight": matrix for (layer, side), matrix in matrices.items()} | {
-        f"{name}.alpha": torch.tensor(float(RANK)) for name in names.values()}
+        f"{name}.alpha": torch.tensor(float(RANK)) for name in names.values()
+    }
 
 
 @needs_peft
-@pytest.mark.parametrize("dialect", [diffusers_dialect, comfyui_dialect, comfyui_dialect_with_alpha, kohya_dialect])
+@pytest.mark.parametrize(
+    "dialect", [diffusers_dialect, comfyui_dialect, comfyui_dialect_with_alpha, kohya_dialect]
+)
 def test_an_adapter_in_every_dialect_does_to_a_student_what_it_does_to_a_stock_wan(dialect, run):
     (ours, stock), matrices = pipelines(run), adapter(run)
     without = velocity(ours.transformer)
-    for pipeline in (ours, stock):                       # scales the matrices in place
+    for pipeline in (ours, stock):  # scales the matrices in place
         pipeline.load_lora_weights({name: matrix.clone() for name, matrix in dialect(matrices).items()})
     found = velocity(ours.transformer)
     assert near(found, velocity(stock.transformer)) and not near(found, without)
@@ -110,7 +135,7 @@ def test_an_adapter_in_every_dialect_does_to_a_student_what_it_does_to_a_stock_w
         for (layer, side), matrix in matrices.items():
             if side == "A":
                 merged.get_parameter(f"{layer}.weight").add_(scale * matrices[layer, "B"] @ matrix)
-    assert np.allclose(found, velocity(merged), atol=1e-4)                       # and that is what the matrices say
+    assert np.allclose(found, velocity(merged), atol=1e-4)  # and that is what the matrices say
 
 
 @needs_peft
@@ -130,7 +155,10 @@ def test_adapters_are_mixed_switched_off_and_taken_out_as_on_a_stock_wan(run):
         assert near(velocity(pipeline.transformer), without)
         pipeline.enable_lora()
         pipeline.unload_lora_weights()
-        assert torch.equal(velocity(pipeline.transformer), velocity(WanLiteStudent.from_pretrained(run))) or pipeline is stock
+        assert (
+            torch.equal(velocity(pipeline.transformer), velocity(WanLiteStudent.from_pretrained(run)))
+            or pipeline is stock
+        )
     assert all(near(one, two) for one, two in zip(found[ours], found[stock]))
 
 
@@ -143,32 +171,44 @@ def test_a_fused_adapter_is_saved_drawn_and_taken_back(run, tmp_path):
     for fuse in (False, True):
         if fuse:
             pipeline.fuse_lora()
-        with pytest.raises(ValueError, match=r"an adapter in blocks.0.attn1.to_k \(base_layer\) and in 39 more layers. Fuse it"):
+        with pytest.raises(
+            ValueError,
+            match=r"an adapter in blocks.0.attn1.to_k \(base_layer\) and in 39 more layers. Fuse it",
+        ):
             pipeline.transformer.save_pretrained(run)
-    assert near(velocity(WanLiteStudent.from_pretrained(run)), without)          # what was there stays
+    assert near(velocity(WanLiteStudent.from_pretrained(run)), without)  # what was there stays
     pipeline.unfuse_lora()
     assert near(velocity(pipeline.transformer), adapted)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     pipeline.transformer.save_pretrained(run)
     pipeline.save_pretrained(tmp_path / "pipeline")
-    for loaded in (WanLiteStudent.from_pretrained(run), WanTransformer3DModel.from_pretrained(run), Painter(run).student,
-                   WanPipeline.from_pretrained(tmp_path / "pipeline").transformer):
+    for loaded in (
+        WanLiteStudent.from_pretrained(run),
+        WanTransformer3DModel.from_pretrained(run),
+        Painter(run).student,
+        WanPipeline.from_pretrained(tmp_path / "pipeline").transformer,
+    ):
         assert np.allclose(velocity(loaded), adapted, atol=1e-4)
 
 
 @needs_peft
 def test_an_adapter_that_was_trained_on_a_student_is_saved_alone_and_loads_again(run, tmp_path):
     from peft import LoraConfig, get_peft_model_state_dict
+
     student = WanLiteStudent.from_pretrained(run)
     layers = ["to_q", "to_k", "to_v", "to_out.0"]
     student.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers, init_lora_weights=False))
     adapted = velocity(student)
     student.save_lora_adapter(tmp_path / "adapter")
-    WanPipeline.save_lora_weights(tmp_path / "pipeline", transformer_lora_layers=get_peft_model_state_dict(student))
+    WanPipeline.save_lora_weights(
+        tmp_path / "pipeline", transformer_lora_layers=get_peft_model_state_dict(student)
+    )
     for folder, named in (("adapter", {"prefix": None}), ("pipeline", {})):
         again = WanLiteStudent.from_pretrained(run)
-        again.load_lora_adapter(str(tmp_path / folder), weight_name="pytorch_lora_weights.safetensors", **named)
+        again.load_lora_adapter(
+            str(tmp_path / folder), weight_name="pytorch_lora_weights.safetensors", **named
+        )
         assert near(velocity(again), adapted)
     for pipeline in pipelines(run):
         pipeline.load_lora_weights(str(tmp_path / "pipeline"), weight_name="pytorch_lora_weights.safetensors")
@@ -177,23 +217,32 @@ def test_an_adapter_that_was_trained_on_a_student_is_saved_alone_and_loads_again
 
 # ---- quantisation --------------------------------------------------------------------------------------------------------------
 
+
 def quantise(kind):
     def change(transformer):
         from torchao import quantization
+
         config = getattr(quantization, kind)
         quantization.quantize_(transformer, config())
+
     return change
 
 
 @needs_torchao
-@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "Float8WeightOnlyConfig"])
+@pytest.mark.parametrize(
+    "kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "Float8WeightOnlyConfig"]
+)
 def test_a_quantised_student_draws_what_a_quantised_stock_wan_draws_and_is_not_saved(kind, run):
     ours, stock = pipelines(run, quantise(kind))
     found = velocity(ours.transformer)
-    assert near(found, velocity(stock.transformer)) and not near(found, velocity(WanLiteStudent.from_pretrained(run)))
+    assert near(found, velocity(stock.transformer)) and not near(
+        found, velocity(WanLiteStudent.from_pretrained(run))
+    )
     assert near(draw(ours), draw(stock))
     before = (run / "diffusion_pytorch_model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match=r"not saved, found quantised weights in blocks.0.attn1.to_k \(\w+\) and in 45 more"):
+    with pytest.raises(
+        ValueError, match=r"not saved, found quantised weights in blocks.0.attn1.to_k \(\w+\) and in 45 more"
+    ):
         ours.transformer.save_pretrained(run)
     assert (run / "diffusion_pytorch_model.safetensors").read_bytes() == before
 
@@ -202,10 +251,14 @@ def test_a_quantised_student_draws_what_a_quantised_stock_wan_draws_and_is_not_s
 def test_a_stock_pipeline_quantises_a_saved_student_at_loading(run):
     from diffusers import PipelineQuantizationConfig, TorchAoConfig
     from torchao.quantization import Int8WeightOnlyConfig
+
     config = PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig())})
     pipeline = WanPipeline.from_pretrained(run, quantization_config=config)
     pipeline.set_progress_bar_config(disable=True)
-    assert type(pipeline.transformer.blocks[0].attn1.to_q.weight).__name__ == "Int8Tensor" and np.isfinite(draw(pipeline)).all()
+    assert (
+        type(pipeline.transformer.blocks[0].attn1.to_q.weight).__name__ == "Int8Tensor"
+        and np.isfinite(draw(pipeline)).all()
+    )
 
 
 @needs_peft
@@ -215,5 +268,7 @@ def test_a_quantised_student_takes_an_adapter(run):
     for pipeline in (ours, stock):
         pipeline.load_lora_weights(kohya_dialect(adapter(run)))
     assert near(velocity(ours.transformer), velocity(stock.transformer))
-    with pytest.raises(ValueError, match="found an adapter in .*; quantised weights in .* Fuse it .* Save the student before"):
+    with pytest.raises(
+        ValueError, match="found an adapter in .*; quantised weights in .* Fuse it .* Save the student before"
+    ):
         ours.transformer.save_pretrained(run)

@@ -16,20 +16,41 @@ from wanlite.planning.messages import announce_few, command, conclude, drawing_c
 from wanlite.planning.resolve import complete
 from wanlite.training.run_folder import write_model_card
 
-PATHS = ["plain", "two words", "it's", 'say "no"', "$HOME/x", "a\nb", "`id`", "a;b&c", "*", "~x", "a\\\\b", "#x", "日本", "!!"]
+PATHS = [
+    "plain",
+    "two words",
+    "it's",
+    'say "no"',
+    "$HOME/x",
+    "a\nb",
+    "`id`",
+    "a;b&c",
+    "*",
+    "~x",
+    "a\\\\b",
+    "#x",
+    "日本",
+    "!!",
+]
 
 
 def taken_by_a_shell(text):
     """Return the words that a shell makes of a command, without running it."""
     words = text.replace("python", "printf '%s\\0'", 1)
-    return subprocess.run(["sh", "-c", words], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    return subprocess.run(["sh", "-c", words], capture_output=True, text=True, check=True).stdout.split("\0")[
+        :-1
+    ]
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_printed_command_is_taken_by_a_shell_as_it_is_meant(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert taken_by_a_shell(drawing_command(path)) == ["run_inference.py", "--model", path]
-    assert taken_by_a_shell(command("train_distillation.py", "--prompts", path)) == ["train_distillation.py", "--prompts", path]
+    assert taken_by_a_shell(command("train_distillation.py", "--prompts", path)) == [
+        "train_distillation.py",
+        "--prompts",
+        path,
+    ]
 
 
 def test_a_command_typed_elsewhere_names_where_the_script_is(tmp_path, monkeypatch):
@@ -46,20 +67,36 @@ def test_a_folder_that_begins_with_a_dash_is_no_flag(name):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_the_commands_of_a_model_card_hold_whatever_the_folder_is_called(path, tmp_path):
-    settings = SimpleNamespace(output_dir=path, teacher="wan", resolution=64, num_inference_steps=4, project_only=False)
+    settings = SimpleNamespace(
+        output_dir=path, teacher="wan", resolution=64, num_inference_steps=4, project_only=False
+    )
     write_model_card(tmp_path, settings, [4], {}, drawing_command(path))
     card = (tmp_path / "README.md").read_text()
     assert shlex.quote(path) in card
-    assert [ast.literal_eval(found) for found in re.findall(r"from_pretrained\((.+?)[,)]", card)] == [path, path]
+    assert [ast.literal_eval(found) for found in re.findall(r"from_pretrained\((.+?)[,)]", card)] == [
+        path,
+        path,
+    ]
 
 
-@pytest.mark.parametrize("word, is_it", [("--dry_run", True), ("--dry", True), ("--dr", True), ("--d", False), ("--", False),
-                                         ("--depth", False), ("dry_run", False)])
+@pytest.mark.parametrize(
+    "word, is_it",
+    [
+        ("--dry_run", True),
+        ("--dry", True),
+        ("--dr", True),
+        ("--d", False),
+        ("--", False),
+        ("--depth", False),
+        ("dry_run", False),
+    ],
+)
 def test_the_dry_run_is_left_out_of_the_command_however_it_was_typed(word, is_it):
     assert is_dry(word) == is_it
 
 
 # ---- how it ended ------------------------------------------------------------------------------------------------------------
+
 
 def told(results, is_close=True, folder="out"):
     said = []
@@ -80,7 +117,9 @@ def test_a_share_of_few_captions_is_told_as_too_few_to_judge():
 def test_the_end_of_a_run_is_a_line_or_a_warning_and_what_to_type_next():
     assert told({})[0] == "finished in 3.4 minutes; kept step 1400, the closest to the teacher"
     first, warning, *_, last = told({}, is_close=False, folder="my out")
-    assert first == "finished in 3.4 minutes" and warning.startswith("WARNING   no validation came close enough to the teacher")
+    assert first == "finished in 3.4 minutes" and warning.startswith(
+        "WARNING   no validation came close enough to the teacher"
+    )
     assert last == "next: python run_inference.py --model 'my out'" or str(ROOT) in last
 
 

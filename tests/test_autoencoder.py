@@ -8,7 +8,14 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from tests.conftest import TINY_TEACHER, change, refuse_pickle
-from wanlite.data.autoencoder import decode_latents, encode_images, load_autoencoder, to_pictures, to_pixels, use_single_frame_path
+from wanlite.data.autoencoder import (
+    decode_latents,
+    encode_images,
+    load_autoencoder,
+    to_pictures,
+    to_pixels,
+    use_single_frame_path,
+)
 from wanlite.world import shapes
 
 
@@ -43,14 +50,20 @@ def test_more_frames_than_one_still_take_the_stock_path():
     stock = AutoencoderKLWan(**config)
     pixels = torch.rand(1, 3, 5, 16, 16) * 2 - 1
     raw_latents = stock.encode(pixels).latent_dist.mode()
-    assert torch.allclose(use_single_frame_path(stock).encode(pixels).latent_dist.mode(), raw_latents, atol=1e-4)
+    assert torch.allclose(
+        use_single_frame_path(stock).encode(pixels).latent_dist.mode(), raw_latents, atol=1e-4
+    )
 
 
 @torch.no_grad()
 def test_scenes_survive_the_round_trip(scenes, pictures):
     autoencoder = load_autoencoder(TINY_TEACHER)
-    seen = np.concatenate([to_pictures(decode_latents(autoencoder, encode_images(autoencoder, to_pixels(part))))
-                           for part in np.array_split(pictures, 6)])
+    seen = np.concatenate(
+        [
+            to_pictures(decode_latents(autoencoder, encode_images(autoencoder, to_pixels(part))))
+            for part in np.array_split(pictures, 6)
+        ]
+    )
     assert np.mean([shapes.read_picture(picture) == scene for picture, scene in zip(seen, scenes)]) >= 0.98
 
 
@@ -66,8 +79,13 @@ def test_pictures_and_pixels_are_each_others_inverse(pictures):
 
 def test_a_pickle_in_place_of_the_autoencoder_is_never_opened(tmp_path, monkeypatch):
     shutil.copytree(TINY_TEACHER / "vae", tmp_path / "vae")
-    refuse_pickle(tmp_path / "vae", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", load_autoencoder,
-                  monkeypatch)
+    refuse_pickle(
+        tmp_path / "vae",
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.bin",
+        load_autoencoder,
+        monkeypatch,
+    )
 
 
 def drop_first_level(tensors):
@@ -75,12 +93,24 @@ def drop_first_level(tensors):
         del tensors[name]
 
 
-@pytest.mark.parametrize("how, words", [
-    (drop_first_level, "lacks decoder.up_blocks.0"),
-    (lambda tensors: tensors.update({"quant.bias": torch.zeros(3)}), "holds unknown quant.bias"),
-    (lambda tensors: tensors.update({"quant_conv.bias": torch.zeros(3)}), "holds in another shape quant_conv.bias"),
-    (lambda tensors: tensors["quant_conv.bias"].fill_(float("inf")), "quant_conv.bias holds NaN or infinity")])
-def test_an_autoencoder_of_which_weights_are_missing_others_or_not_finite_is_refused_by_name(how, words, tmp_path):
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        (drop_first_level, "lacks decoder.up_blocks.0"),
+        (lambda tensors: tensors.update({"quant.bias": torch.zeros(3)}), "holds unknown quant.bias"),
+        (
+            lambda tensors: tensors.update({"quant_conv.bias": torch.zeros(3)}),
+            "holds in another shape quant_conv.bias",
+        ),
+        (
+            lambda tensors: tensors["quant_conv.bias"].fill_(float("inf")),
+            "quant_conv.bias holds NaN or infinity",
+        ),
+    ],
+)
+def test_an_autoencoder_of_which_weights_are_missing_others_or_not_finite_is_refused_by_name(
+    how, words, tmp_path
+):
     shutil.copytree(TINY_TEACHER / "vae", tmp_path / "vae")
     change(tmp_path / "vae", how)
     with pytest.raises(ValueError, match=f"vae: .*{words}"):

@@ -57,43 +57,102 @@ def spoil(wan):
 
 
 def drop(path, beginning):
-    save_file({name: tensor for name, tensor in load_file(path).items() if not name.startswith(beginning)}, path)
+    save_file(
+        {name: tensor for name, tensor in load_file(path).items() if not name.startswith(beginning)}, path
+    )
 
 
-@pytest.mark.parametrize("spoilt, flags, words", [
-    (lambda wan: shutil.rmtree(wan / HIGH), {}, "high_noise_model"),
-    (copy_low, {}, "hold the same weights"),
-    (swap, {}, "hold each other's weights"),
-    (lambda wan: shards(wan, LOW)[1].write_bytes(shards(wan, LOW)[1].read_bytes()[:-100]), {}, "not a whole safetensors"),
-    (lambda wan: shards(wan, LOW)[1].write_bytes(shards(wan, LOW)[1].read_bytes() + b"12"), {}, ": 2 bytes too long"),
-    (lambda wan: (wan / TEXT).write_bytes((wan / TEXT).read_bytes() + b"12"), {}, "text_encoder/.*: 2 bytes too long"),
-    (lambda wan: shards(wan, LOW)[2].unlink(), {}, "00003-of-00003.safetensors"),
-    (lambda wan: change(shards(wan, HIGH)[1], lambda tensor: torch.cat([tensor, tensor])), {}, "shard is of another Wan"),
-    (promise_more, {}, "blocks.4.ffn.0.weight"),
-    (spoil, {}, "holds NaN or infinity"),
-    (lambda wan: drop(wan / TEXT, "encoder.block.0.layer.0.SelfAttention.q"), {}, "text_encoder: 1 tensors .*Attention.q.weight"),
-    (lambda wan: drop(wan / VAE, "decoder.up_blocks.0"), {}, "vae: 16 tensors .*decoder.up_blocks.0"),
-    (lambda wan: (wan / TEXT).write_text("version https://git-lfs.github.com/spec/v1"), {}, "model.safetensors: .*git lfs pull"),
-    (lambda wan: None, {"hidden_size": 256, "num_heads": 8}, "--hidden_size 256 is more than the teacher's 128"),
-    (lambda wan: None, {"hidden_size": 64, "num_heads": 16}, "16 heads|--num_heads 16"),
-    (lambda wan: None, {"depth": 2, "num_heads": 1, "hidden_size": 34}, "1 heads of 34 channels cannot be cut")],
-    ids=["one expert missing", "twice the same expert", "experts swapped", "shard cut short", "shard too long",
-         "text encoder too long", "shard absent",
-         "shard of another Wan", "index promises more", "NaN", "text encoder lacks weights", "vae lacks weights",
-         "text encoder is a pointer", "teacher narrower", "heads too small", "head larger"])
-def test_what_cannot_be_projected_is_refused_before_anything_is_written(spoilt, flags, words, official_pipeline, finished_run,
-                                                                        tmp_path):
+@pytest.mark.parametrize(
+    "spoilt, flags, words",
+    [
+        (lambda wan: shutil.rmtree(wan / HIGH), {}, "high_noise_model"),
+        (copy_low, {}, "hold the same weights"),
+        (swap, {}, "hold each other's weights"),
+        (
+            lambda wan: shards(wan, LOW)[1].write_bytes(shards(wan, LOW)[1].read_bytes()[:-100]),
+            {},
+            "not a whole safetensors",
+        ),
+        (
+            lambda wan: shards(wan, LOW)[1].write_bytes(shards(wan, LOW)[1].read_bytes() + b"12"),
+            {},
+            ": 2 bytes too long",
+        ),
+        (
+            lambda wan: (wan / TEXT).write_bytes((wan / TEXT).read_bytes() + b"12"),
+            {},
+            "text_encoder/.*: 2 bytes too long",
+        ),
+        (lambda wan: shards(wan, LOW)[2].unlink(), {}, "00003-of-00003.safetensors"),
+        (
+            lambda wan: change(shards(wan, HIGH)[1], lambda tensor: torch.cat([tensor, tensor])),
+            {},
+            "shard is of another Wan",
+        ),
+        (promise_more, {}, "blocks.4.ffn.0.weight"),
+        (spoil, {}, "holds NaN or infinity"),
+        (
+            lambda wan: drop(wan / TEXT, "encoder.block.0.layer.0.SelfAttention.q"),
+            {},
+            "text_encoder: 1 tensors .*Attention.q.weight",
+        ),
+        (lambda wan: drop(wan / VAE, "decoder.up_blocks.0"), {}, "vae: 16 tensors .*decoder.up_blocks.0"),
+        (
+            lambda wan: (wan / TEXT).write_text("version https://git-lfs.github.com/spec/v1"),
+            {},
+            "model.safetensors: .*git lfs pull",
+        ),
+        (
+            lambda wan: None,
+            {"hidden_size": 256, "num_heads": 8},
+            "--hidden_size 256 is more than the teacher's 128",
+        ),
+        (lambda wan: None, {"hidden_size": 64, "num_heads": 16}, "16 heads|--num_heads 16"),
+        (
+            lambda wan: None,
+            {"depth": 2, "num_heads": 1, "hidden_size": 34},
+            "1 heads of 34 channels cannot be cut",
+        ),
+    ],
+    ids=[
+        "one expert missing",
+        "twice the same expert",
+        "experts swapped",
+        "shard cut short",
+        "shard too long",
+        "text encoder too long",
+        "shard absent",
+        "shard of another Wan",
+        "index promises more",
+        "NaN",
+        "text encoder lacks weights",
+        "vae lacks weights",
+        "text encoder is a pointer",
+        "teacher narrower",
+        "heads too small",
+        "head larger",
+    ],
+)
+def test_what_cannot_be_projected_is_refused_before_anything_is_written(
+    spoilt, flags, words, official_pipeline, finished_run, tmp_path
+):
     wan, run = tmp_path / "wan", tmp_path / "run"
     shutil.copytree(official_pipeline, wan), shutil.copytree(finished_run[0], run)
     spoilt(wan)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    settings = replace(Settings(), teacher=str(wan), output_dir=str(run), overwrite=True, report_to="none", **flags)
+    settings = replace(
+        Settings(), teacher=str(wan), output_dir=str(run), overwrite=True, report_to="none", **flags
+    )
     with pytest.raises((OSError, ValueError), match=words) as refused:
         train(complete(settings), False, StopSignal(()))
-    assert "\n" not in str(refused.value) and {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert (
+        "\n" not in str(refused.value)
+        and {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    )
 
 
 # ---- --teacher, before torch: formats that are not read, folders one level off, names on the hub ------------------------------
+
 
 def refusal_of(teacher):
     """Return the one line in which a teacher is refused."""
@@ -103,11 +162,25 @@ def refusal_of(teacher):
     return str(refused.value)
 
 
-@pytest.mark.parametrize("name, words", [
-    ("x_high_noise_Q4.gguf", "GGUF is not read. Take safetensors"), ("x.ckpt", "pickles are never opened. Take"),
-    ("x.pt", "pickles"), ("pytorch_model-00001-of-00002.bin", "pickles"), ("x.onnx", "ONNX"), ("openvino_model.bin", "OpenVINO"),
-    ("x.engine", "TensorRT"), ("weights.npz", "MLX"), ("x.mlpackage", "CoreML"), ("flax_model.msgpack", "Flax"), ("x.h5", "HDF5"),
-    ("x.zip", "archives are not unpacked. Unpack it there"), ("x.tar.gz", "archives"), ("x.sft", "only *.safetensors is read")])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("x_high_noise_Q4.gguf", "GGUF is not read. Take safetensors"),
+        ("x.ckpt", "pickles are never opened. Take"),
+        ("x.pt", "pickles"),
+        ("pytorch_model-00001-of-00002.bin", "pickles"),
+        ("x.onnx", "ONNX"),
+        ("openvino_model.bin", "OpenVINO"),
+        ("x.engine", "TensorRT"),
+        ("weights.npz", "MLX"),
+        ("x.mlpackage", "CoreML"),
+        ("flax_model.msgpack", "Flax"),
+        ("x.h5", "HDF5"),
+        ("x.zip", "archives are not unpacked. Unpack it there"),
+        ("x.tar.gz", "archives"),
+        ("x.sft", "only *.safetensors is read"),
+    ],
+)
 def test_a_format_that_is_not_read_is_named_in_every_layout(name, words, tmp_path):
     for number, place in enumerate(("transformer", "low_noise_model", "unet", "diffusion_models/Wan2.2", "")):
         path = tmp_path / str(number) / place / name
@@ -117,11 +190,16 @@ def test_a_format_that_is_not_read_is_named_in_every_layout(name, words, tmp_pat
     assert words in refusal_of(path) or "is a file; " in refusal_of(path)
 
 
-@pytest.mark.parametrize("key, words", [
-    ("base_model.model.blocks.0.attn1.to_q.lora_A.weight", "this is a LoRA. Choose a text-to-video Wan"),
-    ("lora_unet_blocks_0_self_attn_q.lora_down.weight", "this is a LoRA"), ("blocks.0.ffn.0.hada_w1_a", "this is a LoRA"),
-    ("blocks.0.attn1.to_q.qweight", "weights in 4 or 8 bits"),
-    ("blocks.0.ffn.0.weight.quant_state.bitsandbytes__nf4", "weights in 4 or 8 bits")])
+@pytest.mark.parametrize(
+    "key, words",
+    [
+        ("base_model.model.blocks.0.attn1.to_q.lora_A.weight", "this is a LoRA. Choose a text-to-video Wan"),
+        ("lora_unet_blocks_0_self_attn_q.lora_down.weight", "this is a LoRA"),
+        ("blocks.0.ffn.0.hada_w1_a", "this is a LoRA"),
+        ("blocks.0.attn1.to_q.qweight", "weights in 4 or 8 bits"),
+        ("blocks.0.ffn.0.weight.quant_state.bitsandbytes__nf4", "weights in 4 or 8 bits"),
+    ],
+)
 def test_safetensors_without_a_model_are_named_by_their_keys(key, words, tmp_path):
     for place in ("transformer", "high_noise_model", "diffusion_models", ""):
         (tmp_path / place).mkdir(exist_ok=True)
@@ -130,8 +208,19 @@ def test_safetensors_without_a_model_are_named_by_their_keys(key, words, tmp_pat
         shutil.rmtree(tmp_path / place) if place else None
 
 
-@pytest.mark.parametrize("typed", [".", "wan/transformer", "wan/transformer_2", "wan/vae", "wan/text_encoder", "wan/tokenizer",
-                                   "wan/transformer/config.json", "wan/" + VAE])
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ".",
+        "wan/transformer",
+        "wan/transformer_2",
+        "wan/vae",
+        "wan/text_encoder",
+        "wan/tokenizer",
+        "wan/transformer/config.json",
+        "wan/" + VAE,
+    ],
+)
 def test_a_teacher_one_folder_off_is_named(typed, copied):
     assert refusal_of(copied.parent / typed).endswith(f": no whole teacher. Did you mean --teacher {copied}?")
 
@@ -164,17 +253,33 @@ def hub_cache(copied, monkeypatch):
     return cache
 
 
-@pytest.mark.parametrize("typed", ["org/wan", "org/wan/", "https://huggingface.co/org/wan", "https://hf.co/org/wan/tree/main",
-                                   "hf://org/wan", "hub/models--org--wan"])
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "org/wan",
+        "org/wan/",
+        "https://huggingface.co/org/wan",
+        "https://hf.co/org/wan/tree/main",
+        "hf://org/wan",
+        "hub/models--org--wan",
+    ],
+)
 def test_a_name_on_the_hub_is_the_snapshot_in_its_cache(typed, hub_cache):
-    (hub_cache / "snapshots" / "9999fff").mkdir()            # an older one
-    assert complete(replace(Settings(), teacher=typed, report_to="none")).teacher == str(hub_cache / "snapshots" / "0123abc")
+    (hub_cache / "snapshots" / "9999fff").mkdir()  # an older one
+    assert complete(replace(Settings(), teacher=typed, report_to="none")).teacher == str(
+        hub_cache / "snapshots" / "0123abc"
+    )
 
 
 def test_a_name_on_the_hub_that_is_not_in_its_cache_comes_with_the_command_that_downloads_it(hub_cache):
     said = refusal_of("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
-    assert "126 GB" in said and "`hf download Wan-AI/Wan2.2-T2V-A14B-Diffusers --local-dir ./Wan2.2-T2V-A14B-Diffusers`" in said
-    assert "`hf download a/b --local-dir ./b`" in refusal_of("https://huggingface.co/a/b/blob/main/config.json")
+    assert (
+        "126 GB" in said
+        and "`hf download Wan-AI/Wan2.2-T2V-A14B-Diffusers --local-dir ./Wan2.2-T2V-A14B-Diffusers`" in said
+    )
+    assert "`hf download a/b --local-dir ./b`" in refusal_of(
+        "https://huggingface.co/a/b/blob/main/config.json"
+    )
     for path in ("./org/none", "hub/none", "/org/wan", "~/wan", "a/b/c"):
         assert "no such folder. Expected" in refusal_of(path)
     assert "is a URL, expected a folder" in refusal_of("https://example.com/wan.zip")

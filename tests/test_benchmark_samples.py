@@ -10,44 +10,100 @@ BENCHMARKS = ROOT / "benchmarks"
 
 
 def test_a_sample_of_kills_loses_nothing(tmp_path):
-    process = run_script(BENCHMARKS / "kill.py", "--quick", "--folder", tmp_path / "runs", "--json", tmp_path / "figures.json")
+    process = run_script(
+        BENCHMARKS / "kill.py", "--quick", "--folder", tmp_path / "runs", "--json", tmp_path / "figures.json"
+    )
     assert process.returncode == 0, process.stdout + process.stderr
     assert str(tmp_path / "runs") in process.stdout.splitlines()[0]
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["kills"] == figures["identical"] == 3 and figures["lost"] == figures["refused"] == 0
-    assert sum(figures["where"].values()) == 3 and len(figures["where"]) > 1 and set(figures["signals"]) == {"SIGKILL", "SIGTERM"}
+    assert (
+        sum(figures["where"].values()) == 3
+        and len(figures["where"]) > 1
+        and set(figures["signals"]) == {"SIGKILL", "SIGTERM"}
+    )
 
 
 def test_a_sample_of_loads_tells_its_figures(tmp_path):
-    process = run_script(BENCHMARKS / "load.py", "--quick", "--folder", tmp_path / "students", "--json", tmp_path / "figures.json")
+    process = run_script(
+        BENCHMARKS / "load.py",
+        "--quick",
+        "--folder",
+        tmp_path / "students",
+        "--json",
+        tmp_path / "figures.json",
+    )
     assert process.returncode == 0, process.stdout + process.stderr
     assert str(tmp_path / "students") in process.stdout.splitlines()[0]
-    rows = [line.split(" | ")[:2] for line in process.stdout.splitlines() if line.startswith(("| float32", "| bfloat16"))]
+    rows = [
+        line.split(" | ")[:2]
+        for line in process.stdout.splitlines()
+        if line.startswith(("| float32", "| bfloat16"))
+    ]
     assert len(rows) == 4 and {way for _, way in rows} == {"ours", "stock", "bare", "lean"}
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures.keys() >= {"over_bare", "over_stock", "peak_over_weights", "start_over_imports"}
-    assert all(figures[name] > 0 for name in ("over_bare", "over_stock", "peak_over_weights", "start_over_imports"))
+    assert all(
+        figures[name] > 0 for name in ("over_bare", "over_stock", "peak_over_weights", "start_over_imports")
+    )
 
 
 def test_a_sample_of_methods_is_trained_and_judged_beside_the_teacher(tmp_path):
-    process = run_script(BENCHMARKS / "quality.py", "--quick", "--folder", tmp_path / "students", "--methods", "TwinFlow",
-                         "--json", tmp_path / "rows.json", "--train_flags", "--validation_steps", "20", "--own_path_pictures", "8")
+    process = run_script(
+        BENCHMARKS / "quality.py",
+        "--quick",
+        "--folder",
+        tmp_path / "students",
+        "--methods",
+        "TwinFlow",
+        "--json",
+        tmp_path / "rows.json",
+        "--train_flags",
+        "--validation_steps",
+        "20",
+        "--own_path_pictures",
+        "8",
+    )
     assert process.returncode == 0, process.stdout + process.stderr
     rows = {(row["model"], row["steps"]): row for row in json.loads((tmp_path / "rows.json").read_text())}
-    assert list(rows) == [*(("teacher, guided", steps) for steps in (40, 4, 2, 1)), ("teacher, unguided", 4),
-                          *((name, steps) for name in ("student", "TwinFlow") for steps in (4, 2, 1))]
+    assert list(rows) == [
+        *(("teacher, guided", steps) for steps in (40, 4, 2, 1)),
+        ("teacher, unguided", 4),
+        *((name, steps) for name in ("student", "TwinFlow") for steps in (4, 2, 1)),
+    ]
     reference, student = rows["teacher, guided", 40], rows["student", 4]
-    assert reference["accuracy"] > 0.9 and (reference["drift"], reference["variety"], reference["spread"]) == (0, 1, 1)
-    assert student["accuracy"] < 0.9 and student["frechet"] > 0 and student["evaluations"] == 4       # it has had few steps
+    assert reference["accuracy"] > 0.9 and (
+        reference["drift"],
+        reference["variety"],
+        reference["spread"],
+    ) == (0, 1, 1)
+    assert (
+        student["accuracy"] < 0.9 and student["frechet"] > 0 and student["evaluations"] == 4
+    )  # it has had few steps
     assert process.stdout.count("\n| student |") == 3
 
 
 def test_a_sample_of_starts_is_trained_and_judged(tmp_path):
-    process = run_script(BENCHMARKS / "projection.py", "--quick", "--folder", tmp_path / "data", "--shapes", "24x2x1", "--starts",
-                         "random", "weights_only", "--jobs", "1", "--json", tmp_path / "rows.json")
+    process = run_script(
+        BENCHMARKS / "projection.py",
+        "--quick",
+        "--folder",
+        tmp_path / "data",
+        "--shapes",
+        "24x2x1",
+        "--starts",
+        "random",
+        "weights_only",
+        "--jobs",
+        "1",
+        "--json",
+        tmp_path / "rows.json",
+    )
     assert process.returncode == 0, process.stdout + process.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert {row["start"] for row in rows} == {"random", "weights_only"} and all(row["error_at"]["0"] > 0.5 for row in rows)
+    assert {row["start"] for row in rows} == {"random", "weights_only"} and all(
+        row["error_at"]["0"] > 0.5 for row in rows
+    )
 
 
 def test_a_sample_of_training_steps_tells_their_speed_and_memory(tmp_path):
@@ -56,8 +112,13 @@ def test_a_sample_of_training_steps_tells_their_speed_and_memory(tmp_path):
     rows = {row["way"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
     residencies = ("both", "one", "streamed", "disk", "both, fp8")
     assert list(rows) == ["plain", "ours", "muon", *(f"online, {residency}" for residency in residencies)]
-    assert all(row["images_per_second"] > 0 and row["peak_bytes"] > 4 * 330_000 * 5 for row in rows.values())   # AdamW's five
-    assert rows["plain"]["over_plain"] == 1 and rows["online, disk"]["peak_bytes"] < rows["online, both"]["peak_bytes"]
+    assert all(
+        row["images_per_second"] > 0 and row["peak_bytes"] > 4 * 330_000 * 5 for row in rows.values()
+    )  # AdamW's five
+    assert (
+        rows["plain"]["over_plain"] == 1
+        and rows["online, disk"]["peak_bytes"] < rows["online, both"]["peak_bytes"]
+    )
     assert all(("teacher_share" in row) == way.startswith("online") for way, row in rows.items())
     assert sum(line.startswith("| 64 | ") for line in process.stdout.splitlines()) == len(rows)
 
@@ -66,7 +127,9 @@ def test_a_sample_of_the_cache_tells_what_it_costs_and_whether_it_feeds(tmp_path
     process = run_script(BENCHMARKS / "cache.py", "--quick", "--json", tmp_path / "figures.json")
     assert process.returncode == 0, process.stdout + process.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
-    states = 20 * 2 * (2 * 16 * 8 * 8 + 16 * 16 + 4)         # latents, velocity, features in float16; two float32 a state
+    states = (
+        20 * 2 * (2 * 16 * 8 * 8 + 16 * 16 + 4)
+    )  # latents, velocity, features in float16; two float32 a state
     assert figures["bytes_per_prompt"] == pytest.approx(states, rel=0.01) and figures["filled_per_second"] > 0
     readers = {"ours", "DataLoader", "DataLoader, 2 workers"}
     assert figures["read_per_second"].keys() == figures["waiting_share"].keys() == readers
@@ -74,7 +137,14 @@ def test_a_sample_of_the_cache_tells_what_it_costs_and_whether_it_feeds(tmp_path
 
 
 def test_a_sample_of_budgets_is_trained_and_told_and_another_student_is_not_taken_for_it(tmp_path):
-    command = (BENCHMARKS / "budget.py", "--quick", "--folder", tmp_path / "students", "--json", tmp_path / "rows.json")
+    command = (
+        BENCHMARKS / "budget.py",
+        "--quick",
+        "--folder",
+        tmp_path / "students",
+        "--json",
+        tmp_path / "rows.json",
+    )
     process = run_script(*command)
     assert process.returncode == 0, process.stdout + process.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -82,17 +152,31 @@ def test_a_sample_of_budgets_is_trained_and_told_and_another_student_is_not_take
     assert len([line for line in process.stdout.splitlines() if line.startswith(("| 64 |", "| 128 |"))]) == 4
     assert len({row["picture_error_4"] for row in rows}) == 4
     again = run_script(*command)
-    assert again.returncode == 0 and "trained" not in again.stdout and again.stdout.splitlines()[1:] == [
-        line for line in process.stdout.splitlines()[1:] if not line.startswith("trained")]
+    assert (
+        again.returncode == 0
+        and "trained" not in again.stdout
+        and again.stdout.splitlines()[1:]
+        == [line for line in process.stdout.splitlines()[1:] if not line.startswith("trained")]
+    )
     other = run_script(*command, "--train_flags", "--hidden_size", "48", "--depth", "2")
-    assert other.returncode == 1 and "trained with another hidden_size" in other.stderr and "Traceback" not in other.stderr
+    assert (
+        other.returncode == 1
+        and "trained with another hidden_size" in other.stderr
+        and "Traceback" not in other.stderr
+    )
 
 
 def test_a_sample_of_few_prompts_is_trained_and_judged(tmp_path):
-    process = run_script(BENCHMARKS / "few_prompts.py", "--quick", "--folder", tmp_path / "students", "--json",
-                         tmp_path / "rows.json")
+    process = run_script(
+        BENCHMARKS / "few_prompts.py",
+        "--quick",
+        "--folder",
+        tmp_path / "students",
+        "--json",
+        tmp_path / "rows.json",
+    )
     assert process.returncode == 0, process.stdout + process.stderr
-    row, = json.loads((tmp_path / "rows.json").read_text())
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert (row["seed"], row["prompts"], row["steps"]) == (0, 30, 7) and row["right"].keys() == {"4", "1"}
     assert process.stdout.splitlines()[-1].startswith("| 0 | 30 | 7 |")
 

@@ -20,8 +20,15 @@ SCALE = BENCHMARKS / "projection_scale.py"
 # ---- projection at full scale ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, parameters, tensors", [("a14b", 14_288_491_584, 1095), ("14b", 14_288_491_584, 1095),
-                                                       ("5b", 4_999_787_712, 825), ("1.3b", 1_418_996_800, 825)])
+@pytest.mark.parametrize(
+    "name, parameters, tensors",
+    [
+        ("a14b", 14_288_491_584, 1095),
+        ("14b", 14_288_491_584, 1095),
+        ("5b", 4_999_787_712, 825),
+        ("1.3b", 1_418_996_800, 825),
+    ],
+)
 def test_a_shaped_expert_has_as_many_parameters_and_tensors_as_the_real_one(name, parameters, tensors):
     shapes = tensor_shapes(teacher_config(name))
     assert (num_bytes(shapes), len(shapes)) == (2 * parameters, tensors)
@@ -35,9 +42,11 @@ def test_a_written_expert_opens_as_wans_own_layout_and_shares_one_residual_basis
     assert files.layout == "official" and len(list((tmp_path / "wan").glob("*-of-00006.safetensors"))) == 6
     assert 2 * expert.num_parameters == num_bytes(tensor_shapes(config))
     assert all(torch.isfinite(expert.read(name)).all() for name in expert.places)
-    basis = torch.linalg.svd(expert.read("blocks.0.ffn.net.0.proj.weight")).Vh[:128]     # what one block reads most
+    basis = torch.linalg.svd(expert.read("blocks.0.ffn.net.0.proj.weight")).Vh[
+        :128
+    ]  # what one block reads most
     written = expert.read("blocks.1.ffn.net.2.weight")
-    assert (basis @ written).square().sum() > 0.8 * written.square().sum()              # is what another writes most
+    assert (basis @ written).square().sum() > 0.8 * written.square().sum()  # is what another writes most
     remove_expert(tmp_path / "wan")
     assert not (tmp_path / "wan").exists()
 
@@ -45,10 +54,23 @@ def test_a_written_expert_opens_as_wans_own_layout_and_shares_one_residual_basis
 def test_quick_measurement_tells_its_figures_and_leaves_no_folder(tmp_path):
     process = run_script(SCALE, "--quick", "--folder", tmp_path / "wan", "--json", tmp_path / "figures.json")
     assert process.returncode == 0, process.stderr
-    assert str(tmp_path / "wan") in process.stdout.splitlines()[0] and "peak anonymous memory" in process.stdout
+    assert (
+        str(tmp_path / "wan") in process.stdout.splitlines()[0] and "peak anonymous memory" in process.stdout
+    )
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures.keys() >= {"teacher", "student", "peak_gib", "peak_anonymous_gib", "seconds", "seconds_reading",
-                              "seconds_arithmetic", "bytes_read", "read_gb_per_s", "plain_read_gb_per_s", "device"}
+    assert figures.keys() >= {
+        "teacher",
+        "student",
+        "peak_gib",
+        "peak_anonymous_gib",
+        "seconds",
+        "seconds_reading",
+        "seconds_arithmetic",
+        "bytes_read",
+        "read_gb_per_s",
+        "plain_read_gb_per_s",
+        "device",
+    }
     assert figures["peak_gib"] >= figures["peak_anonymous_gib"] > figures["anonymous_before_gib"] > 0
     assert figures["bytes_read"] >= num_bytes(tensor_shapes(teacher_config("a14b", is_quick=True)))
     assert figures["seconds"] == pytest.approx(figures["seconds_reading"] + figures["seconds_arithmetic"])
@@ -75,11 +97,14 @@ def test_a_teacher_of_random_weights_is_asked_as_a_real_one(tmp_path):
     ask = Online(world, "both", False)
     (batch, text), *_ = world.feed(1)
     velocity, features = ask(batch, text)
-    assert velocity.shape == (4, 16, 8, 8) and features.shape == (4, 16, 16) and torch.isfinite(velocity).all()
+    assert (
+        velocity.shape == (4, 16, 8, 8) and features.shape == (4, 16, 16) and torch.isfinite(velocity).all()
+    )
     assert next(ours(world, ask=ask)) is None and len(ask.seconds) == 2
 
 
 # ---- what is wrong -----------------------------------------------------------------------------------------------------------
+
 
 def test_a_method_that_is_unknown_is_refused_before_anything_is_trained(tmp_path):
     process = run_script(BENCHMARKS / "quality.py", "--folder", tmp_path / "students", "--methods", "GAN")
@@ -87,15 +112,26 @@ def test_a_method_that_is_unknown_is_refused_before_anything_is_trained(tmp_path
     assert not (tmp_path / "students").exists()
 
 
-@pytest.mark.parametrize("script, arguments, words", [
-    ("projection_scale.py", ["--quick"], "is not empty"), ("projection_scale.py", ["--layers", "0"], "at least 1"),
-    ("projection_scale.py", ["--json", "/no/such/folder/figures.json"], "no such folder"),
-    ("kill.py", [], "is not empty"), ("kill.py", ["--kills", "0"], "at least 1"),
-    ("load.py", [], "is not empty"), ("load.py", ["--repeats", "0"], "at least 1")])
+@pytest.mark.parametrize(
+    "script, arguments, words",
+    [
+        ("projection_scale.py", ["--quick"], "is not empty"),
+        ("projection_scale.py", ["--layers", "0"], "at least 1"),
+        ("projection_scale.py", ["--json", "/no/such/folder/figures.json"], "no such folder"),
+        ("kill.py", [], "is not empty"),
+        ("kill.py", ["--kills", "0"], "at least 1"),
+        ("load.py", [], "is not empty"),
+        ("load.py", ["--repeats", "0"], "at least 1"),
+    ],
+)
 def test_what_is_wrong_is_refused_and_a_folder_of_somebody_else_stays(script, arguments, words, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     process = run_script(BENCHMARKS / script, "--folder", tmp_path, *arguments)
-    assert process.returncode == 2 and words in process.stderr.splitlines()[-1] and "Traceback" not in process.stderr
+    assert (
+        process.returncode == 2
+        and words in process.stderr.splitlines()[-1]
+        and "Traceback" not in process.stderr
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -106,4 +142,4 @@ def test_what_is_wrong_is_refused_and_a_folder_of_somebody_else_stays(script, ar
 def test_each_phase_can_be_simulated_and_done(phase):
     find = phases(WARM)[phase]
     assert find(simulated_peak) == pytest.approx(find(alive), rel=0.05)
-    assert find(measured_peak) > -2**27                      # so small a phase may hide in what the process has; it runs
+    assert find(measured_peak) > -(2**27)  # so small a phase may hide in what the process has; it runs

@@ -21,7 +21,9 @@ def test_a_bucket_has_about_the_area_of_the_resolution_and_about_its_ratio(size,
     ratios = {"1:1": 1, "3:2": 1.5, "2:3": 2 / 3, "16:9": 16 / 9}
     for ratio, (width, height) in zip(ratios.values(), bucket_sizes(size, list(ratios), unit), strict=True):
         assert width % unit == height % unit == 0
-        assert width * height == pytest.approx(math.prod(size), rel=0.1) and width / height == pytest.approx(ratio, rel=0.1)
+        assert width * height == pytest.approx(math.prod(size), rel=0.1) and width / height == pytest.approx(
+            ratio, rel=0.1
+        )
 
 
 def test_without_ratios_there_is_one_bucket_and_equal_sizes_are_one():
@@ -29,14 +31,20 @@ def test_without_ratios_there_is_one_bucket_and_equal_sizes_are_one():
     assert bucket_sizes((64, 64), ["1:1", "3:2", "16:9", "100:101"]) == [(64, 64), (80, 48)]
 
 
-@pytest.mark.parametrize("said", ["3", "3:0", "0:3", "3x2", "1.5:1", "-3:2", ":", "1:2:3", f"{WIDEST + 1}:1", "1:99"])
+@pytest.mark.parametrize(
+    "said", ["3", "3:0", "0:3", "3x2", "1.5:1", "-3:2", ":", "1:2:3", f"{WIDEST + 1}:1", "1:99"]
+)
 def test_what_is_no_ratio_is_refused(said):
-    with pytest.raises(ValueError, match=f"--aspect_ratios {said}: expected WIDTH:HEIGHT as 3:2, from 1:4 to 4:1"):
+    with pytest.raises(
+        ValueError, match=f"--aspect_ratios {said}: expected WIDTH:HEIGHT as 3:2, from 1:4 to 4:1"
+    ):
         complete(Settings(aspect_ratios=["1:1", said]))
 
 
 def test_too_few_states_on_the_own_path_for_the_buckets_are_refused():
-    with pytest.raises(ValueError, match="--own_path_pictures is 2, expected 0, or at least one for each of the 3"):
+    with pytest.raises(
+        ValueError, match="--own_path_pictures is 2, expected 0, or at least one for each of the 3"
+    ):
         complete(Settings(aspect_ratios=["1:1", "3:2", "2:3"], own_path_pictures=2))
 
 
@@ -44,7 +52,9 @@ def test_jobs_are_dealt_out_evenly_by_seed_and_to_one_bucket_as_they_are():
     jobs = [f"job {number}" for number in range(31)]
     dealt = deal_out(jobs, 3, seed=5)
     assert sorted(map(len, dealt)) == [10, 10, 11] and sorted(sum(dealt, [])) == sorted(jobs)
-    assert dealt == deal_out(jobs, 3, seed=5) != deal_out(jobs, 3, seed=6) and deal_out(jobs, 1, seed=5) == [jobs]
+    assert dealt == deal_out(jobs, 3, seed=5) != deal_out(jobs, 3, seed=6) and deal_out(jobs, 1, seed=5) == [
+        jobs
+    ]
     with pytest.raises(ValueError, match="2 pictures of the teacher are fewer than the 3 sizes"):
         deal_out(jobs[:2], 3, seed=5)
 
@@ -53,10 +63,14 @@ SIZES = [96, 70, 40]
 
 
 def test_an_epoch_deals_every_bucket_whole_each_batch_of_one_and_the_buckets_mixed():
-    batches = list(SeededBatches(SIZES, 32, seed=0, first=0, last=6))      # 3 + 2 + 1
+    batches = list(SeededBatches(SIZES, 32, seed=0, first=0, last=6))  # 3 + 2 + 1
     starts = [0, 96, 166, 206]
-    of = [[bucket for bucket in range(3) if starts[bucket] <= number < starts[bucket + 1]] for batch in batches for number in batch]
-    turns = [Counter(bucket for (bucket,) in of[first:first + 32]) for first in range(0, len(of), 32)]
+    of = [
+        [bucket for bucket in range(3) if starts[bucket] <= number < starts[bucket + 1]]
+        for batch in batches
+        for number in batch
+    ]
+    turns = [Counter(bucket for (bucket,) in of[first : first + 32]) for first in range(0, len(of), 32)]
     assert all(len(turn) == 1 for turn in turns) and sum(turns, Counter()) == {0: 96, 1: 64, 2: 32}
     assert len(set(sum(batches, []))) == 6 * 32 and [*map(next, map(iter, turns))] != [0, 0, 0, 1, 1, 2]
 
@@ -69,8 +83,11 @@ def test_the_order_of_buckets_is_a_function_of_seed_and_epoch_alone():
 def test_a_single_bucket_is_dealt_in_the_order_in_which_states_have_always_been():
     generator = torch.Generator().manual_seed(3 * 1_000_003 + 1)
     order = torch.randperm(100, generator=generator).tolist()
-    assert list(SeededBatches([100], 32, 3, 3, 6)) == list(SeededBatches(100, 32, 3, 3, 6)) == [
-        order[start:start + 32] for start in (0, 32, 64)]
+    assert (
+        list(SeededBatches([100], 32, 3, 3, 6))
+        == list(SeededBatches(100, 32, 3, 3, 6))
+        == [order[start : start + 32] for start in (0, 32, 64)]
+    )
 
 
 def test_a_bucket_of_less_than_a_batch_is_refused():
@@ -79,7 +96,12 @@ def test_a_bucket_of_less_than_a_batch_is_refused():
 
 
 def test_a_batch_of_segments_is_of_one_shape_and_the_states_of_its_numbers(tmp_path):
-    scheduler, few, data, shapes = make_scheduler(3.0), make_scheduler(3.0, (1, 2)), [], [(2, 4, 4), (2, 2, 6)]
+    scheduler, few, data, shapes = (
+        make_scheduler(3.0),
+        make_scheduler(3.0, (1, 2)),
+        [],
+        [(2, 4, 4), (2, 2, 6)],
+    )
     for bucket, shape in enumerate(shapes):
         jobs = [(number, f"{number}", 10 * bucket + number) for number in range(3 + bucket)]
         for part in ("walked", "own"):
@@ -91,7 +113,10 @@ def test_a_batch_of_segments_is_of_one_shape_and_the_states_of_its_numbers(tmp_p
     buckets = Buckets(data)
     assert buckets.sizes == [7, 9] and len(buckets) == 16
     for numbers, bucket in (([6, 0, 3], 0), ([7, 15, 12], 1)):
-        batch, alone = buckets.__getitems__(numbers), data[bucket].__getitems__([number - 7 * bucket for number in numbers])
+        batch, alone = (
+            buckets.__getitems__(numbers),
+            data[bucket].__getitems__([number - 7 * bucket for number in numbers]),
+        )
         assert batch["latents"].shape == (3, *shapes[bucket])
         assert all(torch.equal(tensor, alone[name]) for name, tensor in batch.items())
 

@@ -19,8 +19,10 @@ CUT = {"hidden_size": 64, "depth": 4, "num_heads": 2} | TEXT
 def velocity_error(student, teacher, expert, text):
     """Return a student's squared velocity error over its expert's power, on frames that no calibration saw."""
     frames = make_frames(open_teacher_files(TINY_TEACHER).experts[expert], text, (8, 8), seed=99)
-    found, wanted = (one_frame_velocity(network, frames.latents, frames.timestep, *text)[0]
-                     for network in (student, teacher.expert(expert)))
+    found, wanted = (
+        one_frame_velocity(network, frames.latents, frames.timestep, *text)[0]
+        for network in (student, teacher.expert(expert))
+    )
     return ((found - wanted).square().mean() / wanted.square().mean()).item()
 
 
@@ -42,8 +44,9 @@ def test_a_student_as_large_as_the_teacher_is_left_as_it_is(expert, teacher, man
     assert velocity_error(student, teacher, expert, many_words) < 1e-8
 
 
-@pytest.mark.parametrize("shape", [{}, {"depth": 2}, {"hidden_size": 96, "num_heads": 3}, {"num_heads": 4},
-                                   {"ffn_dim": 100}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"depth": 2}, {"hidden_size": 96, "num_heads": 3}, {"num_heads": 4}, {"ffn_dim": 100}]
+)
 def test_a_calibrated_student_is_nearer_to_the_teacher_than_a_projected_one(shape, teacher, many_words):
     student, files = WanLiteStudent(**CUT | shape), teacher.files.experts["low"]
     report = project_into(student, TINY_TEACHER, "low")
@@ -61,7 +64,9 @@ def test_frames_of_real_pictures_are_those_pictures_with_noise(teacher, many_wor
     assert torch.allclose(frames.timestep.sort().values, (torch.arange(64) + 0.5) * 1000 / 64)
 
 
-def test_calibrating_is_bitwise_the_same_from_either_layout_and_whatever_the_random_state(official_teacher, many_words):
+def test_calibrating_is_bitwise_the_same_from_either_layout_and_whatever_the_random_state(
+    official_teacher, many_words
+):
     students = []
     for seed, folder in ((1, TINY_TEACHER), (2, official_teacher)):
         torch.manual_seed(seed)
@@ -76,7 +81,9 @@ def test_calibrating_is_bitwise_the_same_from_either_layout_and_whatever_the_ran
 
 def test_chosen_channels_foretell_channels_that_are_sums_of_them():
     three = torch.randn(500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rows = torch.cat([three, three @ torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)], 1)
+    rows = torch.cat(
+        [three, three @ torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)], 1
+    )
     channels = _best_columns(rows.T @ rows, 3)
     kept = rows[:, channels]
     assert len(channels.unique()) == 3
@@ -86,5 +93,7 @@ def test_chosen_channels_foretell_channels_that_are_sums_of_them():
 def test_a_streamed_expert_is_the_expert(teacher, words, noisy):
     arguments = (noisy, torch.tensor([990.0, 700.0, 400.0, 100.0]), *words[0])
     streamed = stream_expert(teacher.files.experts["low"])
-    found, wanted = (one_frame_velocity(network, *arguments)[0] for network in (streamed, teacher.expert("low")))
+    found, wanted = (
+        one_frame_velocity(network, *arguments)[0] for network in (streamed, teacher.expert("low"))
+    )
     assert torch.equal(found, wanted) and not list(streamed.blocks.parameters())

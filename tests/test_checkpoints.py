@@ -33,37 +33,58 @@ def test_optimizers_schedules_and_numbers_come_back_bit_by_bit(tmp_path):
         for optimizer in optimizers:
             optimizer.step()
         rate.step()
-    state = {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "rate": rate.state_dict(), "step": 3,
-             "network": network.state_dict(), "nothing": None, "shares": [0.1, 1e-300, 2**53 + 1]}
+    state = {
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "rate": rate.state_dict(),
+        "step": 3,
+        "network": network.state_dict(),
+        "nothing": None,
+        "shares": [0.1, 1e-300, 2**53 + 1],
+    }
     save_checkpoint(tmp_path, state, {}, 2)
     found = load_checkpoint(checkpoint_path(tmp_path, 3))
     first, second = torch.optim.AdamW([network.bias], lr=9.0), torch.optim.Muon([network.weight], lr=9.0)
     first.load_state_dict(found["optimizers"][0])
     second.load_state_dict(found["optimizers"][1])
-    assert torch.equal(first.state[network.bias]["exp_avg_sq"], optimizers[0].state[network.bias]["exp_avg_sq"])
-    assert torch.equal(second.state[network.weight]["momentum_buffer"], optimizers[1].state[network.weight]["momentum_buffer"])
-    assert first.param_groups[0]["lr"] == optimizers[0].param_groups[0]["lr"] and found["rate"] == state["rate"]
+    assert torch.equal(
+        first.state[network.bias]["exp_avg_sq"], optimizers[0].state[network.bias]["exp_avg_sq"]
+    )
+    assert torch.equal(
+        second.state[network.weight]["momentum_buffer"],
+        optimizers[1].state[network.weight]["momentum_buffer"],
+    )
+    assert (
+        first.param_groups[0]["lr"] == optimizers[0].param_groups[0]["lr"] and found["rate"] == state["rate"]
+    )
     assert all(torch.equal(tensor, found["network"][name]) for name, tensor in network.state_dict().items())
     assert (found["step"], found["nothing"], found["shares"]) == (3, None, state["shares"])
 
 
 def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path):
     save(tmp_path, 1)
-    assert {path.name for path in checkpoint_path(tmp_path, 1).iterdir()} == {"manifest.json", "state.json", "state.safetensors"}
+    assert {path.name for path in checkpoint_path(tmp_path, 1).iterdir()} == {
+        "manifest.json",
+        "state.json",
+        "state.safetensors",
+    }
 
 
-@pytest.mark.parametrize("break_it, reason", [
-    (lambda path: (path / "state.safetensors").write_bytes(b"cut"), "differs from its manifest"),
-    (lambda path: (path / "state.json").unlink(), "lacks state.json"),
-    (lambda path: (path / "manifest.json").unlink(), "no readable manifest"),
-    (lambda path: write_json(path / "manifest.json", read_manifest(path) | {"step": 7}), "says step 7")])
+@pytest.mark.parametrize(
+    "break_it, reason",
+    [
+        (lambda path: (path / "state.safetensors").write_bytes(b"cut"), "differs from its manifest"),
+        (lambda path: (path / "state.json").unlink(), "lacks state.json"),
+        (lambda path: (path / "manifest.json").unlink(), "no readable manifest"),
+        (lambda path: write_json(path / "manifest.json", read_manifest(path) | {"step": 7}), "says step 7"),
+    ],
+)
 def test_the_newest_checkpoint_that_verifies_is_taken_and_the_rest_is_said(tmp_path, break_it, reason):
     save(tmp_path, 1)
     save(tmp_path, 2)
     break_it(checkpoint_path(tmp_path, 2))
     path, skipped = latest_checkpoint(tmp_path)
     assert path == checkpoint_path(tmp_path, 1) and len(skipped) == 1 and reason in skipped[0]
-    save(tmp_path, 2, 5.0)                                   # a run that comes by again replaces it
+    save(tmp_path, 2, 5.0)  # a run that comes by again replaces it
     assert latest_checkpoint(tmp_path) == (checkpoint_path(tmp_path, 2), [])
 
 
@@ -108,12 +129,16 @@ def test_two_at_least_are_kept_and_other_names_are_left_alone(tmp_path):
 
 
 def test_a_kill_in_the_middle_of_a_save_leaves_the_last_whole_checkpoint(tmp_path):
-    code = ("import sys, time; sys.path.insert(0, sys.argv[1])\n"
-            "from pathlib import Path; from tests.test_checkpoints import save; import wanlite.checkpoints as room\n"
-            "save(Path(sys.argv[2]), 1)\n"
-            "def slow(tensors, path): path.write_text('half'); print('saving', flush=True); time.sleep(60)\n"
-            "room.save_file = slow; save(Path(sys.argv[2]), 2)\n")
-    process = subprocess.Popen([sys.executable, "-c", code, ROOT, tmp_path], stdout=subprocess.PIPE, text=True)
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path; from tests.test_checkpoints import save; import wanlite.checkpoints as room\n"
+        "save(Path(sys.argv[2]), 1)\n"
+        "def slow(tensors, path): path.write_text('half'); print('saving', flush=True); time.sleep(60)\n"
+        "room.save_file = slow; save(Path(sys.argv[2]), 2)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, ROOT, tmp_path], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "saving\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -124,10 +149,15 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_last_whole_checkpoint(tmp_pat
 
 def test_a_disk_that_fills_during_a_save_leaves_the_earlier_checkpoint(small_disk, monkeypatch):
     save(small_disk, 1)
-    monkeypatch.setattr("wanlite.training.checkpoints.check_space", lambda *_: None)       # there was room when it was looked at
+    monkeypatch.setattr(
+        "wanlite.training.checkpoints.check_space", lambda *_: None
+    )  # there was room when it was looked at
     with pytest.raises(OSError, match="step-000002: .*No space left"):
         save_checkpoint(small_disk, {"weight": torch.zeros(10**6), "step": 2}, {}, 2)
-    assert steps(small_disk) == ["step-000001"] and latest_checkpoint(small_disk) == (checkpoint_path(small_disk, 1), [])
+    assert steps(small_disk) == ["step-000001"] and latest_checkpoint(small_disk) == (
+        checkpoint_path(small_disk, 1),
+        [],
+    )
 
 
 @pytest.mark.parametrize("failure", [OSError("disk full"), FloatingPointError("holds NaN")])
@@ -135,7 +165,9 @@ def test_a_save_that_fails_deletes_nothing(tmp_path, failure, monkeypatch):
     for step in (1, 2):
         save(tmp_path, step)
     if isinstance(failure, OSError):
-        monkeypatch.setattr("wanlite.training.checkpoints.save_file", lambda *_: (_ for _ in ()).throw(failure))
+        monkeypatch.setattr(
+            "wanlite.training.checkpoints.save_file", lambda *_: (_ for _ in ()).throw(failure)
+        )
     with pytest.raises(type(failure), match=str(failure)):
         save(tmp_path, 3, value=0.0 if isinstance(failure, OSError) else float("nan"), keep=2)
     assert steps(tmp_path) == ["step-000001", "step-000002"]

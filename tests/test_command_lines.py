@@ -37,37 +37,63 @@ def refused(script, *arguments, seconds=2.0):
     return lines[0]
 
 
-PATHS = {TrainSettings: ("teacher", "prompts", "images", "output_dir", "cache_dir", "student", "logging_dir"),
-         DrawSettings: ("model", "prompts_file", "output_dir")}
+PATHS = {
+    TrainSettings: ("teacher", "prompts", "images", "output_dir", "cache_dir", "student", "logging_dir"),
+    DrawSettings: ("model", "prompts_file", "output_dir"),
+}
 
 
-@pytest.mark.parametrize("settings, name", [(settings, name) for settings, names in PATHS.items() for name in names])
+@pytest.mark.parametrize(
+    "settings, name", [(settings, name) for settings, names in PATHS.items() for name in names]
+)
 def test_a_tilde_is_expanded_in_every_path_and_an_unknown_user_is_named(settings, name, monkeypatch, capsys):
     monkeypatch.setenv("HOME", "/home/somebody")
     parser = make_parser(settings, "")
-    for typed, path in (("~/a b", "/home/somebody/a b"), ("~", "/home/somebody"), ("~root/x", f"{pwd.getpwnam('root').pw_dir}/x"),
-                        ("./~/x", "./~/x"), ("x~", "x~"), ("", "")):
+    for typed, path in (
+        ("~/a b", "/home/somebody/a b"),
+        ("~", "/home/somebody"),
+        ("~root/x", f"{pwd.getpwnam('root').pw_dir}/x"),
+        ("./~/x", "./~/x"),
+        ("x~", "x~"),
+        ("", ""),
+    ):
         assert getattr(parser.parse_args([f"--{name}={typed}"]), name) == path
         assert getattr(parser.parse_args([f"--{name}", typed]), name) == path
     with pytest.raises(SystemExit) as ended:
         parser.parse_args([f"--{name}=~nobody-here/x"])
-    assert ended.value.code == 2 and "~nobody-here/x: there is no user nobody-here. Write" in capsys.readouterr().err
+    assert (
+        ended.value.code == 2
+        and "~nobody-here/x: there is no user nobody-here. Write" in capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("settings, flag", [
-    (TrainSettings, "--negative_prompt"), (TrainSettings, "--validation_prompts"), (TrainSettings, "--report_to"),
-    (TrainSettings, "--output_dir"), (TrainSettings, "--images"), (DrawSettings, "--prompt"), (DrawSettings, "--negative_prompt"),
-    (DrawSettings, "--device"), (DrawSettings, "--output_dir")])
+@pytest.mark.parametrize(
+    "settings, flag",
+    [
+        (TrainSettings, "--negative_prompt"),
+        (TrainSettings, "--validation_prompts"),
+        (TrainSettings, "--report_to"),
+        (TrainSettings, "--output_dir"),
+        (TrainSettings, "--images"),
+        (DrawSettings, "--prompt"),
+        (DrawSettings, "--negative_prompt"),
+        (DrawSettings, "--device"),
+        (DrawSettings, "--output_dir"),
+    ],
+)
 def test_bytes_that_are_not_utf8_are_refused_in_every_flag(settings, flag, capsys):
     parser = make_parser(settings, "", repeatable=("prompt",))
     with pytest.raises(SystemExit) as ended:
         parser.parse_args([flag, os.fsdecode(b"a \xff cat")])
-    assert ended.value.code == 2 and rf"argument {flag}: 'a \udcff cat' is not UTF-8 text (character 3)" in capsys.readouterr().err
+    assert (
+        ended.value.code == 2
+        and rf"argument {flag}: 'a \udcff cat' is not UTF-8 text (character 3)" in capsys.readouterr().err
+    )
 
 
 def test_a_prompt_is_read_as_utf8_where_the_locale_is_ascii():
     parser = make_parser(DrawSettings, "", repeatable=("prompt",))
-    arguments = parser.parse_args(["--prompt", "caf\udcc3\udca9"])      # as Python has its bytes there
+    arguments = parser.parse_args(["--prompt", "caf\udcc3\udca9"])  # as Python has its bytes there
     assert arguments.prompt == ["caf\N{LATIN SMALL LETTER E WITH ACUTE}"]
 
 
@@ -79,30 +105,38 @@ def test_a_path_with_a_tilde_is_the_same_in_all_that_is_printed_and_written(tmp_
     assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == ["cache", "run"]
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--teacher", "/no/such/wan"], "no such folder"),
-    (["--teacher", str(ROOT / "tests")], "no Wan transformer. Expected transformer/"),
-    (["--prompts", "/no/such/prompts.txt"], "no such file"),
-    (["--prompts", str(ROOT)], "not a file"),
-    (["--resolution", "60"], "divisible by 16; the nearest is 64"),
-    (["--max_train_steps", "0"], "at least 1"),
-    (["--max_train_steps", "many"], "invalid int value"),
-    (["--checkpoints_total_limit", "1"], "at least 2"),
-    (["--projection", "magic"], "invalid choice"),
-    (["--no_such_flag"], "unrecognized arguments"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--teacher", "/no/such/wan"], "no such folder"),
+        (["--teacher", str(ROOT / "tests")], "no Wan transformer. Expected transformer/"),
+        (["--prompts", "/no/such/prompts.txt"], "no such file"),
+        (["--prompts", str(ROOT)], "not a file"),
+        (["--resolution", "60"], "divisible by 16; the nearest is 64"),
+        (["--max_train_steps", "0"], "at least 1"),
+        (["--max_train_steps", "many"], "invalid int value"),
+        (["--checkpoints_total_limit", "1"], "at least 2"),
+        (["--projection", "magic"], "invalid choice"),
+        (["--no_such_flag"], "unrecognized arguments"),
+    ],
+)
 def test_training_refuses_what_is_wrong_in_one_line(arguments, words, tmp_path):
     assert words in refused(TRAIN, "--output_dir", tmp_path / "run", *arguments)
     assert not (tmp_path / "run").exists()
 
 
 def test_span_wide_experts_go_with_weights_only(tmp_path):
-    assert "--expert span goes with --projection weights" in refused(TRAIN, "--output_dir", tmp_path / "run", "--expert", "span")
+    assert "--expert span goes with --projection weights" in refused(
+        TRAIN, "--output_dir", tmp_path / "run", "--expert", "span"
+    )
 
 
 def test_a_start_is_projected_once_and_taken_by_later_runs_of_the_same_teacher_shape_and_method(tmp_path):
     def starts():
-        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/cache").glob("start-*/*.safetensors")}
+        return {
+            path.name: path.stat().st_mtime_ns
+            for path in (tmp_path / "run/cache").glob("start-*/*.safetensors")
+        }
 
     arguments = ("--output_dir", tmp_path / "run", *SHORT_RUN)
     process = run_script(TRAIN, *arguments, "--project_only")
@@ -115,7 +149,9 @@ def test_a_start_is_projected_once_and_taken_by_later_runs_of_the_same_teacher_s
     report = json.loads((tmp_path / "run/run.json").read_text())["projection"]
     assert starts() == before and report["experts"] == ["high"] * 4 and report["calibration_frames"] > 0
     assert "holds a finished run" in refused(TRAIN, *arguments, "--project_only", "--projection", "weights")
-    assert json.loads((tmp_path / "run/run.json").read_text())["finished"]              # the finished run is left as it was
+    assert json.loads((tmp_path / "run/run.json").read_text())[
+        "finished"
+    ]  # the finished run is left as it was
     again = WanLiteStudent.from_pretrained(folder).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
 
@@ -136,33 +172,50 @@ def test_projecting_alone_announces_no_training_and_ends_with_the_command_that_d
     assert saved == f"saved to {folder}, projected and not trained"
     assert shlex.split(then) == ["next:", "python", "run_inference.py", "--model", str(folder)]
     run = read_run(folder)
-    assert not run["finished"] and run["schedule"]["few_steps"] is None and not any(run["schedule"]["parts"].values())
+    assert (
+        not run["finished"]
+        and run["schedule"]["few_steps"] is None
+        and not any(run["schedule"]["parts"].values())
+    )
     assert f"{shlex.quote(str(folder))} --prompt" in (folder / "README.md").read_text()
     assert repr(str(folder)) in (folder / "README.md").read_text()
 
 
 def test_a_saved_start_draws_as_step_0_of_a_run_in_its_folder(start, tmp_path):
     shutil.copytree(start[0], tmp_path / "run")
-    drawing = run_script(DRAW, "--model", tmp_path / "run", "--output_dir", tmp_path / "images", "--batch_size", "8")
+    drawing = run_script(
+        DRAW, "--model", tmp_path / "run", "--output_dir", tmp_path / "images", "--batch_size", "8"
+    )
     assert drawing.returncode == 0, drawing.stderr
     drawn = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "images").glob("0*.png"))]
-    training = run_script(TRAIN, "--output_dir", tmp_path / "run", *SHORT_RUN, "--segment_steps", "0", "--matching_steps", "0")
+    training = run_script(
+        TRAIN, "--output_dir", tmp_path / "run", *SHORT_RUN, "--segment_steps", "0", "--matching_steps", "0"
+    )
     assert training.returncode == 0 and "energy kept" not in training.stdout, training.stderr
-    grid = np.asarray(Image.open(tmp_path / "run/samples/step-000000.png").convert("RGB"))[64:128]       # the student's row
+    grid = np.asarray(Image.open(tmp_path / "run/samples/step-000000.png").convert("RGB"))[
+        64:128
+    ]  # the student's row
     assert len(drawn) == len(read_run(start[0])["validation_prompts"])
-    assert (np.concatenate(drawn, axis=1) == grid[:, -64 * len(drawn):]).all()
+    assert (np.concatenate(drawn, axis=1) == grid[:, -64 * len(drawn) :]).all()
     assert read_run(tmp_path / "run")["finished"] and "projected_only" not in read_run(tmp_path / "run")
 
 
 def test_stock_opens_a_saved_start(start):
-    ours, stock = (kind.from_pretrained(start[0]).state_dict() for kind in (WanLiteStudent, WanTransformer3DModel))
-    assert ours.keys() == stock.keys() and all(torch.equal(tensor, stock[name]) for name, tensor in ours.items())
+    ours, stock = (
+        kind.from_pretrained(start[0]).state_dict() for kind in (WanLiteStudent, WanTransformer3DModel)
+    )
+    assert ours.keys() == stock.keys() and all(
+        torch.equal(tensor, stock[name]) for name, tensor in ours.items()
+    )
     assert WanPipeline.from_pretrained(start[0]).scheduler.config.solver_order == 2
 
 
 def test_projecting_alone_replaces_no_run_that_was_cut_short(finished_run, tmp_path):
     run = read_run(finished_run[0])
-    write_json(tmp_path / "run.json", run | {"finished": False, "settings": run["settings"] | {"output_dir": str(tmp_path)}})
+    write_json(
+        tmp_path / "run.json",
+        run | {"finished": False, "settings": run["settings"] | {"output_dir": str(tmp_path)}},
+    )
     said = refused(TRAIN, "--output_dir", tmp_path, *SHORT_RUN, "--project_only")
     assert "holds a run cut short. Leave --project_only out" in said
     assert read_run(tmp_path)["finished"] is False
@@ -172,28 +225,44 @@ def test_a_dry_run_where_a_finished_run_lies_tells_the_plan_and_then_the_problem
     process = run_script(TRAIN, "--output_dir", finished_run[0], *SHORT_RUN, "--dry_run")
     assert process.returncode == 2 and process.stdout.startswith("teacher  ")
     problem, run = process.stdout.splitlines()[-2:]
-    assert problem.startswith(f"PROBLEM  {finished_run[0]}: holds a finished run") and run.startswith("run      python")
+    assert problem.startswith(f"PROBLEM  {finished_run[0]}: holds a finished run") and run.startswith(
+        "run      python"
+    )
     assert process.stdout.count("PROBLEM") == 1 and "Traceback" not in process.stderr
 
 
 def test_a_dry_run_of_projecting_alone_tells_no_training(tmp_path):
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", *SHORT_RUN, "--dry_run", "--project_only")
     assert process.returncode == 0 and "nothing is trained" in process.stdout, process.stderr
-    assert not any(word in process.stdout.partition("run      ")[0] for word in ("teacher pictures", "training", "trajectories"))
+    assert not any(
+        word in process.stdout.partition("run      ")[0]
+        for word in ("teacher pictures", "training", "trajectories")
+    )
 
 
-@pytest.mark.parametrize("content, words", [(b"", "holds no prompt"), (b"\n  \n", "holds no prompt"), (b"\xff\xfe\x00", "UTF-8")])
+@pytest.mark.parametrize(
+    "content, words", [(b"", "holds no prompt"), (b"\n  \n", "holds no prompt"), (b"\xff\xfe\x00", "UTF-8")]
+)
 def test_a_prompt_file_that_holds_none_is_refused(content, words, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(content)
     assert words in refused(TRAIN, "--output_dir", tmp_path / "run", "--prompts", tmp_path / "prompts.txt")
 
 
-@pytest.mark.parametrize("arguments, words", [(["--hidden_size", "256"], "hidden_size 256 is more than the teacher's 128"),
-                                              (["--num_heads", "3"], "3 heads of 21.3333 channels cannot be cut"),
-                                              (["--depth", "9"], "depth 9 is more")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--hidden_size", "256"], "hidden_size 256 is more than the teacher's 128"),
+        (["--num_heads", "3"], "3 heads of 21.3333 channels cannot be cut"),
+        (["--depth", "9"], "depth 9 is more"),
+    ],
+)
 def test_a_shape_that_cannot_be_cut_is_refused_before_anything_is_written(arguments, words, tmp_path):
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", *arguments)
-    assert process.returncode == 2 and words in process.stderr.splitlines()[-1] and "Traceback" not in process.stderr
+    assert (
+        process.returncode == 2
+        and words in process.stderr.splitlines()[-1]
+        and "Traceback" not in process.stderr
+    )
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -201,14 +270,24 @@ def test_a_shape_that_cannot_be_cut_leaves_the_run_that_it_was_to_overwrite(fini
     shutil.copytree(finished_run[0], tmp_path / "run")
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", "--overwrite", "--num_heads", "3")
     assert process.returncode == 2
-    assert (tmp_path / "run/diffusion_pytorch_model.safetensors").is_file() and (tmp_path / "run/run.json").is_file()
+    assert (tmp_path / "run/diffusion_pytorch_model.safetensors").is_file() and (
+        tmp_path / "run/run.json"
+    ).is_file()
 
 
-def test_a_run_that_fails_before_its_first_step_leaves_the_run_that_it_was_to_overwrite(finished_run, tmp_path):
+def test_a_run_that_fails_before_its_first_step_leaves_the_run_that_it_was_to_overwrite(
+    finished_run, tmp_path
+):
     shutil.copytree(finished_run[0], tmp_path / "run")
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file() and "cache" not in path.parts}
+    before = {
+        path: path.read_bytes()
+        for path in (tmp_path / "run").rglob("*")
+        if path.is_file() and "cache" not in path.parts
+    }
     shard = max((tmp_path / "run/cache").glob("trajectories-*/shard-*"), key=lambda path: path.stat().st_size)
-    shard.write_bytes(shard.read_bytes()[:-100])             # found where the teacher's pictures are opened, the last thing before
+    shard.write_bytes(
+        shard.read_bytes()[:-100]
+    )  # found where the teacher's pictures are opened, the last thing before
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", "--overwrite", *SHORT_RUN)
     assert process.returncode == 2 and f"{shard.name}: not whole" in process.stderr
     assert {path: path.read_bytes() for path in before} == before
@@ -227,22 +306,39 @@ def test_a_finished_run_is_not_overwritten_by_accident(finished_run):
     assert (folder / "diffusion_pytorch_model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--prompt", ""], "no prompt"), (["--prompts_file", "/no/such.txt"], "no such file"),
-    (["--prompt", "x", "--prompts_file", "y"], "choose one"), (["--height", "100"], "divisible by 16; the nearest is 96"),
-    (["--width", "0"], "divisible by 16"), (["--num_inference_steps", "0"], "at least 1"), (["--device", "gpu"], "is unknown"),
-    (["--dtype", "int8"], "invalid choice"), (["--negative_prompt", "blur"], "add --guidance_scale"),
-    (["--guidance_scale", "nan"], "expected 1"), (["--num_images_per_prompt", "-1"], "at least 1")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--prompt", ""], "no prompt"),
+        (["--prompts_file", "/no/such.txt"], "no such file"),
+        (["--prompt", "x", "--prompts_file", "y"], "choose one"),
+        (["--height", "100"], "divisible by 16; the nearest is 96"),
+        (["--width", "0"], "divisible by 16"),
+        (["--num_inference_steps", "0"], "at least 1"),
+        (["--device", "gpu"], "is unknown"),
+        (["--dtype", "int8"], "invalid choice"),
+        (["--negative_prompt", "blur"], "add --guidance_scale"),
+        (["--guidance_scale", "nan"], "expected 1"),
+        (["--num_images_per_prompt", "-1"], "at least 1"),
+    ],
+)
 def test_drawing_refuses_what_is_wrong_in_one_line(arguments, words, finished_run, tmp_path):
     folder, _ = finished_run
     assert words in refused(DRAW, "--model", folder, "--output_dir", tmp_path / "pictures", *arguments)
     assert not (tmp_path / "pictures").exists()
 
 
-@pytest.mark.parametrize("model, words", [("/no/such/run", "no such folder"), (str(ROOT / "README.md"), "not a folder"),
-                                          (str(ROOT / "tests"), "no config.json"),
-                                          (str(TINY_TEACHER / "vae"), "AutoencoderKLWan"),
-                                          (str(TINY_TEACHER / "transformer"), "lacks scheduler"), ("", "names no folder")])
+@pytest.mark.parametrize(
+    "model, words",
+    [
+        ("/no/such/run", "no such folder"),
+        (str(ROOT / "README.md"), "not a folder"),
+        (str(ROOT / "tests"), "no config.json"),
+        (str(TINY_TEACHER / "vae"), "AutoencoderKLWan"),
+        (str(TINY_TEACHER / "transformer"), "lacks scheduler"),
+        ("", "names no folder"),
+    ],
+)
 def test_drawing_refuses_a_folder_that_is_no_student(model, words, tmp_path):
     assert words in refused(DRAW, "--model", model, "--output_dir", tmp_path / "pictures")
 
@@ -261,9 +357,26 @@ def test_a_device_that_is_not_here_is_refused(finished_run):
 def test_a_file_of_any_prompts_trains_and_its_last_ones_are_held_out(tmp_path):
     prompts = [f"prompt number {number} of a user" for number in range(60)]
     (tmp_path / "prompts.txt").write_text("\n".join([*prompts, "", prompts[0]]))
-    process = run_script(TRAIN, "--output_dir", tmp_path / "run", "--prompts", tmp_path / "prompts.txt", "--projection", "weights",
-                         "--gradient_accumulation_steps", "2", "--mixed_precision", "bf16", "--gradient_checkpointing",
-                         "--no-use_ema", "--muon_learning_rate", "0", "--feature_directions", "5", *SHORT_RUN)
+    process = run_script(
+        TRAIN,
+        "--output_dir",
+        tmp_path / "run",
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--projection",
+        "weights",
+        "--gradient_accumulation_steps",
+        "2",
+        "--mixed_precision",
+        "bf16",
+        "--gradient_checkpointing",
+        "--no-use_ema",
+        "--muon_learning_rate",
+        "0",
+        "--feature_directions",
+        "5",
+        *SHORT_RUN,
+    )
     assert process.returncode == 0, process.stderr
     kept = [load_file(path) for path in tmp_path.glob("run/cache/trajectories-*/*.safetensors")]
     assert kept and {shard["features"].shape[-1] for shard in kept} == {5}
@@ -274,8 +387,20 @@ def test_a_file_of_any_prompts_trains_and_its_last_ones_are_held_out(tmp_path):
     assert [record["step"] for record in records if "held_out_error" in record] == [0, 3, 6]
 
 
-LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
-          "no", "--dynamo_backend", "no", TRAIN)             # with --cpu accelerate starts one process, whatever their number
+LAUNCH = (
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+    TRAIN,
+)  # with --cpu accelerate starts one process, whatever their number
 
 
 def test_two_processes_train_one_student(tmp_path, monkeypatch):
@@ -299,13 +424,22 @@ def test_the_words_of_both_scripts_say_what_happens_and_where(finished_run):
     assert lines[0].startswith("teacher") and "tiny_teacher" in lines[0] and "1.25 M + 1.25 M" in lines[0]
     assert lines[1].startswith("student") and "0.33 M" in lines[1] and "calibrated" in lines[1]
     assert lines[2].startswith("device") and lines[4] == f"output   {folder}" and "minutes" in lines[6]
-    assert lines[5] == "WARNING  64 trajectories are few, and images may stay noise; the default is at least 300"
+    assert (
+        lines[5] == "WARNING  64 trajectories are few, and images may stay noise; the default is at least 300"
+    )
     assert lines[-1] == f"next: python run_inference.py --model {folder}"
     results = json.loads((folder / "run.json").read_text())["results"]
     assert results["captions"] == 16 and 0.9 < results["prompt_accuracy"]["teacher"] <= 1
 
 
 def test_the_dry_run_counts_prompts_that_are_cut(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a small red circle\n" * 3 + "a small red circle " * 300 + "\na large blue ring\n")
-    process = run_script(TRAIN, "--dry_run", "--prompts", tmp_path / "prompts.txt", "--output_dir", tmp_path / "run")
-    assert process.stdout.count("prompts over the limit of 512 tokens are cut there: 1, the first 'a small red") == 1
+    (tmp_path / "prompts.txt").write_text(
+        "a small red circle\n" * 3 + "a small red circle " * 300 + "\na large blue ring\n"
+    )
+    process = run_script(
+        TRAIN, "--dry_run", "--prompts", tmp_path / "prompts.txt", "--output_dir", tmp_path / "run"
+    )
+    assert (
+        process.stdout.count("prompts over the limit of 512 tokens are cut there: 1, the first 'a small red")
+        == 1
+    )

@@ -22,7 +22,9 @@ def make_student():
 
 def gradients(student):
     bias = torch.zeros(2, 5)
-    velocity, = student(LATENTS, torch.tensor([900.0, 100.0]), TEXT, text_logit_bias=bias, return_dict=False)
+    (velocity,) = student(
+        LATENTS, torch.tensor([900.0, 100.0]), TEXT, text_logit_bias=bias, return_dict=False
+    )
     velocity.square().mean().backward()
     return {name: parameter.grad for name, parameter in student.named_parameters()}
 
@@ -36,7 +38,9 @@ def test_a_compiled_student_has_the_names_the_gradients_and_the_files_of_a_plain
     assert list(found) == list(expected) and list(compiled.state_dict()) == list(plain.state_dict())
     for name, gradient in found.items():
         assert torch.allclose(gradient, expected[name], atol=1e-5, rtol=1e-4), name
-    assert any(not torch.equal(gradient, expected[name]) for name, gradient in found.items())      # it was compiled
+    assert any(
+        not torch.equal(gradient, expected[name]) for name, gradient in found.items()
+    )  # it was compiled
     compiled.save_pretrained(tmp_path / "student")
     loaded = WanLiteStudent.from_pretrained(tmp_path / "student")
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in loaded.state_dict().items())
@@ -50,14 +54,20 @@ def test_a_compiled_expert_of_the_teacher_gives_its_own_velocity():
         expected, _ = ask(expert, *given)
         expert.compile_repeated_blocks(backend="eager")
         found, _ = ask(expert, *given)
-    assert all(block._compiled_call_impl is not None for block in expert.blocks) and torch.equal(found, expected)
+    assert all(block._compiled_call_impl is not None for block in expert.blocks) and torch.equal(
+        found, expected
+    )
 
 
 def test_compiling_without_a_compiler_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     process = run_script(ROOT / "train_distillation.py", "--compile", "--output_dir", tmp_path / "run")
-    assert process.returncode == 2 and process.stderr.count("\n") == 1 and "--compile needs a C++ compiler" in process.stderr
+    assert (
+        process.returncode == 2
+        and process.stderr.count("\n") == 1
+        and "--compile needs a C++ compiler" in process.stderr
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -65,11 +75,13 @@ def test_fused_adamw_moves_weights_as_plain_adamw_and_is_used_only_where_asked()
     weights = {}
     for is_fused in (False, True):
         student = make_student()
-        optimizer, = make_optimizers(Settings(muon_learning_rate=0.0), student, is_fused=is_fused)
+        (optimizer,) = make_optimizers(Settings(muon_learning_rate=0.0), student, is_fused=is_fused)
         assert optimizer.defaults["fused"] is (True if is_fused else None)
         for _ in range(3):
             gradients(student)
             optimizer.step()
             optimizer.zero_grad()
         weights[is_fused] = student.state_dict()
-    assert all(torch.allclose(tensor, weights[False][name], atol=1e-5) for name, tensor in weights[True].items())
+    assert all(
+        torch.allclose(tensor, weights[False][name], atol=1e-5) for name, tensor in weights[True].items()
+    )

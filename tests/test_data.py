@@ -32,8 +32,15 @@ def write_numbered(folder, sizes, states=3):
     first = 0
     for index, size in enumerate(sizes):
         number = torch.arange(first, first + size * states, dtype=torch.float32).view(size, states)
-        write_shard(folder, index, {"timestep": number, "latents": number[..., None].half(),
-                                    "prompt": torch.arange(first, first + size * states, states) // states})
+        write_shard(
+            folder,
+            index,
+            {
+                "timestep": number,
+                "latents": number[..., None].half(),
+                "prompt": torch.arange(first, first + size * states, states) // states,
+            },
+        )
         first += size * states
 
 
@@ -46,6 +53,7 @@ def test_runs_that_write_one_shard_at_once_each_find_it_whole(tmp_path, monkeypa
             write_shard(tmp_path, 0, tensors)
         save_file(found, path)
         others.append(path)
+
     monkeypatch.setattr(data, "save_file", save_while_another_does)
     write_shard(tmp_path, 0, tensors)
     assert len(set(others)) == 2 and torch.equal(read_shard(tmp_path, 0)["latents"], tensors["latents"])
@@ -56,8 +64,16 @@ def test_what_a_killed_run_left_half_written_goes_after_an_hour(tmp_path):
     for name, age in (("old", 3700), ("new", 10)):
         (tmp_path / f".shard-00000-{name}.partial").write_text("half")
         os.utime(tmp_path / f".shard-00000-{name}.partial", (time.time() - age,) * 2)
-    encode_once(Accelerator(cpu=True), lambda prompts: {"text": torch.ones(2, 3), "length": torch.tensor([2])}, ["a"], tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {".shard-00000-new.partial", "shard-00000.safetensors"}
+    encode_once(
+        Accelerator(cpu=True),
+        lambda prompts: {"text": torch.ones(2, 3), "length": torch.tensor([2])},
+        ["a"],
+        tmp_path,
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".shard-00000-new.partial",
+        "shard-00000.safetensors",
+    }
 
 
 def test_a_batch_is_the_named_states_in_the_named_order(tmp_path):
@@ -66,11 +82,15 @@ def test_a_batch_is_the_named_states_in_the_named_order(tmp_path):
     numbers = [32, 0, 13, 12, 11, 17, 18, 0]
     batch = states.__getitems__(numbers)
     assert len(states) == 33 and batch["timestep"].tolist() == numbers
-    assert batch["latents"].flatten().tolist() == numbers and batch["prompt"].tolist() == [number // 3 for number in numbers]
+    assert batch["latents"].flatten().tolist() == numbers and batch["prompt"].tolist() == [
+        number // 3 for number in numbers
+    ]
 
 
 def test_a_shard_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr("wanlite.data.trajectories.os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "wanlite.data.trajectories.os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         write_numbered(tmp_path, (2,))
     assert not shard_path(tmp_path, 0).exists()
@@ -80,7 +100,9 @@ def test_a_shard_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_what_is_not_finite_is_not_kept(value, tmp_path):
     tensors = {"latents": torch.zeros(4, 8).half(), "velocity": torch.zeros(4, 8).half()}
     tensors["velocity"][2, 3] = value
-    with pytest.raises(FloatingPointError, match="velocity came out NaN or infinite and is not kept. Lower --guidance_scale"):
+    with pytest.raises(
+        FloatingPointError, match="velocity came out NaN or infinite and is not kept. Lower --guidance_scale"
+    ):
         write_shard(tmp_path, 0, tensors)
     assert not list(tmp_path.iterdir())
 
@@ -109,12 +131,19 @@ def test_a_cache_is_found_again_only_by_what_it_was_made_of(tmp_path):
 
 
 def test_a_cache_that_was_moved_under_another_name_is_refused_with_what_differs(tmp_path):
-    first = cache_folder(tmp_path, "trajectories", teacher="a", guidance=(4.0, 3.0), shift=3.0, text_length=512)
-    second = cache_folder(tmp_path, "trajectories", teacher="a", guidance=(5.0, 3.0), shift=3.0, text_length=256)
+    first = cache_folder(
+        tmp_path, "trajectories", teacher="a", guidance=(4.0, 3.0), shift=3.0, text_length=512
+    )
+    second = cache_folder(
+        tmp_path, "trajectories", teacher="a", guidance=(5.0, 3.0), shift=3.0, text_length=256
+    )
     (second / "made_of.json").unlink()
     second.rmdir()
     first.rename(second)
-    with pytest.raises(ValueError, match=r"guidance was \[4.0, 3.0\], is \[5.0, 3.0\]; text_length was 512, is 256.*Delete it"):
+    with pytest.raises(
+        ValueError,
+        match=r"guidance was \[4.0, 3.0\], is \[5.0, 3.0\]; text_length was 512, is 256.*Delete it",
+    ):
         cache_folder(tmp_path, "trajectories", teacher="a", guidance=(5.0, 3.0), shift=3.0, text_length=256)
     (second / "made_of.json").write_text(json.dumps([]))
     with pytest.raises(ValueError, match="cannot be read"):
@@ -130,7 +159,10 @@ def test_what_is_kept_of_token_states_is_bounded_and_in_the_basis():
     whole = Sampled(1)
     whole.append(states)
     assert torch.equal(torch.cat(whole), states.flatten(0, 1))
-    assert all(kept.untyped_storage().nbytes() == kept.nbytes and kept.data_ptr() != states.data_ptr() for kept in whole)
+    assert all(
+        kept.untyped_storage().nbytes() == kept.nbytes and kept.data_ptr() != states.data_ptr()
+        for kept in whole
+    )
     projected = Projected(torch.eye(6)[:, :2])
     projected.append(states.bfloat16())
     assert torch.equal(projected[0], states.bfloat16().half()[..., :2])
@@ -143,9 +175,11 @@ def test_a_basis_is_of_the_directions_that_vary_most_and_kept_for_the_next_run(t
         asked.append(prompts)
 
         def velocity_of(latents, timestep):
-            features.append(5 + deviations * torch.randn(len(latents), 50, 4))           # a mean is no direction
+            features.append(5 + deviations * torch.randn(len(latents), 50, 4))  # a mean is no direction
             return latents
+
         return velocity_of
+
     for _ in range(2):
         walker = Walker(Accelerator(), velocity_for, make_scheduler(3.0), STEPS)
         walker.find_basis(tmp_path, ["a", "b"], SHAPE, 2)
@@ -178,6 +212,7 @@ def teacher_for(prompts, features):
         if features is not None:
             features.append(torch.zeros(len(latents), 1, 4))
         return (latents - aim) * (0.5 + timestep / 1000).view(-1, 1, 1, 1)
+
     return velocity_of
 
 
@@ -193,9 +228,14 @@ def test_every_segment_leads_to_the_picture_that_the_teachers_walk_ends_at(walke
     batch = segments.__getitems__(range(140))
     seen = clean_from(batch["latents"], batch["velocity"].float(), batch["noise_level"])
     noise, pictures, prompts = states.ends(range(70))
-    assert torch.allclose(seen, pictures.repeat(2, 1, 1, 1), atol=0.02) and torch.equal(batch["prompt"], prompts.repeat(2))
+    assert torch.allclose(seen, pictures.repeat(2, 1, 1, 1), atol=0.02) and torch.equal(
+        batch["prompt"], prompts.repeat(2)
+    )
     assert torch.allclose(batch["latents"][:70], noise, atol=0.02)
-    assert set(batch["timestep"][:70].tolist()) == {999.0} and set(batch["timestep"][70:].tolist()) == {900.0, 500.0}
+    assert set(batch["timestep"][:70].tolist()) == {999.0} and set(batch["timestep"][70:].tolist()) == {
+        900.0,
+        500.0,
+    }
 
 
 def test_the_own_path_is_where_the_student_goes_and_what_the_teacher_makes_of_it(walked):
@@ -204,9 +244,11 @@ def test_the_own_path_is_where_the_student_goes_and_what_the_teacher_makes_of_it
     for row, (number, prompt, seed, count, index) in enumerate(paths):
         met = sample(student_for([prompt]), seeded_noise(SHAPE, [seed]), few, count, end=index)
         picture = sample(teacher_for([prompt], []), met, scheduler, STEPS, begin=STEPS * index // count)
-        found = {name: part[row:row + 1].float() for name, part in batch.items()}
+        found = {name: part[row : row + 1].float() for name, part in batch.items()}
         assert torch.allclose(found["latents"], met, atol=0.01) and found["prompt"] == number
-        assert torch.allclose(clean_from(found["latents"], found["velocity"], found["noise_level"]), picture, atol=0.02)
+        assert torch.allclose(
+            clean_from(found["latents"], found["velocity"], found["noise_level"]), picture, atol=0.02
+        )
         few.set_timesteps(count)
         assert found["timestep"] == few.timesteps[index] and found["noise_level"] == few.sigmas[index]
 

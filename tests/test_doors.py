@@ -18,9 +18,19 @@ from train_distillation import WanLiteStudent
 from wanlite.student.saving import save_student
 from wanlite.teacher.checkpoint import open_teacher_files
 
-SMALL = dict(hidden_size=32, depth=2, num_heads=2, ffn_dim=64, num_channels=4, text_dim=8, rope_max_seq_len=32)
-STOCK = dict(num_attention_heads=2, attention_head_dim=16, num_layers=2, ffn_dim=64, in_channels=4, out_channels=4, text_dim=8,
-             rope_max_seq_len=32)
+SMALL = dict(
+    hidden_size=32, depth=2, num_heads=2, ffn_dim=64, num_channels=4, text_dim=8, rope_max_seq_len=32
+)
+STOCK = dict(
+    num_attention_heads=2,
+    attention_head_dim=16,
+    num_layers=2,
+    ffn_dim=64,
+    in_channels=4,
+    out_channels=4,
+    text_dim=8,
+    rope_max_seq_len=32,
+)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARDED = {"max_shard_size": "200KB"}
 PROMPT = "a small red circle at the left on a white background"
@@ -54,7 +64,9 @@ def warned():
 
 
 def equal(first, second):
-    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    return first.keys() == second.keys() and all(
+        torch.equal(tensor, second[name]) for name, tensor in first.items()
+    )
 
 
 def settings_of(config):
@@ -68,16 +80,27 @@ def pipeline_of(run, transformer=None):
 
 # ---- the config ----------------------------------------------------------------------------------------------------------------
 
+
 def test_a_students_config_has_every_setting_of_a_stock_one(student, saved):
     stock = WanTransformer3DModel(**STOCK)
     assert settings_of(stock.config).keys() == inspect.signature(WanTransformer3DModel).parameters.keys()
     WanTransformer3DModel.from_pretrained(saved).save_pretrained(saved.parent / "stock")
-    made_otherwise = [WanLiteStudent.from_pretrained(saved), WanLiteStudent.from_pretrained(saved.parent / "stock"),
-                      WanLiteStudent.from_config(WanLiteStudent.load_config(saved)), WanLiteStudent.from_config(stock.config)]
+    made_otherwise = [
+        WanLiteStudent.from_pretrained(saved),
+        WanLiteStudent.from_pretrained(saved.parent / "stock"),
+        WanLiteStudent.from_config(WanLiteStudent.load_config(saved)),
+        WanLiteStudent.from_config(stock.config),
+    ]
     for made in (student, WanLiteStudent(stock.config), *made_otherwise):
         found = settings_of(made.config)
-        assert {name: found[name] for name in settings_of(stock.config)} | {"patch_size": (1, 2, 2)} == settings_of(stock.config)
-        assert found["hidden_size"] == 32 and found["depth"] == found["num_heads"] == 2 and found["num_channels"] == 4
+        assert {name: found[name] for name in settings_of(stock.config)} | {
+            "patch_size": (1, 2, 2)
+        } == settings_of(stock.config)
+        assert (
+            found["hidden_size"] == 32
+            and found["depth"] == found["num_heads"] == 2
+            and found["num_channels"] == 4
+        )
     assert WanLiteStudent.from_config(stock.config, eps=1e-5).config.eps == 1e-5
 
 
@@ -85,13 +108,15 @@ def test_the_config_file_of_a_student_is_that_of_a_stock_wan(saved, tmp_path, wa
     WanTransformer3DModel(**STOCK).save_pretrained(tmp_path / "stock")
     assert (saved / "config.json").read_text() == (tmp_path / "stock/config.json").read_text()
     for load in (WanTransformer3DModel, AutoModel):
-        assert type(load.from_pretrained(str(saved))) is WanTransformer3DModel      # AutoModel takes no Path
+        assert type(load.from_pretrained(str(saved))) is WanTransformer3DModel  # AutoModel takes no Path
     assert warned == []
 
 
 def test_an_older_save_under_both_names_loads(student, tmp_path):
-    config = json.dumps({"_class_name": "WanLiteStudent"} | {
-        name: value for name, value in settings_of(student.config).items() if value is not None})
+    config = json.dumps(
+        {"_class_name": "WanLiteStudent"}
+        | {name: value for name, value in settings_of(student.config).items() if value is not None}
+    )
     assert "hidden_size" in config and "num_layers" in config
     save_student(tmp_path, config, student.state_dict())
     loaded = WanLiteStudent.from_pretrained(tmp_path)
@@ -100,9 +125,12 @@ def test_an_older_save_under_both_names_loads(student, tmp_path):
 
 # ---- one file ------------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("rename", [str, official_name])
 def test_one_file_of_weights_loads_under_both_dialects(rename, student, saved, tmp_path):
-    save_file({rename(name): tensor for name, tensor in student.state_dict().items()}, tmp_path / "one.safetensors")
+    save_file(
+        {rename(name): tensor for name, tensor in student.state_dict().items()}, tmp_path / "one.safetensors"
+    )
     loaded = WanLiteStudent.from_single_file(str(tmp_path / "one.safetensors"), config=saved)
     assert type(loaded) is WanLiteStudent and equal(loaded.state_dict(), student.state_dict())
 
@@ -110,7 +138,9 @@ def test_one_file_of_weights_loads_under_both_dialects(rename, student, saved, t
 def test_one_file_that_lacks_a_tensor_or_a_config_is_refused(student, saved, tmp_path):
     tensors = {name: tensor for name, tensor in student.state_dict().items() if name != "proj_out.bias"}
     save_file(tensors, tmp_path / "one.safetensors")
-    with pytest.raises(ValueError, match="one.safetensors: lacks tensors of the student that .*student describes"):
+    with pytest.raises(
+        ValueError, match="one.safetensors: lacks tensors of the student that .*student describes"
+    ):
         WanLiteStudent.from_single_file(str(tmp_path / "one.safetensors"), config=saved)
     with pytest.raises(ValueError, match="config is missing"):
         WanLiteStudent.from_single_file(str(saved / WEIGHTS))
@@ -118,14 +148,20 @@ def test_one_file_that_lacks_a_tensor_or_a_config_is_refused(student, saved, tmp
 
 # ---- pipelines -----------------------------------------------------------------------------------------------------------------
 
+
 def test_a_pipeline_with_a_student_loads_where_this_code_is_not(run, tmp_path, warned):
     pipeline = pipeline_of(run, WanLiteStudent.from_pretrained(run))
     assert warned == [] and type(pipeline.transformer) is WanLiteStudent
     pipeline.save_pretrained(tmp_path / "pipeline")
-    assert json.loads((tmp_path / "pipeline/model_index.json").read_text())["transformer"] == ["diffusers", "WanTransformer3DModel"]
-    code = ("import sys; from diffusers import DiffusionPipeline\n"
-            "pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
-            "print(type(pipeline.transformer).__name__, 'train_distillation' in sys.modules)")
+    assert json.loads((tmp_path / "pipeline/model_index.json").read_text())["transformer"] == [
+        "diffusers",
+        "WanTransformer3DModel",
+    ]
+    code = (
+        "import sys; from diffusers import DiffusionPipeline\n"
+        "pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
+        "print(type(pipeline.transformer).__name__, 'train_distillation' in sys.modules)"
+    )
     process = run_script("-c", code, tmp_path / "pipeline", cwd="/")
     assert process.returncode == 0 and process.stdout == "WanTransformer3DModel False\n", process.stderr
     assert "not expected" not in process.stderr
@@ -133,10 +169,15 @@ def test_a_pipeline_with_a_student_loads_where_this_code_is_not(run, tmp_path, w
     assert equal(again.transformer.state_dict(), pipeline.transformer.state_dict())
 
 
-@pytest.mark.parametrize("put", [lambda pipeline, student: setattr(pipeline, "transformer", student),
-                                 lambda pipeline, student: pipeline.register_modules(transformer=student),
-                                 lambda pipeline, student: setattr(pipeline, "transformer", torch.compile(student)),
-                                 lambda pipeline, student: setattr(pipeline, "transformer", copy.deepcopy(student))])
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda pipeline, student: setattr(pipeline, "transformer", student),
+        lambda pipeline, student: pipeline.register_modules(transformer=student),
+        lambda pipeline, student: setattr(pipeline, "transformer", torch.compile(student)),
+        lambda pipeline, student: setattr(pipeline, "transformer", copy.deepcopy(student)),
+    ],
+)
 def test_a_student_put_into_a_pipeline_later_is_named_as_the_stock_class(put, run):
     pipeline = pipeline_of(run)
     put(pipeline, WanLiteStudent.from_pretrained(run))
@@ -144,7 +185,7 @@ def test_a_student_put_into_a_pipeline_later_is_named_as_the_stock_class(put, ru
 
 
 def test_a_student_that_was_copied_or_pickled_is_a_student(student):
-    for made in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):      # noqa: S301
+    for made in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):  # noqa: S301
         assert type(made) is WanLiteStudent and equal(made.state_dict(), student.state_dict())
 
 
@@ -154,6 +195,7 @@ def test_parts_load_by_subfolder_as_from_any_folder_of_diffusers(run, warned):
 
 
 # ---- run_inference.py draws from every folder that from_pretrained takes -------------------------------------------------------
+
 
 def louder(run, dtype=torch.float32):
     """Return the stock Wan of a run's student, changed as by a LoRA that was fused."""
@@ -175,9 +217,16 @@ FORMS = {
     "in shards beside the older file": lambda run, target: louder(run).save_pretrained(run, **SHARDED) or run,
     "in shards, then by us": into_older_shards,
     "in a pipeline": lambda run, target: pipeline_of(run, louder(run)).save_pretrained(target) or target,
-    "in a pipeline, in shards": lambda run, target: pipeline_of(run, louder(run)).save_pretrained(target, **SHARDED) or target,
-    "in a pipeline, as our class": lambda run, target: pipeline_of(run, WanLiteStudent.from_pretrained(
-        FORMS["in place"](run, target))).save_pretrained(target) or target}
+    "in a pipeline, in shards": lambda run, target: (
+        pipeline_of(run, louder(run)).save_pretrained(target, **SHARDED) or target
+    ),
+    "in a pipeline, as our class": lambda run, target: (
+        pipeline_of(run, WanLiteStudent.from_pretrained(FORMS["in place"](run, target))).save_pretrained(
+            target
+        )
+        or target
+    ),
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*the shards are read")
@@ -185,20 +234,37 @@ FORMS = {
 def test_every_form_in_which_stock_saves_a_student_is_drawn_as_stock_draws_it(form, run, tmp_path):
     expected = louder(run, torch.bfloat16 if form == "in half the bytes" else torch.float32).state_dict()
     folder = FORMS[form](run, tmp_path / "pipeline")
-    settings, prompts = read_settings(["--model", str(folder), "--prompt", PROMPT, "--num_inference_steps", "2", "--width", "64",
-                                       "--height", "64"])
+    settings, prompts = read_settings(
+        [
+            "--model",
+            str(folder),
+            "--prompt",
+            PROMPT,
+            "--num_inference_steps",
+            "2",
+            "--width",
+            "64",
+            "--height",
+            "64",
+        ]
+    )
     painter = Painter(settings.model)
-    assert equal({name: tensor.to(expected[name].dtype) for name, tensor in painter.student.state_dict().items()}, expected)
-    image, = painter.draw(prompts, [5], 2, 64, 64)
+    assert equal(
+        {name: tensor.to(expected[name].dtype) for name, tensor in painter.student.state_dict().items()},
+        expected,
+    )
+    (image,) = painter.draw(prompts, [5], 2, 64, 64)
     assert image.shape == (64, 64, 3)
 
 
 def test_shards_of_stock_beside_an_older_file_are_named(run):
     older = load_file(run / WEIGHTS)
     louder(run).save_pretrained(run, **SHARDED)
-    with pytest.warns(UserWarning, match=f"holds {WEIGHTS} beside . shards; the shards are read, as stock diffusers does"):
+    with pytest.warns(
+        UserWarning, match=f"holds {WEIGHTS} beside . shards; the shards are read, as stock diffusers does"
+    ):
         assert not equal(WanLiteStudent.from_pretrained(run).state_dict(), older)
-    next(run.glob("*-00001-of-*.safetensors")).unlink()                      # an index that leads nowhere counts for nothing
+    next(run.glob("*-00001-of-*.safetensors")).unlink()  # an index that leads nowhere counts for nothing
     assert equal(WanLiteStudent.from_pretrained(run).state_dict(), older)
 
 
@@ -210,18 +276,26 @@ def test_of_two_precisions_the_plain_one_is_drawn_and_one_alone_is_named(run, ca
     assert WanLiteStudent.from_pretrained(run, variant="fp16").dtype == torch.float16
     with pytest.raises(SystemExit):
         read_settings(["--model", str(run)])
-    assert "Variants are there: name one of fp16, or rename it to diffusion_pytorch_model.safetensors." in capsys.readouterr().err
+    assert (
+        "Variants are there: name one of fp16, or rename it to diffusion_pytorch_model.safetensors."
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_of_two_precisions_of_a_teacher_the_plain_one_is_read(shards, copied):
     expected = open_teacher_files(TINY_TEACHER).fingerprint
     stock = WanTransformer3DModel.from_pretrained(copied / "transformer")
-    stock.half().save_pretrained(copied / "transformer", variant="fp16", max_shard_size="10GB" if shards == 1 else "2MB")
-    with pytest.warns(UserWarning, match="diffusion_pytorch_model.safetensors is read; left out: diffusion_pytorch_model.fp16"):
+    stock.half().save_pretrained(
+        copied / "transformer", variant="fp16", max_shard_size="10GB" if shards == 1 else "2MB"
+    )
+    with pytest.warns(
+        UserWarning,
+        match="diffusion_pytorch_model.safetensors is read; left out: diffusion_pytorch_model.fp16",
+    ):
         assert open_teacher_files(copied).fingerprint == expected
     (copied / "transformer" / WEIGHTS).unlink()
-    assert open_teacher_files(copied).fingerprint != expected        # the variant alone is read
+    assert open_teacher_files(copied).fingerprint != expected  # the variant alone is read
 
 
 def test_a_pipeline_of_two_experts_is_not_taken_for_a_student(capsys):
@@ -246,16 +320,35 @@ def test_a_student_without_the_parts_beside_it_names_them(saved, capsys):
 
 # ---- sizes ---------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("shape, words", [
-    ((1, 4, 66, 8), "latents are 66 high, expected a multiple of 2 up to 64"), ((1, 4, 8, 66), "66 wide"),
-    ((1, 4, 1, 8, 66), "66 wide"), ((2, 4, 7, 8), "7 high"), ((2, 4, 8, 1), "1 wide"), ((1, 4, 1, 1000, 8), "1000 high")])
+
+@pytest.mark.parametrize(
+    "shape, words",
+    [
+        ((1, 4, 66, 8), "latents are 66 high, expected a multiple of 2 up to 64"),
+        ((1, 4, 8, 66), "66 wide"),
+        ((1, 4, 1, 8, 66), "66 wide"),
+        ((2, 4, 7, 8), "7 high"),
+        ((2, 4, 8, 1), "1 wide"),
+        ((1, 4, 1, 1000, 8), "1000 high"),
+    ],
+)
 def test_a_size_that_a_student_cannot_place_is_named_by_the_model(shape, words, student):
     with pytest.raises(ValueError, match=f"{words}.* Choose another height or width"):
-        student(torch.zeros(shape), torch.zeros(len(torch.zeros(shape))), torch.zeros(len(torch.zeros(shape)), 3, 8))
+        student(
+            torch.zeros(shape),
+            torch.zeros(len(torch.zeros(shape))),
+            torch.zeros(len(torch.zeros(shape)), 3, 8),
+        )
 
 
 def test_the_largest_size_is_drawn(student):
-    assert student(torch.zeros(1, 4, 64, 2), torch.zeros(1), torch.zeros(1, 3, 8)).sample.shape == (1, 4, 64, 2)
+    assert student(torch.zeros(1, 4, 64, 2), torch.zeros(1), torch.zeros(1, 3, 8)).sample.shape == (
+        1,
+        4,
+        64,
+        2,
+    )
     with pytest.raises(ValueError, match="66 high"):
         loud_student(**SMALL | {"patch_size": (1, 1, 1), "rope_max_seq_len": 65})(
-            torch.zeros(1, 4, 66, 65), torch.zeros(1), torch.zeros(1, 3, 8))
+            torch.zeros(1, 4, 66, 65), torch.zeros(1), torch.zeros(1, 3, 8)
+        )

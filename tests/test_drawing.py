@@ -51,30 +51,52 @@ def flatten(run):
     """Make a run's autoencoder decode everything to one colour."""
     path = run / "vae" / WEIGHTS
     weights = load_file(path)
-    save_file({name: tensor * 0 if name.startswith("decoder.conv_out") else tensor for name, tensor in weights.items()}, path)
+    save_file(
+        {
+            name: tensor * 0 if name.startswith("decoder.conv_out") else tensor
+            for name, tensor in weights.items()
+        },
+        path,
+    )
     (run / "vae/manifest.json").unlink()
 
 
 # ---- flat, and not finite ----------------------------------------------------------------------------------------------------
+
 
 def test_flat_images_are_written_and_one_warning_names_them(copied_run, tmp_path, capsys):
     flatten(copied_run)
     main(*settings_of(copied_run, tmp_path / "images", ["a black screen", "fog"]))
     said = capsys.readouterr()
     assert len(list((tmp_path / "images").glob("*.png"))) == 3
-    assert said.err.count("WARNING") == 1 and (
-        "WARNING: 2 of 2 images are one flat colour: 0000-a-black-screen-seed0.png, 0001-fog-seed1.png. The student is likely "
-        "untrained") in said.err
+    assert (
+        said.err.count("WARNING") == 1
+        and (
+            "WARNING: 2 of 2 images are one flat colour: 0000-a-black-screen-seed0.png, 0001-fog-seed1.png. The student is likely "
+            "untrained"
+        )
+        in said.err
+    )
 
 
 @pytest.mark.parametrize("batch_size", ["1", "3"])
-def test_one_flat_image_of_several_is_no_fault_of_the_student(batch_size, finished_run, painter, tmp_path, monkeypatch, capsys):
-    images = iter([np.arange(192, dtype=np.uint8).reshape(8, 8, 3), np.full((8, 8, 3), 7, np.uint8),
-                   np.arange(192, dtype=np.uint8).reshape(8, 8, 3)])
+def test_one_flat_image_of_several_is_no_fault_of_the_student(
+    batch_size, finished_run, painter, tmp_path, monkeypatch, capsys
+):
+    images = iter(
+        [
+            np.arange(192, dtype=np.uint8).reshape(8, 8, 3),
+            np.full((8, 8, 3), 7, np.uint8),
+            np.arange(192, dtype=np.uint8).reshape(8, 8, 3),
+        ]
+    )
     monkeypatch.setattr(run_inference, "Painter", lambda *_: painter)
     monkeypatch.setattr(painter, "draw", lambda prompts, *_: [next(images) for _ in prompts])
     main(*settings_of(finished_run[0], tmp_path / "images", "abc", "--batch_size", batch_size))
-    assert capsys.readouterr().err.splitlines()[-1] == "WARNING: 1 of 3 images is one flat colour: 0001-b-seed1.png."
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "WARNING: 1 of 3 images is one flat colour: 0001-b-seed1.png."
+    )
 
 
 def nan_where(numbers):
@@ -85,29 +107,43 @@ def nan_where(numbers):
         tensor = output[0] if isinstance(output, tuple) else output.sample
         rows = [row for row in range(len(tensor)) if next(seen) in numbers]
         tensor[rows] = float("nan")
+
     return hook
 
 
 @pytest.mark.parametrize("module, batch_size", [("student", "3"), ("student", "1")])
-def test_images_that_are_not_finite_are_errors_and_all_others_are_kept(module, batch_size, finished_run, painter, hooked, tmp_path,
-                                                                       monkeypatch):
+def test_images_that_are_not_finite_are_errors_and_all_others_are_kept(
+    module, batch_size, finished_run, painter, hooked, tmp_path, monkeypatch
+):
     monkeypatch.setattr(run_inference, "Painter", lambda *_: painter)
-    hooked(module, nan_where({1}))                           # with one step a row is an image
-    settings = settings_of(finished_run[0], tmp_path / "images", "abc", "--batch_size", batch_size, "--num_inference_steps", "1")
-    with pytest.raises(FloatingPointError, match=r"1 of 3 images are not finite in float32 and were not written \(seed 1\)"):
+    hooked(module, nan_where({1}))  # with one step a row is an image
+    settings = settings_of(
+        finished_run[0], tmp_path / "images", "abc", "--batch_size", batch_size, "--num_inference_steps", "1"
+    )
+    with pytest.raises(
+        FloatingPointError, match=r"1 of 3 images are not finite in float32 and were not written \(seed 1\)"
+    ):
         main(*settings)
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == [
-        "0000-a-seed0.png", "0001-c-seed2.png", "grid-0000-0001.png"]
+        "0000-a-seed0.png",
+        "0001-c-seed2.png",
+        "grid-0000-0001.png",
+    ]
 
 
 def test_pixels_that_are_not_finite_are_no_image(painter, monkeypatch):
     decode = run_inference.decode_latents
-    monkeypatch.setattr(run_inference, "decode_latents", lambda *each: decode(*each).index_fill(0, torch.tensor([0]), float("inf")))
+    monkeypatch.setattr(
+        run_inference,
+        "decode_latents",
+        lambda *each: decode(*each).index_fill(0, torch.tensor([0]), float("inf")),
+    )
     first, second = painter.draw(["a", "b"], [0, 1], 1, 64, 64)
     assert first is None and second.shape == (64, 64, 3)
 
 
 # ---- nothing is lost ---------------------------------------------------------------------------------------------------------
+
 
 def test_commands_in_a_row_keep_all_images_and_print_a_line_for_each(finished_run, tmp_path, capsys):
     for prompts in (["a ring", "b"], ["\x1b[2Ja ring " + "x" * 200], ["c", "d", "e"]):
@@ -117,10 +153,17 @@ def test_commands_in_a_row_keep_all_images_and_print_a_line_for_each(finished_ru
     assert names[6:] == ["grid-0000-0001.png", "grid-0003-0005.png"]
     lines = [line for line in capsys.readouterr().out.splitlines() if line[:4].isdigit()]
     assert [line.partition("  ")[0] for line in lines] == names[:6]
-    assert lines[0].endswith("  a ring") and "  \\x1b[2Ja ring xxx" in lines[2] and lines[2].endswith("...") and len(lines[2]) < 150
+    assert (
+        lines[0].endswith("  a ring")
+        and "  \\x1b[2Ja ring xxx" in lines[2]
+        and lines[2].endswith("...")
+        and len(lines[2]) < 150
+    )
 
 
-def test_a_grid_has_at_most_64_cells_and_no_more_images_are_kept(finished_run, painter, tmp_path, monkeypatch):
+def test_a_grid_has_at_most_64_cells_and_no_more_images_are_kept(
+    finished_run, painter, tmp_path, monkeypatch
+):
     image = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
     monkeypatch.setattr(painter, "draw", lambda prompts, *_: [image.copy() for _ in prompts])
     settings, prompts = settings_of(finished_run[0], tmp_path, ["a"] * 100, "--batch_size", "10")
@@ -132,17 +175,31 @@ def test_a_grid_has_at_most_64_cells_and_no_more_images_are_kept(finished_run, p
 
 # ---- sizes -------------------------------------------------------------------------------------------------------------------
 
+
 def test_a_size_that_was_not_trained_is_warned_of_before_and_after(finished_run, tmp_path, capsys):
     settings, prompts = settings_of(finished_run[0], tmp_path, ["a"], "--height", "80", "--width", "96")
     main(settings, prompts)
     said = capsys.readouterr().err.splitlines()
-    warned = [line for line in said if line.startswith("WARNING: the student was trained at 64 x 64; images of ")]
-    assert len(warned) == 2 and warned[0].endswith("96 x 80 may fail. The nearest trained size is --width 64 --height 64.")
+    warned = [
+        line for line in said if line.startswith("WARNING: the student was trained at 64 x 64; images of ")
+    ]
+    assert len(warned) == 2 and warned[0].endswith(
+        "96 x 80 may fail. The nearest trained size is --width 64 --height 64."
+    )
 
 
-@pytest.mark.parametrize("run, expected", [
-    ({}, []), ({"resolution": 512}, [(512, 512)]), ({"resolution": [96, 64], "settings": {"aspect_ratios": None}}, [(96, 64)]),
-    ({"resolution": [96, 64], "settings": {"aspect_ratios": ["3:2", "1:1", "2:3"]}}, [(96, 64), (80, 80), (64, 96)])])
+@pytest.mark.parametrize(
+    "run, expected",
+    [
+        ({}, []),
+        ({"resolution": 512}, [(512, 512)]),
+        ({"resolution": [96, 64], "settings": {"aspect_ratios": None}}, [(96, 64)]),
+        (
+            {"resolution": [96, 64], "settings": {"aspect_ratios": ["3:2", "1:1", "2:3"]}},
+            [(96, 64), (80, 80), (64, 96)],
+        ),
+    ],
+)
 def test_trained_sizes_are_those_of_the_runs_record(run, expected):
     assert trained_sizes(run, 16, "run.json") == expected
 
@@ -154,16 +211,25 @@ def test_a_trained_size_is_not_warned_of_and_the_nearest_is_named():
     assert "--width 80 --height 80" in size_warning((512, 512), sizes)
 
 
-@pytest.mark.parametrize("run", [{"resolution": "64"}, {"resolution": [64, None]}, {"resolution": {}}, {"resolution": True},
-                                 {"resolution": 64, "settings": {"aspect_ratios": [1]}},
-                                 {"resolution": 64, "settings": {"aspect_ratios": "3:2"}},
-                                 {"resolution": 64, "settings": {"aspect_ratios": ["9:1"]}}])
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"resolution": "64"},
+        {"resolution": [64, None]},
+        {"resolution": {}},
+        {"resolution": True},
+        {"resolution": 64, "settings": {"aspect_ratios": [1]}},
+        {"resolution": 64, "settings": {"aspect_ratios": "3:2"}},
+        {"resolution": 64, "settings": {"aspect_ratios": ["9:1"]}},
+    ],
+)
 def test_a_record_of_no_sizes_is_refused_by_name(run):
     with pytest.raises(ValueError, match="run.json: "):
         trained_sizes(run, 16, "run.json")
 
 
 # ---- the bytes that draw -----------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("is_replaced", [True, False])
 def test_the_hash_of_an_image_is_of_the_weights_that_drew_it(is_replaced, copied_run, tmp_path):
@@ -183,13 +249,17 @@ def test_a_hash_is_of_the_bytes_that_were_read_though_the_file_changes_meanwhile
     loud_student(hidden_size=64, depth=2, num_heads=2).save_pretrained(tmp_path)
     content = (tmp_path / WEIGHTS).read_bytes()
     with WeightsFile(tmp_path / WEIGHTS) as file:
-        header, read = content[:8 + int.from_bytes(content[:8], "little")], []
+        header, read = content[: 8 + int.from_bytes(content[:8], "little")], []
         for _, tensor in file.tensors(is_hashed=True):
             if not read:
-                with open(tmp_path / WEIGHTS, "r+b") as other:      # in place, while it is read
+                with open(tmp_path / WEIGHTS, "r+b") as other:  # in place, while it is read
                     other.write(bytes(len(content)))
             read.append(tensor.view(-1).view(torch.uint8).numpy().tobytes())
-        assert file.sha256 == hashlib.sha256(header + b"".join(read)).hexdigest() != hashlib.sha256(content).hexdigest()
+        assert (
+            file.sha256
+            == hashlib.sha256(header + b"".join(read)).hexdigest()
+            != hashlib.sha256(content).hexdigest()
+        )
 
 
 def test_a_student_that_is_pinned_or_hashed_stays_as_it_was_loaded(tmp_path):
@@ -202,14 +272,25 @@ def test_a_student_that_is_pinned_or_hashed_stays_as_it_was_loaded(tmp_path):
         file.write(b"\xff" * (tmp_path / WEIGHTS).stat().st_size)
     assert loaded["sha256"] == {WEIGHTS: digest}
     for each in (pinned, hashed):
-        assert all(torch.equal(tensor, student.state_dict()[name]) for name, tensor in each.state_dict().items())
+        assert all(
+            torch.equal(tensor, student.state_dict()[name]) for name, tensor in each.state_dict().items()
+        )
 
 
 # ---- dtype and attention -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("device_type, has_bfloat16, expected", [
-    ("cuda", True, "bfloat16"), ("cuda", False, "float32"), ("cpu", True, "float32"), ("cpu", False, "float32"),
-    ("mps", True, "float32"), ("xpu", True, "float32")])
+
+@pytest.mark.parametrize(
+    "device_type, has_bfloat16, expected",
+    [
+        ("cuda", True, "bfloat16"),
+        ("cuda", False, "float32"),
+        ("cpu", True, "float32"),
+        ("cpu", False, "float32"),
+        ("mps", True, "float32"),
+        ("xpu", True, "float32"),
+    ],
+)
 def test_drawing_is_in_bfloat16_on_gpus_that_support_it_alone(device_type, has_bfloat16, expected):
     assert drawing_dtype(device_type, has_bfloat16) == expected
 
@@ -222,7 +303,10 @@ def test_an_image_records_the_dtype_that_drew_it(arguments, expected, finished_r
 
 def test_a_gpu_that_computes_in_bfloat16_draws_in_it_where_no_dtype_is_given(finished_run, monkeypatch):
     monkeypatch.setattr(run_inference, "drawing_dtype", lambda *_: drawing_dtype("cuda", True))
-    assert Painter(finished_run[0]).dtype == torch.bfloat16 and Painter(finished_run[0], dtype="float16").dtype == torch.float16
+    assert (
+        Painter(finished_run[0]).dtype == torch.bfloat16
+        and Painter(finished_run[0], dtype="float16").dtype == torch.float16
+    )
 
 
 def test_cudnn_attends_neither_in_drawing_nor_in_training(finished_run, monkeypatch):

@@ -51,15 +51,34 @@ def test_every_way_to_say_a_scene_reads_back_to_what_it_says():
         assert all(emoji.read_caption(way) == scene for way in emoji.ways_to_say(scene))
 
 
-@pytest.mark.parametrize("text", ["", "a dog on a beach", "a cat left of a cat", "a large flat", "two cat", "three cats", "cats",
-                                  "a cat at the left at the right", "a shiny cat", "a cat and a dog", "an cat", "a cat on red",
-                                  "a large cat left of a dog", "a cat left of a dog above a fox", "a flat flat cat"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a dog on a beach",
+        "a cat left of a cat",
+        "a large flat",
+        "two cat",
+        "three cats",
+        "cats",
+        "a cat at the left at the right",
+        "a shiny cat",
+        "a cat and a dog",
+        "an cat",
+        "a cat on red",
+        "a large cat left of a dog",
+        "a cat left of a dog above a fox",
+        "a flat flat cat",
+    ],
+)
 def test_text_that_no_scene_is_said_by_is_read_as_none(text):
     assert emoji.read_caption(text) is None
 
 
 def test_a_caption_is_read_in_any_case_and_spacing():
-    assert emoji.read_caption("  A large  Flat cat at the LEFT ") == Scene((Object("cat", "flat", "large", "left"),), None)
+    assert emoji.read_caption("  A large  Flat cat at the LEFT ") == Scene(
+        (Object("cat", "flat", "large", "left"),), None
+    )
 
 
 def test_captions_leave_a_quarter_of_each_thing_unsaid():
@@ -75,13 +94,25 @@ def test_training_and_held_out_captions_never_meet_and_both_know_every_word():
     assert not training & held_out
     for said in (training, held_out):
         words = set(" ".join(said).replace(",", "").split())
-        assert words >= {*emoji.NAMES, *emoji.STYLES, *SIZES, *emoji.PLACES, *emoji.BACKGROUNDS, "two", "side", "above", "below"}
+        assert words >= {
+            *emoji.NAMES,
+            *emoji.STYLES,
+            *SIZES,
+            *emoji.PLACES,
+            *emoji.BACKGROUNDS,
+            "two",
+            "side",
+            "above",
+            "below",
+        }
     assert {*PLURALS.values()} <= set(" ".join(training).replace(",", "").split())
 
 
 def test_a_training_scene_is_captioned_by_no_held_out_caption():
     random = np.random.default_rng(0)
-    assert not any(emoji.is_held_out(emoji.read_caption(emoji.caption(scene, random))) for scene in emoji.scenes(3, 500))
+    assert not any(
+        emoji.is_held_out(emoji.read_caption(emoji.caption(scene, random))) for scene in emoji.scenes(3, 500)
+    )
     with pytest.raises(ValueError, match="held out"):
         emoji.caption(emoji.scenes(3, 1, held_out=True)[0], random)
 
@@ -92,13 +123,20 @@ def test_one_combination_in_eight_is_held_out_and_no_object_in_a_style():
         assert 0.08 < np.mean([emoji.is_held_out(scene) for scene in scenes if scene.kind == kind]) < 0.18
     for name in emoji.NAMES:
         for style in emoji.STYLES:
-            held_out = [emoji.is_held_out(Scene((Object(name, style, "small", place),), "white")) for place in emoji.PLACES]
+            held_out = [
+                emoji.is_held_out(Scene((Object(name, style, "small", place),), "white"))
+                for place in emoji.PLACES
+            ]
             assert sum(held_out) <= 1
 
 
 def test_scenes_and_captions_are_functions_of_their_seed():
     assert emoji.captions(4, 50) == emoji.captions(4, 50) != emoji.captions(5, 50)
-    assert emoji.scenes(4, 50, num_objects=2) == emoji.scenes(4, 50, num_objects=2) != emoji.scenes(5, 50, num_objects=2)
+    assert (
+        emoji.scenes(4, 50, num_objects=2)
+        == emoji.scenes(4, 50, num_objects=2)
+        != emoji.scenes(5, 50, num_objects=2)
+    )
     assert {len(scene.objects) for scene in emoji.scenes(4, 50, num_objects=1)} == {1}
 
 
@@ -111,12 +149,14 @@ def test_an_object_is_drawn_at_its_place_at_most_jitter_pixels_off_and_mirrored_
     assert len(drawn) == 2 * (2 * JITTER + 1) ** 2
     still = emoji.draw(scene)
     x, y = corner("small", "top")
-    assert (still[:y] == 128).all() and (still[y + SIZES["small"]:] == 128).all() and (still != 128).any()
+    assert (still[:y] == 128).all() and (still[y + SIZES["small"] :] == 128).all() and (still != 128).any()
 
 
 def test_places_of_large_objects_and_halves_of_pairs_share_no_position():
     starts = sorted(corner("large", place)[0] for place in ("left", "center", "right"))
-    assert starts[0] == JITTER and all(after - before > 2 * JITTER for before, after in zip(starts, starts[1:]))
+    assert starts[0] == JITTER and all(
+        after - before > 2 * JITTER for before, after in zip(starts, starts[1:])
+    )
     assert starts[-1] + SIZES["large"] + JITTER <= emoji.PICTURE_SIZE
     for first, second in PAIRS:
         gap = np.subtract(corner("small", second), corner("small", first)).max() - SIZES["small"]
@@ -158,11 +198,24 @@ def test_the_judge_reads_through_blur_and_finds_it_not_crisp(pictures):
 def test_the_mean_of_all_drawings_of_a_caption_is_rarely_whole():
     random, whole = np.random.default_rng(0), []
     for said in SAID[:40]:
-        like = [replace(scene, objects=tuple(replace(thing, name=wanted.name, **{key: getattr(wanted, key) or getattr(thing, key)
-                                                                                for key in ("style", "size", "place")})
-                                             for thing, wanted in zip(scene.objects, said.objects)),
-                        background=said.background or scene.background)
-                for scene in (emoji.random_scene(random, len(said.objects)) for _ in range(30))]
+        like = [
+            replace(
+                scene,
+                objects=tuple(
+                    replace(
+                        thing,
+                        name=wanted.name,
+                        **{
+                            key: getattr(wanted, key) or getattr(thing, key)
+                            for key in ("style", "size", "place")
+                        },
+                    )
+                    for thing, wanted in zip(scene.objects, said.objects)
+                ),
+                background=said.background or scene.background,
+            )
+            for scene in (emoji.random_scene(random, len(said.objects)) for _ in range(30))
+        ]
         mean = np.mean([emoji.draw(scene, random) for scene in like], axis=0).round().astype(np.uint8)
         whole.append(judge(mean, said)["whole"])
     assert np.mean(whole) < 0.25
@@ -175,10 +228,12 @@ def test_no_picture_is_right_for_the_caption_of_another(pictures):
 
 SCENE = Scene((Object("fox", "flat", "small", "left"), Object("car", "painted", "small", "right")), "pink")
 FIRST, SECOND = SCENE.objects
-WRONG = {"object": (Scene((replace(FIRST, name="pig"), SECOND), "pink"), 0.5),
-         "style": (Scene((replace(FIRST, style="painted"), SECOND), "pink"), 0.5),
-         "background": (replace(SCENE, background="blue"), 0.0),
-         "place": (Scene((FIRST,), "pink"), 0.5)}
+WRONG = {
+    "object": (Scene((replace(FIRST, name="pig"), SECOND), "pink"), 0.5),
+    "style": (Scene((replace(FIRST, style="painted"), SECOND), "pink"), 0.5),
+    "background": (replace(SCENE, background="blue"), 0.0),
+    "place": (Scene((FIRST,), "pink"), 0.5),
+}
 
 
 @pytest.mark.parametrize("attribute", WRONG)
@@ -206,20 +261,28 @@ def test_an_object_at_another_place_is_right_but_for_its_place(size):
 
 def test_two_of_a_kind_are_read_on_either_axis_where_none_is_said():
     for places in PAIRS:
-        drawn = emoji.draw(Scene(tuple(Object("cat", "glossy", "small", place) for place in places), "meadow"))
+        drawn = emoji.draw(
+            Scene(tuple(Object("cat", "glossy", "small", place) for place in places), "meadow")
+        )
         assert judge(drawn, emoji.read_caption("two cats in a meadow"))["whole"] == 1
     assert judge(drawn, emoji.read_caption("two cats side by side"))["seen"] == 0
 
 
 @pytest.mark.parametrize("background", emoji.BACKGROUNDS)
 def test_an_empty_picture_has_a_residual_of_one_and_shows_nothing(background):
-    verdict = judge(backdrop(background).round().astype(np.uint8), Scene((Object("cat", None, "large", "center"),), background))
+    verdict = judge(
+        backdrop(background).round().astype(np.uint8),
+        Scene((Object("cat", None, "large", "center"),), background),
+    )
     assert verdict["residual"] == pytest.approx(1, abs=0.02) and verdict["background"] == 1
     assert verdict["count"] == verdict["place"] == verdict["seen"] == 0
 
 
 def test_flat_colour_and_pure_noise_show_no_scene():
-    for picture in (np.full((64, 64, 3), 190, np.uint8), np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)):
+    for picture in (
+        np.full((64, 64, 3), 190, np.uint8),
+        np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8),
+    ):
         assert not any(judge(picture, said)["seen"] for said in SAID[:20])
 
 
@@ -232,7 +295,9 @@ def test_the_nearest_sprite_is_that_of_a_plain_search_over_all_of_them():
         for right in range(x - JITTER, x + JITTER + 1):
             rows, columns = slice(down, down + pixels), slice(right, right + pixels)
             drawn = colour - alpha * backdrop("pink")[rows, columns]
-            errors.append(np.square(added[rows, columns] - drawn).sum((2, 3, 4)) - np.square(added[rows, columns]).sum())
+            errors.append(
+                np.square(added[rows, columns] - drawn).sum((2, 3, 4)) - np.square(added[rows, columns]).sum()
+            )
     found = fit(added, "pink", "small", "left")
     assert found.error == pytest.approx(np.min(errors), rel=1e-3)
     assert found.name == "fox"
@@ -248,15 +313,29 @@ def test_a_picture_of_another_size_is_refused():
 
 
 def test_accuracy_refuses_a_caption_of_another_world_by_name(pictures):
-    with pytest.raises(ValueError, match="'a small red circle at the left on a black background': not a caption of wanlite.world.emoji"):
-        prompt_accuracy(lambda captions: pictures[:2], ["a cat", "a small red circle at the left on a black background"], emoji)
+    with pytest.raises(
+        ValueError,
+        match="'a small red circle at the left on a black background': not a caption of wanlite.world.emoji",
+    ):
+        prompt_accuracy(
+            lambda captions: pictures[:2],
+            ["a cat", "a small red circle at the left on a black background"],
+            emoji,
+        )
     assert compare(None, {}, 4, ["a cat", "a red circle"], emoji) == {}
 
 
 def test_accuracy_of_drawings_is_one(pictures):
     captions = [emoji.ways_to_say(said)[0] for said in SAID[:30]]
     figures = prompt_accuracy(lambda _: pictures[:30], captions, emoji)
-    assert figures["accuracy"] == figures["accuracy_one"] == figures["accuracy_two"] == figures["seen"] == figures["detail"] == 1
+    assert (
+        figures["accuracy"]
+        == figures["accuracy_one"]
+        == figures["accuracy_two"]
+        == figures["seen"]
+        == figures["detail"]
+        == 1
+    )
 
 
 # ---- the atlas and its packages ----------------------------------------------------------------------------------------------
@@ -264,8 +343,14 @@ def test_accuracy_of_drawings_is_one(pictures):
 
 def test_the_atlas_holds_what_its_script_makes_and_names_its_authors():
     contents, notice = json.loads((ATLAS / "atlas.json").read_text()), (ATLAS / "NOTICE").read_text()
-    assert contents["names"] == list(make_emoji_atlas.OBJECTS) and contents["styles"] == list(make_emoji_atlas.PACKAGES)
-    assert "Copyright (c) Microsoft Corporation." in notice and "Apache License, Version 2.0" in notice and "resized" in notice
+    assert contents["names"] == list(make_emoji_atlas.OBJECTS) and contents["styles"] == list(
+        make_emoji_atlas.PACKAGES
+    )
+    assert (
+        "Copyright (c) Microsoft Corporation." in notice
+        and "Apache License, Version 2.0" in notice
+        and "resized" in notice
+    )
     assert all(f"{name} {version}" in notice for name, version in make_emoji_atlas.PACKAGES.values())
     assert (ATLAS / "atlas.webp").stat().st_size < 1.6e6
 
@@ -276,19 +361,25 @@ def archive_of(*entries):
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for name, content in entries:
             entry = tarfile.TarInfo(name)
-            entry.type, entry.size = (tarfile.DIRTYPE, 0) if content is None else (tarfile.REGTYPE, len(content))
+            entry.type, entry.size = (
+                (tarfile.DIRTYPE, 0) if content is None else (tarfile.REGTYPE, len(content))
+            )
             archive.addfile(entry, io.BytesIO(content or b""))
     return packed.getvalue()
 
 
 def write_package(folder, name, version):
     content = json.dumps({"name": name, "version": version}).encode()
-    (folder / f"{name.strip('@').replace('/', '-')}-{version}.tgz").write_bytes(archive_of(("package/package.json", content)))
+    (folder / f"{name.strip('@').replace('/', '-')}-{version}.tgz").write_bytes(
+        archive_of(("package/package.json", content))
+    )
 
 
 def test_a_package_that_is_missing_or_of_another_version_is_named_with_its_command(tmp_path):
     for name, version in make_emoji_atlas.PACKAGES.values():
-        with pytest.raises(ValueError, match=f"{name} in no version, expected {version}. Get it: npm pack .*{name}@{version}"):
+        with pytest.raises(
+            ValueError, match=f"{name} in no version, expected {version}. Get it: npm pack .*{name}@{version}"
+        ):
             make_emoji_atlas.find_packages(tmp_path)
         write_package(tmp_path, name, "0.9.0")
         with pytest.raises(ValueError, match=f"{name} 0.9.0, expected {version}"):
@@ -300,12 +391,24 @@ def test_a_package_that_is_missing_or_of_another_version_is_named_with_its_comma
 WHOLE = archive_of(("package/package.json", b'{"name": "a", "version": "1"}'))
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", b"\x1f\x8b\x08\x00", WHOLE[:40], WHOLE[:30] + bytes(40), archive_of(),
-                                     archive_of(("package.json", b"{}")), archive_of(("package/package.json", None)),
-                                     archive_of(("package/package.json", b"{")), archive_of(("package/package.json", b"[]")),
-                                     archive_of(("package/package.json", b'{"name": "a"}')),
-                                     archive_of(("package/package.json", b"\xff"))],
-                         ids=range(12))                      # archives hold the time
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no archive",
+        b"\x1f\x8b\x08\x00",
+        WHOLE[:40],
+        WHOLE[:30] + bytes(40),
+        archive_of(),
+        archive_of(("package.json", b"{}")),
+        archive_of(("package/package.json", None)),
+        archive_of(("package/package.json", b"{")),
+        archive_of(("package/package.json", b"[]")),
+        archive_of(("package/package.json", b'{"name": "a"}')),
+        archive_of(("package/package.json", b"\xff")),
+    ],
+    ids=range(12),
+)  # archives hold the time
 def test_a_file_that_is_not_a_package_is_named(content, tmp_path):
     (tmp_path / "noto-1.2.9.tgz").write_bytes(content)
     with pytest.raises(ValueError, match="noto-1.2.9.tgz: not a package of npm"):
@@ -316,7 +419,7 @@ def test_a_sprite_is_trimmed_centred_and_keeps_colours_out_of_its_edges():
     from PIL import Image
 
     drawing = np.zeros((100, 100, 4), np.uint8)
-    drawing[..., :3] = 255                        # what is transparent is white, and must not show
+    drawing[..., :3] = 255  # what is transparent is white, and must not show
     drawing[20:80, 40:60] = (200, 0, 0, 255)
     sprite = make_emoji_atlas.make_sprite(Image.fromarray(drawing))
     assert sprite.shape == (48, 48, 4) and sprite[:, 16:32, 3].min() > 240 and sprite[:, :13, 3].max() == 0
@@ -326,9 +429,17 @@ def test_a_sprite_is_trimmed_centred_and_keeps_colours_out_of_its_edges():
 # ---- the second judge --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("files, fault", [([], "found no efficientnet-lite0"), (["__init__.py"], "found no efficientnet-lite0"),
-                                          (["__init__.py", "models/efficientnet-lite0-57934424.pth"], "found SHA-256 e3b0c442")])
-def test_a_second_judge_without_its_weights_names_the_command_that_gets_them(files, fault, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "files, fault",
+    [
+        ([], "found no efficientnet-lite0"),
+        (["__init__.py"], "found no efficientnet-lite0"),
+        (["__init__.py", "models/efficientnet-lite0-57934424.pth"], "found SHA-256 e3b0c442"),
+    ],
+)
+def test_a_second_judge_without_its_weights_names_the_command_that_gets_them(
+    files, fault, tmp_path, monkeypatch, capsys
+):
     from benchmarks import second_judge
 
     for file in files:

@@ -16,7 +16,11 @@ from wanlite.teacher.model import load_expert
 
 
 def exchange(folder, first, second):
-    (folder / first).rename(folder / "x"), (folder / second).rename(folder / first), (folder / "x").rename(folder / second)
+    (
+        (folder / first).rename(folder / "x"),
+        (folder / second).rename(folder / first),
+        (folder / "x").rename(folder / second),
+    )
 
 
 def test_the_cosines_of_two_experts_are_those_of_their_weights():
@@ -24,8 +28,12 @@ def test_the_cosines_of_two_experts_are_those_of_their_weights():
     high, low = ({name: expert.read(name) for name in expert.places} for expert in files.experts.values())
     names = {group: [name for name in high if f".{group}." in name] for group in ("attn1", "attn2", "ffn")}
     names["rest"] = list(high.keys() - {name for group in names.values() for name in group})
-    expected = {group: torch.cosine_similarity(*(torch.cat([expert[name].flatten() for name in part]).double()
-                                                 for expert in (high, low)), dim=0).item() for group, part in names.items()}
+    expected = {
+        group: torch.cosine_similarity(
+            *(torch.cat([expert[name].flatten() for name in part]).double() for expert in (high, low)), dim=0
+        ).item()
+        for group, part in names.items()
+    }
     assert check_experts(files) == pytest.approx(expected, abs=1e-6) and min(expected.values()) < 0.99
 
 
@@ -55,17 +63,27 @@ def test_experts_that_differ_in_one_number_are_not_taken_for_the_same(copied, ro
 
 
 def test_exchanged_experts_are_refused_in_either_layout(copied, official_copy):
-    exchange(copied, "transformer", "transformer_2"), exchange(official_copy, "high_noise_model", "low_noise_model")
+    (
+        exchange(copied, "transformer", "transformer_2"),
+        exchange(official_copy, "high_noise_model", "low_noise_model"),
+    )
     for folder in (copied, official_copy):
-        with pytest.raises(ValueError, match="hold each other's weights: at noise level 0.3 .* at noise level 0.99"):
+        with pytest.raises(
+            ValueError, match="hold each other's weights: at noise level 0.3 .* at noise level 0.99"
+        ):
             check_experts(open_teacher_files(folder))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_evidence_is_clear_of_its_margins_for_every_noise(seed):
     experts = open_teacher_files(TINY_TEACHER).experts
-    (high_at_low, high_at_high), (low_at_low, low_at_high) = room.noise_left(room._PairedExperts(*experts.values(), "cpu"), seed)
-    assert high_at_low > 2 * room.PROBE_MARGINS[0] * low_at_low and low_at_high > 1.1 * room.PROBE_MARGINS[1] * high_at_high
+    (high_at_low, high_at_high), (low_at_low, low_at_high) = room.noise_left(
+        room._PairedExperts(*experts.values(), "cpu"), seed
+    )
+    assert (
+        high_at_low > 2 * room.PROBE_MARGINS[0] * low_at_low
+        and low_at_high > 1.1 * room.PROBE_MARGINS[1] * high_at_high
+    )
     assert max(low_at_low, high_at_high) < room.PROBE_LIMIT / 5
 
 
@@ -94,12 +112,21 @@ def test_untrained_experts_are_let_through_in_either_order(copied):
     check_experts(open_teacher_files(copied))
 
 
-@pytest.mark.parametrize("left, changed", [
-    (((0.01, 0.05), (0.05, 0.01)), True), (((0.05, 0.01), (0.01, 0.05)), False),      # exchanged, in order
-    (((0.01, 0.01), (0.05, 0.05)), False), (((0.05, 0.05), (0.01, 0.01)), False),     # one is the worse everywhere
-    (((0.01, 0.011), (0.05, 0.01)), False), (((0.03, 0.05), (0.05, 0.01)), False),    # clear at one level only
-    (((0.2, 0.05), (0.9, 0.01)), False), (((0.01, 0.9), (0.05, 0.2)), False),         # neither knows the noise at a level
-    (((float("nan"), 0.05), (0.05, 0.01)), False), (((0.01, 0.05), (0.05, float("nan"))), False)])
+@pytest.mark.parametrize(
+    "left, changed",
+    [
+        (((0.01, 0.05), (0.05, 0.01)), True),
+        (((0.05, 0.01), (0.01, 0.05)), False),  # exchanged, in order
+        (((0.01, 0.01), (0.05, 0.05)), False),
+        (((0.05, 0.05), (0.01, 0.01)), False),  # one is the worse everywhere
+        (((0.01, 0.011), (0.05, 0.01)), False),
+        (((0.03, 0.05), (0.05, 0.01)), False),  # clear at one level only
+        (((0.2, 0.05), (0.9, 0.01)), False),
+        (((0.01, 0.9), (0.05, 0.2)), False),  # neither knows the noise at a level
+        (((float("nan"), 0.05), (0.05, 0.01)), False),
+        (((0.01, 0.05), (0.05, float("nan"))), False),
+    ],
+)
 def test_experts_have_changed_places_only_if_both_levels_say_so(left, changed):
     assert room.have_changed_places(left) is changed
 
@@ -113,7 +140,9 @@ def test_two_experts_in_step_are_the_two_experts(teacher, noisy):
     with torch.no_grad():
         found, _ = one_frame_velocity(pair, latents, timestep, text, bias)
     for name, half in (("high", slice(0, 8)), ("low", slice(8, 16))):
-        expected, _ = one_frame_velocity(load_expert(experts[name]), latents[half], timestep[half], text[half], bias[half])
+        expected, _ = one_frame_velocity(
+            load_expert(experts[name]), latents[half], timestep[half], text[half], bias[half]
+        )
         assert torch.allclose(found[half], expected, atol=1e-5)
 
 
@@ -135,5 +164,7 @@ def test_comparing_reads_each_tensor_whole_once_and_one_block_of_each_expert_at_
     monkeypatch.setattr(ExpertFiles, "read", watched_read)
     monkeypatch.setattr(block_room, "_empty_block", watched_block)
     check_experts(files)
-    assert sorted(whole) == sorted((expert.name, name) for expert in files.experts.values() for name in expert.places)
-    assert len(blocks) == 8 and max(loaded) == 1           # the other expert's, while one is read
+    assert sorted(whole) == sorted(
+        (expert.name, name) for expert in files.experts.values() for name in expert.places
+    )
+    assert len(blocks) == 8 and max(loaded) == 1  # the other expert's, while one is read

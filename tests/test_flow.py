@@ -67,6 +67,7 @@ def test_noise_of_a_seed_does_not_depend_on_its_batch():
 
 # ---- few steps -----------------------------------------------------------------------------------------------------------------
 
+
 def bent(latents, timestep):
     """A velocity field whose paths are bent, so that solvers differ."""
     return latents * (timestep / 1000).view(-1, 1, 1, 1) + NOISE
@@ -75,7 +76,9 @@ def bent(latents, timestep):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_a_few_step_schedule_takes_plain_euler_steps(count):
     scheduler, latents = make_scheduler(5.0, (1, 2, 4)), NOISE
-    for (timestep, level), after in zip(FewSteps(5.0, (1, 2, 4), (3, 4, 4), 20).paths[count], [*_levels(count)[1:], 0.0]):
+    for (timestep, level), after in zip(
+        FewSteps(5.0, (1, 2, 4), (3, 4, 4), 20).paths[count], [*_levels(count)[1:], 0.0]
+    ):
         latents = latents + (after - level) * bent(latents, torch.full((3,), timestep))
     assert torch.allclose(sample(bent, NOISE, scheduler, count), latents, atol=1e-5)
     if count == 4:
@@ -88,7 +91,9 @@ def _levels(count):
 
 def test_few_steps_pass_the_levels_that_the_literature_names_for_shift_five():
     few = FewSteps(5.0, (1, 2, 4), (3, 4, 4), 20)
-    assert _levels(4) == pytest.approx([1.0, 0.9376, 0.8336, 0.6259], abs=1e-4) and _levels(1) == [pytest.approx(1.0, abs=1e-4)]
+    assert _levels(4) == pytest.approx([1.0, 0.9376, 0.8336, 0.6259], abs=1e-4) and _levels(1) == [
+        pytest.approx(1.0, abs=1e-4)
+    ]
     assert [timestep for timestep, _ in few.levels] == [999.0, 937.0, 833.0, 625.0]
     assert few.stops == [(2, 1), (4, 1), (4, 2), (4, 3)]
 
@@ -103,7 +108,9 @@ def test_a_schedule_that_is_saved_and_loaded_takes_the_same_steps(tmp_path):
 def test_two_halves_of_a_walk_are_the_whole_one():
     scheduler = make_scheduler(3.0, (8,))
     half = sample(bent, NOISE, scheduler, 8, end=5)
-    assert torch.allclose(sample(bent, half, scheduler, 8, begin=5), sample(bent, NOISE, scheduler, 8), atol=1e-5)
+    assert torch.allclose(
+        sample(bent, half, scheduler, 8, begin=5), sample(bent, NOISE, scheduler, 8), atol=1e-5
+    )
     assert torch.equal(sample(bent, NOISE, scheduler, 8, end=0), NOISE)
 
 
@@ -130,11 +137,14 @@ def test_what_is_drawn_from_any_stop_is_exact_when_velocity_is_constant_and_its_
     def constant(latents, timestep):
         asked.append((float(timestep[0]), latents.clone()))
         return scale * (latents - CLEAN) / (timestep / 1000).view(-1, 1, 1, 1)
+
     for seed in range(20):
         asked.clear()
         drawn = few.draw(3, constant, torch.Generator().manual_seed(seed), "cpu")
         stops.add(tuple(timestep for timestep, _ in asked))
-        assert torch.allclose(drawn, CLEAN, atol=0.02) and not asked[-1][1].requires_grad and drawn.requires_grad
+        assert (
+            torch.allclose(drawn, CLEAN, atol=0.02) and not asked[-1][1].requires_grad and drawn.requires_grad
+        )
     assert len(stops) > 4
 
 

@@ -19,33 +19,56 @@ def save(folder, prompt="a ring", seed=0):
     return save_image(IMAGE, folder, image_names(folder, prompt, seed)).name
 
 
-@pytest.mark.parametrize("prompt, expected", [
-    ("a small red ring", "a-small-red-ring"), ("../../etc/passwd\0", "etc-passwd"), ("Héllo Straße", "hello-strasse"),
-    ("CON", "con"), ("🎨 \x1b[2J", "2j"), ("一只红色的猫", ""), ("?! ...", ""), ("\ud800 cat", "cat"), ("ﬁne ①", "fine-1"),
-    ("x" * 600, "x" * LONGEST_SLUG), ("word " * 600, "word-word-word-word-word-word-word-word")])
+@pytest.mark.parametrize(
+    "prompt, expected",
+    [
+        ("a small red ring", "a-small-red-ring"),
+        ("../../etc/passwd\0", "etc-passwd"),
+        ("Héllo Straße", "hello-strasse"),
+        ("CON", "con"),
+        ("🎨 \x1b[2J", "2j"),
+        ("一只红色的猫", ""),
+        ("?! ...", ""),
+        ("\ud800 cat", "cat"),
+        ("ﬁne ①", "fine-1"),
+        ("x" * 600, "x" * LONGEST_SLUG),
+        ("word " * 600, "word-word-word-word-word-word-word-word"),
+    ],
+)
 def test_a_slug_is_what_every_file_system_takes(prompt, expected):
     assert slug(prompt) == expected
 
 
 def test_any_prompt_is_a_name_of_a_file(tmp_path):
-    draw = random.Random(0)                                  # noqa: S311
+    draw = random.Random(0)  # noqa: S311
     for number in range(300):
         prompt = "".join(chr(draw.randrange(0x110000)) for _ in range(draw.randrange(1, 80)))
         assert save(tmp_path, prompt, 2**63 - 1).startswith(f"{number:04d}-")
 
 
 def test_numbers_go_on_after_what_lies_there(tmp_path):
-    for name in ("0003-seed0.png", "0011-A-RING-SEED5.PNG", "grid-0012-0019.png", "2024-holiday.png", "grid.png", "notes.txt"):
+    for name in (
+        "0003-seed0.png",
+        "0011-A-RING-SEED5.PNG",
+        "grid-0012-0019.png",
+        "2024-holiday.png",
+        "grid.png",
+        "notes.txt",
+    ):
         (tmp_path / name).write_bytes(b"mine")
     (tmp_path / "0020-link-seed0.png").symlink_to("nowhere")
     assert [save(tmp_path), save(tmp_path, "", 7)] == ["0021-a-ring-seed0.png", "0022-seed7.png"]
-    assert (tmp_path / "2024-holiday.png").read_bytes() == b"mine" and (tmp_path / "0020-link-seed0.png").is_symlink()
+    assert (tmp_path / "2024-holiday.png").read_bytes() == b"mine" and (
+        tmp_path / "0020-link-seed0.png"
+    ).is_symlink()
 
 
 @pytest.mark.parametrize("has_links", [True, False])
 def test_a_name_that_is_taken_meanwhile_is_left_as_it_is(has_links, tmp_path, monkeypatch):
     if not has_links:
-        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+        monkeypatch.setattr(
+            os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here"))
+        )
     names = image_names(tmp_path, "a ring", 0)
     for name in ("0000-a-ring-seed0.png", "0001-a-ring-seed0.png"):
         (tmp_path / name).write_bytes(b"theirs")
@@ -65,7 +88,7 @@ def test_processes_that_draw_into_one_folder_keep_all_images(tmp_path):
         for child in filter(None, children):
             os.waitpid(child, 0)
 
-    assert fork(draw) == 0                                   # eight processes, for each child forks as well
+    assert fork(draw) == 0  # eight processes, for each child forks as well
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [f"{number:04d}-a-ring-seed0.png" for number in range(160)]
     assert all(Image.open(tmp_path / name).size == (4, 4) for name in names)
@@ -86,5 +109,5 @@ def test_cells_of_a_grid_are_a_gutter_apart_and_none_is_an_image_that_is_not():
     cells = [np.full((2, 3, 3), value, np.uint8) for value in (10, 20, 30)]
     grid = lay_out(cells, 2)
     assert grid.shape == (4 + GUTTER, 6 + GUTTER, 3)
-    assert (grid[:2, 3 + GUTTER:] == 20).all() and (grid[2 + GUTTER:, :3] == 30).all()
-    assert (grid[2 + GUTTER:, 3:] == 255).all() and (grid[2:2 + GUTTER] == 255).all()
+    assert (grid[:2, 3 + GUTTER :] == 20).all() and (grid[2 + GUTTER :, :3] == 30).all()
+    assert (grid[2 + GUTTER :, 3:] == 255).all() and (grid[2 : 2 + GUTTER] == 255).all()

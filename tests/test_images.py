@@ -54,7 +54,7 @@ def write_folder(place):
         path = place / ("below" if number > 3 else "") / f"{number}.png"
         path.write_bytes(content)
         path.with_suffix(".txt").write_text(f"{caption}\n")
-    (place / "below").rename(place / "z")                    # sorted after the others
+    (place / "below").rename(place / "z")  # sorted after the others
 
 
 def write_described(place, name):
@@ -72,14 +72,18 @@ def write_described(place, name):
 
 
 def table(contents=CONTENTS, captions=CAPTIONS):
-    images = pyarrow.array([{"bytes": content, "path": None} for content in contents],
-                           pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}))
+    images = pyarrow.array(
+        [{"bytes": content, "path": None} for content in contents],
+        pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}),
+    )
     return pyarrow.table({"id": list(range(len(contents))), "image": images, "caption": captions})
 
 
 def write_parquet(place):
     (place / "data").mkdir(parents=True)
-    parquet.write_table(table(CONTENTS[:4], CAPTIONS[:4]), place / "data" / "train-00000-of-00002.parquet", row_group_size=3)
+    parquet.write_table(
+        table(CONTENTS[:4], CAPTIONS[:4]), place / "data" / "train-00000-of-00002.parquet", row_group_size=3
+    )
     parquet.write_table(table(CONTENTS[4:], CAPTIONS[4:]), place / "data" / "train-00001-of-00002.parquet")
 
 
@@ -90,9 +94,14 @@ def write_saved_dataset(place):
     names = [f"data-{number:05d}-of-00002.arrow" for number in range(2)]
     for name, rows in zip(names, (slice(0, 2), slice(2, 6))):
         part = table(CONTENTS[rows], CAPTIONS[rows])
-        with pyarrow.OSFile(str(place / "train" / name), "wb") as file, pyarrow.ipc.new_stream(file, part.schema) as stream:
+        with (
+            pyarrow.OSFile(str(place / "train" / name), "wb") as file,
+            pyarrow.ipc.new_stream(file, part.schema) as stream,
+        ):
             stream.write_table(part)
-    (place / "train" / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (place / "train" / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": name} for name in names]})
+    )
 
 
 def write_tar(path, members):
@@ -106,15 +115,35 @@ def write_tar(path, members):
 
 def write_webdataset(place):
     rows = list(zip(CONTENTS, CAPTIONS))
-    write_tar(place / "000.tar", [member for number, (content, caption) in enumerate(rows[:3])
-                                  for member in ((f"{number}.png", content), (f"{number}.txt", caption.encode()))])
-    write_tar(place / "001.tar", [member for number, (content, caption) in enumerate(rows[3:]) for member in (
-        (f"a/{number}.json", json.dumps({"caption": caption, "id": 1}).encode()), (f"a/{number}.PNG", content))])
+    write_tar(
+        place / "000.tar",
+        [
+            member
+            for number, (content, caption) in enumerate(rows[:3])
+            for member in ((f"{number}.png", content), (f"{number}.txt", caption.encode()))
+        ],
+    )
+    write_tar(
+        place / "001.tar",
+        [
+            member
+            for number, (content, caption) in enumerate(rows[3:])
+            for member in (
+                (f"a/{number}.json", json.dumps({"caption": caption, "id": 1}).encode()),
+                (f"a/{number}.PNG", content),
+            )
+        ],
+    )
 
 
-WRITERS = {"folder": write_folder, "metadata.jsonl": lambda place: write_described(place, "metadata.jsonl"),
-           "metadata.csv": lambda place: write_described(place, "metadata.csv"), "parquet": write_parquet,
-           "saved dataset": write_saved_dataset, "webdataset": write_webdataset}
+WRITERS = {
+    "folder": write_folder,
+    "metadata.jsonl": lambda place: write_described(place, "metadata.jsonl"),
+    "metadata.csv": lambda place: write_described(place, "metadata.csv"),
+    "parquet": write_parquet,
+    "saved dataset": write_saved_dataset,
+    "webdataset": write_webdataset,
+}
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -128,7 +157,9 @@ def test_every_kind_of_place_gives_the_same_pictures_and_captions(kind, tmp_path
     assert [image.caption for image in choose_images(tmp_path / "place", SIZE, most=2)] == CAPTIONS[:2]
 
 
-@pytest.mark.parametrize("kind, name", [("parquet", "data/train-00000-of-00002.parquet"), ("webdataset", "001.tar")])
+@pytest.mark.parametrize(
+    "kind, name", [("parquet", "data/train-00000-of-00002.parquet"), ("webdataset", "001.tar")]
+)
 def test_a_single_file_is_a_place_too(kind, name, tmp_path):
     WRITERS[kind](tmp_path / "place")
     assert len(choose_images(tmp_path / "place" / name, SIZE)) in (4, 3)
@@ -136,14 +167,15 @@ def test_a_single_file_is_a_place_too(kind, name, tmp_path):
 
 # ---- what an image may be --------------------------------------------------------------------------------------------------------
 
+
 def test_an_image_is_cropped_in_its_middle_to_the_nearest_ratio_and_made_smaller(tmp_path):
     wide = np.zeros((128, 256, 3), np.uint8)
-    wide[:, 64:192] = 255                                    # what a square keeps
+    wide[:, 64:192] = 255  # what a square keeps
     (tmp_path / "wide.png").write_bytes(encoded(wide))
     (tmp_path / "wide.txt").write_text("a bar")
-    square, = choose_images(tmp_path, SIZE)
+    (square,) = choose_images(tmp_path, SIZE)
     assert read_picture(square).shape == (64, 64, 3) and read_picture(square).min() > 230
-    nearest, = choose_images(tmp_path, [(64, 64), (48, 80), (96, 48)])
+    (nearest,) = choose_images(tmp_path, [(64, 64), (48, 80), (96, 48)])
     assert nearest.size == (96, 48) and 0 < read_picture(nearest).mean() < 255
 
 
@@ -164,9 +196,17 @@ def test_an_image_is_turned_upright_as_its_camera_says():
     assert (np.asarray(decode(content)) == np.asarray(upright)).all()
 
 
-@pytest.mark.parametrize("mode, kind, expected, near", [
-    ("CMYK", "JPEG", (200, 30, 30), 12), ("P", "PNG", (200, 30, 30), 52), ("L", "PNG", (81, 81, 81), 1),
-    ("YCbCr", "JPEG", (200, 30, 30), 12), ("RGBA", "WEBP", (200, 30, 30), 4), ("LA", "PNG", (81, 81, 81), 1)])
+@pytest.mark.parametrize(
+    "mode, kind, expected, near",
+    [
+        ("CMYK", "JPEG", (200, 30, 30), 12),
+        ("P", "PNG", (200, 30, 30), 52),
+        ("L", "PNG", (81, 81, 81), 1),
+        ("YCbCr", "JPEG", (200, 30, 30), 12),
+        ("RGBA", "WEBP", (200, 30, 30), 4),
+        ("LA", "PNG", (81, 81, 81), 1),
+    ],
+)
 def test_an_image_of_any_colours_is_rgb(mode, kind, expected, near):
     found = np.asarray(decode(encoded(RED.convert(mode), kind)))
     assert found.shape == (64, 64, 3) and np.abs(found.astype(int) - expected).max() <= near
@@ -187,14 +227,26 @@ def test_what_is_transparent_is_white_and_sixteen_bits_of_grey_become_eight():
 def bomb(width, height):
     """The header of a PNG of a size, with no pixels behind it."""
     chunk = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
-    return b"\x89PNG\r\n\x1a\n\0\0\0\r" + chunk + zlib.crc32(chunk).to_bytes(4, "big") + b"\0\0\0\x10IDAT" + bytes(64)
+    return (
+        b"\x89PNG\r\n\x1a\n\0\0\0\r"
+        + chunk
+        + zlib.crc32(chunk).to_bytes(4, "big")
+        + b"\0\0\0\x10IDAT"
+        + bytes(64)
+    )
 
 
-BROKEN = {"cut.png": (CONTENTS[0][:-200], "not a whole"), "cut.jpg": (encoded(PICTURES[0], "JPEG")[:-300], "not a whole"),
-          "none.jpg": (b"", "not a whole"), "page.png": (b"<html>not found</html>", "not a whole"),
-          "bitmap.png": (encoded(PICTURES[0], "BMP"), "not a whole"), "empty.png": (bomb(0, 0), "not a whole"),
-          "bomb.png": (bomb(20000, 20000), "more than 89 million pixels"), "large.png": (bomb(10000, 10000), "more than 89"),
-          "small.png": (encoded(PICTURES[0][:63]), "smaller than 64 x 64")}
+BROKEN = {
+    "cut.png": (CONTENTS[0][:-200], "not a whole"),
+    "cut.jpg": (encoded(PICTURES[0], "JPEG")[:-300], "not a whole"),
+    "none.jpg": (b"", "not a whole"),
+    "page.png": (b"<html>not found</html>", "not a whole"),
+    "bitmap.png": (encoded(PICTURES[0], "BMP"), "not a whole"),
+    "empty.png": (bomb(0, 0), "not a whole"),
+    "bomb.png": (bomb(20000, 20000), "more than 89 million pixels"),
+    "large.png": (bomb(10000, 10000), "more than 89"),
+    "small.png": (encoded(PICTURES[0][:63]), "smaller than 64 x 64"),
+}
 
 
 def test_what_cannot_be_used_is_skipped_counted_and_named_at_once(tmp_path):
@@ -214,9 +266,14 @@ def test_what_cannot_be_used_is_skipped_counted_and_named_at_once(tmp_path):
     images = choose_images(tmp_path / "place", SIZE, held_out=CAPTIONS[:1], say=said.append)
     assert time.perf_counter() - began < 2 and [image.caption for image in images] == CAPTIONS[1:]
     assert said[0].startswith(f"images   5 of {tmp_path / 'place'}; {len(BROKEN) + 6} skipped: ")
-    for words in ("its caption is a held-out prompt (1: 0.png)", "no caption (2: words0.png, words2.png)",
-                  "a caption that is not UTF-8 (1: words1.png)", "smaller than 64 x 64 (1: small.png)",
-                  "more than 89 million pixels (2: bomb.png, large.png)", "no such file (2: folder.png, gone.png)"):
+    for words in (
+        "its caption is a held-out prompt (1: 0.png)",
+        "no caption (2: words0.png, words2.png)",
+        "a caption that is not UTF-8 (1: words1.png)",
+        "smaller than 64 x 64 (1: small.png)",
+        "more than 89 million pixels (2: bomb.png, large.png)",
+        "no such file (2: folder.png, gone.png)",
+    ):
         assert words in said[0]
     whole = [name for name, (_, reason) in BROKEN.items() if reason == "not a whole"]
     assert f"not a whole JPEG, PNG or WebP ({len(whole)}: {', '.join(sorted(whole)[:SHOWN])}, ...)" in said[0]
@@ -234,9 +291,19 @@ def write_files(place, files):
 @pytest.mark.parametrize("place", ["folder", "some.tar"])
 def test_a_file_with_a_caption_of_a_kind_that_is_not_read_is_counted_and_named(place, tmp_path):
     others = ["b.bmp", "c.TIFF", "z 1.5/d.gif", "e.heic", "f.svg", "g.mp4", "h.strange", "i"]
-    files = {"a.png": CONTENTS[0], "a.txt": b"a", "a.bmp": b"beside", "a.npz": b"latents", "alone.avif": b"", "README.md": b"",
-             "notes.txt": b"of nothing"} | dict.fromkeys(others, b"content")
-    files |= {f"{name.rpartition('.')[0] or name}{CAPTION_KINDS[number % 3]}": b'"a caption"' for number, name in enumerate(others)}
+    files = {
+        "a.png": CONTENTS[0],
+        "a.txt": b"a",
+        "a.bmp": b"beside",
+        "a.npz": b"latents",
+        "alone.avif": b"",
+        "README.md": b"",
+        "notes.txt": b"of nothing",
+    } | dict.fromkeys(others, b"content")
+    files |= {
+        f"{name.rpartition('.')[0] or name}{CAPTION_KINDS[number % 3]}": b'"a caption"'
+        for number, name in enumerate(others)
+    }
     write_files(tmp_path / place, files)
     said = []
     assert [image.caption for image in choose_images(tmp_path / place, SIZE, say=said.append)] == ["a"]
@@ -249,49 +316,80 @@ def test_a_file_with_a_caption_of_a_kind_that_is_not_read_is_counted_and_named(p
 def test_jpegs_are_taken_under_all_of_their_suffixes(place, tmp_path):
     names = ["a.jpg", "b.JPEG", "c.jpe", "d.jfif", "e.JIF", "f.jfi", "g.pjpeg", "h.pjp"]
     contents = [encoded(PICTURES[0], "JPEG", quality=90 - number) for number in range(len(names))]
-    write_files(tmp_path / place, dict(zip(names, contents)) | {f"{name[0]}.txt": name.encode() for name in names})
+    write_files(
+        tmp_path / place, dict(zip(names, contents)) | {f"{name[0]}.txt": name.encode() for name in names}
+    )
     assert [image.caption for image in choose_images(tmp_path / place, SIZE)] == names
 
 
 @pytest.mark.parametrize("place", ["folder", "some.tar"])
 def test_captions_under_the_names_of_other_trainers_are_read_or_named(place, tmp_path):
-    captions = {"a.caption": b"one", "b.json": b'{"caption": "two"}', "c.png.txt": b"three", "d.TXT": b"four", "e.v2.txt": b"five",
-                "f.txt": b"six", "f.caption": b"not this", "g.tags": b"x", "h.caption.md": b"x", "i.json": b'{"tags": "x"}'}
+    captions = {
+        "a.caption": b"one",
+        "b.json": b'{"caption": "two"}',
+        "c.png.txt": b"three",
+        "d.TXT": b"four",
+        "e.v2.txt": b"five",
+        "f.txt": b"six",
+        "f.caption": b"not this",
+        "g.tags": b"x",
+        "h.caption.md": b"x",
+        "i.json": b'{"tags": "x"}',
+    }
     images = {f"{name}.png": CONTENTS[0] for name in ("a", "b", "c", "d", "e.v2", *"fghij")}
     write_files(tmp_path / place, images | captions)
     said = []
     found = choose_images(tmp_path / place, SIZE, say=said.append)
     assert [image.caption for image in found] == ["one", "two", "three", "four", "five", "six"]
-    for reason, name in (("no .txt, .caption or .json but a .tags", "g"), ("no .txt, .caption or .json but a .caption.md", "h"),
-                         ("a caption that cannot be read in its .json", "i"), ("no caption", "j")):
+    for reason, name in (
+        ("no .txt, .caption or .json but a .tags", "g"),
+        ("no .txt, .caption or .json but a .caption.md", "h"),
+        ("a caption that cannot be read in its .json", "i"),
+        ("no caption", "j"),
+    ):
         assert f"{reason} (1: {name}.png)" in said[0] or f"{reason} (1: some.tar {name})" in said[0], said
 
 
-HIDDEN = ("._0.png", ".DS_Store", ".cache/0.png", "__MACOSX/._0.png", "z/.thumbs/z/0.png", ".0.jpg", ".ipynb_checkpoints/0.png")
+HIDDEN = (
+    "._0.png",
+    ".DS_Store",
+    ".cache/0.png",
+    "__MACOSX/._0.png",
+    "z/.thumbs/z/0.png",
+    ".0.jpg",
+    ".ipynb_checkpoints/0.png",
+)
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet", "webdataset"])
 def test_names_that_begin_with_a_dot_are_not_files_of_a_place(kind, tmp_path):
-    place = tmp_path / ".hidden" / "place"                   # but a place may lie below one
+    place = tmp_path / ".hidden" / "place"  # but a place may lie below one
     WRITERS[kind](place)
     for path in [path for path in place.rglob("*") if path.suffix in (".tar", ".parquet")]:
         (path.parent / f"._{path.name}").write_bytes(b"\0\5\x16\7")
         (path.parent / ".cache").mkdir(exist_ok=True)
         shutil.copy(path, path.parent / ".cache")
-    write_files(place, dict.fromkeys(HIDDEN, CONTENTS[5]) | {f"{name[:-4]}.txt": b"a caption" for name in HIDDEN})
+    write_files(
+        place, dict.fromkeys(HIDDEN, CONTENTS[5]) | {f"{name[:-4]}.txt": b"a caption" for name in HIDDEN}
+    )
     said = []
     assert [image.caption for image in choose_images(place, SIZE, say=said.append)] == CAPTIONS
     assert said == [f"images   6 of {place}"]
 
 
 def test_hidden_members_of_a_tar_are_not_read_and_hidden_rows_are_named(tmp_path):
-    write_tar(tmp_path / "some.tar", [(name, CONTENTS[5]) for name in HIDDEN] + [("./._a.txt", b"a"), ("./a.png", CONTENTS[0]),
-                                                                                 ("./a.txt", b"one"), ("../b.png", CONTENTS[1])])
+    write_tar(
+        tmp_path / "some.tar",
+        [(name, CONTENTS[5]) for name in HIDDEN]
+        + [("./._a.txt", b"a"), ("./a.png", CONTENTS[0]), ("./a.txt", b"one"), ("../b.png", CONTENTS[1])],
+    )
     assert [image.name for image in list_images(tmp_path / "some.tar")] == ["some.tar ./a", "some.tar ../b"]
     write_described(place := tmp_path / ".place", "metadata.jsonl")
     write_files(place, dict.fromkeys(HIDDEN, CONTENTS[5]))
     names = [*HIDDEN, "./0.png", str(place / "1.png"), "z/../2.png"]
-    (place / "metadata.jsonl").write_text("".join(json.dumps({"file_name": name, "text": name}) + "\n" for name in names))
+    (place / "metadata.jsonl").write_text(
+        "".join(json.dumps({"file_name": name, "text": name}) + "\n" for name in names)
+    )
     said = []
     assert [image.caption for image in choose_images(place, SIZE, say=said.append)] == names[-3:]
     assert f"a hidden file ({len(HIDDEN)}: ._0.png, .DS_Store, " in said[0]
@@ -299,10 +397,20 @@ def test_hidden_members_of_a_tar_are_not_read_and_hidden_rows_are_named(tmp_path
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_metadata_whose_cells_do_not_fit_are_refused_by_row(separator, tmp_path):
-    write_files(tmp_path, {"0.png": CONTENTS[0], "metadata.csv": separator.join(["file_name", "text\n0.png", "a ring\n"]).encode()})
+    write_files(
+        tmp_path,
+        {
+            "0.png": CONTENTS[0],
+            "metadata.csv": separator.join(["file_name", "text\n0.png", "a ring\n"]).encode(),
+        },
+    )
     assert [image.caption for image in choose_images(tmp_path, SIZE)] == ["a ring"]
-    (tmp_path / "metadata.csv").write_text(f"file_name{separator}text\n0.png{separator}a ring{separator} on white\n")
-    with pytest.raises(ValueError, match="metadata.csv: row 2 has 3 cells, the header 2: quote prompts with "):
+    (tmp_path / "metadata.csv").write_text(
+        f"file_name{separator}text\n0.png{separator}a ring{separator} on white\n"
+    )
+    with pytest.raises(
+        ValueError, match="metadata.csv: row 2 has 3 cells, the header 2: quote prompts with "
+    ):
         list_images(tmp_path)
 
 
@@ -314,7 +422,10 @@ def test_a_caption_that_utf8_cannot_encode_is_skipped_and_named(kind, tmp_path):
         parquet.write_table(cells, tmp_path / "a.parquet")
     elif kind == "arrow":
         (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "a.arrow"}]}))
-        with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, cells.schema) as stream:
+        with (
+            pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file,
+            pyarrow.ipc.new_stream(file, cells.schema) as stream,
+        ):
             stream.write_table(cells)
     elif kind == "some.tar":
         write_tar(tmp_path / kind, [("0.png", CONTENTS[0]), ("0.json", half)])
@@ -328,19 +439,25 @@ def test_what_was_seen_once_is_not_decoded_again(tmp_path, monkeypatch):
     write_folder(tmp_path / "place")
     (tmp_path / "place" / "broken.png").write_bytes(CONTENTS[0][:100])
     (tmp_path / "place" / "broken.txt").write_text("a caption")
-    settings, said, decoded = complete(Settings(images=str(tmp_path / "place"), cache_dir=str(tmp_path / "cache"))), [], []
+    settings, said, decoded = (
+        complete(Settings(images=str(tmp_path / "place"), cache_dir=str(tmp_path / "cache"))),
+        [],
+        [],
+    )
 
     def chosen():
         images = choose_data(settings, picture_sizes(settings), said.append)[2]
         return [(image.caption, image.sha256, image.size) for image in images]
 
-    monkeypatch.setattr("wanlite.data.images.decode", lambda content: decoded.append(content) or decode(content))
+    monkeypatch.setattr(
+        "wanlite.data.images.decode", lambda content: decoded.append(content) or decode(content)
+    )
     first = chosen()
     assert len(decoded) == len(CONTENTS) + 1 and chosen() == first and len(decoded) == len(CONTENTS) + 1
     assert said[0] == said[1] and "not a whole JPEG, PNG or WebP (1: broken.png)" in said[1]
     (tmp_path / "place" / "0.png").write_bytes(new := encoded(Image.new("RGB", (80, 64))))
-    assert chosen() != first and decoded[len(CONTENTS) + 1:] == [new]
-    for content in ("{", "[1]"):                             # a record that cannot be read: all are looked at again
+    assert chosen() != first and decoded[len(CONTENTS) + 1 :] == [new]
+    for content in ("{", "[1]"):  # a record that cannot be read: all are looked at again
         (tmp_path / "cache/images.json").write_text(content)
         decoded.clear()
         assert len(chosen()) == len(first) and len(decoded) == len(CONTENTS) + 1
@@ -349,24 +466,48 @@ def test_what_was_seen_once_is_not_decoded_again(tmp_path, monkeypatch):
 def test_a_name_that_leads_out_of_the_folder_is_not_followed(tmp_path):
     write_described(tmp_path / "place", "metadata.jsonl")
     (tmp_path / "secret.png").write_bytes(CONTENTS[0])
-    names = ["../secret.png", str(tmp_path / "secret.png"), "0.png", "none.png", 7, "a\0.png", "\ud800.png", "n" * 5000]
-    rows = [json.dumps({"file_name": name, "text": "a"}) for name in names] + [json.dumps({"file_name": "1.png"})]
+    names = [
+        "../secret.png",
+        str(tmp_path / "secret.png"),
+        "0.png",
+        "none.png",
+        7,
+        "a\0.png",
+        "\ud800.png",
+        "n" * 5000,
+    ]
+    rows = [json.dumps({"file_name": name, "text": "a"}) for name in names] + [
+        json.dumps({"file_name": "1.png"})
+    ]
     (tmp_path / "place" / "metadata.jsonl").write_text("\n".join(rows))
     said = []
     assert len(choose_images(tmp_path / "place", SIZE, say=said.append)) == 1
-    for words in ("outside the folder (2: ../secret.png, /", "no such file (2: none.png, 7)", "no caption (1: 1.png)",
-                  "a name that no file can have (2: ", "cannot be read (1: nnnn"):
+    for words in (
+        "outside the folder (2: ../secret.png, /",
+        "no such file (2: none.png, 7)",
+        "no caption (1: 1.png)",
+        "a name that no file can have (2: ",
+        "cannot be read (1: nnnn",
+    ):
         assert words in said[0]
     assert len(said[0]) < 600
 
 
 def test_a_broken_cell_of_a_table_or_member_of_a_tar_is_skipped(tmp_path):
     parquet.write_table(table([None, b"no image", CONTENTS[2]], ["a", "b", None]), tmp_path / "some.parquet")
-    with pytest.raises(ValueError, match=r"none of its 3 images can be used: a cell without the image's bytes \(1: some.parquet "
-                                         r"row 1\); not a whole .*parquet row 2\); no caption \(1: some.parquet row 3\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"none of its 3 images can be used: a cell without the image's bytes \(1: some.parquet "
+        r"row 1\); not a whole .*parquet row 2\); no caption \(1: some.parquet row 3\)",
+    ):
         choose_images(tmp_path / "some.parquet", SIZE)
-    write_tar(tmp_path / "some.tar", [("a.png", CONTENTS[0]), ("a.json", b"{"), ("b.png", CONTENTS[1]), ("c.txt", b"alone")])
-    with pytest.raises(ValueError, match=r"none of its 2 .*in its .json \(1: some.tar a\); no caption \(1: some.tar b\)"):
+    write_tar(
+        tmp_path / "some.tar",
+        [("a.png", CONTENTS[0]), ("a.json", b"{"), ("b.png", CONTENTS[1]), ("c.txt", b"alone")],
+    )
+    with pytest.raises(
+        ValueError, match=r"none of its 2 .*in its .json \(1: some.tar a\); no caption \(1: some.tar b\)"
+    ):
         choose_images(tmp_path / "some.tar", SIZE)
 
 
@@ -380,18 +521,33 @@ def test_an_image_that_changes_under_a_run_is_named(tmp_path):
 
 # ---- what a place may be ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, content, words", [
-    ("a.txt", b"a caption", "holds no image. Expected a folder of images"),
-    ("metadata.csv", b"file_name,url\n0.png,x\n", "has the columns file_name, url, expected one called"),
-    ("metadata.csv", b"name,text\n0.png,x\n", "row 2 has no file_name"),
-    ("metadata.jsonl", b'["0.png"]\n', "row 1 has no file_name"),
-    ("metadata.jsonl", b'{"file_name": ', "line 1 is not JSON"), ("metadata.jsonl", b"\xff\xfe", "not UTF-8 text"),
-    ("metadata.jsonl", b"", "columns of nothing"), ("a.parquet", b"PAR1 and no more", "cannot be read as parquet"),
-    ("a.tar", b"no tar" * 200, "is not whole"), ("state.json", b"[]", "is no JSON object"), ("state.json", b"{}", "holds no image"),
-    ("state.json", b'{"_data_files": [{"filename": "none.arrow"}]}', "cannot be read as an Arrow stream"),
-    ("state.json", b'{"_indices_files": [{"filename": "i"}]}', "saved as a selection"),
-    ("dataset_dict.json", b'{"splits": ["test", "dev"]}', "has the splits test, dev and none called train")])
-def test_a_place_that_holds_no_captioned_images_is_refused_with_what_was_expected(name, content, words, tmp_path):
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.txt", b"a caption", "holds no image. Expected a folder of images"),
+        ("metadata.csv", b"file_name,url\n0.png,x\n", "has the columns file_name, url, expected one called"),
+        ("metadata.csv", b"name,text\n0.png,x\n", "row 2 has no file_name"),
+        ("metadata.jsonl", b'["0.png"]\n', "row 1 has no file_name"),
+        ("metadata.jsonl", b'{"file_name": ', "line 1 is not JSON"),
+        ("metadata.jsonl", b"\xff\xfe", "not UTF-8 text"),
+        ("metadata.jsonl", b"", "columns of nothing"),
+        ("a.parquet", b"PAR1 and no more", "cannot be read as parquet"),
+        ("a.tar", b"no tar" * 200, "is not whole"),
+        ("state.json", b"[]", "is no JSON object"),
+        ("state.json", b"{}", "holds no image"),
+        ("state.json", b'{"_data_files": [{"filename": "none.arrow"}]}', "cannot be read as an Arrow stream"),
+        ("state.json", b'{"_indices_files": [{"filename": "i"}]}', "saved as a selection"),
+        (
+            "dataset_dict.json",
+            b'{"splits": ["test", "dev"]}',
+            "has the splits test, dev and none called train",
+        ),
+    ],
+)
+def test_a_place_that_holds_no_captioned_images_is_refused_with_what_was_expected(
+    name, content, words, tmp_path
+):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=words):
         list_images(tmp_path)
@@ -402,12 +558,16 @@ def test_a_table_without_images_or_captions_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has the columns text, url, and none of images"):
         list_images(tmp_path)
     parquet.write_table(table().drop_columns(["caption"]), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="has the columns id, image, expected one called prompt, text or caption"):
+    with pytest.raises(
+        ValueError, match="has the columns id, image, expected one called prompt, text or caption"
+    ):
         list_images(tmp_path)
 
 
 def test_a_wrong_place_is_answered_before_torch(tmp_path):
-    said = refused(ROOT / "train_distillation.py", "--output_dir", tmp_path / "run", "--images", tmp_path / "none")
+    said = refused(
+        ROOT / "train_distillation.py", "--output_dir", tmp_path / "run", "--images", tmp_path / "none"
+    )
     assert "none: no such place. Expected a folder of images" in said and not (tmp_path / "run").exists()
 
 
@@ -419,6 +579,7 @@ def test_a_csv_that_cannot_be_read_is_one_line(tmp_path):
 
 # ---- what is learnt from them ----------------------------------------------------------------------------------------------------
 
+
 def test_captions_join_the_prompts_and_none_is_held_out(tmp_path):
     write_folder(tmp_path / "place")
     (tmp_path / "prompts.txt").write_text("\n".join(["one", CAPTIONS[2], "three", CAPTIONS[0]]))
@@ -428,7 +589,9 @@ def test_captions_join_the_prompts_and_none_is_held_out(tmp_path):
     assert training == ["one", CAPTIONS[2], "three", CAPTIONS[1], *CAPTIONS[3:]]
 
 
-def test_the_teacher_is_asked_at_each_of_its_levels_at_noised_pictures_and_states_are_joined_with_its_walks(tmp_path):
+def test_the_teacher_is_asked_at_each_of_its_levels_at_noised_pictures_and_states_are_joined_with_its_walks(
+    tmp_path,
+):
     scheduler, pictures = make_scheduler(3.0), torch.randn(5, 2, 4, 4)
     jobs = [(number, f"{number}", 50 + number, number) for number in range(5)]
     for name in ("asked", "walked"):
@@ -436,15 +599,19 @@ def test_the_teacher_is_asked_at_each_of_its_levels_at_noised_pictures_and_state
     walker = Walker(Accelerator(), teacher_for, scheduler, STEPS, basis=torch.eye(4))
     states = walker.ask_at_pictures(tmp_path / "asked", jobs, lambda numbers: pictures[list(numbers)])
     batch = states.__getitems__(range(len(states)))
-    assert len(states) == 5 * STEPS and batch["prompt"].tolist() == [number for number in range(5) for _ in range(STEPS)]
+    assert len(states) == 5 * STEPS and batch["prompt"].tolist() == [
+        number for number in range(5) for _ in range(STEPS)
+    ]
     assert torch.allclose(batch["noise_level"].view(5, STEPS), scheduler.sigmas[:-1].expand(5, STEPS))
     repeated, level = pictures.repeat_interleave(STEPS, 0), batch["noise_level"].view(-1, 1, 1, 1)
     noise = (batch["latents"].float() - (1 - level) * repeated) / level
     again = add_noise(repeated, noise, batch["noise_level"])
     assert 0.9 < noise.std() < 1.1 and torch.allclose(again, batch["latents"].float(), atol=1e-5)
     low = batch["noise_level"] < 0.5
-    assert (noise[low][1:] - noise[low][:-1]).abs().mean() > 0.5           # noised anew at each level
-    velocity = teacher_for([str(number) for number in batch["prompt"].tolist()], None)(batch["latents"].float(), batch["timestep"])
+    assert (noise[low][1:] - noise[low][:-1]).abs().mean() > 0.5  # noised anew at each level
+    velocity = teacher_for([str(number) for number in batch["prompt"].tolist()], None)(
+        batch["latents"].float(), batch["timestep"]
+    )
     assert torch.allclose(velocity, batch["velocity"].float(), atol=0.01)
     walked = walker.walk(tmp_path / "walked", [job[:3] for job in jobs[:2]], (2, 4, 4))
     both = walked + states
@@ -461,8 +628,24 @@ def test_large_pictures_are_encoded_a_few_at_a_time_to_the_same_latents(monkeypa
     assert torch.allclose(encode_images(autoencoder, pixels), whole, atol=1e-5)
 
 
-FLAGS = ("--projection", "weights", "--num_held_out", "16", "--teacher_steps", "4", "--validation_steps", "6",
-         "--segment_steps", "1", "--matching_steps", "0", "--max_train_steps", "4", "--checkpointing_steps", "2")
+FLAGS = (
+    "--projection",
+    "weights",
+    "--num_held_out",
+    "16",
+    "--teacher_steps",
+    "4",
+    "--validation_steps",
+    "6",
+    "--segment_steps",
+    "1",
+    "--matching_steps",
+    "0",
+    "--max_train_steps",
+    "4",
+    "--checkpointing_steps",
+    "2",
+)
 
 
 def test_a_run_learns_from_images_tells_what_it_skipped_and_resumes_to_the_same_weights(tmp_path):
@@ -473,18 +656,26 @@ def test_a_run_learns_from_images_tells_what_it_skipped_and_resumes_to_the_same_
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     code, said = train(whole, *flags)
     assert code == 0, said
-    assert said.startswith(f"images   6 of {tmp_path / 'place'}; 1 skipped: not a whole JPEG, PNG or WebP (1: cut.png)\nteacher")
-    assert "70 teacher pictures" in said                     # 64 walks and 6 images
+    assert said.startswith(
+        f"images   6 of {tmp_path / 'place'}; 1 skipped: not a whole JPEG, PNG or WebP (1: cut.png)\nteacher"
+    )
+    assert "70 teacher pictures" in said  # 64 walks and 6 images
     states = Trajectories(next((whole / "cache").glob("images-*")), 1)
     assert len(states) == 6 * 4
     latents = encode_images(load_autoencoder(TINY_TEACHER), to_pixels(np.stack(PICTURES)))
     _, clean, _ = states.ends(range(6))
-    assert (clean - latents).square().mean() < 0.2 * latents.var()         # the teacher nearly knows what is nearly clean
+    assert (
+        clean - latents
+    ).square().mean() < 0.2 * latents.var()  # the teacher nearly knows what is nearly clean
     shutil.copytree(tmp_path / "place", tmp_path / "inverted")
-    for path in (path for path in (tmp_path / "inverted").rglob("*") if path.suffix in KINDS and path.name != "cut.png"):
+    for path in (
+        path for path in (tmp_path / "inverted").rglob("*") if path.suffix in KINDS and path.name != "cut.png"
+    ):
         ImageOps.invert(Image.open(path).convert("RGB")).save(path)
     code, said = train(tmp_path / "other", *FLAGS, "--images", tmp_path / "inverted")
-    assert code == 0 and not same(tmp_path / "other", whole), said         # of the same captions: it is the pictures that tell
+    assert code == 0 and not same(tmp_path / "other", whole), (
+        said
+    )  # of the same captions: it is the pictures that tell
     leave_as_killed(whole, cut, step=2)
     (tmp_path / "place" / "z" / "5.png").rename(tmp_path / "kept.png")
     code, said = train(cut, *flags)

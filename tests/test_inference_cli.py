@@ -16,13 +16,22 @@ from wanlite.flow import make_scheduler
 DRAW = ROOT / "run_inference.py"
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--seed", "-1"], "must lie in 0"), (["--seed", str(2**63)], "must lie in 0"),
-    (["--seed", str(2**63 - 1), "--num_images_per_prompt", "2"], "must lie in 0"),
-    (["--num_inference_steps", "1001"], "at most 1000"), (["--guidance_scale", "0.5"], "expected 1 (none) or more"),
-    (["--height", "32768"], "the most is"), (["--height", "-64"], "divisible by 16; the nearest is 16")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--seed", "-1"], "must lie in 0"),
+        (["--seed", str(2**63)], "must lie in 0"),
+        (["--seed", str(2**63 - 1), "--num_images_per_prompt", "2"], "must lie in 0"),
+        (["--num_inference_steps", "1001"], "at most 1000"),
+        (["--guidance_scale", "0.5"], "expected 1 (none) or more"),
+        (["--height", "32768"], "the most is"),
+        (["--height", "-64"], "divisible by 16; the nearest is 16"),
+    ],
+)
 def test_numbers_out_of_range_are_refused(arguments, words, finished_run, tmp_path):
-    assert words in refused(DRAW, "--model", finished_run[0], "--output_dir", tmp_path / "pictures", *arguments)
+    assert words in refused(
+        DRAW, "--model", finished_run[0], "--output_dir", tmp_path / "pictures", *arguments
+    )
     assert not (tmp_path / "pictures").exists()
 
 
@@ -39,10 +48,17 @@ def copied_run(finished_run, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"resolution": "64"}, "not divisible by 16"), ({"resolution": 60}, "the nearest is 64"),
-    ({"resolution": True}, "not divisible by 16"), ({"num_inference_steps": "4"}, "expected a whole number"),
-    ({"num_inference_steps": 0}, "at least 1"), ({"validation_prompts": "abc"}, "no prompt to draw")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"resolution": "64"}, "not divisible by 16"),
+        ({"resolution": 60}, "the nearest is 64"),
+        ({"resolution": True}, "not divisible by 16"),
+        ({"num_inference_steps": "4"}, "expected a whole number"),
+        ({"num_inference_steps": 0}, "at least 1"),
+        ({"validation_prompts": "abc"}, "no prompt to draw"),
+    ],
+)
 def test_a_damaged_run_json_is_refused(changes, words, copied_run):
     run = json.loads((copied_run / "run.json").read_text())
     (copied_run / "run.json").write_text(json.dumps(run | changes))
@@ -51,22 +67,41 @@ def test_a_damaged_run_json_is_refused(changes, words, copied_run):
 
 def test_a_validation_prompt_that_utf8_cannot_encode_is_refused(copied_run):
     path = copied_run / "run.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"validation_prompts": ["a ring", "\ud800 cat"]}))
-    assert r"run.json: a validation prompt holds '\ud800', not a character" in refused(DRAW, "--model", copied_run)
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"validation_prompts": ["a ring", "\ud800 cat"]})
+    )
+    assert r"run.json: a validation prompt holds '\ud800', not a character" in refused(
+        DRAW, "--model", copied_run
+    )
 
 
 def test_a_prompt_over_the_limit_of_tokens_is_drawn_with_one_line_that_names_it(finished_run, tmp_path):
     prompts = ("", "a red ring " * 300, "a ring")
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts))
-    process = run_script(DRAW, "--model", finished_run[0], "--output_dir", tmp_path / "drawn", "--prompts_file",
-                         tmp_path / "prompts.jsonl", "--negative_prompt", "blur " * 600, "--guidance_scale", "2")
-    said, = (line for line in process.stdout.splitlines() if line.startswith("WARNING"))
-    assert said.startswith("WARNING: prompts over the limit of 512 tokens are cut there: 2, the first 'a red ring a red")
+    process = run_script(
+        DRAW,
+        "--model",
+        finished_run[0],
+        "--output_dir",
+        tmp_path / "drawn",
+        "--prompts_file",
+        tmp_path / "prompts.jsonl",
+        "--negative_prompt",
+        "blur " * 600,
+        "--guidance_scale",
+        "2",
+    )
+    (said,) = (line for line in process.stdout.splitlines() if line.startswith("WARNING"))
+    assert said.startswith(
+        "WARNING: prompts over the limit of 512 tokens are cut there: 2, the first 'a red ring a red"
+    )
     assert "1 of 3 rows hold no prompt and are left out: 1\n" in process.stdout and process.returncode == 0
 
 
-@pytest.mark.parametrize("name", ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
-                                  "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "tokenizer/tokenizer.json"],
+)
 def test_a_part_that_is_cut_short_or_gone_is_named(name, copied_run):
     path = copied_run / name
     path.write_bytes(path.read_bytes()[:1000])
@@ -75,11 +110,16 @@ def test_a_part_that_is_cut_short_or_gone_is_named(name, copied_run):
     assert f"lacks {path.name}" in refused(DRAW, "--model", copied_run)
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("vae/config.json", "[1]", "does not say the patch and picture size"), ("config.json", None, "patch_size is 2, was [1, 2, 2]"),
-    ("vae/config.json", "{", "does not say the patch and picture size")])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("vae/config.json", "[1]", "does not say the patch and picture size"),
+        ("config.json", None, "patch_size is 2, was [1, 2, 2]"),
+        ("vae/config.json", "{", "does not say the patch and picture size"),
+    ],
+)
 def test_configs_that_say_no_size_are_refused(name, content, words, copied_run):
-    (copied_run / "vae/manifest.json").unlink()                # as in a folder that was put together by hand
+    (copied_run / "vae/manifest.json").unlink()  # as in a folder that was put together by hand
     if content is None:
         content = json.dumps(json.loads((copied_run / name).read_text()) | {"patch_size": 2})
     (copied_run / name).write_text(content)
@@ -87,7 +127,9 @@ def test_configs_that_say_no_size_are_refused(name, content, words, copied_run):
 
 
 def test_a_number_of_steps_that_was_not_trained_is_refused_with_the_list(finished_run, tmp_path):
-    said = refused(DRAW, "--model", finished_run[0], "--output_dir", tmp_path / "pictures", "--num_inference_steps", "3")
+    said = refused(
+        DRAW, "--model", finished_run[0], "--output_dir", tmp_path / "pictures", "--num_inference_steps", "3"
+    )
     assert "was trained to draw in 1, 2, 4 steps" in said and not (tmp_path / "pictures").exists()
 
 
@@ -100,14 +142,23 @@ def test_a_student_of_an_older_version_or_of_stage_one_takes_any_number_of_steps
         assert settings.num_inference_steps == 3
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"prediction_type": "epsilon"}, "says prediction_type 'epsilon', expected 'flow_prediction', as the student was trained"),
-    ({"_class_name": "DDIMScheduler"}, "says _class_name 'DDIMScheduler'"),
-    ({"flow_shift": 5.0}, "says flow_shift 5.0, expected 3.0"),
-    ({"use_flow_sigmas": None}, "says use_flow_sigmas None"), ({"num_train_timesteps": "x"}, "says num_train_timesteps 'x'"),
-    ({"final_sigmas_type": "sigma_min"}, "says final_sigmas_type 'sigma_min', expected 'zero'"),
-    ({"thresholding": True}, "says thresholding True, expected False"),
-    ({"beta_schedule": "evil"}, "says beta_schedule 'evil', expected 'linear'"), (None, "100,000 lists and objects")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"prediction_type": "epsilon"},
+            "says prediction_type 'epsilon', expected 'flow_prediction', as the student was trained",
+        ),
+        ({"_class_name": "DDIMScheduler"}, "says _class_name 'DDIMScheduler'"),
+        ({"flow_shift": 5.0}, "says flow_shift 5.0, expected 3.0"),
+        ({"use_flow_sigmas": None}, "says use_flow_sigmas None"),
+        ({"num_train_timesteps": "x"}, "says num_train_timesteps 'x'"),
+        ({"final_sigmas_type": "sigma_min"}, "says final_sigmas_type 'sigma_min', expected 'zero'"),
+        ({"thresholding": True}, "says thresholding True, expected False"),
+        ({"beta_schedule": "evil"}, "says beta_schedule 'evil', expected 'linear'"),
+        (None, "100,000 lists and objects"),
+    ],
+)
 def test_another_schedule_than_that_of_the_training_draws_nothing(changes, words, copied_run):
     place = copied_run / "scheduler/scheduler_config.json"
     place.write_text("[" * 10**5 if changes is None else json.dumps(json.loads(place.read_text()) | changes))
@@ -117,12 +168,23 @@ def test_another_schedule_than_that_of_the_training_draws_nothing(changes, words
 @pytest.mark.parametrize("few_steps", [4, ["4"], {"4": 4}])
 def test_numbers_of_steps_that_are_none_are_refused(few_steps, copied_run):
     run = json.loads((copied_run / "run.json").read_text())
-    (copied_run / "run.json").write_text(json.dumps(run | {"schedule": run["schedule"] | {"few_steps": few_steps}}))
+    (copied_run / "run.json").write_text(
+        json.dumps(run | {"schedule": run["schedule"] | {"few_steps": few_steps}})
+    )
     assert f"says few_steps {few_steps!r}, expected whole numbers" in refused(DRAW, "--model", copied_run)
 
 
 def test_ctrl_c_ends_it_without_a_traceback(finished_run, tmp_path):
-    command = [sys.executable, DRAW, "--model", finished_run[0], "--output_dir", tmp_path, "--num_images_per_prompt", "2000"]
+    command = [
+        sys.executable,
+        DRAW,
+        "--model",
+        finished_run[0],
+        "--output_dir",
+        tmp_path,
+        "--num_images_per_prompt",
+        "2000",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("drawing")
     process.send_signal(signal.SIGINT)
@@ -139,4 +201,6 @@ sys.argv = ["run_inference.py", "--model", "{finished_run[0]}", "--output_dir", 
 runpy.run_path("{DRAW}", run_name="__main__")"""
     process = run_script("-c", code)
     assert process.returncode == 2 and "Traceback" not in process.stderr
-    assert process.stderr.splitlines()[-1].startswith("run_inference.py: CUDA out of memory. Tried to allocate 2.00 GiB. Lower")
+    assert process.stderr.splitlines()[-1].startswith(
+        "run_inference.py: CUDA out of memory. Tried to allocate 2.00 GiB. Lower"
+    )

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import ROOT, run_script
 
-LAYERS = (                          # from the top; a file imports from the layers below its own, or beside itself
+LAYERS = (  # from the top; a file imports from the layers below its own, or beside itself
     ("run_inference",),
     ("train_distillation",),
     ("wanlite.planning",),
@@ -23,7 +23,9 @@ LAYERS = (                          # from the top; a file imports from the laye
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 SCRIPTS = ("train_distillation.py", "run_inference.py")
 FILES = sorted([*(ROOT / "wanlite").rglob("*.py"), *(ROOT / script for script in SCRIPTS)])
-MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES
+}
 
 
 def imported(path):
@@ -56,7 +58,11 @@ def test_what_is_imported_is_found():
 @pytest.mark.parametrize("module", sorted(MODULES.keys() - {"wanlite"}))
 def test_a_module_imports_downwards_or_beside_itself(module):
     assert layer(module), f"{module} is in no layer"
-    wrong = [name for name in IMPORTS[module] if RANKS[layer(name)] <= RANKS[layer(module)] and layer(name) != layer(module)]
+    wrong = [
+        name
+        for name in IMPORTS[module]
+        if RANKS[layer(name)] <= RANKS[layer(module)] and layer(name) != layer(module)
+    ]
     assert not wrong, f"{module} imports from above, or from the other folder of its layer"
 
 
@@ -73,10 +79,12 @@ def test_importing_the_package_imports_nothing():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_answered_without_torch(script):
-    code = (f"import runpy, sys\nsys.argv = ['{script}', '--help']\n"
-            f"try: runpy.run_path('{script}', run_name='__main__')\n"
-            "except SystemExit as end: assert end.code == 0\n"
-            "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules), sorted(sys.modules)")
+    code = (
+        f"import runpy, sys\nsys.argv = ['{script}', '--help']\n"
+        f"try: runpy.run_path('{script}', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules), sorted(sys.modules)"
+    )
     process = run_script("-c", code)
     assert process.returncode == 0, process.stderr
     assert "--seed" in process.stdout
@@ -84,10 +92,13 @@ def test_help_is_answered_without_torch(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_importing_a_script_does_no_work(script, tmp_path):
-    process = run_script("-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script[:-3]}", cwd=tmp_path)
+    process = run_script(
+        "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script[:-3]}", cwd=tmp_path
+    )
     assert process.returncode == 0 and process.stdout == "" and not list(tmp_path.iterdir()), process.stderr
 
 
 def test_torch_is_new_enough_for_what_is_used():
     import torch
+
     assert hasattr(torch.optim, "Muon") and sys.version_info >= (3, 11)

@@ -4,10 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from wanlite.training.metrics import beyond_guards, channel_drift, channel_spread, frechet_distance, likeness, saturation, variety
+from wanlite.training.metrics import (
+    beyond_guards,
+    channel_drift,
+    channel_spread,
+    frechet_distance,
+    likeness,
+    saturation,
+    variety,
+)
 from wanlite.world import shapes
 
-LATENTS = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2, 3, 4])[:, None, None]
+LATENTS = (
+    torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    * torch.tensor([1.0, 2, 3, 4])[:, None, None]
+)
 
 
 def pictures(seed, count, jitter=True):
@@ -17,7 +28,9 @@ def pictures(seed, count, jitter=True):
 
 def test_drift_is_the_shift_of_the_worst_channel_in_the_teachers_deviations():
     moved = LATENTS + torch.tensor([0.0, 0.0, 0.0, 0.4])[:, None, None]
-    assert channel_drift(moved, LATENTS) == pytest.approx(0.1, rel=0.02) and channel_drift(LATENTS, LATENTS) == 0
+    assert (
+        channel_drift(moved, LATENTS) == pytest.approx(0.1, rel=0.02) and channel_drift(LATENTS, LATENTS) == 0
+    )
 
 
 def test_spread_is_that_of_the_channel_farthest_from_the_teachers():
@@ -40,7 +53,9 @@ def test_a_student_that_draws_as_its_teacher_is_within_every_guard_and_a_collaps
     assert same == pytest.approx({"picture_error": 0, "channel_drift": 0, "saturation": 1, "variety": 1})
     assert not beyond_guards(same)
     collapsed = likeness(LATENTS, drawn, np.repeat(seeds[:, :1], 8, axis=1), LATENTS, drawn, seeds)
-    assert collapsed["variety"] == 0 and [reason.split()[0] for reason in beyond_guards(collapsed)] == ["variety"]
+    assert collapsed["variety"] == 0 and [reason.split()[0] for reason in beyond_guards(collapsed)] == [
+        "variety"
+    ]
     assert "at least 0.6" in beyond_guards(collapsed)[0]
     unruly = likeness(LATENTS, drawn, seeds, LATENTS, drawn, np.clip(0.2 * seeds, 0, 255).astype(np.uint8))
     assert unruly["variety"] > 3 and not beyond_guards(unruly)

@@ -9,12 +9,18 @@ from wanlite.training.steps import Networks, vary
 
 
 def test_velocity_loss_is_the_mean_square_of_each_picture():
-    student, teacher = torch.zeros(3, 2, 4, 4), torch.ones(3, 2, 4, 4) * torch.tensor([1.0, 2.0, 0.0])[:, None, None, None]
+    student, teacher = (
+        torch.zeros(3, 2, 4, 4),
+        torch.ones(3, 2, 4, 4) * torch.tensor([1.0, 2.0, 0.0])[:, None, None, None],
+    )
     assert torch.equal(velocity_loss(student, teacher), torch.tensor([1.0, 4.0, 0.0]))
 
 
 def test_velocity_loss_is_taken_in_float32():
-    assert velocity_loss(torch.ones(1, 1, 2, 2, dtype=torch.bfloat16), torch.zeros(1, 1, 2, 2)).dtype == torch.float32
+    assert (
+        velocity_loss(torch.ones(1, 1, 2, 2, dtype=torch.bfloat16), torch.zeros(1, 1, 2, 2)).dtype
+        == torch.float32
+    )
 
 
 def test_feature_loss_is_zero_at_the_teacher_and_does_not_depend_on_its_scale():
@@ -46,7 +52,9 @@ def test_distribution_matching_pushes_from_what_the_critic_sees_to_what_the_teac
 
 def test_distribution_matching_is_silent_where_critic_and_teacher_agree():
     sample, velocity = torch.randn(2, 2, 4, 4).requires_grad_(), torch.randn(2, 2, 4, 4)
-    loss = distribution_matching_loss(sample, torch.randn(2, 2, 4, 4), torch.tensor([0.3, 0.6]), velocity, velocity)
+    loss = distribution_matching_loss(
+        sample, torch.randn(2, 2, 4, 4), torch.tensor([0.3, 0.6]), velocity, velocity
+    )
     loss.sum().backward()
     assert torch.equal(sample.grad, torch.zeros_like(sample)) and loss.shape == (2,)
 
@@ -57,10 +65,16 @@ def test_what_is_more_varied_keeps_its_mean_and_lies_farther_from_it_by_the_gain
     picture, other = (mean + torch.randn(4096, 1, 2, 2) for _ in range(2))
     noise, other_noise = torch.randn(2, 4096, 1, 2, 2)
     start, other_start = add_noise(picture, noise, noise_level), add_noise(other, other_noise, noise_level)
-    aim = clean_from(start, more_varied(noise - picture, picture, other_start, other_noise - other, noise_level, 0.3), noise_level)
+    aim = clean_from(
+        start,
+        more_varied(noise - picture, picture, other_start, other_noise - other, noise_level, 0.3),
+        noise_level,
+    )
     torch.testing.assert_close(aim, picture + 0.3 * (picture - other), atol=1e-5, rtol=0)
     assert abs(aim.mean() - mean) < 0.02
-    followed = ((aim - mean) * (picture - mean)).mean() / (picture - mean).square().mean()      # what a regression learns of it
+    followed = ((aim - mean) * (picture - mean)).mean() / (
+        picture - mean
+    ).square().mean()  # what a regression learns of it
     assert abs(followed - 1.3) < 0.02
 
 
@@ -71,13 +85,22 @@ def test_the_student_aims_at_more_varied_pictures_from_noise_alone():
     few = FewSteps(3.0, (1, 2), (1, 2, 2), 4)
     timestep, noise_level = torch.tensor([few.levels[0], few.levels[1], few.levels[0]]).unbind(1)
     latents, picture = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2)
-    batch = {"latents": latents, "timestep": timestep, "noise_level": noise_level, "picture": picture,
-             "velocity": (latents - picture) / noise_level.view(-1, 1, 1, 1)}
+    batch = {
+        "latents": latents,
+        "timestep": timestep,
+        "noise_level": noise_level,
+        "picture": picture,
+        "velocity": (latents - picture) / noise_level.view(-1, 1, 1, 1),
+    }
     text = pack_text([torch.zeros(2, 4)] * 3)
     networks = Networks(network, None, 0, None, None, few)
-    aims = [clean_from(latents, vary(networks, gain, batch, text, torch.Generator().manual_seed(0)), noise_level)
-            for gain in (0.0, 0.5)]
-    other = few.own_noise((3, 1, 2, 2), torch.Generator().manual_seed(0), "cpu") * (1 - 0.5 * noise_level.view(-1, 1, 1, 1))
+    aims = [
+        clean_from(latents, vary(networks, gain, batch, text, torch.Generator().manual_seed(0)), noise_level)
+        for gain in (0.0, 0.5)
+    ]
+    other = few.own_noise((3, 1, 2, 2), torch.Generator().manual_seed(0), "cpu") * (
+        1 - 0.5 * noise_level.view(-1, 1, 1, 1)
+    )
     assert torch.allclose(aims[0], picture, atol=1e-5)
-    assert torch.allclose(aims[1][1], picture[1], atol=1e-5)                                    # it is on its way already
+    assert torch.allclose(aims[1][1], picture[1], atol=1e-5)  # it is on its way already
     assert torch.allclose(aims[1][[0, 2]], (1.5 * picture - 0.5 * other)[[0, 2]], atol=1e-5)

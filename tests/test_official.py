@@ -14,13 +14,25 @@ from tests.test_resuming import train
 from wanlite.data.text_encoder import load_text_encoder
 from wanlite.teacher.components import check_parts, convert_parts, find_parts, is_converted, pixels_per_token
 
-TEACHER = {"in_channels": 16, "text_dim": 64}                # what parts share with the tiny teacher's experts
+TEACHER = {"in_channels": 16, "text_dim": 64}  # what parts share with the tiny teacher's experts
 SMALL = {"base_dim": 8, "num_res_blocks": 1, "z_dim": 16}
-AUTOENCODERS = {                                              # every size is another one, so that none can be taken for another
+AUTOENCODERS = {  # every size is another one, so that none can be taken for another
     "Wan2.1_VAE.pth": {"base_dim": 6, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2},
-    "Wan2.2_VAE.pth": {"base_dim": 10, "decoder_base_dim": 16, "z_dim": 48, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
-                       "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
-                       "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}}
+    "Wan2.2_VAE.pth": {
+        "base_dim": 10,
+        "decoder_base_dim": 16,
+        "z_dim": 48,
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "latents_mean": [0.0] * 48,
+        "latents_std": [1.0] * 48,
+    },
+}
 
 
 def official_autoencoder_name(name, config):
@@ -30,36 +42,71 @@ def official_autoencoder_name(name, config):
     def up(match):
         level, rest = int(match[1]), match[2]
         index = int(rest.split(".")[1]) if rest.startswith("resnets") else blocks + 1
-        return f"upsamples.{level}.upsamples.{index}." if is_residual else f"upsamples.{level * (blocks + 2) + index}."
+        return (
+            f"upsamples.{level}.upsamples.{index}."
+            if is_residual
+            else f"upsamples.{level * (blocks + 2) + index}."
+        )
 
-    name = re.sub(r"(norm[12]|conv[12]|conv_shortcut)\.(gamma|weight|bias)$",
-                  lambda match: {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6",
-                                 "conv_shortcut": "shortcut"}[match[1]] + f".{match[2]}", name)
+    name = re.sub(
+        r"(norm[12]|conv[12]|conv_shortcut)\.(gamma|weight|bias)$",
+        lambda match: (
+            {
+                "norm1": "residual.0",
+                "conv1": "residual.2",
+                "norm2": "residual.3",
+                "conv2": "residual.6",
+                "conv_shortcut": "shortcut",
+            }[match[1]]
+            + f".{match[2]}"
+        ),
+        name,
+    )
     name = re.sub(r"up_blocks\.(\d+)\.(resnets\.\d+|upsamplers\.0|upsampler)\.", up, name)
     if is_residual:
         name = re.sub(r"down_blocks\.(\d+)\.resnets\.(\d+)\.", r"downsamples.\1.downsamples.\2.", name)
         name = re.sub(r"down_blocks\.(\d+)\.downsampler\.", rf"downsamples.\1.downsamples.{blocks}.", name)
-    for ours, theirs in (("down_blocks.", "downsamples."), ("mid_block.attentions.0", "middle.1"),
-                         ("mid_block.resnets.0", "middle.0"), ("mid_block.resnets.1", "middle.2"), ("norm_out", "head.0"),
-                         ("conv_out", "head.2"), ("conv_in", "conv1"), ("post_quant_conv", "conv2"), ("quant_conv", "conv1")):
+    for ours, theirs in (
+        ("down_blocks.", "downsamples."),
+        ("mid_block.attentions.0", "middle.1"),
+        ("mid_block.resnets.0", "middle.0"),
+        ("mid_block.resnets.1", "middle.2"),
+        ("norm_out", "head.0"),
+        ("conv_out", "head.2"),
+        ("conv_in", "conv1"),
+        ("post_quant_conv", "conv2"),
+        ("quant_conv", "conv1"),
+    ):
         name = name.replace(ours, theirs)
     return name
 
 
 def official_text_encoder_name(name):
-    for ours, theirs in (("shared", "token_embedding"), ("encoder.final_layer_norm", "norm"), ("encoder.block", "blocks"),
-                         ("layer.0.layer_norm", "norm1"), ("layer.1.layer_norm", "norm2"),
-                         ("layer.0.SelfAttention.relative_attention_bias", "pos_embedding.embedding"),
-                         ("layer.0.SelfAttention", "attn"), ("layer.1.DenseReluDense.wi_0", "ffn.gate.0"),
-                         ("layer.1.DenseReluDense.wi_1", "ffn.fc1"), ("layer.1.DenseReluDense.wo", "ffn.fc2")):
+    for ours, theirs in (
+        ("shared", "token_embedding"),
+        ("encoder.final_layer_norm", "norm"),
+        ("encoder.block", "blocks"),
+        ("layer.0.layer_norm", "norm1"),
+        ("layer.1.layer_norm", "norm2"),
+        ("layer.0.SelfAttention.relative_attention_bias", "pos_embedding.embedding"),
+        ("layer.0.SelfAttention", "attn"),
+        ("layer.1.DenseReluDense.wi_0", "ffn.gate.0"),
+        ("layer.1.DenseReluDense.wi_1", "ffn.fc1"),
+        ("layer.1.DenseReluDense.wo", "ffn.fc2"),
+    ):
         name = name.replace(ours, theirs)
     return name
 
 
 def write_autoencoder(path, autoencoder):
     """Write an autoencoder as the official folders hold it; the 2.1 kind counts a decoder's modules through."""
-    torch.save({official_autoencoder_name(name, autoencoder.config): tensor
-                for name, tensor in autoencoder.state_dict().items()}, path)
+    torch.save(
+        {
+            official_autoencoder_name(name, autoencoder.config): tensor
+            for name, tensor in autoencoder.state_dict().items()
+        },
+        path,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +115,28 @@ def layouts(tmp_path_factory):
 
     The tiny teacher's experts and text encoder, and an autoencoder of Wan2.1's kind, whose statistics no official file holds.
     """
-    theirs, ours = tmp_path_factory.mktemp("wan") / "Wan2.2-T2V-A14B", tmp_path_factory.mktemp("wan") / "diffusers"
+    theirs, ours = (
+        tmp_path_factory.mktemp("wan") / "Wan2.2-T2V-A14B",
+        tmp_path_factory.mktemp("wan") / "diffusers",
+    )
     torch.manual_seed(0)
     autoencoder = AutoencoderKLWan(**SMALL)
     shutil.copytree(TINY_TEACHER, ours)
     shutil.rmtree(ours / "vae")
     autoencoder.save_pretrained(ours / "vae")
-    config = ours / "text_encoder" / "config.json"           # of Wan's encoder, and in no official file: 128
+    config = ours / "text_encoder" / "config.json"  # of Wan's encoder, and in no official file: 128
     config.write_text(json.dumps(json.loads(config.read_text()) | {"relative_attention_max_distance": 128}))
     write_official(TINY_TEACHER, theirs)
     write_autoencoder(theirs / "Wan2.1_VAE.pth", autoencoder)
     text = load_file(TINY_TEACHER / "text_encoder" / "model.safetensors")
-    torch.save({official_text_encoder_name(name): tensor for name, tensor in text.items() if "embed_tokens" not in name},
-               theirs / "models_t5_umt5-xxl-enc-bf16.pth")
+    torch.save(
+        {
+            official_text_encoder_name(name): tensor
+            for name, tensor in text.items()
+            if "embed_tokens" not in name
+        },
+        theirs / "models_t5_umt5-xxl-enc-bf16.pth",
+    )
     shutil.copytree(TINY_TEACHER / "tokenizer", theirs / "google" / "umt5-xxl")
     shutil.copyfile(TINY_TEACHER / "training.json", theirs / "training.json")
     return ours, theirs
@@ -100,27 +156,48 @@ def test_an_official_autoencoder_becomes_diffusers_own_tensor_by_tensor(name, tm
     convert_parts(found, tmp_path / "parts", lambda _: None)
     converted = AutoencoderKLWan.from_pretrained(tmp_path / "parts" / "vae")
     expected, held = autoencoder.state_dict(), converted.state_dict()
-    assert expected.keys() == held.keys() and all(torch.equal(tensor, held[name]) for name, tensor in expected.items())
-    told = {"base_dim", "z_dim", "dim_mult", "num_res_blocks", "is_residual", "in_channels", "out_channels", "patch_size",
-            "temperal_downsample", "scale_factor_spatial", "scale_factor_temporal"}
+    assert expected.keys() == held.keys() and all(
+        torch.equal(tensor, held[name]) for name, tensor in expected.items()
+    )
+    told = {
+        "base_dim",
+        "z_dim",
+        "dim_mult",
+        "num_res_blocks",
+        "is_residual",
+        "in_channels",
+        "out_channels",
+        "patch_size",
+        "temperal_downsample",
+        "scale_factor_spatial",
+        "scale_factor_temporal",
+    }
     assert {key: converted.config[key] for key in told} == {key: autoencoder.config[key] for key in told}
-    assert len(converted.config.latents_mean) == len(converted.config.latents_std) == AUTOENCODERS[name]["z_dim"]
+    assert (
+        len(converted.config.latents_mean) == len(converted.config.latents_std) == AUTOENCODERS[name]["z_dim"]
+    )
 
 
 def test_the_official_text_encoder_says_what_diffusers_says(layouts, tmp_path):
     ours, theirs = layouts
     convert_parts(find_parts(theirs), tmp_path, lambda _: None)
-    (tokenizer, expected), (own_tokenizer, encoder) = (load_text_encoder(folder) for folder in (ours, tmp_path))
+    (tokenizer, expected), (own_tokenizer, encoder) = (
+        load_text_encoder(folder) for folder in (ours, tmp_path)
+    )
     words = tokenizer(["a small red circle", "something"], padding=True, return_tensors="pt")
-    assert torch.equal(words.input_ids, own_tokenizer(["a small red circle", "something"], padding=True,
-                                                      return_tensors="pt").input_ids)
+    assert torch.equal(
+        words.input_ids,
+        own_tokenizer(["a small red circle", "something"], padding=True, return_tensors="pt").input_ids,
+    )
     assert torch.equal(expected(**words).last_hidden_state, encoder(**words).last_hidden_state)
 
 
 def test_official_folder_alone_trains_bitwise_the_same_student(layouts, tmp_path):
     for name, folder in zip(("ours", "theirs"), layouts):
         assert train(tmp_path / name, "--teacher", folder, "--flow_shift", "5")[0] == 0
-    ours, theirs = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("ours", "theirs"))
+    ours, theirs = (
+        load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("ours", "theirs")
+    )
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     for part in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         expected, held = load_file(tmp_path / "ours" / part), load_file(tmp_path / "theirs" / part)
@@ -166,12 +243,20 @@ def test_a_broken_or_foreign_pickle_is_refused_and_never_run(spoil, name, layout
     assert not (tmp_path / "wan" / "executed").exists()
 
 
-LFS, PAGE = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 46184\n", b"\n<html>not found</html>"
+LFS, PAGE = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 46184\n",
+    b"\n<html>not found</html>",
+)
 
 
 @pytest.mark.parametrize("name", ["Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"])
-@pytest.mark.parametrize("content, words", [(LFS, "it is a git-lfs pointer: run `git lfs pull`"),
-                                            (PAGE, "it is a web page: download the file again")])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (LFS, "it is a git-lfs pointer: run `git lfs pull`"),
+        (PAGE, "it is a web page: download the file again"),
+    ],
+)
 def test_what_a_download_left_in_place_of_a_pickle_is_told(content, words, name, layouts, tmp_path):
     shutil.copytree(layouts[1], tmp_path / "wan")
     (tmp_path / "wan" / name).write_bytes(content)
@@ -179,8 +264,13 @@ def test_what_a_download_left_in_place_of_a_pickle_is_told(content, words, name,
         convert_parts(find_parts(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
 
 
-@pytest.mark.parametrize("content, words", [(LFS, "vae/config.json: it is a git-lfs pointer"),
-                                            (b"[" * 100_000, "vae/config.json: not JSON .nested too deeply.. Download it again")])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (LFS, "vae/config.json: it is a git-lfs pointer"),
+        (b"[" * 100_000, "vae/config.json: not JSON .nested too deeply.. Download it again"),
+    ],
+)
 def test_a_config_that_cannot_be_read_is_told(content, words, copied):
     (copied / "vae/config.json").write_bytes(content)
     with pytest.raises(OSError, match=words):
@@ -197,10 +287,12 @@ def shard(wan):
     weight_map = {}
     for number in (1, 2):
         name = f"model-0000{number}-of-00002.safetensors"
-        part = {key: tensors[key] for key in sorted(tensors)[number - 1::2]}
+        part = {key: tensors[key] for key in sorted(tensors)[number - 1 :: 2]}
         save_file(part, wan / "text_encoder" / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, name)
-    (wan / "text_encoder/model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (wan / "text_encoder/model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def edit(path, **settings):
@@ -208,7 +300,9 @@ def edit(path, **settings):
 
 
 def without(path, beginning):
-    save_file({name: tensor for name, tensor in load_file(path).items() if not name.startswith(beginning)}, path)
+    save_file(
+        {name: tensor for name, tensor in load_file(path).items() if not name.startswith(beginning)}, path
+    )
 
 
 def test_parts_that_are_whole_are_those_of_their_teacher(copied):
@@ -218,35 +312,104 @@ def test_parts_that_are_whole_are_those_of_their_teacher(copied):
         shard(copied) if (copied / TEXT).exists() else None
 
 
-@pytest.mark.parametrize("spoil, words", [
-    *((lambda wan, name=name: (wan / name).write_bytes(LFS), f"{name}: it is a git-lfs pointer: run `git lfs pull`")
-      for name in (TEXT, VAE, "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "text_encoder/config.json")),
-    *((lambda wan, name=name: _half(wan / name), f"{name}: not a whole safetensors file .*Download it again")
-      for name in (TEXT, VAE)),
-    (lambda wan: (wan / VAE).write_bytes(PAGE), f"{VAE}: it is a web page: download the file again"),
-    (lambda wan: (shard(wan), (wan / "text_encoder/model-00002-of-00002.safetensors").unlink()),
-     "text_encoder: shard model-00002-of-00002.safetensors is missing, model.safetensors.index.json promises it .1 of 2"),
-    (lambda wan: (shard(wan), _half(wan / "text_encoder/model-00002-of-00002.safetensors")),
-     "model-00002-of-00002.safetensors: not a whole safetensors file"),
-    (lambda wan: (shard(wan), edit(wan / "text_encoder/model.safetensors.index.json", weight_map={"x": "../x"})),
-     "model.safetensors.index.json: has no weight_map of tensors and files beside it"),
-    (lambda wan: (wan / TEXT).rename(wan / "text_encoder/model.fp16.safetensors"),
-     "text_encoder: lacks model.safetensors; found model.fp16.safetensors. Download it; one in another precision"),
-    (lambda wan: (wan / VAE).unlink(), "vae: lacks diffusion_pytorch_model.safetensors; found no weights"),
-    (lambda wan: (wan / VAE).rename(wan / "vae/diffusion_pytorch_model.fp16.safetensors"), "found diffusion_pytorch_model.fp16"),
-    (lambda wan: (wan / "tokenizer/tokenizer.json").unlink(), "tokenizer: lacks tokenizer.json"),
-    (lambda wan: ((wan / "tokenizer/tokenizer.json").unlink(), (wan / "tokenizer/spiece.model").write_bytes(LFS)),
-     "spiece.model: it is a git-lfs pointer"),
-    (lambda wan: without(wan / VAE, "decoder.up_blocks.0."), "vae: 16 tensors are not as its sizes imply, first decoder.up"),
-    (lambda wan: without(wan / TEXT, "encoder.block.1.layer.0.SelfAttention.q"), "text_encoder: 1 tensors .*Attention.q.weight"),
-    (lambda wan: edit(wan / "text_encoder/config.json", num_layers=10**7), "text_encoder/config.json: num_layers is 10000000"),
-    (lambda wan: edit(wan / "text_encoder/config.json", num_heads=0), "text_encoder/config.json: describes no text_encoder"),
-    (lambda wan: (wan / "tokenizer/tokenizer.json").write_text("{}"), "tokenizer/tokenizer.json: has no model"),
-    *((lambda wan, name=name, values=values: edit(wan / "vae/config.json", **{name: values}),
-       f"vae/config.json: {name} is .*, expected 16 finite numbers.*, one a latent channel. Download it again")
-      for name, values in (("latents_mean", ["x"] * 16), ("latents_mean", [0.0] * 15), ("latents_mean", [float("nan")] * 16),
-                           ("latents_std", [0] * 16), ("latents_std", None))),
-    (lambda wan: edit(wan / "vae/config.json", dim_mult="x"), "vae/config.json: describes no vae of a Wan")])
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        *(
+            (
+                lambda wan, name=name: (wan / name).write_bytes(LFS),
+                f"{name}: it is a git-lfs pointer: run `git lfs pull`",
+            )
+            for name in (
+                TEXT,
+                VAE,
+                "tokenizer/tokenizer.json",
+                "tokenizer/tokenizer_config.json",
+                "text_encoder/config.json",
+            )
+        ),
+        *(
+            (
+                lambda wan, name=name: _half(wan / name),
+                f"{name}: not a whole safetensors file .*Download it again",
+            )
+            for name in (TEXT, VAE)
+        ),
+        (lambda wan: (wan / VAE).write_bytes(PAGE), f"{VAE}: it is a web page: download the file again"),
+        (
+            lambda wan: (shard(wan), (wan / "text_encoder/model-00002-of-00002.safetensors").unlink()),
+            "text_encoder: shard model-00002-of-00002.safetensors is missing, model.safetensors.index.json promises it .1 of 2",
+        ),
+        (
+            lambda wan: (shard(wan), _half(wan / "text_encoder/model-00002-of-00002.safetensors")),
+            "model-00002-of-00002.safetensors: not a whole safetensors file",
+        ),
+        (
+            lambda wan: (
+                shard(wan),
+                edit(wan / "text_encoder/model.safetensors.index.json", weight_map={"x": "../x"}),
+            ),
+            "model.safetensors.index.json: has no weight_map of tensors and files beside it",
+        ),
+        (
+            lambda wan: (wan / TEXT).rename(wan / "text_encoder/model.fp16.safetensors"),
+            "text_encoder: lacks model.safetensors; found model.fp16.safetensors. Download it; one in another precision",
+        ),
+        (
+            lambda wan: (wan / VAE).unlink(),
+            "vae: lacks diffusion_pytorch_model.safetensors; found no weights",
+        ),
+        (
+            lambda wan: (wan / VAE).rename(wan / "vae/diffusion_pytorch_model.fp16.safetensors"),
+            "found diffusion_pytorch_model.fp16",
+        ),
+        (lambda wan: (wan / "tokenizer/tokenizer.json").unlink(), "tokenizer: lacks tokenizer.json"),
+        (
+            lambda wan: (
+                (wan / "tokenizer/tokenizer.json").unlink(),
+                (wan / "tokenizer/spiece.model").write_bytes(LFS),
+            ),
+            "spiece.model: it is a git-lfs pointer",
+        ),
+        (
+            lambda wan: without(wan / VAE, "decoder.up_blocks.0."),
+            "vae: 16 tensors are not as its sizes imply, first decoder.up",
+        ),
+        (
+            lambda wan: without(wan / TEXT, "encoder.block.1.layer.0.SelfAttention.q"),
+            "text_encoder: 1 tensors .*Attention.q.weight",
+        ),
+        (
+            lambda wan: edit(wan / "text_encoder/config.json", num_layers=10**7),
+            "text_encoder/config.json: num_layers is 10000000",
+        ),
+        (
+            lambda wan: edit(wan / "text_encoder/config.json", num_heads=0),
+            "text_encoder/config.json: describes no text_encoder",
+        ),
+        (
+            lambda wan: (wan / "tokenizer/tokenizer.json").write_text("{}"),
+            "tokenizer/tokenizer.json: has no model",
+        ),
+        *(
+            (
+                lambda wan, name=name, values=values: edit(wan / "vae/config.json", **{name: values}),
+                f"vae/config.json: {name} is .*, expected 16 finite numbers.*, one a latent channel. Download it again",
+            )
+            for name, values in (
+                ("latents_mean", ["x"] * 16),
+                ("latents_mean", [0.0] * 15),
+                ("latents_mean", [float("nan")] * 16),
+                ("latents_std", [0] * 16),
+                ("latents_std", None),
+            )
+        ),
+        (
+            lambda wan: edit(wan / "vae/config.json", dim_mult="x"),
+            "vae/config.json: describes no vae of a Wan",
+        ),
+    ],
+)
 def test_a_part_that_is_not_whole_is_refused_before_a_run_with_its_file(spoil, words, copied):
     spoil(copied)
     with pytest.raises((OSError, ValueError), match=words) as refused:
@@ -254,18 +417,24 @@ def test_a_part_that_is_not_whole_is_refused_before_a_run_with_its_file(spoil, w
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("spoil", [_half, lambda path: path.write_bytes(LFS), lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "spoil", [_half, lambda path: path.write_bytes(LFS), lambda path: path.write_bytes(b"")]
+)
 def test_a_pickled_text_encoder_that_is_not_whole_is_refused_before_a_run(spoil, layouts, tmp_path):
     shutil.copytree(layouts[1], tmp_path / "wan")
     check_parts(find_parts(tmp_path / "wan"), TEACHER)
     spoil(tmp_path / "wan/models_t5_umt5-xxl-enc-bf16.pth")
-    with pytest.raises(OSError, match="models_t5_umt5-xxl-enc-bf16.pth: (not a whole file|it is a git-lfs pointer)"):
+    with pytest.raises(
+        OSError, match="models_t5_umt5-xxl-enc-bf16.pth: (not a whole file|it is a git-lfs pointer)"
+    ):
         check_parts(find_parts(tmp_path / "wan"), TEACHER)
 
 
 def test_a_dry_run_tells_of_a_part_that_is_not_whole(copied):
     (copied / TEXT).write_bytes(LFS)
-    process = run_script(ROOT / "train_distillation.py", "--dry_run", "--teacher", copied, "--output_dir", copied / "run")
+    process = run_script(
+        ROOT / "train_distillation.py", "--dry_run", "--teacher", copied, "--output_dir", copied / "run"
+    )
     assert process.returncode == 2 and f"{TEXT}: it is a git-lfs pointer" in process.stderr, process.stderr
     assert "Traceback" not in process.stderr
 

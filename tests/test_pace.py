@@ -56,6 +56,7 @@ def test_waiting_for_batches_and_asking_the_teacher_are_told_as_shares_of_the_ti
 
     def velocity_for(text):
         return lambda latents, timestep: time.sleep(0.2)
+
     pace, began = Pace("cpu", rate=1.0), time.perf_counter()
     for _, text in pace.deal(slow_batches()):
         pace.timed(velocity_for)(text)(torch.zeros(8), None)
@@ -64,16 +65,29 @@ def test_waiting_for_batches_and_asking_the_teacher_are_told_as_shares_of_the_ti
     assert found["images_per_second"] == pytest.approx(24 / seconds, rel=0.05)
     assert found["data_wait_share"] == pytest.approx(0.25, abs=0.08)
     assert found["teacher_share"] == pytest.approx(0.5, abs=0.08)
-    assert pace.figures()["teacher_share"] == 0                                  # counted anew
+    assert pace.figures()["teacher_share"] == 0  # counted anew
 
 
 def test_a_run_tells_its_speed_at_every_record_of_training(finished_run):
     records = [json.loads(line) for line in (finished_run[0] / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
-    assert len(steps) == 4 and all(record.keys() >= TOLD and record["images_per_second"] > 0 for record in steps)
-    assert [record["teacher_share"] > 0 for record in steps] == [False, False, False, True]  # the teacher is asked in matching
-    assert all(0 < record["model_flops_utilisation"] < 2 and 0 < record["data_wait_share"] < 1 for record in steps)
+    assert len(steps) == 4 and all(
+        record.keys() >= TOLD and record["images_per_second"] > 0 for record in steps
+    )
+    assert [record["teacher_share"] > 0 for record in steps] == [
+        False,
+        False,
+        False,
+        True,
+    ]  # the teacher is asked in matching
+    assert all(
+        0 < record["model_flops_utilisation"] < 2 and 0 < record["data_wait_share"] < 1 for record in steps
+    )
     assert all(0.1 < record["memory_peak_gb"] < 10 for record in steps)
-    walked, = (record for record in records if "walked" in record)
-    assert walked["walked"] == 64 + 16 + 4 * 4 and walked["step"] == 0 and 0.5 < walked["walk_teacher_share"] <= 1
+    (walked,) = (record for record in records if "walked" in record)
+    assert (
+        walked["walked"] == 64 + 16 + 4 * 4
+        and walked["step"] == 0
+        and 0.5 < walked["walk_teacher_share"] <= 1
+    )
     assert "walked   96 trajectories" in finished_run[1]

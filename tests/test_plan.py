@@ -58,25 +58,35 @@ def alive(work):
 
 def train(depth, peak, rate=0.01):
     settings = Settings(muon_learning_rate=rate)
-    return training_peak(lambda: WanLiteStudent(hidden_size=64, depth=depth, num_heads=2, text_dim=64),
-                         partial(make_optimizers, settings), lambda network: EMAModel(network.parameters()), 4, (16, 16), False,
-                         peak)
+    return training_peak(
+        lambda: WanLiteStudent(hidden_size=64, depth=depth, num_heads=2, text_dim=64),
+        partial(make_optimizers, settings),
+        lambda network: EMAModel(network.parameters()),
+        4,
+        (16, 16),
+        False,
+        peak,
+    )
 
 
 def test_the_meter_counts_what_is_alive_and_no_view_twice():
     def work():
         first = torch.zeros(1000)
-        second = first.view(10, 100)[3:] + 1                 # 700 more
+        second = first.view(10, 100)[3:] + 1  # 700 more
         del first
-        torch.zeros(500) + second.sum()                      # 500 and 500, after 1000 are gone, beside one
+        torch.zeros(500) + second.sum()  # 500 and 500, after 1000 are gone, beside one
+
     assert alive(work) == simulated_peak(work) == 4 * (700 + 1000 + 1)
 
 
 def test_on_a_gpu_a_norm_keeps_its_input_alone():
     def work():
         states = torch.ones(8, 32, 64, dtype=torch.bfloat16, requires_grad=True)
-        return [functional.rms_norm(states, (64,), torch.ones(64, dtype=torch.bfloat16), 1e-6) for _ in range(3)]
-    kept = 2 * 4 * 8 * 32 * 64                               # what goes in, and what comes out thrice
+        return [
+            functional.rms_norm(states, (64,), torch.ones(64, dtype=torch.bfloat16), 1e-6) for _ in range(3)
+        ]
+
+    kept = 2 * 4 * 8 * 32 * 64  # what goes in, and what comes out thrice
     assert simulated_peak(work, "cuda") == pytest.approx(kept, rel=0.06) and simulated_peak(work) > 2.5 * kept
     on_cpu, on_gpu = (train(3, partial(simulated_peak, device_type=device)) for device in ("cpu", "cuda"))
     assert 0.7 * on_cpu < on_gpu < 0.95 * on_cpu
@@ -89,30 +99,44 @@ def test_simulated_training_has_the_peak_of_training(rate):
 
 def test_training_a_large_student_on_a_gpu_keeps_its_norms_in_bfloat16():
     """32 states of 512 px on 1024 x 16: 40.4 GB counted by hand, and 45.9 with norms in float32."""
+
     def peak_of(depth):
-        return training_peak(lambda: WanLiteStudent(hidden_size=1024, depth=depth, num_heads=16, text_dim=4096),
-                             partial(make_optimizers, Settings()), lambda network: EMAModel(network.parameters()), 32, (64, 64),
-                             True, partial(simulated_peak, device_type="cuda"))
+        return training_peak(
+            lambda: WanLiteStudent(hidden_size=1024, depth=depth, num_heads=16, text_dim=4096),
+            partial(make_optimizers, Settings()),
+            lambda network: EMAModel(network.parameters()),
+            32,
+            (64, 64),
+            True,
+            partial(simulated_peak, device_type="cuda"),
+        )
+
     assert at_depth(peak_of, 16) == pytest.approx(40.4e9, rel=0.02)
 
 
 def test_the_peak_of_a_deep_student_follows_from_two_shallow_ones():
-    assert at_depth(partial(train, peak=simulated_peak), 9) == pytest.approx(train(9, simulated_peak), rel=0.01)
+    assert at_depth(partial(train, peak=simulated_peak), 9) == pytest.approx(
+        train(9, simulated_peak), rel=0.01
+    )
 
 
 def test_simulated_pass_has_the_peak_of_the_tiny_teachers(teacher, words):
     files = open_teacher_files(TINY_TEACHER)
-    text = pack_text([torch.zeros(63, 64)] * 8)              # 64 tokens, one of them the padding's
+    text = pack_text([torch.zeros(63, 64)] * 8)  # 64 tokens, one of them the padding's
     latents, timestep = torch.zeros(8, 16, 8, 8), torch.full((8,), 990.0)
     expert = teacher.expert("high")
     with torch.no_grad():
         real = alive(lambda: ask(expert, latents, timestep, text))
     told = pass_peak(files, 8, (8, 8), torch.float32)
-    inputs = sum(tensor.numel() * 4 for tensor in (latents, timestep, *text))            # made inside the simulation alone
+    inputs = sum(
+        tensor.numel() * 4 for tensor in (latents, timestep, *text)
+    )  # made inside the simulation alone
     assert told - inputs == pytest.approx(real, rel=0.1)
 
 
-@pytest.mark.parametrize("tokens_at_once, steps", [(256, 2), (256, 20), (10**6, 6)], ids=["states", "kept", "a pass"])
+@pytest.mark.parametrize(
+    "tokens_at_once, steps", [(256, 2), (256, 20), (10**6, 6)], ids=["states", "kept", "a pass"]
+)
 def test_walks_take_what_is_told_of_them(tokens_at_once, steps, tmp_path):
     """Whatever takes most: joining the token states of many passes, what the walks keep, or a pass."""
     files, walks, width = open_teacher_files(TINY_TEACHER), 16, 32
@@ -120,11 +144,20 @@ def test_walks_take_what_is_told_of_them(tokens_at_once, steps, tmp_path):
     few.expert("high"), few.expert("low")
     velocity_for = teacher_velocity(few, Settings(), torch.zeros(63, 64))
     text = pack_text([torch.zeros(63, 64)] * walks)
-    walker = Walker(Accelerator(), lambda prompts, features: velocity_for(text, features), make_scheduler(3.0), steps,
-                    basis=torch.zeros(files.width, width))
-    real = alive(lambda: walker.walk(tmp_path, [(number, "", number) for number in range(walks)], (16, 16, 16)))
+    walker = Walker(
+        Accelerator(),
+        lambda prompts, features: velocity_for(text, features),
+        make_scheduler(3.0),
+        steps,
+        basis=torch.zeros(files.width, width),
+    )
+    real = alive(
+        lambda: walker.walk(tmp_path, [(number, "", number) for number in range(walks)], (16, 16, 16))
+    )
     passing = pass_peak(files, min(2 * walks, tokens_at_once // 64), (16, 16), torch.float32)
-    told = walking_peak(passing, walks * 64 * files.width, torch.float32, walk_bytes(walks, steps, (16, 16, 16), 64, width))
+    told = walking_peak(
+        passing, walks * 64 * files.width, torch.float32, walk_bytes(walks, steps, (16, 16, 16), 64, width)
+    )
     assert told == pytest.approx(real, rel=0.1)
 
 
@@ -133,8 +166,13 @@ def test_the_start_is_told_what_comparing_and_one_expert_take():
     real = alive(lambda: check_experts(files))
     comparing, calibrating = start_peaks(files, probe, 16, (24, 24))
     assert comparing == pytest.approx(real, rel=0.12)
-    streamed, more = alive(lambda: stream_expert(files.experts["high"])), start_peaks(files, probe, 32, (24, 24))[1] - calibrating
-    assert streamed < calibrating and more == pytest.approx(pass_peak(files, 16, (24, 24), torch.float32), rel=0.1)
+    streamed, more = (
+        alive(lambda: stream_expert(files.experts["high"])),
+        start_peaks(files, probe, 32, (24, 24))[1] - calibrating,
+    )
+    assert streamed < calibrating and more == pytest.approx(
+        pass_peak(files, 16, (24, 24), torch.float32), rel=0.1
+    )
     assert start_peaks(files, probe, 0, (8, 8)) == (comparing, 0)
 
 
@@ -146,7 +184,9 @@ def test_simulated_decoding_has_the_peak_of_decoding():
     assert told == pytest.approx(real + weights + latents.numel() * 4, rel=0.1)
 
 
-@pytest.mark.parametrize("residency, on_device, beside", [("both", 2, 0), ("one", 1, 2), ("streamed", 0.6, 2.1), ("disk", 0.52, 0)])
+@pytest.mark.parametrize(
+    "residency, on_device, beside", [("both", 2, 0), ("one", 1, 2), ("streamed", 0.6, 2.1), ("disk", 0.52, 0)]
+)
 def test_the_bytes_of_a_teacher_follow_its_residency(residency, on_device, beside):
     files = open_teacher_files(TINY_TEACHER)
     size = 4 * files.num_parameters / 2
@@ -156,17 +196,32 @@ def test_the_bytes_of_a_teacher_follow_its_residency(residency, on_device, besid
         held = Teacher(files, residency=residency)
         for name in ("high", "low"):
             held.expert(name)
-        weights = sum(tensor.numel() * 4 for network in held._read.values() for tensor in network.state_dict().values())
+        weights = sum(
+            tensor.numel() * 4 for network in held._read.values() for tensor in network.state_dict().values()
+        )
         assert weights == pytest.approx(found[0], rel=0.01)
 
 
-@pytest.mark.parametrize("asked, width, gpu, bf16, chosen", [
-    (None, 5120, True, True, "bf16"), (None, 5120, True, False, "no"), (None, 5120, False, True, "no"),
-    (None, 128, True, True, "no"), ("no", 5120, True, True, "no"), ("fp16", 5120, True, True, "fp16")])
-def test_a_large_teacher_computes_in_bf16_on_a_gpu_that_has_it_unless_asked_otherwise(asked, width, gpu, bf16, chosen, monkeypatch):
+@pytest.mark.parametrize(
+    "asked, width, gpu, bf16, chosen",
+    [
+        (None, 5120, True, True, "bf16"),
+        (None, 5120, True, False, "no"),
+        (None, 5120, False, True, "no"),
+        (None, 128, True, True, "no"),
+        ("no", 5120, True, True, "no"),
+        ("fp16", 5120, True, True, "fp16"),
+    ],
+)
+def test_a_large_teacher_computes_in_bf16_on_a_gpu_that_has_it_unless_asked_otherwise(
+    asked, width, gpu, bf16, chosen, monkeypatch
+):
     monkeypatch.setattr("wanlite.planning.estimate.has_gpu", lambda: gpu)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16)
-    assert choose_precision(Settings(mixed_precision=asked), SimpleNamespace(width=width)).mixed_precision == chosen
+    assert (
+        choose_precision(Settings(mixed_precision=asked), SimpleNamespace(width=width)).mixed_precision
+        == chosen
+    )
 
 
 @pytest.mark.parametrize("said, is_there", [(None, True), ("false", True), ("true", False)])
@@ -184,7 +239,7 @@ def test_the_largest_batch_that_fits_is_a_half_of_a_half():
 
 @pytest.mark.parametrize("parameters, timed", [(100_000, 64), (10**6, 13), (10**7, 1), (5 * 10**7, 0)])
 def test_the_time_is_told_by_a_step_of_few_operations(parameters, timed):
-    asked = []                                               # how many states each pass has
+    asked = []  # how many states each pass has
 
     class Student(torch.nn.Module):
         def __init__(self, config):
@@ -206,13 +261,18 @@ def test_the_time_is_told_by_a_step_of_few_operations(parameters, timed):
 
 # ---- the command ---------------------------------------------------------------------------------------------------------------
 
+
 def size_of(text, place):
     number, unit = re.search(rf"([\d.,]+) (MB|GB)  {re.escape(str(place))} ", text).groups()
     return float(number.replace(",", "")) * {"MB": 1e6, "GB": 1e9}[unit]
 
 
 def disk_used(folder, without=()):
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not set(without) & set(path.parts))
+    return sum(
+        path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and not set(without) & set(path.parts)
+    )
 
 
 def test_a_dry_run_tells_the_disk_that_the_run_took_and_writes_nothing(finished_run, tmp_path):
@@ -224,11 +284,18 @@ def test_a_dry_run_tells_the_disk_that_the_run_took_and_writes_nothing(finished_
     told = size_of(process.stdout, tmp_path / "run" / "cache") - SPARE
     assert told == pytest.approx(disk_used(finished_run[0] / "cache"), rel=0.1)
     taken = disk_used(finished_run[0], without=("cache", "samples", "logs"))
-    assert taken < size_of(process.stdout, tmp_path / "run") < 1.8 * taken     # a checkpoint more, each with a best student
+    assert (
+        taken < size_of(process.stdout, tmp_path / "run") < 1.8 * taken
+    )  # a checkpoint more, each with a best student
 
 
 def dry_run(folder, **settings):
-    return plan(complete(Settings(output_dir=str(folder), num_trajectories=64, num_held_out=16, dry_run=True, **settings)), [])
+    return plan(
+        complete(
+            Settings(output_dir=str(folder), num_trajectories=64, num_held_out=16, dry_run=True, **settings)
+        ),
+        [],
+    )
 
 
 def test_a_dry_run_counts_the_student_beside_the_teacher(tmp_path, capsys):
@@ -263,8 +330,10 @@ def told(folder, capsys, phase, **settings):
 
 
 def test_recomputing_blocks_is_told_to_take_less(tmp_path, capsys):
-    kept, recomputed = (told(tmp_path, capsys, "training", train_batch_size=32, gradient_checkpointing=each)
-                        for each in (False, True))
+    kept, recomputed = (
+        told(tmp_path, capsys, "training", train_batch_size=32, gradient_checkpointing=each)
+        for each in (False, True)
+    )
     assert recomputed < 0.8 * kept
 
 
@@ -280,21 +349,35 @@ def test_a_start_in_the_cache_needs_no_memory_again(tmp_path, capsys):
 def test_what_lies_on_the_disk_is_not_needed_again(tmp_path, monkeypatch):
     """Of 10 MB of cache and 5 of output, with 6 free: what lies in the cache, which is in the output, counts once."""
     monkeypatch.setattr("wanlite.planning.memory.free_disk", lambda folder: 6 * 10**6)
-    cache, phases = tmp_path / "run/cache", dict.fromkeys(("text", "trajectories", "training", "validation", "start"), 1)
+    cache, phases = (
+        tmp_path / "run/cache",
+        dict.fromkeys(("text", "trajectories", "training", "validation", "start"), 1),
+    )
 
     def wrong():
-        return tell(phases, {cache: 10**7, tmp_path / "run": 5 * 10**6}, "cpu", 1, "both", {"both": (1, 0)}, 8, 1, 1)
+        return tell(
+            phases, {cache: 10**7, tmp_path / "run": 5 * 10**6}, "cpu", 1, "both", {"both": (1, 0)}, 8, 1, 1
+        )
+
     cache.mkdir(parents=True)
     (cache / "shard").write_bytes(bytes(8 * 10**6))
-    assert wrong() == [f"the disk is too small: 7.0 MB are to be written in {cache}, 6.0 MB are free. Lower --num_trajectories, or "
-                       "name a larger --cache_dir."]
+    assert wrong() == [
+        f"the disk is too small: 7.0 MB are to be written in {cache}, 6.0 MB are free. Lower --num_trajectories, or "
+        "name a larger --cache_dir."
+    ]
     (tmp_path / "run/step").write_bytes(bytes(10**6))
     assert not wrong()
 
 
 def test_each_phase_that_does_not_fit_is_named(tmp_path):
-    names = {"text": "text encoder", "trajectories": "passes", "training": "training", "validation": "validation",
-             "start": "projecting", "matching": "distribution matching"}
+    names = {
+        "text": "text encoder",
+        "trajectories": "passes",
+        "training": "training",
+        "validation": "validation",
+        "start": "projecting",
+        "matching": "distribution matching",
+    }
     for large, word in names.items():
         phases = {name: 2 if name == large else 1 for name in names}
         found = tell(phases, {tmp_path: 1}, "cpu", 1, "both", {"both": (1, 0)}, 8, 1, 1)
@@ -314,31 +397,68 @@ def a14b(tmp_path_factory):
     with open(folder / "models_t5_umt5-xxl-enc-bf16.pth", "wb") as file:
         os.truncate(file.fileno(), 11_361_920_418 - 22)
         file.seek(0, os.SEEK_END)
-        file.write(b"PK\5\6" + bytes(18))                    # the end of a file of torch.save()
+        file.write(b"PK\5\6" + bytes(18))  # the end of a file of torch.save()
     return folder
 
 
 def test_a_dry_run_of_a14b_tells_what_is_needed_and_what_does_not_fit(a14b):
-    process = run_script(TRAIN, "--dry_run", "--mixed_precision", "bf16", "--train_batch_size", "100000", "--num_trajectories",
-                         "100000", cwd=a14b.parent)
+    process = run_script(
+        TRAIN,
+        "--dry_run",
+        "--mixed_precision",
+        "bf16",
+        "--train_batch_size",
+        "100000",
+        "--num_trajectories",
+        "100000",
+        cwd=a14b.parent,
+    )
     assert process.returncode == 2
     said = process.stdout
-    assert said.startswith(f"teacher  {a14b} (official layout, 2 expert(s): 14,288.49 M + 14,288.49 M parameters)\n")
+    assert said.startswith(
+        f"teacher  {a14b} (official layout, 2 expert(s): 14,288.49 M + 14,288.49 M parameters)\n"
+    )
     assert "11.4 GB  text" in said and "PFLOP" in said
-    assert re.search(r"PROBLEM  the disk is too small: [\d.,]+ GB are to be written in .*, [\d.,]+ GB are free", said)
-    both, one, streamed = (float(re.search(rf"{place} ([\d.]+) GB", said)[1]) for place in ("both", "one", "streamed"))
-    assert both - one == pytest.approx(28.58, abs=0.11)       # an expert in bfloat16
-    assert one - streamed == pytest.approx(26.7, abs=0.2)     # of one, all but two blocks and what is in no block
-    assert re.search(r"training does not fit: lower --train_batch_size to \d+ and raise --gradient_accumulation_steps to \d+", said)
+    assert re.search(
+        r"PROBLEM  the disk is too small: [\d.,]+ GB are to be written in .*, [\d.,]+ GB are free", said
+    )
+    both, one, streamed = (
+        float(re.search(rf"{place} ([\d.]+) GB", said)[1]) for place in ("both", "one", "streamed")
+    )
+    assert both - one == pytest.approx(28.58, abs=0.11)  # an expert in bfloat16
+    assert one - streamed == pytest.approx(
+        26.7, abs=0.2
+    )  # of one, all but two blocks and what is in no block
+    assert re.search(
+        r"training does not fit: lower --train_batch_size to \d+ and raise --gradient_accumulation_steps to \d+",
+        said,
+    )
     assert [path.name for path in a14b.parent.iterdir()] == [a14b.name]
 
 
 def test_a_dry_run_names_all_that_is_wrong_at_once(a14b, tmp_path):
     shutil.copytree(a14b / "high_noise_model", tmp_path / "wan" / "high_noise_model", copy_function=os.link)
     (tmp_path / "wan" / "high_noise_model" / "config.json").unlink()
-    process = run_script(TRAIN, "--dry_run", "--teacher", tmp_path / "wan", "--prompts", tmp_path / "none.txt",
-                         "--resolution", "100", "--max_train_steps", "0")
+    process = run_script(
+        TRAIN,
+        "--dry_run",
+        "--teacher",
+        tmp_path / "wan",
+        "--prompts",
+        tmp_path / "none.txt",
+        "--resolution",
+        "100",
+        "--max_train_steps",
+        "0",
+    )
     assert process.returncode == 2
-    for words in ("lacks tokenizer", "text_encoder", "Wan2.1_VAE.pth", "none.txt: no such file",
-                  "--resolution 100 is not divisible", "--max_train_steps is 0", "low_noise_model/ is missing"):
+    for words in (
+        "lacks tokenizer",
+        "text_encoder",
+        "Wan2.1_VAE.pth",
+        "none.txt: no such file",
+        "--resolution 100 is not divisible",
+        "--max_train_steps is 0",
+        "low_noise_model/ is missing",
+    ):
         assert words in process.stderr, words

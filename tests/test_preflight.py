@@ -11,7 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT, SHORT_RUN, WAN_1_3B, run_script, write_sparse_wan
 from train_distillation import Settings, WanLiteStudent
-from wanlite.phases import FEWEST, bound_pictures, choose_validated, count_states, count_trajectories, parts_of
+from wanlite.phases import (
+    FEWEST,
+    bound_pictures,
+    choose_validated,
+    count_states,
+    count_trajectories,
+    parts_of,
+)
 from wanlite.planning.checks import check_batch
 from wanlite.planning.defaults import choose_shape
 from wanlite.planning.estimate import Needs
@@ -24,7 +31,12 @@ TRAIN = ROOT / "train_distillation.py"
 
 def test_the_parts_of_a_run_follow_each_other_and_own_path_is_walked_where_segments_begin():
     settings = complete(Settings(max_train_steps=100, segment_steps=40, matching_steps=30))
-    assert parts_of(settings) == [("velocity", 0, 30), ("segments", 30, 50), ("segments", 50, 70), ("matching", 70, 100)]
+    assert parts_of(settings) == [
+        ("velocity", 0, 30),
+        ("segments", 30, 50),
+        ("segments", 50, 70),
+        ("matching", 70, 100),
+    ]
     assert parts_of(replace(settings, segment_steps=0, matching_steps=0)) == [("velocity", 0, 100)]
 
 
@@ -36,9 +48,14 @@ def test_a_default_run_leaves_most_steps_to_stage_one_and_counts_all():
 
 # ---- few prompts ---------------------------------------------------------------------------------------------------------------
 
+
 def test_few_prompts_have_several_trajectories_unless_their_number_is_given():
     assert [count_trajectories(Settings(), prompts) for prompts in (1, 29, 4000)] == [FEWEST, FEWEST, 4000]
-    assert [count_trajectories(Settings(num_trajectories=given), 29) for given in (1, 29, 5000)] == [1, 29, 5000]
+    assert [count_trajectories(Settings(num_trajectories=given), 29) for given in (1, 29, 5000)] == [
+        1,
+        29,
+        5000,
+    ]
 
 
 @pytest.mark.parametrize("is_large", [False, True])
@@ -46,16 +63,27 @@ def test_states_of_the_own_path_are_no_more_than_trajectories(is_large):
     for walks in (1, 7, 64, FEWEST, 4000, 10**6):
         own = bound_pictures(Settings(), is_large, walks)["own_path_pictures"]
         assert 1 <= own <= min(walks, 512)
-    assert bound_pictures(Settings(), is_large, 4000)["own_path_pictures"] == (500 if is_large else 512)       # of a default run
-    assert bound_pictures(Settings(own_path_pictures=40), is_large, 7)["own_path_pictures"] == 40              # as typed
+    assert bound_pictures(Settings(), is_large, 4000)["own_path_pictures"] == (
+        500 if is_large else 512
+    )  # of a default run
+    assert bound_pictures(Settings(own_path_pictures=40), is_large, 7)["own_path_pictures"] == 40  # as typed
 
 
 @pytest.fixture(scope="module")
 def needs():
     settings = complete(Settings())
     files = open_teacher_files(settings.teacher)
-    return {buckets: Needs(settings, files, WanLiteStudent, choose_shape(settings, files), [(64, 64)] * (1 + buckets),
-                           torch.device("cpu")) for buckets in (1, 3)}
+    return {
+        buckets: Needs(
+            settings,
+            files,
+            WanLiteStudent,
+            choose_shape(settings, files),
+            [(64, 64)] * (1 + buckets),
+            torch.device("cpu"),
+        )
+        for buckets in (1, 3)
+    }
 
 
 @pytest.mark.parametrize("own", [None, 0, 16])
@@ -70,75 +98,113 @@ def test_a_batch_that_is_left_open_follows_what_there_is_to_learn_from(walks, ow
 
 def test_a_batch_that_is_too_large_is_refused_with_one_that_is_not(needs):
     settings = complete(Settings(train_batch_size=128, own_path_pictures=16))
-    with pytest.raises(ValueError, match="learns from 80 states, fewer than one batch of 128: lower --train_batch_size to 80, or"):
+    with pytest.raises(
+        ValueError,
+        match="learns from 80 states, fewer than one batch of 128: lower --train_batch_size to 80, or",
+    ):
         needs[1].fit(settings, 32)
     assert needs[1].fit(replace(settings, train_batch_size=80), 32).train_batch_size == 80
-    with pytest.raises(ValueError, match="learns from 3 states, fewer than one batch of 4: raise --num_trajectories or"):
+    with pytest.raises(
+        ValueError, match="learns from 3 states, fewer than one batch of 4: raise --num_trajectories or"
+    ):
         check_batch(replace(settings, train_batch_size=1), {"segments": 3}, 4)
 
 
 def test_validations_use_training_prompts_as_well_where_few_are_held_out():
-    training, held_out = [f"trained {number}" for number in range(29)], [f"held out {number}" for number in range(400)]
+    training, held_out = (
+        [f"trained {number}" for number in range(29)],
+        [f"held out {number}" for number in range(400)],
+    )
     for count in (16, 20, 400):
         assert choose_validated(training, held_out[:count]) == held_out[:count]
     assert choose_validated(training, held_out[:1]) == [held_out[0], *training[:15]]
-    assert choose_validated(["one"], ["one"]) == ["one"] and choose_validated(["one"], ["two"]) == ["two", "one"]
+    assert choose_validated(["one"], ["one"]) == ["one"] and choose_validated(["one"], ["two"]) == [
+        "two",
+        "one",
+    ]
 
 
-@pytest.mark.parametrize("changed, words", [
-    ({"segment_steps": 1400}, "leaves no step of stage 1"),
-    ({"segment_steps": 1500}, "are more than --max_train_steps 1400"),
-    ({"segment_steps": 0, "matching_steps": 10}, "--matching_steps without --segment_steps"),
-    ({"few_steps": [3]}, "--few_steps 3 does not divide --teacher_steps 20"),
-    ({"few_steps": [1, 2]}, "--num_inference_steps 4 is none of --few_steps 1 2"),
-    ({"matching_steps": 5, "mixed_precision": "fp16"}, "goes with --mixed_precision no or bf16")])
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"segment_steps": 1400}, "leaves no step of stage 1"),
+        ({"segment_steps": 1500}, "are more than --max_train_steps 1400"),
+        ({"segment_steps": 0, "matching_steps": 10}, "--matching_steps without --segment_steps"),
+        ({"few_steps": [3]}, "--few_steps 3 does not divide --teacher_steps 20"),
+        ({"few_steps": [1, 2]}, "--num_inference_steps 4 is none of --few_steps 1 2"),
+        ({"matching_steps": 5, "mixed_precision": "fp16"}, "goes with --mixed_precision no or bf16"),
+    ],
+)
 def test_steps_that_cannot_be_trained_are_refused_with_what_to_do(changed, words):
     with pytest.raises(ValueError, match=words):
         complete(Settings(**changed))
 
 
-@pytest.mark.parametrize("changed, words", [
-    ({"few_steps": [0, 4]}, "--few_steps is 0, expected at least 1"),
-    ({"segment_steps": -1}, "--segment_steps is -1, expected at least 0"),
-    ({"critic_updates": 0}, "--critic_updates is 0, expected at least 1"),
-    ({"hidden_size": 0}, "--hidden_size is 0, expected at least 1"),
-    ({"num_trajectories": 0}, "--num_trajectories is 0"),
-    ({"flow_shift": 0.0}, "--flow_shift is 0.0, expected above 0 and at most 100"),
-    ({"guidance_scale": math.nan}, "--guidance_scale is nan, expected at least 1"),
-    ({"variety_gain": math.inf}, "--variety_gain is inf"),
-    ({"feature_weight": math.inf}, "--feature_weight is inf, expected at least 0"),
-    ({"max_grad_norm": -1.0}, "--max_grad_norm is -1.0, expected above 0"),
-    ({"ema_decay": 1.0}, "--ema_decay is 1.0, expected at least 0 and below 1"),
-    ({"checkpoints_total_limit": 1}, "--checkpoints_total_limit is 1, expected at least 2"),
-    ({"seed": 2**32}, "--seed is 4294967296, expected at least 0 and below 4,294,967,296")])
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"few_steps": [0, 4]}, "--few_steps is 0, expected at least 1"),
+        ({"segment_steps": -1}, "--segment_steps is -1, expected at least 0"),
+        ({"critic_updates": 0}, "--critic_updates is 0, expected at least 1"),
+        ({"hidden_size": 0}, "--hidden_size is 0, expected at least 1"),
+        ({"num_trajectories": 0}, "--num_trajectories is 0"),
+        ({"flow_shift": 0.0}, "--flow_shift is 0.0, expected above 0 and at most 100"),
+        ({"guidance_scale": math.nan}, "--guidance_scale is nan, expected at least 1"),
+        ({"variety_gain": math.inf}, "--variety_gain is inf"),
+        ({"feature_weight": math.inf}, "--feature_weight is inf, expected at least 0"),
+        ({"max_grad_norm": -1.0}, "--max_grad_norm is -1.0, expected above 0"),
+        ({"ema_decay": 1.0}, "--ema_decay is 1.0, expected at least 0 and below 1"),
+        ({"checkpoints_total_limit": 1}, "--checkpoints_total_limit is 1, expected at least 2"),
+        ({"seed": 2**32}, "--seed is 4294967296, expected at least 0 and below 4,294,967,296"),
+    ],
+)
 def test_numbers_out_of_their_bounds_are_refused_and_so_is_what_is_not_finite(changed, words):
     with pytest.raises(ValueError, match=words):
         complete(Settings(**changed))
 
 
 def test_every_number_has_bounds():
-    unbound = [field.name for field in fields(Settings) if not field.metadata["bounds"] and
-               any(kind in str(field.type) for kind in ("int", "float"))]
-    assert unbound == ["resolution"]                         # whose sides are checked against what a token takes
+    unbound = [
+        field.name
+        for field in fields(Settings)
+        if not field.metadata["bounds"] and any(kind in str(field.type) for kind in ("int", "float"))
+    ]
+    assert unbound == ["resolution"]  # whose sides are checked against what a token takes
 
 
-@pytest.mark.parametrize("changed, words", [
-    ({"num_images": 3}, "--num_images is 3, expected --images beside it"),
-    ({"project_only": True, "student": "here"}, "--project_only saves what is projected, and"),
-    ({"project_only": True, "projection": "none"}, "--project_only saves what is projected, and"),
-    ({"validation_prompts": ["a red cup", "  "]}, "--validation_prompts has one that says nothing"),
-    ({"logging_dir": "../elsewhere"}, "--logging_dir ../elsewhere: is not inside --output_dir"),
-    ({"logging_dir": "/elsewhere"}, "--logging_dir /elsewhere: is not inside --output_dir"),
-    ({"cache_dir": str(TRAIN)}, "is a file, expected a folder")])
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"num_images": 3}, "--num_images is 3, expected --images beside it"),
+        ({"project_only": True, "student": "here"}, "--project_only saves what is projected, and"),
+        ({"project_only": True, "projection": "none"}, "--project_only saves what is projected, and"),
+        ({"validation_prompts": ["a red cup", "  "]}, "--validation_prompts has one that says nothing"),
+        ({"logging_dir": "../elsewhere"}, "--logging_dir ../elsewhere: is not inside --output_dir"),
+        ({"logging_dir": "/elsewhere"}, "--logging_dir /elsewhere: is not inside --output_dir"),
+        ({"cache_dir": str(TRAIN)}, "is a file, expected a folder"),
+    ],
+)
 def test_settings_that_contradict_others_are_refused(changed, words):
     with pytest.raises(ValueError, match=words):
         complete(Settings(**changed))
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"flow_shift": null}', '{"flow_shift": "3"}', '{"flow_shift": 0}',
-                                     pytest.param("[" * 10**5, id="deep")])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "[]",
+        "{",
+        '{"flow_shift": null}',
+        '{"flow_shift": "3"}',
+        '{"flow_shift": 0}',
+        pytest.param("[" * 10**5, id="deep"),
+    ],
+)
 def test_a_schedule_without_a_shift_is_named_unless_a_shift_is_given(content, tmp_path):
-    shutil.copytree(ROOT / "tiny_teacher", tmp_path / "teacher", ignore=shutil.ignore_patterns("training.json"))
+    shutil.copytree(
+        ROOT / "tiny_teacher", tmp_path / "teacher", ignore=shutil.ignore_patterns("training.json")
+    )
     (tmp_path / "teacher/scheduler/scheduler_config.json").write_text(content)
     asked = Settings(teacher=str(tmp_path / "teacher"), resolution=64)
     with pytest.raises(ValueError, match="scheduler_config.json: says no flow_shift .*add --flow_shift"):
@@ -155,17 +221,25 @@ def test_a_broken_record_of_a_tiny_teacher_is_named(content, tmp_path):
 
 def test_a_picture_larger_than_the_teacher_places_is_refused_before_anything_is_made(tmp_path):
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", "--resolution", "64", "1040", "--dry_run")
-    assert process.returncode == 2 and "a side of 1,040 pixels is more than this teacher places" in process.stderr
+    assert (
+        process.returncode == 2
+        and "a side of 1,040 pixels is more than this teacher places" in process.stderr
+    )
     assert "Traceback" not in process.stderr
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     process = run_script(TRAIN, "--output_dir", tmp_path / "file" / "run")
-    assert process.returncode == 2 and "Traceback" not in process.stderr and str(tmp_path / "file") in process.stderr
+    assert (
+        process.returncode == 2
+        and "Traceback" not in process.stderr
+        and str(tmp_path / "file") in process.stderr
+    )
 
 
 # ---- a student to go on from ---------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def saved(finished_run, tmp_path):
@@ -175,8 +249,11 @@ def saved(finished_run, tmp_path):
 
     def change(**what):
         run = read_run(folder)
-        (folder / "run.json").write_text(json.dumps({name: value for name, value in (run | what).items() if value is not None}))
+        (folder / "run.json").write_text(
+            json.dumps({name: value for name, value in (run | what).items() if value is not None})
+        )
         return folder
+
     return change
 
 
@@ -185,24 +262,43 @@ def test_the_student_of_a_real_teacher_takes_more_steps_unless_asked_otherwise(t
     for part in ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"):
         (tmp_path / "wan" / part).touch()
     (tmp_path / "wan/google/umt5-xxl").mkdir(parents=True)
-    assert [complete(Settings(teacher=teacher, max_train_steps=steps)).max_train_steps
-            for teacher in (None, str(tmp_path / "wan")) for steps in (None, 30)] == [TINY_STEPS, 30, REAL_STEPS, 30]
+    assert [
+        complete(Settings(teacher=teacher, max_train_steps=steps)).max_train_steps
+        for teacher in (None, str(tmp_path / "wan"))
+        for steps in (None, 30)
+    ] == [TINY_STEPS, 30, REAL_STEPS, 30]
     assert REAL_STEPS > TINY_STEPS
 
 
 STAGE_TWO = {"max_train_steps": 6, "segment_steps": 6, "flow_shift": 3.0, "resolution": 64}
 
 
-@pytest.mark.parametrize("what, words", [
-    ({"finished": False}, "holds no finished run"),
-    ({"finished": False, "projected_only": True}, "holds a projected start, and nothing was trained of it"),
-    ({"schedule": None}, "was saved by an older version"),
-    ({"schedule": [1]}, "its run.json does not say a run's schedule"),
-    ({"schedule": {"parts": [1]}}, "does not say the parts of its schedule"),
-    ({"teacher": None, "student": {}, "settings": [1]}, "does not say a run's teacher, student, settings. Copy the folder again"),
-    ({"schedule": {"parts": {"velocity": 0, "segments": 3}}}, "has not been through stage 1"),
-    ({"settings": asdict(Settings(flow_shift=5.0, resolution=64))}, "was trained with flow_shift 5.0, this run has 3.0"),
-    ({"settings": asdict(Settings(flow_shift=3.0, resolution=64, guidance_scale=7.0))}, "was trained with guidance_scale 7.0")])
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ({"finished": False}, "holds no finished run"),
+        (
+            {"finished": False, "projected_only": True},
+            "holds a projected start, and nothing was trained of it",
+        ),
+        ({"schedule": None}, "was saved by an older version"),
+        ({"schedule": [1]}, "its run.json does not say a run's schedule"),
+        ({"schedule": {"parts": [1]}}, "does not say the parts of its schedule"),
+        (
+            {"teacher": None, "student": {}, "settings": [1]},
+            "does not say a run's teacher, student, settings. Copy the folder again",
+        ),
+        ({"schedule": {"parts": {"velocity": 0, "segments": 3}}}, "has not been through stage 1"),
+        (
+            {"settings": asdict(Settings(flow_shift=5.0, resolution=64))},
+            "was trained with flow_shift 5.0, this run has 3.0",
+        ),
+        (
+            {"settings": asdict(Settings(flow_shift=3.0, resolution=64, guidance_scale=7.0))},
+            "was trained with guidance_scale 7.0",
+        ),
+    ],
+)
 def test_a_student_that_does_not_fit_is_refused_with_what_to_do(what, words, saved):
     with pytest.raises(ValueError, match=words):
         complete(Settings(student=str(saved(**what)), **STAGE_TWO))
@@ -226,14 +322,20 @@ def test_a_shape_that_is_not_the_students_is_refused(saved):
         complete(Settings(student=str(saved()), hidden_size=32, **STAGE_TWO))
 
 
-def test_stage_two_goes_on_from_a_saved_student_and_says_what_it_has_been_through(finished_run, saved, tmp_path):
+def test_stage_two_goes_on_from_a_saved_student_and_says_what_it_has_been_through(
+    finished_run, saved, tmp_path
+):
     flags = [*SHORT_RUN, "--student", saved(), "--segment_steps", "6", "--matching_steps", "0"]
     shared = ["--cache_dir", finished_run[0] / "cache"]
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", *flags, *shared)
     assert process.returncode == 0, process.stderr
     assert "a saved student" in process.stdout and "projected" not in process.stdout
     run = read_run(tmp_path / "run")
-    assert run["schedule"] == {"flow_shift": 3.0, "few_steps": [1, 2, 4], "parts": {"velocity": 2, "segments": 8, "matching": 2}}
+    assert run["schedule"] == {
+        "flow_shift": 3.0,
+        "few_steps": [1, 2, 4],
+        "parts": {"velocity": 2, "segments": 8, "matching": 2},
+    }
     saved(teacher="0" * 64)
     process = run_script(TRAIN, "--output_dir", tmp_path / "other", *flags, *shared)
     assert process.returncode == 2 and "was distilled from another teacher" in process.stderr
@@ -255,22 +357,52 @@ def test_another_text_encoder_shares_no_start_and_no_trajectories(finished_run, 
     shutil.copytree(ROOT / "tiny_teacher", tmp_path / "teacher")
     path = tmp_path / "teacher/text_encoder/model.safetensors"
     tensors = load_file(path)
-    save_file({name: tensor * 1.1 if "final_layer_norm" in name else tensor for name, tensor in tensors.items()}, path)
-    process = run_script(TRAIN, "--teacher", tmp_path / "teacher", "--output_dir", tmp_path / "run", *SHORT_RUN, "--cache_dir",
-                         tmp_path / "cache")
+    save_file(
+        {name: tensor * 1.1 if "final_layer_norm" in name else tensor for name, tensor in tensors.items()},
+        path,
+    )
+    process = run_script(
+        TRAIN,
+        "--teacher",
+        tmp_path / "teacher",
+        "--output_dir",
+        tmp_path / "run",
+        *SHORT_RUN,
+        "--cache_dir",
+        tmp_path / "cache",
+    )
     assert process.returncode == 0, process.stderr
-    made = {path.name.rpartition("-")[0] for path in (tmp_path / "cache").iterdir() if path.name not in before}
+    made = {
+        path.name.rpartition("-")[0] for path in (tmp_path / "cache").iterdir() if path.name not in before
+    }
     assert made == {"basis", "pictures", "start", "text", "trajectories"}
 
 
 def test_a_file_of_three_prompts_trains_to_the_end(tmp_path):
-    (tmp_path / "prompts.txt").write_text("\n".join(("a small red circle at the left on a white background",
-                                                     "a large green cross left of a small cyan square on a grey background",
-                                                     "at the top, a large blue ring on black")))
-    process = run_script(TRAIN, "--output_dir", tmp_path / "run", *SHORT_RUN, "--prompts", tmp_path / "prompts.txt")
+    (tmp_path / "prompts.txt").write_text(
+        "\n".join(
+            (
+                "a small red circle at the left on a white background",
+                "a large green cross left of a small cyan square on a grey background",
+                "at the top, a large blue ring on black",
+            )
+        )
+    )
+    process = run_script(
+        TRAIN, "--output_dir", tmp_path / "run", *SHORT_RUN, "--prompts", tmp_path / "prompts.txt"
+    )
     assert process.returncode == 0, process.stderr
     assert "held-out captions drawn right (1):" in process.stdout and read_run(tmp_path / "run")["finished"]
-    assert process.stdout.count(" of 1, too few to judge\n") == 4 and "%" not in process.stdout.split("drawn right (1):")[1]
-    walks = max((json.loads(path.read_text())["walks"] for path in tmp_path.glob("run/cache/trajectories-*/made_of.json")), key=len)
-    assert len(walks) == len({seed for _, _, seed in walks}) == 64                       # each from other noise
+    assert (
+        process.stdout.count(" of 1, too few to judge\n") == 4
+        and "%" not in process.stdout.split("drawn right (1):")[1]
+    )
+    walks = max(
+        (
+            json.loads(path.read_text())["walks"]
+            for path in tmp_path.glob("run/cache/trajectories-*/made_of.json")
+        ),
+        key=len,
+    )
+    assert len(walks) == len({seed for _, _, seed in walks}) == 64  # each from other noise
     assert [sum(number == each for each, *_ in walks) for number in (0, 1)] == [32, 32]

@@ -19,17 +19,27 @@ from wanlite.teacher.experts import check_experts
 
 TEXT = {"num_channels": 16, "text_dim": 64, "rope_max_seq_len": 64}
 CUT = {"hidden_size": 64, "depth": 4, "num_heads": 2} | TEXT
-PLAIN = CUT | {"ffn_dim": 256, "freq_dim": 256, "patch_size": (1, 2, 2)}      # what a student's config says of its shape
+PLAIN = CUT | {
+    "ffn_dim": 256,
+    "freq_dim": 256,
+    "patch_size": (1, 2, 2),
+}  # what a student's config says of its shape
 
 
 def own_shape(config):
-    return {"hidden_size": config["num_attention_heads"] * config["attention_head_dim"], "depth": config["num_layers"],
-            "num_heads": config["num_attention_heads"], "ffn_dim": config["ffn_dim"]} | TEXT
+    return {
+        "hidden_size": config["num_attention_heads"] * config["attention_head_dim"],
+        "depth": config["num_layers"],
+        "num_heads": config["num_attention_heads"],
+        "ffn_dim": config["ffn_dim"],
+    } | TEXT
 
 
 @pytest.mark.parametrize("expert", ["high", "low"])
 @pytest.mark.parametrize("layout", ["official", "diffusers"])
-def test_student_as_large_as_the_teacher_reproduces_its_frame(expert, layout, official_teacher, teacher, words, noisy):
+def test_student_as_large_as_the_teacher_reproduces_its_frame(
+    expert, layout, official_teacher, teacher, words, noisy
+):
     folder = official_teacher if layout == "official" else TINY_TEACHER
     student = WanLiteStudent(**own_shape(teacher.config), teacher_checkpoint_path=folder, expert=expert)
     for timestep in (999.0, 880.0, 500.0, 20.0):
@@ -43,7 +53,10 @@ def test_student_as_large_as_the_teacher_reproduces_its_frame(expert, layout, of
 @pytest.mark.parametrize("num_shards", [1, 5])
 def test_layout_and_shards_make_bitwise_no_difference(num_shards, tmp_path):
     write_official(TINY_TEACHER, tmp_path, num_shards)
-    ours, theirs = (WanLiteStudent(**CUT, teacher_checkpoint_path=folder).state_dict() for folder in (TINY_TEACHER, tmp_path))
+    ours, theirs = (
+        WanLiteStudent(**CUT, teacher_checkpoint_path=folder).state_dict()
+        for folder in (TINY_TEACHER, tmp_path)
+    )
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
@@ -62,9 +75,13 @@ def test_every_teacher_tensor_is_read_and_every_student_tensor_written(expert):
     report = projection.project(student, projection.choose_experts(files, expert))
     assert all(not torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
     outer = [name for name in files.experts["high"].places if not name.startswith("blocks.")]
-    expected = {f"high: {name}" for name in outer if name not in ("patch_embedding.weight", "scale_shift_table")}
+    expected = {
+        f"high: {name}" for name in outer if name not in ("patch_embedding.weight", "scale_shift_table")
+    }
     assert set(report.dropped) == (expected if expert == "span" else set())
-    assert report.num_read + len(report.dropped) == len(files.experts["high"].places) * (2 if expert == "span" else 1)
+    assert report.num_read + len(report.dropped) == len(files.experts["high"].places) * (
+        2 if expert == "span" else 1
+    )
     assert report.num_written == len(before)
 
 
@@ -78,7 +95,10 @@ def test_a_student_tensor_that_gets_no_value_stops_the_projection():
 def test_the_report_tells_what_was_kept_of_every_block_and_how_alike_the_experts_are():
     report = project_into(WanLiteStudent(**CUT), TINY_TEACHER)
     assert report.kept.keys() == {"residual", "text", "attn1", "attn2", "ffn"}
-    assert all(0 < share <= 1 for shares in report.kept.values() for share in shares) and len(report.kept["ffn"]) == 4
+    assert (
+        all(0 < share <= 1 for shares in report.kept.values() for share in shares)
+        and len(report.kept["ffn"]) == 4
+    )
     assert report.experts == ["low"] * 4 and report.cosines == check_experts(open_teacher_files(TINY_TEACHER))
     assert json.loads(json.dumps(report.as_dict()))["energy_kept"] == report.kept and "cosine" in str(report)
 
@@ -88,7 +108,9 @@ def test_each_block_comes_from_the_expert_that_keeps_more():
     spans = projection.project(WanLiteStudent(**CUT), [files["low"], files["high"]])
     for name, expert in files.items():
         report = projection.project(WanLiteStudent(**CUT), [expert], channels=spans.channels)
-        kept[name] = [sum(report.kept[group][block] for group in ("attn1", "attn2", "ffn")) for block in range(4)]
+        kept[name] = [
+            sum(report.kept[group][block] for group in ("attn1", "attn2", "ffn")) for block in range(4)
+        ]
     best = ["low" if low >= high else "high" for low, high in zip(kept["low"], kept["high"])]
     assert spans.experts == best
 
@@ -105,19 +127,36 @@ def test_a_teacher_tensor_without_a_place_stops_the_projection(monkeypatch):
         projection.project(WanLiteStudent(**CUT), [files])
 
 
-@pytest.mark.parametrize("shape", [{"depth": 2}, {"depth": 3}, {"hidden_size": 96, "num_heads": 3}, {"num_heads": 4},
-                                   {"ffn_dim": 100}, {"hidden_size": 128, "num_heads": 4},
-                                   {"depth": 2, "num_heads": 8, "ffn_dim": 1024}])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"depth": 2},
+        {"depth": 3},
+        {"hidden_size": 96, "num_heads": 3},
+        {"num_heads": 4},
+        {"ffn_dim": 100},
+        {"hidden_size": 128, "num_heads": 4},
+        {"depth": 2, "num_heads": 8, "ffn_dim": 1024},
+    ],
+)
 def test_every_shape_that_fits_gives_finite_velocities(shape, words, noisy):
     student = WanLiteStudent(**CUT | shape, teacher_checkpoint_path=TINY_TEACHER)
     assert torch.isfinite(student(noisy, torch.full((4,), 500.0), words[0].tokens).sample).all()
 
 
-@pytest.mark.parametrize("shape, words", [
-    ({"hidden_size": 256, "num_heads": 8}, "hidden_size 256 is more"), ({"depth": 5}, "depth 5 is more"),
-    ({"hidden_size": 64, "num_heads": 1}, "1 heads of 64 channels"), ({"ffn_dim": 4096}, "ffn_dim 4096"),
-    ({"hidden_size": 60, "num_heads": 4}, "4 heads of 15 channels"), ({"hidden_size": 16, "num_heads": 4}, "4 heads of 4 channels"),
-    ({"text_dim": 32}, "text_dim is 32"), ({"num_channels": 48}, "num_channels is 48")])
+@pytest.mark.parametrize(
+    "shape, words",
+    [
+        ({"hidden_size": 256, "num_heads": 8}, "hidden_size 256 is more"),
+        ({"depth": 5}, "depth 5 is more"),
+        ({"hidden_size": 64, "num_heads": 1}, "1 heads of 64 channels"),
+        ({"ffn_dim": 4096}, "ffn_dim 4096"),
+        ({"hidden_size": 60, "num_heads": 4}, "4 heads of 15 channels"),
+        ({"hidden_size": 16, "num_heads": 4}, "4 heads of 4 channels"),
+        ({"text_dim": 32}, "text_dim is 32"),
+        ({"num_channels": 48}, "num_channels is 48"),
+    ],
+)
 def test_a_shape_that_cannot_be_cut_is_refused(shape, words, teacher):
     with pytest.raises(ValueError, match=words):
         check_cut(teacher.config, PLAIN | shape)
@@ -129,27 +168,51 @@ def test_a_student_that_cannot_be_cut_is_refused_before_a_tensor_is_read(monkeyp
         WanLiteStudent(**CUT | {"depth": 5}, teacher_checkpoint_path=TINY_TEACHER)
 
 
-@pytest.mark.parametrize("shape", [{"hidden_size": 256, "num_heads": 8}, {"depth": 5}, {"hidden_size": 64, "num_heads": 1},
-                                   {"ffn_dim": 4096}, {"hidden_size": 60, "num_heads": 4}])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"hidden_size": 256, "num_heads": 8},
+        {"depth": 5},
+        {"hidden_size": 64, "num_heads": 1},
+        {"ffn_dim": 4096},
+        {"hidden_size": 60, "num_heads": 4},
+    ],
+)
 def test_the_nearest_shapes_that_a_refusal_names_can_be_cut(shape, teacher):
     with pytest.raises(ValueError, match="nearest shapes") as refused:
         check_cut(teacher.config, PLAIN | shape)
-    named = re.findall(r"--hidden_size (\d+) --num_heads (\d+) --depth (\d+) --ffn_dim (\d+)", str(refused.value))
+    named = re.findall(
+        r"--hidden_size (\d+) --num_heads (\d+) --depth (\d+) --ffn_dim (\d+)", str(refused.value)
+    )
     assert len(named) == 3
     for numbers in named:
         nearest = dict(zip(("hidden_size", "num_heads", "depth", "ffn_dim"), map(int, numbers)))
         check_cut(teacher.config, dict(WanLiteStudent(**CUT | nearest).config))
 
 
-@pytest.mark.parametrize("model, shapes", [
-    (A14B, [(16, 16), (16, 8), (40, 40)]), (WAN_1_3B, [(16, 8), (15, 16), (30, 12)]), (TI2V_5B, [(16, 16), (16, 8), (30, 24)])],
-    ids=["A14B and 2.1-14B", "2.1-1.3B", "2.2-5B"])
+@pytest.mark.parametrize(
+    "model, shapes",
+    [
+        (A14B, [(16, 16), (16, 8), (40, 40)]),
+        (WAN_1_3B, [(16, 8), (15, 16), (30, 12)]),
+        (TI2V_5B, [(16, 16), (16, 8), (30, 24)]),
+    ],
+    ids=["A14B and 2.1-14B", "2.1-1.3B", "2.2-5B"],
+)
 def test_students_of_both_head_sizes_can_be_cut_from_every_wan(model, shapes, tmp_path):
     write_sparse_wan(tmp_path / "wan", model, "official", 6)
     config = open_teacher_files(tmp_path / "wan").config
     for depth, num_heads in shapes:
-        student = {"hidden_size": 1024 // num_heads // 2 * 2 * num_heads, "depth": depth, "num_heads": num_heads, "ffn_dim": 4096,
-                   "text_dim": 4096, "freq_dim": 256, "num_channels": model["channels"], "patch_size": (1, 2, 2)}
+        student = {
+            "hidden_size": 1024 // num_heads // 2 * 2 * num_heads,
+            "depth": depth,
+            "num_heads": num_heads,
+            "ffn_dim": 4096,
+            "text_dim": 4096,
+            "freq_dim": 256,
+            "num_channels": model["channels"],
+            "patch_size": (1, 2, 2),
+        }
         check_cut(config, student)
 
 
@@ -168,7 +231,11 @@ def test_a_smaller_head_keeps_whole_rotary_pairs_of_every_axis():
     rows = block_cutting._rotary_rows(cut, torch.arange(128), 128, 64, has_rotary=True)
     assert len(rows.unique()) == 64 and torch.equal(rows[1::2], rows[::2] + 1) and (rows[::2] % 2 == 0).all()
     pairs = rows[::2] // 2
-    assert [int((pairs < 22).sum()), int(((pairs >= 22) & (pairs < 43)).sum()), int((pairs >= 43).sum())] == [12, 10, 10]
+    assert [int((pairs < 22).sum()), int(((pairs >= 22) & (pairs < 43)).sum()), int((pairs >= 43).sum())] == [
+        12,
+        10,
+        10,
+    ]
     assert pairs[12:22].tolist() == [22 + step for step in (0, 2, 4, 6, 8, 10, 13, 15, 17, 19)]
 
 
@@ -180,8 +247,11 @@ def attention_cut():
     loud = torch.tensor([0.2, 0.2, 1.0, 1.0]).repeat_interleave(4)[:, None]
     cut = {kind: (loud * torch.randn(16, 8, generator=generator), torch.zeros(16)) for kind in "qk"}
     cut["v"] = ((loud == 1.0) * torch.randn(16, 8, generator=generator), torch.randn(16, generator=generator))
-    cut |= {"o": torch.randn(8, 16, generator=generator), "o_bias": torch.randn(8, generator=generator),
-            "gain": {kind: torch.rand(16, generator=generator) + 0.5 for kind in "qk"}}
+    cut |= {
+        "o": torch.randn(8, 16, generator=generator),
+        "o_bias": torch.randn(8, generator=generator),
+        "gain": {kind: torch.rand(16, generator=generator) + 0.5 for kind in "qk"},
+    }
     cut["power"] = {kind: block_cutting._row_power(*cut[kind]).mean() for kind in "qk"}
     return cut
 
@@ -196,7 +266,9 @@ def test_attention_keeps_its_temperature_when_heads_are_dropped(attention_cut):
     tensors, inputs = joined(attention_cut), torch.randn(20000, 8, generator=torch.Generator().manual_seed(1))
     for kind in "qk":
         queries = inputs @ attention_cut[kind][0].T
-        theirs = (queries / queries.square().mean(-1, keepdim=True).sqrt() * attention_cut["gain"][kind])[:, 8:]
+        theirs = (queries / queries.square().mean(-1, keepdim=True).sqrt() * attention_cut["gain"][kind])[
+            :, 8:
+        ]
         queries = inputs @ tensors[f"to_{kind}.weight"].T
         ours = queries / queries.square().mean(-1, keepdim=True).sqrt() * tensors[f"norm_{kind}.weight"]
         assert 0.98 < (ours.square().mean() / theirs.square().mean()).sqrt() < 1.02

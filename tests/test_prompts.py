@@ -47,13 +47,18 @@ def test_prompts_are_read_as_they_were_written(kind, column, tmp_path):
 @pytest.mark.parametrize("kind, rows", [(".jsonl", "2, 3"), (".csv", "3, 4"), (".parquet", "2, 3")])
 def test_rows_without_a_prompt_are_left_out_and_named(kind, rows, tmp_path):
     said = []
-    assert read_prompts(write(tmp_path / f"prompts{kind}", ["one", "", "  ", "two"]), said.append) == ["one", "two"]
+    assert read_prompts(write(tmp_path / f"prompts{kind}", ["one", "", "  ", "two"]), said.append) == [
+        "one",
+        "two",
+    ]
     assert len(said) == 1 and said[0].endswith(f"2 of 4 rows hold no prompt and are left out: {rows}")
 
 
 def test_a_line_ends_where_a_line_ends_and_not_at_every_separator_of_unicode(tmp_path):
     prompts = ["one\u2028line", "another\x85one", "a \x0b third"]
-    (tmp_path / "a.jsonl").write_bytes("\r\n".join(json.dumps({"text": each}, ensure_ascii=False) for each in prompts).encode())
+    (tmp_path / "a.jsonl").write_bytes(
+        "\r\n".join(json.dumps({"text": each}, ensure_ascii=False) for each in prompts).encode()
+    )
     assert read_prompts(tmp_path / "a.jsonl") == prompts
     (tmp_path / "a.txt").write_bytes("\r".join(prompts).encode())
     assert read_prompts(tmp_path / "a.txt") == prompts
@@ -66,26 +71,51 @@ def test_json_lines_may_be_strings_and_be_called_json(tmp_path):
     assert read_prompts(tmp_path / "prompts.jsonl") == ["one", "two"]
 
 
-@pytest.mark.parametrize("name, content, prompts", [
-    ("a.csv", "prompt\na ring, at the left, on white\n", ["a ring, at the left, on white"]),
-    ("a.csv", 'prompt\r\n"one, quoted"\r\na sign, "OPEN", in fog\r\n', ["one, quoted", 'a sign, "OPEN", in fog']),
-    ("a.csv", 'prompt,,\na, b\n"a, b",,\nc,,\n', ["a, b", "a, b", "c"]),
-    ("a.csv", "id,prompt,\n1,a ring,\n", ["a ring"]), ("a.csv", "prompt\ra, b\rc", ["a, b", "c"])])
+@pytest.mark.parametrize(
+    "name, content, prompts",
+    [
+        ("a.csv", "prompt\na ring, at the left, on white\n", ["a ring, at the left, on white"]),
+        (
+            "a.csv",
+            'prompt\r\n"one, quoted"\r\na sign, "OPEN", in fog\r\n',
+            ["one, quoted", 'a sign, "OPEN", in fog'],
+        ),
+        ("a.csv", 'prompt,,\na, b\n"a, b",,\nc,,\n', ["a, b", "a, b", "c"]),
+        ("a.csv", "id,prompt,\n1,a ring,\n", ["a ring"]),
+        ("a.csv", "prompt\ra, b\rc", ["a, b", "c"]),
+    ],
+)
 def test_a_table_of_one_column_needs_no_quotes_around_commas(name, content, prompts, tmp_path):
     (tmp_path / name).write_bytes(content.encode())
     assert read_prompts(tmp_path / name) == prompts
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("a.csv", "id,prompt\n1,one\n2,a ring, on white\n", "row 3 has 3 cells, the header 2: quote prompts with commas"),
-    ("a.csv", 'prompt\n"a ring, at the left", on white\n', "row 2 has 2 cells, the header 1: quote"),
-    ("a.csv", '"prompt"\n"1","a ring"\n', "row 2 has 2 cells, the header 1"),
-    ("a.csv", "prompt,score\n\na ring, at the left,0.9\n", "row 3 has 3 cells, the header 2"),
-    ("a.csv", "id;prompt\n1;a ring; red\n", "row 2 has 3 cells, the header 2: quote prompts with semicolons"),
-    ("a.tsv", "id\tprompt\n1\ta ring\ton white\n", "row 2 has 3 cells, the header 2: quote prompts with tabs"),
-    ("a.tsv", "prompt\na ring\t0.9\n", "row 2 has 2 cells, the header 1"),
-    ("a.csv", 'prompt\none\n"OPEN" on a sign, in fog\n', "cannot be read as CSV .line 3: "),
-    ("a.csv", "prompt,id,Prompt\none,1,two\n", "has 2 columns called prompt, expected one")])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        (
+            "a.csv",
+            "id,prompt\n1,one\n2,a ring, on white\n",
+            "row 3 has 3 cells, the header 2: quote prompts with commas",
+        ),
+        ("a.csv", 'prompt\n"a ring, at the left", on white\n', "row 2 has 2 cells, the header 1: quote"),
+        ("a.csv", '"prompt"\n"1","a ring"\n', "row 2 has 2 cells, the header 1"),
+        ("a.csv", "prompt,score\n\na ring, at the left,0.9\n", "row 3 has 3 cells, the header 2"),
+        (
+            "a.csv",
+            "id;prompt\n1;a ring; red\n",
+            "row 2 has 3 cells, the header 2: quote prompts with semicolons",
+        ),
+        (
+            "a.tsv",
+            "id\tprompt\n1\ta ring\ton white\n",
+            "row 2 has 3 cells, the header 2: quote prompts with tabs",
+        ),
+        ("a.tsv", "prompt\na ring\t0.9\n", "row 2 has 2 cells, the header 1"),
+        ("a.csv", 'prompt\none\n"OPEN" on a sign, in fog\n', "cannot be read as CSV .line 3: "),
+        ("a.csv", "prompt,id,Prompt\none,1,two\n", "has 2 columns called prompt, expected one"),
+    ],
+)
 def test_a_table_whose_cells_do_not_fit_its_header_is_refused_by_row(name, content, words, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=f"{name}: {words}"):
@@ -107,16 +137,24 @@ def texts(*cells):
     return pyarrow.Array.from_buffers(pyarrow.string(), len(cells), [None, *map(pyarrow.py_buffer, buffers)])
 
 
-@pytest.mark.parametrize("name, content", [
-    ("a.jsonl", rb'{"prompt": "one"}' b"\n" rb'{"prompt": "\ud800 cat"}'), ("a.json", rb'["one", "a cat \udfff"]'),
-    ("a.jsonl", b'"one"\n' rb'"\ude00\ud83d"'), ("a.parquet", texts(b"one", b"a \xff cat")),
-    ("a.parquet", texts(b"one", b"\xed\xa0\x80").dictionary_encode())])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.jsonl", rb'{"prompt": "one"}' b"\n" rb'{"prompt": "\ud800 cat"}'),
+        ("a.json", rb'["one", "a cat \udfff"]'),
+        ("a.jsonl", b'"one"\n' rb'"\ude00\ud83d"'),
+        ("a.parquet", texts(b"one", b"a \xff cat")),
+        ("a.parquet", texts(b"one", b"\xed\xa0\x80").dictionary_encode()),
+    ],
+)
 def test_a_prompt_that_utf8_cannot_encode_is_refused_by_file_and_row(name, content, tmp_path):
     if name == "a.parquet":
         parquet.write_table(pyarrow.table({"prompt": content}), tmp_path / name)
     else:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{name}: row 2 holds '\\ud\w+', not a character that UTF-8 can encode"):
+    with pytest.raises(
+        ValueError, match=rf"{name}: row 2 holds '\\ud\w+', not a character that UTF-8 can encode"
+    ):
         read_prompts(tmp_path / name)
 
 
@@ -124,12 +162,16 @@ def test_text_that_is_not_utf8_is_refused_by_file_and_line(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\ntwo \xed\xa0\x80")
     with pytest.raises(ValueError, match=r"a.txt: not UTF-8 text .byte 8, in line 2."):
         read_prompts(tmp_path / "a.txt")
-    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "\U0001f600 cat"}))            # written as two halves: one character
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"prompt": "\U0001f600 cat"})
+    )  # written as two halves: one character
     assert read_prompts(tmp_path / "a.jsonl") == ["\U0001f600 cat"]
 
 
 def test_a_table_with_two_columns_of_prompts_is_refused(tmp_path):
-    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"])
+    twice = pyarrow.Table.from_arrays(
+        [pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"]
+    )
     parquet.write_table(twice, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="a.parquet: has 2 columns called prompt, expected one"):
         read_prompts(tmp_path / "a.parquet")
@@ -139,22 +181,36 @@ def test_a_damaged_page_of_a_table_is_named(tmp_path):
     write(path := tmp_path / "a.parquet", PROMPTS)
     content = bytearray(path.read_bytes())
     start = content.index(b"quoted")
-    content[start - 24:start] = b"\xff" * 24                 # the head of the page that holds the prompts
+    content[start - 24 : start] = b"\xff" * 24  # the head of the page that holds the prompts
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"a.parquet: cannot be read as parquet"):
         read_prompts(path)
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("a.jsonl", b'{"prompt": "one"}\n{"prompt": ', "line 2 is not JSON"), ("a.jsonl", b'{"url": "x"}', "columns url, expected"),
-    ("a.csv", b"id,url\n1,x\n", "columns id, url, expected"), ("a.csv", b"", "columns of nothing"),
-    ("a.csv", b"prompt\n\xff\n", "not UTF-8"), ("a.parquet", b"PAR1 and no more", "cannot be read as parquet"),
-    ("a.json", b'{"prompt": \n"one"}', "line 1 is not JSON. Expected an object or a string a line, or one list of them"),
-    ("a.json", b"[" * 10**5, "nested too deep"), ("a.csv", b'prompt\none\n"two\nthree\n', "cannot be read as CSV"),
-    ("a.tsv", b"id\turl\n1\tx\n", "columns id, url, expected"), ("a.txt.gz", gzip.compress(b"one", mtime=0), "is compressed"),
-    ("a.txt", "one\ntwo".encode("utf-16-le"), "holds zero bytes; it is UTF-16"),
-    ("a.txt", b"<!DOCTYPE html><p>one</p>", "is a web page"),
-    ("a.jsonl", b'{"prompt": ""}\n', "holds no prompt"), ("a.txt", b" \n\n", "holds no prompt")])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.jsonl", b'{"prompt": "one"}\n{"prompt": ', "line 2 is not JSON"),
+        ("a.jsonl", b'{"url": "x"}', "columns url, expected"),
+        ("a.csv", b"id,url\n1,x\n", "columns id, url, expected"),
+        ("a.csv", b"", "columns of nothing"),
+        ("a.csv", b"prompt\n\xff\n", "not UTF-8"),
+        ("a.parquet", b"PAR1 and no more", "cannot be read as parquet"),
+        (
+            "a.json",
+            b'{"prompt": \n"one"}',
+            "line 1 is not JSON. Expected an object or a string a line, or one list of them",
+        ),
+        ("a.json", b"[" * 10**5, "nested too deep"),
+        ("a.csv", b'prompt\none\n"two\nthree\n', "cannot be read as CSV"),
+        ("a.tsv", b"id\turl\n1\tx\n", "columns id, url, expected"),
+        ("a.txt.gz", gzip.compress(b"one", mtime=0), "is compressed"),
+        ("a.txt", "one\ntwo".encode("utf-16-le"), "holds zero bytes; it is UTF-16"),
+        ("a.txt", b"<!DOCTYPE html><p>one</p>", "is a web page"),
+        ("a.jsonl", b'{"prompt": ""}\n', "holds no prompt"),
+        ("a.txt", b" \n\n", "holds no prompt"),
+    ],
+)
 def test_a_file_that_holds_no_prompts_is_refused_with_what_was_expected(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=words):
@@ -163,10 +219,16 @@ def test_a_file_that_holds_no_prompts_is_refused_with_what_was_expected(name, co
 
 def test_the_grammar_gives_thousands_of_different_whole_prompts():
     prompts = varied_prompts(0, 6000)
-    assert len(set(prompts)) == 6000 and prompts == varied_prompts(0, 6000) and prompts != varied_prompts(1, 6000)
+    assert (
+        len(set(prompts)) == 6000
+        and prompts == varied_prompts(0, 6000)
+        and prompts != varied_prompts(1, 6000)
+    )
     assert not any("{" in prompt or "}" in prompt or "  " in prompt for prompt in prompts)
     named = {name for ways in GRAMMAR.values() for way in ways for name in re.findall(r"{(\w+)}", way)}
-    assert named | {"prompt"} == set(GRAMMAR)                # nothing is called that is not there, or there and never called
+    assert named | {"prompt"} == set(
+        GRAMMAR
+    )  # nothing is called that is not there, or there and never called
     for ways in GRAMMAR.values():
         assert len(set(ways)) > 1
 
@@ -176,12 +238,12 @@ def test_a_real_teacher_in_this_folder_is_found_and_learns_from_the_grammar(tmp_
     assert complete(Settings()).teacher == str(TINY_TEACHER)
     for part in ("tokenizer", "text_encoder", "vae"):
         (tmp_path / REAL_TEACHERS[0] / part).mkdir(parents=True)
-    for place in ("", "vae"):                                # of one network, whose config lies in the official folder itself
+    for place in ("", "vae"):  # of one network, whose config lies in the official folder itself
         (tmp_path / REAL_TEACHERS[0] / place / "config.json").write_text("{}")
     settings = complete(Settings())
     assert settings.teacher == str(tmp_path / REAL_TEACHERS[0]) and settings.resolution == 512
     assert settings.flow_shift == 5.0
     (tmp_path / REAL_TEACHERS[0] / "high_noise_model").mkdir()
-    assert complete(Settings()).flow_shift == 12.0           # of A14B
+    assert complete(Settings()).flow_shift == 12.0  # of A14B
     training, held_out = choose_prompts(settings)
     assert training + held_out == varied_prompts(settings.seed, 4000) and len(held_out) == 200

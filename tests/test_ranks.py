@@ -39,7 +39,9 @@ def start(rank, group, work, log):
     if number:
         return number
     code = 1
-    AcceleratorState._reset_state(reset_partial_state=True)  # what a test before left in this process, whose copy this is
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # what a test before left in this process, whose copy this is
     with open(log, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         try:
             if group:
@@ -58,7 +60,12 @@ def together(work, folder, processes=2):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group = {
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     logs = [Path(f"{folder}.rank{rank}") for rank in range(processes)]
     numbers = [start(rank, group if processes > 1 else {}, work, log) for rank, log in enumerate(logs)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in numbers]
@@ -67,22 +74,52 @@ def together(work, folder, processes=2):
 
 def train(folder, *flags, processes=2, at=None):
     """Run the command that a user types, in processes; `at` is {(rank, number of a micro-batch): what happens before it}."""
+
     def as_typed(rank):
         numbers = iter(range(1, 10**6))
 
         def step(name, *arguments):
             (at or {}).get((rank, next(numbers)), lambda: None)()
             return STEPS[name](*arguments)
+
         train_distillation.STEPS = {name: partial(step, name) for name in STEPS}
-        sys.argv = ["train_distillation.py", "--output_dir", str(folder), *map(str, (*SHORT_RUN, *CHEAP, *flags))]
+        sys.argv = [
+            "train_distillation.py",
+            "--output_dir",
+            str(folder),
+            *map(str, (*SHORT_RUN, *CHEAP, *flags)),
+        ]
         return train_distillation.main(*train_distillation.read_settings())
+
     return together(as_typed, folder, processes)
 
 
 # Every part of a run, with as little to look at as there can be; Muon's bfloat16 would make much of the last bits.
-CHEAP = ("--projection", "weights", "--teacher_steps", 4, "--few_steps", 1, 2, "--num_inference_steps", 2, "--num_held_out", 2,
-         "--validation_steps", 100, "--validation_prompts", "a red ring", "--checkpointing_steps", 2,
-         "--checkpoints_total_limit", 9, "--muon_learning_rate", 0, "--train_batch_size", 32)
+CHEAP = (
+    "--projection",
+    "weights",
+    "--teacher_steps",
+    4,
+    "--few_steps",
+    1,
+    2,
+    "--num_inference_steps",
+    2,
+    "--num_held_out",
+    2,
+    "--validation_steps",
+    100,
+    "--validation_prompts",
+    "a red ring",
+    "--checkpointing_steps",
+    2,
+    "--checkpoints_total_limit",
+    9,
+    "--muon_learning_rate",
+    0,
+    "--train_batch_size",
+    32,
+)
 SHARDED = ("--teacher_residency", "sharded", "--train_batch_size", 16)
 
 
@@ -112,33 +149,55 @@ def distance(first, second):
 
 def test_two_processes_of_half_a_batch_each_learn_what_one_does_in_every_part(alone, paired):
     for step, moved in ((2, "student"), (4, "student"), (6, "student"), (6, "critic"), (6, "feature_head")):
-        one, two, before = (load_checkpoint(checkpoint_path(folder, at))[moved]
-                            for folder, at in ((alone, step), (paired, step), (alone, max(2, step - 2))))
+        one, two, before = (
+            load_checkpoint(checkpoint_path(folder, at))[moved]
+            for folder, at in ((alone, step), (paired, step), (alone, max(2, step - 2)))
+        )
         assert distance(one, two) < 1e-6, (step, moved)
         assert step == 2 or moved == "feature_head" or distance(one, before) > 1e-3
 
 
 def test_micro_batches_that_are_accumulated_learn_what_one_batch_does_where_nothing_is_drawn(alone, tmp_path):
     shutil.copytree(alone / "cache", tmp_path / "run/cache")
-    train(tmp_path / "run", "--gradient_accumulation_steps", 2, "--train_batch_size", 16, processes=1,
-          at={(0, 5): lambda: os.kill(os.getpid(), signal.SIGKILL)})
-    one, two = (load_checkpoint(checkpoint_path(folder, 2))["student"] for folder in (alone, tmp_path / "run"))
+    train(
+        tmp_path / "run",
+        "--gradient_accumulation_steps",
+        2,
+        "--train_batch_size",
+        16,
+        processes=1,
+        at={(0, 5): lambda: os.kill(os.getpid(), signal.SIGKILL)},
+    )
+    one, two = (
+        load_checkpoint(checkpoint_path(folder, 2))["student"] for folder in (alone, tmp_path / "run")
+    )
     assert distance(one, two) < 1e-6
 
 
-def test_processes_stop_together_and_where_one_is_killed_the_other_ends_and_the_same_command_goes_on(paired, tmp_path):
+def test_processes_stop_together_and_where_one_is_killed_the_other_ends_and_the_same_command_goes_on(
+    paired, tmp_path
+):
     folder = tmp_path / "run"
     shutil.copytree(paired / "cache", folder / "cache")
 
-    def asked_twice():                                       # as by a scheduler, whose signal the launcher sends on
+    def asked_twice():  # as by a scheduler, whose signal the launcher sends on
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
+
     codes, said = train(folder, *SHARDED, at={(1, 2): asked_twice})
-    assert codes == [3, 3] and "stopped at step 2 of 6" in said[0] and latest_checkpoint(folder)[0] == checkpoint_path(folder, 2)
+    assert (
+        codes == [3, 3]
+        and "stopped at step 2 of 6" in said[0]
+        and latest_checkpoint(folder)[0] == checkpoint_path(folder, 2)
+    )
     began = time.monotonic()
     codes, said = train(folder, *SHARDED, at={(1, 4): lambda: os.kill(os.getpid(), signal.SIGKILL)})
     assert codes == [2, -9] and time.monotonic() - began < 100
-    assert "another process of this run is gone" in said[0] and "the same command goes on" in said[0] and "Traceback" not in said[0]
+    assert (
+        "another process of this run is gone" in said[0]
+        and "the same command goes on" in said[0]
+        and "Traceback" not in said[0]
+    )
     assert latest_checkpoint(folder) == (checkpoint_path(folder, 4), [])
     codes, said = train(folder, *SHARDED)
     assert codes == [0, 0] and "resumed at step 4" in said[0]
@@ -146,7 +205,9 @@ def test_processes_stop_together_and_where_one_is_killed_the_other_ends_and_the_
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_an_output_folder_that_another_run_writes_to_is_refused_in_one_line_for_all_processes(alone, tmp_path):
+def test_an_output_folder_that_another_run_writes_to_is_refused_in_one_line_for_all_processes(
+    alone, tmp_path
+):
     (tmp_path / "run").mkdir()
     shutil.copytree(alone / "cache", tmp_path / "run/cache")
     with locked(tmp_path / "run/cache"):
@@ -158,22 +219,35 @@ def test_an_output_folder_that_another_run_writes_to_is_refused_in_one_line_for_
 
 # ---- a teacher in shares -------------------------------------------------------------------------------------------------------
 
-def test_a_teacher_in_shares_says_what_a_whole_one_does_and_each_rank_keeps_half_of_its_blocks(teacher, words, noisy, tmp_path):
+
+def test_a_teacher_in_shares_says_what_a_whole_one_does_and_each_rank_keeps_half_of_its_blocks(
+    teacher, words, noisy, tmp_path
+):
     def ask(rank):
         torch.distributed.init_process_group("gloo")
-        rows = 1 + 3 * rank                                  # rank 0 makes two passes more than its one row needs
+        rows = 1 + 3 * rank  # rank 0 makes two passes more than its one row needs
         shared = Teacher(open_teacher_files(TINY_TEACHER), residency="sharded", tokens_at_once=64)
         for level in (999.0, 100.0):
-            asked = (noisy[:rows], torch.full((rows,), level), *(text.rows(slice(0, rows)) for text in words), 4.0, 3.0, (2,))
+            asked = (
+                noisy[:rows],
+                torch.full((rows,), level),
+                *(text.rows(slice(0, rows)) for text in words),
+                4.0,
+                3.0,
+                (2,),
+            )
             for found, expected in zip(shared.velocity(*asked), teacher.velocity(*asked)):
-                torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)     # other rows go together
-        whole = [tensor for name, tensor in teacher.expert("low").named_parameters() if name.startswith("blocks.")]
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)  # other rows go together
+        whole = [
+            tensor for name, tensor in teacher.expert("low").named_parameters() if name.startswith("blocks.")
+        ]
         kept = [tensor.to_local() for tensor in shared.expert("low").blocks.parameters()]
         assert sum(map(torch.numel, kept)) <= 0.51 * sum(map(torch.numel, whole))
         with pytest.raises(RuntimeError, match="different experts"):
             shared.velocity(noisy, torch.full((4,), 999.0 if rank else 100.0), words[0])
         torch.distributed.destroy_process_group()
         return 0
+
     codes, said = together(ask, tmp_path / "ask")
     assert codes == [0, 0], said
 
@@ -188,27 +262,39 @@ def test_ranks_in_step_make_as_many_shards_of_as_many_jobs_as_any_and_write_each
             asked.append(len(prompts))
             features.append(torch.zeros(len(prompts), 4, 2))
             return lambda latents, timestep: (features.append(torch.zeros(len(prompts), 4, 2)), latents)[1]
-        states = Walker(Accelerator(), velocity_for, make_scheduler(3.0), 1, True, torch.eye(2)).walk(tmp_path, jobs, (1, 2, 2))
+
+        states = Walker(Accelerator(), velocity_for, make_scheduler(3.0), 1, True, torch.eye(2)).walk(
+            tmp_path, jobs, (1, 2, 2)
+        )
         noise, _, prompt = states.ends(range(len(jobs)))
         assert asked == [SHARD_SIZE] * 2 and prompt.tolist() == list(range(len(jobs)))
         assert torch.equal(noise, seeded_noise((1, 2, 2), prompt.tolist()).half().float())
         return 0
+
     codes, said = together(walk, tmp_path / "walk")
     assert codes == [0, 0], said
-    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [f"shard-{index:05d}.safetensors" for index in range(3)]
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
+        f"shard-{index:05d}.safetensors" for index in range(3)
+    ]
 
 
 def test_ranks_draw_the_rows_of_one_batch_at_one_level():
     def drawn(rank, ranks):
         few, generator = FewSteps(3.0, (1, 2), (1, 2, 2), 10, (rank, ranks)), torch.Generator().manual_seed(0)
         pictures = few.draw(4 // ranks, lambda latents, timestep: latents, generator, "cpu")
-        return [pictures, *few.renoise(pictures, generator), *few.renoise(pictures, generator, is_one_level=True)]
+        return [
+            pictures,
+            *few.renoise(pictures, generator),
+            *few.renoise(pictures, generator, is_one_level=True),
+        ]
+
     for whole, first, second in zip(drawn(0, 1), drawn(0, 2), drawn(1, 2)):
         assert torch.equal(whole, torch.stack([first, second], 1).flatten(0, 1))
-    assert len(whole.unique()) == 1                          # the last is the level
+    assert len(whole.unique()) == 1  # the last is the level
 
 
 # ---- accelerate's config -------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_loads_every_config_and_its_first_line_says_the_command(path):
@@ -217,16 +303,27 @@ def test_accelerate_loads_every_config_and_its_first_line_says_the_command(path)
     assert (config.num_machines, config.num_processes) == (machines, machines * gpus)
     assert config.mixed_precision == "bf16" and not config.use_cpu
     command = path.read_text().splitlines()[0]
-    assert f"accelerate launch --config_file configs/{path.name}" in command and "train_distillation.py" in command
+    assert (
+        f"accelerate launch --config_file configs/{path.name}" in command
+        and "train_distillation.py" in command
+    )
 
 
-@pytest.mark.parametrize("said, flags, words", [
-    ({"ACCELERATE_USE_FSDP": "true"}, {}, "trains by FSDP; a student is small"),
-    ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "trains by DeepSpeed"),
-    ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {}, "has gradient_accumulation_steps 4"),
-    ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {}, "has mixed_precision fp8, expected no, bf16, fp16"),
-    ({}, {"teacher_residency": "sharded"}, "and there is one. Start the run with accelerate launch"),
-    ({"LOCAL_WORLD_SIZE": "2"}, {"teacher_residency": "sharded", "teacher_fp8": True}, "leave --teacher_fp8 out")])
+@pytest.mark.parametrize(
+    "said, flags, words",
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "trains by FSDP; a student is small"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "trains by DeepSpeed"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {}, "has gradient_accumulation_steps 4"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {}, "has mixed_precision fp8, expected no, bf16, fp16"),
+        ({}, {"teacher_residency": "sharded"}, "and there is one. Start the run with accelerate launch"),
+        (
+            {"LOCAL_WORLD_SIZE": "2"},
+            {"teacher_residency": "sharded", "teacher_fp8": True},
+            "leave --teacher_fp8 out",
+        ),
+    ],
+)
 def test_a_launch_that_contradicts_the_flags_is_refused(said, flags, words, monkeypatch):
     for name, value in said.items():
         monkeypatch.setenv(name, value)
@@ -234,9 +331,18 @@ def test_a_launch_that_contradicts_the_flags_is_refused(said, flags, words, monk
         complete(train_distillation.Settings(**flags))
 
 
-@pytest.mark.parametrize("asked, config, expected, is_told", [
-    (None, None, None, False), (None, "no", None, False), (None, "bf16", "bf16", False), ("no", "bf16", "no", True),
-    ("fp16", "bf16", "fp16", True), ("bf16", "no", "bf16", False), ("bf16", "fp8", "bf16", True)])
+@pytest.mark.parametrize(
+    "asked, config, expected, is_told",
+    [
+        (None, None, None, False),
+        (None, "no", None, False),
+        (None, "bf16", "bf16", False),
+        ("no", "bf16", "no", True),
+        ("fp16", "bf16", "fp16", True),
+        ("bf16", "no", "bf16", False),
+        ("bf16", "fp8", "bf16", True),
+    ],
+)
 def test_the_precision_is_that_of_the_flag_else_of_the_config(asked, config, expected, is_told, monkeypatch):
     if config:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", config)

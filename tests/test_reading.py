@@ -23,7 +23,10 @@ def readers():
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 50])
 def test_batches_come_in_their_order_and_no_thread_is_left(ahead):
-    found = [(batch["number"].item(), text.tokens.item()) for batch, text in read_ahead(read, range(20), "cpu", ahead)]
+    found = [
+        (batch["number"].item(), text.tokens.item())
+        for batch, text in read_ahead(read, range(20), "cpu", ahead)
+    ]
     assert found == [(number, number) for number in range(20)] and not readers()
 
 
@@ -35,7 +38,7 @@ def test_the_next_batches_are_read_while_a_step_computes():
     until = time.monotonic() + 10
     while len(was_read) < 3 and time.monotonic() < until:
         time.sleep(0.001)
-    assert was_read == [0, 1, 2] and len(readers()) == 1                 # two ahead, and no more
+    assert was_read == [0, 1, 2] and len(readers()) == 1  # two ahead, and no more
     coming.close()
     assert not readers()
 
@@ -46,6 +49,7 @@ def test_a_batch_that_cannot_be_read_is_an_error_where_it_would_have_been(ahead)
         if job == 3:
             raise OSError("shard-00003: not whole")
         return read(job)
+
     coming = read_ahead(broken, range(9), "cpu", ahead)
     assert [next(coming)[0]["number"].item() for _ in range(3)] == [0, 1, 2]
     with pytest.raises(OSError, match="not whole"):
@@ -58,7 +62,10 @@ def test_a_run_that_reads_ahead_stops_and_resumes_to_the_same_weights(folder, fi
 
     def look():
         left.write_text(json.dumps(len(readers())))
-    monkeypatch.setattr(train_distillation, "read_ahead", lambda read, jobs, device, _: read_ahead(read, jobs, device, 2))
+
+    monkeypatch.setattr(
+        train_distillation, "read_ahead", lambda read, jobs, device, _: read_ahead(read, jobs, device, 2)
+    )
     code, said = train(folder, at={1: look, 2: asked()})
     assert code == 3 and "stopped at step 2 of 6" in said and left.read_text() == "1"
     assert train(folder)[0] == 0 and same(folder, finished_run[0])

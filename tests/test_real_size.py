@@ -16,8 +16,14 @@ from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.model import stream_expert
 from wanlite.training import steps
 
-SETTINGS = replace(Settings(), max_train_steps=1400, segment_steps=1000, reference_steps=40, train_batch_size=128,
-                   gradient_accumulation_steps=1)
+SETTINGS = replace(
+    Settings(),
+    max_train_steps=1400,
+    segment_steps=1000,
+    reference_steps=40,
+    train_batch_size=128,
+    gradient_accumulation_steps=1,
+)
 
 
 @pytest.mark.parametrize("walks", [400, 1000, 4000, 20000])
@@ -48,12 +54,15 @@ def test_words_of_a_bfloat16_encoder_are_packed_in_float32_as_they_are():
 
 
 def test_pictures_looked_at_in_parts_are_those_looked_at_together(monkeypatch):
-    student, generator = loud_student(hidden_size=64, depth=2, num_heads=2, text_dim=8), torch.Generator().manual_seed(0)
+    student, generator = (
+        loud_student(hidden_size=64, depth=2, num_heads=2, text_dim=8),
+        torch.Generator().manual_seed(0),
+    )
     text = pack_text([torch.randn(length, 8, generator=generator) for length in (2, 5, 3)])
     latents, timestep = torch.randn(3, 16, 8, 8, generator=generator), torch.tensor([900.0, 500.0, 100.0])
     asked = []
     student.register_forward_pre_hook(lambda module, inputs: asked.append(len(inputs[0])))
-    monkeypatch.setattr(steps, "TOGETHER", 32)               # two pictures of 16 tokens
+    monkeypatch.setattr(steps, "TOGETHER", 32)  # two pictures of 16 tokens
     with torch.no_grad():
         together = steps.velocity_from(student, text)(latents, timestep)
         parts = steps.velocity_in_parts(student, text)(latents, timestep)
@@ -62,7 +71,10 @@ def test_pictures_looked_at_in_parts_are_those_looked_at_together(monkeypatch):
 
 def test_what_is_kept_is_made_once(tmp_path):
     made = []
-    found = [kept_once(Accelerator(), tmp_path, lambda: made.append(1) or {"basis": torch.arange(5.0)}) for _ in range(2)]
+    found = [
+        kept_once(Accelerator(), tmp_path, lambda: made.append(1) or {"basis": torch.arange(5.0)})
+        for _ in range(2)
+    ]
     assert len(made) == 1 and all(torch.equal(each["basis"], torch.arange(5.0)) for each in found)
 
 
@@ -72,8 +84,22 @@ def test_a_streamed_block_is_gone_when_the_next_is_read():
 
 
 def test_a_sample_of_the_real_size_tells_every_phase_and_leaves_nothing(tmp_path):
-    process = run_script(ROOT / "benchmarks" / "real_size.py", "--quick", "--resolution", "64", "--folder", tmp_path / "wan")
+    process = run_script(
+        ROOT / "benchmarks" / "real_size.py", "--quick", "--resolution", "64", "--folder", tmp_path / "wan"
+    )
     assert process.returncode == 0, process.stdout + process.stderr
-    rows = {line.split(" | ")[0].removeprefix("| "): line for line in process.stdout.splitlines() if line.startswith("| ")}
-    assert rows.keys() >= {"converting", "text", "start", "trajectories", "training", "own path", "validation"}
+    rows = {
+        line.split(" | ")[0].removeprefix("| "): line
+        for line in process.stdout.splitlines()
+        if line.startswith("| ")
+    }
+    assert rows.keys() >= {
+        "converting",
+        "text",
+        "start",
+        "trajectories",
+        "training",
+        "own path",
+        "validation",
+    }
     assert "streamed and stock teacher differ by" in process.stdout and not (tmp_path / "wan").exists()

@@ -43,6 +43,7 @@ def train(folder, *flags, at=None, checks=None, guards=None):
     `at` is {number of a micro-batch in this process: what happens before it, which may change its loss}; `checks` as much for
     the passes over the held-out states; `guards` stands in for what finds a student beyond them.
     """
+
     def whenever(function, happenings):
         numbers = iter(range(1, 10**6))
 
@@ -52,6 +53,7 @@ def train(folder, *flags, at=None, checks=None, guards=None):
                 return function(*arguments)
             loss, parts = function(*arguments)
             return loss * change, parts
+
         return wrapped
 
     def as_typed():
@@ -63,9 +65,10 @@ def train(folder, *flags, at=None, checks=None, guards=None):
         with open(f"{folder}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
             try:
                 code = train_distillation.main(*train_distillation.read_settings())
-            except SystemExit as end:                        # how argparse refuses
+            except SystemExit as end:  # how argparse refuses
                 code = end.code
         os._exit(code)
+
     code = fork(as_typed)
     return code, Path(f"{folder}.log").read_text()
 
@@ -100,7 +103,7 @@ def test_the_teacher_is_in_memory_only_in_the_part_that_asks_it(folder):
 
     assert train(folder, at={1: count, 3: count, 6: count})[0] == 0
     velocity, segments, matching = map(int, counts.read_text().split())
-    assert velocity == segments < matching                   # not 0: this process, whose copy runs, may hold a teacher too
+    assert velocity == segments < matching  # not 0: this process, whose copy runs, may hold a teacher too
 
 
 def asked(number=signal.SIGTERM):
@@ -109,7 +112,9 @@ def asked(number=signal.SIGTERM):
 
 def same(folder, other):
     first, second = (load_file(place / WEIGHTS) for place in (folder, other))
-    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    return first.keys() == second.keys() and all(
+        torch.equal(tensor, second[name]) for name, tensor in first.items()
+    )
 
 
 def steps(folder):
@@ -118,14 +123,22 @@ def steps(folder):
 
 # ---- stopped and killed ------------------------------------------------------------------------------------------------------
 
+
 def test_a_run_stopped_twice_ends_with_the_weights_of_an_uninterrupted_one(folder, finished_run):
-    for at, step in ((2, 2), (3, 5)):                        # the second process begins at step 2
+    for at, step in ((2, 2), (3, 5)):  # the second process begins at step 2
         code, said = train(folder, at={at: asked()})
         assert code == 3 and f"stopped at step {step} of 6" in said
-        assert f"stopped; resume with: python train_distillation.py --output_dir {folder} --num_trajectories 64" in said
+        assert (
+            f"stopped; resume with: python train_distillation.py --output_dir {folder} --num_trajectories 64"
+            in said
+        )
         assert step in steps(folder) and not (folder / WEIGHTS).exists()
     code, said = train(folder)
-    assert code == 0 and f"resumed at step 5 from {checkpoint_path(folder, 5)}" in said and same(folder, finished_run[0])
+    assert (
+        code == 0
+        and f"resumed at step 5 from {checkpoint_path(folder, 5)}" in said
+        and same(folder, finished_run[0])
+    )
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "held_out_error" in record] == [0, 3, 6]
 
@@ -140,6 +153,7 @@ def test_a_second_signal_ends_the_process_at_once(folder):
     def twice():
         asked()()
         asked()()
+
     code, _ = train(folder, at={4: twice})
     assert code == -signal.SIGTERM and steps(folder) == [3]
 
@@ -156,13 +170,22 @@ def test_a_stop_while_validating_loses_nothing(check, kept, step, folder, finish
 
 def test_what_decides_no_weight_may_change_on_resume(folder, finished_run):
     train(folder, at={5: asked(signal.SIGKILL)})
-    code, said = train(folder, "--checkpointing_steps", "1", "--checkpoints_total_limit", "9", "--report_to", "tensorboard")
-    assert code == 0 and "resumed at step 3" in said and same(folder, finished_run[0]) and steps(folder) == [3, 4, 5, 6]
+    code, said = train(
+        folder, "--checkpointing_steps", "1", "--checkpoints_total_limit", "9", "--report_to", "tensorboard"
+    )
+    assert (
+        code == 0
+        and "resumed at step 3" in said
+        and same(folder, finished_run[0])
+        and steps(folder) == [3, 4, 5, 6]
+    )
 
 
-def test_a_batch_that_was_fitted_to_a_machine_stays_when_a_run_goes_on_where_more_is_free_or_less(folder, monkeypatch):
+def test_a_batch_that_was_fitted_to_a_machine_stays_when_a_run_goes_on_where_more_is_free_or_less(
+    folder, monkeypatch
+):
     place = SHORT_RUN.index("--train_batch_size")
-    monkeypatch.setattr(sys.modules[__name__], "SHORT_RUN", SHORT_RUN[:place] + SHORT_RUN[place + 2:])
+    monkeypatch.setattr(sys.modules[__name__], "SHORT_RUN", SHORT_RUN[:place] + SHORT_RUN[place + 2 :])
     for name, value in (("LARGE", 1), ("BATCH", 256)):
         monkeypatch.setattr(needs, name, value)
 
@@ -170,33 +193,49 @@ def test_a_batch_that_was_fitted_to_a_machine_stays_when_a_run_goes_on_where_mor
         monkeypatch.setattr(needs, "free_memory", lambda device, sharing=1: (free, free))
         return train(folder, *flags, **happenings)
 
-    code, said = train_in(20e6)                              # less than the tiny teacher's walks take
+    code, said = train_in(20e6)  # less than the tiny teacher's walks take
     assert code == 2 and "the teacher's passes do not fit" in said and "Traceback" not in said
     code, said = train_in(150e6, at={1: asked()})
-    assert code == 3 and "4 x 64 a step" in said             # the critic counts, and the teacher that is asked beside it
+    assert code == 3 and "4 x 64 a step" in said  # the critic counts, and the teacher that is asked beside it
     code, said = train_in(60e6, "--matching_steps", "0", "--overwrite", at={12: asked()})
-    assert code == 3 and "8 x 32 a step" in said and "60.0 MB free on cpu" in said and "stopped at step 1" in said
-    assert read_run(folder)["fitted"] == {"mixed_precision": "no", "train_batch_size": 32, "gradient_accumulation_steps": 8}
+    assert (
+        code == 3
+        and "8 x 32 a step" in said
+        and "60.0 MB free on cpu" in said
+        and "stopped at step 1" in said
+    )
+    assert read_run(folder)["fitted"] == {
+        "mixed_precision": "no",
+        "train_batch_size": 32,
+        "gradient_accumulation_steps": 8,
+    }
     run = read_run(folder)
     write_json(folder / "run.json", {name: value for name, value in run.items() if name != "fitted"})
     code, said = train_in(60e6, "--matching_steps", "0")
     assert code == 2 and "cut short by an older version" in said
     write_json(folder / "run.json", run)
-    monkeypatch.delattr(train_distillation, "choose_precision")                 # nothing is chosen again
+    monkeypatch.delattr(train_distillation, "choose_precision")  # nothing is chosen again
     code, said = train_in(1e12, "--matching_steps", "0")
     assert code == 0 and "8 x 32 a step" in said and "resumed at step 1" in said
 
 
-@pytest.mark.parametrize("flags, words", [(["--seed", "1"], "seed was 0, is 1"),
-                                          (["--max_train_steps", "7"], "max_train_steps was 6, is 7")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [(["--seed", "1"], "seed was 0, is 1"), (["--max_train_steps", "7"], "max_train_steps was 6, is 7")],
+)
 def test_a_changed_setting_that_decides_a_weight_is_named(flags, words, folder):
     train(folder, at={5: asked(signal.SIGKILL)})
     code, said = train(folder, *flags)
     assert code == 2 and words in said and "--overwrite" in said and steps(folder) == [3]
 
 
-@pytest.mark.parametrize("name, value, words", [("processes", 2, "the number of processes is another"),
-                                                ("teacher", "0" * 64, "--teacher holds other weights")])
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("processes", 2, "the number of processes is another"),
+        ("teacher", "0" * 64, "--teacher holds other weights"),
+    ],
+)
 def test_another_world_or_teacher_is_named(name, value, words, folder):
     train(folder, at={5: asked(signal.SIGKILL)})
     run = json.loads((folder / "run.json").read_text())
@@ -207,8 +246,9 @@ def test_another_world_or_teacher_is_named(name, value, words, folder):
 
 def test_a_run_is_not_joined_by_another_one(folder, finished_run):
     def join():
-        code, said = train(folder.with_name("second"), "--output_dir", folder)      # the later flag counts
+        code, said = train(folder.with_name("second"), "--output_dir", folder)  # the later flag counts
         folder.with_name("joined").write_text(f"{code} {said}")
+
     code, _ = train(folder, at={5: join})
     assert code == 0 and same(folder, finished_run[0])
     joined = folder.with_name("joined").read_text()
@@ -217,33 +257,63 @@ def test_a_run_is_not_joined_by_another_one(folder, finished_run):
 
 # ---- which student is saved ----------------------------------------------------------------------------------------------------
 
+
 def scores(folder):
     """Return {step: what a run with distribution matching is judged by} of every validation."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: sum(record[f"frechet_distance_{count}"] for count in (1, 2, 4)) / 3
-            for record in records if "held_out_error" in record}
+    return {
+        record["step"]: sum(record[f"frechet_distance_{count}"] for count in (1, 2, 4)) / 3
+        for record in records
+        if "held_out_error" in record
+    }
 
 
 def test_the_best_validation_is_saved_and_not_the_last_and_a_resumed_run_chooses_the_same(folder):
-    flags = ("--validation_steps", "1", "--checkpointing_steps", "1", "--checkpoints_total_limit", "9", "--lr_warmup_steps", "0",
-             "--learning_rate", "0.05")                      # far too high: students get worse
+    flags = (
+        "--validation_steps",
+        "1",
+        "--checkpointing_steps",
+        "1",
+        "--checkpoints_total_limit",
+        "9",
+        "--lr_warmup_steps",
+        "0",
+        "--learning_rate",
+        "0.05",
+    )  # far too high: students get worse
     code, _ = train(folder, *flags, guards=lambda figures: [], at={6: asked()})
     assert code == 3
     code, _ = train(folder, *flags, guards=lambda figures: [])
     chosen = json.loads((folder / "run.json").read_text())["chosen"]
-    found = {step: score for step, score in scores(folder).items() if step > 2}        # of stage 1 none is a candidate
-    assert code == 0 and chosen["step"] == min(found, key=found.get) and chosen["frechet_distance"] == min(found.values())
+    found = {
+        step: score for step, score in scores(folder).items() if step > 2
+    }  # of stage 1 none is a candidate
+    assert (
+        code == 0
+        and chosen["step"] == min(found, key=found.get)
+        and chosen["frechet_distance"] == min(found.values())
+    )
     last = load_file(checkpoint_path(folder, 6) / "state.safetensors")
     saved = load_file(folder / WEIGHTS)
-    assert all(torch.equal(saved[name], last[f"/best/weights/{name}"]) for name in saved) or chosen["step"] == 6
+    assert (
+        all(torch.equal(saved[name], last[f"/best/weights/{name}"]) for name in saved) or chosen["step"] == 6
+    )
 
 
 @pytest.mark.parametrize("rate, ends", [("0.3", True), ("0.003", False)], ids=["worse", "nearer"])
 def test_training_ends_where_students_stay_beyond_a_guard_unless_they_still_come_nearer(rate, ends, folder):
     """And the best before is saved."""
     looks = iter([[]] * 3 + [["variety 0.00, at least 0.6"]] * 99)
-    code, said = train(folder, "--validation_steps", "1", "--lr_warmup_steps", "0", "--learning_rate", rate,
-                       guards=lambda figures: next(looks))
+    code, said = train(
+        folder,
+        "--validation_steps",
+        "1",
+        "--lr_warmup_steps",
+        "0",
+        "--learning_rate",
+        rate,
+        guards=lambda figures: next(looks),
+    )
     rejected = "rejected, unlike the teacher in 1 step: variety 0.00, at least 0.6"
     run, found = json.loads((folder / "run.json").read_text()), scores(folder)
     first, *later = (found[step] for step in sorted(found) if step > 2)
@@ -257,7 +327,10 @@ def test_a_run_whose_validations_were_all_rejected_ends_with_a_warning(folder):
     ending = "no validation came close enough to the teacher; kept the last step. Try more --max_train_steps or --num_trajectories"
     assert code == 0 and f"\nWARNING   {ending}\n" in said
     run = read_run(folder)
-    assert run["verdict"] == ending and run["chosen"] == {"step": 6, "why": "the last step, for every validation was rejected"}
+    assert run["verdict"] == ending and run["chosen"] == {
+        "step": 6,
+        "why": "the last step, for every validation was rejected",
+    }
     rejected = [line for line in said.splitlines() if "rejected" in line]
     assert rejected and max(map(len, rejected)) <= 100
 
@@ -265,7 +338,10 @@ def test_a_run_whose_validations_were_all_rejected_ends_with_a_warning(folder):
 def test_a_run_that_came_close_ends_with_the_step_that_was_kept(folder):
     code, said = train(folder, guards=lambda figures: [])
     run = read_run(folder)
-    assert run["verdict"] == f"kept step {run['chosen']['step']}, the closest to the teacher" and "WARNING   " not in said
+    assert (
+        run["verdict"] == f"kept step {run['chosen']['step']}, the closest to the teacher"
+        and "WARNING   " not in said
+    )
     assert code == 0 and f"finished in {run['minutes']:.1f} minutes; {run['verdict']}\n" in said
 
 
@@ -275,11 +351,12 @@ def test_the_command_that_a_stopped_run_prints_resumes_it(flags, at, folder, fin
     code, said = train(folder, *flags, at={at: asked()})
     words = shlex.split(said.partition("stopped; resume with: ")[2].splitlines()[0])
     assert code == 3 and words[:2] == ["python", "train_distillation.py"]
-    code, said = train(folder, *words[4 + len(SHORT_RUN):])  # after the folder, and what every run here has
+    code, said = train(folder, *words[4 + len(SHORT_RUN) :])  # after the folder, and what every run here has
     assert code == 0 and "resumed at step" in said and same(folder, finished_run[0])
 
 
 # ---- checkpoints that do not verify --------------------------------------------------------------------------------------------
+
 
 def cut(path):
     (path / "state.safetensors").write_bytes((path / "state.safetensors").read_bytes()[:-1])
@@ -290,7 +367,11 @@ def test_the_newest_checkpoint_is_skipped_where_it_is_broken_and_said(folder, fi
     assert steps(folder) == [2, 4]
     cut(checkpoint_path(folder, 4))
     code, said = train(folder)
-    assert code == 0 and "step-000004: skipped, state.safetensors differs" in said and "resumed at step 2" in said
+    assert (
+        code == 0
+        and "step-000004: skipped, state.safetensors differs" in said
+        and "resumed at step 2" in said
+    )
     assert same(folder, finished_run[0])
 
 
@@ -298,7 +379,11 @@ def test_a_run_never_starts_again_by_itself_where_no_checkpoint_verifies(folder,
     train(folder, at={5: asked(signal.SIGKILL)})
     cut(checkpoint_path(folder, 3))
     code, said = train(folder)
-    assert code == 2 and "no checkpoint verifies, so nothing can be resumed. Add --overwrite" in said and steps(folder) == [3]
+    assert (
+        code == 2
+        and "no checkpoint verifies, so nothing can be resumed. Add --overwrite" in said
+        and steps(folder) == [3]
+    )
     code, said = train(folder, "--overwrite")
     assert code == 0 and same(folder, finished_run[0])
 
@@ -319,10 +404,13 @@ def test_states_on_the_own_path_that_are_gone_are_asked_for(folder):
     for own in folder.glob("cache/own-path-*"):
         shutil.rmtree(own)
     code, said = train(folder, "--checkpointing_steps", "1")
-    assert code == 2 and "the states that the student met at step 4 are gone" in said and "Put them back" in said
+    assert (
+        code == 2 and "the states that the student met at step 4 are gone" in said and "Put them back" in said
+    )
 
 
 # ---- a full disk -----------------------------------------------------------------------------------------------------------------
+
 
 def fill(disk, but):
     """Leave `but` bytes free."""
@@ -333,12 +421,19 @@ def fill(disk, but):
 
 @pytest.mark.parametrize("small_disk", [80], indirect=True)
 @pytest.mark.parametrize("is_freed", [True, False], ids=["freed in time", "never freed"])
-def test_a_full_disk_costs_a_checkpoint_and_neither_the_run_nor_an_earlier_one(is_freed, folder, small_disk, finished_run):
+def test_a_full_disk_costs_a_checkpoint_and_neither_the_run_nor_an_earlier_one(
+    is_freed, folder, small_disk, finished_run
+):
     shutil.copytree(folder / "cache", small_disk / "run/cache")
     run = small_disk / "run"
     freed = {5: lambda: (small_disk / "ballast").unlink()} if is_freed else {}
-    code, said = train(run, "--checkpointing_steps", "2", at={3: lambda: fill(small_disk, but=300_000)} | freed)
-    assert "WARNING: step 4 is NOT saved" in said and f"The newest checkpoint is {checkpoint_path(run, 2)}" in said
+    code, said = train(
+        run, "--checkpointing_steps", "2", at={3: lambda: fill(small_disk, but=300_000)} | freed
+    )
+    assert (
+        "WARNING: step 4 is NOT saved" in said
+        and f"The newest checkpoint is {checkpoint_path(run, 2)}" in said
+    )
     if is_freed:
         assert code == 0 and steps(run) == [2, 6]
     else:
@@ -351,14 +446,18 @@ def test_a_full_disk_costs_a_checkpoint_and_neither_the_run_nor_an_earlier_one(i
 
 
 @pytest.mark.parametrize("small_disk", [12], indirect=True)
-def test_a_disk_that_fills_while_the_teacher_walks_ends_the_run_in_one_line_and_keeps_what_was_walked(small_disk, finished_run):
+def test_a_disk_that_fills_while_the_teacher_walks_ends_the_run_in_one_line_and_keeps_what_was_walked(
+    small_disk, finished_run
+):
     run = small_disk / "run"
     (run / "cache").mkdir(parents=True)
     for start in (finished_run[0] / "cache").glob("start-*"):
         shutil.copytree(start, run / "cache" / start.name)
     fill(small_disk, but=100_000)
     code, said = train(run)
-    assert code == 2 and "No space left" in said and "Traceback" not in said and not list(run.rglob("*.partial"))
+    assert (
+        code == 2 and "No space left" in said and "Traceback" not in said and not list(run.rglob("*.partial"))
+    )
     (small_disk / "ballast").unlink()
     subprocess.run(["mount", "-o", "remount,size=80m", small_disk], check=True)
     assert train(run)[0] == 0 and same(run, finished_run[0])
@@ -375,6 +474,7 @@ def test_a_trajectory_file_that_is_not_whole_is_named_and_made_again_when_delete
 
 # ---- numbers that are not finite -----------------------------------------------------------------------------------------------
 
+
 def test_a_step_without_a_finite_gradient_is_skipped_counted_and_remembered(folder, finished_run):
     code, said = train(folder, at={2: lambda: float("nan"), 5: asked(signal.SIGKILL)})
     code, said = train(folder)
@@ -382,28 +482,58 @@ def test_a_step_without_a_finite_gradient_is_skipped_counted_and_remembered(fold
     run = json.loads((folder / "run.json").read_text())
     assert run["skipped_steps"] == 1 and run["steps"] == 6 and not same(folder, finished_run[0])
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [record["skipped_steps"] for record in records if "skipped_steps" in record and record["step"] != 4] == [1, 1, 1]
+    assert [
+        record["skipped_steps"] for record in records if "skipped_steps" in record and record["step"] != 4
+    ] == [1, 1, 1]
     assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / WEIGHTS).values())
 
 
 def test_progress_in_a_log_is_few_lines(finished_run, tmp_path):
-    process = run_script(ROOT / "train_distillation.py", "--output_dir", tmp_path / "run", *SHORT_RUN, "--max_train_steps", "100",
-                         "--validation_steps", "100", "--checkpointing_steps", "100", "--cache_dir", finished_run[0] / "cache")
+    process = run_script(
+        ROOT / "train_distillation.py",
+        "--output_dir",
+        tmp_path / "run",
+        *SHORT_RUN,
+        "--max_train_steps",
+        "100",
+        "--validation_steps",
+        "100",
+        "--checkpointing_steps",
+        "100",
+        "--cache_dir",
+        finished_run[0] / "cache",
+    )
     assert process.returncode == 0 and 2 <= process.stderr.count("distilling:") < 10
 
 
 def test_memory_that_runs_out_ends_the_run_with_what_to_try(folder):
     def run_out():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nOf the allocated memory ...")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB.\nOf the allocated memory ..."
+        )
+
     code, said = train(folder, at={5: run_out})
-    assert code == 2 and "Traceback" not in said and "Tried to allocate 2.00 GiB. What the teacher has said is kept." in said
+    assert (
+        code == 2
+        and "Traceback" not in said
+        and "Tried to allocate 2.00 GiB. What the teacher has said is kept." in said
+    )
     code, said = train(folder, "--overwrite", "--train_batch_size", "8", "--gradient_accumulation_steps", "2")
     assert code == 0 and "teacher trajectories" not in said and "2 x 8 a step" in said
 
 
 def test_too_many_such_steps_in_a_row_end_the_run_with_what_to_try(folder):
-    code, said = train(folder, "--max_train_steps", "30", at={number: lambda: float("inf") for number in range(4, 31)})
-    assert code == 2 and "20 steps in a row, up to 23, had no finite gradient" in said and "lower --learning_rate" in said
+    code, said = train(
+        folder, "--max_train_steps", "30", at={number: lambda: float("inf") for number in range(4, 31)}
+    )
+    assert (
+        code == 2
+        and "20 steps in a row, up to 23, had no finite gradient" in said
+        and "lower --learning_rate" in said
+    )
     newest, _ = latest_checkpoint(folder)
-    assert all(torch.isfinite(tensor).all() for tensor in load_file(newest / "state.safetensors").values()
-               if tensor.is_floating_point())
+    assert all(
+        torch.isfinite(tensor).all()
+        for tensor in load_file(newest / "state.safetensors").values()
+        if tensor.is_floating_point()
+    )

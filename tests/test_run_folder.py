@@ -23,7 +23,7 @@ from wanlite.training.run_folder import (
 def test_a_folder_with_no_more_than_a_projected_start_is_free_for_a_run(tmp_path):
     (tmp_path / "cache/start-0").mkdir(parents=True)
     assert check_output_folder(tmp_path, {}) == "new"
-    (tmp_path / ".run.json.0123.partial").touch()                 # of a run that was killed as it wrote its settings
+    (tmp_path / ".run.json.0123.partial").touch()  # of a run that was killed as it wrote its settings
     assert check_output_folder(tmp_path, {}) == "new"
     (tmp_path / "letter.txt").touch()
     with pytest.raises(ValueError, match="no run of this script"):
@@ -50,7 +50,9 @@ def test_a_finished_run_is_refused_with_how_to_train_it_further(name, tmp_path):
 
 def test_an_output_folder_says_what_a_run_may_do_with_it(tmp_path):
     settings = {"seed": 0, "learning_rate": 1e-3}
-    assert check_output_folder(tmp_path / "none", settings) == check_output_folder(tmp_path, settings) == "new"
+    assert (
+        check_output_folder(tmp_path / "none", settings) == check_output_folder(tmp_path, settings) == "new"
+    )
     write_json(tmp_path / "run.json", {"settings": settings, "finished": False})
     assert check_output_folder(tmp_path, settings) == "resume"
     assert check_output_folder(tmp_path, settings, resume=False) == "new"
@@ -70,8 +72,14 @@ def test_an_output_folder_says_what_a_run_may_do_with_it(tmp_path):
                 check_output_folder(tmp_path, settings, overwrite=overwrite, resume=False)
 
 
-@pytest.mark.parametrize("name, value, words", [("teacher", "b", "--teacher holds other weights"), ("processes", 2, "processes"),
-                                                ("prompts", "c", "prompts are others")])
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("teacher", "b", "--teacher holds other weights"),
+        ("processes", 2, "processes"),
+        ("prompts", "c", "prompts are others"),
+    ],
+)
 def test_what_would_end_otherwise_is_not_resumed(tmp_path, name, value, words):
     run = {"teacher": "a", "prompts": "b", "processes": 1, "versions": {"torch": "2.13.0"}}
     write_json(tmp_path / "run.json", run)
@@ -85,13 +93,25 @@ def test_what_would_end_otherwise_is_not_resumed(tmp_path, name, value, words):
 
 
 def test_clearing_removes_what_a_run_wrote_and_nothing_else(tmp_path):
-    for name in ("checkpoints/step-000001/manifest.json", "run.json", "config.json", "metrics.jsonl", "thesis.tex", "cache/shard"):
+    for name in (
+        "checkpoints/step-000001/manifest.json",
+        "run.json",
+        "config.json",
+        "metrics.jsonl",
+        "thesis.tex",
+        "cache/shard",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     clear(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", "cache"}
     mine = ("samples/mine.png", "checkpoints/backup/state.json")
-    for name in (*mine, "samples/step-000001.png", "checkpoints/step-000001/state.json", "checkpoints/.step-000002.old/state.json"):
+    for name in (
+        *mine,
+        "samples/step-000001.png",
+        "checkpoints/step-000001/state.json",
+        "checkpoints/.step-000002.old/state.json",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     clear(tmp_path)
@@ -139,11 +159,15 @@ def test_parts_of_a_read_only_teacher_are_saved_writable(saved_parts):
     check_saved_parts(saved_parts)
 
 
-@pytest.mark.parametrize("break_it, words", [
-    (lambda run: (run / "vae/weights.bin").write_text("cut"), "3 bytes, 7 were written"),
-    (lambda run: (run / "tokenizer/weights.bin").unlink(), "lacks weights.bin"),
-    (lambda run: shutil.rmtree(run / "text_encoder"), "lacks text_encoder"),
-    (lambda run: (run / "scheduler/scheduler_config.json").unlink(), "lacks scheduler_config.json")])
+@pytest.mark.parametrize(
+    "break_it, words",
+    [
+        (lambda run: (run / "vae/weights.bin").write_text("cut"), "3 bytes, 7 were written"),
+        (lambda run: (run / "tokenizer/weights.bin").unlink(), "lacks weights.bin"),
+        (lambda run: shutil.rmtree(run / "text_encoder"), "lacks text_encoder"),
+        (lambda run: (run / "scheduler/scheduler_config.json").unlink(), "lacks scheduler_config.json"),
+    ],
+)
 def test_a_saved_part_that_was_damaged_is_named(saved_parts, break_it, words):
     break_it(saved_parts)
     with pytest.raises(OSError, match=words):

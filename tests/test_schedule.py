@@ -26,15 +26,23 @@ def change(folder, **changes):
 
 def test_defaults_read_from_source_are_those_of_the_class():
     parameters = inspect.signature(UniPCMultistepScheduler.__init__).parameters.values()
-    assert scheduler_defaults() == {each.name: each.default for each in parameters if each.default is not each.empty}
+    assert scheduler_defaults() == {
+        each.name: each.default for each in parameters if each.default is not each.empty
+    }
 
 
-@pytest.mark.parametrize("schedule, few_steps", [(FEW, (1, 2, 4)), (STAGE_ONE, ()), ({}, (1, 2, 4)), ({}, ())])
+@pytest.mark.parametrize(
+    "schedule, few_steps", [(FEW, (1, 2, 4)), (STAGE_ONE, ()), ({}, (1, 2, 4)), ({}, ())]
+)
 def test_what_training_saves_is_what_drawing_takes(schedule, few_steps, tmp_path):
     make_scheduler(3.0, few_steps).save_pretrained(tmp_path / "scheduler")
-    found, expected = UniPCMultistepScheduler(**read_schedule(tmp_path, schedule)), make_scheduler(3.0, few_steps)
+    found, expected = (
+        UniPCMultistepScheduler(**read_schedule(tmp_path, schedule)),
+        make_scheduler(3.0, few_steps),
+    )
     assert {name: found.config[name] for name in scheduler_defaults()} == {
-        name: expected.config[name] for name in scheduler_defaults()}
+        name: expected.config[name] for name in scheduler_defaults()
+    }
 
 
 @pytest.mark.parametrize("name", sorted(scheduler_defaults()))
@@ -42,18 +50,26 @@ def test_what_training_saves_is_what_drawing_takes(schedule, few_steps, tmp_path
 def test_no_setting_of_another_value_is_taken(name, schedule, folder):
     value = scheduler_defaults()[name]
     change(folder, **{name: not value if isinstance(value, bool) else "evil"})
-    if name == "use_flow_sigmas":                            # the training sets it against its default
+    if name == "use_flow_sigmas":  # the training sets it against its default
         change(folder, **{name: False})
     with pytest.raises(ValueError, match=f"says {name} .*expected .*Copy the folder again"):
         read_schedule(folder, schedule)
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"thresholding": 0}, "thresholding 0, expected False"), ({"num_train_timesteps": True}, "num_train_timesteps True"),
-    ({"disable_corrector": [0, 1, 2]}, "disable_corrector"), ({"disable_corrector": "left out"}, r"disable_corrector \[\]"),
-    ({"trained_betas": [0.1] * 10**5}, "trained_betas"), ({"flow_shift": "left out"}, "flow_shift 1.0, expected 3.0"),
-    ({"a_new_one": 1}, "a_new_one 1, expected no such setting"), ({"\x1b[2J": 1}, r"'\\x1b\[2J' 1"),
-    ({"_class_name": ["UniPCMultistepScheduler"]}, "_class_name")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"thresholding": 0}, "thresholding 0, expected False"),
+        ({"num_train_timesteps": True}, "num_train_timesteps True"),
+        ({"disable_corrector": [0, 1, 2]}, "disable_corrector"),
+        ({"disable_corrector": "left out"}, r"disable_corrector \[\]"),
+        ({"trained_betas": [0.1] * 10**5}, "trained_betas"),
+        ({"flow_shift": "left out"}, "flow_shift 1.0, expected 3.0"),
+        ({"a_new_one": 1}, "a_new_one 1, expected no such setting"),
+        ({"\x1b[2J": 1}, r"'\\x1b\[2J' 1"),
+        ({"_class_name": ["UniPCMultistepScheduler"]}, "_class_name"),
+    ],
+)
 def test_types_lists_and_unknown_settings_are_compared_too(changes, words, folder):
     change(folder, **changes)
     with pytest.raises(ValueError, match=words) as refused:
@@ -68,8 +84,15 @@ def test_numbers_that_are_not_finite_are_no_json(value, folder):
         read_schedule(folder, FEW)
 
 
-@pytest.mark.parametrize("changes", [{"_diffusers_version": "9.9"}, {"shift_terminal": "left out", "sigma_max": "left out"},
-                                     {"flow_shift": 3}, {"_name_or_path": "x"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"_diffusers_version": "9.9"},
+        {"shift_terminal": "left out", "sigma_max": "left out"},
+        {"flow_shift": 3},
+        {"_name_or_path": "x"},
+    ],
+)
 def test_versions_and_settings_at_their_default_make_no_difference(changes, folder):
     change(folder, **changes)
     assert read_schedule(folder, FEW)["flow_shift"] == 3.0
@@ -80,8 +103,20 @@ def test_a_scheduler_that_stock_loaded_and_saved_again_is_taken(folder):
     assert read_schedule(folder, FEW) == read_schedule(folder, {})
 
 
-@pytest.mark.parametrize("schedule", [[1], "x", {"few_steps": [0]}, {"few_steps": [10**12]}, {"few_steps": "4" * 10**6},
-                                      {"flow_shift": "3"}, {"flow_shift": True}, {"flow_shift": 10**400}, {"flow_shift": -1}])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        [1],
+        "x",
+        {"few_steps": [0]},
+        {"few_steps": [10**12]},
+        {"few_steps": "4" * 10**6},
+        {"flow_shift": "3"},
+        {"flow_shift": True},
+        {"flow_shift": 10**400},
+        {"flow_shift": -1},
+    ],
+)
 def test_a_record_of_no_schedule_is_refused_by_name(schedule):
     with pytest.raises(ValueError, match="run.json: says ") as refused:
         recorded_schedule({"schedule": schedule}, "run.json")

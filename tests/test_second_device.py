@@ -13,11 +13,29 @@ from run_inference import Painter
 from tests.conftest import ROOT
 from tests.test_images import write_folder
 
-pytestmark = pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
-                                reason="this torch takes no device that is written in Python")
-STAGES = ["--num_trajectories=8", "--num_held_out=6", "--train_batch_size=8", "--max_train_steps=6", "--segment_steps=2",
-          "--matching_steps=2", "--validation_steps=6", "--validation_walks=4", "--own_path_pictures=4", "--teacher_steps=2",
-          "--few_steps", "1", "2", "--num_inference_steps=2", "--aspect_ratios", "1:1", "3:2"]
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch takes no device that is written in Python",
+)
+STAGES = [
+    "--num_trajectories=8",
+    "--num_held_out=6",
+    "--train_batch_size=8",
+    "--max_train_steps=6",
+    "--segment_steps=2",
+    "--matching_steps=2",
+    "--validation_steps=6",
+    "--validation_walks=4",
+    "--own_path_pictures=4",
+    "--teacher_steps=2",
+    "--few_steps",
+    "1",
+    "2",
+    "--num_inference_steps=2",
+    "--aspect_ratios",
+    "1:1",
+    "3:2",
+]
 SECOND_DEVICE, WEIGHTS = ROOT / "tests" / "second_device.py", "diffusion_pytorch_model.safetensors"
 PROMPTS = ["a small red ring on a white background", "a large blue cross on a grey background"]
 DRAWS = f"""import sys
@@ -38,7 +56,7 @@ from wanlite.teacher_files import open_teacher_files
 there, made = type(torch.zeros(1, device="second:0")), {{}}
 make = there.__new__
 there.__new__ = staticmethod(lambda cls, numbers: made.update({{numbers.data_ptr(): numbers.nbytes}}) or make(cls, numbers))
-files = open_teacher_files("{ROOT / 'tiny_teacher'}")
+files = open_teacher_files("{ROOT / "tiny_teacher"}")
 expert = Teacher(files, torch.device("second:0"), torch.float32, "both", is_fp8=True).expert("high")
 print(sum(made.values()), sum(weight.nbytes for weight in expert.parameters()), 4 * files.experts["high"].num_parameters)
 torch.zeros(2, device="second:0") + torch.zeros(2)
@@ -49,7 +67,7 @@ import torch
 from wanlite.network import pack_text
 from wanlite.teacher import Teacher
 from wanlite.teacher_files import open_teacher_files
-files, latents = open_teacher_files("{ROOT / 'tiny_teacher'}"), torch.randn(2, 16, 8, 8)
+files, latents = open_teacher_files("{ROOT / "tiny_teacher"}"), torch.randn(2, 16, 8, 8)
 def asked(teacher, device):
     text = pack_text([torch.ones(3, 64)] * 2).to(device)
     return torch.stack([teacher.velocity(latents.to(device), torch.full((2,), level, device=device), text)[0].cpu()
@@ -73,8 +91,18 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("devices")
     write_folder(folder / "images")
     for device, start in (("second:0", [SECOND_DEVICE]), ("cpu", [])):
-        said = subprocess.run([sys.executable, *start, ROOT / "train_distillation.py", f"--output_dir={folder / device}",
-                               f"--images={folder / 'images'}", *STAGES], capture_output=True, text=True)
+        said = subprocess.run(
+            [
+                sys.executable,
+                *start,
+                ROOT / "train_distillation.py",
+                f"--output_dir={folder / device}",
+                f"--images={folder / 'images'}",
+                *STAGES,
+            ],
+            capture_output=True,
+            text=True,
+        )
         assert said.returncode == 0, said.stderr[-3000:]
         assert f"device   {device}" in said.stdout
     return folder / "second:0", folder / "cpu"
@@ -82,8 +110,11 @@ def runs(tmp_path_factory):
 
 def test_every_stage_trains_there_to_the_student_of_the_cpu(runs):
     """But for rounding: as it starts on a device, so it learns there."""
-    there, here = (torch.cat([weight.flatten() for _, weight in sorted(load_file(run / WEIGHTS).items())]) for run in runs)
-    start, = runs[1].glob("cache/start-*")
+    there, here = (
+        torch.cat([weight.flatten() for _, weight in sorted(load_file(run / WEIGHTS).items())])
+        for run in runs
+    )
+    (start,) = runs[1].glob("cache/start-*")
     began = torch.cat([weight.flatten() for _, weight in sorted(load_file(start / WEIGHTS).items())])
     assert (there - here).norm() < 0.1 * (here - began).norm()
 
@@ -93,7 +124,10 @@ def test_a_student_draws_there_what_it_draws_on_the_cpu(runs, tmp_path):
     script.write_text(DRAWS.format(root=ROOT, run=runs[1], folder=tmp_path))
     said = on_second_device(script)
     assert said.returncode == 0, said.stderr[-3000:]
-    assert said.stdout.split() == ["second:0", "cpu"]        # where the text encoder was: the second time too little was free
+    assert said.stdout.split() == [
+        "second:0",
+        "cpu",
+    ]  # where the text encoder was: the second time too little was free
     drawn = Painter(runs[1], "cpu").draw(PROMPTS, range(2), 2, 64, 96)
     for name in ("there", "beside"):
         assert np.abs(np.load(tmp_path / f"{name}.npy").astype(int) - drawn).max() <= 1
@@ -105,7 +139,9 @@ def test_an_expert_in_float8_is_never_there_in_more_and_what_is_mixed_is_refused
     said = on_second_device(script)
     made, held, in_float32 = map(int, said.stdout.split())
     assert made < 1.1 * held < 0.5 * in_float32
-    assert said.stderr.splitlines()[-1].startswith("RuntimeError: Expected all tensors to be on the same device, but add ")
+    assert said.stderr.splitlines()[-1].startswith(
+        "RuntimeError: Expected all tensors to be on the same device, but add "
+    )
 
 
 @pytest.mark.parametrize("storage", ["float32", "fp8"])
@@ -114,4 +150,6 @@ def test_of_experts_that_take_turns_there_the_other_is_on_the_cpu_where_it_was(s
     script.write_text(SWAPS)
     said = on_second_device(script, storage)
     apart, places, is_where_it_was = said.stdout.splitlines()
-    assert float(apart) < 1e-4 and places == "{'low': {'cpu'}, 'high': {'second'}}" and is_where_it_was == "True"
+    assert (
+        float(apart) < 1e-4 and places == "{'low': {'cpu'}, 'high': {'second'}}" and is_where_it_was == "True"
+    )

@@ -28,11 +28,18 @@ def test_every_way_to_say_a_scene_reads_back_to_it():
 
 def test_training_and_held_out_scenes_never_meet_and_both_know_every_word():
     def combinations(held_out):
-        return {tuple((o.colour, o.shape, o.place) for o in scene.objects) for scene in shapes.scenes(0, 4000, held_out)}
+        return {
+            tuple((o.colour, o.shape, o.place) for o in scene.objects)
+            for scene in shapes.scenes(0, 4000, held_out)
+        }
+
     assert not combinations(False) & combinations(True)
     for held_out in (False, True):
         said = " ".join(shapes.captions(0, 2000, held_out))
-        assert all(word in said for word in (*shapes.COLOURS, *shapes.SHAPES, *shapes.SIZES, *shapes.PLACES, *shapes.BACKGROUNDS))
+        assert all(
+            word in said
+            for word in (*shapes.COLOURS, *shapes.SHAPES, *shapes.SIZES, *shapes.PLACES, *shapes.BACKGROUNDS)
+        )
 
 
 def test_scenes_and_captions_are_functions_of_their_seed():
@@ -50,7 +57,10 @@ def test_the_judge_reads_through_noise(pictures):
 
 
 def test_the_judge_reads_through_blur(pictures):
-    assert share_read([np.array(Image.fromarray(p).filter(ImageFilter.GaussianBlur(1))) for p in pictures]) >= 0.98
+    assert (
+        share_read([np.array(Image.fromarray(p).filter(ImageFilter.GaussianBlur(1))) for p in pictures])
+        >= 0.98
+    )
 
 
 def lose_an_object(picture, scene):
@@ -60,7 +70,7 @@ def lose_an_object(picture, scene):
 def halve_an_object(picture, scene):
     x, y = shapes.PLACES[scene.objects[0].place]
     broken = picture.copy()
-    broken[y - 16:y + 16, x:x + 16] = shapes.BACKGROUNDS[scene.background]
+    broken[y - 16 : y + 16, x : x + 16] = shapes.BACKGROUNDS[scene.background]
     return broken
 
 
@@ -111,22 +121,51 @@ def two_colours_in_one(picture, scene):
     return broken
 
 
-@pytest.mark.parametrize("break_it", [lose_an_object, halve_an_object, add_a_stray_blob, swap_red_and_blue, grow_an_object,
-                                      paint_half_the_background, move_everything, melt_into_a_blob, shuffle_patches,
-                                      two_colours_in_one])
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lose_an_object,
+        halve_an_object,
+        add_a_stray_blob,
+        swap_red_and_blue,
+        grow_an_object,
+        paint_half_the_background,
+        move_everything,
+        melt_into_a_blob,
+        shuffle_patches,
+        two_colours_in_one,
+    ],
+)
 def test_a_broken_picture_is_never_read_as_its_scene(break_it, pictures):
-    wrongly = [scene for picture, scene in zip(pictures, SCENES) if shapes.read_picture(break_it(picture, scene)) == scene]
+    wrongly = [
+        scene
+        for picture, scene in zip(pictures, SCENES)
+        if shapes.read_picture(break_it(picture, scene)) == scene
+    ]
     assert not wrongly, f"{len(wrongly)} of {len(SCENES)}, first {wrongly[0]}"
 
 
 def test_a_flat_picture_and_pure_noise_show_no_scene():
     assert shapes.read_picture(np.full((64, 64, 3), 245, np.uint8)) is None
-    assert shapes.read_picture(np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)) is None
+    assert (
+        shapes.read_picture(np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)) is None
+    )
 
 
 def test_the_verdict_names_the_attribute_that_is_wrong():
-    scene = Scene((Object("small", "red", "circle", "left"), Object("large", "blue", "ring", "right")), "white")
-    wrong = Scene((Object("small", "red", "square", "left"), Object("large", "cyan", "ring", "right")), "white")
+    scene = Scene(
+        (Object("small", "red", "circle", "left"), Object("large", "blue", "ring", "right")), "white"
+    )
+    wrong = Scene(
+        (Object("small", "red", "square", "left"), Object("large", "cyan", "ring", "right")), "white"
+    )
     assert shapes.judge(shapes.draw(scene), scene) == dict.fromkeys(("whole", *shapes.ATTRIBUTES), 1.0)
-    assert shapes.judge(shapes.draw(wrong), scene) == {"whole": 0.0, "count": 1.0, "background": 1.0, "colour": 0.5,
-                                                       "shape": 0.5, "size": 1.0, "place": 1.0}
+    assert shapes.judge(shapes.draw(wrong), scene) == {
+        "whole": 0.0,
+        "count": 1.0,
+        "background": 1.0,
+        "colour": 0.5,
+        "shape": 0.5,
+        "size": 1.0,
+        "place": 1.0,
+    }

@@ -30,19 +30,42 @@ from wanlite.world import shapes
 OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 FP8 = torch.float8_e4m3fn
 EXPERTS = {"high": "transformer", "low": "transformer_2"}
-VERY_SHORT = {"num_trajectories": 8, "teacher_steps": 4, "train_batch_size": 8, "max_train_steps": 2, "segment_steps": 1,
-              "own_path_pictures": 4, "num_held_out": 4, "checkpointing_steps": 2, "validation_steps": 2}
-NETWORK = {"num_attention_heads": 1, "attention_head_dim": 128, "num_layers": 2, "ffn_dim": 256, "freq_dim": 32, "text_dim": 64,
-           "in_channels": 16, "out_channels": 16, "rope_max_seq_len": 1024}
+VERY_SHORT = {
+    "num_trajectories": 8,
+    "teacher_steps": 4,
+    "train_batch_size": 8,
+    "max_train_steps": 2,
+    "segment_steps": 1,
+    "own_path_pictures": 4,
+    "num_held_out": 4,
+    "checkpointing_steps": 2,
+    "validation_steps": 2,
+}
+NETWORK = {
+    "num_attention_heads": 1,
+    "attention_head_dim": 128,
+    "num_layers": 2,
+    "ffn_dim": 256,
+    "freq_dim": 32,
+    "text_dim": 64,
+    "in_channels": 16,
+    "out_channels": 16,
+    "rope_max_seq_len": 1024,
+}
 
 
 def settings_in(folder, **more):
     """Return the settings of a very short run with the teacher wan/ in a folder; it goes to run/ there."""
-    return Settings(teacher=str(folder / "wan"), output_dir=str(folder / "run"), report_to="none",
-                    **{"resolution": 32} | VERY_SHORT | more)
+    return Settings(
+        teacher=str(folder / "wan"),
+        output_dir=str(folder / "run"),
+        report_to="none",
+        **{"resolution": 32} | VERY_SHORT | more,
+    )
 
 
 # ---- a teacher, every number of which float8, times a scale, holds exactly ---------------------------------------------------
+
 
 def scale_of(tensor):
     """Return a power of two that a tensor is at most fifteen times of: four bits are all that float8 has for a number."""
@@ -63,9 +86,21 @@ def make_network(seed, **changes):
 
 def make_text_encoder(seed=0, width=64):
     torch.manual_seed(seed)
-    return in_four_bits(UMT5EncoderModel(UMT5Config(
-        vocab_size=64, d_model=width, d_kv=16, d_ff=96, num_layers=2, num_heads=4, dropout_rate=0.0, dtype="bfloat16",
-        feed_forward_proj="gated-gelu")).bfloat16())
+    return in_four_bits(
+        UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=64,
+                d_model=width,
+                d_kv=16,
+                d_ff=96,
+                num_layers=2,
+                num_heads=4,
+                dropout_rate=0.0,
+                dtype="bfloat16",
+                feed_forward_proj="gated-gelu",
+            )
+        ).bfloat16()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +108,15 @@ def spiece():
     """A sentencepiece model as UMT5 has one, trained on the tiny world's captions."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(shapes.captions(0, 400)), model_writer=model, vocab_size=50, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-        minloglevel=2)
+        sentence_iterator=iter(shapes.captions(0, 400)),
+        model_writer=model,
+        vocab_size=50,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
     return model.getvalue()
 
 
@@ -109,12 +151,17 @@ def expert_of(wan, name):
 
 
 def text_encoder_of(wan):
-    return {key: tensor for key, tensor in tensors_of(wan, "text_encoder").items() if "embed_tokens" not in key}
+    return {
+        key: tensor for key, tensor in tensors_of(wan, "text_encoder").items() if "embed_tokens" not in key
+    }
 
 
 def autoencoder_of(wan):
     config = json.loads((wan / "vae" / "config.json").read_text())
-    return {official_autoencoder_name(key, config): tensor.bfloat16() for key, tensor in tensors_of(wan, "vae").items()}
+    return {
+        official_autoencoder_name(key, config): tensor.bfloat16()
+        for key, tensor in tensors_of(wan, "vae").items()
+    }
 
 
 def halved(tensors):
@@ -144,7 +191,10 @@ def write(path, tensors):
 def write_models(folder, wan, spiece):
     """Write a teacher as ComfyUI's models/ holds it, the tokenizer inside the text encoder."""
     for name in EXPERTS:
-        write(folder / "diffusion_models" / f"wan2.2_t2v_{name}_noise_14B_fp16.safetensors", halved(expert_of(wan, name)))
+        write(
+            folder / "diffusion_models" / f"wan2.2_t2v_{name}_noise_14B_fp16.safetensors",
+            halved(expert_of(wan, name)),
+        )
     words = {"spiece_model": torch.frombuffer(bytearray(spiece), dtype=torch.uint8)}
     write(folder / "text_encoders" / "umt5_xxl_fp16.safetensors", halved(text_encoder_of(wan)) | words)
     write(folder / "vae" / "wan_2.1_vae.safetensors", autoencoder_of(wan))
@@ -153,7 +203,10 @@ def write_models(folder, wan, spiece):
 def write_flat(folder, wan, spiece):
     """Write all in one folder, in scaled fp8 and with ComfyUI's prefix, the tokenizer beside."""
     for name in EXPERTS:
-        write(folder / f"Wan2_2-T2V-A14B-{name.upper()}_fp8_e4m3fn_scaled.safetensors", prefixed(scaled(expert_of(wan, name))))
+        write(
+            folder / f"Wan2_2-T2V-A14B-{name.upper()}_fp8_e4m3fn_scaled.safetensors",
+            prefixed(scaled(expert_of(wan, name))),
+        )
     write(folder / "umt5_xxl_fp8_e4m3fn_scaled.safetensors", scaled(text_encoder_of(wan)))
     write(folder / "wan_2.1_vae.safetensors", autoencoder_of(wan))
     shutil.copytree(wan / "tokenizer", folder / "tokenizer")
@@ -164,29 +217,57 @@ def write_official(folder, wan, spiece):
     for name in EXPERTS:
         tensors, place = expert_of(wan, name), folder / f"{name}_noise_model"
         for number in (1, 2):
-            write(place / f"diffusion_pytorch_model-0000{number}-of-00002-bf16.safetensors",
-                  {key: tensors[key].bfloat16() for key in sorted(tensors)[number - 1::2]})
-        (place / "config.json").write_text(json.dumps({
-            "_class_name": "WanModel", "dim": 128, "ffn_dim": 256, "freq_dim": 32, "in_dim": 16, "num_heads": 1, "num_layers": 2,
-            "out_dim": 16, "text_len": 512, "eps": 1e-6, "model_type": "t2v"}))
-    torch.save({official_text_encoder_name(key): tensor for key, tensor in text_encoder_of(wan).items()},
-               folder / "models_t5_umt5-xxl-enc-bf16.pth")
+            write(
+                place / f"diffusion_pytorch_model-0000{number}-of-00002-bf16.safetensors",
+                {key: tensors[key].bfloat16() for key in sorted(tensors)[number - 1 :: 2]},
+            )
+        (place / "config.json").write_text(
+            json.dumps(
+                {
+                    "_class_name": "WanModel",
+                    "dim": 128,
+                    "ffn_dim": 256,
+                    "freq_dim": 32,
+                    "in_dim": 16,
+                    "num_heads": 1,
+                    "num_layers": 2,
+                    "out_dim": 16,
+                    "text_len": 512,
+                    "eps": 1e-6,
+                    "model_type": "t2v",
+                }
+            )
+        )
+    torch.save(
+        {official_text_encoder_name(key): tensor for key, tensor in text_encoder_of(wan).items()},
+        folder / "models_t5_umt5-xxl-enc-bf16.pth",
+    )
     torch.save(autoencoder_of(wan), folder / "Wan2.1_VAE.pth")
     shutil.copytree(wan / "tokenizer", folder / "google" / "umt5-xxl")
 
 
-LAYOUTS = {"official": (write_official, "official"), "models fp16": (write_models, "ComfyUI"), "flat fp8": (write_flat, "ComfyUI")}
+LAYOUTS = {
+    "official": (write_official, "official"),
+    "models fp16": (write_models, "ComfyUI"),
+    "flat fp8": (write_flat, "ComfyUI"),
+}
 
 
 # ---- the same student ---------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     """Flags of a very short run, with prompts whose words the tokenizer knows."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text("\n".join(shapes.captions(1, 100)))
-    return ("--matching_steps", 0, "--prompts", prompts,
-            *(word for name, value in VERY_SHORT.items() for word in (f"--{name}", value)))
+    return (
+        "--matching_steps",
+        0,
+        "--prompts",
+        prompts,
+        *(word for name, value in VERY_SHORT.items() for word in (f"--{name}", value)),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -198,20 +279,29 @@ def reference(wan, flags, tmp_path_factory):
 
 
 def results_of(run):
-    return {f"{part}{name}": tensor.float() for part in ("", "vae/", "text_encoder/")
-            for path in (run / part).glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {
+        f"{part}{name}": tensor.float()
+        for part in ("", "vae/", "text_encoder/")
+        for path in (run / part).glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_trains_bitwise_the_same_student(layout, wan, spiece, flags, reference, tmp_path):
     write_it, name = LAYOUTS[layout]
     write_it(tmp_path / "teacher", wan, spiece)
-    code, said = train_in_a_process(tmp_path / "run", "--teacher", tmp_path / "teacher", "--resolution", 32, *flags)
+    code, said = train_in_a_process(
+        tmp_path / "run", "--teacher", tmp_path / "teacher", "--resolution", 32, *flags
+    )
     assert code == 0 and f"({name} layout, 2 expert(s)" in said, said
     expected, found = results_of(reference), results_of(tmp_path / "run")
     assert len(expected) > 100 and expected.keys() == found.keys()
     assert not [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
-    runs = [json.loads((run / "run.json").read_text())["settings"]["flow_shift"] for run in (reference, tmp_path / "run")]
+    runs = [
+        json.loads((run / "run.json").read_text())["settings"]["flow_shift"]
+        for run in (reference, tmp_path / "run")
+    ]
     assert runs == [12.0, 12.0]
 
 
@@ -232,11 +322,21 @@ def test_every_layout_projects_bitwise_the_same_student_and_tells_its_teacher_ap
     assert len(fingerprints) == len(LAYOUTS) + 2
 
 
-@pytest.mark.parametrize("high, low", [
-    ("wan22T2VHighNoise_v1", "wan22T2VLowNoise_v1"), ("wan_hn", "wan_ln"), ("14B-HN-fp16", "14B-LN-fp16"),
-    ("high-noise", "low-noise"),
-    ("wan_high_", "wan_low_"), ("t2vHIGHNOISE", "t2vLOWNOISE"), ("A14BhighNoise", "A14BlowNoise"), ("wan22High", "wan22Low"),
-    ("Wan2.2/fp16/wan_high_noise", "Wan2.2/fp16/wan_low_noise"), ("Wan2.2/high_noise/model", "Wan2.2/low_noise/model")])
+@pytest.mark.parametrize(
+    "high, low",
+    [
+        ("wan22T2VHighNoise_v1", "wan22T2VLowNoise_v1"),
+        ("wan_hn", "wan_ln"),
+        ("14B-HN-fp16", "14B-LN-fp16"),
+        ("high-noise", "low-noise"),
+        ("wan_high_", "wan_low_"),
+        ("t2vHIGHNOISE", "t2vLOWNOISE"),
+        ("A14BhighNoise", "A14BlowNoise"),
+        ("wan22High", "wan22Low"),
+        ("Wan2.2/fp16/wan_high_noise", "Wan2.2/fp16/wan_low_noise"),
+        ("Wan2.2/high_noise/model", "Wan2.2/low_noise/model"),
+    ],
+)
 def test_two_experts_are_found_under_any_usual_name_and_in_subfolders(high, low, wan, spiece, tmp_path):
     write_models(tmp_path, wan, spiece)
     for name, new in (("high", high), ("low", low)):
@@ -249,7 +349,9 @@ def test_two_experts_are_found_under_any_usual_name_and_in_subfolders(high, low,
     assert has_two_experts(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["wan_slow_noise", "wan_flow_shift", "wan_highres", "WanHighres", "yellow", "film_lnx"])
+@pytest.mark.parametrize(
+    "name", ["wan_slow_noise", "wan_flow_shift", "wan_highres", "WanHighres", "yellow", "film_lnx"]
+)
 def test_a_word_that_merely_contains_high_or_low_names_no_expert(name, wan, tmp_path):
     write(tmp_path / "diffusion_models" / f"{name}.safetensors", halved(expert_of(wan, "low")))
     assert list(open_teacher_files(tmp_path).experts) == ["only"]
@@ -257,11 +359,17 @@ def test_a_word_that_merely_contains_high_or_low_names_no_expert(name, wan, tmp_
 
 def test_files_in_a_subfolder_are_taken_only_where_there_are_no_others(wan, spiece, tmp_path):
     write_models(tmp_path, wan, spiece)
-    expected = find_parts(tmp_path), [expert.folder for expert in open_teacher_files(tmp_path).experts.values()]
+    expected = (
+        find_parts(tmp_path),
+        [expert.folder for expert in open_teacher_files(tmp_path).experts.values()],
+    )
     for part in ("diffusion_models", "text_encoders", "vae"):
         shutil.copytree(tmp_path / part, tmp_path / "x")
         (tmp_path / "x").rename(tmp_path / part / "old")
-    assert (find_parts(tmp_path), [expert.folder for expert in open_teacher_files(tmp_path).experts.values()]) == expected
+    assert (
+        find_parts(tmp_path),
+        [expert.folder for expert in open_teacher_files(tmp_path).experts.values()],
+    ) == expected
     for path in (*expected[1], expected[0]["vae"], expected[0]["text_encoder"]):
         path.unlink()
     assert find_parts(tmp_path)["vae"].parent.name == "old" and len(open_teacher_files(tmp_path).experts) == 2
@@ -269,9 +377,14 @@ def test_files_in_a_subfolder_are_taken_only_where_there_are_no_others(wan, spie
 
 @pytest.mark.parametrize("prefix, infix", WRAPPERS)
 def test_what_a_wrapper_put_into_the_names_of_single_files_is_stripped(prefix, infix, wan, spiece, tmp_path):
-    write_flat(tmp_path, wan, spiece)                        # in scaled fp8, with ComfyUI's own prefix
+    write_flat(tmp_path, wan, spiece)  # in scaled fp8, with ComfyUI's own prefix
     for path in tmp_path.glob("*.safetensors"):
-        change(path, lambda tensors: {name.removeprefix("model.diffusion_model."): tensor for name, tensor in tensors.items()})
+        change(
+            path,
+            lambda tensors: {
+                name.removeprefix("model.diffusion_model."): tensor for name, tensor in tensors.items()
+            },
+        )
         wrap(path, prefix, infix)
     exact, found = open_teacher_files(wan).experts["high"], open_teacher_files(tmp_path).experts["high"]
     assert all(torch.equal(found.read(name), exact.read(name)) for name in exact.places)
@@ -296,50 +409,85 @@ def test_single_files_hold_what_folders_hold_and_are_known_by_their_names(wan, s
         assert all(torch.equal(found.read(key), expected.read(key)) for key in expected.places)
 
 
-@pytest.mark.parametrize("model, names", [
-    (A14B, ["wan2.2_t2v_high_noise_14B_fp16", "wan2.2_t2v_low_noise_14B_fp16"]), (A14B, ["wan2.1_t2v_14B_fp8_scaled"]),
-    (A14B, ["Wan2.2-T2V-A14B-HighNoise", "Wan2.2-T2V-A14B-LowNoise"]), (WAN_1_3B, ["wan2.1_t2v_1.3B_fp16"]),
-    (TI2V_5B, ["wan2.2_ti2v_5B_fp16"])], ids=lambda value: value[0] if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "model, names",
+    [
+        (A14B, ["wan2.2_t2v_high_noise_14B_fp16", "wan2.2_t2v_low_noise_14B_fp16"]),
+        (A14B, ["wan2.1_t2v_14B_fp8_scaled"]),
+        (A14B, ["Wan2.2-T2V-A14B-HighNoise", "Wan2.2-T2V-A14B-LowNoise"]),
+        (WAN_1_3B, ["wan2.1_t2v_1.3B_fp16"]),
+        (TI2V_5B, ["wan2.2_ti2v_5B_fp16"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
 def test_every_single_file_opens_at_its_real_shape(model, names, tmp_path):
     (tmp_path / "unet").mkdir()
     for name in names:
-        write_sparse(tmp_path / "unet" / f"{name}.safetensors", {official_name(key): shape
-                                                                 for key, shape in wan_shapes(**model).items()})
+        write_sparse(
+            tmp_path / "unet" / f"{name}.safetensors",
+            {official_name(key): shape for key, shape in wan_shapes(**model).items()},
+        )
     files = open_teacher_files(tmp_path)
     assert list(files.experts) == (["high", "low"] if len(names) == 2 else ["only"])
     assert has_two_experts(tmp_path) == (len(names) == 2)
-    expected = {"num_attention_heads": model["width"] // 128, "attention_head_dim": 128, "num_layers": model["num_layers"],
-                "ffn_dim": model["ffn_dim"], "in_channels": model["channels"], "out_channels": model["channels"], "freq_dim": 256,
-                "text_dim": 4096, "patch_size": (1, 2, 2), "eps": 1e-6}
+    expected = {
+        "num_attention_heads": model["width"] // 128,
+        "attention_head_dim": 128,
+        "num_layers": model["num_layers"],
+        "ffn_dim": model["ffn_dim"],
+        "in_channels": model["channels"],
+        "out_channels": model["channels"],
+        "freq_dim": 256,
+        "text_dim": 4096,
+        "patch_size": (1, 2, 2),
+        "eps": 1e-6,
+    }
     assert expected.items() <= files.config.items()
 
 
-@pytest.mark.skipif(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > 100e9 or OVERCOMMIT.read_text().strip() == "1",
-                    reason="this machine has, or promises, memory for any file")
+@pytest.mark.skipif(
+    os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > 100e9 or OVERCOMMIT.read_text().strip() == "1",
+    reason="this machine has, or promises, memory for any file",
+)
 def test_a_file_that_this_machine_cannot_map_opens_and_is_refused_once_it_is_read(tmp_path):
-    deep = A14B | {"num_layers": 200}                        # 282 GB, of which only the header takes room on the disk
-    write_sparse(tmp_path / "wan.safetensors", {official_name(key): shape for key, shape in wan_shapes(**deep).items()})
+    deep = A14B | {"num_layers": 200}  # 282 GB, of which only the header takes room on the disk
+    write_sparse(
+        tmp_path / "wan.safetensors", {official_name(key): shape for key, shape in wan_shapes(**deep).items()}
+    )
     only = open_teacher_files(tmp_path).experts["only"]
-    with pytest.raises(OSError, match="wan.safetensors: .* GB cannot be mapped .* official or diffusers layout"):
+    with pytest.raises(
+        OSError, match="wan.safetensors: .* GB cannot be mapped .* official or diffusers layout"
+    ):
         only.read("patch_embedding.bias")
 
 
 # ---- the tokenizer ------------------------------------------------------------------------------------------------------------
+
 
 def test_the_tokenizer_inside_a_text_encoder_says_what_sentencepiece_says(wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, spiece)
     convert_parts(find_parts(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
     exact = sentencepiece.SentencePieceProcessor(model_proto=spiece, add_eos=True)
     texts = [*shapes.captions(5, 50), "", "A", "Ünï ｆｕｌｌ 漢字 12,5", "a  small\ttriangle "]
-    for tokenizer in (AutoTokenizer.from_pretrained(tmp_path / "parts" / "tokenizer"),
-                      T5TokenizerFast.from_pretrained(tmp_path / "parts", subfolder="tokenizer")):
+    for tokenizer in (
+        AutoTokenizer.from_pretrained(tmp_path / "parts" / "tokenizer"),
+        T5TokenizerFast.from_pretrained(tmp_path / "parts", subfolder="tokenizer"),
+    ):
         assert tokenizer(texts).input_ids == [exact.encode(text) for text in texts]
         padded = tokenizer(["a", "a small circle"], padding=True, return_tensors="pt")
-        assert padded.input_ids[0].tolist()[-3:] == [0, 0, 0] and padded.attention_mask[0].tolist()[:2] == [1, 1]
+        assert padded.input_ids[0].tolist()[-3:] == [0, 0, 0] and padded.attention_mask[0].tolist()[:2] == [
+            1,
+            1,
+        ]
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"\xff\xff no protocol buffer", "spiece_model is no sentencepiece model"), (b"\n\x00", r"begins with \[''\], expected <pad>")])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"\xff\xff no protocol buffer", "spiece_model is no sentencepiece model"),
+        (b"\n\x00", r"begins with \[''\], expected <pad>"),
+    ],
+)
 def test_a_spoilt_tokenizer_is_refused(content, words, wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, content)
     with pytest.raises(ValueError, match=words):
@@ -356,15 +504,29 @@ def test_a_folder_that_carries_no_tokenizer_is_told_where_to_put_one(wan, spiece
 
 # ---- other Wans ---------------------------------------------------------------------------------------------------------------
 
+
 def write_one_expert(folder, network, layout, name):
     tensors = {official_name(key): tensor for key, tensor in network.state_dict().items()}
     config = network.config
     if layout == "ComfyUI":
         return write(folder / "diffusion_models" / f"{name}_fp16.safetensors", halved(tensors))
     write(folder / "diffusion_pytorch_model.safetensors", tensors)
-    (folder / "config.json").write_text(json.dumps({
-        "_class_name": "WanModel", "dim": 128, "ffn_dim": config.ffn_dim, "freq_dim": config.freq_dim, "in_dim": config.in_channels,
-        "num_heads": 1, "num_layers": config.num_layers, "out_dim": config.out_channels, "text_len": 512, "eps": 1e-6}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "_class_name": "WanModel",
+                "dim": 128,
+                "ffn_dim": config.ffn_dim,
+                "freq_dim": config.freq_dim,
+                "in_dim": config.in_channels,
+                "num_heads": 1,
+                "num_layers": config.num_layers,
+                "out_dim": config.out_channels,
+                "text_len": 512,
+                "eps": 1e-6,
+            }
+        )
+    )
 
 
 def write_wan(folder, name, layout, spiece, channels, autoencoder):
@@ -373,29 +535,48 @@ def write_wan(folder, name, layout, spiece, channels, autoencoder):
     torch.manual_seed(6)
     vae = in_four_bits(AutoencoderKLWan(**AUTOENCODERS[autoencoder] | {"num_res_blocks": 1}))
     tensors = {official_autoencoder_name(key, vae.config): tensor for key, tensor in vae.state_dict().items()}
-    words = {key: tensor for key, tensor in make_text_encoder().state_dict().items() if "embed_tokens" not in key}
+    words = {
+        key: tensor for key, tensor in make_text_encoder().state_dict().items() if "embed_tokens" not in key
+    }
     if layout == "official":
         torch.save(tensors, folder / autoencoder)
-        torch.save({official_text_encoder_name(key): tensor for key, tensor in words.items()}, folder / "models_t5_umt5-xxl.pth")
+        torch.save(
+            {official_text_encoder_name(key): tensor for key, tensor in words.items()},
+            folder / "models_t5_umt5-xxl.pth",
+        )
         (folder / "google").mkdir()
         return write_tokenizer(folder / "google" / "umt5-xxl", spiece)
     words = halved(words) | {"spiece_model": torch.frombuffer(bytearray(spiece), dtype=torch.uint8)}
     write(folder / "text_encoders" / "umt5_xxl_fp16.safetensors", words)
     write(folder / "vae" / "wan2.2_vae.safetensors", tensors)
-    write(folder / "vae" / "wan_2.1_vae.safetensors", {               # lies there as well: the experts' channels choose
-        "conv2.weight": torch.zeros(16, 16, 1, 1, 1), "decoder.middle.0.residual.0.gamma": torch.zeros(8)})
+    write(
+        folder / "vae" / "wan_2.1_vae.safetensors",
+        {  # lies there as well: the experts' channels choose
+            "conv2.weight": torch.zeros(16, 16, 1, 1, 1),
+            "decoder.middle.0.residual.0.gamma": torch.zeros(8),
+        },
+    )
 
 
-@pytest.mark.parametrize("name, layout, channels, autoencoder, pixels", [
-    ("wan2.2_ti2v_5B", "ComfyUI", 48, "Wan2.2_VAE.pth", 32), ("wan2.1_t2v_1.3B", "official", 16, "Wan2.1_VAE.pth", 16)])
-def test_a_wan_with_one_expert_is_planned_and_trains(name, layout, channels, autoencoder, pixels, spiece, flags, capsys, tmp_path):
+@pytest.mark.parametrize(
+    "name, layout, channels, autoencoder, pixels",
+    [
+        ("wan2.2_ti2v_5B", "ComfyUI", 48, "Wan2.2_VAE.pth", 32),
+        ("wan2.1_t2v_1.3B", "official", 16, "Wan2.1_VAE.pth", 16),
+    ],
+)
+def test_a_wan_with_one_expert_is_planned_and_trains(
+    name, layout, channels, autoencoder, pixels, spiece, flags, capsys, tmp_path
+):
     write_wan(tmp_path / "wan", name, layout, spiece, channels, autoencoder)
     settings = settings_in(tmp_path, prompts=str(flags[3]))
     with pytest.raises(ValueError, match=f"--resolution {32 + pixels // 2} is not divisible by {pixels}"):
         complete(replace(settings, resolution=32 + pixels // 2))
     assert plan(complete(settings), []) == 0 and f"({layout} layout, 1 expert(s)" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    code, said = train_in_a_process(tmp_path / "run", "--teacher", tmp_path / "wan", "--resolution", 32, *flags)
+    code, said = train_in_a_process(
+        tmp_path / "run", "--teacher", tmp_path / "wan", "--resolution", 32, *flags
+    )
     assert code == 0, said
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["settings"]["flow_shift"] == 5.0 and run["finished"]
@@ -404,9 +585,12 @@ def test_a_wan_with_one_expert_is_planned_and_trains(name, layout, channels, aut
 
 # ---- what is refused, and what is told to do -----------------------------------------------------------------------------------
 
-HIGH, LOW, WORDS, VAE = ("diffusion_models/wan2.2_t2v_high_noise_14B_fp16.safetensors",
-                         "diffusion_models/wan2.2_t2v_low_noise_14B_fp16.safetensors",
-                         "text_encoders/umt5_xxl_fp16.safetensors", "vae/wan_2.1_vae.safetensors")
+HIGH, LOW, WORDS, VAE = (
+    "diffusion_models/wan2.2_t2v_high_noise_14B_fp16.safetensors",
+    "diffusion_models/wan2.2_t2v_low_noise_14B_fp16.safetensors",
+    "text_encoders/umt5_xxl_fp16.safetensors",
+    "vae/wan_2.1_vae.safetensors",
+)
 
 
 def change(path, how):
@@ -423,7 +607,9 @@ def copy_in_fp8(wan, path):
 
 def become_image_to_video(wan):
     for path in (HIGH, LOW):
-        change(wan / path, lambda tensors: tensors | {"patch_embedding.weight": torch.zeros(128, 36, 1, 2, 2)})
+        change(
+            wan / path, lambda tensors: tensors | {"patch_embedding.weight": torch.zeros(128, 36, 1, 2, 2)}
+        )
         (wan / path).rename(wan / path.replace("t2v", "i2v"))
 
 
@@ -433,7 +619,11 @@ def become_lora(wan):
 
 
 def put_wider_text_encoder(wan):
-    words = {key: tensor for key, tensor in make_text_encoder(width=96).state_dict().items() if "embed_tokens" not in key}
+    words = {
+        key: tensor
+        for key, tensor in make_text_encoder(width=96).state_dict().items()
+        if "embed_tokens" not in key
+    }
     write(wan / WORDS, words | {"spiece_model": load_file(wan / WORDS)["spiece_model"]})
 
 
@@ -441,34 +631,105 @@ def put_other_autoencoder(wan):
     change(wan / VAE, lambda tensors: tensors | {"conv2.weight": torch.zeros(48, 48, 1, 1, 1)})
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (lambda wan: (wan / HIGH).write_bytes((wan / HIGH).read_bytes()[:-1000]), "high_noise.*not a whole safetensors.*Download it"),
-    (lambda wan: (wan / LOW).write_bytes(b""), "low_noise.*not a whole safetensors.*Download it"),
-    (lambda wan: (wan / f"{LOW}.aria2").touch(), "low_noise.*aria2: a download that did not finish. Let it end"),
-    (lambda wan: (wan / LOW).write_bytes((wan / LOW).read_bytes() + b"123"), "low_noise.*: 3 bytes too long: .*Download it again"),
-    (lambda wan: (wan / VAE).write_bytes((wan / VAE).read_bytes() + b"123"), "wan_2.1_vae.*: 3 bytes too long"),
-    (lambda wan: (wan / WORDS).rename(wan / "text_encoders/umt5_Q8_0.gguf"), "lacks tokenizer .*found umt5_Q8_0.gguf: GGUF is not"),
-    (lambda wan: (wan / VAE).rename(wan / "vae/Wan2.1_VAE.pth"), "lacks vae .*Wan2.1_VAE.pth lies in vae/, expected in "),
-    (lambda wan: (wan / LOW).rename(wan / "diffusion_models/low.gguf"), "no low_noise file .*; found low.gguf: GGUF is not read"),
-    (lambda wan: [(wan / path).rename(wan / f"diffusion_models/{n}.safetensors") for n, path in enumerate((HIGH, LOW))],
-     "both 0.* and 1.* are told apart by high and low, high_noise and low_noise, or hn and ln"),
-    (lambda wan: (wan / LOW).unlink(), "high_noise.* is one of two experts, and there is no low_noise file.*Download it into"),
-    (lambda wan: shutil.copy(wan / LOW, wan / HIGH), "hold the same weights, expected two experts. Download"),
-    (lambda wan: shutil.copy(wan / LOW, wan / "unet_low_noise.safetensors"), "both .* in one precision. Put the files"),
-    (lambda wan: copy_in_fp8(wan, HIGH), "both .*fp16.* and .*fp8_scaled.* are text-to-video Wans.*folder of their own"),
-    (lambda wan: shutil.copy(wan / LOW, wan / "wan2.1_t2v_14B.safetensors"), "both .*folder of their own"),
-    (become_image_to_video, "i2v_high_noise.* is an image-to-video or control Wan .it takes 36 channels.*Choose a text-to-video"),
-    (become_lora, "low_noise.* is a LoRA. Choose a text-to-video Wan"),
-    (lambda wan: change(wan / LOW, lambda tensors: tensors | {"vace_blocks.0.before_proj.weight": torch.zeros(8, 8)}), "to VACE"),
-    (lambda wan: change(wan / LOW, lambda tensors: without(tensors, "blocks.1.ffn.2.bias")),
-     "what its first block implies; missing .*blocks.1.ffn.net.2.bias.*download the expert again"),
-    (lambda wan: copy_in_fp8(wan, WORDS), "umt5_xxl_fp16.* and umt5_xxl_fp8_scaled.* could each be its text_encoder.*links will"),
-    (lambda wan: change(wan / WORDS, lambda tensors: without(tensors, "block.1.layer.0.SelfAttention.relative")),
-     "lacks tokenizer .*, text_encoder .*umt5_xxl_fp16.safetensors is a T5"),
-    (put_wider_text_encoder, "umt5_xxl_fp16.safetensors: is a umt5 of width 96, .*width 64. Put the text encoder"),
-    (put_other_autoencoder, "lacks vae .*wan_2.1_vae.safetensors is another Wan's"),
-    (lambda wan: (wan / VAE).rename(wan / "vae/qwen_image_vae.safetensors"), "lacks vae .*ComfyUI's wan.vae.safetensors"),
-    (lambda wan: (wan / WORDS).write_bytes((wan / WORDS).read_bytes()[:-9]), "umt5.*not a whole safetensors.*Download it again")])
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (
+            lambda wan: (wan / HIGH).write_bytes((wan / HIGH).read_bytes()[:-1000]),
+            "high_noise.*not a whole safetensors.*Download it",
+        ),
+        (lambda wan: (wan / LOW).write_bytes(b""), "low_noise.*not a whole safetensors.*Download it"),
+        (
+            lambda wan: (wan / f"{LOW}.aria2").touch(),
+            "low_noise.*aria2: a download that did not finish. Let it end",
+        ),
+        (
+            lambda wan: (wan / LOW).write_bytes((wan / LOW).read_bytes() + b"123"),
+            "low_noise.*: 3 bytes too long: .*Download it again",
+        ),
+        (
+            lambda wan: (wan / VAE).write_bytes((wan / VAE).read_bytes() + b"123"),
+            "wan_2.1_vae.*: 3 bytes too long",
+        ),
+        (
+            lambda wan: (wan / WORDS).rename(wan / "text_encoders/umt5_Q8_0.gguf"),
+            "lacks tokenizer .*found umt5_Q8_0.gguf: GGUF is not",
+        ),
+        (
+            lambda wan: (wan / VAE).rename(wan / "vae/Wan2.1_VAE.pth"),
+            "lacks vae .*Wan2.1_VAE.pth lies in vae/, expected in ",
+        ),
+        (
+            lambda wan: (wan / LOW).rename(wan / "diffusion_models/low.gguf"),
+            "no low_noise file .*; found low.gguf: GGUF is not read",
+        ),
+        (
+            lambda wan: [
+                (wan / path).rename(wan / f"diffusion_models/{n}.safetensors")
+                for n, path in enumerate((HIGH, LOW))
+            ],
+            "both 0.* and 1.* are told apart by high and low, high_noise and low_noise, or hn and ln",
+        ),
+        (
+            lambda wan: (wan / LOW).unlink(),
+            "high_noise.* is one of two experts, and there is no low_noise file.*Download it into",
+        ),
+        (
+            lambda wan: shutil.copy(wan / LOW, wan / HIGH),
+            "hold the same weights, expected two experts. Download",
+        ),
+        (
+            lambda wan: shutil.copy(wan / LOW, wan / "unet_low_noise.safetensors"),
+            "both .* in one precision. Put the files",
+        ),
+        (
+            lambda wan: copy_in_fp8(wan, HIGH),
+            "both .*fp16.* and .*fp8_scaled.* are text-to-video Wans.*folder of their own",
+        ),
+        (
+            lambda wan: shutil.copy(wan / LOW, wan / "wan2.1_t2v_14B.safetensors"),
+            "both .*folder of their own",
+        ),
+        (
+            become_image_to_video,
+            "i2v_high_noise.* is an image-to-video or control Wan .it takes 36 channels.*Choose a text-to-video",
+        ),
+        (become_lora, "low_noise.* is a LoRA. Choose a text-to-video Wan"),
+        (
+            lambda wan: change(
+                wan / LOW, lambda tensors: tensors | {"vace_blocks.0.before_proj.weight": torch.zeros(8, 8)}
+            ),
+            "to VACE",
+        ),
+        (
+            lambda wan: change(wan / LOW, lambda tensors: without(tensors, "blocks.1.ffn.2.bias")),
+            "what its first block implies; missing .*blocks.1.ffn.net.2.bias.*download the expert again",
+        ),
+        (
+            lambda wan: copy_in_fp8(wan, WORDS),
+            "umt5_xxl_fp16.* and umt5_xxl_fp8_scaled.* could each be its text_encoder.*links will",
+        ),
+        (
+            lambda wan: change(
+                wan / WORDS, lambda tensors: without(tensors, "block.1.layer.0.SelfAttention.relative")
+            ),
+            "lacks tokenizer .*, text_encoder .*umt5_xxl_fp16.safetensors is a T5",
+        ),
+        (
+            put_wider_text_encoder,
+            "umt5_xxl_fp16.safetensors: is a umt5 of width 96, .*width 64. Put the text encoder",
+        ),
+        (put_other_autoencoder, "lacks vae .*wan_2.1_vae.safetensors is another Wan's"),
+        (
+            lambda wan: (wan / VAE).rename(wan / "vae/qwen_image_vae.safetensors"),
+            "lacks vae .*ComfyUI's wan.vae.safetensors",
+        ),
+        (
+            lambda wan: (wan / WORDS).write_bytes((wan / WORDS).read_bytes()[:-9]),
+            "umt5.*not a whole safetensors.*Download it again",
+        ),
+    ],
+)
 def test_what_cannot_be_a_teacher_is_refused_with_what_to_do(spoil, words, wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, spiece)
     spoil(tmp_path / "wan")
@@ -481,16 +742,32 @@ def test_what_cannot_be_a_teacher_is_refused_with_what_to_do(spoil, words, wan, 
 def test_a_width_that_no_published_wan_has_is_refused(wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, spiece)
     for path in (HIGH, LOW):
-        write(tmp_path / "wan" / path, halved({official_name(key): tensor for key, tensor in make_network(
-            0, attention_head_dim=96).state_dict().items()}))
+        write(
+            tmp_path / "wan" / path,
+            halved(
+                {
+                    official_name(key): tensor
+                    for key, tensor in make_network(0, attention_head_dim=96).state_dict().items()
+                }
+            ),
+        )
     with pytest.raises(ValueError, match="width of 96, expected a multiple of 128.*config.json"):
         open_teacher_files(tmp_path / "wan")
 
 
-@pytest.mark.parametrize("part, field, value, words", [
-    ("vae", "z_dim", 48, "vae: has 48 latent channels, the teacher's experts 16. Put the autoencoder"),
-    ("text_encoder", "d_model", 32, "is a umt5 of width 32, the teacher's experts expect a umt5 of width 64"),
-    ("text_encoder", "model_type", "t5", "is a t5 of width 64")])
+@pytest.mark.parametrize(
+    "part, field, value, words",
+    [
+        ("vae", "z_dim", 48, "vae: has 48 latent channels, the teacher's experts 16. Put the autoencoder"),
+        (
+            "text_encoder",
+            "d_model",
+            32,
+            "is a umt5 of width 32, the teacher's experts expect a umt5 of width 64",
+        ),
+        ("text_encoder", "model_type", "t5", "is a t5 of width 64"),
+    ],
+)
 def test_parts_of_another_model_are_refused_in_diffusers_layout_too(part, field, value, words, wan, tmp_path):
     shutil.copytree(wan, tmp_path / "wan")
     path = tmp_path / "wan" / part / "config.json"
@@ -500,12 +777,20 @@ def test_parts_of_another_model_are_refused_in_diffusers_layout_too(part, field,
         plan(complete(settings), [])
 
 
-@pytest.mark.parametrize("scale, words", [
-    (torch.tensor(float("nan")), "scale of .* with nan, expected finite"), (torch.zeros(()), "with 0.0, expected finite numbers"),
-    (torch.ones(3), r"has a scale of \(3,\)")])
+@pytest.mark.parametrize(
+    "scale, words",
+    [
+        (torch.tensor(float("nan")), "scale of .* with nan, expected finite"),
+        (torch.zeros(()), "with 0.0, expected finite numbers"),
+        (torch.ones(3), r"has a scale of \(3,\)"),
+    ],
+)
 def test_a_text_encoder_with_a_scale_that_cannot_be_right_is_refused(scale, words, wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, spiece)
-    change(tmp_path / "wan" / WORDS, lambda tensors: tensors | {"encoder.block.0.layer.0.SelfAttention.q.scale_weight": scale})
+    change(
+        tmp_path / "wan" / WORDS,
+        lambda tensors: tensors | {"encoder.block.0.layer.0.SelfAttention.q.scale_weight": scale},
+    )
     with pytest.raises(ValueError, match=words):
         convert_parts(find_parts(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
 

@@ -16,15 +16,24 @@ from wanlite.training.checkpoints import checkpoint_path
 from wanlite.training.run_folder import check_output_folder, picture_size, read_run
 
 
-@pytest.mark.parametrize("said, recorded", [(None, 64), (96, 96), ([96], 96), ([96, 96], 96), ([640, 384], [640, 384])])
+@pytest.mark.parametrize(
+    "said, recorded", [(None, 64), (96, 96), ([96], 96), ([96, 96], 96), ([640, 384], [640, 384])]
+)
 def test_a_square_is_recorded_as_one_number_and_anything_else_as_width_and_height(said, recorded):
     assert complete(Settings(resolution=said)).resolution == recorded
     assert picture_size(recorded) == ((640, 384) if said == [640, 384] else (recorded, recorded))
 
 
-@pytest.mark.parametrize("said, words", [
-    ([60], "60 is not divisible by 16; the nearest is 64"), ([64, 100], "--resolution 100 is not"), ([0], "the nearest is 16"),
-    ([64, -64], "the nearest is 16"), ([64, 64, 64], "64 64 64: expected one number, for a square, or WIDTH HEIGHT")])
+@pytest.mark.parametrize(
+    "said, words",
+    [
+        ([60], "60 is not divisible by 16; the nearest is 64"),
+        ([64, 100], "--resolution 100 is not"),
+        ([0], "the nearest is 16"),
+        ([64, -64], "the nearest is 16"),
+        ([64, 64, 64], "64 64 64: expected one number, for a square, or WIDTH HEIGHT"),
+    ],
+)
 def test_sides_that_do_not_divide_into_tokens_are_refused(said, words):
     with pytest.raises(ValueError, match=words):
         complete(Settings(resolution=said))
@@ -36,7 +45,7 @@ def test_sides_are_multiples_of_a_token_of_the_teachers_own_autoencoder(tmp_path
     (tmp_path / "models_t5_umt5-xxl-enc-bf16.pth").touch()
     (tmp_path / "Wan2.2_VAE.pth").touch()
     assert pixels_per_token(tmp_path) == 32
-    (tmp_path / "Wan2.1_VAE.pth").touch()                    # is taken where both are there
+    (tmp_path / "Wan2.1_VAE.pth").touch()  # is taken where both are there
     assert pixels_per_token(tmp_path) == 16
     wide = tmp_path / "wide"
     shutil.copytree(TINY_TEACHER, wide, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -46,28 +55,52 @@ def test_sides_are_multiples_of_a_token_of_the_teachers_own_autoencoder(tmp_path
         complete(Settings(teacher=str(wide), resolution=[64, 48]))
     for broken in ("{", "[]", '{"scale_factor_spatial": 0}'):
         (wide / "vae/config.json").write_text(broken)
-        with pytest.raises((OSError, ValueError), match="vae.*(not JSON|holds a list|does not say the autoencoder's stride)"):
+        with pytest.raises(
+            (OSError, ValueError), match="vae.*(not JSON|holds a list|does not say the autoencoder's stride)"
+        ):
             complete(Settings(teacher=str(wide)))
 
 
 def test_a_run_cut_short_when_resolution_was_one_number_is_gone_on_with(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"settings": {"resolution": 64}, "finished": False}))
-    assert check_output_folder(tmp_path, {"resolution": complete(Settings(resolution=[64, 64])).resolution}) == "resume"
+    assert (
+        check_output_folder(tmp_path, {"resolution": complete(Settings(resolution=[64, 64])).resolution})
+        == "resume"
+    )
     with pytest.raises(ValueError, match=r"resolution was 64, is \[96, 64\]"):
         check_output_folder(tmp_path, {"resolution": complete(Settings(resolution=[96, 64])).resolution})
 
 
 def leave_as_killed(whole, cut, step):
     """Copy a finished run as it would lie there had it been killed after its checkpoint of a step."""
-    shutil.copytree(whole, cut, ignore=shutil.ignore_patterns("diffusion_pytorch_model.safetensors", "config.json"))
+    shutil.copytree(
+        whole, cut, ignore=shutil.ignore_patterns("diffusion_pytorch_model.safetensors", "config.json")
+    )
     for path in (cut / "checkpoints").iterdir():
         if path != checkpoint_path(cut, step):
             shutil.rmtree(path)
     (cut / "run.json").write_text(json.dumps(read_run(whole) | {"finished": False}))
 
 
-WIDE = ("--projection", "weights", "--resolution", "96", "64", "--aspect_ratios", "3:2", "1:1", "2:3", "--num_trajectories", "96",
-        "--num_held_out", "16", "--teacher_steps", "4", "--validation_steps", "6")
+WIDE = (
+    "--projection",
+    "weights",
+    "--resolution",
+    "96",
+    "64",
+    "--aspect_ratios",
+    "3:2",
+    "1:1",
+    "2:3",
+    "--num_trajectories",
+    "96",
+    "--num_held_out",
+    "16",
+    "--teacher_steps",
+    "4",
+    "--validation_steps",
+    "6",
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +109,11 @@ def wide_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wide") / "run"
     code, said = train(folder, *WIDE)
     assert code == 0, said
-    assert "96 x 64, 80 x 80, 64 x 96" in said and read_run(folder)["settings"]["aspect_ratios"] == ["3:2", "1:1", "2:3"]
+    assert "96 x 64, 80 x 80, 64 x 96" in said and read_run(folder)["settings"]["aspect_ratios"] == [
+        "3:2",
+        "1:1",
+        "2:3",
+    ]
     return folder
 
 
@@ -89,7 +126,9 @@ def test_a_run_with_buckets_resumes_to_the_same_weights(wide_run, tmp_path):
 def test_everything_in_a_wide_run_is_wide(wide_run):
     assert read_run(wide_run)["resolution"] == read_run(wide_run)["settings"]["resolution"] == [96, 64]
     grid = Image.open(wide_run / "samples/step-000006.png")
-    assert grid.height == 4 * 64 and (grid.width - 92) == 4 * 96          # the teacher and three numbers of steps; a label
+    assert (
+        grid.height == 4 * 64 and (grid.width - 92) == 4 * 96
+    )  # the teacher and three numbers of steps; a label
     card = (wide_run / "README.md").read_text()
     assert "96 x 64 pixels" in card and "height=64, width=96" in card
 
@@ -97,8 +136,12 @@ def test_everything_in_a_wide_run_is_wide(wide_run):
 def test_a_wide_student_draws_wide_pictures_and_goes_on_only_at_its_size(wide_run, tmp_path):
     settings, _ = read_settings(["--model", str(wide_run)])
     assert (settings.width, settings.height) == (96, 64)
-    process = run_script(ROOT / "run_inference.py", "--model", wide_run, "--output_dir", tmp_path, "--prompt", "a ring")
-    assert process.returncode == 0 and Image.open(tmp_path / "0000-a-ring-seed0.png").size == (96, 64), process.stderr
+    process = run_script(
+        ROOT / "run_inference.py", "--model", wide_run, "--output_dir", tmp_path, "--prompt", "a ring"
+    )
+    assert process.returncode == 0 and Image.open(tmp_path / "0000-a-ring-seed0.png").size == (96, 64), (
+        process.stderr
+    )
     further = {"student": str(wide_run), "max_train_steps": 6, "segment_steps": 6}
     assert complete(Settings(resolution=[96, 64], **further)).resolution == [96, 64]
     with pytest.raises(ValueError, match=r"was trained with resolution \[96, 64\], this run has \[64, 96\]"):

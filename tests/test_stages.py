@@ -29,29 +29,48 @@ from wanlite.training.throughput import Pace
 
 def kept(folder, kind):
     """Return what the folders of a kind in a run's cache say that they were made of."""
-    return [json.loads((place / "made_of.json").read_text()) for place in sorted((folder / "cache").glob(f"{kind}-*"))]
+    return [
+        json.loads((place / "made_of.json").read_text())
+        for place in sorted((folder / "cache").glob(f"{kind}-*"))
+    ]
 
 
-def test_no_walk_that_is_learned_from_has_prompt_or_noise_of_one_that_students_are_examined_on_or_used_at(finished_run, tmp_path):
+def test_no_walk_that_is_learned_from_has_prompt_or_noise_of_one_that_students_are_examined_on_or_used_at(
+    finished_run, tmp_path
+):
     pictures = tmp_path / "pictures"
-    process = run_script(ROOT / "run_inference.py", "--model", finished_run[0], "--prompt", "a red ring", "--output_dir", pictures,
-                         "--num_images_per_prompt", "4")
+    process = run_script(
+        ROOT / "run_inference.py",
+        "--model",
+        finished_run[0],
+        "--prompt",
+        "a red ring",
+        "--output_dir",
+        pictures,
+        "--num_images_per_prompt",
+        "4",
+    )
     assert process.returncode == 0, process.stderr
     walks = sorted((made_of["walks"] for made_of in kept(finished_run[0], "trajectories")), key=len)
     (*_, training), examined = walks, [walk for part in walks[:-1] for walk in part]
     assert len(walks) == 3 and len(training) == 64 and len(examined) > 16
-    for column in (1, 2):                                    # prompts, seeds
+    for column in (1, 2):  # prompts, seeds
         assert not {walk[column] for walk in training} & {walk[column] for walk in examined}
     assert len({seed for _, _, seed in training}) == 64
     drawn_with = {int(re.search(r"seed(\d+)", path.name)[1]) for path in pictures.glob("*seed*.png")}
-    assert drawn_with == {0, 1, 2, 3} and min(walk[2] for part in walks for walk in part) > 10**9 * max(drawn_with)
+    assert drawn_with == {0, 1, 2, 3} and min(walk[2] for part in walks for walk in part) > 10**9 * max(
+        drawn_with
+    )
 
 
 @pytest.mark.parametrize("room", [projection, block_cutting, calibration])
 def test_a_start_is_taken_again_only_if_it_was_made_by_the_same_code(room, tmp_path, monkeypatch):
     settings, accelerator = complete(Settings(cache_dir=str(tmp_path), projection="weights")), Accelerator()
     source = inspect.getsource
-    files, student = open_teacher_files(TINY_TEACHER), WanLiteStudent(hidden_size=64, depth=4, num_heads=2, text_dim=64)
+    files, student = (
+        open_teacher_files(TINY_TEACHER),
+        WanLiteStudent(hidden_size=64, depth=4, num_heads=2, text_dim=64),
+    )
     words = Words(accelerator, TINY_TEACHER, tmp_path, ["a red ring"])
 
     def start():
@@ -68,14 +87,16 @@ def test_a_start_is_taken_again_only_if_it_was_made_by_the_same_code(room, tmp_p
 def test_a_small_record_of_the_cache_that_cannot_be_read_is_made_again(content, tmp_path):
     settings, files = complete(Settings(cache_dir=str(tmp_path))), open_teacher_files(TINY_TEACHER)
     cosines = compare_experts(settings, files, "cpu")
-    record, = tmp_path.glob("experts-*.json")
+    (record,) = tmp_path.glob("experts-*.json")
     record.write_text(content)
-    assert compare_experts(settings, files, "cpu") == cosines == json.loads(record.read_text()) and cosines.keys() > {"ffn"}
+    assert compare_experts(settings, files, "cpu") == cosines == json.loads(
+        record.read_text()
+    ) and cosines.keys() > {"ffn"}
 
 
 def test_one_held_out_prompt_is_two_and_one_prompt_is_both_held_out_and_trained_on(tmp_path):
     training, held_out = choose_prompts(complete(Settings(num_held_out=1)))
-    assert len(held_out) == 2 and not {*held_out} & {*training}      # of one object and of two
+    assert len(held_out) == 2 and not {*held_out} & {*training}  # of one object and of two
     (tmp_path / "prompts.txt").write_text("a red ring")
     settings, said = complete(Settings(prompts=str(tmp_path / "prompts.txt"))), []
     assert choose_prompts(settings, said.append) == (["a red ring"], ["a red ring"])
@@ -83,40 +104,88 @@ def test_one_held_out_prompt_is_two_and_one_prompt_is_both_held_out_and_trained_
 
 
 def test_what_is_kept_of_a_start_is_what_was_projected(tmp_path):
-    settings, accelerator = complete(Settings(cache_dir=str(tmp_path), projection="weights", expert="low")), Accelerator()
+    settings, accelerator = (
+        complete(Settings(cache_dir=str(tmp_path), projection="weights", expert="low")),
+        Accelerator(),
+    )
     shape = {"hidden_size": 64, "depth": 4, "num_heads": 2, "text_dim": 64}
     files, prompts = open_teacher_files(TINY_TEACHER), ["a red ring", "a blue cross"]
     words = Words(accelerator, TINY_TEACHER, tmp_path, prompts)
     started, again, expected = (WanLiteStudent(**shape) for _ in range(3))
-    reports = [start_student(settings, student, files, words, prompts, (8, 8), accelerator) for student in (started, again)]
+    reports = [
+        start_student(settings, student, files, words, prompts, (8, 8), accelerator)
+        for student in (started, again)
+    ]
     report = project_into(expected, TINY_TEACHER, "low", torch.cat([words[prompt] for prompt in prompts]))
     assert reports[0] == reports[1] and reports[0]["expert_cosines"] == report.cosines
     for found in (started, again):
-        assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in found.state_dict().items())
+        assert all(
+            torch.equal(tensor, expected.state_dict()[name]) for name, tensor in found.state_dict().items()
+        )
 
 
-def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_it_says(finished_run, tmp_path, monkeypatch):
-    settings = complete(Settings(cache_dir=str(tmp_path), teacher_steps=4, reference_steps=4, validation_walks=4))
-    accelerator, prompts, shape = Accelerator(), ["a red ring", "a blue cross", "a green square", "a red circle"], (16, 8, 8)
-    words, teacher = Words(accelerator, TINY_TEACHER, tmp_path, [*prompts, ""]), Teacher(open_teacher_files(TINY_TEACHER))
-    lessons = Lessons(accelerator, settings, teacher, words, prompts, prompts, [shape, shape], 16, Pace("cpu", 1e9))
+def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_it_says(
+    finished_run, tmp_path, monkeypatch
+):
+    settings = complete(
+        Settings(cache_dir=str(tmp_path), teacher_steps=4, reference_steps=4, validation_walks=4)
+    )
+    accelerator, prompts, shape = (
+        Accelerator(),
+        ["a red ring", "a blue cross", "a green square", "a red circle"],
+        (16, 8, 8),
+    )
+    words, teacher = (
+        Words(accelerator, TINY_TEACHER, tmp_path, [*prompts, ""]),
+        Teacher(open_teacher_files(TINY_TEACHER)),
+    )
+    lessons = Lessons(
+        accelerator, settings, teacher, words, prompts, prompts, [shape, shape], 16, Pace("cpu", 1e9)
+    )
     lessons.find_basis()
     few, autoencoder = FewSteps(settings.flow_shift, [1, 2, 4], shape, 4), load_autoencoder(TINY_TEACHER)
-    found = examiner.Examiner(lessons, *lessons.walk_validated(), prompts, few.counts, few.scheduler, autoencoder, lambda: None)
+    found = examiner.Examiner(
+        lessons, *lessons.walk_validated(), prompts, few.counts, few.scheduler, autoencoder, lambda: None
+    )
     student = WanLiteStudent.from_pretrained(finished_run[0])
-    drawn = {count: examiner.draw_pictures(partial(velocity_in_parts, student), autoencoder, [words[prompt] for prompt in prompts],
-                                           range(4), few.scheduler, count, shape) for count in few.counts}
+    drawn = {
+        count: examiner.draw_pictures(
+            partial(velocity_in_parts, student),
+            autoencoder,
+            [words[prompt] for prompt in prompts],
+            range(4),
+            few.scheduler,
+            count,
+            shape,
+        )
+        for count in few.counts
+    }
     looks, figures = found.look(student)
-    assert set(looks) == {1, 2, 4} and figures["picture_error_2"] == looks[2]["picture_error"] != looks[4]["picture_error"]
+    assert (
+        set(looks) == {1, 2, 4}
+        and figures["picture_error_2"] == looks[2]["picture_error"] != looks[4]["picture_error"]
+    )
     teachers, *rows = found.draw_grid(student, looks).items()
     assert teachers[0] == "teacher 4 steps" and (teachers[1] == found.teacher_drawn).all()
-    assert [title.split(",")[0] for title, _ in rows] == ["student 4 steps", "student 2 steps", "student 1 step"]
+    assert [title.split(",")[0] for title, _ in rows] == [
+        "student 4 steps",
+        "student 2 steps",
+        "student 1 step",
+    ]
     for (title, row), count in zip(rows, (4, 2, 1)):
         assert (row == drawn[count]).all() and f"variety {looks[count]['variety']:.2f}" in title
-    monkeypatch.setattr(examiner, "compare", lambda by_teacher, by_student, *_: (by_teacher(prompts), {
-        count: draw(prompts) for count, draw in by_student.items()}))
+    monkeypatch.setattr(
+        examiner,
+        "compare",
+        lambda by_teacher, by_student, *_: (
+            by_teacher(prompts),
+            {count: draw(prompts) for count, draw in by_student.items()},
+        ),
+    )
     by_teacher, by_student = found.judge(student)
-    assert (by_teacher == found.teacher_drawn).all() and all((by_student[count] == drawn[count]).all() for count in drawn)
+    assert (by_teacher == found.teacher_drawn).all() and all(
+        (by_student[count] == drawn[count]).all() for count in drawn
+    )
     assert not (drawn[1] == drawn[4]).all()
 
 
@@ -126,14 +195,30 @@ def test_a_start_is_calibrated_on_a_frame_of_each_prompt(finished_run):
 
 
 def test_the_teacher_is_guided_by_the_settings_and_plain_where_it_is_held_against_a_critic(tmp_path):
-    settings = complete(Settings(cache_dir=str(tmp_path), negative_prompt="a blue cross", guidance_scale=5.0, guidance_scale_2=2.0))
+    settings = complete(
+        Settings(
+            cache_dir=str(tmp_path), negative_prompt="a blue cross", guidance_scale=5.0, guidance_scale_2=2.0
+        )
+    )
     accelerator, prompts = Accelerator(), ["a red ring", "a green square"]
     words = Words(accelerator, TINY_TEACHER, tmp_path, [*prompts, "a blue cross"])
     teacher = Teacher(open_teacher_files(TINY_TEACHER))
-    lessons = Lessons(accelerator, settings, teacher, words, prompts, prompts, [(16, 8, 8), (16, 8, 8)], 16, Pace("cpu", 1e9))
+    lessons = Lessons(
+        accelerator,
+        settings,
+        teacher,
+        words,
+        prompts,
+        prompts,
+        [(16, 8, 8), (16, 8, 8)],
+        16,
+        Pace("cpu", 1e9),
+    )
     text, unwanted = words.pack(prompts), words.pack(2 * ["a blue cross"])
     latents = seeded_noise((16, 8, 8), [1, 2])
-    for timestep in (torch.full((2,), 990.0), torch.full((2,), 100.0)):    # the high and the low expert's
+    for timestep in (torch.full((2,), 990.0), torch.full((2,), 100.0)):  # the high and the low expert's
         guided, plain = (maker(text)(latents, timestep) for maker in (lessons.guided, lessons.plain))
         assert torch.equal(guided, teacher.velocity(latents, timestep, text, unwanted, 5.0, 2.0)[0])
-        assert torch.equal(plain, teacher.velocity(latents, timestep, text)[0]) and not torch.allclose(guided, plain, atol=0.01)
+        assert torch.equal(plain, teacher.velocity(latents, timestep, text)[0]) and not torch.allclose(
+            guided, plain, atol=0.01
+        )

@@ -11,12 +11,18 @@ import pytest
 from tests.conftest import ROOT
 from train_distillation import WanLiteStudent
 
-PRODUCT = sorted(path for place in ("wanlite/**", "tools", "benchmarks", ".") for path in ROOT.glob(f"{place}/*.py")
-                 if not path.name.startswith("test_"))
+PRODUCT = sorted(
+    path
+    for place in ("wanlite/**", "tools", "benchmarks", ".")
+    for path in ROOT.glob(f"{place}/*.py")
+    if not path.name.startswith("test_")
+)
 
 
 def checked(*command):
-    return subprocess.run([sys.executable, "-m", *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, command)], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def test_ruff_finds_nothing():
@@ -27,13 +33,18 @@ def test_ruff_finds_nothing():
 def test_bandit_finds_nothing():
     process = checked("bandit", "-q", "-c", "pyproject.toml", "-f", "json", "-r", *PRODUCT)
     report = json.loads(process.stdout)
-    assert report["results"] == report["errors"] == [] and report["metrics"]["_totals"]["loc"] > 3000, process.stdout
+    assert report["results"] == report["errors"] == [] and report["metrics"]["_totals"]["loc"] > 3000, (
+        process.stdout
+    )
 
 
 def test_the_tests_that_the_summary_names_are_there():
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "INFERENCE_FIX_SUMMARY.md").read_text()))
-    written = {name for path in (*(ROOT / "tests").glob("*.py"), *ROOT.glob("test_*.py"))
-               for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
+    written = {
+        name
+        for path in (*(ROOT / "tests").glob("*.py"), *ROOT.glob("test_*.py"))
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
     assert len(named) > 10 and named <= written, named - written
 
 
@@ -48,11 +59,21 @@ def test_types_agree(cache):
     assert process.returncode == 0, process.stdout
 
 
-@pytest.mark.parametrize("method", [WanLiteStudent.__init__, WanLiteStudent.forward, WanLiteStudent.save_pretrained,
-                                    WanLiteStudent.from_pretrained], ids=lambda method: method.__name__)
+@pytest.mark.parametrize(
+    "method",
+    [
+        WanLiteStudent.__init__,
+        WanLiteStudent.forward,
+        WanLiteStudent.save_pretrained,
+        WanLiteStudent.from_pretrained,
+    ],
+    ids=lambda method: method.__name__,
+)
 def test_what_users_call_says_its_types(method):
     parameters = list(inspect.signature(method).parameters.values())
-    unsaid = [p.name for p in parameters if p.annotation is p.empty and p.name != "self" and p.kind != p.VAR_KEYWORD]
+    unsaid = [
+        p.name for p in parameters if p.annotation is p.empty and p.name != "self" and p.kind != p.VAR_KEYWORD
+    ]
     assert len(parameters) > 5 and not unsaid
 
 
@@ -64,6 +85,11 @@ def test_types_that_are_wrong_are_told(tmp_path, cache):
         "WanLiteStudent.from_pretrained(5)\n"
         "WanLiteStudent.from_pretrained('here', subfolder=3)\n"
         "WanLiteStudent(depth='4')\n"
-        "WanLiteStudent(depth=4).save_pretrained('there', variant=16)\n")
-    process = checked("mypy", "--cache-dir", cache, "--config-file", ROOT / "pyproject.toml", tmp_path / "mine.py")
-    assert [int(line) for line in re.findall(r"mine\.py:(\d+): error", process.stdout)] == [4, 5, 6, 7], process.stdout
+        "WanLiteStudent(depth=4).save_pretrained('there', variant=16)\n"
+    )
+    process = checked(
+        "mypy", "--cache-dir", cache, "--config-file", ROOT / "pyproject.toml", tmp_path / "mine.py"
+    )
+    assert [int(line) for line in re.findall(r"mine\.py:(\d+): error", process.stdout)] == [4, 5, 6, 7], (
+        process.stdout
+    )

@@ -12,7 +12,9 @@ from tests.conftest import loud_student
 from train_distillation import WanLiteStudent
 from wanlite.network import OneFrameBlock, RMSNorm, one_frame_velocity, pack_text, unpack_text
 
-SMALL = dict(hidden_size=32, depth=2, num_heads=2, ffn_dim=64, num_channels=4, text_dim=8, rope_max_seq_len=32)
+SMALL = dict(
+    hidden_size=32, depth=2, num_heads=2, ffn_dim=64, num_channels=4, text_dim=8, rope_max_seq_len=32
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,9 @@ def test_saved_student_is_a_stock_wan_transformer(student, saved, inputs):
     stock = WanTransformer3DModel.from_pretrained(saved)
     assert stock.state_dict().keys() == student.state_dict().keys()
     velocity = stock(latents.unsqueeze(2), timestep, unpack_text(text)).sample
-    assert torch.allclose(velocity, student(latents.unsqueeze(2), timestep, unpack_text(text)).sample, atol=1e-6)
+    assert torch.allclose(
+        velocity, student(latents.unsqueeze(2), timestep, unpack_text(text)).sample, atol=1e-6
+    )
 
 
 def test_latents_come_back_in_the_rank_they_came_in(student, inputs):
@@ -60,8 +64,10 @@ def test_latents_come_back_in_the_rank_they_came_in(student, inputs):
 
 def test_a_timestep_for_every_token_equals_one_for_the_picture(student, inputs):
     latents, timestep, text = inputs
-    assert torch.equal(student(latents, timestep[:, None].repeat(1, 12), text.tokens).sample,
-                       student(latents, timestep, text.tokens).sample)
+    assert torch.equal(
+        student(latents, timestep[:, None].repeat(1, 12), text.tokens).sample,
+        student(latents, timestep, text.tokens).sample,
+    )
     with pytest.raises(ValueError, match="timesteps differ"):
         student(latents, timestep[:, None] * torch.linspace(0, 1, 12), text.tokens)
 
@@ -93,8 +99,12 @@ def test_diffusers_caches_know_a_block(inputs):
     cached.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with torch.no_grad(), cached.cache_context("drawing"):
         first = cached(latents, timestep, text).sample
-        torch.nn.init.zeros_(cached.blocks[1].ffn.net[2].weight)     # of a block that is not asked again for the same states
-        assert torch.equal(first, expected) and torch.allclose(cached(latents, timestep, text).sample, first, atol=1e-6)
+        torch.nn.init.zeros_(
+            cached.blocks[1].ffn.net[2].weight
+        )  # of a block that is not asked again for the same states
+        assert torch.equal(first, expected) and torch.allclose(
+            cached(latents, timestep, text).sample, first, atol=1e-6
+        )
 
 
 def test_a_config_dict_builds_the_same_student_as_keywords(student):
@@ -102,13 +112,24 @@ def test_a_config_dict_builds_the_same_student_as_keywords(student):
     for config in (SMALL, dict(student.config), WanLiteStudent(SMALL).config):
         assert public.items() <= dict(WanLiteStudent(config).config).items()
     again = WanLiteStudent.from_config(student.config)
-    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in student.state_dict().items()}
+    assert {k: v.shape for k, v in again.state_dict().items()} == {
+        k: v.shape for k, v in student.state_dict().items()
+    }
 
 
-@pytest.mark.parametrize("changes, word", [({"num_heads": 3}, "num_heads"), ({"hidden_size": 0}, "hidden_size"),
-                                           ({"depth": "4"}, "depth"), ({"num_heads": 32}, "rotary"),
-                                           ({"ffn_dim": 10**7}, "ffn_dim"), ({"depth": True}, "depth"),
-                                           ({"eps": "small"}, "eps"), ({"patch_size": (2, 2, 2)}, "patch_size")])
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({"num_heads": 3}, "num_heads"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"depth": "4"}, "depth"),
+        ({"num_heads": 32}, "rotary"),
+        ({"ffn_dim": 10**7}, "ffn_dim"),
+        ({"depth": True}, "depth"),
+        ({"eps": "small"}, "eps"),
+        ({"patch_size": (2, 2, 2)}, "patch_size"),
+    ],
+)
 def test_a_shape_that_cannot_be_is_refused_by_name(changes, word):
     with pytest.raises(ValueError, match=word):
         WanLiteStudent(**SMALL | changes)
@@ -116,10 +137,13 @@ def test_a_shape_that_cannot_be_is_refused_by_name(changes, word):
 
 # ---- loading ---------------------------------------------------------------------------------------------------------------
 
+
 def test_loading_gives_bitwise_the_saved_weights_in_eval_mode_without_meta_tensors(student, saved):
     before = torch.get_default_dtype()
     loaded = WanLiteStudent.from_pretrained(saved)
-    assert all(torch.equal(tensor, student.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert all(
+        torch.equal(tensor, student.state_dict()[name]) for name, tensor in loaded.state_dict().items()
+    )
     assert not loaded.training and not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
     assert torch.equal(loaded.rope.freqs_cos, student.rope.freqs_cos) and torch.get_default_dtype() == before
     assert all(parameter.requires_grad for parameter in loaded.parameters())
@@ -144,7 +168,10 @@ def test_a_weight_that_a_dtype_cannot_hold_is_refused(student, tmp_path):
     large = WanLiteStudent(student.config)
     torch.nn.init.constant_(large.proj_out.bias, 1e6)
     large.save_pretrained(tmp_path)
-    assert WanLiteStudent.from_pretrained(tmp_path, dtype="bfloat16").proj_out.bias[0] == torch.tensor(1e6).bfloat16()
+    assert (
+        WanLiteStudent.from_pretrained(tmp_path, dtype="bfloat16").proj_out.bias[0]
+        == torch.tensor(1e6).bfloat16()
+    )
     with pytest.raises(ValueError, match="proj_out.bias holds NaN or infinity as torch.float16"):
         WanLiteStudent.from_pretrained(tmp_path, dtype="float16")
 
@@ -159,9 +186,16 @@ def test_loading_never_projects(saved, monkeypatch):
         WanLiteStudent.from_pretrained(saved, teacher_checkpoint_path="/no/such/teacher")
 
 
-@pytest.mark.parametrize("arguments, error", [
-    ({"subfolder": "../.."}, ValueError), ({"variant": "../x"}, ValueError), ({"dtype": "int8"}, ValueError),
-    ({"device": "gpu7"}, ValueError), ({"local_file_only": True}, TypeError)])
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        ({"subfolder": "../.."}, ValueError),
+        ({"variant": "../x"}, ValueError),
+        ({"dtype": "int8"}, ValueError),
+        ({"device": "gpu7"}, ValueError),
+        ({"local_file_only": True}, TypeError),
+    ],
+)
 def test_a_wrong_argument_is_refused(saved, arguments, error):
     with pytest.raises(error):
         WanLiteStudent.from_pretrained(saved, **arguments)
@@ -180,7 +214,9 @@ def watch_norms(network):
     seen = []
     for name, norm in network.named_modules():
         if name.endswith(("norm_q", "norm_k")):
-            norm.register_forward_hook(lambda module, given, found: seen.append((given[0].dtype, found.dtype)))
+            norm.register_forward_hook(
+                lambda module, given, found: seen.append((given[0].dtype, found.dtype))
+            )
     return seen
 
 
@@ -188,7 +224,9 @@ def test_under_autocast_norms_of_queries_and_keys_stay_in_bfloat16():
     student = WanLiteStudent(hidden_size=32, depth=2, num_heads=2, text_dim=48)
     seen, latents, text = watch_norms(student), torch.randn(2, 16, 8, 8), torch.randn(2, 5, 48)
     with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
-        warnings.simplefilter("error")                       # torch warns of a weight in another dtype, and leaves its fused kernel
+        warnings.simplefilter(
+            "error"
+        )  # torch warns of a weight in another dtype, and leaves its fused kernel
         student(latents, torch.tensor([9.0, 1.0]), text)
     assert seen == [(torch.bfloat16, torch.bfloat16)] * 8
 
@@ -198,11 +236,11 @@ def test_under_autocast_on_cuda_norms_of_queries_and_keys_stay_in_bfloat16():
     with torch.device("meta"):
         block = OneFrameBlock(32, 64, 2, "rms_norm_across_heads", True, 1e-6).requires_grad_(False)
     seen = watch_norms(block)
-    with FakeTensorMode(allow_non_fake_inputs=True):         # its weights are those of meta
+    with FakeTensorMode(allow_non_fake_inputs=True):  # its weights are those of meta
         block.to_empty(device="cuda")
         states, text = (torch.empty(2, length, 32, device="cuda", dtype=torch.bfloat16) for length in (16, 5))
         try:
-            torch.set_autocast_enabled("cuda", True)         # torch.autocast turns itself off where no GPU is found
+            torch.set_autocast_enabled("cuda", True)  # torch.autocast turns itself off where no GPU is found
             torch.set_autocast_dtype("cuda", torch.bfloat16)
             block(states, text, torch.empty(2, 6, 32, device="cuda"), None)
         finally:

@@ -21,8 +21,19 @@ from tests.conftest import fork
 from train_distillation import WanLiteStudent
 from wanlite.files.untrusted import ALIGNED, WeightsFile
 
-NARROW, WIDE = (dict(hidden_size=width, depth=2, num_heads=2, ffn_dim=32, num_channels=4, text_dim=8, freq_dim=32,
-                     rope_max_seq_len=32) for width in (16, 24))
+NARROW, WIDE = (
+    dict(
+        hidden_size=width,
+        depth=2,
+        num_heads=2,
+        ffn_dim=32,
+        num_channels=4,
+        text_dim=8,
+        freq_dim=32,
+        rope_max_seq_len=32,
+    )
+    for width in (16, 24)
+)
 WEIGHTS, INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
 SHARDED = {"max_shard_size": "10KB"}
 
@@ -50,10 +61,16 @@ def names(folder):
 
 # ---- a writer that is killed, a reader that comes at any moment ------------------------------------------------------------------
 
-@pytest.mark.parametrize("first, second", [({}, {}), ({}, SHARDED), (SHARDED, {}), (SHARDED, SHARDED)],
-                         ids=["file-file", "file-shards", "shards-file", "shards-shards"])
+
+@pytest.mark.parametrize(
+    "first, second",
+    [({}, {}), ({}, SHARDED), (SHARDED, {}), (SHARDED, SHARDED)],
+    ids=["file-file", "file-shards", "shards-file", "shards-shards"],
+)
 @pytest.mark.parametrize("renames", [0, 1, 2, 3, 7])
-def test_a_save_killed_at_any_rename_leaves_one_student_and_is_finished_by_the_next(first, second, renames, tmp_path, monkeypatch):
+def test_a_save_killed_at_any_rename_leaves_one_student_and_is_finished_by_the_next(
+    first, second, renames, tmp_path, monkeypatch
+):
     student(NARROW, 1).save_pretrained(tmp_path, **first)
 
     def save_and_die():
@@ -63,27 +80,40 @@ def test_a_save_killed_at_any_rename_leaves_one_student_and_is_finished_by_the_n
             if str(source).find("files.json") < 0 and next(count) == renames:
                 os.kill(os.getpid(), signal.SIGKILL)
             replace(source, target)
+
         os.replace = counted
         student(WIDE, 2).save_pretrained(tmp_path, **second)
+
     code = fork(save_and_die)
     left = found(tmp_path)
     assert left in ([(16, 1), (24, 2)] if code == -signal.SIGKILL else [(24, 2)])
     with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
-        patch.setattr("wanlite.student.saving.check_space", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        patch.setattr(
+            "wanlite.student.saving.check_space",
+            lambda *_: (_ for _ in ()).throw(OSError("the disk is full")),
+        )
         student(NARROW, 3).save_pretrained(tmp_path)
-    assert found(tmp_path) in [left, (24, 2)] and not list(tmp_path.glob(".saving-*"))       # finished, though nothing was saved
+    assert found(tmp_path) in [left, (24, 2)] and not list(
+        tmp_path.glob(".saving-*")
+    )  # finished, though nothing was saved
     student(NARROW, 3).save_pretrained(tmp_path)
     assert found(tmp_path) == (16, 3) and names(tmp_path) == {"config.json", WEIGHTS}
 
 
 def test_a_reader_beside_a_writer_never_sees_a_mixture(tmp_path):
     student(NARROW, 1).save_pretrained(tmp_path)
-    pair = [(student(NARROW, 1), {}), (student(WIDE, 2), {}), (student(NARROW, 1), SHARDED), (student(WIDE, 2), SHARDED)]
+    pair = [
+        (student(NARROW, 1), {}),
+        (student(WIDE, 2), {}),
+        (student(NARROW, 1), SHARDED),
+        (student(WIDE, 2), SHARDED),
+    ]
 
     def write_for_ever():
         while True:
             for made, arguments in pair:
                 made.save_pretrained(tmp_path, **arguments)
+
     writer, seen = multiprocessing.get_context("fork").Process(target=write_for_ever), []
     writer.start()
     try:
@@ -104,6 +134,7 @@ def test_a_writer_killed_at_random_moments_leaves_one_student_each_time(tmp_path
         while True:
             made[2].save_pretrained(tmp_path, **SHARDED)
             made[3].save_pretrained(tmp_path)
+
     for number in range(12):
         fork(write_for_ever, kill_after=0.02 + 0.0173 * number)
         assert found(tmp_path) in [(24, 2), (16, 3)]
@@ -116,14 +147,19 @@ def test_processes_that_save_at_once_leave_the_student_of_one_of_them(tmp_path):
         made = student(NARROW if value % 2 else WIDE, value)
         for _ in range(5):
             made.save_pretrained(tmp_path, **arguments)
-    writers = [multiprocessing.get_context("fork").Process(target=save, args=(value, SHARDED if value > 2 else {}))
-               for value in (1, 2, 3, 4)]
+
+    writers = [
+        multiprocessing.get_context("fork").Process(target=save, args=(value, SHARDED if value > 2 else {}))
+        for value in (1, 2, 3, 4)
+    ]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0
-    assert found(tmp_path) in [(16, 1), (24, 2), (16, 3), (24, 4)] and not [name for name in names(tmp_path) if name[0] == "."]
+    assert found(tmp_path) in [(16, 1), (24, 2), (16, 3), (24, 4)] and not [
+        name for name in names(tmp_path) if name[0] == "."
+    ]
 
 
 def test_of_several_ranks_the_first_one_writes(tmp_path):
@@ -132,6 +168,7 @@ def test_of_several_ranks_the_first_one_writes(tmp_path):
         student(NARROW, 1 + rank).save_pretrained(tmp_path / "student")
         student(NARROW, 1 + rank).save_pretrained(tmp_path / f"every-{rank}", is_main_process=True)
         torch.distributed.barrier()
+
     ranks = [multiprocessing.get_context("fork").Process(target=of_rank, args=(rank,)) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
@@ -144,6 +181,7 @@ def test_of_several_ranks_the_first_one_writes(tmp_path):
 
 # ---- what lies there afterwards --------------------------------------------------------------------------------------------------
 
+
 def test_files_of_the_older_save_go_and_those_of_other_variants_stay(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     student(NARROW, 1).save_pretrained(tmp_path, variant="fp16", **SHARDED)
@@ -151,7 +189,11 @@ def test_files_of_the_older_save_go_and_those_of_other_variants_stay(tmp_path):
     for value, arguments in enumerate([SHARDED, {}, SHARDED, SHARDED, {}], 2):
         student(NARROW, value).save_pretrained(tmp_path, **arguments)
         index = json.loads((tmp_path / INDEX).read_text()) if arguments else {"weight_map": {"": WEIGHTS}}
-        assert names(tmp_path) == others | {"config.json", *index["weight_map"].values(), *([INDEX] if arguments else [])}
+        assert names(tmp_path) == others | {
+            "config.json",
+            *index["weight_map"].values(),
+            *([INDEX] if arguments else []),
+        }
         assert found(tmp_path) == (16, value) and found(tmp_path, variant="fp16") == (16, 1)
 
 
@@ -162,9 +204,16 @@ def test_the_second_file_name_goes_for_it_would_be_read_before_an_index(tmp_path
     assert found(tmp_path) == (16, 2) and "diffusion_model.safetensors" not in names(tmp_path)
 
 
-@pytest.mark.parametrize("named, words", [
-    ({"variant": ""}, "variant '' is no part of a file name"), ({"variant": 5}, "variant 5"), ({"variant": "a/b"}, "variant 'a/b'"),
-    ({"max_shard_size": None}, "max_shard_size is None, expected bytes"), ({"max_shard_size": -1}, "max_shard_size is -1")])
+@pytest.mark.parametrize(
+    "named, words",
+    [
+        ({"variant": ""}, "variant '' is no part of a file name"),
+        ({"variant": 5}, "variant 5"),
+        ({"variant": "a/b"}, "variant 'a/b'"),
+        ({"max_shard_size": None}, "max_shard_size is None, expected bytes"),
+        ({"max_shard_size": -1}, "max_shard_size is -1"),
+    ],
+)
 def test_a_save_that_would_not_load_is_refused(named, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         student(NARROW, 1).save_pretrained(tmp_path, **named)
@@ -190,9 +239,12 @@ def test_the_same_student_is_the_same_bytes(tmp_path):
     for number in range(8):
         student(NARROW, 1).save_pretrained(tmp_path / f"{number}")
     assert len({(tmp_path / f"{number}" / WEIGHTS).read_bytes() for number in range(8)}) == 1
-    with WeightsFile(tmp_path / "0" / WEIGHTS) as weights:        # every tensor can be mapped
+    with WeightsFile(tmp_path / "0" / WEIGHTS) as weights:  # every tensor can be mapped
         assert {entry.start % ALIGNED for entry in weights.entries.values()} == {0}
-    assert found(tmp_path / "0") == (16, 1) and load_file(tmp_path / "0" / WEIGHTS).keys() == student(NARROW, 1).state_dict().keys()
+    assert (
+        found(tmp_path / "0") == (16, 1)
+        and load_file(tmp_path / "0" / WEIGHTS).keys() == student(NARROW, 1).state_dict().keys()
+    )
 
 
 def test_files_may_be_read_by_whoever_may_read_the_others(tmp_path):
@@ -203,6 +255,7 @@ def test_files_may_be_read_by_whoever_may_read_the_others(tmp_path):
 
 # ---- what is not saved ----------------------------------------------------------------------------------------------------------
 
+
 def broken(made):
     made.proj_out.bias.data[0] = float("nan")
 
@@ -212,7 +265,9 @@ def overflowing(made):
 
 
 def adapted(made):
-    made.blocks[0].attn1.to_q.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(16, 2)})       # as peft puts them there
+    made.blocks[0].attn1.to_q.lora_A = torch.nn.ModuleDict(
+        {"default": torch.nn.Linear(16, 2)}
+    )  # as peft puts them there
 
 
 class InEightBits(torch.Tensor):
@@ -246,21 +301,44 @@ def without_a_layer(made):
     made.proj_out = torch.nn.Identity()
 
 
-@pytest.mark.parametrize("change, words", [
-    (broken, "proj_out.bias"), (overflowing, "proj_out.bias"),
-    (lambda made: made.double(), r"weights of another dtype in .*\(torch.float64\) and in .* more"),
-    (lambda made: made.to("meta"), "offloaded"), (lambda made: made.register_parameter("more", torch.nn.Parameter(torch.ones(1))),
-                                                  "more"),
-    (lambda made: made.blocks.append(made.blocks[0]), "blocks.2"),
-    (adapted, r"found an adapter in blocks.0.attn1.to_q \(lora_A\). .*save_lora_adapter"),
-    (quantised, r"quantised weights in blocks.1.ffn.net.2 \(InEightBits\) and in 1 more layers. Save the student before"),
-    (quantised_by_names, r"quantised weights in proj_out \(weight._data\). Save the student before"),
-    (cast_by_layers, r"quantised weights in blocks.0.attn1.to_k \(torch.float8_e4m3fn\) and in 19 more layers"),
-    (lambda made: torch.ao.quantization.quantize_dynamic(made, {torch.nn.Linear}, inplace=True), "quantised .*_packed_params"),
-    (adapted_and_quantised, "an adapter in .*; quantised weights in .* Fuse .* Save the student before"),
-    (lambda made: prune.l1_unstructured(made.proj_out, "weight", 0.5), r"a parametrization in proj_out \(weight_"),
-    (lambda made: torch.nn.utils.parametrizations.weight_norm(made.proj_out), "a parametrization in proj_out "),
-    (without_a_layer, r"another layer than a student's in proj_out \(proj_out.bias is missing\). Put the student's own")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (broken, "proj_out.bias"),
+        (overflowing, "proj_out.bias"),
+        (lambda made: made.double(), r"weights of another dtype in .*\(torch.float64\) and in .* more"),
+        (lambda made: made.to("meta"), "offloaded"),
+        (lambda made: made.register_parameter("more", torch.nn.Parameter(torch.ones(1))), "more"),
+        (lambda made: made.blocks.append(made.blocks[0]), "blocks.2"),
+        (adapted, r"found an adapter in blocks.0.attn1.to_q \(lora_A\). .*save_lora_adapter"),
+        (
+            quantised,
+            r"quantised weights in blocks.1.ffn.net.2 \(InEightBits\) and in 1 more layers. Save the student before",
+        ),
+        (quantised_by_names, r"quantised weights in proj_out \(weight._data\). Save the student before"),
+        (
+            cast_by_layers,
+            r"quantised weights in blocks.0.attn1.to_k \(torch.float8_e4m3fn\) and in 19 more layers",
+        ),
+        (
+            lambda made: torch.ao.quantization.quantize_dynamic(made, {torch.nn.Linear}, inplace=True),
+            "quantised .*_packed_params",
+        ),
+        (adapted_and_quantised, "an adapter in .*; quantised weights in .* Fuse .* Save the student before"),
+        (
+            lambda made: prune.l1_unstructured(made.proj_out, "weight", 0.5),
+            r"a parametrization in proj_out \(weight_",
+        ),
+        (
+            lambda made: torch.nn.utils.parametrizations.weight_norm(made.proj_out),
+            "a parametrization in proj_out ",
+        ),
+        (
+            without_a_layer,
+            r"another layer than a student's in proj_out \(proj_out.bias is missing\). Put the student's own",
+        ),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_would_not_load_again_is_not_saved_and_the_student_that_is_there_stays(change, words, tmp_path):
     student(NARROW, 1).save_pretrained(tmp_path)
@@ -276,7 +354,9 @@ def compiled_block(made):
     return made
 
 
-@pytest.mark.parametrize("change", [torch.compile, compiled_block, lambda made: made.to(memory_format=torch.channels_last_3d)])
+@pytest.mark.parametrize(
+    "change", [torch.compile, compiled_block, lambda made: made.to(memory_format=torch.channels_last_3d)]
+)
 def test_a_change_that_leaves_every_weight_is_saved_as_it_was(change, tmp_path):
     change(student(WIDE, 2)).save_pretrained(tmp_path)
     assert found(tmp_path) == (24, 2)
@@ -308,7 +388,7 @@ def test_a_disk_that_is_full_leaves_the_student_that_is_there(small_disk):
         large.save_pretrained(small_disk)
     assert found(small_disk) == (16, 1) and names(small_disk) == {"config.json", WEIGHTS}
     with open(small_disk / "ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
-        while True:                                          # until nothing is left
+        while True:  # until nothing is left
             ballast.write(bytes(4096))
     with pytest.raises(OSError):
         student(WIDE, 2).save_pretrained(small_disk)
@@ -319,6 +399,7 @@ def test_a_disk_that_is_full_leaves_the_student_that_is_there(small_disk):
 
 
 # ---- the hub -------------------------------------------------------------------------------------------------------------------
+
 
 class Hub(BaseHTTPRequestHandler):
     """What huggingface_hub asks of the hub, for the folders organisation/model below `folder`: a list of files, the files."""
@@ -331,19 +412,37 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         self.asked.append(self.path)
         is_list, path = self.path.startswith("/api/models/"), self.path.split("?")[0].strip("/").split("/")
-        path = path[2:4] if is_list else [*path[:2], *path[4:]]                  # organisation/model/resolve/revision/file
+        path = path[2:4] if is_list else [*path[:2], *path[4:]]  # organisation/model/resolve/revision/file
         content, found = b"no such repository", self.folder.joinpath(*path)
         if found.exists() and is_list:
-            tree = [{"type": "file", "path": str(file.relative_to(found)), "size": file.stat().st_size, "oid": "0" * 40}
-                    for file in found.rglob("*") if file.is_file()]
-            model = {"id": "/".join(path), "sha": self.commit, "siblings": [{"rfilename": file["path"]} for file in tree]}
+            tree = [
+                {
+                    "type": "file",
+                    "path": str(file.relative_to(found)),
+                    "size": file.stat().st_size,
+                    "oid": "0" * 40,
+                }
+                for file in found.rglob("*")
+                if file.is_file()
+            ]
+            model = {
+                "id": "/".join(path),
+                "sha": self.commit,
+                "siblings": [{"rfilename": file["path"]} for file in tree],
+            }
             content = json.dumps(tree if "/tree/" in self.path else model)
         elif found.exists():
             content = found.read_bytes()
         content = content.encode() if isinstance(content, str) else content
         self.send_response(200 if found.exists() else 404)
-        headers = {"Content-Length": len(content), "ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": self.commit}
-        for name, value in (headers if found.exists() else headers | {"X-Error-Code": "RepoNotFound"}).items():
+        headers = {
+            "Content-Length": len(content),
+            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "X-Repo-Commit": self.commit,
+        }
+        for name, value in (
+            headers if found.exists() else headers | {"X-Error-Code": "RepoNotFound"}
+        ).items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command == "GET":
@@ -356,16 +455,21 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub of our own, on this machine; `asked` are the paths that were asked for."""
+
     class Here(Hub):
         folder, asked = tmp_path / "on the hub", []
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), Here)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     Here.stop = lambda: (server.shutdown(), thread.join(), server.server_close())
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-                        address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        huggingface_hub.constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     yield Here
     if thread.is_alive():
@@ -379,18 +483,22 @@ def test_a_name_of_the_hub_is_downloaded_once_and_then_read_from_the_cache(hub, 
     monkeypatch.chdir(tmp_path)
     arguments = {"cache_dir": tmp_path / "cache"}
     assert found("someone/student", **arguments) == (16, 1)
-    assert not any(path.endswith(("evil.bin", "inner/config.json")) for path in hub.asked)    # only what is read is fetched
+    assert not any(
+        path.endswith(("evil.bin", "inner/config.json")) for path in hub.asked
+    )  # only what is read is fetched
     assert found("someone/student", subfolder="inner", **arguments) == (24, 2)
     hub.stop()
     assert found("someone/student", local_files_only=True, **arguments) == (16, 1)
-    assert found("someone/student", **arguments) == (16, 1)                                   # no network: the cache answers
+    assert found("someone/student", **arguments) == (16, 1)  # no network: the cache answers
     with pytest.raises(OSError, match="someone/other: no such folder here, and not to be had from the hub"):
         found("someone/other", local_files_only=True, **arguments)
 
 
 def test_a_name_that_the_hub_does_not_know_is_refused_in_one_line(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OSError, match="someone/nothing: no such folder here, and not to be had from the hub") as refused:
+    with pytest.raises(
+        OSError, match="someone/nothing: no such folder here, and not to be had from the hub"
+    ) as refused:
         found("someone/nothing", cache_dir=tmp_path / "cache")
     assert "\n" not in str(refused.value)
 
@@ -409,12 +517,17 @@ def test_what_is_pushed_to_the_hub_is_what_loads_again(tmp_path, monkeypatch):
 
     def upload_folder(*, repo_id, folder_path, **_):
         pushed.append((repo_id, sorted(os.listdir(folder_path)), found(folder_path)))
-    monkeypatch.setattr("diffusers.utils.hub_utils.create_repo", lambda name, **_: type("Repo", (), {"repo_id": f"me/{name}"}))
-    monkeypatch.setattr("diffusers.utils.hub_utils.load_or_create_model_card", lambda *_, **__: type(
-        "Card", (), {"save": lambda self, path: open(path, "w").close()})())
+
+    monkeypatch.setattr(
+        "diffusers.utils.hub_utils.create_repo", lambda name, **_: type("Repo", (), {"repo_id": f"me/{name}"})
+    )
+    monkeypatch.setattr(
+        "diffusers.utils.hub_utils.load_or_create_model_card",
+        lambda *_, **__: type("Card", (), {"save": lambda self, path: open(path, "w").close()})(),
+    )
     monkeypatch.setattr("diffusers.utils.hub_utils.populate_model_card", lambda card: card)
     monkeypatch.setattr("diffusers.utils.hub_utils.upload_folder", upload_folder)
     student(NARROW, 1).save_pretrained(tmp_path / "student", push_to_hub=True)
-    assert pushed == [("me/student", ["README.md", "config.json", WEIGHTS], (16, 1))] and found(tmp_path / "student") == (16, 1)
-
-
+    assert pushed == [("me/student", ["README.md", "config.json", WEIGHTS], (16, 1))] and found(
+        tmp_path / "student"
+    ) == (16, 1)

@@ -15,8 +15,10 @@ from wanlite.teacher.model import RESIDENCIES, Teacher, choose_residency
 
 @pytest.fixture(scope="module")
 def stock():
-    return {name: WanTransformer3DModel.from_pretrained(TINY_TEACHER / folder).eval()
-            for name, folder in (("high", "transformer"), ("low", "transformer_2"))}
+    return {
+        name: WanTransformer3DModel.from_pretrained(TINY_TEACHER / folder).eval()
+        for name, folder in (("high", "transformer"), ("low", "transformer_2"))
+    }
 
 
 def test_both_layouts_hold_the_same_teacher(official_teacher, teacher, words, noisy):
@@ -28,14 +30,20 @@ def test_both_layouts_hold_the_same_teacher(official_teacher, teacher, words, no
     assert torch.equal(ours, theirs)
 
 
-def test_guided_velocity_is_what_two_stock_networks_and_classifier_free_guidance_give(teacher, stock, words, noisy):
+def test_guided_velocity_is_what_two_stock_networks_and_classifier_free_guidance_give(
+    teacher, stock, words, noisy
+):
     text, negative = (unpack_text(each) for each in words)
     timestep = torch.tensor([999.0, 875.0, 874.9, 20.0])
     velocity, _ = teacher.velocity(noisy, timestep, *words, guidance_high=4.0, guidance_low=3.0)
     for row, (expert, guidance) in enumerate([("high", 4.0), ("high", 4.0), ("low", 3.0), ("low", 3.0)]):
         with torch.no_grad():
-            wanted, unwanted = (stock[expert](noisy[row:row + 1, :, None], timestep[row:row + 1], words[row:row + 1]).sample
-                                for words in (text, negative))
+            wanted, unwanted = (
+                stock[expert](
+                    noisy[row : row + 1, :, None], timestep[row : row + 1], words[row : row + 1]
+                ).sample
+                for words in (text, negative)
+            )
         expected = (unwanted + guidance * (wanted - unwanted))[0, :, 0]
         assert torch.allclose(velocity[row], expected, atol=1e-4)
 
@@ -58,15 +66,22 @@ def test_features_are_those_of_the_prompts_own_pass_in_the_order_of_the_rows(tea
     timestep = torch.tensor([990.0, 20.0, 990.0, 20.0])
     _, (mixed,) = teacher.velocity(noisy, timestep, *words, 4.0, 3.0, feature_blocks=(2,))
     for row in range(4):
-        _, (alone,) = teacher.velocity(noisy[row:row + 1], timestep[row:row + 1], words[0].rows(slice(row, row + 1)),
-                                       feature_blocks=(2,))
+        _, (alone,) = teacher.velocity(
+            noisy[row : row + 1],
+            timestep[row : row + 1],
+            words[0].rows(slice(row, row + 1)),
+            feature_blocks=(2,),
+        )
         assert torch.allclose(mixed[row], alone[0], atol=1e-4)
 
 
 def test_the_teacher_is_frozen_whole_and_off_meta(teacher):
     parameters = [*teacher.expert("high").parameters(), *teacher.expert("low").parameters()]
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in parameters)
-    assert not any(buffer.is_meta for buffer in teacher.expert("high").buffers()) and not teacher.expert("high").training
+    assert (
+        not any(buffer.is_meta for buffer in teacher.expert("high").buffers())
+        and not teacher.expert("high").training
+    )
 
 
 def test_a_teacher_with_one_expert_answers_at_every_noise_level(tmp_path, stock, words, noisy):
@@ -86,16 +101,24 @@ GIB = 2**30
 def asked(words, noisy):
     """What a teacher is asked: rows of both experts, prompts and negative prompts, token states of a block."""
     text, negative = words
-    return {"latents": noisy, "timestep": torch.tensor([990.0, 100.0, 900.0, 500.0]), "text": text, "negative": negative,
-            "guidance_high": 4.0, "guidance_low": 3.0, "feature_blocks": (2,)}
+    return {
+        "latents": noisy,
+        "timestep": torch.tensor([990.0, 100.0, 900.0, 500.0]),
+        "text": text,
+        "negative": negative,
+        "guidance_high": 4.0,
+        "guidance_low": 3.0,
+        "feature_blocks": (2,),
+    }
 
 
 @pytest.mark.parametrize("residency", RESIDENCIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_velocity_does_not_depend_on_where_experts_are(residency, dtype, asked):
     files = open_teacher_files(TINY_TEACHER)
-    (expected, (states,)), (found, (own,)) = (Teacher(files, dtype=dtype, residency=where).velocity(**asked)
-                                              for where in ("both", residency))
+    (expected, (states,)), (found, (own,)) = (
+        Teacher(files, dtype=dtype, residency=where).velocity(**asked) for where in ("both", residency)
+    )
     assert torch.equal(found, expected) and torch.equal(own, states)
 
 
@@ -116,7 +139,7 @@ def test_one_expert_at_a_time_holds_one_and_at_rest_none(asked):
     held = weakref.ref(found.expert("low").blocks[0].ffn.net[0].proj)
     found.rest()
     assert held() is None
-    found.velocity(**asked)                                  # and reads it again where it is asked
+    found.velocity(**asked)  # and reads it again where it is asked
 
 
 def test_at_rest_streamed_experts_are_gone_though_their_hooks_hold_each_other():
@@ -133,29 +156,48 @@ def test_at_rest_streamed_experts_are_gone_though_their_hooks_hold_each_other():
 def test_few_rows_at_once_give_what_all_give(asked, teacher):
     few = Teacher(open_teacher_files(TINY_TEACHER), tokens_at_once=1)
     (found, (own,)), (expected, (states,)) = few.velocity(**asked), teacher.velocity(**asked)
-    assert torch.allclose(found, expected, atol=1e-4) and torch.allclose(own, states, atol=1e-4)     # of values up to 22 and 60
+    assert torch.allclose(found, expected, atol=1e-4) and torch.allclose(
+        own, states, atol=1e-4
+    )  # of values up to 22 and 60
     seen = []
     few.expert("low").register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     few.velocity(**asked)
-    assert seen == [2, 2]                                    # one picture, wanted and unwanted
+    assert seen == [2, 2]  # one picture, wanted and unwanted
 
 
-@pytest.mark.parametrize("is_fp8, free_device, free_host, is_cpu, expected", [
-    (False, 78, 200, False, "both"), (False, 47, 200, False, "one"), (False, 23, 200, False, "streamed"),
-    (False, 23, 70, False, "disk"), (True, 47, 200, False, "both"), (True, 31, 200, False, "one"), (False, 47, 40, False, "disk"),
-    (False, 78, 78, True, "both"),
-    (False, 47, 47, True, "one"), (False, 23, 23, True, "disk")])
-def test_the_residency_of_a14b_follows_free_memory(is_fp8, free_device, free_host, is_cpu, expected, tmp_path):
+@pytest.mark.parametrize(
+    "is_fp8, free_device, free_host, is_cpu, expected",
+    [
+        (False, 78, 200, False, "both"),
+        (False, 47, 200, False, "one"),
+        (False, 23, 200, False, "streamed"),
+        (False, 23, 70, False, "disk"),
+        (True, 47, 200, False, "both"),
+        (True, 31, 200, False, "one"),
+        (False, 47, 40, False, "disk"),
+        (False, 78, 78, True, "both"),
+        (False, 47, 47, True, "one"),
+        (False, 23, 23, True, "disk"),
+    ],
+)
+def test_the_residency_of_a14b_follows_free_memory(
+    is_fp8, free_device, free_host, is_cpu, expected, tmp_path
+):
     for name in ("high_noise_model", "low_noise_model"):
         write_sparse_wan(tmp_path / name, A14B, "official", 6)
     files = open_teacher_files(tmp_path)
-    assert choose_residency(files, torch.bfloat16, is_fp8, free_device * GIB, free_host * GIB, is_cpu) == expected
+    assert (
+        choose_residency(files, torch.bfloat16, is_fp8, free_device * GIB, free_host * GIB, is_cpu)
+        == expected
+    )
 
 
 def test_gpus_of_one_machine_share_the_experts_of_a14b_out_where_neither_they_nor_the_cpu_hold_one(tmp_path):
     for name in ("high_noise_model", "low_noise_model"):
         write_sparse_wan(tmp_path / name, A14B, "official", 6)
     files = open_teacher_files(tmp_path)
-    chosen = [choose_residency(files, torch.bfloat16, is_fp8, free * GIB, 41 * GIB, shares=shares)
-              for is_fp8, free, shares in ((False, 23, 1), (False, 23, 2), (False, 23, 8), (True, 18, 8))]
+    chosen = [
+        choose_residency(files, torch.bfloat16, is_fp8, free * GIB, 41 * GIB, shares=shares)
+        for is_fp8, free, shares in ((False, 23, 1), (False, 23, 2), (False, 23, 8), (True, 18, 8))
+    ]
     assert chosen == ["disk", "disk", "sharded", "streamed"]

@@ -10,15 +10,26 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import A14B, TI2V_5B, TINY_TEACHER, WAN_1_3B, change, official_name, weights_of, write_sparse_wan
+from tests.conftest import (
+    A14B,
+    TI2V_5B,
+    TINY_TEACHER,
+    WAN_1_3B,
+    change,
+    official_name,
+    weights_of,
+    write_sparse_wan,
+)
 from wanlite.teacher import checkpoint as room
 from wanlite.teacher.checkpoint import diffusers_name, open_teacher_files
 
 
 @pytest.fixture(scope="module")
 def stock():
-    return {name: WanTransformer3DModel.from_pretrained(TINY_TEACHER / folder).eval()
-            for name, folder in (("high", "transformer"), ("low", "transformer_2"))}
+    return {
+        name: WanTransformer3DModel.from_pretrained(TINY_TEACHER / folder).eval()
+        for name, folder in (("high", "transformer"), ("low", "transformer_2"))
+    }
 
 
 def test_every_diffusers_name_survives_the_way_to_the_official_dialect_and_back(stock):
@@ -30,18 +41,28 @@ def test_every_diffusers_name_survives_the_way_to_the_official_dialect_and_back(
     assert diffusers_name("head.modulation") == "scale_shift_table"
 
 
-@pytest.mark.parametrize("name, other", [
-    ("img_emb.proj.0.weight", "image-to-video"), ("blocks.0.cross_attn.k_img.weight", "image-to-video"),
-    ("condition_embedder.image_embedder.norm1.weight", "image-to-video"), ("blocks.0.attn2.add_k_proj.bias", "image-to-video"),
-    ("vace_blocks.0.before_proj.weight", "VACE"), ("audio_injector.injector.0.k.weight", "speech-to-video"),
-    ("face_adapter.fuser_blocks.0.k_norm.weight", "Animate"), ("control_adapter.conv.weight", "Fun Control"),
-    ("blocks.0.self_attn.q.lora_A.weight", "LoRA")])
+@pytest.mark.parametrize(
+    "name, other",
+    [
+        ("img_emb.proj.0.weight", "image-to-video"),
+        ("blocks.0.cross_attn.k_img.weight", "image-to-video"),
+        ("condition_embedder.image_embedder.norm1.weight", "image-to-video"),
+        ("blocks.0.attn2.add_k_proj.bias", "image-to-video"),
+        ("vace_blocks.0.before_proj.weight", "VACE"),
+        ("audio_injector.injector.0.k.weight", "speech-to-video"),
+        ("face_adapter.fuser_blocks.0.k_norm.weight", "Animate"),
+        ("control_adapter.conv.weight", "Fun Control"),
+        ("blocks.0.self_attn.q.lora_A.weight", "LoRA"),
+    ],
+)
 def test_a_tensor_of_another_kind_of_wan_is_refused_with_its_kind(name, other):
     with pytest.raises(ValueError, match=f"{name}.*belongs to .*{other}"):
         diffusers_name(name)
 
 
-@pytest.mark.parametrize("name", ["blocks.0.attn3.to_q.weight", "xblocks.0.modulation", "img_emb.proj.0.weight", ""])
+@pytest.mark.parametrize(
+    "name", ["blocks.0.attn3.to_q.weight", "xblocks.0.modulation", "img_emb.proj.0.weight", ""]
+)
 def test_a_name_that_no_wan_has_is_an_error(name):
     with pytest.raises(ValueError, match="is no tensor"):
         diffusers_name(name)
@@ -49,13 +70,29 @@ def test_a_name_that_no_wan_has_is_an_error(name):
 
 def wrap(path, prefix, infix):
     """Rename the tensors of a file as wrappers around the whole network and around its blocks do."""
-    save_file({prefix + re.sub(r"^(blocks\.\d+\.)", rf"\g<1>{infix}", name): tensor
-               for name, tensor in load_file(path).items()}, path)
+    save_file(
+        {
+            prefix + re.sub(r"^(blocks\.\d+\.)", rf"\g<1>{infix}", name): tensor
+            for name, tensor in load_file(path).items()
+        },
+        path,
+    )
 
 
-WRAPPERS = [("model.", ""), ("module.", ""), ("_orig_mod.", ""), ("diffusion_model.", ""), ("model.diffusion_model.", ""),
-            ("transformer.", ""), ("pipe.dit.", ""), ("_fsdp_wrapped_module.", "_fsdp_wrapped_module."), ("net.", "module."),
-            ("module._orig_mod.module.", "_orig_mod."), ("", "_fsdp_wrapped_module._checkpoint_wrapped_module."), ("blocks.", "")]
+WRAPPERS = [
+    ("model.", ""),
+    ("module.", ""),
+    ("_orig_mod.", ""),
+    ("diffusion_model.", ""),
+    ("model.diffusion_model.", ""),
+    ("transformer.", ""),
+    ("pipe.dit.", ""),
+    ("_fsdp_wrapped_module.", "_fsdp_wrapped_module."),
+    ("net.", "module."),
+    ("module._orig_mod.module.", "_orig_mod."),
+    ("", "_fsdp_wrapped_module._checkpoint_wrapped_module."),
+    ("blocks.", ""),
+]
 
 
 @pytest.mark.parametrize("prefix, infix", WRAPPERS)
@@ -64,21 +101,48 @@ def test_what_a_wrapper_put_into_the_names_of_an_expert_is_stripped(prefix, infi
     for wan, folder in ((copied, "transformer_2"), (official_copy, "low_noise_model")):
         for path in (wan / folder).glob("*.safetensors"):
             wrap(path, prefix, infix)
-        for path in (wan / folder).glob("*.index.json"):     # it was written of the wrapped network, or is not there
+        for path in (wan / folder).glob(
+            "*.index.json"
+        ):  # it was written of the wrapped network, or is not there
             path.unlink()
         found = open_teacher_files(wan).experts["low"]
         assert found.places.keys() == exact.places.keys()
-        assert all(torch.equal(found.read(name), exact.read(name)) for name in ("proj_out.bias", "blocks.2.norm2.weight"))
+        assert all(
+            torch.equal(found.read(name), exact.read(name))
+            for name in ("proj_out.bias", "blocks.2.norm2.weight")
+        )
 
 
-@pytest.mark.parametrize("break_it, words", [
-    (lambda tensors: {f"{prefix}.{name}": tensor.clone() for name, tensor in tensors.items() for prefix in ("model", "ema")},
-     "transformer: holds 2 networks, under 'ema.', 'model.', expected one. Keep each in a file of its own"),
-    (lambda tensors: tensors | {"_orig_mod.proj_out.bias": tensors["proj_out.bias"].clone()}, "holds proj_out.bias twice, as "),
-    (lambda tensors: {f"model.{name}": tensor for name, tensor in tensors.items()} | {"vae.conv1.bias": torch.zeros(1)},
-     "'vae.conv1.bias' is no tensor of"),
-    (lambda tensors: {f"model.{name}": tensor for name, tensor in tensors.items() if name != "proj_out.bias"},
-     r"missing \['proj_out.bias'\]")])
+@pytest.mark.parametrize(
+    "break_it, words",
+    [
+        (
+            lambda tensors: {
+                f"{prefix}.{name}": tensor.clone()
+                for name, tensor in tensors.items()
+                for prefix in ("model", "ema")
+            },
+            "transformer: holds 2 networks, under 'ema.', 'model.', expected one. Keep each in a file of its own",
+        ),
+        (
+            lambda tensors: tensors | {"_orig_mod.proj_out.bias": tensors["proj_out.bias"].clone()},
+            "holds proj_out.bias twice, as ",
+        ),
+        (
+            lambda tensors: (
+                {f"model.{name}": tensor for name, tensor in tensors.items()}
+                | {"vae.conv1.bias": torch.zeros(1)}
+            ),
+            "'vae.conv1.bias' is no tensor of",
+        ),
+        (
+            lambda tensors: {
+                f"model.{name}": tensor for name, tensor in tensors.items() if name != "proj_out.bias"
+            },
+            r"missing \['proj_out.bias'\]",
+        ),
+    ],
+)
 def test_names_that_no_one_wrapper_explains_are_refused(break_it, words, copied):
     path = weights_of(copied / "transformer")
     save_file(break_it(load_file(path)), path)
@@ -91,8 +155,15 @@ def hide_files_in(folder):
     for place in (folder, *[path for path in folder.rglob("*") if path.is_dir()]):
         for path in [path for path in place.iterdir() if path.is_file()]:
             (place / f"._{path.name}").write_bytes(b"\0\5\x16\7" + bytes(4092))
-        for name in (".DS_Store", "._x.incomplete", "._x.safetensors.index.json", "._models_t5_x.pth", "._spiece.model",
-                     ".ipynb_checkpoints/wan_high_noise.safetensors", ".cache/huggingface/download/x.incomplete"):
+        for name in (
+            ".DS_Store",
+            "._x.incomplete",
+            "._x.safetensors.index.json",
+            "._models_t5_x.pth",
+            "._spiece.model",
+            ".ipynb_checkpoints/wan_high_noise.safetensors",
+            ".cache/huggingface/download/x.incomplete",
+        ):
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             (place / name).write_bytes(b"<")
 
@@ -104,9 +175,15 @@ def test_names_that_begin_with_a_dot_are_not_files_of_a_teacher(copied, official
         assert open_teacher_files(wan).fingerprint == before
 
 
-@pytest.mark.parametrize("extra, words", [
-    (b"x", "1 byte too long: its tensors end at byte"), (bytes(4096), "4,096 bytes too long"),
-    (-1, r"not a whole safetensors file .1 byte too short: its tensors end at byte"), (-2000, "2,000 bytes too short")])
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        (b"x", "1 byte too long: its tensors end at byte"),
+        (bytes(4096), "4,096 bytes too long"),
+        (-1, r"not a whole safetensors file .1 byte too short: its tensors end at byte"),
+        (-2000, "2,000 bytes too short"),
+    ],
+)
 def test_a_file_that_is_too_long_or_too_short_is_refused_by_how_much(extra, words, copied):
     path = weights_of(copied / "transformer_2")
     path.write_bytes(path.read_bytes() + extra if isinstance(extra, bytes) else path.read_bytes()[:extra])
@@ -114,9 +191,16 @@ def test_a_file_that_is_too_long_or_too_short_is_refused_by_how_much(extra, word
         open_teacher_files(copied)
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"GGUF\3", "it is GGUF, .*take safetensors"), (b"PK\3\4", "it is a pickle, .*take safetensors"), (b"\x80\2", "it is a pickle"),
-    (b"7z\xbc\xaf'\x1c", "it is a 7z archive, .*unpack it"), (b"\x1f\x8b\x08", "it is a gzip archive")])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"GGUF\3", "it is GGUF, .*take safetensors"),
+        (b"PK\3\4", "it is a pickle, .*take safetensors"),
+        (b"\x80\2", "it is a pickle"),
+        (b"7z\xbc\xaf'\x1c", "it is a 7z archive, .*unpack it"),
+        (b"\x1f\x8b\x08", "it is a gzip archive"),
+    ],
+)
 def test_another_format_under_the_name_of_safetensors_is_told_by_its_first_bytes(content, words, copied):
     weights_of(copied / "transformer").write_bytes(content + bytes(100))
     with pytest.raises(OSError, match=f"model.safetensors: {words}"):
@@ -128,38 +212,116 @@ def edit_config(folder, **settings):
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
-@pytest.mark.parametrize("break_it, error, words", [
-    (lambda wan: shutil.rmtree(wan), OSError, "no such folder"),
-    (lambda wan: shutil.rmtree(wan / "transformer_2"), OSError, "transformer_2/ is missing"),
-    (lambda wan: [shutil.rmtree(wan / name) for name in ("transformer", "transformer_2")], OSError, "is missing"),
-    (lambda wan: (wan / "transformer/config.json").unlink(), OSError, "config.json: missing"),
-    (lambda wan: (wan / "transformer/config.json").write_text("{}"), ValueError, "lacks dim"),
-    (lambda wan: weights_of(wan / "transformer").unlink(), OSError, "holds no .safetensors"),
-    (lambda wan: weights_of(wan / "transformer").rename(wan / "transformer/x.gguf"), OSError, "found x.gguf: GGUF is not read"),
-    (lambda wan: weights_of(wan / "transformer").write_bytes(weights_of(wan / "transformer").read_bytes()[:5000]),
-     OSError, "not a whole safetensors"),
-    (lambda wan: (wan / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"proj_out.bias": "absent.safetensors"}})), OSError, "absent.safetensors is missing"),
-    (lambda wan: (wan / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"proj_out.bias": "../x.safetensors"}})), ValueError, "expected a file beside it"),
-    (lambda wan: (wan / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": null}'),
-     ValueError, "no weight_map"),
-    (lambda wan: shutil.copy(weights_of(wan / "transformer"), wan / "transformer/stale.safetensors"), ValueError,
-     "stands in diffusion_pytorch_model.safetensors and in stale.safetensors"),
-    (lambda wan: (wan / "model_index.json").write_text('{"boundary_ratio": 875}'), ValueError, "boundary_ratio is 875"),
-    (lambda wan: weights_of(wan / "transformer").write_bytes(weights_of(wan / "transformer").read_bytes()[:-1]),
-     OSError, "not a whole safetensors"),
-    (lambda wan: (wan / "transformer_2/xyz.safetensors.incomplete").touch(), OSError, "xyz.safetensors.incomplete is a download"),
-    (lambda wan: (wan / "transformer_2/xyz.safetensors.aria2").touch(), OSError, "xyz.safetensors.aria2 is a download"),
-    (lambda wan: weights_of(wan / "transformer").rename(wan / "transformer/x-00002-of-00003.safetensors"),
-     OSError, "shard x-00001-of-00003.safetensors is missing.*2 of 3"),
-    (lambda wan: edit_config(wan / "transformer", in_channels=36), ValueError, "takes 36 channels and gives 16: an image-to-video"),
-    (lambda wan: change(wan / "transformer", lambda tensors: tensors.update({"img_emb.proj.0.bias": torch.zeros(8)})),
-     ValueError, "model.safetensors.*img_emb.proj.0.bias.*image-to-video"),
-    *((lambda wan, dtype=dtype: change(wan / "transformer", lambda tensors: tensors.update(
-        {"proj_out.bias": tensors["proj_out.bias"].to(dtype)})), ValueError, f"proj_out.bias is stored as {found}, expected one of")
-      for dtype, found in ((torch.float64, "F64"), (torch.int8, "I8"), (torch.uint8, "U8"), (torch.bool, "BOOL"))),
-])
+@pytest.mark.parametrize(
+    "break_it, error, words",
+    [
+        (lambda wan: shutil.rmtree(wan), OSError, "no such folder"),
+        (lambda wan: shutil.rmtree(wan / "transformer_2"), OSError, "transformer_2/ is missing"),
+        (
+            lambda wan: [shutil.rmtree(wan / name) for name in ("transformer", "transformer_2")],
+            OSError,
+            "is missing",
+        ),
+        (lambda wan: (wan / "transformer/config.json").unlink(), OSError, "config.json: missing"),
+        (lambda wan: (wan / "transformer/config.json").write_text("{}"), ValueError, "lacks dim"),
+        (lambda wan: weights_of(wan / "transformer").unlink(), OSError, "holds no .safetensors"),
+        (
+            lambda wan: weights_of(wan / "transformer").rename(wan / "transformer/x.gguf"),
+            OSError,
+            "found x.gguf: GGUF is not read",
+        ),
+        (
+            lambda wan: weights_of(wan / "transformer").write_bytes(
+                weights_of(wan / "transformer").read_bytes()[:5000]
+            ),
+            OSError,
+            "not a whole safetensors",
+        ),
+        (
+            lambda wan: (wan / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(
+                json.dumps({"weight_map": {"proj_out.bias": "absent.safetensors"}})
+            ),
+            OSError,
+            "absent.safetensors is missing",
+        ),
+        (
+            lambda wan: (wan / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(
+                json.dumps({"weight_map": {"proj_out.bias": "../x.safetensors"}})
+            ),
+            ValueError,
+            "expected a file beside it",
+        ),
+        (
+            lambda wan: (wan / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(
+                '{"weight_map": null}'
+            ),
+            ValueError,
+            "no weight_map",
+        ),
+        (
+            lambda wan: shutil.copy(weights_of(wan / "transformer"), wan / "transformer/stale.safetensors"),
+            ValueError,
+            "stands in diffusion_pytorch_model.safetensors and in stale.safetensors",
+        ),
+        (
+            lambda wan: (wan / "model_index.json").write_text('{"boundary_ratio": 875}'),
+            ValueError,
+            "boundary_ratio is 875",
+        ),
+        (
+            lambda wan: weights_of(wan / "transformer").write_bytes(
+                weights_of(wan / "transformer").read_bytes()[:-1]
+            ),
+            OSError,
+            "not a whole safetensors",
+        ),
+        (
+            lambda wan: (wan / "transformer_2/xyz.safetensors.incomplete").touch(),
+            OSError,
+            "xyz.safetensors.incomplete is a download",
+        ),
+        (
+            lambda wan: (wan / "transformer_2/xyz.safetensors.aria2").touch(),
+            OSError,
+            "xyz.safetensors.aria2 is a download",
+        ),
+        (
+            lambda wan: weights_of(wan / "transformer").rename(
+                wan / "transformer/x-00002-of-00003.safetensors"
+            ),
+            OSError,
+            "shard x-00001-of-00003.safetensors is missing.*2 of 3",
+        ),
+        (
+            lambda wan: edit_config(wan / "transformer", in_channels=36),
+            ValueError,
+            "takes 36 channels and gives 16: an image-to-video",
+        ),
+        (
+            lambda wan: change(
+                wan / "transformer", lambda tensors: tensors.update({"img_emb.proj.0.bias": torch.zeros(8)})
+            ),
+            ValueError,
+            "model.safetensors.*img_emb.proj.0.bias.*image-to-video",
+        ),
+        *(
+            (
+                lambda wan, dtype=dtype: change(
+                    wan / "transformer",
+                    lambda tensors: tensors.update({"proj_out.bias": tensors["proj_out.bias"].to(dtype)}),
+                ),
+                ValueError,
+                f"proj_out.bias is stored as {found}, expected one of",
+            )
+            for dtype, found in (
+                (torch.float64, "F64"),
+                (torch.int8, "I8"),
+                (torch.uint8, "U8"),
+                (torch.bool, "BOOL"),
+            )
+        ),
+    ],
+)
 def test_a_broken_teacher_folder_is_refused_with_its_reason(copied, break_it, error, words):
     break_it(copied)
     with pytest.raises(error, match=words):
@@ -167,22 +329,40 @@ def test_a_broken_teacher_folder_is_refused_with_its_reason(copied, break_it, er
 
 
 DEEP = "[" * 100_000
-LFS, PAGE = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 46184\n", b"<!DOCTYPE html><html>not found</html>"
+LFS, PAGE = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 46184\n",
+    b"<!DOCTYPE html><html>not found</html>",
+)
 
 
-@pytest.mark.parametrize("layout, name, value, words", [
-    *(("diffusers", name, value, f"{name} is {found}, expected a whole number from 1 to") for name, value, found in (
-        ("num_attention_heads", 0, "0"), ("num_attention_heads", "4", "'4'"),
-        ("ffn_dim", [1], r"\[1\]"), ("num_layers", 4.0, "4.0"),
-        ("num_layers", 10_000_000, "10000000"), ("in_channels", True, "True"), ("text_dim", -1, "-1"), ("freq_dim", 10**90, "10+"),
-        ("rope_max_seq_len", None, "None"))),
-    ("diffusers", "patch_size", None, "patch_size is None, expected frames, height and width"),
-    ("diffusers", "patch_size", 5, "patch_size is 5, expected frames"), ("diffusers", "eps", "x", "eps is 'x', expected a number"),
-    ("diffusers", "attention_head_dim", 33, "attention_head_dim is 33, expected an even number"),
-    ("diffusers", "qk_norm", None, "qk_norm is None, expected 'rms_norm_across_heads'"),
-    ("official", "num_heads", 0, "num_heads is 0, expected a whole number"), ("official", "dim", "128", "dim is '128', expected"),
-    ("official", "num_heads", 3, "dim is 128, expected a multiple of num_heads, which is 3"),
-    ("official", "eps", float("nan"), "eps is nan, expected a number")])
+@pytest.mark.parametrize(
+    "layout, name, value, words",
+    [
+        *(
+            ("diffusers", name, value, f"{name} is {found}, expected a whole number from 1 to")
+            for name, value, found in (
+                ("num_attention_heads", 0, "0"),
+                ("num_attention_heads", "4", "'4'"),
+                ("ffn_dim", [1], r"\[1\]"),
+                ("num_layers", 4.0, "4.0"),
+                ("num_layers", 10_000_000, "10000000"),
+                ("in_channels", True, "True"),
+                ("text_dim", -1, "-1"),
+                ("freq_dim", 10**90, "10+"),
+                ("rope_max_seq_len", None, "None"),
+            )
+        ),
+        ("diffusers", "patch_size", None, "patch_size is None, expected frames, height and width"),
+        ("diffusers", "patch_size", 5, "patch_size is 5, expected frames"),
+        ("diffusers", "eps", "x", "eps is 'x', expected a number"),
+        ("diffusers", "attention_head_dim", 33, "attention_head_dim is 33, expected an even number"),
+        ("diffusers", "qk_norm", None, "qk_norm is None, expected 'rms_norm_across_heads'"),
+        ("official", "num_heads", 0, "num_heads is 0, expected a whole number"),
+        ("official", "dim", "128", "dim is '128', expected"),
+        ("official", "num_heads", 3, "dim is 128, expected a multiple of num_heads, which is 3"),
+        ("official", "eps", float("nan"), "eps is nan, expected a number"),
+    ],
+)
 def test_a_setting_that_no_wan_has_is_refused_by_name(layout, name, value, words, copied, official_copy):
     wan, expert = (copied, "transformer") if layout == "diffusers" else (official_copy, "high_noise_model")
     edit_config(wan / expert, **{name: value})
@@ -211,17 +391,33 @@ def replace_by_dangling_link(path):
     path.symlink_to("nowhere")
 
 
-SHARD, SHARD_INDEX = "transformer_2/diffusion_pytorch_model.safetensors", "transformer/x.safetensors.index.json"
+SHARD, SHARD_INDEX = (
+    "transformer_2/diffusion_pytorch_model.safetensors",
+    "transformer/x.safetensors.index.json",
+)
 
 
-@pytest.mark.parametrize("name, how, words", [
-    *((name, lambda path: path.write_text(DEEP), "not JSON .nested too deeply.. Download it again")
-      for name in ("transformer/config.json", "model_index.json", SHARD_INDEX)),
-    *((name, lambda path: path.write_bytes(LFS), "it is a git-lfs pointer: run `git lfs pull`")
-      for name in (SHARD, "transformer/config.json", SHARD_INDEX)),
-    (SHARD, lambda path: path.write_bytes(PAGE), "it is a web page: download the file again"),
-    (SHARD, replace_by_pipe, "not a regular file"), ("transformer/config.json", replace_by_pipe, "not a regular file"),
-    (SHARD, replace_by_dangling_link, "cannot be read .No such file or directory.. Expected a regular file")])
+@pytest.mark.parametrize(
+    "name, how, words",
+    [
+        *(
+            (name, lambda path: path.write_text(DEEP), "not JSON .nested too deeply.. Download it again")
+            for name in ("transformer/config.json", "model_index.json", SHARD_INDEX)
+        ),
+        *(
+            (name, lambda path: path.write_bytes(LFS), "it is a git-lfs pointer: run `git lfs pull`")
+            for name in (SHARD, "transformer/config.json", SHARD_INDEX)
+        ),
+        (SHARD, lambda path: path.write_bytes(PAGE), "it is a web page: download the file again"),
+        (SHARD, replace_by_pipe, "not a regular file"),
+        ("transformer/config.json", replace_by_pipe, "not a regular file"),
+        (
+            SHARD,
+            replace_by_dangling_link,
+            "cannot be read .No such file or directory.. Expected a regular file",
+        ),
+    ],
+)
 def test_what_a_download_left_in_place_of_a_file_is_told(name, how, words, copied):
     how(copied / name)
     with pytest.raises(OSError, match=f"{name}: {words}") as refused:
@@ -229,7 +425,9 @@ def test_what_a_download_left_in_place_of_a_file_is_told(name, how, words, copie
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("content, words", [(LFS, "git lfs pull"), (PAGE, "web page"), (b"", "not a whole safetensors file")])
+@pytest.mark.parametrize(
+    "content, words", [(LFS, "git lfs pull"), (PAGE, "web page"), (b"", "not a whole safetensors file")]
+)
 def test_a_single_file_that_is_no_safetensors_file_is_told_by_what_it_is(content, words, tmp_path):
     (tmp_path / "diffusion_models").mkdir()
     (tmp_path / "diffusion_models/wan.safetensors").write_bytes(content)
@@ -239,8 +437,9 @@ def test_a_single_file_that_is_no_safetensors_file_is_told_by_what_it_is(content
 
 def test_experts_of_two_sizes_are_refused(copied):
     config = json.loads((copied / "transformer_2/config.json").read_text())
-    WanTransformer3DModel(**{name: value for name, value in config.items() if not name.startswith("_")}
-                          | {"num_layers": 3}).save_pretrained(copied / "transformer_2")
+    WanTransformer3DModel(
+        **{name: value for name, value in config.items() if not name.startswith("_")} | {"num_layers": 3}
+    ).save_pretrained(copied / "transformer_2")
     with pytest.raises(ValueError, match="differ in size"):
         open_teacher_files(copied)
 
@@ -259,7 +458,9 @@ def test_an_index_that_promises_what_no_shard_holds_is_refused_with_shard_and_te
     tensors = load_file(shard)
     del tensors["blocks.2.ffn.0.weight"]
     save_file(tensors, shard)
-    with pytest.raises(ValueError, match=f"index promises blocks.2.ffn.0.weight in {shard.name}, no shard holds it"):
+    with pytest.raises(
+        ValueError, match=f"index promises blocks.2.ffn.0.weight in {shard.name}, no shard holds it"
+    ):
         open_teacher_files(official_copy)
 
 
@@ -331,22 +532,38 @@ def quantize(tensors, layer, dtype, scale, kind, marks=()):
         tensors[f"{layer}.{kind}"] = scale
     tensors |= {f"{layer}.{mark}": torch.ones(()) for mark in marks if mark != "comfy_quant"}
     if "comfy_quant" in marks:
-        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+        tensors[f"{layer}.comfy_quant"] = torch.tensor(
+            list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8
+        )
 
 
 @pytest.mark.parametrize("dtype", FP8)
-@pytest.mark.parametrize("prefix, dialect", [("", "diffusers"), ("", "official"), ("model.diffusion_model.", "official")])
-@pytest.mark.parametrize("kind, marks, scale", [
-    (None, (), None), ("scale_weight", (), torch.tensor(0.0625)), ("scale_weight", ("scale_input",), torch.tensor([0.03])),
-    ("scale_weight", (), torch.linspace(0.1, 1, 512)), ("scale_weight", (), torch.linspace(0.1, 1, 512)[:, None]),
-    ("weight_scale", ("input_scale", "comfy_quant"), torch.tensor(0.03)),
-    ("weight_scale", ("comfy_quant",), torch.linspace(0.1, 1, 512))])
-def test_a_weight_in_fp8_is_its_stored_value_times_its_scale(copied, dtype, prefix, dialect, kind, marks, scale):
+@pytest.mark.parametrize(
+    "prefix, dialect", [("", "diffusers"), ("", "official"), ("model.diffusion_model.", "official")]
+)
+@pytest.mark.parametrize(
+    "kind, marks, scale",
+    [
+        (None, (), None),
+        ("scale_weight", (), torch.tensor(0.0625)),
+        ("scale_weight", ("scale_input",), torch.tensor([0.03])),
+        ("scale_weight", (), torch.linspace(0.1, 1, 512)),
+        ("scale_weight", (), torch.linspace(0.1, 1, 512)[:, None]),
+        ("weight_scale", ("input_scale", "comfy_quant"), torch.tensor(0.03)),
+        ("weight_scale", ("comfy_quant",), torch.linspace(0.1, 1, 512)),
+    ],
+)
+def test_a_weight_in_fp8_is_its_stored_value_times_its_scale(
+    copied, dtype, prefix, dialect, kind, marks, scale
+):
     def store(tensors):
         quantize(tensors, LAYER, dtype, scale, kind, marks)
         if kind == "scale_weight":
             tensors["scaled_fp8"] = torch.zeros(2, dtype=dtype)
-        renamed = {prefix + (official_name(name) if dialect == "official" else name): tensor for name, tensor in tensors.items()}
+        renamed = {
+            prefix + (official_name(name) if dialect == "official" else name): tensor
+            for name, tensor in tensors.items()
+        }
         wanted.append(tensors[f"{LAYER}.weight"].float() * (1 if scale is None else scale.reshape(-1, 1)))
         tensors.clear(), tensors.update(renamed)
 
@@ -367,21 +584,40 @@ def test_shards_may_differ_in_precision_and_a_scale_may_lie_in_another_shard_tha
     name = next(name for name in sorted(weights) if "_attn" in name and weights[name].ndim == 2)
     weights[name] = (weights[name] / 0.01).to(torch.float8_e4m3fn)
     save_file(weights, second)
-    save_file({key: tensor.bfloat16() for key, tensor in load_file(third).items()}
-              | {name.replace(".weight", ".scale_weight"): torch.tensor(0.01)}, third)
-    found, exact = open_teacher_files(official_copy).experts["low"], open_teacher_files(TINY_TEACHER).experts["low"]
+    save_file(
+        {key: tensor.bfloat16() for key, tensor in load_file(third).items()}
+        | {name.replace(".weight", ".scale_weight"): torch.tensor(0.01)},
+        third,
+    )
+    found, exact = (
+        open_teacher_files(official_copy).experts["low"],
+        open_teacher_files(TINY_TEACHER).experts["low"],
+    )
     for name in exact.places:
         assert (found.read(name) - exact.read(name)).norm() <= 0.05 * exact.read(name).norm()
 
 
-@pytest.mark.parametrize("extra, words", [
-    ({f"{LAYER}.scale_weight": torch.tensor(float("nan"))}, f"scale of {LAYER}.weight holds nan"),
-    ({f"{LAYER}.weight_scale": torch.tensor(float("inf"))}, f"scale of {LAYER}.weight holds inf"),
-    ({f"{LAYER}.weight_scale": torch.tensor(0.0)}, f"scale of {LAYER}.weight holds 0.0"),
-    ({f"{LAYER}.weight_scale": torch.ones(512, 4)}, f"scale of {LAYER}.weight is torch.float32 .512, 4.*one a row .512"),
-    ({f"{LAYER}.weight_scale": torch.ones(512, dtype=torch.uint8)}, f"scale of {LAYER}.weight is torch.uint8"),
-    ({"blocks.9.ffn.2.scale_weight": torch.tensor(1.0)}, "scale of blocks.9.ffn.net.2.weight but no such weight"),
-    ({"blocks.0.ffn.9.scale_weight": torch.tensor(1.0)}, "blocks.0.ffn.9.weight' is no tensor")])
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        ({f"{LAYER}.scale_weight": torch.tensor(float("nan"))}, f"scale of {LAYER}.weight holds nan"),
+        ({f"{LAYER}.weight_scale": torch.tensor(float("inf"))}, f"scale of {LAYER}.weight holds inf"),
+        ({f"{LAYER}.weight_scale": torch.tensor(0.0)}, f"scale of {LAYER}.weight holds 0.0"),
+        (
+            {f"{LAYER}.weight_scale": torch.ones(512, 4)},
+            f"scale of {LAYER}.weight is torch.float32 .512, 4.*one a row .512",
+        ),
+        (
+            {f"{LAYER}.weight_scale": torch.ones(512, dtype=torch.uint8)},
+            f"scale of {LAYER}.weight is torch.uint8",
+        ),
+        (
+            {"blocks.9.ffn.2.scale_weight": torch.tensor(1.0)},
+            "scale of blocks.9.ffn.net.2.weight but no such weight",
+        ),
+        ({"blocks.0.ffn.9.scale_weight": torch.tensor(1.0)}, "blocks.0.ffn.9.weight' is no tensor"),
+    ],
+)
 def test_a_scale_that_cannot_be_right_is_refused_by_name(copied, extra, words):
     change(copied / "transformer_2", lambda tensors: tensors.update(extra))
     with pytest.raises(ValueError, match=words):
@@ -395,23 +631,46 @@ MODULE = ["diffusers", "WanTransformer3DModel"]
 
 
 @pytest.mark.parametrize("layout", ["official", "diffusers"])
-@pytest.mark.parametrize("model, num_experts, num_shards, num_parameters, num_tensors", [
-    (A14B, 2, {"official": 6, "diffusers": 12}, 14_288_491_584, 1095),
-    (A14B, 1, {"official": 6, "diffusers": 12}, 14_288_491_584, 1095),
-    (WAN_1_3B, 1, {"official": 1, "diffusers": 2}, 1_418_996_800, 825),
-    (TI2V_5B, 1, {"official": 3, "diffusers": 3}, 4_999_787_712, 825)], ids=["2.2-A14B", "2.1-14B", "2.1-1.3B", "2.2-5B"])
-def test_every_wan_opens_at_its_real_shape(model, num_experts, num_shards, num_parameters, num_tensors, layout, tmp_path):
-    folders = {("official", 2): ["high_noise_model", "low_noise_model"], ("official", 1): ["."],
-               ("diffusers", 2): ["transformer", "transformer_2"], ("diffusers", 1): ["transformer"]}[layout, num_experts]
+@pytest.mark.parametrize(
+    "model, num_experts, num_shards, num_parameters, num_tensors",
+    [
+        (A14B, 2, {"official": 6, "diffusers": 12}, 14_288_491_584, 1095),
+        (A14B, 1, {"official": 6, "diffusers": 12}, 14_288_491_584, 1095),
+        (WAN_1_3B, 1, {"official": 1, "diffusers": 2}, 1_418_996_800, 825),
+        (TI2V_5B, 1, {"official": 3, "diffusers": 3}, 4_999_787_712, 825),
+    ],
+    ids=["2.2-A14B", "2.1-14B", "2.1-1.3B", "2.2-5B"],
+)
+def test_every_wan_opens_at_its_real_shape(
+    model, num_experts, num_shards, num_parameters, num_tensors, layout, tmp_path
+):
+    folders = {
+        ("official", 2): ["high_noise_model", "low_noise_model"],
+        ("official", 1): ["."],
+        ("diffusers", 2): ["transformer", "transformer_2"],
+        ("diffusers", 1): ["transformer"],
+    }[layout, num_experts]
     for name in folders:
         write_sparse_wan(tmp_path / "wan" / name, model, layout, num_shards[layout])
     if layout == "diffusers":
-        (tmp_path / "wan/model_index.json").write_text(json.dumps(
-            {"_class_name": "WanPipeline", "transformer": MODULE, "transformer_2": MODULE if num_experts == 2 else NONE,
-             "boundary_ratio": 0.875 if num_experts == 2 else None, "expand_timesteps": model is TI2V_5B}))
+        (tmp_path / "wan/model_index.json").write_text(
+            json.dumps(
+                {
+                    "_class_name": "WanPipeline",
+                    "transformer": MODULE,
+                    "transformer_2": MODULE if num_experts == 2 else NONE,
+                    "boundary_ratio": 0.875 if num_experts == 2 else None,
+                    "expand_timesteps": model is TI2V_5B,
+                }
+            )
+        )
     files = open_teacher_files(tmp_path / "wan")
     assert (files.layout, files.boundary) == (layout, 0.875 if num_experts == 2 else None)
     assert list(files.experts) == (["high", "low"] if num_experts == 2 else ["only"])
     for expert in files.experts.values():
-        assert (expert.num_parameters, len(expert.places), expert.width) == (num_parameters, num_tensors, model["width"])
+        assert (expert.num_parameters, len(expert.places), expert.width) == (
+            num_parameters,
+            num_tensors,
+            model["width"],
+        )
     assert files.config["in_channels"] == model["channels"] and files.config["patch_size"] == (1, 2, 2)

@@ -22,17 +22,34 @@ file = open(sys.argv[1], "w")
 assert file.fileno() > 2
 file.write("whole")
 """
-ENCODINGS = {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}, {"PYTHONIOENCODING": "cp1252:strict", "PYTHONUNBUFFERED": "1"}
+ENCODINGS = (
+    {"PYTHONIOENCODING": "ascii"},
+    {"LC_ALL": "C"},
+    {"PYTHONIOENCODING": "cp1252:strict", "PYTHONUNBUFFERED": "1"},
+)
 
 
 def shell(command, *arguments, **environment):
     """Run a line of bash in which "$@" is Python with `arguments`; returns its exit code, that of a pipe's first part first."""
-    return subprocess.run(["bash", "-c", f"set -o pipefail; {command}", "bash", sys.executable, *map(str, arguments)],
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment, capture_output=True)
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}", "bash", sys.executable, *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
+        capture_output=True,
+    )
 
 
-@pytest.mark.parametrize("command", [
-    '"$@" | head -1', '"$@" 2>&1 | head -1', '"$@" | true', '"$@" >&-', '"$@" 2>&-', '"$@" <&- >&- 2>&-', '"$@" >/dev/full 2>&1'])
+@pytest.mark.parametrize(
+    "command",
+    [
+        '"$@" | head -1',
+        '"$@" 2>&1 | head -1',
+        '"$@" | true',
+        '"$@" >&-',
+        '"$@" 2>&-',
+        '"$@" <&- >&- 2>&-',
+        '"$@" >/dev/full 2>&1',
+    ],
+)
 def test_a_process_ends_well_whatever_becomes_of_its_output(command, tmp_path):
     process = shell(command, "-c", SPEAKS, tmp_path / "file")
     assert process.returncode == 0 and b"Error" not in process.stderr, process.stderr
@@ -46,23 +63,55 @@ def test_a_narrow_encoding_takes_every_character(environment, tmp_path):
 
 
 def test_a_training_whose_reader_left_ends_with_a_student(tmp_path):
-    process = shell('"$@" 2>&1 | head -1', ROOT / "train_distillation.py", "--output_dir", tmp_path / "run", *SHORT_RUN,
-                    "--validation_prompts", "🎨", PYTHONIOENCODING="ascii")
+    process = shell(
+        '"$@" 2>&1 | head -1',
+        ROOT / "train_distillation.py",
+        "--output_dir",
+        tmp_path / "run",
+        *SHORT_RUN,
+        "--validation_prompts",
+        "🎨",
+        PYTHONIOENCODING="ascii",
+    )
     assert process.returncode == 0 and process.stdout.startswith(b"teacher")
     assert (tmp_path / "run/diffusion_pytorch_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("command", ['"$@" | head -1', '"$@" >&- 2>&-'])
 def test_a_drawing_whose_reader_left_ends_with_all_images(command, finished_run, tmp_path):
-    process = shell(command, ROOT / "run_inference.py", "--model", finished_run[0], "--output_dir", tmp_path, "--prompt", "🎨 ring",
-                    "--num_images_per_prompt", "3", PYTHONIOENCODING="ascii")
+    process = shell(
+        command,
+        ROOT / "run_inference.py",
+        "--model",
+        finished_run[0],
+        "--output_dir",
+        tmp_path,
+        "--prompt",
+        "🎨 ring",
+        "--num_images_per_prompt",
+        "3",
+        PYTHONIOENCODING="ascii",
+    )
     assert process.returncode == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "0000-ring-seed0.png", "0001-ring-seed1.png", "0002-ring-seed2.png", "grid-0000-0002.png"]
+        "0000-ring-seed0.png",
+        "0001-ring-seed1.png",
+        "0002-ring-seed2.png",
+        "grid-0000-0002.png",
+    ]
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("plain 🎨 ä", "plain 🎨 ä"), ("\x1b[2J\r\n", r"\x1b[2J\r\n"), ("\u202egpj", r"\u202egpj"), ("\ud800", r"\ud800"),
-    ("a" * 50, "a" * 17 + "..."), ("\x9b" * 50, r"\x9b\x9b\x9b\x9b\..."), ("a" * 20, "a" * 20)])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("plain 🎨 ä", "plain 🎨 ä"),
+        ("\x1b[2J\r\n", r"\x1b[2J\r\n"),
+        ("\u202egpj", r"\u202egpj"),
+        ("\ud800", r"\ud800"),
+        ("a" * 50, "a" * 17 + "..."),
+        ("\x9b" * 50, r"\x9b\x9b\x9b\x9b\..."),
+        ("a" * 20, "a" * 20),
+    ],
+)
 def test_a_line_shows_text_of_any_origin(text, expected):
     assert one_line(text, 20) == expected

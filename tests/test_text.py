@@ -17,13 +17,20 @@ from wanlite.data.trajectories import SHARD_SIZE, encode_once, read_shard, shard
 from wanlite.network import TextTokens, pack_text, unpack_text
 from wanlite.training.teacher_data import Words
 
-PROMPTS = ["a small red circle at the left on a white background", "  A  SMALL &amp;amp; red\tring ", "", "qzx unknown words"]
+PROMPTS = [
+    "a small red circle at the left on a white background",
+    "  A  SMALL &amp;amp; red\tring ",
+    "",
+    "qzx unknown words",
+]
 
 
 def test_padded_embeddings_equal_those_of_a_stock_pipeline():
     tokenizer, encoder = load_text_encoder(TINY_TEACHER)
     pipeline = WanPipeline(tokenizer, encoder, vae=None, scheduler=None)
-    expected, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=512, device="cpu")
+    expected, _ = pipeline.encode_prompt(
+        PROMPTS, do_classifier_free_guidance=False, max_sequence_length=512, device="cpu"
+    )
     found = unpack_text(pack_text(encode_prompts(tokenizer, encoder, PROMPTS)))
     assert found.shape == (4, 512, 64) and torch.allclose(found, expected, atol=1e-5)
 
@@ -32,7 +39,9 @@ def test_an_embedding_does_not_depend_on_its_batch():
     tokenizer, encoder = load_text_encoder(TINY_TEACHER)
     seen = []
     encoder.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
-    together, pairs, alone = (encode_prompts(tokenizer, encoder, PROMPTS, at_once) for at_once in (10**4, 25, 1))
+    together, pairs, alone = (
+        encode_prompts(tokenizer, encoder, PROMPTS, at_once) for at_once in (10**4, 25, 1)
+    )
     length = seen[0][1]
     assert 10 < length <= 12 and seen == [(4, length), *[(2, length)] * 2, *[(1, length)] * 4]
     assert all(torch.allclose(a, b, atol=1e-5) for each in (pairs, alone) for a, b in zip(together, each))
@@ -73,7 +82,7 @@ def test_packing_and_unpacking_are_inverse_up_to_the_full_length():
     embeddings = [torch.randn(length, 5) for length in (1, 7, 8)]
     padded = unpack_text(pack_text(embeddings, text_length=8), text_length=8)
     for row, embedding in zip(padded, embeddings):
-        assert torch.equal(row[:len(embedding)], embedding) and not row[len(embedding):].any()
+        assert torch.equal(row[: len(embedding)], embedding) and not row[len(embedding) :].any()
 
 
 def test_the_bias_counts_the_padding():
@@ -86,16 +95,23 @@ def test_the_bias_counts_the_padding():
 def test_a_pickle_in_place_of_the_encoder_is_never_opened(tmp_path, monkeypatch):
     for part in ("tokenizer", "text_encoder"):
         shutil.copytree(TINY_TEACHER / part, tmp_path / part)
-    refuse_pickle(tmp_path / "text_encoder", "model.safetensors", "pytorch_model.bin", load_text_encoder, monkeypatch)
+    refuse_pickle(
+        tmp_path / "text_encoder", "model.safetensors", "pytorch_model.bin", load_text_encoder, monkeypatch
+    )
 
 
 def test_code_beside_the_tokenizer_is_never_run(tmp_path):
     for part in ("tokenizer", "text_encoder"):
         shutil.copytree(TINY_TEACHER / part, tmp_path / part)
     config = json.loads((tmp_path / "tokenizer/tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(config | {
-        "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}))
-    (tmp_path / "tokenizer/evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Tokenizer: pass\n")
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text(
+        json.dumps(
+            config | {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}
+        )
+    )
+    (tmp_path / "tokenizer/evil.py").write_text(
+        f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Tokenizer: pass\n"
+    )
     with pytest.raises(OSError, match="tokenizer: .*trust_remote_code"):
         load_text_encoder(tmp_path)
     assert not (tmp_path / "executed").exists()
@@ -111,13 +127,23 @@ def wan(tmp_path):
 QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
 
 
-@pytest.mark.parametrize("how, words", [
-    (lambda tensors: tensors.pop(QUERY), f"lacks {QUERY} .1 of"),
-    (lambda tensors: tensors.update({f"module.{name}": tensors.pop(name) for name in list(tensors)}), "lacks encoder.block.0"),
-    (lambda tensors: tensors.update({"decoder.x": torch.zeros(3)}), "holds unknown decoder.x"),
-    (lambda tensors: tensors.update({QUERY: torch.zeros(3, 3)}), f"holds in another shape {QUERY}"),
-    (lambda tensors: tensors[QUERY].fill_(float("nan")), f"{QUERY} holds NaN"),
-    (lambda tensors: tensors["shared.weight"][30:].fill_(float("inf")), "shared.weight holds NaN or infinity")])
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        (lambda tensors: tensors.pop(QUERY), f"lacks {QUERY} .1 of"),
+        (
+            lambda tensors: tensors.update({f"module.{name}": tensors.pop(name) for name in list(tensors)}),
+            "lacks encoder.block.0",
+        ),
+        (lambda tensors: tensors.update({"decoder.x": torch.zeros(3)}), "holds unknown decoder.x"),
+        (lambda tensors: tensors.update({QUERY: torch.zeros(3, 3)}), f"holds in another shape {QUERY}"),
+        (lambda tensors: tensors[QUERY].fill_(float("nan")), f"{QUERY} holds NaN"),
+        (
+            lambda tensors: tensors["shared.weight"][30:].fill_(float("inf")),
+            "shared.weight holds NaN or infinity",
+        ),
+    ],
+)
 def test_a_text_encoder_of_which_weights_are_missing_others_or_not_finite_is_refused_by_name(how, words, wan):
     change(wan / "text_encoder", how)
     with pytest.raises(ValueError, match=f"text_encoder: .*{words}"):
@@ -126,15 +152,24 @@ def test_a_text_encoder_of_which_weights_are_missing_others_or_not_finite_is_ref
 
 def test_an_embedding_that_is_stored_once_or_twice_is_the_same(wan):
     path = wan / "text_encoder/model.safetensors"
-    change(wan / "text_encoder", lambda tensors: tensors.update({"encoder.embed_tokens.weight": tensors["shared.weight"].clone()}))
+    change(
+        wan / "text_encoder",
+        lambda tensors: tensors.update({"encoder.embed_tokens.weight": tensors["shared.weight"].clone()}),
+    )
     assert len(load_file(path)) == 23
     expected, found = (load_text_encoder(folder)[1].state_dict() for folder in (TINY_TEACHER, wan))
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("name, content", [
-    ("text_encoder/model.safetensors", b"version https://git-lfs.github.com/spec/v1"), ("text_encoder/model.safetensors", b""),
-    ("tokenizer/tokenizer.json", b"version https://git-lfs.github.com/spec/v1"), ("text_encoder/config.json", b"[" * 100_000)])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("text_encoder/model.safetensors", b"version https://git-lfs.github.com/spec/v1"),
+        ("text_encoder/model.safetensors", b""),
+        ("tokenizer/tokenizer.json", b"version https://git-lfs.github.com/spec/v1"),
+        ("text_encoder/config.json", b"[" * 100_000),
+    ],
+)
 def test_whatever_cannot_be_loaded_is_told_in_a_line_that_names_its_folder(name, content, wan):
     (wan / name).write_bytes(content)
     with pytest.raises(OSError, match=f"{name.partition('/')[0]}: cannot be loaded .*again") as refused:
@@ -151,13 +186,23 @@ def change_json(path, **changes):
 def test_embeddings_do_not_depend_on_the_sides_in_a_tokenizers_files(padding, truncation, wan):
     prompts = [*PROMPTS, " ".join(["red ring"] * 300)]
     batches = [prompts[:4], *([prompt] for prompt in prompts)]
-    expected = [embedding for batch in batches for embedding in encode_prompts(*load_text_encoder(wan), batch)]
+    expected = [
+        embedding for batch in batches for embedding in encode_prompts(*load_text_encoder(wan), batch)
+    ]
     change_json(wan / "tokenizer/tokenizer_config.json", padding_side=padding, truncation_side=truncation)
     side = padding.capitalize()
-    change_json(wan / "tokenizer/tokenizer.json", truncation={"direction": side, "max_length": 7, "strategy": "LongestFirst",
-                                                              "stride": 0},
-                padding={"strategy": {"Fixed": 20}, "direction": side, "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
-                         "pad_token": "<pad>"})
+    change_json(
+        wan / "tokenizer/tokenizer.json",
+        truncation={"direction": side, "max_length": 7, "strategy": "LongestFirst", "stride": 0},
+        padding={
+            "strategy": {"Fixed": 20},
+            "direction": side,
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "<pad>",
+        },
+    )
     found = [embedding for batch in batches for embedding in encode_prompts(*load_text_encoder(wan), batch)]
     assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
 
@@ -171,18 +216,35 @@ def change_vocabulary(folder, how):
 
 def test_a_tokenizer_and_a_text_encoder_of_two_models_are_refused_by_name(wan):
     change_vocabulary(wan, lambda tokenizer: tokenizer["model"]["vocab"].update(purple=35))
-    with pytest.raises(ValueError, match=rf"^{wan}/tokenizer: has tokens up to number 35, and {wan}/text_encoder embeds 35: they "):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{wan}/tokenizer: has tokens up to number 35, and {wan}/text_encoder embeds 35: they ",
+    ):
         load_text_encoder(wan)
 
 
 def test_a_prompt_with_a_token_that_is_not_embedded_is_refused_before_it_is_encoded(wan):
-    change_vocabulary(wan, lambda tokenizer: tokenizer["added_tokens"].append(
-        {"id": 35, "content": "<extra>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": True}))
+    change_vocabulary(
+        wan,
+        lambda tokenizer: tokenizer["added_tokens"].append(
+            {
+                "id": 35,
+                "content": "<extra>",
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        ),
+    )
     tokenizer, encoder = load_text_encoder(wan)
     assert len(encode_prompts(tokenizer, encoder, PROMPTS)) == 4
     encoder.register_forward_pre_hook(lambda module, inputs: pytest.fail("it was encoded"))
-    with pytest.raises(ValueError, match=rf"^{wan}/tokenizer: gives 'a <extra> ring' token 35, and {wan}/text_encoder embeds 35"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{wan}/tokenizer: gives 'a <extra> ring' token 35, and {wan}/text_encoder embeds 35",
+    ):
         encode_prompts(tokenizer, encoder, ["a ring", "a <extra> ring"])
 
 
@@ -193,7 +255,9 @@ def test_prompts_over_the_limit_are_counted_in_one_line_that_shows_the_first(tmp
     assert said == []
     tell_cut(tokenizer, ["a ring", long, exact, f"{exact} ring"], said.append)
     assert len(said) == 1 and len(said[0]) < 200 and said[0].isprintable()
-    assert said[0].startswith("WARNING: prompts over the limit of 512 tokens are cut there: 2, the first 'a small red")
-    for _ in range(2):                                       # the second time from the cache
+    assert said[0].startswith(
+        "WARNING: prompts over the limit of 512 tokens are cut there: 2, the first 'a small red"
+    )
+    for _ in range(2):  # the second time from the cache
         Words(Accelerator(cpu=True), TINY_TEACHER, tmp_path, ["a ring", f"{exact} ring", exact])
         assert "cut there: 1, the first 'ring ring" in capsys.readouterr().out

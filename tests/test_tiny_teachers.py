@@ -36,9 +36,15 @@ def test_of_two_different_objects_each_word_speaks_of_its_own():
     caption = "on a grey background, a flat fox below a cat"
     _, columns, facts = tool.spoken_words([caption], EMOJI)
     words = [caption.replace(",", " , ").split()[column] for column in columns]
-    known = {word: (fact["name"], fact["style"], fact["place"], fact["background"]) for word, fact in zip(words, facts)}
-    assert known == {"flat": ("fox", "flat", "bottom", "grey"), "fox": ("fox", "flat", "bottom", "grey"),
-                     "cat": ("cat", None, "top", "grey")}
+    known = {
+        word: (fact["name"], fact["style"], fact["place"], fact["background"])
+        for word, fact in zip(words, facts)
+    }
+    assert known == {
+        "flat": ("fox", "flat", "bottom", "grey"),
+        "fox": ("fox", "flat", "bottom", "grey"),
+        "cat": ("cat", None, "top", "grey"),
+    }
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -56,7 +62,9 @@ def test_the_tokenizer_of_emoji_has_every_word_of_their_world():
     tokenizer = tool.make_tokenizer(EMOJI)
     words = {*emoji.NAMES, *PLURALS.values(), *emoji.STYLES, *emoji.SIZES, *emoji.PLACES, *emoji.BACKGROUNDS}
     assert words <= set(tokenizer.get_vocab())
-    assert not any(tokenizer.unk_token_id in ids for ids in tokenizer(emoji.captions(7, 3000, held_out=True)).input_ids)
+    assert not any(
+        tokenizer.unk_token_id in ids for ids in tokenizer(emoji.captions(7, 3000, held_out=True)).input_ids
+    )
 
 
 # ---- one loop for every stage ------------------------------------------------------------------------------------------------
@@ -64,7 +72,9 @@ def test_the_tokenizer_of_emoji_has_every_word_of_their_world():
 
 def small_network():
     torch.manual_seed(0)
-    return nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(16, 16)]), "kernel": nn.Conv3d(4, 16, (3, 2, 2))})
+    return nn.ModuleDict(
+        {"blocks": nn.ModuleList([nn.Linear(16, 16)]), "kernel": nn.Conv3d(4, 16, (3, 2, 2))}
+    )
 
 
 def loss_of(network):
@@ -72,6 +82,7 @@ def loss_of(network):
         states = network["kernel"](torch.randn(8, 4, 3, 4, 4, generator=generator)).mean((2, 3, 4))
         error = (network["blocks"][0](states) - random.random()).square().mean()
         return error, {"error": error}
+
     return loss
 
 
@@ -129,22 +140,32 @@ def test_muon_takes_matrices_of_blocks_and_kernels_of_the_autoencoder_alone():
         names = {parameter.data_ptr(): name for name, parameter in network.named_parameters()}
         first, *others = tool.make_optimizers(network, recipe.plan[stage])
         assert len(names) == sum(len(optimizer.param_groups[0]["params"]) for optimizer in [first, *others])
-        return {names[matrix.data_ptr()] for optimizer in others for matrix in optimizer.param_groups[0]["params"]}
+        return {
+            names[matrix.data_ptr()] for optimizer in others for matrix in optimizer.param_groups[0]["params"]
+        }
 
     autoencoder = tool.AutoencoderKLWan(**SHAPES.autoencoder)
     assert moved(SHAPES, "autoencoder", autoencoder) == set()
     kernels = moved(EMOJI, "autoencoder", autoencoder)
-    assert "decoder.mid_block.resnets.0.conv1.weight" in kernels and not any("time_conv" in name for name in kernels)
+    assert "decoder.mid_block.resnets.0.conv1.weight" in kernels and not any(
+        "time_conv" in name for name in kernels
+    )
     assert all("network.blocks." in name for name in moved(SHAPES, "shared", tool.make_trained(SHAPES)))
 
 
 def test_scenes_are_made_in_shards_that_are_kept_and_a_lost_one_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "SHARD", 20)
-    network, tokenizer = tool.pictures.load_autoencoder(TINY_TEACHER), tool.text.load_tokenizer(TINY_TEACHER / "tokenizer")
+    network, tokenizer = (
+        tool.pictures.load_autoencoder(TINY_TEACHER),
+        tool.text.load_tokenizer(TINY_TEACHER / "tokenizer"),
+    )
     run = tool.Run(replace(SHAPES, num_scenes=40), tmp_path, tmp_path, "cpu", threads=2)
     first = tool.captioned_scenes(network, tokenizer, run)
     assert first["latents"].shape == (40, 16, 8, 8) and first["labels"].shape == (40, GRID * GRID, 3)
-    assert first["ids"].shape == (40, tool.CAPTIONS, tool.TOKENS) and (first["ids"] == tokenizer.unk_token_id).sum() == 0
+    assert (
+        first["ids"].shape == (40, tool.CAPTIONS, tool.TOKENS)
+        and (first["ids"] == tokenizer.unk_token_id).sum() == 0
+    )
     (tmp_path / "scenes-01.safetensors").unlink()
     again = tool.captioned_scenes(network, tokenizer, run)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -154,7 +175,9 @@ def test_a_stage_names_every_gate_that_it_misses():
     gates = {"psnr_db": 29.0, "-residual": 0.05, "whole": 0.95}
     assert tool.missed_gates({"psnr_db": 29.0, "residual": 0.05, "whole": 0.95}, gates) == []
     assert tool.missed_gates({"psnr_db": 28.5, "residual": 0.07, "whole": 0.96}, gates) == [
-        "psnr_db 28.5, expected at least 29", "residual 0.07, expected at most 0.05"]
+        "psnr_db 28.5, expected at least 29",
+        "residual 0.07, expected at most 0.05",
+    ]
 
 
 # ---- names -------------------------------------------------------------------------------------------------------------------
@@ -169,13 +192,18 @@ def test_a_folder_of_a_teachers_name_does_not_count_and_a_line_names_both(tmp_pa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()
     lines = []
-    assert choose_teacher("tiny", lines.append) == ROOT / "tiny_teacher" and choose_teacher("./tiny") == tmp_path / "tiny"
+    assert (
+        choose_teacher("tiny", lines.append) == ROOT / "tiny_teacher"
+        and choose_teacher("./tiny") == tmp_path / "tiny"
+    )
     assert len(lines) == 1 and str(ROOT / "tiny_teacher") in lines[0] and "./tiny" in lines[0]
 
 
 def test_a_named_teacher_that_is_not_there_is_refused_with_the_command_that_makes_it(tmp_path, monkeypatch):
     monkeypatch.setitem(NAMED_TEACHERS, "emoji", tmp_path / "emoji_teacher")
-    with pytest.raises(OSError, match=r"emoji_teacher, expected a finished one.*tools/train_tiny_teacher.py --world emoji"):
+    with pytest.raises(
+        OSError, match=r"emoji_teacher, expected a finished one.*tools/train_tiny_teacher.py --world emoji"
+    ):
         choose_teacher("emoji")
     assert EMOJI_TEACHER == ROOT / "emoji_teacher"
 
@@ -191,7 +219,9 @@ def test_what_is_neither_a_name_nor_a_folder_is_refused(asked, tmp_path, monkeyp
 def test_a_tiny_teacher_is_trained_on_captions_of_its_own_world(name, world, tmp_path):
     (tmp_path / "training.json").write_text(json.dumps({"world": name}))
     assert read_world(tmp_path) is world
-    settings = SimpleNamespace(prompts=None, teacher=str(tmp_path), num_trajectories=30, num_held_out=8, seed=3)
+    settings = SimpleNamespace(
+        prompts=None, teacher=str(tmp_path), num_trajectories=30, num_held_out=8, seed=3
+    )
     training, held_out = choose_prompts(settings)
     assert len(training) == 30 and len(held_out) == 8
     assert all(world.is_held_out(world.read_caption(caption)) for caption in held_out)

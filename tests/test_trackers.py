@@ -30,7 +30,9 @@ def test_trackers_are_those_of_accelerate():
 def test_a_picture_is_given_as_a_tracker_of_accelerate_takes_it(name):
     values, options = PICTURES[name](np.zeros((4, 6, 3), np.uint8))
     inspect.signature(LOGGER_TYPE_TO_CLASS[name].log_images).bind(None, {"grid": values}, step=1, **options)
-    assert len(values) == (4 if name in ("aim", "clearml") else 1)        # these take the picture itself, others several
+    assert len(values) == (
+        4 if name in ("aim", "clearml") else 1
+    )  # these take the picture itself, others several
 
 
 def test_tensorboard_shows_the_picture(tmp_path):
@@ -40,15 +42,24 @@ def test_tensorboard_shows_the_picture(tmp_path):
     accelerator.end_training()
     events = EventAccumulator(str(tmp_path / "wanlite"))
     events.Reload()
-    picture, = events.Images("grid")
+    (picture,) = events.Images("grid")
     assert (picture.step, picture.width, picture.height) == (7, 12, 8)
 
 
-@pytest.mark.parametrize("name, words", [(next(filter(is_missing, PACKAGES), None), "it is not installed. pip install "),
-                                         ("paper", "is unknown, expected one of tensorboard, wandb")])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        (next(filter(is_missing, PACKAGES), None), "it is not installed. pip install "),
+        ("paper", "is unknown, expected one of tensorboard, wandb"),
+    ],
+)
 def test_a_tracker_that_cannot_be_is_refused_in_one_line_before_any_work(name, words, tmp_path):
     if name is None:
         pytest.skip("every tracker is installed here")
     process = run_script(TRAIN, "--report_to", name, "--output_dir", tmp_path / "run")
-    assert process.returncode == 2 and process.stderr.count("\n") == 1 and f"--report_to {name}" in process.stderr
+    assert (
+        process.returncode == 2
+        and process.stderr.count("\n") == 1
+        and f"--report_to {name}" in process.stderr
+    )
     assert words in process.stderr and not (tmp_path / "run").exists()

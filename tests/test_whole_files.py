@@ -14,7 +14,17 @@ from types import SimpleNamespace
 import pytest
 
 from tests.conftest import ROOT
-from wanlite.files.atomic import SPARE, check_space, hold, in_turn, locked, new_folder, read_manifest, why_broken, write_json
+from wanlite.files.atomic import (
+    SPARE,
+    check_space,
+    hold,
+    in_turn,
+    locked,
+    new_folder,
+    read_manifest,
+    why_broken,
+    write_json,
+)
 
 
 def write_folder(folder, content):
@@ -57,6 +67,7 @@ def test_a_save_killed_between_its_renames_loses_no_folder(tmp_path, monkeypatch
         if place == target:
             raise KeyboardInterrupt
         replace(source, place)
+
     monkeypatch.setattr("wanlite.files.atomic.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         write_folder(target, "new")
@@ -66,15 +77,19 @@ def test_a_save_killed_between_its_renames_loses_no_folder(tmp_path, monkeypatch
     assert why_broken(target) is None and (target / "state.bin").read_text().startswith("old")
 
 
-@pytest.mark.parametrize("break_it, reason", [
-    (lambda path: (path / "state.bin").write_text("cut"), "differs from its manifest"),
-    (lambda path: (path / "state.bin").unlink(), "lacks state.bin"),
-    (lambda path: (path / "manifest.json").unlink(), "no readable manifest"),
-    (lambda path: (path / "manifest.json").write_text("{"), "no readable manifest"),
-    (lambda path: (path / "manifest.json").write_text("{}"), "no readable manifest"),
-    (lambda path: (path / "manifest.json").write_text("[1]"), "no readable manifest"),
-    (lambda path: (path / "manifest.json").write_text('{"files": 3}'), "no readable manifest"),
-    (lambda path: (path / "state.bin").write_text("statE" * 1000), "differs from its manifest")])
+@pytest.mark.parametrize(
+    "break_it, reason",
+    [
+        (lambda path: (path / "state.bin").write_text("cut"), "differs from its manifest"),
+        (lambda path: (path / "state.bin").unlink(), "lacks state.bin"),
+        (lambda path: (path / "manifest.json").unlink(), "no readable manifest"),
+        (lambda path: (path / "manifest.json").write_text("{"), "no readable manifest"),
+        (lambda path: (path / "manifest.json").write_text("{}"), "no readable manifest"),
+        (lambda path: (path / "manifest.json").write_text("[1]"), "no readable manifest"),
+        (lambda path: (path / "manifest.json").write_text('{"files": 3}'), "no readable manifest"),
+        (lambda path: (path / "state.bin").write_text("statE" * 1000), "differs from its manifest"),
+    ],
+)
 def test_a_folder_that_is_not_as_it_was_written_is_told(tmp_path, break_it, reason):
     write_folder(tmp_path / "vae", "state")
     assert why_broken(tmp_path / "vae") is None
@@ -89,10 +104,14 @@ def test_a_manifest_of_files_alone_is_read_as_one_with_facts(tmp_path):
 
 
 def test_a_lock_is_held_until_its_process_ends(tmp_path):
-    code = ("import sys, time; sys.path.insert(0, sys.argv[1])\n"
-            "from pathlib import Path; from wanlite.whole_files import locked\n"
-            "with locked(Path(sys.argv[2])): print('held', flush=True); time.sleep(60)\n")
-    process = subprocess.Popen([sys.executable, "-c", code, ROOT, tmp_path], stdout=subprocess.PIPE, text=True)
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path; from wanlite.whole_files import locked\n"
+        "with locked(Path(sys.argv[2])): print('held', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, ROOT, tmp_path], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     with locked(tmp_path, is_patient=False) as is_held:
         assert not is_held
@@ -104,16 +123,20 @@ def test_a_lock_is_held_until_its_process_ends(tmp_path):
 
 def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_written(tmp_path):
     check_space(tmp_path, 1000)
-    with pytest.raises(OSError, match="no space left: 1,000,000,000,001.1 MB are needed"):       # and the spare
+    with pytest.raises(OSError, match="no space left: 1,000,000,000,001.1 MB are needed"):  # and the spare
         check_space(tmp_path, 10**18)
 
 
-@pytest.mark.parametrize("num_bytes, free", [(1_300_000, 2_100_000), (0, SPARE - 1), (1_000_000, 2_048_575), (10**12, 10**12)])
+@pytest.mark.parametrize(
+    "num_bytes, free", [(1_300_000, 2_100_000), (0, SPARE - 1), (1_000_000, 2_048_575), (10**12, 10**12)]
+)
 def test_the_figures_of_a_full_disk_are_those_that_are_compared(num_bytes, free, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
     with pytest.raises(OSError, match="no space left") as refused:
         check_space(tmp_path, num_bytes)
-    needed, there = (float(figure.replace(",", "")) for figure in re.findall(r"([\d,.]+) MB are", str(refused.value)))
+    needed, there = (
+        float(figure.replace(",", "")) for figure in re.findall(r"([\d,.]+) MB are", str(refused.value))
+    )
     assert there <= free / 1e6 < (num_bytes + SPARE) / 1e6 <= needed
 
 
@@ -151,7 +174,9 @@ def test_who_comes_second_says_that_it_waits_and_then_has_its_turn(tmp_path):
     said, held, began = [], hold(tmp_path), time.monotonic()
     Timer(0.3, os.close, [held]).start()
     with in_turn(tmp_path, said.append):
-        assert time.monotonic() - began >= 0.3 and said == [f"waiting for another run, which makes {tmp_path}"]
+        assert time.monotonic() - began >= 0.3 and said == [
+            f"waiting for another run, which makes {tmp_path}"
+        ]
         assert hold(tmp_path) is None
     with in_turn(tmp_path, said.append):
         assert len(said) == 1

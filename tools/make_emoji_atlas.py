@@ -20,35 +20,120 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"glossy": ("@lobehub/fluent-emoji-3d", "1.1.0"), "flat": ("@iconify-json/fluent-emoji-flat", "1.2.6"),
-            "painted": ("@iconify-json/noto", "1.2.9")}
+PACKAGES = {
+    "glossy": ("@lobehub/fluent-emoji-3d", "1.1.0"),
+    "flat": ("@iconify-json/fluent-emoji-flat", "1.2.6"),
+    "painted": ("@iconify-json/noto", "1.2.9"),
+}
 RENDERER = "resvg-py", "0.5.0"
-SIZE = 48              # pixels; the largest sprite is drawn at 44
-COLUMNS = 16           # objects side by side; each style has rows of its own
-RENDERED = 256         # pixels, before a drawing is trimmed and reduced
-FAINT = 12             # alpha 0..255 up to which a pixel counts as margin
+SIZE = 48  # pixels; the largest sprite is drawn at 44
+COLUMNS = 16  # objects side by side; each style has rows of its own
+RENDERED = 256  # pixels, before a drawing is trimmed and reduced
+FAINT = 12  # alpha 0..255 up to which a pixel counts as margin
 
 # name: code point. Objects that a person names at 26 pixels, that are countable, and that all three packages hold.
 OBJECTS = {
-    "fox": "1f98a", "cat": "1f431", "dog": "1f436", "mouse": "1f42d", "rabbit": "1f430", "panda": "1f43c", "tiger": "1f42f",
-    "lion": "1f981", "cow": "1f42e", "pig": "1f437", "frog": "1f438", "monkey": "1f435", "chicken": "1f414", "penguin": "1f427",
-    "chick": "1f425", "duck": "1f986", "owl": "1f989", "unicorn": "1f984", "bee": "1f41d", "butterfly": "1f98b", "snail": "1f40c",
-    "ladybug": "1f41e", "turtle": "1f422", "octopus": "1f419", "crab": "1f980", "fish": "1f420", "dolphin": "1f42c",
-    "whale": "1f433", "elephant": "1f418", "giraffe": "1f992", "sheep": "1f411", "parrot": "1f99c", "flamingo": "1f9a9",
-    "crocodile": "1f40a", "zebra": "1f993", "apple": "1f34e", "lemon": "1f34b", "banana": "1f34c", "watermelon": "1f349",
-    "strawberry": "1f353", "peach": "1f351", "pineapple": "1f34d", "eggplant": "1f346", "avocado": "1f951", "carrot": "1f955",
-    "mushroom": "1f344", "pumpkin": "1f383", "croissant": "1f950", "pretzel": "1f968", "burger": "1f354", "pizza": "1f355",
-    "donut": "1f369", "cupcake": "1f9c1", "car": "1f697", "bus": "1f68c", "tractor": "1f69c", "rocket": "1f680",
-    "helicopter": "1f681", "airplane": "2708", "boat": "26f5", "bicycle": "1f6b2", "anchor": "2693", "football": "26bd",
-    "basketball": "1f3c0", "guitar": "1f3b8", "trumpet": "1f3ba", "camera": "1f4f7", "clock": "23f0", "key": "1f511",
-    "lock": "1f512", "gift": "1f381", "balloon": "1f388", "crown": "1f451", "hat": "1f3a9", "house": "1f3e0", "tent": "26fa",
-    "castle": "1f3f0", "cactus": "1f335", "tree": "1f332", "rose": "1f339", "sunflower": "1f33b", "snowman": "26c4",
-    "star": "2b50", "sun": "2600", "heart": "2764", "robot": "1f916", "ghost": "1f47b", "skull": "1f480", "backpack": "1f392",
-    "teddy": "1f9f8", "umbrella": "2602", "axe": "1fa93", "bomb": "1f4a3", "volcano": "1f30b", "rainbow": "1f308",
-    "diamond": "1f48e"}
+    "fox": "1f98a",
+    "cat": "1f431",
+    "dog": "1f436",
+    "mouse": "1f42d",
+    "rabbit": "1f430",
+    "panda": "1f43c",
+    "tiger": "1f42f",
+    "lion": "1f981",
+    "cow": "1f42e",
+    "pig": "1f437",
+    "frog": "1f438",
+    "monkey": "1f435",
+    "chicken": "1f414",
+    "penguin": "1f427",
+    "chick": "1f425",
+    "duck": "1f986",
+    "owl": "1f989",
+    "unicorn": "1f984",
+    "bee": "1f41d",
+    "butterfly": "1f98b",
+    "snail": "1f40c",
+    "ladybug": "1f41e",
+    "turtle": "1f422",
+    "octopus": "1f419",
+    "crab": "1f980",
+    "fish": "1f420",
+    "dolphin": "1f42c",
+    "whale": "1f433",
+    "elephant": "1f418",
+    "giraffe": "1f992",
+    "sheep": "1f411",
+    "parrot": "1f99c",
+    "flamingo": "1f9a9",
+    "crocodile": "1f40a",
+    "zebra": "1f993",
+    "apple": "1f34e",
+    "lemon": "1f34b",
+    "banana": "1f34c",
+    "watermelon": "1f349",
+    "strawberry": "1f353",
+    "peach": "1f351",
+    "pineapple": "1f34d",
+    "eggplant": "1f346",
+    "avocado": "1f951",
+    "carrot": "1f955",
+    "mushroom": "1f344",
+    "pumpkin": "1f383",
+    "croissant": "1f950",
+    "pretzel": "1f968",
+    "burger": "1f354",
+    "pizza": "1f355",
+    "donut": "1f369",
+    "cupcake": "1f9c1",
+    "car": "1f697",
+    "bus": "1f68c",
+    "tractor": "1f69c",
+    "rocket": "1f680",
+    "helicopter": "1f681",
+    "airplane": "2708",
+    "boat": "26f5",
+    "bicycle": "1f6b2",
+    "anchor": "2693",
+    "football": "26bd",
+    "basketball": "1f3c0",
+    "guitar": "1f3b8",
+    "trumpet": "1f3ba",
+    "camera": "1f4f7",
+    "clock": "23f0",
+    "key": "1f511",
+    "lock": "1f512",
+    "gift": "1f381",
+    "balloon": "1f388",
+    "crown": "1f451",
+    "hat": "1f3a9",
+    "house": "1f3e0",
+    "tent": "26fa",
+    "castle": "1f3f0",
+    "cactus": "1f335",
+    "tree": "1f332",
+    "rose": "1f339",
+    "sunflower": "1f33b",
+    "snowman": "26c4",
+    "star": "2b50",
+    "sun": "2600",
+    "heart": "2764",
+    "robot": "1f916",
+    "ghost": "1f47b",
+    "skull": "1f480",
+    "backpack": "1f392",
+    "teddy": "1f9f8",
+    "umbrella": "2602",
+    "axe": "1fa93",
+    "bomb": "1f4a3",
+    "volcano": "1f30b",
+    "rainbow": "1f308",
+    "diamond": "1f48e",
+}
 
 
 # ---- packages --------------------------------------------------------------------------------------------------------------
+
 
 def find_packages(folder):
     """Return {style: path} of the packages in a folder; raises ValueError where one is missing or of another version."""
@@ -60,8 +145,10 @@ def find_packages(folder):
     for style, (name, wanted) in PACKAGES.items():
         versions = found.get(name, {})
         if wanted not in versions:
-            raise ValueError(f"{folder}: found {name} {' and '.join(versions) or 'in no version'}, expected {wanted}. Get it: "
-                             f"npm pack --pack-destination {folder} {name}@{wanted}")
+            raise ValueError(
+                f"{folder}: found {name} {' and '.join(versions) or 'in no version'}, expected {wanted}. Get it: "
+                f"npm pack --pack-destination {folder} {name}@{wanted}"
+            )
         paths[style] = versions[wanted]
     return paths
 
@@ -72,8 +159,18 @@ def read_name(path):
         with tarfile.open(path, "r:gz") as archive:
             package = json.load(archive.extractfile("package/package.json"))
         return package["name"], package["version"]
-    except (tarfile.TarError, zlib.error, EOFError, LookupError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a package of npm ({error}). Delete it, and get it again with npm pack.") from None
+    except (
+        tarfile.TarError,
+        zlib.error,
+        EOFError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ValueError(
+            f"{path}: not a package of npm ({error}). Delete it, and get it again with npm pack."
+        ) from None
 
 
 def find_renderer():
@@ -84,7 +181,9 @@ def find_renderer():
     except PackageNotFoundError:
         found = None
     if found != wanted:
-        raise ValueError(f"found {name} {found or 'in no version'}, expected {wanted}. Get it: pip install {name}=={wanted}")
+        raise ValueError(
+            f"found {name} {found or 'in no version'}, expected {wanted}. Get it: pip install {name}=={wanted}"
+        )
     import resvg_py
 
     return resvg_py
@@ -101,20 +200,25 @@ def read_drawings(path, renderer):
 
 
 def read_webp(archive, names, code):
-    name = next(name for name in (f"package/assets/{code}{end}.webp" for end in ("", "-fe0f")) if name in names)
+    name = next(
+        name for name in (f"package/assets/{code}{end}.webp" for end in ("", "-fe0f")) if name in names
+    )
     return Image.open(archive.extractfile(name)).convert("RGBA")
 
 
 def render_svg(icons, name, renderer):
     icon = icons["icons"].get(name) or icons["icons"][icons["aliases"][name]["parent"]]
     width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
-    text = ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>')
+    text = (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
+    )
     png = renderer.svg_to_bytes(svg_string=text, width=RENDERED, height=RENDERED)
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 
 # ---- sprites ---------------------------------------------------------------------------------------------------------------
+
 
 def make_sprite(drawing):
     """Trim a drawing, centre it in a square and reduce that to (SIZE, SIZE, 4) uint8."""
@@ -129,8 +233,13 @@ def make_sprite(drawing):
 def reduce_rgba(square, size):
     """Resize with colours weighted by alpha: what is transparent has a colour too, and it must not bleed into edges."""
     square = np.concatenate([square[..., :3] * square[..., 3:] / 255, square[..., 3:]], -1)
-    small = np.stack([np.asarray(Image.fromarray(channel).resize((size, size), Image.Resampling.LANCZOS))
-                      for channel in np.moveaxis(square, -1, 0)], -1)
+    small = np.stack(
+        [
+            np.asarray(Image.fromarray(channel).resize((size, size), Image.Resampling.LANCZOS))
+            for channel in np.moveaxis(square, -1, 0)
+        ],
+        -1,
+    )
     alpha = small[..., 3:].clip(0, 255)
     colour = (small[..., :3] * 255 / alpha.clip(1)).clip(0, 255) * (alpha >= 1)
     return np.concatenate([colour, alpha], -1).round().astype(np.uint8)
@@ -140,12 +249,14 @@ def lay_out(sprites):
     """Lay sprites (objects, SIZE, SIZE, 4) out in rows of COLUMNS; what the last row lacks is transparent."""
     rows = -(-len(sprites) // COLUMNS)
     filled = np.zeros((rows * COLUMNS, SIZE, SIZE, 4), np.uint8)
-    filled[:len(sprites)] = sprites
+    filled[: len(sprites)] = sprites
     return filled.reshape(rows, COLUMNS, SIZE, SIZE, 4).swapaxes(1, 2).reshape(rows * SIZE, COLUMNS * SIZE, 4)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--packages", type=Path, required=True, help="folder that npm pack filled")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "emoji_atlas")
     options = parser.parse_args()

@@ -45,20 +45,20 @@ from wanlite.network import OneFrameBlock, one_frame_velocity, pack_states, pack
 
 SEED = 22
 SHIFT = 3.0
-BOUNDARY = 0.875                  # noise level from which on the high-noise expert is asked
+BOUNDARY = 0.875  # noise level from which on the high-noise expert is asked
 PROMPT_DROPOUT = 0.1
-SHARD = 10_000                    # scenes made between two saves
-CAPTIONS = 8                      # of each scene
-TOKENS = 24                       # no caption of a world is longer
-NOT_ASKED = -100                  # a label that counts in no loss
+SHARD = 10_000  # scenes made between two saves
+CAPTIONS = 8  # of each scene
+TOKENS = 24  # no caption of a world is longer
+NOT_ASKED = -100  # a label that counts in no loss
 SAVE_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Run:
     recipe: Recipe
-    folder: Path                  # the checkpoint
-    work: Path                    # resumable state, latents
+    folder: Path  # the checkpoint
+    work: Path  # resumable state, latents
     device: str
     threads: int
 
@@ -68,6 +68,7 @@ class Run:
 
 
 # ---- one loop for every stage ----------------------------------------------------------------------------------------
+
 
 def fit(name, trained, loss_of, run):
     """Train the modules in `trained` and leave their EMA weights in place; returns the minutes spent.
@@ -110,9 +111,13 @@ def fit(name, trained, loss_of, run):
             bar.set_postfix({key: f"{float(value.detach()):.3f}" for key, value in figures.items()})
         if time.time() - saved_at > SAVE_SECONDS or step + 1 == plan["steps"]:
             saved_at = time.time()
-            state = dict(weights=trained.state_dict(), ema=ema.state_dict(), step=step + 1,
-                         optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                         seconds=spent + saved_at - began)
+            state = dict(
+                weights=trained.state_dict(),
+                ema=ema.state_dict(),
+                step=step + 1,
+                optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                seconds=spent + saved_at - began,
+            )
             torch.save(state, path.with_suffix(".partial"))
             path.with_suffix(".partial").rename(path)
     ema.copy_to(parameters)
@@ -172,6 +177,7 @@ class KernelMuon(torch.optim.Muon):
 
 # ---- autoencoder -----------------------------------------------------------------------------------------------------
 
+
 def train_autoencoder(run):
     """Pictures -> latents -> pictures. The latents' mean is used, plus fixed noise that keeps the latent space smooth.
 
@@ -186,7 +192,9 @@ def train_autoencoder(run):
         drawn = np.stack([run.world.draw(scene, random) for scene in scenes])
         grounds = np.stack([run.world.ground(scene) for scene in scenes])
         rows, columns = choose_crop(random, run.recipe, progress)
-        pixels, ground = (pictures.to_pixels(each[:, rows, columns]).to(run.device) for each in (drawn, grounds))
+        pixels, ground = (
+            pictures.to_pixels(each[:, rows, columns]).to(run.device) for each in (drawn, grounds)
+        )
         weight = 1 + 3 * ((pixels - ground).abs().amax(1, keepdim=True) > 0.1).float()
         mean = network.encode(pixels.unsqueeze(2)).latent_dist.mode()
         raw_latents = mean + 0.1 * torch.randn(mean.shape, generator=generator, device=run.device)
@@ -200,12 +208,16 @@ def train_autoencoder(run):
     minutes = fit("autoencoder", network, loss_of, run)
     mean, std = latent_statistics(network.eval().requires_grad_(False), run)
     network.register_to_config(latents_mean=mean, latents_std=std)
-    nn.Module.to(network, run.recipe.dtype).save_pretrained(run.folder / "vae")              # diffusers' own to() warns
+    nn.Module.to(network, run.recipe.dtype).save_pretrained(run.folder / "vae")  # diffusers' own to() warns
     drawn, scenes = some_pictures(run.world, seed=1, count=1000)
     seen = round_trip(pictures.load_autoencoder(run.folder, run.device), drawn)
     error = np.mean((seen.astype(np.float32) - drawn) ** 2)
-    return {"minutes": minutes, "psnr_db": float(10 * np.log10(255**2 / error)), **judged(run.world, seen, scenes),
-            "parameters": network.num_parameters()}
+    return {
+        "minutes": minutes,
+        "psnr_db": float(10 * np.log10(255**2 / error)),
+        **judged(run.world, seen, scenes),
+        "parameters": network.num_parameters(),
+    }
 
 
 def choose_crop(random, recipe, progress):
@@ -213,19 +225,33 @@ def choose_crop(random, recipe, progress):
     size, share = recipe.cropped
     if progress >= share:
         return slice(None), slice(None)
-    return (slice(first, first + size) for first in random.integers(recipe.world.PICTURE_SIZE - size + 1, size=2))
+    return (
+        slice(first, first + size) for first in random.integers(recipe.world.PICTURE_SIZE - size + 1, size=2)
+    )
 
 
 def latent_statistics(network, run):
     drawn, _ = some_pictures(run.world, seed=2, count=2000)
-    latents = torch.cat([network.encode(pictures.to_pixels(chunk).to(run.device).unsqueeze(2)).latent_dist.mode()
-                         for chunk in np.array_split(drawn, 20)])
+    latents = torch.cat(
+        [
+            network.encode(pictures.to_pixels(chunk).to(run.device).unsqueeze(2)).latent_dist.mode()
+            for chunk in np.array_split(drawn, 20)
+        ]
+    )
     return latents.mean((0, 2, 3, 4)).tolist(), latents.std((0, 2, 3, 4)).tolist()
 
 
 def round_trip(network, drawn):
-    return np.concatenate([pictures.to_pictures(pictures.decode_latents(network, pictures.encode_images(
-        network, pictures.to_pixels(chunk).to(network.device)))) for chunk in np.array_split(drawn, 20)])
+    return np.concatenate(
+        [
+            pictures.to_pictures(
+                pictures.decode_latents(
+                    network, pictures.encode_images(network, pictures.to_pixels(chunk).to(network.device))
+                )
+            )
+            for chunk in np.array_split(drawn, 20)
+        ]
+    )
 
 
 def some_pictures(world, seed, count):
@@ -242,6 +268,7 @@ def judged(world, seen, scenes):
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 
+
 def train_text(run):
     """A word-level tokenizer and a UMT5 whose every word of an object knows all that its caption says of that object.
 
@@ -252,7 +279,9 @@ def train_text(run):
     tokenizer.save_pretrained(run.folder / "tokenizer")
     torch.manual_seed(SEED)
     encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **recipe.text))
-    heads = nn.ModuleDict({name: nn.Linear(recipe.text["d_model"], len(values)) for name, values in recipe.facts.items()})
+    heads = nn.ModuleDict(
+        {name: nn.Linear(recipe.text["d_model"], len(values)) for name, values in recipe.facts.items()}
+    )
     trained = nn.ModuleDict({"encoder": encoder, "heads": heads})
 
     def loss_of(random, generator, progress):
@@ -274,22 +303,38 @@ def train_text(run):
     encoder.eval().to(recipe.dtype).save_pretrained(run.folder / "text_encoder")
     encoder.float()
     with torch.no_grad():
-        figures = [float(loss_of(np.random.default_rng([SEED, 99, i]), None, 1.0)[1]["right"]) for i in range(10)]
-    return {"minutes": minutes, "words_that_know_their_object": float(np.mean(figures)),
-            "parameters": encoder.num_parameters()}
+        figures = [
+            float(loss_of(np.random.default_rng([SEED, 99, i]), None, 1.0)[1]["right"]) for i in range(10)
+        ]
+    return {
+        "minutes": minutes,
+        "words_that_know_their_object": float(np.mean(figures)),
+        "parameters": encoder.num_parameters(),
+    }
 
 
 def make_tokenizer(recipe):
-    said = [caption for scene in recipe.world.scenes(SEED, recipe.num_worded) for caption in recipe.world.ways_to_say(scene)]
-    said += recipe.world.captions(SEED, recipe.num_worded)      # what they leave unsaid makes "an octopus" of "a flat octopus"
+    said = [
+        caption
+        for scene in recipe.world.scenes(SEED, recipe.num_worded)
+        for caption in recipe.world.ways_to_say(scene)
+    ]
+    said += recipe.world.captions(
+        SEED, recipe.num_worded
+    )  # what they leave unsaid makes "an octopus" of "a flat octopus"
     words = sorted({word for caption in said for word in caption.replace(",", " , ").split()})
     vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-                                   model_max_length=512)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
+    )
 
 
 def spoken_words(said, recipe):
@@ -298,7 +343,7 @@ def spoken_words(said, recipe):
     for row, caption in enumerate(said):
         words = caption.replace(",", " , ").split()
         for phrase, known in recipe.spoken(recipe.world.read_caption(caption)):
-            start = next(i for i in range(len(words)) if words[i:i + len(phrase)] == phrase)
+            start = next(i for i in range(len(words)) if words[i : i + len(phrase)] == phrase)
             rows += [row] * len(phrase)
             columns += range(start, start + len(phrase))
             facts += [known] * len(phrase)
@@ -313,21 +358,26 @@ def training_scenes(world, random, count):
 
 # ---- experts ---------------------------------------------------------------------------------------------------------
 
+
 def train_experts(run):
     """One network for every noise level first, then a copy for each side of the boundary; text encoder frozen."""
     recipe = run.recipe
     tokenizer, encoder = text.load_text_encoder(run.folder, run.device, torch.float32)
     scenes = captioned_scenes(pictures.load_autoencoder(run.folder, run.device), tokenizer, run)
-    empty = tokenizer("", return_tensors="pt").input_ids.to(run.device)                             # (1, 1)
+    empty = tokenizer("", return_tensors="pt").input_ids.to(run.device)  # (1, 1)
     trained = make_trained(recipe)
 
     def loss_between(lowest, highest, batch_size):
         def loss_of(random, generator, progress):
-            index, way = (torch.from_numpy(random.integers(size, size=batch_size)).to(run.device)
-                          for size in scenes["ids"].shape[:2])
+            index, way = (
+                torch.from_numpy(random.integers(size, size=batch_size)).to(run.device)
+                for size in scenes["ids"].shape[:2]
+            )
             is_dropped = torch.from_numpy(random.random((batch_size, 1)) < PROMPT_DROPOUT).to(run.device)
             ids = scenes["ids"][index, way].long()
-            ids = torch.where(is_dropped, F.pad(empty, (0, ids.shape[1] - 1), value=tokenizer.pad_token_id), ids)
+            ids = torch.where(
+                is_dropped, F.pad(empty, (0, ids.shape[1] - 1), value=tokenizer.pad_token_id), ids
+            )
             is_word = ids != tokenizer.pad_token_id
             with torch.no_grad():
                 words = pack_states(encoder(ids, is_word.long()).last_hidden_state, is_word.sum(1))
@@ -337,20 +387,35 @@ def train_experts(run):
             uniform = (uniform + torch.arange(batch_size, device=run.device)) / batch_size
             level = flow.shift_noise_level(lowest + (highest - lowest) * uniform, SHIFT)
             velocity, (early, middle) = one_frame_velocity(
-                trained["network"], flow.add_noise(clean, noise, level), schedule.TIMESTEPS * level, words.tokens,
-                words.logit_bias, feature_blocks=(0, recipe.expert["num_layers"] // 2))
+                trained["network"],
+                flow.add_noise(clean, noise, level),
+                schedule.TIMESTEPS * level,
+                words.tokens,
+                words.logit_bias,
+                feature_blocks=(0, recipe.expert["num_layers"] // 2),
+            )
             error = (velocity - (noise - clean)).square().mean()
             position = torch.arange(GRID**2, device=run.device).repeat(batch_size)
             where = F.cross_entropy(trained["where"](early).flatten(0, 1), position)
             guesses = trained["what"](middle).flatten(0, 1).split(list(recipe.labels.values()), -1)
-            answers = scenes["labels"][index].long().masked_fill(is_dropped.unsqueeze(2), NOT_ASKED).flatten(0, 1).unbind(-1)
-            what = sum(F.cross_entropy(guess, answer, ignore_index=NOT_ASKED) for guess, answer in zip(guesses, answers))
+            answers = (
+                scenes["labels"][index]
+                .long()
+                .masked_fill(is_dropped.unsqueeze(2), NOT_ASKED)
+                .flatten(0, 1)
+                .unbind(-1)
+            )
+            what = sum(
+                F.cross_entropy(guess, answer, ignore_index=NOT_ASKED)
+                for guess, answer in zip(guesses, answers)
+            )
             help_weight = recipe.help_weight * (1 - progress)
             return error + help_weight * (where + what), {"velocity": error, "where": where, "what": what}
+
         return loss_of
 
     figures = {}
-    turn = (BOUNDARY / (SHIFT - (SHIFT - 1) * BOUNDARY))                                     # the boundary before the shift
+    turn = BOUNDARY / (SHIFT - (SHIFT - 1) * BOUNDARY)  # the boundary before the shift
     spans = {"shared": (0.0, 1.0), "high": (turn, 1.0), "low": (0.0, turn)}
     for stage, (lowest, highest) in spans.items():
         if stage != "shared":
@@ -372,12 +437,26 @@ def make_trained(recipe):
     network = WanTransformer3DModel(**recipe.expert)
     config = network.config
     width = config.num_attention_heads * config.attention_head_dim
-    network.blocks = nn.ModuleList(OneFrameBlock(width, config.ffn_dim, config.num_attention_heads, config.qk_norm,
-                                                 config.cross_attn_norm, config.eps) for _ in range(config.num_layers))
+    network.blocks = nn.ModuleList(
+        OneFrameBlock(
+            width,
+            config.ffn_dim,
+            config.num_attention_heads,
+            config.qk_norm,
+            config.cross_attn_norm,
+            config.eps,
+        )
+        for _ in range(config.num_layers)
+    )
     nn.init.zeros_(network.proj_out.weight)
     nn.init.zeros_(network.proj_out.bias)
-    return nn.ModuleDict({"network": network, "where": nn.Linear(width, GRID * GRID),
-                          "what": nn.Linear(width, sum(recipe.labels.values()))})
+    return nn.ModuleDict(
+        {
+            "network": network,
+            "where": nn.Linear(width, GRID * GRID),
+            "what": nn.Linear(width, sum(recipe.labels.values())),
+        }
+    )
 
 
 @torch.no_grad()
@@ -392,11 +471,21 @@ def captioned_scenes(network, tokenizer, run):
     with multiprocessing.get_context("spawn").Pool(run.threads) as pool:
         made = pool.imap(partial(make_scenes, run.recipe.name, count), missing)
         for shard, (drawn, said, labels) in zip(tqdm(missing, desc="scenes", mininterval=5), made):
-            latents = [pictures.encode_images(network, pictures.to_pixels(part).to(run.device)).half().cpu()
-                       for part in np.array_split(drawn, math.ceil(count / 100))]
-            ids = tokenizer([caption for captions in said for caption in captions], padding="max_length", max_length=TOKENS,
-                            return_tensors="pt").input_ids.short()
-            tensors = {"latents": torch.cat(latents).contiguous(), "ids": ids.view(count, CAPTIONS, TOKENS), "labels": labels}
+            latents = [
+                pictures.encode_images(network, pictures.to_pixels(part).to(run.device)).half().cpu()
+                for part in np.array_split(drawn, math.ceil(count / 100))
+            ]
+            ids = tokenizer(
+                [caption for captions in said for caption in captions],
+                padding="max_length",
+                max_length=TOKENS,
+                return_tensors="pt",
+            ).input_ids.short()
+            tensors = {
+                "latents": torch.cat(latents).contiguous(),
+                "ids": ids.view(count, CAPTIONS, TOKENS),
+                "labels": labels,
+            }
             save_file(tensors, shards[shard].with_suffix(".partial"))
             shards[shard].with_suffix(".partial").rename(shards[shard])
     read = [load_file(path) for path in shards]
@@ -407,22 +496,34 @@ def make_scenes(name, count, shard):
     """Return a shard of `count` scenes: pictures (scenes, H, W, 3) uint8, captions of each, labels (scenes, N, labels) uint8."""
     recipe, random = RECIPES[name], np.random.default_rng([SEED, shard])
     scenes = training_scenes(recipe.world, random, count)
-    return (np.stack([recipe.world.draw(scene, random) for scene in scenes]),
-            [[recipe.world.caption(scene, random) for _ in range(CAPTIONS)] for scene in scenes],
-            torch.from_numpy(np.stack([recipe.layout(scene) for scene in scenes])).byte())
+    return (
+        np.stack([recipe.world.draw(scene, random) for scene in scenes]),
+        [[recipe.world.caption(scene, random) for _ in range(CAPTIONS)] for scene in scenes],
+        torch.from_numpy(np.stack([recipe.layout(scene) for scene in scenes])).byte(),
+    )
 
 
 # ---- the whole checkpoint --------------------------------------------------------------------------------------------
 
+
 def assemble(run):
     """Write what makes the parts a WanPipeline, then let the judge read what it draws for held-out captions."""
     flow.make_scheduler(SHIFT).save_pretrained(run.folder / "scheduler")
-    parts = {"tokenizer": ["transformers", "PreTrainedTokenizerFast"], "text_encoder": ["transformers", "UMT5EncoderModel"],
-             "vae": ["diffusers", "AutoencoderKLWan"], "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-             "transformer": ["diffusers", "WanTransformer3DModel"],
-             "transformer_2": ["diffusers", "WanTransformer3DModel"]}
-    index = {"_class_name": "WanPipeline", "_diffusers_version": diffusers.__version__, "boundary_ratio": BOUNDARY,
-             "expand_timesteps": False, **parts}
+    parts = {
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": ["diffusers", "WanTransformer3DModel"],
+    }
+    index = {
+        "_class_name": "WanPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "boundary_ratio": BOUNDARY,
+        "expand_timesteps": False,
+        **parts,
+    }
     (run.folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     if run.recipe.notice:
         shutil.copy(run.recipe.notice, run.folder)
@@ -432,15 +533,30 @@ def assemble(run):
     def draw(captions, steps, is_guided):
         drawn, guidance = [], run.recipe.guidance if is_guided else dict.fromkeys(run.recipe.guidance, 1.0)
         for start in range(0, len(captions), 50):
-            noise = flow.seeded_noise((16, 1, 8, 8), range(start, start + len(captions[start:start + 50]))).to(run.device)
-            frames = pipeline(captions[start:start + 50], height=64, width=64, num_frames=1, latents=noise,
-                              num_inference_steps=steps, guidance_scale=guidance["high"],
-                              guidance_scale_2=guidance["low"], output_type="np").frames
+            noise = flow.seeded_noise(
+                (16, 1, 8, 8), range(start, start + len(captions[start : start + 50]))
+            ).to(run.device)
+            frames = pipeline(
+                captions[start : start + 50],
+                height=64,
+                width=64,
+                num_frames=1,
+                latents=noise,
+                num_inference_steps=steps,
+                guidance_scale=guidance["high"],
+                guidance_scale_2=guidance["low"],
+                output_type="np",
+            ).frames
             drawn.append((frames[:, 0] * 255).round().astype(np.uint8))
         return np.concatenate(drawn)
 
-    first, *others = ((f"{steps} steps, {'guided' if is_guided else 'unguided'}", accuracy(
-        partial(draw, steps=steps, is_guided=is_guided), run.world, 400)) for steps, is_guided in run.recipe.judged)
+    first, *others = (
+        (
+            f"{steps} steps, {'guided' if is_guided else 'unguided'}",
+            accuracy(partial(draw, steps=steps, is_guided=is_guided), run.world, 400),
+        )
+        for steps, is_guided in run.recipe.judged
+    )
     return {"drawn": first[0], **first[1], **dict(others)}
 
 
@@ -455,6 +571,7 @@ def accuracy(draw, world, count):
 
 # ---- the network before it is finished -------------------------------------------------------------------------------
 
+
 @torch.no_grad()
 def look(run, count):
     """Print figures of the network that all noise levels share, from the averaged weights of its last save."""
@@ -463,7 +580,9 @@ def look(run, count):
     for parameter, average in zip(trained.parameters(), state["ema"]["shadow_params"]):
         parameter.copy_(average)
     draw = make_drawing(run, trained["network"])
-    print(f"step {state['step']}, {state['step'] * run.recipe.plan['shared']['batch_size']} samples", flush=True)
+    print(
+        f"step {state['step']}, {state['step'] * run.recipe.plan['shared']['batch_size']} samples", flush=True
+    )
     for guidance, steps in ((run.recipe.guidance["low"], 20), (1.0, 20), (run.recipe.guidance["low"], 4)):
         figures = accuracy(partial(draw, guidance=guidance, steps=steps), run.world, count)
         print(f"guidance {guidance:g}, {steps} steps:", figures, flush=True)
@@ -478,12 +597,13 @@ def make_drawing(run, network):
     def draw(captions, guidance, steps):
         embeddings, drawn = text.encode_prompts(tokenizer, encoder, captions), []
         for start in range(0, len(captions), 100):
-            part = embeddings[start:start + 100]
+            part = embeddings[start : start + 100]
             noise = flow.seeded_noise((16, 8, 8), range(start, start + len(part))).to(run.device)
             velocity = guided_velocity(network, part, empty, guidance)
             latents = flow.sample(velocity, noise, flow.make_scheduler(SHIFT), steps)
             drawn.append(pictures.to_pictures(pictures.decode_latents(autoencoder, latents)))
         return np.concatenate(drawn)
+
     return draw
 
 
@@ -496,19 +616,27 @@ def guided_velocity(network, embeddings, empty, guidance):
         velocity, _ = one_frame_velocity(network, latents, timestep, packed.tokens, packed.logit_bias)
         wanted, unwanted = velocity.chunk(2)
         return unwanted + guidance * (wanted - unwanted)
+
     return velocity_of
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------
 
-STAGES = {"autoencoder": train_autoencoder, "text": train_text, "experts": train_experts, "pipeline": assemble}
+STAGES = {
+    "autoencoder": train_autoencoder,
+    "text": train_text,
+    "experts": train_experts,
+    "pipeline": assemble,
+}
 
 
 def missed_gates(figures, gates):
     """Return which figures a stage misses, in words; a name behind a minus has a most, any other a least."""
-    return [f"{name.strip('-')} {figures[name.strip('-')]:.4g}, expected at {'most' if name[0] == '-' else 'least'} {bound:g}"
-            for name, bound in gates.items()
-            if (figures[name.strip("-")] > bound if name[0] == "-" else figures[name] < bound)]
+    return [
+        f"{name.strip('-')} {figures[name.strip('-')]:.4g}, expected at {'most' if name[0] == '-' else 'least'} {bound:g}"
+        for name, bound in gates.items()
+        if (figures[name.strip("-")] > bound if name[0] == "-" else figures[name] < bound)
+    ]
 
 
 def read_record(run):
@@ -520,27 +648,51 @@ def write_record(run, stage, figures, options):
     """Add a stage's figures to what is recorded now: another stage may have ended meanwhile."""
     record = read_record(run)
     record.setdefault("figures", {})[stage] = figures
-    record.update(seed=SEED, world=run.recipe.name, resolution=run.world.PICTURE_SIZE, shift=SHIFT, boundary=BOUNDARY,
-                  guidance=run.recipe.guidance, plan=run.recipe.plan, threads=options.threads, device=options.device,
-                  torch=torch.__version__)
+    record.update(
+        seed=SEED,
+        world=run.recipe.name,
+        resolution=run.world.PICTURE_SIZE,
+        shift=SHIFT,
+        boundary=BOUNDARY,
+        guidance=run.recipe.guidance,
+        plan=run.recipe.plan,
+        threads=options.threads,
+        device=options.device,
+        torch=torch.__version__,
+    )
     (run.folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--world", choices=tuple(RECIPES), default="shapes")
     parser.add_argument("--output_dir", type=Path, help="tiny_teacher for shapes, emoji_teacher for emoji")
-    parser.add_argument("--work_dir", type=Path, help="resumable state, latents; a folder in outputs/ by default")
+    parser.add_argument(
+        "--work_dir", type=Path, help="resumable state, latents; a folder in outputs/ by default"
+    )
     parser.add_argument("--stages", nargs="+", choices=tuple(STAGES))
-    parser.add_argument("--threads", type=int, default=1, help="one thread is the most efficient at this size")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="one thread is the most efficient at this size"
+    )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--look", type=int, metavar="COUNT", help="train nothing: judge the shared network of the last save")
+    parser.add_argument(
+        "--look", type=int, metavar="COUNT", help="train nothing: judge the shared network of the last save"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision("high")                 # TF32 where the device has it
-    folder = options.output_dir or Path({"shapes": "tiny_teacher"}.get(options.world, f"{options.world}_teacher"))
-    run = Run(RECIPES[options.world], folder, options.work_dir or Path("outputs") / f"{folder.name}_work", options.device,
-              options.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 where the device has it
+    folder = options.output_dir or Path(
+        {"shapes": "tiny_teacher"}.get(options.world, f"{options.world}_teacher")
+    )
+    run = Run(
+        RECIPES[options.world],
+        folder,
+        options.work_dir or Path("outputs") / f"{folder.name}_work",
+        options.device,
+        options.threads,
+    )
     if options.look:
         return look(run, options.look)
     for place in (run.folder, run.work):
@@ -553,8 +705,11 @@ def main():
         print(name, figures, flush=True)
         write_record(run, name, figures, options)
         if missed := missed_gates(figures, run.recipe.gates.get(name, {})):
-            parser.exit(1, f"train_tiny_teacher.py: {name}: {'; '.join(missed)}. Raise its steps in tools/recipes.py and run "
-                           f"--stages {name} again, or go on with the stages after it by --stages.\n")
+            parser.exit(
+                1,
+                f"train_tiny_teacher.py: {name}: {'; '.join(missed)}. Raise its steps in tools/recipes.py and run "
+                f"--stages {name} again, or go on with the stages after it by --stages.\n",
+            )
 
 
 if __name__ == "__main__":

@@ -43,11 +43,15 @@ def check_schedule(scheduler, num_steps):
     scheduler.set_timesteps(num_steps)
     levels = scheduler.sigmas.tolist()
     if levels[-1] != 0:
-        raise ValueError(f"the schedule of {num_steps} steps ends at a noise level of {levels[-1]:.4f}, expected 0. Set "
-                         '"final_sigmas_type": "zero" in scheduler_config.json.')
+        raise ValueError(
+            f"the schedule of {num_steps} steps ends at a noise level of {levels[-1]:.4f}, expected 0. Set "
+            '"final_sigmas_type": "zero" in scheduler_config.json.'
+        )
     if any(after >= before for before, after in zip(levels, levels[1:])) or levels[0] < 0.9:
-        raise ValueError(f"the schedule of {num_steps} steps passes noise levels {levels}, expected a fall from about 1 to 0. "
-                         "Take scheduler_config.json from the folder that train_distillation.py wrote.")
+        raise ValueError(
+            f"the schedule of {num_steps} steps passes noise levels {levels}, expected a fall from about 1 to 0. "
+            "Take scheduler_config.json from the folder that train_distillation.py wrote."
+        )
 
 
 def states_passed(scheduler, num_steps, device):
@@ -104,7 +108,11 @@ class FewSteps:
     """
 
     def __init__(self, shift, counts, latent_shape, teacher_steps, share=(0, 1)):
-        self.scheduler, self.counts, self.latent_shape = make_scheduler(shift, counts), tuple(counts), latent_shape
+        self.scheduler, self.counts, self.latent_shape = (
+            make_scheduler(shift, counts),
+            tuple(counts),
+            latent_shape,
+        )
         self.rank, self.ranks = share
         self.teacher_levels = torch.tensor(self._pass(teacher_steps))
         self.paths = {count: self._pass(count) for count in counts}
@@ -125,7 +133,9 @@ class FewSteps:
         noise = self.own_noise((num_pictures, *(latent_shape or self.latent_shape)), generator, device)
         with torch.no_grad():
             latents = sample(velocity_of, noise, self.scheduler, count, end=index)
-        timestep, noise_level = (torch.full((num_pictures,), value, device=device) for value in self.paths[count][index])
+        timestep, noise_level = (
+            torch.full((num_pictures,), value, device=device) for value in self.paths[count][index]
+        )
         return clean_from(latents, velocity_of(latents, timestep).float(), noise_level)
 
     def renoise(self, clean, generator, is_one_level=False):
@@ -135,7 +145,7 @@ class FewSteps:
         """
         count = 1 if is_one_level else len(clean) * self.ranks
         chosen = torch.randint(1, max(2, len(self.teacher_levels) - 1), (count,), generator=generator)
-        chosen = chosen.expand(len(clean)) if is_one_level else chosen[self.rank::self.ranks]
+        chosen = chosen.expand(len(clean)) if is_one_level else chosen[self.rank :: self.ranks]
         timestep, noise_level = self.teacher_levels[chosen].to(clean.device).unbind(1)
         noise = self.own_noise(clean.shape, generator, clean.device)
         return add_noise(clean.detach(), noise, noise_level), noise, timestep, noise_level
@@ -143,6 +153,8 @@ class FewSteps:
     def own_noise(self, shape, generator, device):
         """Return this rank's rows (B, C, H, W) of noise that is drawn for all ranks; a GPU draws it itself, for the CPU is slow."""
         if torch.device(device).type == "cuda":
-            generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+            generator = torch.Generator(device).manual_seed(
+                int(torch.randint(2**62, (1,), generator=generator))
+            )
         noise = torch.randn(shape[0] * self.ranks, *shape[1:], generator=generator, device=generator.device)
-        return noise[self.rank::self.ranks].to(device)
+        return noise[self.rank :: self.ranks].to(device)

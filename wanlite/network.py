@@ -16,7 +16,9 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import nn
 from torch.nn import functional
 
-TEXT_LENGTH = 512  # every Wan was trained on text padded with zeros to this length, and attends to the padding
+TEXT_LENGTH = (
+    512  # every Wan was trained on text padded with zeros to this length, and attends to the padding
+)
 
 
 class TextTokens(NamedTuple):
@@ -49,10 +51,15 @@ def pack_states(states, lengths, text_length=TEXT_LENGTH):
 
     In float32 whatever the encoder's dtype: Wan's is bfloat16, and who attends to them casts, or trains in float32.
     """
-    length, position = lengths.to(states.device).unsqueeze(1), torch.arange(states.shape[1] + 1, device=states.device)
+    length, position = (
+        lengths.to(states.device).unsqueeze(1),
+        torch.arange(states.shape[1] + 1, device=states.device),
+    )
     tokens = functional.pad(states.float(), (0, 0, 0, 1)).masked_fill((position >= length).unsqueeze(2), 0.0)
-    padding = (text_length - length).clamp(min=0).double().log().float()                                  # (B, 1)
-    return TextTokens(tokens, torch.where(position < length, 0.0, torch.where(position == length, padding, -math.inf)))
+    padding = (text_length - length).clamp(min=0).double().log().float()  # (B, 1)
+    return TextTokens(
+        tokens, torch.where(position < length, 0.0, torch.where(position == length, padding, -math.inf))
+    )
 
 
 def unpack_text(text, text_length=TEXT_LENGTH):
@@ -105,8 +112,10 @@ class OneFrameBlock(WanTransformerBlock):
 
 
 # What diffusers' caches (enable_cache) have to know of a block: it returns the hidden states alone.
-TransformerBlockRegistry.register(OneFrameBlock, TransformerBlockMetadata(
-    return_hidden_states_index=0, return_encoder_hidden_states_index=None))                      # type: ignore[arg-type]
+TransformerBlockRegistry.register(
+    OneFrameBlock,
+    TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+)  # type: ignore[arg-type]
 
 
 def one_frame_velocity(network, latents, timestep, text, logit_bias=None, feature_blocks=()):
@@ -116,16 +125,18 @@ def one_frame_velocity(network, latents, timestep, text, logit_bias=None, featur
     Returns the velocity (B, C, H, W) and a list of the token states (B, N, D) after each block named in `feature_blocks`.
     """
     rotary = network.rope(latents.unsqueeze(2))
-    states = network.patch_embedding(latents.unsqueeze(2))                       # (B, D, 1, H/p, W/p)
+    states = network.patch_embedding(latents.unsqueeze(2))  # (B, D, 1, H/p, W/p)
     height, width = states.shape[-2:]
-    states = states.flatten(2).transpose(1, 2).contiguous()                      # (B, N, D)
+    states = states.flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
     time, time_modulation, text, _ = network.condition_embedder(timestep, text)
-    time_modulation = time_modulation.unflatten(1, (6, -1))                      # (B, 6, D)
+    time_modulation = time_modulation.unflatten(1, (6, -1))  # (B, 6, D)
 
     features = []
     for index, block in enumerate(network.blocks):
         if torch.is_grad_enabled() and network.gradient_checkpointing:
-            states = network._gradient_checkpointing_func(block, states, text, time_modulation, rotary, logit_bias)
+            states = network._gradient_checkpointing_func(
+                block, states, text, time_modulation, rotary, logit_bias
+            )
         else:
             states = block(states, text, time_modulation, rotary, logit_bias)
         if index in feature_blocks:
@@ -148,8 +159,18 @@ def pass_operations(config, rows, tokens, words):
 
     Every product of matrices counts, two operations for each multiplication, attention included.
     """
-    width, patch = config["num_attention_heads"] * config["attention_head_dim"], math.prod(config["patch_size"])
-    block = 2 * tokens * width * (6 * width + 2 * config["ffn_dim"]) + 4 * words * width**2 + 4 * tokens * (tokens + words) * width
-    text, time = 2 * words * width * (config["text_dim"] + width), 2 * width * (config["freq_dim"] + 7 * width)
+    width, patch = (
+        config["num_attention_heads"] * config["attention_head_dim"],
+        math.prod(config["patch_size"]),
+    )
+    block = (
+        2 * tokens * width * (6 * width + 2 * config["ffn_dim"])
+        + 4 * words * width**2
+        + 4 * tokens * (tokens + words) * width
+    )
+    text, time = (
+        2 * words * width * (config["text_dim"] + width),
+        2 * width * (config["freq_dim"] + 7 * width),
+    )
     ends = 2 * tokens * width * patch * (config["in_channels"] + config["out_channels"])
     return rows * (config["num_layers"] * block + text + time + ends)

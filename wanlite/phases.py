@@ -6,22 +6,28 @@ A run has up to three, one after the other: `velocity` (stage 1), `segments` (st
 import math
 
 PARTS = ("velocity", "segments", "matching")
-OWN_PATH_ROUNDS = 2        # how often in the part of segments the student's own path is walked
-SEGMENT_SHARE = 5 / 7      # of the steps, where --segment_steps is left open
-MOST_LOOKED_AT, LEAST_LOOKED_AT = 64, 4     # walks of a kind that a validation is held against
-SHOWN = 8                  # prompts in the grids; as many are drawn from as many seeds each to see how varied pictures are
-LEAST_VALIDATED = 16       # prompts of validations, where there are as many
-LOOKED_AT = 20             # of a large teacher: one for so many trajectories, where --validation_walks is left open
-FEWEST = 300               # trajectories, where --num_trajectories is left open: few prompts have several each, from other noise
+OWN_PATH_ROUNDS = 2  # how often in the part of segments the student's own path is walked
+SEGMENT_SHARE = 5 / 7  # of the steps, where --segment_steps is left open
+MOST_LOOKED_AT, LEAST_LOOKED_AT = 64, 4  # walks of a kind that a validation is held against
+SHOWN = 8  # prompts in the grids; as many are drawn from as many seeds each to see how varied pictures are
+LEAST_VALIDATED = 16  # prompts of validations, where there are as many
+LOOKED_AT = 20  # of a large teacher: one for so many trajectories, where --validation_walks is left open
+FEWEST = 300  # trajectories, where --num_trajectories is left open: few prompts have several each, from other noise
 #                            (benchmarks/few_prompts.py: 30 learn nothing in 200 steps, 300 draw 9 of 10 right, 500 hardly more)
-MOST_OWN, OWN_SHARE = 512, 8     # states on the student's own path, and of a large teacher one for so many trajectories, where
+MOST_OWN, OWN_SHARE = (
+    512,
+    8,
+)  # states on the student's own path, and of a large teacher one for so many trajectories, where
 #                                  --own_path_pictures is left open
 
 
 def parts_of(settings):
     """Return the parts of a run in order, as (name, first step, last step); those of no step are left out."""
     ends = [settings.max_train_steps - settings.segment_steps - settings.matching_steps]
-    ends += [ends[0] + settings.segment_steps * number // OWN_PATH_ROUNDS for number in range(1, OWN_PATH_ROUNDS + 1)]
+    ends += [
+        ends[0] + settings.segment_steps * number // OWN_PATH_ROUNDS
+        for number in range(1, OWN_PATH_ROUNDS + 1)
+    ]
     ends += [settings.max_train_steps]
     names = (PARTS[0], *[PARTS[1]] * OWN_PATH_ROUNDS, PARTS[2])
     return [(name, first, last) for name, first, last in zip(names, [0, *ends], ends) if first < last]
@@ -35,16 +41,22 @@ def count_trajectories(settings, num_prompts):
 def bound_pictures(settings, is_large, num_trajectories, num_buckets=1):
     """Return what --validation_walks and --own_path_pictures are where they are left open: at most the trajectories and, if the
     teacher is large, a share of them; at least one state of the own path for each bucket."""
-    walks, own = num_trajectories // LOOKED_AT if is_large else MOST_LOOKED_AT, num_trajectories // (OWN_SHARE if is_large else 1)
-    return {"validation_walks": min(MOST_LOOKED_AT, max(LEAST_LOOKED_AT, settings.validation_walks or walks)),
-            "own_path_pictures": min(MOST_OWN, max(own, num_buckets)) if settings.own_path_pictures is None else
-            settings.own_path_pictures}
+    walks, own = (
+        num_trajectories // LOOKED_AT if is_large else MOST_LOOKED_AT,
+        num_trajectories // (OWN_SHARE if is_large else 1),
+    )
+    return {
+        "validation_walks": min(MOST_LOOKED_AT, max(LEAST_LOOKED_AT, settings.validation_walks or walks)),
+        "own_path_pictures": min(MOST_OWN, max(own, num_buckets))
+        if settings.own_path_pictures is None
+        else settings.own_path_pictures,
+    }
 
 
 def choose_validated(training, held_out):
     """Return the prompts of validations: those held out and, where these are few, training prompts after them. Noise is never
     that of training, and one prompt alone would measure what nobody wants: how the teacher's pictures of it differ."""
-    return list(dict.fromkeys([*held_out, *training]))[:max(len(held_out), LEAST_VALIDATED)]
+    return list(dict.fromkeys([*held_out, *training]))[: max(len(held_out), LEAST_VALIDATED)]
 
 
 def count_looks(walks, num_validated):
@@ -59,7 +71,9 @@ def count_passes(settings, num_trajectories, num_validated, parts):
     steps = {part: sum(last - first for name, first, last in parts if name == part) for part in PARTS}
     shown = len(settings.validation_prompts or range(min(several, num_validated)))
     own = OWN_PATH_ROUNDS * settings.own_path_pictures * settings.teacher_steps // 2 * (steps["segments"] > 0)
-    matched = steps["matching"] * settings.train_batch_size * settings.gradient_accumulation_steps      # a quarter, four times
+    matched = (
+        steps["matching"] * settings.train_batch_size * settings.gradient_accumulation_steps
+    )  # a quarter, four times
     return 2 * (walks * settings.teacher_steps + shown * settings.reference_steps + own) + matched
 
 

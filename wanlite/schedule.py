@@ -6,8 +6,8 @@ from pathlib import Path
 
 from .files.untrusted import read_json, shown
 
-TIMESTEPS = 1000             # the teacher's unit of time; more steps than these repeat themselves
-MOST_SHIFT = 1000            # at which all levels but the last are above 0.99
+TIMESTEPS = 1000  # the teacher's unit of time; more steps than these repeat themselves
+MOST_SHIFT = 1000  # at which all levels but the last are above 0.99
 SCHEDULER = "UniPCMultistepScheduler"
 
 
@@ -16,9 +16,14 @@ def scheduler_arguments(shift, few_steps=()):
 
     For a student of `few_steps`, numbers of steps, it takes plain Euler steps: order 1 alone would still correct them.
     """
-    return {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift,
-            "solver_order": 1 if few_steps else 2, "disable_corrector": list(range(max(few_steps, default=0))),
-            "num_train_timesteps": TIMESTEPS}
+    return {
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": shift,
+        "solver_order": 1 if few_steps else 2,
+        "disable_corrector": list(range(max(few_steps, default=0))),
+        "num_train_timesteps": TIMESTEPS,
+    }
 
 
 def recorded_schedule(run, source):
@@ -27,10 +32,14 @@ def recorded_schedule(run, source):
     if not isinstance(schedule, dict):
         raise _unexpected(source, "schedule", schedule, "an object {...}")
     counts = schedule.get("few_steps") or []
-    if not isinstance(counts, list) or any(type(count) is not int or not 0 < count <= TIMESTEPS for count in counts):
+    if not isinstance(counts, list) or any(
+        type(count) is not int or not 0 < count <= TIMESTEPS for count in counts
+    ):
         raise _unexpected(source, "few_steps", counts, f"whole numbers from 1 to {TIMESTEPS}")
     if "flow_shift" in schedule and not _is_shift(schedule["flow_shift"]):
-        raise _unexpected(source, "flow_shift", schedule["flow_shift"], f"a number above 0, at most {MOST_SHIFT}")
+        raise _unexpected(
+            source, "flow_shift", schedule["flow_shift"], f"a number above 0, at most {MOST_SHIFT}"
+        )
     return schedule
 
 
@@ -43,7 +52,9 @@ def read_schedule(folder, schedule):
     config = read_json(path)
     if (name := config.get("_class_name")) != SCHEDULER:
         raise _unexpected(path, "_class_name", name, f"{SCHEDULER!r}, as the student was trained")
-    config = {name: value for name, value in config.items() if not name.startswith("_")}   # the rest of these are versions
+    config = {
+        name: value for name, value in config.items() if not name.startswith("_")
+    }  # the rest of these are versions
     found = defaults | config
     shift = schedule.get("flow_shift", found["flow_shift"])
     if not _is_shift(shift):
@@ -54,17 +65,27 @@ def read_schedule(folder, schedule):
         if not _is_same(found[name], value):
             raise _unexpected(path, name, found[name], f"{_short(value)}, as the student was trained")
     if unknown := sorted(config.keys() - defaults.keys()):
-        raise _unexpected(path, shown(unknown[0]), config[unknown[0]], "no such setting (a newer diffusers may have it)")
+        raise _unexpected(
+            path, shown(unknown[0]), config[unknown[0]], "no such setting (a newer diffusers may have it)"
+        )
     return expected
 
 
 def scheduler_defaults():
     """Return {argument: default} of diffusers' class. Its source is read: importing the class would import torch."""
     source = Path(find_spec("diffusers").origin).parent / "schedulers" / "scheduling_unipc_multistep.py"
-    found = next(node for node in ast.parse(source.read_text(encoding="utf-8")).body
-                 if isinstance(node, ast.ClassDef) and node.name == SCHEDULER)
-    init = next(node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__").args
-    return {argument.arg: ast.literal_eval(default) for argument, default in zip(init.args[1:], init.defaults, strict=True)}
+    found = next(
+        node
+        for node in ast.parse(source.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == SCHEDULER
+    )
+    init = next(
+        node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+    ).args
+    return {
+        argument.arg: ast.literal_eval(default)
+        for argument, default in zip(init.args[1:], init.defaults, strict=True)
+    }
 
 
 def _counts_of(config):

@@ -18,10 +18,13 @@ DECODED_AT_ONCE = 2**20  # pixels: four pictures of 512 x 512, 7 GB of activatio
 
 def load_autoencoder(folder, device="cpu"):
     """Load AutoencoderKLWan from a folder's vae/ in float32, frozen, with the single-frame fast path."""
-    place = Path(folder) / "vae"     # joined here: given `subfolder`, diffusers reads weights of the same name in the parent first
+    place = (
+        Path(folder) / "vae"
+    )  # joined here: given `subfolder`, diffusers reads weights of the same name in the parent first
     with named(place):
-        autoencoder, loaded = AutoencoderKLWan.from_pretrained(place, torch_dtype=torch.float32, local_files_only=True,
-                                                               use_safetensors=True, **CHECKED)
+        autoencoder, loaded = AutoencoderKLWan.from_pretrained(
+            place, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, **CHECKED
+        )
     check_loaded(place, autoencoder, loaded)
     return use_single_frame_path(autoencoder).to(device).eval().requires_grad_(False)
 
@@ -46,8 +49,9 @@ def _one_frame_convolution(convolution, frames, cache=None):
     if frames.shape[2] != 1 or cache is not None:
         return WanCausalConv3d.forward(convolution, frames, cache)
     left, _, top, *_ = convolution._padding
-    return F.conv2d(frames[:, :, 0], convolution.weight[:, :, -1], convolution.bias, convolution.stride[1:],
-                    (top, left)).unsqueeze(2)
+    return F.conv2d(
+        frames[:, :, 0], convolution.weight[:, :, -1], convolution.bias, convolution.stride[1:], (top, left)
+    ).unsqueeze(2)
 
 
 def encode_images(autoencoder, pixels):
@@ -71,8 +75,10 @@ def decode_latents(autoencoder, latents):
 
 def _statistics(autoencoder, latents):
     """Return the per-channel mean and std (1, C, 1, 1) that the autoencoder's config holds."""
-    return (latents.new_tensor(values).view(1, -1, 1, 1)
-            for values in (autoencoder.config.latents_mean, autoencoder.config.latents_std))
+    return (
+        latents.new_tensor(values).view(1, -1, 1, 1)
+        for values in (autoencoder.config.latents_mean, autoencoder.config.latents_std)
+    )
 
 
 def to_pixels(pictures):

@@ -2,7 +2,7 @@
 
 import re
 
-WIDEST = 4                 # aspect ratio of a bucket
+WIDEST = 4  # aspect ratio of a bucket
 
 
 def complete_resolution(resolution, unit=16):
@@ -12,7 +12,9 @@ def complete_resolution(resolution, unit=16):
     """
     sides = [resolution] if isinstance(resolution, int) else list(resolution)
     if len(sides) not in (1, 2):
-        raise ValueError(f"--resolution {' '.join(map(str, sides))}: expected one number, for a square, or WIDTH HEIGHT.")
+        raise ValueError(
+            f"--resolution {' '.join(map(str, sides))}: expected one number, for a square, or WIDTH HEIGHT."
+        )
     for side in sides:
         if side % unit or side <= 0:
             nearest = max(unit, round(side / unit) * unit)
@@ -32,7 +34,9 @@ def bucket_sizes(size, aspect_ratios, unit=16):
         sides = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", said)
         ratio = int(sides[1]) / int(sides[2]) if sides else 0
         if not 1 / WIDEST <= ratio <= WIDEST:
-            raise ValueError(f"--aspect_ratios {said}: expected WIDTH:HEIGHT as 3:2, from 1:{WIDEST} to {WIDEST}:1.")
+            raise ValueError(
+                f"--aspect_ratios {said}: expected WIDTH:HEIGHT as 3:2, from 1:{WIDEST} to {WIDEST}:1."
+            )
         width, height = (max(1, round((area * each) ** 0.5 / unit)) * unit for each in (ratio, 1 / ratio))
         sizes[width, height] = None
     return list(sizes)

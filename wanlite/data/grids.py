@@ -4,12 +4,15 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 LABEL_WIDTH = 92  # pixels at the left, for the names of the rows
-GUTTER = 4        # white pixels between two images that have no names
+GUTTER = 4  # white pixels between two images that have no names
 
 
 def save_grid(path, rows):
     """Write `rows`, {name: pictures (B, height, width, 3) uint8}, one below the other; returns the grid (height, width, 3)."""
-    bands = [np.concatenate([_label(name, pictures.shape[1]), *pictures], axis=1) for name, pictures in rows.items()]
+    bands = [
+        np.concatenate([_label(name, pictures.shape[1]), *pictures], axis=1)
+        for name, pictures in rows.items()
+    ]
     grid = np.concatenate(bands)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grid).save(path)
@@ -29,5 +32,5 @@ def lay_out(images, columns):
     grid = np.full((rows * (height + GUTTER) - GUTTER, columns * (width + GUTTER) - GUTTER, 3), 255, np.uint8)
     for number, image in enumerate(images):
         top, left = number // columns * (height + GUTTER), number % columns * (width + GUTTER)
-        grid[top:top + height, left:left + width] = image
+        grid[top : top + height, left : left + width] = image
     return grid

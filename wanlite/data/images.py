@@ -24,18 +24,60 @@ from pathlib import Path, PurePath
 
 from .prompts import check_text, find_column, read_rows, read_texts
 
-KINDS = {**dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp"), "JPEG"),
-         ".png": "PNG", ".webp": "WEBP"}                     # the decoders that are asked, and no others
-OTHER_KINDS = {".apng", ".avif", ".avifs", ".bmp", ".cr2", ".dib", ".dng", ".emf", ".eps", ".exr", ".gif", ".hdr", ".heic", ".heif",
-               ".hif", ".icns", ".ico", ".j2k", ".jp2", ".jpx", ".jxl", ".jxr", ".mpo", ".nef", ".pbm", ".pcx", ".pgm", ".pnm",
-               ".ppm", ".psd", ".qoi", ".raw", ".svg", ".tga", ".tif", ".tiff", ".wmf", ".xcf"}      # named, with a caption or not
-CAPTIONS = (".txt", ".caption", ".json")                     # the first that is there is read: a.txt or a.png.txt of a.png
+KINDS = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp"), "JPEG"),
+    ".png": "PNG",
+    ".webp": "WEBP",
+}  # the decoders that are asked, and no others
+OTHER_KINDS = {
+    ".apng",
+    ".avif",
+    ".avifs",
+    ".bmp",
+    ".cr2",
+    ".dib",
+    ".dng",
+    ".emf",
+    ".eps",
+    ".exr",
+    ".gif",
+    ".hdr",
+    ".heic",
+    ".heif",
+    ".hif",
+    ".icns",
+    ".ico",
+    ".j2k",
+    ".jp2",
+    ".jpx",
+    ".jxl",
+    ".jxr",
+    ".mpo",
+    ".nef",
+    ".pbm",
+    ".pcx",
+    ".pgm",
+    ".pnm",
+    ".ppm",
+    ".psd",
+    ".qoi",
+    ".raw",
+    ".svg",
+    ".tga",
+    ".tif",
+    ".tiff",
+    ".wmf",
+    ".xcf",
+}  # named, with a caption or not
+CAPTIONS = (".txt", ".caption", ".json")  # the first that is there is read: a.txt or a.png.txt of a.png
 METADATA = ("metadata.jsonl", "metadata.csv")
-EXPECTED = (f"a folder of images (JPEG, PNG, WebP) with a {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]} beside each or "
-            f"{' or '.join(METADATA)}, .parquet files, a folder saved by datasets, or webdataset's .tar files")
-MOST_BYTES = 2**28           # of an image's file; of a caption's, a hundredth of it
-SHOWN = 3                    # names of a kind of what is skipped
-LONGEST = 80                 # characters of such a name
+EXPECTED = (
+    f"a folder of images (JPEG, PNG, WebP) with a {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]} beside each or "
+    f"{' or '.join(METADATA)}, .parquet files, a folder saved by datasets, or webdataset's .tar files"
+)
+MOST_BYTES = 2**28  # of an image's file; of a caption's, a hundredth of it
+SHOWN = 3  # names of a kind of what is skipped
+LONGEST = 80  # characters of such a name
 NO_TEXT = "a caption that is not UTF-8"
 
 
@@ -48,7 +90,7 @@ class Listed:
     """An image that lies in a place, not looked at yet."""
 
     name: str
-    caption: Callable[[], str]       # both may raise Unusable, or OSError
+    caption: Callable[[], str]  # both may raise Unusable, or OSError
     content: Callable[[], bytes]
 
 
@@ -58,7 +100,7 @@ class CaptionedImage:
 
     caption: str
     sha256: str
-    size: tuple[int, int]            # (width, height)
+    size: tuple[int, int]  # (width, height)
     listed: Listed
 
 
@@ -73,7 +115,9 @@ def choose_images(place, sizes, most=None, held_out=(), say=None, seen=None, is_
 
     chosen, skipped, held_out, seen = [], {}, set(held_out), {} if seen is None else seen
     listed = list_images(place)
-    for image in tqdm(listed, desc="looking at images", unit="image", leave=False, disable=None if is_shown else True):
+    for image in tqdm(
+        listed, desc="looking at images", unit="image", leave=False, disable=None if is_shown else True
+    ):
         if len(chosen) == most:
             break
         try:
@@ -91,16 +135,22 @@ def choose_images(place, sizes, most=None, held_out=(), say=None, seen=None, is_
             if width < size[0] or height < size[1]:
                 raise Unusable(f"smaller than {size[0]} x {size[1]}")
         except (Unusable, OSError) as problem:
-            skipped.setdefault(str(problem) if isinstance(problem, Unusable) else "cannot be read", []).append(image.name)
+            skipped.setdefault(
+                str(problem) if isinstance(problem, Unusable) else "cannot be read", []
+            ).append(image.name)
             continue
         chosen.append(CaptionedImage(caption, sha256, size, image))
-    reasons = "; ".join(f"{reason} ({len(names)}: {', '.join(map(_sayable, names[:SHOWN]))}{', ...' if len(names) > SHOWN else ''})"
-                        for reason, names in skipped.items())
+    reasons = "; ".join(
+        f"{reason} ({len(names)}: {', '.join(map(_sayable, names[:SHOWN]))}{', ...' if len(names) > SHOWN else ''})"
+        for reason, names in skipped.items()
+    )
     if not chosen:
         raise ValueError(f"--images {place}: none of its {len(listed)} images can be used: {reasons}.")
     if say:
-        say(f"images   {len(chosen):,} of {place}"
-            + (f"; {sum(map(len, skipped.values())):,} skipped: {reasons}" if skipped else ""))
+        say(
+            f"images   {len(chosen):,} of {place}"
+            + (f"; {sum(map(len, skipped.values())):,} skipped: {reasons}" if skipped else "")
+        )
     return chosen
 
 
@@ -142,19 +192,21 @@ def decode(content):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content), formats=sorted(set(KINDS.values())))     # reads the header alone
+            image = Image.open(
+                io.BytesIO(content), formats=sorted(set(KINDS.values()))
+            )  # reads the header alone
             image.load()
             return _as_rgb(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Unusable(f"more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels") from None
-    except Exception:                                        # of whatever kind: decoders raise what they come across
+    except Exception:  # of whatever kind: decoders raise what they come across
         raise Unusable("not a whole JPEG, PNG or WebP") from None
 
 
 def _as_rgb(image):
     from PIL import Image
 
-    if image.mode.startswith("I;16"):                        # 16 bits of grey; Pillow would cut them off at 255
+    if image.mode.startswith("I;16"):  # 16 bits of grey; Pillow would cut them off at 255
         image = image.point(lambda value: value * (1 / 256)).convert("I").convert("L")
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -162,11 +214,12 @@ def _as_rgb(image):
 
 
 def _sayable(name):
-    name = name.encode("utf-8", "replace").decode()          # a name on a disk may be no text
+    name = name.encode("utf-8", "replace").decode()  # a name on a disk may be no text
     return name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
 
 
 # ---- what lies in a place ----------------------------------------------------------------------------------------------------
+
 
 def list_images(place):
     """Return what lies in a place as a list of Listed, of which no image is read yet; raises OSError and ValueError."""
@@ -176,9 +229,13 @@ def list_images(place):
     try:
         listed = _list(place)
     except UnicodeDecodeError as error:
-        raise ValueError(f"--images {place}: metadata that is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+        raise ValueError(
+            f"--images {place}: metadata that is not UTF-8 text (byte {error.start}). Save it as UTF-8."
+        ) from None
     except tarfile.TarError as error:
-        raise ValueError(f"--images {place}: a .tar file in it is not whole ({error}). Copy it again.") from None
+        raise ValueError(
+            f"--images {place}: a .tar file in it is not whole ({error}). Copy it again."
+        ) from None
     if not listed:
         raise ValueError(f"--images {place}: holds no image. Expected {EXPECTED}.")
     return listed
@@ -191,7 +248,9 @@ def _list(place):
     elif (place / "dataset_dict.json").is_file():
         splits = _read_json(place / "dataset_dict.json").get("splits", [])
         if "train" not in splits:
-            raise ValueError(f"--images {place}: has the splits {', '.join(splits)} and none called train. Name the folder of one.")
+            raise ValueError(
+                f"--images {place}: has the splits {', '.join(splits)} and none called train. Name the folder of one."
+            )
         return _list(place / "train")
     elif (place / "state.json").is_file():
         return _saved_dataset(place)
@@ -209,33 +268,48 @@ def _list(place):
 
 def is_hidden(name):
     """Whether a name is that of a system's or a tool's file: `.DS_Store`, `._a.png`, `__MACOSX/a.png`, `.cache/a.png`."""
-    return any(part == "__MACOSX" or part.startswith(".") and part not in (".", "..") for part in PurePath(name).parts)
+    return any(
+        part == "__MACOSX" or part.startswith(".") and part not in (".", "..")
+        for part in PurePath(name).parts
+    )
 
 
 def _folder(place, paths):
-    files = {path.relative_to(place).as_posix(): partial(_file, path) for path in paths
-             if path.suffix.lower() in KINDS or not path.is_dir()}
+    files = {
+        path.relative_to(place).as_posix(): partial(_file, path)
+        for path in paths
+        if path.suffix.lower() in KINDS or not path.is_dir()
+    }
     return [Listed(name, caption, content) for name, caption, content in _pair(files)]
 
 
 def _pair(files):
     """Return (name, caption, content) of every image among `files`, {name: reads at most so many bytes of it}, and of every other
     file that has a caption of its own, as a video has."""
-    beside, stems = defaultdict(dict), set()                 # {name without some suffixes: {those suffixes: name}}
+    beside, stems = defaultdict(dict), set()  # {name without some suffixes: {those suffixes: name}}
     for name in files:
         stem, suffix = _split(name)
         if suffix in KINDS or suffix in OTHER_KINDS:
             stems.add(stem)
             continue
-        for dot in (position for position, letter in enumerate(name) if letter == "." and position > name.rfind("/") + 1):
+        for dot in (
+            position
+            for position, letter in enumerate(name)
+            if letter == "." and position > name.rfind("/") + 1
+        ):
             beside[name[:dot]][name[dot:].lower()] = name
     found = []
     for name, content in files.items():
         stem, suffix = _split(name)
-        captions = [beside[base][kind] for kind in CAPTIONS for base in (stem, name) if kind in beside.get(base, ())]
+        captions = [
+            beside[base][kind] for kind in CAPTIONS for base in (stem, name) if kind in beside.get(base, ())
+        ]
         if suffix in KINDS:
-            caption = partial(_read_caption, files[captions[0]], captions[0]) if captions else partial(
-                _refuse, _why_uncaptioned(beside.get(stem, ())))
+            caption = (
+                partial(_read_caption, files[captions[0]], captions[0])
+                if captions
+                else partial(_refuse, _why_uncaptioned(beside.get(stem, ())))
+            )
             found.append((name, caption, content))
         elif suffix in OTHER_KINDS or captions and suffix not in CAPTIONS and stem not in stems:
             found.append((name, partial(_refuse, "not a JPEG, PNG or WebP"), content))
@@ -249,7 +323,9 @@ def _split(name):
 
 
 def _why_uncaptioned(suffixes):
-    return f"no {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]} but a {min(suffixes)}" if suffixes else "no caption"
+    return (
+        f"no {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]} but a {min(suffixes)}" if suffixes else "no caption"
+    )
 
 
 def _refuse(reason):
@@ -271,17 +347,25 @@ def _described(place, metadata):
     """A folder of images whose captions are in a table of file_name and caption."""
     columns, rows = read_rows(metadata)
     if odd := [number for number, row in rows if not isinstance(row, dict) or "file_name" not in row]:
-        raise ValueError(f"{metadata}: row {odd[0]} has no file_name. Expected file_name and a caption in every row.")
+        raise ValueError(
+            f"{metadata}: row {odd[0]} has no file_name. Expected file_name and a caption in every row."
+        )
     captions, names = find_column(metadata, columns), find_column(metadata, columns, ("file_name",))
-    return [Listed(str(row[names] or f"row {number}"), partial(_said, row.get(captions)), partial(_within, place, row[names]))
-            for number, row in rows]
+    return [
+        Listed(
+            str(row[names] or f"row {number}"),
+            partial(_said, row.get(captions)),
+            partial(_within, place, row[names]),
+        )
+        for number, row in rows
+    ]
 
 
 def _within(place, name):
     path = place / str(name)
     try:
         is_inside = path.resolve().is_relative_to(place.resolve())
-    except ValueError:                                       # zero bytes, halves of surrogates
+    except ValueError:  # zero bytes, halves of surrogates
         raise Unusable("a name that no file can have") from None
     if not is_inside:
         raise Unusable("outside the folder")
@@ -321,6 +405,7 @@ def _read_json(path):
 
 # ---- tables; pyarrow is imported where there is one ----------------------------------------------------------------------------
 
+
 def _parquet(path):
     import pyarrow
     from pyarrow import parquet
@@ -330,23 +415,43 @@ def _parquet(path):
         images, captions = _columns(path, file.schema_arrow)
         said = read_texts(file.read(columns=[captions])[captions])
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}). Write it again.") from None
-    places = [(group, row) for group in range(file.num_row_groups) for row in range(file.metadata.row_group(group).num_rows)]
-    return [Listed(f"{path.name} row {number}", partial(_said, caption), partial(_cell, _row_group, path, images, *there))
-            for number, (caption, there) in enumerate(zip(said, places), 1)]
+        raise ValueError(
+            f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}). Write it again."
+        ) from None
+    places = [
+        (group, row)
+        for group in range(file.num_row_groups)
+        for row in range(file.metadata.row_group(group).num_rows)
+    ]
+    return [
+        Listed(
+            f"{path.name} row {number}",
+            partial(_said, caption),
+            partial(_cell, _row_group, path, images, *there),
+        )
+        for number, (caption, there) in enumerate(zip(said, places), 1)
+    ]
 
 
 def _saved_dataset(place):
     """A folder of `datasets`' save_to_disk: Arrow streams that state.json names."""
     state, rows = _read_json(place / "state.json"), []
     if state.get("_indices_files") or state.get("_indices_data_files"):
-        raise ValueError(f"--images {place}: was saved as a selection by an old version of datasets. Save it again.")
+        raise ValueError(
+            f"--images {place}: was saved as a selection by an old version of datasets. Save it again."
+        )
     for entry in state.get("_data_files", []):
         path = place / str(entry["filename"])
         table = _stream(path)
         images, captions = _columns(path, table.schema)
-        rows += [Listed(f"{path.name} row {row + 1}", partial(_said, caption), partial(_cell, _whole, path, images, 0, row))
-                 for row, caption in enumerate(read_texts(table[captions]))]
+        rows += [
+            Listed(
+                f"{path.name} row {row + 1}",
+                partial(_said, caption),
+                partial(_cell, _whole, path, images, 0, row),
+            )
+            for row, caption in enumerate(read_texts(table[captions]))
+        ]
     return rows
 
 
@@ -358,7 +463,9 @@ def _columns(path, schema):
         is_struct = pyarrow.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
         if is_struct or pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type):
             return field.name, find_column(path, schema.names)
-    raise ValueError(f"{path}: has the columns {', '.join(schema.names)}, and none of images. Expected bytes of image files.")
+    raise ValueError(
+        f"{path}: has the columns {', '.join(schema.names)}, and none of images. Expected bytes of image files."
+    )
 
 
 def _cell(read, path, column, group, row):
@@ -380,25 +487,32 @@ def _whole(path, column, group):
     return _stream(path)[column]
 
 
-@lru_cache(maxsize=64)                                       # mapped, so that only rows that are asked for are read
+@lru_cache(maxsize=64)  # mapped, so that only rows that are asked for are read
 def _stream(path):
     import pyarrow
 
     try:
         return pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as an Arrow stream ({str(error).splitlines()[0]}). Save the dataset again."
-                         ) from None
+        raise ValueError(
+            f"{path}: cannot be read as an Arrow stream ({str(error).splitlines()[0]}). Save the dataset again."
+        ) from None
 
 
 # ---- webdataset --------------------------------------------------------------------------------------------------------------
 
+
 def _tar(path):
     with tarfile.open(path, "r:") as tar:
-        files = {member.name: partial(_part, path, member.offset_data, member.size)
-                 for member in tar if member.isreg() and not is_hidden(member.name)}
-    return [Listed(f"{path.name} {_split(name)[0] if _split(name)[1] in KINDS else name}", caption, content)
-            for name, caption, content in _pair(files)]
+        files = {
+            member.name: partial(_part, path, member.offset_data, member.size)
+            for member in tar
+            if member.isreg() and not is_hidden(member.name)
+        }
+    return [
+        Listed(f"{path.name} {_split(name)[0] if _split(name)[1] in KINDS else name}", caption, content)
+        for name, caption, content in _pair(files)
+    ]
 
 
 def _part(path, offset, size, most=MOST_BYTES):

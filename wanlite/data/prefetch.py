@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch.utils._pytree import tree_map
 
-AHEAD = 2                # batches that are there before they are asked for
+AHEAD = 2  # batches that are there before they are asked for
 
 
 def read_ahead(read, jobs, device, ahead=AHEAD):
@@ -67,5 +67,7 @@ class Copies:
         """Return the copies for the current stream, which waits for them; this thread does not."""
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(is_there)
-        tree_map(lambda tensor: tensor.record_stream(stream), copies)      # their memory is free only when that has used them
+        tree_map(
+            lambda tensor: tensor.record_stream(stream), copies
+        )  # their memory is free only when that has used them
         return copies

@@ -20,11 +20,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from ..flow import add_noise, average_velocity, clean_from, noise_along, sample, seeded_noise, states_passed, walk
+from ..flow import (
+    add_noise,
+    average_velocity,
+    clean_from,
+    noise_along,
+    sample,
+    seeded_noise,
+    states_passed,
+    walk,
+)
 
-SHARD_SIZE = 64  # trajectories or prompts a file; also how many the teacher walks, or the text encoder reads, at once
+SHARD_SIZE = (
+    64  # trajectories or prompts a file; also how many the teacher walks, or the text encoder reads, at once
+)
 MOST_SAMPLED = 32768  # token states from which directions are found
-EXACT = ("timestep", "noise_level", "prompt", "text", "length")  # kept as they are; latents, velocities and features in float16
+EXACT = (
+    "timestep",
+    "noise_level",
+    "prompt",
+    "text",
+    "length",
+)  # kept as they are; latents, velocities and features in float16
 
 
 class Sampled(list):
@@ -37,7 +54,9 @@ class Sampled(list):
     def append(self, states):
         """Keep some of the rows of (B, N, D)."""
         rows = states.flatten(0, 1)
-        super().append(rows[::-(-self.times * len(rows) // MOST_SAMPLED)].to(torch.float32, copy=True))      # a view would keep all
+        super().append(
+            rows[:: -(-self.times * len(rows) // MOST_SAMPLED)].to(torch.float32, copy=True)
+        )  # a view would keep all
 
 
 class Projected(list):
@@ -61,14 +80,23 @@ class Walker:
     """
 
     def __init__(self, accelerator, velocity_for, scheduler, num_steps, in_step=False, basis=None):
-        self.accelerator, self.velocity_for, self.scheduler, self.num_steps = accelerator, velocity_for, scheduler, num_steps
+        self.accelerator, self.velocity_for, self.scheduler, self.num_steps = (
+            accelerator,
+            velocity_for,
+            scheduler,
+            num_steps,
+        )
         self.in_step, self.basis = in_step, basis
 
     @torch.no_grad()
     def find_basis(self, folder, prompts, latent_shape, width):
         """From here on keep token states in the `width` directions in which they vary most along walks of `prompts`."""
+
         def make():
-            features, noise = Sampled(self.num_steps), seeded_noise(latent_shape, range(len(prompts))).to(self.accelerator.device)
+            features, noise = (
+                Sampled(self.num_steps),
+                seeded_noise(latent_shape, range(len(prompts))).to(self.accelerator.device),
+            )
             for _ in walk(self.velocity_for(prompts, features), noise, self.scheduler, self.num_steps):
                 pass
             return {"basis": principal_directions(torch.cat(features), width).cpu()}
@@ -77,9 +105,17 @@ class Walker:
 
     def walk(self, folder, jobs, latent_shape):
         """Walk from noise to picture for every (number, prompt, seed) of `jobs`; returns the Trajectories."""
+
         def make(numbers, prompts, seeds):
-            noise, features = seeded_noise(latent_shape, seeds).to(self.accelerator.device), Projected(self.basis)
-            return _states(walk(self.velocity_for(prompts, features), noise, self.scheduler, self.num_steps), features, numbers)
+            noise, features = (
+                seeded_noise(latent_shape, seeds).to(self.accelerator.device),
+                Projected(self.basis),
+            )
+            return _states(
+                walk(self.velocity_for(prompts, features), noise, self.scheduler, self.num_steps),
+                features,
+                numbers,
+            )
 
         return self._kept(folder, jobs, make, "teacher trajectories")
 
@@ -88,10 +124,16 @@ class Walker:
 
         `latents_of(pictures)` returns their latents (B, C, H, W); what is kept is as that of walks.
         """
+
         def make(numbers, prompts, seeds, pictures):
             clean, features = latents_of(pictures).to(self.accelerator.device), Projected(self.basis)
-            return _states(noise_along(self.velocity_for(prompts, features), clean, seeds, self.scheduler, self.num_steps),
-                           features, numbers)
+            return _states(
+                noise_along(
+                    self.velocity_for(prompts, features), clean, seeds, self.scheduler, self.num_steps
+                ),
+                features,
+                numbers,
+            )
 
         return self._kept(folder, jobs, make, "teacher at images")
 
@@ -102,35 +144,56 @@ class Walker:
         velocity from there to the teacher's picture.
         Source: the roll-outs of pi-Flow (Chen et al. 2025), with one segment that ends at the picture.
         """
+
         def make(numbers, prompts, seeds, counts, indices):
             noise, shard = seeded_noise(latent_shape, seeds).to(self.accelerator.device), {}
             for count, index in sorted(set(zip(counts, indices))):
                 rows = [row for row, path in enumerate(zip(counts, indices)) if path == (count, index)]
                 said = [prompts[row] for row in rows]
                 met = sample(student_for(said), noise[rows], own_scheduler, count, end=index)
-                timestep, noise_level = (part.float() for part in states_passed(own_scheduler, count, met.device)[index])
-                picture = sample(self.velocity_for(said, None), met, self.scheduler, self.num_steps,
-                                 begin=self.num_steps * index // count)
+                timestep, noise_level = (
+                    part.float() for part in states_passed(own_scheduler, count, met.device)[index]
+                )
+                picture = sample(
+                    self.velocity_for(said, None),
+                    met,
+                    self.scheduler,
+                    self.num_steps,
+                    begin=self.num_steps * index // count,
+                )
                 noise_level = noise_level.expand(len(rows))
-                found = {"latents": met, "velocity": average_velocity(met, picture, noise_level), "noise_level": noise_level,
-                         "timestep": timestep.expand(len(rows))}
+                found = {
+                    "latents": met,
+                    "velocity": average_velocity(met, picture, noise_level),
+                    "noise_level": noise_level,
+                    "timestep": timestep.expand(len(rows)),
+                }
                 for name, part in found.items():
-                    shard.setdefault(name, part.new_empty(len(prompts), 1, *part.shape[1:]))[rows] = part.unsqueeze(1)
+                    shard.setdefault(name, part.new_empty(len(prompts), 1, *part.shape[1:]))[rows] = (
+                        part.unsqueeze(1)
+                    )
             return shard | {"prompt": torch.tensor(numbers)}
 
         return self._kept(folder, jobs, make, "student's own path")
 
     @torch.no_grad()
     def _kept(self, folder, jobs, make, description):
-        return Trajectories(folder, _fill(self.accelerator, folder, jobs, make, description, in_step=self.in_step))
+        return Trajectories(
+            folder, _fill(self.accelerator, folder, jobs, make, description, in_step=self.in_step)
+        )
 
 
 def _states(steps, features, numbers):
     """Return the tensors of a shard from (latents, timestep, noise_level, velocity) of each step."""
     latents, timestep, noise_level, velocity = (torch.stack(list(part)) for part in zip(*steps))  # (K, ...)
-    return {"latents": latents.transpose(0, 1), "velocity": velocity.transpose(0, 1), "features": torch.stack(features, 1),
-            "timestep": timestep.float().repeat(len(numbers), 1), "prompt": torch.tensor(numbers),
-            "noise_level": noise_level.float().repeat(len(numbers), 1)}
+    return {
+        "latents": latents.transpose(0, 1),
+        "velocity": velocity.transpose(0, 1),
+        "features": torch.stack(features, 1),
+        "timestep": timestep.float().repeat(len(numbers), 1),
+        "prompt": torch.tensor(numbers),
+        "noise_level": noise_level.float().repeat(len(numbers), 1),
+    }
 
 
 def principal_directions(states, width):
@@ -143,17 +206,24 @@ def principal_directions(states, width):
 def deal_out(jobs, num_buckets, seed):
     """Return a list of jobs for each bucket: as many for each, drawn at random by `seed`; of a single one, `jobs` as they are."""
     if len(jobs) < num_buckets:
-        raise ValueError(f"{len(jobs)} pictures of the teacher are fewer than the {num_buckets} sizes of --aspect_ratios: raise "
-                         "--num_trajectories, or name fewer.")
+        raise ValueError(
+            f"{len(jobs)} pictures of the teacher are fewer than the {num_buckets} sizes of --aspect_ratios: raise "
+            "--num_trajectories, or name fewer."
+        )
     drawn = torch.randperm(len(jobs), generator=torch.Generator().manual_seed(seed)) % num_buckets
-    return [[jobs[number] for number in (drawn == bucket).nonzero().flatten().tolist()] for bucket in range(num_buckets)]
+    return [
+        [jobs[number] for number in (drawn == bucket).nonzero().flatten().tolist()]
+        for bucket in range(num_buckets)
+    ]
 
 
 def encode_once(accelerator, encode, prompts, folder):
     """Encode prompts, none of which is twice there: {prompt: embedding (L, T)}, memory-mapped; `encode` is a lazy_encoder()."""
     num_shards = _fill(accelerator, folder, [(prompt,) for prompt in prompts], encode, "text", "prompt")
     shards = [read_shard(folder, index) for index in range(num_shards)]
-    return dict(zip(prompts, chain.from_iterable(shard["text"].split(shard["length"].tolist()) for shard in shards)))
+    return dict(
+        zip(prompts, chain.from_iterable(shard["text"].split(shard["length"].tolist()) for shard in shards))
+    )
 
 
 def _fill(accelerator, folder, jobs, make, description, unit="walk", in_step=False):
@@ -163,23 +233,35 @@ def _fill(accelerator, folder, jobs, make, description, unit="walk", in_step=Fal
     Where ranks have to be `in_step`, every rank makes as many shards of as many jobs as any: what would be too few is filled up
     with the jobs before it, and who has no shard of its own repeats one that is not written.
     """
-    rank, ranks, num_shards = accelerator.process_index, accelerator.num_processes, -(-len(jobs) // SHARD_SIZE)
+    rank, ranks, num_shards = (
+        accelerator.process_index,
+        accelerator.num_processes,
+        -(-len(jobs) // SHARD_SIZE),
+    )
     missing = [index for index in range(num_shards) if not shard_path(folder, index).exists()]
-    missing, = broadcast_object_list([missing])              # as one rank sees it, for others may already be writing
+    (missing,) = broadcast_object_list([missing])  # as one rank sees it, for others may already be writing
     if rank == 0:
         remove_leftovers(folder)
     mine = missing[rank::ranks]
     if in_step:
         mine += missing[-1:] * (-(-len(missing) // ranks) - len(mine))
     sizes = [min(SHARD_SIZE, len(jobs) - index * SHARD_SIZE) for index in mine]
-    with tqdm(total=sum(sizes), desc=description, unit=unit, leave=False, disable=rank > 0 or not mine) as progress:
+    with tqdm(
+        total=sum(sizes), desc=description, unit=unit, leave=False, disable=rank > 0 or not mine
+    ) as progress:
         for number, (index, size) in enumerate(zip(mine, sizes)):
             start = index * SHARD_SIZE
             before = min(start, SHARD_SIZE - size) if in_step else 0
-            tensors = make(*zip(*jobs[start - before:start + size]))
+            tensors = make(*zip(*jobs[start - before : start + size]))
             if rank + number * ranks < len(missing):
-                write_shard(folder, index, {name: tensor[before:].cpu() if name in EXACT else tensor[before:].half().cpu()
-                                            for name, tensor in tensors.items()})
+                write_shard(
+                    folder,
+                    index,
+                    {
+                        name: tensor[before:].cpu() if name in EXACT else tensor[before:].half().cpu()
+                        for name, tensor in tensors.items()
+                    },
+                )
             progress.update(size)
     accelerator.wait_for_everyone()
     return num_shards
@@ -191,14 +273,16 @@ def write_shard(folder, index, tensors):
     Raises FloatingPointError, and writes nothing, where a tensor is not finite.
     """
     if odd := [name for name, tensor in tensors.items() if not all(map(math.isfinite, tensor.aminmax()))]:
-        raise FloatingPointError(f"{folder}: {odd[0]} came out NaN or infinite and is not kept. Lower --guidance_scale and "
-                                 "--guidance_scale_2, add --mixed_precision no, or see that the teacher's files are whole.")
+        raise FloatingPointError(
+            f"{folder}: {odd[0]} came out NaN or infinite and is not kept. Lower --guidance_scale and "
+            "--guidance_scale_2, add --mixed_precision no, or see that the teacher's files are whole."
+        )
     partial = folder / f".shard-{index:05d}-{uuid4().hex}.partial"
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
-    except SafetensorError as error:                         # how the library says that the disk is full
+    except SafetensorError as error:  # how the library says that the disk is full
         partial.unlink(missing_ok=True)
         raise OSError(f"{partial}: {error}. Free some space; what was walked so far is kept.") from None
     os.replace(partial, shard_path(folder, index))
@@ -207,20 +291,24 @@ def write_shard(folder, index, tensors):
 def remove_leftovers(folder):
     """Delete what runs that were killed left half written; what nobody has touched for an hour nobody is writing."""
     for partial in folder.glob(".shard-*.partial"):
-        with suppress(FileNotFoundError):                    # it has just got its name
+        with suppress(FileNotFoundError):  # it has just got its name
             if time.time() - partial.stat().st_mtime > 3600:
                 partial.unlink()
 
 
 def kept_once(accelerator, folder, make):
     """Return the tensors of `make()`, {name: tensor} on the CPU, that `folder` keeps; they are made where it does not yet."""
-    is_there, = broadcast_object_list([shard_path(folder, 0).exists()])          # all make it, or none: they may need each other
+    (is_there,) = broadcast_object_list(
+        [shard_path(folder, 0).exists()]
+    )  # all make it, or none: they may need each other
     if not is_there:
         made = make()
         if accelerator.is_main_process:
             write_shard(folder, 0, made)
     accelerator.wait_for_everyone()
-    return {name: tensor.clone() for name, tensor in read_shard(folder, 0).items()}      # sums would depend on where a file has it
+    return {
+        name: tensor.clone() for name, tensor in read_shard(folder, 0).items()
+    }  # sums would depend on where a file has it
 
 
 def read_shard(folder, index):
@@ -228,10 +316,14 @@ def read_shard(folder, index):
     try:
         return load_file(shard_path(folder, index))
     except FileNotFoundError:
-        raise OSError(f"{shard_path(folder, index)}: is not here. The machines of a run need one disk under --output_dir and "
-                      "--cache_dir; on one machine, somebody deleted it.") from None
+        raise OSError(
+            f"{shard_path(folder, index)}: is not here. The machines of a run need one disk under --output_dir and "
+            "--cache_dir; on one machine, somebody deleted it."
+        ) from None
     except SafetensorError as error:
-        raise OSError(f"{shard_path(folder, index)}: not whole ({error}). Delete it: the same command makes it again.") from None
+        raise OSError(
+            f"{shard_path(folder, index)}: not whole ({error}). Delete it: the same command makes it again."
+        ) from None
 
 
 def shard_path(folder, index):
@@ -251,7 +343,9 @@ class Trajectories(torch.utils.data.Dataset):
     def _hold(self, shards):
         self.shards = shards
         self.states_each = self.shards[0]["timestep"].shape[1]
-        self.starts = torch.tensor([len(shard["prompt"]) for shard in self.shards]).cumsum(0) * self.states_each
+        self.starts = (
+            torch.tensor([len(shard["prompt"]) for shard in self.shards]).cumsum(0) * self.states_each
+        )
 
     def __len__(self):
         return int(self.starts[-1])
@@ -269,7 +363,10 @@ class Trajectories(torch.utils.data.Dataset):
         for index in shard_of.unique().tolist():
             places = (shard_of == index).nonzero().flatten()
             first = int(self.starts[index - 1]) if index else 0
-            rows, states = (numbers[places] - first) // self.states_each, (numbers[places] - first) % self.states_each
+            rows, states = (
+                (numbers[places] - first) // self.states_each,
+                (numbers[places] - first) % self.states_each,
+            )
             shard = self.shards[index]
             part = {name: shard[name][rows, states] for name in names or shard if name != "prompt"}
             part["prompt"] = shard["prompt"][rows]
@@ -287,8 +384,11 @@ class Trajectories(torch.utils.data.Dataset):
         rows, names = torch.as_tensor(rows), ("latents", "velocity", "noise_level")
         first = self.__getitems__(rows * self.states_each, names)
         last = self.__getitems__(rows * self.states_each + self.states_each - 1, names)
-        return first["latents"].float(), clean_from(last["latents"].float(), last["velocity"].float(), last["noise_level"]), (
-            first["prompt"])
+        return (
+            first["latents"].float(),
+            clean_from(last["latents"].float(), last["velocity"].float(), last["noise_level"]),
+            (first["prompt"]),
+        )
 
 
 class Segments(torch.utils.data.Dataset):
@@ -319,8 +419,16 @@ class Segments(torch.utils.data.Dataset):
             noise, picture, prompt = self.trajectories.ends(lines % self.num_walks)
             later = 1 + lines % max(1, len(self.levels) - 1)
             timestep, noise_level = self.levels[torch.where(lines < self.num_walks, 0, later)].unbind(1)
-            found.append({"latents": add_noise(picture, noise, noise_level), "velocity": noise - picture, "timestep": timestep,
-                          "noise_level": noise_level, "picture": picture, "prompt": prompt})
+            found.append(
+                {
+                    "latents": add_noise(picture, noise, noise_level),
+                    "velocity": noise - picture,
+                    "timestep": timestep,
+                    "noise_level": noise_level,
+                    "picture": picture,
+                    "prompt": prompt,
+                }
+            )
         if is_own.any():
             own = self.own_path.__getitems__(numbers[is_own] - self.num_walks - self.num_lines)
             own |= {name: own[name].float() for name in ("latents", "velocity")}
@@ -358,8 +466,10 @@ class SeededBatches(torch.utils.data.Sampler):
     def __init__(self, num_states, batch_size, seed, first, last):
         self.sizes = [num_states] if isinstance(num_states, int) else num_states
         if min(self.sizes) < batch_size:
-            raise ValueError(f"{min(self.sizes)} cached states are fewer than one batch of {batch_size}: raise --num_trajectories "
-                             f"or lower --train_batch_size{', or name fewer --aspect_ratios' if len(self.sizes) > 1 else ''}.")
+            raise ValueError(
+                f"{min(self.sizes)} cached states are fewer than one batch of {batch_size}: raise --num_trajectories "
+                f"or lower --train_batch_size{', or name fewer --aspect_ratios' if len(self.sizes) > 1 else ''}."
+            )
         self.batch_size, self.seed, self.first, self.last = batch_size, seed, first, last
 
     def __len__(self):
@@ -379,7 +489,7 @@ class SeededBatches(torch.utils.data.Sampler):
         generator, batches, start = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch), [], 0
         for size in self.sizes:
             order = start + torch.randperm(size, generator=generator)
-            batches += order.split(self.batch_size)[:size // self.batch_size]
+            batches += order.split(self.batch_size)[: size // self.batch_size]
             start += size
         if len(self.sizes) == 1:
             return batches

@@ -20,37 +20,68 @@ from uuid import uuid4
 
 try:
     import fcntl
-except ImportError:          # Windows: one writer at a time is up to the user
-    fcntl = None             # type: ignore[assignment]
+except ImportError:  # Windows: one writer at a time is up to the user
+    fcntl = None  # type: ignore[assignment]
 
 MANIFEST = "manifest.json"
-SPARE = 2**20                # bytes that a file system needs beside the files themselves
-DEEPEST = 3                  # folders below the one where a model's files are expected
-MOST_ENTRIES = 2000          # of a folder that is searched
-MOST_HEADER = 10**8          # bytes: the limit of the safetensors format
+SPARE = 2**20  # bytes that a file system needs beside the files themselves
+DEEPEST = 3  # folders below the one where a model's files are expected
+MOST_ENTRIES = 2000  # of a folder that is searched
+MOST_HEADER = 10**8  # bytes: the limit of the safetensors format
 _TAKE = "Take safetensors in fp32, fp16, bf16 or scaled fp8."
-_FORMATS = [(re.compile(pattern, re.I), fault, todo) for pattern, fault, todo in (      # by the end of a file's name
-    (r"\.gguf$", "GGUF is not read", _TAKE), (r"openvino.*\.(xml|bin)$", "OpenVINO is not read", _TAKE),
-    (r"\.(ckpt|pt|pt2|pth|bin|bin\.index\.json|pkl|pickle|distcp)$", "pickles are never opened", _TAKE),
-    (r"\.onnx([._]data)?$", "ONNX is not read", _TAKE), (r"\.(engine|plan|trt)$", "TensorRT is not read", _TAKE),
-    (r"\.(mlmodel|mlmodelc|mlpackage)$", "CoreML is not read", _TAKE), (r"\.npz$", "NumPy's and MLX's files are not read", _TAKE),
-    (r"\.msgpack$", "Flax is not read", _TAKE), (r"\.(h5|hdf5|tflite|pb)$", "HDF5 and TensorFlow are not read", _TAKE),
-    (r"\.(zip|tar|7z|rar|tgz|gz|xz|zst|bz2)$", "archives are not unpacked", "Unpack it there."),
-    (r"\.(sft|safetensor)$", "only *.safetensors is read", "Rename it."))]
+_FORMATS = [
+    (re.compile(pattern, re.I), fault, todo)
+    for pattern, fault, todo in (  # by the end of a file's name
+        (r"\.gguf$", "GGUF is not read", _TAKE),
+        (r"openvino.*\.(xml|bin)$", "OpenVINO is not read", _TAKE),
+        (r"\.(ckpt|pt|pt2|pth|bin|bin\.index\.json|pkl|pickle|distcp)$", "pickles are never opened", _TAKE),
+        (r"\.onnx([._]data)?$", "ONNX is not read", _TAKE),
+        (r"\.(engine|plan|trt)$", "TensorRT is not read", _TAKE),
+        (r"\.(mlmodel|mlmodelc|mlpackage)$", "CoreML is not read", _TAKE),
+        (r"\.npz$", "NumPy's and MLX's files are not read", _TAKE),
+        (r"\.msgpack$", "Flax is not read", _TAKE),
+        (r"\.(h5|hdf5|tflite|pb)$", "HDF5 and TensorFlow are not read", _TAKE),
+        (r"\.(zip|tar|7z|rar|tgz|gz|xz|zst|bz2)$", "archives are not unpacked", "Unpack it there."),
+        (r"\.(sft|safetensor)$", "only *.safetensors is read", "Rename it."),
+    )
+]
 _IN_KEYS = rb'"[^"\\]*(?:%b)[^"\\]*":\s*\{'
-_KINDS = [(re.compile(_IN_KEYS % pattern), fault, todo) for pattern, fault, todo in (   # by the keys of a safetensors header
-    (rb"qweight|wscales|qzeros|quant_state|quant_map|\.absmax|smooth_factor|\.SCB|\._data|\.scales",
-     "weights in 4 or 8 bits (nunchaku, GPTQ, bitsandbytes, quanto, MLX) are not read", _TAKE),
-    (rb"lora_|lokr_|hada_|dora_scale", "this is a LoRA", "Choose a text-to-video Wan."))]
-_FIRST_BYTES = [(magic, f"it is {what}, whatever its name says: {todo}") for magic, what, todo in (
-    (b"GGUF", "GGUF", "take safetensors"), (b"\x89HDF", "HDF5", "take safetensors"), (b"7z\xbc\xaf", "a 7z archive", "unpack it"),
-    (b"Rar!", "a RAR archive", "unpack it"), (b"\x1f\x8b", "a gzip archive", "unpack it"),
-    (b"\xfd7zXZ", "an xz archive", "unpack it"), (b"\x28\xb5\x2f\xfd", "a Zstandard archive", "unpack it"))]
-_INFIX = re.compile(r"(?:(?<=\.)|^)(?:_\w+|module)\.(?=.)")          # DDP, FSDP and torch.compile put them before and into names
-_BOTH_ENDS = [(re.compile(rf"^(|.*\.){re.escape(first)}$"), last) for first, last in (         # tensors that a network always has
-    ("patch_embedding.weight", "head.head.weight"), ("patch_embedding.weight", "proj_out.weight"),
-    ("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"), ("token_embedding.weight", "blocks.0.attn.q.weight"),
-    ("conv2.weight", "decoder.middle.0.residual.0.gamma"))]
+_KINDS = [
+    (re.compile(_IN_KEYS % pattern), fault, todo)
+    for pattern, fault, todo in (  # by the keys of a safetensors header
+        (
+            rb"qweight|wscales|qzeros|quant_state|quant_map|\.absmax|smooth_factor|\.SCB|\._data|\.scales",
+            "weights in 4 or 8 bits (nunchaku, GPTQ, bitsandbytes, quanto, MLX) are not read",
+            _TAKE,
+        ),
+        (rb"lora_|lokr_|hada_|dora_scale", "this is a LoRA", "Choose a text-to-video Wan."),
+    )
+]
+_FIRST_BYTES = [
+    (magic, f"it is {what}, whatever its name says: {todo}")
+    for magic, what, todo in (
+        (b"GGUF", "GGUF", "take safetensors"),
+        (b"\x89HDF", "HDF5", "take safetensors"),
+        (b"7z\xbc\xaf", "a 7z archive", "unpack it"),
+        (b"Rar!", "a RAR archive", "unpack it"),
+        (b"\x1f\x8b", "a gzip archive", "unpack it"),
+        (b"\xfd7zXZ", "an xz archive", "unpack it"),
+        (b"\x28\xb5\x2f\xfd", "a Zstandard archive", "unpack it"),
+    )
+]
+_INFIX = re.compile(
+    r"(?:(?<=\.)|^)(?:_\w+|module)\.(?=.)"
+)  # DDP, FSDP and torch.compile put them before and into names
+_BOTH_ENDS = [
+    (re.compile(rf"^(|.*\.){re.escape(first)}$"), last)
+    for first, last in (  # tensors that a network always has
+        ("patch_embedding.weight", "head.head.weight"),
+        ("patch_embedding.weight", "proj_out.weight"),
+        ("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+        ("token_embedding.weight", "blocks.0.attn.q.weight"),
+        ("conv2.weight", "decoder.middle.0.residual.0.gamma"),
+    )
+]
 
 
 def write_json(path, content):
@@ -74,7 +105,7 @@ def new_folder(target, **facts):
     target = Path(target)
     partial, aside = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old"))
     if aside.exists() and not target.exists():
-        os.replace(aside, target)                             # an earlier save was killed between its two renames
+        os.replace(aside, target)  # an earlier save was killed between its two renames
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -82,7 +113,10 @@ def new_folder(target, **facts):
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         for path in (*files, *(path for path in partial.rglob("*") if path.is_dir())):
             flush(path)
-        write_json(partial / MANIFEST, {"files": {str(path.relative_to(partial)): _describe(path) for path in files}} | facts)
+        write_json(
+            partial / MANIFEST,
+            {"files": {str(path.relative_to(partial)): _describe(path) for path in files}} | facts,
+        )
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -99,7 +133,9 @@ def read_manifest(folder):
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         manifest = manifest if "files" in manifest else {"files": manifest}
-        is_readable = manifest["files"] and all(isinstance(entry, dict) for entry in manifest["files"].values())
+        is_readable = manifest["files"] and all(
+            isinstance(entry, dict) for entry in manifest["files"].values()
+        )
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     return manifest if is_readable else None
@@ -168,9 +204,11 @@ def in_turn(folder, say):
 def check_space(folder, num_bytes):
     """Refuse to write `num_bytes` where they do not fit, before anything is written."""
     needed, free = num_bytes + SPARE, shutil.disk_usage(folder).free
-    if free < needed:                                        # rounded apart, so that the figures never look equal
-        raise OSError(f"{folder}: no space left: {math.ceil(needed / 1e5) / 10:,.1f} MB are needed, "
-                      f"{math.floor(free / 1e5) / 10:,.1f} MB are free. Free some, or name a folder on another disk.")
+    if free < needed:  # rounded apart, so that the figures never look equal
+        raise OSError(
+            f"{folder}: no space left: {math.ceil(needed / 1e5) / 10:,.1f} MB are needed, "
+            f"{math.floor(free / 1e5) / 10:,.1f} MB are free. Free some, or name a folder on another disk."
+        )
 
 
 def not_finite(tensors):
@@ -179,9 +217,15 @@ def not_finite(tensors):
     No memory is taken: isfinite() and sums in another dtype would copy, of a Wan's text encoder gigabytes.
     """
     floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    if math.isfinite(sum(tensor.sum().float() for tensor in floats.values())):       # it may overflow where all are finite
+    if math.isfinite(
+        sum(tensor.sum().float() for tensor in floats.values())
+    ):  # it may overflow where all are finite
         return []
-    return [name for name, tensor in floats.items() if tensor.numel() and not all(map(math.isfinite, tensor.aminmax()))]
+    return [
+        name
+        for name, tensor in floats.items()
+        if tensor.numel() and not all(map(math.isfinite, tensor.aminmax()))
+    ]
 
 
 def flush(path):
@@ -194,15 +238,22 @@ def flush(path):
 
 # ---- what was downloaded ---------------------------------------------------------------------------------------------------
 
+
 def open_regular(path):
     """Open a regular file for reading; a folder, pipe, device or socket under its name is refused, never waited for."""
     try:
-        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+        number = os.open(
+            path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+        )
     except OSError as error:
-        raise OSError(f"{path}: cannot be read ({error.strerror}). Expected a regular file that you may read.") from None
+        raise OSError(
+            f"{path}: cannot be read ({error.strerror}). Expected a regular file that you may read."
+        ) from None
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise OSError(f"{path}: not a regular file. Expected one; a folder, pipe, device or socket is never opened.")
+        raise OSError(
+            f"{path}: not a regular file. Expected one; a folder, pipe, device or socket is never opened."
+        )
     return open(number, "rb", buffering=0)
 
 
@@ -216,7 +267,9 @@ def read_downloaded_json(path):
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
         raise broken_download(path, f"not JSON ({reason})") from None
     if not isinstance(found, dict):
-        raise OSError(f"{path}: holds a {type(found).__name__}, expected an object {{...}}. Download it again.")
+        raise OSError(
+            f"{path}: holds a {type(found).__name__}, expected an object {{...}}. Download it again."
+        )
     return found
 
 
@@ -252,7 +305,9 @@ def broken_safetensors(path, error):
     if instead := came_instead_of_safetensors(first_bytes(path)):
         return OSError(f"{path}: {instead}.")
     fault = _length_fault(path) or str(error)
-    return OSError(f"{path}: {fault if 'too long' in fault else f'not a whole safetensors file ({fault})'}. Download it again.")
+    return OSError(
+        f"{path}: {fault if 'too long' in fault else f'not a whole safetensors file ({fault})'}. Download it again."
+    )
 
 
 def _length_fault(path):
@@ -262,7 +317,11 @@ def _length_fault(path):
             return None
         try:
             header = json.loads(file.read(length))
-            end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+            end = (
+                8
+                + length
+                + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+            )
             return wrong_length(end, size)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
@@ -277,6 +336,7 @@ def wrong_length(end, size):
 
 
 # ---- which files are a model's -----------------------------------------------------------------------------------------------
+
 
 def visible(paths):
     """Return paths in order, without names that begin with a dot: what macOS, notebooks and the hub leave beside a model."""
@@ -295,15 +355,23 @@ def levels_below(folder):
 
 
 def _entries(folder):
-    with suppress(OSError):                                  # not there, or not to be read
+    with suppress(OSError):  # not there, or not to be read
         yield from folder.iterdir()
 
 
 def weights_by_depth(folder, places):
     """Return lists of a folder's safetensors files: those in its places, those a folder deeper, ...; below "" none is deeper."""
     levels = [list(levels_below(folder / place)) if place else [[folder]] for place in places]
-    return [visible(path for level in levels for entries in level[depth:depth + 1] for entry in entries
-                    for path in entry.glob("*.safetensors")) for depth in range(DEEPEST + 1)]
+    return [
+        visible(
+            path
+            for level in levels
+            for entries in level[depth : depth + 1]
+            for entry in entries
+            for path in entry.glob("*.safetensors")
+        )
+        for depth in range(DEEPEST + 1)
+    ]
 
 
 def why_not_read(path):
@@ -329,6 +397,7 @@ def name_not_read(paths):
 
 # ---- what wrappers do to names -----------------------------------------------------------------------------------------------
 
+
 def unwrapped(names, source):
     """Return {stored name: name} of all tensors of a network, without what wrappers put before all of them and into some.
 
@@ -338,12 +407,18 @@ def unwrapped(names, source):
     bare = {name: _INFIX.sub("", name) for name in names}
     held, prefixes = set(bare.values()), set()
     for first, last in _BOTH_ENDS:
-        prefixes = prefixes or {match[1] for name in held if (match := first.match(name)) and match[1] + last in held}
+        prefixes = prefixes or {
+            match[1] for name in held if (match := first.match(name)) and match[1] + last in held
+        }
     if len(prefixes) > 1:
-        raise ValueError(f"{source}: holds {len(prefixes)} networks, under {', '.join(map(repr, sorted(prefixes)[:3]))}, expected "
-                         "one. Keep each in a file of its own.")
+        raise ValueError(
+            f"{source}: holds {len(prefixes)} networks, under {', '.join(map(repr, sorted(prefixes)[:3]))}, expected "
+            "one. Keep each in a file of its own."
+        )
     prefix, found = next(iter(prefixes), ""), {}
     for name, short in bare.items():
         if (other := found.setdefault(short.removeprefix(prefix), name)) != name:
-            raise ValueError(f"{source}: holds {short.removeprefix(prefix)} twice, as {other} and as {name}. Keep one of them.")
+            raise ValueError(
+                f"{source}: holds {short.removeprefix(prefix)} twice, as {other} and as {name}. Keep one of them."
+            )
     return {name: short for short, name in found.items()}

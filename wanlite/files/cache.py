@@ -18,18 +18,28 @@ def cache_folder(parent, kind, **what):
 
     Raises ValueError where a folder of that name holds what was made of something else, and says which part differs.
     """
-    folder, said = Path(parent) / f"{kind}-{fingerprint(what)[:16]}", json.loads(json.dumps(what, default=str))
+    folder, said = (
+        Path(parent) / f"{kind}-{fingerprint(what)[:16]}",
+        json.loads(json.dumps(what, default=str)),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / RECORD
     try:
         found = json.loads(record.read_text(encoding="utf-8")) if record.exists() else said
-        differing = [f"{name} was {_short(found.get(name))}, is {_short(value)}" for name, value in said.items()
-                     if found.get(name) != value]
+        differing = [
+            f"{name} was {_short(found.get(name))}, is {_short(value)}"
+            for name, value in said.items()
+            if found.get(name) != value
+        ]
     except (ValueError, AttributeError):
-        raise ValueError(f"{record}: cannot be read. Delete the folder: the same command makes it again.") from None
+        raise ValueError(
+            f"{record}: cannot be read. Delete the folder: the same command makes it again."
+        ) from None
     if differing:
-        raise ValueError(f"{folder}: was made of something else ({'; '.join(differing)}). Delete it, or move it back to where it "
-                         "came from.")
+        raise ValueError(
+            f"{folder}: was made of something else ({'; '.join(differing)}). Delete it, or move it back to where it "
+            "came from."
+        )
     if not record.exists():
         write_json(record, said)
     return folder

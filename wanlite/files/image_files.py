@@ -9,14 +9,18 @@ from uuid import uuid4
 
 from PIL import Image
 
-LONGEST_SLUG = 40            # characters
-NUMBERED = re.compile(r"(?:grid-[0-9]+-([0-9]{4,9})(?:-[0-9]+)?|([0-9]{4,9})-(?:.*-)?seed[0-9]+)\.png", re.IGNORECASE)
+LONGEST_SLUG = 40  # characters
+NUMBERED = re.compile(
+    r"(?:grid-[0-9]+-([0-9]{4,9})(?:-[0-9]+)?|([0-9]{4,9})-(?:.*-)?seed[0-9]+)\.png", re.IGNORECASE
+)
 
 
 def image_names(folder, prompt, seed):
     """Yield names for an image in the order in which they are to be tried: its number is above all that are in the folder."""
     title = "-".join(filter(None, (slug(prompt), f"seed{seed}")))
-    numbers = [int(found[1] or found[2]) for name in os.listdir(folder) if (found := NUMBERED.fullmatch(name))]
+    numbers = [
+        int(found[1] or found[2]) for name in os.listdir(folder) if (found := NUMBERED.fullmatch(name))
+    ]
     return (f"{number:04d}-{title}.png" for number in count(max(numbers, default=-1) + 1))
 
 
@@ -31,7 +35,11 @@ def slug(prompt):
     """Return a prompt's first words in letters that every file system takes, "" where it has none."""
     plain = unicodedata.normalize("NFKD", prompt[:1000].casefold()).encode("ascii", "ignore").decode()
     words = "-".join(re.findall("[a-z0-9]+", plain))
-    return words if len(words) <= LONGEST_SLUG else words[:LONGEST_SLUG + 1].rpartition("-")[0] or words[:LONGEST_SLUG]
+    return (
+        words
+        if len(words) <= LONGEST_SLUG
+        else words[: LONGEST_SLUG + 1].rpartition("-")[0] or words[:LONGEST_SLUG]
+    )
 
 
 def save_image(image, folder, names, info=None):
@@ -42,8 +50,10 @@ def save_image(image, folder, names, info=None):
             Image.fromarray(image).save(file, "PNG", pnginfo=info)
         return next(path for path in (Path(folder) / name for name in names) if _publish(partial, path))
     except OSError as error:
-        raise OSError(f"{folder}: an image cannot be written ({error.strerror or error}). Free some space, or name another "
-                      "--output_dir; the images before it are complete.") from None
+        raise OSError(
+            f"{folder}: an image cannot be written ({error.strerror or error}). Free some space, or name another "
+            "--output_dir; the images before it are complete."
+        ) from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -54,7 +64,7 @@ def _publish(partial, path):
         os.link(partial, path)
     except FileExistsError:
         return False
-    except OSError:                                          # a file system without links: a killed process leaves an empty file
+    except OSError:  # a file system without links: a killed process leaves an empty file
         try:
             open(path, "xb").close()
         except FileExistsError:

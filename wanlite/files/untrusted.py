@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from .atomic import came_instead_of_safetensors, open_regular, unwrapped, wrong_length
 
-MOST_JSON = 4 * 2**20        # bytes: the header of a student of eight hundred blocks
-MOST_PARTS = 2**16           # lists and objects in it: two bytes each in the file, a hundred in memory
+MOST_JSON = 4 * 2**20  # bytes: the header of a student of eight hundred blocks
+MOST_PARTS = 2**16  # lists and objects in it: two bytes each in the file, a hundred in memory
 MOST_DIMENSIONS = 8
-ALIGNED = 64                 # bytes: of a tensor that lies otherwise, sums differ in the last bit; it is read, not mapped
-READ_AT_ONCE = 2**20         # bytes: what was read is hashed while it lies in the processor's cache
-BYTES = {"F32": 4, "F16": 2, "BF16": 2}       # what a student's weights are stored as
+ALIGNED = 64  # bytes: of a tensor that lies otherwise, sums differ in the last bit; it is read, not mapped
+READ_AT_ONCE = 2**20  # bytes: what was read is hashed while it lies in the processor's cache
+BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # what a student's weights are stored as
 
 
 class Entry(NamedTuple):
@@ -42,12 +42,18 @@ def parse_json(content, source, most=MOST_JSON):
     if len(content) > most:
         raise OSError(f"{source}: more than {most:,} bytes, which no settings or header of a student take.")
     if (parts := content.count(b"[") + content.count(b"{")) > MOST_PARTS:
-        raise OSError(f"{source}: {parts:,} lists and objects, which no settings or header of a student have.")
+        raise OSError(
+            f"{source}: {parts:,} lists and objects, which no settings or header of a student have."
+        )
     try:
-        found = json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        found = json.loads(
+            content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
+        )
     except RecursionError:
-        raise OSError(f"{source}: not JSON of ours (nested too deeply). Copy it again or save the student again.") from None
-    except ValueError as error:                      # JSONDecodeError and UnicodeDecodeError are among them
+        raise OSError(
+            f"{source}: not JSON of ours (nested too deeply). Copy it again or save the student again."
+        ) from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are among them
         reason = str(error).partition(";")[0]
         raise OSError(f"{source}: not JSON ({reason}). Copy it again or save the student again.") from None
     if not isinstance(found, dict):
@@ -104,18 +110,24 @@ class WeightsFile:
     def tensors(self, is_mapped=True, is_hashed=False):
         """Yield (name, tensor), on the CPU and writable, mapped from the file or read into memory; to be hashed it is read."""
         import torch  # here: the scripts check headers before torch is there
+
         dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-        is_mapped, self._hash = is_mapped and not is_hashed, hashlib.sha256(self._header) if is_hashed else None
+        is_mapped, self._hash = (
+            is_mapped and not is_hashed,
+            hashlib.sha256(self._header) if is_hashed else None,
+        )
         content = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY) if is_mapped else None
         for name, (dtype, shape, start, stop) in sorted(self.entries.items(), key=lambda item: item[1].start):
             if is_mapped and start % ALIGNED == 0 and start < stop:
-                tensor = torch.frombuffer(content, dtype=dtypes[dtype], count=math.prod(shape), offset=start).view(shape)
+                tensor = torch.frombuffer(
+                    content, dtype=dtypes[dtype], count=math.prod(shape), offset=start
+                ).view(shape)
             else:
                 tensor = torch.empty(shape, dtype=dtypes[dtype])
                 self._fill(memoryview(tensor.view(-1).view(torch.uint8).numpy()), start)
             yield name, tensor
         if self._hash:
-            self.sha256 = self._hash.hexdigest()             # tensors tile the file behind its header, in this order
+            self.sha256 = self._hash.hexdigest()  # tensors tile the file behind its header, in this order
 
     def _fill(self, memory, start):
         self.file.seek(start)
@@ -140,7 +152,9 @@ class WeightsFile:
         end = 8 + length
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
             if entry.start != end:
-                raise self._broken(f"{shown(name)} begins at byte {entry.start:,}, expected {end:,}: tensors overlap or leave gaps")
+                raise self._broken(
+                    f"{shown(name)} begins at byte {entry.start:,}, expected {end:,}: tensors overlap or leave gaps"
+                )
             end = entry.stop
         if fault := wrong_length(end, self.size):
             raise self._broken(fault)
@@ -152,12 +166,22 @@ class WeightsFile:
             raise self._broken(f"{shown(name)} is not described by dtype, shape and data_offsets")
         dtype, shape, offsets = found["dtype"], found["shape"], found["data_offsets"]
         if not isinstance(dtype, str) or dtype not in BYTES:
-            raise ValueError(f"{self.path}: {shown(name)} is stored as {shown(str(dtype)[:40])}, expected {', '.join(BYTES)}. Save "
-                             "the student again in one of them.")
+            raise ValueError(
+                f"{self.path}: {shown(name)} is stored as {shown(str(dtype)[:40])}, expected {', '.join(BYTES)}. Save "
+                "the student again in one of them."
+            )
         if not _are_sizes(shape) or len(shape) > MOST_DIMENSIONS or math.prod(filter(None, shape)) >= 2**60:
-            raise self._broken(f"{shown(name)} has no shape of at most {MOST_DIMENSIONS} whole numbers that fits any file")
-        if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != BYTES[dtype] * math.prod(shape):
-            raise self._broken(f"{shown(name)} has offsets that do not fit its shape {tuple(shape)} in {dtype}")
+            raise self._broken(
+                f"{shown(name)} has no shape of at most {MOST_DIMENSIONS} whole numbers that fits any file"
+            )
+        if (
+            not _are_sizes(offsets)
+            or len(offsets) != 2
+            or offsets[1] - offsets[0] != BYTES[dtype] * math.prod(shape)
+        ):
+            raise self._broken(
+                f"{shown(name)} has offsets that do not fit its shape {tuple(shape)} in {dtype}"
+            )
         return Entry(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
     def _what_it_is(self, beginning):
@@ -170,7 +194,9 @@ class WeightsFile:
         return f"its header has {length:,} bytes, expected 2 to {min(self.size - 8, MOST_JSON):,}"
 
     def _broken(self, reason):
-        return OSError(f"{self.path}: not a whole safetensors file ({reason}). Copy it again or save the student again.")
+        return OSError(
+            f"{self.path}: not a whole safetensors file ({reason}). Copy it again or save the student again."
+        )
 
 
 def without_wrappers(names):
@@ -183,4 +209,6 @@ def without_wrappers(names):
 
 
 def _are_sizes(numbers):
-    return isinstance(numbers, list) and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+    return isinstance(numbers, list) and all(
+        type(number) is int and 0 <= number < 2**63 for number in numbers
+    )

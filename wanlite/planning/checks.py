@@ -26,31 +26,49 @@ def check_together(settings):
     if settings.num_images is not None and settings.images is None:
         raise ValueError(f"--num_images is {settings.num_images}, expected --images beside it.")
     if 0 < (settings.own_path_pictures or 0) < len(settings.aspect_ratios or ()):
-        raise ValueError(f"--own_path_pictures is {settings.own_path_pictures}, expected 0, or at least one for each of the "
-                         f"{len(settings.aspect_ratios)} --aspect_ratios.")
+        raise ValueError(
+            f"--own_path_pictures is {settings.own_path_pictures}, expected 0, or at least one for each of the "
+            f"{len(settings.aspect_ratios)} --aspect_ratios."
+        )
     if any(not prompt.strip() for prompt in settings.validation_prompts or ()):
-        raise ValueError("--validation_prompts has one that says nothing, expected words in each. Leave it out.")
-    if settings.cache_dir is not None and Path(settings.cache_dir).exists() and not Path(settings.cache_dir).is_dir():
+        raise ValueError(
+            "--validation_prompts has one that says nothing, expected words in each. Leave it out."
+        )
+    if (
+        settings.cache_dir is not None
+        and Path(settings.cache_dir).exists()
+        and not Path(settings.cache_dir).is_dir()
+    ):
         raise ValueError(f"--cache_dir {settings.cache_dir}: is a file, expected a folder. Name another.")
     output = Path(settings.output_dir).absolute()
     if not Path(os.path.normpath(output / settings.logging_dir)).is_relative_to(output):
-        raise ValueError(f"--logging_dir {settings.logging_dir}: is not inside --output_dir, expected a folder's name, as logs.")
+        raise ValueError(
+            f"--logging_dir {settings.logging_dir}: is not inside --output_dir, expected a folder's name, as logs."
+        )
     if settings.project_only and (settings.student is not None or settings.projection == "none"):
-        raise ValueError("--project_only saves what is projected, and --student or --projection none projects nothing. Leave one "
-                         "of them out.")
+        raise ValueError(
+            "--project_only saves what is projected, and --student or --projection none projects nothing. Leave one "
+            "of them out."
+        )
     if settings.expert == "span" and settings.projection == "calibrated":
-        raise ValueError("--expert span goes with --projection weights: a student is calibrated against one expert. Add "
-                         "--projection weights, or choose --expert low or high.")
+        raise ValueError(
+            "--expert span goes with --projection weights: a student is calibrated against one expert. Add "
+            "--projection weights, or choose --expert low or high."
+        )
     if settings.matching_steps and settings.mixed_precision == "fp16":
-        raise ValueError("--matching_steps goes with --mixed_precision no or bf16: the critic's gradients are not scaled.")
+        raise ValueError(
+            "--matching_steps goes with --mixed_precision no or bf16: the critic's gradients are not scaled."
+        )
 
 
 def check_compiler():
     """Refuse --compile where there is no C++ compiler, which torch builds its kernels with."""
     names = [name for name in (os.environ.get("CXX"), "g++", "clang++", "c++", "cl") if name]
     if not any(map(shutil.which, names)):
-        raise ValueError(f"--compile needs a C++ compiler, and none of {', '.join(names)} is found. Install one (apt install g++), "
-                         "or leave --compile out.")
+        raise ValueError(
+            f"--compile needs a C++ compiler, and none of {', '.join(names)} is found. Install one (apt install g++), "
+            "or leave --compile out."
+        )
 
 
 def complete_steps(settings):
@@ -64,22 +82,32 @@ def complete_steps(settings):
         segment_steps = round(SEGMENT_SHARE * max(0, settings.max_train_steps - settings.matching_steps))
     rest = settings.max_train_steps - segment_steps - settings.matching_steps
     if rest < 0:
-        raise ValueError(f"--segment_steps {segment_steps} and --matching_steps {settings.matching_steps} are more than "
-                         f"--max_train_steps {settings.max_train_steps}, which counts them in. Raise that, or lower these.")
+        raise ValueError(
+            f"--segment_steps {segment_steps} and --matching_steps {settings.matching_steps} are more than "
+            f"--max_train_steps {settings.max_train_steps}, which counts them in. Raise that, or lower these."
+        )
     if settings.matching_steps and not segment_steps and settings.student is None:
-        raise ValueError("--matching_steps without --segment_steps: distribution matching goes on from a student that draws in "
-                         "few steps. Raise --segment_steps, or name such a student with --student DIR.")
+        raise ValueError(
+            "--matching_steps without --segment_steps: distribution matching goes on from a student that draws in "
+            "few steps. Raise --segment_steps, or name such a student with --student DIR."
+        )
     if rest == 0 and settings.student is None:
-        raise ValueError(f"--segment_steps {segment_steps} leaves no step of stage 1, and few-step training starts from a student "
-                         "of stage 1. Lower it, or name such a student with --student DIR.")
+        raise ValueError(
+            f"--segment_steps {segment_steps} leaves no step of stage 1, and few-step training starts from a student "
+            "of stage 1. Lower it, or name such a student with --student DIR."
+        )
     if segment_steps or settings.matching_steps:
         for count in few_steps:
             if count < 1 or settings.teacher_steps % count:
-                raise ValueError(f"--few_steps {count} does not divide --teacher_steps {settings.teacher_steps}: students stop "
-                                 "only where the teacher does. Choose divisors, as 1 2 4.")
+                raise ValueError(
+                    f"--few_steps {count} does not divide --teacher_steps {settings.teacher_steps}: students stop "
+                    "only where the teacher does. Choose divisors, as 1 2 4."
+                )
         if settings.num_inference_steps not in few_steps:
-            raise ValueError(f"--num_inference_steps {settings.num_inference_steps} is none of --few_steps "
-                             f"{' '.join(map(str, few_steps))}, for which the student is trained. Choose one of them.")
+            raise ValueError(
+                f"--num_inference_steps {settings.num_inference_steps} is none of --few_steps "
+                f"{' '.join(map(str, few_steps))}, for which the student is trained. Choose one of them."
+            )
     return few_steps, segment_steps
 
 
@@ -90,23 +118,30 @@ def check_batch(settings, states, ranks):
         if count < rows:
             lower = f"lower --train_batch_size to {count // ranks}, or " if count >= ranks else ""
             ratios = ", or name fewer --aspect_ratios" if settings.aspect_ratios else ""
-            raise ValueError(f"the part {part} learns from {count} states, fewer than one batch of {rows}: {lower}raise "
-                             f"--num_trajectories or --own_path_pictures{ratios}.")
+            raise ValueError(
+                f"the part {part} learns from {count} states, fewer than one batch of {rows}: {lower}raise "
+                f"--num_trajectories or --own_path_pictures{ratios}."
+            )
 
 
 def check_student(run, settings, folder):
     """Refuse to go on from a saved student whose run does not fit this one. `run` is its run.json, `folder` where it lies."""
+
     def refuse(what):
         raise ValueError(f"--student {folder}: {what}")
 
     if run.get("projected_only"):
-        refuse("holds a projected start, and nothing was trained of it. Leave --student out: a run with this --cache_dir or "
-               "--output_dir starts there.")
+        refuse(
+            "holds a projected start, and nothing was trained of it. Leave --student out: a run with this --cache_dir or "
+            "--output_dir starts there."
+        )
     if not run.get("finished"):
         refuse("holds no finished run. Let it finish with the command that began it.")
     if "schedule" not in run:
-        refuse("was saved by an older version, which did not record the schedule it was trained for. Train it again, or leave "
-               "--student out to start from the teacher's weights.")
+        refuse(
+            "was saved by an older version, which did not record the schedule it was trained for. Train it again, or leave "
+            "--student out to start from the teacher's weights."
+        )
     kinds = {"teacher": str, "student": dict, "settings": dict, "schedule": dict}
     if odd := [name for name, kind in kinds.items() if not run.get(name) or not isinstance(run[name], kind)]:
         refuse(f"its run.json does not say a run's {', '.join(odd)}. Copy the folder again.")
@@ -115,15 +150,21 @@ def check_student(run, settings, folder):
         refuse("its run.json does not say the parts of its schedule. Copy the folder again.")
     is_velocity_left = settings.max_train_steps > settings.segment_steps + settings.matching_steps
     if not is_velocity_left and not parts.get("velocity"):
-        refuse(f"has not been through stage 1 (its parts are {parts}). Lower --segment_steps, so that steps of stage 1 are left, "
-               "or name another student.")
+        refuse(
+            f"has not been through stage 1 (its parts are {parts}). Lower --segment_steps, so that steps of stage 1 are left, "
+            "or name another student."
+        )
     if not is_velocity_left and not settings.segment_steps and not parts.get("segments"):
-        refuse(f"does not draw in few steps yet (its parts are {parts}), and distribution matching goes on from a student that "
-               "does. Raise --segment_steps, or name another student.")
+        refuse(
+            f"does not draw in few steps yet (its parts are {parts}), and distribution matching goes on from a student that "
+            "does. Raise --segment_steps, or name another student."
+        )
     then, shape, now = run["settings"], run["student"], vars(settings)
     for name in ("guidance_scale", "guidance_scale_2", "negative_prompt", "flow_shift", "resolution"):
         if then.get(name) != now[name]:
-            refuse(f"was trained with {name} {then.get(name)!r}, this run has {now[name]!r}. Use the same, or leave --student out.")
+            refuse(
+                f"was trained with {name} {then.get(name)!r}, this run has {now[name]!r}. Use the same, or leave --student out."
+            )
     for name in ("hidden_size", "depth", "num_heads", "ffn_dim"):
         if now[name] is not None and now[name] != shape.get(name):
             refuse(f"has {name} {shape.get(name)}, and --{name} says {now[name]}. Leave the flag out.")

@@ -11,7 +11,7 @@ from ..student.shape import check_cut, student_shape
 from ..training.run_folder import read_run
 from ..world.record import read_world
 
-DEFAULT_PROMPTS = 4000    # of the tiny world or of a grammar, where no prompts file is named
+DEFAULT_PROMPTS = 4000  # of the tiny world or of a grammar, where no prompts file is named
 
 
 def choose_prompts(settings, say=None):
@@ -21,8 +21,11 @@ def choose_prompts(settings, say=None):
         each = max(1, settings.num_held_out // 2)
         one, two = (world.captions(settings.seed + 1, each, held_out=True, num_objects=n) for n in (1, 2))
         return world.captions(settings.seed, count), [prompt for pair in zip(one, two) for prompt in pair]
-    prompts = varied_prompts(settings.seed, count) if settings.prompts is None else (
-        list(dict.fromkeys(read_prompts(settings.prompts, say))))
+    prompts = (
+        varied_prompts(settings.seed, count)
+        if settings.prompts is None
+        else (list(dict.fromkeys(read_prompts(settings.prompts, say))))
+    )
     num_held_out = min(settings.num_held_out, max(1, len(prompts) // 20))
     if len(prompts) == 1 and say:
         say("prompts  there is one: it is trained on, and held out as well")
@@ -63,13 +66,19 @@ def choose_shape(settings, files):
     """
     if settings.student is not None:
         if read_run(settings.student)["teacher"] != files.fingerprint:
-            raise ValueError(f"--student {settings.student}: was distilled from another teacher than {settings.teacher}. Use the "
-                             "same, or leave --student out.")
+            raise ValueError(
+                f"--student {settings.student}: was distilled from another teacher than {settings.teacher}. Use the "
+                "same, or leave --student out."
+            )
         return read_run(settings.student)["student"]
     if (settings.feature_directions or 1) > files.width:
-        raise ValueError(f"--feature_directions {settings.feature_directions} is more than the {files.width} of the teacher's "
-                         "token states. Lower it, or leave it out.")
-    shape = student_shape(files.config, settings.hidden_size, settings.depth, settings.num_heads, settings.ffn_dim)
+        raise ValueError(
+            f"--feature_directions {settings.feature_directions} is more than the {files.width} of the teacher's "
+            "token states. Lower it, or leave it out."
+        )
+    shape = student_shape(
+        files.config, settings.hidden_size, settings.depth, settings.num_heads, settings.ffn_dim
+    )
     if settings.projection != "none":
         check_cut(files.config, shape)
     return shape
@@ -78,5 +87,8 @@ def choose_shape(settings, files):
 def describe_schedule(settings, few_steps, parts):
     """Return what run.json says of the schedule: where its levels come from, the numbers of steps, the parts trained so far."""
     earlier = read_run(settings.student)["schedule"]["parts"] if settings.student is not None else {}
-    steps = {name: earlier.get(name, 0) + sum(last - first for part, first, last in parts if part == name) for name in PARTS}
+    steps = {
+        name: earlier.get(name, 0) + sum(last - first for part, first, last in parts if part == name)
+        for name in PARTS
+    }
     return {"flow_shift": settings.flow_shift, "few_steps": few_steps or None, "parts": steps}

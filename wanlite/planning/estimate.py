@@ -40,11 +40,15 @@ from .memory import (
     walking_peak,
 )
 
-LARGE = 1024              # width from which on a teacher is held against the machine that it runs on
-BATCH = 128               # states in a batch on each device, where --train_batch_size is left open
-FILLED = 0.9              # of the free memory may be filled with them, for what they take is told a little low
-CALIBRATION_TOKENS = 16384   # image tokens on which the projected weights are refitted
-FITTED = ("mixed_precision", "train_batch_size", "gradient_accumulation_steps")          # are chosen for a machine where left open
+LARGE = 1024  # width from which on a teacher is held against the machine that it runs on
+BATCH = 128  # states in a batch on each device, where --train_batch_size is left open
+FILLED = 0.9  # of the free memory may be filled with them, for what they take is told a little low
+CALIBRATION_TOKENS = 16384  # image tokens on which the projected weights are refitted
+FITTED = (
+    "mixed_precision",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+)  # are chosen for a machine where left open
 
 
 class Needs:
@@ -61,40 +65,69 @@ class Needs:
         with init_empty_weights():
             self.student, autoencoder = make_student(shape), self.make_autoencoder()
         stride = autoencoder.config.scale_factor_spatial
-        self.latent_shape, *self.buckets = ((files.config["in_channels"], height // stride, width // stride)
-                                            for width, height in sizes)
+        self.latent_shape, *self.buckets = (
+            (files.config["in_channels"], height // stride, width // stride) for width, height in sizes
+        )
         token, places = stride * self.student.config.patch_size[1], self.student.config.rope_max_seq_len
         if (side := max(max(size) for size in sizes)) > token * places:
-            raise ValueError(f"--resolution: a side of {side:,} pixels is more than this teacher places; the most is "
-                             f"{token * places:,}. Lower it, or choose other --aspect_ratios.")
+            raise ValueError(
+                f"--resolution: a side of {side:,} pixels is more than this teacher places; the most is "
+                f"{token * places:,}. Lower it, or choose other --aspect_ratios."
+            )
         self.pixels = math.prod(sizes[0])
         self.largest = max([self.latent_shape, *self.buckets], key=math.prod)
         self.tokens = math.prod(self.latent_shape[1:]) // math.prod(self.student.config.patch_size)
-        self.drawing = 4 * autoencoder.num_parameters()      # it stays, and so does the student once it has a start
+        self.drawing = (
+            4 * autoencoder.num_parameters()
+        )  # it stays, and so does the student once it has a start
         self.weights = 4 * self.student.num_parameters()
-        self.resting = self.weights * (3 if settings.muon_learning_rate else 4)     # weights, average, what optimizers remember
-        self.standing = self.resting + self.weights + self.drawing                  # what training takes without any states
+        self.resting = self.weights * (
+            3 if settings.muon_learning_rate else 4
+        )  # weights, average, what optimizers remember
+        self.standing = self.resting + self.weights + self.drawing  # what training takes without any states
         self.free = free_memory(device, local_processes())[0]
 
     def training(self, settings, rows):
         """Return the bytes of training on `rows` states."""
+
         def make_student(depth):
             student = self.make_student(self.shape | {"depth": depth})
             if settings.gradient_checkpointing:
                 student.enable_gradient_checkpointing()
             return student
-        return self.drawing + at_depth(lambda depth: training_peak(
-            partial(make_student, depth), partial(make_optimizers, settings), lambda network: EMAModel(network.parameters()), rows,
-            self.largest[1:], training_dtype(settings) != torch.float32, self.peak), self.shape["depth"])
+
+        return self.drawing + at_depth(
+            lambda depth: training_peak(
+                partial(make_student, depth),
+                partial(make_optimizers, settings),
+                lambda network: EMAModel(network.parameters()),
+                rows,
+                self.largest[1:],
+                training_dtype(settings) != torch.float32,
+                self.peak,
+            ),
+            self.shape["depth"],
+        )
 
     def asking(self, settings, at_once=SHARD_SIZE):
         """Return the bytes of the teacher, where it is while it is asked, and of so many walks under way."""
         dtype, residency = training_dtype(settings), place_teacher(settings, self.files, self.device)
-        rows = min(2 * at_once, max(1, TOKENS_AT_ONCE // self.tokens))      # half of them for guidance
-        kept = walk_bytes(at_once, settings.teacher_steps, self.largest, self.tokens,
-                          feature_width(settings, self.shape["hidden_size"]))
-        return teacher_bytes(self.files, residency, dtype, settings.teacher_fp8, local_processes())[0] + walking_peak(
-            pass_peak(self.files, rows, self.largest[1:], dtype, self.peak), at_once * self.tokens * self.files.width, dtype, kept)
+        rows = min(2 * at_once, max(1, TOKENS_AT_ONCE // self.tokens))  # half of them for guidance
+        kept = walk_bytes(
+            at_once,
+            settings.teacher_steps,
+            self.largest,
+            self.tokens,
+            feature_width(settings, self.shape["hidden_size"]),
+        )
+        return teacher_bytes(self.files, residency, dtype, settings.teacher_fp8, local_processes())[
+            0
+        ] + walking_peak(
+            pass_peak(self.files, rows, self.largest[1:], dtype, self.peak),
+            at_once * self.tokens * self.files.width,
+            dtype,
+            kept,
+        )
 
     def matching(self, settings, rows):
         """Return the bytes of distribution matching: the critic learns beside the student, and the teacher is asked."""
@@ -107,7 +140,9 @@ class Needs:
 
         Raises ValueError for a batch that is larger than what a part of the run learns from.
         """
-        settings = replace(settings, **bound_pictures(settings, is_large(self.files), num_trajectories, len(self.buckets)))
+        settings = replace(
+            settings, **bound_pictures(settings, is_large(self.files), num_trajectories, len(self.buckets))
+        )
         states = count_states(settings, num_trajectories, parts_of(settings), len(self.buckets))
         settings = self._fit_batch(settings, min(states.values()) // ranks)
         check_batch(settings, states, ranks)
@@ -120,7 +155,10 @@ class Needs:
             if is_large(self.files):
                 peak, rest = self.training(settings, BATCH), self.standing
                 if settings.matching_steps:
-                    peak, rest = self.matching(settings, BATCH), 2 * rest - self.drawing + self.asking(settings)
+                    peak, rest = (
+                        self.matching(settings, BATCH),
+                        2 * rest - self.drawing + self.asking(settings),
+                    )
                 rows = max(1, largest_batch(BATCH, peak, rest, FILLED * self.free))
             micro_batches = micro_batches or BATCH // rows
             rows = max(1, min(rows, states))
@@ -129,10 +167,18 @@ class Needs:
     def tell(self, settings, training, held_out, images):
         """Say what is needed and what there is; returns what does not fit, and what would, in words."""
         phases = self._start_phases(settings, training)
-        converted = sum(map(num_bytes, {place for part, place in self.found.items() if not is_converted(self.found, part)}))
-        disk = {settings.cache_dir: self.weights + converted + text_bytes([*training, *held_out], self.files.config["text_dim"])
-                + SPARE,
-                settings.output_dir: self.weights + sum(map(num_bytes, set(self.found.values()))) + SPARE}
+        converted = sum(
+            map(
+                num_bytes, {place for part, place in self.found.items() if not is_converted(self.found, part)}
+            )
+        )
+        disk = {
+            settings.cache_dir: self.weights
+            + converted
+            + text_bytes([*training, *held_out], self.files.config["text_dim"])
+            + SPARE,
+            settings.output_dir: self.weights + sum(map(num_bytes, set(self.found.values()))) + SPARE,
+        }
         if settings.project_only:
             return tell(phases, disk, self.device, self.free)
         walks = len(images) + count_trajectories(settings, len(training))
@@ -141,31 +187,63 @@ class Needs:
         looks, several = count_looks(settings.validation_walks, validated)
         drawn = max(looks, several**2)
         together = min(drawn, max(1, DECODED_AT_ONCE // self.pixels))
-        placed = {place: teacher_bytes(self.files, place, dtype, settings.teacher_fp8, local_processes())
-                  for place in dict.fromkeys((*RESIDENCIES, residency))}
+        placed = {
+            place: teacher_bytes(self.files, place, dtype, settings.teacher_fp8, local_processes())
+            for place in dict.fromkeys((*RESIDENCIES, residency))
+        }
         phases |= {
-            "trajectories": self.asking(settings, min(SHARD_SIZE, max(walks, drawn))) + self.drawing + self.weights,
+            "trajectories": self.asking(settings, min(SHARD_SIZE, max(walks, drawn)))
+            + self.drawing
+            + self.weights,
             "training": self.training(settings, settings.train_batch_size),
-            "validation": self.resting + self.weights + at_depth(           # what is lent keeps its place
-                lambda parts: decoding_peak(self.make_autoencoder, decode_latents, parts * together, self.latent_shape, self.peak),
-                -(-drawn // together))}
+            "validation": self.resting
+            + self.weights
+            + at_depth(  # what is lent keeps its place
+                lambda parts: decoding_peak(
+                    self.make_autoencoder, decode_latents, parts * together, self.latent_shape, self.peak
+                ),
+                -(-drawn // together),
+            ),
+        }
         if settings.matching_steps:
             phases["matching"] = self.matching(settings, settings.train_batch_size)
-        remembered = (self.resting + self.weights) * (1.5 if settings.matching_steps else 1)        # with the best student so far
+        remembered = (self.resting + self.weights) * (
+            1.5 if settings.matching_steps else 1
+        )  # with the best student so far
         seen = walks + looks + min(several, validated) * several
-        disk[settings.cache_dir] += trajectory_bytes(seen, settings.teacher_steps, self.largest, self.tokens,
-                                                     feature_width(settings, self.shape["hidden_size"]))
+        disk[settings.cache_dir] += trajectory_bytes(
+            seen,
+            settings.teacher_steps,
+            self.largest,
+            self.tokens,
+            feature_width(settings, self.shape["hidden_size"]),
+        )
         disk[settings.output_dir] += (settings.checkpoints_total_limit + 1) * remembered
-        return tell(phases, disk, self.device, self.free, residency, placed, settings.train_batch_size,
-                    settings.gradient_accumulation_steps, self.standing)
+        return tell(
+            phases,
+            disk,
+            self.device,
+            self.free,
+            residency,
+            placed,
+            settings.train_batch_size,
+            settings.gradient_accumulation_steps,
+            self.standing,
+        )
 
     def _start_phases(self, settings, training):
         """Return the bytes of what comes before the teacher is asked."""
         frames = calibration_frames(settings, training, self.tokens)
-        comparing, calibrating = start_peaks(self.files, (PROBE_ROWS, PROBE_SIZE), frames, self.latent_shape[1:], self.peak)
-        is_started = any(Path(settings.cache_dir).glob("start-*/manifest.json"))        # and is taken as it is, if it is this run's
-        return {"text": num_bytes(self.found["text_encoder"]),
-                "start": 0 if is_started else max(comparing, calibrating + self.drawing + self.weights)}
+        comparing, calibrating = start_peaks(
+            self.files, (PROBE_ROWS, PROBE_SIZE), frames, self.latent_shape[1:], self.peak
+        )
+        is_started = any(
+            Path(settings.cache_dir).glob("start-*/manifest.json")
+        )  # and is taken as it is, if it is this run's
+        return {
+            "text": num_bytes(self.found["text_encoder"]),
+            "start": 0 if is_started else max(comparing, calibrating + self.drawing + self.weights),
+        }
 
 
 def feature_width(settings, hidden_size):
@@ -193,7 +271,10 @@ def is_large(files):
 def choose_precision(settings, files):
     """Return the settings with --mixed_precision filled in where it is open."""
     has_bf16 = has_gpu() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return replace(settings, mixed_precision=settings.mixed_precision or ("bf16" if is_large(files) and has_bf16 else "no"))
+    return replace(
+        settings,
+        mixed_precision=settings.mixed_precision or ("bf16" if is_large(files) and has_bf16 else "no"),
+    )
 
 
 def training_dtype(settings):
@@ -205,5 +286,11 @@ def place_teacher(settings, files, device):
     """Return where the teacher's experts will be: as --teacher_residency says, or as memory allows."""
     if settings.teacher_residency != "auto":
         return settings.teacher_residency
-    return choose_residency(files, training_dtype(settings), settings.teacher_fp8, *free_memory(device, local_processes()),
-                            device.type == "cpu", local_processes())
+    return choose_residency(
+        files,
+        training_dtype(settings),
+        settings.teacher_fp8,
+        *free_memory(device, local_processes()),
+        device.type == "cpu",
+        local_processes(),
+    )

@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_iter
 
 from ..teacher.model import make_expert, pinned_bytes
 
-TEXT = 64                # tokens of a long prompt
-TOKENS_A_WORD = 1.3      # of UMT5, in English
-EFFICIENCY = 0.4         # of a device's rate for matrices that large transformers reach
-H100 = 989e12            # operations a second, in bfloat16
-TIMED = 2e10             # the most operations of a step that is timed; where one state takes more, all is reckoned
+TEXT = 64  # tokens of a long prompt
+TOKENS_A_WORD = 1.3  # of UMT5, in English
+EFFICIENCY = 0.4  # of a device's rate for matrices that large transformers reach
+H100 = 989e12  # operations a second, in bfloat16
+TIMED = 2e10  # the most operations of a step that is timed; where one state takes more, all is reckoned
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -37,9 +37,13 @@ class MemoryMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
-        if function.namespace == "prim":                     # asks a tensor for its device, half of all that is called
+        if function.namespace == "prim":  # asks a tensor for its device, half of all that is called
             return function(*arguments, **keywords)
-        given = {tensor.untyped_storage()._cdata for tensor in tree_iter((arguments, keywords)) if isinstance(tensor, torch.Tensor)}
+        given = {
+            tensor.untyped_storage()._cdata
+            for tensor in tree_iter((arguments, keywords))
+            if isinstance(tensor, torch.Tensor)
+        }
         result = function(*arguments, **keywords)
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
@@ -47,7 +51,9 @@ class MemoryMeter(TorchDispatchMode):
         return result
 
     def _count(self, storage, given):
-        if storage in self._known or storage._cdata in given:     # a view, of what was made inside or of what was there before
+        if (
+            storage in self._known or storage._cdata in given
+        ):  # a view, of what was made inside or of what was there before
             return
         self._known[storage] = size = storage.nbytes()
         self.now += size
@@ -65,7 +71,9 @@ class GpuNorms(TorchFunctionMode):
         keywords = keywords or {}
         if function is functional.rms_norm:
             tensors = [arguments[0], keywords["weight"]]
-            if torch.is_autocast_enabled("cpu") and torch.__version__ >= "2.12":     # the simulation runs on the CPU
+            if (
+                torch.is_autocast_enabled("cpu") and torch.__version__ >= "2.12"
+            ):  # the simulation runs on the CPU
                 tensors = [tensor.float() for tensor in tensors]
             return torch.native_layer_norm(tensors[0], arguments[1], tensors[1], None, keywords["eps"])[0]
         return function(*arguments, **keywords)
@@ -87,6 +95,7 @@ def at_depth(peak_of, depth):
 
 # ---- memory; `peak(work)` may also be one that measures ----------------------------------------------------------------------
 
+
 def teacher_bytes(files, residency, dtype, is_fp8, shares=1):
     """Return the bytes of weights that a teacher has on the device, and beside it in the CPU's memory; a sharded one's blocks lie
     in so many `shares`."""
@@ -95,11 +104,17 @@ def teacher_bytes(files, residency, dtype, is_fp8, shares=1):
         return sum(sizes), 0
     if residency == "one":
         return max(sizes), sum(sizes)
-    blocks = [sum(torch.Size(shape).numel() for name, (*_, shape) in expert.places.items() if name.startswith("blocks."))
-              for expert in files.experts.values()]
+    blocks = [
+        sum(
+            torch.Size(shape).numel()
+            for name, (*_, shape) in expert.places.items()
+            if name.startswith("blocks.")
+        )
+        for expert in files.experts.values()
+    ]
     block = max(blocks) // files.config["num_layers"] * dtype.itemsize
     others = max(sizes) - max(blocks) * (1 if is_fp8 else dtype.itemsize)
-    if residency == "disk":                                  # each block is gone before the next is read; both experts' others stay
+    if residency == "disk":  # each block is gone before the next is read; both experts' others stay
         return others * len(files.experts) + block, 0
     if residency == "sharded":
         return len(sizes) * others + sum(blocks) * dtype.itemsize // shares + 2 * block, 0
@@ -108,15 +123,22 @@ def teacher_bytes(files, residency, dtype, is_fp8, shares=1):
 
 def pass_peak(files, rows, latent_size, dtype, peak=simulated_peak):
     """Return the bytes that a pass of an expert takes besides its weights, for `rows` latents."""
+
     def work():
-        expert = make_expert(next(iter(files.experts.values())), 2)    # without gradients the third takes what the second did
+        expert = make_expert(
+            next(iter(files.experts.values())), 2
+        )  # without gradients the third takes what the second did
         weights.append(sum(tensor.untyped_storage().nbytes() for tensor in expert.parameters()))
         with torch.no_grad():
-            expert(torch.zeros(rows, files.config["in_channels"], *latent_size), torch.zeros(rows),
-                   torch.zeros(rows, TEXT, files.config["text_dim"]), torch.zeros(rows, TEXT))
+            expert(
+                torch.zeros(rows, files.config["in_channels"], *latent_size),
+                torch.zeros(rows),
+                torch.zeros(rows, TEXT, files.config["text_dim"]),
+                torch.zeros(rows, TEXT),
+            )
 
     weights, before = [], torch.get_default_dtype()
-    torch.set_default_dtype(dtype)                           # a network without contents cannot be cast
+    torch.set_default_dtype(dtype)  # a network without contents cannot be cast
     try:
         return peak(work) - weights[0]
     finally:
@@ -138,28 +160,38 @@ def start_peaks(files, probe, frames, latent_size, peak=simulated_peak):
     `probe` is what experts are compared on: (rows, size). Both are in float32, with one block of an expert in memory.
     """
     expert = next(iter(files.experts.values()))
-    blocks = sum(torch.Size(shape).numel() for name, (*_, shape) in expert.places.items() if name.startswith("blocks."))
+    blocks = sum(
+        torch.Size(shape).numel() for name, (*_, shape) in expert.places.items() if name.startswith("blocks.")
+    )
     held = 4 * (expert.num_parameters - blocks + blocks // files.config["num_layers"])
     comparing = len(files.experts) * held + pass_peak(files, *probe, torch.float32, peak)
     calibrating = held + pass_peak(files, frames, latent_size, torch.float32, peak) if frames else 0
     return comparing if len(files.experts) > 1 else 0, calibrating
 
 
-def training_peak(make_student, make_optimizers, make_average, rows, latent_size, is_mixed, peak=simulated_peak):
+def training_peak(
+    make_student, make_optimizers, make_average, rows, latent_size, is_mixed, peak=simulated_peak
+):
     """Return the bytes of training: weights, their average, gradients, optimizers and activations of `rows` states."""
+
     def work():
         student = make_student()
         optimizers, average = make_optimizers(student), make_average(student)
         latents = torch.zeros(rows, student.config.num_channels, *latent_size)
-        for parameter in student.parameters():               # optimizers that have stepped have their memory beside a step
+        for parameter in student.parameters():  # optimizers that have stepped have their memory beside a step
             parameter.grad = torch.zeros_like(parameter)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         average.step(student.parameters())
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=is_mixed):
-            velocity, = student(latents, torch.zeros(rows), torch.zeros(rows, TEXT, student.config.text_dim),
-                                text_logit_bias=torch.zeros(rows, TEXT), return_dict=False)
+            (velocity,) = student(
+                latents,
+                torch.zeros(rows),
+                torch.zeros(rows, TEXT, student.config.text_dim),
+                text_logit_bias=torch.zeros(rows, TEXT),
+                return_dict=False,
+            )
         (velocity.float() - latents).square().mean().backward()
 
     return peak(work)
@@ -167,6 +199,7 @@ def training_peak(make_student, make_optimizers, make_average, rows, latent_size
 
 def decoding_peak(make_autoencoder, decode, rows, latent_shape, peak=simulated_peak):
     """Return the bytes of an autoencoder and of what `decode(autoencoder, latents)` of so many latents takes."""
+
     def work():
         with torch.no_grad():
             decode(make_autoencoder(), torch.zeros(rows, *latent_shape))
@@ -175,6 +208,7 @@ def decoding_peak(make_autoencoder, decode, rows, latent_shape, peak=simulated_p
 
 
 # ---- disk and time ---------------------------------------------------------------------------------------------------------
+
 
 def walk_bytes(num_walks, num_steps, latent_shape, num_tokens, width):
     """Return the bytes in memory of walks under way: latents and velocities of each state, in float32, and token states of a
@@ -202,14 +236,22 @@ def estimate(student, files, passes, states, tokens, latent_size, device, dtype)
         rate = matrix_rate(device, dtype)
         hours = [operations / (EFFICIENCY * each * 3600) for each in (rate, H100)]
         slower = matrix_rate(device, torch.float32) / rate if dtype != torch.float32 else 1
-        return (f"about {hours[0]:,.1f} hours ({operations / 1e15:,.0f} PFLOP; an H100 would take {hours[1]:,.1f} hours)"
-                + (f"; {slower:,.1f} times less without --mixed_precision, for this device is slow in it" if slower > 1.2 else ""))
+        return (
+            f"about {hours[0]:,.1f} hours ({operations / 1e15:,.0f} PFLOP; an H100 would take {hours[1]:,.1f} hours)"
+            + (
+                f"; {slower:,.1f} times less without --mixed_precision, for this device is slow in it"
+                if slower > 1.2
+                else ""
+            )
+        )
     twin, rows = type(student)(dict(student.config)).to(device), int(min(64, TIMED // one_state))
     words = torch.zeros(rows, 24, student.config.text_dim, device=device)
     latents, seconds = torch.randn(rows, student.config.num_channels, *latent_size, device=device), []
     for _ in range(3):
         began = time.perf_counter()
-        twin(latents, torch.full((rows,), 500.0, device=device), words, return_dict=False)[0].mean().backward()
+        twin(latents, torch.full((rows,), 500.0, device=device), words, return_dict=False)[
+            0
+        ].mean().backward()
         seconds.append(time.perf_counter() - began)
     each = min(seconds) / rows
     return f"about {max(1, round((each * states + each / 3 * teacher / student.num_parameters() * passes) / 60)):,} minutes"
@@ -222,12 +264,12 @@ def matrix_rate(device, dtype, widest=8192, patience=0.02):
     """
     width, fastest = 128, 0.0
     first = torch.ones(width, width, device=device, dtype=dtype)
-    (first @ first)[0, 0].item()                             # not timed: on a GPU it loads a library first
+    (first @ first)[0, 0].item()  # not timed: on a GPU it loads a library first
     while width <= widest:
         matrix, seconds = torch.randn(width, width, device=device).to(dtype), []
         while len(seconds) < 3 and sum(seconds) < 3 * patience:
             began = time.perf_counter()
-            (matrix @ matrix)[0, 0].item()                   # waits until it is there
+            (matrix @ matrix)[0, 0].item()  # waits until it is there
             seconds.append(time.perf_counter() - began)
         fastest = max(fastest, 2 * width**3 / min(seconds))
         if min(seconds) > patience:
@@ -245,11 +287,15 @@ def free_disk(folder):
 def bytes_there(folder, *apart):
     """Return the bytes of the files in a folder, without those in folders `apart` that may lie in it."""
     apart = [Path(each).absolute() for each in apart]
-    return sum(path.stat().st_size for path in Path(folder).absolute().rglob("*")
-               if path.is_file() and not any(path.is_relative_to(each) for each in apart))
+    return sum(
+        path.stat().st_size
+        for path in Path(folder).absolute().rglob("*")
+        if path.is_file() and not any(path.is_relative_to(each) for each in apart)
+    )
 
 
 # ---- said ------------------------------------------------------------------------------------------------------------------
+
 
 def largest_batch(rows, peak, rest, free):
     """Return the largest of `rows` and its halves that fits into `free` bytes, 0 where none does.
@@ -273,13 +319,17 @@ def tell(phases, disk, device, free, residency=None, placed=None, rows=0, accumu
         print(f"  {gigabytes(needed):>10}  {name}")
     if placed:
         rest_of_pass = phases["trajectories"] - placed[residency][0]
-        told = [f"{place} {gigabytes(rest_of_pass + held)}{f' (+ {gigabytes(beside)} CPU)' if beside else ''}"
-                for place, (held, beside) in placed.items()]
+        told = [
+            f"{place} {gigabytes(rest_of_pass + held)}{f' (+ {gigabytes(beside)} CPU)' if beside else ''}"
+            for place, (held, beside) in placed.items()
+        ]
         print(f"experts  {residency}; trajectories by --teacher_residency: {', '.join(told)}")
     print("disk")
     rooms, missing = {place: free_disk(place) for place in disk}, {}
     for place, needed in disk.items():
-        there = bytes_there(place, *(other for other in disk if Path(other).is_relative_to(place) and other != place))
+        there = bytes_there(
+            place, *(other for other in disk if Path(other).is_relative_to(place) and other != place)
+        )
         missing[place] = needed - min(needed, there)
         told_there = f"{gigabytes(there)} are there, " if there else ""
         print(f"  {gigabytes(needed):>10}  {place} ({told_there}{gigabytes(rooms[place])} free)")
@@ -287,27 +337,41 @@ def tell(phases, disk, device, free, residency=None, placed=None, rows=0, accumu
     if phases["text"] > free:
         wrong.append("the text encoder does not fit: run where more memory is free.")
     if phases.get("trajectories", 0) > free:
-        wrong.append("the teacher's passes do not fit: " + ("lower --resolution." if residency == "disk" else
-                                                            "add --teacher_residency disk."))
+        wrong.append(
+            "the teacher's passes do not fit: "
+            + ("lower --resolution." if residency == "disk" else "add --teacher_residency disk.")
+        )
     if phases.get("training", 0) > free:
         fits = largest_batch(rows, phases["training"], rest, free)
-        wrong.append(f"training does not fit: lower --train_batch_size to {fits} and raise --gradient_accumulation_steps to "
-                     f"{accumulated * rows // fits}." if fits else
-                     "training does not fit at any batch: add --gradient_checkpointing, or lower --resolution.")
+        wrong.append(
+            f"training does not fit: lower --train_batch_size to {fits} and raise --gradient_accumulation_steps to "
+            f"{accumulated * rows // fits}."
+            if fits
+            else "training does not fit at any batch: add --gradient_checkpointing, or lower --resolution."
+        )
     if phases.get("validation", 0) > free:
         wrong.append("validation does not fit: lower --validation_walks.")
     if phases["start"] > free:
-        wrong.append("projecting does not fit: run where more memory is free; a start in --cache_dir is taken as it is.")
+        wrong.append(
+            "projecting does not fit: run where more memory is free; a start in --cache_dir is taken as it is."
+        )
     if phases.get("matching", 0) > free >= phases["training"]:
-        wrong.append("distribution matching does not fit: leave --matching_steps out, or lower --train_batch_size.")
-    if len(set(rooms.values())) == 1:                        # folders on one disk need their sum of it
+        wrong.append(
+            "distribution matching does not fit: leave --matching_steps out, or lower --train_batch_size."
+        )
+    if len(set(rooms.values())) == 1:  # folders on one disk need their sum of it
         missing = {next(iter(rooms)): sum(missing.values())}
     for place, needed in missing.items():
         if needed > rooms[place]:
-            wrong.append(f"the disk is too small: {gigabytes(needed, math.ceil)} are to be written in {place}, "
-                         f"{gigabytes(rooms[place], math.floor)} are free. " + (
-                             "Lower --num_trajectories, or name a larger --cache_dir." if placed else
-                             "Name another --cache_dir or --output_dir."))
+            wrong.append(
+                f"the disk is too small: {gigabytes(needed, math.ceil)} are to be written in {place}, "
+                f"{gigabytes(rooms[place], math.floor)} are free. "
+                + (
+                    "Lower --num_trajectories, or name a larger --cache_dir."
+                    if placed
+                    else "Name another --cache_dir or --output_dir."
+                )
+            )
     return wrong
 
 

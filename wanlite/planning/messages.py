@@ -9,22 +9,26 @@ import torch
 
 from ..phases import FEWEST, LEAST_VALIDATED
 
-ROOT = Path(__file__).resolve().parents[2]       # where the scripts are
-PROJECTING = "the teacher's weights are projected into the student, which is saved as it is; nothing is trained"
-LEAST_CAPTIONS = 20                              # of which a share drawn right means something
+ROOT = Path(__file__).resolve().parents[2]  # where the scripts are
+PROJECTING = (
+    "the teacher's weights are projected into the student, which is saved as it is; nothing is trained"
+)
+LEAST_CAPTIONS = 20  # of which a share drawn right means something
 
 
 def announce(settings, files, student, device, work, say):
     """Say what will happen before it happens; `work` is describe_work()'s, or PROJECTING."""
     sizes = " + ".join(f"{expert.num_parameters / 1e6:,.2f} M" for expert in files.experts.values())
     config = student.config
-    say(f"teacher  {settings.teacher} ({files.layout} layout, {len(files.experts)} expert(s): {sizes} parameters)\n"
+    say(
+        f"teacher  {settings.teacher} ({files.layout} layout, {len(files.experts)} expert(s): {sizes} parameters)\n"
         f"student  {config.hidden_size} x {config.depth}, {config.num_heads} heads: {student.num_parameters() / 1e6:,.2f} M "
         f"parameters, start: {settings.student or settings.projection}\n"
         f"device   {device}, {torch.get_num_threads()} threads, "
         f"{'float32' if settings.mixed_precision == 'no' else settings.mixed_precision + ' mixed precision'}\n"
         f"work     {work}\n"
-        f"output   {Path(settings.output_dir).absolute()}")
+        f"output   {Path(settings.output_dir).absolute()}"
+    )
 
 
 def describe_work(settings, num_trajectories, passes, parts):
@@ -33,9 +37,11 @@ def describe_work(settings, num_trajectories, passes, parts):
     said = " x ".join(str(number) for number in batch if number > 1) or "1"
     for part, first, last in parts:
         steps[part] = steps.get(part, 0) + last - first
-    return (f"{num_trajectories:,} teacher pictures ({passes:,} teacher passes with all that is looked at), then "
-            f"{settings.max_train_steps:,} steps ({count_pictures(settings):,} states, {said} a step): "
-            f"{', '.join(f'{part} {count:,}' for part, count in steps.items())}")
+    return (
+        f"{num_trajectories:,} teacher pictures ({passes:,} teacher passes with all that is looked at), then "
+        f"{settings.max_train_steps:,} steps ({count_pictures(settings):,} states, {said} a step): "
+        f"{', '.join(f'{part} {count:,}' for part, count in steps.items())}"
+    )
 
 
 def count_pictures(settings):
@@ -47,12 +53,18 @@ def announce_few(num_trajectories, num_prompts, num_held_out, say):
     """Say where there is little to learn from, how often the teacher draws each of few prompts, and on what students are
     validated."""
     if num_trajectories < FEWEST:
-        say(f"WARNING  {num_trajectories} trajectories are few, and images may stay noise; the default is at least {FEWEST}")
+        say(
+            f"WARNING  {num_trajectories} trajectories are few, and images may stay noise; the default is at least {FEWEST}"
+        )
     elif num_prompts < FEWEST:
-        say(f"prompts  {num_prompts} are few: each is drawn about {round(num_trajectories / num_prompts)} times, from different "
-            f"noise (--num_trajectories {num_trajectories})")
+        say(
+            f"prompts  {num_prompts} are few: each is drawn about {round(num_trajectories / num_prompts)} times, from different "
+            f"noise (--num_trajectories {num_trajectories})"
+        )
     if num_held_out < LEAST_VALIDATED:
-        say(f"held out {num_held_out}, which are few: validations use training prompts as well, from noise of their own")
+        say(
+            f"held out {num_held_out}, which are few: validations use training prompts as well, from noise of their own"
+        )
 
 
 def versions():
@@ -74,28 +86,37 @@ def verdict(chosen_step, is_close):
     """Return in a sentence which student was kept, and how good it is."""
     if is_close:
         return f"kept step {chosen_step}, the closest to the teacher"
-    return ("no validation came close enough to the teacher; kept the last step. Try more --max_train_steps or "
-            "--num_trajectories")
+    return (
+        "no validation came close enough to the teacher; kept the last step. Try more --max_train_steps or "
+        "--num_trajectories"
+    )
 
 
 def conclude(settings, output, results, ending, is_close, seconds, say):
     """Say how faithful the student is beside its teacher, which one was saved, and what to run next."""
     if "prompt_accuracy" in results:
-        rows = {"teacher": results["teacher"]} | {f"student, {count} step{'s' * (count != '1')}": figures
-                                                  for count, figures in reversed(results["student_by_steps"].items())}
+        rows = {"teacher": results["teacher"]} | {
+            f"student, {count} step{'s' * (count != '1')}": figures
+            for count, figures in reversed(results["student_by_steps"].items())
+        }
         say(f"held-out captions drawn right ({results['captions']}):")
         for name, figures in rows.items():
             say(f"  {name:18} {share_right(figures, results['captions'])}")
     took = f"finished in {seconds / 60:.1f} minutes"
     say(f"{took}; {ending}" if is_close else f"{took}\nWARNING   {ending}")
-    say(f"saved to {output}; pictures of teacher and student: {output / 'samples'}\n"
-        f"next: {drawing_command(settings.output_dir)}")
+    say(
+        f"saved to {output}; pictures of teacher and student: {output / 'samples'}\n"
+        f"next: {drawing_command(settings.output_dir)}"
+    )
 
 
 def share_right(figures, captions):
     """Return in words what share of the captions was drawn right; of few captions, how many."""
     if captions < LEAST_CAPTIONS:
         return f"{round(figures['accuracy'] * captions)} of {captions}, too few to judge"
-    apart = [f"{said} {figures[key]:.1%}" for said, key in (("one object", "accuracy_one"), ("two", "accuracy_two"))
-             if figures[key] is not None]
+    apart = [
+        f"{said} {figures[key]:.1%}"
+        for said, key in (("one object", "accuracy_one"), ("two", "accuracy_two"))
+        if figures[key] is not None
+    ]
     return f"{figures['accuracy']:6.1%}  ({', '.join(apart)})"

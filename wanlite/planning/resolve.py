@@ -20,11 +20,16 @@ from ..world.record import read_record
 from .checks import check_all, check_compiler, check_student, check_together, complete_steps
 from .settings import check_bounds
 
-TINY_TEACHER, EMOJI_TEACHER = (Path(__file__).resolve().parents[2] / name for name in ("tiny_teacher", "emoji_teacher"))
-NAMED_TEACHERS = {"tiny": TINY_TEACHER, "emoji": EMOJI_TEACHER}      # what --teacher takes beside folders
-REAL_TEACHERS = ("Wan2.2-T2V-A14B", "Wan2.2-T2V-A14B-Diffusers")     # looked for where the command is typed
-TINY_STEPS, REAL_STEPS = 1400, 5600     # where --max_train_steps is open: a real teacher's student is far narrower, and far quicker
-OFFICIAL_SHIFTS = {True: 12.0, False: 5.0}                           # of two experts and of one, where no scheduler says it
+TINY_TEACHER, EMOJI_TEACHER = (
+    Path(__file__).resolve().parents[2] / name for name in ("tiny_teacher", "emoji_teacher")
+)
+NAMED_TEACHERS = {"tiny": TINY_TEACHER, "emoji": EMOJI_TEACHER}  # what --teacher takes beside folders
+REAL_TEACHERS = ("Wan2.2-T2V-A14B", "Wan2.2-T2V-A14B-Diffusers")  # looked for where the command is typed
+TINY_STEPS, REAL_STEPS = (
+    1400,
+    5600,
+)  # where --max_train_steps is open: a real teacher's student is far narrower, and far quicker
+OFFICIAL_SHIFTS = {True: 12.0, False: 5.0}  # of two experts and of one, where no scheduler says it
 
 
 def complete(settings):
@@ -34,33 +39,57 @@ def complete(settings):
     """
     teacher = choose_teacher(settings.teacher)
     record = read_record(teacher)
-    _or_beside(check_holds_experts, teacher)                 # without experts every further check fails as well
-    steps = (TINY_STEPS if record else REAL_STEPS) if settings.max_train_steps is None else settings.max_train_steps
-    output_dir = f"./{settings.output_dir}" if settings.output_dir.startswith("-") else settings.output_dir     # no flag, as typed
-    settings = replace(settings, max_train_steps=steps, mixed_precision=launched_precision(settings.mixed_precision),
-                       output_dir=output_dir)
-    checks = [partial(check_bounds, settings), partial(_or_beside, find_parts, teacher),
-              partial(_complete_resolution, teacher, settings),
-              partial(_complete_shift, teacher, settings), partial(check_together, settings), partial(check_launch, settings),
-              partial(complete_steps, settings), partial(check_tracker, settings.report_to)]
+    _or_beside(check_holds_experts, teacher)  # without experts every further check fails as well
+    steps = (
+        (TINY_STEPS if record else REAL_STEPS)
+        if settings.max_train_steps is None
+        else settings.max_train_steps
+    )
+    output_dir = (
+        f"./{settings.output_dir}" if settings.output_dir.startswith("-") else settings.output_dir
+    )  # no flag, as typed
+    settings = replace(
+        settings,
+        max_train_steps=steps,
+        mixed_precision=launched_precision(settings.mixed_precision),
+        output_dir=output_dir,
+    )
+    checks = [
+        partial(check_bounds, settings),
+        partial(_or_beside, find_parts, teacher),
+        partial(_complete_resolution, teacher, settings),
+        partial(_complete_shift, teacher, settings),
+        partial(check_together, settings),
+        partial(check_launch, settings),
+        partial(complete_steps, settings),
+        partial(check_tracker, settings.report_to),
+    ]
     if settings.compile:
         checks.append(check_compiler)
     if settings.prompts is not None:
         checks.insert(0, partial(read_prompts, settings.prompts))
     if settings.images is not None:
         checks.insert(0, partial(list_images, settings.images))
-    if settings.dry_run:                                     # takes the time of an import, and no run waits for it
+    if settings.dry_run:  # takes the time of an import, and no run waits for it
         checks.append(partial(_check_headers, teacher))
     check_all(checks, together=settings.dry_run)
     few_steps, segment_steps = complete_steps(settings)
-    settings = replace(settings, teacher=str(teacher), resolution=_complete_resolution(teacher, settings),
-                       flow_shift=_complete_shift(teacher, settings), few_steps=few_steps, segment_steps=segment_steps,
-                       reference_steps=settings.reference_steps or 2 * settings.teacher_steps,
-                       cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"))
+    settings = replace(
+        settings,
+        teacher=str(teacher),
+        resolution=_complete_resolution(teacher, settings),
+        flow_shift=_complete_shift(teacher, settings),
+        few_steps=few_steps,
+        segment_steps=segment_steps,
+        reference_steps=settings.reference_steps or 2 * settings.teacher_steps,
+        cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"),
+    )
     if settings.student is not None:
         student = Path(settings.student).absolute()
         if not student.is_dir():
-            raise OSError(f"--student {settings.student}: no such folder. Expected one that train_distillation.py finished.")
+            raise OSError(
+                f"--student {settings.student}: no such folder. Expected one that train_distillation.py finished."
+            )
         check_student(read_run(student), settings, student)
         settings = replace(settings, student=str(student))
     return settings
@@ -79,7 +108,9 @@ def _or_beside(check, folder):
                 whole.append(f"--teacher {shlex.quote(str(other))}")
         if not whole:
             raise
-        raise OSError(f"--teacher {folder}: no whole teacher. Did you mean {' or '.join(whole[:3])}?") from None
+        raise OSError(
+            f"--teacher {folder}: no whole teacher. Did you mean {' or '.join(whole[:3])}?"
+        ) from None
 
 
 def choose_teacher(asked, say=print):
@@ -94,10 +125,14 @@ def _find_named(name, say):
     """Return the folder of a teacher of this repository; a folder of that name in the current directory does not count."""
     teacher = NAMED_TEACHERS[name]
     if Path(name).exists() and is_first():
-        say(f"--teacher {name} is the teacher in {teacher}; for the folder {name} in this directory write ./{name}")
+        say(
+            f"--teacher {name} is the teacher in {teacher}; for the folder {name} in this directory write ./{name}"
+        )
     if not (teacher / "model_index.json").is_file():
-        raise OSError(f"--teacher {name}: found no teacher in {teacher}, expected a finished one. Make it: python "
-                      f"tools/train_tiny_teacher.py --world {name}, which takes hours.")
+        raise OSError(
+            f"--teacher {name}: found no teacher in {teacher}, expected a finished one. Make it: python "
+            f"tools/train_tiny_teacher.py --world {name}, which takes hours."
+        )
     return teacher
 
 
@@ -119,12 +154,16 @@ def _complete_shift(teacher, settings):
         if not 0 < shift < math.inf:
             raise ValueError(f"{shift} is not above 0")
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: says no flow_shift ({error}). Download it again, or add --flow_shift.") from None
+        raise ValueError(
+            f"{path}: says no flow_shift ({error}). Download it again, or add --flow_shift."
+        ) from None
     return float(shift)
 
 
 def _complete_resolution(teacher, settings):
-    resolution = read_record(teacher).get("resolution", 512) if settings.resolution is None else settings.resolution
+    resolution = (
+        read_record(teacher).get("resolution", 512) if settings.resolution is None else settings.resolution
+    )
     resolution, unit = complete_resolution(resolution, pixels_per_token(teacher)), pixels_per_token(teacher)
     bucket_sizes(picture_size(resolution), settings.aspect_ratios, unit)
     return resolution

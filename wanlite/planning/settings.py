@@ -11,8 +11,12 @@ from contextlib import suppress
 
 from ..runtime.launch import give_way
 
-BOUNDS = {"least": ("at least", operator.ge), "above": ("above", operator.gt), "most": ("at most", operator.le),
-          "below": ("below", operator.lt)}
+BOUNDS = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
 
 
 def setting(default, meaning, aliases=(), choices=None, is_path=False, **bounds):
@@ -20,8 +24,16 @@ def setting(default, meaning, aliases=(), choices=None, is_path=False, **bounds)
 
     A `~` at the beginning of a path is expanded.
     """
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "aliases": aliases, "choices": choices,
-                                                        "bounds": bounds, "is_path": is_path})
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "meaning": meaning,
+            "aliases": aliases,
+            "choices": choices,
+            "bounds": bounds,
+            "is_path": is_path,
+        },
+    )
 
 
 def check_bounds(settings):
@@ -29,9 +41,14 @@ def check_bounds(settings):
     for field in dataclasses.fields(settings):
         found, bounds = getattr(settings, field.name), field.metadata["bounds"]
         for number in found if isinstance(found, (list, tuple)) else [found]:
-            if isinstance(number, (int, float)) and not (math.isfinite(number) and all(
-                    BOUNDS[name][1](number, bound) for name, bound in bounds.items())):
-                told = " and ".join(f"{BOUNDS[name][0]} {bound:,}" for name, bound in bounds.items()) or "a finite number"
+            if isinstance(number, (int, float)) and not (
+                math.isfinite(number)
+                and all(BOUNDS[name][1](number, bound) for name, bound in bounds.items())
+            ):
+                told = (
+                    " and ".join(f"{BOUNDS[name][0]} {bound:,}" for name, bound in bounds.items())
+                    or "a finite number"
+                )
                 raise ValueError(f"--{field.name} is {number}, expected {told}.")
 
 
@@ -53,7 +70,9 @@ def make_parser(settings_class, description, repeatable=()):
             several = {"action": "append"} if field.name in repeatable else {"nargs": "+"}
             parser.add_argument(*names, type=item if item in (int, float) else text, **options, **several)
         else:
-            parser.add_argument(*names, type=text if kind is str else kind, choices=field.metadata["choices"], **options)
+            parser.add_argument(
+                *names, type=text if kind is str else kind, choices=field.metadata["choices"], **options
+            )
     return parser
 
 
@@ -68,8 +87,10 @@ def _path(typed):
     """Expand `~` and `~user`: a shell does not where the path follows a `=`."""
     path = os.path.expanduser(_utf8(typed))
     if path.startswith("~"):
-        raise argparse.ArgumentTypeError(f"{typed}: there is no user {typed.partition(os.sep)[0][1:] or 'with a home folder'}. "
-                                         f"Write the path without ~, or as ./{typed} where that is its name.")
+        raise argparse.ArgumentTypeError(
+            f"{typed}: there is no user {typed.partition(os.sep)[0][1:] or 'with a home folder'}. "
+            f"Write the path without ~, or as ./{typed} where that is its name."
+        )
     return path
 
 
@@ -85,8 +106,10 @@ def _utf8(typed):
     try:
         typed.encode()
     except UnicodeEncodeError as error:
-        raise argparse.ArgumentTypeError(f"{ascii(typed[:80])} is not UTF-8 text (character {error.start + 1}). Type it again in "
-                                         "a terminal that uses UTF-8.") from None
+        raise argparse.ArgumentTypeError(
+            f"{ascii(typed[:80])} is not UTF-8 text (character {error.start + 1}). Type it again in "
+            "a terminal that uses UTF-8."
+        ) from None
     return typed
 
 

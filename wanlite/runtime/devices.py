@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 
 SHARED_OUT = ("auto", "balanced", "balanced_low_0", "sequential")
-STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)     # what a student's weights are kept in
+STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what a student's weights are kept in
 
 
 def as_dtype(asked):
@@ -31,11 +31,13 @@ def as_device(asked):
     try:
         found = torch.device(asked)
         if not isinstance(asked, torch.device) and asked not in (str(found), found.index):
-            raise ValueError                                 # torch counts modulo 256: cuda:256 is its cuda:0
+            raise ValueError  # torch counts modulo 256: cuda:256 is its cuda:0
     except (RuntimeError, TypeError, ValueError):
         raise ValueError(f"device {asked!r} is unknown, expected cpu, cuda or cuda:N.") from None
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {asked!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices.")
+        raise ValueError(
+            f"device {asked!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices."
+        )
     if found.type not in ("cpu", "cuda") and not _has(found):
         raise ValueError(f"device {asked!r} holds no weights here, expected cpu, cuda or cuda:N.")
     return found
@@ -45,7 +47,7 @@ def _has(device):
     """Whether this torch can put a tensor there; on meta nothing is put anywhere."""
     try:
         return device.type != "meta" and torch.empty(0, device=device).device.type == device.type
-    except (RuntimeError, AssertionError):                   # how builds without a device's support say it
+    except (RuntimeError, AssertionError):  # how builds without a device's support say it
         return False
 
 
@@ -78,5 +80,5 @@ def free_memory(device, sharing=1):
     host = psutil.virtual_memory().available // sharing
     if torch.device(device).type != "cuda":
         return host, host
-    torch.cuda.empty_cache()                                 # what torch keeps for later counts as free
+    torch.cuda.empty_cache()  # what torch keeps for later counts as free
     return torch.cuda.mem_get_info(device)[0], host

@@ -6,9 +6,13 @@ import time
 from .signals import Stopped
 
 PRECISIONS = ("no", "bf16", "fp16")
-CUTTERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-           "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config"}       # what would cut the student into pieces
-SECONDS_TO_END = 5       # in which a launcher has ended every process of a run whose first has failed
+CUTTERS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}  # what would cut the student into pieces
+SECONDS_TO_END = 5  # in which a launcher has ended every process of a run whose first has failed
 
 
 def local_processes():
@@ -44,8 +48,10 @@ def launched_precision(asked, say=print):
     """
     said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked is None and said not in PRECISIONS:
-        raise ValueError(f"accelerate's config has mixed_precision {said}, expected {', '.join(PRECISIONS)}: add --mixed_precision "
-                         "bf16, which then counts.")
+        raise ValueError(
+            f"accelerate's config has mixed_precision {said}, expected {', '.join(PRECISIONS)}: add --mixed_precision "
+            "bf16, which then counts."
+        )
     if asked not in (None, said) and said != "no" and is_first():
         say(f"--mixed_precision {asked} counts, and not {said} of accelerate's config")
     return asked or (None if said == "no" else said)
@@ -53,15 +59,25 @@ def launched_precision(asked, say=print):
 
 def check_launch(settings):
     """Refuse a launch that contradicts the flags, or that would cut the student into pieces."""
-    if cut := [name for variable, name in CUTTERS.items() if os.environ.get(variable, "false").lower() == "true"]:
-        raise ValueError(f"accelerate's config trains by {cut[0]}; a student is small and learns whole on every GPU. Choose "
-                         "configs/accelerate_8_gpus.yaml, and --teacher_residency sharded to share the teacher out.")
+    if cut := [
+        name for variable, name in CUTTERS.items() if os.environ.get(variable, "false").lower() == "true"
+    ]:
+        raise ValueError(
+            f"accelerate's config trains by {cut[0]}; a student is small and learns whole on every GPU. Choose "
+            "configs/accelerate_8_gpus.yaml, and --teacher_residency sharded to share the teacher out."
+        )
     said = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", settings.gradient_accumulation_steps)
     if str(said) != str(settings.gradient_accumulation_steps):
-        raise ValueError(f"accelerate's config has gradient_accumulation_steps {said}, --gradient_accumulation_steps is "
-                         f"{settings.gradient_accumulation_steps}. Take it out of the config, or add the flag.")
+        raise ValueError(
+            f"accelerate's config has gradient_accumulation_steps {said}, --gradient_accumulation_steps is "
+            f"{settings.gradient_accumulation_steps}. Take it out of the config, or add the flag."
+        )
     if settings.teacher_residency == "sharded" and local_processes() < 2:
-        raise ValueError("--teacher_residency sharded shares the teacher out among the processes of a machine, and there is one. "
-                         "Start the run with accelerate launch --num_processes N, or choose another.")
+        raise ValueError(
+            "--teacher_residency sharded shares the teacher out among the processes of a machine, and there is one. "
+            "Start the run with accelerate launch --num_processes N, or choose another."
+        )
     if settings.teacher_residency == "sharded" and settings.teacher_fp8:
-        raise ValueError("--teacher_residency sharded keeps the experts in the precision they compute in: leave --teacher_fp8 out.")
+        raise ValueError(
+            "--teacher_residency sharded keeps the experts in the precision they compute in: leave --teacher_fp8 out."
+        )

@@ -8,8 +8,12 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, str_
 
 from .launch import local_processes
 
-PATIENCE = timedelta(hours=2)     # for which ranks wait for each other: one projects and calibrates, the others cannot go on
-_LOST = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|socket|TCPStore|timed out", re.IGNORECASE)
+PATIENCE = timedelta(
+    hours=2
+)  # for which ranks wait for each other: one projects and calibrates, the others cannot go on
+_LOST = re.compile(
+    r"gloo|NCCL|Connection (closed|reset)|Broken pipe|socket|TCPStore|timed out", re.IGNORECASE
+)
 
 
 def patience():
@@ -21,8 +25,10 @@ def check_devices(environment):
     """Refuse more processes on this machine than it has GPUs, unless accelerate was told that they are to share the CPU."""
     found = torch.accelerator.device_count()
     if 1 < local_processes() > found and not str_to_bool(environment.get("ACCELERATE_USE_CPU", "false")):
-        raise ValueError(f"accelerate launch started {local_processes()} processes for as many GPUs here, torch sees {found}. "
-                         "Lower its --num_processes, or set ACCELERATE_USE_CPU=true, and they share the CPU.")
+        raise ValueError(
+            f"accelerate launch started {local_processes()} processes for as many GPUs here, torch sees {found}. "
+            "Lower its --num_processes, or set ACCELERATE_USE_CPU=true, and they share the CPU."
+        )
 
 
 def agreed(found):

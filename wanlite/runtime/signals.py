@@ -18,7 +18,11 @@ class StopSignal:
     """
 
     def __init__(self, signals=SIGNALS, is_launched=False):
-        self.asked, self.is_immediate, self.later = False, True, signal.SIG_IGN if is_launched else signal.SIG_DFL
+        self.asked, self.is_immediate, self.later = (
+            False,
+            True,
+            signal.SIG_IGN if is_launched else signal.SIG_DFL,
+        )
         for number in signals:
             signal.signal(number, self._ask)
 

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 
-MOST_SHOWN = 3000            # characters of a line
+MOST_SHOWN = 3000  # characters of a line
 
 
 class LastingOutput(io.FileIO):
@@ -12,7 +12,7 @@ class LastingOutput(io.FileIO):
 
     def write(self, content):
         try:
-            return super().write(content) or len(content)    # None of a full pipe that does not wait
+            return super().write(content) or len(content)  # None of a full pipe that does not wait
         except OSError:
             return len(content)
 
@@ -20,20 +20,27 @@ class LastingOutput(io.FileIO):
 def keep_output_open():
     """Replace sys.stdout and sys.stderr by streams that take every character and outlive their reader."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass                                                 # one that was closed would be given to the next file opened
+        pass  # one that was closed would be given to the next file opened
     os.close(descriptor)
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
 
 
 def _lasting(stream):
-    if stream is None:                                       # closed as the process began
+    if stream is None:  # closed as the process began
         return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
     raw = LastingOutput(stream.fileno(), "w", closefd=False)
-    return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, errors="backslashreplace",
-                            line_buffering=stream.line_buffering or stream.write_through)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        stream.encoding,
+        errors="backslashreplace",
+        line_buffering=stream.line_buffering or stream.write_through,
+    )
 
 
 def one_line(text, most=MOST_SHOWN):
     """Return text of any origin as at most `most` printable characters; control characters are escaped."""
-    escaped = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text[:most + 1])
-    return escaped if len(escaped) <= most else f"{escaped[:most - 3]}..."
+    escaped = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text[: most + 1]
+    )
+    return escaped if len(escaped) <= most else f"{escaped[: most - 3]}..."

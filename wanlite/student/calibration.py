@@ -17,21 +17,21 @@ from tqdm import tqdm
 
 from ..teacher.model import TextTokens, ask, stream_expert
 
-RIDGE = 3e-3          # of the mean Gram diagonal
-OUTPUT_SHARE = 0.5    # an attention output goes half of the way; all of it was no better
-LAST_SHARE = 3        # the states that the head reads count this often in the choice of channels
+RIDGE = 3e-3  # of the mean Gram diagonal
+OUTPUT_SHARE = 0.5  # an attention output goes half of the way; all of it was no better
+LAST_SHARE = 3  # the states that the head reads count this often in the choice of channels
 
 
-DRAWING_STEPS = 4     # Euler steps from noise to a frame; each reads the expert once
-PASSES = DRAWING_STEPS + 2    # of a frame through the expert: drawing, choosing channels, calibrating
+DRAWING_STEPS = 4  # Euler steps from noise to a frame; each reads the expert once
+PASSES = DRAWING_STEPS + 2  # of a frame through the expert: drawing, choosing channels, calibrating
 
 
 @dataclass
 class Frames:
     """Noisy frames on which student and expert are compared."""
 
-    latents: torch.Tensor     # (B, C, H, W)
-    timestep: torch.Tensor    # (B,) in 0..1000
+    latents: torch.Tensor  # (B, C, H, W)
+    timestep: torch.Tensor  # (B,) in 0..1000
     text: TextTokens
 
 
@@ -45,16 +45,26 @@ def make_frames(files, text, size, clean=None, seed=0, shift=3.0, device="cpu"):
     generator, text = torch.Generator().manual_seed(seed), text.to(device)
     count = len(text.tokens)
     size = size if clean is None else clean.shape[-2:]
-    noise, other = (torch.randn(count, files.config["in_channels"], *size, generator=generator).to(device) for _ in range(2))
+    noise, other = (
+        torch.randn(count, files.config["in_channels"], *size, generator=generator).to(device)
+        for _ in range(2)
+    )
     if clean is None:
         clean, expert = noise, stream_expert(files, device)
         even = torch.linspace(1, 0, DRAWING_STEPS + 1)
         levels = shift * even / (1 + (shift - 1) * even)
-        steps = tqdm(list(zip(levels[:-1], levels[1:])), desc="drawing frames to calibrate on", unit="step", disable=None)
+        steps = tqdm(
+            list(zip(levels[:-1], levels[1:])),
+            desc="drawing frames to calibrate on",
+            unit="step",
+            disable=None,
+        )
         for level, lower in steps:
             velocity, _ = ask(expert, clean, (1000 * level).expand(count).to(device), text)
             clean = clean + (lower - level).item() * velocity
-    noise_level = (((torch.arange(count) + 0.5) / count)[torch.randperm(count, generator=generator)]).to(device)
+    noise_level = (((torch.arange(count) + 0.5) / count)[torch.randperm(count, generator=generator)]).to(
+        device
+    )
     level = noise_level[:, None, None, None]
     return Frames((1 - level) * clean.to(device) + level * other, 1000 * noise_level, text)
 
@@ -80,8 +90,13 @@ def _normed_moment(states):
 
 def _best_columns(moment, count):
     """Pick columns one by one, each that which explains most of what the picked ones leave unexplained."""
-    left = moment + 1e-6 * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    free, room = torch.ones_like(left[0], dtype=torch.bool), torch.empty_like(left)  # new memory at each turn takes as long again
+    left = moment + 1e-6 * moment.diagonal().mean() * torch.eye(
+        len(moment), dtype=moment.dtype, device=moment.device
+    )
+    free, room = (
+        torch.ones_like(left[0], dtype=torch.bool),
+        torch.empty_like(left),
+    )  # new memory at each turn takes as long again
     for _ in range(count):
         explained = torch.square(left, out=room).sum(0) / left.diagonal().clamp(min=1e-12)
         best = torch.where(free, explained, -1.0).argmax()
@@ -115,9 +130,11 @@ class _Walk:
 def _begin(network, frames):
     """Embed frames, words and times, as one_frame_velocity does."""
     latents, timestep, text = frames.latents, frames.timestep, frames.text
-    states = network.patch_embedding(latents.unsqueeze(2)).flatten(2).transpose(1, 2).contiguous()       # (B, N, D)
+    states = (
+        network.patch_embedding(latents.unsqueeze(2)).flatten(2).transpose(1, 2).contiguous()
+    )  # (B, N, D)
     time, modulation, words, _ = network.condition_embedder(timestep, text.tokens)
-    modulation, rotary = modulation.unflatten(1, (6, -1)), network.rope(latents.unsqueeze(2))            # (B, 6, D)
+    modulation, rotary = modulation.unflatten(1, (6, -1)), network.rope(latents.unsqueeze(2))  # (B, 6, D)
     return _Walk(states, words, time, modulation, rotary, text.logit_bias)
 
 
@@ -128,7 +145,9 @@ def _head_input(network, walk):
 
 # ---- the teacher's side --------------------------------------------------------------------------------------------
 
-WATCHED = {f"{attention}.{kind}": f"{attention}.to_{kind}" for attention in ("attn1", "attn2") for kind in "qkv"}
+WATCHED = {
+    f"{attention}.{kind}": f"{attention}.to_{kind}" for attention in ("attn1", "attn2") for kind in "qkv"
+}
 WATCHED |= {"ffn": "ffn.net.0.proj"}
 
 
@@ -137,12 +156,22 @@ def _watch_span(blocks, walk, channels, cut):
     entry, updates, seen = walk.states[..., channels], {"attn1": 0.0, "attn2": 0.0}, []
     for number, block in enumerate(blocks):
         found = {}
-        hooks = [block.get_submodule(module).register_forward_hook(
-            lambda module, inputs, output, name=name, number=number, found=found: found.update(_pick(output, name, number, cut)))
-            for name, module in WATCHED.items()]
-        hooks += [block.get_submodule(module).register_forward_hook(
-            lambda module, inputs, output, name=module, found=found: found.__setitem__(name, output[..., channels]))
-            for module in updates]
+        hooks = [
+            block.get_submodule(module).register_forward_hook(
+                lambda module, inputs, output, name=name, number=number, found=found: found.update(
+                    _pick(output, name, number, cut)
+                )
+            )
+            for name, module in WATCHED.items()
+        ]
+        hooks += [
+            block.get_submodule(module).register_forward_hook(
+                lambda module, inputs, output, name=module, found=found: found.__setitem__(
+                    name, output[..., channels]
+                )
+            )
+            for module in updates
+        ]
         walk.states = block(walk.states, walk.text, walk.modulation, walk.rotary, walk.logit_bias)
         for hook in hooks:
             hook.remove()
@@ -160,12 +189,17 @@ def _pick(output, name, number, cut):
     if not rows:
         return {}
     rows = torch.cat([torch.as_tensor(kept) for kept in rows])
-    return {name: output[..., rows]} | ({f"{name}.size": _size(output).expand(len(rows))} if name[-1] in "qk" else {})
+    return {name: output[..., rows]} | (
+        {f"{name}.size": _size(output).expand(len(rows))} if name[-1] in "qk" else {}
+    )
 
 
 def _join(seen):
     """Put what was picked of the blocks of a span side by side, in their order."""
-    return {name: torch.cat([found[name] for found in seen if name in found], -1) for name in dict.fromkeys(chain(*seen))}
+    return {
+        name: torch.cat([found[name] for found in seen if name in found], -1)
+        for name in dict.fromkeys(chain(*seen))
+    }
 
 
 def _size(queries):
@@ -175,18 +209,31 @@ def _size(queries):
 
 # ---- the student's side --------------------------------------------------------------------------------------------
 
+
 def _refit_block(block, walk, goals, wanted, cut):
-    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + walk.modulation).chunk(6, dim=1)
+    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + walk.modulation).chunk(
+        6, dim=1
+    )
     normed = block.norm1(walk.states) * (1 + scale) + shift
     _refit_attention(block.attn1, normed, normed, wanted, "attn1", cut)
-    _refit_output(block.attn1.to_out[0], lambda: block.attn1(normed, None, None, walk.rotary),
-                  goals["attn1"] - walk.states, gate, OUTPUT_SHARE)
+    _refit_output(
+        block.attn1.to_out[0],
+        lambda: block.attn1(normed, None, None, walk.rotary),
+        goals["attn1"] - walk.states,
+        gate,
+        OUTPUT_SHARE,
+    )
     walk.states = walk.states + block.attn1(normed, None, None, walk.rotary) * gate
 
     normed, mask = block.norm2(walk.states), walk.logit_bias[:, None, None]
     _refit_attention(block.attn2, normed, walk.text, wanted, "attn2", cut)
-    _refit_output(block.attn2.to_out[0], lambda: block.attn2(normed, walk.text, mask, None),
-                  goals["attn2"] - walk.states, torch.ones_like(gate), OUTPUT_SHARE)
+    _refit_output(
+        block.attn2.to_out[0],
+        lambda: block.attn2(normed, walk.text, mask, None),
+        goals["attn2"] - walk.states,
+        torch.ones_like(gate),
+        OUTPUT_SHARE,
+    )
     walk.states = walk.states + block.attn2(normed, walk.text, mask, None)
 
     normed = block.norm3(walk.states) * (1 + ffn_scale) + ffn_shift
@@ -203,7 +250,11 @@ def _refit_attention(attention, states, context, wanted, name, cut):
             _refit(layer, inputs, wanted[f"{name}.{kind}"])
         if kind in "qk":
             gain = getattr(attention, f"norm_{kind}").weight
-            gain.copy_(cut[f"{name}.{kind}.gain"].to(inputs.device) * _size(layer(inputs)) / wanted[f"{name}.{kind}.size"])
+            gain.copy_(
+                cut[f"{name}.{kind}.gain"].to(inputs.device)
+                * _size(layer(inputs))
+                / wanted[f"{name}.{kind}.size"]
+            )
 
 
 def _refit_output(layer, run, update, gate, share=1.0):
@@ -213,7 +264,7 @@ def _refit_output(layer, run, update, gate, share=1.0):
     output = run()
     hook.remove()
     power = gate.square()
-    change = (update - output * gate) * gate / (power + 1e-2 * power.mean())     # a shut gate asks for nothing
+    change = (update - output * gate) * gate / (power + 1e-2 * power.mean())  # a shut gate asks for nothing
     weight = power.mean(-1, keepdim=True).expand(*update.shape[:-1], 1)
     _refit(layer, found[0], output + change, weight / weight.mean(), share)
 

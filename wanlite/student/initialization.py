@@ -38,7 +38,7 @@ def project_into(student, folder, expert="low", text_samples=None, channels=None
 def compare_experts(settings, files, device):
     """Return the cosines of check_experts(), which reads both experts once: they are kept in the cache, unless it refuses."""
     record = Path(settings.cache_dir) / f"experts-{files.fingerprint[:16]}.json"
-    with suppress(OSError, ValueError, RecursionError):      # what is not there, or cannot be read, is made again
+    with suppress(OSError, ValueError, RecursionError):  # what is not there, or cannot be read, is made again
         if isinstance(cosines := json.loads(record.read_text(encoding="utf-8")), dict):
             return cosines
     cosines = check_experts(files, device)
@@ -62,14 +62,29 @@ def start_student(settings, student, files, words, prompts, latent_size, acceler
         say("random start: nothing is projected (the control)")
         return None
     with accelerator.main_process_first():
-        folder = cache_folder(settings.cache_dir, "start", teacher=files.fingerprint, text=words.said_by, prompts=prompts,
-                              student={name: value for name, value in student.config.items() if name[0] != "_"},
-                              method=[inspect.getsource(room) for room in (projection, block_cutting, calibration)],
-                              settings=(settings.projection, settings.expert, settings.seed, settings.flow_shift, latent_size))
+        folder = cache_folder(
+            settings.cache_dir,
+            "start",
+            teacher=files.fingerprint,
+            text=words.said_by,
+            prompts=prompts,
+            student={name: value for name, value in student.config.items() if name[0] != "_"},
+            method=[inspect.getsource(room) for room in (projection, block_cutting, calibration)],
+            settings=(settings.projection, settings.expert, settings.seed, settings.flow_shift, latent_size),
+        )
     if accelerator.is_main_process:
         with in_turn(folder, say):
             if why_broken(folder):
-                make_start(settings, student, files, [words[prompt] for prompt in prompts], latent_size, folder, device, say)
+                make_start(
+                    settings,
+                    student,
+                    files,
+                    [words[prompt] for prompt in prompts],
+                    latent_size,
+                    folder,
+                    device,
+                    say,
+                )
     accelerator.wait_for_everyone()
     say(f"start    {folder}")
     student.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True)
@@ -78,9 +93,15 @@ def start_student(settings, student, files, words, prompts, latent_size, acceler
 
 def make_start(settings, student, files, embeddings, latent_size, folder, device, say):
     """Project the teacher's weights into the student, refit them where asked, and keep both student and report in `folder`."""
-    experts, channels, is_calibrated = choose_experts(files, settings.expert), None, settings.projection == "calibrated"
+    experts, channels, is_calibrated = (
+        choose_experts(files, settings.expert),
+        None,
+        settings.projection == "calibrated",
+    )
     if is_calibrated:
-        frames = make_frames(experts[0], pack_text(embeddings), latent_size, None, settings.seed, settings.flow_shift, device)
+        frames = make_frames(
+            experts[0], pack_text(embeddings), latent_size, None, settings.seed, settings.flow_shift, device
+        )
         channels = choose_channels(experts[0], frames, student.config.hidden_size)
     report = project(student, experts, torch.cat(embeddings), channels, device)
     report.cosines = compare_experts(settings, files, device)
@@ -89,4 +110,7 @@ def make_start(settings, student, files, embeddings, latent_size, folder, device
     say(f"{report}{f'; calibrated on {len(embeddings)} frames' if is_calibrated else ''}")
     with new_folder(folder) as partial_folder:
         student.save_pretrained(partial_folder)
-        write_json(partial_folder / "report.json", report.as_dict() | {"calibration_frames": is_calibrated * len(embeddings)})
+        write_json(
+            partial_folder / "report.json",
+            report.as_dict() | {"calibration_frames": is_calibrated * len(embeddings)},
+        )

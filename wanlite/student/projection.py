@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from .pruning import GATE, SCALE, Cutter, cut_span, top
 
-EXPERTS = ("low", "high", "span")            # span: for each student block the expert that keeps more energy
-TEXT_SAMPLES = 4096                          # words that the text path is refitted on
-WRITERS = ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2")               # to the residual
+EXPERTS = ("low", "high", "span")  # span: for each student block the expert that keeps more energy
+TEXT_SAMPLES = 4096  # words that the text path is refitted on
+WRITERS = ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2")  # to the residual
 
 
 @dataclass
@@ -29,36 +29,52 @@ class Report:
     """What a projection did. `kept` is the share of energy (squared norm) that the kept rows and columns hold, per group and
     student block; for the text path, of the states of the sampled words."""
 
-    spans: list                                     # of each student block: the teacher blocks that it stands for
-    kept: dict = field(default_factory=dict)        # {group: [share of each student block]}
-    experts: list = field(default_factory=list)     # of each student block: the expert that it came from
-    cosines: dict = field(default_factory=dict)     # between the weights of two experts, per group; empty for one
-    channels: torch.Tensor | None = None            # residual channels that were kept
-    cuts: list = field(default_factory=list)        # of each student block: {"attn1.q": [(block in the span, rows), ...], ...}
-    num_read: int = 0                               # teacher tensors that were used
-    dropped: list = field(default_factory=list)     # teacher tensors that were left out on purpose
-    num_written: int = 0                            # student tensors; none is left as it was
+    spans: list  # of each student block: the teacher blocks that it stands for
+    kept: dict = field(default_factory=dict)  # {group: [share of each student block]}
+    experts: list = field(default_factory=list)  # of each student block: the expert that it came from
+    cosines: dict = field(
+        default_factory=dict
+    )  # between the weights of two experts, per group; empty for one
+    channels: torch.Tensor | None = None  # residual channels that were kept
+    cuts: list = field(
+        default_factory=list
+    )  # of each student block: {"attn1.q": [(block in the span, rows), ...], ...}
+    num_read: int = 0  # teacher tensors that were used
+    dropped: list = field(default_factory=list)  # teacher tensors that were left out on purpose
+    num_written: int = 0  # student tensors; none is left as it was
     seconds: float = 0.0
 
     def __str__(self):
         shares = ", ".join(f"{name} {np.mean(share):.0%}" for name, share in self.kept.items())
         alike = ", ".join(f"{name} {cosine:.2f}" for name, cosine in self.cosines.items())
-        return (f"projected {' and '.join(sorted(set(self.experts)))} expert into {len(self.channels)} x {len(self.spans)} in "
-                f"{self.seconds:.0f} s: {self.num_read} tensors -> {self.num_written}; energy kept: {shares}"
-                + (f"; cosine of the experts: {alike}" if alike else ""))
+        return (
+            f"projected {' and '.join(sorted(set(self.experts)))} expert into {len(self.channels)} x {len(self.spans)} in "
+            f"{self.seconds:.0f} s: {self.num_read} tensors -> {self.num_written}; energy kept: {shares}"
+            + (f"; cosine of the experts: {alike}" if alike else "")
+        )
 
     def as_dict(self):
         """Return what run.json keeps."""
-        return {"experts": self.experts, "spans": self.spans, "energy_kept": self.kept, "expert_cosines": self.cosines,
-                "channels": self.channels.tolist(), "teacher_tensors_used": self.num_read,
-                "teacher_tensors_dropped": self.dropped, "student_tensors_written": self.num_written, "student_tensors_new": [],
-                "seconds": round(self.seconds, 1)}
+        return {
+            "experts": self.experts,
+            "spans": self.spans,
+            "energy_kept": self.kept,
+            "expert_cosines": self.cosines,
+            "channels": self.channels.tolist(),
+            "teacher_tensors_used": self.num_read,
+            "teacher_tensors_dropped": self.dropped,
+            "student_tensors_written": self.num_written,
+            "student_tensors_new": [],
+            "seconds": round(self.seconds, 1),
+        }
 
 
 def choose_experts(files, expert):
     """Return the expert files to project from: one, or for "span" both, the low one first."""
     if expert not in EXPERTS:
-        raise ValueError(f"--expert {expert!r} is unknown, expected {', '.join(EXPERTS)}; a teacher with one expert has only that.")
+        raise ValueError(
+            f"--expert {expert!r} is unknown, expected {', '.join(EXPERTS)}; a teacher with one expert has only that."
+        )
     if "only" in files.experts:
         return [files.experts["only"]]
     return [files.experts[name] for name in (("low", "high") if expert == "span" else (expert,))]
@@ -76,7 +92,7 @@ def project(student, experts, text_samples=None, channels=None, device="cpu"):
     began, config, teacher = time.perf_counter(), dict(student.config), experts[0].config
     spans = [part.tolist() for part in np.array_split(np.arange(teacher["num_layers"]), config["depth"])]
     report, target = Report(spans), _Target(student)
-    total = 2 * sum(files.num_bytes for files in experts)                     # once for the channels, once for the rest
+    total = 2 * sum(files.num_bytes for files in experts)  # once for the channels, once for the rest
     with tqdm(total=total, desc="projecting", unit="B", unit_scale=True, disable=None) as bar:
         readers = [_Reader(files, device, bar) for files in experts]
         first = readers[0]
@@ -107,7 +123,7 @@ class _Reader:
 
     def __call__(self, name, rows=None):
         tensor = self.files.read(name, rows=rows).to(self.device)
-        if tensor.data_ptr() % 64:                            # float32 as the file has it: sums would depend on where it lies
+        if tensor.data_ptr() % 64:  # float32 as the file has it: sums would depend on where it lies
             tensor = tensor.clone()
         self.read.add(name)
         self.bar.update(round(tensor.numel() * self.bytes_each))
@@ -123,8 +139,10 @@ class _Target:
 
     def __setitem__(self, name, tensor):
         if tensor.shape != self.tensors[name].shape or not torch.isfinite(tensor).all():
-            raise AssertionError(f"projection made {name} {tuple(tensor.shape)} of {tuple(self.tensors[name].shape)}, or values in "
-                                 "it that are not finite")
+            raise AssertionError(
+                f"projection made {name} {tuple(tensor.shape)} of {tuple(self.tensors[name].shape)}, or values in "
+                "it that are not finite"
+            )
         self.unwritten.remove(name)
         self.tensors[name].copy_(tensor)
 
@@ -135,14 +153,19 @@ def _check_coverage(readers, target, report):
         unread = sorted(reader.files.places.keys() - reader.read)
         lost = [name for name in unread if position == 0 or name.startswith("blocks.")]
         if lost:
-            raise ValueError(f"{reader.files.folder}: {len(lost)} tensors found no place in the student: {lost[:5]}.")
+            raise ValueError(
+                f"{reader.files.folder}: {len(lost)} tensors found no place in the student: {lost[:5]}."
+            )
         report.dropped += [f"{reader.files.name}: {name}" for name in unread]
     if target.unwritten:
-        raise ValueError(f"{len(target.unwritten)} tensors of the student got no value: {sorted(target.unwritten)[:5]}.")
+        raise ValueError(
+            f"{len(target.unwritten)} tensors of the student got no value: {sorted(target.unwritten)[:5]}."
+        )
     report.num_read, report.num_written = sum(len(reader.read) for reader in readers), len(target.tensors)
 
 
 # ---- which channels ------------------------------------------------------------------------------------------------------
+
 
 def _choose_channels(readers, times, width, channels, report):
     """Return the residual channels to keep, and how much larger their deviation is than that of all channels.
@@ -150,17 +173,19 @@ def _choose_channels(readers, times, width, channels, report):
     A channel counts by the variance that is read of it: what was written to it up to there, every writer in equal shares, divided
     by the LayerNorm and multiplied by the modulation. The head counts as much as all blocks, it alone says the velocity.
     """
-    mean, power = times["modulation"].mean(0), times["modulation"].square().mean(0)                         # (6, D)
+    mean, power = times["modulation"].mean(0), times["modulation"].square().mean(0)  # (6, D)
     read = present = 0.0
     for reader in readers:
-        written = _share(reader("patch_embedding.weight").flatten(1).square().sum(1))                       # (D,)
+        written = _share(reader("patch_embedding.weight").flatten(1).square().sum(1))  # (D,)
         for block in range(reader.files.config["num_layers"]):
             prefix = f"blocks.{block}."
             table = reader(f"{prefix}scale_shift_table")[0]
-            offset = table + torch.tensor([0.0, 1, 0, 0, 1, 0], device=table.device)[:, None]               # of a scale: 1
-            square = offset.square() + 2 * offset * mean + power                                            # over time
-            scales, gates = (square[SCALE[0]], reader(f"{prefix}norm2.weight").square(), square[SCALE[1]]), (
-                square[GATE[0]], 1.0, square[GATE[1]])
+            offset = table + torch.tensor([0.0, 1, 0, 0, 1, 0], device=table.device)[:, None]  # of a scale: 1
+            square = offset.square() + 2 * offset * mean + power  # over time
+            scales, gates = (
+                (square[SCALE[0]], reader(f"{prefix}norm2.weight").square(), square[SCALE[1]]),
+                (square[GATE[0]], 1.0, square[GATE[1]]),
+            )
             for scale, writer, gate in zip(scales, WRITERS, gates):
                 present = present + _share(written)
                 read = read + _share(written) * scale
@@ -178,13 +203,18 @@ def _share(energy):
 
 # ---- time and text -------------------------------------------------------------------------------------------------------
 
-TIME_LAYERS = [f"condition_embedder.{layer}" for layer in ("time_embedder.linear_1", "time_embedder.linear_2", "time_proj")]
+TIME_LAYERS = [
+    f"condition_embedder.{layer}"
+    for layer in ("time_embedder.linear_1", "time_embedder.linear_2", "time_proj")
+]
 
 
 def _watch_time(reader, freq_dim):
     """Return what the time path computes on a grid of timesteps: neurons and embedding (grid, D), modulation (grid, 6, D)."""
     first, second = ((reader(f"{layer}.weight"), reader(f"{layer}.bias")) for layer in TIME_LAYERS[:2])
-    grid = Timesteps(freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)(torch.linspace(0, 1000, 1001, device=first[0].device))
+    grid = Timesteps(freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)(
+        torch.linspace(0, 1000, 1001, device=first[0].device)
+    )
     neurons = F.silu(F.linear(grid, *first))
     embedding = F.linear(neurons, *second)
     bias = reader(f"{TIME_LAYERS[2]}.bias").unflatten(0, (6, -1))
@@ -201,19 +231,26 @@ def _six_rows(reader):
 
 def _project_time(reader, times, channels, norm_scale, target):
     """Keep the neurons that matter and refit the layers behind them on the grid."""
-    (first, first_bias), (second, second_bias) = ((reader(f"{layer}.weight"), reader(f"{layer}.bias"))
-                                                  for layer in TIME_LAYERS[:2])
-    third = torch.cat([weight[channels] for weight in _six_rows(reader)])[:, channels]                      # (6d, d)
+    (first, first_bias), (second, second_bias) = (
+        (reader(f"{layer}.weight"), reader(f"{layer}.bias")) for layer in TIME_LAYERS[:2]
+    )
+    third = torch.cat([weight[channels] for weight in _six_rows(reader)])[:, channels]  # (6d, d)
     third_bias = reader(f"{TIME_LAYERS[2]}.bias").unflatten(0, (6, -1))[:, channels].flatten()
     neurons = top(second[channels].square().sum(0) * first.square().sum(1), len(channels))
     inputs = times["neurons"][:, neurons]
-    second = _refit(second[channels][:, neurons], second_bias[channels], inputs, times["embedding"][:, channels])
-    third, third_bias = _refit(third, third_bias, F.silu(F.linear(inputs, *second)), times["modulation"][:, :, channels].flatten(1))
-    stretch = torch.ones(6, len(channels), device=channels.device)            # the kept channels' LayerNorm statistic
+    second = _refit(
+        second[channels][:, neurons], second_bias[channels], inputs, times["embedding"][:, channels]
+    )
+    third, third_bias = _refit(
+        third, third_bias, F.silu(F.linear(inputs, *second)), times["modulation"][:, :, channels].flatten(1)
+    )
+    stretch = torch.ones(6, len(channels), device=channels.device)  # the kept channels' LayerNorm statistic
     stretch[list(SCALE)] = norm_scale
     stretch = stretch.flatten()
-    for layer, (weight, bias) in zip(TIME_LAYERS, ((first[neurons], first_bias[neurons]), second,
-                                                   (third * stretch[:, None], third_bias * stretch))):
+    for layer, (weight, bias) in zip(
+        TIME_LAYERS,
+        ((first[neurons], first_bias[neurons]), second, (third * stretch[:, None], third_bias * stretch)),
+    ):
         target[f"{layer}.weight"], target[f"{layer}.bias"] = weight, bias
 
 
@@ -231,10 +268,14 @@ def _project_text(reader, config, samples, target, report):
         hidden = F.gelu(samples @ first.T + first_bias, approximate="tanh")
         states = hidden @ second.T + second_bias
         energy, basis = torch.linalg.eigh(states.T @ states)
-        basis = basis[:, -width:] * torch.where(basis[:, -width:].sum(0) < 0, -1.0, 1.0)     # one sign, whatever the LAPACK
+        basis = basis[:, -width:] * torch.where(
+            basis[:, -width:].sum(0) < 0, -1.0, 1.0
+        )  # one sign, whatever the LAPACK
         report.kept["text"] = [float(energy[-width:].sum() / energy.sum())]
         neurons = top(second.square().sum(0) * hidden.square().mean(0), width)
-        weight, bias = _refit(basis.T @ second[:, neurons], basis.T @ second_bias, hidden[:, neurons], states @ basis)
+        weight, bias = _refit(
+            basis.T @ second[:, neurons], basis.T @ second_bias, hidden[:, neurons], states @ basis
+        )
         kept = (first[neurons], first_bias[neurons], weight, bias)
     for name, tensor in zip(("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"), kept):
         target[prefix + name] = tensor
@@ -263,10 +304,11 @@ def _refit(weight, bias, inputs, wanted, ridge=1e-6):
 
 # ---- blocks, head ---------------------------------------------------------------------------------------------------------
 
+
 def _project_span(cutter, readers, span, index, target, report):
     """Project the teacher blocks of a span into one student block, from the expert whose cut keeps more energy."""
     found = [cut_span(cutter, reader, span) for reader in readers]
-    tensors, cut, kept, name = max(found, key=lambda each: sum(each[2].values()))        # ties go to the first
+    tensors, cut, kept, name = max(found, key=lambda each: sum(each[2].values()))  # ties go to the first
     for short, tensor in tensors.items():
         target[f"blocks.{index}.{short}"] = tensor
     report.cuts.append(cut)

@@ -20,8 +20,8 @@ ATTENTIONS = ("attn1", "attn2")
 class Cutter:
     """What every block is cut with."""
 
-    config: dict                      # the student's
-    teacher: dict                     # the teacher's
+    config: dict  # the student's
+    teacher: dict  # the teacher's
     channels: torch.Tensor
     norm_scale: float
     times: dict
@@ -32,12 +32,16 @@ def cut_span(cutter, reader, span):
     """Return one student block's tensors, what rows of which block they are, the energy kept per group, and the expert's name."""
     channels, norm_scale, rows = cutter.channels, cutter.norm_scale, list(SCALE)
     prefixes = [f"blocks.{number}." for number in span]
-    full_tables = torch.stack([reader(f"{prefix}scale_shift_table")[0] for prefix in prefixes])              # (span, 6, D)
+    full_tables = torch.stack(
+        [reader(f"{prefix}scale_shift_table")[0] for prefix in prefixes]
+    )  # (span, 6, D)
     tables = full_tables[:, :, channels]
     table = tables.mean(0)
     stretched = table.clone()
     stretched[rows] = norm_scale * (1 + table[rows]) - 1
-    full_norms = [torch.stack([reader(f"{prefix}norm2.{kind}") for prefix in prefixes]) for kind in ("weight", "bias")]
+    full_norms = [
+        torch.stack([reader(f"{prefix}norm2.{kind}") for prefix in prefixes]) for kind in ("weight", "bias")
+    ]
     norms = [each[:, channels] for each in full_norms]
     weight, bias = norms[0].mean(0), norms[1].mean(0)
     tensors = {"scale_shift_table": stretched[None], "norm2.weight": weight * norm_scale, "norm2.bias": bias}
@@ -48,15 +52,26 @@ def cut_span(cutter, reader, span):
     for number, prefix in enumerate(prefixes):
         folds = _fold_modulation(tables[number], table, over_time[:, :, channels])
         folds["attn2"] = _fold_affine(norms[0][number], norms[1][number], weight, bias)
-        silent = full_tables[number] + over_time.mean(0)                      # what dropped channels say whatever the input
-        for name, constant in (("attn1", silent[SHIFT[0]]), ("attn2", full_norms[1][number]), ("ffn", silent[SHIFT[1]])):
+        silent = full_tables[number] + over_time.mean(0)  # what dropped channels say whatever the input
+        for name, constant in (
+            ("attn1", silent[SHIFT[0]]),
+            ("attn2", full_norms[1][number]),
+            ("ffn", silent[SHIFT[1]]),
+        ):
             folds[name].silent = dropped * constant
         for name, text_basis in zip(ATTENTIONS, (None, cutter.words)):
-            parts[name].append(_cut_attention(reader, f"{prefix}{name}.", channels, text_basis, folds[name],
-                                              cutter.config["num_heads"]))
-        parts["ffn"].append(_cut_feed_forward(reader, f"{prefix}ffn.net.", channels, folds["ffn"], cutter.config["ffn_dim"]))
+            parts[name].append(
+                _cut_attention(
+                    reader, f"{prefix}{name}.", channels, text_basis, folds[name], cutter.config["num_heads"]
+                )
+            )
+        parts["ffn"].append(
+            _cut_feed_forward(reader, f"{prefix}ffn.net.", channels, folds["ffn"], cutter.config["ffn_dim"])
+        )
     for name in ATTENTIONS:
-        tensors |= _join_heads(parts.pop(name), cutter.config, cutter.teacher["attention_head_dim"], name, cut, kept)
+        tensors |= _join_heads(
+            parts.pop(name), cutter.config, cutter.teacher["attention_head_dim"], name, cut, kept
+        )
     tensors |= _join_neurons(parts.pop("ffn"), cutter.config["ffn_dim"], cut, kept)
     return tensors, cut, kept, reader.files.name
 
@@ -65,10 +80,10 @@ def cut_span(cutter, reader, span):
 class _Fold:
     """What a block's matrices take up so that the modulation of its span serves it: exactly 1, 0, 1 for a span of one block."""
 
-    scale: torch.Tensor                       # (d,) for the columns of its readers
-    shift: torch.Tensor                       # (d,)
-    gate: torch.Tensor                        # (d,) for the rows of its writer
-    silent: torch.Tensor | None = None        # (D,) the constant that its readers miss of dropped channels
+    scale: torch.Tensor  # (d,) for the columns of its readers
+    shift: torch.Tensor  # (d,)
+    gate: torch.Tensor  # (d,) for the rows of its writer
+    silent: torch.Tensor | None = None  # (D,) the constant that its readers miss of dropped channels
 
 
 def _fold_modulation(own, shared, over_time):
@@ -77,16 +92,23 @@ def _fold_modulation(own, shared, over_time):
     for part, name in enumerate(("attn1", "ffn")):
         shift, scale, gate = SHIFT[part], SCALE[part], GATE[part]
         ratio = _ratio(1 + own[scale] + over_time[:, scale], 1 + shared[scale] + over_time[:, scale])
-        offset = (own[shift] + over_time[:, shift]).mean(0) - ratio * (shared[shift] + over_time[:, shift]).mean(0)
-        folds[name] = _Fold(ratio, offset, _ratio(own[gate] + over_time[:, gate], shared[gate] + over_time[:, gate]))
+        offset = (own[shift] + over_time[:, shift]).mean(0) - ratio * (
+            shared[shift] + over_time[:, shift]
+        ).mean(0)
+        folds[name] = _Fold(
+            ratio, offset, _ratio(own[gate] + over_time[:, gate], shared[gate] + over_time[:, gate])
+        )
     return folds
 
 
 def _ratio(own, shared):
     """Least squares of own = ratio * shared over the first dimension; 1 where they are equal or the shared one vanishes."""
     power = shared.square().sum(0)
-    return torch.where((own == shared).all(0) | (power <= 1e-8 * power.mean()), torch.ones_like(power),
-                       (own * shared).sum(0) / power.clamp(min=1e-12)).clamp(-4, 4)
+    return torch.where(
+        (own == shared).all(0) | (power <= 1e-8 * power.mean()),
+        torch.ones_like(power),
+        (own * shared).sum(0) / power.clamp(min=1e-12),
+    ).clamp(-4, 4)
 
 
 def _fold_affine(own_weight, own_bias, weight, bias):
@@ -112,11 +134,16 @@ def _cut_attention(reader, prefix, channels, text_basis, fold, num_heads):
     the teacher's own rows."""
     cut = {"q": _cut_reader(reader, f"{prefix}to_q", channels, fold)}
     for kind in "kv":
-        cut[kind] = (_cut_reader(reader, f"{prefix}to_{kind}", channels, fold) if text_basis is None else
-                     (reader(f"{prefix}to_{kind}.weight") @ text_basis, reader(f"{prefix}to_{kind}.bias")))
-    cut["o"], cut["o_bias"] = _cut_writer(reader, f"{prefix}to_out.0", channels, fold.gate)                  # (d, D), (d,)
+        cut[kind] = (
+            _cut_reader(reader, f"{prefix}to_{kind}", channels, fold)
+            if text_basis is None
+            else (reader(f"{prefix}to_{kind}.weight") @ text_basis, reader(f"{prefix}to_{kind}.bias"))
+        )
+    cut["o"], cut["o_bias"] = _cut_writer(reader, f"{prefix}to_out.0", channels, fold.gate)  # (d, D), (d,)
     cut["gain"] = {kind: reader(f"{prefix}norm_{kind}.weight") for kind in "qk"}
-    cut["power"] = {kind: _row_power(*cut[kind]).mean() for kind in "qk"}    # what the teacher's RMSNorm divides by
+    cut["power"] = {
+        kind: _row_power(*cut[kind]).mean() for kind in "qk"
+    }  # what the teacher's RMSNorm divides by
     return _weigh_heads(cut, reader.files.config["attention_head_dim"], num_heads)
 
 
@@ -124,18 +151,34 @@ def _weigh_heads(cut, full, num_heads):
     """Note what each head writes, the squared norm of its output times its value matrix, and keep the heads that write most."""
     outputs, values = cut["o"].unflatten(1, (-1, full)), cut["v"][0].unflatten(0, (-1, full))
     writes = torch.stack([(outputs[:, head] @ values[head]).square().sum() for head in range(len(values))])
-    cut |= {"writes": writes, "energy": writes.sum(), "rows": torch.arange(cut["o"].shape[1], device=writes.device)}
+    cut |= {
+        "writes": writes,
+        "energy": writes.sum(),
+        "rows": torch.arange(cut["o"].shape[1], device=writes.device),
+    }
     return _take_heads(cut, top(writes, min(num_heads, len(writes))))
 
 
 def _take_heads(cut, heads):
     """Drop all other heads; what they write whatever they look at goes to the bias."""
-    rows = torch.arange(len(cut["rows"]), device=heads.device).unflatten(0, (len(cut["writes"]), -1))[heads].flatten()
+    rows = (
+        torch.arange(len(cut["rows"]), device=heads.device)
+        .unflatten(0, (len(cut["writes"]), -1))[heads]
+        .flatten()
+    )
     silent = cut["v"][1].clone()
     silent[rows] = 0
-    return cut | {kind: (cut[kind][0][rows], cut[kind][1][rows]) for kind in "qkv"} | {
-        "o": cut["o"][:, rows], "o_bias": cut["o_bias"] + cut["o"] @ silent, "rows": cut["rows"][rows],
-        "gain": {kind: gain[rows] for kind, gain in cut["gain"].items()}, "writes": cut["writes"][heads]}
+    return (
+        cut
+        | {kind: (cut[kind][0][rows], cut[kind][1][rows]) for kind in "qkv"}
+        | {
+            "o": cut["o"][:, rows],
+            "o_bias": cut["o_bias"] + cut["o"] @ silent,
+            "rows": cut["rows"][rows],
+            "gain": {kind: gain[rows] for kind, gain in cut["gain"].items()},
+            "writes": cut["writes"][heads],
+        }
+    )
 
 
 def _share_out(scores, count):
@@ -157,7 +200,10 @@ def _join_heads(cuts, config, full, name, picked, kept):
     num_heads, size = config["num_heads"], config["hidden_size"] // config["num_heads"]
     joined = {key: [] for key in ("q", "k", "v", "o", "q_gain", "k_gain", "q_power", "k_power")}
     picks, energy, total = {kind: [] for kind in "qkv"}, 0.0, float(sum(cut["energy"] for cut in cuts))
-    cuts = [_take_heads(cut, heads) for cut, heads in zip(cuts, _share_out([cut["writes"] for cut in cuts], num_heads))]
+    cuts = [
+        _take_heads(cut, heads)
+        for cut, heads in zip(cuts, _share_out([cut["writes"] for cut in cuts], num_heads))
+    ]
     output_bias = sum(cut["o_bias"] for cut in cuts)
     for number, cut in enumerate(cuts):
         for rows in torch.arange(len(cut["rows"])).view(-1, full):
@@ -168,7 +214,9 @@ def _join_heads(cuts, config, full, name, picked, kept):
                 joined[kind].append([tensor[pairs] for tensor in cut[kind]])
                 joined[f"{kind}_gain"].append(cut["gain"][kind][pairs] * (size / full) ** 0.25)
                 joined[f"{kind}_power"].append(cut["power"][kind].expand(size))
-            value, value_bias, output, lost = _cut_value(cut["v"][0][rows], cut["v"][1][rows], cut["o"][:, rows], size)
+            value, value_bias, output, lost = _cut_value(
+                cut["v"][0][rows], cut["v"][1][rows], cut["o"][:, rows], size
+            )
             energy += float((output @ value).square().sum())
             joined["v"].append((value, value_bias))
             joined["o"].append(output)
@@ -177,11 +225,16 @@ def _join_heads(cuts, config, full, name, picked, kept):
     tensors = {f"{name}.to_out.0.weight": torch.cat(joined["o"], 1), f"{name}.to_out.0.bias": output_bias}
     for kind in "qkv":
         weights, biases = zip(*joined[kind])
-        tensors[f"{name}.to_{kind}.weight"], tensors[f"{name}.to_{kind}.bias"] = torch.cat(weights), torch.cat(biases)
-    if size == full:                                             # values of a smaller head are no rows of the teacher's
+        tensors[f"{name}.to_{kind}.weight"], tensors[f"{name}.to_{kind}.bias"] = (
+            torch.cat(weights),
+            torch.cat(biases),
+        )
+    if size == full:  # values of a smaller head are no rows of the teacher's
         picked[f"{name}.v"] = picks["v"]
     for kind in "qk":
-        power = _row_power(tensors[f"{name}.to_{kind}.weight"], tensors[f"{name}.to_{kind}.bias"]).mean()   # the student's
+        power = _row_power(
+            tensors[f"{name}.to_{kind}.weight"], tensors[f"{name}.to_{kind}.bias"]
+        ).mean()  # the student's
         gain = torch.cat(joined[f"{kind}_gain"])
         picked |= {f"{name}.{kind}": picks[kind], f"{name}.{kind}.gain": gain}
         tensors[f"{name}.norm_{kind}.weight"] = gain * (power / torch.cat(joined[f"{kind}_power"])).sqrt()
@@ -196,12 +249,14 @@ def _rotary_rows(cut, rows, full, size, has_rotary):
     """
     if size == full:
         return torch.arange(full)
-    strength = sum(_row_power(cut[kind][0][rows], cut[kind][1][rows]) for kind in "qk").unflatten(0, (-1, 2)).sum(1)
+    strength = (
+        sum(_row_power(cut[kind][0][rows], cut[kind][1][rows]) for kind in "qk").unflatten(0, (-1, 2)).sum(1)
+    )
     if not has_rotary:
         pairs = top(strength, size // 2).cpu()
     else:
         axes, axes_full = _axis_pairs(size), _axis_pairs(full)
-        pairs, start = [top(strength[:axes_full[0]], axes[0]).cpu()], axes_full[0]
+        pairs, start = [top(strength[: axes_full[0]], axes[0]).cpu()], axes_full[0]
         for few, many in zip(axes[1:], axes_full[1:]):
             pairs.append(start + (torch.arange(few) * many / few).round().long())
             start += many
@@ -233,8 +288,16 @@ def _cut_feed_forward(reader, prefix, channels, fold, count):
     second, second_bias = _cut_writer(reader, f"{prefix}2", channels, fold.gate)
     mean, power = _gelu_moments(first_bias, first.square().sum(1).sqrt())
     writes = second.square().sum(0) * power
-    cut = {"first": first, "first_bias": first_bias, "second": second, "second_bias": second_bias, "mean": mean, "writes": writes,
-           "energy": writes.sum(), "rows": torch.arange(len(writes), device=writes.device)}
+    cut = {
+        "first": first,
+        "first_bias": first_bias,
+        "second": second,
+        "second_bias": second_bias,
+        "mean": mean,
+        "writes": writes,
+        "energy": writes.sum(),
+        "rows": torch.arange(len(writes), device=writes.device),
+    }
     return _take_neurons(cut, top(writes, min(count, len(writes))))
 
 
@@ -242,25 +305,36 @@ def _take_neurons(cut, neurons):
     """Drop all other neurons; what they write on average goes to the bias."""
     silent = cut["mean"].clone()
     silent[neurons] = 0
-    return cut | {name: cut[name][neurons] for name in ("first", "first_bias", "mean", "writes", "rows")} | {
-        "second": cut["second"][:, neurons], "second_bias": cut["second_bias"] + cut["second"] @ silent}
+    return (
+        cut
+        | {name: cut[name][neurons] for name in ("first", "first_bias", "mean", "writes", "rows")}
+        | {"second": cut["second"][:, neurons], "second_bias": cut["second_bias"] + cut["second"] @ silent}
+    )
 
 
 def _join_neurons(cuts, count, picked, kept):
     """Keep the neurons that write most, of all blocks in a span."""
     total = float(sum(cut["energy"] for cut in cuts))
-    cuts = [_take_neurons(cut, neurons) for cut, neurons in zip(cuts, _share_out([cut["writes"] for cut in cuts], count))]
+    cuts = [
+        _take_neurons(cut, neurons)
+        for cut, neurons in zip(cuts, _share_out([cut["writes"] for cut in cuts], count))
+    ]
     kept["ffn"] = float(sum(cut["writes"].sum() for cut in cuts)) / total
     picked["ffn"] = [(number, cut["rows"]) for number, cut in enumerate(cuts)]
-    return {"ffn.net.0.proj.weight": torch.cat([cut["first"] for cut in cuts]),
-            "ffn.net.0.proj.bias": torch.cat([cut["first_bias"] for cut in cuts]),
-            "ffn.net.2.weight": torch.cat([cut["second"] for cut in cuts], 1),
-            "ffn.net.2.bias": sum(cut["second_bias"] for cut in cuts)}
+    return {
+        "ffn.net.0.proj.weight": torch.cat([cut["first"] for cut in cuts]),
+        "ffn.net.0.proj.bias": torch.cat([cut["first_bias"] for cut in cuts]),
+        "ffn.net.2.weight": torch.cat([cut["second"] for cut in cuts], 1),
+        "ffn.net.2.bias": sum(cut["second_bias"] for cut in cuts),
+    }
 
 
 def _gelu_moments(mean, deviation):
     """Return mean and mean square of gelu of a normal variable, by nine-point Gauss-Hermite quadrature."""
-    points, weights = (torch.tensor(part, dtype=mean.dtype, device=mean.device) for part in np.polynomial.hermite_e.hermegauss(9))
+    points, weights = (
+        torch.tensor(part, dtype=mean.dtype, device=mean.device)
+        for part in np.polynomial.hermite_e.hermegauss(9)
+    )
     values = F.gelu(mean[:, None] + deviation[:, None] * points, approximate="tanh")
     weights = weights / weights.sum()
     return values @ weights, values.square() @ weights

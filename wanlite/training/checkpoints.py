@@ -35,8 +35,10 @@ def save_checkpoint(folder, memory, facts, keep):
         return
     rest = _pack(memory, "", tensors)
     if broken := not_finite(tensors):
-        raise FloatingPointError(f"{broken[0]} holds NaN or infinity at step {step}, which is not saved; earlier ones are in "
-                                 f"{path.parent}. Run again with --overwrite and lower learning rates.")
+        raise FloatingPointError(
+            f"{broken[0]} holds NaN or infinity at step {step}, which is not saved; earlier ones are in "
+            f"{path.parent}. Run again with --overwrite and lower learning rates."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent)
     check_space(path.parent, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
@@ -44,10 +46,10 @@ def save_checkpoint(folder, memory, facts, keep):
         with new_folder(path, step=step, facts=facts) as partial:
             save_file(tensors, partial / TENSORS)
             (partial / REST).write_text(json.dumps(rest), encoding="utf-8")
-    except SafetensorError as error:                         # how the library says that a disk became full meanwhile
+    except SafetensorError as error:  # how the library says that a disk became full meanwhile
         raise OSError(f"{path}: {error}") from None
     if _why_unusable(path) is None:
-        for older in _checkpoints(folder)[:-max(2, keep)]:
+        for older in _checkpoints(folder)[: -max(2, keep)]:
             shutil.rmtree(older)
 
 
@@ -57,14 +59,16 @@ def load_checkpoint(path):
         tensors = load_file(path / TENSORS)
         return _unpack(json.loads((path / REST).read_text(encoding="utf-8")), tensors)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise OSError(f"{path}: cannot be read back ({error}). Move it away; the run then resumes from an earlier one.") from None
+        raise OSError(
+            f"{path}: cannot be read back ({error}). Move it away; the run then resumes from an earlier one."
+        ) from None
 
 
 def restore(memory, state):
     """Give everything in `memory`, a dict, its part of the state; raises OSError for a state of other networks."""
     for name, part in memory.items():
         try:
-            if isinstance(part, list):                       # of optimizers or schedules
+            if isinstance(part, list):  # of optimizers or schedules
                 for each, its_state in zip(part, state[name], strict=True):
                     each.load_state_dict(its_state)
             elif hasattr(part, "load_state_dict"):
@@ -73,8 +77,10 @@ def restore(memory, state):
                 memory[name] = state[name]
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise OSError(f"the checkpoint's {name} is not that of this run ({reason}). Move the checkpoint away, and the run "
-                          "goes on from an earlier one; or add --overwrite to start again.") from None
+            raise OSError(
+                f"the checkpoint's {name} is not that of this run ({reason}). Move the checkpoint away, and the run "
+                "goes on from an earlier one; or add --overwrite to start again."
+            ) from None
 
 
 def latest_checkpoint(folder):
@@ -110,7 +116,9 @@ def _remove_leftovers(folder):
     """Remove what killed saves left: they would fill the disk."""
     for kind in ("partial", "old"):
         for path in folder.glob(f".step-*.{kind}"):
-            if kind == "partial" or (folder / path.name[1:-4]).exists():     # else it was set aside and is all there is
+            if (
+                kind == "partial" or (folder / path.name[1:-4]).exists()
+            ):  # else it was set aside and is all there is
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -120,7 +128,7 @@ def _pack(value, name, tensors):
     if isinstance(value, torch.Tensor):
         tensors[name] = value.detach().contiguous()
         return {"tensor": name}
-    if isinstance(value, dict):          # as pairs, for keys may be numbers
+    if isinstance(value, dict):  # as pairs, for keys may be numbers
         return {"pairs": [[key, _pack(inner, f"{name}/{key}", tensors)] for key, inner in value.items()]}
     if isinstance(value, (list, tuple)):
         return [_pack(inner, f"{name}/{index}", tensors) for index, inner in enumerate(value)]
@@ -129,5 +137,9 @@ def _pack(value, name, tensors):
 
 def _unpack(value, tensors):
     if isinstance(value, dict):
-        return tensors[value["tensor"]] if "tensor" in value else {key: _unpack(inner, tensors) for key, inner in value["pairs"]}
+        return (
+            tensors[value["tensor"]]
+            if "tensor" in value
+            else {key: _unpack(inner, tensors) for key, inner in value["pairs"]}
+        )
     return [_unpack(inner, tensors) for inner in value] if isinstance(value, list) else value

@@ -21,7 +21,7 @@ def feature_loss(student_features, teacher_features, outlier=2.0):
     Source: TinyFusion (Fang et al. 2024), masked representation distillation.
     """
     student_features, teacher_features = student_features.float(), teacher_features.float()
-    scale = teacher_features.square().mean((1, 2), keepdim=True).clamp(min=1e-8).rsqrt()     # (B, 1, 1)
+    scale = teacher_features.square().mean((1, 2), keepdim=True).clamp(min=1e-8).rsqrt()  # (B, 1, 1)
     typical = (teacher_features * scale).abs() <= outlier
     error = ((student_features - teacher_features) * scale).square() * typical
     return error.sum((1, 2)) / typical.sum((1, 2)).clamp(min=1)
@@ -46,8 +46,9 @@ def distribution_matching_loss(sample, noisy, noise_level, teacher_velocity, cri
     reaches `sample` only: what the critic sees minus what the teacher sees, over the sample's mean distance from the latter.
     Source: DMD (Yin et al. 2023), equations 7 and 8, in float32.
     """
-    teacher_clean, critic_clean = (clean_from(noisy, velocity.float(), noise_level)
-                                   for velocity in (teacher_velocity, critic_velocity))
+    teacher_clean, critic_clean = (
+        clean_from(noisy, velocity.float(), noise_level) for velocity in (teacher_velocity, critic_velocity)
+    )
     distance = (sample.detach() - teacher_clean).abs().flatten(1).mean(1).clamp(min=1e-6).view(-1, 1, 1, 1)
     aim = sample.detach() - (critic_clean - teacher_clean) / distance
     return 0.5 * (sample - aim.detach()).square().flatten(1).mean(1)

@@ -21,17 +21,25 @@ def prompt_accuracy(draw, captions, world=shapes):
     """
     scenes = [world.read_caption(caption) for caption in captions]
     if None in scenes:
-        raise ValueError(f"{captions[scenes.index(None)]!r}: not a caption of {world.__name__}, which alone its judge can read. "
-                         f"Take captions from {world.__name__}.captions().")
+        raise ValueError(
+            f"{captions[scenes.index(None)]!r}: not a caption of {world.__name__}, which alone its judge can read. "
+            f"Take captions from {world.__name__}.captions()."
+        )
     began = time.perf_counter()
     pictures = draw(captions)
     seconds = (time.perf_counter() - began) / len(captions)
     verdicts = [world.judge(picture, scene) for picture, scene in zip(pictures, scenes)]
     counts = np.array([len(scene.objects) for scene in scenes])
     whole = np.array([verdict["whole"] for verdict in verdicts])
-    figures = {"accuracy": whole.mean(), "accuracy_one": whole[counts == 1].mean() if (counts == 1).any() else None,
-               "accuracy_two": whole[counts == 2].mean() if (counts == 2).any() else None, "seconds": seconds}
-    figures |= {name: np.mean([verdict[name] for verdict in verdicts]) for name in verdicts[0] if name != "whole"}
+    figures = {
+        "accuracy": whole.mean(),
+        "accuracy_one": whole[counts == 1].mean() if (counts == 1).any() else None,
+        "accuracy_two": whole[counts == 2].mean() if (counts == 2).any() else None,
+        "seconds": seconds,
+    }
+    figures |= {
+        name: np.mean([verdict[name] for verdict in verdicts]) for name in verdicts[0] if name != "whole"
+    }
     return {name: None if value is None else round(float(value), 4) for name, value in figures.items()}
 
 
@@ -45,8 +53,13 @@ def compare(draw_teacher, draw_student, num_steps, captions, world=shapes):
     teacher = prompt_accuracy(draw_teacher, captions, world)
     students = {str(count): prompt_accuracy(draw, captions, world) for count, draw in draw_student.items()}
     student = students[str(num_steps)]
-    return {"captions": len(captions), "prompt_accuracy": {"teacher": teacher["accuracy"], "student": student["accuracy"]},
-            "teacher": teacher, "student": student, "student_by_steps": students}
+    return {
+        "captions": len(captions),
+        "prompt_accuracy": {"teacher": teacher["accuracy"], "student": student["accuracy"]},
+        "teacher": teacher,
+        "student": student,
+        "student_by_steps": students,
+    }
 
 
 def variety(pictures_by_seed):
@@ -68,16 +81,22 @@ def likeness(latents, pictures, by_seed, teacher_latents, teacher_pictures, teac
     over the teacher's.
     """
     error = (latents - teacher_latents).square().mean() / teacher_latents.var(dim=0).mean()
-    return {"picture_error": float(error), "channel_drift": channel_drift(latents, teacher_latents),
-            "saturation": saturation(pictures) / max(saturation(teacher_pictures), 1e-6),
-            "variety": variety(by_seed) / max(variety(teacher_by_seed), 1e-6)}
+    return {
+        "picture_error": float(error),
+        "channel_drift": channel_drift(latents, teacher_latents),
+        "saturation": saturation(pictures) / max(saturation(teacher_pictures), 1e-6),
+        "variety": variety(by_seed) / max(variety(teacher_by_seed), 1e-6),
+    }
 
 
 def beyond_guards(figures):
     """Return what figures of likeness() lie beyond GUARDS, in words."""
-    return [f"{name.replace('channel', 'colour').replace('_', ' ')} {figures[name]:.2f}, "
-            f"{f'at least {lowest:g}' if figures[name] < lowest else f'at most {highest:g}'}"
-            for name, (lowest, highest) in GUARDS.items() if not lowest <= figures[name] <= highest]
+    return [
+        f"{name.replace('channel', 'colour').replace('_', ' ')} {figures[name]:.2f}, "
+        f"{f'at least {lowest:g}' if figures[name] < lowest else f'at most {highest:g}'}"
+        for name, (lowest, highest) in GUARDS.items()
+        if not lowest <= figures[name] <= highest
+    ]
 
 
 def channel_drift(latents, teacher_latents):
@@ -107,11 +126,17 @@ def frechet_distance(pictures, others, width=32):
     Features are `width` channels of two seeded random convolutions with ReLU, averaged over the picture. Shapes: (B, h, w, 3).
     Source of the distance: Dowson and Landau 1982.
     """
-    (mean, covariance), (other_mean, other_covariance) = (_moments(_random_features(each, width)) for each in (pictures, others))
+    (mean, covariance), (other_mean, other_covariance) = (
+        _moments(_random_features(each, width)) for each in (pictures, others)
+    )
     values, vectors = np.linalg.eigh(covariance)
     root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-    overlap = np.sqrt(np.linalg.eigvalsh(root @ other_covariance @ root).clip(min=0)).sum()    # trace of the product's root
-    return float(np.square(mean - other_mean).sum() + np.trace(covariance) + np.trace(other_covariance) - 2 * overlap)
+    overlap = np.sqrt(
+        np.linalg.eigvalsh(root @ other_covariance @ root).clip(min=0)
+    ).sum()  # trace of the product's root
+    return float(
+        np.square(mean - other_mean).sum() + np.trace(covariance) + np.trace(other_covariance) - 2 * overlap
+    )
 
 
 def _moments(features):
@@ -123,5 +148,7 @@ def _random_features(pictures, width):
     states = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     for channels, size in ((24, 5), (width, 3)):
         kernel = torch.randn(channels, states.shape[1], size, size, generator=generator)
-        states = functional.relu(functional.conv2d(states, kernel / kernel[0].numel() ** 0.5, stride=2, padding=size // 2))
+        states = functional.relu(
+            functional.conv2d(states, kernel / kernel[0].numel() ** 0.5, stride=2, padding=size // 2)
+        )
     return states.mean((2, 3)).double().numpy()

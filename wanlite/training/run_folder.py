@@ -20,11 +20,23 @@ from pathlib import Path
 from ..files.atomic import MANIFEST, new_folder, why_broken, write_json
 
 PARTS = ("tokenizer", "text_encoder", "vae")
-RESULTS = (*PARTS, "scheduler", "checkpoints/step-*", "checkpoints/.step-*", "samples/step-*.png", "logs", "config.json",
-           "diffusion_pytorch_model.safetensors", "model_index.json", "metrics.jsonl", "README.md")   # what clear() removes
+RESULTS = (
+    *PARTS,
+    "scheduler",
+    "checkpoints/step-*",
+    "checkpoints/.step-*",
+    "samples/step-*.png",
+    "logs",
+    "config.json",
+    "diffusion_pytorch_model.safetensors",
+    "model_index.json",
+    "metrics.jsonl",
+    "README.md",
+)  # what clear() removes
 
 
 # ---- a run --------------------------------------------------------------------------------------------------------------
+
 
 def read_run(folder):
     """Return run.json as a dict, or an empty one where there is none."""
@@ -36,13 +48,19 @@ def read_run(folder):
         if not isinstance(run, dict):
             raise ValueError(f"it holds a {type(run).__name__}, expected an object")
     except (ValueError, RecursionError) as error:
-        raise OSError(f"{path}: cannot be read ({error}). Copy it again; of a run to be made, move the folder away.") from None
+        raise OSError(
+            f"{path}: cannot be read ({error}). Copy it again; of a run to be made, move the folder away."
+        ) from None
     return run
 
 
 def picture_size(resolution):
     """Return (width, height) in pixels of what a run calls its resolution: one number, or [width, height]."""
-    return tuple(resolution) if isinstance(resolution, list) and len(resolution) == 2 else (resolution, resolution)
+    return (
+        tuple(resolution)
+        if isinstance(resolution, list) and len(resolution) == 2
+        else (resolution, resolution)
+    )
 
 
 def check_output_folder(folder, settings, overwrite=False, resume=True):
@@ -55,23 +73,34 @@ def check_output_folder(folder, settings, overwrite=False, resume=True):
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file, expected a folder to write to. Name another --output_dir.")
-    if not folder.exists() or all(path.name == "cache" or path.name.startswith(".run.json.") for path in folder.iterdir()):
-        return "new"                                         # a start projected, nothing trained; killed as it said its settings
+    if not folder.exists() or all(
+        path.name == "cache" or path.name.startswith(".run.json.") for path in folder.iterdir()
+    ):
+        return "new"  # a start projected, nothing trained; killed as it said its settings
     run = read_run(folder)
     if not isinstance(run.get("settings"), dict):
-        raise ValueError(f"{folder}: holds files that are no run of this script. Name an empty or a new --output_dir.")
+        raise ValueError(
+            f"{folder}: holds files that are no run of this script. Name an empty or a new --output_dir."
+        )
     if overwrite:
         return "new"
     if run.get("finished"):
-        raise ValueError(f"{folder}: holds a finished run. To train it further, add --student {shlex.quote(str(folder))} and name "
-                         "another --output_dir; to replace it, add --overwrite.")
+        raise ValueError(
+            f"{folder}: holds a finished run. To train it further, add --student {shlex.quote(str(folder))} and name "
+            "another --output_dir; to replace it, add --overwrite."
+        )
     if not resume or run.get("projected_only"):
         return "new"
-    changed = {name: (run["settings"].get(name), value) for name, value in settings.items()
-               if run["settings"].get(name) != value}
+    changed = {
+        name: (run["settings"].get(name), value)
+        for name, value in settings.items()
+        if run["settings"].get(name) != value
+    }
     if changed:
         told = ", ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
-        raise ValueError(f"{folder}: holds a run cut short under other settings ({told}). Use the same, or add --overwrite.")
+        raise ValueError(
+            f"{folder}: holds a run cut short under other settings ({told}). Use the same, or add --overwrite."
+        )
     return "resume"
 
 
@@ -79,23 +108,33 @@ def fitted_before(folder):
     """Return what a run that was cut short had chosen for its machine."""
     run = read_run(folder)
     if not isinstance(run.get("fitted"), dict):
-        raise ValueError(f"{folder}: holds a run cut short by an older version, which took other steps. Add --overwrite to start "
-                         "again.")
+        raise ValueError(
+            f"{folder}: holds a run cut short by an older version, which took other steps. Add --overwrite to start "
+            "again."
+        )
     return run["fitted"]
 
 
 def check_resumable(folder, run, say):
     """Refuse to resume where teacher, prompts or the number of processes are others; other versions are told."""
     earlier = read_run(folder)
-    for name, meaning in (("teacher", "--teacher holds other weights"), ("prompts", "the prompts are others"),
-                          ("images", "the images are others"),
-                          ("processes", "the number of processes is another")):
+    for name, meaning in (
+        ("teacher", "--teacher holds other weights"),
+        ("prompts", "the prompts are others"),
+        ("images", "the images are others"),
+        ("processes", "the number of processes is another"),
+    ):
         if earlier.get(name, run.get(name)) != run.get(name):
-            raise ValueError(f"{folder}: holds a run cut short, and {meaning} than it had ({earlier[name]}, now {run[name]}): it "
-                             "would not end as it would have. Resume it with the same, or add --overwrite.")
+            raise ValueError(
+                f"{folder}: holds a run cut short, and {meaning} than it had ({earlier[name]}, now {run[name]}): it "
+                "would not end as it would have. Resume it with the same, or add --overwrite."
+            )
     versions = earlier["versions"] if isinstance(earlier.get("versions"), dict) else {}
-    if changed := [f"{name} {version}, now {run['versions'][name]}" for name, version in versions.items()
-                   if run["versions"].get(name) not in (None, version)]:
+    if changed := [
+        f"{name} {version}, now {run['versions'][name]}"
+        for name, version in versions.items()
+        if run["versions"].get(name) not in (None, version)
+    ]:
         say(f"resumed under other versions ({', '.join(changed)}): the last bits of the weights may differ")
 
 
@@ -111,7 +150,7 @@ def clear(folder):
             else:
                 entry.unlink()
     for name in ("checkpoints", "samples"):
-        with suppress(OSError):                              # not there, or not empty: what somebody put there stays
+        with suppress(OSError):  # not there, or not empty: what somebody put there stays
             (Path(folder) / name).rmdir()
 
 
@@ -129,11 +168,20 @@ def save_parts(folder, parts_folder, scheduler):
     scheduler.save_pretrained(folder / "scheduler")
     index = parts_folder / "model_index.json"
     tokenizer = json.loads(index.read_text(encoding="utf-8")).get("tokenizer") if index.is_file() else None
-    write_json(folder / "model_index.json", {
-        "_class_name": "WanPipeline", "boundary_ratio": None, "expand_timesteps": False,
-        "tokenizer": tokenizer or ["transformers", "T5TokenizerFast"], "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "vae": ["diffusers", "AutoencoderKLWan"], "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-        "transformer": ["diffusers", "WanTransformer3DModel"], "transformer_2": [None, None]})
+    write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": "WanPipeline",
+            "boundary_ratio": None,
+            "expand_timesteps": False,
+            "tokenizer": tokenizer or ["transformers", "T5TokenizerFast"],
+            "text_encoder": ["transformers", "UMT5EncoderModel"],
+            "vae": ["diffusers", "AutoencoderKLWan"],
+            "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+            "transformer": ["diffusers", "WanTransformer3DModel"],
+            "transformer_2": [None, None],
+        },
+    )
 
 
 def _write_index(weights):
@@ -146,8 +194,13 @@ def _write_index(weights):
         return
     with open(weights, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    write_json(index, {"metadata": {"total_size": weights.stat().st_size},
-                       "weight_map": dict.fromkeys(sorted(header.keys() - {"__metadata__"}), weights.name)})
+    write_json(
+        index,
+        {
+            "metadata": {"total_size": weights.stat().st_size},
+            "weight_map": dict.fromkeys(sorted(header.keys() - {"__metadata__"}), weights.name),
+        },
+    )
 
 
 def _copy_files(source, target):
@@ -163,8 +216,10 @@ def check_saved_parts(folder):
     """Refuse a saved student's folder whose parts are missing or not as they were written; sizes are compared."""
     folder = Path(folder)
     if missing := [part for part in ("scheduler", *PARTS) if not (folder / part).is_dir()]:
-        raise OSError(f"{folder}: lacks {', '.join(missing)}; expected a folder that train_distillation.py finished. Beside a "
-                      "student that was saved alone, put these of its run.")
+        raise OSError(
+            f"{folder}: lacks {', '.join(missing)}; expected a folder that train_distillation.py finished. Beside a "
+            "student that was saved alone, put these of its run."
+        )
     if not (folder / "scheduler" / "scheduler_config.json").is_file():
         raise OSError(f"{folder / 'scheduler'}: lacks scheduler_config.json. Copy the folder again.")
     for part in PARTS:
@@ -174,14 +229,19 @@ def check_saved_parts(folder):
 
 def write_model_card(folder, settings, few_steps, results, drawing):
     """Write the run's README.md: what the model is, how good it measured, and `drawing`, the command that draws with it."""
-    measured = "".join(f"- {name}: {value}\n" for name, value in results.items() if not isinstance(value, dict))
-    measured += "".join(f"- accuracy of the {name}: {value}, on {results['captions']} captions\n"
-                        for name, value in results.get("prompt_accuracy", {}).items())
+    measured = "".join(
+        f"- {name}: {value}\n" for name, value in results.items() if not isinstance(value, dict)
+    )
+    measured += "".join(
+        f"- accuracy of the {name}: {value}, on {results['captions']} captions\n"
+        for name, value in results.get("prompt_accuracy", {}).items()
+    )
     measured = f"Measured on held-out prompts:\n\n{measured}" if results else ""
     made = "projected, and not yet trained," if settings.project_only else "distilled"
     width, height = picture_size(settings.resolution)
     said = f" It was trained for {' or '.join(map(str, few_steps))} steps." if few_steps else ""
-    (Path(folder) / "README.md").write_text(f"""---
+    (Path(folder) / "README.md").write_text(
+        f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
 ---
@@ -200,7 +260,9 @@ With stock diffusers, no code of this project:
     frames = pipeline("...", height={height}, width={width}, num_frames=1, guidance_scale=1.0,
                       num_inference_steps={settings.num_inference_steps}, output_type="pil").frames
 
-{measured}""", encoding="utf-8")
+{measured}""",
+        encoding="utf-8",
+    )
 
 
 class MetricsLog:
@@ -212,11 +274,15 @@ class MetricsLog:
     def __init__(self, path, step):
         self.path, self.seconds = Path(path), 0.0
         kept = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if step and self.path.exists() else ():
+        for line in (
+            self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if step and self.path.exists()
+            else ()
+        ):
             try:
                 record = json.loads(line)
             except ValueError:
-                continue                                      # the last line of a run that was killed
+                continue  # the last line of a run that was killed
             if isinstance(record, dict) and record.get("step", 0) <= step:
                 kept.append(line)
                 self.seconds = record.get("seconds", self.seconds)

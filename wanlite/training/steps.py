@@ -14,8 +14,8 @@ from torch import nn
 
 from .losses import distribution_matching_loss, feature_loss, more_varied, velocity_loss
 
-TOGETHER = 65536    # image tokens of a pass while a student is looked at: 64 pictures of 512 x 512
-MATCHED = 4     # one row in so many of a micro-batch is matched; every row anchors
+TOGETHER = 65536  # image tokens of a pass while a student is looked at: 64 pictures of 512 x 512
+MATCHED = 4  # one row in so many of a micro-batch is matched; every row anchors
 
 
 @dataclass
@@ -24,27 +24,40 @@ class Networks:
 
     student: nn.Module
     feature_head: nn.Module
-    block: int                   # whose token states are compared
-    guided: Callable             # TextTokens -> the guided teacher's velocity of (latents, timestep)
-    plain: Callable              # the same without guidance
-    few: Callable                # flow.FewSteps
+    block: int  # whose token states are compared
+    guided: Callable  # TextTokens -> the guided teacher's velocity of (latents, timestep)
+    plain: Callable  # the same without guidance
+    few: Callable  # flow.FewSteps
     critic: nn.Module | None = None
     critic_optimizers: list = field(default_factory=list)
 
 
 def velocity_step(networks, settings, batch, text, progress, generator):
     """Stage 1: the guided velocity at the teacher's states, and its token states while these help."""
-    velocity, (states,) = networks.student(batch["latents"].float(), batch["timestep"], text.tokens,
-                                           text_logit_bias=text.logit_bias, feature_blocks=(networks.block,), return_dict=False)
+    velocity, (states,) = networks.student(
+        batch["latents"].float(),
+        batch["timestep"],
+        text.tokens,
+        text_logit_bias=text.logit_bias,
+        feature_blocks=(networks.block,),
+        return_dict=False,
+    )
     velocity_part = velocity_loss(velocity, batch["velocity"]).mean()
     feature_part = feature_loss(networks.feature_head(states.float()), batch["features"]).mean()
     weight = settings.feature_weight * (1 - progress)
-    return velocity_part + weight * feature_part, {"velocity_loss": velocity_part, "feature_loss": feature_part}
+    return velocity_part + weight * feature_part, {
+        "velocity_loss": velocity_part,
+        "feature_loss": feature_part,
+    }
 
 
 def segment_step(networks, settings, batch, text, progress, generator):
     """Stage 2a: from where few steps stop, the average velocity to the teacher's picture, or from noise to a more varied one."""
-    target = vary(networks, settings.variety_gain, batch, text, generator) if settings.variety_gain else batch["velocity"]
+    target = (
+        vary(networks, settings.variety_gain, batch, text, generator)
+        if settings.variety_gain
+        else batch["velocity"]
+    )
     velocity = velocity_from(networks.student, text)(batch["latents"].float(), batch["timestep"])
     segment_part = velocity_loss(velocity, target).mean()
     return segment_part, {"segment_loss": segment_part}
@@ -57,7 +70,9 @@ def vary(networks, gain, batch, text, generator):
     target, noise_level = batch["velocity"].float(), batch["noise_level"][rows]
     with torch.no_grad():
         velocity = velocity_from(networks.student, text.rows(rows))(noise, batch["timestep"][rows])
-    return target.index_copy(0, rows, more_varied(target[rows], batch["picture"][rows], noise, velocity, noise_level, gain))
+    return target.index_copy(
+        0, rows, more_varied(target[rows], batch["picture"][rows], noise, velocity, noise_level, gain)
+    )
 
 
 def matching_step(networks, settings, batch, text, progress, generator):
@@ -74,12 +89,16 @@ def matching_step(networks, settings, batch, text, progress, generator):
             drawn = draw(networks, text, generator, latent_shape)
         parts["critic_loss"] = update_critic(networks, settings, drawn, text, generator)
     drawn = draw(networks, text, generator, latent_shape)
-    for name, here, there in (("guidance", networks.guided, networks.plain),
-                              ("critic", networks.plain, partial(velocity_from, networks.critic))):
+    for name, here, there in (
+        ("guidance", networks.guided, networks.plain),
+        ("critic", networks.plain, partial(velocity_from, networks.critic)),
+    ):
         noisy, _, timestep, noise_level = networks.few.renoise(drawn, generator, is_one_level=True)
         with torch.no_grad():
             towards, from_there = (maker(text)(noisy, timestep) for maker in (here, there))
-        parts[f"{name}_push"] = distribution_matching_loss(drawn, noisy, noise_level, towards, from_there).mean()
+        parts[f"{name}_push"] = distribution_matching_loss(
+            drawn, noisy, noise_level, towards, from_there
+        ).mean()
     matching = parts["guidance_push"] + parts["critic_push"]
     return matching + settings.anchor_weight * anchor, parts
 
@@ -107,18 +126,29 @@ def draw(networks, text, generator, latent_shape=None):
 
 def velocity_from(network, text):
     """Return a student's, or a critic's, velocity as a function of (latents, timestep); guidance is baked into it."""
-    return lambda latents, timestep: network(latents, timestep, text.tokens, text_logit_bias=text.logit_bias,
-                                             return_dict=False)[0]
+    return lambda latents, timestep: network(
+        latents, timestep, text.tokens, text_logit_bias=text.logit_bias, return_dict=False
+    )[0]
 
 
 def velocity_in_parts(network, text):
     """As velocity_from(), but TOGETHER image tokens at a time: all rows of large pictures would fill the memory."""
+
     def velocity_of(latents, timestep):
         tokens = latents.shape[-2] * latents.shape[-1] // math.prod(network.config.patch_size)
         rows = max(1, TOGETHER // tokens)
-        return torch.cat([velocity_from(network, text.rows(part))(latents[part], timestep[part])
-                          for part in (slice(start, start + rows) for start in range(0, len(latents), rows))])
+        return torch.cat(
+            [
+                velocity_from(network, text.rows(part))(latents[part], timestep[part])
+                for part in (slice(start, start + rows) for start in range(0, len(latents), rows))
+            ]
+        )
+
     return velocity_of
 
 
-STEPS = {"velocity": velocity_step, "segments": segment_step, "matching": matching_step}     # by the names of preflight.PARTS
+STEPS = {
+    "velocity": velocity_step,
+    "segments": segment_step,
+    "matching": matching_step,
+}  # by the names of preflight.PARTS

@@ -22,7 +22,7 @@ from ..teacher.checkpoint import sampled_digest
 from ..teacher.components import convert_parts, find_parts, is_converted
 from .steps import velocity_in_parts
 
-FIRST_SEED, SEEDS_A_RUN = 10**12, 10**7      # of training walks, and how far those of two runs are apart
+FIRST_SEED, SEEDS_A_RUN = 10**12, 10**7  # of training walks, and how far those of two runs are apart
 
 
 def open_parts(settings, accelerator):
@@ -31,10 +31,16 @@ def open_parts(settings, accelerator):
     found = find_parts(settings.teacher)
     if all(is_converted(found, part) for part in found):
         return Path(settings.teacher)
-    files = [path for place in found.values() for path in ([place] if place.is_file() else sorted(place.rglob("*")))
-             if path.is_file()]
+    files = [
+        path
+        for place in found.values()
+        for path in ([place] if place.is_file() else sorted(place.rglob("*")))
+        if path.is_file()
+    ]
     with accelerator.main_process_first():
-        folder = cache_folder(settings.cache_dir, "parts", files=sampled_digest(("part", path) for path in files))
+        folder = cache_folder(
+            settings.cache_dir, "parts", files=sampled_digest(("part", path) for path in files)
+        )
     if accelerator.is_main_process:
         with in_turn(folder, accelerator.print):
             convert_parts(found, folder, accelerator.print)
@@ -46,13 +52,21 @@ class Words:
     """Prompts' embeddings (L, T), each made once by the text encoder in `parts_folder`; `said_by` is that encoder's digest."""
 
     def __init__(self, accelerator, parts_folder, cache_dir, prompts):
-        self.said_by = sampled_digest(("part", path) for part in ("text_encoder", "tokenizer")
-                                      for path in sorted((parts_folder / part).iterdir()) if path.is_file())
+        self.said_by = sampled_digest(
+            ("part", path)
+            for part in ("text_encoder", "tokenizer")
+            for path in sorted((parts_folder / part).iterdir())
+            if path.is_file()
+        )
         with accelerator.main_process_first():
-            folder = cache_folder(cache_dir, "text", encoder=self.said_by, length=TEXT_LENGTH, prompts=prompts)
-        self.embeddings = encode_once(accelerator, lazy_encoder(parts_folder, accelerator.device), prompts, folder)
+            folder = cache_folder(
+                cache_dir, "text", encoder=self.said_by, length=TEXT_LENGTH, prompts=prompts
+            )
+        self.embeddings = encode_once(
+            accelerator, lazy_encoder(parts_folder, accelerator.device), prompts, folder
+        )
         full = [prompt for prompt, embedding in self.embeddings.items() if len(embedding) == TEXT_LENGTH]
-        if full and accelerator.is_main_process:             # the cache holds what was cut as well
+        if full and accelerator.is_main_process:  # the cache holds what was cut as well
             tell_cut(load_tokenizer(Path(parts_folder) / "tokenizer"), full, print)
 
     def __getitem__(self, prompt):
@@ -71,18 +85,40 @@ class Lessons:
     """
 
     def __init__(self, accelerator, settings, teacher, words, training, held_out, latent_shapes, width, pace):
-        self.accelerator, self.settings, self.words, self.training, self.held_out = accelerator, settings, words, training, held_out
+        self.accelerator, self.settings, self.words, self.training, self.held_out = (
+            accelerator,
+            settings,
+            words,
+            training,
+            held_out,
+        )
         self.validated = choose_validated(training, held_out)
         self.latent_shape, *self.buckets = latent_shapes
         self.width, self.scheduler = width, make_scheduler(settings.flow_shift)
         self.first_seed = FIRST_SEED + settings.seed * SEEDS_A_RUN
-        negative, without = words[settings.negative_prompt], replace(settings, guidance_scale=1.0, guidance_scale_2=1.0)
-        self.guided, self.plain = (pace.timed(teacher_velocity(teacher, each, negative)) for each in (settings, without))
-        self.walker = Walker(accelerator, self._guided_for, self.scheduler, settings.teacher_steps,
-                             in_step=teacher.residency == "sharded")
-        self.made_of = {"teacher": teacher.files.fingerprint, "negative_prompt": settings.negative_prompt,
-                        "shift": settings.flow_shift, "guidance": (settings.guidance_scale, settings.guidance_scale_2),
-                        "steps": settings.teacher_steps, "text": (words.said_by, TEXT_LENGTH), "features": width}
+        negative, without = (
+            words[settings.negative_prompt],
+            replace(settings, guidance_scale=1.0, guidance_scale_2=1.0),
+        )
+        self.guided, self.plain = (
+            pace.timed(teacher_velocity(teacher, each, negative)) for each in (settings, without)
+        )
+        self.walker = Walker(
+            accelerator,
+            self._guided_for,
+            self.scheduler,
+            settings.teacher_steps,
+            in_step=teacher.residency == "sharded",
+        )
+        self.made_of = {
+            "teacher": teacher.files.fingerprint,
+            "negative_prompt": settings.negative_prompt,
+            "shift": settings.flow_shift,
+            "guidance": (settings.guidance_scale, settings.guidance_scale_2),
+            "steps": settings.teacher_steps,
+            "text": (words.said_by, TEXT_LENGTH),
+            "features": width,
+        }
 
     def _guided_for(self, prompts, features):
         return self.guided(self.words.pack(prompts).to(self.accelerator.device), features)
@@ -97,23 +133,31 @@ class Lessons:
 
     def find_basis(self):
         """Find the directions that token states are kept in, on walks of a few training prompts."""
-        prompts = self.training[:self.settings.validation_walks]
+        prompts = self.training[: self.settings.validation_walks]
         folder = self._kept_in("basis", prompts=prompts, latents=self.latent_shape)
         self.walker.find_basis(folder, prompts, self.latent_shape, self.width)
 
     def walk_training(self, num_walks):
         """Walk from noise to picture `num_walks` times, as often in each bucket; returns the Trajectories by bucket."""
-        self.walks = [(number, self.training[number], self.first_seed + n)
-                      for n, number in enumerate(n % len(self.training) for n in range(num_walks))]
-        return [self._walk(*bucket) for bucket in zip(deal_out(self.walks, len(self.buckets), self.settings.seed), self.buckets)]
+        self.walks = [
+            (number, self.training[number], self.first_seed + n)
+            for n, number in enumerate(n % len(self.training) for n in range(num_walks))
+        ]
+        return [
+            self._walk(*bucket)
+            for bucket in zip(deal_out(self.walks, len(self.buckets), self.settings.seed), self.buckets)
+        ]
 
     def walk_validated(self):
         """Walk the prompts of validations; returns Trajectories of one seed each, and of a few prompts from several seeds each."""
         looks, several = count_looks(self.settings.validation_walks, len(self.validated))
-        prompts = self.validated[:self.settings.validation_walks]
+        prompts = self.validated[: self.settings.validation_walks]
         once = [(n % len(prompts), prompts[n % len(prompts)], self.first_seed - 1 - n) for n in range(looks)]
-        by_seed = [(n, prompt, self.first_seed - 1000 - seed)
-                   for n, prompt in enumerate(prompts[:several]) for seed in range(several)]
+        by_seed = [
+            (n, prompt, self.first_seed - 1000 - seed)
+            for n, prompt in enumerate(prompts[:several])
+            for seed in range(several)
+        ]
         return self._walk(once, self.latent_shape), self._walk(by_seed, self.latent_shape)
 
     def _walk(self, walks, latents):
@@ -122,19 +166,29 @@ class Lessons:
     def ask_at_images(self, images, sizes, autoencoder):
         """Ask what the teacher says at captioned images, noised; returns Trajectories by bucket, None where there are no images of
         its size (width, height)."""
-        return [self._ask_at_images(images, *bucket, autoencoder) if bucket[0] in {image.size for image in images} else None
-                for bucket in zip(sizes, self.buckets)]
+        return [
+            self._ask_at_images(images, *bucket, autoencoder)
+            if bucket[0] in {image.size for image in images}
+            else None
+            for bucket in zip(sizes, self.buckets)
+        ]
 
     def _ask_at_images(self, images, size, latents, autoencoder):
         number_of = {prompt: number for number, prompt in enumerate(self.training)}
         found = {image.sha256: image for image in images if image.size == size}
-        asked = [(number_of[image.caption], image.caption, self.first_seed - 10**6 - n, image.sha256)
-                 for n, image in enumerate(images) if image.size == size]
+        asked = [
+            (number_of[image.caption], image.caption, self.first_seed - 10**6 - n, image.sha256)
+            for n, image in enumerate(images)
+            if image.size == size
+        ]
 
         def latents_of(digests):
             pictures = np.stack([read_picture(found[sha256]) for sha256 in digests])
             return encode_images(autoencoder, to_pixels(pictures).to(self.accelerator.device))
-        return self.walker.ask_at_pictures(self._kept_in("images", asked=asked, latents=latents), asked, latents_of)
+
+        return self.walker.ask_at_pictures(
+            self._kept_in("images", asked=asked, latents=latents), asked, latents_of
+        )
 
     def walk_own_path(self, student, digest, few, first, is_past):
         """Go with `student`, whose weights have this digest, to where its few steps stop, and on with the teacher; returns the
@@ -145,33 +199,61 @@ class Lessons:
         """
         if not self.settings.own_path_pictures or not few.stops:
             return [None] * len(self.buckets)
-        paths = [(*self.walks[n % len(self.walks)], *few.stops[n % len(few.stops)])
-                 for n in range(first, first + self.settings.own_path_pictures)]
+        paths = [
+            (*self.walks[n % len(self.walks)], *few.stops[n % len(few.stops)])
+            for n in range(first, first + self.settings.own_path_pictures)
+        ]
         found = []
         for its_paths, latents in zip(deal_out(paths, len(self.buckets), self.settings.seed), self.buckets):
-            folder = self._kept_in("own-path", Path(self.settings.output_dir) / "cache", paths=its_paths, latents=latents,
-                                   student=digest)
+            folder = self._kept_in(
+                "own-path",
+                Path(self.settings.output_dir) / "cache",
+                paths=its_paths,
+                latents=latents,
+                student=digest,
+            )
             if is_past and not any(folder.glob("shard-*")):
-                raise OSError(f"{folder}: the states that the student met at step {first} are gone, and it is past that step. Put "
-                              "them back, or add --overwrite to start again.")
-            found.append(self.walker.walk_own_path(folder, its_paths, latents, lambda prompts: velocity_in_parts(
-                student, self.words.pack(prompts).to(self.accelerator.device)), few.scheduler))
+                raise OSError(
+                    f"{folder}: the states that the student met at step {first} are gone, and it is past that step. Put "
+                    "them back, or add --overwrite to start again."
+                )
+            found.append(
+                self.walker.walk_own_path(
+                    folder,
+                    its_paths,
+                    latents,
+                    lambda prompts: velocity_in_parts(
+                        student, self.words.pack(prompts).to(self.accelerator.device)
+                    ),
+                    few.scheduler,
+                )
+            )
         return found
 
 
 def teacher_velocity(teacher, settings, negative):
     """Return the guided teacher as a maker of velocity functions of (latents, timestep); see examiner.draw_pictures."""
+
     def velocity_for(text, features=None):
         unwanted = pack_text([negative] * len(text.tokens)).to(text.tokens.device)
         blocks = () if features is None else (feature_block(teacher.config["num_layers"]),)
 
         def velocity_of(latents, timestep):
-            velocity, states = teacher.velocity(latents, timestep, text, unwanted, settings.guidance_scale,
-                                                settings.guidance_scale_2, feature_blocks=blocks)
+            velocity, states = teacher.velocity(
+                latents,
+                timestep,
+                text,
+                unwanted,
+                settings.guidance_scale,
+                settings.guidance_scale_2,
+                feature_blocks=blocks,
+            )
             if features is not None:
                 features.append(states[0])
             return velocity
+
         return velocity_of
+
     return velocity_for
 
 

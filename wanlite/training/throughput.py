@@ -45,22 +45,31 @@ class Pace:
 
     def count(self, network):
         """Count the operations of every pass of a network from now on; one with a gradient is thrice a pass, there and back."""
+
         def counted(_, arguments, named, __):
             latents, _, text = arguments
-            tokens = latents.shape[-2] * latents.shape[-1] // (network.config.patch_size[1] * network.config.patch_size[2])
+            tokens = (
+                latents.shape[-2]
+                * latents.shape[-1]
+                // (network.config.patch_size[1] * network.config.patch_size[2])
+            )
             once = pass_operations(network.config, len(latents), tokens, text.shape[1])
             self.operations += once * (3 if torch.is_grad_enabled() else 1)
+
         network.register_forward_hook(counted, with_kwargs=True)
 
     def timed(self, velocity_for):
         """Return the same maker of velocity functions; the time in these is the teacher's."""
+
         def timed_for(*arguments):
             velocity_of = velocity_for(*arguments)
 
             def timed_velocity(latents, timestep):
                 with self._teaching(len(latents)):
                     return velocity_of(latents, timestep)
+
             return timed_velocity
+
         return timed_for
 
     @contextmanager
@@ -87,18 +96,33 @@ class Pace:
         operations make up, without those that checkpointing repeats.
         """
         seconds = max(time.perf_counter() - self.began, 1e-9)
-        found = {"images_per_second": self.ranks * self.states / seconds, "teacher_share": self._taught() / seconds,
-                 "data_wait_share": self.waited / seconds, "memory_peak_gb": self._peak() / 1e9,
-                 "model_flops_utilisation": self.operations / (seconds * self.rate)}
+        found = {
+            "images_per_second": self.ranks * self.states / seconds,
+            "teacher_share": self._taught() / seconds,
+            "data_wait_share": self.waited / seconds,
+            "memory_peak_gb": self._peak() / 1e9,
+            "model_flops_utilisation": self.operations / (seconds * self.rate),
+        }
         self.restart()
         return {name: float(f"{value:.4g}") for name, value in found.items()}
 
     def walk_figures(self, num_steps):
         """Return how fast the teacher walked trajectories of so many steps, and restart(); nothing where it was not asked."""
-        seconds, walked, taught = time.perf_counter() - self.began, self.ranks * self.asked / num_steps, self._taught()
+        seconds, walked, taught = (
+            time.perf_counter() - self.began,
+            self.ranks * self.asked / num_steps,
+            self._taught(),
+        )
         self.restart()
-        return {"walked": round(walked), "walks_per_second": round(walked / seconds, 4),
-                "walk_teacher_share": round(taught / seconds, 4)} if walked else {}
+        return (
+            {
+                "walked": round(walked),
+                "walks_per_second": round(walked / seconds, 4),
+                "walk_teacher_share": round(taught / seconds, 4),
+            }
+            if walked
+            else {}
+        )
 
     def _taught(self):
         """Return the seconds in the teacher; on CUDA those of the calls that are over."""
@@ -114,5 +138,9 @@ class Pace:
 
 def in_brief(figures):
     """Return figures as a progress bar shows them."""
-    return {"images/s": f"{figures['images_per_second']:.3g}", "teacher": f"{figures['teacher_share']:.0%}",
-            "waits": f"{figures['data_wait_share']:.0%}", "used": f"{figures['model_flops_utilisation']:.0%}"}
+    return {
+        "images/s": f"{figures['images_per_second']:.3g}",
+        "teacher": f"{figures['teacher_share']:.0%}",
+        "waits": f"{figures['data_wait_share']:.0%}",
+        "used": f"{figures['model_flops_utilisation']:.0%}",
+    }

@@ -3,13 +3,25 @@
 import importlib.metadata
 
 # As accelerate names them -> the packages of which one has to be there.
-PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "comet_ml": ("comet-ml",), "aim": ("aim",),
-            "mlflow": ("mlflow",), "clearml": ("clearml",), "dvclive": ("dvclive",), "swanlab": ("swanlab",),
-            "trackio": ("trackio",)}
+PACKAGES = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "comet_ml": ("comet-ml",),
+    "aim": ("aim",),
+    "mlflow": ("mlflow",),
+    "clearml": ("clearml",),
+    "dvclive": ("dvclive",),
+    "swanlab": ("swanlab",),
+    "trackio": ("trackio",),
+}
 # How their log_images takes a picture (height, width, 3); those that are not here take none.
-PICTURES = {"tensorboard": lambda picture: (picture[None], {"dataformats": "NHWC"}), "wandb": lambda picture: ([picture], {}),
-            "swanlab": lambda picture: ([picture], {}), "aim": lambda picture: (picture, {}),
-            "clearml": lambda picture: (picture, {})}
+PICTURES = {
+    "tensorboard": lambda picture: (picture[None], {"dataformats": "NHWC"}),
+    "wandb": lambda picture: ([picture], {}),
+    "swanlab": lambda picture: ([picture], {}),
+    "aim": lambda picture: (picture, {}),
+    "clearml": lambda picture: (picture, {}),
+}
 
 
 def check_tracker(name):
@@ -17,10 +29,14 @@ def check_tracker(name):
     if name in ("none", "all"):
         return
     if name not in PACKAGES:
-        raise ValueError(f"--report_to {name} is unknown, expected one of {', '.join(PACKAGES)}, all, or none.")
+        raise ValueError(
+            f"--report_to {name} is unknown, expected one of {', '.join(PACKAGES)}, all, or none."
+        )
     if not any(_is_installed(package) for package in PACKAGES[name]):
-        raise ValueError(f"--report_to {name}: it is not installed. pip install {PACKAGES[name][0]}, or add --report_to none for "
-                         "metrics.jsonl alone.")
+        raise ValueError(
+            f"--report_to {name}: it is not installed. pip install {PACKAGES[name][0]}, or add --report_to none for "
+            "metrics.jsonl alone."
+        )
 
 
 def _is_installed(package):

@@ -16,7 +16,11 @@ from ..world.record import read_world
 from .metrics import compare, frechet_distance, likeness
 from .steps import velocity_in_parts
 
-GRID_FIGURES = {"variety": "variety", "colour": "saturation", "drift": "channel_drift"}      # told beside the rows of a grid
+GRID_FIGURES = {
+    "variety": "variety",
+    "colour": "saturation",
+    "drift": "channel_drift",
+}  # told beside the rows of a grid
 
 
 class Examiner:
@@ -29,59 +33,115 @@ class Examiner:
     def __init__(self, lessons, walks, by_seed, shown, counts, scheduler, autoencoder, check):
         self.lessons, self.settings, self.validated = lessons, lessons.settings, lessons.validated
         self.counts, self.scheduler, self.autoencoder, self.check = counts, scheduler, autoencoder, check
-        self.states, self.num_seeds = walks, count_looks(self.settings.validation_walks, len(self.validated))[1]
-        self.walks = [teacher_walks(each, lessons.words, self.validated, autoencoder) for each in (walks, by_seed)]
+        self.states, self.num_seeds = (
+            walks,
+            count_looks(self.settings.validation_walks, len(self.validated))[1],
+        )
+        self.walks = [
+            teacher_walks(each, lessons.words, self.validated, autoencoder) for each in (walks, by_seed)
+        ]
         self.seeds = [self.settings.seed + number for number in range(max(len(shown), len(lessons.held_out)))]
         self.shown, steps = shown, self.settings.reference_steps
-        self.teacher_drawn = lessons.keep("pictures", lambda: {"pictures": torch.from_numpy(self._draw_teacher(shown))},
-                                          prompts=shown, seeds=self.seeds[:len(shown)], reference=steps)["pictures"].numpy()
+        self.teacher_drawn = lessons.keep(
+            "pictures",
+            lambda: {"pictures": torch.from_numpy(self._draw_teacher(shown))},
+            prompts=shown,
+            seeds=self.seeds[: len(shown)],
+            reference=steps,
+        )["pictures"].numpy()
 
     def look(self, student):
         """Return figures by number of steps, and all of them by name with the error on held-out states; the same on all ranks."""
-        error = relative_error(student, self.states, self.lessons.words, self.validated, self.autoencoder.device, self.check)
-        looks = {count: compare_walks(self.walks, partial(velocity_in_parts, student), count, self.num_seeds, self.autoencoder,
-                                      self.scheduler, self.check) for count in self.counts}
-        error, looks = agreed((error, looks))                # by which every rank chooses, and ends
+        error = relative_error(
+            student, self.states, self.lessons.words, self.validated, self.autoencoder.device, self.check
+        )
+        looks = {
+            count: compare_walks(
+                self.walks,
+                partial(velocity_in_parts, student),
+                count,
+                self.num_seeds,
+                self.autoencoder,
+                self.scheduler,
+                self.check,
+            )
+            for count in self.counts
+        }
+        error, looks = agreed((error, looks))  # by which every rank chooses, and ends
         return looks, {"held_out_error": error} | {
-            f"{name}_{count}": value for count, look in looks.items() for name, value in look.items()}
+            f"{name}_{count}": value for count, look in looks.items() for name, value in look.items()
+        }
 
     def draw_grid(self, student, looks):
         """Return {what a row shows: its pictures (B, height, width, 3)}, the teacher's above the student's."""
         grid = {f"teacher {self.settings.reference_steps} steps": self.teacher_drawn}
         for count, look in reversed(looks.items()):
             said = [f"{name} {look[measure]:.2f}" for name, measure in GRID_FIGURES.items()]
-            grid[", ".join([f"student {count} step{'s' * (count > 1)}", *said])] = self._draw(student, count, self.shown)
+            grid[", ".join([f"student {count} step{'s' * (count > 1)}", *said])] = self._draw(
+                student, count, self.shown
+            )
         return grid
 
     def judge(self, student):
         """Return what share of the held-out captions teacher and student draw right, where there is a judge for them."""
-        world = read_world(self.settings.teacher) or shapes  # copies of the tiny teacher in other layouts carry no record
+        world = (
+            read_world(self.settings.teacher) or shapes
+        )  # copies of the tiny teacher in other layouts carry no record
         if self.settings.resolution != world.PICTURE_SIZE:
             return {}
-        return compare(self._draw_teacher, {count: partial(self._draw, student, count) for count in self.counts},
-                       self.settings.num_inference_steps, self.lessons.held_out, world)
+        return compare(
+            self._draw_teacher,
+            {count: partial(self._draw, student, count) for count in self.counts},
+            self.settings.num_inference_steps,
+            self.lessons.held_out,
+            world,
+        )
 
     def _draw(self, student, count, prompts):
         return self._draw_by(partial(velocity_in_parts, student), prompts, self.scheduler, count)
 
     def _draw_teacher(self, prompts):
-        return self._draw_by(self.lessons.guided, prompts, self.lessons.scheduler, self.settings.reference_steps)
+        return self._draw_by(
+            self.lessons.guided, prompts, self.lessons.scheduler, self.settings.reference_steps
+        )
 
     def _draw_by(self, velocity_for, prompts, scheduler, num_steps):
-        return draw_pictures(velocity_for, self.autoencoder, [self.lessons.words[prompt] for prompt in prompts], self.seeds,
-                             scheduler, num_steps, self.lessons.latent_shape, self.check)
+        return draw_pictures(
+            velocity_for,
+            self.autoencoder,
+            [self.lessons.words[prompt] for prompt in prompts],
+            self.seeds,
+            scheduler,
+            num_steps,
+            self.lessons.latent_shape,
+            self.check,
+        )
 
 
 @torch.no_grad()
-def draw_pictures(velocity_for, autoencoder, embeddings, seeds, scheduler, num_steps, latent_shape, check=lambda: None,
-                  batch_size=64):
+def draw_pictures(
+    velocity_for,
+    autoencoder,
+    embeddings,
+    seeds,
+    scheduler,
+    num_steps,
+    latent_shape,
+    check=lambda: None,
+    batch_size=64,
+):
     """Draw one picture for each embedding and seed: (B, height, width, 3) uint8; `check` may end it between two batches."""
     drawn, device = [], autoencoder.device
-    for start in tqdm(range(0, len(embeddings), batch_size), desc="drawing", unit="batch", leave=False,
-                      disable=len(embeddings) <= batch_size):
+    for start in tqdm(
+        range(0, len(embeddings), batch_size),
+        desc="drawing",
+        unit="batch",
+        leave=False,
+        disable=len(embeddings) <= batch_size,
+    ):
         check()
-        text = pack_text(embeddings[start:start + batch_size]).to(device)
-        noise = seeded_noise(latent_shape, seeds[start:start + len(text.tokens)]).to(device)
+        text = pack_text(embeddings[start : start + batch_size]).to(device)
+        noise = seeded_noise(latent_shape, seeds[start : start + len(text.tokens)]).to(device)
         latents = sample(velocity_for(text), noise, scheduler, num_steps)
         drawn.append(to_pictures(decode_latents(autoencoder, latents)))
     return np.concatenate(drawn)
@@ -107,7 +167,8 @@ def compare_walks(walks, velocity_for, num_steps, num_seeds, autoencoder, schedu
     (_, _, latents, pictures), (_, _, _, by_seed) = walks
     by_seed, own_by_seed = (each.reshape(-1, num_seeds, *each.shape[1:]) for each in (by_seed, drawn[1][1]))
     return likeness(*drawn[0], own_by_seed, latents, pictures, by_seed) | {
-        "frechet_distance": frechet_distance(drawn[0][1], pictures)}
+        "frechet_distance": frechet_distance(drawn[0][1], pictures)
+    }
 
 
 @torch.no_grad()
@@ -118,7 +179,9 @@ def relative_error(student, states, embeddings, prompts, device, check):
         check()
         batch = states.__getitems__(range(start, min(start + 256, len(states))))
         text = pack_text([embeddings[prompts[number]] for number in batch["prompt"].tolist()]).to(device)
-        velocity = velocity_in_parts(student, text)(batch["latents"].float().to(device), batch["timestep"].to(device))
+        velocity = velocity_in_parts(student, text)(
+            batch["latents"].float().to(device), batch["timestep"].to(device)
+        )
         error += (velocity.float().cpu() - batch["velocity"]).square().sum().item()
         power += batch["velocity"].float().square().sum().item()
     return error / power

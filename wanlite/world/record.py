@@ -16,8 +16,10 @@ def read_record(teacher):
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
-        raise ValueError(f"{path}: is no JSON object. It tells a tiny teacher from others: take its folder out of the repository "
-                         "again, or delete the file beside any other teacher.")
+        raise ValueError(
+            f"{path}: is no JSON object. It tells a tiny teacher from others: take its folder out of the repository "
+            "again, or delete the file beside any other teacher."
+        )
     return record
 
 

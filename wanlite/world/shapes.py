@@ -11,27 +11,47 @@ import numpy as np
 from scipy import ndimage
 
 PICTURE_SIZE = 64  # pixels, square
-COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 220),
-           "yellow": (240, 210, 40), "purple": (160, 50, 190), "cyan": (50, 205, 225)}
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 70, 220),
+    "yellow": (240, 210, 40),
+    "purple": (160, 50, 190),
+    "cyan": (50, 205, 225),
+}
 BACKGROUNDS = {"white": (245, 245, 245), "black": (15, 15, 15), "grey": (128, 128, 128)}
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
 SIZES = {"small": 10.0, "large": 13.5}  # radius in pixels
-PLACES = {"center": (32, 32), "left": (16, 32), "right": (48, 32), "top": (32, 16), "bottom": (32, 48)}  # x, y
+PLACES = {
+    "center": (32, 32),
+    "left": (16, 32),
+    "right": (48, 32),
+    "top": (32, 16),
+    "bottom": (32, 48),
+}  # x, y
 PAIRS = (("left", "right"), ("top", "bottom"))
 JITTER = 1.0  # pixels, either way, on both axes
 
-ONE_OBJECT = ("a {a} at the {place} on a {background} background",
-              "on a {background} background, a {a} at the {place}",
-              "at the {place}, a {a} on {background}",
-              "{background} background with a {a} at the {place}")
-TWO_OBJECTS = {("left", "right"): ("a {a} left of a {b} on a {background} background",
-                                   "a {b} right of a {a} on a {background} background",
-                                   "on a {background} background, a {a} at the left and a {b} at the right",
-                                   "{background} background with a {b} at the right and a {a} at the left"),
-               ("top", "bottom"): ("a {a} above a {b} on a {background} background",
-                                   "a {b} below a {a} on a {background} background",
-                                   "on a {background} background, a {a} at the top and a {b} at the bottom",
-                                   "{background} background with a {b} at the bottom and a {a} at the top")}
+ONE_OBJECT = (
+    "a {a} at the {place} on a {background} background",
+    "on a {background} background, a {a} at the {place}",
+    "at the {place}, a {a} on {background}",
+    "{background} background with a {a} at the {place}",
+)
+TWO_OBJECTS = {
+    ("left", "right"): (
+        "a {a} left of a {b} on a {background} background",
+        "a {b} right of a {a} on a {background} background",
+        "on a {background} background, a {a} at the left and a {b} at the right",
+        "{background} background with a {b} at the right and a {a} at the left",
+    ),
+    ("top", "bottom"): (
+        "a {a} above a {b} on a {background} background",
+        "a {b} below a {a} on a {background} background",
+        "on a {background} background, a {a} at the top and a {b} at the bottom",
+        "{background} background with a {b} at the bottom and a {a} at the top",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -55,12 +75,14 @@ class Scene:
 
 # ---- scenes ----------------------------------------------------------------------------------------------------------
 
+
 def random_scene(random, num_objects=None):
     """Draw a scene from `random`, a numpy Generator; one or two objects with equal chance unless `num_objects` is given."""
     num_objects = num_objects or int(random.integers(1, 3))
     places = (_pick(random, PLACES),) if num_objects == 1 else PAIRS[random.integers(len(PAIRS))]
-    objects = tuple(Object(_pick(random, SIZES), _pick(random, COLOURS), _pick(random, SHAPES), place)
-                    for place in places)
+    objects = tuple(
+        Object(_pick(random, SIZES), _pick(random, COLOURS), _pick(random, SHAPES), place) for place in places
+    )
     return Scene(objects, _pick(random, BACKGROUNDS))
 
 
@@ -68,8 +90,11 @@ def is_held_out(scene):
     """Whether training never sees this combination of places, colours and shapes (one in eight; sizes and backgrounds vary)."""
     index = 0
     for weight, thing in zip((1, 3), scene.objects):
-        index += weight * (list(COLOURS).index(thing.colour) + 3 * SHAPES.index(thing.shape)
-                           + 5 * list(PLACES).index(thing.place))
+        index += weight * (
+            list(COLOURS).index(thing.colour)
+            + 3 * SHAPES.index(thing.shape)
+            + 5 * list(PLACES).index(thing.place)
+        )
     return index % 8 == 0
 
 
@@ -111,8 +136,10 @@ def read_caption(text):
         if found:
             words = found.groupdict()
             places = places or (words["place"],)
-            return Scene(tuple(Object(*words[name].split(), place) for name, place in zip("ab", places)),
-                         words["background"])
+            return Scene(
+                tuple(Object(*words[name].split(), place) for name, place in zip("ab", places)),
+                words["background"],
+            )
     return None
 
 
@@ -121,8 +148,12 @@ def _caption_patterns():
         return "(?:" + "|".join(words) + ")"
 
     thing = f"{any_of(SIZES)} {any_of(COLOURS)} {any_of(SHAPES)}"
-    groups = {"a": f"(?P<a>{thing})", "b": f"(?P<b>{thing})", "place": f"(?P<place>{any_of(PLACES)})",
-              "background": f"(?P<background>{any_of(BACKGROUNDS)})"}
+    groups = {
+        "a": f"(?P<a>{thing})",
+        "b": f"(?P<b>{thing})",
+        "place": f"(?P<place>{any_of(PLACES)})",
+        "background": f"(?P<background>{any_of(BACKGROUNDS)})",
+    }
     ways = [(way, None) for way in ONE_OBJECT] + [(way, pair) for pair in PAIRS for way in TWO_OBJECTS[pair]]
     return [(re.compile(way.format(**groups)), places) for way, places in ways]
 
@@ -150,8 +181,9 @@ def coverage(shape, radius, x, y):
         distance = np.maximum(abs(across), abs(down)) - 0.85 * radius
     elif shape == "cross":
         arm, width = radius, 0.32 * radius
-        distance = np.minimum(np.maximum(abs(across) - arm, abs(down) - width),
-                              np.maximum(abs(across) - width, abs(down) - arm))
+        distance = np.minimum(
+            np.maximum(abs(across) - arm, abs(down) - width), np.maximum(abs(across) - width, abs(down) - arm)
+        )
     elif shape == "triangle":  # equilateral, point up, centred on its centroid
         slope = 0.5 * np.sqrt(3.0) * abs(across) - 0.5 * down
         distance = np.maximum(slope, down) - 0.53 * radius
@@ -179,12 +211,12 @@ def ground(scene):
 
 # ---- the judge -------------------------------------------------------------------------------------------------------
 
-LEAST_OVERLAP = 0.78      # intersection over union with the best template; below it a thing is no known shape
-LEAST_AREA = 40           # pixels; the smallest shape covers 145
-SOFTEST_EDGE = 3.0        # pixels from a quarter to three quarters covered; a sharp edge has half of one
-MOST_SPECKLED = 0.3       # share of a thing's inside that may be off its colour
-FARTHEST_PLACE = 6.0      # pixels between a thing's centroid and its place
-FARTHEST_COLOUR = 60.0    # distance in RGB between a thing's colour, or the background's, and the palette's
+LEAST_OVERLAP = 0.78  # intersection over union with the best template; below it a thing is no known shape
+LEAST_AREA = 40  # pixels; the smallest shape covers 145
+SOFTEST_EDGE = 3.0  # pixels from a quarter to three quarters covered; a sharp edge has half of one
+MOST_SPECKLED = 0.3  # share of a thing's inside that may be off its colour
+FARTHEST_PLACE = 6.0  # pixels between a thing's centroid and its place
+FARTHEST_COLOUR = 60.0  # distance in RGB between a thing's colour, or the background's, and the palette's
 ATTRIBUTES = ("count", "background", "colour", "shape", "size", "place")
 
 
@@ -206,12 +238,20 @@ def judge(picture, scene):
     """Compare a picture with the scene that its caption says: {"whole": 0 or 1, and a share 0..1 for each of ATTRIBUTES}."""
     background, things, _ = _read_things(picture)
     by_place = {thing.place: thing for thing in things if thing is not None}
-    verdict = {"whole": float(read_picture(picture) == scene),
-               "count": float(len(things) == len(scene.objects)),
-               "background": float(background == scene.background)}
+    verdict = {
+        "whole": float(read_picture(picture) == scene),
+        "count": float(len(things) == len(scene.objects)),
+        "background": float(background == scene.background),
+    }
     for attribute in ("colour", "shape", "size"):
-        verdict[attribute] = float(np.mean([getattr(by_place.get(thing.place), attribute, None) ==
-                                            getattr(thing, attribute) for thing in scene.objects]))
+        verdict[attribute] = float(
+            np.mean(
+                [
+                    getattr(by_place.get(thing.place), attribute, None) == getattr(thing, attribute)
+                    for thing in scene.objects
+                ]
+            )
+        )
     verdict["place"] = float(np.mean([thing.place in by_place for thing in scene.objects]))
     return verdict
 
@@ -220,10 +260,18 @@ def _read_things(picture):
     """Return the background's name, the things in the order of PLACES (None for one that is no known object), and
     whether nothing was left over."""
     if picture.shape != (PICTURE_SIZE, PICTURE_SIZE, 3):
-        raise ValueError(f"the judge reads pictures of {PICTURE_SIZE}x{PICTURE_SIZE}x3; this one is {picture.shape}.")
+        raise ValueError(
+            f"the judge reads pictures of {PICTURE_SIZE}x{PICTURE_SIZE}x3; this one is {picture.shape}."
+        )
     smooth = ndimage.median_filter(picture, size=(3, 3, 1)).astype(np.float32)
-    border = np.concatenate([smooth[:3].reshape(-1, 3), smooth[-3:].reshape(-1, 3),
-                             smooth[:, :3].reshape(-1, 3), smooth[:, -3:].reshape(-1, 3)])
+    border = np.concatenate(
+        [
+            smooth[:3].reshape(-1, 3),
+            smooth[-3:].reshape(-1, 3),
+            smooth[:, :3].reshape(-1, 3),
+            smooth[:, -3:].reshape(-1, 3),
+        ]
+    )
     ground = np.median(border, axis=0)
     background = _nearest(ground, BACKGROUNDS)
     if background is None:
@@ -250,18 +298,25 @@ def _read_thing(picture, region, ground):
     if colour is None:
         return None
     span = colour_seen - ground
-    farthest = min(FARTHEST_COLOUR, 0.4 * np.linalg.norm(np.float32(COLOURS[colour]) - ground))   # faded things are wrong
+    farthest = min(
+        FARTHEST_COLOUR, 0.4 * np.linalg.norm(np.float32(COLOURS[colour]) - ground)
+    )  # faded things are wrong
     faded = np.linalg.norm(colour_seen - np.float32(COLOURS[colour])) > farthest
     if faded or np.mean(np.linalg.norm(picture[core] - colour_seen, axis=-1) > farthest) > MOST_SPECKLED:
         return None
-    share = (picture - ground) @ span / (span @ span)                   # of each pixel that has the thing's colour
+    share = (picture - ground) @ span / (span @ span)  # of each pixel that has the thing's colour
     share = share * ndimage.binary_dilation(region, iterations=2)
     covered = _sharpen(share)
     x, y = float((_X * covered).sum() / covered.sum()), float((_Y * covered).sum() / covered.sum())
-    overlap, shape, size = max((_overlap(covered, _sharpen(coverage(shape, radius, x, y))), shape, size)
-                               for shape in SHAPES for size, radius in SIZES.items())
+    overlap, shape, size = max(
+        (_overlap(covered, _sharpen(coverage(shape, radius, x, y))), shape, size)
+        for shape in SHAPES
+        for size, radius in SIZES.items()
+    )
     template = coverage(shape, SIZES[size], x, y) > 0.5
-    edge_width = ((share > 0.25) & (share < 0.75)).sum() / (template & ~ndimage.binary_erosion(template)).sum()
+    edge_width = ((share > 0.25) & (share < 0.75)).sum() / (
+        template & ~ndimage.binary_erosion(template)
+    ).sum()
     place = min(PLACES, key=lambda name: np.hypot(PLACES[name][0] - x, PLACES[name][1] - y))
     far = np.hypot(PLACES[place][0] - x, PLACES[place][1] - y)
     if overlap < LEAST_OVERLAP or edge_width > SOFTEST_EDGE or far > FARTHEST_PLACE:
@@ -281,5 +336,7 @@ def _overlap(covered, template):
 
 def _nearest(seen, palette):
     """Return the palette's name nearest to a colour, or None where all are too far."""
-    distance, name = min((float(np.linalg.norm(seen - np.float32(rgb))), name) for name, rgb in palette.items())
+    distance, name = min(
+        (float(np.linalg.norm(seen - np.float32(rgb))), name) for name, rgb in palette.items()
+    )
     return name if distance <= FARTHEST_COLOUR else None

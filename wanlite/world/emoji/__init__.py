@@ -21,6 +21,26 @@ from .scenes import (
 )
 from .sprites import NAMES, SIZES, STYLES
 
-__all__ = ["ATTRIBUTES", "BACKGROUNDS", "KINDS", "NAMES", "PICTURE_SIZE", "PLACES", "SIZES", "STYLES", "Object", "Scene", "caption",
-           "captions", "draw", "ground", "is_held_out", "judge", "leave_unsaid", "random_scene", "read_caption", "scenes",
-           "ways_to_say"]
+__all__ = [
+    "ATTRIBUTES",
+    "BACKGROUNDS",
+    "KINDS",
+    "NAMES",
+    "PICTURE_SIZE",
+    "PLACES",
+    "SIZES",
+    "STYLES",
+    "Object",
+    "Scene",
+    "caption",
+    "captions",
+    "draw",
+    "ground",
+    "is_held_out",
+    "judge",
+    "leave_unsaid",
+    "random_scene",
+    "read_caption",
+    "scenes",
+    "ways_to_say",
+]

@@ -10,20 +10,38 @@ from numpy.random import Generator
 from .scenes import BACKGROUNDS, PAIRS, PLACES, Object, Scene, is_held_out, random_scene
 from .sprites import NAMES, SIZES, STYLES
 
-UNSAID = 0.25          # chance of each style, size, place and background to be missing from a caption
+UNSAID = 0.25  # chance of each style, size, place and background to be missing from a caption
 IRREGULAR = {"mouse": "mice", "fish": "fish", "sheep": "sheep", "snowman": "snowmen"}
-GROUNDS = {"sky": "in the sky", "sunset": "at sunset", "night": "at night", "meadow": "in a meadow"}     # the others: "on white"
+GROUNDS = {
+    "sky": "in the sky",
+    "sunset": "at sunset",
+    "night": "at night",
+    "meadow": "in a meadow",
+}  # the others: "on white"
 
 ONE = ("{a} {place} {ground}", "{ground}, {a} {place}", "{place} {ground}, {a}")
-PAIR = {("left", "right"): ("{a} left of {b} {ground}", "{b} right of {a} {ground}", "{ground}, {a} left of {b}",
-                            "{a} at the left and {b} at the right {ground}", "{ground}, {b} at the right and {a} at the left"),
-        ("top", "bottom"): ("{a} above {b} {ground}", "{b} below {a} {ground}", "{ground}, {b} below {a}",
-                            "{a} at the top and {b} at the bottom {ground}", "{ground}, {b} at the bottom and {a} at the top")}
+PAIR = {
+    ("left", "right"): (
+        "{a} left of {b} {ground}",
+        "{b} right of {a} {ground}",
+        "{ground}, {a} left of {b}",
+        "{a} at the left and {b} at the right {ground}",
+        "{ground}, {b} at the right and {a} at the left",
+    ),
+    ("top", "bottom"): (
+        "{a} above {b} {ground}",
+        "{b} below {a} {ground}",
+        "{ground}, {b} below {a}",
+        "{a} at the top and {b} at the bottom {ground}",
+        "{ground}, {b} at the bottom and {a} at the top",
+    ),
+}
 TWO = ("two {many} {place} {ground}", "{ground}, two {many} {place}", "a pair of {many} {place} {ground}")
 TWO_PLACES = {("left", "right"): "side by side", ("top", "bottom"): "one above the other"}
 
 
 # ---- a scene -> captions ---------------------------------------------------------------------------------------------------
+
 
 def captions(seed: int, count: int, held_out: bool = False, num_objects: int | None = None) -> list[str]:
     """Return `count` captions of the training side or of the held-out side; no training caption is a held-out one."""
@@ -51,26 +69,44 @@ def leave_unsaid(scene: Scene, random: Generator) -> Scene:
 
     Two of a kind keep or lose a property together. Two different objects keep their places; the size of two is always small.
     """
+
     def maybe(value):
         return None if random.random() < UNSAID else value
 
     background = maybe(scene.background)
     if scene.kind == "one":
         thing = scene.objects[0]
-        return Scene((Object(thing.name, maybe(thing.style), maybe(thing.size), maybe(thing.place)),), background)
+        return Scene(
+            (Object(thing.name, maybe(thing.style), maybe(thing.size), maybe(thing.place)),), background
+        )
     if scene.kind == "pair":
         return Scene(tuple(replace(thing, style=maybe(thing.style)) for thing in scene.objects), background)
     style, is_placed = maybe(scene.objects[0].style), maybe(True)
     places = (thing.place if is_placed else None for thing in scene.objects)
-    return Scene(tuple(replace(thing, style=style, place=place) for thing, place in zip(scene.objects, places)), background)
+    return Scene(
+        tuple(replace(thing, style=style, place=place) for thing, place in zip(scene.objects, places)),
+        background,
+    )
 
 
 def ways_to_say(scene: Scene) -> list[str]:
     """Return every caption that mentions all properties of a scene but those that are None."""
-    first, last, size = scene.objects[0], scene.objects[-1], scene.objects[0].size if scene.kind == "one" else None
-    words = {"a": _with_article(size, first.style, first.name), "b": _with_article(None, last.style, last.name),
-             "many": _joined(first.style, PLURALS[first.name]), "place": _place_phrase(scene)}
-    said = (_tidy(way.format(ground=phrase, **words)) for way in _patterns(scene) for phrase in _ground_phrases(scene.background))
+    first, last, size = (
+        scene.objects[0],
+        scene.objects[-1],
+        scene.objects[0].size if scene.kind == "one" else None,
+    )
+    words = {
+        "a": _with_article(size, first.style, first.name),
+        "b": _with_article(None, last.style, last.name),
+        "many": _joined(first.style, PLURALS[first.name]),
+        "place": _place_phrase(scene),
+    }
+    said = (
+        _tidy(way.format(ground=phrase, **words))
+        for way in _patterns(scene)
+        for phrase in _ground_phrases(scene.background)
+    )
     return list(dict.fromkeys(said))
 
 
@@ -126,6 +162,7 @@ PLURALS = {name: plural(name) for name in NAMES}
 
 # ---- a caption -> a scene ---------------------------------------------------------------------------------------------------
 
+
 def read_caption(text: str) -> Scene | None:
     """Return the scene of a caption, with None for unmentioned properties; or None for any other text."""
     text = " ".join(text.lower().split())
@@ -135,7 +172,9 @@ def read_caption(text: str) -> Scene | None:
 def _candidates(text):
     """Yield every scene that has the objects and properties of a text, in any order: ways_to_say() decides between them."""
     words = text.replace(",", "").split()
-    background, place = (next((name for name in names if name in words), None) for names in (BACKGROUNDS, PLACES))
+    background, place = (
+        next((name for name in names if name in words), None) for names in (BACKGROUNDS, PLACES)
+    )
     found = [(_SINGULAR.get(noun, noun), style, size) for size, style, noun in _THING.findall(text)]
     looks = [(noun, style or None, size or None) for noun, style, size in found]
     if len(looks) == 1:
@@ -145,7 +184,10 @@ def _candidates(text):
             yield Scene(tuple(Object(noun, style, "small", each) for each in places), background)
     if len(looks) == 2:
         for pair, places in product((looks, looks[::-1]), PAIRS):
-            yield Scene(tuple(Object(noun, style, "small", each) for (noun, style, _), each in zip(pair, places)), background)
+            yield Scene(
+                tuple(Object(noun, style, "small", each) for (noun, style, _), each in zip(pair, places)),
+                background,
+            )
 
 
 def _any_of(words):
@@ -153,4 +195,6 @@ def _any_of(words):
 
 
 _SINGULAR = {many: name for name, many in PLURALS.items()}
-_THING = re.compile(rf"\b(?:({_any_of(SIZES)}) )?(?:({_any_of(STYLES)}) )?({_any_of({*NAMES, *_SINGULAR})})\b")
+_THING = re.compile(
+    rf"\b(?:({_any_of(SIZES)}) )?(?:({_any_of(STYLES)}) )?({_any_of({*NAMES, *_SINGULAR})})\b"
+)

@@ -19,13 +19,13 @@ from .scenes import BACKGROUNDS, JITTER, PAIRS, PICTURE_SIZE, PLACES, Scene, bac
 from .sprites import NAMES, SIZES, STYLES, sprites
 
 ATTRIBUTES = ("object", "style", "count", "place", "background")
-MOST_RESIDUAL = 0.15         # of an object in a whole picture: its squared error over |D|^2 of its sprite
-PRESENT = 0.7                # residual from which on a place counts as empty; that of an empty one is 1
-DETAIL = (0.7, 1.3)          # of a crisp picture: the norm of its Laplacian over that of the nearest drawing
-FARTHEST_BACKGROUND = 25.0   # grey levels between the borders of a picture and of a background, in the median
-STRAY = 40.0                 # grey levels off the background, averaged over 4 x 4 pixels outside every object
-MOST_STRAY = 3               # such squares; the smallest object covers a dozen
-FINALISTS = 4                # templates compared at full resolution
+MOST_RESIDUAL = 0.15  # of an object in a whole picture: its squared error over |D|^2 of its sprite
+PRESENT = 0.7  # residual from which on a place counts as empty; that of an empty one is 1
+DETAIL = (0.7, 1.3)  # of a crisp picture: the norm of its Laplacian over that of the nearest drawing
+FARTHEST_BACKGROUND = 25.0  # grey levels between the borders of a picture and of a background, in the median
+STRAY = 40.0  # grey levels off the background, averaged over 4 x 4 pixels outside every object
+MOST_STRAY = 3  # such squares; the smallest object covers a dozen
+FINALISTS = 4  # templates compared at full resolution
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Fit:
     style: str
     size: str
     place: str
-    drawn: tuple           # its corner x, y, and D (K, K, 3)
+    drawn: tuple  # its corner x, y, and D (K, K, 3)
 
 
 def judge(picture: np.ndarray, scene: Scene) -> dict[str, float]:
@@ -49,22 +49,33 @@ def judge(picture: np.ndarray, scene: Scene) -> dict[str, float]:
     (0 or 1).
     """
     if picture.shape != (PICTURE_SIZE, PICTURE_SIZE, 3):
-        raise ValueError(f"the judge reads pictures of {PICTURE_SIZE}x{PICTURE_SIZE}x3; this one is {picture.shape}.")
+        raise ValueError(
+            f"the judge reads pictures of {PICTURE_SIZE}x{PICTURE_SIZE}x3; this one is {picture.shape}."
+        )
     background, is_known = read_background(picture)
     added = picture - backdrop(background)
     fits = _fit_scene(added, background, scene)
     places = _find_places(added, background, scene, fits)
     residuals = [min(fit.residual, 2.0) for fit in fits]
     is_clear = _count_stray(added, fits) <= MOST_STRAY
-    verdict = {"object": _share(fit.name == thing.name for fit, thing in zip(fits, scene.objects)),
-               "style": _share(thing.style in (None, fit.style) for fit, thing in zip(fits, scene.objects)),
-               "count": float(is_clear and max(residuals) < PRESENT),
-               "place": _share(place and thing.place in (None, place) for place, thing in zip(places, scene.objects)),
-               "background": float(is_known and scene.background in (None, background))}
+    verdict = {
+        "object": _share(fit.name == thing.name for fit, thing in zip(fits, scene.objects)),
+        "style": _share(thing.style in (None, fit.style) for fit, thing in zip(fits, scene.objects)),
+        "count": float(is_clear and max(residuals) < PRESENT),
+        "place": _share(
+            place and thing.place in (None, place) for place, thing in zip(places, scene.objects)
+        ),
+        "background": float(is_known and scene.background in (None, background)),
+    }
     seen = float(min(verdict.values()) == 1)
     detail = _roughness(picture) / _roughness(_redraw(background, fits))
-    return verdict | {"seen": seen, "whole": float(seen and max(residuals) <= MOST_RESIDUAL), "residual": float(np.mean(residuals)),
-                      "detail": float(detail), "crisp": float(DETAIL[0] <= detail <= DETAIL[1])}
+    return verdict | {
+        "seen": seen,
+        "whole": float(seen and max(residuals) <= MOST_RESIDUAL),
+        "residual": float(np.mean(residuals)),
+        "detail": float(detail),
+        "crisp": float(DETAIL[0] <= detail <= DETAIL[1]),
+    }
 
 
 def read_objects(picture: np.ndarray, scene: Scene) -> list[Fit]:
@@ -75,10 +86,13 @@ def read_objects(picture: np.ndarray, scene: Scene) -> list[Fit]:
 
 # ---- reading ---------------------------------------------------------------------------------------------------------------
 
+
 def read_background(picture: np.ndarray) -> tuple[str, bool]:
     """Return the background whose border is nearest to a picture's, and whether it is within FARTHEST_BACKGROUND."""
     border = _border(picture)
-    distances = {name: float(np.median(np.abs(border - _border(backdrop(name))).mean(1))) for name in BACKGROUNDS}
+    distances = {
+        name: float(np.median(np.abs(border - _border(backdrop(name))).mean(1))) for name in BACKGROUNDS
+    }
     nearest = min(distances, key=lambda name: distances[name])
     return nearest, distances[nearest] < FARTHEST_BACKGROUND
 
@@ -92,24 +106,34 @@ def _fit_scene(added, background, scene):
     """Return a Fit for each object of a scene, over all sizes and places that the scene allows."""
     first = scene.objects[0]
     if scene.kind == "one":
-        sizes, places = ((value,) if value else tuple(values) for value, values in ((first.size, SIZES), (first.place, PLACES)))
+        sizes, places = (
+            (value,) if value else tuple(values)
+            for value, values in ((first.size, SIZES), (first.place, PLACES))
+        )
         fits = (fit(added, background, size, place) for size, place in product(sizes, places))
         return [min(fits, key=lambda fit: fit.error)]
     pairs = PAIRS if first.place is None else [tuple(thing.place for thing in scene.objects)]
-    fitted = ([fit(added, background, thing.size, place) for thing, place in zip(scene.objects, places)] for places in pairs)
+    fitted = (
+        [fit(added, background, thing.size, place) for thing, place in zip(scene.objects, places)]
+        for places in pairs
+    )
     return min(fitted, key=lambda fits: sum(fit.error for fit in fits))
 
 
 def fit(added: np.ndarray, background: str, size: str, place: str) -> Fit:
     """Return the Fit of a size at a place that is nearest to P, a picture less its background (64, 64, 3)."""
     corners = _corners(size, place)
-    colour, alpha = _half_templates(size)                                                             # (T, h*h*3), (T, h*h)
-    behind, energy = _half_backdrops(background, size, place)                                         # (Q, h*h*3), (T, Q)
-    seen = _half_windows(added, size, place)                                                          # (Q, h*h*3)
-    covered = (seen * behind).reshape(len(corners), -1, 3).sum(-1)                                    # (Q, h*h)
-    errors = energy - 2 * (colour @ seen.T - alpha @ covered.T)                                       # (T, Q)
+    colour, alpha = _half_templates(size)  # (T, h*h*3), (T, h*h)
+    behind, energy = _half_backdrops(background, size, place)  # (Q, h*h*3), (T, Q)
+    seen = _half_windows(added, size, place)  # (Q, h*h*3)
+    covered = (seen * behind).reshape(len(corners), -1, 3).sum(-1)  # (Q, h*h)
+    errors = energy - 2 * (colour @ seen.T - alpha @ covered.T)  # (T, Q)
     finalists = np.argsort(errors.min(1))[:FINALISTS]
-    tried = ((template, corners[position]) for template in finalists for position in np.argsort(errors[template])[:2])
+    tried = (
+        (template, corners[position])
+        for template in finalists
+        for position in np.argsort(errors[template])[:2]
+    )
     return min((_compare(added, background, size, place, *each) for each in tried), key=lambda fit: fit.error)
 
 
@@ -118,8 +142,15 @@ def _compare(added, background, size, place, template, at):
     drawn, seen = _drawn(background, size, template, at), _window(added, size, at)
     energy, distance = float(np.square(drawn).sum()), float(np.square(seen - drawn).sum())
     name, style = divmod(int(template) // 2, len(STYLES))
-    return Fit(distance - float(np.square(seen).sum()), distance / max(energy, 1.0), NAMES[name], STYLES[style], size, place,
-               (*at, drawn))
+    return Fit(
+        distance - float(np.square(seen).sum()),
+        distance / max(energy, 1.0),
+        NAMES[name],
+        STYLES[style],
+        size,
+        place,
+        (*at, drawn),
+    )
 
 
 def _find_places(added, background, scene, fits):
@@ -134,7 +165,7 @@ def _count_stray(added, fits):
     """Return the number of squares of 4 x 4 pixels, two pixels or more off every object, that are not background."""
     outside = np.ones((PICTURE_SIZE, PICTURE_SIZE), bool)
     for x, y, drawn in (fit.drawn for fit in fits):
-        outside[max(0, y - 2):y + len(drawn) + 2, max(0, x - 2):x + len(drawn) + 2] = False
+        outside[max(0, y - 2) : y + len(drawn) + 2, max(0, x - 2) : x + len(drawn) + 2] = False
     is_outside = outside.reshape(16, 4, 16, 4).all((1, 3))
     return int((is_outside & (np.abs(added).reshape(16, 4, 16, 4, 3).mean((1, 3, 4)) > STRAY)).sum())
 
@@ -143,7 +174,7 @@ def _redraw(background, fits):
     """Return the nearest drawing (64, 64, 3)."""
     picture = backdrop(background).copy()
     for x, y, drawn in (fit.drawn for fit in fits):
-        picture[y:y + len(drawn), x:x + len(drawn)] += drawn
+        picture[y : y + len(drawn), x : x + len(drawn)] += drawn
     return picture
 
 
@@ -158,6 +189,7 @@ def _share(values):
 
 # ---- templates -------------------------------------------------------------------------------------------------------------
 
+
 @cache
 def _templates(size):
     """Return colours (T, K, K, 3) weighted by alpha and alphas (T, K, K, 1) of every sprite and of its mirror image."""
@@ -168,17 +200,23 @@ def _templates(size):
 @cache
 def _half_templates(size):
     """Return colours (T, h*h*3) and alphas (T, h*h) at half resolution."""
-    return tuple(_average_squares(values)[:, ::2, ::2].reshape(len(values), -1) for values in _templates(size))
+    return tuple(
+        _average_squares(values)[:, ::2, ::2].reshape(len(values), -1) for values in _templates(size)
+    )
 
 
 @cache
 def _half_backdrops(background, size, place):
     """Return the background under every position (Q, h*h*3), and |D|^2 of every template there (T, Q)."""
     colour, alpha = _half_templates(size)
-    behind = _half_windows(backdrop(background), size, place)                                         # (Q, h*h*3)
+    behind = _half_windows(backdrop(background), size, place)  # (Q, h*h*3)
     by_pixel = behind.reshape(len(behind), -1, 3)
-    crossed = (colour.reshape(len(colour), -1, 3) * alpha[..., None]).reshape(colour.shape)           # (T, h*h*3)
-    energy = np.square(colour).sum(1)[:, None] - 2 * crossed @ behind.T + np.square(alpha) @ np.square(by_pixel).sum(-1).T
+    crossed = (colour.reshape(len(colour), -1, 3) * alpha[..., None]).reshape(colour.shape)  # (T, h*h*3)
+    energy = (
+        np.square(colour).sum(1)[:, None]
+        - 2 * crossed @ behind.T
+        + np.square(alpha) @ np.square(by_pixel).sum(-1).T
+    )
     return behind, energy
 
 
@@ -199,7 +237,7 @@ def _half_windows(picture, size, place):
 
 def _window(picture, size, at):
     x, y = at
-    return picture[y:y + SIZES[size], x:x + SIZES[size]]
+    return picture[y : y + SIZES[size], x : x + SIZES[size]]
 
 
 def _average_squares(pixels):

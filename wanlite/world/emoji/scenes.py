@@ -12,19 +12,36 @@ from numpy.random import Generator
 
 from .sprites import NAMES, SIZES, STYLES, sprites
 
-PICTURE_SIZE = 64      # pixels, square
-JITTER = 3             # pixels, either way, on both axes
-PLACES = {"center": (0, 0), "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}      # steps from the middle: x, y
+PICTURE_SIZE = 64  # pixels, square
+JITTER = 3  # pixels, either way, on both axes
+PLACES = {
+    "center": (0, 0),
+    "left": (-1, 0),
+    "right": (1, 0),
+    "top": (0, -1),
+    "bottom": (0, 1),
+}  # steps from the middle: x, y
 PAIRS = (("left", "right"), ("top", "bottom"))
-KINDS = ("one", "pair", "two")                       # one object, two different ones, two of a kind
+KINDS = ("one", "pair", "two")  # one object, two different ones, two of a kind
 KIND_SHARES = (0.45, 0.4, 0.15)
-LEAST_CONTRAST = 35.0  # grey levels between a sprite and its background, on average; below it the object would be lost
-COLOURS = {"white": (243, 243, 243), "grey": (128, 128, 128), "black": (18, 18, 18), "pink": (245, 170, 190),
-           "blue": (50, 90, 200), "yellow": (245, 220, 110)}
-GRADIENTS = {"sky": ((90, 160, 235), (235, 245, 252)), "sunset": ((80, 40, 120), (250, 160, 70)),    # top and bottom
-             "night": ((10, 12, 40), (60, 50, 110))}
-MEADOW = ((150, 205, 245), (225, 242, 252)), ((40, 120, 40), (120, 190, 70))                         # its sky and its grass
-HORIZON = 38.5         # pixels from the top, two pixels soft
+LEAST_CONTRAST = (
+    35.0  # grey levels between a sprite and its background, on average; below it the object would be lost
+)
+COLOURS = {
+    "white": (243, 243, 243),
+    "grey": (128, 128, 128),
+    "black": (18, 18, 18),
+    "pink": (245, 170, 190),
+    "blue": (50, 90, 200),
+    "yellow": (245, 220, 110),
+}
+GRADIENTS = {
+    "sky": ((90, 160, 235), (235, 245, 252)),
+    "sunset": ((80, 40, 120), (250, 160, 70)),  # top and bottom
+    "night": ((10, 12, 40), (60, 50, 110)),
+}
+MEADOW = ((150, 205, 245), (225, 242, 252)), ((40, 120, 40), (120, 190, 70))  # its sky and its grass
+HORIZON = 38.5  # pixels from the top, two pixels soft
 BACKGROUNDS = (*COLOURS, *GRADIENTS, "meadow")
 
 
@@ -47,10 +64,17 @@ class Scene:
 
     @property
     def kind(self) -> str:
-        return "one" if len(self.objects) == 1 else "two" if self.objects[0].name == self.objects[1].name else "pair"
+        return (
+            "one"
+            if len(self.objects) == 1
+            else "two"
+            if self.objects[0].name == self.objects[1].name
+            else "pair"
+        )
 
 
 # ---- scenes ----------------------------------------------------------------------------------------------------------------
+
 
 def random_scene(random: Generator, num_objects: int | None = None) -> Scene:
     """Draw a scene at random; KIND_SHARES decide between one object and two unless `num_objects` is given."""
@@ -58,7 +82,9 @@ def random_scene(random: Generator, num_objects: int | None = None) -> Scene:
     while num_objects is not None and (kind == "one") != (num_objects == 1):
         kind = random.choice(KINDS, p=KIND_SHARES)
     if kind == "one":
-        objects = (Object(_pick(random, NAMES), _pick(random, STYLES), _pick(random, SIZES), _pick(random, PLACES)),)
+        objects = (
+            Object(_pick(random, NAMES), _pick(random, STYLES), _pick(random, SIZES), _pick(random, PLACES)),
+        )
     else:
         objects = _two_objects(random, kind == "two")
     background = _pick(random, BACKGROUNDS)
@@ -82,7 +108,9 @@ def is_held_out(scene: Scene) -> bool:
     """
     index = 0
     for weight, thing in zip((1, 2), scene.objects):
-        index += weight * (NAMES.index(thing.name) + 3 * _index(STYLES, thing.style) + 5 * _index(PLACES, thing.place))
+        index += weight * (
+            NAMES.index(thing.name) + 3 * _index(STYLES, thing.style) + 5 * _index(PLACES, thing.place)
+        )
     return index % 8 == 0
 
 
@@ -108,6 +136,7 @@ def _pick(random, names):
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------------
 
+
 def draw(scene: Scene, random: Generator | None = None) -> np.ndarray:
     """Draw a scene as a picture (64, 64, 3) uint8; `random` mirrors half of the objects and moves each by up to JITTER pixels."""
     picture = backdrop(scene.background).copy()
@@ -118,12 +147,14 @@ def draw(scene: Scene, random: Generator | None = None) -> np.ndarray:
 
 def _paste(picture, thing, random):
     x, y = corner(thing.size, thing.place)
-    colour, alpha = (values[NAMES.index(thing.name), STYLES.index(thing.style)] for values in sprites(thing.size))
+    colour, alpha = (
+        values[NAMES.index(thing.name), STYLES.index(thing.style)] for values in sprites(thing.size)
+    )
     if random is not None:
         x, y = np.array([x, y]) + random.integers(-JITTER, JITTER + 1, 2)
         if random.random() < 0.5:
             colour, alpha = colour[:, ::-1], alpha[:, ::-1]
-    window = picture[y:y + SIZES[thing.size], x:x + SIZES[thing.size]]
+    window = picture[y : y + SIZES[thing.size], x : x + SIZES[thing.size]]
     window[:] = window * (1 - alpha) + colour
 
 
@@ -158,7 +189,9 @@ def backdrop(background: str) -> np.ndarray:
 
 def _gradient(top, bottom):
     down = np.linspace(0, 1, PICTURE_SIZE, dtype=np.float32)[:, None, None]
-    return np.broadcast_to((1 - down) * np.float32(top) + down * np.float32(bottom), (PICTURE_SIZE, PICTURE_SIZE, 3)).copy()
+    return np.broadcast_to(
+        (1 - down) * np.float32(top) + down * np.float32(bottom), (PICTURE_SIZE, PICTURE_SIZE, 3)
+    ).copy()
 
 
 def contrast(thing: Object, background: str) -> float:
@@ -170,5 +203,5 @@ def contrast(thing: Object, background: str) -> float:
 def _contrasts(size, place, background):
     colour, alpha = sprites(size)
     x, y = corner(size, place)
-    window = backdrop(background)[y:y + SIZES[size], x:x + SIZES[size]]
+    window = backdrop(background)[y : y + SIZES[size], x : x + SIZES[size]]
     return np.abs(colour - alpha * window).mean((2, 3, 4)) / alpha.mean((2, 3, 4))

@@ -14,7 +14,7 @@ ATLAS = Path(__file__).resolve().parents[3] / "emoji_atlas"
 _CONTENTS = json.loads((ATLAS / "atlas.json").read_text(encoding="utf-8"))
 NAMES = tuple(_CONTENTS["names"])
 STYLES = tuple(_CONTENTS["styles"])
-SIZES = {"small": 26, "large": 44}     # pixels, square
+SIZES = {"small": 26, "large": 44}  # pixels, square
 
 
 @cache
@@ -35,13 +35,17 @@ def _read_atlas():
     with Image.open(ATLAS / "atlas.webp") as image:
         pixels = np.asarray(image.convert("RGBA"), np.float32)
     rows = pixels.shape[0] // side
-    cells = pixels.reshape(rows, side, columns, side, 4).swapaxes(1, 2).reshape(len(STYLES), -1, side, side, 4)
-    cells = cells[:, :len(NAMES)].swapaxes(0, 1).reshape(-1, side, side, 4)
+    cells = (
+        pixels.reshape(rows, side, columns, side, 4).swapaxes(1, 2).reshape(len(STYLES), -1, side, side, 4)
+    )
+    cells = cells[:, : len(NAMES)].swapaxes(0, 1).reshape(-1, side, side, 4)
     alpha = cells[..., 3:] / 255
     return np.concatenate([cells[..., :3] * alpha, alpha], -1)
 
 
 def _reduce(sprite, pixels):
     channels = (Image.fromarray(channel) for channel in np.moveaxis(sprite, -1, 0))
-    reduced = np.stack([channel.resize((pixels, pixels), Image.Resampling.LANCZOS) for channel in channels], -1)
+    reduced = np.stack(
+        [channel.resize((pixels, pixels), Image.Resampling.LANCZOS) for channel in channels], -1
+    )
     return reduced.clip(0, (255, 255, 255, 1)).astype(np.float32)
