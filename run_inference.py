@@ -1,10 +1,12 @@
-"""Draw pictures with a saved student: load it (nothing is projected, no teacher is needed), sample, write PNGs.
+"""Draw pictures with a saved student: load it (nothing is projected, no teacher is needed), sample, write
+PNGs.
 
     python run_inference.py                                              # ./outputs/wan_t2i, the run's own validation prompts
     python run_inference.py --prompt "a small red circle at the left on a white background" --num_images_per_prompt 4
     python run_inference.py --model DIR --prompts_file prompts.txt --device cuda --dtype bfloat16
 
-Every PNG carries in its text chunks what draws it again: prompt, seed, steps, guidance, size, dtype, and the model's sha256.
+Every PNG carries in its text chunks what draws it again: prompt, seed, steps, guidance, size, dtype, and the
+model's sha256.
 """
 
 import json
@@ -79,7 +81,9 @@ class Settings:
 
 
 def read_settings(arguments=None):
-    """Read the command line and check all that needs no torch: returns settings without None, and the prompts."""
+    """Read the command line and check all that needs no torch: returns settings without None, and the
+    prompts.
+    """
     parser = make_parser(Settings, __doc__, repeatable=("prompt",))
     settings = Settings(**vars(parser.parse_args(arguments)))
     try:
@@ -140,13 +144,16 @@ def check_steps(num_steps, schedule, folder):
     few_steps = schedule.get("few_steps") or []
     if few_steps and num_steps not in few_steps:
         raise ValueError(
-            f"--num_inference_steps {num_steps}: {folder} was trained to draw in {', '.join(map(str, few_steps))} "
+            f"--num_inference_steps {num_steps}: {folder} was trained to draw in "
+            f"{', '.join(map(str, few_steps))} "
             "steps. Choose one of these, or train with --few_steps."
         )
 
 
 def check_picture_size(settings, folder, config):
-    """Refuse sizes that do not divide into tokens or lie beyond the student's rotary tables; returns a token's pixels."""
+    """Refuse sizes that do not divide into tokens or lie beyond the student's rotary tables; returns a
+    token's pixels.
+    """
     try:
         vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
         token = int(vae.get("scale_factor_spatial") or 8) * int(
@@ -155,7 +162,8 @@ def check_picture_size(settings, folder, config):
         largest = token * int(config.get("rope_max_seq_len", 1024))
     except (ValueError, TypeError, AttributeError, LookupError):
         raise ValueError(
-            f"{folder}: config.json or vae/config.json does not say the patch and picture size. Copy the folder "
+            f"{folder}: config.json or vae/config.json does not say the patch and picture size. Copy the "
+            f"folder "
             "again."
         ) from None
     if token < 1:
@@ -181,7 +189,8 @@ def trained_sizes(run, unit, source):
     ratios = settings.get("aspect_ratios") if isinstance(settings, dict) else None
     if any(type(side) is not int or side < 1 for side in size):
         raise ValueError(
-            f"{source}: says resolution {run['resolution']!r}, expected pixels or [width, height]. Copy it again."
+            f"{source}: says resolution {run['resolution']!r}, expected pixels or [width, height]. Copy it "
+            f"again."
         )
     if not isinstance(ratios, list | None) or not all(isinstance(ratio, str) for ratio in ratios or ()):
         raise ValueError(
@@ -204,7 +213,8 @@ def size_warning(size, trained):
         ", ..." if len(trained) > MOST_NAMED else ""
     )
     return (
-        f"the student was trained at {named}; images of {size[0]} x {size[1]} may fail. The nearest trained size is "
+        f"the student was trained at {named}; images of {size[0]} x {size[1]} may fail. The nearest trained "
+        f"size is "
         f"--width {width} --height {height}."
     )
 
@@ -296,7 +306,9 @@ class Painter:
 
     @torch.no_grad()
     def draw(self, prompts, seeds, num_steps, height, width, guidance_scale=1.0, negative_prompt=""):
-        """Return one picture for each prompt and seed, (height, width, 3) uint8, or None where it is not finite."""
+        """Return one picture for each prompt and seed, (height, width, 3) uint8, or None where it is not
+        finite.
+        """
         check_schedule(self.scheduler, num_steps)
         text = pack_text(self.embed(prompts)).to(self.device, self.dtype)
         unwanted = None
@@ -339,7 +351,9 @@ class Drawn(NamedTuple):
 
 
 def draw_all(painter, settings, prompts):
-    """Draw and write an image for each of `prompts`; returns [Drawn], and of the first images MOST_CELLS for the grid."""
+    """Draw and write an image for each of `prompts`; returns [Drawn], and of the first images MOST_CELLS for
+    the grid.
+    """
     seeds, drawn, cells = range(settings.seed, settings.seed + len(prompts)), [], []
     for start in tqdm(
         range(0, len(prompts), settings.batch_size), desc="drawing", unit="batch", disable=len(prompts) == 1
@@ -423,7 +437,8 @@ def choose_device(wanted):
     number = int(wanted.partition(":")[2] or 0)
     if wanted.startswith("cuda") and number >= torch.cuda.device_count():
         raise ValueError(
-            f"--device {wanted}: {torch.cuda.device_count()} CUDA devices are here. Leave the flag out, or name "
+            f"--device {wanted}: {torch.cuda.device_count()} CUDA devices are here. Leave the flag out, or "
+            f"name "
             "cpu."
         )
     if wanted == "mps" and not torch.backends.mps.is_available():
@@ -437,7 +452,8 @@ def main(settings, prompts):
     reason = "" if settings.device or device != "cpu" else " (no CUDA device was found)"
     counted = f"{len(jobs)} image{'s' * (len(jobs) != 1)}"
     print(
-        f"drawing {counted} of {settings.width}x{settings.height} in {settings.num_inference_steps} steps with "
+        f"drawing {counted} of {settings.width}x{settings.height} in {settings.num_inference_steps} steps "
+        f"with "
         f"{settings.model} on {device}{reason}; writing to {output.absolute()}",
         flush=True,
     )
@@ -490,7 +506,8 @@ if __name__ == "__main__":
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         print(
-            f"run_inference.py: {str(error).splitlines()[0]} Lower --batch_size, --height or --width, add --dtype bfloat16, or "
+            f"run_inference.py: {str(error).splitlines()[0]} Lower --batch_size, --height or --width, add "
+            f"--dtype bfloat16, or "
             "--device cpu.",
             file=sys.stderr,
         )

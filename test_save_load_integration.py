@@ -1,6 +1,8 @@
-"""The story that this project exists for: train, save, lose the teacher, load in a fresh process, draw the same picture.
+"""The story that this project exists for: train, save, lose the teacher, load in a fresh process, draw the
+same picture.
 
-An earlier attempt projected the teacher again at loading and died with "Cannot copy out of meta tensor; no data!".
+An earlier attempt projected the teacher again at loading and died with "Cannot copy out of meta tensor; no
+data!".
 """
 
 import hashlib
@@ -108,11 +110,14 @@ def test_a_student_loads_in_a_fresh_process_without_its_teacher_and_without_proj
         "from wanlite import projection, teacher, teacher_files\n"
         "from wanlite.stages import start\n"
         "def forbidden(*a, **k): raise AssertionError('loading touched a teacher')\n"
-        "for room, name in ((projection, 'project'), (start, 'project_into'), (train_distillation, 'project_into'),\n"
-        "                   (teacher_files, 'open_teacher_files'), (start, 'open_teacher_files'), (teacher, 'load_expert')):\n"
+        "for room, name in ((projection, 'project'), (start, 'project_into'), (train_distillation, "
+        "'project_into'),\n"
+        "                   (teacher_files, 'open_teacher_files'), (start, 'open_teacher_files'), (teacher, "
+        "'load_expert')):\n"
         "    getattr(room, name); setattr(room, name, forbidden)\n"
         "student = train_distillation.WanLiteStudent.from_pretrained(sys.argv[2])\n"
-        "assert not any(t.is_meta for t in (*student.parameters(), *student.buffers())) and not student.training\n"
+        "assert not any(t.is_meta for t in (*student.parameters(), *student.buffers())) and not "
+        "student.training\n"
         "for name, tensor in sorted(student.state_dict().items()):\n"
         "    print(name, hashlib.sha256(tensor.numpy().tobytes()).hexdigest())\n"
         "from test_save_load_integration import velocity; print(velocity(student))\n"

@@ -4,8 +4,8 @@
     python train_distillation.py --teacher ./Wan2.2-T2V-A14B --prompts prompts.txt   # one GPU box
     accelerate launch train_distillation.py --teacher ... --prompts ...              # several GPUs
 
-Order: settings -> WanLiteStudent -> the dry run -> the loop, which goes through the stages of wanlite/stages/. The run goes to
---output_dir; run the same command after a stop and it goes on where it was.
+Order: settings -> WanLiteStudent -> the dry run -> the loop, which goes through the stages of
+wanlite/stages/. The run goes to --output_dir; run the same command after a stop and it goes on where it was.
 """
 
 import gc
@@ -44,8 +44,10 @@ from wanlite.training.trackers import log_picture
 
 LOG_STEPS = 10
 STOPPED = 3  # exit code of a run that was asked to stop and can be resumed
-MOST_BEYOND = 2  # validations in a row beyond a guard and no nearer to the teacher, after which the best so far is saved
-MOST_SKIPPED = 20  # steps in a row without a finite gradient, after which a run ends; float16 needs some to find its scale
+# validations in a row beyond a guard and no nearer to the teacher, after which the best so far is saved
+MOST_BEYOND = 2
+# steps in a row without a finite gradient, after which a run ends; float16 needs some to find its scale
+MOST_SKIPPED = 20
 FREE = (
     "teacher",
     "teacher_residency",
@@ -62,7 +64,7 @@ FREE = (
 )  # decide no weight
 
 
-# ---- settings --------------------------------------------------------------------------------------------------------------
+# ---- settings ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -279,9 +281,11 @@ class Settings:
 
 
 def read_settings():
-    """Read the command line and check everything that needs no torch; ends with one line and exit code 2 where it is wrong.
+    """Read the command line and check everything that needs no torch; ends with one line and exit code 2
+    where it is wrong.
 
-    Returns the settings with every None filled that a folder or file decides, and whether a run cut short goes on.
+    Returns the settings with every None filled that a folder or file decides, and whether a run cut short
+    goes on.
     """
     parser = make_parser(Settings, __doc__)
     settings = Settings(**vars(parser.parse_args()))
@@ -301,14 +305,17 @@ def read_settings():
 
 
 def is_cut_short(settings):
-    """Whether --output_dir holds a run of these settings that was cut short and goes on; see check_output_folder()."""
+    """Whether --output_dir holds a run of these settings that was cut short and goes on; see
+    check_output_folder().
+    """
     decisive = {name: value for name, value in asdict(settings).items() if name not in FREE}
     state = check_output_folder(
         settings.output_dir, decisive, settings.overwrite, settings.resume_from_checkpoint != "none"
     )
     if state == "resume" and settings.project_only:
         raise ValueError(
-            f"{settings.output_dir}: holds a run cut short. Leave --project_only out to resume it, add --overwrite to "
+            f"{settings.output_dir}: holds a run cut short. Leave --project_only out to resume it, add "
+            f"--overwrite to "
             "replace it, or name another --output_dir."
         )
     return state == "resume"
@@ -413,7 +420,7 @@ from wanlite.training.teacher_data import Lessons, Words, feature_block, open_pa
 from wanlite.training.throughput import Pace, in_brief
 from wanlite.training.validation import Examiner
 
-# ---- the model ---------------------------------------------------------------------------------------------------------
+# ---- the model ---------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -424,9 +431,10 @@ class StudentOutput(Transformer2DModelOutput):
 class WanLiteStudent(WanTransformer3DModel):
     """A small Wan transformer that draws single frames, in diffusers' parts and under diffusers' key names.
 
-    `WanLiteStudent(hidden_size=64, depth=4, num_heads=2)` or `WanLiteStudent({"hidden_size": 64, ...})` builds a random one;
-    `teacher_checkpoint_path=DIR` projects that teacher's weights into it, once, and is no part of the config.
-    Its config has every setting of a stock WanTransformer3DModel beside ours; its config.json is that of a stock one.
+    `WanLiteStudent(hidden_size=64, depth=4, num_heads=2)` or `WanLiteStudent({"hidden_size": 64, ...})`
+    builds a random one; `teacher_checkpoint_path=DIR` projects that teacher's weights into it, once, and is
+    no part of the config. Its config has every setting of a stock WanTransformer3DModel beside ours; its
+    config.json is that of a stock one.
     """
 
     _no_split_modules = ["OneFrameBlock"]
@@ -546,11 +554,14 @@ class WanLiteStudent(WanTransformer3DModel):
         text_logit_bias: torch.Tensor | None = None,  # (B, L); None: every token counts once
         feature_blocks: tuple[int, ...] = (),
     ) -> StudentOutput | tuple:
-        """Return the velocity in the shape of `hidden_states`, and the token states after `feature_blocks` where asked."""
+        """Return the velocity in the shape of `hidden_states`, and the token states after `feature_blocks`
+        where asked.
+        """
         is_video = hidden_states.ndim == 5
         if is_video and hidden_states.shape[2] != 1:
             raise ValueError(
-                f"latents have {hidden_states.shape[2]} frames; the student draws single frames: num_frames=1."
+                f"latents have {hidden_states.shape[2]} frames; the student draws single frames: "
+                f"num_frames=1."
             )
         if encoder_hidden_states_image is not None:
             raise ValueError(
@@ -580,7 +591,8 @@ class WanLiteStudent(WanTransformer3DModel):
             if size % patch or size // patch > self.config.rope_max_seq_len:
                 raise ValueError(
                     f"latents are {size} {name}, expected a multiple of {patch} up to "
-                    f"{patch * self.config.rope_max_seq_len}, where this student's rotary table ends. Choose another "
+                    f"{patch * self.config.rope_max_seq_len}, where this student's rotary table ends. Choose "
+                    f"another "
                     "height or width."
                 )
 
@@ -595,19 +607,22 @@ class WanLiteStudent(WanTransformer3DModel):
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """Save config and weights so that a reader finds the student that was there or this one, never a mixture.
+        """Save config and weights so that a reader finds the student that was there or this one, never a
+        mixture.
 
-        Every rank may call it; where `is_main_process` is None, rank 0 writes. `save_function` is accepted and not used.
-        `kwargs` are those of push_to_hub. Raises ValueError for weights that would not load again: not finite, on no device, or
-        with an adapter among them.
+        Every rank may call it; where `is_main_process` is None, rank 0 writes. `save_function` is accepted
+        and not used. `kwargs` are those of push_to_hub. Raises ValueError for weights that would not load
+        again: not finite, on no device, or with an adapter among them.
         """
         if kwargs and not push_to_hub:
             raise TypeError(
-                f"WanLiteStudent.save_pretrained does not take {', '.join(sorted(kwargs))} without push_to_hub."
+                f"WanLiteStudent.save_pretrained does not take {', '.join(sorted(kwargs))} without "
+                f"push_to_hub."
             )
         if not safe_serialization:
             raise ValueError(
-                "safe_serialization=False asks for a pickle; students are saved as safetensors only. Leave it out."
+                "safe_serialization=False asks for a pickle; students are saved as safetensors only. Leave "
+                "it out."
             )
         check_variant(variant)
         if not str(save_directory):
@@ -631,7 +646,9 @@ class WanLiteStudent(WanTransformer3DModel):
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
 
     def to_json_string(self) -> str:
-        """Return the config as a stock Wan has it, without our names for the same: stock warns of names that are not its own."""
+        """Return the config as a stock Wan has it, without our names for the same: stock warns of names that
+        are not its own.
+        """
         config = json.loads(super().to_json_string())
         return (
             json.dumps(
@@ -646,10 +663,13 @@ class WanLiteStudent(WanTransformer3DModel):
     def from_single_file(
         cls, pretrained_model_link_or_path_or_dict: Any = None, *, config: str | None = None, **kwargs
     ) -> Any:
-        """Load one file of weights under diffusers' names or Wan's own, as stock does; `config` is the folder of config.json."""
+        """Load one file of weights under diffusers' names or Wan's own, as stock does; `config` is the folder
+        of config.json.
+        """
         if config is None:
             raise ValueError(
-                "config is missing, expected the folder of the student's config.json: weights alone do not show it."
+                "config is missing, expected the folder of the student's config.json: weights alone do not "
+                "show it."
             )
         try:
             return super().from_single_file(
@@ -657,13 +677,16 @@ class WanLiteStudent(WanTransformer3DModel):
             )
         except NotImplementedError:  # a tensor without values is to be moved
             raise ValueError(
-                f"{pretrained_model_link_or_path_or_dict}: lacks tensors of the student that {config} describes. "
+                f"{pretrained_model_link_or_path_or_dict}: lacks tensors of the student that {config} "
+                f"describes. "
                 "Name the file and the config of one student."
             ) from None
 
     @classmethod
     def extract_init_dict(cls, config_dict: Mapping, **kwargs):
-        """Turn a config under our names, Wan's or both into arguments: from_config alone would take our defaults for Wan's."""
+        """Turn a config under our names, Wan's or both into arguments: from_config alone would take our
+        defaults for Wan's.
+        """
         return super().extract_init_dict(student_arguments({**config_dict}, _defaults()), **kwargs)
 
     @classmethod
@@ -689,21 +712,24 @@ class WanLiteStudent(WanTransformer3DModel):
         sha256: str | Mapping[str, str] | None = None,
         **unknown: Any,
     ) -> Any:  # a WanLiteStudent; with `output_loading_info` a pair, as in diffusers
-        """Load a saved student from a folder or the hub: exactly its weights, on the CPU unless told otherwise, in eval mode.
+        """Load a saved student from a folder or the hub: exactly its weights, on the CPU unless told
+        otherwise, in eval mode.
 
-        Never projects and needs no teacher. `dtype` (or `torch_dtype`, a torch.dtype or its name) leaves the modules that
-        Wan keeps in float32 there; None keeps every dtype as saved. `sha256` pins the weights to a digest. With it, or with
-        `output_loading_info`, whose "sha256" is {file name: digest}, weights are hashed as they are read; else a CPU student in
-        its saved dtype is mapped, and shares its file's fate unless `disable_mmap`. Nothing is built before header and config
-        are known to agree. Raises OSError for files that are missing or broken and ValueError for
-        content that is not this student's. Memory is used once whatever `low_cpu_mem_usage` says.
+        Never projects and needs no teacher. `dtype` (or `torch_dtype`, a torch.dtype or its name) leaves the
+        modules that Wan keeps in float32 there; None keeps every dtype as saved. `sha256` pins the weights to
+        a digest. With it, or with `output_loading_info`, whose "sha256" is {file name: digest}, weights are
+        hashed as they are read; else a CPU student in its saved dtype is mapped, and shares its file's fate
+        unless `disable_mmap`. Nothing is built before header and config are known to agree. Raises OSError
+        for files that are missing or broken and ValueError for content that is not this student's. Memory is
+        used once whatever `low_cpu_mem_usage` says.
         """
         if unknown := {
             name: value for name, value in unknown.items() if value or name not in cls._left_to_stock
         }:
             accepted = ", ".join(list(inspect.signature(cls.from_pretrained).parameters)[1:-1])
             raise TypeError(
-                f"WanLiteStudent.from_pretrained does not take {', '.join(sorted(unknown))}; it takes {accepted}. "
+                f"WanLiteStudent.from_pretrained does not take {', '.join(sorted(unknown))}; it takes "
+                f"{accepted}. "
                 "Loading never projects a teacher and never quantises: quantise the student that is loaded."
             )
         if use_safetensors is False:
@@ -739,10 +765,12 @@ class WanLiteStudent(WanTransformer3DModel):
             for name in not_finite(tensors):
                 path = next(file.path for file in files if name in file.entries)
                 raise ValueError(
-                    f"{path}: {name} holds NaN or infinity as {tensors[name].dtype}. Take an earlier save, or a dtype "
+                    f"{path}: {name} holds NaN or infinity as {tensors[name].dtype}. Take an earlier save, "
+                    f"or a dtype "
                     "of more range."
                 )
-        # Parameters are without memory, rotary tables are real, and the user's random numbers are not used up.
+        # Parameters are without memory, rotary tables are real, and the user's random numbers are not used
+        # up.
         with init_empty_weights(), torch.random.fork_rng(devices=[]):
             student = cls(**arguments)
         student.load_state_dict(tensors, strict=True, assign=True)
@@ -759,8 +787,8 @@ class WanLiteStudent(WanTransformer3DModel):
         return (student, info) if output_loading_info else student
 
 
-# A student is saved as the stock Wan that it also is. Pipelines write a part's class by these names of the class and of its
-# module, and load it by them where this file is not.
+# A student is saved as the stock Wan that it also is. Pipelines write a part's class by these names of the
+# class and of its module, and load it by them where this file is not.
 WanLiteStudent.__name__ = WanTransformer3DModel.__name__
 
 
@@ -778,11 +806,12 @@ def _stays_float32(name):
     return any(part in WanLiteStudent._keep_in_fp32_modules for part in name.split("."))
 
 
-# ---- the dry run ---------------------------------------------------------------------------------------------------------
+# ---- the dry run -------------------------------------------------------------------------------------------
 
 
 def plan(settings, words):
-    """Say what a run of these settings will do and need, and whether it fits; nothing is read but headers, nothing is written.
+    """Say what a run of these settings will do and need, and whether it fits; nothing is read but headers,
+    nothing is written.
 
     `words` are those of the command line. Returns the exit code: 0 where it fits, 2 where it does not.
     """
@@ -835,11 +864,13 @@ def plan(settings, words):
     return 2 if wrong else 0
 
 
-# ---- the loop --------------------------------------------------------------------------------------------------------------
+# ---- the loop ----------------------------------------------------------------------------------------------
 
 
 def train(settings, is_resumed, stop):
-    """Project, walk the teacher, distil, validate and save into settings.output_dir; raises Stopped where `stop` asks for it."""
+    """Project, walk the teacher, distil, validate and save into settings.output_dir; raises Stopped where
+    `stop` asks for it.
+    """
     began, output = time.time(), Path(settings.output_dir)
     check_devices(os.environ)
     files = open_teacher_files(settings.teacher)
@@ -944,7 +975,8 @@ def train(settings, is_resumed, stop):
             save_start(output, settings, student, parts_folder, run)
         return accelerator.end_training()
 
-    # What the teacher says: walked once, for training and for held-out prompts, and where students will be held against it.
+    # What the teacher says: walked once, for training and for held-out prompts, and where students will be
+    # held against it.
     teacher = Teacher(
         files, device, dtype, agreed(place_teacher(settings, files, device)), settings.teacher_fp8
     )
@@ -971,7 +1003,8 @@ def train(settings, is_resumed, stop):
     walk_figures = pace.walk_figures(settings.teacher_steps)
     if walk_figures:
         say(
-            "walked   {walked:,} trajectories, {walks_per_second:.3g} a second, {walk_teacher_share:.0%} of the time in the "
+            "walked   {walked:,} trajectories, {walks_per_second:.3g} a second, {walk_teacher_share:.0%} of "
+            "the time in the "
             "teacher".format(**walk_figures)
         )
     few = FewSteps(
@@ -998,7 +1031,8 @@ def train(settings, is_resumed, stop):
     accelerator.wait_for_everyone()
     if not (output / "run.json").exists():
         raise OSError(
-            f"{output}: what rank 0 wrote there is not here. The machines of a run need one disk under --output_dir."
+            f"{output}: what rank 0 wrote there is not here. The machines of a run need one disk under "
+            f"--output_dir."
         )
 
     # What learns, and how; all of it is in `memory`, and nothing else has to be remembered.
@@ -1103,20 +1137,25 @@ def train(settings, is_resumed, stop):
             memory["best"] = {"step": step, "score": score, "figures": figures, "weights": weights}
 
     def checkpoint(step):
-        """Save what the run remembers; a disk that is full costs this checkpoint, not the run and no earlier one."""
+        """Save what the run remembers; a disk that is full costs this checkpoint, not the run and no earlier
+        one.
+        """
         if accelerator.is_main_process:
             try:
                 save_checkpoint(output, memory | {"step": step}, run, settings.checkpoints_total_limit)
             except OSError as error:
                 newest = latest_checkpoint(output)[0]
                 say(
-                    f"\nWARNING: step {step} is NOT saved: {error}\nThe newest checkpoint is {newest}; training goes on."
+                    f"\nWARNING: step {step} is NOT saved: {error}\nThe newest checkpoint is {newest}; "
+                    f"training goes on."
                 )
         accelerator.wait_for_everyone()
         pace.restart()
 
     def walk_own(first):
-        """Walk the averaged student's own path, once for the part that begins at step `first`; returns its states by bucket."""
+        """Walk the averaged student's own path, once for the part that begins at step `first`; returns its
+        states by bucket.
+        """
         with averaged(ema, student, settings.use_ema):
             if memory["own_path"].get("first") != first:
                 memory["own_path"] = {"first": first, "student": agreed(digest(student))}
@@ -1186,7 +1225,8 @@ def train(settings, is_resumed, stop):
                     norm = accelerator.clip_grad_norm_(
                         [*wrapped.parameters(), *wrapped_head.parameters()], settings.max_grad_norm
                     )
-                    # The one time a step waits for the device: is it sound on every rank, and was any of them asked to stop?
+                    # The one time a step waits for the device: is it sound on every rank, and was any of them
+                    # asked to stop?
                     told = torch.stack([total_loss, norm.float(), total_loss.new_tensor(stop.asked)])
                     mean_loss, norm, asked = accelerator.reduce(told, "mean").tolist()
                     is_asked, is_sound = asked > 0, math.isfinite(mean_loss + norm)
@@ -1210,8 +1250,10 @@ def train(settings, is_resumed, stop):
                     memory["skipped"], in_a_row = memory["skipped"] + 1, in_a_row + 1
                     if in_a_row == MOST_SKIPPED:
                         raise FloatingPointError(
-                            f"{MOST_SKIPPED} steps in a row, up to {step}, had no finite gradient (loss {mean_loss}, norm {norm}). "
-                            "Add --overwrite and lower --learning_rate and --muon_learning_rate, or --mixed_precision no."
+                            f"{MOST_SKIPPED} steps in a row, up to {step}, had no finite gradient (loss "
+                            f"{mean_loss}, norm {norm}). "
+                            "Add --overwrite and lower --learning_rate and --muon_learning_rate, or "
+                            "--mixed_precision no."
                         )
                 if step % LOG_STEPS == 0 or step == last or not is_sound:
                     record = {
@@ -1230,7 +1272,8 @@ def train(settings, is_resumed, stop):
                     checkpoint(step)
                 if memory["beyond"] >= MOST_BEYOND:
                     say(
-                        f"\nended at step {step}: {MOST_BEYOND} validations in a row were rejected and no closer to the teacher"
+                        f"\nended at step {step}: {MOST_BEYOND} validations in a row were rejected and no "
+                        f"closer to the teacher"
                     )
                     break
     except Stopped:
@@ -1241,7 +1284,8 @@ def train(settings, is_resumed, stop):
     stop.is_immediate = True  # the last checkpoint holds all that is needed below
     bar.close()
 
-    # What is kept: the averaged student that validation found best, what inference needs beside it, and how good it is.
+    # What is kept: the averaged student that validation found best, what inference needs beside it, and how
+    # good it is.
     stop.check()
     if memory["looked"].get("step") != step:
         validate(step, parts[-1][0])
@@ -1290,7 +1334,9 @@ def train(settings, is_resumed, stop):
 
 
 def save_start(output, settings, student, parts_folder, run):
-    """Save a projected student that nothing was trained of: it draws by the teacher's schedule, as a student of stage 1 does."""
+    """Save a projected student that nothing was trained of: it draws by the teacher's schedule, as a student
+    of stage 1 does.
+    """
     clear(output)
     write_json(
         output / "run.json", run | {"projected_only": True, "schedule": describe_schedule(settings, [], [])}
@@ -1302,14 +1348,17 @@ def save_start(output, settings, student, parts_folder, run):
 
 
 def resume(memory, output, device, say):
-    """Give everything in `memory` the state of the newest checkpoint that verifies; 0 steps where there is none yet."""
+    """Give everything in `memory` the state of the newest checkpoint that verifies; 0 steps where there is
+    none yet.
+    """
     path, skipped = latest_checkpoint(output)
     for reason in skipped:
         say(reason)
     if path is None:
         if skipped:
             raise OSError(
-                f"{output}: no checkpoint verifies, so nothing can be resumed. Add --overwrite to start again."
+                f"{output}: no checkpoint verifies, so nothing can be resumed. Add --overwrite to start "
+                f"again."
             )
         return
     restore(memory, load_checkpoint(path))
@@ -1338,7 +1387,7 @@ def averaged(ema, student, use_ema):
             ema.restore(student.parameters())
 
 
-# ---- main --------------------------------------------------------------------------------------------------------------------
+# ---- main --------------------------------------------------------------------------------------------------
 
 
 def is_dry(word):
@@ -1347,7 +1396,9 @@ def is_dry(word):
 
 
 def resuming_command(settings):
-    """Return the command that goes on with this run; flags that would start it again are taken back once it is in the folder."""
+    """Return the command that goes on with this run; flags that would start it again are taken back once it
+    is in the folder.
+    """
     words, again = sys.argv[1:], {"overwrite": False, "resume_from_checkpoint": "latest"}
     with suppress(OSError, ValueError):
         if is_cut_short(replace(settings, **again)):
@@ -1370,8 +1421,10 @@ def main(settings, is_resumed):
         return 2
     except torch.OutOfMemoryError as error:
         print(
-            f"train_distillation.py: {str(error).splitlines()[0]} What the teacher has said is kept. See that nothing else is on "
-            "the device, or add --overwrite and a lower --train_batch_size with more --gradient_accumulation_steps, "
+            f"train_distillation.py: {str(error).splitlines()[0]} What the teacher has said is kept. See "
+            f"that nothing else is on "
+            "the device, or add --overwrite and a lower --train_batch_size with more "
+            "--gradient_accumulation_steps, "
             "--gradient_checkpointing, or --teacher_residency disk.",
             file=sys.stderr,
         )
@@ -1380,7 +1433,8 @@ def main(settings, is_resumed):
         if not (is_launched() and is_lost(error)):
             raise
         print(
-            f"train_distillation.py: another process of this run is gone ({str(error).splitlines()[0]}). What ended it was said "
+            f"train_distillation.py: another process of this run is gone ({str(error).splitlines()[0]}). "
+            f"What ended it was said "
             "by itself or its machine; the same command goes on from the newest checkpoint.",
             file=sys.stderr,
         )

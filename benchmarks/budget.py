@@ -4,9 +4,10 @@
     python benchmarks/budget.py --quick    # a minute: one seed, small budgets
     python benchmarks/budget.py --train_flags --hidden_size 64 --depth 4
 
-The student is 24 x 2 where the tiny teacher is 128 x 4, about as much narrower and shallower as 1024 x 16 is than A14B. "hours" are
-those of an H100 at 40 % of its rate, if the same budget were spent on A14B and a student of 1024 x 16 at 512 pixels. Students that
-lie in --folder, finished under the same settings, are told as they are; under others, they are refused by name.
+The student is 24 x 2 where the tiny teacher is 128 x 4, about as much narrower and shallower as 1024 x 16 is
+than A14B. "hours" are those of an H100 at 40 % of its rate, if the same budget were spent on A14B and a
+student of 1024 x 16 at 512 pixels. Students that lie in --folder, finished under the same settings, are told
+as they are; under others, they are refused by name.
 """
 
 import argparse
@@ -57,7 +58,9 @@ def hours(pictures, steps, teacher_steps=20):
 
 
 def print_table(runs):
-    """Print a line for each budget, {(pictures, steps): [run.json of each seed]}: means over seeds, and the range."""
+    """Print a line for each budget, {(pictures, steps): [run.json of each seed]}: means over seeds, and the
+    range.
+    """
     columns = (
         "pictures",
         "steps",
@@ -80,8 +83,10 @@ def print_table(runs):
         )
         spent = " + ".join(f"{each:.1f}" for each in hours(pictures, steps))
         print(
-            f"| {pictures:,} | {steps:,} | {spent} | {len(found)} | {mean(right):.3f} ({min(right):.3f} to {max(right):.3f}) | "
-            f"{mean(right_in_one):.3f} | {mean(error):.3f} ({min(error):.3f} to {max(error):.3f}) | {mean(error_in_one):.3f} | "
+            f"| {pictures:,} | {steps:,} | {spent} | {len(found)} | {mean(right):.3f} ({min(right):.3f} to "
+            f"{max(right):.3f}) | "
+            f"{mean(right_in_one):.3f} | {mean(error):.3f} ({min(error):.3f} to {max(error):.3f}) | "
+            f"{mean(error_in_one):.3f} | "
             f"{mean(variety):.2f} |"
         )
 

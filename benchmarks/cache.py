@@ -3,9 +3,10 @@
     python benchmarks/cache.py                     # the tiny teacher, a minute on two cores
     python benchmarks/cache.py --quick --json cache.json
 
-Filled: the tiny teacher walks guided trajectories, and they go to disk. Read: every state once, in random batches, by the reader
-of train_distillation.py and by a plain torch DataLoader over the same shards, in turns. Fed: the share of a training step that
-waits for its batch, with each reader in turn; the project's own is to stay under 5 %.
+Filled: the tiny teacher walks guided trajectories, and they go to disk. Read: every state once, in random
+batches, by the reader of train_distillation.py and by a plain torch DataLoader over the same shards, in
+turns. Fed: the share of a training step that waits for its batch, with each reader in turn; the project's own
+is to stay under 5 %.
 """
 
 import argparse

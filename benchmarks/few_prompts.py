@@ -1,11 +1,13 @@
-"""How much a student learns from few prompts: the share of the training prompts that it draws right, seed by seed.
+"""How much a student learns from few prompts: the share of the training prompts that it draws right, seed by
+seed.
 
     python benchmarks/few_prompts.py            # thirty prompts and 200 steps, three seeds: minutes
     python benchmarks/few_prompts.py --quick    # one seed, few steps
     python benchmarks/few_prompts.py --prompts 10 --train_flags --num_trajectories 300
 
-Prompts are captions of the tiny world, other ones for each seed, all other settings are defaults. Each prompt is drawn from noise
-that no trajectory of training starts from. Students that lie in --folder, finished under the same settings, are judged as they are.
+Prompts are captions of the tiny world, other ones for each seed, all other settings are defaults. Each prompt
+is drawn from noise that no trajectory of training starts from. Students that lie in --folder, finished under
+the same settings, are judged as they are.
 """
 
 import argparse
@@ -53,7 +55,9 @@ def few_prompts(folder, count, seed):
 
 
 def measure(folder, count, flags, seed):
-    """Train on `count` prompts, unless that was done; returns the run's figures and the share of training prompts drawn right."""
+    """Train on `count` prompts, unless that was done; returns the run's figures and the share of training
+    prompts drawn right.
+    """
     prompts, captions = few_prompts(folder, count, seed)
     student = train(folder / f"seed-{seed}" / "student", (TRAIN,), ("--prompts", prompts, *flags), seed)
     run, painter = read_run(student), Painter(student)
@@ -94,7 +98,8 @@ def main():
     if options.quick:
         flags, seeds = [*QUICK, *options.train_flags], range(1)
     print(
-        f"training a student for {len(seeds)} seeds on {options.prompts} prompts each in {options.folder.absolute()}",
+        f"training a student for {len(seeds)} seeds on {options.prompts} prompts each in "
+        f"{options.folder.absolute()}",
         flush=True,
     )
     print(
@@ -104,7 +109,8 @@ def main():
     for seed in seeds:
         rows.append(row := measure(options.folder.absolute(), options.prompts, flags, seed))
         print(
-            f"| {seed} | {row['prompts']} | {row['steps']} | {row['minutes']:.1f} | {row['right']['4']:.0%} | "
+            f"| {seed} | {row['prompts']} | {row['steps']} | {row['minutes']:.1f} | {row['right']['4']:.0%} "
+            f"| "
             f"{row['right']['1']:.0%} |",
             flush=True,
         )

@@ -1,11 +1,13 @@
-"""A training run, killed at any moment and run again: does it end with exactly the weights of an uninterrupted one?
+"""A training run, killed at any moment and run again: does it end with exactly the weights of an
+uninterrupted one?
 
     python benchmarks/kill.py                          # 100 kills
     python benchmarks/kill.py --quick --json kill.json
 
-Every run is a process of its own, forked from one that has imported torch, and does what the command line does. One kill a run:
-three of four are SIGKILL, one is SIGTERM; every third waits for a save and strikes in it, every tenth run starts without a cache,
-so that it is struck while it projects and walks as well. Then the same command runs to its end.
+Every run is a process of its own, forked from one that has imported torch, and does what the command line
+does. One kill a run: three of four are SIGKILL, one is SIGTERM; every third waits for a save and strikes in
+it, every tenth run starts without a cache, so that it is struck while it projects and walks as well. Then the
+same command runs to its end.
 
 identical  ended with the weights of the uninterrupted run, byte by byte
 lost       a checkpoint, or the finished student, that was there before the kill did not verify after it
@@ -88,7 +90,7 @@ def read_arguments():
     return arguments
 
 
-# ---- a run -----------------------------------------------------------------------------------------------------------------
+# ---- a run -------------------------------------------------------------------------------------------------
 
 
 def start(folder):
@@ -130,7 +132,9 @@ def signs(folder):
 
 
 def kept(folder):
-    """Return (steps of the checkpoints, whether the student is there), as anybody sees them who lists the folder."""
+    """Return (steps of the checkpoints, whether the student is there), as anybody sees them who lists the
+    folder.
+    """
     steps = {int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")}
     return steps, (folder / WEIGHTS).exists()
 
@@ -151,7 +155,9 @@ def is_lost(folder, before):
 
 
 def strike(number, folder, moment, how):
-    """Wait for the moment, then kill; returns what was there before, and where it struck, None where the run had ended."""
+    """Wait for the moment, then kill; returns what was there before, and where it struck, None where the run
+    had ended.
+    """
     began, seen, wanted = time.monotonic(), set(), moment["save"] or 0
     while len(seen) < wanted or time.monotonic() - began < moment["after"]:
         if len(seen) < wanted:
@@ -180,7 +186,10 @@ def strike(number, folder, moment, how):
 
 
 def kill_and_finish(job):
-    """Kill a run at its moment, run it again to its end; returns what happened. A kill that came too late is tried sooner."""
+    """Kill a run at its moment, run it again to its end; returns what happened.
+
+    A kill that came too late is tried sooner.
+    """
     folder, how = Path(job["folder"]), signal.Signals[job["signal"]]
     folder.mkdir(parents=True)
     if job["cache"]:
@@ -208,7 +217,7 @@ def kill_and_finish(job):
     }
 
 
-# ---- all of them -------------------------------------------------------------------------------------------------------------
+# ---- all of them -------------------------------------------------------------------------------------------
 
 
 def moments(arguments, folder, seconds, cache, expected):
@@ -241,7 +250,8 @@ def measure(arguments, folder):
         began = time.monotonic()
         if code := finish(start(folder / f"uninterrupted-{has_cache:d}")):
             raise SystemExit(
-                f"kill.py: the uninterrupted run ended with {code}; see {folder}/uninterrupted-{has_cache:d}.log"
+                f"kill.py: the uninterrupted run ended with {code}; see "
+                f"{folder}/uninterrupted-{has_cache:d}.log"
             )
         seconds[has_cache] = time.monotonic() - began
         digests.append(digest(folder / f"uninterrupted-{has_cache:d}"))
@@ -285,7 +295,8 @@ def main():
             + " |"
         )
     print(
-        f"| **all** | {figures['kills']} | {figures['identical']} | {figures['lost']} | {figures['refused']} |"
+        f"| **all** | {figures['kills']} | {figures['identical']} | {figures['lost']} | {figures['refused']} "
+        f"|"
     )
     print(
         f"\n{dict(figures['signals'])}; an uninterrupted run takes {figures['seconds_uninterrupted']} s; "

@@ -1,18 +1,20 @@
-"""What loading a saved student costs, beside what a user would do instead; and how soon run_inference.py draws.
+"""What loading a saved student costs, beside what a user would do instead; and how soon run_inference.py
+draws.
 
     python benchmarks/load.py
     python benchmarks/load.py --quick --json load.json
 
-A student of 0.3 B with random weights is saved in float32 and in bfloat16. Each way to load it runs in processes of its own, in
-turns, with its imports done and the file in the page cache:
+A student of 0.3 B with random weights is saved in float32 and in bfloat16. Each way to load it runs in
+processes of its own, in turns, with its imports done and the file in the page cache:
 
 ours   WanLiteStudent.from_pretrained: header checked against the config, every weight checked to be finite
 stock  ModelMixin.from_pretrained on the same class and the same folder, as every model of diffusers is loaded
 bare   build the module, read the safetensors file, copy it into the module
 lean   build the module on the meta device, map the safetensors file, put the mapped tensors in place: no check at all
 
-"touched" is the time until every weight was read once as well, for a file that is mapped is read when it is used. "peak" is the
-largest resident memory meanwhile, less what was there before, over the bytes of the weights; "own" is its part that is no file's.
+"touched" is the time until every weight was read once as well, for a file that is mapped is read when it is
+used. "peak" is the largest resident memory meanwhile, less what was there before, over the bytes of the
+weights; "own" is its part that is no file's.
 """
 
 import argparse
@@ -96,7 +98,7 @@ def read_arguments():
     return arguments
 
 
-# ---- one way, once ---------------------------------------------------------------------------------------------------------
+# ---- one way, once -----------------------------------------------------------------------------------------
 
 
 def memory(name):
@@ -157,7 +159,7 @@ def load_once(way, folder):
     )
 
 
-# ---- all of them -------------------------------------------------------------------------------------------------------------
+# ---- all of them -------------------------------------------------------------------------------------------
 
 
 def save_students(folder, dtypes, is_quick):
@@ -199,7 +201,9 @@ def measure_loading(folder, dtypes, repeats):
 
 
 def measure_start(folder, repeats):
-    """Return seconds of the bare imports, and from the start of run_inference.py to its first sampling step, in turns."""
+    """Return seconds of the bare imports, and from the start of run_inference.py to its first sampling step,
+    in turns.
+    """
     subprocess.run(
         [sys.executable, ROOT / "train_distillation.py", "--output_dir", folder / "run", *SHORT_RUN],
         check=True,
@@ -256,7 +260,8 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
     print(
-        f"loading a student in {len(WAYS)} ways, {repeats} times each in {' and '.join(dtypes)}; writing to {folder}",
+        f"loading a student in {len(WAYS)} ways, {repeats} times each in {' and '.join(dtypes)}; writing to "
+        f"{folder}",
         flush=True,
     )
     millions = save_students(folder, dtypes, arguments.quick)
@@ -278,10 +283,13 @@ def main():
         "seconds_to_start": start,
     }
     print(
-        f"\nours, the worse where there are two dtypes: {figures['over_bare']:.2f} x bare, {figures['over_stock']:.2f} x stock, "
+        f"\nours, the worse where there are two dtypes: {figures['over_bare']:.2f} x bare, "
+        f"{figures['over_stock']:.2f} x stock, "
         f"{figures['over_lean']:.2f} x lean; touched {figures['touched_over_stock']:.2f} x stock, "
-        f"{figures['touched_over_lean']:.2f} x lean; peak {figures['peak_over_weights']:.2f} x the weights ({millions:.0f} M)\n"
-        f"run_inference.py takes its first sampling step after {start['start']:.1f} s, {figures['start_over_imports']:.2f} x the "
+        f"{figures['touched_over_lean']:.2f} x lean; peak {figures['peak_over_weights']:.2f} x the weights "
+        f"({millions:.0f} M)\n"
+        f"run_inference.py takes its first sampling step after {start['start']:.1f} s, "
+        f"{figures['start_over_imports']:.2f} x the "
         f"{start['imports']:.1f} s of its bare imports"
     )
     if arguments.json:

@@ -1,4 +1,5 @@
-"""Memory as `--dry_run` tells it beside memory as it is: each phase simulated, then run for real in a process of its own.
+"""Memory as `--dry_run` tells it beside memory as it is: each phase simulated, then run for real in a process
+of its own.
 
     python benchmarks/memory.py             # minutes, on CPUs that are slow in bfloat16, as Muon is, hours
     python benchmarks/memory.py --quick     # seconds

@@ -1,10 +1,12 @@
-"""What each start is worth: random, two published cuts, weights-only and calibrated projection, after equal training.
+"""What each start is worth: random, two published cuts, weights-only and calibrated projection, after equal
+training.
 
     python benchmarks/projection.py --json projection.json    # the README's table, three seeds; over an hour on two cores
     python benchmarks/projection.py --quick                   # about a minute: one shape, one seed, a few steps
 
-Every start learns the tiny teacher's guided velocity on identical batches, under the learning rate of Muon that served it best
-over the whole horizon (on the first shape of each width, by a seed of its own). Rows already in --json FILE are not run again.
+Every start learns the tiny teacher's guided velocity on identical batches, under the learning rate of Muon
+that served it best over the whole horizon (on the first shape of each width, by a seed of its own). Rows
+already in --json FILE are not run again.
 """
 
 import argparse
@@ -68,7 +70,8 @@ def main():
             options.rates[1:2],
         )
     print(
-        f"comparing {len(options.starts)} starts x {len(options.shapes)} shapes x {options.seeds} seeds over {options.steps} "
+        f"comparing {len(options.starts)} starts x {len(options.shapes)} shapes x {options.seeds} seeds over "
+        f"{options.steps} "
         f"steps; trajectories go to {options.folder}",
         flush=True,
     )
@@ -106,7 +109,9 @@ def job(start, shape, seed, rate, expert, options, data):
 
 
 def run_all(pool, rows, jobs, options):
-    """Run the jobs that have no row yet, adding to `rows` and to the file as they end; returns the rows of all jobs."""
+    """Run the jobs that have no row yet, adding to `rows` and to the file as they end; returns the rows of
+    all jobs.
+    """
 
     def key(row):
         return json.dumps(
@@ -120,7 +125,8 @@ def run_all(pool, rows, jobs, options):
         errors = "  ".join(f"{step}: {error:.3f}" for step, error in row["error_at"].items())
         shape = "x".join(map(str, row["student"].values()))
         print(
-            f"[{number}/{len(missing)}] {row['start']:>12} ({row['expert']}) {shape:>7} seed {row['seed']} rate {row['rate']:g}  "
+            f"[{number}/{len(missing)}] {row['start']:>12} ({row['expert']}) {shape:>7} seed {row['seed']} "
+            f"rate {row['rate']:g}  "
             f"{errors}  accuracy {row['accuracy']:.3f}  {row['seconds']:.1f} s",
             flush=True,
         )
@@ -132,7 +138,9 @@ def run_all(pool, rows, jobs, options):
 
 
 def tune(pool, rows, options, data):
-    """Return {(start, width): the rate with the lowest error at the end}, by a seed that the table does not use."""
+    """Return {(start, width): the rate with the lowest error at the end}, by a seed that the table does not
+    use.
+    """
     first = {width_of(shape): shape for shape in reversed(options.shapes)}
     jobs = [
         job(start, shape, TUNING_SEED, rate, "low", options, data)
@@ -160,7 +168,7 @@ def width_of(shape):
     return int(shape.split("x")[0])
 
 
-# ---- what every run learns from --------------------------------------------------------------------------------------------
+# ---- what every run learns from ----------------------------------------------------------------------------
 
 
 def prepare(folder, num_trajectories):
@@ -199,7 +207,7 @@ def prepare(folder, num_trajectories):
     return str(cache)
 
 
-# ---- one run ----------------------------------------------------------------------------------------------------------------
+# ---- one run -----------------------------------------------------------------------------------------------
 
 
 def run(job):
@@ -290,7 +298,7 @@ def run(job):
     }
 
 
-# ---- the starts ---------------------------------------------------------------------------------------------------------------
+# ---- the starts --------------------------------------------------------------------------------------------
 
 
 def random_start(student, files, expert, words, seed):
@@ -321,13 +329,17 @@ def calibrated(student, files, expert, words, seed):
 
 
 def selection(student, files, expert, words, seed):
-    """Evenly spaced rows and columns of evenly spaced blocks. Source: weight selection (Xu et al., ICLR 2024)."""
+    """Evenly spaced rows and columns of evenly spaced blocks.
+
+    Source: weight selection (Xu et al., ICLR 2024).
+    """
     slice_into(student, files.experts[expert], lambda name, dimension, few, many: evenly(few, many))
 
 
 def importance(student, files, expert, words, seed):
-    """The channels, heads and neurons that are most active, of evenly spaced blocks; whole heads or rotary pairs of them, slicing
-    and nothing else. Source: Minitron (Muralidharan et al. 2024), activations over calibration frames."""
+    """The channels, heads and neurons that are most active, of evenly spaced blocks; whole heads or rotary
+    pairs of them, slicing and nothing else. Source: Minitron (Muralidharan et al. 2024), activations over
+    calibration frames."""
     import torch
 
     from wanlite.student.pruning import _rotary_rows, top
@@ -394,7 +406,9 @@ def importance(student, files, expert, words, seed):
 
 
 def slice_into(student, files, choose):
-    """Fill a student with slices of the tensors of evenly spaced blocks; `choose` names the indices kept of each dimension."""
+    """Fill a student with slices of the tensors of evenly spaced blocks; `choose` names the indices kept of
+    each dimension.
+    """
     import torch
 
     blocks = evenly(student.config.depth, files.config["num_layers"]).tolist()
@@ -426,14 +440,15 @@ STARTERS = {
 }
 
 
-# ---- the table ---------------------------------------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------------------
 
 
 def summarise(rows):
     """Print the README's table: mean and range over seeds."""
     marks = list(rows[0]["error_at"])
     print(
-        f"\n| student | start | {' | '.join(f'error at {mark}' for mark in marks)} | captions right | seconds to project |\n"
+        f"\n| student | start | {' | '.join(f'error at {mark}' for mark in marks)} | captions right | "
+        f"seconds to project |\n"
         f"|{'---|' * (len(marks) + 4)}"
     )
     cells = dict.fromkeys((tuple(row["student"].values()), row["start"], row["expert"]) for row in rows)

@@ -1,12 +1,13 @@
-"""What projecting a whole Wan costs: peak memory, seconds of reading and of arithmetic, beside a plain read of the same files.
+"""What projecting a whole Wan costs: peak memory, seconds of reading and of arithmetic, beside a plain read
+of the same files.
 
     python benchmarks/projection_scale.py                        # an A14B-shaped expert, 28.6 GB on disk while it runs
     python benchmarks/projection_scale.py --layers 2             # the true width, 1.9 GB
     python benchmarks/projection_scale.py --quick                # the same code on a narrow Wan, seconds
     python benchmarks/projection_scale.py --folder DIR --keep    # what was kept is measured again without writing
 
-No teacher is needed: an expert of random values is written in the official layout, bf16, in six shards. Linux alone: memory is
-read in /proc, and files are dropped from the page cache, so that reading means the disk.
+No teacher is needed: an expert of random values is written in the official layout, bf16, in six shards. Linux
+alone: memory is read in /proc, and files are dropped from the page cache, so that reading means the disk.
 """
 
 import argparse
@@ -53,7 +54,7 @@ SPARE = 1 << 30  # bytes of disk that stay free
 GIB = 1 << 30
 
 
-# ---- the tensors of a Wan, by their official names -------------------------------------------------------------------------
+# ---- the tensors of a Wan, by their official names ---------------------------------------------------------
 
 
 def teacher_config(name, layers=None, is_quick=False):
@@ -106,14 +107,15 @@ def num_bytes(shapes):
     return sum(2 * math.prod(shape) for shape in shapes.values())
 
 
-# ---- writing -------------------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------------------
 
 
 class RandomWan:
-    """Random bf16 values of which a share is common: every matrix reads or writes one falling spectrum over the residual.
+    """Random bf16 values of which a share is common: every matrix reads or writes one falling spectrum over
+    the residual.
 
-    A row is the sum of two rows of a pool, pool = normal @ diag(falling) @ basis + noise, so that no two rows of a teacher are
-    alike and no normal is drawn twice: a gigabyte takes a second.
+    A row is the sum of two rows of a pool, pool = normal @ diag(falling) @ basis + noise, so that no two rows
+    of a teacher are alike and no normal is drawn twice: a gigabyte takes a second.
     """
 
     def __init__(self, width, rank=256, num_rows=4096, seed=0):
@@ -125,7 +127,9 @@ class RandomWan:
         self.pool += 0.1 * self._normal(num_rows, width)
 
     def pieces(self, name, shape):
-        """Yield a tensor's values in the order of the file, a few MB at a time or, for a writer of the residual, all at once."""
+        """Yield a tensor's values in the order of the file, a few MB at a time or, for a writer of the
+        residual, all at once.
+        """
         if len(shape) == 1 or "modulation" in name:
             yield _upper_half(self._small(name, shape))
         elif shape[0] == self.width and not name.endswith((".q.weight", ".k.weight", ".v.weight")):
@@ -164,7 +168,10 @@ def _upper_half(values):
 
 
 def write_expert(folder, config, seed=0):
-    """Write an expert, holding one matrix at most; returns bytes per second. config.json comes last: with it all is there."""
+    """Write an expert, holding one matrix at most; returns bytes per second.
+
+    config.json comes last: with it all is there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shapes, values, began = tensor_shapes(config), RandomWan(config["dim"], seed=seed), time.perf_counter()
     weight_map = {}
@@ -227,7 +234,7 @@ def remove_expert(folder):
         folder.rmdir()
 
 
-# ---- measuring -----------------------------------------------------------------------------------------------------------
+# ---- measuring ---------------------------------------------------------------------------------------------
 
 
 def forget(path):
@@ -257,7 +264,9 @@ def plain_read(folder):
 
 
 def memory(field):
-    """Return a line of /proc/self/status in bytes: VmHWM is the peak of all resident pages, RssAnon those of no file."""
+    """Return a line of /proc/self/status in bytes: VmHWM is the peak of all resident pages, RssAnon those of
+    no file.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])
@@ -345,7 +354,7 @@ def measure_in_a_fresh_process(folder, student, device):
     return json.loads(process.stdout.splitlines()[-1])
 
 
-# ---- the script ----------------------------------------------------------------------------------------------------------
+# ---- the script --------------------------------------------------------------------------------------------
 
 
 def read_options():
@@ -393,7 +402,9 @@ def student_config(options, config):
 
 
 def check_folder(folder, config):
-    """Return whether the folder holds this very expert from an earlier run; refuses any other content and too small a disk."""
+    """Return whether the folder holds this very expert from an earlier run; refuses any other content and too
+    small a disk.
+    """
     path, size = folder / "config.json", num_bytes(tensor_shapes(config))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if path.is_file() and path.read_bytes() == _config_text(config).encode():
@@ -404,7 +415,8 @@ def check_folder(folder, config):
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
     if free < size + SPARE:
         raise OSError(
-            f"the expert takes {size / 1e9:.1f} GB and a spare {SPARE / 1e9:.1f} GB, {free / 1e9:.1f} GB are free at "
+            f"the expert takes {size / 1e9:.1f} GB and a spare {SPARE / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
+            f"free at "
             f"{folder}. Name another disk with --folder, or fewer --layers."
         )
     return False
@@ -432,17 +444,20 @@ def check_student(config, student):
 def print_table(record, size):
     print(f"peak resident memory     {record['peak_gib']:8.2f} GiB, pages of mapped files included")
     print(
-        f"peak anonymous memory    {record['peak_anonymous_gib']:8.2f} GiB, of it {record['anonymous_before_gib']:.2f} before "
+        f"peak anonymous memory    {record['peak_anonymous_gib']:8.2f} GiB, of it "
+        f"{record['anonymous_before_gib']:.2f} before "
         "the projection began"
     )
     if record["peak_device_gib"] is not None:
         print(f"peak device memory       {record['peak_device_gib']:8.2f} GiB")
     print(
-        f"projection               {record['seconds']:8.1f} s, reading {record['seconds_reading']:.1f} s and arithmetic "
+        f"projection               {record['seconds']:8.1f} s, reading {record['seconds_reading']:.1f} s and "
+        f"arithmetic "
         f"{record['seconds_arithmetic']:.1f} s, {record['threads']} threads"
     )
     print(
-        f"read                     {record['bytes_read'] / 1e9:8.1f} GB, {record['bytes_read'] / size:.1f} times the expert, "
+        f"read                     {record['bytes_read'] / 1e9:8.1f} GB, {record['bytes_read'] / size:.1f} "
+        f"times the expert, "
         f"at {record['read_gb_per_s']:.2f} GB/s"
     )
     print(f"plain read               {size / 1e9:8.1f} GB at {record['plain_read_gb_per_s']:.2f} GB/s")
@@ -481,7 +496,8 @@ def main():
         parser.error(str(error))
     size = num_bytes(tensor_shapes(config))
     print(
-        f"{'measures' if is_kept else 'writes'} an expert shaped as {options.teacher}, {config['num_layers']} blocks of "
+        f"{'measures' if is_kept else 'writes'} an expert shaped as {options.teacher}, "
+        f"{config['num_layers']} blocks of "
         f"{config['dim']}, {size / 2e9:.2f} B parameters, {size / 1e9:.1f} GB of disk, in {folder} ("
         f"{'kept' if options.keep else 'removed at the end'}); projects it into {student['hidden_size']} x "
         f"{student['depth']} on {options.device}; a table follows",

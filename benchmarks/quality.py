@@ -1,11 +1,13 @@
-"""How faithful, how varied, and how like the teacher's the pictures of every way to train a student are: one table.
+"""How faithful, how varied, and how like the teacher's the pictures of every way to train a student are: one
+table.
 
     python benchmarks/quality.py            # eleven students for each of three seeds, one a core: over an hour on two cores
     python benchmarks/quality.py --quick    # minutes: one seed, few steps and captions
     python benchmarks/quality.py --methods student matching --train_flags --hidden_size 48 --depth 2 --num_heads 3
     python benchmarks/quality.py --teacher emoji --folder outputs/quality_emoji     # at the true reduction, and two larger students
 
-Students that lie in --folder, finished under the same settings, are judged as they are; under others, they are refused by name.
+Students that lie in --folder, finished under the same settings, are judged as they are; under others, they
+are refused by name.
 """
 
 import argparse
@@ -79,7 +81,8 @@ QUICK = (
 
 
 def methods(steps, rungs=()):
-    """Return {name: (script and flags, numbers of steps that are judged)}, every one of `steps` optimizer steps.
+    """Return {name: (script and flags, numbers of steps that are judged)}, every one of `steps` optimizer
+    steps.
 
     `rungs` are widths and depths: of the first are all methods, and of each other there is a student.
     """
@@ -108,11 +111,14 @@ def methods(steps, rungs=()):
     return {name: ((*command, *sizes[0]), counts) for name, (command, counts) in chosen.items()} | larger
 
 
-# ---- training --------------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 
 def train(folder, command, flags, seed):
-    """Train one student, unless it is there; returns its folder. Ends where there is one of other settings."""
+    """Train one student, unless it is there; returns its folder.
+
+    Ends where there is one of other settings.
+    """
     words = (
         *command,
         "--output_dir",
@@ -152,7 +158,9 @@ def train(folder, command, flags, seed):
 
 
 def train_all(folder, chosen, flags, seeds, workers):
-    """Train every method for every seed, `workers` at a time; the first of a seed walks the teacher for the others."""
+    """Train every method for every seed, `workers` at a time; the first of a seed walks the teacher for the
+    others.
+    """
 
     def run(job):
         return train(place(folder, *job), chosen[job[0]][0], flags, job[1])
@@ -167,11 +175,13 @@ def place(folder, name, seed):
     return folder / f"seed-{seed}" / name.replace(" ", "-")
 
 
-# ---- judging ---------------------------------------------------------------------------------------------------------------
+# ---- judging -----------------------------------------------------------------------------------------------
 
 
 class Judge:
-    """Draws held-out captions by any velocity, and holds the pictures against the teacher's from the same noise."""
+    """Draws held-out captions by any velocity, and holds the pictures against the teacher's from the same
+    noise.
+    """
 
     def __init__(self, painter, captions, world=shapes):
         self.painter, self.captions, self.few, self.world = (
@@ -205,7 +215,9 @@ class Judge:
         return latents, np.concatenate(pictures)
 
     def look(self, velocity_for, scheduler, num_steps, seed):
-        """Return what a way to draw gives for every caption, and for a few captions and eight seeds; and seconds a picture."""
+        """Return what a way to draw gives for every caption, and for a few captions and eight seeds; and
+        seconds a picture.
+        """
         first, began = seed * 10_000, time.perf_counter()
         drawn = self.draw(
             velocity_for, scheduler, num_steps, self.captions, range(first, first + len(self.captions))
@@ -265,7 +277,9 @@ def judge_all(folders, chosen, captions, seeds, teacher_folder):
 
 
 def print_table(rows):
-    """Print a line for each model and number of steps: means over seeds, and the range where it tells something."""
+    """Print a line for each model and number of steps: means over seeds, and the range where it tells
+    something.
+    """
     judged = [name for name in rows[0] if name not in OTHER_COLUMNS]
     columns = (
         "model",
@@ -343,7 +357,8 @@ def main():
     if world is None:
         parser.exit(
             2,
-            f"quality.py: --teacher {options.teacher}: expected a tiny teacher, for its world alone has a judge.\n",
+            f"quality.py: --teacher {options.teacher}: expected a tiny teacher, for its world alone has a "
+            f"judge.\n",
         )
     rungs = LADDER.get(world.__name__.rpartition(".")[2], ())
     known = methods(TINY_STEPS, rungs)
@@ -361,7 +376,8 @@ def main():
     }
     work = "judging" if options.judge_only else "training, then judging,"
     print(
-        f"{work} {len(chosen)} students for {len(seeds)} seeds in {options.folder.absolute()}: {options.captions} held-out "
+        f"{work} {len(chosen)} students for {len(seeds)} seeds in {options.folder.absolute()}: "
+        f"{options.captions} held-out "
         "captions a cell",
         flush=True,
     )

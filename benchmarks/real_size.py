@@ -1,15 +1,16 @@
-"""A whole run at the real teacher's widths: seconds and memory of each phase, beside what `--dry_run` had said.
+"""A whole run at the real teacher's widths: seconds and memory of each phase, beside what `--dry_run` had
+said.
 
     python benchmarks/real_size.py                     # two blocks an expert, 45 GB of disk at most
     python benchmarks/real_size.py --layers 40         # the whole of it, 100 GB
     python benchmarks/real_size.py --quick             # the same code on small widths
 
-A folder as Wan's own repository lays it out is written with random weights: two experts of A14B's widths in bfloat16, the
-autoencoder and the text encoder in pickles, a tokenizer; one trajectory is walked, a student trained for four steps and
-saved, each expert's blocks read from the disk at each pass. Linux alone: memory is read in /proc. *Peak* is the process's own
-memory beyond Python and its libraries, and text encoder and autoencoder, which on the CPU are mapped files; *resident* counts the
-pages of all mapped files, which are given up where memory is short. That the streamed teacher is the stock one is checked on two
-blocks.
+A folder as Wan's own repository lays it out is written with random weights: two experts of A14B's widths in
+bfloat16, the autoencoder and the text encoder in pickles, a tokenizer; one trajectory is walked, a student
+trained for four steps and saved, each expert's blocks read from the disk at each pass. Linux alone: memory is
+read in /proc. *Peak* is the process's own memory beyond Python and its libraries, and text encoder and
+autoencoder, which on the CPU are mapped files; *resident* counts the pages of all mapped files, which are
+given up where memory is short. That the streamed teacher is the stock one is checked on two blocks.
 """
 
 import argparse
@@ -114,7 +115,7 @@ PHASES = {
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of the largest velocity
 
 
-# ---- an official folder ----------------------------------------------------------------------------------------------------
+# ---- an official folder ------------------------------------------------------------------------------------
 
 
 def text_shapes(words, width, neurons, heads, head_size, layers):
@@ -134,7 +135,9 @@ def text_shapes(words, width, neurons, heads, head_size, layers):
 
 
 def write_text_encoder(path, sizes):
-    """Write a pickle of random bfloat16 values whose room is laid out first and filled through a mapping: it never is in memory."""
+    """Write a pickle of random bfloat16 values whose room is laid out first and filled through a mapping: it
+    never is in memory.
+    """
     import mmap
 
     import torch
@@ -185,11 +188,13 @@ def remove_folder(folder):
     folder.rmdir()
 
 
-# ---- measuring; in a process of its own --------------------------------------------------------------------------------------
+# ---- measuring; in a process of its own --------------------------------------------------------------------
 
 
 class PhaseMeter(threading.Thread):
-    """Samples the process's memory by phase: `seconds`, and the most that was seen of its own and of all that is resident."""
+    """Samples the process's memory by phase: `seconds`, and the most that was seen of its own and of all that
+    is resident.
+    """
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -283,7 +288,9 @@ def measure_run(words):
 
 
 def measure_agreement(folder):
-    """Return how far the streamed expert's velocity is from the stock network's of the same two blocks, by dtype."""
+    """Return how far the streamed expert's velocity is from the stock network's of the same two blocks, by
+    dtype.
+    """
     import torch
     from diffusers import WanTransformer3DModel
 
@@ -322,7 +329,8 @@ def measure_agreement(folder):
         found[name] = float((ours - theirs).abs().max() / theirs.abs().max())
         if not found[name] < most:
             raise AssertionError(
-                f"the streamed teacher is {found[name]:.2g} off the stock one in {name}, expected {most} at most"
+                f"the streamed teacher is {found[name]:.2g} off the stock one in {name}, expected {most} at "
+                f"most"
             )
     return found
 
@@ -364,7 +372,7 @@ def dry_run(words):
     }
 
 
-# ---- the script ------------------------------------------------------------------------------------------------------------
+# ---- the script --------------------------------------------------------------------------------------------
 
 
 def read_options():
@@ -394,13 +402,16 @@ def read_options():
 
 
 def check_disk(parser, folder, config, text):
-    """Refuse a disk too small for the folder, the converted text encoder, and the one that is saved with the student."""
+    """Refuse a disk too small for the folder, the converted text encoder, and the one that is saved with the
+    student.
+    """
     encoder = sum(2 * math.prod(shape) for shape in text_shapes(**text).values())
     needed = 2 * num_bytes(tensor_shapes(config)) + 3 * encoder + 6 * SPARE
     free = shutil.disk_usage(next(place for place in folder.parents if place.is_dir())).free
     if free < needed:
         parser.error(
-            f"all takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free at {folder}. Name another disk with --folder, "
+            f"all takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free at {folder}. Name another disk "
+            f"with --folder, "
             "or fewer --layers or --text_layers."
         )
     return needed
@@ -408,7 +419,8 @@ def check_disk(parser, folder, config, text):
 
 def print_table(phases, told):
     print(
-        "| phase | seconds | peak (GiB) | resident (GiB) | told (GiB) | told / measured |\n|---|---|---|---|---|---|"
+        "| phase | seconds | peak (GiB) | resident (GiB) | told (GiB) | told / measured "
+        "|\n|---|---|---|---|---|---|"
     )
     for phase, found in phases.items():
         said = (
@@ -417,7 +429,8 @@ def print_table(phases, told):
             else " | "
         )
         print(
-            f"| {phase} | {found['seconds']:.1f} | {found['peak'] / GIB:.2f} | {found['resident'] / GIB:.2f} | {said} |"
+            f"| {phase} | {found['seconds']:.1f} | {found['peak'] / GIB:.2f} | {found['resident'] / GIB:.2f} "
+            f"| {said} |"
         )
 
 
@@ -438,7 +451,8 @@ def main():
     )
     needed = check_disk(parser, folder, config, text)
     print(
-        f"writes {needed / 1e9:.1f} GB at most in {folder}, removed at the end; trains there; a table follows",
+        f"writes {needed / 1e9:.1f} GB at most in {folder}, removed at the end; trains there; a table "
+        f"follows",
         flush=True,
     )
     words = [

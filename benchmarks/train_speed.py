@@ -1,4 +1,5 @@
-"""What a training step costs: pictures a second and memory, from the cache and with the teacher asked in the step.
+"""What a training step costs: pictures a second and memory, from the cache and with the teacher asked in the
+step.
 
     python benchmarks/train_speed.py                     # the tiny teacher, minutes on two cores
     python benchmarks/train_speed.py --device cuda       # A14B's shapes with random weights, 512 and 1024 pixels, bfloat16
@@ -13,9 +14,10 @@ compiled  ours with --compile
 online    ours, with every state's guided velocity asked of the teacher in the step, whose experts are where the row says. Batches
           are of its two experts in turn, so that "one" exchanges them at every step: the worst case
 
-The ways from the cache take turns, step by step; the medians are of single steps. "peak" is what a way adds to memory, its weights
-included: on a GPU what torch allocated, on the CPU the tensors alive. "student" is the share of the measured rate of matrix
-products that the student's operations make up, "teacher" that of the guided teacher's while it is asked.
+The ways from the cache take turns, step by step; the medians are of single steps. "peak" is what a way adds
+to memory, its weights included: on a GPU what torch allocated, on the CPU the tensors alive. "student" is the
+share of the measured rate of matrix products that the student's operations make up, "teacher" that of the
+guided teacher's while it is asked.
 """
 
 import argparse
@@ -180,7 +182,7 @@ def make_world(folder, files, shape, side, batch, device, precision):
     )
 
 
-# ---- ways to train; each step is taken where the generator is asked for the next -----------------------------------------------
+# ---- ways to train; each step is taken where the generator is asked for the next ---------------------------
 
 
 class PlainStates(torch.utils.data.Dataset):
@@ -229,7 +231,9 @@ def plain(world):
 
 
 def ours(world, muon_rate=0.0, is_compiled=False, ask=None, feed=None):
-    """A step of stage 1 as the loop of train_distillation.py takes it; `ask(batch, text)` replaces what the teacher said."""
+    """A step of stage 1 as the loop of train_distillation.py takes it; `ask(batch, text)` replaces what the
+    teacher said.
+    """
     settings, on_gpu = Settings(muon_learning_rate=muon_rate), world.device.type == "cuda"
     accelerator = Accelerator(mixed_precision=world.precision, cpu=not on_gpu)
     student, width = world.student(), world.shape["hidden_size"]
@@ -284,7 +288,7 @@ class Online:
         return velocity, features
 
 
-# ---- measuring -----------------------------------------------------------------------------------------------------------------
+# ---- measuring ---------------------------------------------------------------------------------------------
 
 
 def settle(device):
@@ -395,9 +399,8 @@ def row(world, name, peak, seconds, rate, asked=()):
 def table(rows):
     """Print rows."""
     print(
-        "\n| pixels | way | images/s | over plain | ms a step (range) | peak | fits in | student | teacher |\n"
-        + "|---" * 9
-        + "|"
+        "\n| pixels | way | images/s | over plain | ms a step (range) | peak | fits in | student | teacher "
+        "|\n" + "|---" * 9 + "|"
     )
     for each in rows:
         if "failed" in each:
@@ -405,9 +408,11 @@ def table(rows):
             continue
         teacher = f"{each['teacher_share']:.1%}" if "teacher_share" in each else ""
         print(
-            f"| {each['pixels']} | {each['way']} | {each['images_per_second']:.1f} | {each['over_plain']:.2f} | "
+            f"| {each['pixels']} | {each['way']} | {each['images_per_second']:.1f} | "
+            f"{each['over_plain']:.2f} | "
             f"{1e3 * each['seconds']:.0f} ({1e3 * each['fastest']:.0f} to {1e3 * each['slowest']:.0f}) | "
-            f"{gigabytes(each['peak_bytes'])} | {', '.join(map(str, each['fits_gb']))} GB | {each['student_share']:.1%} | "
+            f"{gigabytes(each['peak_bytes'])} | {', '.join(map(str, each['fits_gb']))} GB | "
+            f"{each['student_share']:.1%} | "
             f"{teacher} |"
         )
 
@@ -441,7 +446,8 @@ def main():
     )  # latents' side, and batch
     shape, rows = student_shape(files.config), []
     print(
-        f"student {shape['hidden_size']} x {shape['depth']} on {arguments.device}, {torch.get_num_threads()} threads; "
+        f"student {shape['hidden_size']} x {shape['depth']} on {arguments.device}, {torch.get_num_threads()} "
+        f"threads; "
         f"{repeats} steps of each way, in turns",
         flush=True,
     )

@@ -56,7 +56,9 @@ def official_name(name):
 
 
 def write_official(source, target, num_shards=3):
-    """Write a diffusers-layout teacher's experts as Wan's own repository lays them out, in shards with an index."""
+    """Write a diffusers-layout teacher's experts as Wan's own repository lays them out, in shards with an
+    index.
+    """
     for ours, theirs in (("transformer", "high_noise_model"), ("transformer_2", "low_noise_model")):
         folder = target / theirs
         folder.mkdir(parents=True)
@@ -269,7 +271,9 @@ def run_script(*arguments, cwd=ROOT, timeout=300):
 
 
 def fork(work, kill_after=None):
-    """Run `work` in a process that has all of this one's modules; returns its exit code, -9 where it was killed."""
+    """Run `work` in a process that has all of this one's modules; returns its exit code, -9 where it was
+    killed.
+    """
     number = os.fork()
     if number == 0:
         try:
@@ -303,7 +307,9 @@ class Payload:
 
 
 def refuse_pickle(folder, weights, name, load, monkeypatch):
-    """Put a pickle in place of a folder's weights and load them: that is an OSError, and torch is never asked to open it."""
+    """Put a pickle in place of a folder's weights and load them: that is an OSError, and torch is never asked
+    to open it.
+    """
     opened = []
     monkeypatch.setattr(torch, "load", lambda *arguments, **_: opened.append(arguments))
     (folder / weights).unlink()

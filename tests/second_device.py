@@ -1,9 +1,10 @@
-"""Run a script on a device that this machine lacks: tensors on it say `second:0`, and their numbers lie in the CPU's memory.
+"""Run a script on a device that this machine lacks: tensors on it say `second:0`, and their numbers lie in
+the CPU's memory.
 
     python tests/second_device.py train_distillation.py --output_dir DIR
 
-What mixes two devices, or hands a device's tensor to numpy, fails as it would on a GPU. Nothing else of a GPU is imitated: no
-kernels, streams or rounding.
+What mixes two devices, or hands a device's tensor to numpy, fails as it would on a GPU. Nothing else of a GPU
+is imitated: no kernels, streams or rounding.
 """
 
 import runpy
@@ -90,7 +91,8 @@ def compute(function, arguments, keywords):
         and (is_mixed or function._schema.is_mutable and not isinstance(tensors[0], There))
     ):
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but {name} has {len(there)} of {len(tensors)} on "
+            f"Expected all tensors to be on the same device, but {name} has {len(there)} of {len(tensors)} "
+            f"on "
             f"{SECOND}."
         )
     device = keywords.get("device") or (arguments[0].device if name == "copy_" else SECOND)

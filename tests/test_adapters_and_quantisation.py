@@ -1,4 +1,5 @@
-"""LoRA and quantisation as a user of diffusers meets them: a student does what a stock Wan of the same weights does.
+"""LoRA and quantisation as a user of diffusers meets them: a student does what a stock Wan of the same
+weights does.
 
 Runs where peft and torchao are installed: pip install peft torchao.
 """
@@ -36,7 +37,9 @@ def run(finished_run, tmp_path):
 
 
 def pipelines(run, change=None):
-    """Return a pipeline that holds a student and a stock one of the same weights; `change` is done to both transformers."""
+    """Return a pipeline that holds a student and a stock one of the same weights; `change` is done to both
+    transformers.
+    """
     found = []
     for load in (WanLiteStudent, WanTransformer3DModel):
         transformer = load.from_pretrained(run)
@@ -70,7 +73,7 @@ def near(first, second):
     return np.allclose(np.asarray(first), np.asarray(second), atol=1e-5)
 
 
-# ---- LoRA ----------------------------------------------------------------------------------------------------------------------
+# ---- LoRA --------------------------------------------------------------------------------------------------
 
 
 def adapter(run, seed=0):
@@ -215,7 +218,7 @@ def test_an_adapter_that_was_trained_on_a_student_is_saved_alone_and_loads_again
         assert near(velocity(pipeline.transformer), adapted)
 
 
-# ---- quantisation --------------------------------------------------------------------------------------------------------------
+# ---- quantisation ------------------------------------------------------------------------------------------
 
 
 def quantise(kind):

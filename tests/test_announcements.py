@@ -1,4 +1,6 @@
-"""What a user is told: commands that a shell takes as they are meant, and figures that are worth no more than they are."""
+"""What a user is told: commands that a shell takes as they are meant, and figures that are worth no more than
+they are.
+"""
 
 import ast
 import os
@@ -95,7 +97,7 @@ def test_the_dry_run_is_left_out_of_the_command_however_it_was_typed(word, is_it
     assert is_dry(word) == is_it
 
 
-# ---- how it ended ------------------------------------------------------------------------------------------------------------
+# ---- how it ended ------------------------------------------------------------------------------------------
 
 
 def told(results, is_close=True, folder="out"):

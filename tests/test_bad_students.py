@@ -1,7 +1,9 @@
-"""Saved students that are broken, hostile or oddly asked for: each refused at once, cheaply and by name; odd but sound ones load.
+"""Saved students that are broken, hostile or oddly asked for: each refused at once, cheaply and by name; odd
+but sound ones load.
 
-A row: what is wrong, what breaks the folder (and returns the arguments of from_pretrained, where those are wrong), the error, words
-of its message. Weights carry the config that they were saved with, so rows about config.json alone save weights without it.
+A row: what is wrong, what breaks the folder (and returns the arguments of from_pretrained, where those are
+wrong), the error, words of its message. Weights carry the config that they were saved with, so rows about
+config.json alone save weights without it.
 """
 
 import contextlib
@@ -57,7 +59,7 @@ ALARM = 10  # seconds, after which a load counts as blocked
 REFUSED = []  # Cost of each refusal in a test
 
 
-# ---- ways to break a folder ----------------------------------------------------------------------------------------------
+# ---- ways to break a folder --------------------------------------------------------------------------------
 
 
 def raw(header, body=b"", length=None):
@@ -80,7 +82,9 @@ def both(*ways):
 
 
 def file(name, content):
-    """The file holds these bytes, or this text, or this JSON, or what a function gives that is called with the folder."""
+    """The file holds these bytes, or this text, or this JSON, or what a function gives that is called with
+    the folder.
+    """
 
     def write(folder):
         found = content(folder) if isinstance(content, types.FunctionType | partial) else content
@@ -410,7 +414,7 @@ def same(error, words, ways):
     ]
 
 
-# ---- what is wrong with the weights ------------------------------------------------------------------------------------------
+# ---- what is wrong with the weights ------------------------------------------------------------------------
 
 BAD_HEADERS = [
     *same(
@@ -921,7 +925,7 @@ BAD_PICKLES = [
 ]
 
 
-# ---- what is wrong with the index ----------------------------------------------------------------------------------------------
+# ---- what is wrong with the index --------------------------------------------------------------------------
 
 BAD_INDEX = [
     *each(
@@ -1113,7 +1117,7 @@ BAD_INDEX = [
 ]
 
 
-# ---- what is wrong with the config ---------------------------------------------------------------------------------------------
+# ---- what is wrong with the config -------------------------------------------------------------------------
 
 SIZES = (
     "hidden_size",
@@ -1400,7 +1404,7 @@ BAD_CONFIG = [
 ]
 
 
-# ---- what is wrong with the question -------------------------------------------------------------------------------------------
+# ---- what is wrong with the question -----------------------------------------------------------------------
 
 BAD_ARGUMENTS = [
     *each(
@@ -1699,7 +1703,7 @@ BAD_ARGUMENTS = [
 ]
 
 
-# ---- what takes longest to refuse ----------------------------------------------------------------------------------------------
+# ---- what takes longest to refuse --------------------------------------------------------------------------
 
 COSTLY = [
     *same(
@@ -1796,7 +1800,7 @@ COSTLY = [
 ]
 
 
-# ---- what a refusal may cost ---------------------------------------------------------------------------------------------------
+# ---- what a refusal may cost -------------------------------------------------------------------------------
 
 
 class Blocked(BaseException):
@@ -1956,7 +1960,7 @@ def test_what_may_not_be_read_is_refused(name, error, saved):
             os.chmod(folder / name, 0o700)
 
 
-# ---- what is odd but sound -----------------------------------------------------------------------------------------------------
+# ---- what is odd but sound ---------------------------------------------------------------------------------
 
 
 def saved_again(**arguments):

@@ -1,4 +1,6 @@
-"""A teacher that cannot be projected: one clear error each, and the run that it was to replace stays as it was."""
+"""A teacher that cannot be projected: one clear error each, and the run that it was to replace stays as it
+was.
+"""
 
 import json
 import shlex
@@ -21,7 +23,9 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def official_pipeline(tmp_path_factory):
-    """The tiny teacher with its experts in the official layout, three shards each, beside the parts of a pipeline."""
+    """The tiny teacher with its experts in the official layout, three shards each, beside the parts of a
+    pipeline.
+    """
     folder = tmp_path_factory.mktemp("wan") / "wan"
     shutil.copytree(TINY_TEACHER, folder, ignore=shutil.ignore_patterns("transformer*", "model_index.json"))
     write_official(TINY_TEACHER, folder, 3)
@@ -151,7 +155,7 @@ def test_what_cannot_be_projected_is_refused_before_anything_is_written(
     )
 
 
-# ---- --teacher, before torch: formats that are not read, folders one level off, names on the hub ------------------------------
+# ---- --teacher, before torch: formats that are not read, folders one level off, names on the hub -----------
 
 
 def refusal_of(teacher):

@@ -1,4 +1,6 @@
-"""The benchmarks that run for minutes, each in a sample that takes as few as it can: they tell what they say they tell."""
+"""The benchmarks that run for minutes, each in a sample that takes as few as it can: they tell what they say
+they tell.
+"""
 
 import json
 

@@ -17,7 +17,7 @@ BENCHMARKS = ROOT / "benchmarks"
 SCALE = BENCHMARKS / "projection_scale.py"
 
 
-# ---- projection at full scale ----------------------------------------------------------------------------------------------
+# ---- projection at full scale ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_teacher_of_random_weights_is_asked_as_a_real_one(tmp_path):
     assert next(ours(world, ask=ask)) is None and len(ask.seconds) == 2
 
 
-# ---- what is wrong -----------------------------------------------------------------------------------------------------------
+# ---- what is wrong -----------------------------------------------------------------------------------------
 
 
 def test_a_method_that_is_unknown_is_refused_before_anything_is_trained(tmp_path):
@@ -135,7 +135,7 @@ def test_what_is_wrong_is_refused_and_a_folder_of_somebody_else_stays(script, ar
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-# ---- memory --------------------------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("phase", phases(WARM))

@@ -1,4 +1,6 @@
-"""Calibration: exact where nothing was cut, nearer to the teacher where something was, and the same each time."""
+"""Calibration: exact where nothing was cut, nearer to the teacher where something was, and the same each
+time.
+"""
 
 import pytest
 import torch

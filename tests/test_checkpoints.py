@@ -1,4 +1,6 @@
-"""Checkpoints: everything comes back, the newest that verifies is taken, nothing is lost by a save that fails."""
+"""Checkpoints: everything comes back, the newest that verifies is taken, nothing is lost by a save that
+fails.
+"""
 
 import json
 import pickle
@@ -131,7 +133,8 @@ def test_two_at_least_are_kept_and_other_names_are_left_alone(tmp_path):
 def test_a_kill_in_the_middle_of_a_save_leaves_the_last_whole_checkpoint(tmp_path):
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path; from tests.test_checkpoints import save; import wanlite.checkpoints as room\n"
+        "from pathlib import Path; from tests.test_checkpoints import save; import wanlite.checkpoints as "
+        "room\n"
         "save(Path(sys.argv[2]), 1)\n"
         "def slow(tensors, path): path.write_text('half'); print('saving', flush=True); time.sleep(60)\n"
         "room.save_file = slow; save(Path(sys.argv[2]), 2)\n"

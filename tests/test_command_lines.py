@@ -26,8 +26,8 @@ TRAIN, DRAW = ROOT / "train_distillation.py", ROOT / "run_inference.py"
 
 
 def refused(script, *arguments, seconds=2.0):
-    """Run a script that must refuse its arguments; returns the one line that it says. (A second is the aim, twice that the bound
-    on a busy machine; importing torch alone takes longer.)"""
+    """Run a script that must refuse its arguments; returns the one line that it says. (A second is the aim,
+    twice that the bound on a busy machine; importing torch alone takes longer.)"""
     began = time.perf_counter()
     process = run_script(script, *arguments)
     assert time.perf_counter() - began < seconds

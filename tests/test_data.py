@@ -187,14 +187,16 @@ def test_a_basis_is_of_the_directions_that_vary_most_and_kept_for_the_next_run(t
     assert asked == [["a", "b"]]
 
 
-# ---- segments ------------------------------------------------------------------------------------------------------------------
+# ---- segments ----------------------------------------------------------------------------------------------
 
 SHAPE, STEPS = (2, 4, 4), 8
 
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    """Trajectories of a teacher that pulls every noise to a picture of its prompt, by bent paths; and a student's own path."""
+    """Trajectories of a teacher that pulls every noise to a picture of its prompt, by bent paths; and a
+    student's own path.
+    """
     folder, own = tmp_path_factory.mktemp("walked"), tmp_path_factory.mktemp("own")
     jobs = [(number % 3, f"{number % 3}", 100 + number) for number in range(70)]
     scheduler, few = make_scheduler(3.0), make_scheduler(3.0, (1, 2, 4))

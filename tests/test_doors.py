@@ -1,4 +1,6 @@
-"""The doors of diffusers through which a saved student is loaded, changed and saved again: each is that of a stock Wan."""
+"""The doors of diffusers through which a saved student is loaded, changed and saved again: each is that of a
+stock Wan.
+"""
 
 import copy
 import inspect
@@ -78,7 +80,7 @@ def pipeline_of(run, transformer=None):
     return WanPipeline.from_pretrained(run, **({} if transformer is None else {"transformer": transformer}))
 
 
-# ---- the config ----------------------------------------------------------------------------------------------------------------
+# ---- the config --------------------------------------------------------------------------------------------
 
 
 def test_a_students_config_has_every_setting_of_a_stock_one(student, saved):
@@ -123,7 +125,7 @@ def test_an_older_save_under_both_names_loads(student, tmp_path):
     assert equal(loaded.state_dict(), student.state_dict()) and loaded.config.image_dim is None
 
 
-# ---- one file ------------------------------------------------------------------------------------------------------------------
+# ---- one file ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rename", [str, official_name])
@@ -146,7 +148,7 @@ def test_one_file_that_lacks_a_tensor_or_a_config_is_refused(student, saved, tmp
         WanLiteStudent.from_single_file(str(saved / WEIGHTS))
 
 
-# ---- pipelines -----------------------------------------------------------------------------------------------------------------
+# ---- pipelines ---------------------------------------------------------------------------------------------
 
 
 def test_a_pipeline_with_a_student_loads_where_this_code_is_not(run, tmp_path, warned):
@@ -194,7 +196,7 @@ def test_parts_load_by_subfolder_as_from_any_folder_of_diffusers(run, warned):
     assert equal(found, load_file(run / "vae" / WEIGHTS)) and warned == []
 
 
-# ---- run_inference.py draws from every folder that from_pretrained takes -------------------------------------------------------
+# ---- run_inference.py draws from every folder that from_pretrained takes -----------------------------------
 
 
 def louder(run, dtype=torch.float32):
@@ -318,7 +320,7 @@ def test_a_student_without_the_parts_beside_it_names_them(saved, capsys):
     assert "put these of its run" in capsys.readouterr().err
 
 
-# ---- sizes ---------------------------------------------------------------------------------------------------------------------
+# ---- sizes -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

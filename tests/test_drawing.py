@@ -61,7 +61,7 @@ def flatten(run):
     (run / "vae/manifest.json").unlink()
 
 
-# ---- flat, and not finite ----------------------------------------------------------------------------------------------------
+# ---- flat, and not finite ----------------------------------------------------------------------------------
 
 
 def test_flat_images_are_written_and_one_warning_names_them(copied_run, tmp_path, capsys):
@@ -72,7 +72,8 @@ def test_flat_images_are_written_and_one_warning_names_them(copied_run, tmp_path
     assert (
         said.err.count("WARNING") == 1
         and (
-            "WARNING: 2 of 2 images are one flat colour: 0000-a-black-screen-seed0.png, 0001-fog-seed1.png. The student is likely "
+            "WARNING: 2 of 2 images are one flat colour: 0000-a-black-screen-seed0.png, 0001-fog-seed1.png. "
+            "The student is likely "
             "untrained"
         )
         in said.err
@@ -142,7 +143,7 @@ def test_pixels_that_are_not_finite_are_no_image(painter, monkeypatch):
     assert first is None and second.shape == (64, 64, 3)
 
 
-# ---- nothing is lost ---------------------------------------------------------------------------------------------------------
+# ---- nothing is lost ---------------------------------------------------------------------------------------
 
 
 def test_commands_in_a_row_keep_all_images_and_print_a_line_for_each(finished_run, tmp_path, capsys):
@@ -173,7 +174,7 @@ def test_a_grid_has_at_most_64_cells_and_no_more_images_are_kept(
     assert grid.name == "grid-0000-0063.png" and Image.open(grid).size == (8 * 8 + 7 * 4,) * 2
 
 
-# ---- sizes -------------------------------------------------------------------------------------------------------------------
+# ---- sizes -------------------------------------------------------------------------------------------------
 
 
 def test_a_size_that_was_not_trained_is_warned_of_before_and_after(finished_run, tmp_path, capsys):
@@ -228,7 +229,7 @@ def test_a_record_of_no_sizes_is_refused_by_name(run):
         trained_sizes(run, 16, "run.json")
 
 
-# ---- the bytes that draw -----------------------------------------------------------------------------------------------------
+# ---- the bytes that draw -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_replaced", [True, False])
@@ -277,7 +278,7 @@ def test_a_student_that_is_pinned_or_hashed_stays_as_it_was_loaded(tmp_path):
         )
 
 
-# ---- dtype and attention -----------------------------------------------------------------------------------------------------
+# ---- dtype and attention -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def noisy(picture, deviation, random):
     return np.clip(picture + random.normal(0, deviation, picture.shape), 0, 255).round().astype(np.uint8)
 
 
-# ---- captions ------------------------------------------------------------------------------------------------------------
+# ---- captions ----------------------------------------------------------------------------------------------
 
 
 def test_every_way_to_say_a_scene_reads_back_to_what_it_says():
@@ -140,7 +140,7 @@ def test_scenes_and_captions_are_functions_of_their_seed():
     assert {len(scene.objects) for scene in emoji.scenes(4, 50, num_objects=1)} == {1}
 
 
-# ---- drawing -------------------------------------------------------------------------------------------------------------
+# ---- drawing -----------------------------------------------------------------------------------------------
 
 
 def test_an_object_is_drawn_at_its_place_at_most_jitter_pixels_off_and_mirrored_or_not():
@@ -175,7 +175,7 @@ def test_every_object_is_drawn_in_three_styles_that_differ():
     assert all(np.abs(styles[a] - styles[b]).mean((1, 2, 3)).min() > 1 for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
-# ---- the judge -----------------------------------------------------------------------------------------------------------
+# ---- the judge ---------------------------------------------------------------------------------------------
 
 
 def test_the_judge_reads_clean_drawings(pictures):
@@ -338,7 +338,7 @@ def test_accuracy_of_drawings_is_one(pictures):
     )
 
 
-# ---- the atlas and its packages ----------------------------------------------------------------------------------------------
+# ---- the atlas and its packages ----------------------------------------------------------------------------
 
 
 def test_the_atlas_holds_what_its_script_makes_and_names_its_authors():
@@ -426,7 +426,7 @@ def test_a_sprite_is_trimmed_centred_and_keeps_colours_out_of_its_edges():
     assert sprite[sprite[..., 3] > 8][:, 1].max() <= 3
 
 
-# ---- the second judge --------------------------------------------------------------------------------------------------------
+# ---- the second judge --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Two experts, compared: copies and exchanged ones are refused, others are let through, and how alike they are is told."""
+"""Two experts, compared: copies and exchanged ones are refused, others are let through, and how alike they
+are is told.
+"""
 
 import shutil
 import weakref

@@ -1,4 +1,6 @@
-"""Captioned images: every kind of place gives the same, what cannot be used is skipped and told, and a run learns from them."""
+"""Captioned images: every kind of place gives the same, what cannot be used is skipped and told, and a run
+learns from them.
+"""
 
 import csv
 import io
@@ -165,7 +167,7 @@ def test_a_single_file_is_a_place_too(kind, name, tmp_path):
     assert len(choose_images(tmp_path / "place" / name, SIZE)) in (4, 3)
 
 
-# ---- what an image may be --------------------------------------------------------------------------------------------------------
+# ---- what an image may be ----------------------------------------------------------------------------------
 
 
 def test_an_image_is_cropped_in_its_middle_to_the_nearest_ratio_and_made_smaller(tmp_path):
@@ -519,7 +521,7 @@ def test_an_image_that_changes_under_a_run_is_named(tmp_path):
         read_picture(first)
 
 
-# ---- what a place may be ---------------------------------------------------------------------------------------------------------
+# ---- what a place may be -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -577,7 +579,7 @@ def test_a_csv_that_cannot_be_read_is_one_line(tmp_path):
         complete(Settings(prompts=str(tmp_path / "prompts.csv")))
 
 
-# ---- what is learnt from them ----------------------------------------------------------------------------------------------------
+# ---- what is learnt from them ------------------------------------------------------------------------------
 
 
 def test_captions_join_the_prompts_and_none_is_held_out(tmp_path):

@@ -1,4 +1,6 @@
-"""run_inference.py, as a user types it: what no picture can be drawn with is one line and exit code 2, before torch."""
+"""run_inference.py, as a user types it: what no picture can be drawn with is one line and exit code 2, before
+torch.
+"""
 
 import json
 import shutil

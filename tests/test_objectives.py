@@ -39,7 +39,9 @@ def test_feature_loss_leaves_outliers_out():
 
 
 def test_distribution_matching_pushes_from_what_the_critic_sees_to_what_the_teacher_sees():
-    """With teacher and critic that each always see one picture, the gradient is the difference over the mean distance."""
+    """With teacher and critic that each always see one picture, the gradient is the difference over the mean
+    distance.
+    """
     sample = torch.randn(3, 2, 4, 4).requires_grad_()
     noise, level = torch.randn(3, 2, 4, 4), torch.tensor([0.2, 0.5, 0.9])
     noisy = add_noise(sample.detach(), noise, level)

@@ -1,4 +1,6 @@
-"""An official folder's pickles become the parts that diffusers has, exactly, or are refused; what a run makes of it is the same."""
+"""An official folder's pickles become the parts that diffusers has, exactly, or are refused; what a run makes
+of it is the same.
+"""
 
 import json
 import re
@@ -113,7 +115,8 @@ def write_autoencoder(path, autoencoder):
 def layouts(tmp_path_factory):
     """One teacher twice: in diffusers' layout, and as Wan's own repository lays it out, pickles and all.
 
-    The tiny teacher's experts and text encoder, and an autoencoder of Wan2.1's kind, whose statistics no official file holds.
+    The tiny teacher's experts and text encoder, and an autoencoder of Wan2.1's kind, whose statistics no
+    official file holds.
     """
     theirs, ours = (
         tmp_path_factory.mktemp("wan") / "Wan2.2-T2V-A14B",
@@ -338,7 +341,8 @@ def test_parts_that_are_whole_are_those_of_their_teacher(copied):
         (lambda wan: (wan / VAE).write_bytes(PAGE), f"{VAE}: it is a web page: download the file again"),
         (
             lambda wan: (shard(wan), (wan / "text_encoder/model-00002-of-00002.safetensors").unlink()),
-            "text_encoder: shard model-00002-of-00002.safetensors is missing, model.safetensors.index.json promises it .1 of 2",
+            "text_encoder: shard model-00002-of-00002.safetensors is missing, model.safetensors.index.json "
+            "promises it .1 of 2",
         ),
         (
             lambda wan: (shard(wan), _half(wan / "text_encoder/model-00002-of-00002.safetensors")),
@@ -353,7 +357,8 @@ def test_parts_that_are_whole_are_those_of_their_teacher(copied):
         ),
         (
             lambda wan: (wan / TEXT).rename(wan / "text_encoder/model.fp16.safetensors"),
-            "text_encoder: lacks model.safetensors; found model.fp16.safetensors. Download it; one in another precision",
+            "text_encoder: lacks model.safetensors; found model.fp16.safetensors. Download it; one in "
+            "another precision",
         ),
         (
             lambda wan: (wan / VAE).unlink(),
@@ -394,7 +399,8 @@ def test_parts_that_are_whole_are_those_of_their_teacher(copied):
         *(
             (
                 lambda wan, name=name, values=values: edit(wan / "vae/config.json", **{name: values}),
-                f"vae/config.json: {name} is .*, expected 16 finite numbers.*, one a latent channel. Download it again",
+                f"vae/config.json: {name} is .*, expected 16 finite numbers.*, one a latent channel. "
+                f"Download it again",
             )
             for name, values in (
                 ("latents_mean", ["x"] * 16),

@@ -259,7 +259,7 @@ def test_the_time_is_told_by_a_step_of_few_operations(parameters, timed):
     assert set(asked) == ({timed} if timed else set()) and ("minutes" in said) == bool(timed)
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 
 def size_of(text, place):
@@ -347,7 +347,9 @@ def test_a_start_in_the_cache_needs_no_memory_again(tmp_path, capsys):
 
 
 def test_what_lies_on_the_disk_is_not_needed_again(tmp_path, monkeypatch):
-    """Of 10 MB of cache and 5 of output, with 6 free: what lies in the cache, which is in the output, counts once."""
+    """Of 10 MB of cache and 5 of output, with 6 free: what lies in the cache, which is in the output, counts
+    once.
+    """
     monkeypatch.setattr("wanlite.planning.memory.free_disk", lambda folder: 6 * 10**6)
     cache, phases = (
         tmp_path / "run/cache",
@@ -362,7 +364,8 @@ def test_what_lies_on_the_disk_is_not_needed_again(tmp_path, monkeypatch):
     cache.mkdir(parents=True)
     (cache / "shard").write_bytes(bytes(8 * 10**6))
     assert wrong() == [
-        f"the disk is too small: 7.0 MB are to be written in {cache}, 6.0 MB are free. Lower --num_trajectories, or "
+        f"the disk is too small: 7.0 MB are to be written in {cache}, 6.0 MB are free. Lower "
+        f"--num_trajectories, or "
         "name a larger --cache_dir."
     ]
     (tmp_path / "run/step").write_bytes(bytes(10**6))
@@ -387,7 +390,9 @@ def test_each_phase_that_does_not_fit_is_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def a14b(tmp_path_factory):
-    """The official folder of A14B, with every size real and zeros for weights, and of the text encoder only its length."""
+    """The official folder of A14B, with every size real and zeros for weights, and of the text encoder only
+    its length.
+    """
     folder = tmp_path_factory.mktemp("real") / "Wan2.2-T2V-A14B"
     for name in ("high_noise_model", "low_noise_model"):
         write_sparse_wan(folder / name, A14B, "official", 6)
@@ -430,7 +435,8 @@ def test_a_dry_run_of_a14b_tells_what_is_needed_and_what_does_not_fit(a14b):
         26.7, abs=0.2
     )  # of one, all but two blocks and what is in no block
     assert re.search(
-        r"training does not fit: lower --train_batch_size to \d+ and raise --gradient_accumulation_steps to \d+",
+        r"training does not fit: lower --train_batch_size to \d+ and raise --gradient_accumulation_steps to "
+        r"\d+",
         said,
     )
     assert [path.name for path in a14b.parent.iterdir()] == [a14b.name]

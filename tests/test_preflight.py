@@ -1,4 +1,6 @@
-"""What is refused before torch is imported: numbers, steps that do not fit, students that cannot be gone on from."""
+"""What is refused before torch is imported: numbers, steps that do not fit, students that cannot be gone on
+from.
+"""
 
 import json
 import math
@@ -46,7 +48,7 @@ def test_a_default_run_leaves_most_steps_to_stage_one_and_counts_all():
     assert all(before[2] == after[1] for before, after in zip(parts, parts[1:]))
 
 
-# ---- few prompts ---------------------------------------------------------------------------------------------------------------
+# ---- few prompts -------------------------------------------------------------------------------------------
 
 
 def test_few_prompts_have_several_trajectories_unless_their_number_is_given():
@@ -238,7 +240,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     )
 
 
-# ---- a student to go on from ---------------------------------------------------------------------------------------------------
+# ---- a student to go on from -------------------------------------------------------------------------------
 
 
 @pytest.fixture

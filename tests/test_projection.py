@@ -1,4 +1,6 @@
-"""Projection: exact at the teacher's shape, the same from every layout, complete, and better than a random start."""
+"""Projection: exact at the teacher's shape, the same from every layout, complete, and better than a random
+start.
+"""
 
 import json
 import re
@@ -241,8 +243,8 @@ def test_a_smaller_head_keeps_whole_rotary_pairs_of_every_axis():
 
 @pytest.fixture
 def attention_cut():
-    """A block's attention, 4 heads of 4 over 8 residual channels, whose last two heads are louder in queries and keys and whose
-    first two write only their biases."""
+    """A block's attention, 4 heads of 4 over 8 residual channels, whose last two heads are louder in queries
+    and keys and whose first two write only their biases."""
     generator = torch.Generator().manual_seed(0)
     loud = torch.tensor([0.2, 0.2, 1.0, 1.0]).repeat_interleave(4)[:, None]
     cut = {kind: (loud * torch.randn(16, 8, generator=generator), torch.zeros(16)) for kind in "qk"}

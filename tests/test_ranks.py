@@ -1,4 +1,6 @@
-"""Two processes, one run, on the CPU over gloo: what they learn, how they stop, what is left when one is killed."""
+"""Two processes, one run, on the CPU over gloo: what they learn, how they stop, what is left when one is
+killed.
+"""
 
 import os
 import re
@@ -73,7 +75,9 @@ def together(work, folder, processes=2):
 
 
 def train(folder, *flags, processes=2, at=None):
-    """Run the command that a user types, in processes; `at` is {(rank, number of a micro-batch): what happens before it}."""
+    """Run the command that a user types, in processes; `at` is {(rank, number of a micro-batch): what happens
+    before it}.
+    """
 
     def as_typed(rank):
         numbers = iter(range(1, 10**6))
@@ -94,7 +98,8 @@ def train(folder, *flags, processes=2, at=None):
     return together(as_typed, folder, processes)
 
 
-# Every part of a run, with as little to look at as there can be; Muon's bfloat16 would make much of the last bits.
+# Every part of a run, with as little to look at as there can be; Muon's bfloat16 would make much of the last
+# bits.
 CHEAP = (
     "--projection",
     "weights",
@@ -217,7 +222,7 @@ def test_an_output_folder_that_another_run_writes_to_is_refused_in_one_line_for_
     assert len(lines) == 1 and "another run is writing there" in lines[0] and "Traceback" not in "".join(said)
 
 
-# ---- a teacher in shares -------------------------------------------------------------------------------------------------------
+# ---- a teacher in shares -----------------------------------------------------------------------------------
 
 
 def test_a_teacher_in_shares_says_what_a_whole_one_does_and_each_rank_keeps_half_of_its_blocks(
@@ -293,7 +298,7 @@ def test_ranks_draw_the_rows_of_one_batch_at_one_level():
     assert len(whole.unique()) == 1  # the last is the level
 
 
-# ---- accelerate's config -------------------------------------------------------------------------------------------------------
+# ---- accelerate's config -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

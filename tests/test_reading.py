@@ -1,4 +1,6 @@
-"""Batches read ahead are those that would have been read in the step, and the thread that reads them ends with the run."""
+"""Batches read ahead are those that would have been read in the step, and the thread that reads them ends
+with the run.
+"""
 
 import json
 import threading

@@ -1,4 +1,6 @@
-"""What only a real teacher brings: words in bfloat16, few walks that are dear, pictures too large to be looked at together."""
+"""What only a real teacher brings: words in bfloat16, few walks that are dear, pictures too large to be
+looked at together.
+"""
 
 from dataclasses import replace
 

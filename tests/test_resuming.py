@@ -40,8 +40,9 @@ def folder(finished_run, tmp_path):
 def train(folder, *flags, at=None, checks=None, guards=None):
     """Run the command that a user types, in a process of its own; returns its exit code and what it said.
 
-    `at` is {number of a micro-batch in this process: what happens before it, which may change its loss}; `checks` as much for
-    the passes over the held-out states; `guards` stands in for what finds a student beyond them.
+    `at` is {number of a micro-batch in this process: what happens before it, which may change its loss};
+    `checks` as much for the passes over the held-out states; `guards` stands in for what finds a student
+    beyond them.
     """
 
     def whenever(function, happenings):
@@ -86,7 +87,10 @@ class Scaled(Accelerator):
 
 
 def test_gradients_that_are_scaled_train_the_same_student_bit_for_bit(finished_run, folder, monkeypatch):
-    """By powers of two, in float32: nothing is lost. The scale doubles after five steps, once for all optimizers."""
+    """By powers of two, in float32: nothing is lost.
+
+    The scale doubles after five steps, once for all optimizers.
+    """
     monkeypatch.setattr(train_distillation, "Accelerator", Scaled)
     assert train(folder)[0] == 0
     assert same(folder, finished_run[0])
@@ -121,7 +125,7 @@ def steps(folder):
     return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
 
 
-# ---- stopped and killed ------------------------------------------------------------------------------------------------------
+# ---- stopped and killed ------------------------------------------------------------------------------------
 
 
 def test_a_run_stopped_twice_ends_with_the_weights_of_an_uninterrupted_one(folder, finished_run):
@@ -255,7 +259,7 @@ def test_a_run_is_not_joined_by_another_one(folder, finished_run):
     assert joined.startswith("2 ") and "another run is writing there" in joined
 
 
-# ---- which student is saved ----------------------------------------------------------------------------------------------------
+# ---- which student is saved --------------------------------------------------------------------------------
 
 
 def scores(folder):
@@ -355,7 +359,7 @@ def test_the_command_that_a_stopped_run_prints_resumes_it(flags, at, folder, fin
     assert code == 0 and "resumed at step" in said and same(folder, finished_run[0])
 
 
-# ---- checkpoints that do not verify --------------------------------------------------------------------------------------------
+# ---- checkpoints that do not verify ------------------------------------------------------------------------
 
 
 def cut(path):
@@ -409,7 +413,7 @@ def test_states_on_the_own_path_that_are_gone_are_asked_for(folder):
     )
 
 
-# ---- a full disk -----------------------------------------------------------------------------------------------------------------
+# ---- a full disk -------------------------------------------------------------------------------------------
 
 
 def fill(disk, but):
@@ -472,7 +476,7 @@ def test_a_trajectory_file_that_is_not_whole_is_named_and_made_again_when_delete
     assert train(folder)[0] == 0 and same(folder, finished_run[0])
 
 
-# ---- numbers that are not finite -----------------------------------------------------------------------------------------------
+# ---- numbers that are not finite ---------------------------------------------------------------------------
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_counted_and_remembered(folder, finished_run):

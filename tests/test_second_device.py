@@ -1,4 +1,6 @@
-"""Nothing of a run stays on the CPU by mistake: three stages, images, drawing, on a device that refuses to be mixed with it."""
+"""Nothing of a run stays on the CPU by mistake: three stages, images, drawing, on a device that refuses to be
+mixed with it.
+"""
 
 import subprocess
 import sys

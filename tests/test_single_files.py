@@ -1,4 +1,6 @@
-"""ComfyUI's single files, and every other way in which a Wan lies on a disk: one teacher trains one student, bit for bit."""
+"""ComfyUI's single files, and every other way in which a Wan lies on a disk: one teacher trains one student,
+bit for bit.
+"""
 
 import io
 import json
@@ -64,11 +66,13 @@ def settings_in(folder, **more):
     )
 
 
-# ---- a teacher, every number of which float8, times a scale, holds exactly ---------------------------------------------------
+# ---- a teacher, every number of which float8, times a scale, holds exactly ---------------------------------
 
 
 def scale_of(tensor):
-    """Return a power of two that a tensor is at most fifteen times of: four bits are all that float8 has for a number."""
+    """Return a power of two that a tensor is at most fifteen times of: four bits are all that float8 has for
+    a number.
+    """
     return 2.0 ** math.ceil(math.log2(tensor.abs().max().item() / 15 or 1))
 
 
@@ -122,7 +126,9 @@ def spiece():
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory, spiece):
-    """A random teacher of two experts in diffusers' layout: real names, small in every dimension but the head's."""
+    """A random teacher of two experts in diffusers' layout: real names, small in every dimension but the
+    head's.
+    """
     folder = tmp_path_factory.mktemp("wan") / "diffusers"
     for seed, name in enumerate(EXPERTS.values()):
         make_network(seed).save_pretrained(folder / name)
@@ -136,7 +142,9 @@ def wan(tmp_path_factory, spiece):
 
 
 def write_tokenizer(folder, spiece):
-    """Write a tokenizer as google/umt5-xxl has it: sentencepiece's model, of which transformers makes the rest."""
+    """Write a tokenizer as google/umt5-xxl has it: sentencepiece's model, of which transformers makes the
+    rest.
+    """
     folder.mkdir()
     (folder / "spiece.model").write_bytes(spiece)
     T5TokenizerFast.from_pretrained(folder, extra_ids=0).save_pretrained(folder)
@@ -253,7 +261,7 @@ LAYOUTS = {
 }
 
 
-# ---- the same student ---------------------------------------------------------------------------------------------------------
+# ---- the same student --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -461,7 +469,7 @@ def test_a_file_that_this_machine_cannot_map_opens_and_is_refused_once_it_is_rea
         only.read("patch_embedding.bias")
 
 
-# ---- the tokenizer ------------------------------------------------------------------------------------------------------------
+# ---- the tokenizer -----------------------------------------------------------------------------------------
 
 
 def test_the_tokenizer_inside_a_text_encoder_says_what_sentencepiece_says(wan, spiece, tmp_path):
@@ -502,7 +510,7 @@ def test_a_folder_that_carries_no_tokenizer_is_told_where_to_put_one(wan, spiece
         find_parts(tmp_path / "wan")
 
 
-# ---- other Wans ---------------------------------------------------------------------------------------------------------------
+# ---- other Wans --------------------------------------------------------------------------------------------
 
 
 def write_one_expert(folder, network, layout, name):
@@ -530,7 +538,9 @@ def write_one_expert(folder, network, layout, name):
 
 
 def write_wan(folder, name, layout, spiece, channels, autoencoder):
-    """Write a Wan of one expert in the official or in ComfyUI's layout, without any file that another layout has."""
+    """Write a Wan of one expert in the official or in ComfyUI's layout, without any file that another layout
+    has.
+    """
     write_one_expert(folder, make_network(5, in_channels=channels, out_channels=channels), layout, name)
     torch.manual_seed(6)
     vae = in_four_bits(AutoencoderKLWan(**AUTOENCODERS[autoencoder] | {"num_res_blocks": 1}))
@@ -583,7 +593,7 @@ def test_a_wan_with_one_expert_is_planned_and_trains(
     assert WanLiteStudent.from_pretrained(tmp_path / "run").config.num_channels == channels
 
 
-# ---- what is refused, and what is told to do -----------------------------------------------------------------------------------
+# ---- what is refused, and what is told to do ---------------------------------------------------------------
 
 HIGH, LOW, WORDS, VAE = (
     "diffusion_models/wan2.2_t2v_high_noise_14B_fp16.safetensors",
@@ -692,7 +702,8 @@ def put_other_autoencoder(wan):
         ),
         (
             become_image_to_video,
-            "i2v_high_noise.* is an image-to-video or control Wan .it takes 36 channels.*Choose a text-to-video",
+            "i2v_high_noise.* is an image-to-video or control Wan .it takes 36 channels.*Choose a "
+            "text-to-video",
         ),
         (become_lora, "low_noise.* is a LoRA. Choose a text-to-video Wan"),
         (

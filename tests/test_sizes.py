@@ -105,7 +105,9 @@ WIDE = (
 
 @pytest.fixture(scope="module")
 def wide_run(tmp_path_factory):
-    """A run of a few steps of all parts, whose pictures are wider than high, and what it said; it trains on three sizes."""
+    """A run of a few steps of all parts, whose pictures are wider than high, and what it said; it trains on
+    three sizes.
+    """
     folder = tmp_path_factory.mktemp("wide") / "run"
     code, said = train(folder, *WIDE)
     assert code == 0, said

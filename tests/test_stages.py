@@ -1,4 +1,6 @@
-"""The stages of a run: what they keep says what it was made of, and nothing that a student is examined on was learned from."""
+"""The stages of a run: what they keep says what it was made of, and nothing that a student is examined on was
+learned from.
+"""
 
 import inspect
 import json

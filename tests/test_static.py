@@ -80,8 +80,10 @@ def test_what_users_call_says_its_types(method):
 def test_types_that_are_wrong_are_told(tmp_path, cache):
     (tmp_path / "mine.py").write_text(
         "from train_distillation import WanLiteStudent\n"
-        "student = WanLiteStudent.from_pretrained('here', dtype='bfloat16', device_map={'': 'cpu'}, sha256={'a': 'b'})\n"
-        "WanLiteStudent(hidden_size=64, depth=4).save_pretrained('there', variant='fp16', max_shard_size=1000)\n"
+        "student = WanLiteStudent.from_pretrained('here', dtype='bfloat16', device_map={'': 'cpu'}, "
+        "sha256={'a': 'b'})\n"
+        "WanLiteStudent(hidden_size=64, depth=4).save_pretrained('there', variant='fp16', "
+        "max_shard_size=1000)\n"
         "WanLiteStudent.from_pretrained(5)\n"
         "WanLiteStudent.from_pretrained('here', subfolder=3)\n"
         "WanLiteStudent(depth='4')\n"

@@ -135,7 +135,7 @@ def test_a_shape_that_cannot_be_is_refused_by_name(changes, word):
         WanLiteStudent(**SMALL | changes)
 
 
-# ---- loading ---------------------------------------------------------------------------------------------------------------
+# ---- loading -----------------------------------------------------------------------------------------------
 
 
 def test_loading_gives_bitwise_the_saved_weights_in_eval_mode_without_meta_tensors(student, saved):
@@ -232,7 +232,9 @@ def test_under_autocast_norms_of_queries_and_keys_stay_in_bfloat16():
 
 
 def test_under_autocast_on_cuda_norms_of_queries_and_keys_stay_in_bfloat16():
-    """On tensors without contents, which need no GPU: CUDA's list of float32 operations is longer than the CPU's."""
+    """On tensors without contents, which need no GPU: CUDA's list of float32 operations is longer than the
+    CPU's.
+    """
     with torch.device("meta"):
         block = OneFrameBlock(32, 64, 2, "rms_norm_across_heads", True, 1e-6).requires_grad_(False)
     seen = watch_norms(block)

@@ -1,4 +1,6 @@
-"""Saving a student: whatever happens to the writer, a reader finds the student that was there or the one that is saved."""
+"""Saving a student: whatever happens to the writer, a reader finds the student that was there or the one that
+is saved.
+"""
 
 import contextlib
 import hashlib
@@ -59,7 +61,7 @@ def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
-# ---- a writer that is killed, a reader that comes at any moment ------------------------------------------------------------------
+# ---- a writer that is killed, a reader that comes at any moment --------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,7 @@ def test_of_several_ranks_the_first_one_writes(tmp_path):
     assert [found(tmp_path / f"every-{rank}") for rank in (0, 1)] == [(16, 1), (16, 2)]
 
 
-# ---- what lies there afterwards --------------------------------------------------------------------------------------------------
+# ---- what lies there afterwards ----------------------------------------------------------------------------
 
 
 def test_files_of_the_older_save_go_and_those_of_other_variants_stay(tmp_path):
@@ -253,7 +255,7 @@ def test_files_may_be_read_by_whoever_may_read_the_others(tmp_path):
     assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "other").stat().st_mode}
 
 
-# ---- what is not saved ----------------------------------------------------------------------------------------------------------
+# ---- what is not saved -------------------------------------------------------------------------------------
 
 
 def broken(made):
@@ -313,7 +315,8 @@ def without_a_layer(made):
         (adapted, r"found an adapter in blocks.0.attn1.to_q \(lora_A\). .*save_lora_adapter"),
         (
             quantised,
-            r"quantised weights in blocks.1.ffn.net.2 \(InEightBits\) and in 1 more layers. Save the student before",
+            r"quantised weights in blocks.1.ffn.net.2 \(InEightBits\) and in 1 more layers. Save the student "
+            r"before",
         ),
         (quantised_by_names, r"quantised weights in proj_out \(weight._data\). Save the student before"),
         (
@@ -398,11 +401,13 @@ def test_a_disk_that_is_full_leaves_the_student_that_is_there(small_disk):
     assert found(small_disk) == (24, 2)
 
 
-# ---- the hub -------------------------------------------------------------------------------------------------------------------
+# ---- the hub -----------------------------------------------------------------------------------------------
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What huggingface_hub asks of the hub, for the folders organisation/model below `folder`: a list of files, the files."""
+    """What huggingface_hub asks of the hub, for the folders organisation/model below `folder`: a list of
+    files, the files.
+    """
 
     folder, commit = None, "0" * 40
 

@@ -92,7 +92,7 @@ def test_a_teacher_with_one_expert_answers_at_every_noise_level(tmp_path, stock,
     assert torch.isfinite(velocity).all()
 
 
-# ---- where experts are ---------------------------------------------------------------------------------------------------------
+# ---- where experts are -------------------------------------------------------------------------------------
 
 GIB = 2**30
 

@@ -122,7 +122,8 @@ def test_what_a_wrapper_put_into_the_names_of_an_expert_is_stripped(prefix, infi
                 for name, tensor in tensors.items()
                 for prefix in ("model", "ema")
             },
-            "transformer: holds 2 networks, under 'ema.', 'model.', expected one. Keep each in a file of its own",
+            "transformer: holds 2 networks, under 'ema.', 'model.', expected one. Keep each in a file of its "
+            "own",
         ),
         (
             lambda tensors: tensors | {"_orig_mod.proj_out.bias": tensors["proj_out.bias"].clone()},
@@ -491,7 +492,7 @@ def test_the_fingerprint_tells_teachers_apart(copied):
     assert open_teacher_files(copied).fingerprint != before
 
 
-# ---- rows and fp8 --------------------------------------------------------------------------------------------------------
+# ---- rows and fp8 ------------------------------------------------------------------------------------------
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 LAYER = "blocks.1.ffn.net.0.proj"
@@ -525,7 +526,9 @@ def test_rows_are_read_without_the_rest_of_the_tensor(monkeypatch):
 
 
 def quantize(tensors, layer, dtype, scale, kind, marks=()):
-    """Store a layer's weight in fp8 beside its scale and what else ComfyUI writes; the exact value is weight.float() * scale."""
+    """Store a layer's weight in fp8 beside its scale and what else ComfyUI writes; the exact value is
+    weight.float() * scale.
+    """
     weight = tensors[f"{layer}.weight"] / (1 if scale is None else scale.reshape(-1, 1))
     tensors[f"{layer}.weight"] = weight.to(dtype)
     if scale is not None:
@@ -624,7 +627,7 @@ def test_a_scale_that_cannot_be_right_is_refused_by_name(copied, extra, words):
         open_teacher_files(copied)
 
 
-# ---- real shapes ---------------------------------------------------------------------------------------------------------
+# ---- real shapes -------------------------------------------------------------------------------------------
 
 NONE = [None, None]
 MODULE = ["diffusers", "WanTransformer3DModel"]

@@ -30,7 +30,9 @@ ENCODINGS = (
 
 
 def shell(command, *arguments, **environment):
-    """Run a line of bash in which "$@" is Python with `arguments`; returns its exit code, that of a pipe's first part first."""
+    """Run a line of bash in which "$@" is Python with `arguments`; returns its exit code, that of a pipe's
+    first part first.
+    """
     return subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}", "bash", sys.executable, *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,

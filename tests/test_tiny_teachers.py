@@ -1,4 +1,6 @@
-"""Tiny teachers: what their training is asked of captions and scenes, that it resumes exactly, and the names that they go by."""
+"""Tiny teachers: what their training is asked of captions and scenes, that it resumes exactly, and the names
+that they go by.
+"""
 
 import json
 from dataclasses import replace
@@ -18,7 +20,7 @@ from wanlite.world import emoji, shapes
 from wanlite.world.emoji.captions import PLURALS
 from wanlite.world.record import read_world
 
-# ---- what training is asked --------------------------------------------------------------------------------------------------
+# ---- what training is asked --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -67,7 +69,7 @@ def test_the_tokenizer_of_emoji_has_every_word_of_their_world():
     )
 
 
-# ---- one loop for every stage ------------------------------------------------------------------------------------------------
+# ---- one loop for every stage ------------------------------------------------------------------------------
 
 
 def small_network():
@@ -180,7 +182,7 @@ def test_a_stage_names_every_gate_that_it_misses():
     ]
 
 
-# ---- names -------------------------------------------------------------------------------------------------------------------
+# ---- names -------------------------------------------------------------------------------------------------
 
 
 def test_a_named_teacher_is_its_folder_wherever_the_command_is_typed(tmp_path, monkeypatch):

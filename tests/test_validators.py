@@ -1,4 +1,6 @@
-"""Whatever a file says, it is refused with an OSError or ValueError that names it, or it is exactly what it seems."""
+"""Whatever a file says, it is refused with an OSError or ValueError that names it, or it is exactly what it
+seems.
+"""
 
 import json
 import math
@@ -73,7 +75,9 @@ def write(path, header, num_bytes, length=None):
 
 
 def shapes_or_refusal(path):
-    """Return {name: shape} of a file whose tensors tile it and can be read as they are described; None where it is refused."""
+    """Return {name: shape} of a file whose tensors tile it and can be read as they are described; None where
+    it is refused.
+    """
     try:
         weights = WeightsFile(path)
     except (OSError, ValueError) as refused:
@@ -95,7 +99,7 @@ def shapes_or_refusal(path):
         return {name: entry.shape for name, entry in weights.entries.items()}
 
 
-# ---- weights -------------------------------------------------------------------------------------------------------------------
+# ---- weights -----------------------------------------------------------------------------------------------
 
 
 @given(content=st.binary(max_size=200))
@@ -210,7 +214,7 @@ def test_a_file_with_some_bits_turned_or_its_end_gone_is_refused_or_has_the_same
         assert all(tensor.isfinite().all() for tensor in loaded.state_dict().values())
 
 
-# ---- index ---------------------------------------------------------------------------------------------------------------------
+# ---- index -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +289,7 @@ def test_no_index_leads_out_of_its_folder(weight_map, folder_among_others):
         assert {name: path.name for path, names in found.items() for name in names} == weight_map
 
 
-# ---- config --------------------------------------------------------------------------------------------------------------------
+# ---- config ------------------------------------------------------------------------------------------------
 
 
 def built_shapes(arguments):

@@ -163,7 +163,10 @@ for look in (lambda: check_loaded("here", large, nothing), lambda: not_finite(la
 
 
 def test_who_looks_for_what_is_not_finite_takes_no_memory(tmp_path):
-    """Copies in float32, of a Wan's token embedding, would be 4 GB. A file that is read is mapped, and written once more."""
+    """Copies in float32, of a Wan's token embedding, would be 4 GB.
+
+    A file that is read is mapped, and written once more.
+    """
     looked = subprocess.run([sys.executable, "-c", LOOKS, ROOT, tmp_path], capture_output=True, text=True)
     assert looked.returncode == 0, looked.stderr
     loaded, saved, read, written = map(float, looked.stdout.split())

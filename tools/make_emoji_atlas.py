@@ -1,11 +1,13 @@
-"""Make emoji_atlas/ from packages: every object in three styles, 48 pixels square, as one lossless picture and a list of names.
+"""Make emoji_atlas/ from packages: every object in three styles, 48 pixels square, as one lossless picture
+and a list of names.
 
     npm pack --pack-destination packages @lobehub/fluent-emoji-3d@1.1.0
     npm pack --pack-destination packages @iconify-json/fluent-emoji-flat@1.2.6 @iconify-json/noto@1.2.9
     pip install resvg-py==0.5.0
     python tools/make_emoji_atlas.py --packages packages      # a minute
 
-The project reads the atlas alone: packages and renderer are needed to make it again, and the same versions make the same bytes.
+The project reads the atlas alone: packages and renderer are needed to make it again, and the same versions
+make the same bytes.
 """
 
 import argparse
@@ -31,7 +33,8 @@ COLUMNS = 16  # objects side by side; each style has rows of its own
 RENDERED = 256  # pixels, before a drawing is trimmed and reduced
 FAINT = 12  # alpha 0..255 up to which a pixel counts as margin
 
-# name: code point. Objects that a person names at 26 pixels, that are countable, and that all three packages hold.
+# name: code point. Objects that a person names at 26 pixels, that are countable, and that all three packages
+# hold.
 OBJECTS = {
     "fox": "1f98a",
     "cat": "1f431",
@@ -132,11 +135,13 @@ OBJECTS = {
 }
 
 
-# ---- packages --------------------------------------------------------------------------------------------------------------
+# ---- packages ----------------------------------------------------------------------------------------------
 
 
 def find_packages(folder):
-    """Return {style: path} of the packages in a folder; raises ValueError where one is missing or of another version."""
+    """Return {style: path} of the packages in a folder; raises ValueError where one is missing or of another
+    version.
+    """
     found = {}
     for path in sorted(Path(folder).glob("*.tgz")):
         name, version = read_name(path)
@@ -146,7 +151,8 @@ def find_packages(folder):
         versions = found.get(name, {})
         if wanted not in versions:
             raise ValueError(
-                f"{folder}: found {name} {' and '.join(versions) or 'in no version'}, expected {wanted}. Get it: "
+                f"{folder}: found {name} {' and '.join(versions) or 'in no version'}, expected {wanted}. Get "
+                f"it: "
                 f"npm pack --pack-destination {folder} {name}@{wanted}"
             )
         paths[style] = versions[wanted]
@@ -182,7 +188,8 @@ def find_renderer():
         found = None
     if found != wanted:
         raise ValueError(
-            f"found {name} {found or 'in no version'}, expected {wanted}. Get it: pip install {name}=={wanted}"
+            f"found {name} {found or 'in no version'}, expected {wanted}. Get it: pip install "
+            f"{name}=={wanted}"
         )
     import resvg_py
 
@@ -217,7 +224,7 @@ def render_svg(icons, name, renderer):
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 
-# ---- sprites ---------------------------------------------------------------------------------------------------------------
+# ---- sprites -----------------------------------------------------------------------------------------------
 
 
 def make_sprite(drawing):
@@ -231,7 +238,9 @@ def make_sprite(drawing):
 
 
 def reduce_rgba(square, size):
-    """Resize with colours weighted by alpha: what is transparent has a colour too, and it must not bleed into edges."""
+    """Resize with colours weighted by alpha: what is transparent has a colour too, and it must not bleed into
+    edges.
+    """
     square = np.concatenate([square[..., :3] * square[..., 3:] / 255, square[..., 3:]], -1)
     small = np.stack(
         [

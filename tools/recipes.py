@@ -1,7 +1,9 @@
-"""The recipe of each world's tiny teacher: sizes of its networks, settings of its training, and auxiliary tasks.
+"""The recipe of each world's tiny teacher: sizes of its networks, settings of its training, and auxiliary
+tasks.
 
-There are two such tasks, with heads that are thrown away: each word of an object's phrase predicts every fact of that object, and
-each image token the object that is drawn there. Scenes are drawn by rule, so that both answers are exact.
+There are two such tasks, with heads that are thrown away: each word of an object's phrase predicts every fact
+of that object, and each image token the object that is drawn there. Scenes are drawn by rule, so that both
+answers are exact.
 """
 
 from collections.abc import Callable
@@ -25,9 +27,10 @@ TOKEN = 16  # pixels along a token's side
 class Recipe:
     """Settings of a world's teacher.
 
-    `plan` has for each stage: steps, batch size, learning rate of AdamW, of Muon (None: AdamW alone), EMA decay, and the last share
-    of the steps over which rates fall to zero (None: a cosine over all of them). `gates` has for each stage the figures that it has
-    to reach: the least of each, or the most where a minus stands before the name.
+    `plan` has for each stage: steps, batch size, learning rate of AdamW, of Muon (None: AdamW alone), EMA
+    decay, and the last share of the steps over which rates fall to zero (None: a cosine over all of them).
+    `gates` has for each stage the figures that it has to reach: the least of each, or the most where a minus
+    stands before the name.
     """
 
     name: str
@@ -47,7 +50,8 @@ class Recipe:
     )
     help_weight: float  # of the auxiliary loss of image tokens in the first step; it falls to zero
     facts: dict  # {name: values} that a word predicts
-    labels: dict  # {name: number of classes} that an image token predicts; the last class stands for an empty token
+    # {name: number of classes} that an image token predicts; the last class stands for an empty token
+    labels: dict
     spoken: Callable  # the scene of a caption -> [(consecutive words, {name of a fact: value})]
     layout: Callable  # a scene -> labels of its image tokens (GRID * GRID, len(labels))
     gates: dict
@@ -105,7 +109,7 @@ def _stage(steps, batch_size, learning_rate, muon_rate, ema, decay=None):
     )
 
 
-# ---- shapes ----------------------------------------------------------------------------------------------------------------
+# ---- shapes ------------------------------------------------------------------------------------------------
 
 
 def _shapes_spoken(scene):
@@ -166,7 +170,7 @@ SHAPES = Recipe(
 )
 
 
-# ---- emoji -----------------------------------------------------------------------------------------------------------------
+# ---- emoji -------------------------------------------------------------------------------------------------
 
 
 def _emoji_spoken(scene):

@@ -1,4 +1,5 @@
-"""Train a tiny teacher: a complete Wan2.2 checkpoint in the diffusers layout, only small, from scenes drawn by rule.
+"""Train a tiny teacher: a complete Wan2.2 checkpoint in the diffusers layout, only small, from scenes drawn
+by rule.
 
     python tools/train_tiny_teacher.py                                # of shapes: into ./tiny_teacher, about an hour on one core
     python tools/train_tiny_teacher.py --stages experts               # one stage again
@@ -6,10 +7,11 @@
     python tools/train_tiny_teacher.py --world emoji --stages experts --device cuda --threads 16      # minutes
     python tools/train_tiny_teacher.py --world emoji --look 100       # judge the network as it is, of 100 captions a kind
 
-Stages: autoencoder -> text -> experts -> pipeline. Each is skipped where its part of the checkpoint is there, and after a kill the
-same command resumes within it, a minute back at most. A stage whose figures miss the gates of its recipe ends the run. Settings,
-figures and minutes go to training.json beside the weights. Heads that help training (where is this token, what is drawn here, which
-object does this word speak of) are thrown away: the networks that remain are stock.
+Stages: autoencoder -> text -> experts -> pipeline. Each is skipped where its part of the checkpoint is there,
+and after a kill the same command resumes within it, a minute back at most. A stage whose figures miss the
+gates of its recipe ends the run. Settings, figures and minutes go to training.json beside the weights. Heads
+that help training (where is this token, what is drawn here, which object does this word speak of) are thrown
+away: the networks that remain are stock.
 """
 
 import argparse
@@ -67,14 +69,14 @@ class Run:
         return self.recipe.world
 
 
-# ---- one loop for every stage ----------------------------------------------------------------------------------------
+# ---- one loop for every stage ------------------------------------------------------------------------------
 
 
 def fit(name, trained, loss_of, run):
     """Train the modules in `trained` and leave their EMA weights in place; returns the minutes spent.
 
-    `loss_of(random, torch_generator, progress 0..1)` returns a loss and a dict of figures; its randomness is a function of the
-    step, so that a run cut short goes on from its last minute to the same end.
+    `loss_of(random, torch_generator, progress 0..1)` returns a loss and a dict of figures; its randomness is
+    a function of the step, so that a run cut short goes on from its last minute to the same end.
     """
     plan = run.recipe.plan[name]
     trained.to(run.device)
@@ -125,7 +127,8 @@ def fit(name, trained, loss_of, run):
 
 
 def decayed(progress, decay):
-    """Return the share of the learning rate that is left: a cosine, or all of it until the last share `decay` of the steps.
+    """Return the share of the learning rate that is left: a cosine, or all of it until the last share `decay`
+    of the steps.
 
     In the second form the number of steps may be raised until the fall begins, and nothing before changes.
     """
@@ -133,7 +136,9 @@ def decayed(progress, decay):
 
 
 def make_optimizers(trained, plan):
-    """Muon for the matrices of blocks and the kernels of an autoencoder where the plan has a rate for it; AdamW for the rest."""
+    """Muon for the matrices of blocks and the kernels of an autoencoder where the plan has a rate for it;
+    AdamW for the rest.
+    """
     matrices, kernels, others = [], [], []
     for name, parameter in trained.named_parameters():
         if plan["muon_rate"] and "blocks." in name and parameter.ndim == 2:
@@ -154,7 +159,9 @@ def make_optimizers(trained, plan):
 
 
 def is_kernel(name, parameter):
-    """Whether a parameter is a 3-D kernel that is trained as a matrix: not at the ends of a network, nor unused at one frame."""
+    """Whether a parameter is a 3-D kernel that is trained as a matrix: not at the ends of a network, nor
+    unused at one frame.
+    """
     is_wide = parameter.ndim == 5 and min(parameter.flatten(1).shape) >= 16
     return is_wide and "patch_embedding" not in name and "time_conv" not in name
 
@@ -175,13 +182,15 @@ class KernelMuon(torch.optim.Muon):
         return super().step(closure)
 
 
-# ---- autoencoder -----------------------------------------------------------------------------------------------------
+# ---- autoencoder -------------------------------------------------------------------------------------------
 
 
 def train_autoencoder(run):
-    """Pictures -> latents -> pictures. The latents' mean is used, plus fixed noise that keeps the latent space smooth.
+    """Pictures -> latents -> pictures. The latents' mean is used, plus fixed noise that keeps the latent
+    space smooth.
 
-    At one frame only the last temporal taps run: the other taps and the time convolutions keep their initial values.
+    At one frame only the last temporal taps run: the other taps and the time convolutions keep their initial
+    values.
     """
     torch.manual_seed(SEED)
     network = pictures.use_single_frame_path(AutoencoderKLWan(**run.recipe.autoencoder))
@@ -221,7 +230,9 @@ def train_autoencoder(run):
 
 
 def choose_crop(random, recipe, progress):
-    """Return the rows and columns, slices, that the autoencoder sees: crops at first, for they take a share of the time."""
+    """Return the rows and columns, slices, that the autoencoder sees: crops at first, for they take a share
+    of the time.
+    """
     size, share = recipe.cropped
     if progress >= share:
         return slice(None), slice(None)
@@ -266,13 +277,15 @@ def judged(world, seen, scenes):
     return {name: float(np.mean([verdict[name] for verdict in verdicts])) for name in verdicts[0]}
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------
+# ---- text --------------------------------------------------------------------------------------------------
 
 
 def train_text(run):
-    """A word-level tokenizer and a UMT5 whose every word of an object knows all that its caption says of that object.
+    """A word-level tokenizer and a UMT5 whose every word of an object knows all that its caption says of that
+    object.
 
-    Learnt alone, which word belongs to which object takes seconds; learnt inside the diffusion loss it takes hours.
+    Learnt alone, which word belongs to which object takes seconds; learnt inside the diffusion loss it takes
+    hours.
     """
     recipe = run.recipe
     tokenizer = make_tokenizer(recipe)
@@ -356,11 +369,13 @@ def training_scenes(world, random, count):
     return [next(wanted) for _ in range(count)]
 
 
-# ---- experts ---------------------------------------------------------------------------------------------------------
+# ---- experts -----------------------------------------------------------------------------------------------
 
 
 def train_experts(run):
-    """One network for every noise level first, then a copy for each side of the boundary; text encoder frozen."""
+    """One network for every noise level first, then a copy for each side of the boundary; text encoder
+    frozen.
+    """
     recipe = run.recipe
     tokenizer, encoder = text.load_text_encoder(run.folder, run.device, torch.float32)
     scenes = captioned_scenes(pictures.load_autoencoder(run.folder, run.device), tokenizer, run)
@@ -432,7 +447,9 @@ def train_experts(run):
 
 
 def make_trained(recipe):
-    """Return an expert, every block of which takes the text's logit bias, and the heads that help its training."""
+    """Return an expert, every block of which takes the text's logit bias, and the heads that help its
+    training.
+    """
     torch.manual_seed(SEED)
     network = WanTransformer3DModel(**recipe.expert)
     config = network.config
@@ -461,9 +478,11 @@ def make_trained(recipe):
 
 @torch.no_grad()
 def captioned_scenes(network, tokenizer, run):
-    """Return all scenes that the experts train on, on the device: every shard is made once, into the work folder.
+    """Return all scenes that the experts train on, on the device: every shard is made once, into the work
+    folder.
 
-    latents (scenes, C, H, W) float16; ids (scenes, captions, L) int16, padded; labels (scenes, N, labels) uint8.
+    latents (scenes, C, H, W) float16; ids (scenes, captions, L) int16, padded; labels (scenes, N, labels)
+    uint8.
     """
     count = min(SHARD, run.recipe.num_scenes)
     shards = [run.work / f"scenes-{shard:02d}.safetensors" for shard in range(run.recipe.num_scenes // count)]
@@ -493,7 +512,9 @@ def captioned_scenes(network, tokenizer, run):
 
 
 def make_scenes(name, count, shard):
-    """Return a shard of `count` scenes: pictures (scenes, H, W, 3) uint8, captions of each, labels (scenes, N, labels) uint8."""
+    """Return a shard of `count` scenes: pictures (scenes, H, W, 3) uint8, captions of each, labels (scenes,
+    N, labels) uint8.
+    """
     recipe, random = RECIPES[name], np.random.default_rng([SEED, shard])
     scenes = training_scenes(recipe.world, random, count)
     return (
@@ -503,7 +524,7 @@ def make_scenes(name, count, shard):
     )
 
 
-# ---- the whole checkpoint --------------------------------------------------------------------------------------------
+# ---- the whole checkpoint ----------------------------------------------------------------------------------
 
 
 def assemble(run):
@@ -561,7 +582,9 @@ def assemble(run):
 
 
 def accuracy(draw, world, count):
-    """Return the judge's figures of pictures of `count` held-out captions of one object, and of as many of two."""
+    """Return the judge's figures of pictures of `count` held-out captions of one object, and of as many of
+    two.
+    """
     figures = {}
     for name, objects in (("one", 1), ("two", 2)):
         found = prompt_accuracy(draw, world.captions(SEED, count, held_out=True, num_objects=objects), world)
@@ -569,7 +592,7 @@ def accuracy(draw, world, count):
     return figures
 
 
-# ---- the network before it is finished -------------------------------------------------------------------------------
+# ---- the network before it is finished ---------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -589,7 +612,9 @@ def look(run, count):
 
 
 def make_drawing(run, network):
-    """Return a function that draws captions with one network for every noise level: pictures (B, 64, 64, 3) uint8."""
+    """Return a function that draws captions with one network for every noise level: pictures (B, 64, 64, 3)
+    uint8.
+    """
     tokenizer, encoder = text.load_text_encoder(run.folder, run.device, torch.float32)
     autoencoder = pictures.load_autoencoder(run.folder, run.device)
     empty = text.encode_prompts(tokenizer, encoder, [""])[0]
@@ -620,7 +645,7 @@ def guided_velocity(network, embeddings, empty, guidance):
     return velocity_of
 
 
-# ---- main ------------------------------------------------------------------------------------------------------------
+# ---- main --------------------------------------------------------------------------------------------------
 
 STAGES = {
     "autoencoder": train_autoencoder,
@@ -633,7 +658,8 @@ STAGES = {
 def missed_gates(figures, gates):
     """Return which figures a stage misses, in words; a name behind a minus has a most, any other a least."""
     return [
-        f"{name.strip('-')} {figures[name.strip('-')]:.4g}, expected at {'most' if name[0] == '-' else 'least'} {bound:g}"
+        f"{name.strip('-')} {figures[name.strip('-')]:.4g}, expected at "
+        f"{'most' if name[0] == '-' else 'least'} {bound:g}"
         for name, bound in gates.items()
         if (figures[name.strip("-")] > bound if name[0] == "-" else figures[name] < bound)
     ]
@@ -707,7 +733,8 @@ def main():
         if missed := missed_gates(figures, run.recipe.gates.get(name, {})):
             parser.exit(
                 1,
-                f"train_tiny_teacher.py: {name}: {'; '.join(missed)}. Raise its steps in tools/recipes.py and run "
+                f"train_tiny_teacher.py: {name}: {'; '.join(missed)}. Raise its steps in tools/recipes.py "
+                f"and run "
                 f"--stages {name} again, or go on with the stages after it by --stages.\n",
             )
 

@@ -29,17 +29,23 @@ def shift_noise_level(noise_level, shift):
 
 
 def average_velocity(start, end, noise_level):
-    """Return the velocity that leads straight from `start`, at `noise_level` (B,), to the picture `end`: both (B, C, H, W)."""
+    """Return the velocity that leads straight from `start`, at `noise_level` (B,), to the picture `end`: both
+    (B, C, H, W).
+    """
     return (start - end) / noise_level.view(-1, 1, 1, 1)
 
 
 def make_scheduler(shift, few_steps=()):
-    """Return diffusers' UniPC, set up as Wan uses it; the schedule lives in its config, where a stock WanPipeline finds it."""
+    """Return diffusers' UniPC, set up as Wan uses it; the schedule lives in its config, where a stock
+    WanPipeline finds it.
+    """
     return UniPCMultistepScheduler(**scheduler_arguments(shift, few_steps))
 
 
 def check_schedule(scheduler, num_steps):
-    """Raise ValueError for a schedule that does not fall from noise to a noise level of 0: pictures would keep noise."""
+    """Raise ValueError for a schedule that does not fall from noise to a noise level of 0: pictures would
+    keep noise.
+    """
     scheduler.set_timesteps(num_steps)
     levels = scheduler.sigmas.tolist()
     if levels[-1] != 0:
@@ -49,22 +55,27 @@ def check_schedule(scheduler, num_steps):
         )
     if any(after >= before for before, after in zip(levels, levels[1:])) or levels[0] < 0.9:
         raise ValueError(
-            f"the schedule of {num_steps} steps passes noise levels {levels}, expected a fall from about 1 to 0. "
+            f"the schedule of {num_steps} steps passes noise levels {levels}, expected a fall from about 1 "
+            f"to 0. "
             "Take scheduler_config.json from the folder that train_distillation.py wrote."
         )
 
 
 def states_passed(scheduler, num_steps, device):
-    """Set up a scheduler; returns the (timestep, noise level) before each step, on `device`: diffusers has levels on the CPU."""
+    """Set up a scheduler; returns the (timestep, noise level) before each step, on `device`: diffusers has
+    levels on the CPU.
+    """
     scheduler.set_timesteps(num_steps, device=device)
     return list(zip(scheduler.timesteps, scheduler.sigmas.to(device)))
 
 
 def walk(velocity_of, latents, scheduler, num_steps, begin=0, end=None):
-    """Walk from noise to a picture, yielding (latents, timestep, noise_level, velocity) before each step; returns the last latents.
+    """Walk from noise to a picture, yielding (latents, timestep, noise_level, velocity) before each step;
+    returns the last latents.
 
-    `velocity_of(latents, timestep (B,))` is asked once a step. Shapes: (B, C, H, W). With `begin` the walk starts before that
-    step of `num_steps`, from latents that are there already, and with `end` it stops before that one.
+    `velocity_of(latents, timestep (B,))` is asked once a step. Shapes: (B, C, H, W). With `begin` the walk
+    starts before that step of `num_steps`, from latents that are there already, and with `end` it stops
+    before that one.
     """
     states = states_passed(scheduler, num_steps, latents.device)
     scheduler.set_begin_index(begin)
@@ -77,7 +88,9 @@ def walk(velocity_of, latents, scheduler, num_steps, begin=0, end=None):
 
 
 def noise_along(velocity_of, clean, seeds, scheduler, num_steps):
-    """Yield what walk() does, not on a walk but at the pictures `clean` (B, C, H, W), noised anew to each of its levels."""
+    """Yield what walk() does, not on a walk but at the pictures `clean` (B, C, H, W), noised anew to each of
+    its levels.
+    """
     noises = seeded_noise((num_steps, *clean.shape[1:]), seeds).to(clean.device).unbind(1)
     for (timestep, noise_level), noise in zip(states_passed(scheduler, num_steps, clean.device), noises):
         noisy = add_noise(clean.float(), noise, noise_level.expand(len(clean)))
@@ -100,11 +113,13 @@ def seeded_noise(shape, seeds):
 
 
 class FewSteps:
-    """Where walks of few steps stop: one student serves every number of steps, for each leads straight to the picture.
+    """Where walks of few steps stop: one student serves every number of steps, for each leads straight to the
+    picture.
 
-    `levels` are the (timestep, noise level) that any of them passes, noise first; `stops` the (count, index) after noise;
-    `teacher_levels` (K, 2) those of the teacher's walk. The timesteps are those that sampling passes, truncated to whole numbers
-    as the scheduler does. `share` is (rank, ranks): all draw from equal generators for the rows of all, and each takes its own.
+    `levels` are the (timestep, noise level) that any of them passes, noise first; `stops` the (count, index)
+    after noise; `teacher_levels` (K, 2) those of the teacher's walk. The timesteps are those that sampling
+    passes, truncated to whole numbers as the scheduler does. `share` is (rank, ranks): all draw from equal
+    generators for the rows of all, and each takes its own.
     """
 
     def __init__(self, shift, counts, latent_shape, teacher_steps, share=(0, 1)):
@@ -124,7 +139,8 @@ class FewSteps:
         return list(zip(self.scheduler.timesteps.float().tolist(), self.scheduler.sigmas.tolist()))
 
     def draw(self, num_pictures, velocity_of, generator, device, latent_shape=None):
-        """Return the pictures (B, C, H, W) that a student sees from a stop drawn at random; the gradient is of its last step.
+        """Return the pictures (B, C, H, W) that a student sees from a stop drawn at random; the gradient is
+        of its last step.
 
         `latent_shape` (C, H, W) where it is not the one of all.
         """
@@ -139,7 +155,8 @@ class FewSteps:
         return clean_from(latents, velocity_of(latents, timestep).float(), noise_level)
 
     def renoise(self, clean, generator, is_one_level=False):
-        """Return (noisy, noise, timestep (B,), noise level (B,)) at inner levels of the teacher's walk, drawn at random.
+        """Return (noisy, noise, timestep (B,), noise level (B,)) at inner levels of the teacher's walk, drawn
+        at random.
 
         One level for all rows of all ranks keeps a micro-batch with one of the teacher's experts.
         """
@@ -151,7 +168,9 @@ class FewSteps:
         return add_noise(clean.detach(), noise, noise_level), noise, timestep, noise_level
 
     def own_noise(self, shape, generator, device):
-        """Return this rank's rows (B, C, H, W) of noise that is drawn for all ranks; a GPU draws it itself, for the CPU is slow."""
+        """Return this rank's rows (B, C, H, W) of noise that is drawn for all ranks; a GPU draws it itself,
+        for the CPU is slow.
+        """
         if torch.device(device).type == "cuda":
             generator = torch.Generator(device).manual_seed(
                 int(torch.randint(2**62, (1,), generator=generator))

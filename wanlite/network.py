@@ -1,9 +1,11 @@
 """A Wan transformer at one frame: latents and text tokens in, velocity out.
 
-Teacher and student are both made of diffusers' own Wan parts under diffusers' key names. Two things are added here, and neither
-changes the function: latents may be 4-D, and the zero padding of the text, which Wan attends to, costs one token.
+Teacher and student are both made of diffusers' own Wan parts under diffusers' key names. Two things are added
+here, and neither changes the function: latents may be 4-D, and the zero padding of the text, which Wan
+attends to, costs one token.
 
-Legend: B batch, C channels, H W latent height and width, N image tokens, L text length, D width, T text width.
+Legend: B batch, C channels, H W latent height and width, N image tokens, L text length, D width, T text
+width.
 """
 
 import math
@@ -24,8 +26,8 @@ TEXT_LENGTH = (
 class TextTokens(NamedTuple):
     """Prompts at their true length, with one zero token each that stands for all of the padding.
 
-    `tokens` (B, L, T); `logit_bias` (B, L) is added to the attention logits of every text token: 0 for a word,
-    log(number of padding tokens) for the zero token, -inf for what only squares the batch.
+    `tokens` (B, L, T); `logit_bias` (B, L) is added to the attention logits of every text token: 0 for a
+    word, log(number of padding tokens) for the zero token, -inf for what only squares the batch.
     """
 
     tokens: torch.Tensor
@@ -41,15 +43,19 @@ class TextTokens(NamedTuple):
 
 
 def pack_text(embeddings, text_length=TEXT_LENGTH):
-    """Turn prompts' embeddings, a list of (length, T), into TextTokens equal to zero padding up to `text_length`."""
+    """Turn prompts' embeddings, a list of (length, T), into TextTokens equal to zero padding up to
+    `text_length`.
+    """
     lengths = torch.tensor([len(embedding) for embedding in embeddings])
     return pack_states(nn.utils.rnn.pad_sequence(embeddings, batch_first=True), lengths, text_length)
 
 
 def pack_states(states, lengths, text_length=TEXT_LENGTH):
-    """Turn a text encoder's states (B, L, T), of which `lengths` (B,) are of words, into TextTokens as pack_text() does.
+    """Turn a text encoder's states (B, L, T), of which `lengths` (B,) are of words, into TextTokens as
+    pack_text() does.
 
-    In float32 whatever the encoder's dtype: Wan's is bfloat16, and who attends to them casts, or trains in float32.
+    In float32 whatever the encoder's dtype: Wan's is bfloat16, and who attends to them casts, or trains in
+    float32.
     """
     length, position = (
         lengths.to(states.device).unsqueeze(1),
@@ -74,8 +80,8 @@ def unpack_text(text, text_length=TEXT_LENGTH):
 class RMSNorm(nn.RMSNorm):
     """RMSNorm in the dtype of its input, also under autocast.
 
-    From torch 2.12 on, autocast on CUDA computes norms in float32, and so does a float32 weight everywhere: queries, keys and the
-    attention after them would follow.
+    From torch 2.12 on, autocast on CUDA computes norms in float32, and so does a float32 weight everywhere:
+    queries, keys and the attention after them would follow.
     """
 
     def forward(self, states):
@@ -94,7 +100,9 @@ class OneFrameBlock(WanTransformerBlock):
             attention.norm_q, attention.norm_k = RMSNorm(width, eps), RMSNorm(width, eps)
 
     def forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb, text_logit_bias=None):
-        """Shapes: hidden_states (B, N, D), encoder_hidden_states (B, L, D), temb (B, 6, D); returns (B, N, D)."""
+        """Shapes: hidden_states (B, N, D), encoder_hidden_states (B, L, D), temb (B, 6, D); returns (B, N,
+        D).
+        """
         modulation = (self.scale_shift_table + temb.float()).chunk(6, dim=1)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
         dtype = hidden_states.dtype
@@ -121,8 +129,9 @@ TransformerBlockRegistry.register(
 def one_frame_velocity(network, latents, timestep, text, logit_bias=None, feature_blocks=()):
     """Run a network that has the parts of a WanTransformer3DModel and OneFrameBlocks on single frames.
 
-    Shapes: latents (B, C, H, W), timestep (B,) in 0..1000, text (B, L, T), logit_bias (B, L) or None.
-    Returns the velocity (B, C, H, W) and a list of the token states (B, N, D) after each block named in `feature_blocks`.
+    Shapes: latents (B, C, H, W), timestep (B,) in 0..1000, text (B, L, T), logit_bias (B, L) or None. Returns
+    the velocity (B, C, H, W) and a list of the token states (B, N, D) after each block named in
+    `feature_blocks`.
     """
     rotary = network.rope(latents.unsqueeze(2))
     states = network.patch_embedding(latents.unsqueeze(2))  # (B, D, 1, H/p, W/p)
@@ -155,7 +164,8 @@ def unpatchify(tokens, height, width, patch_size):
 
 
 def pass_operations(config, rows, tokens, words):
-    """Return the operations of a pass of a Wan of `config` on `rows` pictures of `tokens` tokens, each with `words` text tokens.
+    """Return the operations of a pass of a Wan of `config` on `rows` pictures of `tokens` tokens, each with
+    `words` text tokens.
 
     Every product of matrices counts, two operations for each multiplication, attention included.
     """

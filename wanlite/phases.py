@@ -1,6 +1,7 @@
 """The phases of a run and the counts that follow from them, all before torch is imported.
 
-A run has up to three, one after the other: `velocity` (stage 1), `segments` (stage 2a), `matching` (stage 2b).
+A run has up to three, one after the other: `velocity` (stage 1), `segments` (stage 2a), `matching` (stage
+2b).
 """
 
 import math
@@ -12,8 +13,9 @@ MOST_LOOKED_AT, LEAST_LOOKED_AT = 64, 4  # walks of a kind that a validation is 
 SHOWN = 8  # prompts in the grids; as many are drawn from as many seeds each to see how varied pictures are
 LEAST_VALIDATED = 16  # prompts of validations, where there are as many
 LOOKED_AT = 20  # of a large teacher: one for so many trajectories, where --validation_walks is left open
-FEWEST = 300  # trajectories, where --num_trajectories is left open: few prompts have several each, from other noise
-#                            (benchmarks/few_prompts.py: 30 learn nothing in 200 steps, 300 draw 9 of 10 right, 500 hardly more)
+# trajectories, where --num_trajectories is left open: few prompts have several each, from other noise
+FEWEST = 300
+# (benchmarks/few_prompts.py: 30 learn nothing in 200 steps, 300 draw 9 of 10 right, 500 hardly more)
 MOST_OWN, OWN_SHARE = (
     512,
     8,
@@ -34,13 +36,16 @@ def parts_of(settings):
 
 
 def count_trajectories(settings, num_prompts):
-    """Return how many trajectories a run learns from: one a prompt or, of few prompts, several from different noise."""
+    """Return how many trajectories a run learns from: one a prompt or, of few prompts, several from different
+    noise.
+    """
     return settings.num_trajectories or max(num_prompts, FEWEST)
 
 
 def bound_pictures(settings, is_large, num_trajectories, num_buckets=1):
-    """Return what --validation_walks and --own_path_pictures are where they are left open: at most the trajectories and, if the
-    teacher is large, a share of them; at least one state of the own path for each bucket."""
+    """Return what --validation_walks and --own_path_pictures are where they are left open: at most the
+    trajectories and, if the teacher is large, a share of them; at least one state of the own path for each
+    bucket."""
     walks, own = (
         num_trajectories // LOOKED_AT if is_large else MOST_LOOKED_AT,
         num_trajectories // (OWN_SHARE if is_large else 1),
@@ -54,13 +59,16 @@ def bound_pictures(settings, is_large, num_trajectories, num_buckets=1):
 
 
 def choose_validated(training, held_out):
-    """Return the prompts of validations: those held out and, where these are few, training prompts after them. Noise is never
-    that of training, and one prompt alone would measure what nobody wants: how the teacher's pictures of it differ."""
+    """Return the prompts of validations: those held out and, where these are few, training prompts after
+    them. Noise is never that of training, and one prompt alone would measure what nobody wants: how the
+    teacher's pictures of it differ."""
     return list(dict.fromkeys([*held_out, *training]))[: max(len(held_out), LEAST_VALIDATED)]
 
 
 def count_looks(walks, num_validated):
-    """Return (walks of validated prompts, n): a validation is held against these, and against n prompts from n seeds each."""
+    """Return (walks of validated prompts, n): a validation is held against these, and against n prompts from
+    n seeds each.
+    """
     return max(min(num_validated, walks), min(LEAST_VALIDATED, walks)), min(SHOWN, math.isqrt(walks))
 
 

@@ -1,4 +1,6 @@
-"""The noise schedule of a student: its scheduler's arguments, and the check that a saved one is that of the training. No torch."""
+"""The noise schedule of a student: its scheduler's arguments, and the check that a saved one is that of the
+training. No torch.
+"""
 
 import ast
 from importlib.util import find_spec
@@ -14,7 +16,8 @@ SCHEDULER = "UniPCMultistepScheduler"
 def scheduler_arguments(shift, few_steps=()):
     """Return the arguments by which diffusers' UniPC is Wan's scheduler; all others keep their defaults.
 
-    For a student of `few_steps`, numbers of steps, it takes plain Euler steps: order 1 alone would still correct them.
+    For a student of `few_steps`, numbers of steps, it takes plain Euler steps: order 1 alone would still
+    correct them.
     """
     return {
         "prediction_type": "flow_prediction",
@@ -27,7 +30,9 @@ def scheduler_arguments(shift, few_steps=()):
 
 
 def recorded_schedule(run, source):
-    """Return what run.json records of the schedule, {} where it records nothing; `source` names the file in errors."""
+    """Return what run.json records of the schedule, {} where it records nothing; `source` names the file in
+    errors.
+    """
     schedule = run.get("schedule") or {}
     if not isinstance(schedule, dict):
         raise _unexpected(source, "schedule", schedule, "an object {...}")
@@ -44,9 +49,11 @@ def recorded_schedule(run, source):
 
 
 def read_schedule(folder, schedule):
-    """Return the arguments of a saved student's scheduler; raises where any of them is not that of the training.
+    """Return the arguments of a saved student's scheduler; raises where any of them is not that of the
+    training.
 
-    `schedule` is what run.json records. Where it records nothing, any shift is taken, and that of either kind of student.
+    `schedule` is what run.json records. Where it records nothing, any shift is taken, and that of either kind
+    of student.
     """
     path, defaults = Path(folder) / "scheduler" / "scheduler_config.json", scheduler_defaults()
     config = read_json(path)
@@ -72,7 +79,10 @@ def read_schedule(folder, schedule):
 
 
 def scheduler_defaults():
-    """Return {argument: default} of diffusers' class. Its source is read: importing the class would import torch."""
+    """Return {argument: default} of diffusers' class.
+
+    Its source is read: importing the class would import torch.
+    """
     source = Path(find_spec("diffusers").origin).parent / "schedulers" / "scheduling_unipc_multistep.py"
     found = next(
         node
@@ -89,7 +99,9 @@ def scheduler_defaults():
 
 
 def _counts_of(config):
-    """Return the largest number of steps that a scheduler of few steps is set up for, none for one of stage 1."""
+    """Return the largest number of steps that a scheduler of few steps is set up for, none for one of stage
+    1.
+    """
     if config["solver_order"] != 1:
         return []
     return [len(config["disable_corrector"]) or 1] if isinstance(config["disable_corrector"], list) else [1]

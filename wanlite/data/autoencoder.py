@@ -1,6 +1,7 @@
 """Pixels <-> latents for single pictures, with Wan's own video autoencoder.
 
-Legend: B batch, C latent channels, H W latent height and width, S spatial stride (8 for A14B). Pixels are -1..1.
+Legend: B batch, C latent channels, H W latent height and width, S spatial stride (8 for A14B). Pixels are
+-1..1.
 """
 
 from functools import partial
@@ -35,7 +36,8 @@ def make_autoencoder(config):
 
 
 def use_single_frame_path(autoencoder):
-    """Make every causal 3-D convolution a 2-D one where it meets a single first frame; exact, about twice as fast.
+    """Make every causal 3-D convolution a 2-D one where it meets a single first frame; exact, about twice as
+    fast.
 
     Before a first frame there are only zeros, so of each temporal kernel just the last tap matters.
     """

@@ -23,9 +23,11 @@ def complete_resolution(resolution, unit=16):
 
 
 def bucket_sizes(size, aspect_ratios, unit=16):
-    """Return the sizes (width, height) of about the area of `size` that have `aspect_ratios`, as "3:2"; None for `size` alone.
+    """Return the sizes (width, height) of about the area of `size` that have `aspect_ratios`, as "3:2"; None
+    for `size` alone.
 
-    Sides are multiples of `unit`; ratios that come out as one size are one bucket. Raises ValueError for what is no ratio.
+    Sides are multiples of `unit`; ratios that come out as one size are one bucket. Raises ValueError for what
+    is no ratio.
     """
     if aspect_ratios is None:
         return [size]

@@ -8,7 +8,9 @@ GUTTER = 4  # white pixels between two images that have no names
 
 
 def save_grid(path, rows):
-    """Write `rows`, {name: pictures (B, height, width, 3) uint8}, one below the other; returns the grid (height, width, 3)."""
+    """Write `rows`, {name: pictures (B, height, width, 3) uint8}, one below the other; returns the grid
+    (height, width, 3).
+    """
     bands = [
         np.concatenate([_label(name, pictures.shape[1]), *pictures], axis=1)
         for name, pictures in rows.items()
@@ -26,7 +28,9 @@ def _label(name, height):
 
 
 def lay_out(images, columns):
-    """Return images (height, width, 3) of one size in rows of `columns`, a gutter apart; cells without an image are white."""
+    """Return images (height, width, 3) of one size in rows of `columns`, a gutter apart; cells without an
+    image are white.
+    """
     height, width, _ = images[0].shape
     rows = -(-len(images) // columns)
     grid = np.full((rows * (height + GUTTER) - GUTTER, columns * (width + GUTTER) - GUTTER, 3), 255, np.uint8)

@@ -1,12 +1,13 @@
-"""A place of captioned images -> those that can be learnt from, as pictures of a size; no torch, and Pillow only to decode.
+"""A place of captioned images -> those that can be learnt from, as pictures of a size; no torch, and Pillow
+only to decode.
 
     a folder of images    a caption in a .txt, .caption or .json of the same name, or metadata.jsonl or metadata.csv with
                           file_name and a caption
     a table               .parquet files with a column of images, or a folder that the library `datasets` saved
     .tar files            as webdataset has them: an image and its caption as in a folder
 
-A column of captions is called as one of prompts. Names that begin with a dot are not files of a place. What cannot be used is
-skipped, counted and named; it never ends a run.
+A column of captions is called as one of prompts. Names that begin with a dot are not files of a place. What
+cannot be used is skipped, counted and named; it never ends a run.
 """
 
 import hashlib
@@ -72,7 +73,8 @@ OTHER_KINDS = {
 CAPTIONS = (".txt", ".caption", ".json")  # the first that is there is read: a.txt or a.png.txt of a.png
 METADATA = ("metadata.jsonl", "metadata.csv")
 EXPECTED = (
-    f"a folder of images (JPEG, PNG, WebP) with a {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]} beside each or "
+    f"a folder of images (JPEG, PNG, WebP) with a {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]} beside each "
+    f"or "
     f"{' or '.join(METADATA)}, .parquet files, a folder saved by datasets, or webdataset's .tar files"
 )
 MOST_BYTES = 2**28  # of an image's file; of a caption's, a hundredth of it
@@ -96,7 +98,9 @@ class Listed:
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """An image that was decoded once: what it says, of what bytes it is, and which of the sizes it comes nearest to."""
+    """An image that was decoded once: what it says, of what bytes it is, and which of the sizes it comes
+    nearest to.
+    """
 
     caption: str
     sha256: str
@@ -105,11 +109,13 @@ class CaptionedImage:
 
 
 def choose_images(place, sizes, most=None, held_out=(), say=None, seen=None, is_shown=False):
-    """Return the CaptionedImages of a place that can be used, `most` of them at most; `say` is told what is skipped and why.
+    """Return the CaptionedImages of a place that can be used, `most` of them at most; `say` is told what is
+    skipped and why.
 
-    `sizes` are (width, height) to crop to; an image takes the one whose aspect ratio is nearest its own and is skipped where it
-    is smaller, as one whose caption is among the `held_out`. `seen` is what look() said of contents, by their sha256: what it
-    holds is not decoded again, all else is added. Raises ValueError where none is left.
+    `sizes` are (width, height) to crop to; an image takes the one whose aspect ratio is nearest its own and
+    is skipped where it is smaller, as one whose caption is among the `held_out`. `seen` is what look() said
+    of contents, by their sha256: what it holds is not decoded again, all else is added. Raises ValueError
+    where none is left.
     """
     from tqdm import tqdm  # takes its defaults from the environment, which a script sets first
 
@@ -141,7 +147,8 @@ def choose_images(place, sizes, most=None, held_out=(), say=None, seen=None, is_
             continue
         chosen.append(CaptionedImage(caption, sha256, size, image))
     reasons = "; ".join(
-        f"{reason} ({len(names)}: {', '.join(map(_sayable, names[:SHOWN]))}{', ...' if len(names) > SHOWN else ''})"
+        f"{reason} ({len(names)}: "
+        f"{', '.join(map(_sayable, names[:SHOWN]))}{', ...' if len(names) > SHOWN else ''})"
         for reason, names in skipped.items()
     )
     if not chosen:
@@ -166,7 +173,9 @@ def _checked(caption):
 
 
 def look(content):
-    """Return the (width, height) of an image file's bytes once it is upright, or in words why it cannot be decoded."""
+    """Return the (width, height) of an image file's bytes once it is upright, or in words why it cannot be
+    decoded.
+    """
     try:
         return decode(content).size
     except Unusable as problem:
@@ -174,7 +183,9 @@ def look(content):
 
 
 def read_picture(image):
-    """Return a CaptionedImage as a picture (height, width, 3) uint8 of its size, the middle of it; OSError where it has changed."""
+    """Return a CaptionedImage as a picture (height, width, 3) uint8 of its size, the middle of it; OSError
+    where it has changed.
+    """
     import numpy as np
     from PIL import Image, ImageOps
 
@@ -185,7 +196,9 @@ def read_picture(image):
 
 
 def decode(content):
-    """Return the bytes of an image file as a Pillow image: upright, RGB, transparent parts white; raises Unusable."""
+    """Return the bytes of an image file as a Pillow image: upright, RGB, transparent parts white; raises
+    Unusable.
+    """
     from PIL import Image, ImageOps
 
     try:
@@ -218,11 +231,13 @@ def _sayable(name):
     return name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
 
 
-# ---- what lies in a place ----------------------------------------------------------------------------------------------------
+# ---- what lies in a place ----------------------------------------------------------------------------------
 
 
 def list_images(place):
-    """Return what lies in a place as a list of Listed, of which no image is read yet; raises OSError and ValueError."""
+    """Return what lies in a place as a list of Listed, of which no image is read yet; raises OSError and
+    ValueError.
+    """
     place = Path(place)
     if not place.exists():
         raise OSError(f"--images {place}: no such place. Expected {EXPECTED}.")
@@ -249,7 +264,8 @@ def _list(place):
         splits = _read_json(place / "dataset_dict.json").get("splits", [])
         if "train" not in splits:
             raise ValueError(
-                f"--images {place}: has the splits {', '.join(splits)} and none called train. Name the folder of one."
+                f"--images {place}: has the splits {', '.join(splits)} and none called train. Name the "
+                f"folder of one."
             )
         return _list(place / "train")
     elif (place / "state.json").is_file():
@@ -267,7 +283,9 @@ def _list(place):
 
 
 def is_hidden(name):
-    """Whether a name is that of a system's or a tool's file: `.DS_Store`, `._a.png`, `__MACOSX/a.png`, `.cache/a.png`."""
+    """Whether a name is that of a system's or a tool's file: `.DS_Store`, `._a.png`, `__MACOSX/a.png`,
+    `.cache/a.png`.
+    """
     return any(
         part == "__MACOSX" or part.startswith(".") and part not in (".", "..")
         for part in PurePath(name).parts
@@ -284,8 +302,8 @@ def _folder(place, paths):
 
 
 def _pair(files):
-    """Return (name, caption, content) of every image among `files`, {name: reads at most so many bytes of it}, and of every other
-    file that has a caption of its own, as a video has."""
+    """Return (name, caption, content) of every image among `files`, {name: reads at most so many bytes of
+    it}, and of every other file that has a caption of its own, as a video has."""
     beside, stems = defaultdict(dict), set()  # {name without some suffixes: {those suffixes: name}}
     for name in files:
         stem, suffix = _split(name)
@@ -403,7 +421,7 @@ def _read_json(path):
     return content
 
 
-# ---- tables; pyarrow is imported where there is one ----------------------------------------------------------------------------
+# ---- tables; pyarrow is imported where there is one --------------------------------------------------------
 
 
 def _parquet(path):
@@ -464,7 +482,8 @@ def _columns(path, schema):
         if is_struct or pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type):
             return field.name, find_column(path, schema.names)
     raise ValueError(
-        f"{path}: has the columns {', '.join(schema.names)}, and none of images. Expected bytes of image files."
+        f"{path}: has the columns {', '.join(schema.names)}, and none of images. Expected bytes of image "
+        f"files."
     )
 
 
@@ -495,11 +514,12 @@ def _stream(path):
         return pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
-            f"{path}: cannot be read as an Arrow stream ({str(error).splitlines()[0]}). Save the dataset again."
+            f"{path}: cannot be read as an Arrow stream ({str(error).splitlines()[0]}). Save the dataset "
+            f"again."
         ) from None
 
 
-# ---- webdataset --------------------------------------------------------------------------------------------------------------
+# ---- webdataset --------------------------------------------------------------------------------------------
 
 
 def _tar(path):

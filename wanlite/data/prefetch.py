@@ -10,10 +10,12 @@ AHEAD = 2  # batches that are there before they are asked for
 
 
 def read_ahead(read, jobs, device, ahead=AHEAD):
-    """Yield `read(job)`, tensors in dicts and tuples, for each of `jobs` in their order, with its tensors on `device`.
+    """Yield `read(job)`, tensors in dicts and tuples, for each of `jobs` in their order, with its tensors on
+    `device`.
 
-    One thread reads; it ends with this generator, also where that is closed early. What `read` raises is raised where its batch
-    would have been. With `ahead` 0 there is no thread: on the CPU, whose cores compute the step, nothing is gained by one.
+    One thread reads; it ends with this generator, also where that is closed early. What `read` raises is
+    raised where its batch would have been. With `ahead` 0 there is no thread: on the CPU, whose cores compute
+    the step, nothing is gained by one.
     """
     copies = Copies(device) if torch.device(device).type == "cuda" else Moves(device)
     if not ahead:
@@ -58,7 +60,9 @@ class Copies:
         torch.cuda.set_device(self.stream.device)
 
     def start(self, batch):
-        """Begin to copy, from any thread; returns the copies and the event after which they hold what they should."""
+        """Begin to copy, from any thread; returns the copies and the event after which they hold what they
+        should.
+        """
         with torch.cuda.stream(self.stream):
             copies = tree_map(lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True), batch)
             return copies, self.stream.record_event()

@@ -1,4 +1,6 @@
-"""Prompts, from a file of any usual kind or from a grammar of ours; no torch, so that a wrong path is answered at once."""
+"""Prompts, from a file of any usual kind or from a grammar of ours; no torch, so that a wrong path is
+answered at once.
+"""
 
 import csv
 import io
@@ -24,14 +26,15 @@ PACKED = (
 SHOWN = 5  # rows without a prompt that are named
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def read_prompts(path, say=None):
-    """Return the prompts of a text file, one a line, or of a table's (see KINDS) column prompt, text or caption.
+    """Return the prompts of a text file, one a line, or of a table's (see KINDS) column prompt, text or
+    caption.
 
-    Rows without a prompt are left out; `say` is told which. Raises OSError where the file cannot be read and ValueError where it
-    holds no prompt or is not what its name says.
+    Rows without a prompt are left out; `say` is told which. Raises OSError where the file cannot be read and
+    ValueError where it holds no prompt or is not what its name says.
     """
     path = Path(path)
     if not path.exists():
@@ -63,12 +66,15 @@ def read_prompts(path, say=None):
 
 
 def check_text(text, source):
-    """Raise ValueError for text that UTF-8 cannot encode: JSON's escapes can write half a character, and tables any bytes."""
+    """Raise ValueError for text that UTF-8 cannot encode: JSON's escapes can write half a character, and
+    tables any bytes.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{source} holds {ascii(text[error.start])}, not a character that UTF-8 can encode. Write it again."
+            f"{source} holds {ascii(text[error.start])}, not a character that UTF-8 can encode. Write it "
+            f"again."
         ) from None
 
 
@@ -92,8 +98,8 @@ def _lines(path):
 
 
 def read_rows(path):
-    """Return the names of the columns and [(number, row)] of a .jsonl, .json, .csv or .tsv file; a row is a dict, or what JSON
-    holds in its place. Raises ValueError."""
+    """Return the names of the columns and [(number, row)] of a .jsonl, .json, .csv or .tsv file; a row is a
+    dict, or what JSON holds in its place. Raises ValueError."""
     if path.suffix.lower() in (".csv", ".tsv"):
         return _read_csv(path)
     rows = _read_json(path)
@@ -124,7 +130,9 @@ def _read_json(path):
 
 
 def _read_csv(path):
-    """Return the names of the columns, which are row 1, and the rows as dicts; a row of more cells than names is refused."""
+    """Return the names of the columns, which are row 1, and the rows as dicts; a row of more cells than names
+    is refused.
+    """
     lines = io.StringIO(_read_text(path), newline="").readlines()
     separator = _find_separator(path, lines)
     (_, names, _), *records = [*_records(path, lines, separator)] or [(1, [], False)]
@@ -142,7 +150,9 @@ def _read_csv(path):
 
 
 def _find_separator(path, lines):
-    """Return the separator that the file's name says, or the one under which its header has a column of prompts."""
+    """Return the separator that the file's name says, or the one under which its header has a column of
+    prompts.
+    """
     expected = "\t" if path.suffix.lower() == ".tsv" else ","
     header = next((line for line in lines if line.strip()), "")
     return next(
@@ -156,7 +166,9 @@ def _find_separator(path, lines):
 
 
 def _records(path, lines, separator):
-    """Yield (number, cells, whether any is quoted) of each row; empty cells at its end, which spreadsheets write, do not count."""
+    """Yield (number, cells, whether any is quoted) of each row; empty cells at its end, which spreadsheets
+    write, do not count.
+    """
     reader, start = csv.reader(lines, delimiter=separator, strict=True), 0  # strict: every quote is closed
     try:
         for number, cells in enumerate(reader, 1):
@@ -168,7 +180,8 @@ def _records(path, lines, separator):
                 yield number, cells, is_quoted
     except csv.Error as error:
         raise ValueError(
-            f"{path}: cannot be read as {path.suffix[1:].upper()} (line {start + 1}: {error}). Write it again."
+            f"{path}: cannot be read as {path.suffix[1:].upper()} (line {start + 1}: {error}). Write it "
+            f"again."
         ) from None
 
 
@@ -203,7 +216,9 @@ def _parquet(path):
 
 
 def read_texts(column):
-    """Return the cells of an Arrow column; bytes that are not UTF-8 become characters that check_text() refuses."""
+    """Return the cells of an Arrow column; bytes that are not UTF-8 become characters that check_text()
+    refuses.
+    """
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):
@@ -219,12 +234,15 @@ def read_texts(column):
 
 
 def find_column(path, names, wanted=COLUMNS):
-    """Return the name of the column that holds prompts, or whatever else is `wanted`: the first of these that is there, once."""
+    """Return the name of the column that holds prompts, or whatever else is `wanted`: the first of these that
+    is there, once.
+    """
     found = _columns_of(wanted, names)
     expected = " or ".join(filter(None, [", ".join(wanted[:-1]), wanted[-1]]))
     if not found:
         raise ValueError(
-            f"{path}: has the columns {', '.join(map(str, names)) or 'of nothing'}, expected one called {expected}."
+            f"{path}: has the columns {', '.join(map(str, names)) or 'of nothing'}, expected one called "
+            f"{expected}."
         )
     if len(found) > 1:
         raise ValueError(
@@ -239,7 +257,7 @@ def _columns_of(wanted, names):
     return next(filter(None, called), [])
 
 
-# ---- a grammar -------------------------------------------------------------------------------------------------------------
+# ---- a grammar ---------------------------------------------------------------------------------------------
 
 # Each rule is a list of ways to say it; {name} stands for a rule. Long rules keep thousands of prompts apart.
 GRAMMAR = {

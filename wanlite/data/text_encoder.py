@@ -1,7 +1,7 @@
 """Prompts -> the embeddings that a Wan model attends to.
 
-Every embedding is kept at its prompt's true length; network.pack_text puts the zero padding back, at the price of one token.
-Legend: L text length, T text width.
+Every embedding is kept at its prompt's true length; network.pack_text puts the zero padding back, at the
+price of one token. Legend: L text length, T text width.
 """
 
 import math
@@ -33,7 +33,8 @@ def load_tokenizer(folder):
 def load_text_encoder(folder, device="cpu", dtype=None):
     """Load the tokenizer and the frozen UMT5 encoder that lie in a Wan folder or in a saved student.
 
-    Raises ValueError where they are of two models: a tokenizer whose vocabulary, but for added tokens, exceeds the embedding.
+    Raises ValueError where they are of two models: a tokenizer whose vocabulary, but for added tokens,
+    exceeds the embedding.
     """
     folder, tokenizer = Path(folder), load_tokenizer(Path(folder) / "tokenizer")
     with named(folder / "text_encoder"):
@@ -51,7 +52,8 @@ def load_text_encoder(folder, device="cpu", dtype=None):
         embedding, encoder.shared.weight
     ):  # all of Wan's is a GB of booleans
         raise OSError(
-            f"{folder}/text_encoder: the token embedding came out zero or untied, which transformers 5.0 to 5.2 "
+            f"{folder}/text_encoder: the token embedding came out zero or untied, which transformers 5.0 to "
+            f"5.2 "
             "do to Wan's UMT5. Install transformers >= 5.3."
         )
     vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
@@ -72,13 +74,15 @@ def named(place):
         yield
     except Exception as error:
         raise OSError(
-            f"{place}: cannot be loaded ({' '.join(str(error).split()) or type(error).__name__}). Download or copy it "
+            f"{place}: cannot be loaded ({' '.join(str(error).split()) or type(error).__name__}). Download "
+            f"or copy it "
             "again."
         ) from None
 
 
 def check_loaded(place, network, loaded):
-    """Refuse a network of which tensors were not in its files, or are not finite; `loaded` is what from_pretrained() tells.
+    """Refuse a network of which tensors were not in its files, or are not finite; `loaded` is what
+    from_pretrained() tells.
 
     What files lack comes out as random numbers, and those train and draw without a word.
     """
@@ -89,7 +93,8 @@ def check_loaded(place, network, loaded):
     ):
         if names:
             raise ValueError(
-                f"{place}: {fault} {', '.join(sorted(names)[:3])} ({len(names)} of its tensors), expected those that "
+                f"{place}: {fault} {', '.join(sorted(names)[:3])} ({len(names)} of its tensors), expected "
+                f"those that "
                 "its config.json implies. Weights are of another model or cut: download or copy it again."
             )
     for name, tensor in network.state_dict().items():
@@ -98,7 +103,8 @@ def check_loaded(place, network, loaded):
 
 
 def lazy_encoder(folder, device):
-    """Return a function that encodes prompts: {"text": embeddings one after the other (sum of L, T), "length": (B,)}.
+    """Return a function that encodes prompts: {"text": embeddings one after the other (sum of L, T),
+    "length": (B,)}.
 
     Tokenizer and encoder are loaded when it is first called, and freed with it.
     """
@@ -151,13 +157,16 @@ def _check_embedded(tokenizer, encoder, prompts, ids):
         if token >= size:
             raise ValueError(
                 f"{tokenizer.name_or_path}: gives {_short(prompt)} token {token:,}, and "
-                f"{encoder.name_or_path}/text_encoder embeds {size:,}. Change the prompt, or copy both again, from "
+                f"{encoder.name_or_path}/text_encoder embeds {size:,}. Change the prompt, or copy both "
+                f"again, from "
                 "one model."
             )
 
 
 def tell_cut(tokenizer, prompts, say):
-    """Log in one line how many prompts are longer than TEXT_LENGTH tokens, and the first of them; none logs nothing."""
+    """Log in one line how many prompts are longer than TEXT_LENGTH tokens, and the first of them; none logs
+    nothing.
+    """
     cut = []
     for start in range(0, len(prompts), BATCH_SIZE):
         batch = prompts[start : start + BATCH_SIZE]
@@ -168,7 +177,8 @@ def tell_cut(tokenizer, prompts, say):
         ]
     if cut:
         say(
-            f"WARNING: prompts over the limit of {TEXT_LENGTH} tokens are cut there: {len(cut):,}, the first {_short(cut[0])}"
+            f"WARNING: prompts over the limit of {TEXT_LENGTH} tokens are cut there: {len(cut):,}, the first "
+            f"{_short(cut[0])}"
         )
 
 

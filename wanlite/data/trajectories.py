@@ -1,8 +1,9 @@
 """The teacher's trajectories: walked once, kept on disk shard by shard, and dealt out as training batches.
 
-A trajectory is the teacher's whole guided walk from one noise to one picture. Each of its states is a training example: the noisy
-latents, the guided velocity there, and the teacher's token states in the student's basis.
-Legend: B batch, K states a trajectory, C channels, H W latent height and width, N image tokens, D feature width.
+A trajectory is the teacher's whole guided walk from one noise to one picture. Each of its states is a
+training example: the noisy latents, the guided velocity there, and the teacher's token states in the
+student's basis. Legend: B batch, K states a trajectory, C channels, H W latent height and width, N image
+tokens, D feature width.
 """
 
 import copy
@@ -45,7 +46,9 @@ EXACT = (
 
 
 class Sampled(list):
-    """A list of token states that keeps evenly spaced ones: of `times` that come, so many that directions can be found."""
+    """A list of token states that keeps evenly spaced ones: of `times` that come, so many that directions can
+    be found.
+    """
 
     def __init__(self, times):
         super().__init__()
@@ -72,11 +75,12 @@ class Projected(list):
 
 
 class Walker:
-    """Asks the teacher for all that a student learns from, and keeps it shard by shard; shards that are there are not made again.
+    """Asks the teacher for all that a student learns from, and keeps it shard by shard; shards that are there
+    are not made again.
 
-    `velocity_for(prompts, features)` returns the guided velocity as a function of (latents, timestep) that appends token states to
-    `features`, if there are any; `basis` (D, d) is that of the states on disk. Every rank makes its share of the shards, all of
-    them `in_step` where they share the teacher out.
+    `velocity_for(prompts, features)` returns the guided velocity as a function of (latents, timestep) that
+    appends token states to `features`, if there are any; `basis` (D, d) is that of the states on disk. Every
+    rank makes its share of the shards, all of them `in_step` where they share the teacher out.
     """
 
     def __init__(self, accelerator, velocity_for, scheduler, num_steps, in_step=False, basis=None):
@@ -90,7 +94,9 @@ class Walker:
 
     @torch.no_grad()
     def find_basis(self, folder, prompts, latent_shape, width):
-        """From here on keep token states in the `width` directions in which they vary most along walks of `prompts`."""
+        """From here on keep token states in the `width` directions in which they vary most along walks of
+        `prompts`.
+        """
 
         def make():
             features, noise = (
@@ -120,7 +126,8 @@ class Walker:
         return self._kept(folder, jobs, make, "teacher trajectories")
 
     def ask_at_pictures(self, folder, jobs, latents_of):
-        """Ask at real pictures, noised to each level of a walk, for every (number, prompt, seed, picture) of `jobs`.
+        """Ask at real pictures, noised to each level of a walk, for every (number, prompt, seed, picture) of
+        `jobs`.
 
         `latents_of(pictures)` returns their latents (B, C, H, W); what is kept is as that of walks.
         """
@@ -138,11 +145,12 @@ class Walker:
         return self._kept(folder, jobs, make, "teacher at images")
 
     def walk_own_path(self, folder, jobs, latent_shape, student_for, own_scheduler):
-        """Go a part of the way with the student and the rest with the teacher, for every (number, prompt, seed, count, index).
+        """Go a part of the way with the student and the rest with the teacher, for every (number, prompt,
+        seed, count, index).
 
-        The student takes `index` of `count` steps, the teacher what is left of its own; kept is where they met, and the average
-        velocity from there to the teacher's picture.
-        Source: the roll-outs of pi-Flow (Chen et al. 2025), with one segment that ends at the picture.
+        The student takes `index` of `count` steps, the teacher what is left of its own; kept is where they
+        met, and the average velocity from there to the teacher's picture. Source: the roll-outs of pi-Flow
+        (Chen et al. 2025), with one segment that ends at the picture.
         """
 
         def make(numbers, prompts, seeds, counts, indices):
@@ -204,10 +212,13 @@ def principal_directions(states, width):
 
 
 def deal_out(jobs, num_buckets, seed):
-    """Return a list of jobs for each bucket: as many for each, drawn at random by `seed`; of a single one, `jobs` as they are."""
+    """Return a list of jobs for each bucket: as many for each, drawn at random by `seed`; of a single one,
+    `jobs` as they are.
+    """
     if len(jobs) < num_buckets:
         raise ValueError(
-            f"{len(jobs)} pictures of the teacher are fewer than the {num_buckets} sizes of --aspect_ratios: raise "
+            f"{len(jobs)} pictures of the teacher are fewer than the {num_buckets} sizes of --aspect_ratios: "
+            f"raise "
             "--num_trajectories, or name fewer."
         )
     drawn = torch.randperm(len(jobs), generator=torch.Generator().manual_seed(seed)) % num_buckets
@@ -218,7 +229,9 @@ def deal_out(jobs, num_buckets, seed):
 
 
 def encode_once(accelerator, encode, prompts, folder):
-    """Encode prompts, none of which is twice there: {prompt: embedding (L, T)}, memory-mapped; `encode` is a lazy_encoder()."""
+    """Encode prompts, none of which is twice there: {prompt: embedding (L, T)}, memory-mapped; `encode` is a
+    lazy_encoder().
+    """
     num_shards = _fill(accelerator, folder, [(prompt,) for prompt in prompts], encode, "text", "prompt")
     shards = [read_shard(folder, index) for index in range(num_shards)]
     return dict(
@@ -227,11 +240,12 @@ def encode_once(accelerator, encode, prompts, folder):
 
 
 def _fill(accelerator, folder, jobs, make, description, unit="walk", in_step=False):
-    """Make the shards that `folder` lacks, SHARD_SIZE jobs each, every rank its share: `make(*columns of the jobs)` -> tensors.
-    Returns how many there are.
+    """Make the shards that `folder` lacks, SHARD_SIZE jobs each, every rank its share: `make(*columns of the
+    jobs)` -> tensors. Returns how many there are.
 
-    Where ranks have to be `in_step`, every rank makes as many shards of as many jobs as any: what would be too few is filled up
-    with the jobs before it, and who has no shard of its own repeats one that is not written.
+    Where ranks have to be `in_step`, every rank makes as many shards of as many jobs as any: what would be
+    too few is filled up with the jobs before it, and who has no shard of its own repeats one that is not
+    written.
     """
     rank, ranks, num_shards = (
         accelerator.process_index,
@@ -289,7 +303,9 @@ def write_shard(folder, index, tensors):
 
 
 def remove_leftovers(folder):
-    """Delete what runs that were killed left half written; what nobody has touched for an hour nobody is writing."""
+    """Delete what runs that were killed left half written; what nobody has touched for an hour nobody is
+    writing.
+    """
     for partial in folder.glob(".shard-*.partial"):
         with suppress(FileNotFoundError):  # it has just got its name
             if time.time() - partial.stat().st_mtime > 3600:
@@ -297,7 +313,9 @@ def remove_leftovers(folder):
 
 
 def kept_once(accelerator, folder, make):
-    """Return the tensors of `make()`, {name: tensor} on the CPU, that `folder` keeps; they are made where it does not yet."""
+    """Return the tensors of `make()`, {name: tensor} on the CPU, that `folder` keeps; they are made where it
+    does not yet.
+    """
     (is_there,) = broadcast_object_list(
         [shard_path(folder, 0).exists()]
     )  # all make it, or none: they may need each other
@@ -317,7 +335,8 @@ def read_shard(folder, index):
         return load_file(shard_path(folder, index))
     except FileNotFoundError:
         raise OSError(
-            f"{shard_path(folder, index)}: is not here. The machines of a run need one disk under --output_dir and "
+            f"{shard_path(folder, index)}: is not here. The machines of a run need one disk under "
+            f"--output_dir and "
             "--cache_dir; on one machine, somebody deleted it."
         ) from None
     except SafetensorError as error:
@@ -333,8 +352,9 @@ def shard_path(folder, index):
 class Trajectories(torch.utils.data.Dataset):
     """Every state of every trajectory in a folder, memory-mapped.
 
-    Shards hold `latents`, `velocity` (n, K, C, H, W), of whole walks `features` (n, K, N, D), in float16, and `timestep`,
-    `noise_level` (n, K), `prompt` (n,). Indexed by a list of state numbers, it returns a batch as a dict.
+    Shards hold `latents`, `velocity` (n, K, C, H, W), of whole walks `features` (n, K, N, D), in float16, and
+    `timestep`, `noise_level` (n, K), `prompt` (n,). Indexed by a list of state numbers, it returns a batch as
+    a dict.
     """
 
     def __init__(self, folder, num_shards):
@@ -380,7 +400,9 @@ class Trajectories(torch.utils.data.Dataset):
         return numbers
 
     def ends(self, rows):
-        """Return where the trajectories `rows` start and end: noise and pictures, both (B, C, H, W), and their prompts (B,)."""
+        """Return where the trajectories `rows` start and end: noise and pictures, both (B, C, H, W), and
+        their prompts (B,).
+        """
         rows, names = torch.as_tensor(rows), ("latents", "velocity", "noise_level")
         first = self.__getitems__(rows * self.states_each, names)
         last = self.__getitems__(rows * self.states_each + self.states_each - 1, names)
@@ -392,11 +414,13 @@ class Trajectories(torch.utils.data.Dataset):
 
 
 class Segments(torch.utils.data.Dataset):
-    """What few-step training learns from: states that few steps pass, the teacher's picture, and the average velocity to it.
+    """What few-step training learns from: states that few steps pass, the teacher's picture, and the average
+    velocity to it.
 
-    In this order: the noise that every trajectory starts from; one state of every trajectory on the straight line from its noise to
-    its picture, which is the way a student goes whose first step was right; and where students did come by, `own_path`.
-    `levels` are the (timestep, noise level) that few steps pass, the first of them noise.
+    In this order: the noise that every trajectory starts from; one state of every trajectory on the straight
+    line from its noise to its picture, which is the way a student goes whose first step was right; and where
+    students did come by, `own_path`. `levels` are the (timestep, noise level) that few steps pass, the first
+    of them noise.
     """
 
     def __init__(self, trajectories, levels, own_path=None):
@@ -408,7 +432,10 @@ class Segments(torch.utils.data.Dataset):
         return self.num_walks + self.num_lines + len(self.own_path or ())
 
     def in_order(self, numbers):
-        """Return state numbers as their rows come in a batch: own states last. Dealt out so, ranks have the rows of one batch."""
+        """Return state numbers as their rows come in a batch: own states last.
+
+        Dealt out so, ranks have the rows of one batch.
+        """
         return sorted(numbers, key=lambda number: number >= self.num_walks + self.num_lines)
 
     def __getitems__(self, numbers):
@@ -437,7 +464,9 @@ class Segments(torch.utils.data.Dataset):
 
 
 class Buckets(torch.utils.data.Dataset):
-    """Datasets of one latent shape each, their states numbered one after the other; a batch is of one of them."""
+    """Datasets of one latent shape each, their states numbered one after the other; a batch is of one of
+    them.
+    """
 
     def __init__(self, datasets):
         self.datasets, self.sizes = datasets, [len(dataset) for dataset in datasets]
@@ -458,7 +487,8 @@ class Buckets(torch.utils.data.Dataset):
 
 
 class SeededBatches(torch.utils.data.Sampler):
-    """Batches of state numbers in an order that is a function of (seed, epoch) alone, from batch `first` to batch `last`.
+    """Batches of state numbers in an order that is a function of (seed, epoch) alone, from batch `first` to
+    batch `last`.
 
     `num_states` is how many there are or, of Buckets, a list of how many each has: no batch is of two.
     """
@@ -467,7 +497,8 @@ class SeededBatches(torch.utils.data.Sampler):
         self.sizes = [num_states] if isinstance(num_states, int) else num_states
         if min(self.sizes) < batch_size:
             raise ValueError(
-                f"{min(self.sizes)} cached states are fewer than one batch of {batch_size}: raise --num_trajectories "
+                f"{min(self.sizes)} cached states are fewer than one batch of {batch_size}: raise "
+                f"--num_trajectories "
                 f"or lower --train_batch_size{', or name fewer --aspect_ratios' if len(self.sizes) > 1 else ''}."
             )
         self.batch_size, self.seed, self.first, self.last = batch_size, seed, first, last

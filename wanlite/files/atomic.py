@@ -1,8 +1,9 @@
 """Files and folders that are there whole or not at all, whatever kills the writer.
 
-Written beside their place under a hidden name, flushed to the disk, then renamed. A folder ends with a manifest of its files.
-What would be no whole save is found before it is written: values that are not finite, too little space. Of files that were
-downloaded: which are a model's, which formats are not read, how long they have to be, and what a wrapper did to their names.
+Written beside their place under a hidden name, flushed to the disk, then renamed. A folder ends with a
+manifest of its files. What would be no whole save is found before it is written: values that are not finite,
+too little space. Of files that were downloaded: which are a model's, which formats are not read, how long
+they have to be, and what a wrapper did to their names.
 """
 
 import errno
@@ -129,7 +130,9 @@ def new_folder(target, **facts):
 
 
 def read_manifest(folder):
-    """Return a folder's manifest, None where there is none that can be read; one without facts may list files alone."""
+    """Return a folder's manifest, None where there is none that can be read; one without facts may list files
+    alone.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         manifest = manifest if "files" in manifest else {"files": manifest}
@@ -142,7 +145,9 @@ def read_manifest(folder):
 
 
 def why_broken(folder, sizes_only=False):
-    """Return why a folder does not verify against its manifest, or None where it does; sizes alone take no time."""
+    """Return why a folder does not verify against its manifest, or None where it does; sizes alone take no
+    time.
+    """
     manifest = read_manifest(folder)
     if manifest is None:
         return "has no readable manifest"
@@ -163,7 +168,8 @@ def _describe(path):
 
 
 def hold(folder, is_patient=False):
-    """Take a folder's lock, until the process ends or the descriptor that is returned is closed; None where another has it.
+    """Take a folder's lock, until the process ends or the descriptor that is returned is closed; None where
+    another has it.
 
     Patience waits for it. A file system without locks counts as having one writer.
     """
@@ -212,7 +218,8 @@ def check_space(folder, num_bytes):
 
 
 def not_finite(tensors):
-    """Return the names of tensors that hold NaN or infinity: {name: tensor} is read once, and waited for once on a device.
+    """Return the names of tensors that hold NaN or infinity: {name: tensor} is read once, and waited for once
+    on a device.
 
     No memory is taken: isfinite() and sums in another dtype would copy, of a Wan's text encoder gigabytes.
     """
@@ -236,11 +243,13 @@ def flush(path):
         os.close(descriptor)
 
 
-# ---- what was downloaded ---------------------------------------------------------------------------------------------------
+# ---- what was downloaded -----------------------------------------------------------------------------------
 
 
 def open_regular(path):
-    """Open a regular file for reading; a folder, pipe, device or socket under its name is refused, never waited for."""
+    """Open a regular file for reading; a folder, pipe, device or socket under its name is refused, never
+    waited for.
+    """
     try:
         number = os.open(
             path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
@@ -274,7 +283,9 @@ def read_downloaded_json(path):
 
 
 def broken_download(path, fault):
-    """Return the error for a file that is not what its name says: the `fault` found, or what a download left in its place."""
+    """Return the error for a file that is not what its name says: the `fault` found, or what a download left
+    in its place.
+    """
     instead = what_came_instead(first_bytes(path))
     return OSError(f"{path}: {instead}." if instead else f"{path}: {fault}. Download it again.")
 
@@ -285,7 +296,9 @@ def first_bytes(path):
 
 
 def what_came_instead(beginning):
-    """Describe by its first bytes what a download left in place of a file, and what to do; None where it cannot be told."""
+    """Describe by its first bytes what a download left in place of a file, and what to do; None where it
+    cannot be told.
+    """
     if beginning.startswith(b"version https://git-lfs"):
         return "it is a git-lfs pointer: run `git lfs pull` in that folder"
     if beginning.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
@@ -301,12 +314,15 @@ def came_instead_of_safetensors(beginning):
 
 
 def broken_safetensors(path, error):
-    """Return the error for a file that safetensors refused: what it is instead, or how many bytes it has too few or too many."""
+    """Return the error for a file that safetensors refused: what it is instead, or how many bytes it has too
+    few or too many.
+    """
     if instead := came_instead_of_safetensors(first_bytes(path)):
         return OSError(f"{path}: {instead}.")
     fault = _length_fault(path) or str(error)
     return OSError(
-        f"{path}: {fault if 'too long' in fault else f'not a whole safetensors file ({fault})'}. Download it again."
+        f"{path}: {fault if 'too long' in fault else f'not a whole safetensors file ({fault})'}. Download it "
+        f"again."
     )
 
 
@@ -328,18 +344,22 @@ def _length_fault(path):
 
 
 def wrong_length(end, size):
-    """Describe how a file of `size` bytes differs from what its header promises, `end`; None where it does not."""
+    """Describe how a file of `size` bytes differs from what its header promises, `end`; None where it does
+    not.
+    """
     if end == size:
         return None
     difference = f"{abs(size - end):,} byte{'s' * (abs(size - end) > 1)}"
     return f"{difference} {'too long' if size > end else 'too short'}: its tensors end at byte {end:,}, the file at {size:,}"
 
 
-# ---- which files are a model's -----------------------------------------------------------------------------------------------
+# ---- which files are a model's -----------------------------------------------------------------------------
 
 
 def visible(paths):
-    """Return paths in order, without names that begin with a dot: what macOS, notebooks and the hub leave beside a model."""
+    """Return paths in order, without names that begin with a dot: what macOS, notebooks and the hub leave
+    beside a model.
+    """
     return sorted(path for path in paths if not path.name.startswith("."))
 
 
@@ -360,7 +380,9 @@ def _entries(folder):
 
 
 def weights_by_depth(folder, places):
-    """Return lists of a folder's safetensors files: those in its places, those a folder deeper, ...; below "" none is deeper."""
+    """Return lists of a folder's safetensors files: those in its places, those a folder deeper, ...; below ""
+    none is deeper.
+    """
     levels = [list(levels_below(folder / place)) if place else [[folder]] for place in places]
     return [
         visible(
@@ -385,7 +407,9 @@ def why_not_read(path):
 
 
 def name_not_read(paths):
-    """Return a sentence on the first visible files of one format that is not read, or "" where there are none."""
+    """Return a sentence on the first visible files of one format that is not read, or "" where there are
+    none.
+    """
     reasons = {path: reason for path in visible(paths) if (reason := why_not_read(path))}
     if not reasons:
         return ""
@@ -395,14 +419,15 @@ def name_not_read(paths):
     return f"found {', '.join(names[:3])}{more}: {fault}. {todo}"
 
 
-# ---- what wrappers do to names -----------------------------------------------------------------------------------------------
+# ---- what wrappers do to names -----------------------------------------------------------------------------
 
 
 def unwrapped(names, source):
-    """Return {stored name: name} of all tensors of a network, without what wrappers put before all of them and into some.
+    """Return {stored name: name} of all tensors of a network, without what wrappers put before all of them
+    and into some.
 
-    A prefix is whatever stands before both of two tensors that each Wan transformer, autoencoder or UMT5 has. Raises ValueError,
-    naming the `source`, where there are several: then it is open which network is meant.
+    A prefix is whatever stands before both of two tensors that each Wan transformer, autoencoder or UMT5 has.
+    Raises ValueError, naming the `source`, where there are several: then it is open which network is meant.
     """
     bare = {name: _INFIX.sub("", name) for name in names}
     held, prefixes = set(bare.values()), set()
@@ -412,13 +437,15 @@ def unwrapped(names, source):
         }
     if len(prefixes) > 1:
         raise ValueError(
-            f"{source}: holds {len(prefixes)} networks, under {', '.join(map(repr, sorted(prefixes)[:3]))}, expected "
+            f"{source}: holds {len(prefixes)} networks, under {', '.join(map(repr, sorted(prefixes)[:3]))}, "
+            f"expected "
             "one. Keep each in a file of its own."
         )
     prefix, found = next(iter(prefixes), ""), {}
     for name, short in bare.items():
         if (other := found.setdefault(short.removeprefix(prefix), name)) != name:
             raise ValueError(
-                f"{source}: holds {short.removeprefix(prefix)} twice, as {other} and as {name}. Keep one of them."
+                f"{source}: holds {short.removeprefix(prefix)} twice, as {other} and as {name}. Keep one of "
+                f"them."
             )
     return {name: short for short, name in found.items()}

@@ -1,7 +1,7 @@
 """Work that is kept: a folder for what was made of exactly this, and nothing else.
 
-The folder's name is a digest of what its content was made of, and made_of.json says it in words: content that was moved or copied
-under another name is refused, never used.
+The folder's name is a digest of what its content was made of, and made_of.json says it in words: content that
+was moved or copied under another name is refused, never used.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ RECORD = "made_of.json"
 def cache_folder(parent, kind, **what):
     """Return the folder for what was made of exactly this: a teacher, prompts, guidance, a schedule, ...
 
-    Raises ValueError where a folder of that name holds what was made of something else, and says which part differs.
+    Raises ValueError where a folder of that name holds what was made of something else, and says which part
+    differs.
     """
     folder, said = (
         Path(parent) / f"{kind}-{fingerprint(what)[:16]}",
@@ -37,7 +38,8 @@ def cache_folder(parent, kind, **what):
         ) from None
     if differing:
         raise ValueError(
-            f"{folder}: was made of something else ({'; '.join(differing)}). Delete it, or move it back to where it "
+            f"{folder}: was made of something else ({'; '.join(differing)}). Delete it, or move it back to "
+            f"where it "
             "came from."
         )
     if not record.exists():

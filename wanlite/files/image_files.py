@@ -16,7 +16,9 @@ NUMBERED = re.compile(
 
 
 def image_names(folder, prompt, seed):
-    """Yield names for an image in the order in which they are to be tried: its number is above all that are in the folder."""
+    """Yield names for an image in the order in which they are to be tried: its number is above all that are
+    in the folder.
+    """
     title = "-".join(filter(None, (slug(prompt), f"seed{seed}")))
     numbers = [
         int(found[1] or found[2]) for name in os.listdir(folder) if (found := NUMBERED.fullmatch(name))
@@ -51,7 +53,8 @@ def save_image(image, folder, names, info=None):
         return next(path for path in (Path(folder) / name for name in names) if _publish(partial, path))
     except OSError as error:
         raise OSError(
-            f"{folder}: an image cannot be written ({error.strerror or error}). Free some space, or name another "
+            f"{folder}: an image cannot be written ({error.strerror or error}). Free some space, or name "
+            f"another "
             "--output_dir; the images before it are complete."
         ) from None
     finally:

@@ -1,7 +1,9 @@
-"""Files that anybody may have written -> JSON, safetensors headers, tensors; or one OSError that says what is wrong.
+"""Files that anybody may have written -> JSON, safetensors headers, tensors; or one OSError that says what is
+wrong.
 
-Only regular files are opened, without blocking; nothing is executed; what a file may cost before it is refused is bounded.
-Source: the safetensors format: 8 bytes with the header's length, a JSON header {name: dtype, shape, data_offsets}, the tensors.
+Only regular files are opened, without blocking; nothing is executed; what a file may cost before it is
+refused is bounded. Source: the safetensors format: 8 bytes with the header's length, a JSON header {name:
+dtype, shape, data_offsets}, the tensors.
 """
 
 import hashlib
@@ -38,7 +40,9 @@ def read_json(path, most=MOST_JSON):
 
 
 def parse_json(content, source, most=MOST_JSON):
-    """Turn bytes into a dict; duplicate keys, NaN, a byte-order mark, 5 000-digit numbers and deep nesting are refused."""
+    """Turn bytes into a dict; duplicate keys, NaN, a byte-order mark, 5 000-digit numbers and deep nesting
+    are refused.
+    """
     if len(content) > most:
         raise OSError(f"{source}: more than {most:,} bytes, which no settings or header of a student take.")
     if (parts := content.count(b"[") + content.count(b"{")) > MOST_PARTS:
@@ -80,10 +84,11 @@ def shown(name):
 
 
 class WeightsFile:
-    """A safetensors file, opened once: header, hash and tensors are of the same bytes, whatever is renamed or written over it.
+    """A safetensors file, opened once: header, hash and tensors are of the same bytes, whatever is renamed or
+    written over it.
 
-    `entries` is {name: Entry}; `metadata` the header's own dict of strings; `sha256` the file's digest once its tensors were
-    read with `is_hashed`. Raises OSError where the file is not whole.
+    `entries` is {name: Entry}; `metadata` the header's own dict of strings; `sha256` the file's digest once
+    its tensors were read with `is_hashed`. Raises OSError where the file is not whole.
     """
 
     def __init__(self, path):
@@ -108,7 +113,9 @@ class WeightsFile:
         return sum(entry.stop - entry.start for entry in self.entries.values())
 
     def tensors(self, is_mapped=True, is_hashed=False):
-        """Yield (name, tensor), on the CPU and writable, mapped from the file or read into memory; to be hashed it is read."""
+        """Yield (name, tensor), on the CPU and writable, mapped from the file or read into memory; to be
+        hashed it is read.
+        """
         import torch  # here: the scripts check headers before torch is there
 
         dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -153,7 +160,8 @@ class WeightsFile:
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
             if entry.start != end:
                 raise self._broken(
-                    f"{shown(name)} begins at byte {entry.start:,}, expected {end:,}: tensors overlap or leave gaps"
+                    f"{shown(name)} begins at byte {entry.start:,}, expected {end:,}: tensors overlap or "
+                    f"leave gaps"
                 )
             end = entry.stop
         if fault := wrong_length(end, self.size):
@@ -167,7 +175,8 @@ class WeightsFile:
         dtype, shape, offsets = found["dtype"], found["shape"], found["data_offsets"]
         if not isinstance(dtype, str) or dtype not in BYTES:
             raise ValueError(
-                f"{self.path}: {shown(name)} is stored as {shown(str(dtype)[:40])}, expected {', '.join(BYTES)}. Save "
+                f"{self.path}: {shown(name)} is stored as {shown(str(dtype)[:40])}, expected "
+                f"{', '.join(BYTES)}. Save "
                 "the student again in one of them."
             )
         if not _are_sizes(shape) or len(shape) > MOST_DIMENSIONS or math.prod(filter(None, shape)) >= 2**60:
@@ -200,7 +209,9 @@ class WeightsFile:
 
 
 def without_wrappers(names):
-    """Return the names that a wrapped network's tensors have inside the wrapper, None where no one wrapper explains them."""
+    """Return the names that a wrapped network's tensors have inside the wrapper, None where no one wrapper
+    explains them.
+    """
     try:
         inside = set(unwrapped(names, "weights").values())
     except ValueError:

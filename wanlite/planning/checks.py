@@ -8,7 +8,9 @@ from ..phases import SEGMENT_SHARE
 
 
 def check_all(checks, together=False):
-    """Run checks one after the other; the first that fails raises, or where `together` all that do in one, a line each."""
+    """Run checks one after the other; the first that fails raises, or where `together` all that do in one, a
+    line each.
+    """
     failed = []
     for check in checks:
         try:
@@ -22,12 +24,15 @@ def check_all(checks, together=False):
 
 
 def check_together(settings):
-    """Refuse settings that contradict each other, prompts that say nothing, and places that nothing can be written to."""
+    """Refuse settings that contradict each other, prompts that say nothing, and places that nothing can be
+    written to.
+    """
     if settings.num_images is not None and settings.images is None:
         raise ValueError(f"--num_images is {settings.num_images}, expected --images beside it.")
     if 0 < (settings.own_path_pictures or 0) < len(settings.aspect_ratios or ()):
         raise ValueError(
-            f"--own_path_pictures is {settings.own_path_pictures}, expected 0, or at least one for each of the "
+            f"--own_path_pictures is {settings.own_path_pictures}, expected 0, or at least one for each of "
+            f"the "
             f"{len(settings.aspect_ratios)} --aspect_ratios."
         )
     if any(not prompt.strip() for prompt in settings.validation_prompts or ()):
@@ -43,11 +48,13 @@ def check_together(settings):
     output = Path(settings.output_dir).absolute()
     if not Path(os.path.normpath(output / settings.logging_dir)).is_relative_to(output):
         raise ValueError(
-            f"--logging_dir {settings.logging_dir}: is not inside --output_dir, expected a folder's name, as logs."
+            f"--logging_dir {settings.logging_dir}: is not inside --output_dir, expected a folder's name, as "
+            f"logs."
         )
     if settings.project_only and (settings.student is not None or settings.projection == "none"):
         raise ValueError(
-            "--project_only saves what is projected, and --student or --projection none projects nothing. Leave one "
+            "--project_only saves what is projected, and --student or --projection none projects nothing. "
+            "Leave one "
             "of them out."
         )
     if settings.expert == "span" and settings.projection == "calibrated":
@@ -66,15 +73,18 @@ def check_compiler():
     names = [name for name in (os.environ.get("CXX"), "g++", "clang++", "c++", "cl") if name]
     if not any(map(shutil.which, names)):
         raise ValueError(
-            f"--compile needs a C++ compiler, and none of {', '.join(names)} is found. Install one (apt install g++), "
+            f"--compile needs a C++ compiler, and none of {', '.join(names)} is found. Install one (apt "
+            f"install g++), "
             "or leave --compile out."
         )
 
 
 def complete_steps(settings):
-    """Return (few_steps, segment_steps): the numbers of steps in rising order, and how many steps of training are for them.
+    """Return (few_steps, segment_steps): the numbers of steps in rising order, and how many steps of training
+    are for them.
 
-    Raises ValueError where the parts do not fit into --max_train_steps, or a number of steps is none that can be trained.
+    Raises ValueError where the parts do not fit into --max_train_steps, or a number of steps is none that can
+    be trained.
     """
     few_steps = sorted(set(settings.few_steps))
     segment_steps = settings.segment_steps
@@ -88,19 +98,22 @@ def complete_steps(settings):
         )
     if settings.matching_steps and not segment_steps and settings.student is None:
         raise ValueError(
-            "--matching_steps without --segment_steps: distribution matching goes on from a student that draws in "
+            "--matching_steps without --segment_steps: distribution matching goes on from a student that "
+            "draws in "
             "few steps. Raise --segment_steps, or name such a student with --student DIR."
         )
     if rest == 0 and settings.student is None:
         raise ValueError(
-            f"--segment_steps {segment_steps} leaves no step of stage 1, and few-step training starts from a student "
+            f"--segment_steps {segment_steps} leaves no step of stage 1, and few-step training starts from a "
+            f"student "
             "of stage 1. Lower it, or name such a student with --student DIR."
         )
     if segment_steps or settings.matching_steps:
         for count in few_steps:
             if count < 1 or settings.teacher_steps % count:
                 raise ValueError(
-                    f"--few_steps {count} does not divide --teacher_steps {settings.teacher_steps}: students stop "
+                    f"--few_steps {count} does not divide --teacher_steps {settings.teacher_steps}: students "
+                    f"stop "
                     "only where the teacher does. Choose divisors, as 1 2 4."
                 )
         if settings.num_inference_steps not in few_steps:
@@ -112,7 +125,9 @@ def complete_steps(settings):
 
 
 def check_batch(settings, states, ranks):
-    """Refuse, before the teacher is asked, a batch larger than the states of a part, as count_states() has them."""
+    """Refuse, before the teacher is asked, a batch larger than the states of a part, as count_states() has
+    them.
+    """
     rows = settings.train_batch_size * ranks
     for part, count in states.items():
         if count < rows:
@@ -125,21 +140,26 @@ def check_batch(settings, states, ranks):
 
 
 def check_student(run, settings, folder):
-    """Refuse to go on from a saved student whose run does not fit this one. `run` is its run.json, `folder` where it lies."""
+    """Refuse to go on from a saved student whose run does not fit this one.
+
+    `run` is its run.json, `folder` where it lies.
+    """
 
     def refuse(what):
         raise ValueError(f"--student {folder}: {what}")
 
     if run.get("projected_only"):
         refuse(
-            "holds a projected start, and nothing was trained of it. Leave --student out: a run with this --cache_dir or "
+            "holds a projected start, and nothing was trained of it. Leave --student out: a run with this "
+            "--cache_dir or "
             "--output_dir starts there."
         )
     if not run.get("finished"):
         refuse("holds no finished run. Let it finish with the command that began it.")
     if "schedule" not in run:
         refuse(
-            "was saved by an older version, which did not record the schedule it was trained for. Train it again, or leave "
+            "was saved by an older version, which did not record the schedule it was trained for. Train it "
+            "again, or leave "
             "--student out to start from the teacher's weights."
         )
     kinds = {"teacher": str, "student": dict, "settings": dict, "schedule": dict}
@@ -151,19 +171,22 @@ def check_student(run, settings, folder):
     is_velocity_left = settings.max_train_steps > settings.segment_steps + settings.matching_steps
     if not is_velocity_left and not parts.get("velocity"):
         refuse(
-            f"has not been through stage 1 (its parts are {parts}). Lower --segment_steps, so that steps of stage 1 are left, "
+            f"has not been through stage 1 (its parts are {parts}). Lower --segment_steps, so that steps of "
+            f"stage 1 are left, "
             "or name another student."
         )
     if not is_velocity_left and not settings.segment_steps and not parts.get("segments"):
         refuse(
-            f"does not draw in few steps yet (its parts are {parts}), and distribution matching goes on from a student that "
+            f"does not draw in few steps yet (its parts are {parts}), and distribution matching goes on from "
+            f"a student that "
             "does. Raise --segment_steps, or name another student."
         )
     then, shape, now = run["settings"], run["student"], vars(settings)
     for name in ("guidance_scale", "guidance_scale_2", "negative_prompt", "flow_shift", "resolution"):
         if then.get(name) != now[name]:
             refuse(
-                f"was trained with {name} {then.get(name)!r}, this run has {now[name]!r}. Use the same, or leave --student out."
+                f"was trained with {name} {then.get(name)!r}, this run has {now[name]!r}. Use the same, or "
+                f"leave --student out."
             )
     for name in ("hidden_size", "depth", "num_heads", "ffn_dim"):
         if now[name] is not None and now[name] != shape.get(name):

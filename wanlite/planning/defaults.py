@@ -33,9 +33,11 @@ def choose_prompts(settings, say=None):
 
 
 def choose_data(settings, sizes, say, is_main_process=True):
-    """Return training prompts, held-out prompts, and images captioned and of `sizes`, whose captions are among the former.
+    """Return training prompts, held-out prompts, and images captioned and of `sizes`, whose captions are
+    among the former.
 
-    What was found of images is kept in the cache, by their contents: only new ones are decoded. A dry run keeps nothing.
+    What was found of images is kept in the cache, by their contents: only new ones are decoded. A dry run
+    keeps nothing.
     """
     training, held_out = choose_prompts(settings, say)
     if settings.images is None:
@@ -67,13 +69,15 @@ def choose_shape(settings, files):
     if settings.student is not None:
         if read_run(settings.student)["teacher"] != files.fingerprint:
             raise ValueError(
-                f"--student {settings.student}: was distilled from another teacher than {settings.teacher}. Use the "
+                f"--student {settings.student}: was distilled from another teacher than {settings.teacher}. "
+                f"Use the "
                 "same, or leave --student out."
             )
         return read_run(settings.student)["student"]
     if (settings.feature_directions or 1) > files.width:
         raise ValueError(
-            f"--feature_directions {settings.feature_directions} is more than the {files.width} of the teacher's "
+            f"--feature_directions {settings.feature_directions} is more than the {files.width} of the "
+            f"teacher's "
             "token states. Lower it, or leave it out."
         )
     shape = student_shape(
@@ -85,7 +89,9 @@ def choose_shape(settings, files):
 
 
 def describe_schedule(settings, few_steps, parts):
-    """Return what run.json says of the schedule: where its levels come from, the numbers of steps, the parts trained so far."""
+    """Return what run.json says of the schedule: where its levels come from, the numbers of steps, the parts
+    trained so far.
+    """
     earlier = read_run(settings.student)["schedule"]["parts"] if settings.student is not None else {}
     steps = {
         name: earlier.get(name, 0) + sum(last - first for part, first, last in parts if part == name)

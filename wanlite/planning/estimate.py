@@ -1,4 +1,5 @@
-"""Settings -> what a run of them needs: memory by phase, disk; and what is left open, chosen so that it fits the machine.
+"""Settings -> what a run of them needs: memory by phase, disk; and what is left open, chosen so that it fits
+the machine.
 
 Nothing is read but headers, and nothing is computed: phases run on tensors without contents.
 """
@@ -52,10 +53,11 @@ FITTED = (
 
 
 class Needs:
-    """What a run needs on `device`, in bytes: of `make_student(shape)`, of the teacher `files`, of pictures of `sizes`.
+    """What a run needs on `device`, in bytes: of `make_student(shape)`, of the teacher `files`, of pictures
+    of `sizes`.
 
-    The first of `sizes` (width, height) is looked at, the others are trained on: `latent_shape` (C, H, W) and `buckets` are those
-    of their latents. A picture looked at has `pixels`, and for a transformer `tokens`.
+    The first of `sizes` (width, height) is looked at, the others are trained on: `latent_shape` (C, H, W) and
+    `buckets` are those of their latents. A picture looked at has `pixels`, and for a transformer `tokens`.
     """
 
     def __init__(self, settings, files, make_student, shape, sizes, device):
@@ -130,13 +132,16 @@ class Needs:
         )
 
     def matching(self, settings, rows):
-        """Return the bytes of distribution matching: the critic learns beside the student, and the teacher is asked."""
+        """Return the bytes of distribution matching: the critic learns beside the student, and the teacher is
+        asked.
+        """
         critic = self.training(settings, max(1, rows // MATCHED)) - self.drawing
         return self.training(settings, rows) + critic + self.asking(settings)
 
     def fit(self, settings, num_trajectories, ranks=1):
-        """Return the settings with what is open filled in for so many trajectories and for the device: what is looked at, and
-        batch and accumulation, of BATCH states as many as fit at once and no more than there are.
+        """Return the settings with what is open filled in for so many trajectories and for the device: what
+        is looked at, and batch and accumulation, of BATCH states as many as fit at once and no more than
+        there are.
 
         Raises ValueError for a batch that is larger than what a part of the run learns from.
         """
@@ -247,12 +252,16 @@ class Needs:
 
 
 def feature_width(settings, hidden_size):
-    """Return in how many directions token states are compared, and kept: more hold a narrow student up, and fill the disk."""
+    """Return in how many directions token states are compared, and kept: more hold a narrow student up, and
+    fill the disk.
+    """
     return settings.feature_directions or max(1, hidden_size // 4)
 
 
 def most_frames(tokens):
-    """Return on how many frames of so many image tokens a student is calibrated, where there are as many prompts."""
+    """Return on how many frames of so many image tokens a student is calibrated, where there are as many
+    prompts.
+    """
     return max(16, CALIBRATION_TOKENS // tokens)
 
 

@@ -1,7 +1,8 @@
-"""What a run will need, told before it begins: memory phase by phase, disk, work; no weight is read and none is allocated.
+"""What a run will need, told before it begins: memory phase by phase, disk, work; no weight is read and none
+is allocated.
 
-Memory is not guessed by formulas: each phase is run once on tensors that have shapes and no contents, and the bytes that are alive
-at its peak are counted.
+Memory is not guessed by formulas: each phase is run once on tensors that have shapes and no contents, and the
+bytes that are alive at its peak are counted.
 """
 
 import math
@@ -28,7 +29,9 @@ TIMED = 2e10  # the most operations of a step that is timed; where one state tak
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside and still alive: `now`, and `peak`, the most there were."""
+    """Counts the bytes of all tensors that are made inside and still alive: `now`, and `peak`, the most there
+    were.
+    """
 
     def __init__(self):
         super().__init__()
@@ -65,7 +68,9 @@ class MemoryMeter(TorchDispatchMode):
 
 
 class GpuNorms(TorchFunctionMode):
-    """Computes RMSNorm as a GPU does: in one kernel that keeps its input alone, from torch 2.12 on in float32 under autocast."""
+    """Computes RMSNorm as a GPU does: in one kernel that keeps its input alone, from torch 2.12 on in float32
+    under autocast.
+    """
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
@@ -80,7 +85,9 @@ class GpuNorms(TorchFunctionMode):
 
 
 def simulated_peak(work, device_type="cpu"):
-    """Return the bytes alive at the peak of `work()` on a device, which is run without contents and without memory."""
+    """Return the bytes alive at the peak of `work()` on a device, which is run without contents and without
+    memory.
+    """
     fused = GpuNorms() if device_type == "cuda" else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryMeter() as meter, fused:
         work()
@@ -88,17 +95,19 @@ def simulated_peak(work, device_type="cpu"):
 
 
 def at_depth(peak_of, depth):
-    """Return `peak_of(depth)` of a network of equal blocks, or of so many equal parts, from one and two: each adds the same."""
+    """Return `peak_of(depth)` of a network of equal blocks, or of so many equal parts, from one and two: each
+    adds the same.
+    """
     first = peak_of(1)
     return first if depth == 1 else first + (peak_of(2) - first) * (depth - 1)
 
 
-# ---- memory; `peak(work)` may also be one that measures ----------------------------------------------------------------------
+# ---- memory; `peak(work)` may also be one that measures ----------------------------------------------------
 
 
 def teacher_bytes(files, residency, dtype, is_fp8, shares=1):
-    """Return the bytes of weights that a teacher has on the device, and beside it in the CPU's memory; a sharded one's blocks lie
-    in so many `shares`."""
+    """Return the bytes of weights that a teacher has on the device, and beside it in the CPU's memory; a
+    sharded one's blocks lie in so many `shares`."""
     sizes = [expert.num_parameters * (1 if is_fp8 else dtype.itemsize) for expert in files.experts.values()]
     if residency == "both":
         return sum(sizes), 0
@@ -148,16 +157,19 @@ def pass_peak(files, rows, latent_size, dtype, peak=simulated_peak):
 def walking_peak(passing, states, dtype, kept):
     """Return the bytes of walks, of which a pass takes `passing` and what they keep `kept`.
 
-    A step has so many token `states` (walks x tokens x width): those of earlier passes lie beside a pass, then all are joined, and
-    turned into float32 to be kept in few directions. At the end what is kept is joined.
+    A step has so many token `states` (walks x tokens x width): those of earlier passes lie beside a pass,
+    then all are joined, and turned into float32 to be kept in few directions. At the end what is kept is
+    joined.
     """
     return max(kept + max(passing + states * dtype.itemsize, states * (2 * dtype.itemsize + 4)), 2 * kept)
 
 
 def start_peaks(files, probe, frames, latent_size, peak=simulated_peak):
-    """Return the bytes of comparing two experts, and of one that is asked at `frames` latents; 0 for what does not happen.
+    """Return the bytes of comparing two experts, and of one that is asked at `frames` latents; 0 for what
+    does not happen.
 
-    `probe` is what experts are compared on: (rows, size). Both are in float32, with one block of an expert in memory.
+    `probe` is what experts are compared on: (rows, size). Both are in float32, with one block of an expert in
+    memory.
     """
     expert = next(iter(files.experts.values()))
     blocks = sum(
@@ -172,7 +184,9 @@ def start_peaks(files, probe, frames, latent_size, peak=simulated_peak):
 def training_peak(
     make_student, make_optimizers, make_average, rows, latent_size, is_mixed, peak=simulated_peak
 ):
-    """Return the bytes of training: weights, their average, gradients, optimizers and activations of `rows` states."""
+    """Return the bytes of training: weights, their average, gradients, optimizers and activations of `rows`
+    states.
+    """
 
     def work():
         student = make_student()
@@ -207,17 +221,19 @@ def decoding_peak(make_autoencoder, decode, rows, latent_shape, peak=simulated_p
     return peak(work)
 
 
-# ---- disk and time ---------------------------------------------------------------------------------------------------------
+# ---- disk and time -----------------------------------------------------------------------------------------
 
 
 def walk_bytes(num_walks, num_steps, latent_shape, num_tokens, width):
-    """Return the bytes in memory of walks under way: latents and velocities of each state, in float32, and token states of a
-    width, in float16."""
+    """Return the bytes in memory of walks under way: latents and velocities of each state, in float32, and
+    token states of a width, in float16."""
     return num_walks * num_steps * (4 * 2 * torch.Size(latent_shape).numel() + 2 * num_tokens * width)
 
 
 def trajectory_bytes(num_walks, num_steps, latent_shape, num_tokens, width):
-    """Return the bytes on disk of walks: latents and velocities of each state, and token states of a width, in float16."""
+    """Return the bytes on disk of walks: latents and velocities of each state, and token states of a width,
+    in float16.
+    """
     return 2 * num_walks * num_steps * (2 * torch.Size(latent_shape).numel() + num_tokens * width)
 
 
@@ -227,8 +243,8 @@ def text_bytes(prompts, width):
 
 
 def estimate(student, files, passes, states, tokens, latent_size, device, dtype):
-    """Return in words how long `passes` of the teacher and training on `states` take: by timing a small student, a large one's
-    operations by how fast the device multiplies matrices."""
+    """Return in words how long `passes` of the teacher and training on `states` take: by timing a small
+    student, a large one's operations by how fast the device multiplies matrices."""
     teacher = files.num_parameters / len(files.experts)
     one_state = 6 * tokens * student.num_parameters()
     if one_state > TIMED:
@@ -237,7 +253,8 @@ def estimate(student, files, passes, states, tokens, latent_size, device, dtype)
         hours = [operations / (EFFICIENCY * each * 3600) for each in (rate, H100)]
         slower = matrix_rate(device, torch.float32) / rate if dtype != torch.float32 else 1
         return (
-            f"about {hours[0]:,.1f} hours ({operations / 1e15:,.0f} PFLOP; an H100 would take {hours[1]:,.1f} hours)"
+            f"about {hours[0]:,.1f} hours ({operations / 1e15:,.0f} PFLOP; an H100 would take "
+            f"{hours[1]:,.1f} hours)"
             + (
                 f"; {slower:,.1f} times less without --mixed_precision, for this device is slow in it"
                 if slower > 1.2
@@ -258,9 +275,11 @@ def estimate(student, files, passes, states, tokens, latent_size, device, dtype)
 
 
 def matrix_rate(device, dtype, widest=8192, patience=0.02):
-    """Return the operations a second that a device multiplies matrices of a dtype with: of ever larger ones while these are quick.
+    """Return the operations a second that a device multiplies matrices of a dtype with: of ever larger ones
+    while these are quick.
 
-    Products that take longer than `patience` seconds are the last: some CPUs are a thousand times slower than a GPU in bfloat16.
+    Products that take longer than `patience` seconds are the last: some CPUs are a thousand times slower than
+    a GPU in bfloat16.
     """
     width, fastest = 128, 0.0
     first = torch.ones(width, width, device=device, dtype=dtype)
@@ -294,13 +313,14 @@ def bytes_there(folder, *apart):
     )
 
 
-# ---- said ------------------------------------------------------------------------------------------------------------------
+# ---- said --------------------------------------------------------------------------------------------------
 
 
 def largest_batch(rows, peak, rest, free):
     """Return the largest of `rows` and its halves that fits into `free` bytes, 0 where none does.
 
-    `peak` is what all rows take, `rest` what is there without any; fewer rows take at most their share of the difference.
+    `peak` is what all rows take, `rest` what is there without any; fewer rows take at most their share of the
+    difference.
     """
     fits = rows
     while fits and rest + (peak - rest) * fits / rows > free:
@@ -309,10 +329,11 @@ def largest_batch(rows, peak, rest, free):
 
 
 def tell(phases, disk, device, free, residency=None, placed=None, rows=0, accumulated=0, rest=0):
-    """Say what `phases` and `disk`, {what: bytes}, need and what is free; returns what does not fit, with what would, in words.
+    """Say what `phases` and `disk`, {what: bytes}, need and what is free; returns what does not fit, with
+    what would, in words.
 
-    `placed` is {residency: teacher_bytes()}, None where the teacher is not asked; `rest` is what training takes without
-    activations.
+    `placed` is {residency: teacher_bytes()}, None where the teacher is not asked; `rest` is what training
+    takes without activations.
     """
     print(f"memory   {gigabytes(free)} free on {device}")
     for name, needed in phases.items():
@@ -344,7 +365,8 @@ def tell(phases, disk, device, free, residency=None, placed=None, rows=0, accumu
     if phases.get("training", 0) > free:
         fits = largest_batch(rows, phases["training"], rest, free)
         wrong.append(
-            f"training does not fit: lower --train_batch_size to {fits} and raise --gradient_accumulation_steps to "
+            f"training does not fit: lower --train_batch_size to {fits} and raise "
+            f"--gradient_accumulation_steps to "
             f"{accumulated * rows // fits}."
             if fits
             else "training does not fit at any batch: add --gradient_checkpointing, or lower --resolution."
@@ -353,7 +375,8 @@ def tell(phases, disk, device, free, residency=None, placed=None, rows=0, accumu
         wrong.append("validation does not fit: lower --validation_walks.")
     if phases["start"] > free:
         wrong.append(
-            "projecting does not fit: run where more memory is free; a start in --cache_dir is taken as it is."
+            "projecting does not fit: run where more memory is free; a start in --cache_dir is taken as it "
+            "is."
         )
     if phases.get("matching", 0) > free >= phases["training"]:
         wrong.append(

@@ -21,8 +21,10 @@ def announce(settings, files, student, device, work, say):
     sizes = " + ".join(f"{expert.num_parameters / 1e6:,.2f} M" for expert in files.experts.values())
     config = student.config
     say(
-        f"teacher  {settings.teacher} ({files.layout} layout, {len(files.experts)} expert(s): {sizes} parameters)\n"
-        f"student  {config.hidden_size} x {config.depth}, {config.num_heads} heads: {student.num_parameters() / 1e6:,.2f} M "
+        f"teacher  {settings.teacher} ({files.layout} layout, {len(files.experts)} expert(s): {sizes} "
+        f"parameters)\n"
+        f"student  {config.hidden_size} x {config.depth}, {config.num_heads} heads: "
+        f"{student.num_parameters() / 1e6:,.2f} M "
         f"parameters, start: {settings.student or settings.projection}\n"
         f"device   {device}, {torch.get_num_threads()} threads, "
         f"{'float32' if settings.mixed_precision == 'no' else settings.mixed_precision + ' mixed precision'}\n"
@@ -50,20 +52,23 @@ def count_pictures(settings):
 
 
 def announce_few(num_trajectories, num_prompts, num_held_out, say):
-    """Say where there is little to learn from, how often the teacher draws each of few prompts, and on what students are
-    validated."""
+    """Say where there is little to learn from, how often the teacher draws each of few prompts, and on what
+    students are validated."""
     if num_trajectories < FEWEST:
         say(
-            f"WARNING  {num_trajectories} trajectories are few, and images may stay noise; the default is at least {FEWEST}"
+            f"WARNING  {num_trajectories} trajectories are few, and images may stay noise; the default is at "
+            f"least {FEWEST}"
         )
     elif num_prompts < FEWEST:
         say(
-            f"prompts  {num_prompts} are few: each is drawn about {round(num_trajectories / num_prompts)} times, from different "
+            f"prompts  {num_prompts} are few: each is drawn about {round(num_trajectories / num_prompts)} "
+            f"times, from different "
             f"noise (--num_trajectories {num_trajectories})"
         )
     if num_held_out < LEAST_VALIDATED:
         say(
-            f"held out {num_held_out}, which are few: validations use training prompts as well, from noise of their own"
+            f"held out {num_held_out}, which are few: validations use training prompts as well, from noise "
+            f"of their own"
         )
 
 

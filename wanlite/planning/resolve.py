@@ -1,4 +1,7 @@
-"""Settings as they were typed -> with all that folders and files decide. No torch: what is wrong is said at once."""
+"""Settings as they were typed -> with all that folders and files decide.
+
+No torch: what is wrong is said at once.
+"""
 
 import json
 import math
@@ -35,7 +38,8 @@ OFFICIAL_SHIFTS = {True: 12.0, False: 5.0}  # of two experts and of one, where n
 def complete(settings):
     """Check paths, sizes and numbers, and fill in what the teacher's folder says.
 
-    Raises OSError and ValueError for the first thing that is wrong, on a dry run for all of them, a line each.
+    Raises OSError and ValueError for the first thing that is wrong, on a dry run for all of them, a line
+    each.
     """
     teacher = choose_teacher(settings.teacher)
     record = read_record(teacher)
@@ -88,7 +92,8 @@ def complete(settings):
         student = Path(settings.student).absolute()
         if not student.is_dir():
             raise OSError(
-                f"--student {settings.student}: no such folder. Expected one that train_distillation.py finished."
+                f"--student {settings.student}: no such folder. Expected one that train_distillation.py "
+                f"finished."
             )
         check_student(read_run(student), settings, student)
         settings = replace(settings, student=str(student))
@@ -96,7 +101,9 @@ def complete(settings):
 
 
 def _or_beside(check, folder):
-    """Return a check's result; where it raises OSError and whole teachers lie above or below the folder, the error names them."""
+    """Return a check's result; where it raises OSError and whole teachers lie above or below the folder, the
+    error names them.
+    """
     try:
         return check(folder)
     except OSError:
@@ -114,7 +121,9 @@ def _or_beside(check, folder):
 
 
 def choose_teacher(asked, say=print):
-    """Return the folder of --teacher, a name or a path; where it is None that of a real teacher here, else of the tiny one."""
+    """Return the folder of --teacher, a name or a path; where it is None that of a real teacher here, else of
+    the tiny one.
+    """
     if asked in NAMED_TEACHERS:
         return _find_named(asked, say)
     here = (Path(name) for name in REAL_TEACHERS if Path(name).is_dir())
@@ -122,11 +131,14 @@ def choose_teacher(asked, say=print):
 
 
 def _find_named(name, say):
-    """Return the folder of a teacher of this repository; a folder of that name in the current directory does not count."""
+    """Return the folder of a teacher of this repository; a folder of that name in the current directory does
+    not count.
+    """
     teacher = NAMED_TEACHERS[name]
     if Path(name).exists() and is_first():
         say(
-            f"--teacher {name} is the teacher in {teacher}; for the folder {name} in this directory write ./{name}"
+            f"--teacher {name} is the teacher in {teacher}; for the folder {name} in this directory write "
+            f"./{name}"
         )
     if not (teacher / "model_index.json").is_file():
         raise OSError(

@@ -1,4 +1,6 @@
-"""Settings as a frozen dataclass -> command line flags, help text and run.json; no torch, so that --help takes a blink."""
+"""Settings as a frozen dataclass -> command line flags, help text and run.json; no torch, so that --help
+takes a blink.
+"""
 
 import argparse
 import dataclasses
@@ -20,7 +22,8 @@ BOUNDS = {
 
 
 def setting(default, meaning, aliases=(), choices=None, is_path=False, **bounds):
-    """Declare one setting: its default, what it means, None included, and as `bounds`, called as in BOUNDS, what it may be.
+    """Declare one setting: its default, what it means, None included, and as `bounds`, called as in BOUNDS,
+    what it may be.
 
     A `~` at the beginning of a path is expanded.
     """
@@ -53,8 +56,8 @@ def check_bounds(settings):
 
 
 def make_parser(settings_class, description, repeatable=()):
-    """Return a parser with one flag a setting; booleans become --flag and --no-flag, lists take several values or, where
-    `repeatable`, one value each time."""
+    """Return a parser with one flag a setting; booleans become --flag and --no-flag, lists take several
+    values or, where `repeatable`, one value each time."""
     parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
@@ -95,14 +98,18 @@ def _path(typed):
 
 
 def _text(typed):
-    """Read the bytes of text that is no path as UTF-8, also where the locale is ASCII and Python has kept them apart."""
+    """Read the bytes of text that is no path as UTF-8, also where the locale is ASCII and Python has kept
+    them apart.
+    """
     with suppress(UnicodeError):
         return typed.encode("utf-8", "surrogateescape").decode()
     return _utf8(typed)
 
 
 def _utf8(typed):
-    """Refuse bytes that are not UTF-8, which Python turns into characters that cannot be written or encoded again."""
+    """Refuse bytes that are not UTF-8, which Python turns into characters that cannot be written or encoded
+    again.
+    """
     try:
         typed.encode()
     except UnicodeEncodeError as error:

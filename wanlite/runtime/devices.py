@@ -11,7 +11,9 @@ STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what a student
 
 
 def as_dtype(asked):
-    """Return a dtype that is asked for by itself or by name; None stays None, and "auto", diffusers' word for it, is."""
+    """Return a dtype that is asked for by itself or by name; None stays None, and "auto", diffusers' word for
+    it, is.
+    """
     asked = None if isinstance(asked, str) and asked == "auto" else asked
     found = getattr(torch, asked, None) if isinstance(asked, str) else asked
     if asked is None or any(found is dtype for dtype in STORED_DTYPES):
@@ -75,8 +77,8 @@ def has_gpu():
 
 
 def free_memory(device, sharing=1):
-    """Return the bytes that are free on a device, and in the CPU's memory, which so many processes are `sharing`; the same where
-    the device is the CPU."""
+    """Return the bytes that are free on a device, and in the CPU's memory, which so many processes are
+    `sharing`; the same where the device is the CPU."""
     host = psutil.virtual_memory().available // sharing
     if torch.device(device).type != "cuda":
         return host, host

@@ -31,7 +31,9 @@ def is_first():
 
 
 def give_way():
-    """Let the first process of a machine say what went wrong: the launcher then ends those that would say the same."""
+    """Let the first process of a machine say what went wrong: the launcher then ends those that would say the
+    same.
+    """
     if int(os.environ.get("LOCAL_RANK", 0)):
         try:
             time.sleep(SECONDS_TO_END)
@@ -40,7 +42,8 @@ def give_way():
 
 
 def launched_precision(asked, say=print):
-    """Return --mixed_precision, or where it is None what accelerate's config says; of two that differ the flag counts.
+    """Return --mixed_precision, or where it is None what accelerate's config says; of two that differ the
+    flag counts.
 
     Its "no" is no word of the user's: accelerate launch says it where nothing else was.
 
@@ -49,7 +52,8 @@ def launched_precision(asked, say=print):
     said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked is None and said not in PRECISIONS:
         raise ValueError(
-            f"accelerate's config has mixed_precision {said}, expected {', '.join(PRECISIONS)}: add --mixed_precision "
+            f"accelerate's config has mixed_precision {said}, expected {', '.join(PRECISIONS)}: add "
+            f"--mixed_precision "
             "bf16, which then counts."
         )
     if asked not in (None, said) and said != "no" and is_first():
@@ -63,7 +67,8 @@ def check_launch(settings):
         name for variable, name in CUTTERS.items() if os.environ.get(variable, "false").lower() == "true"
     ]:
         raise ValueError(
-            f"accelerate's config trains by {cut[0]}; a student is small and learns whole on every GPU. Choose "
+            f"accelerate's config trains by {cut[0]}; a student is small and learns whole on every GPU. "
+            f"Choose "
             "configs/accelerate_8_gpus.yaml, and --teacher_residency sharded to share the teacher out."
         )
     said = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", settings.gradient_accumulation_steps)
@@ -74,10 +79,12 @@ def check_launch(settings):
         )
     if settings.teacher_residency == "sharded" and local_processes() < 2:
         raise ValueError(
-            "--teacher_residency sharded shares the teacher out among the processes of a machine, and there is one. "
+            "--teacher_residency sharded shares the teacher out among the processes of a machine, and there "
+            "is one. "
             "Start the run with accelerate launch --num_processes N, or choose another."
         )
     if settings.teacher_residency == "sharded" and settings.teacher_fp8:
         raise ValueError(
-            "--teacher_residency sharded keeps the experts in the precision they compute in: leave --teacher_fp8 out."
+            "--teacher_residency sharded keeps the experts in the precision they compute in: leave "
+            "--teacher_fp8 out."
         )

@@ -22,11 +22,14 @@ def patience():
 
 
 def check_devices(environment):
-    """Refuse more processes on this machine than it has GPUs, unless accelerate was told that they are to share the CPU."""
+    """Refuse more processes on this machine than it has GPUs, unless accelerate was told that they are to
+    share the CPU.
+    """
     found = torch.accelerator.device_count()
     if 1 < local_processes() > found and not str_to_bool(environment.get("ACCELERATE_USE_CPU", "false")):
         raise ValueError(
-            f"accelerate launch started {local_processes()} processes for as many GPUs here, torch sees {found}. "
+            f"accelerate launch started {local_processes()} processes for as many GPUs here, torch sees "
+            f"{found}. "
             "Lower its --num_processes, or set ACCELERATE_USE_CPU=true, and they share the CPU."
         )
 
@@ -37,7 +40,9 @@ def agreed(found):
 
 
 def refuse_together(accelerator, reason):
-    """Raise OSError with rank 0's reason, if it has one, there; the other ranks end silently with the same exit code."""
+    """Raise OSError with rank 0's reason, if it has one, there; the other ranks end silently with the same
+    exit code.
+    """
     if reason := agreed(reason):
         raise OSError(reason) if accelerator.is_main_process else SystemExit(2)
 

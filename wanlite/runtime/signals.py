@@ -12,9 +12,10 @@ class Stopped(BaseException):
 class StopSignal:
     """Turns the first SIGTERM, SIGINT or SIGUSR1 into `asked`; the second one ends the process at once.
 
-    While `is_immediate`, the first one raises Stopped there and then: for work whose results are whole files on disk. Else it
-    is up to `check`, which raises it, and to whoever reads `asked`. Where `is_launched`, later ones change nothing: a scheduler
-    sends its signal to every process and the launcher sends it on, and it is the launcher that ends who does not stop.
+    While `is_immediate`, the first one raises Stopped there and then: for work whose results are whole files
+    on disk. Else it is up to `check`, which raises it, and to whoever reads `asked`. Where `is_launched`,
+    later ones change nothing: a scheduler sends its signal to every process and the launcher sends it on, and
+    it is the launcher that ends who does not stop.
     """
 
     def __init__(self, signals=SIGNALS, is_launched=False):

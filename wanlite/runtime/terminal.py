@@ -1,4 +1,6 @@
-"""Output that cannot end a run: a reader that left, a closed descriptor or a narrow encoding costs output and nothing else."""
+"""Output that cannot end a run: a reader that left, a closed descriptor or a narrow encoding costs output and
+nothing else.
+"""
 
 import io
 import os
@@ -8,7 +10,9 @@ MOST_SHOWN = 3000  # characters of a line
 
 
 class LastingOutput(io.FileIO):
-    """A descriptor for writing; bytes that nobody takes are dropped: a closed pipe, a lost terminal, a log on a full disk."""
+    """A descriptor for writing; bytes that nobody takes are dropped: a closed pipe, a lost terminal, a log on
+    a full disk.
+    """
 
     def write(self, content):
         try:

@@ -1,9 +1,11 @@
-"""A projected student + its teacher's expert -> the same student, its matrices refitted to what the teacher computes.
+"""A projected student + its teacher's expert -> the same student, its matrices refitted to what the teacher
+computes.
 
-First the expert says which residual channels best foretell all others. Then student and expert walk the same noisy
-frames in step, one teacher block in memory at a time, and each matrix of the student is moved by ridge regression on
-the student's own activations: what the dropped channels said is mostly a linear function of the kept ones, and is read
-from them from here on. No pictures are needed: the expert draws the frames itself, from noise and the prompts.
+First the expert says which residual channels best foretell all others. Then student and expert walk the same
+noisy frames in step, one teacher block in memory at a time, and each matrix of the student is moved by ridge
+regression on the student's own activations: what the dropped channels said is mostly a linear function of the
+kept ones, and is read from them from here on. No pictures are needed: the expert draws the frames itself,
+from noise and the prompts.
 
 Legend: B batch, N tokens, L text length, D d teacher and student width, F f feed-forward neurons.
 """
@@ -39,8 +41,9 @@ class Frames:
 def make_frames(files, text, size, clean=None, seed=0, shift=3.0, device="cpu"):
     """Return a frame for each prompt of `text`, at noise levels spread evenly over 0 to 1.
 
-    `clean` (B, C, H, W) are latents of real pictures; without them the expert draws frames of `size` (height and width of the
-    latents) in DRAWING_STEPS steps of a schedule with `shift`. The noise is the same on every device.
+    `clean` (B, C, H, W) are latents of real pictures; without them the expert draws frames of `size` (height
+    and width of the latents) in DRAWING_STEPS steps of a schedule with `shift`. The noise is the same on
+    every device.
     """
     generator, text = torch.Generator().manual_seed(seed), text.to(device)
     count = len(text.tokens)
@@ -71,7 +74,9 @@ def make_frames(files, text, size, clean=None, seed=0, shift=3.0, device="cpu"):
 
 @torch.no_grad()
 def choose_channels(files, frames, width):
-    """Return the `width` residual channels of an expert, in rising order, that best foretell all others linearly."""
+    """Return the `width` residual channels of an expert, in rising order, that best foretell all others
+    linearly.
+    """
     expert = stream_expert(files, frames.latents.device)
     walk = _begin(expert, frames)
     moment = _normed_moment(walk.states)
@@ -107,7 +112,9 @@ def _best_columns(moment, count):
 
 @torch.no_grad()
 def calibrate(student, files, report, frames):
-    """Refit a student that `report` tells how it was cut from the expert `files`; in place, on the frames' device."""
+    """Refit a student that `report` tells how it was cut from the expert `files`; in place, on the frames'
+    device.
+    """
     expert = stream_expert(files, frames.latents.device)
     theirs, ours = _begin(expert, frames), _begin(student, frames)
     blocks, channels = iter(expert.blocks), report.channels.to(frames.latents.device)
@@ -143,7 +150,7 @@ def _head_input(network, walk):
     return network.norm_out(walk.states) * (1 + scale) + shift
 
 
-# ---- the teacher's side --------------------------------------------------------------------------------------------
+# ---- the teacher's side ------------------------------------------------------------------------------------
 
 WATCHED = {
     f"{attention}.{kind}": f"{attention}.to_{kind}" for attention in ("attn1", "attn2") for kind in "qkv"
@@ -152,7 +159,9 @@ WATCHED |= {"ffn": "ffn.net.0.proj"}
 
 
 def _watch_span(blocks, walk, channels, cut):
-    """Walk a span; returns the states to reach after each part of a student block, and of each block what the student keeps."""
+    """Walk a span; returns the states to reach after each part of a student block, and of each block what the
+    student keeps.
+    """
     entry, updates, seen = walk.states[..., channels], {"attn1": 0.0, "attn2": 0.0}, []
     for number, block in enumerate(blocks):
         found = {}
@@ -184,7 +193,9 @@ def _watch_span(blocks, walk, channels, cut):
 
 
 def _pick(output, name, number, cut):
-    """Pick what the student keeps of a block's queries, keys, values or neurons: all of them, of a span, would fill the memory."""
+    """Pick what the student keeps of a block's queries, keys, values or neurons: all of them, of a span,
+    would fill the memory.
+    """
     rows = [kept for block, kept in cut.get(name) or () if block == number]
     if not rows:
         return {}
@@ -207,7 +218,7 @@ def _size(queries):
     return queries.square().mean(-1).sqrt().mean()
 
 
-# ---- the student's side --------------------------------------------------------------------------------------------
+# ---- the student's side ------------------------------------------------------------------------------------
 
 
 def _refit_block(block, walk, goals, wanted, cut):
@@ -258,7 +269,9 @@ def _refit_attention(attention, states, context, wanted, name, cut):
 
 
 def _refit_output(layer, run, update, gate, share=1.0):
-    """Refit a writer, whose output is multiplied by `gate` (B, 1, d), towards the update that its part should make."""
+    """Refit a writer, whose output is multiplied by `gate` (B, 1, d), towards the update that its part should
+    make.
+    """
     found = []
     hook = layer.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
     output = run()

@@ -23,8 +23,8 @@ from .shape import check_cut
 def project_into(student, folder, expert="low", text_samples=None, channels=None, device="cpu"):
     """Fill a student with a teacher's weights, in place; returns the Report.
 
-    Raises OSError and ValueError for files that no teacher can have, see open_teacher_files and check_experts, and for a shape
-    that cannot be cut from this teacher, before any tensor is projected.
+    Raises OSError and ValueError for files that no teacher can have, see open_teacher_files and
+    check_experts, and for a shape that cannot be cut from this teacher, before any tensor is projected.
     """
     files = open_teacher_files(folder)
     check_cut(files.config, dict(student.config))
@@ -36,7 +36,9 @@ def project_into(student, folder, expert="low", text_samples=None, channels=None
 
 
 def compare_experts(settings, files, device):
-    """Return the cosines of check_experts(), which reads both experts once: they are kept in the cache, unless it refuses."""
+    """Return the cosines of check_experts(), which reads both experts once: they are kept in the cache,
+    unless it refuses.
+    """
     record = Path(settings.cache_dir) / f"experts-{files.fingerprint[:16]}.json"
     with suppress(OSError, ValueError, RecursionError):  # what is not there, or cannot be read, is made again
         if isinstance(cosines := json.loads(record.read_text(encoding="utf-8")), dict):
@@ -48,10 +50,11 @@ def compare_experts(settings, files, device):
 
 
 def start_student(settings, student, files, words, prompts, latent_size, accelerator):
-    """Give the student its first weights, as --projection says; returns the report for run.json, None for a random start.
+    """Give the student its first weights, as --projection says; returns the report for run.json, None for a
+    random start.
 
-    `prompts` are those that it is calibrated on. A start that lies in the cache is taken as it is, if its teacher, text encoder,
-    shape, prompts and method are the same.
+    `prompts` are those that it is calibrated on. A start that lies in the cache is taken as it is, if its
+    teacher, text encoder, shape, prompts and method are the same.
     """
     say, device = accelerator.print, accelerator.device
     if settings.student is not None:
@@ -92,7 +95,9 @@ def start_student(settings, student, files, words, prompts, latent_size, acceler
 
 
 def make_start(settings, student, files, embeddings, latent_size, folder, device, say):
-    """Project the teacher's weights into the student, refit them where asked, and keep both student and report in `folder`."""
+    """Project the teacher's weights into the student, refit them where asked, and keep both student and
+    report in `folder`.
+    """
     experts, channels, is_calibrated = (
         choose_experts(files, settings.expert),
         None,

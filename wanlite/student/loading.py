@@ -1,8 +1,9 @@
-"""A saved student's folder, or its name on the hub -> its checked config and opened weights; all faults are refused here.
+"""A saved student's folder, or its name on the hub -> its checked config and opened weights; all faults are
+refused here.
 
-Nothing is built before config and weights are known to agree; nothing outside the folder is read; no pickle is opened; the
-network is reached only for a name that cannot be a path here. No torch is imported: a wrong folder is answered at once.
-Legend: D width, F width inside the feed-forward, T text width.
+Nothing is built before config and weights are known to agree; nothing outside the folder is read; no pickle
+is opened; the network is reached only for a name that cannot be a path here. No torch is imported: a wrong
+folder is answered at once. Legend: D width, F width inside the feed-forward, T text width.
 """
 
 import math
@@ -46,11 +47,13 @@ STOCK_SETTINGS = {
 }  # of a stock Wan, said in our words or of no use to us
 
 
-# ---- where a student lies ------------------------------------------------------------------------------------------------
+# ---- where a student lies ----------------------------------------------------------------------------------
 
 
 def student_folder(path, subfolder=None, **hub):
-    """Return the absolute folder of a saved student; `hub` are arguments of huggingface_hub's snapshot_download."""
+    """Return the absolute folder of a saved student; `hub` are arguments of huggingface_hub's
+    snapshot_download.
+    """
     if not isinstance(path, (str, os.PathLike)) or not str(path).strip() or "\0" in str(path):
         raise OSError(
             f"{path!r} names no folder. Expected the folder of a saved student, as ./outputs/wan_t2i."
@@ -61,7 +64,8 @@ def student_folder(path, subfolder=None, **hub):
         )
     if subfolder is not None and (not isinstance(subfolder, (str, os.PathLike)) or "\0" in str(subfolder)):
         raise ValueError(
-            f"subfolder {_short(subfolder)} names no folder. Expected the name of one inside {shown(str(path))}."
+            f"subfolder {_short(subfolder)} names no folder. Expected the name of one inside "
+            f"{shown(str(path))}."
         )
     try:
         root = (
@@ -75,7 +79,8 @@ def student_folder(path, subfolder=None, **hub):
             raise ValueError(f"subfolder {subfolder!r} leads out of {root}. Name a folder inside it.")
         if not folder.exists():
             raise OSError(
-                f"{shown(str(folder))}: no such folder. Expected a saved student, as train_distillation.py writes it."
+                f"{shown(str(folder))}: no such folder. Expected a saved student, as train_distillation.py "
+                f"writes it."
             )
     except (
         RuntimeError,
@@ -85,7 +90,8 @@ def student_folder(path, subfolder=None, **hub):
         if isinstance(error, OSError) and error.errno is None:
             raise
         raise OSError(
-            f"{shown(str(path))}: cannot be read ({getattr(error, 'strerror', error)}). Expected the folder of a saved "
+            f"{shown(str(path))}: cannot be read ({getattr(error, 'strerror', error)}). Expected the folder "
+            f"of a saved "
             "student."
         ) from None
     if not folder.is_dir():
@@ -96,7 +102,9 @@ def student_folder(path, subfolder=None, **hub):
 
 
 def _is_hub_name(path):
-    """Only organisation/model can be a name on the hub, and only where no folder of the organisation's name is here."""
+    """Only organisation/model can be a name on the hub, and only where no folder of the organisation's name
+    is here.
+    """
     return (
         isinstance(path, str)
         and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) is not None
@@ -124,12 +132,13 @@ def _download(name, subfolder, **hub):
     except (HFValidationError, OSError) as error:  # what the hub raises over HTTP is an OSError as well
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise OSError(
-            f"{name}: no such folder here, and not to be had from the hub ({reason}). Expected a saved student's "
+            f"{name}: no such folder here, and not to be had from the hub ({reason}). Expected a saved "
+            f"student's "
             "folder, as ./outputs/wan_t2i, or a name on the hub that you may read."
         ) from None
 
 
-# ---- config ----------------------------------------------------------------------------------------------------------------
+# ---- config ------------------------------------------------------------------------------------------------
 
 
 def read_config(folder):
@@ -146,14 +155,16 @@ def _checked_config(config, path):
         raise ValueError(f"{path}: is the config of a {_short(found)}, expected {' or '.join(CLASS_NAMES)}.")
     if config.get("quantization_config") is not None:
         raise ValueError(
-            f"{path}: has a quantization_config, expected weights in float32, float16 or bfloat16. Quantise the "
+            f"{path}: has a quantization_config, expected weights in float32, float16 or bfloat16. Quantise "
+            f"the "
             "student after loading it."
         )
     return config
 
 
 def student_arguments(config, defaults):
-    """Turn a config under our names, the Wan names, or both into the student's arguments; contradictions are errors.
+    """Turn a config under our names, the Wan names, or both into the student's arguments; contradictions are
+    errors.
 
     `defaults` is {name: default} of every argument; what the config does not say is taken from there.
     """
@@ -180,7 +191,8 @@ def student_arguments(config, defaults):
     for ours, value in implied:
         if value is not None and config.setdefault(ours, value) != value:
             raise ValueError(
-                f"the config says {ours} {_short(config[ours])}, but its Wan names say {_short(value)}. Keep one of "
+                f"the config says {ours} {_short(config[ours])}, but its Wan names say {_short(value)}. Keep "
+                f"one of "
                 "them."
             )
     arguments = {name: config.get(name, default) for name, default in defaults.items()}
@@ -197,14 +209,16 @@ def check_shape(patch_size, eps, cross_attn_norm=True, qk_norm="rms_norm_across_
     check_sizes(sizes)
     if not isinstance(patch_size, (tuple, list)) or len(patch_size) != 3 or patch_size[0] != 1:
         raise ValueError(
-            f"patch_size is {_short(patch_size)}, expected (1, height, width): the student draws single frames."
+            f"patch_size is {_short(patch_size)}, expected (1, height, width): the student draws single "
+            f"frames."
         )
     check_sizes({f"patch_size[{axis}]": size for axis, size in enumerate(patch_size)})
     if type(eps) is not float or not 0 < eps < 1:
         raise ValueError(f"eps is {_short(eps)}, expected a small positive number, as 1e-6.")
     if type(cross_attn_norm) is not bool or qk_norm != "rms_norm_across_heads":
         raise ValueError(
-            f"cross_attn_norm is {_short(cross_attn_norm)} and qk_norm {_short(qk_norm)}, expected true or false "
+            f"cross_attn_norm is {_short(cross_attn_norm)} and qk_norm {_short(qk_norm)}, expected true or "
+            f"false "
             "and rms_norm_across_heads, as every Wan has it."
         )
     if sizes.get("rope_max_seq_len", 0) > MOST_POSITIONS:
@@ -214,7 +228,8 @@ def check_shape(patch_size, eps, cross_attn_norm=True, qk_norm="rms_norm_across_
     hidden_size, num_heads = sizes["hidden_size"], sizes["num_heads"]
     if hidden_size % num_heads or hidden_size // num_heads % 2:
         raise ValueError(
-            f"hidden_size {hidden_size} over {num_heads} heads is {hidden_size / num_heads:g} channels a head, "
+            f"hidden_size {hidden_size} over {num_heads} heads is {hidden_size / num_heads:g} channels a "
+            f"head, "
             "expected an even whole number, as rotary pairs need: choose another --num_heads."
         )
     if sizes.get("freq_dim", 0) % 2:
@@ -228,15 +243,16 @@ def check_sizes(sizes):
             raise ValueError(f"{name} is {_short(size)}, expected a whole number from 1 to {MOST_SIZE}.")
 
 
-# ---- weights ---------------------------------------------------------------------------------------------------------------
+# ---- weights -----------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def open_student(folder, variant=None):
     """Yield (config, [WeightsFile]) of one and the same save, whatever is saved there meanwhile.
 
-    Weights carry the config that they were saved with. Where config.json is another, a save is under way, or was cut short
-    after its weights were in place and before its config was: then that lies in the save's own folder.
+    Weights carry the config that they were saved with. Where config.json is another, a save is under way, or
+    was cut short after its weights were in place and before its config was: then that lies in the save's own
+    folder.
     """
     folder, began = _student_part(folder), time.monotonic()
     while True:
@@ -263,7 +279,8 @@ def _student_part(folder):
         return folder
     if (folder / "transformer_2").exists():
         raise ValueError(
-            f"{folder}: holds a pipeline of two experts, expected a student. Train one with --teacher {folder}."
+            f"{folder}: holds a pipeline of two experts, expected a student. Train one with --teacher "
+            f"{folder}."
         )
     return part
 
@@ -277,7 +294,8 @@ def _open_once(folder, variant):
             files.append(stack.enter_context(WeightsFile(path)))
             if promised is not None and (other := sorted(promised ^ files[-1].entries.keys())):
                 raise ValueError(
-                    f"{path}: its index says otherwise of {_some(other)}. Copy index and shards from one save."
+                    f"{path}: its index says otherwise of {_some(other)}. Copy index and shards from one "
+                    f"save."
                 )
         config = _matching_config(folder, {file.metadata.get("config") for file in files})
         return config, files, stack.pop_all()
@@ -307,7 +325,8 @@ def _matching_config(folder, told):
         if not differences:
             return config
         reason = reason or (
-            f"{folder}: {CONFIG_NAME} is not the one that the weights were saved with ({_some(differences)}). "
+            f"{folder}: {CONFIG_NAME} is not the one that the weights were saved with "
+            f"({_some(differences)}). "
             "Copy both from one save."
         )
     raise ValueError(reason)
@@ -324,7 +343,9 @@ def check_variant(variant):
 
 
 def find_weights(folder, variant=None):
-    """Return {path: None} of a student's one file of weights, or {path: names of its tensors} of every shard in its index."""
+    """Return {path: None} of a student's one file of weights, or {path: names of its tensors} of every shard
+    in its index.
+    """
     check_variant(variant)
     infix = "" if variant is None else f".{variant}"
     names = [name.replace(".safetensors", f"{infix}.safetensors") for name in WEIGHT_NAMES]
@@ -336,13 +357,16 @@ def find_weights(folder, variant=None):
     if index:
         return {_shard(folder, name, index): promised for name, promised in _read_index(index)}
     raise OSError(
-        f"Error no file named {WEIGHTS_STEM}.bin found in directory {folder}, nor any of {', '.join(names)} and "
-        f"{index_name}, which are expected; found {_listing(folder)}. Pickles are never opened.{_variants(folder)}"
+        f"Error no file named {WEIGHTS_STEM}.bin found in directory {folder}, nor any of {', '.join(names)} "
+        f"and "
+        f"{index_name}, which are expected; found {_listing(folder)}. Pickles are never "
+        f"opened.{_variants(folder)}"
     )
 
 
 def _is_stocks_newer(folder, index, weights):
-    """Return whether stock diffusers saved shards beside an older file of weights, which it leaves there and reads no more.
+    """Return whether stock diffusers saved shards beside an older file of weights, which it leaves there and
+    reads no more.
 
     Its shards have no mark in their names, and a save of ours removes them before it ends.
     """
@@ -357,7 +381,8 @@ def _is_stocks_newer(folder, index, weights):
     )
     if is_newer := is_stocks and not any(folder.glob(SAVING)):
         warnings.warn(
-            f"{folder}: holds {weights.name} beside {len(shards)} shards; the shards are read, as stock diffusers does. "
+            f"{folder}: holds {weights.name} beside {len(shards)} shards; the shards are read, as stock "
+            f"diffusers does. "
             f"Remove {weights.name} if it is older.",
             stacklevel=3,
         )
@@ -399,18 +424,22 @@ def _read_index(path):
 def _shard(folder, name, index):
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors", name):
         raise OSError(
-            f"{index}: names a shard {_short(name)}, expected safetensors files beside it. Pickles are never opened."
+            f"{index}: names a shard {_short(name)}, expected safetensors files beside it. Pickles are never "
+            f"opened."
         )
     path = _checked_path(folder, name)
     if path is None:
         raise OSError(
-            f"{index}: names a shard {name} that is not there. Copy the folder again; found {_listing(folder)}."
+            f"{index}: names a shard {name} that is not there. Copy the folder again; found "
+            f"{_listing(folder)}."
         )
     return path
 
 
 def check_weights(files, arguments):
-    """Compare headers with what the student's arguments imply, name by name, before anything is built or read."""
+    """Compare headers with what the student's arguments imply, name by name, before anything is built or
+    read.
+    """
     found = {name: entry.shape for file in files for name, entry in file.entries.items()}
     shapes, block_shapes = tensor_shapes(arguments)
     source, depth = (
@@ -452,12 +481,15 @@ def check_weights(files, arguments):
     )
     if held > memory:
         raise OSError(
-            f"{source}: holds {held / 1e9:,.0f} GB, this machine has {memory / 1e9:,.0f} GB. Load it on a larger one."
+            f"{source}: holds {held / 1e9:,.0f} GB, this machine has {memory / 1e9:,.0f} GB. Load it on a "
+            f"larger one."
         )
 
 
 def tensor_shapes(arguments):
-    """Return ({name: shape} outside the blocks, {name within a block: shape}) of a student with these arguments."""
+    """Return ({name: shape} outside the blocks, {name within a block: shape}) of a student with these
+    arguments.
+    """
     width, ffn_dim = arguments["hidden_size"], arguments["ffn_dim"]
     channels, patch = arguments["num_channels"], tuple(arguments["patch_size"])
     attention = {
@@ -525,16 +557,19 @@ def check_hashes(files, pinned):
     for file in files if pinned is not None else ():
         if file.sha256 != str(pinned[file.path.name]).lower():
             raise ValueError(
-                f"{file.path}: sha256 is {file.sha256}, expected {_short(pinned[file.path.name])}. These are not the "
+                f"{file.path}: sha256 is {file.sha256}, expected {_short(pinned[file.path.name])}. These are "
+                f"not the "
                 "weights that were pinned."
             )
 
 
-# ---- helpers ---------------------------------------------------------------------------------------------------------------
+# ---- helpers -----------------------------------------------------------------------------------------------
 
 
 def _checked_path(folder, name):
-    """Return the path of a file in the folder, None where there is none; a link may not lead out of the folder."""
+    """Return the path of a file in the folder, None where there is none; a link may not lead out of the
+    folder.
+    """
     path = folder / name
     if not os.path.lexists(path):
         return None

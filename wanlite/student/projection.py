@@ -1,11 +1,14 @@
-"""Teacher tensors -> student tensors, from weights alone and one teacher tensor in memory at a time, with a report of it.
+"""Teacher tensors -> student tensors, from weights alone and one teacher tensor in memory at a time, with a
+report of it.
 
-The student keeps a set of the teacher's residual channels, whole heads, whole rotary pairs and the neurons that matter;
-a student block stands for a contiguous span of teacher blocks. What the cut would change is put back where it is known from the
-weights: the LayerNorm statistic, the RMSNorm statistic of queries and keys, the modulation of a span, the values of dropped heads,
-the text path and the time path. A student of the teacher's own shape is therefore the teacher.
+The student keeps a set of the teacher's residual channels, whole heads, whole rotary pairs and the neurons
+that matter; a student block stands for a contiguous span of teacher blocks. What the cut would change is put
+back where it is known from the weights: the LayerNorm statistic, the RMSNorm statistic of queries and keys,
+the modulation of a span, the values of dropped heads, the text path and the time path. A student of the
+teacher's own shape is therefore the teacher.
 
-Legend: D d teacher and student width, h e heads and head size, F f feed-forward neurons, T text width; capital = teacher.
+Legend: D d teacher and student width, h e heads and head size, F f feed-forward neurons, T text width;
+capital = teacher.
 """
 
 import time
@@ -26,8 +29,8 @@ WRITERS = ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2")  # to the residual
 
 @dataclass
 class Report:
-    """What a projection did. `kept` is the share of energy (squared norm) that the kept rows and columns hold, per group and
-    student block; for the text path, of the states of the sampled words."""
+    """What a projection did. `kept` is the share of energy (squared norm) that the kept rows and columns
+    hold, per group and student block; for the text path, of the states of the sampled words."""
 
     spans: list  # of each student block: the teacher blocks that it stands for
     kept: dict = field(default_factory=dict)  # {group: [share of each student block]}
@@ -48,7 +51,8 @@ class Report:
         shares = ", ".join(f"{name} {np.mean(share):.0%}" for name, share in self.kept.items())
         alike = ", ".join(f"{name} {cosine:.2f}" for name, cosine in self.cosines.items())
         return (
-            f"projected {' and '.join(sorted(set(self.experts)))} expert into {len(self.channels)} x {len(self.spans)} in "
+            f"projected {' and '.join(sorted(set(self.experts)))} expert into {len(self.channels)} x "
+            f"{len(self.spans)} in "
             f"{self.seconds:.0f} s: {self.num_read} tensors -> {self.num_written}; energy kept: {shares}"
             + (f"; cosine of the experts: {alike}" if alike else "")
         )
@@ -73,7 +77,8 @@ def choose_experts(files, expert):
     """Return the expert files to project from: one, or for "span" both, the low one first."""
     if expert not in EXPERTS:
         raise ValueError(
-            f"--expert {expert!r} is unknown, expected {', '.join(EXPERTS)}; a teacher with one expert has only that."
+            f"--expert {expert!r} is unknown, expected {', '.join(EXPERTS)}; a teacher with one expert has "
+            f"only that."
         )
     if "only" in files.experts:
         return [files.experts["only"]]
@@ -82,12 +87,14 @@ def choose_experts(files, expert):
 
 @torch.no_grad()
 def project(student, experts, text_samples=None, channels=None, device="cpu"):
-    """Fill a student with the tensors of an expert, in place, or span by span with those of the better of two; returns the Report.
+    """Fill a student with the tensors of an expert, in place, or span by span with those of the better of
+    two; returns the Report.
 
-    `text_samples` (n, T) are embeddings of real prompts' words; without them, normal ones stand in. `channels` are the residual
-    channels to keep, in rising order; None = those that vary most where they are read, as far as weights tell. What a span's
-    experts share, the text, time and output paths, is the first one's. The arithmetic runs on `device`, in float32.
-    Raises ValueError for a tensor that is not finite or finds no place.
+    `text_samples` (n, T) are embeddings of real prompts' words; without them, normal ones stand in.
+    `channels` are the residual channels to keep, in rising order; None = those that vary most where they are
+    read, as far as weights tell. What a span's experts share, the text, time and output paths, is the first
+    one's. The arithmetic runs on `device`, in float32. Raises ValueError for a tensor that is not finite or
+    finds no place.
     """
     began, config, teacher = time.perf_counter(), dict(student.config), experts[0].config
     spans = [part.tolist() for part in np.array_split(np.arange(teacher["num_layers"]), config["depth"])]
@@ -140,7 +147,8 @@ class _Target:
     def __setitem__(self, name, tensor):
         if tensor.shape != self.tensors[name].shape or not torch.isfinite(tensor).all():
             raise AssertionError(
-                f"projection made {name} {tuple(tensor.shape)} of {tuple(self.tensors[name].shape)}, or values in "
+                f"projection made {name} {tuple(tensor.shape)} of {tuple(self.tensors[name].shape)}, or "
+                f"values in "
                 "it that are not finite"
             )
         self.unwritten.remove(name)
@@ -148,7 +156,9 @@ class _Target:
 
 
 def _check_coverage(readers, target, report):
-    """Stop where a teacher tensor found no place or a student tensor got no value; of a second expert only blocks are used."""
+    """Stop where a teacher tensor found no place or a student tensor got no value; of a second expert only
+    blocks are used.
+    """
     for position, reader in enumerate(readers):
         unread = sorted(reader.files.places.keys() - reader.read)
         lost = [name for name in unread if position == 0 or name.startswith("blocks.")]
@@ -164,14 +174,15 @@ def _check_coverage(readers, target, report):
     report.num_read, report.num_written = sum(len(reader.read) for reader in readers), len(target.tensors)
 
 
-# ---- which channels ------------------------------------------------------------------------------------------------------
+# ---- which channels ----------------------------------------------------------------------------------------
 
 
 def _choose_channels(readers, times, width, channels, report):
     """Return the residual channels to keep, and how much larger their deviation is than that of all channels.
 
-    A channel counts by the variance that is read of it: what was written to it up to there, every writer in equal shares, divided
-    by the LayerNorm and multiplied by the modulation. The head counts as much as all blocks, it alone says the velocity.
+    A channel counts by the variance that is read of it: what was written to it up to there, every writer in
+    equal shares, divided by the LayerNorm and multiplied by the modulation. The head counts as much as all
+    blocks, it alone says the velocity.
     """
     mean, power = times["modulation"].mean(0), times["modulation"].square().mean(0)  # (6, D)
     read = present = 0.0
@@ -201,7 +212,7 @@ def _share(energy):
     return energy / energy.sum()
 
 
-# ---- time and text -------------------------------------------------------------------------------------------------------
+# ---- time and text -----------------------------------------------------------------------------------------
 
 TIME_LAYERS = [
     f"condition_embedder.{layer}"
@@ -210,7 +221,9 @@ TIME_LAYERS = [
 
 
 def _watch_time(reader, freq_dim):
-    """Return what the time path computes on a grid of timesteps: neurons and embedding (grid, D), modulation (grid, 6, D)."""
+    """Return what the time path computes on a grid of timesteps: neurons and embedding (grid, D), modulation
+    (grid, 6, D).
+    """
     first, second = ((reader(f"{layer}.weight"), reader(f"{layer}.bias")) for layer in TIME_LAYERS[:2])
     grid = Timesteps(freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)(
         torch.linspace(0, 1000, 1001, device=first[0].device)
@@ -255,7 +268,9 @@ def _project_time(reader, times, channels, norm_scale, target):
 
 
 def _project_text(reader, config, samples, target, report):
-    """Keep the text embedder's neurons that matter and the basis that its words span; returns that basis (D, d)."""
+    """Keep the text embedder's neurons that matter and the basis that its words span; returns that basis (D,
+    d).
+    """
     prefix = "condition_embedder.text_embedder."
     first, first_bias = reader(f"{prefix}linear_1.weight"), reader(f"{prefix}linear_1.bias")
     second, second_bias = reader(f"{prefix}linear_2.weight"), reader(f"{prefix}linear_2.bias")
@@ -283,7 +298,9 @@ def _project_text(reader, config, samples, target, report):
 
 
 def _text_samples(samples, width):
-    """Return at most TEXT_SAMPLES words, evenly picked, and as many zeros as padding deserves; normal ones where none are given."""
+    """Return at most TEXT_SAMPLES words, evenly picked, and as many zeros as padding deserves; normal ones
+    where none are given.
+    """
     if samples is None:
         samples = torch.randn(TEXT_SAMPLES, width, generator=torch.Generator().manual_seed(0))
     samples = samples[:: max(1, len(samples) // TEXT_SAMPLES)].float()
@@ -291,7 +308,9 @@ def _text_samples(samples, width):
 
 
 def _refit(weight, bias, inputs, wanted, ridge=1e-6):
-    """Return weight and bias whose outputs are nearest to `wanted`, near the given ones where the inputs say nothing."""
+    """Return weight and bias whose outputs are nearest to `wanted`, near the given ones where the inputs say
+    nothing.
+    """
     residual = wanted - (inputs @ weight.T + bias)
     if residual.abs().max() <= 1e-5 * wanted.abs().max():
         return weight, bias
@@ -302,11 +321,13 @@ def _refit(weight, bias, inputs, wanted, ridge=1e-6):
     return weight + change[:, :-1], bias + change[:, -1]
 
 
-# ---- blocks, head ---------------------------------------------------------------------------------------------------------
+# ---- blocks, head ------------------------------------------------------------------------------------------
 
 
 def _project_span(cutter, readers, span, index, target, report):
-    """Project the teacher blocks of a span into one student block, from the expert whose cut keeps more energy."""
+    """Project the teacher blocks of a span into one student block, from the expert whose cut keeps more
+    energy.
+    """
     found = [cut_span(cutter, reader, span) for reader in readers]
     tensors, cut, kept, name = max(found, key=lambda each: sum(each[2].values()))  # ties go to the first
     for short, tensor in tensors.items():
@@ -318,7 +339,9 @@ def _project_span(cutter, readers, span, index, target, report):
 
 
 def _project_head(reader, channels, norm_scale, times, target):
-    """Cut the output layer; its scale is table + time embedding, so norm_scale goes to the table, for the mean embedding."""
+    """Cut the output layer; its scale is table + time embedding, so norm_scale goes to the table, for the
+    mean embedding.
+    """
     full, embedding = reader("scale_shift_table"), times["embedding"].mean(0)
     table = full[:, :, channels]
     table[:, 1] += (norm_scale - 1) * (1 + table[:, 1] + embedding[channels])

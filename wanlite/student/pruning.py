@@ -1,7 +1,9 @@
-"""A span of teacher blocks -> one student block: of the heads and neurons that write most, what the kept channels read and write.
+"""A span of teacher blocks -> one student block: of the heads and neurons that write most, what the kept
+channels read and write.
 
-The student's modulation is one for the span: what a block of it says otherwise is folded into its matrices. What dropped channels,
-heads and neurons say whatever the input goes to biases, and norms are scaled so that kept channels are divided by what all were.
+The student's modulation is one for the span: what a block of it says otherwise is folded into its matrices.
+What dropped channels, heads and neurons say whatever the input goes to biases, and norms are scaled so that
+kept channels are divided by what all were.
 
 Legend: D d teacher and student width, F f feed-forward neurons; capital = teacher.
 """
@@ -29,7 +31,9 @@ class Cutter:
 
 
 def cut_span(cutter, reader, span):
-    """Return one student block's tensors, what rows of which block they are, the energy kept per group, and the expert's name."""
+    """Return one student block's tensors, what rows of which block they are, the energy kept per group, and
+    the expert's name.
+    """
     channels, norm_scale, rows = cutter.channels, cutter.norm_scale, list(SCALE)
     prefixes = [f"blocks.{number}." for number in span]
     full_tables = torch.stack(
@@ -78,7 +82,9 @@ def cut_span(cutter, reader, span):
 
 @dataclass
 class _Fold:
-    """What a block's matrices take up so that the modulation of its span serves it: exactly 1, 0, 1 for a span of one block."""
+    """What a block's matrices take up so that the modulation of its span serves it: exactly 1, 0, 1 for a
+    span of one block.
+    """
 
     scale: torch.Tensor  # (d,) for the columns of its readers
     shift: torch.Tensor  # (d,)
@@ -102,7 +108,9 @@ def _fold_modulation(own, shared, over_time):
 
 
 def _ratio(own, shared):
-    """Least squares of own = ratio * shared over the first dimension; 1 where they are equal or the shared one vanishes."""
+    """Least squares of own = ratio * shared over the first dimension; 1 where they are equal or the shared
+    one vanishes.
+    """
     power = shared.square().sum(0)
     return torch.where(
         (own == shared).all(0) | (power <= 1e-8 * power.mean()),
@@ -130,8 +138,8 @@ def _cut_writer(reader, name, channels, gate):
 
 
 def _cut_attention(reader, prefix, channels, text_basis, fold, num_heads):
-    """Return one block's attention, of the heads that write most, between the student's residual channels (or text basis) and
-    the teacher's own rows."""
+    """Return one block's attention, of the heads that write most, between the student's residual channels (or
+    text basis) and the teacher's own rows."""
     cut = {"q": _cut_reader(reader, f"{prefix}to_q", channels, fold)}
     for kind in "kv":
         cut[kind] = (
@@ -148,7 +156,9 @@ def _cut_attention(reader, prefix, channels, text_basis, fold, num_heads):
 
 
 def _weigh_heads(cut, full, num_heads):
-    """Note what each head writes, the squared norm of its output times its value matrix, and keep the heads that write most."""
+    """Note what each head writes, the squared norm of its output times its value matrix, and keep the heads
+    that write most.
+    """
     outputs, values = cut["o"].unflatten(1, (-1, full)), cut["v"][0].unflatten(0, (-1, full))
     writes = torch.stack([(outputs[:, head] @ values[head]).square().sum() for head in range(len(values))])
     cut |= {
@@ -196,7 +206,9 @@ def _row_power(weight, bias):
 
 
 def _join_heads(cuts, config, full, name, picked, kept):
-    """Keep the heads that write most, of all blocks in a span, and their rotary pairs; returns a student attention's tensors."""
+    """Keep the heads that write most, of all blocks in a span, and their rotary pairs; returns a student
+    attention's tensors.
+    """
     num_heads, size = config["num_heads"], config["hidden_size"] // config["num_heads"]
     joined = {key: [] for key in ("q", "k", "v", "o", "q_gain", "k_gain", "q_power", "k_power")}
     picks, energy, total = {kind: [] for kind in "qkv"}, 0.0, float(sum(cut["energy"] for cut in cuts))
@@ -242,10 +254,12 @@ def _join_heads(cuts, config, full, name, picked, kept):
 
 
 def _rotary_rows(cut, rows, full, size, has_rotary):
-    """Choose `size` of a head's `full` query and key channels as whole rotary pairs, each axis with the share that Wan gives it.
+    """Choose `size` of a head's `full` query and key channels as whole rotary pairs, each axis with the share
+    that Wan gives it.
 
-    Per head Wan lays out [time | height | width]; a smaller head has fewer and coarser-spaced frequencies, so each of its spatial
-    pairs takes the teacher's pair of nearest log-frequency. Time pairs stand still at one frame: the strongest are kept.
+    Per head Wan lays out [time | height | width]; a smaller head has fewer and coarser-spaced frequencies, so
+    each of its spatial pairs takes the teacher's pair of nearest log-frequency. Time pairs stand still at one
+    frame: the strongest are kept.
     """
     if size == full:
         return torch.arange(full)
@@ -271,7 +285,9 @@ def _axis_pairs(size):
 
 
 def _cut_value(value, bias, output, size):
-    """Shrink a head's values to `size` channels by the best low-rank form of output @ value; returns also the bias it loses."""
+    """Shrink a head's values to `size` channels by the best low-rank form of output @ value; returns also the
+    bias it loses.
+    """
     if size == len(value):
         return value, bias, output, torch.zeros(len(output))
     q_out, r_out = torch.linalg.qr(output)

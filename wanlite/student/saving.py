@@ -1,8 +1,9 @@
-"""A student's config and tensors -> its folder, so that a reader finds the old student or the new one, never a mixture.
+"""A student's config and tensors -> its folder, so that a reader finds the old student or the new one, never
+a mixture.
 
-A save is staged in a hidden folder and flushed; its list of files is written last, and from then on it will happen: the next
-save finishes what a killed one began. Renaming the weights is the moment at which the new student is there, for they carry their
-config; config.json follows.
+A save is staged in a hidden folder and flushed; its list of files is written last, and from then on it will
+happen: the next save finishes what a killed one began. Renaming the weights is the moment at which the new
+student is there, for they carry their config; config.json follows.
 """
 
 import json
@@ -25,11 +26,13 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 ALIGNED = 64  # bytes of a cache line
 COMPILED = "_orig_mod."  # in the names of a module's tensors where torch.compile has wrapped it
 CHANGES = {  # what was found in a layer -> what can be saved instead
-    "an adapter": "Fuse it into the weights (fuse_lora, then unload_lora), or save it alone (save_lora_adapter).",
+    "an adapter": "Fuse it into the weights (fuse_lora, then unload_lora), or save it alone "
+    "(save_lora_adapter).",
     "quantised weights": "Save the student before it is quantised, and quantise it after loading.",
     "a parametrization": "Remove the parametrization; its result stays as the layer's weights.",
     "weights sharded over devices": "Gather their tensors first.",
-    "offloaded weights": "Remove the hooks that offload it first (accelerate.hooks.remove_hook_from_module with recurse=True).",
+    "offloaded weights": "Remove the hooks that offload it first (accelerate.hooks.remove_hook_from_module "
+    "with recurse=True).",
     "weights of another dtype": "Convert the student to float32, float16 or bfloat16 first.",
     "another layer than a student's": "Put the student's own layers back, or load it again.",
 }
@@ -41,12 +44,16 @@ SIGNS = {  # how it shows in the names of tensors; else it shows in the tensors
 
 
 def plain_names(tensors):
-    """Return {name: tensor} of modules that torch.compile has wrapped under the names that they have without it."""
+    """Return {name: tensor} of modules that torch.compile has wrapped under the names that they have without
+    it.
+    """
     return {name.replace(COMPILED, ""): tensor for name, tensor in tensors.items()}
 
 
 def check_savable(tensors, shapes, place):
-    """Refuse to save what from_pretrained would refuse to load: `shapes` is {name: shape} of what belongs to the student."""
+    """Refuse to save what from_pretrained would refuse to load: `shapes` is {name: shape} of what belongs to
+    the student.
+    """
     changed: dict[str, dict[str, str]] = {}  # what was found: {layer: how it shows}
     for name in sorted(tensors.keys() | shapes.keys()):
         if change := _find_change(name, tensors.get(name), shapes.get(name)):
@@ -60,7 +67,8 @@ def check_savable(tensors, shapes, place):
         )
     if broken := not_finite(tensors):
         raise ValueError(
-            f"{place}: not saved, {len(broken)} tensors hold NaN or infinity, first {broken[0]}. Go back to an "
+            f"{place}: not saved, {len(broken)} tensors hold NaN or infinity, first {broken[0]}. Go back to "
+            f"an "
             "earlier checkpoint and lower the learning rate."
         )
 
@@ -73,7 +81,9 @@ def _describe(change, signs):
 
 
 def _find_change(name, tensor, shape):
-    """Return what was found in the layer of a tensor, the layer, and how it shows; None for a tensor as a student has it."""
+    """Return what was found in the layer of a tensor, the layer, and how it shows; None for a tensor as a
+    student has it.
+    """
     for change, pattern in SIGNS.items():
         if match := re.search(pattern, name):
             return change, name[: match.start()], match[1]
@@ -107,7 +117,8 @@ def _find_change(name, tensor, shape):
 
 
 def save_student(folder, config, tensors, variant=None, max_shard_size="10GB"):
-    """Write a student into `folder`, in shards where it is larger than `max_shard_size`; earlier weights of this variant go.
+    """Write a student into `folder`, in shards where it is larger than `max_shard_size`; earlier weights of
+    this variant go.
 
     `config` is JSON text. Raises OSError where it does not fit on the disk; the student that was there stays.
     """
@@ -142,10 +153,11 @@ def save_student(folder, config, tensors, variant=None, max_shard_size="10GB"):
 
 
 def write_weights(path, tensors, metadata):
-    """Write {name: tensor} as safetensors: the same tensors are the same bytes, and they lie in memory as torch would lay them.
+    """Write {name: tensor} as safetensors: the same tensors are the same bytes, and they lie in memory as
+    torch would lay them.
 
-    The library's own writer orders metadata at random and aligns to 8 bytes; mapped from there, weights are the same numbers and
-    what is computed with them differs in the last bit.
+    The library's own writer orders metadata at random and aligns to 8 bytes; mapped from there, weights are
+    the same numbers and what is computed with them differs in the last bit.
     """
     names = sorted(
         tensors, key=lambda name: (tensors[name].nbytes % ALIGNED != 0, name)
@@ -168,7 +180,8 @@ def write_weights(path, tensors, metadata):
 
 @contextmanager
 def _staged(folder):
-    """Yield a hidden folder to write a save into, gone afterwards; what killed savers left is finished or removed first.
+    """Yield a hidden folder to write a save into, gone afterwards; what killed savers left is finished or
+    removed first.
 
     A living saver holds the lock of its folder.
     """
@@ -193,7 +206,9 @@ def _staged(folder):
 
 
 def _publish(stage, folder):
-    """Move staged files into place in the order in which a reader may meet them, then remove what the older save left."""
+    """Move staged files into place in the order in which a reader may meet them, then remove what the older
+    save left.
+    """
     listed = json.loads((stage / LIST).read_text(encoding="utf-8"))
     names, infix = listed["files"], listed["infix"]
     for name in names:  # shards before the index that names them

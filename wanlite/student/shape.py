@@ -22,18 +22,22 @@ def check_cut(teacher, student):
         head_dim = student["hidden_size"] / student["num_heads"]
         reasons.append(
             f"{student['num_heads']} heads of {head_dim:g} channels cannot be cut from heads of "
-            f"{teacher['attention_head_dim']}: a head keeps whole rotary pairs of every axis, an even number from 6 to "
+            f"{teacher['attention_head_dim']}: a head keeps whole rotary pairs of every axis, an even number "
+            f"from 6 to "
             f"{teacher['attention_head_dim']}"
         )
     if reasons:
         raise ValueError(
-            f"{'; '.join(reasons)}. The nearest shapes that can be cut: {_nearest(teacher, student)}; or take "
+            f"{'; '.join(reasons)}. The nearest shapes that can be cut: {_nearest(teacher, student)}; or "
+            f"take "
             "--projection none for a random start."
         )
 
 
 def student_shape(teacher, hidden_size=None, depth=None, num_heads=None, ffn_dim=None):
-    """Return the arguments of a student for a teacher of this config; where a size is None, the teacher's decides."""
+    """Return the arguments of a student for a teacher of this config; where a size is None, the teacher's
+    decides.
+    """
     width = _width(teacher)
     hidden_size = hidden_size or (1024 if width >= 1024 else width // 2)
     depth = depth or min(16, teacher["num_layers"])
@@ -51,7 +55,9 @@ def student_shape(teacher, hidden_size=None, depth=None, num_heads=None, ffn_dim
 
 
 def default_heads(teacher, hidden_size, depth):
-    """Return the most heads that can be cut, of half the teacher's head size or more: measured better than fewer whole heads."""
+    """Return the most heads that can be cut, of half the teacher's head size or more: measured better than
+    fewer whole heads.
+    """
     counts = [
         heads
         for heads in range(1, _limits(teacher, depth)["num_heads"] + 1)
@@ -66,7 +72,9 @@ def _width(teacher):
 
 
 def _limits(teacher, depth):
-    """Return the largest shape that can be cut; a student block pools the heads and neurons of all blocks in its span."""
+    """Return the largest shape that can be cut; a student block pools the heads and neurons of all blocks in
+    its span.
+    """
     pooled = max(1, teacher["num_layers"] // depth)
     return {
         "hidden_size": _width(teacher),

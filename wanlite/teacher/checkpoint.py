@@ -1,6 +1,7 @@
 """A Wan folder -> its experts' tensors, checked by their headers and read one at a time.
 
-Official, diffusers and ComfyUI layouts, both key dialects, two experts (A14B) or one (2.1, 5B); all is said in diffusers' words.
+Official, diffusers and ComfyUI layouts, both key dialects, two experts (A14B) or one (2.1, 5B); all is said
+in diffusers' words.
 """
 
 import hashlib
@@ -31,7 +32,8 @@ from ..files.atomic import (
 
 BOUNDARY = 0.875  # Wan2.2 A14B: noise levels from here on belong to the high-noise expert
 
-# Official name -> diffusers' name. The order matters: head.modulation before modulation. norm2 and norm3 are swapped.
+# Official name -> diffusers' name. The order matters: head.modulation before modulation. norm2 and norm3 are
+# swapped.
 _TO_DIFFUSERS = [
     (re.compile(pattern), name)
     for pattern, name in (
@@ -67,7 +69,8 @@ _SINGLE_FILES = (
 )  # where they lie: all in one folder, or in ComfyUI's models/, and deeper there
 _ONE_OF_TWO = {
     name: re.compile(  # in the name of an expert's single file, or of its folder
-        rf"(?:(?<![A-Za-z])|(?<=2[Vv]))(?i:{name}(?=[-_. ]?noise|[^a-z]|$)|{name[0]}n(?=[^a-z]|$))"  # _high_ HIGH-noise t2v_hn
+        # _high_ HIGH-noise t2v_hn
+        rf"(?:(?<![A-Za-z])|(?<=2[Vv]))(?i:{name}(?=[-_. ]?noise|[^a-z]|$)|{name[0]}n(?=[^a-z]|$))"
         rf"|(?<![A-Z]){word}(?![a-z])|{word}[-_. ]?(?i:noise)|(?<=[A-Z]){name}[-_. ]?(?i:noise)"
     )  # wan22High T2VHighNoise
     for name, word in (("high", "High"), ("low", "Low"))
@@ -139,7 +142,9 @@ _FP8_MARKS = (
 
 
 def diffusers_name(name):
-    """Return diffusers' name for a tensor of either dialect; raises ValueError for a name that no text-to-video Wan has."""
+    """Return diffusers' name for a tensor of either dialect; raises ValueError for a name that no
+    text-to-video Wan has.
+    """
     for pattern, template in _TO_DIFFUSERS:
         if pattern.match(name):
             return pattern.sub(template, name)
@@ -147,7 +152,8 @@ def diffusers_name(name):
         return name
     other = next((other for pattern, other in _OTHER_WANS if pattern.search(name)), "nothing known")
     raise ValueError(
-        f"tensor {name!r} is no tensor of a text-to-video Wan transformer, in the official or in diffusers' names "
+        f"tensor {name!r} is no tensor of a text-to-video Wan transformer, in the official or in diffusers' "
+        f"names "
         f"(it belongs to {other}). Choose a text-to-video Wan."
     )
 
@@ -165,7 +171,8 @@ class ExpertFiles:
     )  # of scaled fp8 weights: diffusers' name -> (rows, 1, ...)
 
     def read(self, name, dtype=torch.float32, rows=None):
-        """Read one tensor by diffusers' name, or only the `rows` (a slice) of its first dimension; scales are multiplied in.
+        """Read one tensor by diffusers' name, or only the `rows` (a slice) of its first dimension; scales are
+        multiplied in.
 
         Raises ValueError for values that are not finite.
         """
@@ -196,12 +203,15 @@ class ExpertFiles:
 
 
 def _mapped(path):
-    """Open a safetensors file for its tensors, for which all of it is mapped, as private memory; its header costs nothing."""
+    """Open a safetensors file for its tensors, for which all of it is mapped, as private memory; its header
+    costs nothing.
+    """
     try:
         return safe_open(path, "pt")
     except RuntimeError as error:
         raise OSError(
-            f"{path}: {path.stat().st_size / 1e9:,.1f} GB cannot be mapped into this machine's memory ({error}). Take "
+            f"{path}: {path.stat().st_size / 1e9:,.1f} GB cannot be mapped into this machine's memory "
+            f"({error}). Take "
             "the official or diffusers layout, whose shards are smaller, or add swap."
         ) from None
 
@@ -251,14 +261,16 @@ def sampled_digest(files):
 
 
 def open_teacher_files(folder):
-    """Find the experts in a Wan folder and check their headers; no tensor but the scales of fp8 weights is read.
+    """Find the experts in a Wan folder and check their headers; no tensor but the scales of fp8 weights is
+    read.
 
     Raises OSError for what is missing or cut short and ValueError for what belongs to no or to another Wan.
     """
     folder = Path(os.path.expanduser(folder)).absolute()
     if not folder.is_dir():
         raise OSError(
-            f"{folder}: no such folder. Expected a Wan checkpoint: transformer/ and transformer_2/ (diffusers), "
+            f"{folder}: no such folder. Expected a Wan checkpoint: transformer/ and transformer_2/ "
+            f"(diffusers), "
             "high_noise_model/ and low_noise_model/ (official), or diffusion_models/ (ComfyUI)."
         )
     index_path = folder / "model_index.json"
@@ -301,8 +313,9 @@ def open_teacher_files(folder):
 def _single_files(folder):
     """Return {expert: file} of ComfyUI's single files in a folder, or nothing where there are none.
 
-    A file is known by its tensors, and by its name which of two experts it is; those that lie deepest are looked at last.
-    Raises OSError for one without the other and ValueError where the files leave open which are meant, or are of other Wans.
+    A file is known by its tensors, and by its name which of two experts it is; those that lie deepest are
+    looked at last. Raises OSError for one without the other and ValueError where the files leave open which
+    are meant, or are of other Wans.
     """
     others = []
     for paths in weights_by_depth(folder, _SINGLE_FILES):
@@ -331,9 +344,12 @@ def _add_expert(experts, path, folder):
     name = next(names, "only")
     if name in experts or (experts and "only" in (name, *experts)):
         raise ValueError(
-            f"{folder}: both {next(iter(experts.values())).name} and {path.name} are text-to-video Wans, expected "
-            "one, or the high_noise and the low_noise one of a pair, in one precision. Put the files of one teacher "
-            "into a folder of their own (links will do) and name that. Two experts are told apart by high and low, "
+            f"{folder}: both {next(iter(experts.values())).name} and {path.name} are text-to-video Wans, "
+            f"expected "
+            "one, or the high_noise and the low_noise one of a pair, in one precision. Put the files of one "
+            "teacher "
+            "into a folder of their own (links will do) and name that. Two experts are told apart by high "
+            "and low, "
             "high_noise and low_noise, or hn and ln in their names."
         )
     experts[name] = path
@@ -345,14 +361,17 @@ def _pair_of(experts, folder):
         other = "low" if name == "high" else "high"
         found = name_not_read(path for path in path.parent.iterdir() if _ONE_OF_TWO[other].search(path.name))
         raise OSError(
-            f"{folder}: {path.name} is one of two experts, and there is no {other}_noise file in {path.parent}"
+            f"{folder}: {path.name} is one of two experts, and there is no {other}_noise file in "
+            f"{path.parent}"
             f"{f'; {found}' if found else '. Download it into that folder.'}"
         )
     return dict(sorted(experts.items()))
 
 
 def _kind_of(path):
-    """Return in words which Wan a safetensors file holds, None where it holds none; raises OSError for half a file."""
+    """Return in words which Wan a safetensors file holds, None where it holds none; raises OSError for half a
+    file.
+    """
     open_regular(path).close()
     try:
         with safe_open(path, "np") as file:
@@ -377,7 +396,8 @@ def _boundary(index, path):
     boundary = BOUNDARY if index.get("boundary_ratio") is None else index["boundary_ratio"]
     if isinstance(boundary, bool) or not isinstance(boundary, (int, float)) or not 0 <= boundary <= 1:
         raise ValueError(
-            f"{path}: boundary_ratio is {boundary!r}, expected a noise level from 0 to 1; A14B has {BOUNDARY}."
+            f"{path}: boundary_ratio is {boundary!r}, expected a noise level from 0 to 1; A14B has "
+            f"{BOUNDARY}."
         )
     return float(boundary)
 
@@ -390,7 +410,8 @@ def _check_same_size(folder, high, low):
     ]
     if differences:
         raise ValueError(
-            f"{folder}: {high.folder.name} and {low.folder.name} differ in size ({', '.join(differences)}); they are "
+            f"{folder}: {high.folder.name} and {low.folder.name} differ in size ({', '.join(differences)}); "
+            f"they are "
             "experts of two teachers. Download the folder again."
         )
 
@@ -408,13 +429,15 @@ def _open_expert(name, folder):
     held = {stored_name for _, stored_name, _ in places.values()}
     if broken := sorted(key for key in promised if _is_weight(key) and key not in held):
         raise ValueError(
-            f"{folder}: the index promises {broken[0]} in {promised[broken[0]]}, no shard holds it ({len(broken)} in "
+            f"{folder}: the index promises {broken[0]} in {promised[broken[0]]}, no shard holds it "
+            f"({len(broken)} in "
             "all). Index and shards are of two downloads: download the expert again."
         )
     config = _config_in_diffusers_words(folder, places)
     if config["in_channels"] != config["out_channels"]:
         raise ValueError(
-            f"{folder}: takes {config['in_channels']} channels and gives {config['out_channels']}: an image-to-video "
+            f"{folder}: takes {config['in_channels']} channels and gives {config['out_channels']}: an "
+            f"image-to-video "
             "or control Wan. Expected as many in as out: choose a text-to-video Wan."
         )
     _check_shapes(folder, config, places)
@@ -451,12 +474,14 @@ def _read_header(path, names, places, scales):
             name, stored = diffusers_name(names[key]), file.get_slice(key)
             if name in places:
                 raise ValueError(
-                    f"{key} stands in {places[name][0].name} and in {path.name}. Keep the files of one download, in "
+                    f"{key} stands in {places[name][0].name} and in {path.name}. Keep the files of one "
+                    f"download, in "
                     "one precision."
                 )
             if stored.get_dtype() not in _DTYPES:
                 raise ValueError(
-                    f"{key} is stored as {stored.get_dtype()}, expected one of {', '.join(_DTYPES)}. Choose a "
+                    f"{key} is stored as {stored.get_dtype()}, expected one of {', '.join(_DTYPES)}. Choose "
+                    f"a "
                     "download in one of these."
                 )
             places[name] = (path, key, tuple(stored.get_shape()))
@@ -473,12 +498,14 @@ def _spread_scales(folder, scales, places):
         shape = places[name][2]
         if not scale.is_floating_point() or scale.numel() not in (1, shape[0]):
             raise ValueError(
-                f"{folder}: the scale of {name} is {scale.dtype} {tuple(scale.shape)}, expected one float or one a "
+                f"{folder}: the scale of {name} is {scale.dtype} {tuple(scale.shape)}, expected one float or "
+                f"one a "
                 f"row ({shape[0]}). Choose a download in plain or scaled fp8, or in bf16."
             )
         if not (torch.isfinite(scale) & (scale > 0)).all():
             raise ValueError(
-                f"{folder}: the scale of {name} holds {scale.min().item()}, expected finite numbers above 0. Download "
+                f"{folder}: the scale of {name} holds {scale.min().item()}, expected finite numbers above 0. "
+                f"Download "
                 "the expert again."
             )
         spread[name] = (
@@ -493,7 +520,8 @@ def _check_shapes(folder, config, places):
     missing, unknown = sorted(expected.keys() - places.keys()), sorted(places.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(
-            f"{folder}: tensors differ from what {source} implies; missing {missing[:3]} ({len(missing)}), unknown "
+            f"{folder}: tensors differ from what {source} implies; missing {missing[:3]} ({len(missing)}), "
+            f"unknown "
             f"{unknown[:3]} ({len(unknown)}). A shard is absent or of another Wan: download the expert again."
         )
     for key, (path, _, shape) in places.items():
@@ -530,38 +558,46 @@ def _promised_by_index(folder):
 
 
 def _weight_files(folder, promised):
-    """Return the safetensors files of one expert: those that the index or their own numbers promise, or the only one."""
+    """Return the safetensors files of one expert: those that the index or their own numbers promise, or the
+    only one.
+    """
     if folder.is_file():
         if unfinished := [suffix for suffix in _UNFINISHED if Path(f"{folder}{suffix}").exists()]:
             raise OSError(
-                f"{folder}{unfinished[0]}: a download that did not finish. Let it end, or delete this file if the other "
+                f"{folder}{unfinished[0]}: a download that did not finish. Let it end, or delete this file "
+                f"if the other "
                 "is whole."
             )
         return [folder]
     if unfinished := [path.name for path in visible(folder.glob("*")) if path.suffix in _UNFINISHED]:
         raise OSError(
-            f"{folder}: {unfinished[0]} is a download that did not finish. Download the expert again, or delete this "
+            f"{folder}: {unfinished[0]} is a download that did not finish. Download the expert again, or "
+            f"delete this "
             "file if every other is whole."
         )
     names = {path.name for path in visible(folder.glob("*.safetensors"))}
     if not names and not promised:
         found = name_not_read(folder.iterdir())
         raise OSError(
-            f"{folder}: holds no .safetensors file; {found or 'expected an expert in it. Download the expert again.'}"
+            f"{folder}: holds no .safetensors file; "
+            f"{found or 'expected an expert in it. Download the expert again.'}"
         )
     wanted = set(promised.values()) or {
         sibling for name in _plain(folder, names) for sibling in (name, *_siblings(name))
     }
     if missing := sorted(wanted - names):
         raise OSError(
-            f"{folder}: shard {missing[0]} is missing, its index or its siblings promise it ({len(missing)} of "
+            f"{folder}: shard {missing[0]} is missing, its index or its siblings promise it ({len(missing)} "
+            f"of "
             f"{len(wanted)} are missing). Download it again."
         )
     return [folder / name for name in sorted(wanted)]
 
 
 def _plain(folder, names):
-    """Return the files that diffusers reads where it is asked for no variant, as x.safetensors beside x.fp16.safetensors."""
+    """Return the files that diffusers reads where it is asked for no variant, as x.safetensors beside
+    x.fp16.safetensors.
+    """
     plain = {name for name in names if "." not in name.removesuffix(".safetensors")}
     if plain and plain != names:
         warnings.warn(
@@ -622,7 +658,8 @@ def _check_sizes(path, config, names):
         size, most = config[name], _MOST.get(name, _MOST_SIZE)
         if type(size) is not int or not 1 <= size <= most:
             raise ValueError(
-                f"{path}: {name} is {size!r:.60}, expected a whole number from 1 to {most:,}. Download it again."
+                f"{path}: {name} is {size!r:.60}, expected a whole number from 1 to {most:,}. Download it "
+                f"again."
             )
 
 
@@ -648,7 +685,9 @@ def _check_others(path, config):
 
 
 def _sizes_of(path, places):
-    """Return the sizes of a single file, which has no config.json, in the official words: all but the heads' from its shapes."""
+    """Return the sizes of a single file, which has no config.json, in the official words: all but the heads'
+    from its shapes.
+    """
     shapes = {name: place[2] for name, place in places.items()}
     try:
         width, channels, *patch = shapes["patch_embedding.weight"]
@@ -667,7 +706,8 @@ def _sizes_of(path, places):
         ) from None
     if width % HEAD_SIZE:
         raise ValueError(
-            f"{path}: has a width of {width}, expected a multiple of {HEAD_SIZE}, the head size of every Wan. Choose "
+            f"{path}: has a width of {width}, expected a multiple of {HEAD_SIZE}, the head size of every "
+            f"Wan. Choose "
             "another layout of this teacher, which has a config.json."
         )
     return sizes

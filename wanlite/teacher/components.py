@@ -1,13 +1,15 @@
-"""The parts of an official or a ComfyUI folder -> diffusers' parts, converted once; no torch until something is converted.
+"""The parts of an official or a ComfyUI folder -> diffusers' parts, converted once; no torch until something
+is converted.
 
     official                          ComfyUI, in these folders of models/ or all in one        diffusers
     Wan2.1_VAE.pth, Wan2.2_VAE.pth    vae/wan_2.1_vae.safetensors, wan2.2_vae.safetensors       vae/          AutoencoderKLWan
     models_t5_umt5-xxl-enc-bf16.pth   text_encoders/umt5_xxl_fp16.safetensors, fp8 as well      text_encoder/ UMT5EncoderModel
     google/umt5-xxl/                  in the text encoder, as the tensor spiece_model           tokenizer/
 
-Sizes are read off the tensors. A pickle is opened for tensors alone, mapped, and no code in it runs. A ComfyUI file is known by its
-tensors, whatever its name; only of an autoencoder it has to say wan, for Qwen's has the same tensors.
-Facts: Wan-Video/Wan2.2, wan/modules/vae2_1.py, vae2_2.py and t5.py; ComfyUI, comfy/text_encoders/wan.py and comfy/sd.py.
+Sizes are read off the tensors. A pickle is opened for tensors alone, mapped, and no code in it runs. A
+ComfyUI file is known by its tensors, whatever its name; only of an autoencoder it has to say wan, for Qwen's
+has the same tensors. Facts: Wan-Video/Wan2.2, wan/modules/vae2_1.py, vae2_2.py and t5.py; ComfyUI,
+comfy/text_encoders/wan.py and comfy/sd.py.
 """
 
 import math
@@ -229,7 +231,8 @@ def find_parts(folder):
         found |= single
     if missing := [f"{part} ({EXPECTED[part]}{others.get(part, '')})" for part in PARTS if part not in found]:
         raise OSError(
-            f"{folder}: lacks {', '.join(missing)}, which training and inference need. Download the folder again, or "
+            f"{folder}: lacks {', '.join(missing)}, which training and inference need. Download the folder "
+            f"again, or "
             "put them there from another layout of the same model."
         )
     return found
@@ -241,7 +244,8 @@ def is_converted(found, part):
 
 
 def convert_parts(found, folder, say=print):
-    """Make vae/, text_encoder/ and tokenizer/ of diffusers' layout in `folder` of what find_parts() found, where they are not yet.
+    """Make vae/, text_encoder/ and tokenizer/ of diffusers' layout in `folder` of what find_parts() found,
+    where they are not yet.
 
     Raises OSError for a file that is not whole and ValueError for one of another model.
     """
@@ -265,13 +269,16 @@ def convert_parts(found, folder, say=print):
 def check_parts(found, teacher):
     """Refuse parts that find_parts() found and that are not whole, or not those of a teacher of this config.
 
-    Headers are held against configs, no tensor is read. A pickled text encoder is not opened for it: that takes long.
+    Headers are held against configs, no tensor is read. A pickled text encoder is not opened for it: that
+    takes long.
     """
     place, channels = found["vae"], autoencoder_config(found["vae"]).get("z_dim", 16)
     if channels != teacher["in_channels"]:
         raise ValueError(
-            f"{place}: has {channels} latent channels, the teacher's experts {teacher['in_channels']}. Put the "
-            "autoencoder of the same model there: TI2V-5B has Wan2.2's with 48, every other Wan has Wan2.1's with 16."
+            f"{place}: has {channels} latent channels, the teacher's experts {teacher['in_channels']}. Put "
+            f"the "
+            "autoencoder of the same model there: TI2V-5B has Wan2.2's with 48, every other Wan has Wan2.1's "
+            "with 16."
         )
     place = found["text_encoder"]
     if place.suffix != ".pth":
@@ -282,7 +289,8 @@ def check_parts(found, teacher):
         )
         if (config.get("model_type"), config.get("d_model")) != ("umt5", teacher["text_dim"]):
             raise ValueError(
-                f"{place}: is a {config.get('model_type')} of width {config.get('d_model')}, the teacher's experts "
+                f"{place}: is a {config.get('model_type')} of width {config.get('d_model')}, the teacher's "
+                f"experts "
                 f"expect a umt5 of width {teacher['text_dim']}. Put the text encoder of the same model there."
             )
     for part in PARTS:
@@ -308,7 +316,9 @@ def _check_tokenizer(folder):
 
 
 def _check_weights(part, folder):
-    """Refuse a part in diffusers' layout whose files are not whole, or hold other tensors than its config.json implies."""
+    """Refuse a part in diffusers' layout whose files are not whole, or hold other tensors than its
+    config.json implies.
+    """
     config, held = read_downloaded_json(folder / "config.json"), {}
     for path in _files_of(part, folder):
         held |= {name: shape for name, (_, shape) in _header(path).items()}
@@ -318,7 +328,8 @@ def _check_weights(part, folder):
     ):  # networks are made of them, and those of millions take hours
         if isinstance(config.get(name), int) and config[name] > len(held):
             raise ValueError(
-                f"{folder / 'config.json'}: {name} is {config[name]!r:.60}, expected no more than the {len(held)} "
+                f"{folder / 'config.json'}: {name} is {config[name]!r:.60}, expected no more than the "
+                f"{len(held)} "
                 "tensors beside it. Download it again."
             )
     if part == "vae":
@@ -332,7 +343,9 @@ def _check_weights(part, folder):
 
 
 def _check_statistics(config, path):
-    """Refuse statistics of latents that are not one number a channel; where there are none, diffusers has Wan2.1's."""
+    """Refuse statistics of latents that are not one number a channel; where there are none, diffusers has
+    Wan2.1's.
+    """
     for name, least in (("latents_mean", -math.inf), ("latents_std", 0)):
         values, channels = config.get(name, [1.0] * 16), config.get("z_dim", 16)
         is_list = isinstance(values, list) and all(
@@ -340,13 +353,16 @@ def _check_statistics(config, path):
         )
         if not is_list or len(values) != channels:
             raise ValueError(
-                f"{path}: {name} is {values!r:.60}, expected {channels} finite numbers{'' if least else ' above 0'}, "
+                f"{path}: {name} is {values!r:.60}, expected {channels} finite "
+                f"numbers{'' if least else ' above 0'}, "
                 "one a latent channel. Download it again."
             )
 
 
 def _files_of(part, folder):
-    """Return the safetensors files that a part's loader reads; an index is taken where there is no single file."""
+    """Return the safetensors files that a part's loader reads; an index is taken where there is no single
+    file.
+    """
     single = folder / f"{STEMS[part]}.safetensors"
     index = folder / f"{single.name}.index.json"
     if single.exists() or not index.exists():
@@ -357,7 +373,8 @@ def _files_of(part, folder):
                 if path.suffix == ".safetensors" or why_not_read(path)
             ]
             raise OSError(
-                f"{folder}: lacks {single.name}; found {', '.join(others) or 'no weights'}. Download it; one in another "
+                f"{folder}: lacks {single.name}; found {', '.join(others) or 'no weights'}. Download it; one "
+                f"in another "
                 "precision, as *.fp16.safetensors, will do under this name."
             )
         return [single]
@@ -369,7 +386,8 @@ def _files_of(part, folder):
     shards = [folder / name for name in sorted(set(shards.values()))]
     if missing := [path.name for path in shards if not path.exists()]:
         raise OSError(
-            f"{folder}: shard {missing[0]} is missing, {index.name} promises it ({len(missing)} of {len(shards)} are "
+            f"{folder}: shard {missing[0]} is missing, {index.name} promises it ({len(missing)} of "
+            f"{len(shards)} are "
             "missing). Download it again."
         )
     return shards
@@ -406,7 +424,8 @@ def autoencoder_config(place):
 
 
 def pixels_per_token(folder):
-    """Return how many pixels across a token has, by which sizes of pictures divide: 16, or 32 with Wan2.2's autoencoder.
+    """Return how many pixels across a token has, by which sizes of pictures divide: 16, or 32 with Wan2.2's
+    autoencoder.
 
     Raises ValueError where the autoencoder's config does not say it.
     """
@@ -436,11 +455,13 @@ def num_bytes(place):
     return sum(math.prod(shape) * (4 if dtype == "F32" else 2) for dtype, shape in _header(place).values())
 
 
-# ---- ComfyUI's single files ------------------------------------------------------------------------------------------------
+# ---- ComfyUI's single files --------------------------------------------------------------------------------
 
 
 def _single_parts(folder, lacking):
-    """Return {part: file} of what is lacking and ComfyUI's files hold, and {part: which others lie there, in words}."""
+    """Return {part: file} of what is lacking and ComfyUI's files hold, and {part: which others lie there, in
+    words}.
+    """
     files, found, others = _single_files(folder), {}, {}
     channels = set(files["expert"].values())
     fitting = {
@@ -450,8 +471,10 @@ def _single_parts(folder, lacking):
     for part in (part for part in lacking if part in fitting):
         if len(fitting[part]) > 1:
             raise ValueError(
-                f"{folder}: {' and '.join(path.name for path in fitting[part])} could each be its {part}, expected "
-                "one, in one precision. Put the files of one teacher into a folder of their own (links will do) and "
+                f"{folder}: {' and '.join(path.name for path in fitting[part])} could each be its {part}, "
+                f"expected "
+                "one, in one precision. Put the files of one teacher into a folder of their own (links will "
+                "do) and "
                 "name that."
             )
         if fitting[part]:
@@ -494,7 +517,8 @@ def _not_read(folder, part):
 
 
 def _single_files(folder):
-    """Return {what it is: {file: its width or latent channels}} of ComfyUI's files, whatever their names and where they lie.
+    """Return {what it is: {file: its width or latent channels}} of ComfyUI's files, whatever their names and
+    where they lie.
 
     Of a kind, those that lie deepest are taken only where there are no others.
     """
@@ -509,7 +533,9 @@ def _single_files(folder):
 
 
 def _recognise(path):
-    """Return what a safetensors file is by its tensors, and its width or latent channels; (None, None) for anything else."""
+    """Return what a safetensors file is by its tensors, and its width or latent channels; (None, None) for
+    anything else.
+    """
     shapes = _shapes(path)
     texts = _rename(shapes, _TEXT_ENCODER_NAMES)
     if "encoder.block.0.layer.1.DenseReluDense.wi_1.weight" in texts and "shared.weight" in texts:
@@ -546,7 +572,9 @@ def _header(path):
 
 
 def _read_weights(path, half):
-    """Return a part's weights by name; of a safetensors file those in float16, or in float8 times their scale, come in `half`."""
+    """Return a part's weights by name; of a safetensors file those in float16, or in float8 times their
+    scale, come in `half`.
+    """
     if path.suffix == ".pth":
         return read_pickle(path)
     with safe_open(path, "pt") as file:
@@ -576,7 +604,8 @@ def _in_half(tensor, scale, half, what):
     if scale is not None:
         if scale.numel() not in (1, len(tensor)) or not (torch.isfinite(scale) & (scale > 0)).all():
             raise ValueError(
-                f"{what} has a scale of {tuple(scale.shape)} with {scale.min().item()}, expected finite numbers above "
+                f"{what} has a scale of {tuple(scale.shape)} with {scale.min().item()}, expected finite "
+                f"numbers above "
                 "0, one or one a row. Download it again."
             )
         return (tensor.float() * scale.float().reshape(-1, *[1] * (tensor.ndim - 1))).to(half)
@@ -599,7 +628,7 @@ def read_pickle(path):
     return {name: content[stored] for stored, name in unwrapped(content, path).items()}
 
 
-# ---- the autoencoder -------------------------------------------------------------------------------------------------------
+# ---- the autoencoder ---------------------------------------------------------------------------------------
 
 
 def _convert_autoencoder(path):
@@ -621,7 +650,9 @@ def _convert_autoencoder(path):
 
 
 def _autoencoder_config(shapes, path):
-    """Return AutoencoderKLWan's config of official tensors, whose shapes and names tell all of it but the statistics."""
+    """Return AutoencoderKLWan's config of official tensors, whose shapes and names tell all of it but the
+    statistics.
+    """
     try:
         return _sizes_of(shapes)
     except (LookupError, ZeroDivisionError):
@@ -666,7 +697,9 @@ def _sizes_of(shapes):
 
 
 def _place_in_level(name, modules):
-    """Return a 2.1 decoder's name with its level: `modules` of them, the last of a level the upsampler, are counted through."""
+    """Return a 2.1 decoder's name with its level: `modules` of them, the last of a level the upsampler, are
+    counted through.
+    """
 
     def place(match):
         level, index = divmod(int(match[1]), modules)
@@ -675,7 +708,7 @@ def _place_in_level(name, modules):
     return re.sub(r"^decoder\.upsamples\.(\d+)\.", place, name)
 
 
-# ---- the text encoder and its tokenizer ------------------------------------------------------------------------------------
+# ---- the text encoder and its tokenizer --------------------------------------------------------------------
 
 
 def _convert_text_encoder(path):
@@ -714,7 +747,9 @@ def _convert_text_encoder(path):
 
 
 def _convert_tokenizer(path):
-    """Return the tokenizer that a text encoder's file carries, of which sentencepiece itself makes the same words."""
+    """Return the tokenizer that a text encoder's file carries, of which sentencepiece itself makes the same
+    words.
+    """
     from transformers import T5TokenizerFast
     from transformers.convert_slow_tokenizer import import_protobuf
 
@@ -724,13 +759,15 @@ def _convert_tokenizer(path):
         model = import_protobuf().ModelProto.FromString(content)
     except Exception as error:
         raise ValueError(
-            f"{path}: {SPIECE} is no sentencepiece model ({error}). Download it again, or put a tokenizer/ of "
+            f"{path}: {SPIECE} is no sentencepiece model ({error}). Download it again, or put a tokenizer/ "
+            f"of "
             "diffusers' layout beside it."
         ) from None
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     if [piece for piece, _ in pieces[:3]] != ["<pad>", "</s>", "<unk>"]:
         raise ValueError(
-            f"{path}: {SPIECE} begins with {[piece for piece, _ in pieces[:3]]}, expected <pad>, </s> and <unk>, as "
+            f"{path}: {SPIECE} begins with {[piece for piece, _ in pieces[:3]]}, expected <pad>, </s> and "
+            f"<unk>, as "
             "UMT5's does. Put a tokenizer/ of diffusers' layout beside it."
         )
     return T5TokenizerFast(
@@ -740,7 +777,7 @@ def _convert_tokenizer(path):
     )
 
 
-# ---- both ------------------------------------------------------------------------------------------------------------------
+# ---- both --------------------------------------------------------------------------------------------------
 
 
 def _rename(tensors, names):

@@ -18,20 +18,23 @@ PROBE_ROWS = 2 * PROBE_FRAMES  # of an expert's pass: the frames at each level
 
 @torch.no_grad()
 def check_experts(files, device="cpu"):
-    """Refuse two experts that are one, or that stand in each other's folder; returns their weights' cosine per group.
+    """Refuse two experts that are one, or that stand in each other's folder; returns their weights' cosine
+    per group.
 
-    An expert's guess of the clean picture must not depend on which noise was added. So a flat frame meets several noises at a
-    level of each expert, and the variance of the guesses is the noise that an expert leaves. The experts have changed places
-    only if each clearly leaves more at the level of its own folder: one that is merely the worse everywhere is let through, and
-    so are two that know no noise at all. Reads each expert once, in step, one block of each in memory, in float32.
-    Returns {} for a teacher with one expert. Raises ValueError.
+    An expert's guess of the clean picture must not depend on which noise was added. So a flat frame meets
+    several noises at a level of each expert, and the variance of the guesses is the noise that an expert
+    leaves. The experts have changed places only if each clearly leaves more at the level of its own folder:
+    one that is merely the worse everywhere is let through, and so are two that know no noise at all. Reads
+    each expert once, in step, one block of each in memory, in float32. Returns {} for a teacher with one
+    expert. Raises ValueError.
     """
     if len(files.experts) < 2:
         return {}
     high, low = files.experts["high"], files.experts["low"]
     if _are_identical(high, low):
         raise ValueError(
-            f"{files.folder}: {high.folder.name} and {low.folder.name} hold the same weights, expected two experts. "
+            f"{files.folder}: {high.folder.name} and {low.folder.name} hold the same weights, expected two "
+            f"experts. "
             "Download the one that is a copy again."
         )
     pair = _PairedExperts(high, low, device)
@@ -42,7 +45,8 @@ def check_experts(files, device="cpu"):
             for level, ours, theirs in zip(PROBE_LEVELS, *left)
         )
         raise ValueError(
-            f"{files.folder}: {high.folder.name} and {low.folder.name} hold each other's weights: {shares}. Exchange "
+            f"{files.folder}: {high.folder.name} and {low.folder.name} hold each other's weights: {shares}. "
+            f"Exchange "
             "their names."
         )
     return pair.cosines()
@@ -59,7 +63,9 @@ def _are_identical(high, low):
 
 @torch.no_grad()
 def noise_left(pair, seed=0):
-    """Return the share of the noise's variance in the guesses of (high, low) at PROBE_LEVELS: ((float, float), (float, float))."""
+    """Return the share of the noise's variance in the guesses of (high, low) at PROBE_LEVELS: ((float,
+    float), (float, float)).
+    """
     channels, generator = pair.config.in_channels, torch.Generator().manual_seed(seed)
     noise = torch.randn(PROBE_FRAMES, channels, *PROBE_SIZE, generator=generator)
     level = (
@@ -85,7 +91,9 @@ def have_changed_places(left):
 
 
 class _PairedExperts(nn.Module):
-    """Two streamed experts as one network: the first half of a batch is the high expert's, the second half the low one's."""
+    """Two streamed experts as one network: the first half of a batch is the high expert's, the second half
+    the low one's.
+    """
 
     forward = Expert.forward
 
@@ -113,7 +121,9 @@ class _PairedExperts(nn.Module):
             pair.parts = None
 
     def _multiply(self, *parts):
-        """Add the inner products of two modules' weights, (ours theirs, ours ours, theirs theirs), to those of their groups."""
+        """Add the inner products of two modules' weights, (ours theirs, ours ours, theirs theirs), to those
+        of their groups.
+        """
         for (name, ours), theirs in zip(parts[0].named_parameters(), parts[1].parameters()):
             group = name.split(".")[0] if name.split(".")[0] in ("attn1", "attn2", "ffn") else "rest"
             ours, theirs = ours.flatten(), theirs.flatten()

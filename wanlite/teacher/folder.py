@@ -1,4 +1,5 @@
-"""--teacher as it was typed -> the folder of a teacher; anything else is named for what it is, with what to do.
+"""--teacher as it was typed -> the folder of a teacher; anything else is named for what it is, with what to
+do.
 
 A name on the hub is looked for in the hub's cache on this machine; nothing is downloaded. No torch.
 """
@@ -25,7 +26,8 @@ _GIGABYTES = {
 
 
 def find_teacher(typed):
-    """Return the absolute folder that --teacher names, by its path or by its name on the hub, which the hub's cache may have.
+    """Return the absolute folder that --teacher names, by its path or by its name on the hub, which the hub's
+    cache may have.
 
     Raises OSError for anything else, and ValueError where the cache leaves open which snapshot is meant.
     """
@@ -40,13 +42,16 @@ def find_teacher(typed):
         reason = why_not_read(folder) or ("expected the folder of a Wan checkpoint", "Name that.")
         raise OSError(f"--teacher {typed}: is a file; {reason[0]}. {reason[1]}")
     raise OSError(
-        f"--teacher {typed}: no such folder. Expected a Wan checkpoint in the official, diffusers or ComfyUI layout; "
+        f"--teacher {typed}: no such folder. Expected a Wan checkpoint in the official, diffusers or ComfyUI "
+        f"layout; "
         "leave the flag out for the tiny teacher."
     )
 
 
 def check_holds_experts(folder):
-    """Refuse a folder where no layout has an expert, naming files that lie there in formats that are not read."""
+    """Refuse a folder where no layout has an expert, naming files that lie there in formats that are not
+    read.
+    """
     places = [folder / name for name in EXPERTS if (folder / name).is_dir()]
     for place in places:
         weights = visible(place.glob("*.safetensors*"))
@@ -88,11 +93,13 @@ def neighbours(path):
         yield from islice(chain(*islice(levels_below(path), 1, None)), MOST_BELOW)
 
 
-# ---- the hub -----------------------------------------------------------------------------------------------------------------
+# ---- the hub -----------------------------------------------------------------------------------------------
 
 
 def _hub_name(typed):
-    """Return the organisation/model that was typed, or its URL names; None for a path, whose first folder is here, and the rest."""
+    """Return the organisation/model that was typed, or its URL names; None for a path, whose first folder is
+    here, and the rest.
+    """
     if url := _URL.match(typed):
         return url[1]
     name = typed.rstrip("/")
@@ -109,7 +116,8 @@ def _cached(typed, name):
     size = f", {_GIGABYTES[name]} GB," if name in _GIGABYTES else ""
     folder = f"./{name.rpartition('/')[2]}"
     raise OSError(
-        f"--teacher {typed}: no such folder here, and not in the hub's cache ({HF_HUB_CACHE}). Download the model{size} "
+        f"--teacher {typed}: no such folder here, and not in the hub's cache ({HF_HUB_CACHE}). Download the "
+        f"model{size} "
         f"with `hf download {name} --local-dir {folder}`, then use --teacher {folder}."
     )
 
@@ -128,7 +136,8 @@ def _newest_snapshot(cache):
     name = shlex.quote(cache.name.removeprefix("models--").replace("--", "/", 1))
     if not chosen:
         raise OSError(
-            f"{cache}: no snapshot in this folder of the hub's cache. Download the model with `hf download {name}`."
+            f"{cache}: no snapshot in this folder of the hub's cache. Download the model with `hf download "
+            f"{name}`."
         )
     branches = {path: [ref for ref, commit in refs.items() if commit == path.name] for path in chosen[:4]}
     known = ", ".join(f"{path.name} ({', '.join(names) or 'no branch'})" for path, names in branches.items())

@@ -21,17 +21,19 @@ SHARDED_BESIDE = 0.1  # of an expert: what is no block, and two blocks that are 
 BYTES_A_TOKEN = (
     36  # of a pass in bfloat16 at its peak, for each channel of the width, and of 64 walks beside it
 )
-TOKENS_AT_ONCE = 65536  # image tokens of a teacher's pass: 32 guided pictures of 512 x 512; 8 GB of activations at A14B's width
+# image tokens of a teacher's pass: 32 guided pictures of 512 x 512; 8 GB of activations at A14B's width
+TOKENS_AT_ONCE = 65536
 
 
 class Teacher:
     """The frozen teacher: the guided velocity at this noise level for these text tokens.
 
-    Experts are read when they are first asked, and kept as `residency` says: "both" on the device, "one" there and the other in
-    the CPU's memory, "streamed" from the CPU's memory block by block while the block before computes, read from "disk" block by
-    block at each pass, or "sharded", each rank of a machine with its share of every block: then all of them have to ask the same
-    expert at the same time. `is_fp8` keeps their matrices in float8, half of bfloat16, and computes in `dtype`. `tokens_at_once`
-    image tokens go through an expert together, those of the negative prompt counted in.
+    Experts are read when they are first asked, and kept as `residency` says: "both" on the device, "one"
+    there and the other in the CPU's memory, "streamed" from the CPU's memory block by block while the block
+    before computes, read from "disk" block by block at each pass, or "sharded", each rank of a machine with
+    its share of every block: then all of them have to ask the same expert at the same time. `is_fp8` keeps
+    their matrices in float8, half of bfloat16, and computes in `dtype`. `tokens_at_once` image tokens go
+    through an expert together, those of the negative prompt counted in.
     """
 
     def __init__(
@@ -96,10 +98,12 @@ class Teacher:
     def velocity(
         self, latents, timestep, text, negative=None, guidance_high=1.0, guidance_low=1.0, feature_blocks=()
     ):
-        """Return the guided velocity (B, C, H, W), and token states (B, N, D) of the prompt's own pass after `feature_blocks`.
+        """Return the guided velocity (B, C, H, W), and token states (B, N, D) of the prompt's own pass after
+        `feature_blocks`.
 
-        Each row is routed by its own timestep. Guidance runs where it is above 1, as in WanPipeline, and needs `negative`,
-        TextTokens of the same rows; a teacher with one expert uses `guidance_high`. Velocities come back in float32.
+        Each row is routed by its own timestep. Guidance runs where it is above 1, as in WanPipeline, and
+        needs `negative`, TextTokens of the same rows; a teacher with one expert uses `guidance_high`.
+        Velocities come back in float32.
         """
         is_high = timestep >= 1000 * (self.boundary or 0.0)
         if not (is_high.all() or not is_high.any()):
@@ -151,7 +155,9 @@ class Teacher:
         return max(1, self.tokens_at_once // tokens)
 
     def _most_passes(self, passes, is_high):
-        """Return how many passes an answer takes: of a sharded teacher as many as any rank needs, for all go together."""
+        """Return how many passes an answer takes: of a sharded teacher as many as any rank needs, for all go
+        together.
+        """
         if self.mesh is None:
             return passes
         told = torch.tensor([passes, is_high, -is_high], device=self.device)
@@ -184,11 +190,12 @@ class Teacher:
 
 
 def choose_residency(files, dtype, is_fp8, free_device, free_host, is_cpu=False, shares=1):
-    """Return the residency that keeps most of the teacher near: of "both", "one", "sharded", "streamed", "disk" what fits first.
+    """Return the residency that keeps most of the teacher near: of "both", "one", "sharded", "streamed",
+    "disk" what fits first.
 
-    Among so many `shares` on one machine its GPUs share the blocks out: they reach each other faster than the CPU's memory.
-    `free_device` and `free_host` are bytes; what walks and their passes take is left free. On the CPU the two are one memory, and
-    nothing is streamed from it.
+    Among so many `shares` on one machine its GPUs share the blocks out: they reach each other faster than the
+    CPU's memory. `free_device` and `free_host` are bytes; what walks and their passes take is left free. On
+    the CPU the two are one memory, and nothing is streamed from it.
     """
     size = max(expert.num_parameters for expert in files.experts.values()) * (1 if is_fp8 else dtype.itemsize)
     whole, passing = (
@@ -211,7 +218,9 @@ def choose_residency(files, dtype, is_fp8, free_device, free_host, is_cpu=False,
 
 
 def pinned_bytes(files, dtype, is_fp8):
-    """Return what an expert takes of the CPU's memory where blocks are streamed from: torch pins powers of two."""
+    """Return what an expert takes of the CPU's memory where blocks are streamed from: torch pins powers of
+    two.
+    """
     return sum(
         2 ** (torch.Size(shape).numel() * (1 if is_fp8 else dtype.itemsize) - 1).bit_length()
         for *_, shape in files.places.values()
@@ -219,7 +228,9 @@ def pinned_bytes(files, dtype, is_fp8):
 
 
 class Expert(WanTransformer3DModel):
-    """diffusers' network on single frames; it is asked by its forward, which diffusers' hooks for offloading and casting wrap."""
+    """diffusers' network on single frames; it is asked by its forward, which diffusers' hooks for offloading
+    and casting wrap.
+    """
 
     _repeated_blocks = ["OneFrameBlock"]  # compile_repeated_blocks() finds blocks by the name of their class
 
@@ -265,7 +276,8 @@ def _read_all(files, names, device, dtype):
 
 
 def shard_expert(files, device, dtype, mesh):
-    """Load one expert of whose blocks each device of `mesh` keeps an equal share; a block is whole only while it computes.
+    """Load one expert of whose blocks each device of `mesh` keeps an equal share; a block is whole only while
+    it computes.
 
     All ranks of the mesh have to ask it together. Every rank reads each block, one in memory at a time.
     """

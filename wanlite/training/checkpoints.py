@@ -1,7 +1,8 @@
-"""What a training run remembers: nested state -> checkpoints/step-000500/, and the newest one that verifies -> state again.
+"""What a training run remembers: nested state -> checkpoints/step-000500/, and the newest one that verifies
+-> state again.
 
-Tensors go to one safetensors file, everything else to JSON: no pickle is written and none is opened. A manifest with the sha256
-of both, the step and the facts that a resumed run has to share is written last.
+Tensors go to one safetensors file, everything else to JSON: no pickle is written and none is opened. A
+manifest with the sha256 of both, the step and the facts that a resumed run has to share is written last.
 """
 
 import json
@@ -25,9 +26,9 @@ def checkpoint_path(folder, step):
 def save_checkpoint(folder, memory, facts, keep):
     """Save `memory`, which has a step, and keep the newest `keep`, two at least.
 
-    `memory` is made of dicts, lists, numbers, text, tensors, and whatever has a state_dict.
-    Raises FloatingPointError, and writes nothing, where a tensor is not finite; OSError where the disk is full: then every
-    earlier checkpoint stays. Earlier ones go only once this one verifies.
+    `memory` is made of dicts, lists, numbers, text, tensors, and whatever has a state_dict. Raises
+    FloatingPointError, and writes nothing, where a tensor is not finite; OSError where the disk is full: then
+    every earlier checkpoint stays. Earlier ones go only once this one verifies.
     """
     step, tensors = memory["step"], {}
     path = checkpoint_path(folder, step)
@@ -65,7 +66,9 @@ def load_checkpoint(path):
 
 
 def restore(memory, state):
-    """Give everything in `memory`, a dict, its part of the state; raises OSError for a state of other networks."""
+    """Give everything in `memory`, a dict, its part of the state; raises OSError for a state of other
+    networks.
+    """
     for name, part in memory.items():
         try:
             if isinstance(part, list):  # of optimizers or schedules
@@ -78,7 +81,8 @@ def restore(memory, state):
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise OSError(
-                f"the checkpoint's {name} is not that of this run ({reason}). Move the checkpoint away, and the run "
+                f"the checkpoint's {name} is not that of this run ({reason}). Move the checkpoint away, and "
+                f"the run "
                 "goes on from an earlier one; or add --overwrite to start again."
             ) from None
 

@@ -15,10 +15,11 @@ def velocity_loss(student_velocity, teacher_velocity):
 
 
 def feature_loss(student_features, teacher_features, outlier=2.0):
-    """Match the teacher's token states, seen in the student's basis, leaving out what lies beyond `outlier` deviations.
+    """Match the teacher's token states, seen in the student's basis, leaving out what lies beyond `outlier`
+    deviations.
 
-    Shapes: both (B, N, D). Teacher states are scaled to unit power per picture, the student's by the same factor.
-    Source: TinyFusion (Fang et al. 2024), masked representation distillation.
+    Shapes: both (B, N, D). Teacher states are scaled to unit power per picture, the student's by the same
+    factor. Source: TinyFusion (Fang et al. 2024), masked representation distillation.
     """
     student_features, teacher_features = student_features.float(), teacher_features.float()
     scale = teacher_features.square().mean((1, 2), keepdim=True).clamp(min=1e-8).rsqrt()  # (B, 1, 1)
@@ -28,12 +29,14 @@ def feature_loss(student_features, teacher_features, outlier=2.0):
 
 
 def more_varied(velocity, picture, other_noise, other_velocity, noise_level, gain):
-    """Return the velocity to a picture that lies farther from others of its prompt, by `gain` of the distance.
+    """Return the velocity to a picture that lies farther from others of its prompt, by `gain` of the
+    distance.
 
-    A regression draws the mean of what it cannot tell from the noise, and so its pictures of a prompt differ less than the
-    teacher's. `velocity` leads to the teacher's `picture`; `other_velocity` is the student's, of the same prompt from
-    `other_noise`, all at `noise_level` (B,); shapes (B, C, H, W). What the student draws from other noise is on average the
-    prompt's mean picture: moving away from it leaves the mean where it is and lets what deviates from it grow.
+    A regression draws the mean of what it cannot tell from the noise, and so its pictures of a prompt differ
+    less than the teacher's. `velocity` leads to the teacher's `picture`; `other_velocity` is the student's,
+    of the same prompt from `other_noise`, all at `noise_level` (B,); shapes (B, C, H, W). What the student
+    draws from other noise is on average the prompt's mean picture: moving away from it leaves the mean where
+    it is and lets what deviates from it grow.
     """
     other = clean_from(other_noise, other_velocity.float(), noise_level)
     return velocity + gain * (other - picture) / noise_level.view(-1, 1, 1, 1)
@@ -42,9 +45,9 @@ def more_varied(velocity, picture, other_noise, other_velocity, noise_level, gai
 def distribution_matching_loss(sample, noisy, noise_level, teacher_velocity, critic_velocity):
     """Push samples where the teacher finds them likelier than the critic, which knows what the student draws.
 
-    `noisy` is the sample renoised to `noise_level` (B,), the velocities are what both say there; shapes (B, C, H, W). The gradient
-    reaches `sample` only: what the critic sees minus what the teacher sees, over the sample's mean distance from the latter.
-    Source: DMD (Yin et al. 2023), equations 7 and 8, in float32.
+    `noisy` is the sample renoised to `noise_level` (B,), the velocities are what both say there; shapes (B,
+    C, H, W). The gradient reaches `sample` only: what the critic sees minus what the teacher sees, over the
+    sample's mean distance from the latter. Source: DMD (Yin et al. 2023), equations 7 and 8, in float32.
     """
     teacher_clean, critic_clean = (
         clean_from(noisy, velocity.float(), noise_level) for velocity in (teacher_velocity, critic_velocity)

@@ -1,4 +1,6 @@
-"""Quality of a given way to draw: faithful to captions, varied over seeds, and like the teacher's in what can be counted."""
+"""Quality of a given way to draw: faithful to captions, varied over seeds, and like the teacher's in what can
+be counted.
+"""
 
 import math
 import time
@@ -9,20 +11,24 @@ from torch.nn import functional
 
 from ..world import shapes
 
-# A student beyond one of these is rejected: (lowest, highest), each figure beside the teacher's. Too much variety
-# is no fault of its own: a student that does not yet follow its captions has it, and is as far from its teacher as it is.
+# A student beyond one of these is rejected: (lowest, highest), each figure beside the teacher's. Too much
+# variety is no fault of its own: a student that does not yet follow its captions has it, and is as far from
+# its teacher as it is.
 GUARDS = {"channel_drift": (0.0, 0.3), "saturation": (0.75, 1.33), "variety": (0.6, math.inf)}
 
 
 def prompt_accuracy(draw, captions, world=shapes):
-    """Judge pictures drawn for captions of a tiny world: shares 0..1, whole and per attribute, and one and two objects apart.
+    """Judge pictures drawn for captions of a tiny world: shares 0..1, whole and per attribute, and one and
+    two objects apart.
 
-    `draw(captions)` returns pictures (B, 64, 64, 3) uint8. Raises ValueError for a caption that is none of the world's.
+    `draw(captions)` returns pictures (B, 64, 64, 3) uint8. Raises ValueError for a caption that is none of
+    the world's.
     """
     scenes = [world.read_caption(caption) for caption in captions]
     if None in scenes:
         raise ValueError(
-            f"{captions[scenes.index(None)]!r}: not a caption of {world.__name__}, which alone its judge can read. "
+            f"{captions[scenes.index(None)]!r}: not a caption of {world.__name__}, which alone its judge can "
+            f"read. "
             f"Take captions from {world.__name__}.captions()."
         )
     began = time.perf_counter()
@@ -46,7 +52,8 @@ def prompt_accuracy(draw, captions, world=shapes):
 def compare(draw_teacher, draw_student, num_steps, captions, world=shapes):
     """Judge teacher and student on the same captions; nothing where they are not of the tiny world.
 
-    `draw_student` is {number of steps: a way to draw}; `num_steps` is the one that the student draws in by default.
+    `draw_student` is {number of steps: a way to draw}; `num_steps` is the one that the student draws in by
+    default.
     """
     if not all(world.read_caption(caption) for caption in captions):
         return {}
@@ -63,9 +70,11 @@ def compare(draw_teacher, draw_student, num_steps, captions, world=shapes):
 
 
 def variety(pictures_by_seed):
-    """Return the mean distance between pictures of one caption over seeds, in grey levels 0..255, averaged over captions.
+    """Return the mean distance between pictures of one caption over seeds, in grey levels 0..255, averaged
+    over captions.
 
-    Shape: (captions, seeds, 64, 64, 3). Compare with the teacher's: a collapsed student draws one picture for all seeds.
+    Shape: (captions, seeds, 64, 64, 3). Compare with the teacher's: a collapsed student draws one picture for
+    all seeds.
     """
     pictures = pictures_by_seed.astype(np.float32)
     seeds = pictures.shape[1]
@@ -76,9 +85,9 @@ def variety(pictures_by_seed):
 def likeness(latents, pictures, by_seed, teacher_latents, teacher_pictures, teacher_by_seed):
     """Compare what a student drew with what its teacher drew from the same noise and prompts.
 
-    `latents` (B, C, H, W) and `pictures` (B, height, width, 3) are of the same walks, `by_seed` as in variety(). Returns
-    `picture_error` (squared distance of latents over the teacher's variance), `channel_drift`, and `saturation` and `variety`
-    over the teacher's.
+    `latents` (B, C, H, W) and `pictures` (B, height, width, 3) are of the same walks, `by_seed` as in
+    variety(). Returns `picture_error` (squared distance of latents over the teacher's variance),
+    `channel_drift`, and `saturation` and `variety` over the teacher's.
     """
     error = (latents - teacher_latents).square().mean() / teacher_latents.var(dim=0).mean()
     return {
@@ -100,7 +109,8 @@ def beyond_guards(figures):
 
 
 def channel_drift(latents, teacher_latents):
-    """Return how far the mean of a channel lies from the teacher's, in the teacher's standard deviations: the worst channel.
+    """Return how far the mean of a channel lies from the teacher's, in the teacher's standard deviations: the
+    worst channel.
 
     Shapes: (B, C, H, W).
     """
@@ -109,7 +119,10 @@ def channel_drift(latents, teacher_latents):
 
 
 def channel_spread(latents, teacher_latents):
-    """Return the standard deviation of a channel over the teacher's: the channel farthest from 1. Shapes: (B, C, H, W)."""
+    """Return the standard deviation of a channel over the teacher's: the channel farthest from 1.
+
+    Shapes: (B, C, H, W).
+    """
     ratio = latents.std((0, 2, 3)) / teacher_latents.std((0, 2, 3))
     return float(ratio[ratio.log().abs().argmax()])
 
@@ -121,10 +134,11 @@ def saturation(pictures):
 
 
 def frechet_distance(pictures, others, width=32):
-    """Return the Frechet distance of two sets of pictures in a random feature space: no FID, no network was trained for it.
+    """Return the Frechet distance of two sets of pictures in a random feature space: no FID, no network was
+    trained for it.
 
-    Features are `width` channels of two seeded random convolutions with ReLU, averaged over the picture. Shapes: (B, h, w, 3).
-    Source of the distance: Dowson and Landau 1982.
+    Features are `width` channels of two seeded random convolutions with ReLU, averaged over the picture.
+    Shapes: (B, h, w, 3). Source of the distance: Dowson and Landau 1982.
     """
     (mean, covariance), (other_mean, other_covariance) = (
         _moments(_random_features(each, width)) for each in (pictures, others)

@@ -7,9 +7,11 @@ from diffusers.optimization import get_scheduler
 
 
 def make_optimizers(settings, network, head=None, rate=None, is_fused=False):
-    """Return AdamW for a network and what learns beside it, and Muon for the matrices of its blocks unless its rate is 0.
+    """Return AdamW for a network and what learns beside it, and Muon for the matrices of its blocks unless
+    its rate is 0.
 
-    `rate` stands in for --learning_rate; Muon's keeps its ratio to it. `is_fused` updates all of AdamW's tensors in one kernel.
+    `rate` stands in for --learning_rate; Muon's keeps its ratio to it. `is_fused` updates all of AdamW's
+    tensors in one kernel.
     """
     rate = settings.learning_rate if rate is None else rate
     muon_rate = settings.muon_learning_rate * rate / settings.learning_rate

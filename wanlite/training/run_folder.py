@@ -6,8 +6,8 @@
     checkpoints/step-000500/                             resumable state, each with a manifest that is written last
     samples/ logs/ cache/ metrics.jsonl README.md
 
-Saves replace what they replace only once it is on disk, and only files that a run writes are ever deleted. No torch is
-imported: a wrong folder is answered at once.
+Saves replace what they replace only once it is on disk, and only files that a run writes are ever deleted. No
+torch is imported: a wrong folder is answered at once.
 """
 
 import json
@@ -35,7 +35,7 @@ RESULTS = (
 )  # what clear() removes
 
 
-# ---- a run --------------------------------------------------------------------------------------------------------------
+# ---- a run -------------------------------------------------------------------------------------------------
 
 
 def read_run(folder):
@@ -64,11 +64,12 @@ def picture_size(resolution):
 
 
 def check_output_folder(folder, settings, overwrite=False, resume=True):
-    """Say what a run may do with its output folder: "new", or "resume" a run that was cut short under the same settings.
+    """Say what a run may do with its output folder: "new", or "resume" a run that was cut short under the
+    same settings.
 
     A start that was projected and saved, with nothing trained of it, is free for a run as an empty folder is.
-    Raises ValueError for a finished run without `overwrite`, for a run of other settings, and for a folder that holds
-    anything else. `settings` is a dict; only those that decide the result are compared.
+    Raises ValueError for a finished run without `overwrite`, for a run of other settings, and for a folder
+    that holds anything else. `settings` is a dict; only those that decide the result are compared.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -86,7 +87,8 @@ def check_output_folder(folder, settings, overwrite=False, resume=True):
         return "new"
     if run.get("finished"):
         raise ValueError(
-            f"{folder}: holds a finished run. To train it further, add --student {shlex.quote(str(folder))} and name "
+            f"{folder}: holds a finished run. To train it further, add --student {shlex.quote(str(folder))} "
+            f"and name "
             "another --output_dir; to replace it, add --overwrite."
         )
     if not resume or run.get("projected_only"):
@@ -99,7 +101,8 @@ def check_output_folder(folder, settings, overwrite=False, resume=True):
     if changed:
         told = ", ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
         raise ValueError(
-            f"{folder}: holds a run cut short under other settings ({told}). Use the same, or add --overwrite."
+            f"{folder}: holds a run cut short under other settings ({told}). Use the same, or add "
+            f"--overwrite."
         )
     return "resume"
 
@@ -109,7 +112,8 @@ def fitted_before(folder):
     run = read_run(folder)
     if not isinstance(run.get("fitted"), dict):
         raise ValueError(
-            f"{folder}: holds a run cut short by an older version, which took other steps. Add --overwrite to start "
+            f"{folder}: holds a run cut short by an older version, which took other steps. Add --overwrite "
+            f"to start "
             "again."
         )
     return run["fitted"]
@@ -126,7 +130,8 @@ def check_resumable(folder, run, say):
     ):
         if earlier.get(name, run.get(name)) != run.get(name):
             raise ValueError(
-                f"{folder}: holds a run cut short, and {meaning} than it had ({earlier[name]}, now {run[name]}): it "
+                f"{folder}: holds a run cut short, and {meaning} than it had ({earlier[name]}, now "
+                f"{run[name]}): it "
                 "would not end as it would have. Resume it with the same, or add --overwrite."
             )
     versions = earlier["versions"] if isinstance(earlier.get("versions"), dict) else {}
@@ -139,7 +144,8 @@ def check_resumable(folder, run, say):
 
 
 def clear(folder):
-    """Remove an earlier run's results, and nothing else; run.json goes after them, so that a clearing cut short is still a run.
+    """Remove an earlier run's results, and nothing else; run.json goes after them, so that a clearing cut
+    short is still a run.
 
     What lies in cache/ stays: starts and trajectories are checked by what they were made of.
     """
@@ -155,7 +161,8 @@ def clear(folder):
 
 
 def save_parts(folder, parts_folder, scheduler):
-    """Copy what inference needs beside the student, and write the scheduler and the index that stock diffusers reads.
+    """Copy what inference needs beside the student, and write the scheduler and the index that stock
+    diffusers reads.
 
     `parts_folder` holds vae/, text_encoder/ and tokenizer/ in diffusers' layout.
     """
@@ -187,7 +194,8 @@ def save_parts(folder, parts_folder, scheduler):
 def _write_index(weights):
     """Write an index of one file of weights, which diffusers reads first.
 
-    Given `subfolder` and no index there, it takes the file of this name in the parent folder, which is the student's.
+    Given `subfolder` and no index there, it takes the file of this name in the parent folder, which is the
+    student's.
     """
     index = weights.with_name(f"{weights.name}.index.json")
     if not weights.is_file() or index.exists():
@@ -213,11 +221,14 @@ def _copy_files(source, target):
 
 
 def check_saved_parts(folder):
-    """Refuse a saved student's folder whose parts are missing or not as they were written; sizes are compared."""
+    """Refuse a saved student's folder whose parts are missing or not as they were written; sizes are
+    compared.
+    """
     folder = Path(folder)
     if missing := [part for part in ("scheduler", *PARTS) if not (folder / part).is_dir()]:
         raise OSError(
-            f"{folder}: lacks {', '.join(missing)}; expected a folder that train_distillation.py finished. Beside a "
+            f"{folder}: lacks {', '.join(missing)}; expected a folder that train_distillation.py finished. "
+            f"Beside a "
             "student that was saved alone, put these of its run."
         )
     if not (folder / "scheduler" / "scheduler_config.json").is_file():
@@ -228,7 +239,9 @@ def check_saved_parts(folder):
 
 
 def write_model_card(folder, settings, few_steps, results, drawing):
-    """Write the run's README.md: what the model is, how good it measured, and `drawing`, the command that draws with it."""
+    """Write the run's README.md: what the model is, how good it measured, and `drawing`, the command that
+    draws with it.
+    """
     measured = "".join(
         f"- {name}: {value}\n" for name, value in results.items() if not isinstance(value, dict)
     )

@@ -1,7 +1,8 @@
 """One step of each part of a run: a batch of states -> a loss, and its parts by name.
 
-Every step is called as `step(networks, settings, batch, text, progress, generator)`: `batch` is a dict of tensors on the device,
-`text` TextTokens of the same rows, `progress` 0..1 through the part, `generator` the source of all that is random.
+Every step is called as `step(networks, settings, batch, text, progress, generator)`: `batch` is a dict of
+tensors on the device, `text` TextTokens of the same rows, `progress` 0..1 through the part, `generator` the
+source of all that is random.
 """
 
 import math
@@ -52,7 +53,9 @@ def velocity_step(networks, settings, batch, text, progress, generator):
 
 
 def segment_step(networks, settings, batch, text, progress, generator):
-    """Stage 2a: from where few steps stop, the average velocity to the teacher's picture, or from noise to a more varied one."""
+    """Stage 2a: from where few steps stop, the average velocity to the teacher's picture, or from noise to a
+    more varied one.
+    """
     target = (
         vary(networks, settings.variety_gain, batch, text, generator)
         if settings.variety_gain
@@ -64,7 +67,9 @@ def segment_step(networks, settings, batch, text, progress, generator):
 
 
 def vary(networks, gain, batch, text, generator):
-    """Return the velocities that segments aim at (B, C, H, W), those from noise moved away from what other noise gives."""
+    """Return the velocities that segments aim at (B, C, H, W), those from noise moved away from what other
+    noise gives.
+    """
     rows = (batch["timestep"] == networks.few.levels[0][0]).nonzero().flatten()
     noise = networks.few.own_noise(batch["latents"].shape, generator, rows.device)[rows]
     target, noise_level = batch["velocity"].float(), batch["noise_level"][rows]
@@ -78,9 +83,10 @@ def vary(networks, gain, batch, text, generator):
 def matching_step(networks, settings, batch, text, progress, generator):
     """Stage 2b: what few steps draw is pushed to where the teacher finds it likelier than the critic does.
 
-    The critic, a student that learns what the student draws, is updated first. What guidance pushes and what the critic holds
-    against it are drawn at noise levels of their own and logged apart; the anchor is stage 2a's loss.
-    Source: DMD2 (Yin et al. 2024), decoupled DMD (Liu et al. 2025), K-DMD in SnapGen++ for the critic that is pulled along.
+    The critic, a student that learns what the student draws, is updated first. What guidance pushes and what
+    the critic holds against it are drawn at noise levels of their own and logged apart; the anchor is stage
+    2a's loss. Source: DMD2 (Yin et al. 2024), decoupled DMD (Liu et al. 2025), K-DMD in SnapGen++ for the
+    critic that is pulled along.
     """
     anchor, parts = segment_step(networks, settings, batch, text, progress, generator)
     text, latent_shape = text.rows(slice(0, max(1, len(text.tokens) // MATCHED))), batch["latents"].shape[1:]
@@ -104,7 +110,9 @@ def matching_step(networks, settings, batch, text, progress, generator):
 
 
 def update_critic(networks, settings, drawn, text, generator):
-    """Let the critic learn what the student draws, and pull it a little towards the student; returns its loss."""
+    """Let the critic learn what the student draws, and pull it a little towards the student; returns its
+    loss.
+    """
     noisy, noise, timestep, _ = networks.few.renoise(drawn, generator)
     loss = velocity_loss(velocity_from(networks.critic, text)(noisy, timestep), noise - drawn).mean()
     loss.backward()
@@ -119,20 +127,26 @@ def update_critic(networks, settings, drawn, text, generator):
 
 
 def draw(networks, text, generator, latent_shape=None):
-    """Return the student's pictures of `text`, from new noise and one stop drawn at random; `latent_shape` as in FewSteps.draw."""
+    """Return the student's pictures of `text`, from new noise and one stop drawn at random; `latent_shape` as
+    in FewSteps.draw.
+    """
     velocity_of = velocity_from(networks.student, text)
     return networks.few.draw(len(text.tokens), velocity_of, generator, text.tokens.device, latent_shape)
 
 
 def velocity_from(network, text):
-    """Return a student's, or a critic's, velocity as a function of (latents, timestep); guidance is baked into it."""
+    """Return a student's, or a critic's, velocity as a function of (latents, timestep); guidance is baked
+    into it.
+    """
     return lambda latents, timestep: network(
         latents, timestep, text.tokens, text_logit_bias=text.logit_bias, return_dict=False
     )[0]
 
 
 def velocity_in_parts(network, text):
-    """As velocity_from(), but TOGETHER image tokens at a time: all rows of large pictures would fill the memory."""
+    """As velocity_from(), but TOGETHER image tokens at a time: all rows of large pictures would fill the
+    memory.
+    """
 
     def velocity_of(latents, timestep):
         tokens = latents.shape[-2] * latents.shape[-1] // math.prod(network.config.patch_size)

@@ -1,7 +1,9 @@
-"""A teacher, prompts and images -> all that they say to a run, asked once and kept in the cache under what it was made of.
+"""A teacher, prompts and images -> all that they say to a run, asked once and kept in the cache under what it
+was made of.
 
-Training walks start from seeds that count up from a number that is above all that users draw with, held-out walks and the noise on
-images from seeds that count down from it: a student is never examined, and not used either, at noise that it learned from.
+Training walks start from seeds that count up from a number that is above all that users draw with, held-out
+walks and the noise on images from seeds that count down from it: a student is never examined, and not used
+either, at noise that it learned from.
 """
 
 from dataclasses import replace
@@ -26,8 +28,8 @@ FIRST_SEED, SEEDS_A_RUN = 10**12, 10**7  # of training walks, and how far those 
 
 
 def open_parts(settings, accelerator):
-    """Return the folder of vae/, text_encoder/ and tokenizer/ in diffusers' layout: the teacher's, or the cache that they are
-    converted into."""
+    """Return the folder of vae/, text_encoder/ and tokenizer/ in diffusers' layout: the teacher's, or the
+    cache that they are converted into."""
     found = find_parts(settings.teacher)
     if all(is_converted(found, part) for part in found):
         return Path(settings.teacher)
@@ -49,7 +51,9 @@ def open_parts(settings, accelerator):
 
 
 class Words:
-    """Prompts' embeddings (L, T), each made once by the text encoder in `parts_folder`; `said_by` is that encoder's digest."""
+    """Prompts' embeddings (L, T), each made once by the text encoder in `parts_folder`; `said_by` is that
+    encoder's digest.
+    """
 
     def __init__(self, accelerator, parts_folder, cache_dir, prompts):
         self.said_by = sampled_digest(
@@ -80,8 +84,9 @@ class Words:
 class Lessons:
     """What the teacher says of training prompts, and of held-out ones that students are examined on.
 
-    `latent_shapes` (C, H, W) are first that of an examination, then those that are trained on, one a bucket. Token states are kept
-    in `width` directions. `guided` and `plain` make velocity functions of text: what the teacher says online.
+    `latent_shapes` (C, H, W) are first that of an examination, then those that are trained on, one a bucket.
+    Token states are kept in `width` directions. `guided` and `plain` make velocity functions of text: what
+    the teacher says online.
     """
 
     def __init__(self, accelerator, settings, teacher, words, training, held_out, latent_shapes, width, pace):
@@ -138,7 +143,9 @@ class Lessons:
         self.walker.find_basis(folder, prompts, self.latent_shape, self.width)
 
     def walk_training(self, num_walks):
-        """Walk from noise to picture `num_walks` times, as often in each bucket; returns the Trajectories by bucket."""
+        """Walk from noise to picture `num_walks` times, as often in each bucket; returns the Trajectories by
+        bucket.
+        """
         self.walks = [
             (number, self.training[number], self.first_seed + n)
             for n, number in enumerate(n % len(self.training) for n in range(num_walks))
@@ -149,7 +156,9 @@ class Lessons:
         ]
 
     def walk_validated(self):
-        """Walk the prompts of validations; returns Trajectories of one seed each, and of a few prompts from several seeds each."""
+        """Walk the prompts of validations; returns Trajectories of one seed each, and of a few prompts from
+        several seeds each.
+        """
         looks, several = count_looks(self.settings.validation_walks, len(self.validated))
         prompts = self.validated[: self.settings.validation_walks]
         once = [(n % len(prompts), prompts[n % len(prompts)], self.first_seed - 1 - n) for n in range(looks)]
@@ -164,8 +173,8 @@ class Lessons:
         return self.walker.walk(self._kept_in("trajectories", walks=walks, latents=latents), walks, latents)
 
     def ask_at_images(self, images, sizes, autoencoder):
-        """Ask what the teacher says at captioned images, noised; returns Trajectories by bucket, None where there are no images of
-        its size (width, height)."""
+        """Ask what the teacher says at captioned images, noised; returns Trajectories by bucket, None where
+        there are no images of its size (width, height)."""
         return [
             self._ask_at_images(images, *bucket, autoencoder)
             if bucket[0] in {image.size for image in images}
@@ -191,11 +200,11 @@ class Lessons:
         )
 
     def walk_own_path(self, student, digest, few, first, is_past):
-        """Go with `student`, whose weights have this digest, to where its few steps stop, and on with the teacher; returns the
-        states where they met by bucket, None where there are none.
+        """Go with `student`, whose weights have this digest, to where its few steps stop, and on with the
+        teacher; returns the states where they met by bucket, None where there are none.
 
-        Which prompts follows from `first`, the step at which a part begins. Raises OSError where training `is_past` it and the
-        states are gone: that student is no more.
+        Which prompts follows from `first`, the step at which a part begins. Raises OSError where training
+        `is_past` it and the states are gone: that student is no more.
         """
         if not self.settings.own_path_pictures or not few.stops:
             return [None] * len(self.buckets)
@@ -214,7 +223,8 @@ class Lessons:
             )
             if is_past and not any(folder.glob("shard-*")):
                 raise OSError(
-                    f"{folder}: the states that the student met at step {first} are gone, and it is past that step. Put "
+                    f"{folder}: the states that the student met at step {first} are gone, and it is past "
+                    f"that step. Put "
                     "them back, or add --overwrite to start again."
                 )
             found.append(
@@ -232,7 +242,9 @@ class Lessons:
 
 
 def teacher_velocity(teacher, settings, negative):
-    """Return the guided teacher as a maker of velocity functions of (latents, timestep); see examiner.draw_pictures."""
+    """Return the guided teacher as a maker of velocity functions of (latents, timestep); see
+    examiner.draw_pictures.
+    """
 
     def velocity_for(text, features=None):
         unwanted = pack_text([negative] * len(text.tokens)).to(text.tokens.device)

@@ -1,6 +1,8 @@
-"""What a run does, in figures: pictures a second, where the time goes, memory, how much of the device's arithmetic is used.
+"""What a run does, in figures: pictures a second, where the time goes, memory, how much of the device's
+arithmetic is used.
 
-Nothing here waits for the device. On CUDA the teacher's time is that between pairs of events, which are read once they are past.
+Nothing here waits for the device. On CUDA the teacher's time is that between pairs of events, which are read
+once they are past.
 """
 
 import time
@@ -15,8 +17,8 @@ from ..network import pass_operations
 class Pace:
     """Counts what happens from one restart() to the next.
 
-    `rate` is the operations a second that the device multiplies matrices with, `ranks` the processes that do the same beside this
-    one.
+    `rate` is the operations a second that the device multiplies matrices with, `ranks` the processes that do
+    the same beside this one.
     """
 
     def __init__(self, device, rate, ranks=1):
@@ -28,10 +30,12 @@ class Pace:
         self.began, self.states, self.operations = time.perf_counter(), 0, 0
         self.asked, self.waited, self.taught, self.under_way = 0, 0.0, 0.0, []
 
-    # ---- counting ----------------------------------------------------------------------------------------------------------
+    # ---- counting ------------------------------------------------------------------------------------------
 
     def deal(self, batches):
-        """Yield `batches`, an iterator of (batch, TextTokens), and count the states in them and the time until they were there."""
+        """Yield `batches`, an iterator of (batch, TextTokens), and count the states in them and the time
+        until they were there.
+        """
         self.restart()
         while True:
             began = time.perf_counter()
@@ -44,7 +48,9 @@ class Pace:
             yield batch, text
 
     def count(self, network):
-        """Count the operations of every pass of a network from now on; one with a gradient is thrice a pass, there and back."""
+        """Count the operations of every pass of a network from now on; one with a gradient is thrice a pass,
+        there and back.
+        """
 
         def counted(_, arguments, named, __):
             latents, _, text = arguments
@@ -86,14 +92,14 @@ class Pace:
             yield
             self.taught += time.perf_counter() - began
 
-    # ---- telling -----------------------------------------------------------------------------------------------------------
+    # ---- reporting -----------------------------------------------------------------------------------------
 
     def figures(self):
         """Return what was counted, by name, and restart().
 
-        Shares are of the time since the last restart; `memory_peak_gb` is the most that was allocated on a GPU so far, on the CPU
-        the largest resident set that was told; `model_flops_utilisation` is the share of the device's rate that the networks'
-        operations make up, without those that checkpointing repeats.
+        Shares are of the time since the last restart; `memory_peak_gb` is the most that was allocated on a
+        GPU so far, on the CPU the largest resident set that was told; `model_flops_utilisation` is the share
+        of the device's rate that the networks' operations make up, without those that checkpointing repeats.
         """
         seconds = max(time.perf_counter() - self.began, 1e-9)
         found = {
@@ -107,7 +113,9 @@ class Pace:
         return {name: float(f"{value:.4g}") for name, value in found.items()}
 
     def walk_figures(self, num_steps):
-        """Return how fast the teacher walked trajectories of so many steps, and restart(); nothing where it was not asked."""
+        """Return how fast the teacher walked trajectories of so many steps, and restart(); nothing where it
+        was not asked.
+        """
         seconds, walked, taught = (
             time.perf_counter() - self.began,
             self.ranks * self.asked / num_steps,

@@ -1,4 +1,6 @@
-"""Trackers: what a user can follow a run with, beside metrics.jsonl; no torch, so that one that is not there is said at once."""
+"""Trackers: what a user can follow a run with, beside metrics.jsonl; no torch, so that one that is not there
+is said at once.
+"""
 
 import importlib.metadata
 
@@ -25,7 +27,9 @@ PICTURES = {
 
 
 def check_tracker(name):
-    """Refuse a tracker that accelerate does not know, or whose package is not installed: accelerate would leave it out silently."""
+    """Refuse a tracker that accelerate does not know, or whose package is not installed: accelerate would
+    leave it out silently.
+    """
     if name in ("none", "all"):
         return
     if name not in PACKAGES:
@@ -34,13 +38,16 @@ def check_tracker(name):
         )
     if not any(_is_installed(package) for package in PACKAGES[name]):
         raise ValueError(
-            f"--report_to {name}: it is not installed. pip install {PACKAGES[name][0]}, or add --report_to none for "
+            f"--report_to {name}: it is not installed. pip install {PACKAGES[name][0]}, or add --report_to "
+            f"none for "
             "metrics.jsonl alone."
         )
 
 
 def _is_installed(package):
-    """Whether a package is there; a folder of that name, as a tracker leaves where a run was started, is none."""
+    """Whether a package is there; a folder of that name, as a tracker leaves where a run was started, is
+    none.
+    """
     try:
         return bool(importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:

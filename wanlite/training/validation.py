@@ -1,4 +1,6 @@
-"""A student -> how like its teacher it draws: figures, a grid of both, and what a judge of the tiny world reads in its pictures."""
+"""A student -> how like its teacher it draws: figures, a grid of both, and what a judge of the tiny world
+reads in its pictures.
+"""
 
 from functools import partial
 
@@ -24,10 +26,11 @@ GRID_FIGURES = {
 
 
 class Examiner:
-    """Holds students against the teacher of `lessons`, each drawing in every one of `counts` steps of `scheduler`.
+    """Holds students against the teacher of `lessons`, each drawing in every one of `counts` steps of
+    `scheduler`.
 
-    `walks` are the teacher's Trajectories of validated prompts, `by_seed` those of a few prompts from many seeds, `shown` the
-    prompts of the grids. `check` is called between batches, and may end it.
+    `walks` are the teacher's Trajectories of validated prompts, `by_seed` those of a few prompts from many
+    seeds, `shown` the prompts of the grids. `check` is called between batches, and may end it.
     """
 
     def __init__(self, lessons, walks, by_seed, shown, counts, scheduler, autoencoder, check):
@@ -51,7 +54,9 @@ class Examiner:
         )["pictures"].numpy()
 
     def look(self, student):
-        """Return figures by number of steps, and all of them by name with the error on held-out states; the same on all ranks."""
+        """Return figures by number of steps, and all of them by name with the error on held-out states; the
+        same on all ranks.
+        """
         error = relative_error(
             student, self.states, self.lessons.words, self.validated, self.autoencoder.device, self.check
         )
@@ -83,7 +88,9 @@ class Examiner:
         return grid
 
     def judge(self, student):
-        """Return what share of the held-out captions teacher and student draw right, where there is a judge for them."""
+        """Return what share of the held-out captions teacher and student draw right, where there is a judge
+        for them.
+        """
         world = (
             read_world(self.settings.teacher) or shapes
         )  # copies of the tiny teacher in other layouts carry no record
@@ -130,7 +137,9 @@ def draw_pictures(
     check=lambda: None,
     batch_size=64,
 ):
-    """Draw one picture for each embedding and seed: (B, height, width, 3) uint8; `check` may end it between two batches."""
+    """Draw one picture for each embedding and seed: (B, height, width, 3) uint8; `check` may end it between
+    two batches.
+    """
     drawn, device = [], autoencoder.device
     for start in tqdm(
         range(0, len(embeddings), batch_size),
@@ -149,7 +158,9 @@ def draw_pictures(
 
 @torch.no_grad()
 def teacher_walks(trajectories, words, prompts, autoencoder):
-    """Return what a student is held against: noise, text, and the teacher's latents (B, C, H, W) and pictures from that noise."""
+    """Return what a student is held against: noise, text, and the teacher's latents (B, C, H, W) and pictures
+    from that noise.
+    """
     noise, latents, numbers = trajectories.ends(range(len(trajectories) // trajectories.states_each))
     device, text = autoencoder.device, words.pack([prompts[number] for number in numbers.tolist()])
     pictures = [to_pictures(decode_latents(autoencoder, part.to(device))) for part in latents.split(64)]
@@ -158,7 +169,9 @@ def teacher_walks(trajectories, words, prompts, autoencoder):
 
 @torch.no_grad()
 def compare_walks(walks, velocity_for, num_steps, num_seeds, autoencoder, scheduler, check):
-    """Draw from the noise of `walks`, of many prompts and of `num_seeds` seeds each; returns figures of its likeness."""
+    """Draw from the noise of `walks`, of many prompts and of `num_seeds` seeds each; returns figures of its
+    likeness.
+    """
     drawn = []
     for noise, text, _, _ in walks:
         check()
@@ -173,7 +186,9 @@ def compare_walks(walks, velocity_for, num_steps, num_seeds, autoencoder, schedu
 
 @torch.no_grad()
 def relative_error(student, states, embeddings, prompts, device, check):
-    """Return the student's squared velocity error on held-out trajectories, over the power of the teacher's velocity."""
+    """Return the student's squared velocity error on held-out trajectories, over the power of the teacher's
+    velocity.
+    """
     error = power = 0.0
     for start in range(0, len(states), 256):
         check()

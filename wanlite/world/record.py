@@ -17,7 +17,8 @@ def read_record(teacher):
         record = None
     if not isinstance(record, dict):
         raise ValueError(
-            f"{path}: is no JSON object. It tells a tiny teacher from others: take its folder out of the repository "
+            f"{path}: is no JSON object. It tells a tiny teacher from others: take its folder out of the "
+            f"repository "
             "again, or delete the file beside any other teacher."
         )
     return record

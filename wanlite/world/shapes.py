@@ -1,7 +1,8 @@
 """The tiny world: captioned scenes drawn by rule, and a judge that reads a picture back by rule.
 
-A scene has one object at one of five places, or two objects in opposite halves; every object has a size, a colour and a shape, and
-the background a colour. Scenes are endless and seeded. One combination in eight is held out: no training caption ever names it.
+A scene has one object at one of five places, or two objects in opposite halves; every object has a size, a
+colour and a shape, and the background a colour. Scenes are endless and seeded. One combination in eight is
+held out: no training caption ever names it.
 """
 
 import re
@@ -73,11 +74,13 @@ class Scene:
     background: str
 
 
-# ---- scenes ----------------------------------------------------------------------------------------------------------
+# ---- scenes ------------------------------------------------------------------------------------------------
 
 
 def random_scene(random, num_objects=None):
-    """Draw a scene from `random`, a numpy Generator; one or two objects with equal chance unless `num_objects` is given."""
+    """Draw a scene from `random`, a numpy Generator; one or two objects with equal chance unless
+    `num_objects` is given.
+    """
     num_objects = num_objects or int(random.integers(1, 3))
     places = (_pick(random, PLACES),) if num_objects == 1 else PAIRS[random.integers(len(PAIRS))]
     objects = tuple(
@@ -87,7 +90,9 @@ def random_scene(random, num_objects=None):
 
 
 def is_held_out(scene):
-    """Whether training never sees this combination of places, colours and shapes (one in eight; sizes and backgrounds vary)."""
+    """Whether training never sees this combination of places, colours and shapes (one in eight; sizes and
+    backgrounds vary).
+    """
     index = 0
     for weight, thing in zip((1, 3), scene.objects):
         index += weight * (
@@ -99,7 +104,9 @@ def is_held_out(scene):
 
 
 def scenes(seed, count, held_out=False, num_objects=None):
-    """Return `count` scenes of the training side or of the held-out side; the same seed gives the same scenes."""
+    """Return `count` scenes of the training side or of the held-out side; the same seed gives the same
+    scenes.
+    """
     random = np.random.default_rng([seed, int(held_out), num_objects or 0])
     drawn = []
     while len(drawn) < count:
@@ -165,7 +172,7 @@ def _pick(random, names):
     return tuple(names)[random.integers(len(names))]
 
 
-# ---- drawing ---------------------------------------------------------------------------------------------------------
+# ---- drawing -----------------------------------------------------------------------------------------------
 
 _Y, _X = np.mgrid[0:PICTURE_SIZE, 0:PICTURE_SIZE].astype(np.float32) + 0.5  # pixel centres
 
@@ -209,7 +216,7 @@ def ground(scene):
     return np.broadcast_to(np.float32(BACKGROUNDS[scene.background]), (PICTURE_SIZE, PICTURE_SIZE, 3))
 
 
-# ---- the judge -------------------------------------------------------------------------------------------------------
+# ---- the judge ---------------------------------------------------------------------------------------------
 
 LEAST_OVERLAP = 0.78  # intersection over union with the best template; below it a thing is no known shape
 LEAST_AREA = 40  # pixels; the smallest shape covers 145
@@ -223,7 +230,8 @@ ATTRIBUTES = ("count", "background", "colour", "shape", "size", "place")
 def read_picture(picture):
     """Return the Scene that a picture (64, 64, 3) uint8 shows, or None where it shows no scene of this world.
 
-    Anything unexplained (a stray blob, a shape that fits no template, a colour off the palette) makes it None.
+    Anything unexplained (a stray blob, a shape that fits no template, a colour off the palette) makes it
+    None.
     """
     background, things, is_clean = _read_things(picture)
     if background is None or not is_clean or None in things or not 1 <= len(things) <= 2:
@@ -235,7 +243,9 @@ def read_picture(picture):
 
 
 def judge(picture, scene):
-    """Compare a picture with the scene that its caption says: {"whole": 0 or 1, and a share 0..1 for each of ATTRIBUTES}."""
+    """Compare a picture with the scene that its caption says: {"whole": 0 or 1, and a share 0..1 for each of
+    ATTRIBUTES}.
+    """
     background, things, _ = _read_things(picture)
     by_place = {thing.place: thing for thing in things if thing is not None}
     verdict = {
@@ -257,8 +267,8 @@ def judge(picture, scene):
 
 
 def _read_things(picture):
-    """Return the background's name, the things in the order of PLACES (None for one that is no known object), and
-    whether nothing was left over."""
+    """Return the background's name, the things in the order of PLACES (None for one that is no known object),
+    and whether nothing was left over."""
     if picture.shape != (PICTURE_SIZE, PICTURE_SIZE, 3):
         raise ValueError(
             f"the judge reads pictures of {PICTURE_SIZE}x{PICTURE_SIZE}x3; this one is {picture.shape}."

@@ -40,11 +40,13 @@ TWO = ("two {many} {place} {ground}", "{ground}, two {many} {place}", "a pair of
 TWO_PLACES = {("left", "right"): "side by side", ("top", "bottom"): "one above the other"}
 
 
-# ---- a scene -> captions ---------------------------------------------------------------------------------------------------
+# ---- a scene -> captions -----------------------------------------------------------------------------------
 
 
 def captions(seed: int, count: int, held_out: bool = False, num_objects: int | None = None) -> list[str]:
-    """Return `count` captions of the training side or of the held-out side; no training caption is a held-out one."""
+    """Return `count` captions of the training side or of the held-out side; no training caption is a held-out
+    one.
+    """
     random = np.random.default_rng([seed, int(held_out), num_objects or 0, 7])
     drawn: list[str] = []
     while len(drawn) < count:
@@ -67,7 +69,8 @@ def caption(scene: Scene, random: Generator) -> str:
 def leave_unsaid(scene: Scene, random: Generator) -> Scene:
     """Return a scene with styles, sizes, places and background each replaced by None with a chance of UNSAID.
 
-    Two of a kind keep or lose a property together. Two different objects keep their places; the size of two is always small.
+    Two of a kind keep or lose a property together. Two different objects keep their places; the size of two
+    is always small.
     """
 
     def maybe(value):
@@ -160,7 +163,7 @@ def plural(word: str) -> str:
 PLURALS = {name: plural(name) for name in NAMES}
 
 
-# ---- a caption -> a scene ---------------------------------------------------------------------------------------------------
+# ---- a caption -> a scene ----------------------------------------------------------------------------------
 
 
 def read_caption(text: str) -> Scene | None:
@@ -170,7 +173,9 @@ def read_caption(text: str) -> Scene | None:
 
 
 def _candidates(text):
-    """Yield every scene that has the objects and properties of a text, in any order: ways_to_say() decides between them."""
+    """Yield every scene that has the objects and properties of a text, in any order: ways_to_say() decides
+    between them.
+    """
     words = text.replace(",", "").split()
     background, place = (
         next((name for name in names if name in words), None) for names in (BACKGROUNDS, PLACES)

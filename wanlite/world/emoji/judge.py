@@ -1,7 +1,9 @@
-"""A picture and the scene of its caption -> a verdict, by comparison with every sprite at every place that the caption allows.
+"""A picture and the scene of its caption -> a verdict, by comparison with every sprite at every place that
+the caption allows.
 
-The nearest drawing has the least squared error: at half resolution over objects, styles, mirror images and JITTER, then among the
-best few at full resolution. A sprite differs from its background by D = colour - alpha * background, a picture by P.
+The nearest drawing has the least squared error: at half resolution over objects, styles, mirror images and
+JITTER, then among the best few at full resolution. A sprite differs from its background by D = colour - alpha
+* background, a picture by P.
 
     |P - D|^2 = |P|^2 - 2 <P, colour> + 2 <P * background, alpha> + |D|^2
 
@@ -44,9 +46,9 @@ class Fit:
 def judge(picture: np.ndarray, scene: Scene) -> dict[str, float]:
     """Compare a picture with the scene of its caption, in which None allows any value.
 
-    Returns a share 0..1 for each of ATTRIBUTES; `seen` (all of them are 1: 0 or 1), `whole` (seen, and no residual above
-    MOST_RESIDUAL: 0 or 1), `residual` (the mean over objects, 1 for an empty place, at most 2), `detail` (see DETAIL) and `crisp`
-    (0 or 1).
+    Returns a share 0..1 for each of ATTRIBUTES; `seen` (all of them are 1: 0 or 1), `whole` (seen, and no
+    residual above MOST_RESIDUAL: 0 or 1), `residual` (the mean over objects, 1 for an empty place, at most
+    2), `detail` (see DETAIL) and `crisp` (0 or 1).
     """
     if picture.shape != (PICTURE_SIZE, PICTURE_SIZE, 3):
         raise ValueError(
@@ -84,11 +86,13 @@ def read_objects(picture: np.ndarray, scene: Scene) -> list[Fit]:
     return _fit_scene(picture - backdrop(background), background, scene)
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def read_background(picture: np.ndarray) -> tuple[str, bool]:
-    """Return the background whose border is nearest to a picture's, and whether it is within FARTHEST_BACKGROUND."""
+    """Return the background whose border is nearest to a picture's, and whether it is within
+    FARTHEST_BACKGROUND.
+    """
     border = _border(picture)
     distances = {
         name: float(np.median(np.abs(border - _border(backdrop(name))).mean(1))) for name in BACKGROUNDS
@@ -154,7 +158,9 @@ def _compare(added, background, size, place, template, at):
 
 
 def _find_places(added, background, scene, fits):
-    """Return the place of each object, or None for one that is missing: a bad fit of a single object may lie elsewhere."""
+    """Return the place of each object, or None for one that is missing: a bad fit of a single object may lie
+    elsewhere.
+    """
     thing = scene.objects[0]
     if scene.kind == "one" and thing.place and fits[0].residual > MOST_RESIDUAL:
         fits = _fit_scene(added, background, replace(scene, objects=(replace(thing, place=None),)))
@@ -162,7 +168,9 @@ def _find_places(added, background, scene, fits):
 
 
 def _count_stray(added, fits):
-    """Return the number of squares of 4 x 4 pixels, two pixels or more off every object, that are not background."""
+    """Return the number of squares of 4 x 4 pixels, two pixels or more off every object, that are not
+    background.
+    """
     outside = np.ones((PICTURE_SIZE, PICTURE_SIZE), bool)
     for x, y, drawn in (fit.drawn for fit in fits):
         outside[max(0, y - 2) : y + len(drawn) + 2, max(0, x - 2) : x + len(drawn) + 2] = False
@@ -187,12 +195,14 @@ def _share(values):
     return float(np.mean([bool(value) for value in values]))
 
 
-# ---- templates -------------------------------------------------------------------------------------------------------------
+# ---- templates ---------------------------------------------------------------------------------------------
 
 
 @cache
 def _templates(size):
-    """Return colours (T, K, K, 3) weighted by alpha and alphas (T, K, K, 1) of every sprite and of its mirror image."""
+    """Return colours (T, K, K, 3) weighted by alpha and alphas (T, K, K, 1) of every sprite and of its mirror
+    image.
+    """
     both = (np.stack([values, values[:, :, :, ::-1]], 2) for values in sprites(size))
     return tuple(values.reshape(-1, *values.shape[3:]) for values in both)
 

@@ -1,7 +1,8 @@
 """A seed -> scenes, held-out or not, and a scene -> its picture.
 
-A scene has one object, small or large, at one of five places; or two small objects in opposite halves, different or two of a kind.
-Each of its drawings is one of many: an object may be mirrored, and lies up to JITTER pixels off its place.
+A scene has one object, small or large, at one of five places; or two small objects in opposite halves,
+different or two of a kind. Each of its drawings is one of many: an object may be mirrored, and lies up to
+JITTER pixels off its place.
 """
 
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Scene:
         )
 
 
-# ---- scenes ----------------------------------------------------------------------------------------------------------------
+# ---- scenes ------------------------------------------------------------------------------------------------
 
 
 def random_scene(random: Generator, num_objects: int | None = None) -> Scene:
@@ -102,7 +103,8 @@ def _two_objects(random, are_alike):
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether training excludes this combination of objects, styles and places (one in eight), in a scene as in a caption.
+    """Whether training excludes this combination of objects, styles and places (one in eight), in a scene as
+    in a caption.
 
     No object is held out in a style altogether: nothing but its sprite shows how it looks.
     """
@@ -115,7 +117,9 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def scenes(seed: int, count: int, held_out: bool = False, num_objects: int | None = None) -> list[Scene]:
-    """Return `count` scenes of the training side or of the held-out side; the same seed gives the same scenes."""
+    """Return `count` scenes of the training side or of the held-out side; the same seed gives the same
+    scenes.
+    """
     random = np.random.default_rng([seed, int(held_out), num_objects or 0])
     drawn: list[Scene] = []
     while len(drawn) < count:
@@ -134,11 +138,13 @@ def _pick(random, names):
     return tuple(names)[random.integers(len(names))]
 
 
-# ---- drawing ---------------------------------------------------------------------------------------------------------------
+# ---- drawing -----------------------------------------------------------------------------------------------
 
 
 def draw(scene: Scene, random: Generator | None = None) -> np.ndarray:
-    """Draw a scene as a picture (64, 64, 3) uint8; `random` mirrors half of the objects and moves each by up to JITTER pixels."""
+    """Draw a scene as a picture (64, 64, 3) uint8; `random` mirrors half of the objects and moves each by up
+    to JITTER pixels.
+    """
     picture = backdrop(scene.background).copy()
     for thing in scene.objects:
         _paste(picture, thing, random)
@@ -166,7 +172,8 @@ def ground(scene: Scene) -> np.ndarray:
 def corner(size: str, place: str) -> tuple[int, ...]:
     """Return the top left corner x, y of an object at its place.
 
-    It starts JITTER pixels inside the edge; neither the places of a large object nor the two of a pair share a position then.
+    It starts JITTER pixels inside the edge; neither the places of a large object nor the two of a pair share
+    a position then.
     """
     room = (PICTURE_SIZE - SIZES[size]) // 2
     return tuple(room + step * (room - JITTER) for step in PLACES[place])
@@ -195,7 +202,9 @@ def _gradient(top, bottom):
 
 
 def contrast(thing: Object, background: str) -> float:
-    """Return the mean difference between an object's pixels and the background that they cover, in grey levels."""
+    """Return the mean difference between an object's pixels and the background that they cover, in grey
+    levels.
+    """
     return _contrasts(thing.size, thing.place, background)[NAMES.index(thing.name), STYLES.index(thing.style)]
 
 

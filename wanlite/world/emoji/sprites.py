@@ -1,6 +1,7 @@
 """emoji_atlas/ -> sprites of a size, with colours weighted by alpha.
 
-The atlas is one picture of all objects in all styles, made by tools/make_emoji_atlas.py; emoji_atlas/NOTICE names the authors.
+The atlas is one picture of all objects in all styles, made by tools/make_emoji_atlas.py; emoji_atlas/NOTICE
+names the authors.
 """
 
 import json
