@@ -187,9 +187,9 @@ class Settings:
     few_steps: list[int] = setting(
         (1, 2, 4), "numbers of steps that stage 2 trains for; divisors of --teacher_steps", least=1
     )
-    own_path_pictures: int | None = setting(
+    rollout_states: int | None = setting(
         None,
-        "states on the student's own path, walked on by the teacher, twice in stage 2a; "
+        "states on the student's own path, continued by the teacher, twice in stage 2a; "
         "None = 512, at most one for each trajectory, of a large teacher for eight",
         least=0,
     )
@@ -257,7 +257,7 @@ class Settings:
     validation_steps: int = setting(
         350, "steps between validations: figures, a grid, and a candidate to be saved", least=1
     )
-    validation_walks: int | None = setting(
+    validation_trajectories: int | None = setting(
         None,
         "the most teacher pictures of a kind that validations are held against; None = "
         "64, of a large teacher one for twenty trajectories, at least 4",
@@ -828,14 +828,17 @@ def plan(settings, words):
     ]  # a token has at least one byte
     if long and found["tokenizer"].is_dir():
         tell_cut(load_tokenizer(found["tokenizer"]), long, print)
-    walks, validated = count_trajectories(settings, len(training)), choose_validated(training, held_out)
-    settings = needs.fit(settings, walks)
-    walks += len(images)  # each is asked about as often
-    passes = count_passes(settings, walks, len(validated), parts)
-    work = PROJECTING if settings.project_only else describe_work(settings, walks, passes, parts)
+    num_generated, validated = (
+        count_trajectories(settings, len(training)),
+        choose_validated(training, held_out),
+    )
+    settings = needs.fit(settings, num_generated)
+    num_generated += len(images)  # each is asked about as often
+    passes = count_passes(settings, num_generated, len(validated), parts)
+    work = PROJECTING if settings.project_only else describe_work(settings, num_generated, passes, parts)
     announce(settings, files, needs.student, device, work, print)
     if not settings.project_only:
-        announce_few(walks, len(training), len(held_out), print)
+        announce_few(num_generated, len(training), len(held_out), print)
     wrong = needs.tell(settings, training, held_out, images)
     passes = CALIBRATING_PASSES * calibration_frames(settings, training, needs.tokens) + (
         0 if settings.project_only else passes
@@ -868,7 +871,7 @@ def plan(settings, words):
 
 
 def train(settings, is_resumed, stop):
-    """Project, walk the teacher, distil, validate and save into settings.output_dir; raises Stopped where
+    """Project, generate trajectories, distil, validate and save into settings.output_dir; raises Stopped where
     `stop` asks for it.
     """
     began, output = time.time(), Path(settings.output_dir)
@@ -899,7 +902,8 @@ def train(settings, is_resumed, stop):
     micro_batches = accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps
     validated = choose_validated(training, held_out)
     validation = (
-        settings.validation_prompts or validated[: count_looks(settings.validation_walks, len(validated))[1]]
+        settings.validation_prompts
+        or validated[: count_looks(settings.validation_trajectories, len(validated))[1]]
     )
     few_steps = settings.few_steps if parts[-1][0] != "velocity" else []
     run = {
@@ -920,12 +924,14 @@ def train(settings, is_resumed, stop):
     }
     if is_resumed:
         check_resumable(output, run, say)
-    walked = num_trajectories + len(images)  # an image is asked about as often as a trajectory has states
-    passes = count_passes(settings, walked, len(validated), parts)
-    work = PROJECTING if settings.project_only else describe_work(settings, walked, passes, parts)
+    num_generated = num_trajectories + len(
+        images
+    )  # an image is asked about as often as a trajectory has states
+    passes = count_passes(settings, num_generated, len(validated), parts)
+    work = PROJECTING if settings.project_only else describe_work(settings, num_generated, passes, parts)
     announce(settings, files, student, device, work, say)
     if not settings.project_only:
-        announce_few(walked, len(training), len(held_out), say)
+        announce_few(num_generated, len(training), len(held_out), say)
     if is_large(files):
         wrong = needs.tell(settings, training, held_out, images) if accelerator.is_main_process else []
         refuse_together(accelerator, "\n".join(wrong))
@@ -975,7 +981,7 @@ def train(settings, is_resumed, stop):
             save_start(output, settings, student, parts_folder, run)
         return accelerator.end_training()
 
-    # What the teacher says: walked once, for training and for held-out prompts, and where students will be
+    # The trajectories: generated once, for training and for held-out prompts, and where students will be
     # held against it.
     teacher = Teacher(
         files, device, dtype, agreed(place_teacher(settings, files, device)), settings.teacher_fp8
@@ -997,15 +1003,15 @@ def train(settings, is_resumed, stop):
     )
     lessons.find_basis()
     pace.restart()
-    trajectories = lessons.walk_training(num_trajectories)
+    trajectories = lessons.generate_training(num_trajectories)
     pictured = lessons.ask_at_images(images if parts[0][0] == "velocity" else [], sizes[1:], autoencoder)
-    validated_walks = lessons.walk_validated()
-    walk_figures = pace.walk_figures(settings.teacher_steps)
-    if walk_figures:
+    validation_trajectories = lessons.generate_validation()
+    generation_figures = pace.generation_figures(settings.teacher_steps)
+    if generation_figures:
         say(
-            "walked   {walked:,} trajectories, {walks_per_second:.3g} a second, {walk_teacher_share:.0%} of "
+            "generated {generated:,} trajectories, {trajectories_per_second:.3g} a second, {generation_teacher_share:.0%} of "
             "the time in the "
-            "teacher".format(**walk_figures)
+            "teacher".format(**generation_figures)
         )
     few = FewSteps(
         settings.flow_shift,
@@ -1017,7 +1023,7 @@ def train(settings, is_resumed, stop):
     own_scheduler = few.scheduler if few_steps else lessons.scheduler
     examiner = Examiner(
         lessons,
-        *validated_walks,
+        *validation_trajectories,
         validation,
         few.counts,
         own_scheduler,
@@ -1059,7 +1065,7 @@ def train(settings, is_resumed, stop):
         "optimizers": optimizers,
         "step": 0,
         "skipped": 0,
-        "own_path": {},
+        "rollout": {},
         "looked": {},
         "best": {},
         "beyond": 0,
@@ -1152,19 +1158,17 @@ def train(settings, is_resumed, stop):
         accelerator.wait_for_everyone()
         pace.restart()
 
-    def walk_own(first):
+    def roll_out_student(first):
         """Walk the averaged student's own path, once for the part that begins at step `first`; returns its
         states by bucket.
         """
         with averaged(ema, student, settings.use_ema):
-            if memory["own_path"].get("first") != first:
-                memory["own_path"] = {"first": first, "student": agreed(digest(student))}
-            return lessons.walk_own_path(
-                student, memory["own_path"]["student"], few, first, is_past=step != first
-            )
+            if memory["rollout"].get("first") != first:
+                memory["rollout"] = {"first": first, "student": agreed(digest(student))}
+            return lessons.roll_out(student, memory["rollout"]["student"], few, first, is_past=step != first)
 
-    if walk_figures:
-        tell(step, **walk_figures)
+    if generation_figures:
+        tell(step, **generation_figures)
     bar = tqdm(
         total=settings.max_train_steps,
         initial=step,
@@ -1183,9 +1187,12 @@ def train(settings, is_resumed, stop):
             if part == "matching" and step == first:  # the critic begins as the student that it will watch
                 critic.load_state_dict(student.state_dict())
             data = Buckets(
-                [walked + at if at else walked for walked, at in zip(trajectories, pictured)]
+                [states + at if at else states for states, at in zip(trajectories, pictured)]
                 if part == "velocity"
-                else [Segments(walked, few.levels, own) for walked, own in zip(trajectories, walk_own(first))]
+                else [
+                    Segments(states, few.levels, own)
+                    for states, own in zip(trajectories, roll_out_student(first))
+                ]
             )
             batches = SeededBatches(
                 data.sizes,

@@ -33,9 +33,9 @@ QUICK = (
     4,
     "--teacher_steps",
     8,
-    "--validation_walks",
+    "--validation_trajectories",
     16,
-    "--own_path_pictures",
+    "--rollout_states",
     16,
 )
 BUDGETS = (

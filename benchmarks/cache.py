@@ -3,7 +3,7 @@
     python benchmarks/cache.py                     # the tiny teacher, a minute on two cores
     python benchmarks/cache.py --quick --json cache.json
 
-Filled: the tiny teacher walks guided trajectories, and they go to disk. Read: every state once, in random
+Filled: the tiny teacher generates guided trajectories, and they go to disk. Read: every state once, in random
 batches, by the reader of train_distillation.py and by a plain torch DataLoader over the same shards, in
 turns. Fed: the share of a training step that waits for its batch, with each reader in turn; the project's own
 is to stay under 5 %.
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.train_speed import World, ours, settle
 from train_distillation import Settings
 from wanlite.world import shapes
-from wanlite.data.trajectories import Walker, encode_once
+from wanlite.data.trajectories import TrajectoryGenerator, encode_once
 from wanlite.flow import make_scheduler
 from wanlite.network import pack_text
 from wanlite.training.throughput import Pace
@@ -51,9 +51,9 @@ class States(Dataset):
         self.shards, self.places = (
             shards,
             [
-                (number, walk, state)
+                (number, trajectory, state)
                 for number, shard in enumerate(shards)
-                for walk in range(len(shard["prompt"]))
+                for trajectory in range(len(shard["prompt"]))
                 for state in range(STEPS)
             ],
         )
@@ -62,10 +62,10 @@ class States(Dataset):
         return len(self.places)
 
     def __getitem__(self, number):
-        shard, walk, state = self.places[number]
+        shard, trajectory, state = self.places[number]
         tensors = self.shards[shard]
         return {
-            name: tensor[walk] if name == "prompt" else tensor[walk, state]
+            name: tensor[trajectory] if name == "prompt" else tensor[trajectory, state]
             for name, tensor in tensors.items()
         }
 
@@ -90,7 +90,7 @@ def readers(world):
 
 
 def fill(folder, count, device):
-    """Let the tiny teacher walk `count` trajectories; returns the states, their embeddings, and the seconds."""
+    """Let the tiny teacher trajectory `count` trajectories; returns the states, their embeddings, and the seconds."""
     settings, prompts = Settings(), shapes.captions(0, count)
     accelerator = Accelerator(cpu=device.type == "cpu")
     for place in (folder, folder.with_name("text")):
@@ -108,14 +108,14 @@ def fill(folder, count, device):
     )
     jobs = [(number, prompt, number) for number, prompt in enumerate(prompts)]
     began = time.perf_counter()
-    walker = Walker(
+    trajectory_generator = TrajectoryGenerator(
         accelerator,
         lambda said, features: guided(pack_text([words[prompt] for prompt in said]).to(device), features),
         make_scheduler(3.0),
         STEPS,
         basis=basis,
     )
-    states = walker.walk(folder, jobs, (16, SIDE, SIDE))
+    states = trajectory_generator.generate(folder, jobs, (16, SIDE, SIDE))
     return states, [words[prompt] for prompt in prompts], time.perf_counter() - began
 
 
@@ -151,7 +151,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--trajectories", type=int, default=256, help="that are walked")
+    parser.add_argument("--trajectories", type=int, default=256, help="that are generated")
     parser.add_argument("--repeats", type=int, default=5, help="epochs, and runs of steps, of each reader")
     parser.add_argument("--quick", action="store_true", help="64 trajectories, one epoch each")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -164,7 +164,7 @@ def main():
         (64, 1, 4, 32) if arguments.quick else (arguments.trajectories, arguments.repeats, 8, 128)
     )
     device, files = torch.device(arguments.device), open_teacher_files(TINY_TEACHER)
-    print(f"walking {count} trajectories on {device}, {torch.get_num_threads()} threads", flush=True)
+    print(f"generating {count} trajectories on {device}, {torch.get_num_threads()} threads", flush=True)
     with tempfile.TemporaryDirectory(prefix="cache-") as folder:
         folder = Path(folder) / "trajectories"
         states, embeddings, seconds = fill(folder, count, device)

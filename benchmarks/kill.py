@@ -6,7 +6,7 @@ uninterrupted one?
 
 Every run is a process of its own, forked from one that has imported torch, and does what the command line
 does. One kill a run: three of four are SIGKILL, one is SIGTERM; every third waits for a save and strikes in
-it, every tenth run starts without a cache, so that it is struck while it projects and walks as well. Then the
+it, every tenth run starts without a cache, so that it is killed while it projects and generates as well. Then the
 same command runs to its end.
 
 identical  ended with the weights of the uninterrupted run, byte by byte
@@ -60,9 +60,9 @@ RUN = (
     "4",
     "--matching_steps",
     "4",  # four steps of each part
-    "--own_path_pictures",
+    "--rollout_states",
     "8",
-    "--validation_walks",
+    "--validation_trajectories",
     "8",
 )
 NUM_SAVES = 7  # six checkpoints and the student

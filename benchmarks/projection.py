@@ -178,7 +178,7 @@ def prepare(folder, num_trajectories):
 
     import train_distillation as spine
     from wanlite.files.cache import cache_folder
-    from wanlite.data.trajectories import Walker
+    from wanlite.data.trajectories import TrajectoryGenerator
     from wanlite.flow import make_scheduler
     from wanlite.network import pack_text
     from wanlite.planning.defaults import choose_prompts
@@ -192,7 +192,7 @@ def prepare(folder, num_trajectories):
     prompts = [*training, *held_out, ""]
     embeddings = dict(zip(prompts, encode_prompts(*load_text_encoder(settings.teacher), prompts)))
     guided = teacher_velocity(spine.Teacher(files), settings, embeddings[""])
-    walker = Walker(
+    trajectory_generator = TrajectoryGenerator(
         Accelerator(),
         lambda said, features: guided(pack_text([embeddings[p] for p in said]), features),
         make_scheduler(settings.flow_shift),
@@ -202,7 +202,9 @@ def prepare(folder, num_trajectories):
     cache = cache_folder(folder, "projection", teacher=files.fingerprint, prompts=[*training, *held_out])
     for part, prompts, first in (("training", training, 0), ("held_out", held_out[:64], -(10**6))):
         (cache / part).mkdir(exist_ok=True)
-        walker.walk(cache / part, [(n, prompt, first + n) for n, prompt in enumerate(prompts)], (16, 8, 8))
+        trajectory_generator.generate(
+            cache / part, [(n, prompt, first + n) for n, prompt in enumerate(prompts)], (16, 8, 8)
+        )
     torch.save({"training": training, "held_out": held_out, "embeddings": embeddings}, cache / "prompts.pt")
     return str(cache)
 

@@ -75,7 +75,7 @@ QUICK = (
     4,
     "--teacher_steps",
     8,
-    "--validation_walks",
+    "--validation_trajectories",
     16,
 )
 
@@ -98,13 +98,13 @@ def methods(steps, rungs=()):
         "matching (K-DMD)": ((TRAIN, *matching), FEW),
         "TwinFlow": ((RIVALS, "twin_flow", *plain, *matching), FEW),  # as published, and so is the next
         "flow matching": (
-            (RIVALS, "flow_matching", *plain, "--segment_steps", steps - 1, "--own_path_pictures", 0),
+            (RIVALS, "flow_matching", *plain, "--segment_steps", steps - 1, "--rollout_states", 0),
             (20, *FEW),
         ),
         "random start": ((TRAIN, "--projection", "none"), FEW),
         "minus variety gain": ((TRAIN, *plain), FEW),
         "minus features": ((TRAIN, "--feature_weight", 0), FEW),
-        "minus own path": ((TRAIN, "--own_path_pictures", 0), FEW),
+        "minus own path": ((TRAIN, "--rollout_states", 0), FEW),
         "minus stage 1": ((TRAIN, "--segment_steps", steps - 1), FEW),
         "matching minus anchor": ((TRAIN, *matching, "--anchor_weight", 0), FEW),
     }
@@ -158,7 +158,7 @@ def train(folder, command, flags, seed):
 
 
 def train_all(folder, chosen, flags, seeds, workers):
-    """Train every method for every seed, `workers` at a time; the first of a seed walks the teacher for the
+    """Train every method for every seed, `workers` at a time; the first of a seed generates trajectories for the
     others.
     """
 

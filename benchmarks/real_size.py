@@ -6,7 +6,7 @@ said.
     python benchmarks/real_size.py --quick             # the same code on small widths
 
 A folder as Wan's own repository lays it out is written with random weights: two experts of A14B's widths in
-bfloat16, the autoencoder and the text encoder in pickles, a tokenizer; one trajectory is walked, a student
+bfloat16, the autoencoder and the text encoder in pickles, a tokenizer; one trajectory is generated, a student
 trained for four steps and saved, each expert's blocks read from the disk at each pass. Linux alone: memory is
 read in /proc. *Peak* is the process's own memory beyond Python and its libraries, and text encoder and
 autoencoder, which on the CPU are mapped files; *resident* counts the pages of all mapped files, which are
@@ -58,9 +58,9 @@ QUICK = {
         "2",
         "--num_heads",
         "2",
-        "--validation_walks",
+        "--validation_trajectories",
         "4",
-        "--own_path_pictures",
+        "--rollout_states",
         "2",
     ],
 }
@@ -103,13 +103,13 @@ PHASES = {
     "wanlite.training.teacher_data.convert_parts": "converting",
     "wanlite.training.teacher_data.encode_once": "text",
     "train_distillation.start_student": "start",
-    "wanlite.data.trajectories.Walker.find_basis": "trajectories",
-    "wanlite.data.trajectories.Walker.walk": "trajectories",
-    "wanlite.data.trajectories.Walker.walk_own_path": "own path",
+    "wanlite.data.trajectories.TrajectoryGenerator.find_basis": "trajectories",
+    "wanlite.data.trajectories.TrajectoryGenerator.trajectory": "trajectories",
+    "wanlite.data.trajectories.TrajectoryGenerator.roll_out": "own path",
     "wanlite.training.validation.draw_pictures": "drawing",
-    "wanlite.training.validation.teacher_walks": "drawing",
+    "wanlite.training.validation.teacher_references": "drawing",
     "wanlite.training.validation.relative_error": "validation",
-    "wanlite.training.validation.compare_walks": "validation",
+    "wanlite.training.validation.compare_trajectories": "validation",
     "train_distillation.save_parts": "saving",
 }
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of the largest velocity

@@ -80,7 +80,7 @@ RESIDENCIES = {
 }
 BUDGETS = (100, 60, 24)  # GB of common GPUs, that a peak is held against
 LEVELS = (950.0, 500.0)  # timesteps of the high- and of the low-noise expert
-WALKS, STATES = 16, 20  # on disk; the ways read them over and over
+TRAJECTORIES, STATES = 16, 20  # on disk; the ways read them over and over
 WARMING = 4  # untimed steps: a compiled student sees more than one length of text
 
 
@@ -95,7 +95,7 @@ class World:
     side: int  # height and width of the latents
     batch: int
     states: Trajectories
-    embeddings: list  # one a walk: (L, T)
+    embeddings: list  # one a trajectory: (L, T)
 
     @property
     def tokens(self):
@@ -151,12 +151,12 @@ def random_teacher(config, device):
 
 
 def make_world(folder, files, shape, side, batch, device, precision):
-    """Write states of random numbers, as many as WALKS trajectories have, in the shapes of real ones."""
+    """Write states of random numbers, as many as TRAJECTORIES trajectories have, in the shapes of real ones."""
     draw = torch.Generator().manual_seed(0)
     noise = partial(torch.randn, generator=draw, dtype=torch.float32)
     channels, tokens = shape["num_channels"], (side // 2) ** 2
     folder.mkdir(parents=True)
-    for index in range(WALKS // 4):
+    for index in range(TRAJECTORIES // 4):
         write_shard(
             folder,
             index,
@@ -169,7 +169,7 @@ def make_world(folder, files, shape, side, batch, device, precision):
                 "prompt": torch.arange(4 * index, 4 * index + 4),
             },
         )
-    lengths = torch.randint(8, 64, (WALKS,), generator=draw).tolist()
+    lengths = torch.randint(8, 64, (TRAJECTORIES,), generator=draw).tolist()
     return World(
         torch.device(device),
         precision,
@@ -177,7 +177,7 @@ def make_world(folder, files, shape, side, batch, device, precision):
         shape,
         side,
         batch,
-        Trajectories(folder, WALKS // 4),
+        Trajectories(folder, TRAJECTORIES // 4),
         [noise(length, shape["text_dim"]) for length in lengths],
     )
 
@@ -197,10 +197,10 @@ class PlainStates(torch.utils.data.Dataset):
 
     def __getitem__(self, number):
         shard, place = divmod(number, 4 * STATES)
-        walk, state = divmod(place, STATES)
+        trajectory, state = divmod(place, STATES)
         tensors = self.states.shards[shard]
-        return {name: tensors[name][walk, state] for name in ("latents", "velocity", "timestep")} | {
-            "text": self.text[tensors["prompt"][walk]]
+        return {name: tensors[name][trajectory, state] for name in ("latents", "velocity", "timestep")} | {
+            "text": self.text[tensors["prompt"][trajectory]]
         }
 
 

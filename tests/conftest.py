@@ -367,7 +367,7 @@ SHORT_RUN = (
     "2",
     "--matching_steps",
     "2",
-    "--own_path_pictures",
+    "--rollout_states",
     "8",
     "--train_batch_size",
     "16",
@@ -385,7 +385,7 @@ SHORT_RUN = (
     "8",
     "--reference_steps",
     "8",
-    "--validation_walks",
+    "--validation_trajectories",
     "16",
 )
 

@@ -63,7 +63,7 @@ def test_a_sample_of_methods_is_trained_and_judged_beside_the_teacher(tmp_path):
         "--train_flags",
         "--validation_steps",
         "20",
-        "--own_path_pictures",
+        "--rollout_states",
         "8",
     )
     assert process.returncode == 0, process.stdout + process.stderr

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from tests.test_data import STEPS, student_for, teacher_for
 from train_distillation import Settings
 from wanlite.data.buckets import WIDEST, bucket_sizes
-from wanlite.data.trajectories import Buckets, SeededBatches, Segments, Walker, deal_out
+from wanlite.data.trajectories import Buckets, SeededBatches, Segments, TrajectoryGenerator, deal_out
 from wanlite.flow import FewSteps, make_scheduler
 from wanlite.planning.resolve import complete
 
@@ -43,9 +43,9 @@ def test_what_is_no_ratio_is_refused(said):
 
 def test_too_few_states_on_the_own_path_for_the_buckets_are_refused():
     with pytest.raises(
-        ValueError, match="--own_path_pictures is 2, expected 0, or at least one for each of the 3"
+        ValueError, match="--rollout_states is 2, expected 0, or at least one for each of the 3"
     ):
-        complete(Settings(aspect_ratios=["1:1", "3:2", "2:3"], own_path_pictures=2))
+        complete(Settings(aspect_ratios=["1:1", "3:2", "2:3"], rollout_states=2))
 
 
 def test_jobs_are_dealt_out_evenly_by_seed_and_to_one_bucket_as_they_are():
@@ -106,9 +106,13 @@ def test_a_batch_of_segments_is_of_one_shape_and_the_states_of_its_numbers(tmp_p
         jobs = [(number, f"{number}", 10 * bucket + number) for number in range(3 + bucket)]
         for part in ("walked", "own"):
             (tmp_path / f"{part}{bucket}").mkdir()
-        walker = Walker(Accelerator(), teacher_for, scheduler, STEPS, basis=torch.eye(4))
-        walked = walker.walk(tmp_path / f"walked{bucket}", jobs, shape)
-        own = walker.walk_own_path(tmp_path / f"own{bucket}", [(*jobs[0], 2, 1)], shape, student_for, few)
+        trajectory_generator = TrajectoryGenerator(
+            Accelerator(), teacher_for, scheduler, STEPS, basis=torch.eye(4)
+        )
+        walked = trajectory_generator.generate(tmp_path / f"walked{bucket}", jobs, shape)
+        own = trajectory_generator.roll_out(
+            tmp_path / f"own{bucket}", [(*jobs[0], 2, 1)], shape, student_for, few
+        )
         data.append(Segments(walked, [(999.0, 0.999), (500.0, 0.5)], own))
     buckets = Buckets(data)
     assert buckets.sizes == [7, 9] and len(buckets) == 16

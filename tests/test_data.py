@@ -17,7 +17,7 @@ from wanlite.data.trajectories import (
     SeededBatches,
     Segments,
     Trajectories,
-    Walker,
+    TrajectoryGenerator,
     encode_once,
     read_shard,
     shard_path,
@@ -181,9 +181,11 @@ def test_a_basis_is_of_the_directions_that_vary_most_and_kept_for_the_next_run(t
         return velocity_of
 
     for _ in range(2):
-        walker = Walker(Accelerator(), velocity_for, make_scheduler(3.0), STEPS)
-        walker.find_basis(tmp_path, ["a", "b"], SHAPE, 2)
-        assert walker.basis.shape == (4, 2) and walker.basis[[1, 3]].norm() > 0.99 * walker.basis.norm()
+        generator = TrajectoryGenerator(Accelerator(), velocity_for, make_scheduler(3.0), STEPS)
+        generator.find_basis(tmp_path, ["a", "b"], SHAPE, 2)
+        assert (
+            generator.basis.shape == (4, 2) and generator.basis[[1, 3]].norm() > 0.99 * generator.basis.norm()
+        )
     assert asked == [["a", "b"]]
 
 
@@ -200,10 +202,10 @@ def walked(tmp_path_factory):
     folder, own = tmp_path_factory.mktemp("walked"), tmp_path_factory.mktemp("own")
     jobs = [(number % 3, f"{number % 3}", 100 + number) for number in range(70)]
     scheduler, few = make_scheduler(3.0), make_scheduler(3.0, (1, 2, 4))
-    walker = Walker(Accelerator(), teacher_for, scheduler, STEPS, basis=torch.eye(4))
-    states = walker.walk(folder, jobs, SHAPE)
+    generator = TrajectoryGenerator(Accelerator(), teacher_for, scheduler, STEPS, basis=torch.eye(4))
+    states = generator.generate(folder, jobs, SHAPE)
     paths = [(*job, *((2, 1), (4, 3))[number % 2]) for number, job in enumerate(jobs[:20])]
-    path = walker.walk_own_path(own, paths, SHAPE, student_for, few)
+    path = generator.roll_out(own, paths, SHAPE, student_for, few)
     return states, path, paths, few, scheduler
 
 
@@ -222,7 +224,7 @@ def student_for(prompts):
     return lambda latents, timestep: 0.3 * latents
 
 
-def test_every_segment_leads_to_the_picture_that_the_teachers_walk_ends_at(walked):
+def test_every_segment_leads_to_the_picture_that_the_teachers_trajectory_ends_at(walked):
     states, path, *_ = walked
     levels = [(999.0, 0.999), (900.0, 0.9), (500.0, 0.5)]
     segments = Segments(states, levels, path)

@@ -28,7 +28,7 @@ from train_distillation import Settings
 from wanlite.data.autoencoder import encode_images, load_autoencoder, to_pixels
 from wanlite.data.images import CAPTIONS as CAPTION_KINDS
 from wanlite.data.images import KINDS, SHOWN, choose_images, decode, list_images, read_picture
-from wanlite.data.trajectories import Trajectories, Walker
+from wanlite.data.trajectories import Trajectories, TrajectoryGenerator
 from wanlite.flow import add_noise, make_scheduler
 from wanlite.planning.defaults import choose_data
 from wanlite.planning.resolve import complete, picture_sizes
@@ -598,8 +598,12 @@ def test_the_teacher_is_asked_at_each_of_its_levels_at_noised_pictures_and_state
     jobs = [(number, f"{number}", 50 + number, number) for number in range(5)]
     for name in ("asked", "walked"):
         (tmp_path / name).mkdir()
-    walker = Walker(Accelerator(), teacher_for, scheduler, STEPS, basis=torch.eye(4))
-    states = walker.ask_at_pictures(tmp_path / "asked", jobs, lambda numbers: pictures[list(numbers)])
+    trajectory_generator = TrajectoryGenerator(
+        Accelerator(), teacher_for, scheduler, STEPS, basis=torch.eye(4)
+    )
+    states = trajectory_generator.ask_at_pictures(
+        tmp_path / "asked", jobs, lambda numbers: pictures[list(numbers)]
+    )
     batch = states.__getitems__(range(len(states)))
     assert len(states) == 5 * STEPS and batch["prompt"].tolist() == [
         number for number in range(5) for _ in range(STEPS)
@@ -615,7 +619,7 @@ def test_the_teacher_is_asked_at_each_of_its_levels_at_noised_pictures_and_state
         batch["latents"].float(), batch["timestep"]
     )
     assert torch.allclose(velocity, batch["velocity"].float(), atol=0.01)
-    walked = walker.walk(tmp_path / "walked", [job[:3] for job in jobs[:2]], (2, 4, 4))
+    walked = trajectory_generator.generate(tmp_path / "walked", [job[:3] for job in jobs[:2]], (2, 4, 4))
     both = walked + states
     assert len(both) == 7 * STEPS and len(walked) == 2 * STEPS
     parts = [walked.__getitems__([3]), states.__getitems__([9])]

@@ -84,10 +84,10 @@ def test_a_run_tells_its_speed_at_every_record_of_training(finished_run):
         0 < record["model_flops_utilisation"] < 2 and 0 < record["data_wait_share"] < 1 for record in steps
     )
     assert all(0.1 < record["memory_peak_gb"] < 10 for record in steps)
-    (walked,) = (record for record in records if "walked" in record)
+    (walked,) = (record for record in records if "generated" in record)
     assert (
-        walked["walked"] == 64 + 16 + 4 * 4
+        walked["generated"] == 64 + 16 + 4 * 4
         and walked["step"] == 0
-        and 0.5 < walked["walk_teacher_share"] <= 1
+        and 0.5 < walked["generation_teacher_share"] <= 1
     )
-    assert "walked   96 trajectories" in finished_run[1]
+    assert "generated 96 trajectories" in finished_run[1]

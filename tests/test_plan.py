@@ -18,7 +18,7 @@ from tests.conftest import A14B, ROOT, SHORT_RUN, TINY_TEACHER, run_script, writ
 from tests.test_official import write_autoencoder
 from train_distillation import Settings, WanLiteStudent, plan
 from wanlite.data.autoencoder import decode_latents, load_autoencoder, make_autoencoder
-from wanlite.data.trajectories import Walker
+from wanlite.data.trajectories import TrajectoryGenerator
 from wanlite.files.atomic import SPARE
 from wanlite.flow import make_scheduler
 from wanlite.network import pack_text
@@ -28,6 +28,8 @@ from wanlite.planning.memory import (
     at_depth,
     decoding_peak,
     estimate,
+    generation_bytes,
+    generation_peak,
     largest_batch,
     pass_peak,
     simulated_peak,
@@ -35,8 +37,6 @@ from wanlite.planning.memory import (
     teacher_bytes,
     tell,
     training_peak,
-    walk_bytes,
-    walking_peak,
 )
 from wanlite.planning.resolve import complete
 from wanlite.runtime.devices import has_gpu
@@ -144,7 +144,7 @@ def test_walks_take_what_is_told_of_them(tokens_at_once, steps, tmp_path):
     few.expert("high"), few.expert("low")
     velocity_for = teacher_velocity(few, Settings(), torch.zeros(63, 64))
     text = pack_text([torch.zeros(63, 64)] * walks)
-    walker = Walker(
+    trajectory_generator = TrajectoryGenerator(
         Accelerator(),
         lambda prompts, features: velocity_for(text, features),
         make_scheduler(3.0),
@@ -152,11 +152,16 @@ def test_walks_take_what_is_told_of_them(tokens_at_once, steps, tmp_path):
         basis=torch.zeros(files.width, width),
     )
     real = alive(
-        lambda: walker.walk(tmp_path, [(number, "", number) for number in range(walks)], (16, 16, 16))
+        lambda: trajectory_generator.generate(
+            tmp_path, [(number, "", number) for number in range(walks)], (16, 16, 16)
+        )
     )
     passing = pass_peak(files, min(2 * walks, tokens_at_once // 64), (16, 16), torch.float32)
-    told = walking_peak(
-        passing, walks * 64 * files.width, torch.float32, walk_bytes(walks, steps, (16, 16, 16), 64, width)
+    told = generation_peak(
+        passing,
+        walks * 64 * files.width,
+        torch.float32,
+        generation_bytes(walks, steps, (16, 16, 16), 64, width),
     )
     assert told == pytest.approx(real, rel=0.1)
 

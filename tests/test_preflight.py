@@ -63,12 +63,12 @@ def test_few_prompts_have_several_trajectories_unless_their_number_is_given():
 @pytest.mark.parametrize("is_large", [False, True])
 def test_states_of_the_own_path_are_no_more_than_trajectories(is_large):
     for walks in (1, 7, 64, FEWEST, 4000, 10**6):
-        own = bound_pictures(Settings(), is_large, walks)["own_path_pictures"]
+        own = bound_pictures(Settings(), is_large, walks)["rollout_states"]
         assert 1 <= own <= min(walks, 512)
-    assert bound_pictures(Settings(), is_large, 4000)["own_path_pictures"] == (
+    assert bound_pictures(Settings(), is_large, 4000)["rollout_states"] == (
         500 if is_large else 512
     )  # of a default run
-    assert bound_pictures(Settings(own_path_pictures=40), is_large, 7)["own_path_pictures"] == 40  # as typed
+    assert bound_pictures(Settings(rollout_states=40), is_large, 7)["rollout_states"] == 40  # as typed
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +92,14 @@ def needs():
 @pytest.mark.parametrize("walks", [3, 17, 32, 80, FEWEST])
 @pytest.mark.parametrize("buckets, ranks", [(1, 1), (3, 1), (1, 2)])
 def test_a_batch_that_is_left_open_follows_what_there_is_to_learn_from(walks, own, buckets, ranks, needs):
-    settings = complete(Settings(own_path_pictures=own, segment_steps=400, matching_steps=100))
+    settings = complete(Settings(rollout_states=own, segment_steps=400, matching_steps=100))
     fitted = needs[buckets].fit(settings, walks, ranks)
     fewest = min(count_states(fitted, walks, parts_of(fitted), buckets).values())
     assert fitted.train_batch_size == min(128, fewest // ranks) and fitted.gradient_accumulation_steps == 1
 
 
 def test_a_batch_that_is_too_large_is_refused_with_one_that_is_not(needs):
-    settings = complete(Settings(train_batch_size=128, own_path_pictures=16))
+    settings = complete(Settings(train_batch_size=128, rollout_states=16))
     with pytest.raises(
         ValueError,
         match="learns from 80 states, fewer than one batch of 128: lower --train_batch_size to 80, or",

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 import train_distillation
 from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER
-from wanlite.data.trajectories import SHARD_SIZE, Walker
+from wanlite.data.trajectories import SHARD_SIZE, TrajectoryGenerator
 from wanlite.files.atomic import locked
 from wanlite.flow import FewSteps, make_scheduler, seeded_noise
 from wanlite.planning.resolve import complete
@@ -268,9 +268,9 @@ def test_ranks_in_step_make_as_many_shards_of_as_many_jobs_as_any_and_write_each
             features.append(torch.zeros(len(prompts), 4, 2))
             return lambda latents, timestep: (features.append(torch.zeros(len(prompts), 4, 2)), latents)[1]
 
-        states = Walker(Accelerator(), velocity_for, make_scheduler(3.0), 1, True, torch.eye(2)).walk(
-            tmp_path, jobs, (1, 2, 2)
-        )
+        states = TrajectoryGenerator(
+            Accelerator(), velocity_for, make_scheduler(3.0), 1, True, torch.eye(2)
+        ).generate(tmp_path, jobs, (1, 2, 2))
         noise, _, prompt = states.ends(range(len(jobs)))
         assert asked == [SHARD_SIZE] * 2 and prompt.tolist() == list(range(len(jobs)))
         assert torch.equal(noise, seeded_noise((1, 2, 2), prompt.tolist()).half().float())

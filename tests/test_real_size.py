@@ -36,14 +36,14 @@ def test_what_is_looked_at_costs_a_large_teacher_less_than_half_of_its_trajector
 
 
 def test_one_trajectory_of_a_large_teacher_is_looked_at_four_times_of_a_kind_and_a_small_one_as_ever():
-    assert bound_pictures(SETTINGS, True, 1) == {"validation_walks": 4, "own_path_pictures": 1}
-    assert bound_pictures(SETTINGS, False, 4000) == {"validation_walks": 64, "own_path_pictures": 512}
-    asked = replace(SETTINGS, validation_walks=16, own_path_pictures=0)
-    assert bound_pictures(asked, True, 1) == {"validation_walks": 16, "own_path_pictures": 0}
+    assert bound_pictures(SETTINGS, True, 1) == {"validation_trajectories": 4, "rollout_states": 1}
+    assert bound_pictures(SETTINGS, False, 4000) == {"validation_trajectories": 64, "rollout_states": 512}
+    asked = replace(SETTINGS, validation_trajectories=16, rollout_states=0)
+    assert bound_pictures(asked, True, 1) == {"validation_trajectories": 16, "rollout_states": 0}
 
 
 def test_a_batch_larger_than_what_is_learnt_from_is_refused_before_the_teacher_is_asked():
-    settings = replace(SETTINGS, own_path_pictures=4, train_batch_size=16)
+    settings = replace(SETTINGS, rollout_states=4, train_batch_size=16)
     check_batch(settings, count_states(settings, 6, parts_of(settings)), 1)
     with pytest.raises(ValueError, match="segments learns from 14 states, .* --train_batch_size to 14"):
         check_batch(settings, count_states(settings, 5, parts_of(settings)), 1)

@@ -38,7 +38,7 @@ VERY_SHORT = {
     "train_batch_size": 8,
     "max_train_steps": 2,
     "segment_steps": 1,
-    "own_path_pictures": 4,
+    "rollout_states": 4,
     "num_held_out": 4,
     "checkpointing_steps": 2,
     "validation_steps": 2,

@@ -130,7 +130,7 @@ def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_
     finished_run, tmp_path, monkeypatch
 ):
     settings = complete(
-        Settings(cache_dir=str(tmp_path), teacher_steps=4, reference_steps=4, validation_walks=4)
+        Settings(cache_dir=str(tmp_path), teacher_steps=4, reference_steps=4, validation_trajectories=4)
     )
     accelerator, prompts, shape = (
         Accelerator(),
@@ -147,7 +147,7 @@ def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_
     lessons.find_basis()
     few, autoencoder = FewSteps(settings.flow_shift, [1, 2, 4], shape, 4), load_autoencoder(TINY_TEACHER)
     found = examiner.Examiner(
-        lessons, *lessons.walk_validated(), prompts, few.counts, few.scheduler, autoencoder, lambda: None
+        lessons, *lessons.generate_validation(), prompts, few.counts, few.scheduler, autoencoder, lambda: None
     )
     student = WanLiteStudent.from_pretrained(finished_run[0])
     drawn = {

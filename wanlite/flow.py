@@ -1,4 +1,4 @@
-"""Flow matching as Wan has it: noise level, velocity, and the walk from noise to picture.
+"""Flow matching as Wan has it: noise level, velocity, and the solve from noise to picture.
 
     noisy = (1 - noise_level) * clean + noise_level * noise        velocity = noise - clean        timestep = 1000 * noise_level
 
@@ -69,11 +69,11 @@ def states_passed(scheduler, num_steps, device):
     return list(zip(scheduler.timesteps, scheduler.sigmas.to(device)))
 
 
-def walk(velocity_of, latents, scheduler, num_steps, begin=0, end=None):
+def solve(velocity_of, latents, scheduler, num_steps, begin=0, end=None):
     """Walk from noise to a picture, yielding (latents, timestep, noise_level, velocity) before each step;
     returns the last latents.
 
-    `velocity_of(latents, timestep (B,))` is asked once a step. Shapes: (B, C, H, W). With `begin` the walk
+    `velocity_of(latents, timestep (B,))` is asked once a step. Shapes: (B, C, H, W). With `begin` the solve
     starts before that step of `num_steps`, from latents that are there already, and with `end` it stops
     before that one.
     """
@@ -88,7 +88,7 @@ def walk(velocity_of, latents, scheduler, num_steps, begin=0, end=None):
 
 
 def noise_along(velocity_of, clean, seeds, scheduler, num_steps):
-    """Yield what walk() does, not on a walk but at the pictures `clean` (B, C, H, W), noised anew to each of
+    """Yield what solve() does, not on a solve but at the pictures `clean` (B, C, H, W), noised anew to each of
     its levels.
     """
     noises = seeded_noise((num_steps, *clean.shape[1:]), seeds).to(clean.device).unbind(1)
@@ -98,8 +98,8 @@ def noise_along(velocity_of, clean, seeds, scheduler, num_steps):
 
 
 def sample(velocity_of, noise, scheduler, num_steps, begin=0, end=None):
-    """Return the latents (B, C, H, W) at the end of the walk from `noise`; see walk()."""
-    steps = walk(velocity_of, noise, scheduler, num_steps, begin, end)
+    """Return the latents (B, C, H, W) at the end of the solve from `noise`; see solve()."""
+    steps = solve(velocity_of, noise, scheduler, num_steps, begin, end)
     while True:
         try:
             next(steps)
@@ -113,11 +113,11 @@ def seeded_noise(shape, seeds):
 
 
 class FewSteps:
-    """Where walks of few steps stop: one student serves every number of steps, for each leads straight to the
+    """Where trajectories of few steps stop: one student serves every number of steps, for each leads straight to the
     picture.
 
     `levels` are the (timestep, noise level) that any of them passes, noise first; `stops` the (count, index)
-    after noise; `teacher_levels` (K, 2) those of the teacher's walk. The timesteps are those that sampling
+    after noise; `teacher_levels` (K, 2) those of the teacher's solve. The timesteps are those that sampling
     passes, truncated to whole numbers as the scheduler does. `share` is (rank, ranks): all draw from equal
     generators for the rows of all, and each takes its own.
     """
@@ -155,7 +155,7 @@ class FewSteps:
         return clean_from(latents, velocity_of(latents, timestep).float(), noise_level)
 
     def renoise(self, clean, generator, is_one_level=False):
-        """Return (noisy, noise, timestep (B,), noise level (B,)) at inner levels of the teacher's walk, drawn
+        """Return (noisy, noise, timestep (B,), noise level (B,)) at inner levels of the teacher's solve, drawn
         at random.
 
         One level for all rows of all ranks keeps a micro-batch with one of the teacher's experts.

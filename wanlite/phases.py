@@ -7,12 +7,14 @@ A run has up to three, one after the other: `velocity` (stage 1), `segments` (st
 import math
 
 PARTS = ("velocity", "segments", "matching")
-OWN_PATH_ROUNDS = 2  # how often in the part of segments the student's own path is walked
+ROLLOUT_ROUNDS = 2  # rollouts in stage 2a
 SEGMENT_SHARE = 5 / 7  # of the steps, where --segment_steps is left open
-MOST_LOOKED_AT, LEAST_LOOKED_AT = 64, 4  # walks of a kind that a validation is held against
+MOST_LOOKED_AT, LEAST_LOOKED_AT = 64, 4  # count of a kind that a validation is held against
 SHOWN = 8  # prompts in the grids; as many are drawn from as many seeds each to see how varied pictures are
 LEAST_VALIDATED = 16  # prompts of validations, where there are as many
-LOOKED_AT = 20  # of a large teacher: one for so many trajectories, where --validation_walks is left open
+LOOKED_AT = (
+    20  # of a large teacher: one for so many trajectories, where --validation_trajectories is left open
+)
 # trajectories, where --num_trajectories is left open: few prompts have several each, from other noise
 FEWEST = 300
 # (benchmarks/few_prompts.py: 30 learn nothing in 200 steps, 300 draw 9 of 10 right, 500 hardly more)
@@ -20,18 +22,17 @@ MOST_OWN, OWN_SHARE = (
     512,
     8,
 )  # states on the student's own path, and of a large teacher one for so many trajectories, where
-#                                  --own_path_pictures is left open
+#                                  --rollout_states is left open
 
 
 def parts_of(settings):
     """Return the parts of a run in order, as (name, first step, last step); those of no step are left out."""
     ends = [settings.max_train_steps - settings.segment_steps - settings.matching_steps]
     ends += [
-        ends[0] + settings.segment_steps * number // OWN_PATH_ROUNDS
-        for number in range(1, OWN_PATH_ROUNDS + 1)
+        ends[0] + settings.segment_steps * number // ROLLOUT_ROUNDS for number in range(1, ROLLOUT_ROUNDS + 1)
     ]
     ends += [settings.max_train_steps]
-    names = (PARTS[0], *[PARTS[1]] * OWN_PATH_ROUNDS, PARTS[2])
+    names = (PARTS[0], *[PARTS[1]] * ROLLOUT_ROUNDS, PARTS[2])
     return [(name, first, last) for name, first, last in zip(names, [0, *ends], ends) if first < last]
 
 
@@ -43,18 +44,20 @@ def count_trajectories(settings, num_prompts):
 
 
 def bound_pictures(settings, is_large, num_trajectories, num_buckets=1):
-    """Return what --validation_walks and --own_path_pictures are where they are left open: at most the
+    """Return what --validation_trajectories and --rollout_states are where they are left open: at most the
     trajectories and, if the teacher is large, a share of them; at least one state of the own path for each
     bucket."""
-    walks, own = (
+    count, own = (
         num_trajectories // LOOKED_AT if is_large else MOST_LOOKED_AT,
         num_trajectories // (OWN_SHARE if is_large else 1),
     )
     return {
-        "validation_walks": min(MOST_LOOKED_AT, max(LEAST_LOOKED_AT, settings.validation_walks or walks)),
-        "own_path_pictures": min(MOST_OWN, max(own, num_buckets))
-        if settings.own_path_pictures is None
-        else settings.own_path_pictures,
+        "validation_trajectories": min(
+            MOST_LOOKED_AT, max(LEAST_LOOKED_AT, settings.validation_trajectories or count)
+        ),
+        "rollout_states": min(MOST_OWN, max(own, num_buckets))
+        if settings.rollout_states is None
+        else settings.rollout_states,
     }
 
 
@@ -65,28 +68,30 @@ def choose_validated(training, held_out):
     return list(dict.fromkeys([*held_out, *training]))[: max(len(held_out), LEAST_VALIDATED)]
 
 
-def count_looks(walks, num_validated):
-    """Return (walks of validated prompts, n): a validation is held against these, and against n prompts from
+def count_looks(count, num_validated):
+    """Return (count of validated prompts, n): a validation is held against these, and against n prompts from
     n seeds each.
     """
-    return max(min(num_validated, walks), min(LEAST_VALIDATED, walks)), min(SHOWN, math.isqrt(walks))
+    return max(min(num_validated, count), min(LEAST_VALIDATED, count)), min(SHOWN, math.isqrt(count))
 
 
 def count_passes(settings, num_trajectories, num_validated, parts):
     """Return how many times a picture goes through the teacher in a run; guidance takes two of these a step."""
-    looks, several = count_looks(settings.validation_walks, num_validated)
-    walks = num_trajectories + settings.validation_walks + looks + min(several, num_validated) * several
+    looks, several = count_looks(settings.validation_trajectories, num_validated)
+    count = (
+        num_trajectories + settings.validation_trajectories + looks + min(several, num_validated) * several
+    )
     steps = {part: sum(last - first for name, first, last in parts if name == part) for part in PARTS}
     shown = len(settings.validation_prompts or range(min(several, num_validated)))
-    own = OWN_PATH_ROUNDS * settings.own_path_pictures * settings.teacher_steps // 2 * (steps["segments"] > 0)
+    own = ROLLOUT_ROUNDS * settings.rollout_states * settings.teacher_steps // 2 * (steps["segments"] > 0)
     matched = (
         steps["matching"] * settings.train_batch_size * settings.gradient_accumulation_steps
     )  # a quarter, four times
-    return 2 * (walks * settings.teacher_steps + shown * settings.reference_steps + own) + matched
+    return 2 * (count * settings.teacher_steps + shown * settings.reference_steps + own) + matched
 
 
 def count_states(settings, num_trajectories, parts, num_buckets=1):
     """Return {part: states that it learns from}, in the bucket that has fewest: a batch is of one bucket."""
-    walks, own = num_trajectories // num_buckets, settings.own_path_pictures // num_buckets
-    later = 2 * walks + own if max(settings.few_steps) > 1 else walks
-    return {part: walks * settings.teacher_steps if part == "velocity" else later for part, *_ in parts}
+    count, own = num_trajectories // num_buckets, settings.rollout_states // num_buckets
+    later = 2 * count + own if max(settings.few_steps) > 1 else count
+    return {part: count * settings.teacher_steps if part == "velocity" else later for part, *_ in parts}

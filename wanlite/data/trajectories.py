@@ -1,6 +1,6 @@
-"""The teacher's trajectories: walked once, kept on disk shard by shard, and dealt out as training batches.
+"""The teacher's trajectories: generated once, kept on disk shard by shard, and dealt out as training batches.
 
-A trajectory is the teacher's whole guided walk from one noise to one picture. Each of its states is a
+A trajectory is the teacher's whole guided solve from one noise to one picture. Each of its states is a
 training example: the noisy latents, the guided velocity there, and the teacher's token states in the
 student's basis. Legend: B batch, K states a trajectory, C channels, H W latent height and width, N image
 tokens, D feature width.
@@ -28,13 +28,11 @@ from ..flow import (
     noise_along,
     sample,
     seeded_noise,
+    solve,
     states_passed,
-    walk,
 )
 
-SHARD_SIZE = (
-    64  # trajectories or prompts a file; also how many the teacher walks, or the text encoder reads, at once
-)
+SHARD_SIZE = 64  # trajectories or prompts a file; also how many the teacher trajectories, or the text encoder reads, at once
 MOST_SAMPLED = 32768  # token states from which directions are found
 EXACT = (
     "timestep",
@@ -74,7 +72,7 @@ class Projected(list):
         super().append((states.float() @ self.basis).half())
 
 
-class Walker:
+class TrajectoryGenerator:
     """Asks the teacher for all that a student learns from, and keeps it shard by shard; shards that are there
     are not made again.
 
@@ -94,7 +92,7 @@ class Walker:
 
     @torch.no_grad()
     def find_basis(self, folder, prompts, latent_shape, width):
-        """From here on keep token states in the `width` directions in which they vary most along walks of
+        """From here on keep token states in the `width` directions in which they vary most along trajectories of
         `prompts`.
         """
 
@@ -103,13 +101,13 @@ class Walker:
                 Sampled(self.num_steps),
                 seeded_noise(latent_shape, range(len(prompts))).to(self.accelerator.device),
             )
-            for _ in walk(self.velocity_for(prompts, features), noise, self.scheduler, self.num_steps):
+            for _ in solve(self.velocity_for(prompts, features), noise, self.scheduler, self.num_steps):
                 pass
             return {"basis": principal_directions(torch.cat(features), width).cpu()}
 
         self.basis = kept_once(self.accelerator, folder, make)["basis"].to(self.accelerator.device)
 
-    def walk(self, folder, jobs, latent_shape):
+    def generate(self, folder, jobs, latent_shape):
         """Walk from noise to picture for every (number, prompt, seed) of `jobs`; returns the Trajectories."""
 
         def make(numbers, prompts, seeds):
@@ -118,7 +116,7 @@ class Walker:
                 Projected(self.basis),
             )
             return _states(
-                walk(self.velocity_for(prompts, features), noise, self.scheduler, self.num_steps),
+                solve(self.velocity_for(prompts, features), noise, self.scheduler, self.num_steps),
                 features,
                 numbers,
             )
@@ -126,10 +124,10 @@ class Walker:
         return self._kept(folder, jobs, make, "teacher trajectories")
 
     def ask_at_pictures(self, folder, jobs, latents_of):
-        """Ask at real pictures, noised to each level of a walk, for every (number, prompt, seed, picture) of
+        """Ask at real pictures, noised to each level of a solve, for every (number, prompt, seed, picture) of
         `jobs`.
 
-        `latents_of(pictures)` returns their latents (B, C, H, W); what is kept is as that of walks.
+        `latents_of(pictures)` returns their latents (B, C, H, W); what is kept is as that of trajectories.
         """
 
         def make(numbers, prompts, seeds, pictures):
@@ -144,7 +142,7 @@ class Walker:
 
         return self._kept(folder, jobs, make, "teacher at images")
 
-    def walk_own_path(self, folder, jobs, latent_shape, student_for, own_scheduler):
+    def roll_out(self, folder, jobs, latent_shape, student_for, own_scheduler):
         """Go a part of the way with the student and the rest with the teacher, for every (number, prompt,
         seed, count, index).
 
@@ -239,7 +237,7 @@ def encode_once(accelerator, encode, prompts, folder):
     )
 
 
-def _fill(accelerator, folder, jobs, make, description, unit="walk", in_step=False):
+def _fill(accelerator, folder, jobs, make, description, unit="solve", in_step=False):
     """Make the shards that `folder` lacks, SHARD_SIZE jobs each, every rank its share: `make(*columns of the
     jobs)` -> tensors. Returns how many there are.
 
@@ -298,7 +296,7 @@ def write_shard(folder, index, tensors):
             os.fsync(file.fileno())
     except SafetensorError as error:  # how the library says that the disk is full
         partial.unlink(missing_ok=True)
-        raise OSError(f"{partial}: {error}. Free some space; what was walked so far is kept.") from None
+        raise OSError(f"{partial}: {error}. Free some space; what was generated so far is kept.") from None
     os.replace(partial, shard_path(folder, index))
 
 
@@ -352,7 +350,7 @@ def shard_path(folder, index):
 class Trajectories(torch.utils.data.Dataset):
     """Every state of every trajectory in a folder, memory-mapped.
 
-    Shards hold `latents`, `velocity` (n, K, C, H, W), of whole walks `features` (n, K, N, D), in float16, and
+    Shards hold `latents`, `velocity` (n, K, C, H, W), of whole trajectories `features` (n, K, N, D), in float16, and
     `timestep`, `noise_level` (n, K), `prompt` (n,). Indexed by a list of state numbers, it returns a batch as
     a dict.
     """
@@ -419,33 +417,35 @@ class Segments(torch.utils.data.Dataset):
 
     In this order: the noise that every trajectory starts from; one state of every trajectory on the straight
     line from its noise to its picture, which is the way a student goes whose first step was right; and where
-    students did come by, `own_path`. `levels` are the (timestep, noise level) that few steps pass, the first
+    students did come by, `rollout`. `levels` are the (timestep, noise level) that few steps pass, the first
     of them noise.
     """
 
-    def __init__(self, trajectories, levels, own_path=None):
-        self.trajectories, self.levels, self.own_path = trajectories, torch.tensor(levels), own_path
-        self.num_walks = len(trajectories) // trajectories.states_each
-        self.num_lines = self.num_walks if len(levels) > 1 else 0
+    def __init__(self, trajectories, levels, rollout=None):
+        self.trajectories, self.levels, self.rollout = trajectories, torch.tensor(levels), rollout
+        self.num_trajectories = len(trajectories) // trajectories.states_each
+        self.num_lines = self.num_trajectories if len(levels) > 1 else 0
 
     def __len__(self):
-        return self.num_walks + self.num_lines + len(self.own_path or ())
+        return self.num_trajectories + self.num_lines + len(self.rollout or ())
 
     def in_order(self, numbers):
         """Return state numbers as their rows come in a batch: own states last.
 
         Dealt out so, ranks have the rows of one batch.
         """
-        return sorted(numbers, key=lambda number: number >= self.num_walks + self.num_lines)
+        return sorted(numbers, key=lambda number: number >= self.num_trajectories + self.num_lines)
 
     def __getitems__(self, numbers):
         numbers = torch.as_tensor(numbers)
-        is_own = numbers >= self.num_walks + self.num_lines
+        is_own = numbers >= self.num_trajectories + self.num_lines
         found = []
         if len(lines := numbers[~is_own]):
-            noise, picture, prompt = self.trajectories.ends(lines % self.num_walks)
+            noise, picture, prompt = self.trajectories.ends(lines % self.num_trajectories)
             later = 1 + lines % max(1, len(self.levels) - 1)
-            timestep, noise_level = self.levels[torch.where(lines < self.num_walks, 0, later)].unbind(1)
+            timestep, noise_level = self.levels[torch.where(lines < self.num_trajectories, 0, later)].unbind(
+                1
+            )
             found.append(
                 {
                     "latents": add_noise(picture, noise, noise_level),
@@ -457,7 +457,7 @@ class Segments(torch.utils.data.Dataset):
                 }
             )
         if is_own.any():
-            own = self.own_path.__getitems__(numbers[is_own] - self.num_walks - self.num_lines)
+            own = self.rollout.__getitems__(numbers[is_own] - self.num_trajectories - self.num_lines)
             own |= {name: own[name].float() for name in ("latents", "velocity")}
             found.append(own | {"picture": clean_from(own["latents"], own["velocity"], own["noise_level"])})
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}

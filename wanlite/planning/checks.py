@@ -29,9 +29,9 @@ def check_together(settings):
     """
     if settings.num_images is not None and settings.images is None:
         raise ValueError(f"--num_images is {settings.num_images}, expected --images beside it.")
-    if 0 < (settings.own_path_pictures or 0) < len(settings.aspect_ratios or ()):
+    if 0 < (settings.rollout_states or 0) < len(settings.aspect_ratios or ()):
         raise ValueError(
-            f"--own_path_pictures is {settings.own_path_pictures}, expected 0, or at least one for each of "
+            f"--rollout_states is {settings.rollout_states}, expected 0, or at least one for each of "
             f"the "
             f"{len(settings.aspect_ratios)} --aspect_ratios."
         )
@@ -135,7 +135,7 @@ def check_batch(settings, states, ranks):
             ratios = ", or name fewer --aspect_ratios" if settings.aspect_ratios else ""
             raise ValueError(
                 f"the part {part} learns from {count} states, fewer than one batch of {rows}: {lower}raise "
-                f"--num_trajectories or --own_path_pictures{ratios}."
+                f"--num_trajectories or --rollout_states{ratios}."
             )
 
 

@@ -28,6 +28,8 @@ from .checks import check_batch
 from .memory import (
     at_depth,
     decoding_peak,
+    generation_bytes,
+    generation_peak,
     largest_batch,
     pass_peak,
     simulated_peak,
@@ -37,8 +39,6 @@ from .memory import (
     text_bytes,
     training_peak,
     trajectory_bytes,
-    walk_bytes,
-    walking_peak,
 )
 
 LARGE = 1024  # width from which on a teacher is held against the machine that it runs on
@@ -112,10 +112,10 @@ class Needs:
         )
 
     def asking(self, settings, at_once=SHARD_SIZE):
-        """Return the bytes of the teacher, where it is while it is asked, and of so many walks under way."""
+        """Return the bytes of the teacher, where it is while it is asked, and of so many num_generated under way."""
         dtype, residency = training_dtype(settings), place_teacher(settings, self.files, self.device)
         rows = min(2 * at_once, max(1, TOKENS_AT_ONCE // self.tokens))  # half of them for guidance
-        kept = walk_bytes(
+        kept = generation_bytes(
             at_once,
             settings.teacher_steps,
             self.largest,
@@ -124,7 +124,7 @@ class Needs:
         )
         return teacher_bytes(self.files, residency, dtype, settings.teacher_fp8, local_processes())[
             0
-        ] + walking_peak(
+        ] + generation_peak(
             pass_peak(self.files, rows, self.largest[1:], dtype, self.peak),
             at_once * self.tokens * self.files.width,
             dtype,
@@ -186,10 +186,10 @@ class Needs:
         }
         if settings.project_only:
             return tell(phases, disk, self.device, self.free)
-        walks = len(images) + count_trajectories(settings, len(training))
+        num_generated = len(images) + count_trajectories(settings, len(training))
         dtype, residency = training_dtype(settings), place_teacher(settings, self.files, self.device)
         validated = len(choose_validated(training, held_out))
-        looks, several = count_looks(settings.validation_walks, validated)
+        looks, several = count_looks(settings.validation_trajectories, validated)
         drawn = max(looks, several**2)
         together = min(drawn, max(1, DECODED_AT_ONCE // self.pixels))
         placed = {
@@ -197,7 +197,7 @@ class Needs:
             for place in dict.fromkeys((*RESIDENCIES, residency))
         }
         phases |= {
-            "trajectories": self.asking(settings, min(SHARD_SIZE, max(walks, drawn)))
+            "trajectories": self.asking(settings, min(SHARD_SIZE, max(num_generated, drawn)))
             + self.drawing
             + self.weights,
             "training": self.training(settings, settings.train_batch_size),
@@ -215,7 +215,7 @@ class Needs:
         remembered = (self.resting + self.weights) * (
             1.5 if settings.matching_steps else 1
         )  # with the best student so far
-        seen = walks + looks + min(several, validated) * several
+        seen = num_generated + looks + min(several, validated) * several
         disk[settings.cache_dir] += trajectory_bytes(
             seen,
             settings.teacher_steps,

@@ -154,10 +154,10 @@ def pass_peak(files, rows, latent_size, dtype, peak=simulated_peak):
         torch.set_default_dtype(before)
 
 
-def walking_peak(passing, states, dtype, kept):
-    """Return the bytes of walks, of which a pass takes `passing` and what they keep `kept`.
+def generation_peak(passing, states, dtype, kept):
+    """Return the bytes of trajectories, of which a pass takes `passing` and what they keep `kept`.
 
-    A step has so many token `states` (walks x tokens x width): those of earlier passes lie beside a pass,
+    A step has so many token `states` (trajectories x tokens x width): those of earlier passes lie beside a pass,
     then all are joined, and turned into float32 to be kept in few directions. At the end what is kept is
     joined.
     """
@@ -224,17 +224,17 @@ def decoding_peak(make_autoencoder, decode, rows, latent_shape, peak=simulated_p
 # ---- disk and time -----------------------------------------------------------------------------------------
 
 
-def walk_bytes(num_walks, num_steps, latent_shape, num_tokens, width):
-    """Return the bytes in memory of walks under way: latents and velocities of each state, in float32, and
+def generation_bytes(num_trajectories, num_steps, latent_shape, num_tokens, width):
+    """Return the bytes in memory of trajectories under way: latents and velocities of each state, in float32, and
     token states of a width, in float16."""
-    return num_walks * num_steps * (4 * 2 * torch.Size(latent_shape).numel() + 2 * num_tokens * width)
+    return num_trajectories * num_steps * (4 * 2 * torch.Size(latent_shape).numel() + 2 * num_tokens * width)
 
 
-def trajectory_bytes(num_walks, num_steps, latent_shape, num_tokens, width):
-    """Return the bytes on disk of walks: latents and velocities of each state, and token states of a width,
+def trajectory_bytes(num_trajectories, num_steps, latent_shape, num_tokens, width):
+    """Return the bytes on disk of trajectories: latents and velocities of each state, and token states of a width,
     in float16.
     """
-    return 2 * num_walks * num_steps * (2 * torch.Size(latent_shape).numel() + num_tokens * width)
+    return 2 * num_trajectories * num_steps * (2 * torch.Size(latent_shape).numel() + num_tokens * width)
 
 
 def text_bytes(prompts, width):
@@ -372,7 +372,7 @@ def tell(phases, disk, device, free, residency=None, placed=None, rows=0, accumu
             else "training does not fit at any batch: add --gradient_checkpointing, or lower --resolution."
         )
     if phases.get("validation", 0) > free:
-        wrong.append("validation does not fit: lower --validation_walks.")
+        wrong.append("validation does not fit: lower --validation_trajectories.")
     if phases["start"] > free:
         wrong.append(
             "projecting does not fit: run where more memory is free; a start in --cache_dir is taken as it "

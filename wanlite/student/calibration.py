@@ -78,11 +78,13 @@ def choose_channels(files, frames, width):
     linearly.
     """
     expert = stream_expert(files, frames.latents.device)
-    walk = _begin(expert, frames)
-    moment = _normed_moment(walk.states)
+    forward = _begin(expert, frames)
+    moment = _normed_moment(forward.states)
     for block in tqdm(expert.blocks, desc="choosing channels", unit="block", disable=None):
-        walk.states = block(walk.states, walk.text, walk.modulation, walk.rotary, walk.logit_bias)
-        last = _normed_moment(walk.states)
+        forward.states = block(
+            forward.states, forward.text, forward.modulation, forward.rotary, forward.logit_bias
+        )
+        last = _normed_moment(forward.states)
         moment += last
     return _best_columns(moment + LAST_SHARE * last, width)
 
@@ -126,8 +128,8 @@ def calibrate(student, files, report, frames):
     _refit(student.proj_out, _head_input(student, ours), wanted)
 
 
-class _Walk:
-    """Where a network stands in its walk over the frames."""
+class _Forward:
+    """The state of a forward pass over the frames."""
 
     def __init__(self, states, text, time, modulation, rotary, logit_bias):
         self.states, self.text, self.time, self.modulation = states, text, time, modulation
@@ -142,12 +144,12 @@ def _begin(network, frames):
     )  # (B, N, D)
     time, modulation, words, _ = network.condition_embedder(timestep, text.tokens)
     modulation, rotary = modulation.unflatten(1, (6, -1)), network.rope(latents.unsqueeze(2))  # (B, 6, D)
-    return _Walk(states, words, time, modulation, rotary, text.logit_bias)
+    return _Forward(states, words, time, modulation, rotary, text.logit_bias)
 
 
-def _head_input(network, walk):
-    shift, scale = (network.scale_shift_table + walk.time.unsqueeze(1)).chunk(2, dim=1)
-    return network.norm_out(walk.states) * (1 + scale) + shift
+def _head_input(network, forward):
+    shift, scale = (network.scale_shift_table + forward.time.unsqueeze(1)).chunk(2, dim=1)
+    return network.norm_out(forward.states) * (1 + scale) + shift
 
 
 # ---- the teacher's side ------------------------------------------------------------------------------------
@@ -158,11 +160,11 @@ WATCHED = {
 WATCHED |= {"ffn": "ffn.net.0.proj"}
 
 
-def _watch_span(blocks, walk, channels, cut):
+def _watch_span(blocks, forward, channels, cut):
     """Walk a span; returns the states to reach after each part of a student block, and of each block what the
     student keeps.
     """
-    entry, updates, seen = walk.states[..., channels], {"attn1": 0.0, "attn2": 0.0}, []
+    entry, updates, seen = forward.states[..., channels], {"attn1": 0.0, "attn2": 0.0}, []
     for number, block in enumerate(blocks):
         found = {}
         hooks = [
@@ -181,15 +183,17 @@ def _watch_span(blocks, walk, channels, cut):
             )
             for module in updates
         ]
-        walk.states = block(walk.states, walk.text, walk.modulation, walk.rotary, walk.logit_bias)
+        forward.states = block(
+            forward.states, forward.text, forward.modulation, forward.rotary, forward.logit_bias
+        )
         for hook in hooks:
             hook.remove()
-        gate = (block.scale_shift_table + walk.modulation)[:, 2:3]
+        gate = (block.scale_shift_table + forward.modulation)[:, 2:3]
         updates["attn1"] = updates["attn1"] + found.pop("attn1") * gate[..., channels]
         updates["attn2"] = updates["attn2"] + found.pop("attn2")
         seen.append(found)
     after = entry + updates["attn1"]
-    return {"attn1": after, "attn2": after + updates["attn2"], "ffn": walk.states[..., channels]}, seen
+    return {"attn1": after, "attn2": after + updates["attn2"], "ffn": forward.states[..., channels]}, seen
 
 
 def _pick(output, name, number, cut):
@@ -221,36 +225,36 @@ def _size(queries):
 # ---- the student's side ------------------------------------------------------------------------------------
 
 
-def _refit_block(block, walk, goals, wanted, cut):
-    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + walk.modulation).chunk(
+def _refit_block(block, forward, goals, wanted, cut):
+    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + forward.modulation).chunk(
         6, dim=1
     )
-    normed = block.norm1(walk.states) * (1 + scale) + shift
+    normed = block.norm1(forward.states) * (1 + scale) + shift
     _refit_attention(block.attn1, normed, normed, wanted, "attn1", cut)
     _refit_output(
         block.attn1.to_out[0],
-        lambda: block.attn1(normed, None, None, walk.rotary),
-        goals["attn1"] - walk.states,
+        lambda: block.attn1(normed, None, None, forward.rotary),
+        goals["attn1"] - forward.states,
         gate,
         OUTPUT_SHARE,
     )
-    walk.states = walk.states + block.attn1(normed, None, None, walk.rotary) * gate
+    forward.states = forward.states + block.attn1(normed, None, None, forward.rotary) * gate
 
-    normed, mask = block.norm2(walk.states), walk.logit_bias[:, None, None]
-    _refit_attention(block.attn2, normed, walk.text, wanted, "attn2", cut)
+    normed, mask = block.norm2(forward.states), forward.logit_bias[:, None, None]
+    _refit_attention(block.attn2, normed, forward.text, wanted, "attn2", cut)
     _refit_output(
         block.attn2.to_out[0],
-        lambda: block.attn2(normed, walk.text, mask, None),
-        goals["attn2"] - walk.states,
+        lambda: block.attn2(normed, forward.text, mask, None),
+        goals["attn2"] - forward.states,
         torch.ones_like(gate),
         OUTPUT_SHARE,
     )
-    walk.states = walk.states + block.attn2(normed, walk.text, mask, None)
+    forward.states = forward.states + block.attn2(normed, forward.text, mask, None)
 
-    normed = block.norm3(walk.states) * (1 + ffn_scale) + ffn_shift
+    normed = block.norm3(forward.states) * (1 + ffn_scale) + ffn_shift
     _refit(block.ffn.net[0].proj, normed, wanted["ffn"])
-    _refit_output(block.ffn.net[2], lambda: block.ffn(normed), goals["ffn"] - walk.states, ffn_gate)
-    walk.states = walk.states + block.ffn(normed) * ffn_gate
+    _refit_output(block.ffn.net[2], lambda: block.ffn(normed), goals["ffn"] - forward.states, ffn_gate)
+    forward.states = forward.states + block.ffn(normed) * ffn_gate
 
 
 def _refit_attention(attention, states, context, wanted, name, cut):

@@ -19,7 +19,7 @@ from ..network import OneFrameBlock, TextTokens, one_frame_velocity
 RESIDENCIES = ("both", "one", "streamed", "disk")  # of one process; several also share it out: "sharded"
 SHARDED_BESIDE = 0.1  # of an expert: what is no block, and two blocks that are whole
 BYTES_A_TOKEN = (
-    36  # of a pass in bfloat16 at its peak, for each channel of the width, and of 64 walks beside it
+    36  # of a pass in bfloat16 at its peak, for each channel of the width, and of 64 trajectories beside it
 )
 # image tokens of a teacher's pass: 32 guided pictures of 512 x 512; 8 GB of activations at A14B's width
 TOKENS_AT_ONCE = 65536
@@ -194,7 +194,7 @@ def choose_residency(files, dtype, is_fp8, free_device, free_host, is_cpu=False,
     "disk" what fits first.
 
     Among so many `shares` on one machine its GPUs share the blocks out: they reach each other faster than the
-    CPU's memory. `free_device` and `free_host` are bytes; what walks and their passes take is left free. On
+    CPU's memory. `free_device` and `free_host` are bytes; what trajectories and their passes take is left free. On
     the CPU the two are one memory, and nothing is streamed from it.
     """
     size = max(expert.num_parameters for expert in files.experts.values()) * (1 if is_fp8 else dtype.itemsize)

@@ -85,7 +85,7 @@ def variety(pictures_by_seed):
 def likeness(latents, pictures, by_seed, teacher_latents, teacher_pictures, teacher_by_seed):
     """Compare what a student drew with what its teacher drew from the same noise and prompts.
 
-    `latents` (B, C, H, W) and `pictures` (B, height, width, 3) are of the same walks, `by_seed` as in
+    `latents` (B, C, H, W) and `pictures` (B, height, width, 3) are of the same trajectories, `by_seed` as in
     variety(). Returns `picture_error` (squared distance of latents over the teacher's variance),
     `channel_drift`, and `saturation` and `variety` over the teacher's.
     """

@@ -1,8 +1,8 @@
 """A teacher, prompts and images -> all that they say to a run, asked once and kept in the cache under what it
 was made of.
 
-Training walks start from seeds that count up from a number that is above all that users draw with, held-out
-walks and the noise on images from seeds that count down from it: a student is never examined, and not used
+Training trajectories start from seeds that count up from a number that is above all that users draw with, held-out
+trajectories and the noise on images from seeds that count down from it: a student is never examined, and not used
 either, at noise that it learned from.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from ..data.autoencoder import encode_images, to_pixels
 from ..data.images import read_picture
 from ..data.text_encoder import lazy_encoder, load_tokenizer, tell_cut
-from ..data.trajectories import Walker, deal_out, encode_once, kept_once
+from ..data.trajectories import TrajectoryGenerator, deal_out, encode_once, kept_once
 from ..files.atomic import in_turn
 from ..files.cache import cache_folder
 from ..flow import make_scheduler
@@ -24,7 +24,7 @@ from ..teacher.checkpoint import sampled_digest
 from ..teacher.components import convert_parts, find_parts, is_converted
 from .steps import velocity_in_parts
 
-FIRST_SEED, SEEDS_A_RUN = 10**12, 10**7  # of training walks, and how far those of two runs are apart
+FIRST_SEED, SEEDS_A_RUN = 10**12, 10**7  # of training trajectories, and how far those of two runs are apart
 
 
 def open_parts(settings, accelerator):
@@ -108,7 +108,7 @@ class Lessons:
         self.guided, self.plain = (
             pace.timed(teacher_velocity(teacher, each, negative)) for each in (settings, without)
         )
-        self.walker = Walker(
+        self.trajectory_generator = TrajectoryGenerator(
             accelerator,
             self._guided_for,
             self.scheduler,
@@ -137,40 +137,44 @@ class Lessons:
         return kept_once(self.accelerator, self._kept_in(kind, **what), make)
 
     def find_basis(self):
-        """Find the directions that token states are kept in, on walks of a few training prompts."""
-        prompts = self.training[: self.settings.validation_walks]
+        """Find the directions that token states are kept in, on trajectories of a few training prompts."""
+        prompts = self.training[: self.settings.validation_trajectories]
         folder = self._kept_in("basis", prompts=prompts, latents=self.latent_shape)
-        self.walker.find_basis(folder, prompts, self.latent_shape, self.width)
+        self.trajectory_generator.find_basis(folder, prompts, self.latent_shape, self.width)
 
-    def walk_training(self, num_walks):
-        """Walk from noise to picture `num_walks` times, as often in each bucket; returns the Trajectories by
+    def generate_training(self, num_trajectories):
+        """Walk from noise to picture `num_trajectories` times, as often in each bucket; returns the Trajectories by
         bucket.
         """
-        self.walks = [
+        self.trajectories = [
             (number, self.training[number], self.first_seed + n)
-            for n, number in enumerate(n % len(self.training) for n in range(num_walks))
+            for n, number in enumerate(n % len(self.training) for n in range(num_trajectories))
         ]
         return [
-            self._walk(*bucket)
-            for bucket in zip(deal_out(self.walks, len(self.buckets), self.settings.seed), self.buckets)
+            self._generate(*bucket)
+            for bucket in zip(
+                deal_out(self.trajectories, len(self.buckets), self.settings.seed), self.buckets
+            )
         ]
 
-    def walk_validated(self):
+    def generate_validation(self):
         """Walk the prompts of validations; returns Trajectories of one seed each, and of a few prompts from
         several seeds each.
         """
-        looks, several = count_looks(self.settings.validation_walks, len(self.validated))
-        prompts = self.validated[: self.settings.validation_walks]
+        looks, several = count_looks(self.settings.validation_trajectories, len(self.validated))
+        prompts = self.validated[: self.settings.validation_trajectories]
         once = [(n % len(prompts), prompts[n % len(prompts)], self.first_seed - 1 - n) for n in range(looks)]
         by_seed = [
             (n, prompt, self.first_seed - 1000 - seed)
             for n, prompt in enumerate(prompts[:several])
             for seed in range(several)
         ]
-        return self._walk(once, self.latent_shape), self._walk(by_seed, self.latent_shape)
+        return self._generate(once, self.latent_shape), self._generate(by_seed, self.latent_shape)
 
-    def _walk(self, walks, latents):
-        return self.walker.walk(self._kept_in("trajectories", walks=walks, latents=latents), walks, latents)
+    def _generate(self, trajectories, latents):
+        return self.trajectory_generator.generate(
+            self._kept_in("trajectories", trajectories=trajectories, latents=latents), trajectories, latents
+        )
 
     def ask_at_images(self, images, sizes, autoencoder):
         """Ask what the teacher says at captioned images, noised; returns Trajectories by bucket, None where
@@ -195,22 +199,22 @@ class Lessons:
             pictures = np.stack([read_picture(found[sha256]) for sha256 in digests])
             return encode_images(autoencoder, to_pixels(pictures).to(self.accelerator.device))
 
-        return self.walker.ask_at_pictures(
+        return self.trajectory_generator.ask_at_pictures(
             self._kept_in("images", asked=asked, latents=latents), asked, latents_of
         )
 
-    def walk_own_path(self, student, digest, few, first, is_past):
+    def roll_out(self, student, digest, few, first, is_past):
         """Go with `student`, whose weights have this digest, to where its few steps stop, and on with the
         teacher; returns the states where they met by bucket, None where there are none.
 
         Which prompts follows from `first`, the step at which a part begins. Raises OSError where training
         `is_past` it and the states are gone: that student is no more.
         """
-        if not self.settings.own_path_pictures or not few.stops:
+        if not self.settings.rollout_states or not few.stops:
             return [None] * len(self.buckets)
         paths = [
-            (*self.walks[n % len(self.walks)], *few.stops[n % len(few.stops)])
-            for n in range(first, first + self.settings.own_path_pictures)
+            (*self.trajectories[n % len(self.trajectories)], *few.stops[n % len(few.stops)])
+            for n in range(first, first + self.settings.rollout_states)
         ]
         found = []
         for its_paths, latents in zip(deal_out(paths, len(self.buckets), self.settings.seed), self.buckets):
@@ -228,7 +232,7 @@ class Lessons:
                     "them back, or add --overwrite to start again."
                 )
             found.append(
-                self.walker.walk_own_path(
+                self.trajectory_generator.roll_out(
                     folder,
                     its_paths,
                     latents,

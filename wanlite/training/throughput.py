@@ -112,11 +112,11 @@ class Pace:
         self.restart()
         return {name: float(f"{value:.4g}") for name, value in found.items()}
 
-    def walk_figures(self, num_steps):
-        """Return how fast the teacher walked trajectories of so many steps, and restart(); nothing where it
+    def generation_figures(self, num_steps):
+        """Return how fast the teacher generated trajectories of so many steps, and restart(); nothing where it
         was not asked.
         """
-        seconds, walked, taught = (
+        seconds, generated, taught = (
             time.perf_counter() - self.began,
             self.ranks * self.asked / num_steps,
             self._taught(),
@@ -124,11 +124,11 @@ class Pace:
         self.restart()
         return (
             {
-                "walked": round(walked),
-                "walks_per_second": round(walked / seconds, 4),
-                "walk_teacher_share": round(taught / seconds, 4),
+                "generated": round(generated),
+                "trajectories_per_second": round(generated / seconds, 4),
+                "generation_teacher_share": round(taught / seconds, 4),
             }
-            if walked
+            if generated
             else {}
         )
 

@@ -29,19 +29,20 @@ class Examiner:
     """Holds students against the teacher of `lessons`, each drawing in every one of `counts` steps of
     `scheduler`.
 
-    `walks` are the teacher's Trajectories of validated prompts, `by_seed` those of a few prompts from many
+    `trajectories` are the teacher's Trajectories of validated prompts, `by_seed` those of a few prompts from many
     seeds, `shown` the prompts of the grids. `check` is called between batches, and may end it.
     """
 
-    def __init__(self, lessons, walks, by_seed, shown, counts, scheduler, autoencoder, check):
+    def __init__(self, lessons, trajectories, by_seed, shown, counts, scheduler, autoencoder, check):
         self.lessons, self.settings, self.validated = lessons, lessons.settings, lessons.validated
         self.counts, self.scheduler, self.autoencoder, self.check = counts, scheduler, autoencoder, check
         self.states, self.num_seeds = (
-            walks,
-            count_looks(self.settings.validation_walks, len(self.validated))[1],
+            trajectories,
+            count_looks(self.settings.validation_trajectories, len(self.validated))[1],
         )
-        self.walks = [
-            teacher_walks(each, lessons.words, self.validated, autoencoder) for each in (walks, by_seed)
+        self.trajectories = [
+            teacher_references(each, lessons.words, self.validated, autoencoder)
+            for each in (trajectories, by_seed)
         ]
         self.seeds = [self.settings.seed + number for number in range(max(len(shown), len(lessons.held_out)))]
         self.shown, steps = shown, self.settings.reference_steps
@@ -61,8 +62,8 @@ class Examiner:
             student, self.states, self.lessons.words, self.validated, self.autoencoder.device, self.check
         )
         looks = {
-            count: compare_walks(
-                self.walks,
+            count: compare_trajectories(
+                self.trajectories,
                 partial(velocity_in_parts, student),
                 count,
                 self.num_seeds,
@@ -157,7 +158,7 @@ def draw_pictures(
 
 
 @torch.no_grad()
-def teacher_walks(trajectories, words, prompts, autoencoder):
+def teacher_references(trajectories, words, prompts, autoencoder):
     """Return what a student is held against: noise, text, and the teacher's latents (B, C, H, W) and pictures
     from that noise.
     """
@@ -168,16 +169,16 @@ def teacher_walks(trajectories, words, prompts, autoencoder):
 
 
 @torch.no_grad()
-def compare_walks(walks, velocity_for, num_steps, num_seeds, autoencoder, scheduler, check):
-    """Draw from the noise of `walks`, of many prompts and of `num_seeds` seeds each; returns figures of its
+def compare_trajectories(trajectories, velocity_for, num_steps, num_seeds, autoencoder, scheduler, check):
+    """Draw from the noise of `trajectories`, of many prompts and of `num_seeds` seeds each; returns figures of its
     likeness.
     """
     drawn = []
-    for noise, text, _, _ in walks:
+    for noise, text, _, _ in trajectories:
         check()
         latents = sample(velocity_for(text), noise, scheduler, num_steps)
         drawn.append((latents.cpu(), to_pictures(decode_latents(autoencoder, latents))))
-    (_, _, latents, pictures), (_, _, _, by_seed) = walks
+    (_, _, latents, pictures), (_, _, _, by_seed) = trajectories
     by_seed, own_by_seed = (each.reshape(-1, num_seeds, *each.shape[1:]) for each in (by_seed, drawn[1][1]))
     return likeness(*drawn[0], own_by_seed, latents, pictures, by_seed) | {
         "frechet_distance": frechet_distance(drawn[0][1], pictures)
