@@ -29,10 +29,10 @@ from wanlite.student.loading import open_student, student_folder
 from wanlite.teacher.components import num_bytes
 from wanlite.training.run_folder import check_saved_parts, picture_size, read_run
 
-MOST_CELLS = 64  # images in a grid
-MOST_COLUMNS = 16  # of a grid with a row for each prompt
-MOST_NAMED = 6  # files that a warning names
-MOST_OF_PROMPT = 80  # characters of it beside its file's name
+MAX_CELLS = 64  # images in a grid
+MAX_COLUMNS = 16  # of a grid with a row for each prompt
+MAX_NAMED = 6  # files that a warning names
+MAX_OF_PROMPT = 80  # characters of it beside its file's name
 FLAT = 1  # of 255: the largest standard deviation of a channel in an image of one flat colour
 ENCODER_SHARE = (
     0.8  # of the device's free memory; a larger text encoder, of a real Wan 11 GB, reads prompts on the CPU
@@ -209,8 +209,8 @@ def size_warning(size, trained):
     width, height = min(
         trained, key=lambda each: sum(abs(math.log(side / own)) for side, own in zip(size, each))
     )
-    named = ", ".join(f"{each[0]} x {each[1]}" for each in trained[:MOST_NAMED]) + (
-        ", ..." if len(trained) > MOST_NAMED else ""
+    named = ", ".join(f"{each[0]} x {each[1]}" for each in trained[:MAX_NAMED]) + (
+        ", ..." if len(trained) > MAX_NAMED else ""
     )
     return (
         f"the student was trained at {named}; images of {size[0]} x {size[1]} may fail. The nearest trained "
@@ -351,7 +351,7 @@ class Drawn(NamedTuple):
 
 
 def draw_all(painter, settings, prompts):
-    """Draw and write an image for each of `prompts`; returns [Drawn], and of the first images MOST_CELLS for
+    """Draw and write an image for each of `prompts`; returns [Drawn], and of the first images MAX_CELLS for
     the grid.
     """
     seeds, drawn, cells = range(settings.seed, settings.seed + len(prompts)), [], []
@@ -379,7 +379,7 @@ def draw_all(painter, settings, prompts):
                 text_chunks(settings, prompt, seed, painter.weights_sha256),
             )
             drawn.append(Drawn(prompt, seed, path, bool(image.std(axis=(0, 1)).max() < FLAT)))
-            cells += [image] if len(cells) < MOST_CELLS else []
+            cells += [image] if len(cells) < MAX_CELLS else []
     return drawn, cells
 
 
@@ -408,8 +408,8 @@ def flat_warning(written):
     flat = [each.path.name for each in written if each.is_flat]
     if not flat:
         return None
-    named = ", ".join(flat[:MOST_NAMED]) + (
-        f" and {len(flat) - MOST_NAMED} more" if len(flat) > MOST_NAMED else ""
+    named = ", ".join(flat[:MAX_NAMED]) + (
+        f" and {len(flat) - MAX_NAMED} more" if len(flat) > MAX_NAMED else ""
     )
     advice = (
         ". The student is likely untrained, or its steps or size are not the trained ones"
@@ -422,7 +422,7 @@ def flat_warning(written):
 def refuse_not_finite(drawn, dtype):
     """Raise FloatingPointError where an image was not finite, after all others were written."""
     if lost := [each.seed for each in drawn if each.path is None]:
-        named = ", ".join(map(str, lost[:MOST_NAMED])) + (", ..." if len(lost) > MOST_NAMED else "")
+        named = ", ".join(map(str, lost[:MAX_NAMED])) + (", ..." if len(lost) > MAX_NAMED else "")
         advice = "Train again." if dtype == "float32" else "Add --dtype float32, or train again."
         raise FloatingPointError(
             f"{len(lost)} of {len(drawn)} images are not finite in {dtype} and were not written (seed "
@@ -476,7 +476,7 @@ def main(settings, prompts):
     written = [each for each in drawn if each.path]
     grid = f" and {save_grid(settings, written, cells).name}" if len(cells) > 1 else ""
     for each in written:
-        print(f"{each.path.name}  {one_line(each.prompt, MOST_OF_PROMPT)}")
+        print(f"{each.path.name}  {one_line(each.prompt, MAX_OF_PROMPT)}")
     print(f"wrote {len(written)} image{'s' * (len(written) != 1)}{grid} to {output.absolute()}", flush=True)
     warn(size, flat_warning(written))
     refuse_not_finite(drawn, settings.dtype)
@@ -485,7 +485,7 @@ def main(settings, prompts):
 def save_grid(settings, written, cells):
     """Write the grid, a row for each prompt where it has several images; returns its path."""
     each = settings.num_images_per_prompt
-    columns = each if 1 < each <= MOST_COLUMNS else math.ceil(math.sqrt(len(cells)))
+    columns = each if 1 < each <= MAX_COLUMNS else math.ceil(math.sqrt(len(cells)))
     return save_image(
         lay_out(cells, columns),
         settings.output_dir,

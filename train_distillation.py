@@ -17,7 +17,14 @@ from functools import partial
 from pathlib import Path
 
 from wanlite.files.atomic import hold, not_finite, write_json
-from wanlite.phases import FEWEST, choose_validated, count_looks, count_passes, count_trajectories, parts_of
+from wanlite.phases import (
+    MIN_TRAJECTORIES,
+    choose_validated,
+    count_looks,
+    count_passes,
+    count_trajectories,
+    parts_of,
+)
 from wanlite.planning.resolve import (
     NAMED_TEACHERS,
     REAL_STEPS,
@@ -27,7 +34,7 @@ from wanlite.planning.resolve import (
     picture_sizes,
 )
 from wanlite.planning.settings import make_parser, setting
-from wanlite.runtime.launch import give_way, is_first, is_launched
+from wanlite.runtime.launch import defer_to_rank_zero, is_first, is_launched
 from wanlite.runtime.signals import Stopped, StopSignal
 from wanlite.runtime.terminal import keep_output_open
 from wanlite.teacher.components import check_parts, find_parts
@@ -45,10 +52,10 @@ from wanlite.training.trackers import log_picture
 LOG_STEPS = 10
 STOPPED = 3  # exit code of a run that was asked to stop and can be resumed
 # validations in a row beyond a guard and no nearer to the teacher, after which the best so far is saved
-MOST_BEYOND = 2
+PATIENCE = 2
 # steps in a row without a finite gradient, after which a run ends; float16 needs some to find its scale
-MOST_SKIPPED = 20
-FREE = (
+MAX_SKIPPED = 20
+CHANGEABLE_ON_RESUME = (
     "teacher",
     "teacher_residency",
     "output_dir",
@@ -157,7 +164,7 @@ class Settings:
     teacher_steps: int = setting(20, "guided steps of a teacher trajectory", least=1, most=1000)
     num_trajectories: int | None = setting(
         None,
-        f"teacher pictures to learn from; None = one a prompt, at least {FEWEST}: of few "
+        f"teacher pictures to learn from; None = one a prompt, at least {MIN_TRAJECTORIES}: of few "
         "prompts several, from different noise",
         least=1,
     )
@@ -219,7 +226,7 @@ class Settings:
         "vary most; None = a quarter of the student's width",
         least=1,
     )
-    variety_gain: float = setting(
+    diversity_gain: float = setting(
         0.3,
         "stage 2: how much farther apart than the teacher's the pictures of a prompt are aimed at, "
         "as they come out nearer to each other; 0 = regression alone",
@@ -233,7 +240,7 @@ class Settings:
         5e-4, "stage 2b: the critic's; its Muon has the student's ratio to it", above=0, most=1
     )
     critic_updates: int = setting(3, "stage 2b: updates of the critic for one of the student", least=1)
-    critic_pull: float = setting(
+    critic_lerp: float = setting(
         0.03, "stage 2b: how far the critic moves to the student after each of its updates", least=0, most=1
     )
     use_ema: bool = setting(True, "save an exponential moving average of the weights")
@@ -308,7 +315,7 @@ def is_cut_short(settings):
     """Whether --output_dir holds a run of these settings that was cut short and goes on; see
     check_output_folder().
     """
-    decisive = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    decisive = {name: value for name, value in asdict(settings).items() if name not in CHANGEABLE_ON_RESUME}
     state = check_output_folder(
         settings.output_dir, decisive, settings.overwrite, settings.resume_from_checkpoint != "none"
     )
@@ -362,7 +369,7 @@ from tqdm import tqdm
 
 from wanlite.data.autoencoder import load_autoencoder
 from wanlite.data.grids import save_grid
-from wanlite.data.prefetch import AHEAD, read_ahead
+from wanlite.data.prefetch import PREFETCHED_BATCHES, read_ahead
 from wanlite.data.text_encoder import load_tokenizer, tell_cut
 from wanlite.data.trajectories import Buckets, SeededBatches, Segments
 from wanlite.files.cache import fingerprint
@@ -371,7 +378,7 @@ from wanlite.network import TEXT_LENGTH, OneFrameBlock, TextTokens, one_frame_ve
 from wanlite.planning.defaults import choose_data, choose_shape, describe_schedule
 from wanlite.planning.estimate import (
     FITTED,
-    Needs,
+    MemoryEstimator,
     calibration_frames,
     choose_precision,
     feature_width,
@@ -394,7 +401,7 @@ from wanlite.planning.messages import (
     versions,
 )
 from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention, has_gpu
-from wanlite.runtime.ranks import agreed, check_devices, is_lost, patience, refuse_together
+from wanlite.runtime.ranks import abort_all_ranks, broadcast, check_devices, is_peer_failure, patience
 from wanlite.student.calibration import PASSES as CALIBRATING_PASSES
 from wanlite.student.initialization import compare_experts, project_into, start_student
 from wanlite.student.loading import (
@@ -414,7 +421,7 @@ from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.model import Teacher
 from wanlite.training.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint
 from wanlite.training.metrics import beyond_guards
-from wanlite.training.optimizers import make_optimizers, make_rates
+from wanlite.training.optimizers import make_lr_schedulers, make_optimizers
 from wanlite.training.steps import STEPS, Networks
 from wanlite.training.teacher_data import Lessons, Words, feature_block, open_parts
 from wanlite.training.throughput import Pace, in_brief
@@ -820,7 +827,7 @@ def plan(settings, words):
     found = find_parts(settings.teacher)
     check_parts(found, files.config)
     parts, sizes, settings = parts_of(settings), picture_sizes(settings), choose_precision(settings, files)
-    needs = Needs(settings, files, WanLiteStudent, choose_shape(settings, files), sizes, device)
+    needs = MemoryEstimator(settings, files, WanLiteStudent, choose_shape(settings, files), sizes, device)
     training, held_out, images = choose_data(settings, sizes[1:], print)
     prompts = [*training, *held_out, *(settings.validation_prompts or ()), settings.negative_prompt]
     long = [
@@ -893,12 +900,12 @@ def train(settings, is_resumed, stop):
     # What there is: teacher, student, prompts.
     check_parts(find_parts(settings.teacher), files.config)
     shape, sizes = choose_shape(settings, files), picture_sizes(settings)
-    needs = Needs(settings, files, WanLiteStudent, shape, sizes, device)
+    needs = MemoryEstimator(settings, files, WanLiteStudent, shape, sizes, device)
     student = WanLiteStudent(shape)  # its memory is not yet taken
     with accelerator.main_process_first():  # one rank looks at images, the others read what it found
         training, held_out, images = choose_data(settings, sizes[1:], say, accelerator.is_main_process)
     num_trajectories, parts = count_trajectories(settings, len(training)), parts_of(settings)
-    asked, settings = settings, agreed(needs.fit(fitted, num_trajectories, ranks))
+    asked, settings = settings, broadcast(needs.fit(fitted, num_trajectories, ranks))
     micro_batches = accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps
     validated = choose_validated(training, held_out)
     validation = (
@@ -934,7 +941,7 @@ def train(settings, is_resumed, stop):
         announce_few(num_generated, len(training), len(held_out), say)
     if is_large(files):
         wrong = needs.tell(settings, training, held_out, images) if accelerator.is_main_process else []
-        refuse_together(accelerator, "\n".join(wrong))
+        abort_all_ranks(accelerator, "\n".join(wrong))
     if accelerator.is_main_process and not is_resumed:
         compare_experts(settings, files, device)  # before anything is made of them
     parts_folder = open_parts(settings, accelerator)
@@ -963,7 +970,7 @@ def train(settings, is_resumed, stop):
         say(f"sizes    {', '.join(f'{width} x {height}' for width, height in sizes[1:])}")
     (output / "cache").mkdir(exist_ok=True)
     is_taken = accelerator.is_main_process and hold(output / "cache") is None  # held until the process ends
-    refuse_together(
+    abort_all_ranks(
         accelerator,
         is_taken and f"{output}: another run is writing there. Wait for it, or name another --output_dir.",
     )
@@ -984,7 +991,7 @@ def train(settings, is_resumed, stop):
     # The trajectories: generated once, for training and for held-out prompts, and where students will be
     # held against it.
     teacher = Teacher(
-        files, device, dtype, agreed(place_teacher(settings, files, device)), settings.teacher_fp8
+        files, device, dtype, broadcast(place_teacher(settings, files, device)), settings.teacher_fp8
     )
     pace, width = (
         Pace(device, matrix_rate(device, dtype), ranks),
@@ -1051,7 +1058,7 @@ def train(settings, is_resumed, stop):
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     optimizers = make_optimizers(settings, student, head, is_fused=device.type == "cuda")
-    rates = make_rates(settings, optimizers)
+    lr_schedulers = make_lr_schedulers(settings, optimizers)
     ema = EMAModel(student.parameters(), decay=settings.ema_decay, foreach=device.type == "cuda")
     wrapped, wrapped_head, *_ = accelerator.prepare(student, head, *optimizers)  # whose gradients it unscales
     networks = Networks(
@@ -1061,7 +1068,7 @@ def train(settings, is_resumed, stop):
         "student": student,
         "feature_head": head,
         "ema": ema,
-        "rates": rates,
+        "lr_schedulers": lr_schedulers,
         "optimizers": optimizers,
         "step": 0,
         "skipped": 0,
@@ -1164,7 +1171,7 @@ def train(settings, is_resumed, stop):
         """
         with averaged(ema, student, settings.use_ema):
             if memory["rollout"].get("first") != first:
-                memory["rollout"] = {"first": first, "student": agreed(digest(student))}
+                memory["rollout"] = {"first": first, "student": broadcast(digest(student))}
             return lessons.roll_out(student, memory["rollout"]["student"], few, first, is_past=step != first)
 
     if generation_figures:
@@ -1182,7 +1189,7 @@ def train(settings, is_resumed, stop):
     measure = "frechet_distance" if settings.matching_steps else "picture_error"
     try:
         for number, (part, first, last) in enumerate(parts):
-            if step >= last or memory["beyond"] >= MOST_BEYOND:
+            if step >= last or memory["beyond"] >= PATIENCE:
                 continue
             if part == "matching" and step == first:  # the critic begins as the student that it will watch
                 critic.load_state_dict(student.state_dict())
@@ -1205,7 +1212,9 @@ def train(settings, is_resumed, stop):
                 teacher.rest()  # nobody asks it while the student learns from what is kept
             if step % settings.validation_steps == 0 and memory["looked"].get("step") != step:
                 validate(step, part)
-            coming = read_ahead(partial(read, data), batches, device, AHEAD if device.type == "cuda" else 0)
+            coming = read_ahead(
+                partial(read, data), batches, device, PREFETCHED_BATCHES if device.type == "cuda" else 0
+            )
             for micro_batch, (batch, text) in enumerate(pace.deal(coming)):
                 if is_asked or (ranks == 1 and stop.asked):
                     raise Stopped
@@ -1246,8 +1255,8 @@ def train(settings, is_resumed, stop):
                         accelerator.scaler is not None
                     ):  # once: accelerate would for each optimizer, and unscale again
                         accelerator.scaler.update()
-                for rate in rates:
-                    rate.step()
+                for lr_scheduler in lr_schedulers:
+                    lr_scheduler.step()
                 step += 1
                 bar.update()
                 if is_sound:
@@ -1255,9 +1264,9 @@ def train(settings, is_resumed, stop):
                     in_a_row = 0
                 else:
                     memory["skipped"], in_a_row = memory["skipped"] + 1, in_a_row + 1
-                    if in_a_row == MOST_SKIPPED:
+                    if in_a_row == MAX_SKIPPED:
                         raise FloatingPointError(
-                            f"{MOST_SKIPPED} steps in a row, up to {step}, had no finite gradient (loss "
+                            f"{MAX_SKIPPED} steps in a row, up to {step}, had no finite gradient (loss "
                             f"{mean_loss}, norm {norm}). "
                             "Add --overwrite and lower --learning_rate and --muon_learning_rate, or "
                             "--mixed_precision no."
@@ -1266,7 +1275,7 @@ def train(settings, is_resumed, stop):
                     record = {
                         "loss": mean_loss,
                         "grad_norm": norm,
-                        "learning_rate": rates[0].get_last_lr()[0],
+                        "learning_rate": lr_schedulers[0].get_last_lr()[0],
                         "skipped_steps": memory["skipped"],
                         **{name: value.item() for name, value in told_apart.items()},
                     }
@@ -1277,9 +1286,9 @@ def train(settings, is_resumed, stop):
                     validate(step, part)
                 if step % settings.checkpointing_steps == 0 or step == settings.max_train_steps:
                     checkpoint(step)
-                if memory["beyond"] >= MOST_BEYOND:
+                if memory["beyond"] >= PATIENCE:
                     say(
-                        f"\nended at step {step}: {MOST_BEYOND} validations in a row were rejected and no "
+                        f"\nended at step {step}: {PATIENCE} validations in a row were rejected and no "
                         f"closer to the teacher"
                     )
                     break
@@ -1423,7 +1432,7 @@ def main(settings, is_resumed):
             )
         train(settings, is_resumed, StopSignal(is_launched=is_launched()))
     except (OSError, ValueError, FloatingPointError) as error:
-        give_way()
+        defer_to_rank_zero()
         print(f"train_distillation.py: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
@@ -1437,7 +1446,7 @@ def main(settings, is_resumed):
         )
         return 2
     except RuntimeError as error:
-        if not (is_launched() and is_lost(error)):
+        if not (is_launched() and is_peer_failure(error)):
             raise
         print(
             f"train_distillation.py: another process of this run is gone ({str(error).splitlines()[0]}). "

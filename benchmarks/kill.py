@@ -139,7 +139,7 @@ def kept(folder):
     return steps, (folder / WEIGHTS).exists()
 
 
-def is_lost(folder, before):
+def is_peer_failure(folder, before):
     """Whether what was there before the kill does not verify now."""
     from train_distillation import WanLiteStudent
     from wanlite.training.checkpoints import latest_checkpoint
@@ -200,7 +200,7 @@ def kill_and_finish(job):
     if before is None or code == 0 and how == signal.SIGKILL:  # it had just ended by itself
         shutil.rmtree(folder)
         return kill_and_finish(job | {"after": job["after"] / 2, "save": job["save"] and job["save"] - 1})
-    lost = is_lost(folder, before)
+    lost = is_peer_failure(folder, before)
     codes = (
         {-how} if how == signal.SIGKILL else {0, 3, -how}
     )  # 3: stopped, can be resumed; 0: it was done by then

@@ -253,7 +253,7 @@ def run(job):
     )
     seconds = time.perf_counter() - began
     optimizers = spine.make_optimizers(settings, student)
-    rates = spine.make_rates(settings, optimizers)
+    rates = spine.make_lr_schedulers(settings, optimizers)
     ema, errors = spine.EMAModel(student.parameters(), decay=0.995), {}
 
     def measure(step):

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from run_inference import Painter
-from train_distillation import FREE, Settings
+from train_distillation import CHANGEABLE_ON_RESUME, Settings
 from wanlite.world import shapes
 from wanlite.data.autoencoder import decode_latents, to_pictures
 from wanlite.flow import make_scheduler, sample, seeded_noise
@@ -86,7 +86,7 @@ def methods(steps, rungs=()):
 
     `rungs` are widths and depths: of the first are all methods, and of each other there is a student.
     """
-    matching, plain = ("--matching_steps", min(MATCHING, steps // 4)), ("--variety_gain", 0)
+    matching, plain = ("--matching_steps", min(MATCHING, steps // 4)), ("--diversity_gain", 0)
     sizes = [("--hidden_size", width, "--depth", depth) for width, depth in rungs] or [()]
     larger = {
         f"student {width} x {depth}": ((TRAIN, *size), FEW)
@@ -137,7 +137,9 @@ def train(folder, command, flags, seed):
         )
         asked = asdict(complete(Settings(**vars(asked))))
         if changed := [
-            name for name, value in asked.items() if name not in FREE and run["settings"].get(name) != value
+            name
+            for name, value in asked.items()
+            if name not in CHANGEABLE_ON_RESUME and run["settings"].get(name) != value
         ]:
             raise SystemExit(
                 f"{folder}: holds a student that was trained with another {', '.join(changed)}. Name another "

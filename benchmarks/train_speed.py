@@ -44,7 +44,7 @@ from wanlite.runtime.devices import disable_cudnn_attention
 from wanlite.network import pack_text, pass_operations, unpack_text
 from wanlite.training.optimizers import make_optimizers
 from wanlite.planning.memory import MemoryMeter, gigabytes, matrix_rate
-from wanlite.data.prefetch import AHEAD, read_ahead
+from wanlite.data.prefetch import PREFETCHED_BATCHES, read_ahead
 from wanlite.training.teacher_data import feature_block
 from wanlite.planning.estimate import feature_width
 from wanlite.training.steps import Networks, STEPS
@@ -111,7 +111,7 @@ class World:
 
     def feed(self, count=10**6):
         """Yield batches as the loop of train_distillation.py has them."""
-        ahead = AHEAD if self.device.type == "cuda" else 0
+        ahead = PREFETCHED_BATCHES if self.device.type == "cuda" else 0
         return read_ahead(
             self.read, SeededBatches(len(self.states), self.batch, 0, 0, count), self.device, ahead
         )
@@ -360,7 +360,7 @@ def measure_from_cache(world, repeats, is_compiled, rate):
 
 
 def measure_online(world, repeats, rate, residency, is_fp8):
-    """Return the row of asking the teacher in the step, from where its experts are."""
+    """Return the row of generation_bytes the teacher in the step, from where its experts are."""
     name, ask = f"online, {residency}{', fp8' * is_fp8}", Online(world, residency, is_fp8)
     way = ours(world, ask=ask)
     try:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import ROOT
 from train_distillation import Settings, is_dry
-from wanlite.phases import FEWEST
+from wanlite.phases import MIN_TRAJECTORIES
 from wanlite.planning.messages import announce_few, command, conclude, drawing_command, share_right, verdict
 from wanlite.planning.resolve import complete
 from wanlite.training.run_folder import write_model_card
@@ -128,9 +128,9 @@ def test_the_end_of_a_run_is_a_line_or_a_warning_and_what_to_type_next():
 def test_little_to_learn_from_is_told_and_enough_is_not():
     said = []
     announce_few(4000, 4000, 400, said.append)
-    announce_few(FEWEST, FEWEST, 16, said.append)
+    announce_few(MIN_TRAJECTORIES, MIN_TRAJECTORIES, 16, said.append)
     assert not said
-    announce_few(FEWEST, 29, 16, said.append)
+    announce_few(MIN_TRAJECTORIES, 29, 16, said.append)
     announce_few(30, 29, 1, said.append)
     few, warning, held_out = said
     assert held_out.startswith("held out 1, which are few: validations use training prompts as well")

@@ -54,7 +54,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 46184\n"
 LONG, DEEP, NOVEL = 10**4000, "[" * 500 + "]" * 500, "a" * 1_000_000
 PARTS = "[" + "[[]]," * 30_000 + "0]"
 EXECUTED = "executed"  # the file that a payload would leave
-MOST_SECONDS, MOST_MEGABYTES, MOST_LETTERS = 1, 200, 3000
+MAX_SECONDS, MAX_MEGABYTES, MAX_LETTERS = 1, 200, 3000
 ALARM = 10  # seconds, after which a load counts as blocked
 REFUSED = []  # Cost of each refusal in a test
 
@@ -1873,8 +1873,8 @@ def check_refused(arguments, error, words):
             pytest.fail("it was loaded")
     assert raised is error, message  # none of the library's own kinds: they say too little
     assert [word for word in words if word not in message] == [], message
-    assert len(message) < MOST_LETTERS and message.isprintable(), message[:MOST_LETTERS]
-    assert costs[0].busy < MOST_SECONDS and costs[0].megabytes < MOST_MEGABYTES, costs[0]
+    assert len(message) < MAX_LETTERS and message.isprintable(), message[:MAX_LETTERS]
+    assert costs[0].busy < MAX_SECONDS and costs[0].megabytes < MAX_MEGABYTES, costs[0]
     REFUSED.extend(costs)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from wanlite.data import trajectories as data
 from wanlite.data.trajectories import (
-    MOST_SAMPLED,
+    MAX_SAMPLED,
     Projected,
     Sampled,
     SeededBatches,
@@ -137,7 +137,7 @@ def test_a_cache_that_was_moved_under_another_name_is_refused_with_what_differs(
     second = cache_folder(
         tmp_path, "trajectories", teacher="a", guidance=(5.0, 3.0), shift=3.0, text_length=256
     )
-    (second / "made_of.json").unlink()
+    (second / "provenance.json").unlink()
     second.rmdir()
     first.rename(second)
     with pytest.raises(
@@ -145,7 +145,7 @@ def test_a_cache_that_was_moved_under_another_name_is_refused_with_what_differs(
         match=r"guidance was \[4.0, 3.0\], is \[5.0, 3.0\]; text_length was 512, is 256.*Delete it",
     ):
         cache_folder(tmp_path, "trajectories", teacher="a", guidance=(5.0, 3.0), shift=3.0, text_length=256)
-    (second / "made_of.json").write_text(json.dumps([]))
+    (second / "provenance.json").write_text(json.dumps([]))
     with pytest.raises(ValueError, match="cannot be read"):
         cache_folder(tmp_path, "trajectories", teacher="a", guidance=(5.0, 3.0), shift=3.0, text_length=256)
 
@@ -155,7 +155,7 @@ def test_what_is_kept_of_token_states_is_bounded_and_in_the_basis():
     kept = Sampled(10)
     for _ in range(10):
         kept.append(states)
-    assert 0.5 * MOST_SAMPLED < sum(map(len, kept)) <= MOST_SAMPLED + len(kept)
+    assert 0.5 * MAX_SAMPLED < sum(map(len, kept)) <= MAX_SAMPLED + len(kept)
     whole = Sampled(1)
     whole.append(states)
     assert torch.equal(torch.cat(whole), states.flatten(0, 1))

@@ -16,7 +16,7 @@ from wanlite.world import emoji
 from wanlite.world.emoji import Object, Scene
 from wanlite.world.emoji.captions import PLURALS
 from wanlite.world.emoji.judge import fit, judge, read_objects
-from wanlite.world.emoji.scenes import JITTER, LEAST_CONTRAST, PAIRS, backdrop, contrast, corner
+from wanlite.world.emoji.scenes import JITTER, MIN_CONTRAST, PAIRS, backdrop, contrast, corner
 from wanlite.world.emoji.sprites import ATLAS, SIZES, sprites
 
 SCENES = emoji.scenes(11, 60) + emoji.scenes(11, 60, held_out=True)
@@ -165,7 +165,7 @@ def test_places_of_large_objects_and_halves_of_pairs_share_no_position():
 
 def test_no_background_hides_an_object():
     for scene in SCENES:
-        assert all(contrast(thing, scene.background) >= LEAST_CONTRAST for thing in scene.objects)
+        assert all(contrast(thing, scene.background) >= MIN_CONTRAST for thing in scene.objects)
 
 
 def test_every_object_is_drawn_in_three_styles_that_differ():

@@ -27,7 +27,7 @@ from tests.test_sizes import leave_as_killed
 from train_distillation import Settings
 from wanlite.data.autoencoder import encode_images, load_autoencoder, to_pixels
 from wanlite.data.images import CAPTIONS as CAPTION_KINDS
-from wanlite.data.images import KINDS, SHOWN, choose_images, decode, list_images, read_picture
+from wanlite.data.images import KINDS, MAX_NAMED, choose_images, decode, list_images, read_picture
 from wanlite.data.trajectories import Trajectories, TrajectoryGenerator
 from wanlite.flow import add_noise, make_scheduler
 from wanlite.planning.defaults import choose_data
@@ -278,7 +278,10 @@ def test_what_cannot_be_used_is_skipped_counted_and_named_at_once(tmp_path):
     ):
         assert words in said[0]
     whole = [name for name, (_, reason) in BROKEN.items() if reason == "not a whole"]
-    assert f"not a whole JPEG, PNG or WebP ({len(whole)}: {', '.join(sorted(whole)[:SHOWN])}, ...)" in said[0]
+    assert (
+        f"not a whole JPEG, PNG or WebP ({len(whole)}: {', '.join(sorted(whole)[:MAX_NAMED])}, ...)"
+        in said[0]
+    )
 
 
 def write_files(place, files):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import ROOT, SHORT_RUN, WAN_1_3B, run_script, write_sparse_wan
 from train_distillation import Settings, WanLiteStudent
 from wanlite.phases import (
-    FEWEST,
+    MIN_TRAJECTORIES,
     bound_pictures,
     choose_validated,
     count_states,
@@ -23,7 +23,7 @@ from wanlite.phases import (
 )
 from wanlite.planning.checks import check_batch
 from wanlite.planning.defaults import choose_shape
-from wanlite.planning.estimate import Needs
+from wanlite.planning.estimate import MemoryEstimator
 from wanlite.planning.resolve import REAL_STEPS, TINY_STEPS, complete
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.training.run_folder import read_run
@@ -52,7 +52,11 @@ def test_a_default_run_leaves_most_steps_to_stage_one_and_counts_all():
 
 
 def test_few_prompts_have_several_trajectories_unless_their_number_is_given():
-    assert [count_trajectories(Settings(), prompts) for prompts in (1, 29, 4000)] == [FEWEST, FEWEST, 4000]
+    assert [count_trajectories(Settings(), prompts) for prompts in (1, 29, 4000)] == [
+        MIN_TRAJECTORIES,
+        MIN_TRAJECTORIES,
+        4000,
+    ]
     assert [count_trajectories(Settings(num_trajectories=given), 29) for given in (1, 29, 5000)] == [
         1,
         29,
@@ -62,7 +66,7 @@ def test_few_prompts_have_several_trajectories_unless_their_number_is_given():
 
 @pytest.mark.parametrize("is_large", [False, True])
 def test_states_of_the_own_path_are_no_more_than_trajectories(is_large):
-    for walks in (1, 7, 64, FEWEST, 4000, 10**6):
+    for walks in (1, 7, 64, MIN_TRAJECTORIES, 4000, 10**6):
         own = bound_pictures(Settings(), is_large, walks)["rollout_states"]
         assert 1 <= own <= min(walks, 512)
     assert bound_pictures(Settings(), is_large, 4000)["rollout_states"] == (
@@ -76,7 +80,7 @@ def needs():
     settings = complete(Settings())
     files = open_teacher_files(settings.teacher)
     return {
-        buckets: Needs(
+        buckets: MemoryEstimator(
             settings,
             files,
             WanLiteStudent,
@@ -89,7 +93,7 @@ def needs():
 
 
 @pytest.mark.parametrize("own", [None, 0, 16])
-@pytest.mark.parametrize("walks", [3, 17, 32, 80, FEWEST])
+@pytest.mark.parametrize("walks", [3, 17, 32, 80, MIN_TRAJECTORIES])
 @pytest.mark.parametrize("buckets, ranks", [(1, 1), (3, 1), (1, 2)])
 def test_a_batch_that_is_left_open_follows_what_there_is_to_learn_from(walks, own, buckets, ranks, needs):
     settings = complete(Settings(rollout_states=own, segment_steps=400, matching_steps=100))
@@ -152,7 +156,7 @@ def test_steps_that_cannot_be_trained_are_refused_with_what_to_do(changed, words
         ({"num_trajectories": 0}, "--num_trajectories is 0"),
         ({"flow_shift": 0.0}, "--flow_shift is 0.0, expected above 0 and at most 100"),
         ({"guidance_scale": math.nan}, "--guidance_scale is nan, expected at least 1"),
-        ({"variety_gain": math.inf}, "--variety_gain is inf"),
+        ({"diversity_gain": math.inf}, "--diversity_gain is inf"),
         ({"feature_weight": math.inf}, "--feature_weight is inf, expected at least 0"),
         ({"max_grad_norm": -1.0}, "--max_grad_norm is -1.0, expected above 0"),
         ({"ema_decay": 1.0}, "--ema_decay is 1.0, expected at least 0 and below 1"),
@@ -402,7 +406,7 @@ def test_a_file_of_three_prompts_trains_to_the_end(tmp_path):
     walks = max(
         (
             json.loads(path.read_text())["walks"]
-            for path in tmp_path.glob("run/cache/trajectories-*/made_of.json")
+            for path in tmp_path.glob("run/cache/trajectories-*/provenance.json")
         ),
         key=len,
     )

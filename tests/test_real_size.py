@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from tests.conftest import ROOT, TINY_TEACHER, loud_student, run_script
 from train_distillation import Settings
-from wanlite.data.trajectories import kept_once
+from wanlite.data.trajectories import compute_once
 from wanlite.network import pack_text
 from wanlite.phases import bound_pictures, count_passes, count_states, parts_of
 from wanlite.planning.checks import check_batch
@@ -64,7 +64,7 @@ def test_pictures_looked_at_in_parts_are_those_looked_at_together(monkeypatch):
     latents, timestep = torch.randn(3, 16, 8, 8, generator=generator), torch.tensor([900.0, 500.0, 100.0])
     asked = []
     student.register_forward_pre_hook(lambda module, inputs: asked.append(len(inputs[0])))
-    monkeypatch.setattr(steps, "TOGETHER", 32)  # two pictures of 16 tokens
+    monkeypatch.setattr(steps, "TOKENS_PER_PASS", 32)  # two pictures of 16 tokens
     with torch.no_grad():
         together = steps.velocity_from(student, text)(latents, timestep)
         parts = steps.velocity_in_parts(student, text)(latents, timestep)
@@ -74,7 +74,7 @@ def test_pictures_looked_at_in_parts_are_those_looked_at_together(monkeypatch):
 def test_what_is_kept_is_made_once(tmp_path):
     made = []
     found = [
-        kept_once(Accelerator(), tmp_path, lambda: made.append(1) or {"basis": torch.arange(5.0)})
+        compute_once(Accelerator(), tmp_path, lambda: made.append(1) or {"basis": torch.arange(5.0)})
         for _ in range(2)
     ]
     assert len(made) == 1 and all(torch.equal(each["basis"], torch.arange(5.0)) for each in found)

@@ -190,7 +190,7 @@ def test_a_batch_that_was_fitted_to_a_machine_stays_when_a_run_goes_on_where_mor
 ):
     place = SHORT_RUN.index("--train_batch_size")
     monkeypatch.setattr(sys.modules[__name__], "SHORT_RUN", SHORT_RUN[:place] + SHORT_RUN[place + 2 :])
-    for name, value in (("LARGE", 1), ("BATCH", 256)):
+    for name, value in (("LARGE_WIDTH", 1), ("BATCH", 256)):
         monkeypatch.setattr(needs, name, value)
 
     def train_in(free, *flags, **happenings):

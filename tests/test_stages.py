@@ -32,7 +32,7 @@ from wanlite.training.throughput import Pace
 def kept(folder, kind):
     """Return what the folders of a kind in a run's cache say that they were made of."""
     return [
-        json.loads((place / "made_of.json").read_text())
+        json.loads((place / "provenance.json").read_text())
         for place in sorted((folder / "cache").glob(f"{kind}-*"))
     ]
 

@@ -17,12 +17,12 @@ from tests.conftest import ROOT
 from wanlite.files.atomic import (
     SPARE,
     check_space,
+    find_corruption,
     hold,
     in_turn,
     locked,
     new_folder,
     read_manifest,
-    why_broken,
     write_json,
 )
 
@@ -44,9 +44,11 @@ def test_json_is_replaced_whole(tmp_path):
 
 def test_writers_of_the_same_json_do_not_meet(tmp_path):
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: write_json(tmp_path / "made_of.json", {"number": number}), range(200)))
-    assert json.loads((tmp_path / "made_of.json").read_text())["number"] in range(200)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["made_of.json"]
+        list(
+            pool.map(lambda number: write_json(tmp_path / "provenance.json", {"number": number}), range(200))
+        )
+    assert json.loads((tmp_path / "provenance.json").read_text())["number"] in range(200)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["provenance.json"]
 
 
 def test_an_error_in_the_middle_of_a_save_leaves_the_old_folder(tmp_path):
@@ -54,7 +56,7 @@ def test_an_error_in_the_middle_of_a_save_leaves_the_old_folder(tmp_path):
     with pytest.raises(OSError, match="full"), new_folder(tmp_path / "vae") as partial:
         (partial / "state.bin").write_text("half")
         raise OSError("disk full")
-    assert why_broken(tmp_path / "vae") is None
+    assert find_corruption(tmp_path / "vae") is None
     assert (tmp_path / "vae/state.bin").read_text().startswith("old")
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]
 
@@ -74,7 +76,7 @@ def test_a_save_killed_between_its_renames_loses_no_folder(tmp_path, monkeypatch
     monkeypatch.undo()
     with pytest.raises(OSError, match="full"), new_folder(target):
         raise OSError("disk full")
-    assert why_broken(target) is None and (target / "state.bin").read_text().startswith("old")
+    assert find_corruption(target) is None and (target / "state.bin").read_text().startswith("old")
 
 
 @pytest.mark.parametrize(
@@ -92,15 +94,15 @@ def test_a_save_killed_between_its_renames_loses_no_folder(tmp_path, monkeypatch
 )
 def test_a_folder_that_is_not_as_it_was_written_is_told(tmp_path, break_it, reason):
     write_folder(tmp_path / "vae", "state")
-    assert why_broken(tmp_path / "vae") is None
+    assert find_corruption(tmp_path / "vae") is None
     break_it(tmp_path / "vae")
-    assert reason in why_broken(tmp_path / "vae")
+    assert reason in find_corruption(tmp_path / "vae")
 
 
 def test_a_manifest_of_files_alone_is_read_as_one_with_facts(tmp_path):
     write_folder(tmp_path / "vae", "state")
     write_json(tmp_path / "vae/manifest.json", read_manifest(tmp_path / "vae")["files"])
-    assert why_broken(tmp_path / "vae") is None
+    assert find_corruption(tmp_path / "vae") is None
 
 
 def test_a_lock_is_held_until_its_process_ends(tmp_path):

@@ -9,16 +9,21 @@ import math
 PARTS = ("velocity", "segments", "matching")
 ROLLOUT_ROUNDS = 2  # rollouts in stage 2a
 SEGMENT_SHARE = 5 / 7  # of the steps, where --segment_steps is left open
-MOST_LOOKED_AT, LEAST_LOOKED_AT = 64, 4  # count of a kind that a validation is held against
-SHOWN = 8  # prompts in the grids; as many are drawn from as many seeds each to see how varied pictures are
-LEAST_VALIDATED = 16  # prompts of validations, where there are as many
-LOOKED_AT = (
+MAX_VALIDATION_TRAJECTORIES, MIN_VALIDATION_TRAJECTORIES = (
+    64,
+    4,
+)  # count of a kind that a validation is held against
+GRID_PROMPTS = (
+    8  # prompts in the grids; as many are drawn from as many seeds each to see how varied pictures are
+)
+MIN_VALIDATED = 16  # prompts of validations, where there are as many
+TRAJECTORIES_PER_VALIDATED = (
     20  # of a large teacher: one for so many trajectories, where --validation_trajectories is left open
 )
 # trajectories, where --num_trajectories is left open: few prompts have several each, from other noise
-FEWEST = 300
+MIN_TRAJECTORIES = 300
 # (benchmarks/few_prompts.py: 30 learn nothing in 200 steps, 300 draw 9 of 10 right, 500 hardly more)
-MOST_OWN, OWN_SHARE = (
+MAX_ROLLOUT_STATES, TRAJECTORIES_PER_ROLLOUT_STATE = (
     512,
     8,
 )  # states on the student's own path, and of a large teacher one for so many trajectories, where
@@ -40,7 +45,7 @@ def count_trajectories(settings, num_prompts):
     """Return how many trajectories a run learns from: one a prompt or, of few prompts, several from different
     noise.
     """
-    return settings.num_trajectories or max(num_prompts, FEWEST)
+    return settings.num_trajectories or max(num_prompts, MIN_TRAJECTORIES)
 
 
 def bound_pictures(settings, is_large, num_trajectories, num_buckets=1):
@@ -48,14 +53,15 @@ def bound_pictures(settings, is_large, num_trajectories, num_buckets=1):
     trajectories and, if the teacher is large, a share of them; at least one state of the own path for each
     bucket."""
     count, own = (
-        num_trajectories // LOOKED_AT if is_large else MOST_LOOKED_AT,
-        num_trajectories // (OWN_SHARE if is_large else 1),
+        num_trajectories // TRAJECTORIES_PER_VALIDATED if is_large else MAX_VALIDATION_TRAJECTORIES,
+        num_trajectories // (TRAJECTORIES_PER_ROLLOUT_STATE if is_large else 1),
     )
     return {
         "validation_trajectories": min(
-            MOST_LOOKED_AT, max(LEAST_LOOKED_AT, settings.validation_trajectories or count)
+            MAX_VALIDATION_TRAJECTORIES,
+            max(MIN_VALIDATION_TRAJECTORIES, settings.validation_trajectories or count),
         ),
-        "rollout_states": min(MOST_OWN, max(own, num_buckets))
+        "rollout_states": min(MAX_ROLLOUT_STATES, max(own, num_buckets))
         if settings.rollout_states is None
         else settings.rollout_states,
     }
@@ -65,14 +71,14 @@ def choose_validated(training, held_out):
     """Return the prompts of validations: those held out and, where these are few, training prompts after
     them. Noise is never that of training, and one prompt alone would measure what nobody wants: how the
     teacher's pictures of it differ."""
-    return list(dict.fromkeys([*held_out, *training]))[: max(len(held_out), LEAST_VALIDATED)]
+    return list(dict.fromkeys([*held_out, *training]))[: max(len(held_out), MIN_VALIDATED)]
 
 
 def count_looks(count, num_validated):
     """Return (count of validated prompts, n): a validation is held against these, and against n prompts from
     n seeds each.
     """
-    return max(min(num_validated, count), min(LEAST_VALIDATED, count)), min(SHOWN, math.isqrt(count))
+    return max(min(num_validated, count), min(MIN_VALIDATED, count)), min(GRID_PROMPTS, math.isqrt(count))
 
 
 def count_passes(settings, num_trajectories, num_validated, parts):

@@ -9,7 +9,7 @@ from pathlib import Path
 from .files.untrusted import read_json, shown
 
 TIMESTEPS = 1000  # the teacher's unit of time; more steps than these repeat themselves
-MOST_SHIFT = 1000  # at which all levels but the last are above 0.99
+MAX_SHIFT = 1000  # at which all levels but the last are above 0.99
 SCHEDULER = "UniPCMultistepScheduler"
 
 
@@ -43,7 +43,7 @@ def recorded_schedule(run, source):
         raise _unexpected(source, "few_steps", counts, f"whole numbers from 1 to {TIMESTEPS}")
     if "flow_shift" in schedule and not _is_shift(schedule["flow_shift"]):
         raise _unexpected(
-            source, "flow_shift", schedule["flow_shift"], f"a number above 0, at most {MOST_SHIFT}"
+            source, "flow_shift", schedule["flow_shift"], f"a number above 0, at most {MAX_SHIFT}"
         )
     return schedule
 
@@ -65,7 +65,7 @@ def read_schedule(folder, schedule):
     found = defaults | config
     shift = schedule.get("flow_shift", found["flow_shift"])
     if not _is_shift(shift):
-        raise _unexpected(path, "flow_shift", shift, f"a number above 0, at most {MOST_SHIFT}")
+        raise _unexpected(path, "flow_shift", shift, f"a number above 0, at most {MAX_SHIFT}")
     counts = schedule["few_steps"] if "few_steps" in schedule else _counts_of(found)
     expected = defaults | scheduler_arguments(shift, counts or ())
     for name, value in expected.items():
@@ -108,7 +108,7 @@ def _counts_of(config):
 
 
 def _is_shift(value):
-    return type(value) in (int, float) and 0 < value <= MOST_SHIFT
+    return type(value) in (int, float) and 0 < value <= MAX_SHIFT
 
 
 def _is_same(found, expected):

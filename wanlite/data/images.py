@@ -77,8 +77,8 @@ EXPECTED = (
     f"or "
     f"{' or '.join(METADATA)}, .parquet files, a folder saved by datasets, or webdataset's .tar files"
 )
-MOST_BYTES = 2**28  # of an image's file; of a caption's, a hundredth of it
-SHOWN = 3  # names of a kind of what is skipped
+MAX_BYTES = 2**28  # of an image's file; of a caption's, a hundredth of it
+MAX_NAMED = 3  # names of a kind of what is skipped
 LONGEST = 80  # characters of such a name
 NO_TEXT = "a caption that is not UTF-8"
 
@@ -148,7 +148,7 @@ def choose_images(place, sizes, most=None, held_out=(), say=None, seen=None, is_
         chosen.append(CaptionedImage(caption, sha256, size, image))
     reasons = "; ".join(
         f"{reason} ({len(names)}: "
-        f"{', '.join(map(_sayable, names[:SHOWN]))}{', ...' if len(names) > SHOWN else ''})"
+        f"{', '.join(map(_sayable, names[:MAX_NAMED]))}{', ...' if len(names) > MAX_NAMED else ''})"
         for reason, names in skipped.items()
     )
     if not chosen:
@@ -351,7 +351,7 @@ def _refuse(reason):
 
 
 def _read_caption(content, name):
-    text = _text(content(MOST_BYTES // 100))
+    text = _text(content(MAX_BYTES // 100))
     if not name.lower().endswith(".json"):
         return text
     try:
@@ -392,7 +392,7 @@ def _within(place, name):
     return _file(path)
 
 
-def _file(path, most=MOST_BYTES):
+def _file(path, most=MAX_BYTES):
     if not path.is_file():
         raise Unusable("no such file")
     if path.stat().st_size > most:
@@ -535,7 +535,7 @@ def _tar(path):
     ]
 
 
-def _part(path, offset, size, most=MOST_BYTES):
+def _part(path, offset, size, most=MAX_BYTES):
     """Read a member where it lies in its .tar file."""
     if size > most:
         raise Unusable(f"more than {most / 1e6:.0f} MB")

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch.utils._pytree import tree_map
 
-AHEAD = 2  # batches that are there before they are asked for
+PREFETCHED_BATCHES = 2  # batches that are there before they are asked for
 
 
-def read_ahead(read, jobs, device, ahead=AHEAD):
+def read_ahead(read, jobs, device, ahead=PREFETCHED_BATCHES):
     """Yield `read(job)`, tensors in dicts and tuples, for each of `jobs` in their order, with its tensors on
     `device`.
 

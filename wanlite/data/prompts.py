@@ -23,7 +23,7 @@ PACKED = (
     b"BZh",
     b"\x28\xb5\x2f\xfd",
 )  # how gzip, zip, xz, bzip2 and zstd begin
-SHOWN = 5  # rows without a prompt that are named
+MAX_NAMED = 5  # rows without a prompt that are named
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def read_prompts(path, say=None):
     if not found:
         raise ValueError(f"{path}: holds no prompt. Write one prompt a {'row' if is_table else 'line'}.")
     if (empty := [number for number, prompt in prompts.items() if not prompt]) and say:
-        named = ", ".join(map(str, empty[:SHOWN])) + (", ..." if len(empty) > SHOWN else "")
+        named = ", ".join(map(str, empty[:MAX_NAMED])) + (", ..." if len(empty) > MAX_NAMED else "")
         say(f"{path}: {len(empty)} of {len(prompts)} rows hold no prompt and are left out: {named}")
     return found
 

@@ -17,7 +17,7 @@ from ..network import TEXT_LENGTH
 
 BATCH_SIZE = 64  # prompts encoded together
 TOKENS_AT_ONCE = 8192  # the most of theirs: 16 prompts of 512, whose attention in a real UMT5 takes some 2 GB
-SHOWN = 80  # characters of a prompt in a message
+MAX_SHOWN = 80  # characters of a prompt in a message
 CHECKED = {
     "output_loading_info": True,
     "ignore_mismatched_sizes": True,
@@ -184,4 +184,4 @@ def tell_cut(tokenizer, prompts, say):
 
 def _short(prompt):
     """Show a prompt of any length and any characters."""
-    return repr(prompt) if len(prompt) <= SHOWN else f"{prompt[:SHOWN]!r}..."
+    return repr(prompt) if len(prompt) <= MAX_SHOWN else f"{prompt[:MAX_SHOWN]!r}..."

@@ -33,7 +33,7 @@ from ..flow import (
 )
 
 SHARD_SIZE = 64  # trajectories or prompts a file; also how many the teacher trajectories, or the text encoder reads, at once
-MOST_SAMPLED = 32768  # token states from which directions are found
+MAX_SAMPLED = 32768  # token states from which directions are found
 EXACT = (
     "timestep",
     "noise_level",
@@ -56,7 +56,7 @@ class Sampled(list):
         """Keep some of the rows of (B, N, D)."""
         rows = states.flatten(0, 1)
         super().append(
-            rows[:: -(-self.times * len(rows) // MOST_SAMPLED)].to(torch.float32, copy=True)
+            rows[:: -(-self.times * len(rows) // MAX_SAMPLED)].to(torch.float32, copy=True)
         )  # a view would keep all
 
 
@@ -105,7 +105,7 @@ class TrajectoryGenerator:
                 pass
             return {"basis": principal_directions(torch.cat(features), width).cpu()}
 
-        self.basis = kept_once(self.accelerator, folder, make)["basis"].to(self.accelerator.device)
+        self.basis = compute_once(self.accelerator, folder, make)["basis"].to(self.accelerator.device)
 
     def generate(self, folder, jobs, latent_shape):
         """Walk from noise to picture for every (number, prompt, seed) of `jobs`; returns the Trajectories."""
@@ -310,7 +310,7 @@ def remove_leftovers(folder):
                 partial.unlink()
 
 
-def kept_once(accelerator, folder, make):
+def compute_once(accelerator, folder, make):
     """Return the tensors of `make()`, {name: tensor} on the CPU, that `folder` keeps; they are made where it
     does not yet.
     """

@@ -27,8 +27,8 @@ except ImportError:  # Windows: one writer at a time is up to the user
 MANIFEST = "manifest.json"
 SPARE = 2**20  # bytes that a file system needs beside the files themselves
 DEEPEST = 3  # folders below the one where a model's files are expected
-MOST_ENTRIES = 2000  # of a folder that is searched
-MOST_HEADER = 10**8  # bytes: the limit of the safetensors format
+MAX_ENTRIES = 2000  # of a folder that is searched
+MAX_HEADER = 10**8  # bytes: the limit of the safetensors format
 _TAKE = "Take safetensors in fp32, fp16, bf16 or scaled fp8."
 _FORMATS = [
     (re.compile(pattern, re.I), fault, todo)
@@ -144,7 +144,7 @@ def read_manifest(folder):
     return manifest if is_readable else None
 
 
-def why_broken(folder, sizes_only=False):
+def find_corruption(folder, sizes_only=False):
     """Return why a folder does not verify against its manifest, or None where it does; sizes alone take no
     time.
     """
@@ -329,7 +329,7 @@ def broken_safetensors(path, error):
 def _length_fault(path):
     with open_regular(path) as file:
         size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, MOST_HEADER):
+        if length > min(size - 8, MAX_HEADER):
             return None
         try:
             header = json.loads(file.read(length))
@@ -370,7 +370,7 @@ def levels_below(folder):
         level = list({place: entry for entry in level if (place := entry.resolve()) not in met}.values())
         met |= {entry.resolve() for entry in level}
         yield level
-        entries = islice((path for entry in level for path in _entries(entry)), MOST_ENTRIES)
+        entries = islice((path for entry in level for path in _entries(entry)), MAX_ENTRIES)
         level = visible(path for path in entries if path.is_dir())
 
 

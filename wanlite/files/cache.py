@@ -1,6 +1,6 @@
 """Work that is kept: a folder for what was made of exactly this, and nothing else.
 
-The folder's name is a digest of what its content was made of, and made_of.json says it in words: content that
+The folder's name is a digest of what its content was made of, and provenance.json says it in words: content that
 was moved or copied under another name is refused, never used.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .atomic import write_json
 
-RECORD = "made_of.json"
+RECORD = "provenance.json"
 
 
 def cache_folder(parent, kind, **what):

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from .atomic import came_instead_of_safetensors, open_regular, unwrapped, wrong_length
 
-MOST_JSON = 4 * 2**20  # bytes: the header of a student of eight hundred blocks
-MOST_PARTS = 2**16  # lists and objects in it: two bytes each in the file, a hundred in memory
-MOST_DIMENSIONS = 8
+MAX_JSON = 4 * 2**20  # bytes: the header of a student of eight hundred blocks
+MAX_PARTS = 2**16  # lists and objects in it: two bytes each in the file, a hundred in memory
+MAX_DIMENSIONS = 8
 ALIGNED = 64  # bytes: of a tensor that lies otherwise, sums differ in the last bit; it is read, not mapped
 READ_AT_ONCE = 2**20  # bytes: what was read is hashed while it lies in the processor's cache
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # what a student's weights are stored as
@@ -33,19 +33,19 @@ class Entry(NamedTuple):
     stop: int
 
 
-def read_json(path, most=MOST_JSON):
+def read_json(path, most=MAX_JSON):
     """Return the object in a JSON file of at most so many bytes as a dict."""
     with open_regular(path) as file:
         return parse_json(file.read(most + 1), path, most)
 
 
-def parse_json(content, source, most=MOST_JSON):
+def parse_json(content, source, most=MAX_JSON):
     """Turn bytes into a dict; duplicate keys, NaN, a byte-order mark, 5 000-digit numbers and deep nesting
     are refused.
     """
     if len(content) > most:
         raise OSError(f"{source}: more than {most:,} bytes, which no settings or header of a student take.")
-    if (parts := content.count(b"[") + content.count(b"{")) > MOST_PARTS:
+    if (parts := content.count(b"[") + content.count(b"{")) > MAX_PARTS:
         raise OSError(
             f"{source}: {parts:,} lists and objects, which no settings or header of a student have."
         )
@@ -148,7 +148,7 @@ class WeightsFile:
     def _read_header(self):
         beginning = self.file.read(8)
         length = int.from_bytes(beginning, "little")
-        if len(beginning) < 8 or not 2 <= length <= min(self.size - 8, MOST_JSON):
+        if len(beginning) < 8 or not 2 <= length <= min(self.size - 8, MAX_JSON):
             raise self._broken(self._what_it_is(beginning + self.file.read(56)))
         self._header = beginning + self.file.read(length)
         header = parse_json(self._header[8:], f"{self.path}, header")
@@ -179,9 +179,9 @@ class WeightsFile:
                 f"{', '.join(BYTES)}. Save "
                 "the student again in one of them."
             )
-        if not _are_sizes(shape) or len(shape) > MOST_DIMENSIONS or math.prod(filter(None, shape)) >= 2**60:
+        if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS or math.prod(filter(None, shape)) >= 2**60:
             raise self._broken(
-                f"{shown(name)} has no shape of at most {MOST_DIMENSIONS} whole numbers that fits any file"
+                f"{shown(name)} has no shape of at most {MAX_DIMENSIONS} whole numbers that fits any file"
             )
         if (
             not _are_sizes(offsets)
@@ -200,7 +200,7 @@ class WeightsFile:
         if self.size < 10:
             return f"{self.size} bytes hold no header"
         length = int.from_bytes(beginning[:8], "little")
-        return f"its header has {length:,} bytes, expected 2 to {min(self.size - 8, MOST_JSON):,}"
+        return f"its header has {length:,} bytes, expected 2 to {min(self.size - 8, MAX_JSON):,}"
 
     def _broken(self, reason):
         return OSError(

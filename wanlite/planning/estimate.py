@@ -41,9 +41,9 @@ from .memory import (
     trajectory_bytes,
 )
 
-LARGE = 1024  # width from which on a teacher is held against the machine that it runs on
+LARGE_WIDTH = 1024  # width from which on a teacher is held against the machine that it runs on
 BATCH = 128  # states in a batch on each device, where --train_batch_size is left open
-FILLED = 0.9  # of the free memory may be filled with them, for what they take is told a little low
+MEMORY_FRACTION = 0.9  # of the free memory may be filled with them, for what they take is told a little low
 CALIBRATION_TOKENS = 16384  # image tokens on which the projected weights are refitted
 FITTED = (
     "mixed_precision",
@@ -52,7 +52,7 @@ FITTED = (
 )  # are chosen for a machine where left open
 
 
-class Needs:
+class MemoryEstimator:
     """What a run needs on `device`, in bytes: of `make_student(shape)`, of the teacher `files`, of pictures
     of `sizes`.
 
@@ -83,10 +83,12 @@ class Needs:
             4 * autoencoder.num_parameters()
         )  # it stays, and so does the student once it has a start
         self.weights = 4 * self.student.num_parameters()
-        self.resting = self.weights * (
+        self.idle_bytes = self.weights * (
             3 if settings.muon_learning_rate else 4
         )  # weights, average, what optimizers remember
-        self.standing = self.resting + self.weights + self.drawing  # what training takes without any states
+        self.base_bytes = (
+            self.idle_bytes + self.weights + self.drawing
+        )  # what training takes without any states
         self.free = free_memory(device, local_processes())[0]
 
     def training(self, settings, rows):
@@ -111,7 +113,7 @@ class Needs:
             self.shape["depth"],
         )
 
-    def asking(self, settings, at_once=SHARD_SIZE):
+    def generation_bytes(self, settings, at_once=SHARD_SIZE):
         """Return the bytes of the teacher, where it is while it is asked, and of so many num_generated under way."""
         dtype, residency = training_dtype(settings), place_teacher(settings, self.files, self.device)
         rows = min(2 * at_once, max(1, TOKENS_AT_ONCE // self.tokens))  # half of them for guidance
@@ -136,7 +138,7 @@ class Needs:
         asked.
         """
         critic = self.training(settings, max(1, rows // MATCHED)) - self.drawing
-        return self.training(settings, rows) + critic + self.asking(settings)
+        return self.training(settings, rows) + critic + self.generation_bytes(settings)
 
     def fit(self, settings, num_trajectories, ranks=1):
         """Return the settings with what is open filled in for so many trajectories and for the device: what
@@ -158,13 +160,13 @@ class Needs:
         if rows is None:
             rows = BATCH
             if is_large(self.files):
-                peak, rest = self.training(settings, BATCH), self.standing
+                peak, rest = self.training(settings, BATCH), self.base_bytes
                 if settings.matching_steps:
                     peak, rest = (
                         self.matching(settings, BATCH),
-                        2 * rest - self.drawing + self.asking(settings),
+                        2 * rest - self.drawing + self.generation_bytes(settings),
                     )
-                rows = max(1, largest_batch(BATCH, peak, rest, FILLED * self.free))
+                rows = max(1, largest_batch(BATCH, peak, rest, MEMORY_FRACTION * self.free))
             micro_batches = micro_batches or BATCH // rows
             rows = max(1, min(rows, states))
         return replace(settings, train_batch_size=rows, gradient_accumulation_steps=micro_batches or 1)
@@ -197,11 +199,11 @@ class Needs:
             for place in dict.fromkeys((*RESIDENCIES, residency))
         }
         phases |= {
-            "trajectories": self.asking(settings, min(SHARD_SIZE, max(num_generated, drawn)))
+            "trajectories": self.generation_bytes(settings, min(SHARD_SIZE, max(num_generated, drawn)))
             + self.drawing
             + self.weights,
             "training": self.training(settings, settings.train_batch_size),
-            "validation": self.resting
+            "validation": self.idle_bytes
             + self.weights
             + at_depth(  # what is lent keeps its place
                 lambda parts: decoding_peak(
@@ -212,7 +214,7 @@ class Needs:
         }
         if settings.matching_steps:
             phases["matching"] = self.matching(settings, settings.train_batch_size)
-        remembered = (self.resting + self.weights) * (
+        remembered = (self.idle_bytes + self.weights) * (
             1.5 if settings.matching_steps else 1
         )  # with the best student so far
         seen = num_generated + looks + min(several, validated) * several
@@ -233,7 +235,7 @@ class Needs:
             placed,
             settings.train_batch_size,
             settings.gradient_accumulation_steps,
-            self.standing,
+            self.base_bytes,
         )
 
     def _start_phases(self, settings, training):
@@ -274,7 +276,7 @@ def calibration_frames(settings, prompts, tokens):
 
 def is_large(files):
     """Whether a teacher is so large that a run fits itself to its machine, and says beforehand what it needs."""
-    return files.width >= LARGE
+    return files.width >= LARGE_WIDTH
 
 
 def choose_precision(settings, files):

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from ..phases import FEWEST, LEAST_VALIDATED
+from ..phases import MIN_TRAJECTORIES, MIN_VALIDATED
 
 ROOT = Path(__file__).resolve().parents[2]  # where the scripts are
 PROJECTING = (
     "the teacher's weights are projected into the student, which is saved as it is; nothing is trained"
 )
-LEAST_CAPTIONS = 20  # of which a share drawn right means something
+MIN_CAPTIONS = 20  # of which a share drawn right means something
 
 
 def announce(settings, files, student, device, work, say):
@@ -54,18 +54,18 @@ def count_pictures(settings):
 def announce_few(num_trajectories, num_prompts, num_held_out, say):
     """Say where there is little to learn from, how often the teacher draws each of few prompts, and on what
     students are validated."""
-    if num_trajectories < FEWEST:
+    if num_trajectories < MIN_TRAJECTORIES:
         say(
             f"WARNING  {num_trajectories} trajectories are few, and images may stay noise; the default is at "
-            f"least {FEWEST}"
+            f"least {MIN_TRAJECTORIES}"
         )
-    elif num_prompts < FEWEST:
+    elif num_prompts < MIN_TRAJECTORIES:
         say(
             f"prompts  {num_prompts} are few: each is drawn about {round(num_trajectories / num_prompts)} "
             f"times, from different "
             f"noise (--num_trajectories {num_trajectories})"
         )
-    if num_held_out < LEAST_VALIDATED:
+    if num_held_out < MIN_VALIDATED:
         say(
             f"held out {num_held_out}, which are few: validations use training prompts as well, from noise "
             f"of their own"
@@ -117,7 +117,7 @@ def conclude(settings, output, results, ending, is_close, seconds, say):
 
 def share_right(figures, captions):
     """Return in words what share of the captions was drawn right; of few captions, how many."""
-    if captions < LEAST_CAPTIONS:
+    if captions < MIN_CAPTIONS:
         return f"{round(figures['accuracy'] * captions)} of {captions}, too few to judge"
     apart = [
         f"{said} {figures[key]:.1%}"

@@ -11,7 +11,7 @@ import types
 import typing
 from contextlib import suppress
 
-from ..runtime.launch import give_way
+from ..runtime.launch import defer_to_rank_zero
 
 BOUNDS = {
     "least": ("at least", operator.ge),
@@ -124,5 +124,5 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line and exit code 2."""
 
     def error(self, message):
-        give_way()
+        defer_to_rank_zero()
         self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")

@@ -30,7 +30,7 @@ def is_first():
     return not int(os.environ.get("RANK", 0))
 
 
-def give_way():
+def defer_to_rank_zero():
     """Let the first process of a machine say what went wrong: the launcher then ends those that would say the
     same.
     """

@@ -8,7 +8,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, str_
 
 from .launch import local_processes
 
-PATIENCE = timedelta(
+RANK_TIMEOUT = timedelta(
     hours=2
 )  # for which ranks wait for each other: one projects and calibrates, the others cannot go on
 _LOST = re.compile(
@@ -18,7 +18,7 @@ _LOST = re.compile(
 
 def patience():
     """Return how long a rank waits for the others, as an Accelerator takes it."""
-    return InitProcessGroupKwargs(timeout=PATIENCE)
+    return InitProcessGroupKwargs(timeout=RANK_TIMEOUT)
 
 
 def check_devices(environment):
@@ -34,19 +34,19 @@ def check_devices(environment):
         )
 
 
-def agreed(found):
+def broadcast(found):
     """Return what rank 0 has found, on every rank: numbers that ranks compute may differ in their last bits."""
     return broadcast_object_list([found])[0]
 
 
-def refuse_together(accelerator, reason):
+def abort_all_ranks(accelerator, reason):
     """Raise OSError with rank 0's reason, if it has one, there; the other ranks end silently with the same
     exit code.
     """
-    if reason := agreed(reason):
+    if reason := broadcast(reason):
         raise OSError(reason) if accelerator.is_main_process else SystemExit(2)
 
 
-def is_lost(error):
+def is_peer_failure(error):
     """Whether an error of torch's says that another rank is gone."""
     return isinstance(error, torch.distributed.DistError) or _LOST.search(str(error)) is not None

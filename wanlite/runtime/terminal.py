@@ -6,7 +6,7 @@ import io
 import os
 import sys
 
-MOST_SHOWN = 3000  # characters of a line
+MAX_SHOWN = 3000  # characters of a line
 
 
 class LastingOutput(io.FileIO):
@@ -41,7 +41,7 @@ def _lasting(stream):
     )
 
 
-def one_line(text, most=MOST_SHOWN):
+def one_line(text, most=MAX_SHOWN):
     """Return text of any origin as at most `most` printable characters; control characters are escaped."""
     escaped = "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()

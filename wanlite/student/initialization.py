@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ..files.atomic import in_turn, new_folder, why_broken, write_json
+from ..files.atomic import find_corruption, in_turn, new_folder, write_json
 from ..files.cache import cache_folder
 from ..network import pack_text
 from ..teacher.checkpoint import open_teacher_files
@@ -77,7 +77,7 @@ def start_student(settings, student, files, words, prompts, latent_size, acceler
         )
     if accelerator.is_main_process:
         with in_turn(folder, say):
-            if why_broken(folder):
+            if find_corruption(folder):
                 make_start(
                     settings,
                     student,

@@ -29,11 +29,11 @@ CLASS_NAMES = (
 )  # of older saves; of ours and of those of stock diffusers
 SAVING = ".saving-*"  # where a save lies until it is published
 JUST_NOW = 0.2  # seconds in which the renames of a save are done
-MOST_SAVES = 4  # under way at once, of which one may hold the config
-MOST_SHARDS = 1000  # they are opened together
-MOST_CONFIG = 65536  # bytes; a student's has 700
-MOST_SIZE = 65536
-MOST_POSITIONS = 16384  # rotary tables are built from the config alone, no weights stand for their size
+MAX_SAVES = 4  # under way at once, of which one may hold the config
+MAX_SHARDS = 1000  # they are opened together
+MAX_CONFIG = 65536  # bytes; a student's has 700
+MAX_SIZE = 65536
+MAX_POSITIONS = 16384  # rotary tables are built from the config alone, no weights stand for their size
 OUR_NAMES = ("hidden_size", "depth", "num_heads", "num_channels")  # for what Wan's names say as well
 STOCK_SETTINGS = {
     "out_channels",
@@ -146,7 +146,7 @@ def read_config(folder):
     path = _checked_path(folder, CONFIG_NAME)
     if path is None:
         raise OSError(f"{folder}: no {CONFIG_NAME}. Expected a saved student; found {_listing(folder)}.")
-    return _checked_config(read_json(path, MOST_CONFIG), path)
+    return _checked_config(read_json(path, MAX_CONFIG), path)
 
 
 def _checked_config(config, path):
@@ -221,9 +221,9 @@ def check_shape(patch_size, eps, cross_attn_norm=True, qk_norm="rms_norm_across_
             f"false "
             "and rms_norm_across_heads, as every Wan has it."
         )
-    if sizes.get("rope_max_seq_len", 0) > MOST_POSITIONS:
+    if sizes.get("rope_max_seq_len", 0) > MAX_POSITIONS:
         raise ValueError(
-            f"rope_max_seq_len is {sizes['rope_max_seq_len']}, expected at most {MOST_POSITIONS}."
+            f"rope_max_seq_len is {sizes['rope_max_seq_len']}, expected at most {MAX_POSITIONS}."
         )
     hidden_size, num_heads = sizes["hidden_size"], sizes["num_heads"]
     if hidden_size % num_heads or hidden_size // num_heads % 2:
@@ -239,8 +239,8 @@ def check_shape(patch_size, eps, cross_attn_norm=True, qk_norm="rms_norm_across_
 def check_sizes(sizes):
     """Refuse what is no size of a layer: a dict of name -> size."""
     for name, size in sizes.items():
-        if type(size) is not int or not 0 < size <= MOST_SIZE:
-            raise ValueError(f"{name} is {_short(size)}, expected a whole number from 1 to {MOST_SIZE}.")
+        if type(size) is not int or not 0 < size <= MAX_SIZE:
+            raise ValueError(f"{name} is {_short(size)}, expected a whole number from 1 to {MAX_SIZE}.")
 
 
 # ---- weights -----------------------------------------------------------------------------------------------
@@ -310,10 +310,10 @@ def _matching_config(folder, told):
             f"{folder}: its shards were saved with different configs. Copy all of them from one save."
         )
     saved = parse_json(
-        told.pop().encode(errors="surrogatepass"), f"{folder}, config in the weights", MOST_CONFIG
+        told.pop().encode(errors="surrogatepass"), f"{folder}, config in the weights", MAX_CONFIG
     )
     reason = None
-    for place in (folder, *sorted(folder.glob(SAVING))[:MOST_SAVES]):
+    for place in (folder, *sorted(folder.glob(SAVING))[:MAX_SAVES]):
         if place != folder and (place.is_symlink() or not (place / CONFIG_NAME).is_file()):
             continue
         config = read_config(place)
@@ -411,9 +411,9 @@ def _read_index(path):
         or not all(isinstance(name, str) for name in weight_map.values())
     ):
         raise OSError(f"{path}: has no weight_map of tensor names to file names. Save the student again.")
-    if (count := len(set(weight_map.values()))) > MOST_SHARDS:
+    if (count := len(set(weight_map.values()))) > MAX_SHARDS:
         raise OSError(
-            f"{path}: names {count:,} shards, expected at most {MOST_SHARDS:,}. Save the student again."
+            f"{path}: names {count:,} shards, expected at most {MAX_SHARDS:,}. Save the student again."
         )
     shards = {}
     for name, shard in weight_map.items():

@@ -105,9 +105,7 @@ _SAME_IN_ALL = {
     "eps": 1e-6,
     "rope_max_seq_len": 1024,
 }
-_MOST_SIZE = (
-    2**20
-)  # of a config: far above any Wan's, and a network without contents is still made in no time
+_MAX_SIZE = 2**20  # of a config: far above any Wan's, and a network without contents is still made in no time
 _MOST = {"num_layers": 512, "attention_head_dim": 1024, "rope_max_seq_len": 16384}
 HEAD_SIZE = 128  # of every Wan that was published; no tensor's shape tells it
 _OTHER_WANS = [
@@ -655,7 +653,7 @@ def _check_sizes(path, config, names):
             f"{path}: lacks {', '.join(missing)}; it is no Wan transformer's config. Download it again."
         )
     for name in names:
-        size, most = config[name], _MOST.get(name, _MOST_SIZE)
+        size, most = config[name], _MOST.get(name, _MAX_SIZE)
         if type(size) is not int or not 1 <= size <= most:
             raise ValueError(
                 f"{path}: {name} is {size!r:.60}, expected a whole number from 1 to {most:,}. Download it "

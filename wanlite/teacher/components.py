@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from ..files.atomic import (
     broken_download,
     broken_safetensors,
+    find_corruption,
     first_bytes,
     new_folder,
     open_regular,
@@ -31,7 +32,6 @@ from ..files.atomic import (
     visible,
     weights_by_depth,
     what_came_instead,
-    why_broken,
     why_not_read,
 )
 
@@ -256,7 +256,7 @@ def convert_parts(found, folder, say=print):
     }
     for part in PARTS:
         place = Path(folder) / part
-        if why_broken(place, sizes_only=True) is None:  # all of it would be read at every start of a run
+        if find_corruption(place, sizes_only=True) is None:  # all of it would be read at every start of a run
             continue
         with new_folder(place) as partial:
             if found[part].is_dir():

@@ -14,7 +14,7 @@ from ..files.atomic import levels_below, name_not_read, open_regular, visible, w
 
 EXPERTS = ("high_noise_model", "low_noise_model", "transformer", "transformer_2")  # folders, one an expert
 SINGLE_FILES = ("", "diffusion_models", "unet")  # where ComfyUI's files of experts lie, and deeper there
-MOST_ABOVE, MOST_BELOW = 3, 64  # folders that are tried in place of one that holds no teacher
+MAX_ABOVE, MAX_BELOW = 3, 64  # folders that are tried in place of one that holds no teacher
 _PART = re.compile("(?i)vae|t5|clip")  # in the names of files that are not an expert's
 _NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # organisation/model
 _HUBS = r"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/|hf:/+"
@@ -88,9 +88,9 @@ def neighbours(path):
     """Yield the folders above a path, and the visible ones below it, which may be meant."""
     if not path.exists():
         return
-    yield from islice(path.parents, MOST_ABOVE)
+    yield from islice(path.parents, MAX_ABOVE)
     with suppress(OSError):
-        yield from islice(chain(*islice(levels_below(path), 1, None)), MOST_BELOW)
+        yield from islice(chain(*islice(levels_below(path), 1, None)), MAX_BELOW)
 
 
 # ---- the hub -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..files.atomic import check_space, new_folder, not_finite, read_manifest, why_broken
+from ..files.atomic import check_space, find_corruption, new_folder, not_finite, read_manifest
 
 TENSORS, REST = "state.safetensors", "state.json"
 
@@ -100,7 +100,7 @@ def latest_checkpoint(folder):
 
 def _why_unusable(path):
     """Return why a checkpoint is not what it was saved as, or None where it is."""
-    if reason := why_broken(path):
+    if reason := find_corruption(path):
         return reason
     said = read_manifest(path).get("step")
     return None if said == _step(path) else f"its manifest says step {said}"

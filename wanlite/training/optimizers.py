@@ -36,7 +36,7 @@ def make_optimizers(settings, network, head=None, rate=None, is_fused=False):
     return optimizers
 
 
-def make_rates(settings, optimizers):
+def make_lr_schedulers(settings, optimizers):
     """Return the schedule of every optimizer's rate over the whole run."""
     return [
         get_scheduler(

@@ -17,7 +17,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from ..files.atomic import MANIFEST, new_folder, why_broken, write_json
+from ..files.atomic import MANIFEST, find_corruption, new_folder, write_json
 
 PARTS = ("tokenizer", "text_encoder", "vae")
 RESULTS = (
@@ -234,7 +234,9 @@ def check_saved_parts(folder):
     if not (folder / "scheduler" / "scheduler_config.json").is_file():
         raise OSError(f"{folder / 'scheduler'}: lacks scheduler_config.json. Copy the folder again.")
     for part in PARTS:
-        if (folder / part / MANIFEST).exists() and (reason := why_broken(folder / part, sizes_only=True)):
+        if (folder / part / MANIFEST).exists() and (
+            reason := find_corruption(folder / part, sizes_only=True)
+        ):
             raise OSError(f"{folder / part}: {reason}. Copy the folder again.")
 
 

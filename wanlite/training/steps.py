@@ -15,7 +15,7 @@ from torch import nn
 
 from .losses import distribution_matching_loss, feature_loss, more_varied, velocity_loss
 
-TOGETHER = 65536  # image tokens of a pass while a student is looked at: 64 pictures of 512 x 512
+TOKENS_PER_PASS = 65536  # image tokens of a pass while a student is looked at: 64 pictures of 512 x 512
 MATCHED = 4  # one row in so many of a micro-batch is matched; every row anchors
 
 
@@ -57,8 +57,8 @@ def segment_step(networks, settings, batch, text, progress, generator):
     more varied one.
     """
     target = (
-        vary(networks, settings.variety_gain, batch, text, generator)
-        if settings.variety_gain
+        vary(networks, settings.diversity_gain, batch, text, generator)
+        if settings.diversity_gain
         else batch["velocity"]
     )
     velocity = velocity_from(networks.student, text)(batch["latents"].float(), batch["timestep"])
@@ -122,7 +122,7 @@ def update_critic(networks, settings, drawn, text, generator):
         optimizer.zero_grad()
     with torch.no_grad():
         for weight, aim in zip(networks.critic.parameters(), networks.student.parameters()):
-            weight.lerp_(aim, settings.critic_pull)
+            weight.lerp_(aim, settings.critic_lerp)
     return loss.detach()
 
 
@@ -144,13 +144,13 @@ def velocity_from(network, text):
 
 
 def velocity_in_parts(network, text):
-    """As velocity_from(), but TOGETHER image tokens at a time: all rows of large pictures would fill the
+    """As velocity_from(), but TOKENS_PER_PASS image tokens at a time: all rows of large pictures would fill the
     memory.
     """
 
     def velocity_of(latents, timestep):
         tokens = latents.shape[-2] * latents.shape[-1] // math.prod(network.config.patch_size)
-        rows = max(1, TOGETHER // tokens)
+        rows = max(1, TOKENS_PER_PASS // tokens)
         return torch.cat(
             [
                 velocity_from(network, text.rows(part))(latents[part], timestep[part])

@@ -14,7 +14,7 @@ import numpy as np
 from ..data.autoencoder import encode_images, to_pixels
 from ..data.images import read_picture
 from ..data.text_encoder import lazy_encoder, load_tokenizer, tell_cut
-from ..data.trajectories import TrajectoryGenerator, deal_out, encode_once, kept_once
+from ..data.trajectories import TrajectoryGenerator, compute_once, deal_out, encode_once
 from ..files.atomic import in_turn
 from ..files.cache import cache_folder
 from ..flow import make_scheduler
@@ -134,7 +134,7 @@ class Lessons:
 
     def keep(self, kind, make, **what):
         """Return the tensors of `make()`, which the cache keeps as a `kind` of what they were made of."""
-        return kept_once(self.accelerator, self._kept_in(kind, **what), make)
+        return compute_once(self.accelerator, self._kept_in(kind, **what), make)
 
     def find_basis(self):
         """Find the directions that token states are kept in, on trajectories of a few training prompts."""

@@ -12,7 +12,7 @@ from ..data.autoencoder import decode_latents, to_pictures
 from ..flow import sample, seeded_noise
 from ..network import pack_text
 from ..phases import count_looks
-from ..runtime.ranks import agreed
+from ..runtime.ranks import broadcast
 from ..world import shapes
 from ..world.record import read_world
 from .metrics import compare, frechet_distance, likeness
@@ -73,7 +73,7 @@ class Examiner:
             )
             for count in self.counts
         }
-        error, looks = agreed((error, looks))  # by which every rank chooses, and ends
+        error, looks = broadcast((error, looks))  # by which every rank chooses, and ends
         return looks, {"held_out_error": error} | {
             f"{name}_{count}": value for count, look in looks.items() for name, value in look.items()
         }

@@ -218,10 +218,10 @@ def ground(scene):
 
 # ---- the judge ---------------------------------------------------------------------------------------------
 
-LEAST_OVERLAP = 0.78  # intersection over union with the best template; below it a thing is no known shape
-LEAST_AREA = 40  # pixels; the smallest shape covers 145
+MIN_OVERLAP = 0.78  # intersection over union with the best template; below it a thing is no known shape
+MIN_AREA = 40  # pixels; the smallest shape covers 145
 SOFTEST_EDGE = 3.0  # pixels from a quarter to three quarters covered; a sharp edge has half of one
-MOST_SPECKLED = 0.3  # share of a thing's inside that may be off its colour
+MAX_SPECKLED = 0.3  # share of a thing's inside that may be off its colour
 FARTHEST_PLACE = 6.0  # pixels between a thing's centroid and its place
 FARTHEST_COLOUR = 60.0  # distance in RGB between a thing's colour, or the background's, and the palette's
 ATTRIBUTES = ("count", "background", "colour", "shape", "size", "place")
@@ -291,7 +291,7 @@ def _read_things(picture):
     things, leftover = [], 0
     for label in range(1, count + 1):
         area = int((labels == label).sum())
-        if area < LEAST_AREA:
+        if area < MIN_AREA:
             leftover += area
         else:
             things.append(_read_thing(picture.astype(np.float32), labels == label, ground))
@@ -312,7 +312,7 @@ def _read_thing(picture, region, ground):
         FARTHEST_COLOUR, 0.4 * np.linalg.norm(np.float32(COLOURS[colour]) - ground)
     )  # faded things are wrong
     faded = np.linalg.norm(colour_seen - np.float32(COLOURS[colour])) > farthest
-    if faded or np.mean(np.linalg.norm(picture[core] - colour_seen, axis=-1) > farthest) > MOST_SPECKLED:
+    if faded or np.mean(np.linalg.norm(picture[core] - colour_seen, axis=-1) > farthest) > MAX_SPECKLED:
         return None
     share = (picture - ground) @ span / (span @ span)  # of each pixel that has the thing's colour
     share = share * ndimage.binary_dilation(region, iterations=2)
@@ -329,7 +329,7 @@ def _read_thing(picture, region, ground):
     ).sum()
     place = min(PLACES, key=lambda name: np.hypot(PLACES[name][0] - x, PLACES[name][1] - y))
     far = np.hypot(PLACES[place][0] - x, PLACES[place][1] - y)
-    if overlap < LEAST_OVERLAP or edge_width > SOFTEST_EDGE or far > FARTHEST_PLACE:
+    if overlap < MIN_OVERLAP or edge_width > SOFTEST_EDGE or far > FARTHEST_PLACE:
         return None
     return Object(size, colour, shape, place)
 

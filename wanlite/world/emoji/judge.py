@@ -21,12 +21,12 @@ from .scenes import BACKGROUNDS, JITTER, PAIRS, PICTURE_SIZE, PLACES, Scene, bac
 from .sprites import NAMES, SIZES, STYLES, sprites
 
 ATTRIBUTES = ("object", "style", "count", "place", "background")
-MOST_RESIDUAL = 0.15  # of an object in a whole picture: its squared error over |D|^2 of its sprite
+MAX_RESIDUAL = 0.15  # of an object in a whole picture: its squared error over |D|^2 of its sprite
 PRESENT = 0.7  # residual from which on a place counts as empty; that of an empty one is 1
 DETAIL = (0.7, 1.3)  # of a crisp picture: the norm of its Laplacian over that of the nearest drawing
 FARTHEST_BACKGROUND = 25.0  # grey levels between the borders of a picture and of a background, in the median
 STRAY = 40.0  # grey levels off the background, averaged over 4 x 4 pixels outside every object
-MOST_STRAY = 3  # such squares; the smallest object covers a dozen
+MAX_STRAY = 3  # such squares; the smallest object covers a dozen
 FINALISTS = 4  # templates compared at full resolution
 
 
@@ -47,7 +47,7 @@ def judge(picture: np.ndarray, scene: Scene) -> dict[str, float]:
     """Compare a picture with the scene of its caption, in which None allows any value.
 
     Returns a share 0..1 for each of ATTRIBUTES; `seen` (all of them are 1: 0 or 1), `whole` (seen, and no
-    residual above MOST_RESIDUAL: 0 or 1), `residual` (the mean over objects, 1 for an empty place, at most
+    residual above MAX_RESIDUAL: 0 or 1), `residual` (the mean over objects, 1 for an empty place, at most
     2), `detail` (see DETAIL) and `crisp` (0 or 1).
     """
     if picture.shape != (PICTURE_SIZE, PICTURE_SIZE, 3):
@@ -59,7 +59,7 @@ def judge(picture: np.ndarray, scene: Scene) -> dict[str, float]:
     fits = _fit_scene(added, background, scene)
     places = _find_places(added, background, scene, fits)
     residuals = [min(fit.residual, 2.0) for fit in fits]
-    is_clear = _count_stray(added, fits) <= MOST_STRAY
+    is_clear = _count_stray(added, fits) <= MAX_STRAY
     verdict = {
         "object": _share(fit.name == thing.name for fit, thing in zip(fits, scene.objects)),
         "style": _share(thing.style in (None, fit.style) for fit, thing in zip(fits, scene.objects)),
@@ -73,7 +73,7 @@ def judge(picture: np.ndarray, scene: Scene) -> dict[str, float]:
     detail = _roughness(picture) / _roughness(_redraw(background, fits))
     return verdict | {
         "seen": seen,
-        "whole": float(seen and max(residuals) <= MOST_RESIDUAL),
+        "whole": float(seen and max(residuals) <= MAX_RESIDUAL),
         "residual": float(np.mean(residuals)),
         "detail": float(detail),
         "crisp": float(DETAIL[0] <= detail <= DETAIL[1]),
@@ -162,7 +162,7 @@ def _find_places(added, background, scene, fits):
     elsewhere.
     """
     thing = scene.objects[0]
-    if scene.kind == "one" and thing.place and fits[0].residual > MOST_RESIDUAL:
+    if scene.kind == "one" and thing.place and fits[0].residual > MAX_RESIDUAL:
         fits = _fit_scene(added, background, replace(scene, objects=(replace(thing, place=None),)))
     return [fit.place if fit.residual < PRESENT else None for fit in fits]
 

@@ -25,7 +25,7 @@ PLACES = {
 PAIRS = (("left", "right"), ("top", "bottom"))
 KINDS = ("one", "pair", "two")  # one object, two different ones, two of a kind
 KIND_SHARES = (0.45, 0.4, 0.15)
-LEAST_CONTRAST = (
+MIN_CONTRAST = (
     35.0  # grey levels between a sprite and its background, on average; below it the object would be lost
 )
 COLOURS = {
@@ -89,7 +89,7 @@ def random_scene(random: Generator, num_objects: int | None = None) -> Scene:
     else:
         objects = _two_objects(random, kind == "two")
     background = _pick(random, BACKGROUNDS)
-    while any(contrast(thing, background) < LEAST_CONTRAST for thing in objects):
+    while any(contrast(thing, background) < MIN_CONTRAST for thing in objects):
         background = _pick(random, BACKGROUNDS)
     return Scene(objects, background)
 
