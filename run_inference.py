@@ -27,7 +27,7 @@ from wanlite.runtime.terminal import keep_output_open, one_line
 from wanlite.schedule import TIMESTEPS, read_schedule, recorded_schedule
 from wanlite.student.loading import open_student, student_folder
 from wanlite.teacher.components import num_bytes
-from wanlite.training.run_folder import check_saved_parts, picture_size, read_run
+from wanlite.training.run_folder import check_saved_components, picture_size, read_run
 
 MAX_CELLS = 64  # images in a grid
 MAX_COLUMNS = 16  # of a grid with a row for each prompt
@@ -98,7 +98,7 @@ def complete(settings):
     with open_student(folder) as (config, _):
         run = read_run(folder)
     schedule = recorded_schedule(run, folder / "run.json")
-    check_saved_parts(folder)
+    check_saved_components(folder)
     prompts = choose_prompts(settings, run, folder)
     width, height = picture_size(run.get("resolution", 512))
     defaults = {"height": height, "width": width, "num_inference_steps": run.get("num_inference_steps", 20)}

@@ -23,7 +23,7 @@ from wanlite.phases import (
     count_looks,
     count_passes,
     count_trajectories,
-    parts_of,
+    phases_of,
 )
 from wanlite.planning.resolve import (
     NAMED_TEACHERS,
@@ -37,14 +37,14 @@ from wanlite.planning.settings import make_parser, setting
 from wanlite.runtime.launch import defer_to_rank_zero, is_first, is_launched
 from wanlite.runtime.signals import Stopped, StopSignal
 from wanlite.runtime.terminal import keep_output_open
-from wanlite.teacher.components import check_parts, find_parts
+from wanlite.teacher.components import check_components, find_components
 from wanlite.training.run_folder import (
     MetricsLog,
     check_output_folder,
     check_resumable,
     clear,
     fitted_before,
-    save_parts,
+    save_components,
     write_model_card,
 )
 from wanlite.training.trackers import log_picture
@@ -181,11 +181,11 @@ class Settings:
     )
     max_train_steps: int | None = setting(
         None,
-        "optimizer steps in all; what --segment_steps and --matching_steps leave is stage "
+        "optimizer steps in all; what --few_step_train_steps and --matching_steps leave is stage "
         f"1; None = {TINY_STEPS}, of any teacher but the tiny one {REAL_STEPS}",
         least=1,
     )
-    segment_steps: int | None = setting(
+    few_step_train_steps: int | None = setting(
         None, "stage 2a: of them, steps towards the teacher's pictures; None = 5 of 7", least=0
     )
     matching_steps: int = setting(
@@ -371,7 +371,7 @@ from wanlite.data.autoencoder import load_autoencoder
 from wanlite.data.grids import save_grid
 from wanlite.data.prefetch import PREFETCHED_BATCHES, read_ahead
 from wanlite.data.text_encoder import load_tokenizer, tell_cut
-from wanlite.data.trajectories import Buckets, SeededBatches, Segments
+from wanlite.data.trajectories import Buckets, FewStepStates, SeededBatches
 from wanlite.files.cache import fingerprint
 from wanlite.flow import FewSteps, make_scheduler
 from wanlite.network import TEXT_LENGTH, OneFrameBlock, TextTokens, one_frame_velocity
@@ -423,7 +423,7 @@ from wanlite.training.checkpoints import latest_checkpoint, load_checkpoint, res
 from wanlite.training.metrics import beyond_guards
 from wanlite.training.optimizers import make_lr_schedulers, make_optimizers
 from wanlite.training.steps import STEPS, Networks
-from wanlite.training.teacher_data import Lessons, Words, feature_block, open_parts
+from wanlite.training.teacher_data import Lessons, Words, feature_block, open_components
 from wanlite.training.throughput import Pace, in_brief
 from wanlite.training.validation import Examiner
 
@@ -436,11 +436,11 @@ class StudentOutput(Transformer2DModelOutput):
 
 
 class WanLiteStudent(WanTransformer3DModel):
-    """A small Wan transformer that draws single frames, in diffusers' parts and under diffusers' key names.
+    """A small Wan transformer that draws single frames, in diffusers' blocks and under diffusers' key names.
 
     `WanLiteStudent(hidden_size=64, depth=4, num_heads=2)` or `WanLiteStudent({"hidden_size": 64, ...})`
     builds a random one; `teacher_checkpoint_path=DIR` projects that teacher's weights into it, once, and is
-    no part of the config. Its config has every setting of a stock WanTransformer3DModel beside ours; its
+    not in the config. Its config has every setting of a stock WanTransformer3DModel beside ours; its
     config.json is that of a stock one.
     """
 
@@ -794,7 +794,7 @@ class WanLiteStudent(WanTransformer3DModel):
         return (student, info) if output_loading_info else student
 
 
-# A student is saved as the stock Wan that it also is. Pipelines write a part's class by these names of the
+# A student is saved as the stock Wan that it also is. Pipelines write a component's class by these names of the
 # class and of its module, and load it by them where this file is not.
 WanLiteStudent.__name__ = WanTransformer3DModel.__name__
 
@@ -810,7 +810,7 @@ def _defaults():
 
 
 def _stays_float32(name):
-    return any(part in WanLiteStudent._keep_in_fp32_modules for part in name.split("."))
+    return any(module in WanLiteStudent._keep_in_fp32_modules for module in name.split("."))
 
 
 # ---- the dry run -------------------------------------------------------------------------------------------
@@ -824,9 +824,9 @@ def plan(settings, words):
     """
     device, asked = torch.device("cuda" if has_gpu() else "cpu"), settings
     files = open_teacher_files(settings.teacher)
-    found = find_parts(settings.teacher)
-    check_parts(found, files.config)
-    parts, sizes, settings = parts_of(settings), picture_sizes(settings), choose_precision(settings, files)
+    found = find_components(settings.teacher)
+    check_components(found, files.config)
+    phases, sizes, settings = phases_of(settings), picture_sizes(settings), choose_precision(settings, files)
     needs = MemoryEstimator(settings, files, WanLiteStudent, choose_shape(settings, files), sizes, device)
     training, held_out, images = choose_data(settings, sizes[1:], print)
     prompts = [*training, *held_out, *(settings.validation_prompts or ()), settings.negative_prompt]
@@ -841,8 +841,8 @@ def plan(settings, words):
     )
     settings = needs.fit(settings, num_generated)
     num_generated += len(images)  # each is asked about as often
-    passes = count_passes(settings, num_generated, len(validated), parts)
-    work = PROJECTING if settings.project_only else describe_work(settings, num_generated, passes, parts)
+    passes = count_passes(settings, num_generated, len(validated), phases)
+    work = PROJECTING if settings.project_only else describe_work(settings, num_generated, passes, phases)
     announce(settings, files, needs.student, device, work, print)
     if not settings.project_only:
         announce_few(num_generated, len(training), len(held_out), print)
@@ -898,13 +898,13 @@ def train(settings, is_resumed, stop):
     disable_cudnn_attention()
 
     # What there is: teacher, student, prompts.
-    check_parts(find_parts(settings.teacher), files.config)
+    check_components(find_components(settings.teacher), files.config)
     shape, sizes = choose_shape(settings, files), picture_sizes(settings)
     needs = MemoryEstimator(settings, files, WanLiteStudent, shape, sizes, device)
     student = WanLiteStudent(shape)  # its memory is not yet taken
     with accelerator.main_process_first():  # one rank looks at images, the others read what it found
         training, held_out, images = choose_data(settings, sizes[1:], say, accelerator.is_main_process)
-    num_trajectories, parts = count_trajectories(settings, len(training)), parts_of(settings)
+    num_trajectories, phases = count_trajectories(settings, len(training)), phases_of(settings)
     asked, settings = settings, broadcast(needs.fit(fitted, num_trajectories, ranks))
     micro_batches = accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps
     validated = choose_validated(training, held_out)
@@ -912,7 +912,7 @@ def train(settings, is_resumed, stop):
         settings.validation_prompts
         or validated[: count_looks(settings.validation_trajectories, len(validated))[1]]
     )
-    few_steps = settings.few_steps if parts[-1][0] != "velocity" else []
+    few_steps = settings.few_steps if phases[-1][0] != "velocity" else []
     run = {
         "settings": asdict(asked),
         "versions": versions(),
@@ -927,15 +927,15 @@ def train(settings, is_resumed, stop):
         "validation_prompts": validation,
         "num_inference_steps": settings.num_inference_steps,
         "resolution": settings.resolution,
-        "schedule": describe_schedule(settings, few_steps, parts),
+        "schedule": describe_schedule(settings, few_steps, phases),
     }
     if is_resumed:
         check_resumable(output, run, say)
     num_generated = num_trajectories + len(
         images
     )  # an image is asked about as often as a trajectory has states
-    passes = count_passes(settings, num_generated, len(validated), parts)
-    work = PROJECTING if settings.project_only else describe_work(settings, num_generated, passes, parts)
+    passes = count_passes(settings, num_generated, len(validated), phases)
+    work = PROJECTING if settings.project_only else describe_work(settings, num_generated, passes, phases)
     announce(settings, files, student, device, work, say)
     if not settings.project_only:
         announce_few(num_generated, len(training), len(held_out), say)
@@ -944,14 +944,14 @@ def train(settings, is_resumed, stop):
         abort_all_ranks(accelerator, "\n".join(wrong))
     if accelerator.is_main_process and not is_resumed:
         compare_experts(settings, files, device)  # before anything is made of them
-    parts_folder = open_parts(settings, accelerator)
+    components_folder = open_components(settings, accelerator)
     words = Words(
         accelerator,
-        parts_folder,
+        components_folder,
         settings.cache_dir,
         list(dict.fromkeys([*training, *held_out, *validation, settings.negative_prompt])),
     )
-    autoencoder, dtype = load_autoencoder(parts_folder, device=device), training_dtype(settings)
+    autoencoder, dtype = load_autoencoder(components_folder, device=device), training_dtype(settings)
     if not settings.project_only:
         say(
             "time     "
@@ -985,7 +985,7 @@ def train(settings, is_resumed, stop):
     )
     if settings.project_only:
         if accelerator.is_main_process:
-            save_start(output, settings, student, parts_folder, run)
+            save_start(output, settings, student, components_folder, run)
         return accelerator.end_training()
 
     # The trajectories: generated once, for training and for held-out prompts, and where students will be
@@ -1011,7 +1011,7 @@ def train(settings, is_resumed, stop):
     lessons.find_basis()
     pace.restart()
     trajectories = lessons.generate_training(num_trajectories)
-    pictured = lessons.ask_at_images(images if parts[0][0] == "velocity" else [], sizes[1:], autoencoder)
+    pictured = lessons.ask_at_images(images if phases[0][0] == "velocity" else [], sizes[1:], autoencoder)
     validation_trajectories = lessons.generate_validation()
     generation_figures = pace.generation_figures(settings.teacher_steps)
     if generation_figures:
@@ -1121,15 +1121,15 @@ def train(settings, is_resumed, stop):
         batch = data.__getitems__(data.in_order(numbers)[accelerator.process_index :: ranks])
         return batch, words.pack([training[number] for number in batch["prompt"].tolist()])
 
-    def validate(step, part):
+    def validate(step, phase):
         """Look at the averaged student: figures, a grid, and whether it is the best so far."""
         with averaged(ema, student, settings.use_ema):
             looks, figures = examiner.look(student)
             tell(step, grid=examiner.draw_grid(student, looks), **figures)
             memory["looked"] = {"step": step, **figures}
-            if part != "velocity" or not few_steps:
+            if phase != "velocity" or not few_steps:
                 consider(step, figures, looks)
-        pace.restart()  # looking and saving are no part of a step
+        pace.restart()  # looking and saving are not steps
 
     def consider(step, figures, looks):
         """Keep the student that is lent just now if no guard is against it and none before it was better."""
@@ -1166,7 +1166,7 @@ def train(settings, is_resumed, stop):
         pace.restart()
 
     def roll_out_student(first):
-        """Walk the averaged student's own path, once for the part that begins at step `first`; returns its
+        """Walk the averaged student's own path, once for the phase that begins at step `first`; returns its
         states by bucket.
         """
         with averaged(ema, student, settings.use_ema):
@@ -1188,16 +1188,16 @@ def train(settings, is_resumed, stop):
     in_a_row, total_loss = 0, torch.zeros((), device=device)
     measure = "frechet_distance" if settings.matching_steps else "picture_error"
     try:
-        for number, (part, first, last) in enumerate(parts):
+        for number, (phase, first, last) in enumerate(phases):
             if step >= last or memory["beyond"] >= PATIENCE:
                 continue
-            if part == "matching" and step == first:  # the critic begins as the student that it will watch
+            if phase == "matching" and step == first:  # the critic begins as the student that it will watch
                 critic.load_state_dict(student.state_dict())
             data = Buckets(
                 [states + at if at else states for states, at in zip(trajectories, pictured)]
-                if part == "velocity"
+                if phase == "velocity"
                 else [
-                    Segments(states, few.levels, own)
+                    FewStepStates(states, few.levels, own)
                     for states, own in zip(trajectories, roll_out_student(first))
                 ]
             )
@@ -1208,10 +1208,10 @@ def train(settings, is_resumed, stop):
                 (step - first) * micro_batches,
                 (last - first) * micro_batches,
             )
-            if part != "matching":
+            if phase != "matching":
                 teacher.rest()  # nobody asks it while the student learns from what is kept
             if step % settings.validation_steps == 0 and memory["looked"].get("step") != step:
-                validate(step, part)
+                validate(step, phase)
             coming = read_ahead(
                 partial(read, data), batches, device, PREFETCHED_BATCHES if device.type == "cuda" else 0
             )
@@ -1226,7 +1226,7 @@ def train(settings, is_resumed, stop):
                 )  # the same on all ranks; see FewSteps
                 with accelerator.accumulate(wrapped, wrapped_head):
                     with accelerator.autocast():
-                        loss, told_apart = STEPS[part](
+                        loss, told_apart = STEPS[phase](
                             networks,
                             settings,
                             batch,
@@ -1280,10 +1280,10 @@ def train(settings, is_resumed, stop):
                         **{name: value.item() for name, value in told_apart.items()},
                     }
                     record |= (figures := pace.figures())
-                    bar.set_postfix(part=part, loss=f"{mean_loss:.3f}", **in_brief(figures), refresh=False)
+                    bar.set_postfix(phase=phase, loss=f"{mean_loss:.3f}", **in_brief(figures), refresh=False)
                     tell(step, seconds=round(time.time() - began, 1), **record)
                 if step % settings.validation_steps == 0 and step < settings.max_train_steps:
-                    validate(step, part)
+                    validate(step, phase)
                 if step % settings.checkpointing_steps == 0 or step == settings.max_train_steps:
                     checkpoint(step)
                 if memory["beyond"] >= PATIENCE:
@@ -1304,7 +1304,7 @@ def train(settings, is_resumed, stop):
     # good it is.
     stop.check()
     if memory["looked"].get("step") != step:
-        validate(step, parts[-1][0])
+        validate(step, phases[-1][0])
     if settings.use_ema:
         ema.copy_to(student.parameters())
     figures, chosen = (
@@ -1323,7 +1323,7 @@ def train(settings, is_resumed, stop):
         )
     if accelerator.is_main_process:
         student.save_pretrained(output)
-        save_parts(output, parts_folder, own_scheduler)
+        save_components(output, components_folder, own_scheduler)
     results = {name: value for name, value in figures.items() if name != "step"}
     if (
         teacher.residency == "sharded" or accelerator.is_main_process
@@ -1349,7 +1349,7 @@ def train(settings, is_resumed, stop):
     accelerator.end_training()
 
 
-def save_start(output, settings, student, parts_folder, run):
+def save_start(output, settings, student, components_folder, run):
     """Save a projected student that nothing was trained of: it draws by the teacher's schedule, as a student
     of stage 1 does.
     """
@@ -1358,7 +1358,7 @@ def save_start(output, settings, student, parts_folder, run):
         output / "run.json", run | {"projected_only": True, "schedule": describe_schedule(settings, [], [])}
     )
     student.save_pretrained(output)
-    save_parts(output, parts_folder, make_scheduler(settings.flow_shift))
+    save_components(output, components_folder, make_scheduler(settings.flow_shift))
     write_model_card(output, settings, [], {}, drawing_command(settings.output_dir))
     print(f"saved to {output}, projected and not trained\nnext: {drawing_command(settings.output_dir)}")
 

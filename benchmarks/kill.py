@@ -56,7 +56,7 @@ RUN = (
     "8",
     "--report_to",
     "none",
-    "--segment_steps",
+    "--few_step_train_steps",
     "4",
     "--matching_steps",
     "4",  # four steps of each part

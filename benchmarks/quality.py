@@ -94,18 +94,18 @@ def methods(steps, rungs=()):
     }
     chosen = {
         "student": ((TRAIN,), FEW),
-        "stage 1 alone": ((TRAIN, "--segment_steps", 0), (20, *FEW)),
+        "stage 1 alone": ((TRAIN, "--few_step_train_steps", 0), (20, *FEW)),
         "matching (K-DMD)": ((TRAIN, *matching), FEW),
         "TwinFlow": ((RIVALS, "twin_flow", *plain, *matching), FEW),  # as published, and so is the next
         "flow matching": (
-            (RIVALS, "flow_matching", *plain, "--segment_steps", steps - 1, "--rollout_states", 0),
+            (RIVALS, "flow_matching", *plain, "--few_step_train_steps", steps - 1, "--rollout_states", 0),
             (20, *FEW),
         ),
         "random start": ((TRAIN, "--projection", "none"), FEW),
         "minus variety gain": ((TRAIN, *plain), FEW),
         "minus features": ((TRAIN, "--feature_weight", 0), FEW),
         "minus own path": ((TRAIN, "--rollout_states", 0), FEW),
-        "minus stage 1": ((TRAIN, "--segment_steps", steps - 1), FEW),
+        "minus stage 1": ((TRAIN, "--few_step_train_steps", steps - 1), FEW),
         "matching minus anchor": ((TRAIN, *matching, "--anchor_weight", 0), FEW),
     }
     return {name: ((*command, *sizes[0]), counts) for name, (command, counts) in chosen.items()} | larger

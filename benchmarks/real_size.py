@@ -86,7 +86,7 @@ FLAGS = [
     "2",
     "--max_train_steps",
     "4",
-    "--segment_steps",
+    "--few_step_train_steps",
     "2",
     "--lr_warmup_steps",
     "1",
@@ -100,7 +100,7 @@ FLAGS = [
 # What a run calls -> the phase that it is, in the words of --dry_run where these know it.
 PHASES = {
     "train_distillation.compare_experts": "start",
-    "wanlite.training.teacher_data.convert_parts": "converting",
+    "wanlite.training.teacher_data.convert_components": "converting",
     "wanlite.training.teacher_data.encode_once": "text",
     "train_distillation.start_student": "start",
     "wanlite.data.trajectories.TrajectoryGenerator.find_basis": "trajectories",
@@ -110,7 +110,7 @@ PHASES = {
     "wanlite.training.validation.teacher_references": "drawing",
     "wanlite.training.validation.relative_error": "validation",
     "wanlite.training.validation.compare_trajectories": "validation",
-    "train_distillation.save_parts": "saving",
+    "train_distillation.save_components": "saving",
 }
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of the largest velocity
 

@@ -16,7 +16,7 @@ import torch
 import train_distillation as spine
 from wanlite.flow import add_noise, shift_noise_level
 from wanlite.training.losses import velocity_loss
-from wanlite.training.steps import MATCHED, STEPS, draw, segment_step, velocity_from
+from wanlite.training.steps import MATCHED, STEPS, draw, few_step_regression, velocity_from
 
 WARM_UP = 0.5  # share of the part in which the fake branch is learnt before it pushes
 RECTIFY_WEIGHT = 0.5
@@ -40,11 +40,11 @@ def twin_flow_step(networks, settings, batch, text, progress, generator):
     """One network for everything: at negative times it learns what it draws itself, and is pushed by how that
     differs.
 
-    Real is what the student says at positive times; the segment loss keeps it there, as the image-free mode's
+    Real is what the student says at positive times; the few-step loss keeps it there, as the image-free mode's
     consistency does. The push is clamped to 1 and begins when the fake branch has been learnt. Source:
     TwinFlow (Cheng et al. 2025), L_adv and L_rectify, for a network without a second time input.
     """
-    anchor, parts = segment_step(networks, settings, batch, text, progress, generator)
+    anchor, parts = few_step_regression(networks, settings, batch, text, progress, generator)
     text = text.rows(slice(0, max(1, len(text.tokens) // MATCHED)))
     velocity_of = velocity_from(networks.student, text)
     drawn = draw(networks, text, generator)
@@ -60,7 +60,7 @@ def twin_flow_step(networks, settings, batch, text, progress, generator):
     return anchor + parts["fake_loss"] + weight * parts["rectify_loss"], parts
 
 
-RIVALS = {"flow_matching": ("segments", flow_matching_step), "twin_flow": ("matching", twin_flow_step)}
+RIVALS = {"flow_matching": ("few_step", flow_matching_step), "twin_flow": ("matching", twin_flow_step)}
 
 
 if __name__ == "__main__":

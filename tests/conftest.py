@@ -363,7 +363,7 @@ SHORT_RUN = (
     "64",
     "--max_train_steps",
     "6",
-    "--segment_steps",
+    "--few_step_train_steps",
     "2",
     "--matching_steps",
     "2",

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from tests.test_data import STEPS, student_for, teacher_for
 from train_distillation import Settings
 from wanlite.data.buckets import WIDEST, bucket_sizes
-from wanlite.data.trajectories import Buckets, SeededBatches, Segments, TrajectoryGenerator, deal_out
+from wanlite.data.trajectories import Buckets, FewStepStates, SeededBatches, TrajectoryGenerator, deal_out
 from wanlite.flow import FewSteps, make_scheduler
 from wanlite.planning.resolve import complete
 
@@ -113,7 +113,7 @@ def test_a_batch_of_segments_is_of_one_shape_and_the_states_of_its_numbers(tmp_p
         own = trajectory_generator.roll_out(
             tmp_path / f"own{bucket}", [(*jobs[0], 2, 1)], shape, student_for, few
         )
-        data.append(Segments(walked, [(999.0, 0.999), (500.0, 0.5)], own))
+        data.append(FewStepStates(walked, [(999.0, 0.999), (500.0, 0.5)], own))
     buckets = Buckets(data)
     assert buckets.sizes == [7, 9] and len(buckets) == 16
     for numbers, bucket in (([6, 0, 3], 0), ([7, 15, 12], 1)):

@@ -189,7 +189,14 @@ def test_a_saved_start_draws_as_step_0_of_a_run_in_its_folder(start, tmp_path):
     assert drawing.returncode == 0, drawing.stderr
     drawn = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "images").glob("0*.png"))]
     training = run_script(
-        TRAIN, "--output_dir", tmp_path / "run", *SHORT_RUN, "--segment_steps", "0", "--matching_steps", "0"
+        TRAIN,
+        "--output_dir",
+        tmp_path / "run",
+        *SHORT_RUN,
+        "--few_step_train_steps",
+        "0",
+        "--matching_steps",
+        "0",
     )
     assert training.returncode == 0 and "energy kept" not in training.stdout, training.stderr
     grid = np.asarray(Image.open(tmp_path / "run/samples/step-000000.png").convert("RGB"))[

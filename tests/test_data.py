@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from wanlite.data import trajectories as data
 from wanlite.data.trajectories import (
     MAX_SAMPLED,
+    FewStepStates,
     Projected,
     Sampled,
     SeededBatches,
-    Segments,
     Trajectories,
     TrajectoryGenerator,
     encode_once,
@@ -227,7 +227,7 @@ def student_for(prompts):
 def test_every_segment_leads_to_the_picture_that_the_teachers_trajectory_ends_at(walked):
     states, path, *_ = walked
     levels = [(999.0, 0.999), (900.0, 0.9), (500.0, 0.5)]
-    segments = Segments(states, levels, path)
+    segments = FewStepStates(states, levels, path)
     assert len(segments) == 70 + 70 + 20
     batch = segments.__getitems__(range(140))
     seen = clean_from(batch["latents"], batch["velocity"].float(), batch["noise_level"])
@@ -244,7 +244,7 @@ def test_every_segment_leads_to_the_picture_that_the_teachers_trajectory_ends_at
 
 def test_the_own_path_is_where_the_student_goes_and_what_the_teacher_makes_of_it(walked):
     states, path, paths, few, scheduler = walked
-    batch = Segments(states, [(999.0, 0.999)], path).__getitems__(range(70, 90))
+    batch = FewStepStates(states, [(999.0, 0.999)], path).__getitems__(range(70, 90))
     for row, (number, prompt, seed, count, index) in enumerate(paths):
         met = sample(student_for([prompt]), seeded_noise(SHAPE, [seed]), few, count, end=index)
         picture = sample(teacher_for([prompt], []), met, scheduler, STEPS, begin=STEPS * index // count)
@@ -258,4 +258,4 @@ def test_the_own_path_is_where_the_student_goes_and_what_the_teacher_makes_of_it
 
 
 def test_a_student_of_one_step_has_noise_alone(walked):
-    assert len(Segments(walked[0], [(999.0, 0.999)])) == 70
+    assert len(FewStepStates(walked[0], [(999.0, 0.999)])) == 70

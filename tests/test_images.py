@@ -646,7 +646,7 @@ FLAGS = (
     "4",
     "--validation_steps",
     "6",
-    "--segment_steps",
+    "--few_step_train_steps",
     "1",
     "--matching_steps",
     "0",

@@ -14,7 +14,13 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import ROOT, TINY_TEACHER, Payload, run_script, write_official
 from tests.test_resuming import train
 from wanlite.data.text_encoder import load_text_encoder
-from wanlite.teacher.components import check_parts, convert_parts, find_parts, is_converted, pixels_per_token
+from wanlite.teacher.components import (
+    check_components,
+    convert_components,
+    find_components,
+    is_converted,
+    pixels_per_token,
+)
 
 TEACHER = {"in_channels": 16, "text_dim": 64}  # what parts share with the tiny teacher's experts
 SMALL = {"base_dim": 8, "num_res_blocks": 1, "z_dim": 16}
@@ -154,9 +160,9 @@ def test_an_official_autoencoder_becomes_diffusers_own_tensor_by_tensor(name, tm
     write_autoencoder(folder / name, autoencoder)
     shutil.copytree(TINY_TEACHER / "tokenizer", folder / "tokenizer")
     shutil.copytree(TINY_TEACHER / "text_encoder", folder / "text_encoder")
-    found = find_parts(folder)
+    found = find_components(folder)
     assert [is_converted(found, part) for part in ("tokenizer", "text_encoder", "vae")] == [True, True, False]
-    convert_parts(found, tmp_path / "parts", lambda _: None)
+    convert_components(found, tmp_path / "parts", lambda _: None)
     converted = AutoencoderKLWan.from_pretrained(tmp_path / "parts" / "vae")
     expected, held = autoencoder.state_dict(), converted.state_dict()
     assert expected.keys() == held.keys() and all(
@@ -183,7 +189,7 @@ def test_an_official_autoencoder_becomes_diffusers_own_tensor_by_tensor(name, tm
 
 def test_the_official_text_encoder_says_what_diffusers_says(layouts, tmp_path):
     ours, theirs = layouts
-    convert_parts(find_parts(theirs), tmp_path, lambda _: None)
+    convert_components(find_components(theirs), tmp_path, lambda _: None)
     (tokenizer, expected), (own_tokenizer, encoder) = (
         load_text_encoder(folder) for folder in (ours, tmp_path)
     )
@@ -209,11 +215,11 @@ def test_official_folder_alone_trains_bitwise_the_same_student(layouts, tmp_path
 
 
 def test_conversion_is_done_once_and_a_killed_one_again(layouts, tmp_path):
-    said, found = [], find_parts(layouts[1])
-    convert_parts(found, tmp_path, said.append)
+    said, found = [], find_components(layouts[1])
+    convert_components(found, tmp_path, said.append)
     assert len(said) == 2
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
-    convert_parts(found, tmp_path, said.append)
+    convert_components(found, tmp_path, said.append)
     assert len(said) == 3 and "VAE" in said[-1]
 
 
@@ -242,7 +248,7 @@ def test_a_broken_or_foreign_pickle_is_refused_and_never_run(spoil, name, layout
     shutil.copytree(layouts[1], tmp_path / "wan")
     spoil(tmp_path / "wan" / name)
     with pytest.raises((OSError, ValueError), match=f"{name}.*Download it again"):
-        convert_parts(find_parts(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
+        convert_components(find_components(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
     assert not (tmp_path / "wan" / "executed").exists()
 
 
@@ -264,7 +270,7 @@ def test_what_a_download_left_in_place_of_a_pickle_is_told(content, words, name,
     shutil.copytree(layouts[1], tmp_path / "wan")
     (tmp_path / "wan" / name).write_bytes(content)
     with pytest.raises(OSError, match=f"{name}: {words}"):
-        convert_parts(find_parts(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
+        convert_components(find_components(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +316,7 @@ def without(path, beginning):
 
 def test_parts_that_are_whole_are_those_of_their_teacher(copied):
     for _ in ("one file", "shards"):
-        check_parts(find_parts(copied), TEACHER)
+        check_components(find_components(copied), TEACHER)
         assert load_text_encoder(copied)
         shard(copied) if (copied / TEXT).exists() else None
 
@@ -419,7 +425,7 @@ def test_parts_that_are_whole_are_those_of_their_teacher(copied):
 def test_a_part_that_is_not_whole_is_refused_before_a_run_with_its_file(spoil, words, copied):
     spoil(copied)
     with pytest.raises((OSError, ValueError), match=words) as refused:
-        check_parts(find_parts(copied), TEACHER)
+        check_components(find_components(copied), TEACHER)
     assert "\n" not in str(refused.value)
 
 
@@ -428,12 +434,12 @@ def test_a_part_that_is_not_whole_is_refused_before_a_run_with_its_file(spoil, w
 )
 def test_a_pickled_text_encoder_that_is_not_whole_is_refused_before_a_run(spoil, layouts, tmp_path):
     shutil.copytree(layouts[1], tmp_path / "wan")
-    check_parts(find_parts(tmp_path / "wan"), TEACHER)
+    check_components(find_components(tmp_path / "wan"), TEACHER)
     spoil(tmp_path / "wan/models_t5_umt5-xxl-enc-bf16.pth")
     with pytest.raises(
         OSError, match="models_t5_umt5-xxl-enc-bf16.pth: (not a whole file|it is a git-lfs pointer)"
     ):
-        check_parts(find_parts(tmp_path / "wan"), TEACHER)
+        check_components(find_components(tmp_path / "wan"), TEACHER)
 
 
 def test_a_dry_run_tells_of_a_part_that_is_not_whole(copied):
@@ -450,4 +456,4 @@ def test_all_that_is_missing_is_named_at_once(layouts, tmp_path):
     (tmp_path / "wan" / "Wan2.1_VAE.pth").unlink()
     shutil.rmtree(tmp_path / "wan" / "google")
     with pytest.raises(OSError, match="tokenizer.*google.*vae.*Wan2.1_VAE.pth"):
-        find_parts(tmp_path / "wan")
+        find_components(tmp_path / "wan")

@@ -19,7 +19,7 @@ from wanlite.phases import (
     choose_validated,
     count_states,
     count_trajectories,
-    parts_of,
+    phases_of,
 )
 from wanlite.planning.checks import check_batch
 from wanlite.planning.defaults import choose_shape
@@ -32,19 +32,19 @@ TRAIN = ROOT / "train_distillation.py"
 
 
 def test_the_parts_of_a_run_follow_each_other_and_own_path_is_walked_where_segments_begin():
-    settings = complete(Settings(max_train_steps=100, segment_steps=40, matching_steps=30))
-    assert parts_of(settings) == [
+    settings = complete(Settings(max_train_steps=100, few_step_train_steps=40, matching_steps=30))
+    assert phases_of(settings) == [
         ("velocity", 0, 30),
-        ("segments", 30, 50),
-        ("segments", 50, 70),
+        ("few_step", 30, 50),
+        ("few_step", 50, 70),
         ("matching", 70, 100),
     ]
-    assert parts_of(replace(settings, segment_steps=0, matching_steps=0)) == [("velocity", 0, 100)]
+    assert phases_of(replace(settings, few_step_train_steps=0, matching_steps=0)) == [("velocity", 0, 100)]
 
 
 def test_a_default_run_leaves_most_steps_to_stage_one_and_counts_all():
-    parts = parts_of(complete(Settings()))
-    assert [name for name, *_ in parts] == ["velocity", "segments", "segments"] and parts[-1][2] == TINY_STEPS
+    parts = phases_of(complete(Settings()))
+    assert [name for name, *_ in parts] == ["velocity", "few_step", "few_step"] and parts[-1][2] == TINY_STEPS
     assert all(before[2] == after[1] for before, after in zip(parts, parts[1:]))
 
 
@@ -96,9 +96,9 @@ def needs():
 @pytest.mark.parametrize("walks", [3, 17, 32, 80, MIN_TRAJECTORIES])
 @pytest.mark.parametrize("buckets, ranks", [(1, 1), (3, 1), (1, 2)])
 def test_a_batch_that_is_left_open_follows_what_there_is_to_learn_from(walks, own, buckets, ranks, needs):
-    settings = complete(Settings(rollout_states=own, segment_steps=400, matching_steps=100))
+    settings = complete(Settings(rollout_states=own, few_step_train_steps=400, matching_steps=100))
     fitted = needs[buckets].fit(settings, walks, ranks)
-    fewest = min(count_states(fitted, walks, parts_of(fitted), buckets).values())
+    fewest = min(count_states(fitted, walks, phases_of(fitted), buckets).values())
     assert fitted.train_batch_size == min(128, fewest // ranks) and fitted.gradient_accumulation_steps == 1
 
 
@@ -113,7 +113,7 @@ def test_a_batch_that_is_too_large_is_refused_with_one_that_is_not(needs):
     with pytest.raises(
         ValueError, match="learns from 3 states, fewer than one batch of 4: raise --num_trajectories or"
     ):
-        check_batch(replace(settings, train_batch_size=1), {"segments": 3}, 4)
+        check_batch(replace(settings, train_batch_size=1), {"few_step": 3}, 4)
 
 
 def test_validations_use_training_prompts_as_well_where_few_are_held_out():
@@ -133,9 +133,12 @@ def test_validations_use_training_prompts_as_well_where_few_are_held_out():
 @pytest.mark.parametrize(
     "changed, words",
     [
-        ({"segment_steps": 1400}, "leaves no step of stage 1"),
-        ({"segment_steps": 1500}, "are more than --max_train_steps 1400"),
-        ({"segment_steps": 0, "matching_steps": 10}, "--matching_steps without --segment_steps"),
+        ({"few_step_train_steps": 1400}, "leaves no step of stage 1"),
+        ({"few_step_train_steps": 1500}, "are more than --max_train_steps 1400"),
+        (
+            {"few_step_train_steps": 0, "matching_steps": 10},
+            "--matching_steps without --few_step_train_steps",
+        ),
         ({"few_steps": [3]}, "--few_steps 3 does not divide --teacher_steps 20"),
         ({"few_steps": [1, 2]}, "--num_inference_steps 4 is none of --few_steps 1 2"),
         ({"matching_steps": 5, "mixed_precision": "fp16"}, "goes with --mixed_precision no or bf16"),
@@ -150,7 +153,7 @@ def test_steps_that_cannot_be_trained_are_refused_with_what_to_do(changed, words
     "changed, words",
     [
         ({"few_steps": [0, 4]}, "--few_steps is 0, expected at least 1"),
-        ({"segment_steps": -1}, "--segment_steps is -1, expected at least 0"),
+        ({"few_step_train_steps": -1}, "--few_step_train_steps is -1, expected at least 0"),
         ({"critic_updates": 0}, "--critic_updates is 0, expected at least 1"),
         ({"hidden_size": 0}, "--hidden_size is 0, expected at least 1"),
         ({"num_trajectories": 0}, "--num_trajectories is 0"),
@@ -276,7 +279,7 @@ def test_the_student_of_a_real_teacher_takes_more_steps_unless_asked_otherwise(t
     assert REAL_STEPS > TINY_STEPS
 
 
-STAGE_TWO = {"max_train_steps": 6, "segment_steps": 6, "flow_shift": 3.0, "resolution": 64}
+STAGE_TWO = {"max_train_steps": 6, "few_step_train_steps": 6, "flow_shift": 3.0, "resolution": 64}
 
 
 @pytest.mark.parametrize(
@@ -294,7 +297,7 @@ STAGE_TWO = {"max_train_steps": 6, "segment_steps": 6, "flow_shift": 3.0, "resol
             {"teacher": None, "student": {}, "settings": [1]},
             "does not say a run's teacher, student, settings. Copy the folder again",
         ),
-        ({"schedule": {"parts": {"velocity": 0, "segments": 3}}}, "has not been through stage 1"),
+        ({"schedule": {"parts": {"velocity": 0, "few_step": 3}}}, "has not been through stage 1"),
         (
             {"settings": asdict(Settings(flow_shift=5.0, resolution=64))},
             "was trained with flow_shift 5.0, this run has 3.0",
@@ -318,9 +321,9 @@ def test_a_student_that_is_not_there_is_named(name, tmp_path):
 
 
 def test_distribution_matching_wants_a_student_of_few_steps(saved):
-    folder = saved(schedule={"parts": {"velocity": 3, "segments": 0}})
+    folder = saved(schedule={"parts": {"velocity": 3, "few_step": 0}})
     with pytest.raises(ValueError, match="does not draw in few steps yet"):
-        complete(Settings(student=str(folder), max_train_steps=6, segment_steps=0, matching_steps=6))
+        complete(Settings(student=str(folder), max_train_steps=6, few_step_train_steps=0, matching_steps=6))
 
 
 def test_a_shape_that_is_not_the_students_is_refused(saved):
@@ -331,7 +334,7 @@ def test_a_shape_that_is_not_the_students_is_refused(saved):
 def test_stage_two_goes_on_from_a_saved_student_and_says_what_it_has_been_through(
     finished_run, saved, tmp_path
 ):
-    flags = [*SHORT_RUN, "--student", saved(), "--segment_steps", "6", "--matching_steps", "0"]
+    flags = [*SHORT_RUN, "--student", saved(), "--few_step_train_steps", "6", "--matching_steps", "0"]
     shared = ["--cache_dir", finished_run[0] / "cache"]
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", *flags, *shared)
     assert process.returncode == 0, process.stderr
@@ -340,7 +343,7 @@ def test_stage_two_goes_on_from_a_saved_student_and_says_what_it_has_been_throug
     assert run["schedule"] == {
         "flow_shift": 3.0,
         "few_steps": [1, 2, 4],
-        "parts": {"velocity": 2, "segments": 8, "matching": 2},
+        "parts": {"velocity": 2, "few_step": 8, "matching": 2},
     }
     saved(teacher="0" * 64)
     process = run_script(TRAIN, "--output_dir", tmp_path / "other", *flags, *shared)

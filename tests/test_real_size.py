@@ -12,7 +12,7 @@ from tests.conftest import ROOT, TINY_TEACHER, loud_student, run_script
 from train_distillation import Settings
 from wanlite.data.trajectories import compute_once
 from wanlite.network import pack_text
-from wanlite.phases import bound_pictures, count_passes, count_states, parts_of
+from wanlite.phases import bound_pictures, count_passes, count_states, phases_of
 from wanlite.planning.checks import check_batch
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.model import stream_expert
@@ -21,7 +21,7 @@ from wanlite.training import steps
 SETTINGS = replace(
     Settings(),
     max_train_steps=1400,
-    segment_steps=1000,
+    few_step_train_steps=1000,
     reference_steps=40,
     train_batch_size=128,
     gradient_accumulation_steps=1,
@@ -32,7 +32,7 @@ SETTINGS = replace(
 def test_what_is_looked_at_costs_a_large_teacher_less_than_half_of_its_trajectories(walks):
     settings = replace(SETTINGS, **bound_pictures(SETTINGS, True, walks))
     learnt = 2 * walks * settings.teacher_steps
-    assert learnt < count_passes(settings, walks, 400, parts_of(settings)) < 1.5 * learnt
+    assert learnt < count_passes(settings, walks, 400, phases_of(settings)) < 1.5 * learnt
 
 
 def test_one_trajectory_of_a_large_teacher_is_looked_at_four_times_of_a_kind_and_a_small_one_as_ever():
@@ -44,9 +44,9 @@ def test_one_trajectory_of_a_large_teacher_is_looked_at_four_times_of_a_kind_and
 
 def test_a_batch_larger_than_what_is_learnt_from_is_refused_before_the_teacher_is_asked():
     settings = replace(SETTINGS, rollout_states=4, train_batch_size=16)
-    check_batch(settings, count_states(settings, 6, parts_of(settings)), 1)
-    with pytest.raises(ValueError, match="segments learns from 14 states, .* --train_batch_size to 14"):
-        check_batch(settings, count_states(settings, 5, parts_of(settings)), 1)
+    check_batch(settings, count_states(settings, 6, phases_of(settings)), 1)
+    with pytest.raises(ValueError, match="few_step learns from 14 states, .* --train_batch_size to 14"):
+        check_batch(settings, count_states(settings, 5, phases_of(settings)), 1)
 
 
 def test_words_of_a_bfloat16_encoder_are_packed_in_float32_as_they_are():
@@ -67,7 +67,7 @@ def test_pictures_looked_at_in_parts_are_those_looked_at_together(monkeypatch):
     monkeypatch.setattr(steps, "TOKENS_PER_PASS", 32)  # two pictures of 16 tokens
     with torch.no_grad():
         together = steps.velocity_from(student, text)(latents, timestep)
-        parts = steps.velocity_in_parts(student, text)(latents, timestep)
+        parts = steps.velocity_in_chunks(student, text)(latents, timestep)
     assert asked == [3, 2, 1] and torch.allclose(parts, together, atol=1e-5)
 
 

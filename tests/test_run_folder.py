@@ -8,15 +8,15 @@ import pytest
 
 from wanlite.files.atomic import write_json
 from wanlite.training.run_folder import (
-    PARTS,
+    COMPONENTS,
     MetricsLog,
     check_output_folder,
     check_resumable,
-    check_saved_parts,
+    check_saved_components,
     clear,
     fitted_before,
     read_run,
-    save_parts,
+    save_components,
 )
 
 
@@ -146,17 +146,17 @@ class NoScheduler:
 
 @pytest.fixture
 def saved_parts(tmp_path):
-    for part in PARTS:
+    for part in COMPONENTS:
         (tmp_path / "teacher" / part).mkdir(parents=True)
         (tmp_path / "teacher" / part / "weights.bin").write_text("weights")
         (tmp_path / "teacher" / part).chmod(0o555)
-    save_parts(tmp_path / "run", tmp_path / "teacher", NoScheduler())
+    save_components(tmp_path / "run", tmp_path / "teacher", NoScheduler())
     return tmp_path / "run"
 
 
 def test_parts_of_a_read_only_teacher_are_saved_writable(saved_parts):
-    assert all((saved_parts / part).stat().st_mode & 0o200 for part in PARTS)
-    check_saved_parts(saved_parts)
+    assert all((saved_parts / part).stat().st_mode & 0o200 for part in COMPONENTS)
+    check_saved_components(saved_parts)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_parts_of_a_read_only_teacher_are_saved_writable(saved_parts):
 def test_a_saved_part_that_was_damaged_is_named(saved_parts, break_it, words):
     break_it(saved_parts)
     with pytest.raises(OSError, match=words):
-        check_saved_parts(saved_parts)
+        check_saved_components(saved_parts)
 
 
 def test_the_metrics_of_steps_that_are_run_again_are_dropped(tmp_path):

@@ -26,7 +26,7 @@ from wanlite.planning.resolve import complete
 from wanlite.runtime.signals import StopSignal
 from wanlite.student.initialization import project_into
 from wanlite.teacher.checkpoint import open_teacher_files
-from wanlite.teacher.components import convert_parts, find_parts, has_two_experts, num_bytes
+from wanlite.teacher.components import convert_components, find_components, has_two_experts, num_bytes
 from wanlite.world import shapes
 
 OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
@@ -37,7 +37,7 @@ VERY_SHORT = {
     "teacher_steps": 4,
     "train_batch_size": 8,
     "max_train_steps": 2,
-    "segment_steps": 1,
+    "few_step_train_steps": 1,
     "rollout_states": 4,
     "num_held_out": 4,
     "checkpointing_steps": 2,
@@ -368,19 +368,22 @@ def test_a_word_that_merely_contains_high_or_low_names_no_expert(name, wan, tmp_
 def test_files_in_a_subfolder_are_taken_only_where_there_are_no_others(wan, spiece, tmp_path):
     write_models(tmp_path, wan, spiece)
     expected = (
-        find_parts(tmp_path),
+        find_components(tmp_path),
         [expert.folder for expert in open_teacher_files(tmp_path).experts.values()],
     )
     for part in ("diffusion_models", "text_encoders", "vae"):
         shutil.copytree(tmp_path / part, tmp_path / "x")
         (tmp_path / "x").rename(tmp_path / part / "old")
     assert (
-        find_parts(tmp_path),
+        find_components(tmp_path),
         [expert.folder for expert in open_teacher_files(tmp_path).experts.values()],
     ) == expected
     for path in (*expected[1], expected[0]["vae"], expected[0]["text_encoder"]):
         path.unlink()
-    assert find_parts(tmp_path)["vae"].parent.name == "old" and len(open_teacher_files(tmp_path).experts) == 2
+    assert (
+        find_components(tmp_path)["vae"].parent.name == "old"
+        and len(open_teacher_files(tmp_path).experts) == 2
+    )
 
 
 @pytest.mark.parametrize("prefix, infix", WRAPPERS)
@@ -397,14 +400,14 @@ def test_what_a_wrapper_put_into_the_names_of_single_files_is_stripped(prefix, i
     exact, found = open_teacher_files(wan).experts["high"], open_teacher_files(tmp_path).experts["high"]
     assert all(torch.equal(found.read(name), exact.read(name)) for name in exact.places)
     assert has_two_experts(tmp_path)
-    convert_parts(find_parts(tmp_path), tmp_path / "parts", lambda _: None)
+    convert_components(find_components(tmp_path), tmp_path / "parts", lambda _: None)
 
 
 def test_names_that_begin_with_a_dot_are_not_files_of_comfyui(wan, spiece, tmp_path):
     write_models(tmp_path, wan, spiece)
-    expected = find_parts(tmp_path), open_teacher_files(tmp_path).fingerprint
+    expected = find_components(tmp_path), open_teacher_files(tmp_path).fingerprint
     hide_files_in(tmp_path)
-    assert (find_parts(tmp_path), open_teacher_files(tmp_path).fingerprint) == expected
+    assert (find_components(tmp_path), open_teacher_files(tmp_path).fingerprint) == expected
 
 
 def test_single_files_hold_what_folders_hold_and_are_known_by_their_names(wan, spiece, tmp_path):
@@ -474,7 +477,7 @@ def test_a_file_that_this_machine_cannot_map_opens_and_is_refused_once_it_is_rea
 
 def test_the_tokenizer_inside_a_text_encoder_says_what_sentencepiece_says(wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, spiece)
-    convert_parts(find_parts(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
+    convert_components(find_components(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
     exact = sentencepiece.SentencePieceProcessor(model_proto=spiece, add_eos=True)
     texts = [*shapes.captions(5, 50), "", "A", "Ünï ｆｕｌｌ 漢字 12,5", "a  small\ttriangle "]
     for tokenizer in (
@@ -499,7 +502,7 @@ def test_the_tokenizer_inside_a_text_encoder_says_what_sentencepiece_says(wan, s
 def test_a_spoilt_tokenizer_is_refused(content, words, wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, content)
     with pytest.raises(ValueError, match=words):
-        convert_parts(find_parts(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
+        convert_components(find_components(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
     assert not (tmp_path / "parts" / "tokenizer").exists()
 
 
@@ -507,7 +510,7 @@ def test_a_folder_that_carries_no_tokenizer_is_told_where_to_put_one(wan, spiece
     write_flat(tmp_path / "wan", wan, spiece)
     shutil.rmtree(tmp_path / "wan" / "tokenizer")
     with pytest.raises(OSError, match="lacks tokenizer .*tokenizer/, google/umt5-xxl/ or spiece_model"):
-        find_parts(tmp_path / "wan")
+        find_components(tmp_path / "wan")
 
 
 # ---- other Wans --------------------------------------------------------------------------------------------
@@ -803,12 +806,12 @@ def test_a_text_encoder_with_a_scale_that_cannot_be_right_is_refused(scale, word
         lambda tensors: tensors | {"encoder.block.0.layer.0.SelfAttention.q.scale_weight": scale},
     )
     with pytest.raises(ValueError, match=words):
-        convert_parts(find_parts(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
+        convert_components(find_components(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
 
 
 def test_the_bytes_of_a_part_are_told_as_they_will_be_once_converted(wan, spiece, tmp_path):
     write_flat(tmp_path / "wan", wan, spiece)
-    found = find_parts(tmp_path / "wan")
-    convert_parts(found, tmp_path / "parts", lambda _: None)
+    found = find_components(tmp_path / "wan")
+    convert_components(found, tmp_path / "parts", lambda _: None)
     for part in ("text_encoder", "vae"):
         assert num_bytes(found[part]) == pytest.approx(num_bytes(tmp_path / "parts" / part), rel=0.1)

@@ -144,7 +144,7 @@ def test_a_wide_student_draws_wide_pictures_and_goes_on_only_at_its_size(wide_ru
     assert process.returncode == 0 and Image.open(tmp_path / "0000-a-ring-seed0.png").size == (96, 64), (
         process.stderr
     )
-    further = {"student": str(wide_run), "max_train_steps": 6, "segment_steps": 6}
+    further = {"student": str(wide_run), "max_train_steps": 6, "few_step_train_steps": 6}
     assert complete(Settings(resolution=[96, 64], **further)).resolution == [96, 64]
     with pytest.raises(ValueError, match=r"was trained with resolution \[96, 64\], this run has \[64, 96\]"):
         complete(Settings(resolution=[64, 96], **further))

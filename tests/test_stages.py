@@ -24,7 +24,7 @@ from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.model import Teacher
 from wanlite.training import validation as examiner
 from wanlite.training.run_folder import read_run
-from wanlite.training.steps import velocity_in_parts
+from wanlite.training.steps import velocity_in_chunks
 from wanlite.training.teacher_data import Lessons, Words
 from wanlite.training.throughput import Pace
 
@@ -152,7 +152,7 @@ def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_
     student = WanLiteStudent.from_pretrained(finished_run[0])
     drawn = {
         count: examiner.draw_pictures(
-            partial(velocity_in_parts, student),
+            partial(velocity_in_chunks, student),
             autoencoder,
             [words[prompt] for prompt in prompts],
             range(4),

@@ -1,14 +1,14 @@
 """The phases of a run and the counts that follow from them, all before torch is imported.
 
-A run has up to three, one after the other: `velocity` (stage 1), `segments` (stage 2a), `matching` (stage
+A run has up to three, one after the other: `velocity` (stage 1), `few_step` (stage 2a), `matching` (stage
 2b).
 """
 
 import math
 
-PARTS = ("velocity", "segments", "matching")
+PHASES = ("velocity", "few_step", "matching")
 ROLLOUT_ROUNDS = 2  # rollouts in stage 2a
-SEGMENT_SHARE = 5 / 7  # of the steps, where --segment_steps is left open
+FEW_STEP_SHARE = 5 / 7  # of the steps, where --few_step_train_steps is left open
 MAX_VALIDATION_TRAJECTORIES, MIN_VALIDATION_TRAJECTORIES = (
     64,
     4,
@@ -30,14 +30,15 @@ MAX_ROLLOUT_STATES, TRAJECTORIES_PER_ROLLOUT_STATE = (
 #                                  --rollout_states is left open
 
 
-def parts_of(settings):
-    """Return the parts of a run in order, as (name, first step, last step); those of no step are left out."""
-    ends = [settings.max_train_steps - settings.segment_steps - settings.matching_steps]
+def phases_of(settings):
+    """Return the phases of a run in order, as (name, first step, last step); those of no step are left out."""
+    ends = [settings.max_train_steps - settings.few_step_train_steps - settings.matching_steps]
     ends += [
-        ends[0] + settings.segment_steps * number // ROLLOUT_ROUNDS for number in range(1, ROLLOUT_ROUNDS + 1)
+        ends[0] + settings.few_step_train_steps * number // ROLLOUT_ROUNDS
+        for number in range(1, ROLLOUT_ROUNDS + 1)
     ]
     ends += [settings.max_train_steps]
-    names = (PARTS[0], *[PARTS[1]] * ROLLOUT_ROUNDS, PARTS[2])
+    names = (PHASES[0], *[PHASES[1]] * ROLLOUT_ROUNDS, PHASES[2])
     return [(name, first, last) for name, first, last in zip(names, [0, *ends], ends) if first < last]
 
 
@@ -81,23 +82,23 @@ def count_looks(count, num_validated):
     return max(min(num_validated, count), min(MIN_VALIDATED, count)), min(GRID_PROMPTS, math.isqrt(count))
 
 
-def count_passes(settings, num_trajectories, num_validated, parts):
+def count_passes(settings, num_trajectories, num_validated, phases):
     """Return how many times a picture goes through the teacher in a run; guidance takes two of these a step."""
     looks, several = count_looks(settings.validation_trajectories, num_validated)
     count = (
         num_trajectories + settings.validation_trajectories + looks + min(several, num_validated) * several
     )
-    steps = {part: sum(last - first for name, first, last in parts if name == part) for part in PARTS}
+    steps = {phase: sum(last - first for name, first, last in phases if name == phase) for phase in PHASES}
     shown = len(settings.validation_prompts or range(min(several, num_validated)))
-    own = ROLLOUT_ROUNDS * settings.rollout_states * settings.teacher_steps // 2 * (steps["segments"] > 0)
+    own = ROLLOUT_ROUNDS * settings.rollout_states * settings.teacher_steps // 2 * (steps["few_step"] > 0)
     matched = (
         steps["matching"] * settings.train_batch_size * settings.gradient_accumulation_steps
     )  # a quarter, four times
     return 2 * (count * settings.teacher_steps + shown * settings.reference_steps + own) + matched
 
 
-def count_states(settings, num_trajectories, parts, num_buckets=1):
-    """Return {part: states that it learns from}, in the bucket that has fewest: a batch is of one bucket."""
+def count_states(settings, num_trajectories, phases, num_buckets=1):
+    """Return {phase: states that it learns from}, in the bucket that has fewest: a batch is of one bucket."""
     count, own = num_trajectories // num_buckets, settings.rollout_states // num_buckets
     later = 2 * count + own if max(settings.few_steps) > 1 else count
-    return {part: count * settings.teacher_steps if part == "velocity" else later for part, *_ in parts}
+    return {phase: count * settings.teacher_steps if phase == "velocity" else later for phase, *_ in phases}

@@ -61,8 +61,8 @@ def encode_images(autoencoder, pixels):
 
     They are the posterior's mean, normalised per channel.
     """
-    parts = pixels.unsqueeze(2).split(max(1, DECODED_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1])))
-    raw_latents = torch.cat([autoencoder.encode(part).latent_dist.mode().squeeze(2) for part in parts])
+    chunks = pixels.unsqueeze(2).split(max(1, DECODED_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1])))
+    raw_latents = torch.cat([autoencoder.encode(chunk).latent_dist.mode().squeeze(2) for chunk in chunks])
     mean, std = _statistics(autoencoder, raw_latents)
     return (raw_latents - mean) / std
 
@@ -71,8 +71,8 @@ def decode_latents(autoencoder, latents):
     """Turn latents (B, C, H, W) into pixels (B, 3, S*H, S*W), a few large pictures at a time."""
     mean, std = _statistics(autoencoder, latents)
     pixels = latents.shape[-2] * latents.shape[-1] * autoencoder.config.scale_factor_spatial**2
-    parts = (latents * std + mean).unsqueeze(2).split(max(1, DECODED_AT_ONCE // pixels))
-    return torch.cat([autoencoder.decode(part).sample.squeeze(2) for part in parts])
+    chunks = (latents * std + mean).unsqueeze(2).split(max(1, DECODED_AT_ONCE // pixels))
+    return torch.cat([autoencoder.decode(chunk).sample.squeeze(2) for chunk in chunks])
 
 
 def _statistics(autoencoder, latents):

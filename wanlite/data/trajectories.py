@@ -148,7 +148,7 @@ class TrajectoryGenerator:
 
         The student takes `index` of `count` steps, the teacher what is left of its own; kept is where they
         met, and the average velocity from there to the teacher's picture. Source: the roll-outs of pi-Flow
-        (Chen et al. 2025), with one segment that ends at the picture.
+        (Chen et al. 2025), with one segment that ends at the image.
         """
 
         def make(numbers, prompts, seeds, counts, indices):
@@ -411,7 +411,7 @@ class Trajectories(torch.utils.data.Dataset):
         )
 
 
-class Segments(torch.utils.data.Dataset):
+class FewStepStates(torch.utils.data.Dataset):
     """What few-step training learns from: states that few steps pass, the teacher's picture, and the average
     velocity to it.
 

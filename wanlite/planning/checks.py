@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ..phases import SEGMENT_SHARE
+from ..phases import FEW_STEP_SHARE
 
 
 def check_all(checks, together=False):
@@ -80,35 +80,37 @@ def check_compiler():
 
 
 def complete_steps(settings):
-    """Return (few_steps, segment_steps): the numbers of steps in rising order, and how many steps of training
+    """Return (few_steps, few_step_train_steps): the numbers of steps in rising order, and how many steps of training
     are for them.
 
-    Raises ValueError where the parts do not fit into --max_train_steps, or a number of steps is none that can
+    Raises ValueError where the phases do not fit into --max_train_steps, or a number of steps is none that can
     be trained.
     """
     few_steps = sorted(set(settings.few_steps))
-    segment_steps = settings.segment_steps
-    if segment_steps is None:
-        segment_steps = round(SEGMENT_SHARE * max(0, settings.max_train_steps - settings.matching_steps))
-    rest = settings.max_train_steps - segment_steps - settings.matching_steps
+    few_step_train_steps = settings.few_step_train_steps
+    if few_step_train_steps is None:
+        few_step_train_steps = round(
+            FEW_STEP_SHARE * max(0, settings.max_train_steps - settings.matching_steps)
+        )
+    rest = settings.max_train_steps - few_step_train_steps - settings.matching_steps
     if rest < 0:
         raise ValueError(
-            f"--segment_steps {segment_steps} and --matching_steps {settings.matching_steps} are more than "
+            f"--few_step_train_steps {few_step_train_steps} and --matching_steps {settings.matching_steps} are more than "
             f"--max_train_steps {settings.max_train_steps}, which counts them in. Raise that, or lower these."
         )
-    if settings.matching_steps and not segment_steps and settings.student is None:
+    if settings.matching_steps and not few_step_train_steps and settings.student is None:
         raise ValueError(
-            "--matching_steps without --segment_steps: distribution matching goes on from a student that "
+            "--matching_steps without --few_step_train_steps: distribution matching goes on from a student that "
             "draws in "
-            "few steps. Raise --segment_steps, or name such a student with --student DIR."
+            "few steps. Raise --few_step_train_steps, or name such a student with --student DIR."
         )
     if rest == 0 and settings.student is None:
         raise ValueError(
-            f"--segment_steps {segment_steps} leaves no step of stage 1, and few-step training starts from a "
+            f"--few_step_train_steps {few_step_train_steps} leaves no step of stage 1, and few-step training starts from a "
             f"student "
             "of stage 1. Lower it, or name such a student with --student DIR."
         )
-    if segment_steps or settings.matching_steps:
+    if few_step_train_steps or settings.matching_steps:
         for count in few_steps:
             if count < 1 or settings.teacher_steps % count:
                 raise ValueError(
@@ -121,20 +123,20 @@ def complete_steps(settings):
                 f"--num_inference_steps {settings.num_inference_steps} is none of --few_steps "
                 f"{' '.join(map(str, few_steps))}, for which the student is trained. Choose one of them."
             )
-    return few_steps, segment_steps
+    return few_steps, few_step_train_steps
 
 
 def check_batch(settings, states, ranks):
-    """Refuse, before the teacher is asked, a batch larger than the states of a part, as count_states() has
+    """Refuse, before the teacher is asked, a batch larger than the states of a phase, as count_states() has
     them.
     """
     rows = settings.train_batch_size * ranks
-    for part, count in states.items():
+    for phase, count in states.items():
         if count < rows:
             lower = f"lower --train_batch_size to {count // ranks}, or " if count >= ranks else ""
             ratios = ", or name fewer --aspect_ratios" if settings.aspect_ratios else ""
             raise ValueError(
-                f"the part {part} learns from {count} states, fewer than one batch of {rows}: {lower}raise "
+                f"the phase {phase} learns from {count} states, fewer than one batch of {rows}: {lower}raise "
                 f"--num_trajectories or --rollout_states{ratios}."
             )
 
@@ -165,21 +167,21 @@ def check_student(run, settings, folder):
     kinds = {"teacher": str, "student": dict, "settings": dict, "schedule": dict}
     if odd := [name for name, kind in kinds.items() if not run.get(name) or not isinstance(run[name], kind)]:
         refuse(f"its run.json does not say a run's {', '.join(odd)}. Copy the folder again.")
-    parts = run["schedule"].get("parts")
-    if not isinstance(parts, dict):
-        refuse("its run.json does not say the parts of its schedule. Copy the folder again.")
-    is_velocity_left = settings.max_train_steps > settings.segment_steps + settings.matching_steps
-    if not is_velocity_left and not parts.get("velocity"):
+    phases = run["schedule"].get("phases")
+    if not isinstance(phases, dict):
+        refuse("its run.json does not say the phases of its schedule. Copy the folder again.")
+    is_velocity_left = settings.max_train_steps > settings.few_step_train_steps + settings.matching_steps
+    if not is_velocity_left and not phases.get("velocity"):
         refuse(
-            f"has not been through stage 1 (its parts are {parts}). Lower --segment_steps, so that steps of "
+            f"has not been through stage 1 (its phases are {phases}). Lower --few_step_train_steps, so that steps of "
             f"stage 1 are left, "
             "or name another student."
         )
-    if not is_velocity_left and not settings.segment_steps and not parts.get("segments"):
+    if not is_velocity_left and not settings.few_step_train_steps and not phases.get("few_step"):
         refuse(
-            f"does not draw in few steps yet (its parts are {parts}), and distribution matching goes on from "
+            f"does not draw in few steps yet (its phases are {phases}), and distribution matching goes on from "
             f"a student that "
-            "does. Raise --segment_steps, or name another student."
+            "does. Raise --few_step_train_steps, or name another student."
         )
     then, shape, now = run["settings"], run["student"], vars(settings)
     for name in ("guidance_scale", "guidance_scale_2", "negative_prompt", "flow_shift", "resolution"):

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..data.images import choose_images
 from ..data.prompts import read_prompts, varied_prompts
 from ..files.atomic import write_json
-from ..phases import PARTS
+from ..phases import PHASES
 from ..student.shape import check_cut, student_shape
 from ..training.run_folder import read_run
 from ..world.record import read_world
@@ -88,13 +88,13 @@ def choose_shape(settings, files):
     return shape
 
 
-def describe_schedule(settings, few_steps, parts):
-    """Return what run.json says of the schedule: where its levels come from, the numbers of steps, the parts
+def describe_schedule(settings, few_steps, phases):
+    """Return what run.json says of the schedule: where its levels come from, the numbers of steps, the phases
     trained so far.
     """
-    earlier = read_run(settings.student)["schedule"]["parts"] if settings.student is not None else {}
+    earlier = read_run(settings.student)["schedule"]["phases"] if settings.student is not None else {}
     steps = {
-        name: earlier.get(name, 0) + sum(last - first for part, first, last in parts if part == name)
-        for name in PARTS
+        name: earlier.get(name, 0) + sum(last - first for phase, first, last in phases if phase == name)
+        for name in PHASES
     }
-    return {"flow_shift": settings.flow_shift, "few_steps": few_steps or None, "parts": steps}
+    return {"flow_shift": settings.flow_shift, "few_steps": few_steps or None, "phases": steps}

@@ -16,10 +16,17 @@ from diffusers.training_utils import EMAModel
 from ..data.autoencoder import DECODED_AT_ONCE, decode_latents, make_autoencoder
 from ..data.trajectories import SHARD_SIZE
 from ..files.atomic import SPARE
-from ..phases import bound_pictures, choose_validated, count_looks, count_states, count_trajectories, parts_of
+from ..phases import (
+    bound_pictures,
+    choose_validated,
+    count_looks,
+    count_states,
+    count_trajectories,
+    phases_of,
+)
 from ..runtime.devices import free_memory, has_gpu
 from ..runtime.launch import local_processes
-from ..teacher.components import autoencoder_config, find_parts, is_converted, num_bytes
+from ..teacher.components import autoencoder_config, find_components, is_converted, num_bytes
 from ..teacher.experts import PROBE_ROWS, PROBE_SIZE
 from ..teacher.model import RESIDENCIES, TOKENS_AT_ONCE, choose_residency
 from ..training.optimizers import make_optimizers
@@ -62,7 +69,10 @@ class MemoryEstimator:
 
     def __init__(self, settings, files, make_student, shape, sizes, device):
         self.files, self.make_student, self.shape, self.device = files, make_student, shape, device
-        self.found, self.peak = find_parts(settings.teacher), partial(simulated_peak, device_type=device.type)
+        self.found, self.peak = (
+            find_components(settings.teacher),
+            partial(simulated_peak, device_type=device.type),
+        )
         self.make_autoencoder = partial(make_autoencoder, autoencoder_config(self.found["vae"]))
         with init_empty_weights():
             self.student, autoencoder = make_student(shape), self.make_autoencoder()
@@ -145,12 +155,12 @@ class MemoryEstimator:
         is looked at, and batch and accumulation, of BATCH states as many as fit at once and no more than
         there are.
 
-        Raises ValueError for a batch that is larger than what a part of the run learns from.
+        Raises ValueError for a batch that is larger than what a phase learns from.
         """
         settings = replace(
             settings, **bound_pictures(settings, is_large(self.files), num_trajectories, len(self.buckets))
         )
-        states = count_states(settings, num_trajectories, parts_of(settings), len(self.buckets))
+        states = count_states(settings, num_trajectories, phases_of(settings), len(self.buckets))
         settings = self._fit_batch(settings, min(states.values()) // ranks)
         check_batch(settings, states, ranks)
         return settings
@@ -176,7 +186,8 @@ class MemoryEstimator:
         phases = self._start_phases(settings, training)
         converted = sum(
             map(
-                num_bytes, {place for part, place in self.found.items() if not is_converted(self.found, part)}
+                num_bytes,
+                {place for component, place in self.found.items() if not is_converted(self.found, component)},
             )
         )
         disk = {
@@ -206,8 +217,8 @@ class MemoryEstimator:
             "validation": self.idle_bytes
             + self.weights
             + at_depth(  # what is lent keeps its place
-                lambda parts: decoding_peak(
-                    self.make_autoencoder, decode_latents, parts * together, self.latent_shape, self.peak
+                lambda chunks: decoding_peak(
+                    self.make_autoencoder, decode_latents, chunks * together, self.latent_shape, self.peak
                 ),
                 -(-drawn // together),
             ),

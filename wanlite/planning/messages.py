@@ -33,16 +33,16 @@ def announce(settings, files, student, device, work, say):
     )
 
 
-def describe_work(settings, num_trajectories, passes, parts):
+def describe_work(settings, num_trajectories, passes, phases):
     """Return in words what the teacher draws and what the student is trained for."""
     batch, steps = [settings.gradient_accumulation_steps, settings.train_batch_size], {}
     said = " x ".join(str(number) for number in batch if number > 1) or "1"
-    for part, first, last in parts:
-        steps[part] = steps.get(part, 0) + last - first
+    for phase, first, last in phases:
+        steps[phase] = steps.get(phase, 0) + last - first
     return (
         f"{num_trajectories:,} teacher pictures ({passes:,} teacher passes with all that is looked at), then "
         f"{settings.max_train_steps:,} steps ({count_pictures(settings):,} states, {said} a step): "
-        f"{', '.join(f'{part} {count:,}' for part, count in steps.items())}"
+        f"{', '.join(f'{phase} {count:,}' for phase, count in steps.items())}"
     )
 
 

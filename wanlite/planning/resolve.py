@@ -15,7 +15,7 @@ from ..data.buckets import bucket_sizes, complete_resolution
 from ..data.images import list_images
 from ..data.prompts import read_prompts
 from ..runtime.launch import check_launch, is_first, launched_precision
-from ..teacher.components import find_parts, has_two_experts, pixels_per_token
+from ..teacher.components import find_components, has_two_experts, pixels_per_token
 from ..teacher.folder import check_holds_experts, find_teacher, neighbours
 from ..training.run_folder import picture_size, read_run
 from ..training.trackers import check_tracker
@@ -60,7 +60,7 @@ def complete(settings):
     )
     checks = [
         partial(check_bounds, settings),
-        partial(_or_beside, find_parts, teacher),
+        partial(_or_beside, find_components, teacher),
         partial(_complete_resolution, teacher, settings),
         partial(_complete_shift, teacher, settings),
         partial(check_together, settings),
@@ -77,14 +77,14 @@ def complete(settings):
     if settings.dry_run:  # takes the time of an import, and no run waits for it
         checks.append(partial(_check_headers, teacher))
     check_all(checks, together=settings.dry_run)
-    few_steps, segment_steps = complete_steps(settings)
+    few_steps, few_step_train_steps = complete_steps(settings)
     settings = replace(
         settings,
         teacher=str(teacher),
         resolution=_complete_resolution(teacher, settings),
         flow_shift=_complete_shift(teacher, settings),
         few_steps=few_steps,
-        segment_steps=segment_steps,
+        few_step_train_steps=few_step_train_steps,
         reference_steps=settings.reference_steps or 2 * settings.teacher_steps,
         cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"),
     )
@@ -111,7 +111,7 @@ def _or_beside(check, folder):
         for other in neighbours(path):
             with suppress(OSError, ValueError):
                 check_holds_experts(other)
-                find_parts(other)
+                find_components(other)
                 whole.append(f"--teacher {shlex.quote(str(other))}")
         if not whole:
             raise

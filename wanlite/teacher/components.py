@@ -1,4 +1,4 @@
-"""The parts of an official or a ComfyUI folder -> diffusers' parts, converted once; no torch until something
+"""The components of an official or a ComfyUI folder -> diffusers' components, converted once; no torch until something
 is converted.
 
     official                          ComfyUI, in these folders of models/ or all in one        diffusers
@@ -38,7 +38,7 @@ from ..files.atomic import (
 AUTOENCODERS = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 TEXT_ENCODER = "models_t5_*.pth"
 TOKENIZER = Path("google") / "umt5-xxl"
-PARTS = ("tokenizer", "text_encoder", "vae")  # diffusers' names of them
+COMPONENTS = ("tokenizer", "text_encoder", "vae")  # diffusers' names of them
 STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model"}  # of their weights' names
 TIED = {"shared.weight", "encoder.embed_tokens.weight"}
 SINGLE_FILES = (
@@ -51,7 +51,7 @@ SINGLE_FILES = (
 )  # where ComfyUI's lie, in one folder or models/
 SPIECE = "spiece_model"  # of its text encoder: sentencepiece's own file, as bytes
 FP8_SCALES = ("scale_weight", "weight_scale")  # value = X.weight * X.scale
-FP8_MARKS = ("scaled_fp8", "scale_input", "input_scale", "comfy_quant")  # no part of a weight's value
+FP8_MARKS = ("scaled_fp8", "scale_input", "input_scale", "comfy_quant")  # not weights's value
 EXPECTED = {
     "tokenizer": f"tokenizer/, {TOKENIZER}/ or {SPIECE} in ComfyUI's text encoder",
     "text_encoder": f"text_encoder/, {TEXT_ENCODER} or ComfyUI's umt5_xxl_*.safetensors",
@@ -209,27 +209,31 @@ _STATISTICS_48 = {  # of Wan2.2's autoencoder; diffusers' defaults are Wan2.1's
 }
 
 
-def find_parts(folder):
-    """Return {part: where it lies}, a folder in diffusers' layout or what convert_parts() makes one of.
+def find_components(folder):
+    """Return {component: where it lies}, a folder in diffusers' layout or what convert_components() makes one of.
 
     Raises OSError that names all that is missing and ValueError where several files could be meant.
     """
     folder, found, others = Path(folder), {}, {}
-    for part, places in {
+    for component, places in {
         "tokenizer": [folder / TOKENIZER],
         "text_encoder": visible(folder.glob(TEXT_ENCODER)),
         "vae": [folder / name for name in AUTOENCODERS],
     }.items():
         is_own = (
-            folder / part / ("config.json" if part == "vae" else "")
+            folder / component / ("config.json" if component == "vae" else "")
         ).exists()  # ComfyUI's vae/ is full of other files
-        place = folder / part if is_own else next((place for place in places if place.exists()), None)
+        place = folder / component if is_own else next((place for place in places if place.exists()), None)
         if place is not None:
-            found[part] = place
-    if lacking := [part for part in PARTS if part not in found]:
-        single, others = _single_parts(folder, lacking)
+            found[component] = place
+    if lacking := [component for component in COMPONENTS if component not in found]:
+        single, others = _single_components(folder, lacking)
         found |= single
-    if missing := [f"{part} ({EXPECTED[part]}{others.get(part, '')})" for part in PARTS if part not in found]:
+    if missing := [
+        f"{component} ({EXPECTED[component]}{others.get(component, '')})"
+        for component in COMPONENTS
+        if component not in found
+    ]:
         raise OSError(
             f"{folder}: lacks {', '.join(missing)}, which training and inference need. Download the folder "
             f"again, or "
@@ -238,13 +242,13 @@ def find_parts(folder):
     return found
 
 
-def is_converted(found, part):
-    """Whether a part that find_parts() found is in diffusers' layout as it lies there."""
-    return found[part].name == part
+def is_converted(found, component):
+    """Whether a component that find_components() found is in diffusers' layout as it lies there."""
+    return found[component].name == component
 
 
-def convert_parts(found, folder, say=print):
-    """Make vae/, text_encoder/ and tokenizer/ of diffusers' layout in `folder` of what find_parts() found,
+def convert_components(found, folder, say=print):
+    """Make vae/, text_encoder/ and tokenizer/ of diffusers' layout in `folder` of what find_components() found,
     where they are not yet.
 
     Raises OSError for a file that is not whole and ValueError for one of another model.
@@ -254,20 +258,22 @@ def convert_parts(found, folder, say=print):
         "text_encoder": _convert_text_encoder,
         "vae": _convert_autoencoder,
     }
-    for part in PARTS:
-        place = Path(folder) / part
+    for component in COMPONENTS:
+        place = Path(folder) / component
         if find_corruption(place, sizes_only=True) is None:  # all of it would be read at every start of a run
             continue
         with new_folder(place) as partial:
-            if found[part].is_dir():
-                shutil.copytree(found[part], partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+            if found[component].is_dir():
+                shutil.copytree(
+                    found[component], partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*")
+                )
                 continue
-            say(f"converting {found[part]} into {part}/")
-            convert[part](found[part]).save_pretrained(partial)
+            say(f"converting {found[component]} into {component}/")
+            convert[component](found[component]).save_pretrained(partial)
 
 
-def check_parts(found, teacher):
-    """Refuse parts that find_parts() found and that are not whole, or not those of a teacher of this config.
+def check_components(found, teacher):
+    """Refuse components that find_components() found and that are not whole, or not those of a teacher of this config.
 
     Headers are held against configs, no tensor is read. A pickled text encoder is not opened for it: that
     takes long.
@@ -293,13 +299,15 @@ def check_parts(found, teacher):
                 f"experts "
                 f"expect a umt5 of width {teacher['text_dim']}. Put the text encoder of the same model there."
             )
-    for part in PARTS:
-        if found[part].is_dir():
-            _check_tokenizer(found[part]) if part == "tokenizer" else _check_weights(part, found[part])
-        elif found[part].suffix == ".pth":
-            open_regular(found[part]).close()
-            if not is_zipfile(found[part]):  # its table of contents is its end
-                raise broken_download(found[part], "not a whole file of torch.save()")
+    for component in COMPONENTS:
+        if found[component].is_dir():
+            _check_tokenizer(found[component]) if component == "tokenizer" else _check_weights(
+                component, found[component]
+            )
+        elif found[component].suffix == ".pth":
+            open_regular(found[component]).close()
+            if not is_zipfile(found[component]):  # its table of contents is its end
+                raise broken_download(found[component], "not a whole file of torch.save()")
 
 
 def _check_tokenizer(folder):
@@ -315,12 +323,12 @@ def _check_tokenizer(folder):
             raise broken_download(path, "no sentencepiece model")
 
 
-def _check_weights(part, folder):
-    """Refuse a part in diffusers' layout whose files are not whole, or hold other tensors than its
+def _check_weights(component, folder):
+    """Refuse a component in diffusers' layout whose files are not whole, or hold other tensors than its
     config.json implies.
     """
     config, held = read_downloaded_json(folder / "config.json"), {}
-    for path in _files_of(part, folder):
+    for path in _files_of(component, folder):
         held |= {name: shape for name, (_, shape) in _header(path).items()}
     for name in (
         "num_layers",
@@ -332,9 +340,9 @@ def _check_weights(part, folder):
                 f"{len(held)} "
                 "tensors beside it. Download it again."
             )
-    if part == "vae":
+    if component == "vae":
         _check_statistics(config, folder / "config.json")
-    expected = _implied_shapes(part, config, folder / "config.json")
+    expected = _implied_shapes(component, config, folder / "config.json")
     if TIED & held.keys():  # one tensor, of which files hold either or both
         expected, held = (
             {name: shape for name, shape in shapes.items() if name not in TIED} for shapes in (expected, held)
@@ -359,11 +367,11 @@ def _check_statistics(config, path):
             )
 
 
-def _files_of(part, folder):
-    """Return the safetensors files that a part's loader reads; an index is taken where there is no single
+def _files_of(component, folder):
+    """Return the safetensors files that a component's loader reads; an index is taken where there is no single
     file.
     """
-    single = folder / f"{STEMS[part]}.safetensors"
+    single = folder / f"{STEMS[component]}.safetensors"
     index = folder / f"{single.name}.index.json"
     if single.exists() or not index.exists():
         if not single.exists():
@@ -393,7 +401,7 @@ def _files_of(part, folder):
     return shards
 
 
-def _implied_shapes(part, config, path):
+def _implied_shapes(component, config, path):
     """Return {name: shape} of the network that a config of diffusers' layout describes."""
     from accelerate import init_empty_weights
     from diffusers import AutoencoderKLWan
@@ -405,15 +413,17 @@ def _implied_shapes(part, config, path):
     }
     try:
         with init_empty_weights():
-            return {name: tuple(tensor.shape) for name, tensor in make[part](config).state_dict().items()}
+            return {
+                name: tuple(tensor.shape) for name, tensor in make[component](config).state_dict().items()
+            }
     except Exception as error:
         raise ValueError(
-            f"{path}: describes no {part} of a Wan ({' '.join(str(error).split())}). Download it again."
+            f"{path}: describes no {component} of a Wan ({' '.join(str(error).split())}). Download it again."
         ) from None
 
 
 def autoencoder_config(place):
-    """Return the config of an autoencoder that find_parts() found, whose weights are not read."""
+    """Return the config of an autoencoder that find_components() found, whose weights are not read."""
     if place.is_dir():
         return read_downloaded_json(place / "config.json")
     if place.suffix == ".pth":
@@ -430,8 +440,8 @@ def pixels_per_token(folder):
     Raises ValueError where the autoencoder's config does not say it.
     """
     try:
-        place = find_parts(folder)["vae"]
-    except (OSError, ValueError):  # what is wrong with the parts is said by those who need them
+        place = find_components(folder)["vae"]
+    except (OSError, ValueError):  # what is wrong with the components is said by those who need them
         return PATCH * 8
     if place.suffix == ".pth":  # opened only once torch is there
         return PATCH * (16 if place.name == AUTOENCODERS[1] else 8)
@@ -447,7 +457,7 @@ def has_two_experts(folder):
 
 
 def num_bytes(place):
-    """Return how large the weights of a part are in diffusers' layout."""
+    """Return how large the weights of a component are in diffusers' layout."""
     if place.is_dir():
         return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     if place.suffix == ".pth":
@@ -458,8 +468,8 @@ def num_bytes(place):
 # ---- ComfyUI's single files --------------------------------------------------------------------------------
 
 
-def _single_parts(folder, lacking):
-    """Return {part: file} of what is lacking and ComfyUI's files hold, and {part: which others lie there, in
+def _single_components(folder, lacking):
+    """Return {component: file} of what is lacking and ComfyUI's files hold, and {component: which others lie there, in
     words}.
     """
     files, found, others = _single_files(folder), {}, {}
@@ -468,39 +478,39 @@ def _single_parts(folder, lacking):
         "text_encoder": list(files["text_encoder"]),
         "vae": [path for path, latents in files["vae"].items() if not channels or latents in channels],
     }
-    for part in (part for part in lacking if part in fitting):
-        if len(fitting[part]) > 1:
+    for component in (component for component in lacking if component in fitting):
+        if len(fitting[component]) > 1:
             raise ValueError(
-                f"{folder}: {' and '.join(path.name for path in fitting[part])} could each be its {part}, "
+                f"{folder}: {' and '.join(path.name for path in fitting[component])} could each be its {component}, "
                 f"expected "
                 "one, in one precision. Put the files of one teacher into a folder of their own (links will "
                 "do) and "
                 "name that."
             )
-        if fitting[part]:
-            (found[part],) = fitting[part]
+        if fitting[component]:
+            (found[component],) = fitting[component]
     if (
         "tokenizer" in lacking
         and len(fitting["text_encoder"]) == 1
         and SPIECE in _header(fitting["text_encoder"][0])
     ):
         (found["tokenizer"],) = fitting["text_encoder"]
-    for part, kind, what in (("text_encoder", "t5", "a T5"), ("vae", "vae", "another Wan's")):
-        others[part] = "".join(
+    for component, kind, what in (("text_encoder", "t5", "a T5"), ("vae", "vae", "another Wan's")):
+        others[component] = "".join(
             f"; {path.name} is {what}" for path in files[kind] if path not in found.values()
         )
-        others[part] += _not_read(folder, part)
+        others[component] += _not_read(folder, component)
     return found, others
 
 
-def _not_read(folder, part):
-    """Return in words which files of a part lie in a folder where or as they are not read."""
+def _not_read(folder, component):
+    """Return in words which files of a component lie in a folder where or as they are not read."""
     paths = [
         path
         for place in SINGLE_FILES
         if (folder / place).is_dir()
         for path in visible((folder / place).iterdir())
-        if FOUND_BY[part].search(path.name) and path.is_file()
+        if FOUND_BY[component].search(path.name) and path.is_file()
     ]
     misplaced = [
         path
@@ -572,7 +582,7 @@ def _header(path):
 
 
 def _read_weights(path, half):
-    """Return a part's weights by name; of a safetensors file those in float16, or in float8 times their
+    """Return a component's weights by name; of a safetensors file those in float16, or in float8 times their
     scale, come in `half`.
     """
     if path.suffix == ".pth":

@@ -114,22 +114,22 @@ class Teacher:
         expert = self.expert("only" if self.boundary is None else "high" if high else "low")
         guidance = guidance_high if high else guidance_low
         rows = self._rows_at_once(latents, guidance > 1.0)
-        parts = [slice(start, start + rows) for start in range(0, len(latents), rows)]
-        if (passes := self._most_passes(len(parts), high)) > 1:
-            parts = [
+        chunks = [slice(start, start + rows) for start in range(0, len(latents), rows)]
+        if (passes := self._most_passes(len(chunks), high)) > 1:
+            chunks = [
                 self.velocity(
-                    latents[part],
-                    timestep[part],
-                    text.rows(part),
-                    negative and negative.rows(part),
+                    latents[chunk],
+                    timestep[chunk],
+                    text.rows(chunk),
+                    negative and negative.rows(chunk),
                     guidance_high,
                     guidance_low,
                     feature_blocks,
                 )
-                for part in parts + parts[-1:] * (passes - len(parts))
-            ][: len(parts)]
-            return torch.cat([velocity for velocity, _ in parts]), [
-                torch.cat(states) for states in zip(*(s for _, s in parts))
+                for chunk in chunks + chunks[-1:] * (passes - len(chunks))
+            ][: len(chunks)]
+            return torch.cat([velocity for velocity, _ in chunks]), [
+                torch.cat(states) for states in zip(*(s for _, s in chunks))
             ]
         if guidance <= 1.0:
             return ask(expert, latents, timestep, text, feature_blocks)
@@ -172,7 +172,7 @@ class Teacher:
     ):
         velocity, features = torch.empty_like(latents, dtype=torch.float32), [None] * len(feature_blocks)
         for rows in (is_high, ~is_high):
-            part, states = self.velocity(
+            chunk, states = self.velocity(
                 latents[rows],
                 timestep[rows],
                 text.rows(rows),
@@ -181,7 +181,7 @@ class Teacher:
                 guidance_low,
                 feature_blocks,
             )
-            velocity[rows] = part
+            velocity[rows] = chunk
             for place, state in enumerate(states):
                 if features[place] is None:
                     features[place] = state.new_empty(len(latents), *state.shape[1:])
@@ -355,4 +355,4 @@ def _stack_text(first, second):
         )
         for text in (first, second)
     ]
-    return TextTokens(*(torch.cat(parts) for parts in zip(*padded)))
+    return TextTokens(*(torch.cat(chunks) for chunks in zip(*padded)))

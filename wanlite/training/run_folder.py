@@ -19,9 +19,9 @@ from pathlib import Path
 
 from ..files.atomic import MANIFEST, find_corruption, new_folder, write_json
 
-PARTS = ("tokenizer", "text_encoder", "vae")
+COMPONENTS = ("tokenizer", "text_encoder", "vae")
 RESULTS = (
-    *PARTS,
+    *COMPONENTS,
     "scheduler",
     "checkpoints/step-*",
     "checkpoints/.step-*",
@@ -160,20 +160,20 @@ def clear(folder):
             (Path(folder) / name).rmdir()
 
 
-def save_parts(folder, parts_folder, scheduler):
+def save_components(folder, components_folder, scheduler):
     """Copy what inference needs beside the student, and write the scheduler and the index that stock
     diffusers reads.
 
-    `parts_folder` holds vae/, text_encoder/ and tokenizer/ in diffusers' layout.
+    `components_folder` holds vae/, text_encoder/ and tokenizer/ in diffusers' layout.
     """
-    folder, parts_folder = Path(folder), Path(parts_folder)
-    for part in PARTS:
-        with new_folder(folder / part) as partial:
-            _copy_files(parts_folder / part, partial)
-            if part == "vae":
+    folder, components_folder = Path(folder), Path(components_folder)
+    for component in COMPONENTS:
+        with new_folder(folder / component) as partial:
+            _copy_files(components_folder / component, partial)
+            if component == "vae":
                 _write_index(partial / "diffusion_pytorch_model.safetensors")
     scheduler.save_pretrained(folder / "scheduler")
-    index = parts_folder / "model_index.json"
+    index = components_folder / "model_index.json"
     tokenizer = json.loads(index.read_text(encoding="utf-8")).get("tokenizer") if index.is_file() else None
     write_json(
         folder / "model_index.json",
@@ -220,12 +220,14 @@ def _copy_files(source, target):
             shutil.copyfile(path, place)
 
 
-def check_saved_parts(folder):
-    """Refuse a saved student's folder whose parts are missing or not as they were written; sizes are
+def check_saved_components(folder):
+    """Refuse a saved student's folder whose components are missing or not as they were written; sizes are
     compared.
     """
     folder = Path(folder)
-    if missing := [part for part in ("scheduler", *PARTS) if not (folder / part).is_dir()]:
+    if missing := [
+        component for component in ("scheduler", *COMPONENTS) if not (folder / component).is_dir()
+    ]:
         raise OSError(
             f"{folder}: lacks {', '.join(missing)}; expected a folder that train_distillation.py finished. "
             f"Beside a "
@@ -233,11 +235,11 @@ def check_saved_parts(folder):
         )
     if not (folder / "scheduler" / "scheduler_config.json").is_file():
         raise OSError(f"{folder / 'scheduler'}: lacks scheduler_config.json. Copy the folder again.")
-    for part in PARTS:
-        if (folder / part / MANIFEST).exists() and (
-            reason := find_corruption(folder / part, sizes_only=True)
+    for component in COMPONENTS:
+        if (folder / component / MANIFEST).exists() and (
+            reason := find_corruption(folder / component, sizes_only=True)
         ):
-            raise OSError(f"{folder / part}: {reason}. Copy the folder again.")
+            raise OSError(f"{folder / component}: {reason}. Copy the folder again.")
 
 
 def write_model_card(folder, settings, few_steps, results, drawing):

@@ -1,7 +1,7 @@
-"""One step of each part of a run: a batch of states -> a loss, and its parts by name.
+"""The loss of each phase: a batch of states -> a loss, and its terms by name.
 
 Every step is called as `step(networks, settings, batch, text, progress, generator)`: `batch` is a dict of
-tensors on the device, `text` TextTokens of the same rows, `progress` 0..1 through the part, `generator` the
+tensors on the device, `text` TextTokens of the same rows, `progress` 0..1 through the phase, `generator` the
 source of all that is random.
 """
 
@@ -43,16 +43,16 @@ def velocity_step(networks, settings, batch, text, progress, generator):
         feature_blocks=(networks.block,),
         return_dict=False,
     )
-    velocity_part = velocity_loss(velocity, batch["velocity"]).mean()
-    feature_part = feature_loss(networks.feature_head(states.float()), batch["features"]).mean()
+    velocity_term = velocity_loss(velocity, batch["velocity"]).mean()
+    feature_term = feature_loss(networks.feature_head(states.float()), batch["features"]).mean()
     weight = settings.feature_weight * (1 - progress)
-    return velocity_part + weight * feature_part, {
-        "velocity_loss": velocity_part,
-        "feature_loss": feature_part,
+    return velocity_term + weight * feature_term, {
+        "velocity_loss": velocity_term,
+        "feature_loss": feature_term,
     }
 
 
-def segment_step(networks, settings, batch, text, progress, generator):
+def few_step_regression(networks, settings, batch, text, progress, generator):
     """Stage 2a: from where few steps stop, the average velocity to the teacher's picture, or from noise to a
     more varied one.
     """
@@ -62,12 +62,12 @@ def segment_step(networks, settings, batch, text, progress, generator):
         else batch["velocity"]
     )
     velocity = velocity_from(networks.student, text)(batch["latents"].float(), batch["timestep"])
-    segment_part = velocity_loss(velocity, target).mean()
-    return segment_part, {"segment_loss": segment_part}
+    few_step_loss = velocity_loss(velocity, target).mean()
+    return few_step_loss, {"few_step_loss": few_step_loss}
 
 
 def vary(networks, gain, batch, text, generator):
-    """Return the velocities that segments aim at (B, C, H, W), those from noise moved away from what other
+    """Return the target velocities of stage 2a (B, C, H, W), those from noise moved away from what other
     noise gives.
     """
     rows = (batch["timestep"] == networks.few.levels[0][0]).nonzero().flatten()
@@ -88,7 +88,7 @@ def matching_step(networks, settings, batch, text, progress, generator):
     2a's loss. Source: DMD2 (Yin et al. 2024), decoupled DMD (Liu et al. 2025), K-DMD in SnapGen++ for the
     critic that is pulled along.
     """
-    anchor, parts = segment_step(networks, settings, batch, text, progress, generator)
+    anchor, parts = few_step_regression(networks, settings, batch, text, progress, generator)
     text, latent_shape = text.rows(slice(0, max(1, len(text.tokens) // MATCHED))), batch["latents"].shape[1:]
     for _ in range(settings.critic_updates):
         with torch.no_grad():
@@ -143,7 +143,7 @@ def velocity_from(network, text):
     )[0]
 
 
-def velocity_in_parts(network, text):
+def velocity_in_chunks(network, text):
     """As velocity_from(), but TOKENS_PER_PASS image tokens at a time: all rows of large pictures would fill the
     memory.
     """
@@ -163,6 +163,6 @@ def velocity_in_parts(network, text):
 
 STEPS = {
     "velocity": velocity_step,
-    "segments": segment_step,
+    "few_step": few_step_regression,
     "matching": matching_step,
-}  # by the names of preflight.PARTS
+}  # by the names of phases.PHASES

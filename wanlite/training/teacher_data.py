@@ -21,17 +21,17 @@ from ..flow import make_scheduler
 from ..network import TEXT_LENGTH, pack_text
 from ..phases import choose_validated, count_looks
 from ..teacher.checkpoint import sampled_digest
-from ..teacher.components import convert_parts, find_parts, is_converted
-from .steps import velocity_in_parts
+from ..teacher.components import convert_components, find_components, is_converted
+from .steps import velocity_in_chunks
 
 FIRST_SEED, SEEDS_A_RUN = 10**12, 10**7  # of training trajectories, and how far those of two runs are apart
 
 
-def open_parts(settings, accelerator):
+def open_components(settings, accelerator):
     """Return the folder of vae/, text_encoder/ and tokenizer/ in diffusers' layout: the teacher's, or the
     cache that they are converted into."""
-    found = find_parts(settings.teacher)
-    if all(is_converted(found, part) for part in found):
+    found = find_components(settings.teacher)
+    if all(is_converted(found, component) for component in found):
         return Path(settings.teacher)
     files = [
         path
@@ -41,25 +41,25 @@ def open_parts(settings, accelerator):
     ]
     with accelerator.main_process_first():
         folder = cache_folder(
-            settings.cache_dir, "parts", files=sampled_digest(("part", path) for path in files)
+            settings.cache_dir, "components", files=sampled_digest(("component", path) for path in files)
         )
     if accelerator.is_main_process:
         with in_turn(folder, accelerator.print):
-            convert_parts(found, folder, accelerator.print)
+            convert_components(found, folder, accelerator.print)
     accelerator.wait_for_everyone()
     return folder
 
 
 class Words:
-    """Prompts' embeddings (L, T), each made once by the text encoder in `parts_folder`; `said_by` is that
+    """Prompts' embeddings (L, T), each made once by the text encoder in `components_folder`; `said_by` is that
     encoder's digest.
     """
 
-    def __init__(self, accelerator, parts_folder, cache_dir, prompts):
+    def __init__(self, accelerator, components_folder, cache_dir, prompts):
         self.said_by = sampled_digest(
-            ("part", path)
-            for part in ("text_encoder", "tokenizer")
-            for path in sorted((parts_folder / part).iterdir())
+            ("component", path)
+            for component in ("text_encoder", "tokenizer")
+            for path in sorted((components_folder / component).iterdir())
             if path.is_file()
         )
         with accelerator.main_process_first():
@@ -67,11 +67,11 @@ class Words:
                 cache_dir, "text", encoder=self.said_by, length=TEXT_LENGTH, prompts=prompts
             )
         self.embeddings = encode_once(
-            accelerator, lazy_encoder(parts_folder, accelerator.device), prompts, folder
+            accelerator, lazy_encoder(components_folder, accelerator.device), prompts, folder
         )
         full = [prompt for prompt, embedding in self.embeddings.items() if len(embedding) == TEXT_LENGTH]
         if full and accelerator.is_main_process:  # the cache holds what was cut as well
-            tell_cut(load_tokenizer(Path(parts_folder) / "tokenizer"), full, print)
+            tell_cut(load_tokenizer(Path(components_folder) / "tokenizer"), full, print)
 
     def __getitem__(self, prompt):
         return self.embeddings[prompt]
@@ -207,7 +207,7 @@ class Lessons:
         """Go with `student`, whose weights have this digest, to where its few steps stop, and on with the
         teacher; returns the states where they met by bucket, None where there are none.
 
-        Which prompts follows from `first`, the step at which a part begins. Raises OSError where training
+        Which prompts follows from `first`, the step at which a component begins. Raises OSError where training
         `is_past` it and the states are gone: that student is no more.
         """
         if not self.settings.rollout_states or not few.stops:
@@ -236,7 +236,7 @@ class Lessons:
                     folder,
                     its_paths,
                     latents,
-                    lambda prompts: velocity_in_parts(
+                    lambda prompts: velocity_in_chunks(
                         student, self.words.pack(prompts).to(self.accelerator.device)
                     ),
                     few.scheduler,

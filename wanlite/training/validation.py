@@ -16,7 +16,7 @@ from ..runtime.ranks import broadcast
 from ..world import shapes
 from ..world.record import read_world
 from .metrics import compare, frechet_distance, likeness
-from .steps import velocity_in_parts
+from .steps import velocity_in_chunks
 
 GRID_FIGURES = {
     "variety": "variety",
@@ -64,7 +64,7 @@ class Examiner:
         looks = {
             count: compare_trajectories(
                 self.trajectories,
-                partial(velocity_in_parts, student),
+                partial(velocity_in_chunks, student),
                 count,
                 self.num_seeds,
                 self.autoencoder,
@@ -106,7 +106,7 @@ class Examiner:
         )
 
     def _draw(self, student, count, prompts):
-        return self._draw_by(partial(velocity_in_parts, student), prompts, self.scheduler, count)
+        return self._draw_by(partial(velocity_in_chunks, student), prompts, self.scheduler, count)
 
     def _draw_teacher(self, prompts):
         return self._draw_by(
@@ -164,7 +164,7 @@ def teacher_references(trajectories, words, prompts, autoencoder):
     """
     noise, latents, numbers = trajectories.ends(range(len(trajectories) // trajectories.states_each))
     device, text = autoencoder.device, words.pack([prompts[number] for number in numbers.tolist()])
-    pictures = [to_pictures(decode_latents(autoencoder, part.to(device))) for part in latents.split(64)]
+    pictures = [to_pictures(decode_latents(autoencoder, chunk.to(device))) for chunk in latents.split(64)]
     return noise.to(device), text.to(device), latents, np.concatenate(pictures)
 
 
@@ -195,7 +195,7 @@ def relative_error(student, states, embeddings, prompts, device, check):
         check()
         batch = states.__getitems__(range(start, min(start + 256, len(states))))
         text = pack_text([embeddings[prompts[number]] for number in batch["prompt"].tolist()]).to(device)
-        velocity = velocity_in_parts(student, text)(
+        velocity = velocity_in_chunks(student, text)(
             batch["latents"].float().to(device), batch["timestep"].to(device)
         )
         error += (velocity.float().cpu() - batch["velocity"]).square().sum().item()
