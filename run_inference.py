@@ -276,7 +276,7 @@ from wanlite.network import pack_text
 from wanlite.runtime.devices import disable_cudnn_attention, drawing_dtype, free_memory, has_bfloat16
 
 
-class Painter:
+class StudentPipeline:
     """A saved student with all that turns its velocity into pictures.
 
     `weights_sha256` is of the bytes that it draws with: a digest, or that of each shard, sorted by name.
@@ -350,7 +350,7 @@ class Drawn(NamedTuple):
     is_flat: bool = False
 
 
-def draw_all(painter, settings, prompts):
+def draw_all(pipeline, settings, prompts):
     """Draw and write an image for each of `prompts`; returns [Drawn], and of the first images MAX_CELLS for
     the grid.
     """
@@ -359,7 +359,7 @@ def draw_all(painter, settings, prompts):
         range(0, len(prompts), settings.batch_size), desc="drawing", unit="batch", disable=len(prompts) == 1
     ):
         batch = slice(start, min(start + settings.batch_size, len(prompts)))
-        images = painter.draw(
+        images = pipeline.draw(
             prompts[batch],
             seeds[batch],
             settings.num_inference_steps,
@@ -376,7 +376,7 @@ def draw_all(painter, settings, prompts):
                 image,
                 settings.output_dir,
                 image_names(settings.output_dir, prompt, seed),
-                text_chunks(settings, prompt, seed, painter.weights_sha256),
+                text_chunks(settings, prompt, seed, pipeline.weights_sha256),
             )
             drawn.append(Drawn(prompt, seed, path, bool(image.std(axis=(0, 1)).max() < FLAT)))
             cells += [image] if len(cells) < MAX_CELLS else []
@@ -463,16 +463,16 @@ def main(settings, prompts):
             flush=True,
         )
     output.mkdir(parents=True, exist_ok=True)
-    painter = Painter(settings.model, device, settings.dtype, settings.sha256)
-    if painter.encoder.device.type != painter.device.type:
+    pipeline = StudentPipeline(settings.model, device, settings.dtype, settings.sha256)
+    if pipeline.encoder.device.type != pipeline.device.type:
         print(f"the text encoder does not fit on {device} and reads prompts on the CPU", flush=True)
-    tell_cut(painter.tokenizer, [*prompts, settings.negative_prompt], partial(print, flush=True))
+    tell_cut(pipeline.tokenizer, [*prompts, settings.negative_prompt], partial(print, flush=True))
     size = size_warning(
-        (settings.width, settings.height), trained_sizes(run, painter.pixels_per_token, "run.json")
+        (settings.width, settings.height), trained_sizes(run, pipeline.pixels_per_token, "run.json")
     )
     warn(size)
-    settings = replace(settings, dtype=str(painter.dtype).removeprefix("torch."))
-    drawn, cells = draw_all(painter, settings, jobs)
+    settings = replace(settings, dtype=str(pipeline.dtype).removeprefix("torch."))
+    drawn, cells = draw_all(pipeline, settings, jobs)
     written = [each for each in drawn if each.path]
     grid = f" and {save_grid(settings, written, cells).name}" if len(cells) > 1 else ""
     for each in written:

@@ -20,9 +20,9 @@ from wanlite.files.atomic import hold, not_finite, write_json
 from wanlite.phases import (
     MIN_TRAJECTORIES,
     choose_validated,
-    count_looks,
     count_passes,
     count_trajectories,
+    count_validated,
     phases_of,
 )
 from wanlite.planning.resolve import (
@@ -123,7 +123,7 @@ class Settings:
     expert: str = setting(
         "high",
         "which of two experts is projected; span = for each block the one that keeps more, from weights only",
-        choices=("low", "high", "span"),
+        choices=("low", "high", "best_per_block"),
     )
     project_only: bool = setting(
         False, "save the projected start in --output_dir and stop; later runs there reuse it"
@@ -420,12 +420,12 @@ from wanlite.student.saving import check_savable, plain_names, save_student
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.model import Teacher
 from wanlite.training.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint
-from wanlite.training.metrics import beyond_guards
+from wanlite.training.metrics import find_guard_violations
 from wanlite.training.optimizers import make_lr_schedulers, make_optimizers
 from wanlite.training.steps import STEPS, Networks
-from wanlite.training.teacher_data import Lessons, Words, feature_block, open_components
+from wanlite.training.teacher_data import PromptEmbeddings, TeacherData, feature_block, open_components
 from wanlite.training.throughput import Pace, in_brief
-from wanlite.training.validation import Examiner
+from wanlite.training.validation import Validator
 
 # ---- the model ---------------------------------------------------------------------------------------------
 
@@ -902,7 +902,9 @@ def train(settings, is_resumed, stop):
     shape, sizes = choose_shape(settings, files), picture_sizes(settings)
     needs = MemoryEstimator(settings, files, WanLiteStudent, shape, sizes, device)
     student = WanLiteStudent(shape)  # its memory is not yet taken
-    with accelerator.main_process_first():  # one rank looks at images, the others read what it found
+    with (
+        accelerator.main_process_first()
+    ):  # one rank figures_by_steps at images, the others read what it found
         training, held_out, images = choose_data(settings, sizes[1:], say, accelerator.is_main_process)
     num_trajectories, phases = count_trajectories(settings, len(training)), phases_of(settings)
     asked, settings = settings, broadcast(needs.fit(fitted, num_trajectories, ranks))
@@ -910,7 +912,7 @@ def train(settings, is_resumed, stop):
     validated = choose_validated(training, held_out)
     validation = (
         settings.validation_prompts
-        or validated[: count_looks(settings.validation_trajectories, len(validated))[1]]
+        or validated[: count_validated(settings.validation_trajectories, len(validated))[1]]
     )
     few_steps = settings.few_steps if phases[-1][0] != "velocity" else []
     run = {
@@ -945,7 +947,7 @@ def train(settings, is_resumed, stop):
     if accelerator.is_main_process and not is_resumed:
         compare_experts(settings, files, device)  # before anything is made of them
     components_folder = open_components(settings, accelerator)
-    words = Words(
+    words = PromptEmbeddings(
         accelerator,
         components_folder,
         settings.cache_dir,
@@ -997,7 +999,7 @@ def train(settings, is_resumed, stop):
         Pace(device, matrix_rate(device, dtype), ranks),
         feature_width(settings, shape["hidden_size"]),
     )
-    lessons = Lessons(
+    teacher_data = TeacherData(
         accelerator,
         settings,
         teacher,
@@ -1008,11 +1010,13 @@ def train(settings, is_resumed, stop):
         width,
         pace,
     )
-    lessons.find_basis()
+    teacher_data.find_basis()
     pace.restart()
-    trajectories = lessons.generate_training(num_trajectories)
-    pictured = lessons.ask_at_images(images if phases[0][0] == "velocity" else [], sizes[1:], autoencoder)
-    validation_trajectories = lessons.generate_validation()
+    trajectories = teacher_data.generate_training(num_trajectories)
+    pictured = teacher_data.ask_at_images(
+        images if phases[0][0] == "velocity" else [], sizes[1:], autoencoder
+    )
+    validation_trajectories = teacher_data.generate_validation()
     generation_figures = pace.generation_figures(settings.teacher_steps)
     if generation_figures:
         say(
@@ -1027,9 +1031,9 @@ def train(settings, is_resumed, stop):
         settings.teacher_steps,
         (accelerator.process_index, ranks),
     )
-    own_scheduler = few.scheduler if few_steps else lessons.scheduler
-    examiner = Examiner(
-        lessons,
+    own_scheduler = few.scheduler if few_steps else teacher_data.scheduler
+    validator = Validator(
+        teacher_data,
         *validation_trajectories,
         validation,
         few.counts,
@@ -1062,7 +1066,7 @@ def train(settings, is_resumed, stop):
     ema = EMAModel(student.parameters(), decay=settings.ema_decay, foreach=device.type == "cuda")
     wrapped, wrapped_head, *_ = accelerator.prepare(student, head, *optimizers)  # whose gradients it unscales
     networks = Networks(
-        wrapped, wrapped_head, feature_block(shape["depth"]), lessons.guided, lessons.plain, few
+        wrapped, wrapped_head, feature_block(shape["depth"]), teacher_data.guided, teacher_data.plain, few
     )
     memory = {
         "student": student,
@@ -1073,7 +1077,7 @@ def train(settings, is_resumed, stop):
         "step": 0,
         "skipped": 0,
         "rollout": {},
-        "looked": {},
+        "last_validation": {},
         "best": {},
         "beyond": 0,
     }
@@ -1124,20 +1128,20 @@ def train(settings, is_resumed, stop):
     def validate(step, phase):
         """Look at the averaged student: figures, a grid, and whether it is the best so far."""
         with averaged(ema, student, settings.use_ema):
-            looks, figures = examiner.look(student)
-            tell(step, grid=examiner.draw_grid(student, looks), **figures)
-            memory["looked"] = {"step": step, **figures}
+            figures_by_steps, figures = validator.validate(student)
+            tell(step, grid=validator.draw_grid(student, figures_by_steps), **figures)
+            memory["last_validation"] = {"step": step, **figures}
             if phase != "velocity" or not few_steps:
-                consider(step, figures, looks)
+                consider(step, figures, figures_by_steps)
         pace.restart()  # looking and saving are not steps
 
-    def consider(step, figures, looks):
+    def consider(step, figures, figures_by_steps):
         """Keep the student that is lent just now if no guard is against it and none before it was better."""
-        score = sum(look[measure] for look in looks.values()) / len(looks)
+        score = sum(each[measure] for each in figures_by_steps.values()) / len(figures_by_steps)
         against = [
             f"in {count} step{'s' * (count > 1)}: {reason}"
-            for count, look in looks.items()
-            for reason in beyond_guards(look)
+            for count, each in figures_by_steps.items()
+            for reason in find_guard_violations(each)
         ]
         is_best = not memory["best"] or score < memory["best"]["score"]
         memory["beyond"] = memory["beyond"] + 1 if against and not is_best else 0
@@ -1172,7 +1176,9 @@ def train(settings, is_resumed, stop):
         with averaged(ema, student, settings.use_ema):
             if memory["rollout"].get("first") != first:
                 memory["rollout"] = {"first": first, "student": broadcast(digest(student))}
-            return lessons.roll_out(student, memory["rollout"]["student"], few, first, is_past=step != first)
+            return teacher_data.roll_out(
+                student, memory["rollout"]["student"], few, first, is_past=step != first
+            )
 
     if generation_figures:
         tell(step, **generation_figures)
@@ -1210,7 +1216,7 @@ def train(settings, is_resumed, stop):
             )
             if phase != "matching":
                 teacher.rest()  # nobody asks it while the student learns from what is kept
-            if step % settings.validation_steps == 0 and memory["looked"].get("step") != step:
+            if step % settings.validation_steps == 0 and memory["last_validation"].get("step") != step:
                 validate(step, phase)
             coming = read_ahead(
                 partial(read, data), batches, device, PREFETCHED_BATCHES if device.type == "cuda" else 0
@@ -1303,12 +1309,12 @@ def train(settings, is_resumed, stop):
     # What is kept: the averaged student that validation found best, what inference needs beside it, and how
     # good it is.
     stop.check()
-    if memory["looked"].get("step") != step:
+    if memory["last_validation"].get("step") != step:
         validate(step, phases[-1][0])
     if settings.use_ema:
         ema.copy_to(student.parameters())
     figures, chosen = (
-        memory["looked"],
+        memory["last_validation"],
         {"step": step, "why": "the last step, for every validation was rejected"},
     )
     if is_close := bool(memory["best"]):
@@ -1328,7 +1334,7 @@ def train(settings, is_resumed, stop):
     if (
         teacher.residency == "sharded" or accelerator.is_main_process
     ):  # of a teacher in shares all have to ask
-        results |= examiner.judge(student)
+        results |= validator.judge(student)
     if accelerator.is_main_process:
         ending = verdict(chosen["step"], is_close)
         write_json(

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.quality import TRAIN, Judge, train
-from run_inference import Painter
+from run_inference import StudentPipeline
 from wanlite.world import shapes
 from wanlite.training.metrics import prompt_accuracy
 from wanlite.training.run_folder import read_run
@@ -60,13 +60,13 @@ def measure(folder, count, flags, seed):
     """
     prompts, captions = few_prompts(folder, count, seed)
     student = train(folder / f"seed-{seed}" / "student", (TRAIN,), ("--prompts", prompts, *flags), seed)
-    run, painter = read_run(student), Painter(student)
+    run, pipeline = read_run(student), StudentPipeline(student)
     trained = captions[:-1] * NOISES  # the last of so few is held out
-    judge = Judge(painter, trained[: count - 1])
+    judge = Judge(pipeline, trained[: count - 1])
     right = {}
     for steps in COUNTS:
         drawn = judge.draw(
-            partial(velocity_from, painter.student), painter.scheduler, steps, trained, range(len(trained))
+            partial(velocity_from, pipeline.student), pipeline.scheduler, steps, trained, range(len(trained))
         )[1]
         right[str(steps)] = prompt_accuracy(lambda _, pictures=drawn: pictures, trained)["accuracy"]
     return {"seed": seed, "prompts": count, "steps": run["steps"], "minutes": run["minutes"], "right": right}

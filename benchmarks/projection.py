@@ -48,7 +48,7 @@ def main():
         "--experts",
         nargs="+",
         default=["low"],
-        choices=("low", "high", "span"),
+        choices=("low", "high", "best_per_block"),
         help="which expert is projected",
     )
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="one = no tuning")

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-from run_inference import Painter
+from run_inference import StudentPipeline
 from train_distillation import CHANGEABLE_ON_RESUME, Settings
 from wanlite.world import shapes
 from wanlite.data.autoencoder import decode_latents, to_pictures
@@ -44,7 +44,7 @@ from wanlite.teacher.model import Teacher
 from wanlite.teacher.checkpoint import open_teacher_files
 
 REFERENCE = "teacher, guided", 40  # what every row is held against, at its own noise
-TRAIN, RIVALS = ROOT / "train_distillation.py", ROOT / "benchmarks" / "rivals.py"
+TRAIN, BASELINES = ROOT / "train_distillation.py", ROOT / "benchmarks" / "baselines.py"
 MATCHING = 150  # steps of distribution matching, out of as many in all
 FEW = (4, 2, 1)
 OTHER_COLUMNS = (
@@ -96,9 +96,9 @@ def methods(steps, rungs=()):
         "student": ((TRAIN,), FEW),
         "stage 1 alone": ((TRAIN, "--few_step_train_steps", 0), (20, *FEW)),
         "matching (K-DMD)": ((TRAIN, *matching), FEW),
-        "TwinFlow": ((RIVALS, "twin_flow", *plain, *matching), FEW),  # as published, and so is the next
+        "TwinFlow": ((BASELINES, "twin_flow", *plain, *matching), FEW),  # as published, and so is the next
         "flow matching": (
-            (RIVALS, "flow_matching", *plain, "--few_step_train_steps", steps - 1, "--rollout_states", 0),
+            (BASELINES, "flow_matching", *plain, "--few_step_train_steps", steps - 1, "--rollout_states", 0),
             (20, *FEW),
         ),
         "random start": ((TRAIN, "--projection", "none"), FEW),
@@ -133,7 +133,7 @@ def train(folder, command, flags, seed):
     )
     if (run := read_run(folder)).get("finished"):
         asked = make_parser(Settings, "").parse_args(
-            [str(word) for word in words[2 if command[0] == RIVALS else 1 :]]
+            [str(word) for word in words[2 if command[0] == BASELINES else 1 :]]
         )
         asked = asdict(complete(Settings(**vars(asked))))
         if changed := [
@@ -185,21 +185,21 @@ class Judge:
     noise.
     """
 
-    def __init__(self, painter, captions, world=shapes):
-        self.painter, self.captions, self.few, self.world = (
-            painter,
+    def __init__(self, pipeline, captions, world=shapes):
+        self.pipeline, self.captions, self.few, self.world = (
+            pipeline,
             captions,
             captions[:6] + captions[-6:],
             world,
         )
-        self.words = dict(zip(captions, painter.embed(captions)))
+        self.words = dict(zip(captions, pipeline.embed(captions)))
         self.references = {}
 
     @torch.no_grad()
     def draw(self, velocity_for, scheduler, num_steps, captions, seeds):
         """Return latents (B, C, H, W) and pictures (B, 64, 64, 3) of captions and seeds."""
-        stride = self.painter.autoencoder.config.scale_factor_spatial
-        shape = (self.painter.student.config.num_channels, *[self.world.PICTURE_SIZE // stride] * 2)
+        stride = self.pipeline.autoencoder.config.scale_factor_spatial
+        shape = (self.pipeline.student.config.num_channels, *[self.world.PICTURE_SIZE // stride] * 2)
         latents = torch.cat(
             [
                 sample(
@@ -213,7 +213,9 @@ class Judge:
                 for start in range(0, len(captions), 64)
             ]
         )
-        pictures = [to_pictures(decode_latents(self.painter.autoencoder, part)) for part in latents.split(64)]
+        pictures = [
+            to_pictures(decode_latents(self.pipeline.autoencoder, part)) for part in latents.split(64)
+        ]
         return latents, np.concatenate(pictures)
 
     def look(self, velocity_for, scheduler, num_steps, seed):
@@ -255,11 +257,11 @@ class Judge:
 
 def judge_all(folders, chosen, captions, seeds, teacher_folder):
     """Yield a row for every method, number of steps and seed; the teacher's come first."""
-    painters = {key: Painter(folder) for key, folder in folders.items()}
-    painter = next(iter(painters.values()))
+    pipelines = {key: StudentPipeline(folder) for key, folder in folders.items()}
+    pipeline = next(iter(pipelines.values()))
     settings = complete(Settings(teacher=str(teacher_folder)))
-    judge = Judge(painter, captions, read_world(teacher_folder))
-    teacher, empty = Teacher(open_teacher_files(settings.teacher)), painter.embed([""])[0]
+    judge = Judge(pipeline, captions, read_world(teacher_folder))
+    teacher, empty = Teacher(open_teacher_files(settings.teacher)), pipeline.embed([""])[0]
     guided = teacher_velocity(teacher, settings, empty)
     plain = teacher_velocity(teacher, replace(settings, guidance_scale=1.0, guidance_scale_2=1.0), empty)
     for model, velocity_for, passes, counts in (
@@ -271,10 +273,10 @@ def judge_all(folders, chosen, captions, seeds, teacher_folder):
                 yield judge.row(
                     model, velocity_for, make_scheduler(settings.flow_shift), num_steps, passes, seed
                 )
-    for (name, seed), painter in painters.items():
+    for (name, seed), pipeline in pipelines.items():
         for num_steps in chosen[name][1]:
             yield judge.row(
-                name, partial(velocity_from, painter.student), painter.scheduler, num_steps, 1, seed
+                name, partial(velocity_from, pipeline.student), pipeline.scheduler, num_steps, 1, seed
             )
 
 

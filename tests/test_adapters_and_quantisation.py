@@ -13,7 +13,7 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
-from run_inference import Painter
+from run_inference import StudentPipeline
 from tests.conftest import official_name
 from train_distillation import WanLiteStudent
 from wanlite.flow import seeded_noise
@@ -189,7 +189,7 @@ def test_a_fused_adapter_is_saved_drawn_and_taken_back(run, tmp_path):
     for loaded in (
         WanLiteStudent.from_pretrained(run),
         WanTransformer3DModel.from_pretrained(run),
-        Painter(run).student,
+        StudentPipeline(run).student,
         WanPipeline.from_pretrained(tmp_path / "pipeline").transformer,
     ):
         assert np.allclose(velocity(loaded), adapted, atol=1e-4)

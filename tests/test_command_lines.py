@@ -126,8 +126,8 @@ def test_training_refuses_what_is_wrong_in_one_line(arguments, words, tmp_path):
 
 
 def test_span_wide_experts_go_with_weights_only(tmp_path):
-    assert "--expert span goes with --projection weights" in refused(
-        TRAIN, "--output_dir", tmp_path / "run", "--expert", "span"
+    assert "--expert best_per_block goes with --projection weights" in refused(
+        TRAIN, "--output_dir", tmp_path / "run", "--expert", "best_per_block"
     )
 
 

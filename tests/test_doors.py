@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKLWan, AutoModel, DiffusionPipeline, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from run_inference import Painter, read_settings
+from run_inference import StudentPipeline, read_settings
 from tests.conftest import TINY_TEACHER, loud_student, official_name, run_script
 from train_distillation import WanLiteStudent
 from wanlite.student.saving import save_student
@@ -250,12 +250,12 @@ def test_every_form_in_which_stock_saves_a_student_is_drawn_as_stock_draws_it(fo
             "64",
         ]
     )
-    painter = Painter(settings.model)
+    pipeline = StudentPipeline(settings.model)
     assert equal(
-        {name: tensor.to(expected[name].dtype) for name, tensor in painter.student.state_dict().items()},
+        {name: tensor.to(expected[name].dtype) for name, tensor in pipeline.student.state_dict().items()},
         expected,
     )
-    (image,) = painter.draw(prompts, [5], 2, 64, 64)
+    (image,) = pipeline.draw(prompts, [5], 2, 64, 64)
     assert image.shape == (64, 64, 3)
 
 
@@ -273,7 +273,7 @@ def test_shards_of_stock_beside_an_older_file_are_named(run):
 def test_of_two_precisions_the_plain_one_is_drawn_and_one_alone_is_named(run, capsys):
     plain = load_file(run / WEIGHTS)
     louder(run, torch.float16).save_pretrained(run, variant="fp16")
-    assert equal(Painter(run).student.state_dict(), plain)
+    assert equal(StudentPipeline(run).student.state_dict(), plain)
     (run / WEIGHTS).unlink()
     assert WanLiteStudent.from_pretrained(run, variant="fp16").dtype == torch.float16
     with pytest.raises(SystemExit):

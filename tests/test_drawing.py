@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import run_inference
-from run_inference import Painter, draw_all, main, read_settings, size_warning, trained_sizes
+from run_inference import StudentPipeline, draw_all, main, read_settings, size_warning, trained_sizes
 from tests.conftest import loud_student
 from train_distillation import WanLiteStudent
 from wanlite.files.untrusted import WeightsFile
@@ -28,15 +28,15 @@ def copied_run(finished_run, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def painter(finished_run):
-    return Painter(finished_run[0])
+def pipeline(finished_run):
+    return StudentPipeline(finished_run[0])
 
 
 @pytest.fixture
-def hooked(painter):
-    """Register a hook on a module of the painter for the length of a test."""
+def hooked(pipeline):
+    """Register a hook on a module of the pipeline for the length of a test."""
     handles = []
-    yield lambda module, hook: handles.append(getattr(painter, module).register_forward_hook(hook))
+    yield lambda module, hook: handles.append(getattr(pipeline, module).register_forward_hook(hook))
     for handle in handles:
         handle.remove()
 
@@ -82,7 +82,7 @@ def test_flat_images_are_written_and_one_warning_names_them(copied_run, tmp_path
 
 @pytest.mark.parametrize("batch_size", ["1", "3"])
 def test_one_flat_image_of_several_is_no_fault_of_the_student(
-    batch_size, finished_run, painter, tmp_path, monkeypatch, capsys
+    batch_size, finished_run, pipeline, tmp_path, monkeypatch, capsys
 ):
     images = iter(
         [
@@ -91,8 +91,8 @@ def test_one_flat_image_of_several_is_no_fault_of_the_student(
             np.arange(192, dtype=np.uint8).reshape(8, 8, 3),
         ]
     )
-    monkeypatch.setattr(run_inference, "Painter", lambda *_: painter)
-    monkeypatch.setattr(painter, "draw", lambda prompts, *_: [next(images) for _ in prompts])
+    monkeypatch.setattr(run_inference, "StudentPipeline", lambda *_: pipeline)
+    monkeypatch.setattr(pipeline, "draw", lambda prompts, *_: [next(images) for _ in prompts])
     main(*settings_of(finished_run[0], tmp_path / "images", "abc", "--batch_size", batch_size))
     assert (
         capsys.readouterr().err.splitlines()[-1]
@@ -114,9 +114,9 @@ def nan_where(numbers):
 
 @pytest.mark.parametrize("module, batch_size", [("student", "3"), ("student", "1")])
 def test_images_that_are_not_finite_are_errors_and_all_others_are_kept(
-    module, batch_size, finished_run, painter, hooked, tmp_path, monkeypatch
+    module, batch_size, finished_run, pipeline, hooked, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(run_inference, "Painter", lambda *_: painter)
+    monkeypatch.setattr(run_inference, "StudentPipeline", lambda *_: pipeline)
     hooked(module, nan_where({1}))  # with one step a row is an image
     settings = settings_of(
         finished_run[0], tmp_path / "images", "abc", "--batch_size", batch_size, "--num_inference_steps", "1"
@@ -132,14 +132,14 @@ def test_images_that_are_not_finite_are_errors_and_all_others_are_kept(
     ]
 
 
-def test_pixels_that_are_not_finite_are_no_image(painter, monkeypatch):
+def test_pixels_that_are_not_finite_are_no_image(pipeline, monkeypatch):
     decode = run_inference.decode_latents
     monkeypatch.setattr(
         run_inference,
         "decode_latents",
         lambda *each: decode(*each).index_fill(0, torch.tensor([0]), float("inf")),
     )
-    first, second = painter.draw(["a", "b"], [0, 1], 1, 64, 64)
+    first, second = pipeline.draw(["a", "b"], [0, 1], 1, 64, 64)
     assert first is None and second.shape == (64, 64, 3)
 
 
@@ -163,12 +163,12 @@ def test_commands_in_a_row_keep_all_images_and_print_a_line_for_each(finished_ru
 
 
 def test_a_grid_has_at_most_64_cells_and_no_more_images_are_kept(
-    finished_run, painter, tmp_path, monkeypatch
+    finished_run, pipeline, tmp_path, monkeypatch
 ):
     image = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
-    monkeypatch.setattr(painter, "draw", lambda prompts, *_: [image.copy() for _ in prompts])
+    monkeypatch.setattr(pipeline, "draw", lambda prompts, *_: [image.copy() for _ in prompts])
     settings, prompts = settings_of(finished_run[0], tmp_path, ["a"] * 100, "--batch_size", "10")
-    drawn, cells = draw_all(painter, settings, prompts)
+    drawn, cells = draw_all(pipeline, settings, prompts)
     assert len(drawn) == 100 and len(cells) == 64
     grid = run_inference.save_grid(settings, drawn, cells)
     assert grid.name == "grid-0000-0063.png" and Image.open(grid).size == (8 * 8 + 7 * 4,) * 2
@@ -235,15 +235,15 @@ def test_a_record_of_no_sizes_is_refused_by_name(run):
 @pytest.mark.parametrize("is_replaced", [True, False])
 def test_the_hash_of_an_image_is_of_the_weights_that_drew_it(is_replaced, copied_run, tmp_path):
     digest = hashlib.sha256((copied_run / WEIGHTS).read_bytes()).hexdigest()
-    painter = Painter(copied_run)
-    before = painter.draw(["a ring"], [0], 1, 64, 64)[0]
+    pipeline = StudentPipeline(copied_run)
+    before = pipeline.draw(["a ring"], [0], 1, 64, 64)[0]
     other = {name: tensor + 0.1 for name, tensor in load_file(copied_run / WEIGHTS).items()}
     save_file(other, tmp_path / "other", {"config": WeightsFile(copied_run / WEIGHTS).metadata["config"]})
     (os.replace if is_replaced else shutil.copyfile)(tmp_path / "other", copied_run / WEIGHTS)
     settings, prompts = settings_of(copied_run, tmp_path / "images", ["a ring"], "--num_inference_steps", "1")
-    (drawn,), (image,) = draw_all(painter, settings, prompts)
+    (drawn,), (image,) = draw_all(pipeline, settings, prompts)
     assert Image.open(drawn.path).text["weights_sha256"] == digest and np.array_equal(image, before)
-    assert Painter(copied_run).weights_sha256 != digest
+    assert StudentPipeline(copied_run).weights_sha256 != digest
 
 
 def test_a_hash_is_of_the_bytes_that_were_read_though_the_file_changes_meanwhile(tmp_path):
@@ -305,13 +305,13 @@ def test_an_image_records_the_dtype_that_drew_it(arguments, expected, finished_r
 def test_a_gpu_that_computes_in_bfloat16_draws_in_it_where_no_dtype_is_given(finished_run, monkeypatch):
     monkeypatch.setattr(run_inference, "drawing_dtype", lambda *_: drawing_dtype("cuda", True))
     assert (
-        Painter(finished_run[0]).dtype == torch.bfloat16
-        and Painter(finished_run[0], dtype="float16").dtype == torch.float16
+        StudentPipeline(finished_run[0]).dtype == torch.bfloat16
+        and StudentPipeline(finished_run[0], dtype="float16").dtype == torch.float16
     )
 
 
 def test_cudnn_attends_neither_in_drawing_nor_in_training(finished_run, monkeypatch):
-    for choose in (disable_cudnn_attention, lambda: Painter(finished_run[0])):
+    for choose in (disable_cudnn_attention, lambda: StudentPipeline(finished_run[0])):
         torch.backends.cuda.enable_cudnn_sdp(True)
         choose()
         assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -319,8 +319,8 @@ def test_cudnn_attends_neither_in_drawing_nor_in_training(finished_run, monkeypa
 
 def test_a_student_without_a_record_draws_as_with_one(copied_run, tmp_path):
     """And so does one whose scheduler stock diffusers saved again."""
-    first = Painter(copied_run).draw(["a ring"], [0], 2, 64, 64)[0]
-    Painter(copied_run).scheduler.save_pretrained(copied_run / "scheduler")
+    first = StudentPipeline(copied_run).draw(["a ring"], [0], 2, 64, 64)[0]
+    StudentPipeline(copied_run).scheduler.save_pretrained(copied_run / "scheduler")
     (copied_run / "run.json").unlink()
-    assert np.array_equal(first, Painter(copied_run).draw(["a ring"], [0], 2, 64, 64)[0])
-    assert "flow_prediction" in json.dumps(dict(Painter(copied_run).scheduler.config))
+    assert np.array_equal(first, StudentPipeline(copied_run).draw(["a ring"], [0], 2, 64, 64)[0])
+    assert "flow_prediction" in json.dumps(dict(StudentPipeline(copied_run).scheduler.config))

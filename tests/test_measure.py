@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from wanlite.training.metrics import (
-    beyond_guards,
     channel_drift,
     channel_spread,
+    find_guard_violations,
     frechet_distance,
     likeness,
     saturation,
@@ -51,18 +51,18 @@ def test_a_student_that_draws_as_its_teacher_is_within_every_guard_and_a_collaps
     seeds = np.stack([pictures(seed, 8) for seed in range(8)], axis=1)
     same = likeness(LATENTS, drawn, seeds, LATENTS, drawn, seeds)
     assert same == pytest.approx({"picture_error": 0, "channel_drift": 0, "saturation": 1, "variety": 1})
-    assert not beyond_guards(same)
+    assert not find_guard_violations(same)
     collapsed = likeness(LATENTS, drawn, np.repeat(seeds[:, :1], 8, axis=1), LATENTS, drawn, seeds)
-    assert collapsed["variety"] == 0 and [reason.split()[0] for reason in beyond_guards(collapsed)] == [
-        "variety"
-    ]
-    assert "at least 0.6" in beyond_guards(collapsed)[0]
+    assert collapsed["variety"] == 0 and [
+        reason.split()[0] for reason in find_guard_violations(collapsed)
+    ] == ["variety"]
+    assert "at least 0.6" in find_guard_violations(collapsed)[0]
     unruly = likeness(LATENTS, drawn, seeds, LATENTS, drawn, np.clip(0.2 * seeds, 0, 255).astype(np.uint8))
-    assert unruly["variety"] > 3 and not beyond_guards(unruly)
+    assert unruly["variety"] > 3 and not find_guard_violations(unruly)
     faded = likeness(LATENTS, (drawn // 2 + 64), seeds, LATENTS, drawn, seeds)
-    assert [reason.split()[0] for reason in beyond_guards(faded)] == ["saturation"]
+    assert [reason.split()[0] for reason in find_guard_violations(faded)] == ["saturation"]
     drifted = likeness(LATENTS + 2, drawn, seeds, LATENTS, drawn, seeds)
-    assert any("colour drift" in reason for reason in beyond_guards(drifted))
+    assert any("colour drift" in reason for reason in find_guard_violations(drifted))
 
 
 def test_variety_and_saturation_have_closed_forms():

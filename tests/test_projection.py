@@ -80,9 +80,9 @@ def test_every_teacher_tensor_is_read_and_every_student_tensor_written(expert):
     expected = {
         f"high: {name}" for name in outer if name not in ("patch_embedding.weight", "scale_shift_table")
     }
-    assert set(report.dropped) == (expected if expert == "span" else set())
+    assert set(report.dropped) == (expected if expert == "best_per_block" else set())
     assert report.num_read + len(report.dropped) == len(files.experts["high"].places) * (
-        2 if expert == "span" else 1
+        2 if expert == "best_per_block" else 1
     )
     assert report.num_written == len(before)
 

@@ -22,7 +22,7 @@ from tests.conftest import ROOT, SHORT_RUN, fork, run_script
 from wanlite.files.atomic import write_json
 from wanlite.planning import estimate as needs
 from wanlite.teacher.model import Expert
-from wanlite.training import validation as examiner
+from wanlite.training import validation as validator
 from wanlite.training.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
 from wanlite.training.run_folder import read_run
 from wanlite.training.steps import STEPS
@@ -60,8 +60,8 @@ def train(folder, *flags, at=None, checks=None, guards=None):
     def as_typed():
         steps = whenever(lambda name, *arguments: STEPS[name](*arguments), at or {})
         train_distillation.STEPS = {name: partial(steps, name) for name in STEPS}
-        train_distillation.beyond_guards = guards or train_distillation.beyond_guards
-        examiner.relative_error = whenever(examiner.relative_error, checks or {})
+        train_distillation.find_guard_violations = guards or train_distillation.find_guard_violations
+        validator.relative_error = whenever(validator.relative_error, checks or {})
         sys.argv = ["train_distillation.py", "--output_dir", str(folder), *map(str, (*SHORT_RUN, *flags))]
         with open(f"{folder}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
             try:

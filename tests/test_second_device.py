@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils import backend_registration
 
-from run_inference import Painter
+from run_inference import StudentPipeline
 from tests.conftest import ROOT
 from tests.test_images import write_folder
 
@@ -46,9 +46,9 @@ import numpy
 import run_inference
 for name, free in (("there", 1e12), ("beside", 1)):
     run_inference.free_memory = lambda device: (free, free)
-    painter = run_inference.Painter("{{run}}", "second:0")
-    print(painter.encoder.device)
-    numpy.save("{{folder}}/" + name + ".npy", painter.draw({PROMPTS}, range(2), 2, 64, 96))
+    pipeline = run_inference.StudentPipeline("{{run}}", "second:0")
+    print(pipeline.encoder.device)
+    numpy.save("{{folder}}/" + name + ".npy", pipeline.draw({PROMPTS}, range(2), 2, 64, 96))
 """
 LOADS = f"""import sys
 sys.path.insert(0, "{ROOT}")
@@ -130,7 +130,7 @@ def test_a_student_draws_there_what_it_draws_on_the_cpu(runs, tmp_path):
         "second:0",
         "cpu",
     ]  # where the text encoder was: the second time too little was free
-    drawn = Painter(runs[1], "cpu").draw(PROMPTS, range(2), 2, 64, 96)
+    drawn = StudentPipeline(runs[1], "cpu").draw(PROMPTS, range(2), 2, 64, 96)
     for name in ("there", "beside"):
         assert np.abs(np.load(tmp_path / f"{name}.npy").astype(int) - drawn).max() <= 1
 

@@ -22,10 +22,10 @@ from wanlite.student import pruning as block_cutting
 from wanlite.student.initialization import compare_experts, project_into, start_student
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.model import Teacher
-from wanlite.training import validation as examiner
+from wanlite.training import validation as validator
 from wanlite.training.run_folder import read_run
 from wanlite.training.steps import velocity_in_chunks
-from wanlite.training.teacher_data import Lessons, Words
+from wanlite.training.teacher_data import PromptEmbeddings, TeacherData
 from wanlite.training.throughput import Pace
 
 
@@ -73,7 +73,7 @@ def test_a_start_is_taken_again_only_if_it_was_made_by_the_same_code(room, tmp_p
         open_teacher_files(TINY_TEACHER),
         WanLiteStudent(hidden_size=64, depth=4, num_heads=2, text_dim=64),
     )
-    words = Words(accelerator, TINY_TEACHER, tmp_path, ["a red ring"])
+    words = PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, ["a red ring"])
 
     def start():
         start_student(settings, student, files, words, ["a red ring"], (8, 8), accelerator)
@@ -112,7 +112,7 @@ def test_what_is_kept_of_a_start_is_what_was_projected(tmp_path):
     )
     shape = {"hidden_size": 64, "depth": 4, "num_heads": 2, "text_dim": 64}
     files, prompts = open_teacher_files(TINY_TEACHER), ["a red ring", "a blue cross"]
-    words = Words(accelerator, TINY_TEACHER, tmp_path, prompts)
+    words = PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, prompts)
     started, again, expected = (WanLiteStudent(**shape) for _ in range(3))
     reports = [
         start_student(settings, student, files, words, prompts, (8, 8), accelerator)
@@ -138,20 +138,26 @@ def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_
         (16, 8, 8),
     )
     words, teacher = (
-        Words(accelerator, TINY_TEACHER, tmp_path, [*prompts, ""]),
+        PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, [*prompts, ""]),
         Teacher(open_teacher_files(TINY_TEACHER)),
     )
-    lessons = Lessons(
+    teacher_data = TeacherData(
         accelerator, settings, teacher, words, prompts, prompts, [shape, shape], 16, Pace("cpu", 1e9)
     )
-    lessons.find_basis()
+    teacher_data.find_basis()
     few, autoencoder = FewSteps(settings.flow_shift, [1, 2, 4], shape, 4), load_autoencoder(TINY_TEACHER)
-    found = examiner.Examiner(
-        lessons, *lessons.generate_validation(), prompts, few.counts, few.scheduler, autoencoder, lambda: None
+    found = validator.Validator(
+        teacher_data,
+        *teacher_data.generate_validation(),
+        prompts,
+        few.counts,
+        few.scheduler,
+        autoencoder,
+        lambda: None,
     )
     student = WanLiteStudent.from_pretrained(finished_run[0])
     drawn = {
-        count: examiner.draw_pictures(
+        count: validator.draw_pictures(
             partial(velocity_in_chunks, student),
             autoencoder,
             [words[prompt] for prompt in prompts],
@@ -162,7 +168,7 @@ def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_
         )
         for count in few.counts
     }
-    looks, figures = found.look(student)
+    looks, figures = found.validate(student)
     assert (
         set(looks) == {1, 2, 4}
         and figures["picture_error_2"] == looks[2]["picture_error"] != looks[4]["picture_error"]
@@ -177,7 +183,7 @@ def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_
     for (title, row), count in zip(rows, (4, 2, 1)):
         assert (row == drawn[count]).all() and f"variety {looks[count]['variety']:.2f}" in title
     monkeypatch.setattr(
-        examiner,
+        validator,
         "compare",
         lambda by_teacher, by_student, *_: (
             by_teacher(prompts),
@@ -203,9 +209,9 @@ def test_the_teacher_is_guided_by_the_settings_and_plain_where_it_is_held_agains
         )
     )
     accelerator, prompts = Accelerator(), ["a red ring", "a green square"]
-    words = Words(accelerator, TINY_TEACHER, tmp_path, [*prompts, "a blue cross"])
+    words = PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, [*prompts, "a blue cross"])
     teacher = Teacher(open_teacher_files(TINY_TEACHER))
-    lessons = Lessons(
+    teacher_data = TeacherData(
         accelerator,
         settings,
         teacher,
@@ -219,7 +225,9 @@ def test_the_teacher_is_guided_by_the_settings_and_plain_where_it_is_held_agains
     text, unwanted = words.pack(prompts), words.pack(2 * ["a blue cross"])
     latents = seeded_noise((16, 8, 8), [1, 2])
     for timestep in (torch.full((2,), 990.0), torch.full((2,), 100.0)):  # the high and the low expert's
-        guided, plain = (maker(text)(latents, timestep) for maker in (lessons.guided, lessons.plain))
+        guided, plain = (
+            maker(text)(latents, timestep) for maker in (teacher_data.guided, teacher_data.plain)
+        )
         assert torch.equal(guided, teacher.velocity(latents, timestep, text, unwanted, 5.0, 2.0)[0])
         assert torch.equal(plain, teacher.velocity(latents, timestep, text)[0]) and not torch.allclose(
             guided, plain, atol=0.01

@@ -15,7 +15,7 @@ from tests.conftest import TINY_TEACHER, change, refuse_pickle
 from wanlite.data.text_encoder import encode_prompts, lazy_encoder, load_text_encoder, tell_cut
 from wanlite.data.trajectories import SHARD_SIZE, encode_once, read_shard, shard_path
 from wanlite.network import TextTokens, pack_text, unpack_text
-from wanlite.training.teacher_data import Words
+from wanlite.training.teacher_data import PromptEmbeddings
 
 PROMPTS = [
     "a small red circle at the left on a white background",
@@ -259,5 +259,5 @@ def test_prompts_over_the_limit_are_counted_in_one_line_that_shows_the_first(tmp
         "WARNING: prompts over the limit of 512 tokens are cut there: 2, the first 'a small red"
     )
     for _ in range(2):  # the second time from the cache
-        Words(Accelerator(cpu=True), TINY_TEACHER, tmp_path, ["a ring", f"{exact} ring", exact])
+        PromptEmbeddings(Accelerator(cpu=True), TINY_TEACHER, tmp_path, ["a ring", f"{exact} ring", exact])
         assert "cut there: 1, the first 'ring ring" in capsys.readouterr().out

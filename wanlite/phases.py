@@ -75,7 +75,7 @@ def choose_validated(training, held_out):
     return list(dict.fromkeys([*held_out, *training]))[: max(len(held_out), MIN_VALIDATED)]
 
 
-def count_looks(count, num_validated):
+def count_validated(count, num_validated):
     """Return (count of validated prompts, n): a validation is held against these, and against n prompts from
     n seeds each.
     """
@@ -84,9 +84,12 @@ def count_looks(count, num_validated):
 
 def count_passes(settings, num_trajectories, num_validated, phases):
     """Return how many times a picture goes through the teacher in a run; guidance takes two of these a step."""
-    looks, several = count_looks(settings.validation_trajectories, num_validated)
+    validated, several = count_validated(settings.validation_trajectories, num_validated)
     count = (
-        num_trajectories + settings.validation_trajectories + looks + min(several, num_validated) * several
+        num_trajectories
+        + settings.validation_trajectories
+        + validated
+        + min(several, num_validated) * several
     )
     steps = {phase: sum(last - first for name, first, last in phases if name == phase) for phase in PHASES}
     shown = len(settings.validation_prompts or range(min(several, num_validated)))

@@ -57,9 +57,9 @@ def check_together(settings):
             "Leave one "
             "of them out."
         )
-    if settings.expert == "span" and settings.projection == "calibrated":
+    if settings.expert == "best_per_block" and settings.projection == "calibrated":
         raise ValueError(
-            "--expert span goes with --projection weights: a student is calibrated against one expert. Add "
+            "--expert best_per_block goes with --projection weights: a student is calibrated against one expert. Add "
             "--projection weights, or choose --expert low or high."
         )
     if settings.matching_steps and settings.mixed_precision == "fp16":

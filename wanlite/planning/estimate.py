@@ -19,9 +19,9 @@ from ..files.atomic import SPARE
 from ..phases import (
     bound_pictures,
     choose_validated,
-    count_looks,
     count_states,
     count_trajectories,
+    count_validated,
     phases_of,
 )
 from ..runtime.devices import free_memory, has_gpu
@@ -202,8 +202,8 @@ class MemoryEstimator:
         num_generated = len(images) + count_trajectories(settings, len(training))
         dtype, residency = training_dtype(settings), place_teacher(settings, self.files, self.device)
         validated = len(choose_validated(training, held_out))
-        looks, several = count_looks(settings.validation_trajectories, validated)
-        drawn = max(looks, several**2)
+        num_validated, several = count_validated(settings.validation_trajectories, validated)
+        drawn = max(num_validated, several**2)
         together = min(drawn, max(1, DECODED_AT_ONCE // self.pixels))
         placed = {
             place: teacher_bytes(self.files, place, dtype, settings.teacher_fp8, local_processes())
@@ -228,7 +228,7 @@ class MemoryEstimator:
         remembered = (self.idle_bytes + self.weights) * (
             1.5 if settings.matching_steps else 1
         )  # with the best student so far
-        seen = num_generated + looks + min(several, validated) * several
+        seen = num_generated + num_validated + min(several, validated) * several
         disk[settings.cache_dir] += trajectory_bytes(
             seen,
             settings.teacher_steps,

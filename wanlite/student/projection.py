@@ -20,9 +20,9 @@ from diffusers.models.embeddings import Timesteps
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .pruning import GATE, SCALE, Cutter, cut_span, top
+from .pruning import GATE, SCALE, BlockProjector, cut_span, top
 
-EXPERTS = ("low", "high", "span")  # span: for each student block the expert that keeps more energy
+EXPERTS = ("low", "high", "best_per_block")  # span: for each student block the expert that keeps more energy
 TEXT_SAMPLES = 4096  # words that the text path is refitted on
 WRITERS = ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2")  # to the residual
 
@@ -74,7 +74,7 @@ class Report:
 
 
 def choose_experts(files, expert):
-    """Return the expert files to project from: one, or for "span" both, the low one first."""
+    """Return the expert files to project from: one, or for "best_per_block" both, the low one first."""
     if expert not in EXPERTS:
         raise ValueError(
             f"--expert {expert!r} is unknown, expected {', '.join(EXPERTS)}; a teacher with one expert has "
@@ -82,7 +82,7 @@ def choose_experts(files, expert):
         )
     if "only" in files.experts:
         return [files.experts["only"]]
-    return [files.experts[name] for name in (("low", "high") if expert == "span" else (expert,))]
+    return [files.experts[name] for name in (("low", "high") if expert == "best_per_block" else (expert,))]
 
 
 @torch.no_grad()
@@ -109,10 +109,10 @@ def project(student, experts, text_samples=None, channels=None, device="cpu"):
         words = _project_text(first, config, text_samples, target, report)
         target["patch_embedding.weight"] = first("patch_embedding.weight")[channels]
         target["patch_embedding.bias"] = first("patch_embedding.bias")[channels]
-        cutter = Cutter(config, teacher, channels, norm_scale, times, words)
+        projector = BlockProjector(config, teacher, channels, norm_scale, times, words)
         for index, span in enumerate(spans):
             bar.set_postfix_str(f"block {index + 1} of {len(spans)}")
-            _project_span(cutter, readers, span, index, target, report)
+            _project_span(projector, readers, span, index, target, report)
         _project_head(first, channels, norm_scale, times, target)
         bar.update(bar.total - bar.n)
     report.channels = channels.cpu()
@@ -324,11 +324,11 @@ def _refit(weight, bias, inputs, wanted, ridge=1e-6):
 # ---- blocks, head ------------------------------------------------------------------------------------------
 
 
-def _project_span(cutter, readers, span, index, target, report):
+def _project_span(projector, readers, span, index, target, report):
     """Project the teacher blocks of a span into one student block, from the expert whose cut keeps more
     energy.
     """
-    found = [cut_span(cutter, reader, span) for reader in readers]
+    found = [cut_span(projector, reader, span) for reader in readers]
     tensors, cut, kept, name = max(found, key=lambda each: sum(each[2].values()))  # ties go to the first
     for short, tensor in tensors.items():
         target[f"blocks.{index}.{short}"] = tensor

@@ -19,7 +19,7 @@ ATTENTIONS = ("attn1", "attn2")
 
 
 @dataclass
-class Cutter:
+class BlockProjector:
     """What every block is cut with."""
 
     config: dict  # the student's
@@ -30,11 +30,11 @@ class Cutter:
     words: torch.Tensor
 
 
-def cut_span(cutter, reader, span):
+def cut_span(projector, reader, span):
     """Return one student block's tensors, what rows of which block they are, the energy kept per group, and
     the expert's name.
     """
-    channels, norm_scale, rows = cutter.channels, cutter.norm_scale, list(SCALE)
+    channels, norm_scale, rows = projector.channels, projector.norm_scale, list(SCALE)
     prefixes = [f"blocks.{number}." for number in span]
     full_tables = torch.stack(
         [reader(f"{prefix}scale_shift_table")[0] for prefix in prefixes]
@@ -50,7 +50,7 @@ def cut_span(cutter, reader, span):
     weight, bias = norms[0].mean(0), norms[1].mean(0)
     tensors = {"scale_shift_table": stretched[None], "norm2.weight": weight * norm_scale, "norm2.bias": bias}
     parts, cut, kept = {name: [] for name in (*ATTENTIONS, "ffn")}, {}, {}
-    over_time = cutter.times["modulation"]
+    over_time = projector.times["modulation"]
     dropped = torch.ones(over_time.shape[-1], device=channels.device)
     dropped[channels] = 0
     for number, prefix in enumerate(prefixes):
@@ -63,20 +63,27 @@ def cut_span(cutter, reader, span):
             ("ffn", silent[SHIFT[1]]),
         ):
             folds[name].silent = dropped * constant
-        for name, text_basis in zip(ATTENTIONS, (None, cutter.words)):
+        for name, text_basis in zip(ATTENTIONS, (None, projector.words)):
             parts[name].append(
                 _cut_attention(
-                    reader, f"{prefix}{name}.", channels, text_basis, folds[name], cutter.config["num_heads"]
+                    reader,
+                    f"{prefix}{name}.",
+                    channels,
+                    text_basis,
+                    folds[name],
+                    projector.config["num_heads"],
                 )
             )
         parts["ffn"].append(
-            _cut_feed_forward(reader, f"{prefix}ffn.net.", channels, folds["ffn"], cutter.config["ffn_dim"])
+            _cut_feed_forward(
+                reader, f"{prefix}ffn.net.", channels, folds["ffn"], projector.config["ffn_dim"]
+            )
         )
     for name in ATTENTIONS:
         tensors |= _join_heads(
-            parts.pop(name), cutter.config, cutter.teacher["attention_head_dim"], name, cut, kept
+            parts.pop(name), projector.config, projector.teacher["attention_head_dim"], name, cut, kept
         )
-    tensors |= _join_neurons(parts.pop("ffn"), cutter.config["ffn_dim"], cut, kept)
+    tensors |= _join_neurons(parts.pop("ffn"), projector.config["ffn_dim"], cut, kept)
     return tensors, cut, kept, reader.files.name
 
 

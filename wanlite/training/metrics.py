@@ -98,7 +98,7 @@ def likeness(latents, pictures, by_seed, teacher_latents, teacher_pictures, teac
     }
 
 
-def beyond_guards(figures):
+def find_guard_violations(figures):
     """Return what figures of likeness() lie beyond GUARDS, in words."""
     return [
         f"{name.replace('channel', 'colour').replace('_', ' ')} {figures[name]:.2f}, "

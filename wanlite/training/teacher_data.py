@@ -19,7 +19,7 @@ from ..files.atomic import in_turn
 from ..files.cache import cache_folder
 from ..flow import make_scheduler
 from ..network import TEXT_LENGTH, pack_text
-from ..phases import choose_validated, count_looks
+from ..phases import choose_validated, count_validated
 from ..teacher.checkpoint import sampled_digest
 from ..teacher.components import convert_components, find_components, is_converted
 from .steps import velocity_in_chunks
@@ -50,7 +50,7 @@ def open_components(settings, accelerator):
     return folder
 
 
-class Words:
+class PromptEmbeddings:
     """Prompts' embeddings (L, T), each made once by the text encoder in `components_folder`; `said_by` is that
     encoder's digest.
     """
@@ -81,7 +81,7 @@ class Words:
         return pack_text([self.embeddings[prompt] for prompt in prompts])
 
 
-class Lessons:
+class TeacherData:
     """What the teacher says of training prompts, and of held-out ones that students are examined on.
 
     `latent_shapes` (C, H, W) are first that of an examination, then those that are trained on, one a bucket.
@@ -161,9 +161,11 @@ class Lessons:
         """Walk the prompts of validations; returns Trajectories of one seed each, and of a few prompts from
         several seeds each.
         """
-        looks, several = count_looks(self.settings.validation_trajectories, len(self.validated))
+        validated, several = count_validated(self.settings.validation_trajectories, len(self.validated))
         prompts = self.validated[: self.settings.validation_trajectories]
-        once = [(n % len(prompts), prompts[n % len(prompts)], self.first_seed - 1 - n) for n in range(looks)]
+        once = [
+            (n % len(prompts), prompts[n % len(prompts)], self.first_seed - 1 - n) for n in range(validated)
+        ]
         by_seed = [
             (n, prompt, self.first_seed - 1000 - seed)
             for n, prompt in enumerate(prompts[:several])
@@ -247,7 +249,7 @@ class Lessons:
 
 def teacher_velocity(teacher, settings, negative):
     """Return the guided teacher as a maker of velocity functions of (latents, timestep); see
-    examiner.draw_pictures.
+    validator.draw_pictures.
     """
 
     def velocity_for(text, features=None):

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ..data.autoencoder import decode_latents, to_pictures
 from ..flow import sample, seeded_noise
 from ..network import pack_text
-from ..phases import count_looks
+from ..phases import count_validated
 from ..runtime.ranks import broadcast
 from ..world import shapes
 from ..world.record import read_world
@@ -25,28 +25,34 @@ GRID_FIGURES = {
 }  # told beside the rows of a grid
 
 
-class Examiner:
-    """Holds students against the teacher of `lessons`, each drawing in every one of `counts` steps of
+class Validator:
+    """Holds students against the teacher of `teacher_data`, each drawing in every one of `counts` steps of
     `scheduler`.
 
     `trajectories` are the teacher's Trajectories of validated prompts, `by_seed` those of a few prompts from many
     seeds, `shown` the prompts of the grids. `check` is called between batches, and may end it.
     """
 
-    def __init__(self, lessons, trajectories, by_seed, shown, counts, scheduler, autoencoder, check):
-        self.lessons, self.settings, self.validated = lessons, lessons.settings, lessons.validated
+    def __init__(self, teacher_data, trajectories, by_seed, shown, counts, scheduler, autoencoder, check):
+        self.teacher_data, self.settings, self.validated = (
+            teacher_data,
+            teacher_data.settings,
+            teacher_data.validated,
+        )
         self.counts, self.scheduler, self.autoencoder, self.check = counts, scheduler, autoencoder, check
         self.states, self.num_seeds = (
             trajectories,
-            count_looks(self.settings.validation_trajectories, len(self.validated))[1],
+            count_validated(self.settings.validation_trajectories, len(self.validated))[1],
         )
         self.trajectories = [
-            teacher_references(each, lessons.words, self.validated, autoencoder)
+            teacher_references(each, teacher_data.words, self.validated, autoencoder)
             for each in (trajectories, by_seed)
         ]
-        self.seeds = [self.settings.seed + number for number in range(max(len(shown), len(lessons.held_out)))]
+        self.seeds = [
+            self.settings.seed + number for number in range(max(len(shown), len(teacher_data.held_out)))
+        ]
         self.shown, steps = shown, self.settings.reference_steps
-        self.teacher_drawn = lessons.keep(
+        self.teacher_drawn = teacher_data.keep(
             "pictures",
             lambda: {"pictures": torch.from_numpy(self._draw_teacher(shown))},
             prompts=shown,
@@ -54,14 +60,14 @@ class Examiner:
             reference=steps,
         )["pictures"].numpy()
 
-    def look(self, student):
+    def validate(self, student):
         """Return figures by number of steps, and all of them by name with the error on held-out states; the
         same on all ranks.
         """
         error = relative_error(
-            student, self.states, self.lessons.words, self.validated, self.autoencoder.device, self.check
+            student, self.states, self.teacher_data.words, self.validated, self.autoencoder.device, self.check
         )
-        looks = {
+        figures_by_steps = {
             count: compare_trajectories(
                 self.trajectories,
                 partial(velocity_in_chunks, student),
@@ -73,16 +79,20 @@ class Examiner:
             )
             for count in self.counts
         }
-        error, looks = broadcast((error, looks))  # by which every rank chooses, and ends
-        return looks, {"held_out_error": error} | {
-            f"{name}_{count}": value for count, look in looks.items() for name, value in look.items()
+        error, figures_by_steps = broadcast(
+            (error, figures_by_steps)
+        )  # by which every rank chooses, and ends
+        return figures_by_steps, {"held_out_error": error} | {
+            f"{name}_{count}": value
+            for count, each in figures_by_steps.items()
+            for name, value in each.items()
         }
 
-    def draw_grid(self, student, looks):
+    def draw_grid(self, student, figures_by_steps):
         """Return {what a row shows: its pictures (B, height, width, 3)}, the teacher's above the student's."""
         grid = {f"teacher {self.settings.reference_steps} steps": self.teacher_drawn}
-        for count, look in reversed(looks.items()):
-            said = [f"{name} {look[measure]:.2f}" for name, measure in GRID_FIGURES.items()]
+        for count, each in reversed(figures_by_steps.items()):
+            said = [f"{name} {each[measure]:.2f}" for name, measure in GRID_FIGURES.items()]
             grid[", ".join([f"student {count} step{'s' * (count > 1)}", *said])] = self._draw(
                 student, count, self.shown
             )
@@ -101,7 +111,7 @@ class Examiner:
             self._draw_teacher,
             {count: partial(self._draw, student, count) for count in self.counts},
             self.settings.num_inference_steps,
-            self.lessons.held_out,
+            self.teacher_data.held_out,
             world,
         )
 
@@ -110,18 +120,18 @@ class Examiner:
 
     def _draw_teacher(self, prompts):
         return self._draw_by(
-            self.lessons.guided, prompts, self.lessons.scheduler, self.settings.reference_steps
+            self.teacher_data.guided, prompts, self.teacher_data.scheduler, self.settings.reference_steps
         )
 
     def _draw_by(self, velocity_for, prompts, scheduler, num_steps):
         return draw_pictures(
             velocity_for,
             self.autoencoder,
-            [self.lessons.words[prompt] for prompt in prompts],
+            [self.teacher_data.words[prompt] for prompt in prompts],
             self.seeds,
             scheduler,
             num_steps,
-            self.lessons.latent_shape,
+            self.teacher_data.latent_shape,
             self.check,
         )
 

@@ -1,7 +1,7 @@
-"""Train a student by a rival of ours, under the command line of train_distillation.py.
+"""Train a student with a baseline method, under the command line of train_distillation.py.
 
-python benchmarks/rivals.py flow_matching --output_dir DIR ...    # in place of stage 2a: the teacher's pictures as data
-python benchmarks/rivals.py twin_flow --output_dir DIR ...        # in place of stage 2b: its own critic, at negative times
+python benchmarks/baselines.py flow_matching --output_dir DIR ...    # in place of stage 2a: the teacher's pictures as data
+python benchmarks/baselines.py twin_flow --output_dir DIR ...        # in place of stage 2b: its own critic, at negative times
 """
 
 import os
@@ -60,12 +60,12 @@ def twin_flow_step(networks, settings, batch, text, progress, generator):
     return anchor + parts["fake_loss"] + weight * parts["rectify_loss"], parts
 
 
-RIVALS = {"flow_matching": ("few_step", flow_matching_step), "twin_flow": ("matching", twin_flow_step)}
+BASELINES = {"flow_matching": ("few_step", flow_matching_step), "twin_flow": ("matching", twin_flow_step)}
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in RIVALS:
-        sys.exit(f"rivals.py: expected {' or '.join(RIVALS)} and then flags of train_distillation.py")
-    part, step = RIVALS[sys.argv.pop(1)]
+    if len(sys.argv) < 2 or sys.argv[1] not in BASELINES:
+        sys.exit(f"baselines.py: expected {' or '.join(BASELINES)} and then flags of train_distillation.py")
+    part, step = BASELINES[sys.argv.pop(1)]
     STEPS[part] = step
     sys.exit(spine.main(*spine.read_settings()))
