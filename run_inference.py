@@ -27,7 +27,7 @@ from wanlite.runtime.terminal import keep_output_open, one_line
 from wanlite.schedule import TIMESTEPS, read_schedule, recorded_schedule
 from wanlite.student.loading import open_student, student_folder
 from wanlite.teacher.components import num_bytes
-from wanlite.training.run_folder import check_saved_components, picture_size, read_run
+from wanlite.training.run_folder import check_saved_components, image_size, read_run
 
 MAX_CELLS = 64  # images in a grid
 MAX_COLUMNS = 16  # of a grid with a row for each prompt
@@ -100,7 +100,7 @@ def complete(settings):
     schedule = recorded_schedule(run, folder / "run.json")
     check_saved_components(folder)
     prompts = choose_prompts(settings, run, folder)
-    width, height = picture_size(run.get("resolution", 512))
+    width, height = image_size(run.get("resolution", 512))
     defaults = {"height": height, "width": width, "num_inference_steps": run.get("num_inference_steps", 20)}
     filled = {
         name: default if getattr(settings, name) is None else getattr(settings, name)
@@ -110,7 +110,7 @@ def complete(settings):
     check_numbers(settings, len(prompts))
     check_steps(settings.num_inference_steps, schedule, folder)
     read_schedule(folder, schedule)
-    trained_sizes(run, check_picture_size(settings, folder, config), folder / "run.json")
+    trained_sizes(run, check_image_size(settings, folder, config), folder / "run.json")
     check_output_dir(Path(settings.output_dir))
     if settings.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", settings.device):
         raise ValueError(f"--device {settings.device} is unknown, expected cpu, cuda, cuda:N or mps.")
@@ -150,7 +150,7 @@ def check_steps(num_steps, schedule, folder):
         )
 
 
-def check_picture_size(settings, folder, config):
+def check_image_size(settings, folder, config):
     """Refuse sizes that do not divide into tokens or lie beyond the student's rotary tables; returns a
     token's pixels.
     """
@@ -185,7 +185,7 @@ def trained_sizes(run, unit, source):
     """
     if "resolution" not in run:
         return []
-    size, settings = picture_size(run["resolution"]), run.get("settings")
+    size, settings = image_size(run["resolution"]), run.get("settings")
     ratios = settings.get("aspect_ratios") if isinstance(settings, dict) else None
     if any(type(side) is not int or side < 1 for side in size):
         raise ValueError(
@@ -267,7 +267,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from train_distillation import WanLiteStudent
-from wanlite.data.autoencoder import decode_latents, load_autoencoder, to_pictures
+from wanlite.data.autoencoder import decode_latents, load_autoencoder, to_images
 from wanlite.data.grids import lay_out
 from wanlite.data.text_encoder import encode_prompts, load_text_encoder, tell_cut
 from wanlite.files.image_files import grid_names, image_names, save_image
@@ -333,7 +333,7 @@ class StudentPipeline:
             bool(torch.isfinite(each).all() and torch.isfinite(drawn).all())
             for each, drawn in zip(latents, pixels)
         ]
-        return [picture if is_sound else None for picture, is_sound in zip(to_pictures(pixels), is_finite)]
+        return [picture if is_sound else None for picture, is_sound in zip(to_images(pixels), is_finite)]
 
     def _velocity(self, latents, timestep, text):
         return self.student(

@@ -31,7 +31,7 @@ from wanlite.planning.resolve import (
     REAL_TEACHERS,
     TINY_STEPS,
     complete,
-    picture_sizes,
+    image_sizes,
 )
 from wanlite.planning.settings import make_parser, setting
 from wanlite.runtime.launch import defer_to_rank_zero, is_first, is_launched
@@ -47,7 +47,7 @@ from wanlite.training.run_folder import (
     save_components,
     write_model_card,
 )
-from wanlite.training.trackers import log_picture
+from wanlite.training.trackers import log_image
 
 LOG_STEPS = 10
 STOPPED = 3  # exit code of a run that was asked to stop and can be resumed
@@ -394,7 +394,7 @@ from wanlite.planning.messages import (
     announce_few,
     command,
     conclude,
-    count_pictures,
+    count_teacher_images,
     describe_work,
     drawing_command,
     verdict,
@@ -826,7 +826,7 @@ def plan(settings, words):
     files = open_teacher_files(settings.teacher)
     found = find_components(settings.teacher)
     check_components(found, files.config)
-    phases, sizes, settings = phases_of(settings), picture_sizes(settings), choose_precision(settings, files)
+    phases, sizes, settings = phases_of(settings), image_sizes(settings), choose_precision(settings, files)
     needs = MemoryEstimator(settings, files, WanLiteStudent, choose_shape(settings, files), sizes, device)
     training, held_out, images = choose_data(settings, sizes[1:], print)
     prompts = [*training, *held_out, *(settings.validation_prompts or ()), settings.negative_prompt]
@@ -850,7 +850,7 @@ def plan(settings, words):
     passes = CALIBRATING_PASSES * calibration_frames(settings, training, needs.tokens) + (
         0 if settings.project_only else passes
     )
-    states = 0 if settings.project_only else count_pictures(settings)
+    states = 0 if settings.project_only else count_teacher_images(settings)
     print(
         "time     "
         + estimate(
@@ -899,7 +899,7 @@ def train(settings, is_resumed, stop):
 
     # What there is: teacher, student, prompts.
     check_components(find_components(settings.teacher), files.config)
-    shape, sizes = choose_shape(settings, files), picture_sizes(settings)
+    shape, sizes = choose_shape(settings, files), image_sizes(settings)
     needs = MemoryEstimator(settings, files, WanLiteStudent, shape, sizes, device)
     student = WanLiteStudent(shape)  # its memory is not yet taken
     with (
@@ -961,7 +961,7 @@ def train(settings, is_resumed, stop):
                 student,
                 files,
                 passes,
-                count_pictures(settings),
+                count_teacher_images(settings),
                 needs.tokens,
                 needs.latent_shape[1:],
                 device,
@@ -1117,7 +1117,7 @@ def train(settings, is_resumed, stop):
             if grid is not None:
                 picture = save_grid(output / "samples" / f"step-{step:06d}.png", grid)
                 for tracker in accelerator.trackers:
-                    log_picture(tracker, "teacher above student", picture, step)
+                    log_image(tracker, "teacher above student", picture, step)
         except OSError as error:
             say(f"WARNING: step {step} is not logged: {error}")
 
@@ -1192,7 +1192,7 @@ def train(settings, is_resumed, stop):
     )
     stop.is_immediate, is_asked = False, False  # from here on a stop waits until nothing is lost by it
     in_a_row, total_loss = 0, torch.zeros((), device=device)
-    measure = "frechet_distance" if settings.matching_steps else "picture_error"
+    measure = "frechet_distance" if settings.matching_steps else "image_error"
     try:
         for number, (phase, first, last) in enumerate(phases):
             if step >= last or memory["beyond"] >= PATIENCE:

@@ -70,7 +70,7 @@ def print_table(runs):
         "in 1 step",
         "picture error in 4 steps (range)",
         "in 1 step",
-        "variety in 4 steps",
+        "diversity in 4 steps",
     )
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for (pictures, steps), found in runs.items():
@@ -78,8 +78,8 @@ def print_table(runs):
         right, right_in_one = (
             [each["student_by_steps"][count]["accuracy"] for each in results] for count in "41"
         )
-        error, error_in_one, variety = (
-            [each[name] for each in results] for name in ("picture_error_4", "picture_error_1", "variety_4")
+        error, error_in_one, diversity = (
+            [each[name] for each in results] for name in ("picture_error_4", "picture_error_1", "diversity_4")
         )
         spent = " + ".join(f"{each:.1f}" for each in hours(pictures, steps))
         print(
@@ -87,7 +87,7 @@ def print_table(runs):
             f"{max(right):.3f}) | "
             f"{mean(right_in_one):.3f} | {mean(error):.3f} ({min(error):.3f} to {max(error):.3f}) | "
             f"{mean(error_in_one):.3f} | "
-            f"{mean(variety):.2f} |"
+            f"{mean(diversity):.2f} |"
         )
 
 

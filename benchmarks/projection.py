@@ -224,7 +224,7 @@ def run(job):
     from wanlite.network import pack_text
     from wanlite.training.losses import velocity_loss
     from wanlite.planning.resolve import complete
-    from wanlite.training.validation import draw_pictures, relative_error
+    from wanlite.training.validation import generate_images, relative_error
     from wanlite.training.steps import velocity_from
     from wanlite.student.shape import student_shape
 
@@ -281,7 +281,7 @@ def run(job):
     ema.copy_to(student.parameters())
     autoencoder, scheduler = load_autoencoder(settings.teacher), make_scheduler(settings.flow_shift)
     drawn = prompt_accuracy(
-        lambda prompts: draw_pictures(
+        lambda prompts: generate_images(
             partial(velocity_from, student),
             autoencoder,
             [embeddings[prompt] for prompt in prompts],

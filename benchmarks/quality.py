@@ -30,9 +30,15 @@ import torch
 from run_inference import StudentPipeline
 from train_distillation import CHANGEABLE_ON_RESUME, Settings
 from wanlite.world import shapes
-from wanlite.data.autoencoder import decode_latents, to_pictures
+from wanlite.data.autoencoder import decode_latents, to_images
 from wanlite.flow import make_scheduler, sample, seeded_noise
-from wanlite.training.metrics import channel_drift, channel_spread, frechet_distance, prompt_accuracy, variety
+from wanlite.training.metrics import (
+    channel_drift,
+    channel_spread,
+    diversity,
+    frechet_distance,
+    prompt_accuracy,
+)
 from wanlite.network import pack_text
 from wanlite.world.record import read_world
 from wanlite.training.run_folder import read_run
@@ -102,7 +108,7 @@ def methods(steps, rungs=()):
             (20, *FEW),
         ),
         "random start": ((TRAIN, "--projection", "none"), FEW),
-        "minus variety gain": ((TRAIN, *plain), FEW),
+        "minus diversity gain": ((TRAIN, *plain), FEW),
         "minus features": ((TRAIN, "--feature_weight", 0), FEW),
         "minus own path": ((TRAIN, "--rollout_states", 0), FEW),
         "minus stage 1": ((TRAIN, "--few_step_train_steps", steps - 1), FEW),
@@ -199,7 +205,7 @@ class Judge:
     def draw(self, velocity_for, scheduler, num_steps, captions, seeds):
         """Return latents (B, C, H, W) and pictures (B, 64, 64, 3) of captions and seeds."""
         stride = self.pipeline.autoencoder.config.scale_factor_spatial
-        shape = (self.pipeline.student.config.num_channels, *[self.world.PICTURE_SIZE // stride] * 2)
+        shape = (self.pipeline.student.config.num_channels, *[self.world.IMAGE_SIZE // stride] * 2)
         latents = torch.cat(
             [
                 sample(
@@ -213,9 +219,7 @@ class Judge:
                 for start in range(0, len(captions), 64)
             ]
         )
-        pictures = [
-            to_pictures(decode_latents(self.pipeline.autoencoder, part)) for part in latents.split(64)
-        ]
+        pictures = [to_images(decode_latents(self.pipeline.autoencoder, part)) for part in latents.split(64)]
         return latents, np.concatenate(pictures)
 
     def look(self, velocity_for, scheduler, num_steps, seed):
@@ -239,7 +243,7 @@ class Judge:
         latents, pictures, by_seed, seconds = looked = self.look(velocity_for, scheduler, num_steps, seed)
         if (model, num_steps) == REFERENCE:
             self.references[seed] = looked
-        teacher_latents, teacher_pictures, teacher_by_seed, _ = self.references[seed]
+        teacher_latents, teacher_images, teacher_by_seed, _ = self.references[seed]
         figures = prompt_accuracy(lambda _: pictures, self.captions, self.world)
         return {
             "model": model,
@@ -247,10 +251,10 @@ class Judge:
             "seed": seed,
             **figures,
             "evaluations": num_steps * passes,
-            "variety": variety(by_seed) / variety(teacher_by_seed),
+            "variety": diversity(by_seed) / diversity(teacher_by_seed),
             "drift": channel_drift(latents, teacher_latents),
             "spread": channel_spread(latents, teacher_latents),
-            "frechet": 1000 * frechet_distance(pictures, teacher_pictures),
+            "frechet": 1000 * frechet_distance(pictures, teacher_images),
             "seconds": seconds,
         }
 
@@ -294,7 +298,7 @@ def print_table(rows):
         "one",
         "two",
         *judged,
-        "variety (range)",
+        "diversity (range)",
         "drift",
         "spread",
         "Frechet",

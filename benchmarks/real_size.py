@@ -106,7 +106,7 @@ PHASES = {
     "wanlite.data.trajectories.TrajectoryGenerator.find_basis": "trajectories",
     "wanlite.data.trajectories.TrajectoryGenerator.trajectory": "trajectories",
     "wanlite.data.trajectories.TrajectoryGenerator.roll_out": "own path",
-    "wanlite.training.validation.draw_pictures": "drawing",
+    "wanlite.training.validation.generate_images": "drawing",
     "wanlite.training.validation.teacher_references": "drawing",
     "wanlite.training.validation.relative_error": "validation",
     "wanlite.training.validation.compare_trajectories": "validation",

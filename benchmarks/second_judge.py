@@ -6,7 +6,7 @@ both.
     python benchmarks/second_judge.py --teacher outputs/emoji_teacher     # and its autoencoder's round trip, and what it draws
 
 EfficientNet-lite0, trained on ImageNet, compares a crop of each object with every sprite (top-1 and top-5 of
-96), and the set of pictures with drawn ones (Frechet distance in the 64 directions of greatest variance; the
+96), and the set of images with drawn ones (Frechet distance in the 64 directions of greatest variance; the
 first row is its floor). `ours` is the share of the same objects that our judge finds right, `agree` the share
 of equal verdicts.
 """
@@ -45,7 +45,7 @@ STAGES = (
     (6, 192, 4, 2, 5),
     (6, 320, 1, 1, 3),
 )
-SIDE = 128  # pixels that a picture or a crop is enlarged to
+SIDE = 128  # pixels that a image or a crop is enlarged to
 DIRECTIONS = 64  # of features in which the Frechet distance is taken
 BANK_BACKGROUNDS = ("white", "grey", "black")
 
@@ -73,20 +73,20 @@ def load_weights():
 
 
 @torch.no_grad()
-def features(pictures: np.ndarray, batch_size: int = 50) -> torch.Tensor:
-    """Return the features (B, 1280) of pictures (B, height, width, 3) uint8: the network's last layer before
+def features(images: np.ndarray, batch_size: int = 50) -> torch.Tensor:
+    """Return the features (B, 1280) of images (B, height, width, 3) uint8: the network's last layer before
     its classes.
 
     Source: EfficientNet-lite0 (Tan and Le 2019, without squeeze-and-excitation and with ReLU6), TensorFlow's
     padding.
     """
     return torch.cat(
-        [_forward(pictures[start : start + batch_size]) for start in range(0, len(pictures), batch_size)]
+        [_forward(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
     )
 
 
-def _forward(pictures):
-    pixels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float()
+def _forward(images):
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
     pixels = F.interpolate(pixels, (SIDE, SIDE), mode="bicubic", align_corners=False).clamp(0, 255)
     states = F.relu6(_normed(_convolved((pixels - 127) / 128, "_conv_stem", stride=2), "_bn0"))
     block = 0
@@ -131,9 +131,9 @@ def _normed(states, name):
 # ---- objects -----------------------------------------------------------------------------------------------
 
 
-def crops(pictures: np.ndarray, scenes: list[emoji.Scene]) -> tuple[np.ndarray, list]:
+def crops(images: np.ndarray, scenes: list[emoji.Scene]) -> tuple[np.ndarray, list]:
     """Return a crop of every object of known size and place (C, SIDE, SIDE, 3), and its (number of the
-    picture, Object).
+    image, Object).
     """
     placed = [
         (index, thing)
@@ -141,13 +141,13 @@ def crops(pictures: np.ndarray, scenes: list[emoji.Scene]) -> tuple[np.ndarray, 
         for thing in scene.objects
         if thing.size and thing.place
     ]
-    return np.stack([_crop(pictures[index], thing.size, thing.place) for index, thing in placed]), placed
+    return np.stack([_crop(images[index], thing.size, thing.place) for index, thing in placed]), placed
 
 
-def _crop(picture, size, place):
+def _crop(image, size, place):
     """Cut out every pixel that an object can cover, JITTER included, and enlarge the square."""
     x, y = corner(size, place)
-    window = picture[y - JITTER : y + emoji.SIZES[size] + JITTER, x - JITTER : x + emoji.SIZES[size] + JITTER]
+    window = image[y - JITTER : y + emoji.SIZES[size] + JITTER, x - JITTER : x + emoji.SIZES[size] + JITTER]
     return np.asarray(Image.fromarray(window).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
 
@@ -161,14 +161,10 @@ def bank():
         for values in sprites("large")
     )
     x, y = corner("large", "center")
-    pictures = np.stack(
-        [backdrop(name) for name in BANK_BACKGROUNDS] * (len(colour) // len(BANK_BACKGROUNDS))
-    )
-    window = pictures[:, y : y + emoji.SIZES["large"], x : x + emoji.SIZES["large"]]
+    images = np.stack([backdrop(name) for name in BANK_BACKGROUNDS] * (len(colour) // len(BANK_BACKGROUNDS)))
+    window = images[:, y : y + emoji.SIZES["large"], x : x + emoji.SIZES["large"]]
     window[:] = window * (1 - alpha) + colour
-    found = features(
-        np.stack([_crop(picture, "large", "center") for picture in pictures.round().astype(np.uint8)])
-    )
+    found = features(np.stack([_crop(image, "large", "center") for image in images.round().astype(np.uint8)]))
     mean = found.mean(0)
     return (
         F.normalize(found - mean, dim=1),
@@ -187,13 +183,13 @@ def nearest_objects(cropped: np.ndarray, count: int = 5) -> np.ndarray:
     return np.array(emoji.NAMES)[by_object.topk(count, dim=1).indices.numpy()]
 
 
-def object_figures(pictures: np.ndarray, scenes: list[emoji.Scene]) -> dict[str, float]:
+def object_figures(images: np.ndarray, scenes: list[emoji.Scene]) -> dict[str, float]:
     """Return top-1 and top-5 of objects in crops, the share that our judge finds right, and the share of
     equal verdicts.
     """
-    cropped, placed = crops(pictures, scenes)
+    cropped, placed = crops(images, scenes)
     found, wanted = nearest_objects(cropped), np.array([thing.name for _, thing in placed])
-    read = {index: read_objects(pictures[index], scenes[index]) for index in {index for index, _ in placed}}
+    read = {index: read_objects(images[index], scenes[index]) for index in {index for index, _ in placed}}
     ours = np.array(
         [
             thing.name in [fit.name for fit in read[index] if fit.place == thing.place]
@@ -209,7 +205,7 @@ def object_figures(pictures: np.ndarray, scenes: list[emoji.Scene]) -> dict[str,
     }
 
 
-# ---- sets of pictures --------------------------------------------------------------------------------------
+# ---- sets of images --------------------------------------------------------------------------------------
 
 
 def feature_distance(found: torch.Tensor, reference: torch.Tensor, directions: int = DIRECTIONS) -> float:
@@ -235,15 +231,13 @@ def feature_distance(found: torch.Tensor, reference: torch.Tensor, directions: i
 # ---- the table ---------------------------------------------------------------------------------------------
 
 
-def blurred(pictures, pixels):
-    return (
-        ndimage.gaussian_filter(pictures.astype(np.float32), (0, pixels, pixels, 0)).round().astype(np.uint8)
-    )
+def blurred(images, pixels):
+    return ndimage.gaussian_filter(images.astype(np.float32), (0, pixels, pixels, 0)).round().astype(np.uint8)
 
 
-def noisy(pictures, deviation):
-    noise = np.random.default_rng(0).normal(0, deviation, pictures.shape)
-    return np.clip(pictures + noise, 0, 255).round().astype(np.uint8)
+def noisy(images, deviation):
+    noise = np.random.default_rng(0).normal(0, deviation, images.shape)
+    return np.clip(images + noise, 0, 255).round().astype(np.uint8)
 
 
 def drawn_by_rule(count, seed):
@@ -252,7 +246,7 @@ def drawn_by_rule(count, seed):
 
 
 def drawn_by_teacher(folder, count, steps, guidance):
-    """Return pictures of held-out captions, drawn by a stock pipeline, and the captions' scenes."""
+    """Return images of held-out captions, drawn by a stock pipeline, and the captions' scenes."""
     from diffusers import WanPipeline
 
     from wanlite.flow import seeded_noise
@@ -277,38 +271,30 @@ def drawn_by_teacher(folder, count, steps, guidance):
     return np.concatenate(drawn), [emoji.read_caption(caption) for caption in captions]
 
 
-def rounded_trip(folder, pictures):
-    from wanlite.data.autoencoder import (
-        decode_latents,
-        encode_images,
-        load_autoencoder,
-        to_pictures,
-        to_pixels,
-    )
+def rounded_trip(folder, images):
+    from wanlite.data.autoencoder import decode_latents, encode_images, load_autoencoder, to_images, to_pixels
 
     network = load_autoencoder(folder)
     return np.concatenate(
         [
-            to_pictures(
-                decode_latents(network, encode_images(network, to_pixels(pictures[start : start + 50])))
-            )
-            for start in range(0, len(pictures), 50)
+            to_images(decode_latents(network, encode_images(network, to_pixels(images[start : start + 50]))))
+            for start in range(0, len(images), 50)
         ]
     )
 
 
 def rows(options):
-    """Yield (name, pictures, scenes) of every row of the table."""
-    pictures, scenes = drawn_by_rule(options.captions, seed=1)
-    yield "drawn by rule", pictures, scenes
+    """Yield (name, images, scenes) of every row of the table."""
+    images, scenes = drawn_by_rule(options.captions, seed=1)
+    yield "drawn by rule", images, scenes
     for name, spoil in (
         ("blur of 1 px", partial(blurred, pixels=1)),
         ("noise of 4", partial(noisy, deviation=4)),
         ("noise of 16", partial(noisy, deviation=16)),
     ):
-        yield name, spoil(pictures), scenes
+        yield name, spoil(images), scenes
     if options.teacher is not None:
-        yield "autoencoder's round trip", rounded_trip(options.teacher, pictures), scenes
+        yield "autoencoder's round trip", rounded_trip(options.teacher, images), scenes
         if (options.teacher / "model_index.json").is_file():
             for steps, guidance in ((40, 3.0), (40, 1.0), (4, 3.0)):
                 name = f"teacher, {steps} steps, guidance {guidance:g}"
@@ -333,15 +319,14 @@ def main():
     reference = features(drawn_by_rule(options.captions, seed=2)[0])
     names = ("top-1", "top-5", "ours", "agree")
     print(
-        f"| {options.captions} pictures a row | {' | '.join(names)} | Frechet "
-        f"|\n|{'---|' * (len(names) + 2)}",
+        f"| {options.captions} images a row | {' | '.join(names)} | Frechet |\n|{'---|' * (len(names) + 2)}",
         flush=True,
     )
-    for name, pictures, scenes in rows(options):
-        figures = object_figures(pictures, scenes)
+    for name, images, scenes in rows(options):
+        figures = object_figures(images, scenes)
         cells = [
             *(f"{figures[each]:.3f}" for each in names),
-            f"{feature_distance(features(pictures), reference):.1f}",
+            f"{feature_distance(features(images), reference):.1f}",
         ]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 

@@ -12,7 +12,7 @@ from wanlite.data.autoencoder import (
     decode_latents,
     encode_images,
     load_autoencoder,
-    to_pictures,
+    to_images,
     to_pixels,
     use_single_frame_path,
 )
@@ -60,11 +60,11 @@ def test_scenes_survive_the_round_trip(scenes, pictures):
     autoencoder = load_autoencoder(TINY_TEACHER)
     seen = np.concatenate(
         [
-            to_pictures(decode_latents(autoencoder, encode_images(autoencoder, to_pixels(part))))
+            to_images(decode_latents(autoencoder, encode_images(autoencoder, to_pixels(part))))
             for part in np.array_split(pictures, 6)
         ]
     )
-    assert np.mean([shapes.read_picture(picture) == scene for picture, scene in zip(seen, scenes)]) >= 0.98
+    assert np.mean([shapes.read_image(picture) == scene for picture, scene in zip(seen, scenes)]) >= 0.98
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def test_latents_are_normalised_per_channel(pictures):
 
 
 def test_pictures_and_pixels_are_each_others_inverse(pictures):
-    assert np.array_equal(to_pictures(to_pixels(pictures[:4])), pictures[:4])
+    assert np.array_equal(to_images(to_pixels(pictures[:4])), pictures[:4])
 
 
 def test_a_pickle_in_place_of_the_autoencoder_is_never_opened(tmp_path, monkeypatch):

@@ -157,7 +157,7 @@ def test_places_of_large_objects_and_halves_of_pairs_share_no_position():
     assert starts[0] == JITTER and all(
         after - before > 2 * JITTER for before, after in zip(starts, starts[1:])
     )
-    assert starts[-1] + SIZES["large"] + JITTER <= emoji.PICTURE_SIZE
+    assert starts[-1] + SIZES["large"] + JITTER <= emoji.IMAGE_SIZE
     for first, second in PAIRS:
         gap = np.subtract(corner("small", second), corner("small", first)).max() - SIZES["small"]
         assert gap >= 2 * JITTER

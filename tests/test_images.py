@@ -27,11 +27,11 @@ from tests.test_sizes import leave_as_killed
 from train_distillation import Settings
 from wanlite.data.autoencoder import encode_images, load_autoencoder, to_pixels
 from wanlite.data.images import CAPTIONS as CAPTION_KINDS
-from wanlite.data.images import KINDS, MAX_NAMED, choose_images, decode, list_images, read_picture
+from wanlite.data.images import KINDS, MAX_NAMED, choose_images, decode, list_images, read_image
 from wanlite.data.trajectories import Trajectories, TrajectoryGenerator
 from wanlite.flow import add_noise, make_scheduler
 from wanlite.planning.defaults import choose_data
-from wanlite.planning.resolve import complete, picture_sizes
+from wanlite.planning.resolve import complete, image_sizes
 from wanlite.training.run_folder import read_run
 from wanlite.world import shapes
 
@@ -154,7 +154,7 @@ def test_every_kind_of_place_gives_the_same_pictures_and_captions(kind, tmp_path
     WRITERS[kind](tmp_path / "place")
     images = choose_images(tmp_path / "place", SIZE, say=said.append)
     assert [image.caption for image in images] == CAPTIONS
-    assert all((read_picture(image) == picture).all() for image, picture in zip(images, PICTURES))
+    assert all((read_image(image) == picture).all() for image, picture in zip(images, PICTURES))
     assert said == [f"images   6 of {tmp_path / 'place'}"]
     assert [image.caption for image in choose_images(tmp_path / "place", SIZE, most=2)] == CAPTIONS[:2]
 
@@ -176,9 +176,9 @@ def test_an_image_is_cropped_in_its_middle_to_the_nearest_ratio_and_made_smaller
     (tmp_path / "wide.png").write_bytes(encoded(wide))
     (tmp_path / "wide.txt").write_text("a bar")
     (square,) = choose_images(tmp_path, SIZE)
-    assert read_picture(square).shape == (64, 64, 3) and read_picture(square).min() > 230
+    assert read_image(square).shape == (64, 64, 3) and read_image(square).min() > 230
     (nearest,) = choose_images(tmp_path, [(64, 64), (48, 80), (96, 48)])
-    assert nearest.size == (96, 48) and 0 < read_picture(nearest).mean() < 255
+    assert nearest.size == (96, 48) and 0 < read_image(nearest).mean() < 255
 
 
 RED = Image.new("RGB", (64, 64), (200, 30, 30))
@@ -451,7 +451,7 @@ def test_what_was_seen_once_is_not_decoded_again(tmp_path, monkeypatch):
     )
 
     def chosen():
-        images = choose_data(settings, picture_sizes(settings), said.append)[2]
+        images = choose_data(settings, image_sizes(settings), said.append)[2]
         return [(image.caption, image.sha256, image.size) for image in images]
 
     monkeypatch.setattr(
@@ -521,7 +521,7 @@ def test_an_image_that_changes_under_a_run_is_named(tmp_path):
     first, *_ = choose_images(tmp_path / "place", SIZE)
     (tmp_path / "place" / "0.png").write_bytes(CONTENTS[1])
     with pytest.raises(OSError, match="0.png: has changed since this run began"):
-        read_picture(first)
+        read_image(first)
 
 
 # ---- what a place may be -----------------------------------------------------------------------------------
@@ -589,7 +589,7 @@ def test_captions_join_the_prompts_and_none_is_held_out(tmp_path):
     write_folder(tmp_path / "place")
     (tmp_path / "prompts.txt").write_text("\n".join(["one", CAPTIONS[2], "three", CAPTIONS[0]]))
     settings = complete(Settings(images=str(tmp_path / "place"), prompts=str(tmp_path / "prompts.txt")))
-    training, held_out, images = choose_data(settings, picture_sizes(settings), lambda said: None)
+    training, held_out, images = choose_data(settings, image_sizes(settings), lambda said: None)
     assert held_out == [CAPTIONS[0]] and [image.caption for image in images] == CAPTIONS[1:]
     assert training == ["one", CAPTIONS[2], "three", CAPTIONS[1], *CAPTIONS[3:]]
 
@@ -604,7 +604,7 @@ def test_the_teacher_is_asked_at_each_of_its_levels_at_noised_pictures_and_state
     trajectory_generator = TrajectoryGenerator(
         Accelerator(), teacher_for, scheduler, STEPS, basis=torch.eye(4)
     )
-    states = trajectory_generator.ask_at_pictures(
+    states = trajectory_generator.ask_at_images(
         tmp_path / "asked", jobs, lambda numbers: pictures[list(numbers)]
     )
     batch = states.__getitems__(range(len(states)))

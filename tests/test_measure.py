@@ -7,11 +7,11 @@ import torch
 from wanlite.training.metrics import (
     channel_drift,
     channel_spread,
+    diversity,
     find_guard_violations,
     frechet_distance,
     likeness,
     saturation,
-    variety,
 )
 from wanlite.world import shapes
 
@@ -50,15 +50,15 @@ def test_a_student_that_draws_as_its_teacher_is_within_every_guard_and_a_collaps
     drawn = pictures(0, 64)
     seeds = np.stack([pictures(seed, 8) for seed in range(8)], axis=1)
     same = likeness(LATENTS, drawn, seeds, LATENTS, drawn, seeds)
-    assert same == pytest.approx({"picture_error": 0, "channel_drift": 0, "saturation": 1, "variety": 1})
+    assert same == pytest.approx({"image_error": 0, "channel_drift": 0, "saturation": 1, "diversity": 1})
     assert not find_guard_violations(same)
     collapsed = likeness(LATENTS, drawn, np.repeat(seeds[:, :1], 8, axis=1), LATENTS, drawn, seeds)
-    assert collapsed["variety"] == 0 and [
+    assert collapsed["diversity"] == 0 and [
         reason.split()[0] for reason in find_guard_violations(collapsed)
-    ] == ["variety"]
+    ] == ["diversity"]
     assert "at least 0.6" in find_guard_violations(collapsed)[0]
     unruly = likeness(LATENTS, drawn, seeds, LATENTS, drawn, np.clip(0.2 * seeds, 0, 255).astype(np.uint8))
-    assert unruly["variety"] > 3 and not find_guard_violations(unruly)
+    assert unruly["diversity"] > 3 and not find_guard_violations(unruly)
     faded = likeness(LATENTS, (drawn // 2 + 64), seeds, LATENTS, drawn, seeds)
     assert [reason.split()[0] for reason in find_guard_violations(faded)] == ["saturation"]
     drifted = likeness(LATENTS + 2, drawn, seeds, LATENTS, drawn, seeds)
@@ -68,5 +68,5 @@ def test_a_student_that_draws_as_its_teacher_is_within_every_guard_and_a_collaps
 def test_variety_and_saturation_have_closed_forms():
     two = np.zeros((1, 2, 4, 4, 3), np.uint8)
     two[:, 1] = 10
-    assert variety(two) == 10.0
+    assert diversity(two) == 10.0
     assert saturation(np.tile(np.uint8([200, 50, 100]), (1, 4, 4, 1))) == 150.0

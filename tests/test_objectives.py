@@ -4,7 +4,7 @@ import torch
 
 from wanlite.flow import FewSteps, add_noise, clean_from
 from wanlite.network import pack_text
-from wanlite.training.losses import distribution_matching_loss, feature_loss, more_varied, velocity_loss
+from wanlite.training.losses import distribution_matching_loss, feature_loss, push_apart, velocity_loss
 from wanlite.training.steps import Networks, vary
 
 
@@ -69,7 +69,7 @@ def test_what_is_more_varied_keeps_its_mean_and_lies_farther_from_it_by_the_gain
     start, other_start = add_noise(picture, noise, noise_level), add_noise(other, other_noise, noise_level)
     aim = clean_from(
         start,
-        more_varied(noise - picture, picture, other_start, other_noise - other, noise_level, 0.3),
+        push_apart(noise - picture, picture, other_start, other_noise - other, noise_level, 0.3),
         noise_level,
     )
     torch.testing.assert_close(aim, picture + 0.3 * (picture - other), atol=1e-5, rtol=0)

@@ -15,7 +15,7 @@ from tests.conftest import ROOT, SHORT_RUN, WAN_1_3B, run_script, write_sparse_w
 from train_distillation import Settings, WanLiteStudent
 from wanlite.phases import (
     MIN_TRAJECTORIES,
-    bound_pictures,
+    bound_validation_and_rollout,
     choose_validated,
     count_states,
     count_trajectories,
@@ -67,12 +67,14 @@ def test_few_prompts_have_several_trajectories_unless_their_number_is_given():
 @pytest.mark.parametrize("is_large", [False, True])
 def test_states_of_the_own_path_are_no_more_than_trajectories(is_large):
     for walks in (1, 7, 64, MIN_TRAJECTORIES, 4000, 10**6):
-        own = bound_pictures(Settings(), is_large, walks)["rollout_states"]
+        own = bound_validation_and_rollout(Settings(), is_large, walks)["rollout_states"]
         assert 1 <= own <= min(walks, 512)
-    assert bound_pictures(Settings(), is_large, 4000)["rollout_states"] == (
+    assert bound_validation_and_rollout(Settings(), is_large, 4000)["rollout_states"] == (
         500 if is_large else 512
     )  # of a default run
-    assert bound_pictures(Settings(rollout_states=40), is_large, 7)["rollout_states"] == 40  # as typed
+    assert (
+        bound_validation_and_rollout(Settings(rollout_states=40), is_large, 7)["rollout_states"] == 40
+    )  # as typed
 
 
 @pytest.fixture(scope="module")

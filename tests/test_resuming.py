@@ -307,7 +307,7 @@ def test_the_best_validation_is_saved_and_not_the_last_and_a_resumed_run_chooses
 @pytest.mark.parametrize("rate, ends", [("0.3", True), ("0.003", False)], ids=["worse", "nearer"])
 def test_training_ends_where_students_stay_beyond_a_guard_unless_they_still_come_nearer(rate, ends, folder):
     """And the best before is saved."""
-    looks = iter([[]] * 3 + [["variety 0.00, at least 0.6"]] * 99)
+    looks = iter([[]] * 3 + [["diversity 0.00, at least 0.6"]] * 99)
     code, said = train(
         folder,
         "--validation_steps",
@@ -318,7 +318,7 @@ def test_training_ends_where_students_stay_beyond_a_guard_unless_they_still_come
         rate,
         guards=lambda figures: next(looks),
     )
-    rejected = "rejected, unlike the teacher in 1 step: variety 0.00, at least 0.6"
+    rejected = "rejected, unlike the teacher in 1 step: diversity 0.00, at least 0.6"
     run, found = json.loads((folder / "run.json").read_text()), scores(folder)
     first, *later = (found[step] for step in sorted(found) if step > 2)
     assert code == 0 and ("2 validations in a row were rejected" in said) == ends == (run["steps"] < 6)

@@ -17,7 +17,7 @@ def pictures():
 
 
 def share_read(pictures):
-    return np.mean([shapes.read_picture(picture) == scene for picture, scene in zip(pictures, SCENES)])
+    return np.mean([shapes.read_image(picture) == scene for picture, scene in zip(pictures, SCENES)])
 
 
 def test_every_way_to_say_a_scene_reads_back_to_it():
@@ -140,16 +140,14 @@ def test_a_broken_picture_is_never_read_as_its_scene(break_it, pictures):
     wrongly = [
         scene
         for picture, scene in zip(pictures, SCENES)
-        if shapes.read_picture(break_it(picture, scene)) == scene
+        if shapes.read_image(break_it(picture, scene)) == scene
     ]
     assert not wrongly, f"{len(wrongly)} of {len(SCENES)}, first {wrongly[0]}"
 
 
 def test_a_flat_picture_and_pure_noise_show_no_scene():
-    assert shapes.read_picture(np.full((64, 64, 3), 245, np.uint8)) is None
-    assert (
-        shapes.read_picture(np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)) is None
-    )
+    assert shapes.read_image(np.full((64, 64, 3), 245, np.uint8)) is None
+    assert shapes.read_image(np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)) is None
 
 
 def test_the_verdict_names_the_attribute_that_is_wrong():

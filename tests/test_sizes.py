@@ -13,7 +13,7 @@ from train_distillation import Settings
 from wanlite.planning.resolve import complete
 from wanlite.teacher.components import pixels_per_token
 from wanlite.training.checkpoints import checkpoint_path
-from wanlite.training.run_folder import check_output_folder, picture_size, read_run
+from wanlite.training.run_folder import check_output_folder, image_size, read_run
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from wanlite.training.run_folder import check_output_folder, picture_size, read_
 )
 def test_a_square_is_recorded_as_one_number_and_anything_else_as_width_and_height(said, recorded):
     assert complete(Settings(resolution=said)).resolution == recorded
-    assert picture_size(recorded) == ((640, 384) if said == [640, 384] else (recorded, recorded))
+    assert image_size(recorded) == ((640, 384) if said == [640, 384] else (recorded, recorded))
 
 
 @pytest.mark.parametrize(

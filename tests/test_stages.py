@@ -157,7 +157,7 @@ def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_
     )
     student = WanLiteStudent.from_pretrained(finished_run[0])
     drawn = {
-        count: validator.draw_pictures(
+        count: validator.generate_images(
             partial(velocity_in_chunks, student),
             autoencoder,
             [words[prompt] for prompt in prompts],
@@ -171,7 +171,7 @@ def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_
     looks, figures = found.validate(student)
     assert (
         set(looks) == {1, 2, 4}
-        and figures["picture_error_2"] == looks[2]["picture_error"] != looks[4]["picture_error"]
+        and figures["picture_error_2"] == looks[2]["image_error"] != looks[4]["image_error"]
     )
     teachers, *rows = found.draw_grid(student, looks).items()
     assert teachers[0] == "teacher 4 steps" and (teachers[1] == found.teacher_drawn).all()
@@ -181,7 +181,7 @@ def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_
         "student 1 step",
     ]
     for (title, row), count in zip(rows, (4, 2, 1)):
-        assert (row == drawn[count]).all() and f"variety {looks[count]['variety']:.2f}" in title
+        assert (row == drawn[count]).all() and f"diversity {looks[count]['diversity']:.2f}" in title
     monkeypatch.setattr(
         validator,
         "compare",

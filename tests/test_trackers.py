@@ -10,7 +10,7 @@ from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT, run_script
-from wanlite.training.trackers import PACKAGES, PICTURES, check_tracker, log_picture
+from wanlite.training.trackers import PACKAGES, PICTURES, check_tracker, log_image
 
 TRAIN = ROOT / "train_distillation.py"
 
@@ -38,7 +38,7 @@ def test_a_picture_is_given_as_a_tracker_of_accelerate_takes_it(name):
 def test_tensorboard_shows_the_picture(tmp_path):
     accelerator = Accelerator(log_with="tensorboard", project_dir=tmp_path)
     accelerator.init_trackers("wanlite")
-    log_picture(accelerator.trackers[0], "grid", np.full((8, 12, 3), 200, np.uint8), step=7)
+    log_image(accelerator.trackers[0], "grid", np.full((8, 12, 3), 200, np.uint8), step=7)
     accelerator.end_training()
     events = EventAccumulator(str(tmp_path / "wanlite"))
     events.Reload()

@@ -147,7 +147,7 @@ SHAPES = Recipe(
     notice=None,
     num_scenes=60_000,
     num_worded=2000,
-    cropped=(shapes.PICTURE_SIZE, 0.0),
+    cropped=(shapes.IMAGE_SIZE, 0.0),
     help_weight=0.1,
     facts={
         "size": tuple(shapes.SIZES),

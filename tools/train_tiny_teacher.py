@@ -218,7 +218,7 @@ def train_autoencoder(run):
     mean, std = latent_statistics(network.eval().requires_grad_(False), run)
     network.register_to_config(latents_mean=mean, latents_std=std)
     nn.Module.to(network, run.recipe.dtype).save_pretrained(run.folder / "vae")  # diffusers' own to() warns
-    drawn, scenes = some_pictures(run.world, seed=1, count=1000)
+    drawn, scenes = some_images(run.world, seed=1, count=1000)
     seen = round_trip(pictures.load_autoencoder(run.folder, run.device), drawn)
     error = np.mean((seen.astype(np.float32) - drawn) ** 2)
     return {
@@ -237,12 +237,12 @@ def choose_crop(random, recipe, progress):
     if progress >= share:
         return slice(None), slice(None)
     return (
-        slice(first, first + size) for first in random.integers(recipe.world.PICTURE_SIZE - size + 1, size=2)
+        slice(first, first + size) for first in random.integers(recipe.world.IMAGE_SIZE - size + 1, size=2)
     )
 
 
 def latent_statistics(network, run):
-    drawn, _ = some_pictures(run.world, seed=2, count=2000)
+    drawn, _ = some_images(run.world, seed=2, count=2000)
     latents = torch.cat(
         [
             network.encode(pictures.to_pixels(chunk).to(run.device).unsqueeze(2)).latent_dist.mode()
@@ -255,7 +255,7 @@ def latent_statistics(network, run):
 def round_trip(network, drawn):
     return np.concatenate(
         [
-            pictures.to_pictures(
+            pictures.to_images(
                 pictures.decode_latents(
                     network, pictures.encode_images(network, pictures.to_pixels(chunk).to(network.device))
                 )
@@ -265,7 +265,7 @@ def round_trip(network, drawn):
     )
 
 
-def some_pictures(world, seed, count):
+def some_images(world, seed, count):
     scenes = world.scenes(seed, count)
     random = np.random.default_rng([seed, 1])
     return np.stack([world.draw(scene, random) for scene in scenes]), scenes
@@ -626,7 +626,7 @@ def make_drawing(run, network):
             noise = flow.seeded_noise((16, 8, 8), range(start, start + len(part))).to(run.device)
             velocity = guided_velocity(network, part, empty, guidance)
             latents = flow.sample(velocity, noise, flow.make_scheduler(SHIFT), steps)
-            drawn.append(pictures.to_pictures(pictures.decode_latents(autoencoder, latents)))
+            drawn.append(pictures.to_images(pictures.decode_latents(autoencoder, latents)))
         return np.concatenate(drawn)
 
     return draw
@@ -677,7 +677,7 @@ def write_record(run, stage, figures, options):
     record.update(
         seed=SEED,
         world=run.recipe.name,
-        resolution=run.world.PICTURE_SIZE,
+        resolution=run.world.IMAGE_SIZE,
         shift=SHIFT,
         boundary=BOUNDARY,
         guidance=run.recipe.guidance,

@@ -1,4 +1,4 @@
-"""Flow matching as Wan has it: noise level, velocity, and the solve from noise to picture.
+"""Flow matching as Wan has it: noise level, velocity, and the solve from noise to image.
 
     noisy = (1 - noise_level) * clean + noise_level * noise        velocity = noise - clean        timestep = 1000 * noise_level
 
@@ -24,12 +24,12 @@ def clean_from(noisy, velocity, noise_level):
 
 
 def shift_noise_level(noise_level, shift):
-    """Move noise levels 0..1 towards 1, as a larger picture needs: s' = k*s / (1 + (k-1)*s)."""
+    """Move noise levels 0..1 towards 1, as a larger image needs: s' = k*s / (1 + (k-1)*s)."""
     return shift * noise_level / (1 + (shift - 1) * noise_level)
 
 
 def average_velocity(start, end, noise_level):
-    """Return the velocity that leads straight from `start`, at `noise_level` (B,), to the picture `end`: both
+    """Return the velocity that leads straight from `start`, at `noise_level` (B,), to the image `end`: both
     (B, C, H, W).
     """
     return (start - end) / noise_level.view(-1, 1, 1, 1)
@@ -43,7 +43,7 @@ def make_scheduler(shift, few_steps=()):
 
 
 def check_schedule(scheduler, num_steps):
-    """Raise ValueError for a schedule that does not fall from noise to a noise level of 0: pictures would
+    """Raise ValueError for a schedule that does not fall from noise to a noise level of 0: images would
     keep noise.
     """
     scheduler.set_timesteps(num_steps)
@@ -70,7 +70,7 @@ def states_passed(scheduler, num_steps, device):
 
 
 def solve(velocity_of, latents, scheduler, num_steps, begin=0, end=None):
-    """Walk from noise to a picture, yielding (latents, timestep, noise_level, velocity) before each step;
+    """Walk from noise to a image, yielding (latents, timestep, noise_level, velocity) before each step;
     returns the last latents.
 
     `velocity_of(latents, timestep (B,))` is asked once a step. Shapes: (B, C, H, W). With `begin` the solve
@@ -88,7 +88,7 @@ def solve(velocity_of, latents, scheduler, num_steps, begin=0, end=None):
 
 
 def noise_along(velocity_of, clean, seeds, scheduler, num_steps):
-    """Yield what solve() does, not on a solve but at the pictures `clean` (B, C, H, W), noised anew to each of
+    """Yield what solve() does, not on a solve but at the images `clean` (B, C, H, W), noised anew to each of
     its levels.
     """
     noises = seeded_noise((num_steps, *clean.shape[1:]), seeds).to(clean.device).unbind(1)
@@ -108,13 +108,13 @@ def sample(velocity_of, noise, scheduler, num_steps, begin=0, end=None):
 
 
 def seeded_noise(shape, seeds):
-    """Return standard normal noise (B, *shape), one seed a picture, the same on every device."""
+    """Return standard normal noise (B, *shape), one seed a image, the same on every device."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 class FewSteps:
     """Where trajectories of few steps stop: one student serves every number of steps, for each leads straight to the
-    picture.
+    image.
 
     `levels` are the (timestep, noise level) that any of them passes, noise first; `stops` the (count, index)
     after noise; `teacher_levels` (K, 2) those of the teacher's solve. The timesteps are those that sampling
@@ -138,19 +138,19 @@ class FewSteps:
         check_schedule(self.scheduler, count)
         return list(zip(self.scheduler.timesteps.float().tolist(), self.scheduler.sigmas.tolist()))
 
-    def draw(self, num_pictures, velocity_of, generator, device, latent_shape=None):
-        """Return the pictures (B, C, H, W) that a student sees from a stop drawn at random; the gradient is
+    def draw(self, num_teacher_images, velocity_of, generator, device, latent_shape=None):
+        """Return the images (B, C, H, W) that a student sees from a stop drawn at random; the gradient is
         of its last step.
 
         `latent_shape` (C, H, W) where it is not the one of all.
         """
         count = self.counts[int(torch.randint(len(self.counts), (1,), generator=generator))]
         index = int(torch.randint(count, (1,), generator=generator))
-        noise = self.own_noise((num_pictures, *(latent_shape or self.latent_shape)), generator, device)
+        noise = self.own_noise((num_teacher_images, *(latent_shape or self.latent_shape)), generator, device)
         with torch.no_grad():
             latents = sample(velocity_of, noise, self.scheduler, count, end=index)
         timestep, noise_level = (
-            torch.full((num_pictures,), value, device=device) for value in self.paths[count][index]
+            torch.full((num_teacher_images,), value, device=device) for value in self.paths[count][index]
         )
         return clean_from(latents, velocity_of(latents, timestep).float(), noise_level)
 

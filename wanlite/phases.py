@@ -14,7 +14,7 @@ MAX_VALIDATION_TRAJECTORIES, MIN_VALIDATION_TRAJECTORIES = (
     4,
 )  # count of a kind that a validation is held against
 GRID_PROMPTS = (
-    8  # prompts in the grids; as many are drawn from as many seeds each to see how varied pictures are
+    8  # prompts in the grids; as many are drawn from as many seeds each to see how varied images are
 )
 MIN_VALIDATED = 16  # prompts of validations, where there are as many
 TRAJECTORIES_PER_VALIDATED = (
@@ -49,7 +49,7 @@ def count_trajectories(settings, num_prompts):
     return settings.num_trajectories or max(num_prompts, MIN_TRAJECTORIES)
 
 
-def bound_pictures(settings, is_large, num_trajectories, num_buckets=1):
+def bound_validation_and_rollout(settings, is_large, num_trajectories, num_buckets=1):
     """Return what --validation_trajectories and --rollout_states are where they are left open: at most the
     trajectories and, if the teacher is large, a share of them; at least one state of the own path for each
     bucket."""
@@ -71,7 +71,7 @@ def bound_pictures(settings, is_large, num_trajectories, num_buckets=1):
 def choose_validated(training, held_out):
     """Return the prompts of validations: those held out and, where these are few, training prompts after
     them. Noise is never that of training, and one prompt alone would measure what nobody wants: how the
-    teacher's pictures of it differ."""
+    teacher's images of it differ."""
     return list(dict.fromkeys([*held_out, *training]))[: max(len(held_out), MIN_VALIDATED)]
 
 
@@ -83,7 +83,7 @@ def count_validated(count, num_validated):
 
 
 def count_passes(settings, num_trajectories, num_validated, phases):
-    """Return how many times a picture goes through the teacher in a run; guidance takes two of these a step."""
+    """Return how many times a image goes through the teacher in a run; guidance takes two of these a step."""
     validated, several = count_validated(settings.validation_trajectories, num_validated)
     count = (
         num_trajectories

@@ -1,4 +1,4 @@
-"""Pixels <-> latents for single pictures, with Wan's own video autoencoder.
+"""Pixels <-> latents for single images, with Wan's own video autoencoder.
 
 Legend: B batch, C latent channels, H W latent height and width, S spatial stride (8 for A14B). Pixels are
 -1..1.
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .text_encoder import CHECKED, check_loaded, named
 
-DECODED_AT_ONCE = 2**20  # pixels: four pictures of 512 x 512, 7 GB of activations in Wan2.1's autoencoder
+DECODED_AT_ONCE = 2**20  # pixels: four images of 512 x 512, 7 GB of activations in Wan2.1's autoencoder
 
 
 def load_autoencoder(folder, device="cpu"):
@@ -57,7 +57,7 @@ def _one_frame_convolution(convolution, frames, cache=None):
 
 
 def encode_images(autoencoder, pixels):
-    """Turn pixels (B, 3, S*H, S*W) into latents (B, C, H, W), a few large pictures at a time.
+    """Turn pixels (B, 3, S*H, S*W) into latents (B, C, H, W), a few large images at a time.
 
     They are the posterior's mean, normalised per channel.
     """
@@ -68,7 +68,7 @@ def encode_images(autoencoder, pixels):
 
 
 def decode_latents(autoencoder, latents):
-    """Turn latents (B, C, H, W) into pixels (B, 3, S*H, S*W), a few large pictures at a time."""
+    """Turn latents (B, C, H, W) into pixels (B, 3, S*H, S*W), a few large images at a time."""
     mean, std = _statistics(autoencoder, latents)
     pixels = latents.shape[-2] * latents.shape[-1] * autoencoder.config.scale_factor_spatial**2
     chunks = (latents * std + mean).unsqueeze(2).split(max(1, DECODED_AT_ONCE // pixels))
@@ -83,11 +83,11 @@ def _statistics(autoencoder, latents):
     )
 
 
-def to_pixels(pictures):
-    """Turn pictures (B, height, width, 3) uint8, a numpy array, into pixels (B, 3, height, width)."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_pixels(images):
+    """Turn images (B, height, width, 3) uint8, a numpy array, into pixels (B, 3, height, width)."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_pictures(pixels):
-    """Turn pixels (B, 3, height, width) into pictures (B, height, width, 3) uint8, a numpy array."""
+def to_images(pixels):
+    """Turn pixels (B, 3, height, width) into images (B, height, width, 3) uint8, a numpy array."""
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -182,7 +182,7 @@ def look(content):
         return str(problem)
 
 
-def read_picture(image):
+def read_image(image):
     """Return a CaptionedImage as a picture (height, width, 3) uint8 of its size, the middle of it; OSError
     where it has changed.
     """

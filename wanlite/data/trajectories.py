@@ -1,6 +1,6 @@
 """The teacher's trajectories: generated once, kept on disk shard by shard, and dealt out as training batches.
 
-A trajectory is the teacher's whole guided solve from one noise to one picture. Each of its states is a
+A trajectory is the teacher's whole guided solve from one noise to one image. Each of its states is a
 training example: the noisy latents, the guided velocity there, and the teacher's token states in the
 student's basis. Legend: B batch, K states a trajectory, C channels, H W latent height and width, N image
 tokens, D feature width.
@@ -108,7 +108,7 @@ class TrajectoryGenerator:
         self.basis = compute_once(self.accelerator, folder, make)["basis"].to(self.accelerator.device)
 
     def generate(self, folder, jobs, latent_shape):
-        """Walk from noise to picture for every (number, prompt, seed) of `jobs`; returns the Trajectories."""
+        """Walk from noise to image for every (number, prompt, seed) of `jobs`; returns the Trajectories."""
 
         def make(numbers, prompts, seeds):
             noise, features = (
@@ -123,15 +123,15 @@ class TrajectoryGenerator:
 
         return self._kept(folder, jobs, make, "teacher trajectories")
 
-    def ask_at_pictures(self, folder, jobs, latents_of):
-        """Ask at real pictures, noised to each level of a solve, for every (number, prompt, seed, picture) of
+    def ask_at_images(self, folder, jobs, latents_of):
+        """Ask at real images, noised to each level of a solve, for every (number, prompt, seed, image) of
         `jobs`.
 
-        `latents_of(pictures)` returns their latents (B, C, H, W); what is kept is as that of trajectories.
+        `latents_of(images)` returns their latents (B, C, H, W); what is kept is as that of trajectories.
         """
 
-        def make(numbers, prompts, seeds, pictures):
-            clean, features = latents_of(pictures).to(self.accelerator.device), Projected(self.basis)
+        def make(numbers, prompts, seeds, images):
+            clean, features = latents_of(images).to(self.accelerator.device), Projected(self.basis)
             return _states(
                 noise_along(
                     self.velocity_for(prompts, features), clean, seeds, self.scheduler, self.num_steps
@@ -147,7 +147,7 @@ class TrajectoryGenerator:
         seed, count, index).
 
         The student takes `index` of `count` steps, the teacher what is left of its own; kept is where they
-        met, and the average velocity from there to the teacher's picture. Source: the roll-outs of pi-Flow
+        met, and the average velocity from there to the teacher's image. Source: the roll-outs of pi-Flow
         (Chen et al. 2025), with one segment that ends at the image.
         """
 
@@ -160,7 +160,7 @@ class TrajectoryGenerator:
                 timestep, noise_level = (
                     part.float() for part in states_passed(own_scheduler, count, met.device)[index]
                 )
-                picture = sample(
+                image = sample(
                     self.velocity_for(said, None),
                     met,
                     self.scheduler,
@@ -170,7 +170,7 @@ class TrajectoryGenerator:
                 noise_level = noise_level.expand(len(rows))
                 found = {
                     "latents": met,
-                    "velocity": average_velocity(met, picture, noise_level),
+                    "velocity": average_velocity(met, image, noise_level),
                     "noise_level": noise_level,
                     "timestep": timestep.expand(len(rows)),
                 }
@@ -215,7 +215,7 @@ def deal_out(jobs, num_buckets, seed):
     """
     if len(jobs) < num_buckets:
         raise ValueError(
-            f"{len(jobs)} pictures of the teacher are fewer than the {num_buckets} sizes of --aspect_ratios: "
+            f"{len(jobs)} images of the teacher are fewer than the {num_buckets} sizes of --aspect_ratios: "
             f"raise "
             "--num_trajectories, or name fewer."
         )
@@ -398,7 +398,7 @@ class Trajectories(torch.utils.data.Dataset):
         return numbers
 
     def ends(self, rows):
-        """Return where the trajectories `rows` start and end: noise and pictures, both (B, C, H, W), and
+        """Return where the trajectories `rows` start and end: noise and images, both (B, C, H, W), and
         their prompts (B,).
         """
         rows, names = torch.as_tensor(rows), ("latents", "velocity", "noise_level")
@@ -412,11 +412,11 @@ class Trajectories(torch.utils.data.Dataset):
 
 
 class FewStepStates(torch.utils.data.Dataset):
-    """What few-step training learns from: states that few steps pass, the teacher's picture, and the average
+    """What few-step training learns from: states that few steps pass, the teacher's image, and the average
     velocity to it.
 
     In this order: the noise that every trajectory starts from; one state of every trajectory on the straight
-    line from its noise to its picture, which is the way a student goes whose first step was right; and where
+    line from its noise to its image, which is the way a student goes whose first step was right; and where
     students did come by, `rollout`. `levels` are the (timestep, noise level) that few steps pass, the first
     of them noise.
     """
@@ -441,18 +441,18 @@ class FewStepStates(torch.utils.data.Dataset):
         is_own = numbers >= self.num_trajectories + self.num_lines
         found = []
         if len(lines := numbers[~is_own]):
-            noise, picture, prompt = self.trajectories.ends(lines % self.num_trajectories)
+            noise, image, prompt = self.trajectories.ends(lines % self.num_trajectories)
             later = 1 + lines % max(1, len(self.levels) - 1)
             timestep, noise_level = self.levels[torch.where(lines < self.num_trajectories, 0, later)].unbind(
                 1
             )
             found.append(
                 {
-                    "latents": add_noise(picture, noise, noise_level),
-                    "velocity": noise - picture,
+                    "latents": add_noise(image, noise, noise_level),
+                    "velocity": noise - image,
                     "timestep": timestep,
                     "noise_level": noise_level,
-                    "picture": picture,
+                    "picture": image,
                     "prompt": prompt,
                 }
             )

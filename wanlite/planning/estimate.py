@@ -17,7 +17,7 @@ from ..data.autoencoder import DECODED_AT_ONCE, decode_latents, make_autoencoder
 from ..data.trajectories import SHARD_SIZE
 from ..files.atomic import SPARE
 from ..phases import (
-    bound_pictures,
+    bound_validation_and_rollout,
     choose_validated,
     count_states,
     count_trajectories,
@@ -158,7 +158,10 @@ class MemoryEstimator:
         Raises ValueError for a batch that is larger than what a phase learns from.
         """
         settings = replace(
-            settings, **bound_pictures(settings, is_large(self.files), num_trajectories, len(self.buckets))
+            settings,
+            **bound_validation_and_rollout(
+                settings, is_large(self.files), num_trajectories, len(self.buckets)
+            ),
         )
         states = count_states(settings, num_trajectories, phases_of(settings), len(self.buckets))
         settings = self._fit_batch(settings, min(states.values()) // ranks)

@@ -40,13 +40,13 @@ def describe_work(settings, num_trajectories, passes, phases):
     for phase, first, last in phases:
         steps[phase] = steps.get(phase, 0) + last - first
     return (
-        f"{num_trajectories:,} teacher pictures ({passes:,} teacher passes with all that is looked at), then "
-        f"{settings.max_train_steps:,} steps ({count_pictures(settings):,} states, {said} a step): "
+        f"{num_trajectories:,} teacher images ({passes:,} teacher passes with all that is looked at), then "
+        f"{settings.max_train_steps:,} steps ({count_teacher_images(settings):,} states, {said} a step): "
         f"{', '.join(f'{phase} {count:,}' for phase, count in steps.items())}"
     )
 
 
-def count_pictures(settings):
+def count_teacher_images(settings):
     """Return how many states a student learns from on each device, each as often as it comes."""
     return settings.max_train_steps * settings.gradient_accumulation_steps * settings.train_batch_size
 
@@ -110,7 +110,7 @@ def conclude(settings, output, results, ending, is_close, seconds, say):
     took = f"finished in {seconds / 60:.1f} minutes"
     say(f"{took}; {ending}" if is_close else f"{took}\nWARNING   {ending}")
     say(
-        f"saved to {output}; pictures of teacher and student: {output / 'samples'}\n"
+        f"saved to {output}; images of teacher and student: {output / 'samples'}\n"
         f"next: {drawing_command(settings.output_dir)}"
     )
 

@@ -17,7 +17,7 @@ from ..data.prompts import read_prompts
 from ..runtime.launch import check_launch, is_first, launched_precision
 from ..teacher.components import find_components, has_two_experts, pixels_per_token
 from ..teacher.folder import check_holds_experts, find_teacher, neighbours
-from ..training.run_folder import picture_size, read_run
+from ..training.run_folder import image_size, read_run
 from ..training.trackers import check_tracker
 from ..world.record import read_record
 from .checks import check_all, check_compiler, check_student, check_together, complete_steps
@@ -177,11 +177,11 @@ def _complete_resolution(teacher, settings):
         read_record(teacher).get("resolution", 512) if settings.resolution is None else settings.resolution
     )
     resolution, unit = complete_resolution(resolution, pixels_per_token(teacher)), pixels_per_token(teacher)
-    bucket_sizes(picture_size(resolution), settings.aspect_ratios, unit)
+    bucket_sizes(image_size(resolution), settings.aspect_ratios, unit)
     return resolution
 
 
-def picture_sizes(settings):
+def image_sizes(settings):
     """Return --resolution as (width, height), and after it the sizes of what is trained on, one a bucket."""
-    size = picture_size(settings.resolution)
+    size = image_size(settings.resolution)
     return [size, *bucket_sizes(size, settings.aspect_ratios, pixels_per_token(settings.teacher))]

@@ -1,4 +1,4 @@
-"""Losses of distillation, pure functions of tensors; every one returns a value per picture (B,).
+"""Losses of distillation, pure functions of tensors; every one returns a value per image (B,).
 
 Legend: B batch, C channels, H W latent height and width, N image tokens, D feature width.
 """
@@ -18,7 +18,7 @@ def feature_loss(student_features, teacher_features, outlier=2.0):
     """Match the teacher's token states, seen in the student's basis, leaving out what lies beyond `outlier`
     deviations.
 
-    Shapes: both (B, N, D). Teacher states are scaled to unit power per picture, the student's by the same
+    Shapes: both (B, N, D). Teacher states are scaled to unit power per image, the student's by the same
     factor. Source: TinyFusion (Fang et al. 2024), masked representation distillation.
     """
     student_features, teacher_features = student_features.float(), teacher_features.float()
@@ -28,18 +28,18 @@ def feature_loss(student_features, teacher_features, outlier=2.0):
     return error.sum((1, 2)) / typical.sum((1, 2)).clamp(min=1)
 
 
-def more_varied(velocity, picture, other_noise, other_velocity, noise_level, gain):
-    """Return the velocity to a picture that lies farther from others of its prompt, by `gain` of the
+def push_apart(velocity, image, other_noise, other_velocity, noise_level, gain):
+    """Return the velocity to a image that lies farther from others of its prompt, by `gain` of the
     distance.
 
-    A regression draws the mean of what it cannot tell from the noise, and so its pictures of a prompt differ
-    less than the teacher's. `velocity` leads to the teacher's `picture`; `other_velocity` is the student's,
+    A regression draws the mean of what it cannot tell from the noise, and so its images of a prompt differ
+    less than the teacher's. `velocity` leads to the teacher's `image`; `other_velocity` is the student's,
     of the same prompt from `other_noise`, all at `noise_level` (B,); shapes (B, C, H, W). What the student
-    draws from other noise is on average the prompt's mean picture: moving away from it leaves the mean where
+    draws from other noise is on average the prompt's mean image: moving away from it leaves the mean where
     it is and lets what deviates from it grow.
     """
     other = clean_from(other_noise, other_velocity.float(), noise_level)
-    return velocity + gain * (other - picture) / noise_level.view(-1, 1, 1, 1)
+    return velocity + gain * (other - image) / noise_level.view(-1, 1, 1, 1)
 
 
 def distribution_matching_loss(sample, noisy, noise_level, teacher_velocity, critic_velocity):

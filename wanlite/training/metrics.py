@@ -12,16 +12,16 @@ from torch.nn import functional
 from ..world import shapes
 
 # A student beyond one of these is rejected: (lowest, highest), each figure beside the teacher's. Too much
-# variety is no fault of its own: a student that does not yet follow its captions has it, and is as far from
+# diversity is no fault of its own: a student that does not yet follow its captions has it, and is as far from
 # its teacher as it is.
-GUARDS = {"channel_drift": (0.0, 0.3), "saturation": (0.75, 1.33), "variety": (0.6, math.inf)}
+GUARDS = {"channel_drift": (0.0, 0.3), "saturation": (0.75, 1.33), "diversity": (0.6, math.inf)}
 
 
 def prompt_accuracy(draw, captions, world=shapes):
-    """Judge pictures drawn for captions of a tiny world: shares 0..1, whole and per attribute, and one and
+    """Judge images drawn for captions of a tiny world: shares 0..1, whole and per attribute, and one and
     two objects apart.
 
-    `draw(captions)` returns pictures (B, 64, 64, 3) uint8. Raises ValueError for a caption that is none of
+    `draw(captions)` returns images (B, 64, 64, 3) uint8. Raises ValueError for a caption that is none of
     the world's.
     """
     scenes = [world.read_caption(caption) for caption in captions]
@@ -32,9 +32,9 @@ def prompt_accuracy(draw, captions, world=shapes):
             f"Take captions from {world.__name__}.captions()."
         )
     began = time.perf_counter()
-    pictures = draw(captions)
+    images = draw(captions)
     seconds = (time.perf_counter() - began) / len(captions)
-    verdicts = [world.judge(picture, scene) for picture, scene in zip(pictures, scenes)]
+    verdicts = [world.judge(image, scene) for image, scene in zip(images, scenes)]
     counts = np.array([len(scene.objects) for scene in scenes])
     whole = np.array([verdict["whole"] for verdict in verdicts])
     figures = {
@@ -69,32 +69,32 @@ def compare(draw_teacher, draw_student, num_steps, captions, world=shapes):
     }
 
 
-def variety(pictures_by_seed):
-    """Return the mean distance between pictures of one caption over seeds, in grey levels 0..255, averaged
+def diversity(images_by_seed):
+    """Return the mean distance between images of one caption over seeds, in grey levels 0..255, averaged
     over captions.
 
-    Shape: (captions, seeds, 64, 64, 3). Compare with the teacher's: a collapsed student draws one picture for
+    Shape: (captions, seeds, 64, 64, 3). Compare with the teacher's: a collapsed student draws one image for
     all seeds.
     """
-    pictures = pictures_by_seed.astype(np.float32)
-    seeds = pictures.shape[1]
+    images = images_by_seed.astype(np.float32)
+    seeds = images.shape[1]
     pairs = [(i, j) for i in range(seeds) for j in range(i)]
-    return float(np.mean([np.abs(pictures[:, i] - pictures[:, j]).mean() for i, j in pairs]))
+    return float(np.mean([np.abs(images[:, i] - images[:, j]).mean() for i, j in pairs]))
 
 
-def likeness(latents, pictures, by_seed, teacher_latents, teacher_pictures, teacher_by_seed):
+def likeness(latents, images, by_seed, teacher_latents, teacher_images, teacher_by_seed):
     """Compare what a student drew with what its teacher drew from the same noise and prompts.
 
-    `latents` (B, C, H, W) and `pictures` (B, height, width, 3) are of the same trajectories, `by_seed` as in
-    variety(). Returns `picture_error` (squared distance of latents over the teacher's variance),
-    `channel_drift`, and `saturation` and `variety` over the teacher's.
+    `latents` (B, C, H, W) and `images` (B, height, width, 3) are of the same trajectories, `by_seed` as in
+    diversity(). Returns `image_error` (squared distance of latents over the teacher's variance),
+    `channel_drift`, and `saturation` and `diversity` over the teacher's.
     """
     error = (latents - teacher_latents).square().mean() / teacher_latents.var(dim=0).mean()
     return {
-        "picture_error": float(error),
+        "image_error": float(error),
         "channel_drift": channel_drift(latents, teacher_latents),
-        "saturation": saturation(pictures) / max(saturation(teacher_pictures), 1e-6),
-        "variety": variety(by_seed) / max(variety(teacher_by_seed), 1e-6),
+        "saturation": saturation(images) / max(saturation(teacher_images), 1e-6),
+        "diversity": diversity(by_seed) / max(diversity(teacher_by_seed), 1e-6),
     }
 
 
@@ -127,21 +127,21 @@ def channel_spread(latents, teacher_latents):
     return float(ratio[ratio.log().abs().argmax()])
 
 
-def saturation(pictures):
+def saturation(images):
     """Return how far colours are from grey, on average: 0..255. Shape: (B, height, width, 3) uint8."""
-    pictures = pictures.astype(np.int16)
-    return float((pictures.max(-1) - pictures.min(-1)).mean())
+    images = images.astype(np.int16)
+    return float((images.max(-1) - images.min(-1)).mean())
 
 
-def frechet_distance(pictures, others, width=32):
-    """Return the Frechet distance of two sets of pictures in a random feature space: no FID, no network was
+def frechet_distance(images, others, width=32):
+    """Return the Frechet distance of two sets of images in a random feature space: no FID, no network was
     trained for it.
 
-    Features are `width` channels of two seeded random convolutions with ReLU, averaged over the picture.
+    Features are `width` channels of two seeded random convolutions with ReLU, averaged over the image.
     Shapes: (B, h, w, 3). Source of the distance: Dowson and Landau 1982.
     """
     (mean, covariance), (other_mean, other_covariance) = (
-        _moments(_random_features(each, width)) for each in (pictures, others)
+        _moments(_random_features(each, width)) for each in (images, others)
     )
     values, vectors = np.linalg.eigh(covariance)
     root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
@@ -157,9 +157,9 @@ def _moments(features):
     return features.mean(0), np.cov(features.T)
 
 
-def _random_features(pictures, width):
+def _random_features(images, width):
     generator = torch.Generator().manual_seed(0)
-    states = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    states = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     for channels, size in ((24, 5), (width, 3)):
         kernel = torch.randn(channels, states.shape[1], size, size, generator=generator)
         states = functional.relu(

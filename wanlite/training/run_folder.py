@@ -54,7 +54,7 @@ def read_run(folder):
     return run
 
 
-def picture_size(resolution):
+def image_size(resolution):
     """Return (width, height) in pixels of what a run calls its resolution: one number, or [width, height]."""
     return (
         tuple(resolution)
@@ -255,7 +255,7 @@ def write_model_card(folder, settings, few_steps, results, drawing):
     )
     measured = f"Measured on held-out prompts:\n\n{measured}" if results else ""
     made = "projected, and not yet trained," if settings.project_only else "distilled"
-    width, height = picture_size(settings.resolution)
+    width, height = image_size(settings.resolution)
     said = f" It was trained for {' or '.join(map(str, few_steps))} steps." if few_steps else ""
     (Path(folder) / "README.md").write_text(
         f"""---

@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from .losses import distribution_matching_loss, feature_loss, more_varied, velocity_loss
+from .losses import distribution_matching_loss, feature_loss, push_apart, velocity_loss
 
-TOKENS_PER_PASS = 65536  # image tokens of a pass while a student is looked at: 64 pictures of 512 x 512
+TOKENS_PER_PASS = 65536  # image tokens of a pass while a student is looked at: 64 images of 512 x 512
 MATCHED = 4  # one row in so many of a micro-batch is matched; every row anchors
 
 
@@ -53,7 +53,7 @@ def velocity_step(networks, settings, batch, text, progress, generator):
 
 
 def few_step_regression(networks, settings, batch, text, progress, generator):
-    """Stage 2a: from where few steps stop, the average velocity to the teacher's picture, or from noise to a
+    """Stage 2a: from where few steps stop, the average velocity to the teacher's image, or from noise to a
     more varied one.
     """
     target = (
@@ -76,7 +76,7 @@ def vary(networks, gain, batch, text, generator):
     with torch.no_grad():
         velocity = velocity_from(networks.student, text.rows(rows))(noise, batch["timestep"][rows])
     return target.index_copy(
-        0, rows, more_varied(target[rows], batch["picture"][rows], noise, velocity, noise_level, gain)
+        0, rows, push_apart(target[rows], batch["image"][rows], noise, velocity, noise_level, gain)
     )
 
 
@@ -127,7 +127,7 @@ def update_critic(networks, settings, drawn, text, generator):
 
 
 def draw(networks, text, generator, latent_shape=None):
-    """Return the student's pictures of `text`, from new noise and one stop drawn at random; `latent_shape` as
+    """Return the student's images of `text`, from new noise and one stop drawn at random; `latent_shape` as
     in FewSteps.draw.
     """
     velocity_of = velocity_from(networks.student, text)
@@ -144,7 +144,7 @@ def velocity_from(network, text):
 
 
 def velocity_in_chunks(network, text):
-    """As velocity_from(), but TOKENS_PER_PASS image tokens at a time: all rows of large pictures would fill the
+    """As velocity_from(), but TOKENS_PER_PASS image tokens at a time: all rows of large images would fill the
     memory.
     """
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.autoencoder import encode_images, to_pixels
-from ..data.images import read_picture
+from ..data.images import read_image
 from ..data.text_encoder import lazy_encoder, load_tokenizer, tell_cut
 from ..data.trajectories import TrajectoryGenerator, compute_once, deal_out, encode_once
 from ..files.atomic import in_turn
@@ -198,10 +198,10 @@ class TeacherData:
         ]
 
         def latents_of(digests):
-            pictures = np.stack([read_picture(found[sha256]) for sha256 in digests])
+            pictures = np.stack([read_image(found[sha256]) for sha256 in digests])
             return encode_images(autoencoder, to_pixels(pictures).to(self.accelerator.device))
 
-        return self.trajectory_generator.ask_at_pictures(
+        return self.trajectory_generator.ask_at_images(
             self._kept_in("images", asked=asked, latents=latents), asked, latents_of
         )
 
@@ -249,7 +249,7 @@ class TeacherData:
 
 def teacher_velocity(teacher, settings, negative):
     """Return the guided teacher as a maker of velocity functions of (latents, timestep); see
-    validator.draw_pictures.
+    validator.generate_images.
     """
 
     def velocity_for(text, features=None):

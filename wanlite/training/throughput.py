@@ -1,4 +1,4 @@
-"""What a run does, in figures: pictures a second, where the time goes, memory, how much of the device's
+"""What a run does, in figures: images a second, where the time goes, memory, how much of the device's
 arithmetic is used.
 
 Nothing here waits for the device. On CUDA the teacher's time is that between pairs of events, which are read

@@ -54,7 +54,7 @@ def _is_installed(package):
         return False
 
 
-def log_picture(tracker, name, picture, step):
+def log_image(tracker, name, picture, step):
     """Give one of accelerate's trackers a picture (height, width, 3) uint8, if it takes pictures."""
     if tracker.name in PICTURES:
         values, options = PICTURES[tracker.name](picture)

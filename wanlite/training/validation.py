@@ -1,5 +1,5 @@
 """A student -> how like its teacher it draws: figures, a grid of both, and what a judge of the tiny world
-reads in its pictures.
+reads in its images.
 """
 
 from functools import partial
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..data.autoencoder import decode_latents, to_pictures
+from ..data.autoencoder import decode_latents, to_images
 from ..flow import sample, seeded_noise
 from ..network import pack_text
 from ..phases import count_validated
@@ -19,7 +19,7 @@ from .metrics import compare, frechet_distance, likeness
 from .steps import velocity_in_chunks
 
 GRID_FIGURES = {
-    "variety": "variety",
+    "diversity": "diversity",
     "colour": "saturation",
     "drift": "channel_drift",
 }  # told beside the rows of a grid
@@ -53,12 +53,12 @@ class Validator:
         ]
         self.shown, steps = shown, self.settings.reference_steps
         self.teacher_drawn = teacher_data.keep(
-            "pictures",
-            lambda: {"pictures": torch.from_numpy(self._draw_teacher(shown))},
+            "images",
+            lambda: {"images": torch.from_numpy(self._draw_teacher(shown))},
             prompts=shown,
             seeds=self.seeds[: len(shown)],
             reference=steps,
-        )["pictures"].numpy()
+        )["images"].numpy()
 
     def validate(self, student):
         """Return figures by number of steps, and all of them by name with the error on held-out states; the
@@ -89,7 +89,7 @@ class Validator:
         }
 
     def draw_grid(self, student, figures_by_steps):
-        """Return {what a row shows: its pictures (B, height, width, 3)}, the teacher's above the student's."""
+        """Return {what a row shows: its images (B, height, width, 3)}, the teacher's above the student's."""
         grid = {f"teacher {self.settings.reference_steps} steps": self.teacher_drawn}
         for count, each in reversed(figures_by_steps.items()):
             said = [f"{name} {each[measure]:.2f}" for name, measure in GRID_FIGURES.items()]
@@ -105,7 +105,7 @@ class Validator:
         world = (
             read_world(self.settings.teacher) or shapes
         )  # copies of the tiny teacher in other layouts carry no record
-        if self.settings.resolution != world.PICTURE_SIZE:
+        if self.settings.resolution != world.IMAGE_SIZE:
             return {}
         return compare(
             self._draw_teacher,
@@ -124,7 +124,7 @@ class Validator:
         )
 
     def _draw_by(self, velocity_for, prompts, scheduler, num_steps):
-        return draw_pictures(
+        return generate_images(
             velocity_for,
             self.autoencoder,
             [self.teacher_data.words[prompt] for prompt in prompts],
@@ -137,7 +137,7 @@ class Validator:
 
 
 @torch.no_grad()
-def draw_pictures(
+def generate_images(
     velocity_for,
     autoencoder,
     embeddings,
@@ -148,7 +148,7 @@ def draw_pictures(
     check=lambda: None,
     batch_size=64,
 ):
-    """Draw one picture for each embedding and seed: (B, height, width, 3) uint8; `check` may end it between
+    """Draw one image for each embedding and seed: (B, height, width, 3) uint8; `check` may end it between
     two batches.
     """
     drawn, device = [], autoencoder.device
@@ -163,19 +163,19 @@ def draw_pictures(
         text = pack_text(embeddings[start : start + batch_size]).to(device)
         noise = seeded_noise(latent_shape, seeds[start : start + len(text.tokens)]).to(device)
         latents = sample(velocity_for(text), noise, scheduler, num_steps)
-        drawn.append(to_pictures(decode_latents(autoencoder, latents)))
+        drawn.append(to_images(decode_latents(autoencoder, latents)))
     return np.concatenate(drawn)
 
 
 @torch.no_grad()
 def teacher_references(trajectories, words, prompts, autoencoder):
-    """Return what a student is held against: noise, text, and the teacher's latents (B, C, H, W) and pictures
+    """Return what a student is held against: noise, text, and the teacher's latents (B, C, H, W) and images
     from that noise.
     """
     noise, latents, numbers = trajectories.ends(range(len(trajectories) // trajectories.states_each))
     device, text = autoencoder.device, words.pack([prompts[number] for number in numbers.tolist()])
-    pictures = [to_pictures(decode_latents(autoencoder, chunk.to(device))) for chunk in latents.split(64)]
-    return noise.to(device), text.to(device), latents, np.concatenate(pictures)
+    images = [to_images(decode_latents(autoencoder, chunk.to(device))) for chunk in latents.split(64)]
+    return noise.to(device), text.to(device), latents, np.concatenate(images)
 
 
 @torch.no_grad()
@@ -187,11 +187,11 @@ def compare_trajectories(trajectories, velocity_for, num_steps, num_seeds, autoe
     for noise, text, _, _ in trajectories:
         check()
         latents = sample(velocity_for(text), noise, scheduler, num_steps)
-        drawn.append((latents.cpu(), to_pictures(decode_latents(autoencoder, latents))))
-    (_, _, latents, pictures), (_, _, _, by_seed) = trajectories
+        drawn.append((latents.cpu(), to_images(decode_latents(autoencoder, latents))))
+    (_, _, latents, images), (_, _, _, by_seed) = trajectories
     by_seed, own_by_seed = (each.reshape(-1, num_seeds, *each.shape[1:]) for each in (by_seed, drawn[1][1]))
-    return likeness(*drawn[0], own_by_seed, latents, pictures, by_seed) | {
-        "frechet_distance": frechet_distance(drawn[0][1], pictures)
+    return likeness(*drawn[0], own_by_seed, latents, images, by_seed) | {
+        "frechet_distance": frechet_distance(drawn[0][1], images)
     }
 
 

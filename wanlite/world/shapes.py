@@ -1,4 +1,4 @@
-"""The tiny world: captioned scenes drawn by rule, and a judge that reads a picture back by rule.
+"""The tiny world: captioned scenes drawn by rule, and a judge that reads a image back by rule.
 
 A scene has one object at one of five places, or two objects in opposite halves; every object has a size, a
 colour and a shape, and the background a colour. Scenes are endless and seeded. One combination in eight is
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-PICTURE_SIZE = 64  # pixels, square
+IMAGE_SIZE = 64  # pixels, square
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 160, 60),
@@ -174,7 +174,7 @@ def _pick(random, names):
 
 # ---- drawing -----------------------------------------------------------------------------------------------
 
-_Y, _X = np.mgrid[0:PICTURE_SIZE, 0:PICTURE_SIZE].astype(np.float32) + 0.5  # pixel centres
+_Y, _X = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) + 0.5  # pixel centres
 
 
 def coverage(shape, radius, x, y):
@@ -200,20 +200,20 @@ def coverage(shape, radius, x, y):
 
 
 def draw(scene, random=None):
-    """Draw a scene as a picture (64, 64, 3) uint8; `random` moves each object by up to JITTER pixels."""
-    picture = ground(scene)
+    """Draw a scene as a image (64, 64, 3) uint8; `random` moves each object by up to JITTER pixels."""
+    image = ground(scene)
     for thing in scene.objects:
         x, y = PLACES[thing.place]
         if random is not None:
             x, y = np.array([x, y]) + random.uniform(-JITTER, JITTER, 2)
         covered = coverage(thing.shape, SIZES[thing.size], x, y)[..., None]
-        picture = covered * np.float32(COLOURS[thing.colour]) + (1 - covered) * picture
-    return picture.round().astype(np.uint8)
+        image = covered * np.float32(COLOURS[thing.colour]) + (1 - covered) * image
+    return image.round().astype(np.uint8)
 
 
 def ground(scene):
     """Return a scene's background alone (64, 64, 3), float32."""
-    return np.broadcast_to(np.float32(BACKGROUNDS[scene.background]), (PICTURE_SIZE, PICTURE_SIZE, 3))
+    return np.broadcast_to(np.float32(BACKGROUNDS[scene.background]), (IMAGE_SIZE, IMAGE_SIZE, 3))
 
 
 # ---- the judge ---------------------------------------------------------------------------------------------
@@ -227,13 +227,13 @@ FARTHEST_COLOUR = 60.0  # distance in RGB between a thing's colour, or the backg
 ATTRIBUTES = ("count", "background", "colour", "shape", "size", "place")
 
 
-def read_picture(picture):
-    """Return the Scene that a picture (64, 64, 3) uint8 shows, or None where it shows no scene of this world.
+def read_image(image):
+    """Return the Scene that a image (64, 64, 3) uint8 shows, or None where it shows no scene of this world.
 
     Anything unexplained (a stray blob, a shape that fits no template, a colour off the palette) makes it
     None.
     """
-    background, things, is_clean = _read_things(picture)
+    background, things, is_clean = _read_things(image)
     if background is None or not is_clean or None in things or not 1 <= len(things) <= 2:
         return None
     places = tuple(thing.place for thing in things)
@@ -242,14 +242,14 @@ def read_picture(picture):
     return Scene(tuple(things), background)
 
 
-def judge(picture, scene):
-    """Compare a picture with the scene that its caption says: {"whole": 0 or 1, and a share 0..1 for each of
+def judge(image, scene):
+    """Compare a image with the scene that its caption says: {"whole": 0 or 1, and a share 0..1 for each of
     ATTRIBUTES}.
     """
-    background, things, _ = _read_things(picture)
+    background, things, _ = _read_things(image)
     by_place = {thing.place: thing for thing in things if thing is not None}
     verdict = {
-        "whole": float(read_picture(picture) == scene),
+        "whole": float(read_image(image) == scene),
         "count": float(len(things) == len(scene.objects)),
         "background": float(background == scene.background),
     }
@@ -266,14 +266,12 @@ def judge(picture, scene):
     return verdict
 
 
-def _read_things(picture):
+def _read_things(image):
     """Return the background's name, the things in the order of PLACES (None for one that is no known object),
     and whether nothing was left over."""
-    if picture.shape != (PICTURE_SIZE, PICTURE_SIZE, 3):
-        raise ValueError(
-            f"the judge reads pictures of {PICTURE_SIZE}x{PICTURE_SIZE}x3; this one is {picture.shape}."
-        )
-    smooth = ndimage.median_filter(picture, size=(3, 3, 1)).astype(np.float32)
+    if image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
+        raise ValueError(f"the judge reads images of {IMAGE_SIZE}x{IMAGE_SIZE}x3; this one is {image.shape}.")
+    smooth = ndimage.median_filter(image, size=(3, 3, 1)).astype(np.float32)
     border = np.concatenate(
         [
             smooth[:3].reshape(-1, 3),
@@ -294,16 +292,16 @@ def _read_things(picture):
         if area < MIN_AREA:
             leftover += area
         else:
-            things.append(_read_thing(picture.astype(np.float32), labels == label, ground))
+            things.append(_read_thing(image.astype(np.float32), labels == label, ground))
     things.sort(key=lambda thing: list(PLACES).index(thing.place) if thing else len(PLACES))
     return background, things, leftover <= 12
 
 
-def _read_thing(picture, region, ground):
+def _read_thing(image, region, ground):
     """Return the Object that a connected region shows, or None."""
     core = ndimage.binary_erosion(region, iterations=2)
     core = core if core.sum() >= 12 else region
-    colour_seen = np.median(picture[core], axis=0)
+    colour_seen = np.median(image[core], axis=0)
     colour = _nearest(colour_seen, COLOURS)
     if colour is None:
         return None
@@ -312,9 +310,9 @@ def _read_thing(picture, region, ground):
         FARTHEST_COLOUR, 0.4 * np.linalg.norm(np.float32(COLOURS[colour]) - ground)
     )  # faded things are wrong
     faded = np.linalg.norm(colour_seen - np.float32(COLOURS[colour])) > farthest
-    if faded or np.mean(np.linalg.norm(picture[core] - colour_seen, axis=-1) > farthest) > MAX_SPECKLED:
+    if faded or np.mean(np.linalg.norm(image[core] - colour_seen, axis=-1) > farthest) > MAX_SPECKLED:
         return None
-    share = (picture - ground) @ span / (span @ span)  # of each pixel that has the thing's colour
+    share = (image - ground) @ span / (span @ span)  # of each pixel that has the thing's colour
     share = share * ndimage.binary_dilation(region, iterations=2)
     covered = _sharpen(share)
     x, y = float((_X * covered).sum() / covered.sum()), float((_Y * covered).sum() / covered.sum())

@@ -9,8 +9,8 @@ from .captions import caption, captions, leave_unsaid, read_caption, ways_to_say
 from .judge import ATTRIBUTES, judge
 from .scenes import (
     BACKGROUNDS,
+    IMAGE_SIZE,
     KINDS,
-    PICTURE_SIZE,
     PLACES,
     Object,
     Scene,
@@ -27,7 +27,7 @@ __all__ = [
     "BACKGROUNDS",
     "KINDS",
     "NAMES",
-    "PICTURE_SIZE",
+    "IMAGE_SIZE",
     "PLACES",
     "SIZES",
     "STYLES",

@@ -1,9 +1,9 @@
-"""A picture and the scene of its caption -> a verdict, by comparison with every sprite at every place that
+"""A image and the scene of its caption -> a verdict, by comparison with every sprite at every place that
 the caption allows.
 
 The nearest drawing has the least squared error: at half resolution over objects, styles, mirror images and
 JITTER, then among the best few at full resolution. A sprite differs from its background by D = colour - alpha
-* background, a picture by P.
+* background, a image by P.
 
     |P - D|^2 = |P|^2 - 2 <P, colour> + 2 <P * background, alpha> + |D|^2
 
@@ -17,14 +17,14 @@ from itertools import product
 import numpy as np
 from scipy import ndimage
 
-from .scenes import BACKGROUNDS, JITTER, PAIRS, PICTURE_SIZE, PLACES, Scene, backdrop, corner
+from .scenes import BACKGROUNDS, IMAGE_SIZE, JITTER, PAIRS, PLACES, Scene, backdrop, corner
 from .sprites import NAMES, SIZES, STYLES, sprites
 
 ATTRIBUTES = ("object", "style", "count", "place", "background")
-MAX_RESIDUAL = 0.15  # of an object in a whole picture: its squared error over |D|^2 of its sprite
+MAX_RESIDUAL = 0.15  # of an object in a whole image: its squared error over |D|^2 of its sprite
 PRESENT = 0.7  # residual from which on a place counts as empty; that of an empty one is 1
-DETAIL = (0.7, 1.3)  # of a crisp picture: the norm of its Laplacian over that of the nearest drawing
-FARTHEST_BACKGROUND = 25.0  # grey levels between the borders of a picture and of a background, in the median
+DETAIL = (0.7, 1.3)  # of a crisp image: the norm of its Laplacian over that of the nearest drawing
+FARTHEST_BACKGROUND = 25.0  # grey levels between the borders of a image and of a background, in the median
 STRAY = 40.0  # grey levels off the background, averaged over 4 x 4 pixels outside every object
 MAX_STRAY = 3  # such squares; the smallest object covers a dozen
 FINALISTS = 4  # templates compared at full resolution
@@ -32,7 +32,7 @@ FINALISTS = 4  # templates compared at full resolution
 
 @dataclass(frozen=True)
 class Fit:
-    """The sprite nearest to a picture at a place; `error` is its squared error less that of an empty place."""
+    """The sprite nearest to a image at a place; `error` is its squared error less that of an empty place."""
 
     error: float
     residual: float
@@ -43,19 +43,17 @@ class Fit:
     drawn: tuple  # its corner x, y, and D (K, K, 3)
 
 
-def judge(picture: np.ndarray, scene: Scene) -> dict[str, float]:
-    """Compare a picture with the scene of its caption, in which None allows any value.
+def judge(image: np.ndarray, scene: Scene) -> dict[str, float]:
+    """Compare a image with the scene of its caption, in which None allows any value.
 
     Returns a share 0..1 for each of ATTRIBUTES; `seen` (all of them are 1: 0 or 1), `whole` (seen, and no
     residual above MAX_RESIDUAL: 0 or 1), `residual` (the mean over objects, 1 for an empty place, at most
     2), `detail` (see DETAIL) and `crisp` (0 or 1).
     """
-    if picture.shape != (PICTURE_SIZE, PICTURE_SIZE, 3):
-        raise ValueError(
-            f"the judge reads pictures of {PICTURE_SIZE}x{PICTURE_SIZE}x3; this one is {picture.shape}."
-        )
-    background, is_known = read_background(picture)
-    added = picture - backdrop(background)
+    if image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
+        raise ValueError(f"the judge reads images of {IMAGE_SIZE}x{IMAGE_SIZE}x3; this one is {image.shape}.")
+    background, is_known = read_background(image)
+    added = image - backdrop(background)
     fits = _fit_scene(added, background, scene)
     places = _find_places(added, background, scene, fits)
     residuals = [min(fit.residual, 2.0) for fit in fits]
@@ -70,7 +68,7 @@ def judge(picture: np.ndarray, scene: Scene) -> dict[str, float]:
         "background": float(is_known and scene.background in (None, background)),
     }
     seen = float(min(verdict.values()) == 1)
-    detail = _roughness(picture) / _roughness(_redraw(background, fits))
+    detail = _roughness(image) / _roughness(_redraw(background, fits))
     return verdict | {
         "seen": seen,
         "whole": float(seen and max(residuals) <= MAX_RESIDUAL),
@@ -80,20 +78,20 @@ def judge(picture: np.ndarray, scene: Scene) -> dict[str, float]:
     }
 
 
-def read_objects(picture: np.ndarray, scene: Scene) -> list[Fit]:
+def read_objects(image: np.ndarray, scene: Scene) -> list[Fit]:
     """Return the nearest sprite for each object of a caption's scene, the right one or not."""
-    background, _ = read_background(picture)
-    return _fit_scene(picture - backdrop(background), background, scene)
+    background, _ = read_background(image)
+    return _fit_scene(image - backdrop(background), background, scene)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
-def read_background(picture: np.ndarray) -> tuple[str, bool]:
-    """Return the background whose border is nearest to a picture's, and whether it is within
+def read_background(image: np.ndarray) -> tuple[str, bool]:
+    """Return the background whose border is nearest to a image's, and whether it is within
     FARTHEST_BACKGROUND.
     """
-    border = _border(picture)
+    border = _border(image)
     distances = {
         name: float(np.median(np.abs(border - _border(backdrop(name))).mean(1))) for name in BACKGROUNDS
     }
@@ -101,8 +99,8 @@ def read_background(picture: np.ndarray) -> tuple[str, bool]:
     return nearest, distances[nearest] < FARTHEST_BACKGROUND
 
 
-def _border(picture, width=2):
-    edges = picture[:width], picture[-width:], picture[:, :width], picture[:, -width:]
+def _border(image, width=2):
+    edges = image[:width], image[-width:], image[:, :width], image[:, -width:]
     return np.concatenate([edge.reshape(-1, 3) for edge in edges]).astype(np.float32)
 
 
@@ -125,7 +123,7 @@ def _fit_scene(added, background, scene):
 
 
 def fit(added: np.ndarray, background: str, size: str, place: str) -> Fit:
-    """Return the Fit of a size at a place that is nearest to P, a picture less its background (64, 64, 3)."""
+    """Return the Fit of a size at a place that is nearest to P, a image less its background (64, 64, 3)."""
     corners = _corners(size, place)
     colour, alpha = _half_templates(size)  # (T, h*h*3), (T, h*h)
     behind, energy = _half_backdrops(background, size, place)  # (Q, h*h*3), (T, Q)
@@ -171,7 +169,7 @@ def _count_stray(added, fits):
     """Return the number of squares of 4 x 4 pixels, two pixels or more off every object, that are not
     background.
     """
-    outside = np.ones((PICTURE_SIZE, PICTURE_SIZE), bool)
+    outside = np.ones((IMAGE_SIZE, IMAGE_SIZE), bool)
     for x, y, drawn in (fit.drawn for fit in fits):
         outside[max(0, y - 2) : y + len(drawn) + 2, max(0, x - 2) : x + len(drawn) + 2] = False
     is_outside = outside.reshape(16, 4, 16, 4).all((1, 3))
@@ -180,15 +178,15 @@ def _count_stray(added, fits):
 
 def _redraw(background, fits):
     """Return the nearest drawing (64, 64, 3)."""
-    picture = backdrop(background).copy()
+    image = backdrop(background).copy()
     for x, y, drawn in (fit.drawn for fit in fits):
-        picture[y : y + len(drawn), x : x + len(drawn)] += drawn
-    return picture
+        image[y : y + len(drawn), x : x + len(drawn)] += drawn
+    return image
 
 
-def _roughness(picture):
-    """Return the norm of a picture's Laplacian: blur takes most of it away, noise adds to it."""
-    return np.linalg.norm(ndimage.laplace(picture.astype(np.float32), axes=(0, 1)))
+def _roughness(image):
+    """Return the norm of a image's Laplacian: blur takes most of it away, noise adds to it."""
+    return np.linalg.norm(ndimage.laplace(image.astype(np.float32), axes=(0, 1)))
 
 
 def _share(values):
@@ -238,16 +236,16 @@ def _corners(size, place):
     return [(x + right, y + down) for down, right in product(steps, steps)]
 
 
-def _half_windows(picture, size, place):
-    """Return the part of a picture under every position, at half resolution: (Q, h*h*3)."""
-    averaged = _average_squares(picture)
+def _half_windows(image, size, place):
+    """Return the part of a image under every position, at half resolution: (Q, h*h*3)."""
+    averaged = _average_squares(image)
     windows = np.stack([_window(averaged, size, at)[::2, ::2] for at in _corners(size, place)])
     return windows.reshape(len(windows), -1)
 
 
-def _window(picture, size, at):
+def _window(image, size, at):
     x, y = at
-    return picture[y : y + SIZES[size], x : x + SIZES[size]]
+    return image[y : y + SIZES[size], x : x + SIZES[size]]
 
 
 def _average_squares(pixels):

@@ -1,4 +1,4 @@
-"""A seed -> scenes, held-out or not, and a scene -> its picture.
+"""A seed -> scenes, held-out or not, and a scene -> its image.
 
 A scene has one object, small or large, at one of five places; or two small objects in opposite halves,
 different or two of a kind. Each of its drawings is one of many: an object may be mirrored, and lies up to
@@ -13,7 +13,7 @@ from numpy.random import Generator
 
 from .sprites import NAMES, SIZES, STYLES, sprites
 
-PICTURE_SIZE = 64  # pixels, square
+IMAGE_SIZE = 64  # pixels, square
 JITTER = 3  # pixels, either way, on both axes
 PLACES = {
     "center": (0, 0),
@@ -142,16 +142,16 @@ def _pick(random, names):
 
 
 def draw(scene: Scene, random: Generator | None = None) -> np.ndarray:
-    """Draw a scene as a picture (64, 64, 3) uint8; `random` mirrors half of the objects and moves each by up
+    """Draw a scene as a image (64, 64, 3) uint8; `random` mirrors half of the objects and moves each by up
     to JITTER pixels.
     """
-    picture = backdrop(scene.background).copy()
+    image = backdrop(scene.background).copy()
     for thing in scene.objects:
-        _paste(picture, thing, random)
-    return picture.clip(0, 255).round().astype(np.uint8)
+        _paste(image, thing, random)
+    return image.clip(0, 255).round().astype(np.uint8)
 
 
-def _paste(picture, thing, random):
+def _paste(image, thing, random):
     x, y = corner(thing.size, thing.place)
     colour, alpha = (
         values[NAMES.index(thing.name), STYLES.index(thing.style)] for values in sprites(thing.size)
@@ -160,7 +160,7 @@ def _paste(picture, thing, random):
         x, y = np.array([x, y]) + random.integers(-JITTER, JITTER + 1, 2)
         if random.random() < 0.5:
             colour, alpha = colour[:, ::-1], alpha[:, ::-1]
-    window = picture[y : y + SIZES[thing.size], x : x + SIZES[thing.size]]
+    window = image[y : y + SIZES[thing.size], x : x + SIZES[thing.size]]
     window[:] = window * (1 - alpha) + colour
 
 
@@ -175,7 +175,7 @@ def corner(size: str, place: str) -> tuple[int, ...]:
     It starts JITTER pixels inside the edge; neither the places of a large object nor the two of a pair share
     a position then.
     """
-    room = (PICTURE_SIZE - SIZES[size]) // 2
+    room = (IMAGE_SIZE - SIZES[size]) // 2
     return tuple(room + step * (room - JITTER) for step in PLACES[place])
 
 
@@ -183,21 +183,21 @@ def corner(size: str, place: str) -> tuple[int, ...]:
 def backdrop(background: str) -> np.ndarray:
     """Return a background (64, 64, 3), float32, read-only."""
     if background in COLOURS:
-        picture = _gradient(COLOURS[background], COLOURS[background])
+        image = _gradient(COLOURS[background], COLOURS[background])
     elif background in GRADIENTS:
-        picture = _gradient(*GRADIENTS[background])
+        image = _gradient(*GRADIENTS[background])
     else:
         sky, grass = (_gradient(*ends) for ends in MEADOW)
-        below = ((np.arange(PICTURE_SIZE, dtype=np.float32) - HORIZON) / 2 + 0.5).clip(0, 1)[:, None, None]
-        picture = (1 - below) * sky + below * grass
-    picture.flags.writeable = False
-    return picture
+        below = ((np.arange(IMAGE_SIZE, dtype=np.float32) - HORIZON) / 2 + 0.5).clip(0, 1)[:, None, None]
+        image = (1 - below) * sky + below * grass
+    image.flags.writeable = False
+    return image
 
 
 def _gradient(top, bottom):
-    down = np.linspace(0, 1, PICTURE_SIZE, dtype=np.float32)[:, None, None]
+    down = np.linspace(0, 1, IMAGE_SIZE, dtype=np.float32)[:, None, None]
     return np.broadcast_to(
-        (1 - down) * np.float32(top) + down * np.float32(bottom), (PICTURE_SIZE, PICTURE_SIZE, 3)
+        (1 - down) * np.float32(top) + down * np.float32(bottom), (IMAGE_SIZE, IMAGE_SIZE, 3)
     ).copy()
 
 
