@@ -27,7 +27,7 @@ def flow_matching_step(networks, settings, batch, text, progress, generator):
 
     Source: rectified flow as in Stable Diffusion 3 (Esser et al. 2024).
     """
-    picture = batch["picture"].float()
+    picture = batch["image"].float()
     noise = torch.randn(picture.shape, generator=generator).to(picture.device)
     level = torch.randn(len(picture), generator=generator).sigmoid().to(picture.device)
     level = shift_noise_level(level, settings.flow_shift)

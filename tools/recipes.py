@@ -210,7 +210,7 @@ EMOJI = Recipe(
     text=_text(128, 32, 384),
     expert=_expert(64, 512, 6, 128),
     plan={
-        "autoencoder": _stage(18_000, 16, 2e-3, 0.02, 0.998, 0.4),
+        "autoencoder": _stage(19_500, 16, 2e-3, 0.02, 0.998, 0.4),
         "text": _stage(1500, 128, 2e-3, None, 0.98),
         "shared": _stage(8000, 1536, 2e-3, 0.02, 0.999, 0.3),
         "high": _stage(1000, 1536, 5e-4, 0.005, 0.998),

@@ -452,14 +452,14 @@ class FewStepStates(torch.utils.data.Dataset):
                     "velocity": noise - image,
                     "timestep": timestep,
                     "noise_level": noise_level,
-                    "picture": image,
+                    "image": image,
                     "prompt": prompt,
                 }
             )
         if is_own.any():
             own = self.rollout.__getitems__(numbers[is_own] - self.num_trajectories - self.num_lines)
             own |= {name: own[name].float() for name in ("latents", "velocity")}
-            found.append(own | {"picture": clean_from(own["latents"], own["velocity"], own["noise_level"])})
+            found.append(own | {"image": clean_from(own["latents"], own["velocity"], own["noise_level"])})
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
