@@ -78,213 +78,249 @@ CHANGEABLE_ON_RESUME = (
 class Settings:
     teacher: str | None = setting(
         None,
-        "Wan folder, diffusers, official or ComfyUI layout, or a teacher of this repository, "
-        f"{' or '.join(NAMED_TEACHERS)}; None = ./{REAL_TEACHERS[0]} if there is one, else tiny",
+        "Wan folder in the diffusers, official or ComfyUI layout, or a teacher of this repository: "
+        f"{' or '.join(NAMED_TEACHERS)} (default: ./{REAL_TEACHERS[0]} if it exists, else tiny)",
+        group="teacher and data",
         aliases=("--teacher_checkpoint_path", "--teacher_path"),
         is_path=True,
     )
     prompts: str | None = setting(
         None,
-        "text file, one prompt a line, or .jsonl, .json, .csv, .tsv, .parquet with a column "
-        "prompt, text or caption; None = a grammar's prompts, for the tiny teacher captions of its world",
+        "text file with one prompt per line, or a .jsonl, .json, .csv, .tsv or .parquet file with a column "
+        "prompt, text or caption (default: generated prompts; for the tiny teacher, captions of its world)",
         is_path=True,
     )
     images: str | None = setting(
         None,
-        "captioned images that stage 1 learns from too: a folder with a .txt beside each or "
-        "metadata.jsonl or .csv, .parquet files, a folder saved by datasets, or webdataset's .tar files",
+        "captioned images for the velocity phase: a folder with a .txt file per image or with metadata.jsonl "
+        "or .csv, .parquet files, a folder saved by datasets, or webdataset .tar files (default: none)",
         is_path=True,
     )
-    num_images: int | None = setting(None, "of them, the first so many that can be used; None = all", least=1)
-    output_dir: str = setting("./outputs/wan_t2i", "where everything is written", is_path=True)
+    num_images: int | None = setting(None, "use at most this many images (default: all)", least=1)
+    output_dir: str = setting(
+        "./outputs/wan_t2i", "folder of the run and of the saved student", group="output", is_path=True
+    )
     cache_dir: str | None = setting(
         None,
-        "projected starts and trajectories, which runs may share; None = cache/ in --output_dir",
+        "folder of projected students and trajectories, can be shared by runs (default: cache/ in --output_dir)",
         is_path=True,
     )
-    dry_run: bool = setting(False, "say what a run will do and need, and stop; nothing is written")
+    dry_run: bool = setting(False, "print the plan of the run and its memory, disk and time, then stop")
     overwrite: bool = setting(False, "replace a finished run in --output_dir")
     resume_from_checkpoint: str = setting(
-        "latest", "go on where a run was cut short, or start again", choices=("latest", "none")
+        "latest", "resume an interrupted run in --output_dir, or start again", choices=("latest", "none")
     )
 
     hidden_size: int | None = setting(
-        None, "student width; None = 1024, for a small teacher half its width", least=1
+        None, "width (default: 1024; half the width of a small teacher)", group="student", least=1
     )
-    depth: int | None = setting(None, "student blocks; None = 16, for a small teacher its depth", least=1)
-    num_heads: int | None = setting(None, "student heads; None = heads of half the teacher's size", least=1)
-    ffn_dim: int | None = setting(None, "width inside the feed-forward; None = 4 * hidden_size", least=1)
+    depth: int | None = setting(None, "number of blocks (default: 16; all of a small teacher)", least=1)
+    num_heads: int | None = setting(
+        None, "number of attention heads (default: heads of half the teacher's head size)", least=1
+    )
+    ffn_dim: int | None = setting(
+        None, "inner width of the feed-forward layers (default: 4 * hidden_size)", least=1
+    )
     projection: str = setting(
         "calibrated",
-        "how the student starts: from the teacher's weights, these refitted to what the "
-        "teacher computes, or random as a control",
+        "initialization: the teacher's weights, the same refitted to the teacher's activations, or random",
         choices=("weights", "calibrated", "none"),
     )
     expert: str = setting(
         "high",
-        "which of two experts is projected; span = for each block the one that keeps more, from weights only",
+        "expert to project if the teacher has two; best_per_block chooses by energy and requires "
+        "--projection weights",
         choices=("low", "high", "best_per_block"),
     )
     project_only: bool = setting(
-        False, "save the projected start in --output_dir and stop; later runs there reuse it"
+        False, "save the projected student in --output_dir and stop; later runs in this folder reuse it"
     )
-    student: str | None = setting(None, "a saved student to go on from, instead of projecting", is_path=True)
+    student: str | None = setting(
+        None,
+        "folder of a saved student to train further, instead of projecting (default: none)",
+        is_path=True,
+    )
 
     guidance_scale: float = setting(
         4.0,
-        "guidance of the high-noise expert, or of the only one; baked into the student",
+        "guidance of the high-noise expert or of a single expert, distilled into the student",
+        group="teacher trajectories",
         least=1,
         most=100,
     )
     guidance_scale_2: float = setting(
-        3.0, "guidance of the low-noise expert; baked into the student", least=1, most=100
+        3.0, "guidance of the low-noise expert, distilled into the student", least=1, most=100
     )
-    negative_prompt: str = setting("", "what guidance steers away from")
+    negative_prompt: str = setting("", "prompt that guidance steers away from (default: empty)")
     flow_shift: float | None = setting(
-        None, "shift of the noise schedule; None = what the teacher's scheduler says", above=0, most=100
+        None, "shift of the noise schedule (default: from the teacher's scheduler)", above=0, most=100
     )
     resolution: list[int] | int | None = setting(
         None,
-        "pixels, one number for squares, or WIDTH HEIGHT; divisible by 16, for "
-        "TI2V-5B by 32; None = the teacher's own, else 512",
+        "pixels, as one number for squares or as WIDTH HEIGHT, divisible by 16, for TI2V-5B by 32 "
+        "(default: the tiny teacher's own, else 512)",
     )
     aspect_ratios: list[str] | None = setting(
         None,
-        "WIDTH:HEIGHT of what is trained on, as 1:1 3:2 2:3, all of about the area of "
-        "--resolution, which validations keep; None = that of --resolution",
+        "train on these ratios, as 1:1 3:2 2:3, each with about the area of --resolution "
+        "(default: the ratio of --resolution)",
     )
     teacher_residency: str = setting(
         "auto",
-        "where its experts are while they are asked: both on the device; one there, the other "
-        "in CPU memory; sharded over a machine's GPUs; streamed from CPU memory block by block; "
-        "read from disk at each pass; auto = the first of these that fits",
+        "placement of the experts: both on the device; one there and one in CPU memory; sharded over the GPUs "
+        "of a machine; streamed from CPU memory by block; read from disk at each pass; auto takes the first "
+        "that fits",
         choices=("auto", "both", "one", "sharded", "streamed", "disk"),
     )
-    teacher_fp8: bool = setting(False, "keep the experts' matrices in float8, in half the memory")
-    teacher_steps: int = setting(20, "guided steps of a teacher trajectory", least=1, most=1000)
+    teacher_fp8: bool = setting(
+        False, "keep the matrices of the experts in float8, which halves their memory"
+    )
+    teacher_steps: int = setting(20, "guided steps of a trajectory", least=1, most=1000)
     num_trajectories: int | None = setting(
         None,
-        f"teacher pictures to learn from; None = one a prompt, at least {MIN_TRAJECTORIES}: of few "
-        "prompts several, from different noise",
+        f"number of trajectories (default: one per prompt, at least {MIN_TRAJECTORIES}; few prompts get several "
+        "each, from different noise)",
         least=1,
     )
 
     num_held_out: int = setting(
-        400, "prompts that are never trained on; at most a twentieth of a prompts file", least=1
+        400, "prompts for validation only, at most a twentieth of a prompts file", least=1
     )
 
     train_batch_size: int | None = setting(
         None,
-        "states in a micro-batch, on each device; None = 128 or all there are, of a large "
-        "teacher's student as many of them as fit",
+        "micro-batch per device (default: 128; with a large teacher, the largest that fits)",
+        group="phases and steps",
         least=1,
     )
     max_train_steps: int | None = setting(
         None,
-        "optimizer steps in all; what --few_step_train_steps and --matching_steps leave is stage "
-        f"1; None = {TINY_STEPS}, of any teacher but the tiny one {REAL_STEPS}",
+        f"optimizer steps of all phases (default: {TINY_STEPS} for the tiny teacher, else {REAL_STEPS})",
         least=1,
     )
     few_step_train_steps: int | None = setting(
-        None, "stage 2a: of them, steps towards the teacher's pictures; None = 5 of 7", least=0
+        None,
+        "steps of the few-step phase (default: 5/7 of --max_train_steps less --matching_steps)",
+        was="segment_steps",
+        least=0,
     )
     matching_steps: int = setting(
-        0, "stage 2b: of them, the last, steps of distribution matching with a critic", least=0
+        0, "steps of the matching phase, distribution matching with a critic", least=0
     )
     few_steps: list[int] = setting(
-        (1, 2, 4), "numbers of steps that stage 2 trains for; divisors of --teacher_steps", least=1
+        (1, 2, 4), "sampling steps that the student is trained for, divisors of --teacher_steps", least=1
     )
     rollout_states: int | None = setting(
         None,
-        "states on the student's own path, continued by the teacher, twice in stage 2a; "
-        "None = 512, at most one for each trajectory, of a large teacher for eight",
+        "on-policy states that the teacher continues, in each half of the few-step phase (default: one per "
+        "trajectory, or one per 8 with a large teacher, at most 512)",
+        was="own_path_pictures",
         least=0,
     )
     gradient_accumulation_steps: int | None = setting(
         None,
-        "micro-batches in a step; None = as many as make up 128 states where "
-        "--train_batch_size is open, else 1",
+        "micro-batches per step (default: enough for 128 states if --train_batch_size is not set, else 1)",
         least=1,
     )
-    learning_rate: float = setting(3e-3, "peak of AdamW's learning rate", above=0, most=1)
+    learning_rate: float = setting(3e-3, "peak for AdamW", group="optimizers", above=0, most=1)
     lr_scheduler: str = setting(
-        "cosine", "as in diffusers", choices=("cosine", "linear", "constant_with_warmup")
+        "cosine", "schedule, as in diffusers", choices=("cosine", "linear", "constant_with_warmup")
     )
-    lr_warmup_steps: int = setting(100, "steps until the peak", least=0)
+    lr_warmup_steps: int = setting(100, "steps to reach the peak", least=0)
     muon_learning_rate: float = setting(
-        0.09, "peak of Muon's, for the matrices of the blocks; 0 = AdamW for all", least=0, most=10
+        0.09,
+        "peak for Muon, which trains the matrices of the blocks; 0 trains all with AdamW",
+        least=0,
+        most=10,
     )
-    adam_beta2: float = setting(0.99, "decay of AdamW's second moment", least=0, below=1)
+    adam_beta2: float = setting(0.99, "decay of the second moment in AdamW", least=0, below=1)
     adam_weight_decay: float = setting(0.01, "decoupled weight decay", least=0, most=1)
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", above=0)
+    max_grad_norm: float = setting(1.0, "clip gradients to this norm", above=0)
     feature_weight: float = setting(
-        3.0, "weight of the feature loss at the start of stage 1, falling to 0 at its end", least=0
+        3.0,
+        "initial weight of the feature loss, which falls to 0 over the velocity phase",
+        group="losses",
+        least=0,
     )
     feature_directions: int | None = setting(
         None,
-        "directions in which token states are compared, those in which the teacher's "
-        "vary most; None = a quarter of the student's width",
+        "compare hidden states in this many principal directions of the teacher (default: a quarter of the "
+        "student's width)",
         least=1,
     )
     diversity_gain: float = setting(
         0.3,
-        "stage 2: how much farther apart than the teacher's the pictures of a prompt are aimed at, "
-        "as they come out nearer to each other; 0 = regression alone",
+        "few-step phase: push the targets of one prompt apart by this fraction, against loss of diversity; "
+        "0 = off",
+        was="variety_gain",
         least=0,
         most=10,
     )
-    anchor_weight: float = setting(
-        1.0, "stage 2b: weight of stage 2a's loss beside distribution matching", least=0
-    )
+    anchor_weight: float = setting(1.0, "matching phase: weight of the few-step loss", least=0)
     critic_learning_rate: float = setting(
-        5e-4, "stage 2b: the critic's; its Muon has the student's ratio to it", above=0, most=1
+        5e-4,
+        "matching phase: AdamW peak for the critic; its Muon peak keeps the student's ratio",
+        above=0,
+        most=1,
     )
-    critic_updates: int = setting(3, "stage 2b: updates of the critic for one of the student", least=1)
+    critic_updates: int = setting(3, "matching phase: critic updates per student update", least=1)
     critic_lerp: float = setting(
-        0.03, "stage 2b: how far the critic moves to the student after each of its updates", least=0, most=1
+        0.03,
+        "matching phase: move the critic towards the student by this fraction after each critic update",
+        was="critic_pull",
+        least=0,
+        most=1,
     )
-    use_ema: bool = setting(True, "save an exponential moving average of the weights")
-    ema_decay: float = setting(0.998, "its decay a step", least=0, below=1)
+    use_ema: bool = setting(
+        True, "save an exponential moving average of the weights", group="precision and speed"
+    )
+    ema_decay: float = setting(0.998, "decay of the average per step", least=0, below=1)
     mixed_precision: str | None = setting(
         None,
-        "as in accelerate; master weights and losses stay in float32; None = what "
-        "accelerate launch says, else bf16 for a large teacher on a GPU, else no",
+        "as in accelerate; master weights and losses stay in float32 (default: from accelerate launch, else "
+        "bf16 with a large teacher on a GPU, else no)",
         choices=("no", "bf16", "fp16"),
     )
-    gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass to save memory")
+    gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass, which saves memory")
     compile: bool = setting(
-        False, "compile the student's blocks: minutes at first, faster steps then; needs a C++ compiler"
+        False, "compile the student's blocks, which takes minutes and a C++ compiler, for faster steps"
     )
-    allow_tf32: bool = setting(
-        False, "on CUDA, multiply float32 matrices with TF32's shorter mantissas while training"
-    )
+    allow_tf32: bool = setting(False, "multiply float32 matrices in TF32 on CUDA")
 
-    checkpointing_steps: int = setting(500, "steps between resumable checkpoints", least=1)
-    checkpoints_total_limit: int = setting(2, "newest checkpoints to keep, at least 2", least=2)
+    checkpointing_steps: int = setting(
+        500, "save the training state every this many steps", group="checkpoints and validation", least=1
+    )
+    checkpoints_total_limit: int = setting(2, "keep this many of the newest checkpoints", least=2)
     validation_steps: int = setting(
-        350, "steps between validations: figures, a grid, and a candidate to be saved", least=1
+        350,
+        "validate every this many steps: metrics, an image grid and a candidate for the saved student",
+        least=1,
     )
     validation_trajectories: int | None = setting(
         None,
-        "the most teacher pictures of a kind that validations are held against; None = "
-        "64, of a large teacher one for twenty trajectories, at least 4",
+        "validate on at most this many trajectories of each kind (default: 64; with a large teacher, one per "
+        "20 training trajectories, at least 4)",
+        was="validation_walks",
         least=4,
         most=64,
     )
     reference_steps: int | None = setting(
-        None, "guided steps of the teacher in the grids; None = twice --teacher_steps", least=1, most=1000
+        None,
+        "guided steps of the teacher's images in the grids (default: twice --teacher_steps)",
+        least=1,
+        most=1000,
     )
     validation_prompts: list[str] | None = setting(
-        None, "prompts of the grids; None = eight, held-out ones first"
+        None, "prompts of the grids (default: eight, held-out ones first)"
     )
     num_inference_steps: int = setting(
-        4, "steps in which the student draws; goes to run.json as its default", least=1, most=1000
+        4, "sampling steps in validation and, by default, of the saved student", least=1, most=1000
     )
     report_to: str = setting(
-        "tensorboard", "tracker, as in accelerate: tensorboard, wandb, ...; 'none' for metrics.jsonl alone"
+        "tensorboard", "tracker, as in accelerate: tensorboard, wandb, ...; none writes metrics.jsonl only"
     )
-    logging_dir: str = setting("logs", "tracker files, inside --output_dir", is_path=True)
-    seed: int = setting(0, "seed of everything random", least=0, below=2**32)
+    logging_dir: str = setting("logs", "folder of the tracker's files, inside --output_dir", is_path=True)
+    seed: int = setting(0, "seed of all random numbers", least=0, below=2**32)
 
 
 def read_settings():
@@ -1412,11 +1448,6 @@ def averaged(ema, student, use_ema):
 # ---- main --------------------------------------------------------------------------------------------------
 
 
-def is_dry(word):
-    """Whether a word of the command line is --dry_run, or what argparse takes for it."""
-    return len(word) > len("--d") and "--dry_run".startswith(word)
-
-
 def resuming_command(settings):
     """Return the command that goes on with this run; flags that would start it again are taken back once it
     is in the folder.
@@ -1434,7 +1465,9 @@ def main(settings, is_resumed):
     try:
         if settings.dry_run:
             return (
-                0 if not is_first() else plan(settings, [word for word in sys.argv[1:] if not is_dry(word)])
+                0
+                if not is_first()
+                else plan(settings, [word for word in sys.argv[1:] if word != "--dry_run"])
             )
         train(settings, is_resumed, StopSignal(is_launched=is_launched()))
     except (OSError, ValueError, FloatingPointError) as error:

@@ -1,8 +1,10 @@
 """Both scripts, as a user types them: every wrong word is one line, exit code 2, before torch is imported."""
 
+import dataclasses
 import json
 import os
 import pwd
+import re
 import shlex
 import shutil
 import time
@@ -95,6 +97,66 @@ def test_a_prompt_is_read_as_utf8_where_the_locale_is_ascii():
     parser = make_parser(DrawSettings, "", repeatable=("prompt",))
     arguments = parser.parse_args(["--prompt", "caf\udcc3\udca9"])  # as Python has its bytes there
     assert arguments.prompt == ["caf\N{LATIN SMALL LETTER E WITH ACUTE}"]
+
+
+@pytest.mark.parametrize(
+    "settings, typed, suggested",
+    [
+        (TrainSettings, "--segment_steps", "--few_step_train_steps"),
+        (TrainSettings, "--own_path_pictures", "--rollout_states"),
+        (TrainSettings, "--validation_walks", "--validation_trajectories"),
+        (TrainSettings, "--variety_gain=0.3", "--diversity_gain"),
+        (TrainSettings, "--critic_pull", "--critic_lerp"),
+        (TrainSettings, "--dry", "--dry_run"),
+        (TrainSettings, "--max", "--max_train_steps or --max_grad_norm"),
+        (
+            TrainSettings,
+            "--learning-rate",
+            "--learning_rate or --muon_learning_rate or --critic_learning_rate",
+        ),
+        (DrawSettings, "--promt", "--prompt or --prompts_file"),
+        (DrawSettings, "-seed", "--seed"),
+    ],
+)
+def test_a_wrong_flag_is_refused_and_similar_flags_are_suggested(settings, typed, suggested, capsys):
+    with pytest.raises(SystemExit) as ended:
+        make_parser(settings, "").parse_args([typed, "3"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert f"unrecognized arguments: {typed} (did you mean {suggested}?) 3 (--help" in error
+
+
+def test_a_flag_like_no_other_gets_no_suggestion(capsys):
+    with pytest.raises(SystemExit):
+        make_parser(TrainSettings, "").parse_args(["--xyzzy"])
+    assert "unrecognized arguments: --xyzzy (--help lists every flag)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [TrainSettings, DrawSettings])
+def test_help_has_every_flag_under_a_heading(settings):
+    options, *groups = make_parser(settings, "").format_help().partition("options:\n")[2].split("\n\n")
+    assert options.split()[:2] == ["-h,", "--help"] and len(options.splitlines()) == 1
+    assert all(re.match(r"[a-z ]+:\n  --", group) for group in groups)
+    listed = re.findall(r"^  --(\w+)", "\n".join(groups), re.MULTILINE)
+    assert listed == [field.name for field in dataclasses.fields(settings)]
+
+
+@pytest.mark.parametrize("settings", [TrainSettings, DrawSettings])
+def test_help_names_every_default_but_that_of_a_switch_that_is_off(settings):
+    _, *entries = re.split(r"\n  (?=--)", make_parser(settings, "").format_help())
+    entries = [" ".join(entry.split()) for entry in entries]
+    for field, entry in zip(dataclasses.fields(settings), entries, strict=True):
+        assert (entry.count("(default: ") == 1) == (field.default is not False), entry
+    assert any(re.match(r"--seed N .*\(default: 0\)", entry) for entry in entries)
+
+
+@pytest.mark.parametrize("script", [TRAIN, DRAW])
+def test_help_takes_half_a_second_at_most(script):
+    before = os.times()
+    assert run_script(script, "--help").returncode == 0
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    assert seconds <= 0.5  # of computing, whatever else the machine does
 
 
 def test_a_path_with_a_tilde_is_the_same_in_all_that_is_printed_and_written(tmp_path, monkeypatch):
