@@ -177,14 +177,14 @@ def prepare(folder, num_trajectories):
     from accelerate import Accelerator
 
     import train_distillation as spine
-    from wanlite.files.cache import cache_folder
+    from wanlite.data.text_encoder import encode_prompts, load_text_encoder
     from wanlite.data.trajectories import TrajectoryGenerator
+    from wanlite.files.cache import cache_folder
     from wanlite.flow import make_scheduler
     from wanlite.network import pack_text
     from wanlite.planning.defaults import choose_prompts
     from wanlite.planning.resolve import complete
     from wanlite.training.teacher_data import teacher_velocity
-    from wanlite.data.text_encoder import encode_prompts, load_text_encoder
 
     settings = replace(complete(spine.Settings()), num_trajectories=num_trajectories)
     files = spine.open_teacher_files(settings.teacher)
@@ -220,13 +220,13 @@ def run(job):
     from wanlite.data.autoencoder import load_autoencoder
     from wanlite.data.trajectories import SeededBatches, Trajectories
     from wanlite.flow import make_scheduler
-    from wanlite.training.metrics import prompt_accuracy
     from wanlite.network import pack_text
-    from wanlite.training.losses import velocity_loss
     from wanlite.planning.resolve import complete
-    from wanlite.training.validation import generate_images, relative_error
-    from wanlite.training.steps import velocity_from
     from wanlite.student.shape import student_shape
+    from wanlite.training.losses import velocity_loss
+    from wanlite.training.metrics import prompt_accuracy
+    from wanlite.training.steps import velocity_from
+    from wanlite.training.validation import generate_images, relative_error
 
     torch.set_num_threads(1)
     cache = Path(job["data"])
@@ -318,8 +318,8 @@ def weights_only(student, files, expert, words, seed):
 def calibrated(student, files, expert, words, seed):
     import torch
 
-    from wanlite.student.calibration import calibrate, choose_channels, make_frames
     from wanlite.network import pack_text
+    from wanlite.student.calibration import calibrate, choose_channels, make_frames
     from wanlite.student.projection import choose_experts, project
 
     (expert,) = choose_experts(files, expert)
@@ -344,9 +344,9 @@ def importance(student, files, expert, words, seed):
     calibration frames."""
     import torch
 
-    from wanlite.student.pruning import _rotary_rows, top
-    from wanlite.student.calibration import make_frames
     from wanlite.network import one_frame_velocity, pack_text
+    from wanlite.student.calibration import make_frames
+    from wanlite.student.pruning import _rotary_rows, top
     from wanlite.teacher.model import load_expert
 
     files, active = files.experts[expert], {}
