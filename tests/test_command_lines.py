@@ -219,7 +219,7 @@ def test_a_start_is_projected_once_and_taken_by_later_runs_of_the_same_teacher_s
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def projected_run(tmp_path_factory):
     """A folder of a projected start, whose name a shell would take apart, and what was said."""
     folder = tmp_path_factory.mktemp("start") / "it's a $HOME"
     process = run_script(TRAIN, "--output_dir", folder, *SHORT_RUN, "--project_only")
@@ -227,8 +227,8 @@ def start(tmp_path_factory):
     return folder, process.stdout
 
 
-def test_projecting_alone_announces_no_training_and_ends_with_the_command_that_draws(start):
-    folder, said = start
+def test_projecting_alone_announces_no_training_and_ends_with_the_command_that_draws(projected_run):
+    folder, said = projected_run
     assert not any(word in said for word in ("teacher pictures", "steps", "minutes", "trajectories"))
     *_, saved, then = said.splitlines()
     assert saved == f"saved to {folder}, projected and not trained"
@@ -243,8 +243,8 @@ def test_projecting_alone_announces_no_training_and_ends_with_the_command_that_d
     assert repr(str(folder)) in (folder / "README.md").read_text()
 
 
-def test_a_saved_start_draws_as_step_0_of_a_run_in_its_folder(start, tmp_path):
-    shutil.copytree(start[0], tmp_path / "run")
+def test_a_saved_start_draws_as_step_0_of_a_run_in_its_folder(projected_run, tmp_path):
+    shutil.copytree(projected_run[0], tmp_path / "run")
     drawing = run_script(
         DRAW, "--model", tmp_path / "run", "--output_dir", tmp_path / "images", "--batch_size", "8"
     )
@@ -264,19 +264,20 @@ def test_a_saved_start_draws_as_step_0_of_a_run_in_its_folder(start, tmp_path):
     grid = np.asarray(Image.open(tmp_path / "run/samples/step-000000.png").convert("RGB"))[
         64:128
     ]  # the student's row
-    assert len(drawn) == len(read_run(start[0])["validation_prompts"])
+    assert len(drawn) == len(read_run(projected_run[0])["validation_prompts"])
     assert (np.concatenate(drawn, axis=1) == grid[:, -64 * len(drawn) :]).all()
     assert read_run(tmp_path / "run")["finished"] and "projected_only" not in read_run(tmp_path / "run")
 
 
-def test_stock_opens_a_saved_start(start):
+def test_stock_opens_a_saved_start(projected_run):
     ours, stock = (
-        kind.from_pretrained(start[0]).state_dict() for kind in (WanLiteStudent, WanTransformer3DModel)
+        kind.from_pretrained(projected_run[0]).state_dict()
+        for kind in (WanLiteStudent, WanTransformer3DModel)
     )
     assert ours.keys() == stock.keys() and all(
         torch.equal(tensor, stock[name]) for name, tensor in ours.items()
     )
-    assert WanPipeline.from_pretrained(start[0]).scheduler.config.solver_order == 2
+    assert WanPipeline.from_pretrained(projected_run[0]).scheduler.config.solver_order == 2
 
 
 def test_projecting_alone_replaces_no_run_that_was_cut_short(finished_run, tmp_path):
