@@ -48,6 +48,7 @@ TO_OFFICIAL = [
 # `pytest -m fast` leaves out these files, and in the others each test that uses one of RUNNERS,
 # which start a process.
 SLOW_FILES = {
+    "test_bad_students.py",
     "test_benchmark_samples.py",
     "test_benchmarks.py",
     "test_calibration.py",
@@ -61,8 +62,12 @@ SLOW_FILES = {
     "test_shapes.py",
     "test_single_files.py",
     "test_sizes.py",
+    "test_stages.py",
     "test_static.py",
+    "test_student_saving.py",
+    "test_teacher.py",
     "test_tiny_teachers.py",
+    "test_validators.py",
 }
 RUNNERS = {"finished_run", "fork", "projected_run", "refused", "run_script", "shell", "subprocess", "train"}
 
