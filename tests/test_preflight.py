@@ -410,7 +410,7 @@ def test_a_file_of_three_prompts_trains_to_the_end(tmp_path):
     )
     walks = max(
         (
-            json.loads(path.read_text())["walks"]
+            json.loads(path.read_text())["trajectories"]
             for path in tmp_path.glob("run/cache/trajectories-*/provenance.json")
         ),
         key=len,

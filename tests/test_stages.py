@@ -53,7 +53,7 @@ def test_no_walk_that_is_learned_from_has_prompt_or_noise_of_one_that_students_a
         "4",
     )
     assert process.returncode == 0, process.stderr
-    walks = sorted((made_of["walks"] for made_of in kept(finished_run[0], "trajectories")), key=len)
+    walks = sorted((made_of["trajectories"] for made_of in kept(finished_run[0], "trajectories")), key=len)
     (*_, training), examined = walks, [walk for part in walks[:-1] for walk in part]
     assert len(walks) == 3 and len(training) == 64 and len(examined) > 16
     for column in (1, 2):  # prompts, seeds
@@ -171,7 +171,7 @@ def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_
     looks, figures = found.validate(student)
     assert (
         set(looks) == {1, 2, 4}
-        and figures["picture_error_2"] == looks[2]["image_error"] != looks[4]["image_error"]
+        and figures["image_error_2"] == looks[2]["image_error"] != looks[4]["image_error"]
     )
     teachers, *rows = found.draw_grid(student, looks).items()
     assert teachers[0] == "teacher 4 steps" and (teachers[1] == found.teacher_drawn).all()
