@@ -110,7 +110,9 @@ def fill(folder, count, device):
     began = time.perf_counter()
     trajectory_generator = TrajectoryGenerator(
         accelerator,
-        lambda said, features: guided(pack_text([words[prompt] for prompt in said]).to(device), features),
+        lambda said, has_features: guided(
+            pack_text([words[prompt] for prompt in said]).to(device), has_features
+        ),
         make_scheduler(3.0),
         STEPS,
         basis=basis,

@@ -194,7 +194,7 @@ def prepare(folder, num_trajectories):
     guided = teacher_velocity(spine.Teacher(files), settings, embeddings[""])
     trajectory_generator = TrajectoryGenerator(
         Accelerator(),
-        lambda said, features: guided(pack_text([embeddings[p] for p in said]), features),
+        lambda said, has_features: guided(pack_text([embeddings[p] for p in said]), has_features),
         make_scheduler(settings.flow_shift),
         settings.teacher_steps,
         basis=torch.eye(files.experts["low"].width)[:, :1],

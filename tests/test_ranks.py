@@ -263,10 +263,9 @@ def test_ranks_in_step_make_as_many_shards_of_as_many_jobs_as_any_and_write_each
     def walk(rank):
         asked = []
 
-        def velocity_for(prompts, features):
+        def velocity_for(prompts, has_features):
             asked.append(len(prompts))
-            features.append(torch.zeros(len(prompts), 4, 2))
-            return lambda latents, timestep: (features.append(torch.zeros(len(prompts), 4, 2)), latents)[1]
+            return lambda latents, timestep: (latents, torch.zeros(len(prompts), 4, 2))
 
         states = TrajectoryGenerator(
             Accelerator(), velocity_for, make_scheduler(3.0), 1, True, torch.eye(2)

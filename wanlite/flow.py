@@ -73,16 +73,16 @@ def solve(velocity_of, latents, scheduler, num_steps, begin=0, end=None):
     """Walk from noise to a image, yielding (latents, timestep, noise_level, velocity) before each step;
     returns the last latents.
 
-    `velocity_of(latents, timestep (B,))` is asked once a step. Shapes: (B, C, H, W). With `begin` the solve
-    starts before that step of `num_steps`, from latents that are there already, and with `end` it stops
-    before that one.
+    `velocity_of(latents, timestep (B,))` is called once a step. Shapes: (B, C, H, W). Where it returns a pair,
+    as (velocity, hidden states), the second value is yielded as well. With `begin` the solve starts before
+    that step of `num_steps`, from latents that are there already, and with `end` it stops before that one.
     """
     states = states_passed(scheduler, num_steps, latents.device)
     scheduler.set_begin_index(begin)
     latents = latents.float()
     for timestep, noise_level in states[begin:end]:
-        velocity = velocity_of(latents, timestep.float().expand(len(latents))).float()
-        yield latents, timestep, noise_level, velocity
+        velocity, *features = _predict(velocity_of, latents, timestep)
+        yield latents, timestep, noise_level, velocity, *features
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
     return latents
 
@@ -94,7 +94,14 @@ def noise_along(velocity_of, clean, seeds, scheduler, num_steps):
     noises = seeded_noise((num_steps, *clean.shape[1:]), seeds).to(clean.device).unbind(1)
     for (timestep, noise_level), noise in zip(states_passed(scheduler, num_steps, clean.device), noises):
         noisy = add_noise(clean.float(), noise, noise_level.expand(len(clean)))
-        yield noisy, timestep, noise_level, velocity_of(noisy, timestep.float().expand(len(clean))).float()
+        yield noisy, timestep, noise_level, *_predict(velocity_of, noisy, timestep)
+
+
+def _predict(velocity_of, latents, timestep):
+    """Return (velocity,) in float32, followed by the hidden states where `velocity_of` returns them too."""
+    predicted = velocity_of(latents, timestep.float().expand(len(latents)))
+    velocity, *features = predicted if isinstance(predicted, tuple) else (predicted,)
+    return velocity.float(), *features
 
 
 def sample(velocity_of, noise, scheduler, num_steps, begin=0, end=None):

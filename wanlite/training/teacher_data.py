@@ -125,8 +125,8 @@ class TeacherData:
             "features": width,
         }
 
-    def _guided_for(self, prompts, features):
-        return self.guided(self.words.pack(prompts).to(self.accelerator.device), features)
+    def _guided_for(self, prompts, has_features):
+        return self.guided(self.words.pack(prompts).to(self.accelerator.device), has_features)
 
     def _kept_in(self, kind, parent=None, **what):
         with self.accelerator.main_process_first():
@@ -248,13 +248,14 @@ class TeacherData:
 
 
 def teacher_velocity(teacher, settings, negative):
-    """Return the guided teacher as a maker of velocity functions of (latents, timestep); see
-    validator.generate_images.
+    """Return `velocity_for(text, has_features=False)`, which makes velocity functions of (latents, timestep).
+
+    With `has_features` these return (velocity, hidden states (B, N, D) after the feature block).
     """
 
-    def velocity_for(text, features=None):
+    def velocity_for(text, has_features=False):
         unwanted = pack_text([negative] * len(text.tokens)).to(text.tokens.device)
-        blocks = () if features is None else (feature_block(teacher.config["num_layers"]),)
+        blocks = (feature_block(teacher.config["num_layers"]),) if has_features else ()
 
         def velocity_of(latents, timestep):
             velocity, states = teacher.velocity(
@@ -266,9 +267,7 @@ def teacher_velocity(teacher, settings, negative):
                 settings.guidance_scale_2,
                 feature_blocks=blocks,
             )
-            if features is not None:
-                features.append(states[0])
-            return velocity
+            return (velocity, states[0]) if has_features else velocity
 
         return velocity_of
 
