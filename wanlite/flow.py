@@ -81,8 +81,10 @@ def solve(velocity_of, latents, scheduler, num_steps, begin=0, end=None):
     scheduler.set_begin_index(begin)
     latents = latents.float()
     for timestep, noise_level in states[begin:end]:
-        velocity, *features = _predict(velocity_of, latents, timestep)
-        yield latents, timestep, noise_level, velocity, *features
+        predicted = _predict(velocity_of, latents, timestep)
+        yield latents, timestep, noise_level, *predicted
+        velocity = predicted[0]
+        del predicted  # hidden states are large, and the next step computes new ones
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
     return latents
 

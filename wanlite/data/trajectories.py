@@ -7,6 +7,7 @@ tokens, D feature width.
 """
 
 import copy
+import functools
 import math
 import os
 import time
@@ -162,7 +163,8 @@ def _states(steps, basis, numbers):
 
     Each step's hidden states (B, N, D) are projected onto the basis (D, d) at once and kept in float16.
     """
-    kept = [(*state, (features.float() @ basis).half()) for *state, features in steps]
+    # Unlike a loop's variable, map() holds no step while the next one is computed.
+    kept = map(functools.partial(_in_basis, basis), steps)
     latents, timestep, noise_level, velocity, features = (
         torch.stack(list(part)) for part in zip(*kept)
     )  # (K, ...)
@@ -174,6 +176,11 @@ def _states(steps, basis, numbers):
         "prompt": torch.tensor(numbers),
         "noise_level": noise_level.float().repeat(len(numbers), 1),
     }
+
+
+def _in_basis(basis, step):
+    *state, features = step
+    return *state, (features.float() @ basis).half()
 
 
 def principal_directions(states, width):
