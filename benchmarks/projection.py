@@ -184,14 +184,16 @@ def prepare(folder, num_trajectories):
     from wanlite.network import pack_text
     from wanlite.planning.defaults import choose_prompts
     from wanlite.planning.resolve import complete
+    from wanlite.teacher.checkpoint import open_teacher_files
+    from wanlite.teacher.model import Teacher
     from wanlite.training.teacher_data import teacher_velocity
 
     settings = replace(complete(spine.Settings()), num_trajectories=num_trajectories)
-    files = spine.open_teacher_files(settings.teacher)
+    files = open_teacher_files(settings.teacher)
     training, held_out = choose_prompts(settings)
     prompts = [*training, *held_out, ""]
     embeddings = dict(zip(prompts, encode_prompts(*load_text_encoder(settings.teacher), prompts)))
-    guided = teacher_velocity(spine.Teacher(files), settings, embeddings[""])
+    guided = teacher_velocity(Teacher(files), settings, embeddings[""])
     trajectory_generator = TrajectoryGenerator(
         Accelerator(),
         lambda said, has_features: guided(pack_text([embeddings[p] for p in said]), has_features),
@@ -215,6 +217,7 @@ def prepare(folder, num_trajectories):
 def run(job):
     """Make a start, train it, and judge it; returns the row."""
     import torch
+    from diffusers.training_utils import EMAModel
 
     import train_distillation as spine
     from wanlite.data.autoencoder import load_autoencoder
@@ -223,8 +226,11 @@ def run(job):
     from wanlite.network import pack_text
     from wanlite.planning.resolve import complete
     from wanlite.student.shape import student_shape
+    from wanlite.teacher.checkpoint import open_teacher_files
     from wanlite.training.losses import velocity_loss
     from wanlite.training.metrics import prompt_accuracy
+    from wanlite.training.optimizers import make_lr_schedulers, make_optimizers
+    from wanlite.training.state import averaged_weights
     from wanlite.training.steps import velocity_from
     from wanlite.training.validation import generate_images, relative_error
 
@@ -244,7 +250,7 @@ def run(job):
         max_train_steps=job["steps"],
         lr_warmup_steps=job["steps"] // 10,
     )
-    files = spine.open_teacher_files(settings.teacher)
+    files = open_teacher_files(settings.teacher)
     torch.manual_seed(job["seed"])
     student = spine.WanLiteStudent(student_shape(files.config, **job["student"]))
     began = time.perf_counter()
@@ -252,12 +258,12 @@ def run(job):
         student, files, job["expert"], [embeddings[prompt] for prompt in training[:1024]], job["seed"]
     )
     seconds = time.perf_counter() - began
-    optimizers = spine.make_optimizers(settings, student)
-    rates = spine.make_lr_schedulers(settings, optimizers)
-    ema, errors = spine.EMAModel(student.parameters(), decay=0.995), {}
+    optimizers = make_optimizers(settings, student)
+    rates = make_lr_schedulers(settings, optimizers)
+    ema, errors = EMAModel(student.parameters(), decay=0.995), {}
 
     def measure(step):
-        with spine.averaged(ema, student, True):
+        with averaged_weights(ema, student):
             errors[str(step)] = round(
                 relative_error(student, states["held_out"], embeddings, held_out, "cpu", lambda: None), 5
             )

@@ -49,7 +49,8 @@ from wanlite.student.shape import student_shape
 from wanlite.teacher.checkpoint import ExpertFiles, TeacherFiles, open_teacher_files
 from wanlite.teacher.model import Teacher, make_expert
 from wanlite.training.optimizers import make_optimizers
-from wanlite.training.steps import STEPS, Networks
+from wanlite.training.phase_table import PHASES
+from wanlite.training.steps import Networks
 from wanlite.training.teacher_data import feature_block
 
 A14B = {
@@ -248,7 +249,7 @@ def ours(world, muon_rate=0.0, is_compiled=False, ask=None, feed=None):
         if ask is not None:
             batch["velocity"], batch["features"] = ask(batch, text)
         with accelerator.autocast():
-            loss, _ = STEPS["velocity"](networks, settings, batch, text, 0.5, None)
+            loss, _ = PHASES["velocity"].loss(networks, settings, batch, text, 0.5, None)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(
             [*wrapped.parameters(), *wrapped_head.parameters()], settings.max_grad_norm

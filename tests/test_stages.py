@@ -5,6 +5,7 @@ learned from.
 import inspect
 import json
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -17,6 +18,7 @@ from wanlite.data.autoencoder import load_autoencoder
 from wanlite.flow import FewSteps, seeded_noise
 from wanlite.planning.defaults import choose_prompts
 from wanlite.planning.resolve import complete
+from wanlite.planning.run import resolve_run
 from wanlite.student import calibration, projection
 from wanlite.student import pruning as block_cutting
 from wanlite.student.initialization import compare_experts, project_into, start_student
@@ -27,6 +29,16 @@ from wanlite.training.run_folder import read_run
 from wanlite.training.steps import velocity_in_chunks
 from wanlite.training.teacher_data import PromptEmbeddings, TeacherData
 from wanlite.training.throughput import Pace
+
+
+def resolved(cache, prompts, **settings):
+    """Return the Run of settings whose training prompts are held out as well."""
+    settings = complete(Settings(cache_dir=str(cache), num_held_out=4, num_trajectories=300, **settings))
+    run = resolve_run(settings, WanLiteStudent, start=lambda settings: Accelerator())
+    shown = settings.validation_prompts or prompts
+    return replace(
+        run, training=prompts, held_out=prompts, settings=replace(run.settings, validation_prompts=shown)
+    )
 
 
 def kept(folder, kind):
@@ -129,32 +141,22 @@ def test_what_is_kept_of_a_start_is_what_was_projected(tmp_path):
 def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_it_says(
     finished_run, tmp_path, monkeypatch
 ):
-    settings = complete(
-        Settings(cache_dir=str(tmp_path), teacher_steps=4, reference_steps=4, validation_trajectories=4)
-    )
-    accelerator, prompts, shape = (
-        Accelerator(),
-        ["a red ring", "a blue cross", "a green square", "a red circle"],
-        (16, 8, 8),
-    )
-    words, teacher = (
-        PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, [*prompts, ""]),
-        Teacher(open_teacher_files(TINY_TEACHER)),
-    )
-    teacher_data = TeacherData(
-        accelerator, settings, teacher, words, prompts, prompts, [shape, shape], 16, Pace("cpu", 1e9)
-    )
-    teacher_data.find_basis()
-    few, autoencoder = FewSteps(settings.flow_shift, [1, 2, 4], shape, 4), load_autoencoder(TINY_TEACHER)
-    found = validator.Validator(
-        teacher_data,
-        *teacher_data.generate_validation(),
+    prompts, shape = ["a red ring", "a blue cross", "a green square", "a red circle"], (16, 8, 8)
+    run = resolved(
+        tmp_path,
         prompts,
-        few.counts,
-        few.scheduler,
-        autoencoder,
-        lambda: None,
+        teacher_steps=4,
+        reference_steps=4,
+        validation_trajectories=4,
+        feature_directions=16,
+        validation_prompts=prompts,
     )
+    words = PromptEmbeddings(run.accelerator, TINY_TEACHER, tmp_path, run.prompts)
+    teacher_data = TeacherData(run, Teacher(run.files), words, Pace("cpu", 1e9))
+    teacher_data.find_basis()
+    teacher_data.validation_states = teacher_data.generate_validation()
+    few, autoencoder = FewSteps(run.settings.flow_shift, [1, 2, 4], shape, 4), load_autoencoder(TINY_TEACHER)
+    found = validator.Validator(run, teacher_data, few, autoencoder)
     student = WanLiteStudent.from_pretrained(finished_run[0])
     drawn = {
         count: validator.generate_images(
@@ -203,30 +205,20 @@ def test_a_start_is_calibrated_on_a_frame_of_each_prompt(finished_run):
 
 
 def test_the_teacher_is_guided_by_the_settings_and_plain_where_it_is_held_against_a_critic(tmp_path):
-    settings = complete(
-        Settings(
-            cache_dir=str(tmp_path), negative_prompt="a blue cross", guidance_scale=5.0, guidance_scale_2=2.0
-        )
+    prompts = ["a red ring", "a green square"]
+    run = resolved(
+        tmp_path, prompts, negative_prompt="a blue cross", guidance_scale=5.0, guidance_scale_2=2.0
     )
-    accelerator, prompts = Accelerator(), ["a red ring", "a green square"]
-    words = PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, [*prompts, "a blue cross"])
-    teacher = Teacher(open_teacher_files(TINY_TEACHER))
-    teacher_data = TeacherData(
-        accelerator,
-        settings,
-        teacher,
-        words,
-        prompts,
-        prompts,
-        [(16, 8, 8), (16, 8, 8)],
-        16,
-        Pace("cpu", 1e9),
+    words, teacher = (
+        PromptEmbeddings(run.accelerator, TINY_TEACHER, tmp_path, run.prompts),
+        Teacher(run.files),
     )
+    teacher_data = TeacherData(run, teacher, words, Pace("cpu", 1e9))
     text, unwanted = words.pack(prompts), words.pack(2 * ["a blue cross"])
     latents = seeded_noise((16, 8, 8), [1, 2])
     for timestep in (torch.full((2,), 990.0), torch.full((2,), 100.0)):  # the high and the low expert's
         guided, plain = (
-            maker(text)(latents, timestep) for maker in (teacher_data.guided, teacher_data.plain)
+            maker(text)(latents, timestep) for maker in (teacher_data.guided, teacher_data.unguided)
         )
         assert torch.equal(guided, teacher.velocity(latents, timestep, text, unwanted, 5.0, 2.0)[0])
         assert torch.equal(plain, teacher.velocity(latents, timestep, text)[0]) and not torch.allclose(
