@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from wanlite.files.atomic import hold, not_finite, write_json
+from wanlite.files.atomic import hold, write_json
 from wanlite.phases import MIN_TRAJECTORIES
 from wanlite.planning.resolve import NAMED_TEACHERS, REAL_STEPS, REAL_TEACHERS, TINY_STEPS, complete
 from wanlite.planning.settings import make_parser, setting
@@ -358,30 +358,23 @@ if __name__ == "__main__":  # arguments and paths are answered before torch is i
 
 import inspect
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import torch
-from accelerate import Accelerator, init_empty_weights
+from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.normalization import FP32LayerNorm
-from diffusers.models.transformers.transformer_wan import (
-    WanRotaryPosEmbed,
-    WanTimeTextImageEmbedding,
-    WanTransformer3DModel,
-)
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.utils.peft_utils import apply_lora_scale
-from torch import nn
 
 from wanlite.data.autoencoder import load_autoencoder
 from wanlite.data.text_encoder import load_tokenizer, tell_cut
 from wanlite.flow import FewSteps, make_scheduler
-from wanlite.network import TEXT_LENGTH, OneFrameBlock, TextTokens, one_frame_velocity
+from wanlite.network import TEXT_LENGTH, TextTokens, one_frame_velocity
 from wanlite.planning.defaults import describe_schedule
 from wanlite.planning.estimate import is_large, most_frames, training_dtype
 from wanlite.planning.memory import matrix_rate
@@ -389,20 +382,18 @@ from wanlite.planning.messages import announce, command, conclude, drawing_comma
 from wanlite.planning.run import resolve_run
 from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention
 from wanlite.runtime.ranks import abort_all_ranks, check_devices, is_peer_failure, patience
+from wanlite.student.building import add_layers, complete_config, config_defaults, initialise_weights
 from wanlite.student.initialization import compare_experts, project_into, start_student
-from wanlite.student.loading import (
-    OUR_NAMES,
-    all_tensor_shapes,
-    check_hashes,
-    check_shape,
-    check_variant,
-    check_weights,
-    open_student,
-    pinned_hashes,
-    student_arguments,
-    student_folder,
+from wanlite.student.loading import OUR_NAMES, check_shape, student_arguments, student_folder
+from wanlite.student.pretrained import (
+    ReadOptions,
+    build_around,
+    check_save_options,
+    loading_info,
+    read_student,
+    refuse_unknown,
+    write_student,
 )
-from wanlite.student.saving import check_savable, plain_names, save_student
 from wanlite.teacher.model import Teacher
 from wanlite.training.batches import micro_batches
 from wanlite.training.phase_table import PHASES, phases_to_train
@@ -462,78 +453,35 @@ class WanLiteStudent(WanTransformer3DModel):
         super(WanTransformer3DModel, self).__init__()  # stock's own would build stock's blocks
         self.__module__ = WanTransformer3DModel.__module__  # see below the class
         if isinstance(hidden_size, Mapping):
-            config = {name: value for name, value in hidden_size.items() if not name.startswith("_")}
             return self.__init__(
                 **{
                     "teacher_checkpoint_path": teacher_checkpoint_path,
                     "projection": projection,
                     "expert": expert,
-                    **student_arguments(config, _defaults()),
+                    **student_arguments({**hidden_size}, config_defaults(type(self))),
                 }
             )
-        ffn_dim = ffn_dim or 4 * hidden_size
-        check_shape(
-            patch_size,
-            eps,
-            cross_attn_norm,
-            qk_norm,
-            hidden_size=hidden_size,
-            depth=depth,
-            num_heads=num_heads,
-            ffn_dim=ffn_dim,
-            num_channels=num_channels,
-            text_dim=text_dim,
-            freq_dim=freq_dim,
-            rope_max_seq_len=rope_max_seq_len,
-        )
-        head_dim, patch_size = hidden_size // num_heads, (1, patch_size[1], patch_size[2])
-        self.register_to_config(
-            hidden_size=hidden_size,
-            depth=depth,
-            num_heads=num_heads,
-            ffn_dim=ffn_dim,
-            num_channels=num_channels,
-            text_dim=text_dim,
-            freq_dim=freq_dim,
-            patch_size=patch_size,
-            cross_attn_norm=cross_attn_norm,
-            qk_norm=qk_norm,
-            eps=eps,
-            rope_max_seq_len=rope_max_seq_len,
-            num_attention_heads=num_heads,
-            attention_head_dim=head_dim,
-            num_layers=depth,
-            in_channels=num_channels,
-            out_channels=num_channels,
-            image_dim=None,
-            added_kv_proj_dim=None,
-            pos_embed_seq_len=None,
-        )
-
-        self.rope = WanRotaryPosEmbed(head_dim, patch_size, rope_max_seq_len)
-        self.patch_embedding = nn.Conv3d(num_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-        self.condition_embedder = WanTimeTextImageEmbedding(hidden_size, freq_dim, 6 * hidden_size, text_dim)
-        self.blocks = nn.ModuleList(
-            OneFrameBlock(hidden_size, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
-            for _ in range(depth)
-        )
-        self.norm_out = FP32LayerNorm(hidden_size, eps, elementwise_affine=False)
-        self.proj_out = nn.Linear(hidden_size, num_channels * math.prod(patch_size))
-        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, hidden_size))
-        self.gradient_checkpointing = False
-
+        shape = {
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": num_heads,
+            "ffn_dim": ffn_dim or 4 * hidden_size,
+            "num_channels": num_channels,
+            "text_dim": text_dim,
+            "freq_dim": freq_dim,
+            "patch_size": patch_size,
+            "cross_attn_norm": cross_attn_norm,
+            "qk_norm": qk_norm,
+            "eps": eps,
+            "rope_max_seq_len": rope_max_seq_len,
+        }
+        check_shape(**shape)
+        self.register_to_config(**complete_config(shape))
+        add_layers(self)
         if not self.proj_out.weight.is_meta:
-            self.initialise()
+            initialise_weights(self)
         if teacher_checkpoint_path is not None and projection != "none":
             project_into(self, teacher_checkpoint_path, expert)
-
-    @torch.no_grad()
-    def initialise(self):
-        """Random start, as a stock WanTransformer3DModel has it, with a silent output."""
-        for table in [self.scale_shift_table, *(block.scale_shift_table for block in self.blocks)]:
-            nn.init.normal_(table, std=self.config.hidden_size**-0.5)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -612,30 +560,9 @@ class WanLiteStudent(WanTransformer3DModel):
                 f"WanLiteStudent.save_pretrained does not take {', '.join(sorted(kwargs))} without "
                 f"push_to_hub."
             )
-        if not safe_serialization:
-            raise ValueError(
-                "safe_serialization=False asks for a pickle; students are saved as safetensors only. Leave "
-                "it out."
-            )
-        check_variant(variant)
-        if not str(save_directory):
-            raise ValueError("save_directory is empty, expected a folder.")
-        if (
-            not isinstance(max_shard_size, (int, str))
-            or isinstance(max_shard_size, int)
-            and max_shard_size < 1
-        ):
-            raise ValueError(
-                f"max_shard_size is {max_shard_size!r}, expected bytes, at least 1, or text as '5GB'."
-            )
-        if is_main_process is None:
-            is_main_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        tensors = plain_names(self.state_dict())  # of a sharded student every rank has to take part
-        if not is_main_process:
-            return
-        check_savable(tensors, all_tensor_shapes(self.config), save_directory)
-        save_student(save_directory, self.to_json_string(), tensors, variant, max_shard_size)
-        if push_to_hub:
+        check_save_options(save_directory, safe_serialization, variant, max_shard_size)
+        is_written = write_student(self, save_directory, is_main_process, variant, max_shard_size)
+        if is_written and push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
 
     def to_json_string(self) -> str:
@@ -680,7 +607,9 @@ class WanLiteStudent(WanTransformer3DModel):
         """Turn a config under our names, Wan's or both into arguments: from_config alone would take our
         defaults for Wan's.
         """
-        return super().extract_init_dict(student_arguments({**config_dict}, _defaults()), **kwargs)
+        return super().extract_init_dict(
+            student_arguments({**config_dict}, config_defaults(WanLiteStudent)), **kwargs
+        )
 
     @classmethod
     def from_pretrained(
@@ -716,22 +645,18 @@ class WanLiteStudent(WanTransformer3DModel):
         for files that are missing or broken and ValueError for content that is not this student's. Memory is
         used once whatever `low_cpu_mem_usage` says.
         """
-        if unknown := {
-            name: value for name, value in unknown.items() if value or name not in cls._left_to_stock
-        }:
-            accepted = ", ".join(list(inspect.signature(cls.from_pretrained).parameters)[1:-1])
-            raise TypeError(
-                f"WanLiteStudent.from_pretrained does not take {', '.join(sorted(unknown))}; it takes "
-                f"{accepted}. "
-                "Loading never projects a teacher and never quantises: quantise the student that is loaded."
-            )
+        accepted = list(inspect.signature(cls.from_pretrained).parameters)[1:-1]
+        refuse_unknown(unknown, accepted, cls._left_to_stock)
         if use_safetensors is False:
             raise ValueError(
                 "use_safetensors=False asks for a pickle, and pickles are never opened. Leave it out."
             )
-        dtype, device = (
-            as_dtype(torch_dtype if dtype is None else dtype),
-            as_device(device_map if device is None else device),
+        options = ReadOptions(
+            dtype=as_dtype(torch_dtype if dtype is None else dtype),
+            device=as_device(device_map if device is None else device),
+            is_mapped=not disable_mmap,
+            is_hashed=output_loading_info,
+            sha256=sha256,
         )
         folder = student_folder(
             pretrained_model_name_or_path,
@@ -742,61 +667,15 @@ class WanLiteStudent(WanTransformer3DModel):
             cache_dir=cache_dir,
             force_download=force_download,
         )
-        with open_student(folder, variant) as (config, files):
-            try:
-                arguments = student_arguments(config, _defaults())
-            except ValueError as error:
-                raise ValueError(f"{files[0].path.parent / 'config.json'}: {error}") from None
-            check_weights(files, arguments)
-            pinned, tensors = pinned_hashes(files, sha256), {}
-            is_hashed = pinned is not None or output_loading_info
-            for name, tensor in chain.from_iterable(
-                file.tensors(not disable_mmap, is_hashed) for file in files
-            ):
-                tensors[name] = tensor.to(device, None if _stays_float32(name) else dtype)
-            check_hashes(files, pinned)
-            for name in not_finite(tensors):
-                path = next(file.path for file in files if name in file.entries)
-                raise ValueError(
-                    f"{path}: {name} holds NaN or infinity as {tensors[name].dtype}. Take an earlier save, "
-                    f"or a dtype "
-                    "of more range."
-                )
-        # Parameters are without memory, rotary tables are real, and the user's random numbers are not used
-        # up.
-        with init_empty_weights(), torch.random.fork_rng(devices=[]):
-            student = cls(**arguments)
-        student.load_state_dict(tensors, strict=True, assign=True)
+        arguments, tensors, digests = read_student(cls, folder, variant, options)
+        student = build_around(cls, arguments, tensors, options.device)
         student.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        student.rope.to(device)  # all else is there
-        student.eval()
-        info = {
-            "missing_keys": [],
-            "unexpected_keys": [],
-            "mismatched_keys": [],
-            "error_msgs": [],
-            "sha256": {file.path.name: file.sha256 for file in files},
-        }
-        return (student, info) if output_loading_info else student
+        return (student, loading_info(digests)) if output_loading_info else student
 
 
 # A student is saved as the stock Wan that it also is. Pipelines write a component's class by these names of the
 # class and of its module, and load it by them where this file is not.
 WanLiteStudent.__name__ = WanTransformer3DModel.__name__
-
-
-def _defaults():
-    """Return {name: default} of the arguments that make up a config."""
-    parameters = inspect.signature(WanLiteStudent.__init__).parameters.values()
-    return {
-        parameter.name: parameter.default
-        for parameter in parameters
-        if parameter.name not in ("self", *WanLiteStudent.ignore_for_config)
-    }
-
-
-def _stays_float32(name):
-    return any(module in WanLiteStudent._keep_in_fp32_modules for module in name.split("."))
 
 
 # ---- the dry run -------------------------------------------------------------------------------------------
