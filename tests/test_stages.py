@@ -2,7 +2,6 @@
 learned from.
 """
 
-import inspect
 import json
 import re
 from dataclasses import replace
@@ -16,12 +15,18 @@ from tests.conftest import ROOT, TINY_TEACHER, run_script
 from train_distillation import Settings, WanLiteStudent
 from wanlite.data.autoencoder import load_autoencoder
 from wanlite.flow import FewSteps, seeded_noise
+from wanlite.network import pack_text
 from wanlite.planning.defaults import choose_prompts
 from wanlite.planning.resolve import complete
 from wanlite.planning.run import resolve_run
-from wanlite.student import calibration, projection
-from wanlite.student import pruning as block_cutting
-from wanlite.student.initialization import compare_experts, project_into, start_student
+from wanlite.student.calibration import calibrate, choose_channels, make_frames
+from wanlite.student.initialization import (
+    METHOD_VERSION,
+    compare_experts,
+    project_into,
+    start_folder,
+    start_student,
+)
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.model import Teacher
 from wanlite.training import validation as validator
@@ -77,24 +82,36 @@ def test_no_walk_that_is_learned_from_has_prompt_or_noise_of_one_that_students_a
     )
 
 
-@pytest.mark.parametrize("room", [projection, block_cutting, calibration])
-def test_a_start_is_taken_again_only_if_it_was_made_by_the_same_code(room, tmp_path, monkeypatch):
+def test_a_cached_start_is_used_again_unless_the_method_version_is_another(tmp_path):
     settings, accelerator = complete(Settings(cache_dir=str(tmp_path), projection="weights")), Accelerator()
-    source = inspect.getsource
     files, student = (
         open_teacher_files(TINY_TEACHER),
         WanLiteStudent(hidden_size=64, depth=4, num_heads=2, text_dim=64),
     )
     words = PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, ["a red ring"])
-
-    def start():
+    for _ in range(2):
         start_student(settings, student, files, words, ["a red ring"], (8, 8), accelerator)
-        return {place.name for place in tmp_path.glob("start-*")}
+    (folder,) = tmp_path.glob("start-*")
+    key = settings, student, files, words.said_by, ["a red ring"], (8, 8)
+    assert start_folder(*key) == folder != start_folder(*key, METHOD_VERSION + 1)
 
-    first = start()
-    assert start() == first and len(first) == 1
-    monkeypatch.setattr(inspect, "getsource", lambda which: source(which) + "# changed" * (which is room))
-    assert len(start()) == 2
+
+def test_the_method_version_is_raised_when_the_projected_weights_change():
+    student, files = (
+        WanLiteStudent(hidden_size=64, depth=2, num_heads=2, text_dim=64),
+        open_teacher_files(TINY_TEACHER),
+    )
+    low = files.experts["low"]
+    text = pack_text(
+        [torch.randn(4, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(16)]
+    )
+    frames = make_frames(low, text, (8, 8))
+    report = project_into(student, TINY_TEACHER, "low", channels=choose_channels(low, frames, 64))
+    projected = sum(tensor.norm().item() for tensor in student.state_dict().values())
+    calibrate(student, low, report, frames)
+    calibrated = sum(tensor.norm().item() for tensor in student.state_dict().values())
+    assert (projected, calibrated) == pytest.approx((663.905, 1503.842), rel=1e-4), "raise METHOD_VERSION"
+    assert METHOD_VERSION == 1  # the version of these two numbers
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", pytest.param("[" * 10**5, id="deep")])
