@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..teacher.model import TextTokens, ask, stream_expert
+from .regression import solve_ridge
 
 RIDGE = 3e-3  # of the mean Gram diagonal
 OUTPUT_SHARE = 0.5  # an attention output goes half of the way; all of it was no better
@@ -291,10 +292,7 @@ def _refit(layer, inputs, wanted, weight=None, share=1.0):
     residual = (wanted - layer(inputs)).flatten(0, 1).double()
     if residual.square().mean() <= 1e-8 * wanted.square().mean():
         return
-    rows = nn.functional.pad(inputs, (0, 1), value=1.0).flatten(0, 1).double()
-    weighted = rows if weight is None else rows * weight.flatten(0, 1)
-    gram = weighted.T @ rows
-    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    change = share * torch.linalg.solve(gram, weighted.T @ residual).T.float()
-    layer.weight += change[:, :-1]
-    layer.bias += change[:, -1]
+    weight = None if weight is None else weight.flatten(0, 1)
+    weight_change, bias_change = solve_ridge(inputs.flatten(0, 1), residual, RIDGE, weight)
+    layer.weight += share * weight_change
+    layer.bias += share * bias_change

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .pruning import GATE, SCALE, BlockProjector, cut_span, top
+from .regression import solve_ridge
 
 EXPERTS = ("low", "high", "best_per_block")  # span: for each student block the expert that keeps more energy
 TEXT_SAMPLES = 4096  # words that the text path is refitted on
@@ -314,11 +315,8 @@ def _refit(weight, bias, inputs, wanted, ridge=1e-6):
     residual = wanted - (inputs @ weight.T + bias)
     if residual.abs().max() <= 1e-5 * wanted.abs().max():
         return weight, bias
-    rows = F.pad(inputs, (0, 1), value=1.0).double()
-    gram = rows.T @ rows
-    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    change = torch.linalg.solve(gram, rows.T @ residual.double()).T.float()
-    return weight + change[:, :-1], bias + change[:, -1]
+    weight_change, bias_change = solve_ridge(inputs, residual, ridge)
+    return weight + weight_change, bias + bias_change
 
 
 # ---- blocks, head ------------------------------------------------------------------------------------------
