@@ -352,7 +352,7 @@ def importance(student, files, expert, words, seed):
 
     from wanlite.network import one_frame_velocity, pack_text
     from wanlite.student.calibration import make_frames
-    from wanlite.student.pruning import _rotary_rows, top
+    from wanlite.student.pruning import _rotary_rows, top_indices
     from wanlite.teacher.model import load_expert
 
     files, active = files.experts[expert], {}
@@ -374,15 +374,15 @@ def importance(student, files, expert, words, seed):
         one_frame_velocity(network, frames.latents, frames.timestep, *frames.text)
     config, head_dim = student.config, files.config["attention_head_dim"]
     size = config.hidden_size // config.num_heads
-    channels = top(
+    channels = top_indices(
         sum(score for name, score in active.items() if name.endswith("channels")), config.hidden_size
     )
 
     def head_rows(block, attention):
-        heads = top(
+        heads = top_indices(
             active[f"{block}.{attention}"].unflatten(0, (-1, head_dim)).square().sum(1), config.num_heads
         )
-        cut = {
+        layers = {
             kind: (
                 files.read(f"blocks.{block}.{attention}.to_{kind}.weight"),
                 files.read(f"blocks.{block}.{attention}.to_{kind}.bias"),
@@ -390,9 +390,7 @@ def importance(student, files, expert, words, seed):
             for kind in "qk"
         }
         places = [head * head_dim + torch.arange(head_dim) for head in heads.tolist()]
-        return torch.cat(
-            [rows[_rotary_rows(cut, rows, head_dim, size, attention == "attn1")] for rows in places]
-        )
+        return torch.cat([rows[_rotary_rows(layers, rows, size, attention == "attn1")] for rows in places])
 
     def choose(name, dimension, few, many):
         part = name.split(".")
@@ -405,7 +403,7 @@ def importance(student, files, expert, words, seed):
         ):
             return head_rows(part[1], part[2])
         if part[0] == "blocks" and part[2] == "ffn" and (dimension == 0) == (part[4] == "0"):
-            return top(active[f"{part[1]}.ffn"], few)
+            return top_indices(active[f"{part[1]}.ffn"], few)
         if "time_proj" in name and dimension == 0:
             return (torch.arange(6)[:, None] * files.width + channels).flatten()
         return channels
