@@ -25,7 +25,8 @@ from wanlite.data.prompts import check_text, read_prompts
 from wanlite.planning.settings import make_parser, setting
 from wanlite.runtime.terminal import keep_output_open, one_line
 from wanlite.schedule import TIMESTEPS, read_schedule, recorded_schedule
-from wanlite.student.loading import open_student, student_folder
+from wanlite.student.loading import open_student
+from wanlite.student.location import student_folder
 from wanlite.teacher.components import num_bytes
 from wanlite.training.run_folder import check_saved_components, image_size, read_run
 

@@ -383,8 +383,9 @@ from wanlite.planning.run import resolve_run
 from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention
 from wanlite.runtime.ranks import abort_all_ranks, check_devices, is_peer_failure, patience
 from wanlite.student.building import add_layers, complete_config, config_defaults, initialise_weights
+from wanlite.student.config import OUR_NAMES, check_shape, student_arguments
 from wanlite.student.initialization import compare_experts, project_into, start_student
-from wanlite.student.loading import OUR_NAMES, check_shape, student_arguments, student_folder
+from wanlite.student.location import student_folder
 from wanlite.student.pretrained import (
     ReadOptions,
     build_around,

@@ -406,7 +406,7 @@ def test_drawing_refuses_what_is_wrong_in_one_line(arguments, words, finished_ru
         (str(ROOT / "tests"), "no config.json"),
         (str(TINY_TEACHER / "vae"), "AutoencoderKLWan"),
         (str(TINY_TEACHER / "transformer"), "lacks scheduler"),
-        ("", "names no folder"),
+        ("", "is not the name of a folder"),
     ],
 )
 def test_drawing_refuses_a_folder_that_is_no_student(model, words, tmp_path):

@@ -279,7 +279,7 @@ def test_of_two_precisions_the_plain_one_is_drawn_and_one_alone_is_named(run, ca
     with pytest.raises(SystemExit):
         read_settings(["--model", str(run)])
     assert (
-        "Variants are there: name one of fp16, or rename it to diffusion_pytorch_model.safetensors."
+        "Variants exist: name one of fp16, or rename it to diffusion_pytorch_model.safetensors."
         in capsys.readouterr().err
     )
 

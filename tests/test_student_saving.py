@@ -209,7 +209,7 @@ def test_the_second_file_name_goes_for_it_would_be_read_before_an_index(tmp_path
 @pytest.mark.parametrize(
     "named, words",
     [
-        ({"variant": ""}, "variant '' is no part of a file name"),
+        ({"variant": ""}, "variant '' cannot be part of a file name"),
         ({"variant": 5}, "variant 5"),
         ({"variant": "a/b"}, "variant 'a/b'"),
         ({"max_shard_size": None}, "max_shard_size is None, expected bytes"),
@@ -495,14 +495,14 @@ def test_a_name_of_the_hub_is_downloaded_once_and_then_read_from_the_cache(hub, 
     hub.stop()
     assert found("someone/student", local_files_only=True, **arguments) == (16, 1)
     assert found("someone/student", **arguments) == (16, 1)  # no network: the cache answers
-    with pytest.raises(OSError, match="someone/other: no such folder here, and not to be had from the hub"):
+    with pytest.raises(OSError, match="someone/other: no such folder here, and not available on the hub"):
         found("someone/other", local_files_only=True, **arguments)
 
 
 def test_a_name_that_the_hub_does_not_know_is_refused_in_one_line(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        OSError, match="someone/nothing: no such folder here, and not to be had from the hub"
+        OSError, match="someone/nothing: no such folder here, and not available on the hub"
     ) as refused:
         found("someone/nothing", cache_dir=tmp_path / "cache")
     assert "\n" not in str(refused.value)

@@ -15,13 +15,8 @@ from hypothesis import strategies as st
 from train_distillation import WanLiteStudent
 from wanlite.files.untrusted import BYTES, WeightsFile, parse_json
 from wanlite.student.building import config_defaults
-from wanlite.student.loading import (
-    STOCK_SETTINGS,
-    all_tensor_shapes,
-    find_weights,
-    read_config,
-    student_arguments,
-)
+from wanlite.student.config import STOCK_SETTINGS, read_config, student_arguments
+from wanlite.student.weights import all_tensor_shapes, find_weights
 
 SMALL = dict(
     hidden_size=16,

@@ -9,16 +9,11 @@ from accelerate import init_empty_weights
 
 from ..files.atomic import not_finite
 from .building import config_defaults
-from .loading import (
-    all_tensor_shapes,
-    check_hashes,
-    check_variant,
-    check_weights,
-    open_student,
-    pinned_hashes,
-    student_arguments,
-)
+from .config import student_arguments
+from .layout import check_variant
+from .loading import open_student
 from .saving import check_savable, plain_names, save_student
+from .weights import all_tensor_shapes, check_hashes, check_weights, pinned_hashes
 
 
 @dataclass(frozen=True)

@@ -1,168 +1,165 @@
 """A student's config and tensors -> its folder, so that a reader finds the old student or the new one, never
 a mixture.
 
-A save is staged in a hidden folder and flushed; its list of files is written last, and from then on it will
-happen: the next save finishes what a killed one began. Renaming the weights is the moment at which the new
-student is there, for they carry their config; config.json follows.
+A save is staged in a hidden folder and flushed; its list of files is written last. From then on the save will
+be completed: the next save finishes a killed one. Renaming the weights publishes the new student, because they
+carry their config; config.json follows.
 """
 
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import starmap
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
 
 from ..files.atomic import check_space, flush, locked, not_finite, write_json
+from .layout import CONFIG_NAME, STAGE_PREFIX, WEIGHTS_STEM, index_name, infix, weight_names
+from .weights import SHARD, Shape
 
-STEM = "diffusion_pytorch_model"
-CONFIG_NAME = "config.json"
-LIST = "files.json"  # of a staged save, with what it replaces
+FILE_LIST = "files.json"  # of a staged save, with the variant that it replaces
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 ALIGNED = 64  # bytes of a cache line
-COMPILED = "_orig_mod."  # in the names of a module's tensors where torch.compile has wrapped it
-CHANGES = {  # what was found in a layer -> what can be saved instead
+COMPILED = "_orig_mod."  # in the names of tensors of a module inside torch.compile
+OTHER_LAYER = "another layer than a student's"
+ADVICE = {  # change that was found in a layer -> way to save
     "an adapter": "Fuse it into the weights (fuse_lora, then unload_lora), or save it alone "
     "(save_lora_adapter).",
     "quantised weights": "Save the student before it is quantised, and quantise it after loading.",
     "a parametrization": "Remove the parametrization; its result stays as the layer's weights.",
     "weights sharded over devices": "Gather their tensors first.",
-    "offloaded weights": "Remove the hooks that offload it first (accelerate.hooks.remove_hook_from_module "
-    "with recurse=True).",
+    "offloaded weights": "Remove the offloading hooks first (accelerate.hooks.remove_hook_from_module with "
+    "recurse=True).",
     "weights of another dtype": "Convert the student to float32, float16 or bfloat16 first.",
-    "another layer than a student's": "Put the student's own layers back, or load it again.",
+    OTHER_LAYER: "Put the student's own layers back, or load it again.",
 }
-SIGNS = {  # how it shows in the names of tensors; else it shows in the tensors
+PATTERNS = {  # of tensor names; other changes show in the tensors
     "an adapter": r"\.(base_layer|lora_\w+|lokr_\w+)\.",
     "a parametrization": r"\.(parametrizations|weight_(?:orig|mask|g|v))\b",
     "quantised weights": r"\.(weight\.\w+|weight_scale|input_scale|output_scale|SCB|qweight|_packed_params|zero_point|scale)\b",
 }
 
 
-def plain_names(tensors):
-    """Return {name: tensor} of modules that torch.compile has wrapped under the names that they have without
-    it.
-    """
+# ---- checks ------------------------------------------------------------------------------------------------
+
+
+def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return {name: tensor} without the prefixes of modules inside torch.compile."""
     return {name.replace(COMPILED, ""): tensor for name, tensor in tensors.items()}
 
 
-def check_savable(tensors, shapes, place):
-    """Refuse to save what from_pretrained would refuse to load: `shapes` is {name: shape} of what belongs to
-    the student.
-    """
-    changed: dict[str, dict[str, str]] = {}  # what was found: {layer: how it shows}
+def check_savable(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], place: str | os.PathLike
+) -> None:
+    """Refuse to save tensors that from_pretrained would refuse; `shapes` is {name: shape} of the student."""
+    changed: dict[str, dict[str, str]] = {}  # {change: {layer: evidence}}
     for name in sorted(tensors.keys() | shapes.keys()):
         if change := _find_change(name, tensors.get(name), shapes.get(name)):
             changed.setdefault(change[0], {}).setdefault(*change[1:])
-    if len(changed) > 1:  # names that went with another change
-        changed.pop("another layer than a student's", None)
+    if len(changed) > 1:  # other changes rename layers
+        changed.pop(OTHER_LAYER, None)
     if changed:
         raise ValueError(
             f"{place}: not saved, found {'; '.join(starmap(_describe, changed.items()))}. "
-            f"{' '.join(CHANGES[change] for change in changed)}"
+            f"{' '.join(ADVICE[change] for change in changed)}"
         )
     if broken := not_finite(tensors):
         raise ValueError(
-            f"{place}: not saved, {len(broken)} tensors hold NaN or infinity, first {broken[0]}. Go back to "
-            f"an "
-            "earlier checkpoint and lower the learning rate."
+            f"{place}: not saved, {len(broken)} tensors hold NaN or infinity, first {broken[0]}. Go back to an "
+            f"earlier checkpoint and lower the learning rate."
         )
 
 
-def _describe(change, signs):
-    layer, sign = next(iter(signs.items()))
-    return f"{change} in {layer} ({sign})" + (
-        f" and in {len(signs) - 1} more layers" if len(signs) > 1 else ""
-    )
+def _describe(change, layers):
+    layer, evidence = next(iter(layers.items()))
+    more = f" and in {len(layers) - 1} more layers" if len(layers) > 1 else ""
+    return f"{change} in {layer} ({evidence}){more}"
 
 
-def _find_change(name, tensor, shape):
-    """Return what was found in the layer of a tensor, the layer, and how it shows; None for a tensor as a
-    student has it.
-    """
-    for change, pattern in SIGNS.items():
+def _find_change(name, tensor, shape) -> tuple[str, str, str] | None:
+    """Return (change, layer, evidence) of a tensor; None for a tensor of a student."""
+    for change, pattern in PATTERNS.items():
         if match := re.search(pattern, name):
             return change, name[: match.start()], match[1]
     layer = name.rpartition(".")[0] or name
     if tensor is None or shape is None:
-        return (
-            "another layer than a student's",
-            layer,
-            f"{name} is {'missing' if tensor is None else 'unknown'}",
-        )
-    if (
-        type(tensor) is not torch.Tensor and type(tensor.cpu()) is not torch.Tensor
-    ):  # a backend may have a type of its own
+        return OTHER_LAYER, layer, f"{name} is {'missing' if tensor is None else 'unknown'}"
+    # on some devices tensors have a type of their own
+    if type(tensor) is not torch.Tensor and type(tensor.cpu()) is not torch.Tensor:
         kind = type(tensor).__name__
         return "weights sharded over devices" if kind == "DTensor" else "quantised weights", layer, kind
     if tensor.is_meta:
         return "offloaded weights", layer, "on device meta"
     if tensor.dtype not in DTYPES:
-        return (
-            "quantised weights" if tensor.dtype.itemsize == 1 else "weights of another dtype",
-            layer,
-            str(tensor.dtype),
-        )
+        is_quantised = tensor.dtype.itemsize == 1
+        change = "quantised weights" if is_quantised else "weights of another dtype"
+        return change, layer, str(tensor.dtype)
     if tuple(tensor.shape) != shape or tensor.layout is not torch.strided:
-        return (
-            "another layer than a student's",
-            layer,
-            f"{name} is {tuple(tensor.shape)} {tensor.layout}, expected {shape}",
-        )
+        return OTHER_LAYER, layer, f"{name} is {tuple(tensor.shape)} {tensor.layout}, expected {shape}"
     return None
 
 
-def save_student(folder, config, tensors, variant=None, max_shard_size="10GB"):
-    """Write a student into `folder`, in shards where it is larger than `max_shard_size`; earlier weights of
-    this variant go.
+# ---- writing -----------------------------------------------------------------------------------------------
 
-    `config` is JSON text. Raises OSError where it does not fit on the disk; the student that was there stays.
+
+def save_student(
+    folder: str | os.PathLike,
+    config: str,
+    tensors: Mapping[str, Tensor],
+    variant: str | None = None,
+    max_shard_size: int | str = "10GB",
+) -> None:
+    """Write a student into `folder`, in shards of `max_shard_size` at most; earlier weights of this variant
+    are removed.
+
+    `config` is JSON text. Raises OSError where it does not fit on the disk; the earlier student is kept.
     """
-    folder, infix = Path(folder), "" if variant is None else f".{variant}"
+    folder, names = Path(folder), infix(variant)
     folder.mkdir(parents=True, exist_ok=True)
     split = split_torch_state_dict_into_shards(
-        tensors, max_shard_size=max_shard_size, filename_pattern=f"{STEM}{infix}{{suffix}}.safetensors"
+        dict(tensors),
+        max_shard_size=max_shard_size,
+        filename_pattern=f"{WEIGHTS_STEM}{names}{{suffix}}.safetensors",
     )
     mark = f"-{os.urandom(4).hex()}" if split.is_sharded else ""  # new shards never overwrite old ones
-    settings = json.dumps(
-        {name: value for name, value in json.loads(config).items() if name[0] != "_"}, sort_keys=True
-    )
-    files = {_marked(name, mark): names for name, names in split.filename_to_tensors.items()}
-    index = [f"{STEM}.safetensors.index{infix}.json"] if split.is_sharded else []
+    files = {_marked(name, mark): shard for name, shard in split.filename_to_tensors.items()}
+    settings = {name: value for name, value in json.loads(config).items() if name[0] != "_"}
+    metadata = {"config": json.dumps(settings, sort_keys=True), "format": "pt"}
     with _staged(folder) as stage:
         check_space(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
         (stage / CONFIG_NAME).write_text(config, encoding="utf-8")
-        for file, names in files.items():
-            write_weights(
-                stage / file, {name: tensors[name] for name in names}, {"config": settings, "format": "pt"}
-            )
+        for file, shard in files.items():
+            write_weights(stage / file, {name: tensors[name] for name in shard}, metadata)
+        index = [index_name(names)] if split.is_sharded else []
         for name in index:
             weight_map = {name: _marked(file, mark) for name, file in split.tensor_to_filename.items()}
-            (stage / name).write_text(
-                json.dumps({"metadata": split.metadata, "weight_map": weight_map}, indent=2) + "\n"
-            )
+            content = json.dumps({"metadata": split.metadata, "weight_map": weight_map}, indent=2)
+            (stage / name).write_text(content + "\n")
         for path in stage.iterdir():
             flush(path)
-        write_json(stage / LIST, {"files": [*files, *index], "infix": infix})
+        write_json(stage / FILE_LIST, {"files": [*files, *index], "infix": names})
         with locked(folder):
             _publish(stage, folder)
 
 
-def write_weights(path, tensors, metadata):
-    """Write {name: tensor} as safetensors: the same tensors are the same bytes, and they lie in memory as
-    torch would lay them.
+def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write {name: tensor} as safetensors: the same tensors give the same bytes, aligned as torch aligns
+    memory.
 
-    The library's own writer orders metadata at random and aligns to 8 bytes; mapped from there, weights are
-    the same numbers and what is computed with them differs in the last bit.
+    The library's own writer orders metadata at random and aligns to 8 bytes; results computed with weights
+    mapped from there differ in the last bit.
     """
-    names = sorted(
-        tensors, key=lambda name: (tensors[name].nbytes % ALIGNED != 0, name)
-    )  # no odd one moves those after it
-    header, end = {"__metadata__": metadata}, 0
+    # tensors of an odd size come last, so that they do not move the others
+    names = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNED != 0, name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
     for name in names:
         start, end = end, end + tensors[name].nbytes
         header[name] = {
@@ -179,59 +176,57 @@ def write_weights(path, tensors, metadata):
 
 
 @contextmanager
-def _staged(folder):
-    """Yield a hidden folder to write a save into, gone afterwards; what killed savers left is finished or
-    removed first.
+def _staged(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder to write a save into, which is removed afterwards.
 
-    A living saver holds the lock of its folder.
+    Saves of killed processes are finished or removed first; a running save holds the lock of its folder.
     """
-    with ExitStack() as held:
+    with ExitStack() as locks:
         with locked(folder):
-            for left in sorted(folder.glob(".saving-*")):
-                with (
-                    suppress(FileNotFoundError),
-                    locked(left, is_patient=False) as is_left,
-                ):  # its saver ends just now
-                    if is_left and (left / LIST).is_file():
-                        _publish(left, folder)
-                    if is_left:
-                        shutil.rmtree(left, ignore_errors=True)
-            stage = folder / f".saving-{os.getpid()}-{os.urandom(4).hex()}"
+            for left in sorted(folder.glob(f"{STAGE_PREFIX}*")):
+                _finish(left, folder)
+            stage = folder / f"{STAGE_PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
             stage.mkdir()
-            held.enter_context(locked(stage))
+            locks.enter_context(locked(stage))
         try:
             yield stage
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
 
+def _finish(stage, folder):
+    """Finish or remove a save, unless its process is running."""
+    with suppress(FileNotFoundError), locked(stage, is_patient=False) as is_left:  # it may just be ending
+        if is_left and (stage / FILE_LIST).is_file():
+            _publish(stage, folder)
+        if is_left:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
 def _publish(stage, folder):
-    """Move staged files into place in the order in which a reader may meet them, then remove what the older
-    save left.
+    """Move staged files into place in an order that is valid for a reader, then remove the files of the older
+    save.
     """
-    listed = json.loads((stage / LIST).read_text(encoding="utf-8"))
-    names, infix = listed["files"], listed["infix"]
+    listed = json.loads((stage / FILE_LIST).read_text(encoding="utf-8"))
+    names, variant_infix = listed["files"], listed["infix"]
     for name in names:  # shards before the index that names them
         _move(stage / name, folder / name)
-    for name in (f"{STEM}{infix}.safetensors", f"diffusion_model{infix}.safetensors"):
-        if name not in names:
-            (folder / name).unlink(
-                missing_ok=True
-            )  # it is read before an index: with it gone, the index counts
+    for name in weight_names(variant_infix):
+        if name not in names:  # it is read before an index: without it the index counts
+            (folder / name).unlink(missing_ok=True)
     _move(stage / CONFIG_NAME, folder / CONFIG_NAME)
-    older = re.compile(rf"{STEM}{re.escape(infix)}(-[0-9a-f]{{8}})?-\d{{5}}-of-\d{{5}}\.safetensors")
+    older = re.compile(rf"{WEIGHTS_STEM}{re.escape(variant_infix)}(-[0-9a-f]{{8}})?{SHARD}\.safetensors")
     for path in list(folder.iterdir()):
-        if path.name not in names and (
-            older.fullmatch(path.name) or path.name == f"{STEM}.safetensors.index{infix}.json"
-        ):
+        is_older = older.fullmatch(path.name) or path.name == index_name(variant_infix)
+        if is_older and path.name not in names:
             path.unlink()
     flush(folder)
 
 
 def _move(source, target):
-    if source.exists():  # else a save that is finished for a killed one had moved it
+    if source.exists():  # else a killed save has moved it
         os.replace(source, target)
 
 
 def _marked(name, mark):
-    return re.sub(r"(-\d{5}-of-\d{5}\.safetensors)$", rf"{mark}\1", name)
+    return re.sub(rf"({SHARD}\.safetensors)$", rf"{mark}\1", name)
