@@ -384,7 +384,7 @@ from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention
 from wanlite.runtime.ranks import abort_all_ranks, check_devices, is_peer_failure, patience
 from wanlite.student.building import add_layers, complete_config, config_defaults, initialise_weights
 from wanlite.student.config import OUR_NAMES, check_shape, student_arguments
-from wanlite.student.initialization import compare_experts, project_into, start_student
+from wanlite.student.initialization import compare_experts, initialize_student, project_into
 from wanlite.student.location import student_folder
 from wanlite.student.pretrained import (
     ReadOptions,
@@ -741,7 +741,7 @@ def train(
     autoencoder = load_autoencoder(components_folder, device=run.device)
     announce_work(run)
     lock_output(run)
-    facts["projection"] = initialise_student(run, student, words)
+    facts["projection"] = project_student(run, student, words)
     if run.settings.project_only:
         if run.accelerator.is_main_process:
             save_start(run, student, components_folder, facts)
@@ -865,10 +865,10 @@ def lock_output(run):
     )
 
 
-def initialise_student(run, student, words):
+def project_student(run, student, words):
     """Give the student its first weights; returns the report of the projection for run.json."""
     prompts = run.training[: most_frames(run.estimator.tokens)]
-    return start_student(
+    return initialize_student(
         run.settings, student, run.files, words, prompts, run.latent_shapes[0][1:], run.accelerator
     )
 

@@ -425,7 +425,7 @@ def check_folder(folder, config):
 def check_student(config, student):
     """Refuse a student that cannot be cut from the teacher, before anything is written."""
     from wanlite.student.config import check_shape
-    from wanlite.student.shape import check_cut
+    from wanlite.student.shape import check_shape_fits
 
     patch = {"patch_size": (1, 2, 2)}
     check_shape(**patch, eps=config["eps"], **student)
@@ -438,7 +438,9 @@ def check_student(config, student):
         "text_dim": TEXT_DIM,
         "freq_dim": config["freq_dim"],
     }
-    check_cut(teacher | patch, student | patch | {"text_dim": TEXT_DIM, "freq_dim": config["freq_dim"]})
+    check_shape_fits(
+        teacher | patch, student | patch | {"text_dim": TEXT_DIM, "freq_dim": config["freq_dim"]}
+    )
 
 
 def print_table(record, size):

@@ -102,7 +102,7 @@ PHASES = {
     "train_distillation.compare_experts": "start",
     "wanlite.training.teacher_data.convert_components": "converting",
     "wanlite.training.teacher_data.encode_once": "text",
-    "train_distillation.start_student": "start",
+    "train_distillation.initialize_student": "start",
     "wanlite.data.trajectories.TrajectoryGenerator.find_basis": "trajectories",
     "wanlite.data.trajectories.TrajectoryGenerator.trajectory": "trajectories",
     "wanlite.data.trajectories.TrajectoryGenerator.roll_out": "own path",

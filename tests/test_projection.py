@@ -14,7 +14,7 @@ from train_distillation import WanLiteStudent
 from wanlite.network import one_frame_velocity
 from wanlite.student import projection, pruning
 from wanlite.student.initialization import project_into
-from wanlite.student.shape import check_cut
+from wanlite.student.shape import check_shape_fits
 from wanlite.teacher.checkpoint import ExpertFiles, open_teacher_files
 from wanlite.teacher.experts import check_experts
 
@@ -158,7 +158,7 @@ def test_every_shape_that_fits_gives_finite_velocities(shape, words, noisy):
 )
 def test_a_shape_that_cannot_be_cut_is_refused(shape, words, teacher):
     with pytest.raises(ValueError, match=words):
-        check_cut(teacher.config, CONFIG | shape)
+        check_shape_fits(teacher.config, CONFIG | shape)
 
 
 def test_a_student_that_cannot_be_cut_is_refused_before_a_tensor_is_read(monkeypatch):
@@ -178,15 +178,15 @@ def test_a_student_that_cannot_be_cut_is_refused_before_a_tensor_is_read(monkeyp
     ],
 )
 def test_the_nearest_shapes_that_a_refusal_names_can_be_cut(shape, teacher):
-    with pytest.raises(ValueError, match="nearest shapes") as refused:
-        check_cut(teacher.config, CONFIG | shape)
+    with pytest.raises(ValueError, match="nearest possible shapes") as refused:
+        check_shape_fits(teacher.config, CONFIG | shape)
     named = re.findall(
         r"--hidden_size (\d+) --num_heads (\d+) --depth (\d+) --ffn_dim (\d+)", str(refused.value)
     )
     assert len(named) == 3
     for numbers in named:
         nearest = dict(zip(("hidden_size", "num_heads", "depth", "ffn_dim"), map(int, numbers)))
-        check_cut(teacher.config, dict(WanLiteStudent(**CUT | nearest).config))
+        check_shape_fits(teacher.config, dict(WanLiteStudent(**CUT | nearest).config))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_students_of_both_head_sizes_can_be_cut_from_every_wan(model, shapes, tm
             "num_channels": model["channels"],
             "patch_size": (1, 2, 2),
         }
-        check_cut(config, student)
+        check_shape_fits(config, student)
 
 
 def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path):

@@ -23,9 +23,9 @@ from wanlite.student.calibration import calibrate, choose_channels, make_frames
 from wanlite.student.initialization import (
     METHOD_VERSION,
     compare_experts,
+    initialize_student,
     project_into,
     start_folder,
-    start_student,
 )
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.model import Teacher
@@ -90,7 +90,7 @@ def test_a_cached_start_is_used_again_unless_the_method_version_is_another(tmp_p
     )
     words = PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, ["a red ring"])
     for _ in range(2):
-        start_student(settings, student, files, words, ["a red ring"], (8, 8), accelerator)
+        initialize_student(settings, student, files, words, ["a red ring"], (8, 8), accelerator)
     (folder,) = tmp_path.glob("start-*")
     key = settings, student, files, words.said_by, ["a red ring"], (8, 8)
     assert start_folder(*key) == folder != start_folder(*key, METHOD_VERSION + 1)
@@ -144,7 +144,7 @@ def test_what_is_kept_of_a_start_is_what_was_projected(tmp_path):
     words = PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, prompts)
     started, again, expected = (WanLiteStudent(**shape) for _ in range(3))
     reports = [
-        start_student(settings, student, files, words, prompts, (8, 8), accelerator)
+        initialize_student(settings, student, files, words, prompts, (8, 8), accelerator)
         for student in (started, again)
     ]
     report = project_into(expected, TINY_TEACHER, "low", torch.cat([words[prompt] for prompt in prompts]))

@@ -7,7 +7,7 @@ from ..data.images import choose_images
 from ..data.prompts import read_prompts, varied_prompts
 from ..files.atomic import write_json
 from ..phases import PHASE_NAMES
-from ..student.shape import check_cut, student_shape
+from ..student.shape import check_shape_fits, student_shape
 from ..training.run_folder import read_run
 from ..world.record import read_world
 
@@ -84,7 +84,7 @@ def choose_shape(settings, files):
         files.config, settings.hidden_size, settings.depth, settings.num_heads, settings.ffn_dim
     )
     if settings.projection != "none":
-        check_cut(files.config, shape)
+        check_shape_fits(files.config, shape)
     return shape
 
 

@@ -3,6 +3,7 @@
 import json
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -13,22 +14,24 @@ from ..network import pack_text
 from ..teacher.checkpoint import open_teacher_files
 from ..teacher.experts import check_experts
 from .calibration import calibrate, choose_channels, make_frames
-from .projection import choose_experts, project
-from .shape import check_cut
+from .layout import weight_names
+from .projection import Report, choose_experts, project
+from .shape import check_shape_fits
 
 # Part of the cache key of a projected start. Raise it with every change after which the same teacher, prompts
 # and settings give other weights (in projection, pruning or calibration); older caches are then not used.
 METHOD_VERSION = 1
+REPORT = "report.json"  # of the projection, beside the weights of a start
 
 
-def project_into(student, folder, expert="low", text_samples=None, channels=None, device="cpu"):
-    """Fill a student with a teacher's weights, in place; returns the Report.
+def project_into(student, folder, expert="low", text_samples=None, channels=None, device="cpu") -> Report:
+    """Fill a student in place with the weights of the teacher in `folder`.
 
-    Raises OSError and ValueError for files that no teacher can have, see open_teacher_files and
-    check_experts, and for a shape that cannot be cut from this teacher, before any tensor is projected.
+    Raises OSError and ValueError for invalid files, see open_teacher_files and check_experts, and for a shape
+    that does not fit this teacher, before any tensor is projected.
     """
     files = open_teacher_files(folder)
-    check_cut(files.config, dict(student.config))
+    check_shape_fits(files.config, dict(student.config))
     chosen = choose_experts(files, expert)
     cosines = check_experts(files, device)
     report = project(student, chosen, text_samples, channels, device)
@@ -36,12 +39,10 @@ def project_into(student, folder, expert="low", text_samples=None, channels=None
     return report
 
 
-def compare_experts(settings, files, device):
-    """Return the cosines of check_experts(), which reads both experts once: they are kept in the cache,
-    unless it refuses.
-    """
+def compare_experts(settings, files, device) -> dict[str, float]:
+    """Return the cosines of check_experts(), kept in the cache because they need all of both experts."""
     record = Path(settings.cache_dir) / f"experts-{files.fingerprint[:16]}.json"
-    with suppress(OSError, ValueError, RecursionError):  # what is not there, or cannot be read, is made again
+    with suppress(OSError, ValueError, RecursionError):  # a missing or unreadable record is made again
         if isinstance(cosines := json.loads(record.read_text(encoding="utf-8")), dict):
             return cosines
     cosines = check_experts(files, device)
@@ -50,49 +51,48 @@ def compare_experts(settings, files, device):
     return cosines
 
 
-def start_student(settings, student, files, words, prompts, latent_size, accelerator):
-    """Give the student its first weights, as --projection says; returns the report for run.json, None for a
-    random start.
+def initialize_student(
+    settings, student, files, prompt_embeddings, prompts, latent_size, accelerator
+) -> dict[str, Any] | None:
+    """Give the student its initial weights, as --projection and --student choose; returns the report for
+    run.json, None where nothing is projected.
 
-    `prompts` are those that it is calibrated on. A start that lies in the cache is taken as it is, if its
-    teacher, text encoder, shape, prompts and method are the same.
+    `prompts` are those to calibrate on. A start is read from the cache if teacher, text encoder, shape,
+    prompts, settings and METHOD_VERSION are the same.
     """
-    say, device = accelerator.print, accelerator.device
+    log = accelerator.print
     if settings.student is not None:
-        say(f"start    {settings.student}, a saved student")
-        student.load_state_dict(type(student).from_pretrained(settings.student, dtype="float32").state_dict())
+        log(f"start    {settings.student}, a saved student")
+        saved = type(student).from_pretrained(settings.student, dtype="float32")
+        student.load_state_dict(saved.state_dict())
         return None
     if settings.projection == "none":
-        say("random start: nothing is projected (the control)")
+        log("random start: nothing is projected (the control)")
         return None
     with accelerator.main_process_first():
-        folder = start_folder(settings, student, files, words.said_by, prompts, latent_size)
+        folder = start_folder(settings, student, files, prompt_embeddings.said_by, prompts, latent_size)
     if accelerator.is_main_process:
-        with in_turn(folder, say):
+        with in_turn(folder, log):
             if find_corruption(folder):
-                make_start(
-                    settings,
-                    student,
-                    files,
-                    [words[prompt] for prompt in prompts],
-                    latent_size,
-                    folder,
-                    device,
-                    say,
-                )
+                embeddings = [prompt_embeddings[prompt] for prompt in prompts]
+                report = _make_start(settings, student, files, embeddings, latent_size, accelerator.device)
+                log(f"{report}{_calibration_note(settings, embeddings)}")
+                _save_start(folder, settings, student, report, len(embeddings))
     accelerator.wait_for_everyone()
-    say(f"start    {folder}")
-    student.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True)
-    return json.loads((folder / "report.json").read_text())
+    log(f"start    {folder}")
+    student.load_state_dict(load_file(folder / weight_names()[0]), strict=True)
+    return json.loads((folder / REPORT).read_text())
 
 
-def start_folder(settings, student, files, text, prompts, latent_size, version=METHOD_VERSION):
-    """Return the folder of the cache for a start; `text` identifies the text encoder."""
+def start_folder(
+    settings, student, files, text_digest, prompts, latent_size, version: int = METHOD_VERSION
+) -> Path:
+    """Return the folder of a start in the cache; `text_digest` identifies the text encoder."""
     return cache_folder(
         settings.cache_dir,
         "start",
         teacher=files.fingerprint,
-        text=text,
+        text=text_digest,
         prompts=prompts,
         student={name: value for name, value in student.config.items() if name[0] != "_"},
         method=version,
@@ -100,28 +100,26 @@ def start_folder(settings, student, files, text, prompts, latent_size, version=M
     )
 
 
-def make_start(settings, student, files, embeddings, latent_size, folder, device, say):
-    """Project the teacher's weights into the student, refit them where asked, and keep both student and
-    report in `folder`.
-    """
-    experts, channels, is_calibrated = (
-        choose_experts(files, settings.expert),
-        None,
-        settings.projection == "calibrated",
-    )
-    if is_calibrated:
-        frames = make_frames(
-            experts[0], pack_text(embeddings), latent_size, None, settings.seed, settings.flow_shift, device
-        )
+def _make_start(settings, student, files, embeddings, latent_size, device) -> Report:
+    """Project the teacher's weights into the student, and calibrate it on a frame for each of `embeddings`."""
+    experts, channels, frames = choose_experts(files, settings.expert), None, None
+    if settings.projection == "calibrated":
+        text, shift = pack_text(embeddings), settings.flow_shift
+        frames = make_frames(experts[0], text, latent_size, seed=settings.seed, shift=shift, device=device)
         channels = choose_channels(experts[0], frames, student.config.hidden_size)
     report = project(student, experts, torch.cat(embeddings), channels, device)
     report.cosines = compare_experts(settings, files, device)
-    if is_calibrated:
+    if frames is not None:
         calibrate(student.to(device), experts[0], report, frames)
-    say(f"{report}{f'; calibrated on {len(embeddings)} frames' if is_calibrated else ''}")
+    return report
+
+
+def _calibration_note(settings, embeddings):
+    return f"; calibrated on {len(embeddings)} frames" if settings.projection == "calibrated" else ""
+
+
+def _save_start(folder, settings, student, report, num_frames):
+    calibrated = {"calibration_frames": num_frames if settings.projection == "calibrated" else 0}
     with new_folder(folder) as partial_folder:
         student.save_pretrained(partial_folder)
-        write_json(
-            partial_folder / "report.json",
-            report.as_dict() | {"calibration_frames": is_calibrated * len(embeddings)},
-        )
+        write_json(partial_folder / REPORT, report.as_dict() | calibrated)

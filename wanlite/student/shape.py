@@ -1,9 +1,20 @@
-"""A teacher's config -> the shapes of students that can be cut from it."""
+"""A teacher's config -> the shapes of the students that can be projected from it.
+
+Every config is a dict of the settings in a config.json.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+MIN_HEAD_DIM = 6  # one rotary pair for each of time, height and width
+WIDE = 1024  # a teacher of this width has a student of this width by default
+MAX_DEPTH = 16  # of a student by default
+SHARED_SETTINGS = (("num_channels", "in_channels"), ("text_dim", "text_dim"), ("freq_dim", "freq_dim"))
 
 
-def check_cut(teacher, student):
-    """Refuse a student that cannot be cut from a teacher, naming the nearest that can."""
-    for ours, theirs in (("num_channels", "in_channels"), ("text_dim", "text_dim"), ("freq_dim", "freq_dim")):
+def check_shape_fits(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> None:
+    """Refuse a student that cannot be projected from a teacher, naming the nearest shapes that can."""
+    for ours, theirs in SHARED_SETTINGS:
         if student[ours] != teacher[theirs]:
             raise ValueError(
                 f"the student's {ours} is {student[ours]}, the teacher's {teacher[theirs]}; they must agree."
@@ -12,35 +23,36 @@ def check_cut(teacher, student):
         raise ValueError(
             f"patch_size is {student['patch_size']}, the teacher's {teacher['patch_size']}; they must agree."
         )
-    limits = _limits(teacher, student["depth"])
+    limits, head_dim = _limits(teacher, student["depth"]), teacher["attention_head_dim"]
     reasons = [
-        f"--{name} {student[name]} is more than the teacher's {most}"
-        for name, most in limits.items()
-        if student[name] > most
+        f"--{name} {student[name]} is more than the teacher's {limit}"
+        for name, limit in limits.items()
+        if student[name] > limit
     ]
-    if not reasons and not _can_be_cut(teacher, student["hidden_size"], student["num_heads"]):
-        head_dim = student["hidden_size"] / student["num_heads"]
+    if not reasons and not _are_heads_possible(teacher, student["hidden_size"], student["num_heads"]):
+        size = student["hidden_size"] / student["num_heads"]
         reasons.append(
-            f"{student['num_heads']} heads of {head_dim:g} channels cannot be cut from heads of "
-            f"{teacher['attention_head_dim']}: a head keeps whole rotary pairs of every axis, an even number "
-            f"from 6 to "
-            f"{teacher['attention_head_dim']}"
+            f"{student['num_heads']} heads of {size:g} channels cannot be cut from heads of {head_dim}: a head "
+            f"keeps whole rotary pairs of every axis, an even number from {MIN_HEAD_DIM} to {head_dim}"
         )
     if reasons:
         raise ValueError(
-            f"{'; '.join(reasons)}. The nearest shapes that can be cut: {_nearest(teacher, student)}; or "
-            f"take "
-            "--projection none for a random start."
+            f"{'; '.join(reasons)}. The nearest possible shapes: {_nearest(teacher, student)}; or add "
+            f"--projection none for a random start."
         )
 
 
-def student_shape(teacher, hidden_size=None, depth=None, num_heads=None, ffn_dim=None):
-    """Return the arguments of a student for a teacher of this config; where a size is None, the teacher's
-    decides.
-    """
+def student_shape(
+    teacher: Mapping[str, Any],
+    hidden_size: int | None = None,
+    depth: int | None = None,
+    num_heads: int | None = None,
+    ffn_dim: int | None = None,
+) -> dict[str, Any]:
+    """Return the arguments of a student for a teacher; sizes that are None follow from the teacher."""
     width = _width(teacher)
-    hidden_size = hidden_size or (1024 if width >= 1024 else width // 2)
-    depth = depth or min(16, teacher["num_layers"])
+    hidden_size = hidden_size or (WIDE if width >= WIDE else width // 2)
+    depth = depth or min(MAX_DEPTH, teacher["num_layers"])
     return {
         "hidden_size": hidden_size,
         "depth": depth,
@@ -54,14 +66,15 @@ def student_shape(teacher, hidden_size=None, depth=None, num_heads=None, ffn_dim
     }
 
 
-def default_heads(teacher, hidden_size, depth):
-    """Return the most heads that can be cut, of half the teacher's head size or more: measured better than
-    fewer whole heads.
+def default_heads(teacher: Mapping[str, Any], hidden_size: int, depth: int) -> int:
+    """Return the largest possible number of heads of at least half the teacher's head size.
+
+    In the tiny world they trained better than fewer whole heads.
     """
     counts = [
         heads
         for heads in range(1, _limits(teacher, depth)["num_heads"] + 1)
-        if _can_be_cut(teacher, hidden_size, heads)
+        if _are_heads_possible(teacher, hidden_size, heads)
         and 2 * hidden_size // heads >= teacher["attention_head_dim"]
     ]
     return max(counts, default=1)
@@ -72,8 +85,8 @@ def _width(teacher):
 
 
 def _limits(teacher, depth):
-    """Return the largest shape that can be cut; a student block pools the heads and neurons of all blocks in
-    its span.
+    """Return the largest possible sizes; a student block pools the heads and neurons of all blocks in its
+    span.
     """
     pooled = max(1, teacher["num_layers"] // depth)
     return {
@@ -84,26 +97,26 @@ def _limits(teacher, depth):
     }
 
 
-def _can_be_cut(teacher, hidden_size, num_heads):
-    head_dim, rest = divmod(hidden_size, num_heads)
-    return rest == 0 and head_dim % 2 == 0 and 6 <= head_dim <= teacher["attention_head_dim"]
+def _are_heads_possible(teacher, hidden_size, num_heads):
+    head_dim, remainder = divmod(hidden_size, num_heads)
+    return remainder == 0 and head_dim % 2 == 0 and MIN_HEAD_DIM <= head_dim <= teacher["attention_head_dim"]
 
 
 def _nearest(teacher, student, count=3):
     """Return the flags of the shapes nearest in width, then in heads."""
     depth = min(student["depth"], teacher["num_layers"])
-    most = _limits(teacher, depth)
+    limits = _limits(teacher, depth)
     sizes = [
         (heads * size, heads)
-        for heads in range(1, most["num_heads"] + 1)
-        for size in range(6, teacher["attention_head_dim"] + 1, 2)
-        if heads * size <= most["hidden_size"]
+        for heads in range(1, limits["num_heads"] + 1)
+        for size in range(MIN_HEAD_DIM, teacher["attention_head_dim"] + 1, 2)
+        if heads * size <= limits["hidden_size"]
     ]
     sizes.sort(
         key=lambda shape: (abs(shape[0] - student["hidden_size"]), abs(shape[1] - student["num_heads"]))
     )
     return " or ".join(
         f"--hidden_size {width} --num_heads {heads} --depth {depth} "
-        f"--ffn_dim {min(student['ffn_dim'], most['ffn_dim'])}"
+        f"--ffn_dim {min(student['ffn_dim'], limits['ffn_dim'])}"
         for width, heads in sizes[:count]
     )

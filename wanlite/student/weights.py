@@ -163,8 +163,8 @@ def _check_names(found, shapes, depth, source):
         else "The weights belong to another model or were renamed"
     )
     raise ValueError(
-        f"{source}: keys differ from those that {CONFIG_NAME} implies. "
-        f"Missing: {some(missing)}; unknown: {some(unknown)}. {reason}."
+        f"{source}: keys differ from those that {CONFIG_NAME} implies. Missing: {some(missing)}; unknown: "
+        f"{some(unknown)}. {reason}."
     )
 
 
