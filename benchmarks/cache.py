@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.train_speed import World, ours, settle
 from train_distillation import Settings
-from wanlite.data.text_encoder import lazy_encoder
-from wanlite.data.trajectories import TrajectoryGenerator, encode_once
+from wanlite.data.text_encoder import encode_once, lazy_encoder
+from wanlite.data.trajectories import TrajectoryGenerator
 from wanlite.flow import make_scheduler
 from wanlite.network import pack_text
 from wanlite.planning.estimate import feature_width

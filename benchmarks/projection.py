@@ -221,7 +221,7 @@ def run(job):
 
     import train_distillation as spine
     from wanlite.data.autoencoder import load_autoencoder
-    from wanlite.data.trajectories import SeededBatches, Trajectories
+    from wanlite.data.datasets import SeededBatches, Trajectories
     from wanlite.flow import make_scheduler
     from wanlite.network import pack_text
     from wanlite.planning.resolve import complete

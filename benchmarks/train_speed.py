@@ -39,8 +39,9 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from train_distillation import Settings, WanLiteStudent
+from wanlite.data.datasets import SeededBatches, Trajectories
 from wanlite.data.prefetch import PREFETCHED_BATCHES, read_ahead
-from wanlite.data.trajectories import SeededBatches, Trajectories, write_shard
+from wanlite.data.shards import write_shard
 from wanlite.network import pack_text, pass_operations, unpack_text
 from wanlite.planning.estimate import feature_width
 from wanlite.planning.memory import MemoryMeter, gigabytes, matrix_rate

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from tests.test_data import STEPS, student_for, teacher_for
 from train_distillation import Settings
 from wanlite.data.buckets import WIDEST, bucket_sizes
-from wanlite.data.trajectories import Buckets, FewStepStates, SeededBatches, TrajectoryGenerator, deal_out
+from wanlite.data.datasets import Buckets, FewStepStates, SeededBatches
+from wanlite.data.trajectories import TrajectoryGenerator, deal_out
 from wanlite.flow import FewSteps, make_scheduler
 from wanlite.planning.resolve import complete
 

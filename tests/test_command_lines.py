@@ -359,7 +359,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_the_run_that_it_was_to_ov
         shard.read_bytes()[:-100]
     )  # found where the teacher's pictures are opened, the last thing before
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", "--overwrite", *SHORT_RUN)
-    assert process.returncode == 2 and f"{shard.name}: not whole" in process.stderr
+    assert process.returncode == 2 and f"{shard.name}: damaged" in process.stderr
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -9,19 +9,11 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from wanlite.data import trajectories as data
-from wanlite.data.trajectories import (
-    MAX_SAMPLED,
-    FewStepStates,
-    SeededBatches,
-    Trajectories,
-    TrajectoryGenerator,
-    encode_once,
-    read_shard,
-    sample_rows,
-    shard_path,
-    write_shard,
-)
+from wanlite.data import shards as data
+from wanlite.data.datasets import FewStepStates, SeededBatches, Trajectories
+from wanlite.data.shards import read_shard, shard_path, write_shard
+from wanlite.data.text_encoder import encode_once
+from wanlite.data.trajectories import MAX_SAMPLED, TrajectoryGenerator, sample_rows
 from wanlite.files.cache import cache_folder
 from wanlite.flow import clean_from, make_scheduler, sample, seeded_noise
 
@@ -88,7 +80,7 @@ def test_a_batch_is_the_named_states_in_the_named_order(tmp_path):
 
 def test_a_shard_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "wanlite.data.trajectories.os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt)
+        "wanlite.data.shards.os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         write_numbered(tmp_path, (2,))

@@ -26,9 +26,10 @@ from tests.test_resuming import same, train
 from tests.test_sizes import leave_as_killed
 from train_distillation import Settings
 from wanlite.data.autoencoder import encode_images, load_autoencoder, to_pixels
+from wanlite.data.datasets import Trajectories
 from wanlite.data.images import CAPTIONS as CAPTION_KINDS
 from wanlite.data.images import KINDS, MAX_NAMED, choose_images, decode, list_images, read_image
-from wanlite.data.trajectories import Trajectories, TrajectoryGenerator
+from wanlite.data.trajectories import TrajectoryGenerator
 from wanlite.flow import add_noise, make_scheduler
 from wanlite.planning.defaults import choose_data
 from wanlite.planning.resolve import complete, image_sizes

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 
 import train_distillation
 from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER
-from wanlite.data.trajectories import SHARD_SIZE, TrajectoryGenerator
+from wanlite.data.shards import SHARD_SIZE
+from wanlite.data.trajectories import TrajectoryGenerator
 from wanlite.files.atomic import locked
 from wanlite.flow import FewSteps, make_scheduler, seeded_noise
 from wanlite.planning.resolve import complete

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from tests.conftest import ROOT, TINY_TEACHER, loud_student, run_script
 from train_distillation import Settings
-from wanlite.data.trajectories import compute_once
+from wanlite.data.shards import compute_once
 from wanlite.network import pack_text
 from wanlite.phases import bound_validation_and_rollout, count_passes, count_states, phases_of
 from wanlite.planning.checks import check_batch

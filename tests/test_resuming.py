@@ -482,7 +482,7 @@ def test_a_trajectory_file_that_is_not_whole_is_named_and_made_again_when_delete
     shard = next(folder.glob("cache/trajectories-*/*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     code, said = train(folder)
-    assert code == 2 and f"{shard}: not whole" in said and "Delete it" in said and "Traceback" not in said
+    assert code == 2 and f"{shard}: damaged" in said and "Delete it" in said and "Traceback" not in said
     shard.unlink()
     assert train(folder)[0] == 0 and same(folder, finished_run[0])
 

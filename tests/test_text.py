@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import UMT5EncoderModel
 
 from tests.conftest import TINY_TEACHER, change, refuse_pickle
-from wanlite.data.text_encoder import encode_prompts, lazy_encoder, load_text_encoder, tell_cut
-from wanlite.data.trajectories import SHARD_SIZE, encode_once, read_shard, shard_path
+from wanlite.data.shards import SHARD_SIZE, read_shard, shard_path
+from wanlite.data.text_encoder import encode_once, encode_prompts, lazy_encoder, load_text_encoder, tell_cut
 from wanlite.network import TextTokens, pack_text, unpack_text
 from wanlite.training.teacher_data import PromptEmbeddings
 
@@ -61,7 +61,7 @@ def test_prompts_are_encoded_once_and_only_what_is_lost_again(tmp_path):
         found = encode_once(Accelerator(cpu=True), counted, prompts, tmp_path)
         assert list(found) == prompts and all(torch.equal(*pair) for pair in zip(found.values(), expected))
     shard_path(tmp_path, 0).unlink()
-    with pytest.raises(OSError, match="is not here. The machines of a run need one disk"):
+    with pytest.raises(OSError, match="no such file. The machines of a run need one disk"):
         read_shard(tmp_path, 0)
     encode_once(Accelerator(cpu=True), counted, prompts, tmp_path)
     assert [len(prompts) for prompts in asked] == [SHARD_SIZE, 6, SHARD_SIZE]

@@ -5,8 +5,10 @@ price of one token. Legend: L text length, T text width.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from ..network import TEXT_LENGTH
+from .shards import fill_shards, read_shard
 
 BATCH_SIZE = 64  # prompts encoded together
 TOKENS_AT_ONCE = 8192  # the most of theirs: 16 prompts of 512, whose attention in a real UMT5 takes some 2 GB
@@ -121,6 +124,18 @@ def lazy_encoder(folder, device):
         }
 
     return encode
+
+
+def encode_once(
+    accelerator, encode: Callable, prompts: Sequence[str], folder: Path
+) -> dict[str, torch.Tensor]:
+    """Encode different prompts with a lazy_encoder(): {prompt: embedding (L, T)}, memory-mapped from `folder`."""
+    num_shards = fill_shards(
+        accelerator, folder, [(prompt,) for prompt in prompts], encode, "text", unit="prompt"
+    )
+    shards = (read_shard(folder, index) for index in range(num_shards))
+    embeddings = (shard["text"].split(shard["length"].tolist()) for shard in shards)
+    return dict(zip(prompts, chain.from_iterable(embeddings)))
 
 
 @torch.no_grad()

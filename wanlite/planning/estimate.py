@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from diffusers.training_utils import EMAModel
 
 from ..data.autoencoder import DECODED_AT_ONCE, decode_latents, make_autoencoder
-from ..data.trajectories import SHARD_SIZE
+from ..data.shards import SHARD_SIZE
 from ..files.atomic import SPARE
 from ..phases import (
     bound_validation_and_rollout,

@@ -3,8 +3,8 @@
 from contextlib import contextmanager
 from functools import partial
 
+from ..data.datasets import SeededBatches
 from ..data.prefetch import PREFETCHED_BATCHES, read_ahead
-from ..data.trajectories import SeededBatches
 from ..runtime.signals import Stopped
 
 

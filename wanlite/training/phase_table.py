@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.trajectories import Buckets, FewStepStates
+from ..data.datasets import Buckets, FewStepStates
 from ..runtime.ranks import broadcast
 from .steps import few_step_regression, matching_step, velocity_step
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from ..data.autoencoder import encode_images, to_pixels
 from ..data.images import read_image
-from ..data.text_encoder import lazy_encoder, load_tokenizer, tell_cut
-from ..data.trajectories import TrajectoryGenerator, compute_once, deal_out, encode_once
+from ..data.shards import compute_once
+from ..data.text_encoder import encode_once, lazy_encoder, load_tokenizer, tell_cut
+from ..data.trajectories import TrajectoryGenerator, deal_out
 from ..files.atomic import in_turn
 from ..files.cache import cache_folder
 from ..flow import make_scheduler
