@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wanlite.data.buckets import bucket_sizes
-from wanlite.data.prompts import check_text, read_prompts
+from wanlite.data.prompts import read_prompts
+from wanlite.data.tables import check_text
 from wanlite.planning.settings import make_parser, setting
 from wanlite.runtime.terminal import keep_output_open, one_line
 from wanlite.schedule import TIMESTEPS, read_schedule, recorded_schedule

@@ -27,8 +27,9 @@ from tests.test_sizes import leave_as_killed
 from train_distillation import Settings
 from wanlite.data.autoencoder import encode_images, load_autoencoder, to_pixels
 from wanlite.data.datasets import Trajectories
-from wanlite.data.images import CAPTIONS as CAPTION_KINDS
-from wanlite.data.images import KINDS, MAX_NAMED, choose_images, decode, list_images, read_image
+from wanlite.data.image_sources import CAPTIONS as CAPTION_KINDS
+from wanlite.data.image_sources import KINDS, list_images
+from wanlite.data.images import MAX_NAMED, choose_images, decode, read_image
 from wanlite.data.trajectories import TrajectoryGenerator
 from wanlite.flow import add_noise, make_scheduler
 from wanlite.planning.defaults import choose_data
@@ -153,11 +154,11 @@ WRITERS = {
 def test_every_kind_of_place_gives_the_same_pictures_and_captions(kind, tmp_path):
     said = []
     WRITERS[kind](tmp_path / "place")
-    images = choose_images(tmp_path / "place", SIZE, say=said.append)
+    images = choose_images(tmp_path / "place", SIZE, log=said.append)
     assert [image.caption for image in images] == CAPTIONS
     assert all((read_image(image) == picture).all() for image, picture in zip(images, PICTURES))
     assert said == [f"images   6 of {tmp_path / 'place'}"]
-    assert [image.caption for image in choose_images(tmp_path / "place", SIZE, most=2)] == CAPTIONS[:2]
+    assert [image.caption for image in choose_images(tmp_path / "place", SIZE, max_count=2)] == CAPTIONS[:2]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +267,7 @@ def test_what_cannot_be_used_is_skipped_counted_and_named_at_once(tmp_path):
     (tmp_path / "place" / "gone.png").symlink_to(tmp_path / "nowhere")
     (tmp_path / "place" / "gone.txt").write_text("a caption")
     said, began = [], time.perf_counter()
-    images = choose_images(tmp_path / "place", SIZE, held_out=CAPTIONS[:1], say=said.append)
+    images = choose_images(tmp_path / "place", SIZE, held_out=CAPTIONS[:1], log=said.append)
     assert time.perf_counter() - began < 2 and [image.caption for image in images] == CAPTIONS[1:]
     assert said[0].startswith(f"images   5 of {tmp_path / 'place'}; {len(BROKEN) + 6} skipped: ")
     for words in (
@@ -312,7 +313,7 @@ def test_a_file_with_a_caption_of_a_kind_that_is_not_read_is_counted_and_named(p
     }
     write_files(tmp_path / place, files)
     said = []
-    assert [image.caption for image in choose_images(tmp_path / place, SIZE, say=said.append)] == ["a"]
+    assert [image.caption for image in choose_images(tmp_path / place, SIZE, log=said.append)] == ["a"]
     assert f"; {len(others) + 2} skipped: not a JPEG, PNG or WebP ({len(others) + 2}: " in said[0]
     named = sorted(image.name.removeprefix("some.tar ") for image in list_images(tmp_path / place))
     assert {*named} - {"a", "a.png"} == {*others, "a.bmp", "alone.avif"}
@@ -345,7 +346,7 @@ def test_captions_under_the_names_of_other_trainers_are_read_or_named(place, tmp
     images = {f"{name}.png": CONTENTS[0] for name in ("a", "b", "c", "d", "e.v2", *"fghij")}
     write_files(tmp_path / place, images | captions)
     said = []
-    found = choose_images(tmp_path / place, SIZE, say=said.append)
+    found = choose_images(tmp_path / place, SIZE, log=said.append)
     assert [image.caption for image in found] == ["one", "two", "three", "four", "five", "six"]
     for reason, name in (
         ("no .txt, .caption or .json but a .tags", "g"),
@@ -379,7 +380,7 @@ def test_names_that_begin_with_a_dot_are_not_files_of_a_place(kind, tmp_path):
         place, dict.fromkeys(HIDDEN, CONTENTS[5]) | {f"{name[:-4]}.txt": b"a caption" for name in HIDDEN}
     )
     said = []
-    assert [image.caption for image in choose_images(place, SIZE, say=said.append)] == CAPTIONS
+    assert [image.caption for image in choose_images(place, SIZE, log=said.append)] == CAPTIONS
     assert said == [f"images   6 of {place}"]
 
 
@@ -397,7 +398,7 @@ def test_hidden_members_of_a_tar_are_not_read_and_hidden_rows_are_named(tmp_path
         "".join(json.dumps({"file_name": name, "text": name}) + "\n" for name in names)
     )
     said = []
-    assert [image.caption for image in choose_images(place, SIZE, say=said.append)] == names[-3:]
+    assert [image.caption for image in choose_images(place, SIZE, log=said.append)] == names[-3:]
     assert f"a hidden file ({len(HIDDEN)}: ._0.png, .DS_Store, " in said[0]
 
 
@@ -487,12 +488,12 @@ def test_a_name_that_leads_out_of_the_folder_is_not_followed(tmp_path):
     ]
     (tmp_path / "place" / "metadata.jsonl").write_text("\n".join(rows))
     said = []
-    assert len(choose_images(tmp_path / "place", SIZE, say=said.append)) == 1
+    assert len(choose_images(tmp_path / "place", SIZE, log=said.append)) == 1
     for words in (
         "outside the folder (2: ../secret.png, /",
         "no such file (2: none.png, 7)",
         "no caption (1: 1.png)",
-        "a name that no file can have (2: ",
+        "an invalid file name (2: ",
         "cannot be read (1: nnnn",
     ):
         assert words in said[0]
@@ -531,24 +532,20 @@ def test_an_image_that_changes_under_a_run_is_named(tmp_path):
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("a.txt", b"a caption", "holds no image. Expected a folder of images"),
+        ("a.txt", b"a caption", "no image found. Expected a folder of images"),
         ("metadata.csv", b"file_name,url\n0.png,x\n", "has the columns file_name, url, expected one called"),
         ("metadata.csv", b"name,text\n0.png,x\n", "row 2 has no file_name"),
         ("metadata.jsonl", b'["0.png"]\n', "row 1 has no file_name"),
         ("metadata.jsonl", b'{"file_name": ', "line 1 is not JSON"),
         ("metadata.jsonl", b"\xff\xfe", "not UTF-8 text"),
-        ("metadata.jsonl", b"", "columns of nothing"),
+        ("metadata.jsonl", b"", "has the columns none, expected"),
         ("a.parquet", b"PAR1 and no more", "cannot be read as parquet"),
-        ("a.tar", b"no tar" * 200, "is not whole"),
-        ("state.json", b"[]", "is no JSON object"),
-        ("state.json", b"{}", "holds no image"),
+        ("a.tar", b"no tar" * 200, "a damaged .tar file"),
+        ("state.json", b"[]", "not a JSON object"),
+        ("state.json", b"{}", "no image found"),
         ("state.json", b'{"_data_files": [{"filename": "none.arrow"}]}', "cannot be read as an Arrow stream"),
         ("state.json", b'{"_indices_files": [{"filename": "i"}]}', "saved as a selection"),
-        (
-            "dataset_dict.json",
-            b'{"splits": ["test", "dev"]}',
-            "has the splits test, dev and none called train",
-        ),
+        ("dataset_dict.json", b'{"splits": ["test", "dev"]}', "has the splits test, dev but not train"),
     ],
 )
 def test_a_place_that_holds_no_captioned_images_is_refused_with_what_was_expected(
@@ -561,7 +558,7 @@ def test_a_place_that_holds_no_captioned_images_is_refused_with_what_was_expecte
 
 def test_a_table_without_images_or_captions_is_refused(tmp_path):
     parquet.write_table(pyarrow.table({"text": ["a"], "url": ["b"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="has the columns text, url, and none of images"):
+    with pytest.raises(ValueError, match="has the columns text, url, but none of images"):
         list_images(tmp_path)
     parquet.write_table(table().drop_columns(["caption"]), tmp_path / "a.parquet")
     with pytest.raises(
@@ -574,7 +571,10 @@ def test_a_wrong_place_is_answered_before_torch(tmp_path):
     said = refused(
         ROOT / "train_distillation.py", "--output_dir", tmp_path / "run", "--images", tmp_path / "none"
     )
-    assert "none: no such place. Expected a folder of images" in said and not (tmp_path / "run").exists()
+    assert (
+        "none: no such file or folder. Expected a folder of images" in said
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_a_csv_that_cannot_be_read_is_one_line(tmp_path):

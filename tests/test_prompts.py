@@ -12,7 +12,8 @@ from pyarrow import parquet
 
 from tests.conftest import TINY_TEACHER
 from train_distillation import Settings
-from wanlite.data.prompts import GRAMMAR, read_prompts, varied_prompts
+from wanlite.data.grammar import GRAMMAR, varied_prompts
+from wanlite.data.prompts import read_prompts
 from wanlite.planning.defaults import choose_prompts
 from wanlite.planning.resolve import REAL_TEACHERS, complete
 
@@ -193,7 +194,7 @@ def test_a_damaged_page_of_a_table_is_named(tmp_path):
         ("a.jsonl", b'{"prompt": "one"}\n{"prompt": ', "line 2 is not JSON"),
         ("a.jsonl", b'{"url": "x"}', "columns url, expected"),
         ("a.csv", b"id,url\n1,x\n", "columns id, url, expected"),
-        ("a.csv", b"", "columns of nothing"),
+        ("a.csv", b"", "has the columns none, expected"),
         ("a.csv", b"prompt\n\xff\n", "not UTF-8"),
         ("a.parquet", b"PAR1 and no more", "cannot be read as parquet"),
         (
@@ -205,7 +206,7 @@ def test_a_damaged_page_of_a_table_is_named(tmp_path):
         ("a.csv", b'prompt\none\n"two\nthree\n', "cannot be read as CSV"),
         ("a.tsv", b"id\turl\n1\tx\n", "columns id, url, expected"),
         ("a.txt.gz", gzip.compress(b"one", mtime=0), "is compressed"),
-        ("a.txt", "one\ntwo".encode("utf-16-le"), "holds zero bytes; it is UTF-16"),
+        ("a.txt", "one\ntwo".encode("utf-16-le"), "holds zero bytes: it is UTF-16"),
         ("a.txt", b"<!DOCTYPE html><p>one</p>", "is a web page"),
         ("a.jsonl", b'{"prompt": ""}\n', "holds no prompt"),
         ("a.txt", b" \n\n", "holds no prompt"),

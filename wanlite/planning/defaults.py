@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
+from ..data.grammar import varied_prompts
 from ..data.images import choose_images
-from ..data.prompts import read_prompts, varied_prompts
+from ..data.prompts import read_prompts
 from ..files.atomic import write_json
 from ..phases import PHASE_NAMES
 from ..student.shape import check_shape_fits, student_shape

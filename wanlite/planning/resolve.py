@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ..data.buckets import bucket_sizes, complete_resolution
-from ..data.images import list_images
+from ..data.image_sources import list_images
 from ..data.prompts import read_prompts
 from ..runtime.launch import check_launch, is_first, launched_precision
 from ..teacher.components import find_components, has_two_experts, pixels_per_token

@@ -1,0 +1,241 @@
+"""A folder or file of captioned images -> a list of its images, none of which is read yet.
+
+    a folder of images    a caption in a .txt, .caption or .json of the same name, or metadata.jsonl or metadata.csv with
+                          file_name and a caption
+    a table               .parquet files with a column of images, or a folder that the library `datasets` saved
+    .tar files            in the webdataset layout: an image and its caption as in a folder
+
+A column of captions has the same names as one of prompts. Files whose names begin with a dot are ignored.
+"""
+
+import json
+import os
+import tarfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path, PurePath
+
+from .image_tables import list_parquet, list_saved_dataset
+from .listed_images import NOT_UTF8, ListedImage, Unusable, read_object, text_of
+from .tables import find_column, read_rows
+
+KINDS = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp"), "JPEG"),
+    ".png": "PNG",
+    ".webp": "WEBP",
+}  # {suffix: decoder}; no other decoder is used
+OTHER_KINDS = {
+    f".{name}"
+    for names in (
+        "apng, avif, avifs, bmp, cr2, dib, dng, emf, eps, exr, gif, hdr, heic, heif, hif, icns, ico",
+        "j2k, jp2, jpx, jxl, jxr, mpo, nef, pbm, pcx, pgm, pnm, ppm, psd, qoi, raw, svg, tga, tif, tiff",
+        "wmf, xcf",
+    )
+    for name in names.split(", ")
+}  # skipped by name, with a caption or without
+CAPTIONS = (".txt", ".caption", ".json")  # in the order in which they are tried: a.txt or a.png.txt of a.png
+METADATA = ("metadata.jsonl", "metadata.csv")
+EXPECTED = (
+    f"a folder of images (JPEG, PNG, WebP) with a {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]} beside each or "
+    f"{' or '.join(METADATA)}, .parquet files, a folder saved by datasets, or webdataset's .tar files"
+)
+MAX_BYTES = 2**28  # of an image's file
+MAX_CAPTION_BYTES = MAX_BYTES // 100
+Reader = Callable[[int], bytes]  # returns the content, of at most this many bytes; may raise Unusable
+
+
+def list_images(place: str | os.PathLike) -> list[ListedImage]:
+    """Return the images of a place; raises OSError and ValueError."""
+    place = Path(place)
+    if not place.exists():
+        raise OSError(f"--images {place}: no such file or folder. Expected {EXPECTED}.")
+    try:
+        listed = _list(place)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--images {place}: metadata that is not UTF-8 text (byte {error.start}). Save it as UTF-8."
+        ) from None
+    except tarfile.TarError as error:
+        raise ValueError(f"--images {place}: a damaged .tar file ({error}). Copy it again.") from None
+    if not listed:
+        raise ValueError(f"--images {place}: no image found. Expected {EXPECTED}.")
+    return listed
+
+
+def _list(place: Path) -> list[ListedImage]:
+    """List a place as the kind that the names of its files show."""
+    names: list[Path] = []
+    if place.is_file():
+        files = {place.suffix.lower(): [place]}
+    elif (place / "dataset_dict.json").is_file():
+        splits = read_object(place / "dataset_dict.json").get("splits", [])
+        if "train" not in splits:
+            raise ValueError(
+                f"--images {place}: has the splits {', '.join(splits)}, but not train. Name the folder of "
+                f"one."
+            )
+        return _list(place / "train")
+    elif (place / "state.json").is_file():
+        return list_saved_dataset(place)
+    elif metadata := [place / name for name in METADATA if (place / name).is_file()]:
+        return _list_described(place, metadata[0])
+    else:
+        names = [path for path in sorted(place.rglob("*")) if not is_hidden(path.relative_to(place))]
+        files = {suffix: [path for path in names if path.suffix == suffix] for suffix in (".parquet", ".tar")}
+    if files.get(".parquet"):
+        return [row for path in files[".parquet"] for row in list_parquet(path)]
+    if files.get(".tar"):
+        return [row for path in files[".tar"] for row in _list_tar(path)]
+    return _list_folder(place, names) if place.is_dir() else []
+
+
+def is_hidden(name: str | PurePath) -> bool:
+    """Whether a name belongs to the system or a program: `.DS_Store`, `._a.png`, `__MACOSX/a.png`,
+    `.cache/a.png`.
+    """
+    return any(
+        part == "__MACOSX" or part.startswith(".") and part not in (".", "..")
+        for part in PurePath(name).parts
+    )
+
+
+def _list_folder(place, paths):
+    files = {
+        path.relative_to(place).as_posix(): partial(_read_file, path)
+        for path in paths
+        if path.suffix.lower() in KINDS or not path.is_dir()
+    }
+    return _pair(files)
+
+
+def _pair(files: Mapping[str, Reader]) -> list[ListedImage]:
+    """Return every image among the files of a folder, and every other file with a caption of its own, such as a
+    video.
+    """
+    beside: dict[str, dict[str, str]] = defaultdict(dict)  # {name without suffixes: {suffixes: name}}
+    stems = set()
+    for name in files:
+        stem, suffix = _split(name)
+        if suffix in KINDS or suffix in OTHER_KINDS:
+            stems.add(stem)
+            continue
+        for dot in (
+            position
+            for position, letter in enumerate(name)
+            if letter == "." and position > name.rfind("/") + 1
+        ):
+            beside[name[:dot]][name[dot:].lower()] = name
+    found = []
+    for name, content in files.items():
+        stem, suffix = _split(name)
+        captions = [
+            beside[base][kind] for kind in CAPTIONS for base in (stem, name) if kind in beside.get(base, ())
+        ]
+        if suffix in KINDS:
+            caption = partial(_refuse, _why_uncaptioned(beside.get(stem, ())))
+            if captions:
+                caption = partial(_read_caption, files[captions[0]], captions[0])
+            found.append(ListedImage(name, caption, partial(content, MAX_BYTES)))
+        elif suffix in OTHER_KINDS or captions and suffix not in CAPTIONS and stem not in stems:
+            caption = partial(_refuse, "not a JPEG, PNG or WebP")
+            found.append(ListedImage(name, caption, partial(content, MAX_BYTES)))
+    return found
+
+
+def _split(name):
+    """Return a name without its suffix, and the suffix in small letters."""
+    stem, dot, suffix = name.rpartition(".")
+    return (stem, f".{suffix.lower()}") if dot and "/" not in suffix else (name, "")
+
+
+def _why_uncaptioned(suffixes):
+    return (
+        f"no {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]} but a {min(suffixes)}" if suffixes else "no caption"
+    )
+
+
+def _refuse(reason):
+    raise Unusable(reason)
+
+
+def _read_caption(content, name):
+    text = _text(content(MAX_CAPTION_BYTES))
+    if not name.lower().endswith(".json"):
+        return text
+    try:
+        row = json.loads(text)
+        return text_of(row[find_column(name, row)]) if isinstance(row, dict) else text_of(row)
+    except (ValueError, RecursionError):
+        raise Unusable("a caption that cannot be read in its .json") from None
+
+
+def _list_described(place, metadata):
+    """List a folder of images whose captions are in a table of file_name and caption."""
+    columns, rows = read_rows(metadata)
+    if odd := [number for number, row in rows if not isinstance(row, dict) or "file_name" not in row]:
+        raise ValueError(
+            f"{metadata}: row {odd[0]} has no file_name. Expected file_name and a caption in every row."
+        )
+    captions, names = find_column(metadata, columns), find_column(metadata, columns, ("file_name",))
+    return [
+        ListedImage(
+            str(row[names] or f"row {number}"),
+            partial(text_of, row.get(captions)),
+            partial(_read_inside, place, row[names]),
+        )
+        for number, row in rows
+    ]
+
+
+def _read_inside(place, name):
+    path = place / str(name)
+    try:
+        is_inside = path.resolve().is_relative_to(place.resolve())
+    except ValueError:  # zero bytes, halves of surrogates
+        raise Unusable("an invalid file name") from None
+    if not is_inside:
+        raise Unusable("outside the folder")
+    if is_hidden(os.path.relpath(path, place)):
+        raise Unusable("a hidden file")
+    return _read_file(path, MAX_BYTES)
+
+
+def _read_file(path, limit):
+    if not path.is_file():
+        raise Unusable("no such file")
+    if path.stat().st_size > limit:
+        raise Unusable(f"more than {limit / 1e6:.0f} MB")
+    return path.read_bytes()
+
+
+def _text(content):
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise Unusable(NOT_UTF8) from None
+
+
+# ---- webdataset --------------------------------------------------------------------------------------------
+
+
+def _list_tar(path):
+    with tarfile.open(path, "r:") as tar:
+        files = {
+            member.name: partial(_read_member, path, member.offset_data, member.size)
+            for member in tar
+            if member.isreg() and not is_hidden(member.name)
+        }
+    images = _pair(files)
+    names = [_split(image.name)[0] if _split(image.name)[1] in KINDS else image.name for image in images]
+    return [replace(image, name=f"{path.name} {name}") for image, name in zip(images, names)]
+
+
+def _read_member(path, offset, size, limit):
+    """Read a member of a .tar file at its offset."""
+    if size > limit:
+        raise Unusable(f"more than {limit / 1e6:.0f} MB")
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
