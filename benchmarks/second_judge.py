@@ -45,7 +45,7 @@ STAGES = (
     (6, 192, 4, 2, 5),
     (6, 320, 1, 1, 3),
 )
-SIDE = 128  # pixels that a image or a crop is enlarged to
+SIDE = 128  # pixels that an image or a crop is enlarged to
 DIRECTIONS = 64  # of features in which the Frechet distance is taken
 BANK_BACKGROUNDS = ("white", "grey", "black")
 

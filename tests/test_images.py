@@ -545,7 +545,7 @@ def test_an_image_that_changes_under_a_run_is_named(tmp_path):
         ("state.json", b"{}", "no image found"),
         ("state.json", b'{"_data_files": [{"filename": "none.arrow"}]}', "cannot be read as an Arrow stream"),
         ("state.json", b'{"_indices_files": [{"filename": "i"}]}', "saved as a selection"),
-        ("dataset_dict.json", b'{"splits": ["test", "dev"]}', "has the splits test, dev but not train"),
+        ("dataset_dict.json", b'{"splits": ["test", "dev"]}', "has the splits test, dev, but not train"),
     ],
 )
 def test_a_place_that_holds_no_captioned_images_is_refused_with_what_was_expected(
@@ -669,7 +669,7 @@ def test_a_run_learns_from_images_tells_what_it_skipped_and_resumes_to_the_same_
     assert said.startswith(
         f"images   6 of {tmp_path / 'place'}; 1 skipped: not a whole JPEG, PNG or WebP (1: cut.png)\nteacher"
     )
-    assert "70 teacher pictures" in said  # 64 walks and 6 images
+    assert "70 teacher images" in said  # 64 walks and 6 images
     states = Trajectories(next((whole / "cache").glob("images-*")), 1)
     assert len(states) == 6 * 4
     latents = encode_images(load_autoencoder(TINY_TEACHER), to_pixels(np.stack(PICTURES)))

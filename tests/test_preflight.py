@@ -228,7 +228,7 @@ def test_a_schedule_without_a_shift_is_named_unless_a_shift_is_given(content, tm
 @pytest.mark.parametrize("content", ["[]", "{", pytest.param("[" * 10**5, id="deep")])
 def test_a_broken_record_of_a_tiny_teacher_is_named(content, tmp_path):
     (tmp_path / "training.json").write_text(content)
-    with pytest.raises(ValueError, match="training.json: is no JSON object"):
+    with pytest.raises(ValueError, match="training.json: not a JSON object"):
         complete(Settings(teacher=str(tmp_path)))
 
 

@@ -8,7 +8,7 @@ from types import ModuleType
 WORLDS = ("shapes", "emoji")
 
 
-def read_record(teacher):
+def read_record(teacher: str | Path) -> dict:
     """Return the training record of a tiny teacher, or an empty dict for any other teacher."""
     path = Path(teacher) / "training.json"
     try:
@@ -17,14 +17,13 @@ def read_record(teacher):
         record = None
     if not isinstance(record, dict):
         raise ValueError(
-            f"{path}: is no JSON object. It tells a tiny teacher from others: take its folder out of the "
-            f"repository "
-            "again, or delete the file beside any other teacher."
+            f"{path}: not a JSON object. It marks a tiny teacher: copy its folder from the repository again, or "
+            f"delete the file beside any other teacher."
         )
     return record
 
 
-def read_world(teacher) -> ModuleType | None:
+def read_world(teacher: str | Path) -> ModuleType | None:
     """Return the module of the world that a tiny teacher draws, or None for any other teacher."""
     name = read_record(teacher).get("world")
     return import_module(f"{__package__}.{name}") if name in WORLDS else None

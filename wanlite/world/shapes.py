@@ -1,4 +1,4 @@
-"""The tiny world: captioned scenes drawn by rule, and a judge that reads a image back by rule.
+"""The tiny world: captioned scenes drawn by rule, and a judge that reads an image back by rule.
 
 A scene has one object at one of five places, or two objects in opposite halves; every object has a size, a
 colour and a shape, and the background a colour. Scenes are endless and seeded. One combination in eight is
@@ -9,7 +9,10 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import Generator
 from scipy import ndimage
+
+from .sampling import pick, sample_scenes
 
 IMAGE_SIZE = 64  # pixels, square
 COLOURS = {
@@ -57,6 +60,8 @@ TWO_OBJECTS = {
 
 @dataclass(frozen=True)
 class Object:
+    """A shape; each property is a key of its table."""
+
     size: str
     colour: str
     shape: str
@@ -70,26 +75,24 @@ class Object:
 class Scene:
     """One object, or two in the order of PAIRS (left before right, top before bottom), on a background."""
 
-    objects: tuple
+    objects: tuple[Object, ...]
     background: str
 
 
 # ---- scenes ------------------------------------------------------------------------------------------------
 
 
-def random_scene(random, num_objects=None):
-    """Draw a scene from `random`, a numpy Generator; one or two objects with equal chance unless
-    `num_objects` is given.
-    """
+def random_scene(random: Generator, num_objects: int | None = None) -> Scene:
+    """Draw a scene at random, of one or two objects with equal chance unless `num_objects` is given."""
     num_objects = num_objects or int(random.integers(1, 3))
-    places = (_pick(random, PLACES),) if num_objects == 1 else PAIRS[random.integers(len(PAIRS))]
+    places = (pick(random, PLACES),) if num_objects == 1 else PAIRS[random.integers(len(PAIRS))]
     objects = tuple(
-        Object(_pick(random, SIZES), _pick(random, COLOURS), _pick(random, SHAPES), place) for place in places
+        Object(pick(random, SIZES), pick(random, COLOURS), pick(random, SHAPES), place) for place in places
     )
-    return Scene(objects, _pick(random, BACKGROUNDS))
+    return Scene(objects, pick(random, BACKGROUNDS))
 
 
-def is_held_out(scene):
+def is_held_out(scene: Scene) -> bool:
     """Whether training never sees this combination of places, colours and shapes (one in eight; sizes and
     backgrounds vary).
     """
@@ -103,26 +106,18 @@ def is_held_out(scene):
     return index % 8 == 0
 
 
-def scenes(seed, count, held_out=False, num_objects=None):
-    """Return `count` scenes of the training side or of the held-out side; the same seed gives the same
-    scenes.
-    """
-    random = np.random.default_rng([seed, int(held_out), num_objects or 0])
-    drawn = []
-    while len(drawn) < count:
-        scene = random_scene(random, num_objects)
-        if is_held_out(scene) == held_out:
-            drawn.append(scene)
-    return drawn
+def scenes(seed: int, count: int, held_out: bool = False, num_objects: int | None = None) -> list[Scene]:
+    """Return `count` scenes of the training side or of the held-out side; see sample_scenes()."""
+    return sample_scenes(random_scene, is_held_out, seed, count, held_out, num_objects)
 
 
-def caption(scene, random):
-    """Say the scene in one of its several ways, chosen by `random`."""
-    ways = ways_to_say(scene)
-    return ways[random.integers(len(ways))]
+def caption(scene: Scene, random: Generator) -> str:
+    """Return one of the captions of a scene, chosen at random."""
+    return pick(random, ways_to_say(scene))
 
 
-def ways_to_say(scene):
+def ways_to_say(scene: Scene) -> list[str]:
+    """Return every caption of a scene."""
     words = {"a": scene.objects[0], "background": scene.background, "place": scene.objects[0].place}
     if len(scene.objects) == 1:
         return [way.format(**words) for way in ONE_OBJECT]
@@ -130,24 +125,27 @@ def ways_to_say(scene):
     return [way.format(b=scene.objects[1], **words) for way in ways]
 
 
-def captions(seed, count, held_out=False, num_objects=None):
+def captions(seed: int, count: int, held_out: bool = False, num_objects: int | None = None) -> list[str]:
     """Return `count` captions; see scenes()."""
     random = np.random.default_rng([seed, 7])
     return [caption(scene, random) for scene in scenes(seed, count, held_out, num_objects)]
 
 
-def read_caption(text):
-    """Return the Scene that a caption of this world says, or None for any other text."""
+def read_caption(text: str) -> Scene | None:
+    """Return the scene of a caption, or None for any other text."""
     for pattern, places in _CAPTION_PATTERNS:
         found = pattern.fullmatch(text.strip().lower())
         if found:
             words = found.groupdict()
             places = places or (words["place"],)
-            return Scene(
-                tuple(Object(*words[name].split(), place) for name, place in zip("ab", places)),
-                words["background"],
-            )
+            objects = (_read_object(words[name], place) for name, place in zip("ab", places))
+            return Scene(tuple(objects), words["background"])
     return None
+
+
+def _read_object(text, place):
+    size, colour, shape = text.split()
+    return Object(size, colour, shape, place)
 
 
 def _caption_patterns():
@@ -168,16 +166,12 @@ def _caption_patterns():
 _CAPTION_PATTERNS = _caption_patterns()
 
 
-def _pick(random, names):
-    return tuple(names)[random.integers(len(names))]
-
-
 # ---- drawing -----------------------------------------------------------------------------------------------
 
 _Y, _X = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) + 0.5  # pixel centres
 
 
-def coverage(shape, radius, x, y):
+def coverage(shape: str, radius: float, x: float, y: float) -> np.ndarray:
     """Return the share of each pixel (64, 64) that a shape centred at x, y covers, from its signed distance."""
     across, down = _X - x, _Y - y
     if shape == "circle":
@@ -199,26 +193,30 @@ def coverage(shape, radius, x, y):
     return np.clip(0.5 - distance, 0, 1)
 
 
-def draw(scene, random=None):
-    """Draw a scene as a image (64, 64, 3) uint8; `random` moves each object by up to JITTER pixels."""
+def draw(scene: Scene, random: Generator | None = None) -> np.ndarray:
+    """Draw a scene as an image (64, 64, 3) uint8; `random` moves each object by up to JITTER pixels."""
     image = ground(scene)
     for thing in scene.objects:
-        x, y = PLACES[thing.place]
+        x, y = map(float, PLACES[thing.place])
         if random is not None:
             x, y = np.array([x, y]) + random.uniform(-JITTER, JITTER, 2)
         covered = coverage(thing.shape, SIZES[thing.size], x, y)[..., None]
-        image = covered * np.float32(COLOURS[thing.colour]) + (1 - covered) * image
+        image = covered * _rgb(COLOURS[thing.colour]) + (1 - covered) * image
     return image.round().astype(np.uint8)
 
 
-def ground(scene):
+def ground(scene: Scene) -> np.ndarray:
     """Return a scene's background alone (64, 64, 3), float32."""
-    return np.broadcast_to(np.float32(BACKGROUNDS[scene.background]), (IMAGE_SIZE, IMAGE_SIZE, 3))
+    return np.broadcast_to(_rgb(BACKGROUNDS[scene.background]), (IMAGE_SIZE, IMAGE_SIZE, 3))
+
+
+def _rgb(colour):
+    return np.array(colour, np.float32)
 
 
 # ---- the judge ---------------------------------------------------------------------------------------------
 
-MIN_OVERLAP = 0.78  # intersection over union with the best template; below it a thing is no known shape
+MIN_OVERLAP = 0.78  # intersection over union with the best template; below it an object has no known shape
 MIN_AREA = 40  # pixels; the smallest shape covers 145
 SOFTEST_EDGE = 3.0  # pixels from a quarter to three quarters covered; a sharp edge has half of one
 MAX_SPECKLED = 0.3  # share of a thing's inside that may be off its colour
@@ -227,8 +225,8 @@ FARTHEST_COLOUR = 60.0  # distance in RGB between a thing's colour, or the backg
 ATTRIBUTES = ("count", "background", "colour", "shape", "size", "place")
 
 
-def read_image(image):
-    """Return the Scene that a image (64, 64, 3) uint8 shows, or None where it shows no scene of this world.
+def read_image(image: np.ndarray) -> Scene | None:
+    """Return the scene of an image (64, 64, 3) uint8, or None where it shows no scene of this world.
 
     Anything unexplained (a stray blob, a shape that fits no template, a colour off the palette) makes it
     None.
@@ -242,10 +240,8 @@ def read_image(image):
     return Scene(tuple(things), background)
 
 
-def judge(image, scene):
-    """Compare a image with the scene that its caption says: {"whole": 0 or 1, and a share 0..1 for each of
-    ATTRIBUTES}.
-    """
+def judge(image: np.ndarray, scene: Scene) -> dict[str, float]:
+    """Compare an image with the scene of its caption: {"whole": 0 or 1, and a share 0..1 for each of ATTRIBUTES}."""
     background, things, _ = _read_things(image)
     by_place = {thing.place: thing for thing in things if thing is not None}
     verdict = {
@@ -267,8 +263,9 @@ def judge(image, scene):
 
 
 def _read_things(image):
-    """Return the background's name, the things in the order of PLACES (None for one that is no known object),
-    and whether nothing was left over."""
+    """Return the background's name, the objects in the order of PLACES (None for an unknown one), and whether
+    nothing is left over.
+    """
     if image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
         raise ValueError(f"the judge reads images of {IMAGE_SIZE}x{IMAGE_SIZE}x3; this one is {image.shape}.")
     smooth = ndimage.median_filter(image, size=(3, 3, 1)).astype(np.float32)
@@ -298,7 +295,7 @@ def _read_things(image):
 
 
 def _read_thing(image, region, ground):
-    """Return the Object that a connected region shows, or None."""
+    """Return the object of a connected region, or None."""
     core = ndimage.binary_erosion(region, iterations=2)
     core = core if core.sum() >= 12 else region
     colour_seen = np.median(image[core], axis=0)
@@ -306,10 +303,9 @@ def _read_thing(image, region, ground):
     if colour is None:
         return None
     span = colour_seen - ground
-    farthest = min(
-        FARTHEST_COLOUR, 0.4 * np.linalg.norm(np.float32(COLOURS[colour]) - ground)
-    )  # faded things are wrong
-    faded = np.linalg.norm(colour_seen - np.float32(COLOURS[colour])) > farthest
+    contrast = float(np.linalg.norm(_rgb(COLOURS[colour]) - ground))
+    farthest = min(FARTHEST_COLOUR, 0.4 * contrast)  # faded objects are wrong
+    faded = np.linalg.norm(colour_seen - _rgb(COLOURS[colour])) > farthest
     if faded or np.mean(np.linalg.norm(image[core] - colour_seen, axis=-1) > farthest) > MAX_SPECKLED:
         return None
     share = (image - ground) @ span / (span @ span)  # of each pixel that has the thing's colour
@@ -344,7 +340,5 @@ def _overlap(covered, template):
 
 def _nearest(seen, palette):
     """Return the palette's name nearest to a colour, or None where all are too far."""
-    distance, name = min(
-        (float(np.linalg.norm(seen - np.float32(rgb))), name) for name, rgb in palette.items()
-    )
+    distance, name = min((float(np.linalg.norm(seen - _rgb(rgb))), name) for name, rgb in palette.items())
     return name if distance <= FARTHEST_COLOUR else None

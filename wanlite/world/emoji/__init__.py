@@ -1,8 +1,8 @@
-"""The emoji world: endless captioned scenes of sprites, drawn by rule, and an exact judge of pictures drawn
+"""The emoji world: endless captioned scenes of sprites, drawn by rule, and an exact judge of images generated
 from captions.
 
 Its interface is that of wanlite.world.shapes. A caption reads as a Scene whose unmentioned properties are
-None: many drawings are right for it, which is why few steps are hard here.
+None: many images are right for it, so few steps are hard here.
 """
 
 from .captions import caption, captions, leave_unsaid, read_caption, ways_to_say

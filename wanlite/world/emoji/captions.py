@@ -10,7 +10,7 @@ from numpy.random import Generator
 from .scenes import BACKGROUNDS, PAIRS, PLACES, Object, Scene, is_held_out, random_scene
 from .sprites import NAMES, SIZES, STYLES
 
-UNSAID = 0.25  # chance of each style, size, place and background to be missing from a caption
+OMITTED = 0.25  # chance of each style, size, place and background to be missing from a caption
 IRREGULAR = {"mouse": "mice", "fish": "fish", "sheep": "sheep", "snowman": "snowmen"}
 GROUNDS = {
     "sky": "in the sky",
@@ -48,33 +48,33 @@ def captions(seed: int, count: int, held_out: bool = False, num_objects: int | N
     one.
     """
     random = np.random.default_rng([seed, int(held_out), num_objects or 0, 7])
-    drawn: list[str] = []
-    while len(drawn) < count:
-        said = leave_unsaid(random_scene(random, num_objects), random)
-        if is_held_out(said) == held_out:
-            drawn.append(_choose(ways_to_say(said), random))
-    return drawn
+    found: list[str] = []
+    while len(found) < count:
+        partial = leave_unsaid(random_scene(random, num_objects), random)
+        if is_held_out(partial) == held_out:
+            found.append(_choose(ways_to_say(partial), random))
+    return found
 
 
 def caption(scene: Scene, random: Generator) -> str:
     """Caption a scene of the training side at random; the caption is of the training side as well."""
     if is_held_out(scene):
         raise ValueError(f"{scene}: held out, expected a scene of the training side. Take one from scenes().")
-    said = leave_unsaid(scene, random)
-    while is_held_out(said):
-        said = leave_unsaid(scene, random)
-    return _choose(ways_to_say(said), random)
+    partial = leave_unsaid(scene, random)
+    while is_held_out(partial):
+        partial = leave_unsaid(scene, random)
+    return _choose(ways_to_say(partial), random)
 
 
 def leave_unsaid(scene: Scene, random: Generator) -> Scene:
-    """Return a scene with styles, sizes, places and background each replaced by None with a chance of UNSAID.
+    """Return a scene with styles, sizes, places and background each replaced by None with a chance of OMITTED.
 
     Two of a kind keep or lose a property together. Two different objects keep their places; the size of two
     is always small.
     """
 
     def maybe(value):
-        return None if random.random() < UNSAID else value
+        return None if random.random() < OMITTED else value
 
     background = maybe(scene.background)
     if scene.kind == "one":
@@ -105,12 +105,12 @@ def ways_to_say(scene: Scene) -> list[str]:
         "many": _joined(first.style, PLURALS[first.name]),
         "place": _place_phrase(scene),
     }
-    said = (
+    captions = (
         _tidy(way.format(ground=phrase, **words))
         for way in _patterns(scene)
         for phrase in _ground_phrases(scene.background)
     )
-    return list(dict.fromkeys(said))
+    return list(dict.fromkeys(captions))
 
 
 def _patterns(scene):
@@ -181,14 +181,14 @@ def _candidates(text):
         next((name for name in names if name in words), None) for names in (BACKGROUNDS, PLACES)
     )
     found = [(_SINGULAR.get(noun, noun), style, size) for size, style, noun in _THING.findall(text)]
-    looks = [(noun, style or None, size or None) for noun, style, size in found]
-    if len(looks) == 1:
-        noun, style, size = looks[0]
+    things = [(noun, style or None, size or None) for noun, style, size in found]
+    if len(things) == 1:
+        noun, style, size = things[0]
         yield Scene((Object(noun, style, size, place),), background)
         for places in (*PAIRS, (None, None)):
             yield Scene(tuple(Object(noun, style, "small", each) for each in places), background)
-    if len(looks) == 2:
-        for pair, places in product((looks, looks[::-1]), PAIRS):
+    if len(things) == 2:
+        for pair, places in product((things, things[::-1]), PAIRS):
             yield Scene(
                 tuple(Object(noun, style, "small", each) for (noun, style, _), each in zip(pair, places)),
                 background,

@@ -1,9 +1,9 @@
-"""A image and the scene of its caption -> a verdict, by comparison with every sprite at every place that
+"""An image and the scene of its caption -> a verdict, by comparison with every sprite at every place that
 the caption allows.
 
 The nearest drawing has the least squared error: at half resolution over objects, styles, mirror images and
 JITTER, then among the best few at full resolution. A sprite differs from its background by D = colour - alpha
-* background, a image by P.
+* background, an image by P.
 
     |P - D|^2 = |P|^2 - 2 <P, colour> + 2 <P * background, alpha> + |D|^2
 
@@ -24,7 +24,7 @@ ATTRIBUTES = ("object", "style", "count", "place", "background")
 MAX_RESIDUAL = 0.15  # of an object in a whole image: its squared error over |D|^2 of its sprite
 PRESENT = 0.7  # residual from which on a place counts as empty; that of an empty one is 1
 DETAIL = (0.7, 1.3)  # of a crisp image: the norm of its Laplacian over that of the nearest drawing
-FARTHEST_BACKGROUND = 25.0  # grey levels between the borders of a image and of a background, in the median
+FARTHEST_BACKGROUND = 25.0  # grey levels between the borders of an image and of a background, in the median
 STRAY = 40.0  # grey levels off the background, averaged over 4 x 4 pixels outside every object
 MAX_STRAY = 3  # such squares; the smallest object covers a dozen
 FINALISTS = 4  # templates compared at full resolution
@@ -32,7 +32,7 @@ FINALISTS = 4  # templates compared at full resolution
 
 @dataclass(frozen=True)
 class Fit:
-    """The sprite nearest to a image at a place; `error` is its squared error less that of an empty place."""
+    """The sprite nearest to an image at a place; `error` is its squared error less that of an empty place."""
 
     error: float
     residual: float
@@ -40,11 +40,11 @@ class Fit:
     style: str
     size: str
     place: str
-    drawn: tuple  # its corner x, y, and D (K, K, 3)
+    sprite: tuple  # its corner x, y, and D (K, K, 3)
 
 
 def judge(image: np.ndarray, scene: Scene) -> dict[str, float]:
-    """Compare a image with the scene of its caption, in which None allows any value.
+    """Compare an image with the scene of its caption, in which None allows any value.
 
     Returns a share 0..1 for each of ATTRIBUTES; `seen` (all of them are 1: 0 or 1), `whole` (seen, and no
     residual above MAX_RESIDUAL: 0 or 1), `residual` (the mean over objects, 1 for an empty place, at most
@@ -88,7 +88,7 @@ def read_objects(image: np.ndarray, scene: Scene) -> list[Fit]:
 
 
 def read_background(image: np.ndarray) -> tuple[str, bool]:
-    """Return the background whose border is nearest to a image's, and whether it is within
+    """Return the background whose border is nearest to an image's, and whether it is within
     FARTHEST_BACKGROUND.
     """
     border = _border(image)
@@ -123,7 +123,7 @@ def _fit_scene(added, background, scene):
 
 
 def fit(added: np.ndarray, background: str, size: str, place: str) -> Fit:
-    """Return the Fit of a size at a place that is nearest to P, a image less its background (64, 64, 3)."""
+    """Return the Fit of a size at a place that is nearest to P, an image less its background (64, 64, 3)."""
     corners = _corners(size, place)
     colour, alpha = _half_templates(size)  # (T, h*h*3), (T, h*h)
     behind, energy = _half_backdrops(background, size, place)  # (Q, h*h*3), (T, Q)
@@ -141,8 +141,8 @@ def fit(added: np.ndarray, background: str, size: str, place: str) -> Fit:
 
 def _compare(added, background, size, place, template, at):
     """Return the Fit of one template at one corner, at full resolution."""
-    drawn, seen = _drawn(background, size, template, at), _window(added, size, at)
-    energy, distance = float(np.square(drawn).sum()), float(np.square(seen - drawn).sum())
+    sprite, seen = _difference(background, size, template, at), _window(added, size, at)
+    energy, distance = float(np.square(sprite).sum()), float(np.square(seen - sprite).sum())
     name, style = divmod(int(template) // 2, len(STYLES))
     return Fit(
         distance - float(np.square(seen).sum()),
@@ -151,7 +151,7 @@ def _compare(added, background, size, place, template, at):
         STYLES[style],
         size,
         place,
-        (*at, drawn),
+        (*at, sprite),
     )
 
 
@@ -170,8 +170,8 @@ def _count_stray(added, fits):
     background.
     """
     outside = np.ones((IMAGE_SIZE, IMAGE_SIZE), bool)
-    for x, y, drawn in (fit.drawn for fit in fits):
-        outside[max(0, y - 2) : y + len(drawn) + 2, max(0, x - 2) : x + len(drawn) + 2] = False
+    for x, y, sprite in (fit.sprite for fit in fits):
+        outside[max(0, y - 2) : y + len(sprite) + 2, max(0, x - 2) : x + len(sprite) + 2] = False
     is_outside = outside.reshape(16, 4, 16, 4).all((1, 3))
     return int((is_outside & (np.abs(added).reshape(16, 4, 16, 4, 3).mean((1, 3, 4)) > STRAY)).sum())
 
@@ -179,13 +179,13 @@ def _count_stray(added, fits):
 def _redraw(background, fits):
     """Return the nearest drawing (64, 64, 3)."""
     image = backdrop(background).copy()
-    for x, y, drawn in (fit.drawn for fit in fits):
-        image[y : y + len(drawn), x : x + len(drawn)] += drawn
+    for x, y, sprite in (fit.sprite for fit in fits):
+        image[y : y + len(sprite), x : x + len(sprite)] += sprite
     return image
 
 
 def _roughness(image):
-    """Return the norm of a image's Laplacian: blur takes most of it away, noise adds to it."""
+    """Return the norm of an image's Laplacian: blur takes most of it away, noise adds to it."""
     return np.linalg.norm(ndimage.laplace(image.astype(np.float32), axes=(0, 1)))
 
 
@@ -237,7 +237,7 @@ def _corners(size, place):
 
 
 def _half_windows(image, size, place):
-    """Return the part of a image under every position, at half resolution: (Q, h*h*3)."""
+    """Return the part of an image under every position, at half resolution: (Q, h*h*3)."""
     averaged = _average_squares(image)
     windows = np.stack([_window(averaged, size, at)[::2, ::2] for at in _corners(size, place)])
     return windows.reshape(len(windows), -1)
@@ -254,7 +254,7 @@ def _average_squares(pixels):
     return (columns[..., 1:, :, :] + columns[..., :-1, :, :]) / 4
 
 
-def _drawn(background, size, template, at):
+def _difference(background, size, template, at):
     """Return D of a template at a corner (K, K, 3)."""
     colour, alpha = (values[template] for values in _templates(size))
     return colour - alpha * _window(backdrop(background), size, at)

@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 from numpy.random import Generator
 
+from ..sampling import pick, sample_scenes
 from .sprites import NAMES, SIZES, STYLES, sprites
 
 IMAGE_SIZE = 64  # pixels, square
@@ -48,7 +49,7 @@ BACKGROUNDS = (*COLOURS, *GRADIENTS, "meadow")
 
 @dataclass(frozen=True)
 class Object:
-    """A thing in a style; None stands for a property that a caption does not mention."""
+    """An object in a style; None stands for a property that a caption does not mention."""
 
     name: str
     style: str | None
@@ -65,13 +66,10 @@ class Scene:
 
     @property
     def kind(self) -> str:
-        return (
-            "one"
-            if len(self.objects) == 1
-            else "two"
-            if self.objects[0].name == self.objects[1].name
-            else "pair"
-        )
+        """One of KINDS."""
+        if len(self.objects) == 1:
+            return "one"
+        return "two" if self.objects[0].name == self.objects[1].name else "pair"
 
 
 # ---- scenes ------------------------------------------------------------------------------------------------
@@ -84,20 +82,20 @@ def random_scene(random: Generator, num_objects: int | None = None) -> Scene:
         kind = random.choice(KINDS, p=KIND_SHARES)
     if kind == "one":
         objects = (
-            Object(_pick(random, NAMES), _pick(random, STYLES), _pick(random, SIZES), _pick(random, PLACES)),
+            Object(pick(random, NAMES), pick(random, STYLES), pick(random, SIZES), pick(random, PLACES)),
         )
     else:
         objects = _two_objects(random, kind == "two")
-    background = _pick(random, BACKGROUNDS)
+    background = pick(random, BACKGROUNDS)
     while any(contrast(thing, background) < MIN_CONTRAST for thing in objects):
-        background = _pick(random, BACKGROUNDS)
+        background = pick(random, BACKGROUNDS)
     return Scene(objects, background)
 
 
 def _two_objects(random, are_alike):
-    first, second = ((_pick(random, NAMES), _pick(random, STYLES)) for _ in range(2))
+    first, second = ((pick(random, NAMES), pick(random, STYLES)) for _ in range(2))
     while second[0] == first[0]:
-        second = _pick(random, NAMES), second[1]
+        second = pick(random, NAMES), second[1]
     places = PAIRS[random.integers(len(PAIRS))]
     return Object(*first, "small", places[0]), Object(*(first if are_alike else second), "small", places[1])
 
@@ -106,7 +104,7 @@ def is_held_out(scene: Scene) -> bool:
     """Whether training excludes this combination of objects, styles and places (one in eight), in a scene as
     in a caption.
 
-    No object is held out in a style altogether: nothing but its sprite shows how it looks.
+    Every object is trained on in every style, because only its sprite shows its appearance there.
     """
     index = 0
     for weight, thing in zip((1, 2), scene.objects):
@@ -117,16 +115,8 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def scenes(seed: int, count: int, held_out: bool = False, num_objects: int | None = None) -> list[Scene]:
-    """Return `count` scenes of the training side or of the held-out side; the same seed gives the same
-    scenes.
-    """
-    random = np.random.default_rng([seed, int(held_out), num_objects or 0])
-    drawn: list[Scene] = []
-    while len(drawn) < count:
-        scene = random_scene(random, num_objects)
-        if is_held_out(scene) == held_out:
-            drawn.append(scene)
-    return drawn
+    """Return `count` scenes of the training side or of the held-out side; see sample_scenes()."""
+    return sample_scenes(random_scene, is_held_out, seed, count, held_out, num_objects)
 
 
 def _index(values, value):
@@ -134,15 +124,11 @@ def _index(values, value):
     return len(values) if value is None else tuple(values).index(value)
 
 
-def _pick(random, names):
-    return tuple(names)[random.integers(len(names))]
-
-
 # ---- drawing -----------------------------------------------------------------------------------------------
 
 
 def draw(scene: Scene, random: Generator | None = None) -> np.ndarray:
-    """Draw a scene as a image (64, 64, 3) uint8; `random` mirrors half of the objects and moves each by up
+    """Draw a scene as an image (64, 64, 3) uint8; `random` mirrors half of the objects and moves each by up
     to JITTER pixels.
     """
     image = backdrop(scene.background).copy()

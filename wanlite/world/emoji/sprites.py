@@ -1,6 +1,6 @@
 """emoji_atlas/ -> sprites of a size, with colours weighted by alpha.
 
-The atlas is one picture of all objects in all styles, made by tools/make_emoji_atlas.py; emoji_atlas/NOTICE
+The atlas is one image of all objects in all styles, made by tools/make_emoji_atlas.py; emoji_atlas/NOTICE
 names the authors.
 """
 
@@ -24,7 +24,8 @@ def sprites(size: str) -> tuple[np.ndarray, np.ndarray]:
 
     Shapes: (objects, styles, pixels, pixels, 3) and (objects, styles, pixels, pixels, 1), float32, read-only.
     """
-    reduced = np.stack([_reduce(sprite, SIZES[size]) for sprite in _read_atlas()])
+    sides = [_reduce(sprite, SIZES[size]) for sprite in _read_atlas()]
+    reduced = np.stack(sides)
     reduced = reduced.reshape(len(NAMES), len(STYLES), *reduced.shape[1:])
     reduced.flags.writeable = False
     return reduced[..., :3], reduced[..., 3:]
@@ -44,9 +45,8 @@ def _read_atlas():
     return np.concatenate([cells[..., :3] * alpha, alpha], -1)
 
 
-def _reduce(sprite, pixels):
+def _reduce(sprite: np.ndarray, pixels: int) -> np.ndarray:
     channels = (Image.fromarray(channel) for channel in np.moveaxis(sprite, -1, 0))
-    reduced = np.stack(
-        [channel.resize((pixels, pixels), Image.Resampling.LANCZOS) for channel in channels], -1
-    )
+    resized = (channel.resize((pixels, pixels), Image.Resampling.LANCZOS) for channel in channels)
+    reduced = np.stack([np.asarray(channel) for channel in resized], -1)
     return reduced.clip(0, (255, 255, 255, 1)).astype(np.float32)
