@@ -274,7 +274,7 @@ from tqdm import tqdm
 from train_distillation import WanLiteStudent
 from wanlite.data.autoencoder import decode_latents, load_autoencoder, to_images
 from wanlite.data.grids import lay_out
-from wanlite.data.text_encoder import encode_prompts, load_text_encoder, tell_cut
+from wanlite.data.text_encoder import encode_prompts, load_text_encoder, warn_of_truncation
 from wanlite.files.image_files import grid_names, image_names, save_image
 from wanlite.flow import check_schedule, sample, seeded_noise
 from wanlite.network import pack_text
@@ -471,7 +471,7 @@ def main(settings, prompts):
     pipeline = StudentPipeline(settings.model, device, settings.dtype, settings.sha256)
     if pipeline.encoder.device.type != pipeline.device.type:
         print(f"the text encoder does not fit on {device} and reads prompts on the CPU", flush=True)
-    tell_cut(pipeline.tokenizer, [*prompts, settings.negative_prompt], partial(print, flush=True))
+    warn_of_truncation(pipeline.tokenizer, [*prompts, settings.negative_prompt], partial(print, flush=True))
     size = size_warning(
         (settings.width, settings.height), trained_sizes(run, pipeline.pixels_per_token, "run.json")
     )

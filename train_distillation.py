@@ -372,7 +372,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.utils.peft_utils import apply_lora_scale
 
 from wanlite.data.autoencoder import load_autoencoder
-from wanlite.data.text_encoder import load_tokenizer, tell_cut
+from wanlite.data.text_encoder import load_tokenizer, warn_of_truncation
 from wanlite.flow import FewSteps, make_scheduler
 from wanlite.network import TEXT_LENGTH, TextTokens, one_frame_velocity
 from wanlite.planning.defaults import describe_schedule
@@ -711,7 +711,7 @@ def warn_of_long_prompts(run):
     """Print which prompts the text encoder cuts; a prompt that has fewer bytes than tokens fit is none."""
     long = [prompt for prompt in run.prompts if len(prompt.encode()) >= TEXT_LENGTH]
     if long and run.components["tokenizer"].is_dir():
-        tell_cut(load_tokenizer(run.components["tokenizer"]), long, print)
+        warn_of_truncation(load_tokenizer(run.components["tokenizer"]), long, print)
 
 
 # ---- a run -------------------------------------------------------------------------------------------------

@@ -509,7 +509,4 @@ def test_the_dry_run_counts_prompts_that_are_cut(tmp_path):
     process = run_script(
         TRAIN, "--dry_run", "--prompts", tmp_path / "prompts.txt", "--output_dir", tmp_path / "run"
     )
-    assert (
-        process.stdout.count("prompts over the limit of 512 tokens are cut there: 1, the first 'a small red")
-        == 1
-    )
+    assert process.stdout.count("prompts truncated to the limit of 512 tokens: 1, first 'a small red") == 1

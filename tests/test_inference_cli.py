@@ -95,7 +95,7 @@ def test_a_prompt_over_the_limit_of_tokens_is_drawn_with_one_line_that_names_it(
     )
     (said,) = (line for line in process.stdout.splitlines() if line.startswith("WARNING"))
     assert said.startswith(
-        "WARNING: prompts over the limit of 512 tokens are cut there: 2, the first 'a red ring a red"
+        "WARNING: prompts truncated to the limit of 512 tokens: 2, first 'a red ring a red"
     )
     assert "1 of 3 rows hold no prompt and are left out: 1\n" in process.stdout and process.returncode == 0
 

@@ -13,7 +13,13 @@ from transformers import UMT5EncoderModel
 
 from tests.conftest import TINY_TEACHER, change, refuse_pickle
 from wanlite.data.shards import SHARD_SIZE, read_shard, shard_path
-from wanlite.data.text_encoder import encode_once, encode_prompts, lazy_encoder, load_text_encoder, tell_cut
+from wanlite.data.text_encoder import (
+    encode_once,
+    encode_prompts,
+    lazy_encoder,
+    load_text_encoder,
+    warn_of_truncation,
+)
 from wanlite.network import TextTokens, pack_text, unpack_text
 from wanlite.training.teacher_data import PromptEmbeddings
 
@@ -251,13 +257,11 @@ def test_a_prompt_with_a_token_that_is_not_embedded_is_refused_before_it_is_enco
 def test_prompts_over_the_limit_are_counted_in_one_line_that_shows_the_first(tmp_path, capsys):
     tokenizer, said = load_text_encoder(TINY_TEACHER)[0], []
     long, exact = " ".join(["a small red\x1b circle"] * 200), " ".join(["ring"] * 511)
-    tell_cut(tokenizer, ["a ring", exact], said.append)
+    warn_of_truncation(tokenizer, ["a ring", exact], said.append)
     assert said == []
-    tell_cut(tokenizer, ["a ring", long, exact, f"{exact} ring"], said.append)
+    warn_of_truncation(tokenizer, ["a ring", long, exact, f"{exact} ring"], said.append)
     assert len(said) == 1 and len(said[0]) < 200 and said[0].isprintable()
-    assert said[0].startswith(
-        "WARNING: prompts over the limit of 512 tokens are cut there: 2, the first 'a small red"
-    )
+    assert said[0].startswith("WARNING: prompts truncated to the limit of 512 tokens: 2, first 'a small red")
     for _ in range(2):  # the second time from the cache
         PromptEmbeddings(Accelerator(cpu=True), TINY_TEACHER, tmp_path, ["a ring", f"{exact} ring", exact])
-        assert "cut there: 1, the first 'ring ring" in capsys.readouterr().out
+        assert "512 tokens: 1, first 'ring ring" in capsys.readouterr().out

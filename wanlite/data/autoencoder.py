@@ -6,10 +6,13 @@ Legend: B batch, C latent channels, H W latent height and width, S spatial strid
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from torch import Tensor
 from torch.nn import functional as F
 
 from .text_encoder import CHECKED, check_loaded, named
@@ -17,11 +20,10 @@ from .text_encoder import CHECKED, check_loaded, named
 DECODED_AT_ONCE = 2**20  # pixels: four images of 512 x 512, 7 GB of activations in Wan2.1's autoencoder
 
 
-def load_autoencoder(folder, device="cpu"):
+def load_autoencoder(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     """Load AutoencoderKLWan from a folder's vae/ in float32, frozen, with the single-frame fast path."""
-    place = (
-        Path(folder) / "vae"
-    )  # joined here: given `subfolder`, diffusers reads weights of the same name in the parent first
+    # joined here: with `subfolder`, diffusers would first read weights of the same name in the parent
+    place = Path(folder) / "vae"
     with named(place):
         autoencoder, loaded = AutoencoderKLWan.from_pretrained(
             place, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, **CHECKED
@@ -30,20 +32,19 @@ def load_autoencoder(folder, device="cpu"):
     return use_single_frame_path(autoencoder).to(device).eval().requires_grad_(False)
 
 
-def make_autoencoder(config):
-    """Return an autoencoder of a config with new weights, and with the single-frame fast path."""
+def make_autoencoder(config: dict) -> Any:
+    """Return an autoencoder with new weights and the single-frame fast path."""
     return use_single_frame_path(AutoencoderKLWan.from_config(config))
 
 
-def use_single_frame_path(autoencoder):
-    """Make every causal 3-D convolution a 2-D one where it meets a single first frame; exact, about twice as
-    fast.
+def use_single_frame_path(autoencoder: Any) -> Any:
+    """Compute causal 3-D convolutions of a single first frame as 2-D ones, which is exact and about twice as fast.
 
-    Before a first frame there are only zeros, so of each temporal kernel just the last tap matters.
+    Before a first frame there are only zeros, so each temporal kernel needs only its last tap.
     """
     for module in autoencoder.modules():
         if isinstance(module, WanCausalConv3d):
-            module.forward = partial(_one_frame_convolution, module)
+            module.forward = partial(_one_frame_convolution, module)  # type: ignore[method-assign]
     return autoencoder
 
 
@@ -56,10 +57,10 @@ def _one_frame_convolution(convolution, frames, cache=None):
     ).unsqueeze(2)
 
 
-def encode_images(autoencoder, pixels):
+def encode_images(autoencoder: Any, pixels: Tensor) -> Tensor:
     """Turn pixels (B, 3, S*H, S*W) into latents (B, C, H, W), a few large images at a time.
 
-    They are the posterior's mean, normalised per channel.
+    Latents are the posterior's mean, normalised per channel.
     """
     chunks = pixels.unsqueeze(2).split(max(1, DECODED_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1])))
     raw_latents = torch.cat([autoencoder.encode(chunk).latent_dist.mode().squeeze(2) for chunk in chunks])
@@ -67,7 +68,7 @@ def encode_images(autoencoder, pixels):
     return (raw_latents - mean) / std
 
 
-def decode_latents(autoencoder, latents):
+def decode_latents(autoencoder: Any, latents: Tensor) -> Tensor:
     """Turn latents (B, C, H, W) into pixels (B, 3, S*H, S*W), a few large images at a time."""
     mean, std = _statistics(autoencoder, latents)
     pixels = latents.shape[-2] * latents.shape[-1] * autoencoder.config.scale_factor_spatial**2
@@ -76,18 +77,18 @@ def decode_latents(autoencoder, latents):
 
 
 def _statistics(autoencoder, latents):
-    """Return the per-channel mean and std (1, C, 1, 1) that the autoencoder's config holds."""
+    """Return the mean and std of each channel (1, C, 1, 1), from the autoencoder's config."""
     return (
         latents.new_tensor(values).view(1, -1, 1, 1)
         for values in (autoencoder.config.latents_mean, autoencoder.config.latents_std)
     )
 
 
-def to_pixels(images):
-    """Turn images (B, height, width, 3) uint8, a numpy array, into pixels (B, 3, height, width)."""
+def to_pixels(images: np.ndarray) -> Tensor:
+    """Turn images (B, height, width, 3) uint8 into pixels (B, 3, height, width)."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_images(pixels):
-    """Turn pixels (B, 3, height, width) into images (B, height, width, 3) uint8, a numpy array."""
+def to_images(pixels: Tensor) -> np.ndarray:
+    """Turn pixels (B, 3, height, width) into images (B, height, width, 3) uint8."""
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -1,12 +1,13 @@
 """Resolution and aspect ratios -> the sizes of images that a run trains on."""
 
 import re
+from collections.abc import Sequence
 
-WIDEST = 4  # aspect ratio of a bucket
+MAX_RATIO = 4  # of width to height, either way
 
 
-def complete_resolution(resolution, unit=16):
-    """Return --resolution as a run records it: one number for a square, else [width, height].
+def complete_resolution(resolution: int | Sequence[int], unit: int = 16) -> int | list[int]:
+    """Return --resolution in the form of run.json: one number for a square, else [width, height].
 
     Raises ValueError for sides that do not divide into tokens of `unit` pixels.
     """
@@ -22,22 +23,24 @@ def complete_resolution(resolution, unit=16):
     return sides[0] if sides[0] == sides[-1] else sides
 
 
-def bucket_sizes(size, aspect_ratios, unit=16):
-    """Return the sizes (width, height) of about the area of `size` that have `aspect_ratios`, as "3:2"; None
-    for `size` alone.
+def bucket_sizes(
+    size: tuple[int, int], aspect_ratios: Sequence[str] | None, unit: int = 16
+) -> list[tuple[int, int]]:
+    """Return a size (width, height) of about the area of `size` for each of `aspect_ratios`, such as "3:2".
 
-    Sides are multiples of `unit`; ratios that come out as one size are one bucket. Raises ValueError for what
-    is no ratio.
+    Without ratios, `size` alone. Sides are multiples of `unit`; ratios of equal sizes share a bucket. Raises
+    ValueError for text that is not a ratio.
     """
     if aspect_ratios is None:
         return [size]
-    sizes, area = {}, size[0] * size[1]
-    for said in aspect_ratios:
-        sides = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", said)
+    sizes: dict[tuple[int, int], None] = {}
+    area = size[0] * size[1]
+    for text in aspect_ratios:
+        sides = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", text)
         ratio = int(sides[1]) / int(sides[2]) if sides else 0
-        if not 1 / WIDEST <= ratio <= WIDEST:
+        if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
             raise ValueError(
-                f"--aspect_ratios {said}: expected WIDTH:HEIGHT as 3:2, from 1:{WIDEST} to {WIDEST}:1."
+                f"--aspect_ratios {text}: expected WIDTH:HEIGHT such as 3:2, from 1:{MAX_RATIO} to {MAX_RATIO}:1."
             )
         width, height = (max(1, round((area * each) ** 0.5 / unit)) * unit for each in (ratio, 1 / ratio))
         sizes[width, height] = None

@@ -1,4 +1,7 @@
-"""Pictures -> one grid of them: rows with a name each, or rows of as many as are asked for."""
+"""Images -> one grid: rows with a name each, or rows of a given number of images."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -7,13 +10,12 @@ LABEL_WIDTH = 92  # pixels at the left, for the names of the rows
 GUTTER = 4  # white pixels between two images that have no names
 
 
-def save_grid(path, rows):
-    """Write `rows`, {name: pictures (B, height, width, 3) uint8}, one below the other; returns the grid
-    (height, width, 3).
+def save_grid(path: Path, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Write `rows`, {name: images (B, height, width, 3) uint8}, one below the other; returns the grid (height,
+    width, 3).
     """
     bands = [
-        np.concatenate([_label(name, pictures.shape[1]), *pictures], axis=1)
-        for name, pictures in rows.items()
+        np.concatenate([_label(name, images.shape[1]), *images], axis=1) for name, images in rows.items()
     ]
     grid = np.concatenate(bands)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,9 +29,9 @@ def _label(name, height):
     return np.array(band)
 
 
-def lay_out(images, columns):
-    """Return images (height, width, 3) of one size in rows of `columns`, a gutter apart; cells without an
-    image are white.
+def lay_out(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Return images (height, width, 3) of one size in rows of `columns`, a gutter apart; empty cells are
+    white.
     """
     height, width, _ = images[0].shape
     rows = -(-len(images) // columns)

@@ -1,34 +1,42 @@
-"""Batches that are read, and on their way to the device, while the step before them computes."""
+"""Batches that are read and copied to the device while the step before them computes."""
 
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
-PREFETCHED_BATCHES = 2  # batches that are there before they are asked for
+PREFETCHED_BATCHES = 2  # that are read before they are used
 
 
-def read_ahead(read, jobs, device, ahead=PREFETCHED_BATCHES):
-    """Yield `read(job)`, tensors in dicts and tuples, for each of `jobs` in their order, with its tensors on
-    `device`.
+def read_ahead(
+    read: Callable[[Any], Any], jobs: Iterable, device: str | torch.device, ahead: int = PREFETCHED_BATCHES
+) -> Iterator[Any]:
+    """Yield `read(job)`, tensors in dicts and tuples, on `device` for each of `jobs` in order.
 
-    One thread reads; it ends with this generator, also where that is closed early. What `read` raises is
-    raised where its batch would have been. With `ahead` 0 there is no thread: on the CPU, whose cores compute
-    the step, nothing is gained by one.
+    One thread reads; it ends with this generator, also if that is closed early. An error of `read` is raised in
+    place of its batch. With `ahead` 0 there is no thread, which gains nothing on a CPU whose cores compute the
+    step.
     """
-    copies = Copies(device) if torch.device(device).type == "cuda" else Moves(device)
+    copies: Copies | Moves = Copies(device) if torch.device(device).type == "cuda" else Moves(device)
     if not ahead:
         yield from (copies.finish(*copies.start(read(job))) for job in jobs)
         return
-    pool, coming = ThreadPoolExecutor(1, thread_name_prefix="reading", initializer=copies.enter), deque()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="reading", initializer=copies.enter)
+    pending: deque[Future] = deque()
+
+    def start(job):
+        return copies.start(read(job))
+
     try:
         for job in jobs:
-            coming.append(pool.submit(lambda job=job: copies.start(read(job))))
-            if len(coming) > ahead:
-                yield copies.finish(*coming.popleft().result())
-        while coming:
-            yield copies.finish(*coming.popleft().result())
+            pending.append(pool.submit(start, job))
+            if len(pending) > ahead:
+                yield copies.finish(*pending.popleft().result())
+        while pending:
+            yield copies.finish(*pending.popleft().result())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -60,9 +68,7 @@ class Copies:
         torch.cuda.set_device(self.stream.device)
 
     def start(self, batch):
-        """Begin to copy, from any thread; returns the copies and the event after which they hold what they
-        should.
-        """
+        """Begin to copy, from any thread; returns the copies and the event after which they are complete."""
         with torch.cuda.stream(self.stream):
             copies = tree_map(lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True), batch)
             return copies, self.stream.record_event()
@@ -71,7 +77,5 @@ class Copies:
         """Return the copies for the current stream, which waits for them; this thread does not."""
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(is_there)
-        tree_map(
-            lambda tensor: tensor.record_stream(stream), copies
-        )  # their memory is free only when that has used them
+        tree_map(lambda tensor: tensor.record_stream(stream), copies)  # keeps their memory until it is done
         return copies

@@ -1,15 +1,17 @@
 """Prompts -> the embeddings that a Wan model attends to.
 
-Every embedding is kept at its prompt's true length; network.pack_text puts the zero padding back, at the
-price of one token. Legend: L text length, T text width.
+Every embedding has its prompt's true length; network.pack_text adds the zero padding, at the cost of one token.
+
+Legend: L text length, T text width.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -19,29 +21,29 @@ from ..network import TEXT_LENGTH
 from .shards import fill_shards, read_shard
 
 BATCH_SIZE = 64  # prompts encoded together
-TOKENS_AT_ONCE = 8192  # the most of theirs: 16 prompts of 512, whose attention in a real UMT5 takes some 2 GB
+TOKENS_AT_ONCE = 8192  # 16 prompts of 512, whose attention in a real UMT5 takes about 2 GB
 MAX_SHOWN = 80  # characters of a prompt in a message
-CHECKED = {
-    "output_loading_info": True,
-    "ignore_mismatched_sizes": True,
-}  # of from_pretrained(): faults are told, and refused
+# arguments of from_pretrained(): faults are returned, and refused in check_loaded()
+CHECKED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
-def load_tokenizer(folder):
+def load_tokenizer(folder: str | Path) -> Any:
     """Load a tokenizer from its folder, in a Wan folder or in a saved student."""
     with named(folder):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # nosec B615: a folder
 
 
-def load_text_encoder(folder, device="cpu", dtype=None):
-    """Load the tokenizer and the frozen UMT5 encoder that lie in a Wan folder or in a saved student.
+def load_text_encoder(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[Any, UMT5EncoderModel]:
+    """Load the tokenizer and the frozen UMT5 encoder of a Wan folder or of a saved student.
 
-    Raises ValueError where they are of two models: a tokenizer whose vocabulary, but for added tokens,
-    exceeds the embedding.
+    Raises ValueError if they belong to two models: if the vocabulary, without added tokens, exceeds the
+    embedding.
     """
     folder, tokenizer = Path(folder), load_tokenizer(Path(folder) / "tokenizer")
     with named(folder / "text_encoder"):
-        encoder, loaded = UMT5EncoderModel.from_pretrained(  # nosec B615: a folder
+        result: Any = UMT5EncoderModel.from_pretrained(  # nosec B615: a folder
             folder,
             subfolder="text_encoder",
             local_files_only=True,
@@ -49,45 +51,42 @@ def load_text_encoder(folder, device="cpu", dtype=None):
             dtype=dtype,
             **CHECKED,
         )
+    encoder, loaded = result
     check_loaded(folder / "text_encoder", encoder, loaded)
     embedding = encoder.encoder.embed_tokens.weight
-    if not embedding[:100].any() or not torch.equal(
-        embedding, encoder.shared.weight
-    ):  # all of Wan's is a GB of booleans
+    # 100 rows: a comparison of all of Wan's takes a GB of booleans
+    if not embedding[:100].any() or not torch.equal(embedding, encoder.shared.weight):
         raise OSError(
-            f"{folder}/text_encoder: the token embedding came out zero or untied, which transformers 5.0 to "
-            f"5.2 "
-            "do to Wan's UMT5. Install transformers >= 5.3."
+            f"{folder}/text_encoder: the token embedding came out zero or untied, a fault of transformers 5.0 to "
+            f"5.2 with Wan's UMT5. Install transformers >= 5.3."
         )
     vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
-    if (
-        largest := max((number for token, number in vocabulary.items() if token not in added), default=0)
-    ) >= len(embedding):
+    largest = max((number for token, number in vocabulary.items() if token not in added), default=0)
+    if largest >= len(embedding):
         raise ValueError(
             f"{folder}/tokenizer: has tokens up to number {largest:,}, and {folder}/text_encoder embeds "
-            f"{len(embedding):,}: they are of two models. Download or copy both again, from one model."
+            f"{len(embedding):,}: they belong to two models. Download or copy both again, from one model."
         )
     return tokenizer, encoder.to(device).eval().requires_grad_(False)
 
 
 @contextmanager
-def named(place):
-    """Turn whatever a library raises over files into one line that names where they lie."""
+def named(place: Path | str) -> Iterator[None]:
+    """Turn any error of a library about files into one line with their folder."""
     try:
         yield
     except Exception as error:
         raise OSError(
-            f"{place}: cannot be loaded ({' '.join(str(error).split()) or type(error).__name__}). Download "
-            f"or copy it "
-            "again."
+            f"{place}: cannot be loaded ({' '.join(str(error).split()) or type(error).__name__}). Download or copy "
+            f"it again."
         ) from None
 
 
-def check_loaded(place, network, loaded):
-    """Refuse a network of which tensors were not in its files, or are not finite; `loaded` is what
-    from_pretrained() tells.
+def check_loaded(place: Path | str, network: torch.nn.Module, loaded: Mapping[str, Any]) -> None:
+    """Refuse a network with tensors that are not finite or were not in its files; `loaded` is the information of
+    from_pretrained().
 
-    What files lack comes out as random numbers, and those train and draw without a word.
+    Missing tensors would be random numbers, without any error in training and inference.
     """
     for fault, names in (
         ("lacks", loaded["missing_keys"]),
@@ -96,20 +95,19 @@ def check_loaded(place, network, loaded):
     ):
         if names:
             raise ValueError(
-                f"{place}: {fault} {', '.join(sorted(names)[:3])} ({len(names)} of its tensors), expected "
-                f"those that "
-                "its config.json implies. Weights are of another model or cut: download or copy it again."
+                f"{place}: {fault} {', '.join(sorted(names)[:3])} ({len(names)} of its tensors), expected those that "
+                f"its config.json implies. Weights belong to another model or are incomplete: download or copy it "
+                f"again."
             )
     for name, tensor in network.state_dict().items():
-        if not all(map(math.isfinite, tensor.aminmax())):  # no memory, unlike isfinite() and a sum in float32
+        if not all(map(math.isfinite, tensor.aminmax())):  # isfinite() and a float32 sum would take memory
             raise ValueError(f"{place}: {name} holds NaN or infinity. Download or copy it again.")
 
 
-def lazy_encoder(folder, device):
-    """Return a function that encodes prompts: {"text": embeddings one after the other (sum of L, T),
-    "length": (B,)}.
+def lazy_encoder(folder: str | Path, device: str | torch.device) -> Callable[[Sequence[str]], dict]:
+    """Return a function that encodes prompts: {"text": concatenated embeddings (sum of L, T), "length": (B,)}.
 
-    Tokenizer and encoder are loaded when it is first called, and freed with it.
+    Tokenizer and encoder are loaded at its first call, and freed with it.
     """
 
     @cache
@@ -117,7 +115,8 @@ def lazy_encoder(folder, device):
         return load_text_encoder(folder, device)
 
     def encode(prompts):
-        embeddings = encode_prompts(*loaded(), prompts)
+        tokenizer, encoder = loaded()
+        embeddings = encode_prompts(tokenizer, encoder, prompts)
         return {
             "text": torch.cat(embeddings),
             "length": torch.tensor([len(embedding) for embedding in embeddings]),
@@ -139,9 +138,11 @@ def encode_once(
 
 
 @torch.no_grad()
-def encode_prompts(tokenizer, encoder, prompts, tokens_at_once=TOKENS_AT_ONCE):
-    """Return one embedding (L, T) a prompt, cut to the prompt's true length."""
-    embeddings = []
+def encode_prompts(
+    tokenizer: Any, encoder: Any, prompts: Sequence[str], tokens_at_once: int = TOKENS_AT_ONCE
+) -> list[torch.Tensor]:
+    """Return one embedding (L, T) of each prompt, at its true length."""
+    embeddings: list[torch.Tensor] = []
     for start in range(0, len(prompts), BATCH_SIZE):
         batch = prompts[start : start + BATCH_SIZE]
         tokens = _tokenize(
@@ -158,7 +159,7 @@ def encode_prompts(tokenizer, encoder, prompts, tokens_at_once=TOKENS_AT_ONCE):
 
 
 def _tokenize(tokenizer, prompts, **how):
-    """Tokenize as Wan does, padding and cutting at the end whatever the tokenizer's config has."""
+    """Tokenize as Wan does, with padding and truncation at the end for any tokenizer config."""
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer(
         [prompt_clean(prompt) for prompt in prompts], return_attention_mask=True, verbose=False, **how
@@ -166,37 +167,34 @@ def _tokenize(tokenizer, prompts, **how):
 
 
 def _check_embedded(tokenizer, encoder, prompts, ids):
-    """Refuse a prompt with a token that the encoder has no embedding of."""
+    """Refuse a prompt with a token beyond the encoder's embedding."""
     size = encoder.get_input_embeddings().num_embeddings
     for prompt, token in zip(prompts, ids.amax(1).tolist()):
         if token >= size:
             raise ValueError(
                 f"{tokenizer.name_or_path}: gives {_short(prompt)} token {token:,}, and "
-                f"{encoder.name_or_path}/text_encoder embeds {size:,}. Change the prompt, or copy both "
-                f"again, from "
-                "one model."
+                f"{encoder.name_or_path}/text_encoder embeds {size:,}. Change the prompt, or copy both again, from one "
+                f"model."
             )
 
 
-def tell_cut(tokenizer, prompts, say):
-    """Log in one line how many prompts are longer than TEXT_LENGTH tokens, and the first of them; none logs
-    nothing.
-    """
-    cut = []
+def warn_of_truncation(tokenizer: Any, prompts: Sequence[str], log: Callable[[str], Any]) -> None:
+    """Log the number of prompts above TEXT_LENGTH tokens, if any, and the first of them."""
+    truncated: list[str] = []
     for start in range(0, len(prompts), BATCH_SIZE):
         batch = prompts[start : start + BATCH_SIZE]
-        cut += [
+        truncated += [
             prompt
             for prompt, ids in zip(batch, _tokenize(tokenizer, batch).input_ids)
             if len(ids) > TEXT_LENGTH
         ]
-    if cut:
-        say(
-            f"WARNING: prompts over the limit of {TEXT_LENGTH} tokens are cut there: {len(cut):,}, the first "
-            f"{_short(cut[0])}"
+    if truncated:
+        log(
+            f"WARNING: prompts truncated to the limit of {TEXT_LENGTH} tokens: {len(truncated):,}, first "
+            f"{_short(truncated[0])}"
         )
 
 
 def _short(prompt):
-    """Show a prompt of any length and any characters."""
+    """Return the beginning of a prompt, for a message."""
     return repr(prompt) if len(prompt) <= MAX_SHOWN else f"{prompt[:MAX_SHOWN]!r}..."

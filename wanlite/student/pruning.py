@@ -277,8 +277,10 @@ def _shrink_head(attention, block, rows, size, has_rotary) -> _Head:
     head_dim = len(rows)
     pairs = rows[_rotary_rows(attention.layers, rows, size, has_rotary)]
     kept = {"q": pairs, "k": pairs, "v": rows}
-    layers = {kind: tuple(tensor[kept[kind]] for tensor in attention.layers[kind]) for kind in "qkv"}
-    output, layers["v"], lost_bias = _shrink_value(*layers["v"], attention.output[:, rows], size)
+    layers: dict[str, Linear] = {}
+    for kind, (weight, bias) in attention.layers.items():
+        layers[kind] = weight[kept[kind]], bias[kept[kind]]
+    output, layers["v"], lost_bias = _shrink_value(layers["v"], attention.output[:, rows], size)
     return _Head(
         block=block,
         rows={kind: attention.rows[kept[kind]] for kind in "qkv"},
@@ -322,13 +324,14 @@ def _axis_pairs(size):
     return size // 2 - 2 * spatial, spatial, spatial
 
 
-def _shrink_value(value, bias, output, size) -> tuple[Tensor, Linear, Tensor]:
+def _shrink_value(layer, output, size) -> tuple[Tensor, Linear, Tensor]:
     """Shrink a head's values to `size` channels by the best low-rank form of output @ value.
 
     Returns the output (d, size), the value's weight and bias, and the bias (d,) that the output loses.
     """
+    value, bias = layer
     if size == len(value):
-        return output, (value, bias), torch.zeros(len(output))
+        return output, layer, torch.zeros(len(output))
     q_out, r_out = torch.linalg.qr(output)
     q_in, r_in = torch.linalg.qr(value.T)
     left, strength, right = torch.linalg.svd(r_out @ r_in.T)

@@ -172,7 +172,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            file.write(tensors[name].detach().cpu().flatten().view(torch.uint8).numpy())
+            file.write(tensors[name].detach().cpu().flatten().view(torch.uint8).numpy().data)
 
 
 @contextmanager

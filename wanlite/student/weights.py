@@ -243,7 +243,9 @@ def pinned_hashes(
 
 def check_hashes(files: Sequence[WeightsFile], pinned: Mapping[str, str] | None) -> None:
     """Compare the weights that were read with their pinned digests."""
-    for file in files if pinned is not None else ():
+    if pinned is None:
+        return
+    for file in files:
         if file.sha256 != str(pinned[file.path.name]).lower():
             raise ValueError(
                 f"{file.path}: sha256 is {file.sha256}, expected {short(pinned[file.path.name])}. These are not "

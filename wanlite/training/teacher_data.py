@@ -14,7 +14,7 @@ import numpy as np
 from ..data.autoencoder import encode_images, to_pixels
 from ..data.images import read_image
 from ..data.shards import compute_once
-from ..data.text_encoder import encode_once, lazy_encoder, load_tokenizer, tell_cut
+from ..data.text_encoder import encode_once, lazy_encoder, load_tokenizer, warn_of_truncation
 from ..data.trajectories import TrajectoryGenerator, deal_out
 from ..files.atomic import in_turn
 from ..files.cache import cache_folder
@@ -72,7 +72,7 @@ class PromptEmbeddings:
         )
         full = [prompt for prompt, embedding in self.embeddings.items() if len(embedding) == TEXT_LENGTH]
         if full and accelerator.is_main_process:  # the cache holds what was cut as well
-            tell_cut(load_tokenizer(Path(components_folder) / "tokenizer"), full, print)
+            warn_of_truncation(load_tokenizer(Path(components_folder) / "tokenizer"), full, print)
 
     def __getitem__(self, prompt):
         return self.embeddings[prompt]

@@ -121,8 +121,8 @@ def ways_to_say(scene: Scene) -> list[str]:
     words = {"a": scene.objects[0], "background": scene.background, "place": scene.objects[0].place}
     if len(scene.objects) == 1:
         return [way.format(**words) for way in ONE_OBJECT]
-    ways = TWO_OBJECTS[tuple(thing.place for thing in scene.objects)]
-    return [way.format(b=scene.objects[1], **words) for way in ways]
+    first, second = scene.objects
+    return [way.format(b=second, **words) for way in TWO_OBJECTS[first.place, second.place]]
 
 
 def captions(seed: int, count: int, held_out: bool = False, num_objects: int | None = None) -> list[str]:
