@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from tests.test_data import STEPS, student_for, teacher_for
 from train_distillation import Settings
-from wanlite.data.buckets import WIDEST, bucket_sizes
+from wanlite.data.buckets import MAX_RATIO, bucket_sizes
 from wanlite.data.datasets import Buckets, FewStepStates, SeededBatches
 from wanlite.data.trajectories import TrajectoryGenerator, deal_out
 from wanlite.flow import FewSteps, make_scheduler
@@ -33,7 +33,7 @@ def test_without_ratios_there_is_one_bucket_and_equal_sizes_are_one():
 
 
 @pytest.mark.parametrize(
-    "said", ["3", "3:0", "0:3", "3x2", "1.5:1", "-3:2", ":", "1:2:3", f"{WIDEST + 1}:1", "1:99"]
+    "said", ["3", "3:0", "0:3", "3x2", "1.5:1", "-3:2", ":", "1:2:3", f"{MAX_RATIO + 1}:1", "1:99"]
 )
 def test_what_is_no_ratio_is_refused(said):
     with pytest.raises(
