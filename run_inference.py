@@ -1,12 +1,11 @@
-"""Draw pictures with a saved student: load it (nothing is projected, no teacher is needed), sample, write
-PNGs.
+"""Generate images with a saved student: load it (without a teacher or a projection), sample, write PNGs.
 
     python run_inference.py                                              # ./outputs/wan_t2i, the run's own validation prompts
     python run_inference.py --prompt "a small red circle at the left on a white background" --num_images_per_prompt 4
     python run_inference.py --model DIR --prompts_file prompts.txt --device cuda --dtype bfloat16
 
-Every PNG carries in its text chunks what draws it again: prompt, seed, steps, guidance, size, dtype, and the
-model's sha256.
+The text chunks of every PNG hold the settings that generate it again: prompt, seed, steps, guidance, size, dtype,
+and the model's sha256.
 """
 
 import json
@@ -34,11 +33,10 @@ from wanlite.training.run_folder import check_saved_components, image_size, read
 MAX_CELLS = 64  # images in a grid
 MAX_COLUMNS = 16  # of a grid with a row for each prompt
 MAX_NAMED = 6  # files that a warning names
-MAX_OF_PROMPT = 80  # characters of it beside its file's name
-FLAT = 1  # of 255: the largest standard deviation of a channel in an image of one flat colour
-ENCODER_SHARE = (
-    0.8  # of the device's free memory; a larger text encoder, of a real Wan 11 GB, reads prompts on the CPU
-)
+MAX_PROMPT = 80  # characters of a prompt in the list of files
+MAX_FLAT = 1  # of 255: largest standard deviation of a channel in an image of one flat colour
+# of the device's free memory; a larger text encoder (11 GB in a real Wan) runs on the CPU
+MAX_ENCODER_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -85,10 +83,8 @@ class Settings:
     )
 
 
-def read_settings(arguments=None):
-    """Read the command line and check all that needs no torch: returns settings without None, and the
-    prompts.
-    """
+def read_settings(arguments: list[str] | None = None) -> tuple[Settings, list[str]]:
+    """Read and check the command line without torch; returns the complete settings and the prompts."""
     parser = make_parser(Settings, __doc__, repeatable=("prompt",))
     settings = Settings(**vars(parser.parse_args(arguments)))
     try:
@@ -97,8 +93,8 @@ def read_settings(arguments=None):
         parser.error(one_line(str(error)))
 
 
-def complete(settings):
-    """Fill in what the saved run says and refuse what no picture can be drawn with."""
+def complete(settings: Settings) -> tuple[Settings, list[str]]:
+    """Fill in the settings of the saved run, and refuse settings that cannot generate an image."""
     folder = student_folder(settings.model)
     with open_student(folder) as (config, _):
         run = read_run(folder)
@@ -117,17 +113,22 @@ def complete(settings):
     read_schedule(folder, schedule)
     trained_sizes(run, check_image_size(settings, folder, config), folder / "run.json")
     check_output_dir(Path(settings.output_dir))
+    check_device_and_guidance(settings)
+    return settings, prompts
+
+
+def check_device_and_guidance(settings: Settings) -> None:
+    """Refuse an unknown device, and a negative prompt without guidance."""
     if settings.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", settings.device):
         raise ValueError(f"--device {settings.device} is unknown, expected cpu, cuda, cuda:N or mps.")
     if settings.negative_prompt and settings.guidance_scale <= 1:
         raise ValueError(
             "--negative_prompt is used by guidance only; add --guidance_scale above 1 or leave it out."
         )
-    return settings, prompts
 
 
-def check_numbers(settings, num_prompts):
-    """Refuse counts, seeds and guidance out of range; what the flags leave open came from run.json."""
+def check_numbers(settings: Settings, num_prompts: int) -> None:
+    """Refuse counts, seeds and guidance out of range; those without a flag came from run.json."""
     for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
         if type(getattr(settings, name)) is not int or getattr(settings, name) < 1:
             raise ValueError(f"--{name} is {getattr(settings, name)!r}, expected a whole number, at least 1.")
@@ -138,55 +139,56 @@ def check_numbers(settings, num_prompts):
     last = settings.seed + num_prompts * settings.num_images_per_prompt - 1
     if settings.seed < 0 or last >= 2**63:
         raise ValueError(
-            f"--seed {settings.seed}: the pictures' seeds must lie in 0..2**63 - 1; choose another."
+            f"--seed {settings.seed}: the seeds of all images must lie in 0..2**63 - 1; choose another."
         )
     if not math.isfinite(settings.guidance_scale) or settings.guidance_scale < 1:
         raise ValueError(f"--guidance_scale is {settings.guidance_scale}, expected 1 (none) or more.")
 
 
-def check_steps(num_steps, schedule, folder):
-    """Refuse a number of steps that the student was not trained for; a student of stage 1 takes any."""
+def check_steps(num_steps: int, schedule: dict, folder: Path) -> None:
+    """Refuse a number of steps that a few-step student was not trained for; other students take any."""
     few_steps = schedule.get("few_steps") or []
     if few_steps and num_steps not in few_steps:
         raise ValueError(
-            f"--num_inference_steps {num_steps}: {folder} was trained to draw in "
-            f"{', '.join(map(str, few_steps))} "
-            "steps. Choose one of these, or train with --few_steps."
+            f"--num_inference_steps {num_steps}: {folder} was trained for {', '.join(map(str, few_steps))} steps. "
+            f"Choose one of these, or train with --few_steps."
         )
 
 
-def check_image_size(settings, folder, config):
-    """Refuse sizes that do not divide into tokens or lie beyond the student's rotary tables; returns a
-    token's pixels.
+def check_image_size(settings: Settings, folder: Path, config: dict) -> int:
+    """Refuse sizes that do not divide into tokens or exceed the student's rotary tables; returns the pixels of a
+    token's side.
     """
     try:
         vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-        token = int(vae.get("scale_factor_spatial") or 8) * int(
-            config.get("patch_size", (1, 2, 2))[1]
-        )  # pixels
+        stride = int(vae.get("scale_factor_spatial") or 8)
+        token = stride * int(config.get("patch_size", (1, 2, 2))[1])
         largest = token * int(config.get("rope_max_seq_len", 1024))
     except (ValueError, TypeError, AttributeError, LookupError):
         raise ValueError(
-            f"{folder}: config.json or vae/config.json does not say the patch and picture size. Copy the "
-            f"folder "
-            "again."
+            f"{folder}: config.json or vae/config.json lacks the patch size, the stride or the largest size. Copy the "
+            f"folder again."
         ) from None
     if token < 1:
-        raise ValueError(f"{folder}: config.json says a patch of {token} pixels. Copy the folder again.")
+        raise ValueError(
+            f"{folder}: config.json has a patch of {token} pixels, expected at least 1. Copy the folder again."
+        )
     for name in ("height", "width"):
         pixels = getattr(settings, name)
         if type(pixels) is not int or pixels <= 0 or pixels % token:
             nearest = max(token, round(pixels / token) * token) if type(pixels) is int else token
             raise ValueError(f"--{name} {pixels!r} is not divisible by {token}; the nearest is {nearest}.")
         if pixels > largest:
-            raise ValueError(f"--{name} {pixels} is more than this student can place; the most is {largest}.")
+            raise ValueError(
+                f"--{name} {pixels} is more than this student's rotary tables allow, at most {largest}."
+            )
     return token
 
 
-def trained_sizes(run, unit, source):
-    """Return the sizes (width, height) that run.json records as trained; none where it records no resolution.
+def trained_sizes(run: dict, unit: int, source: Path | str) -> list[tuple[int, int]]:
+    """Return the training sizes (width, height) in run.json; none where it records no resolution.
 
-    `unit` is the pixels of a token; `source` names the file in errors.
+    `unit` is the pixels of a token's side; `source` names the file in errors.
     """
     if "resolution" not in run:
         return []
@@ -194,12 +196,11 @@ def trained_sizes(run, unit, source):
     ratios = settings.get("aspect_ratios") if isinstance(settings, dict) else None
     if any(type(side) is not int or side < 1 for side in size):
         raise ValueError(
-            f"{source}: says resolution {run['resolution']!r}, expected pixels or [width, height]. Copy it "
-            f"again."
+            f"{source}: resolution is {run['resolution']!r}, expected pixels or [width, height]. Copy it again."
         )
     if not isinstance(ratios, list | None) or not all(isinstance(ratio, str) for ratio in ratios or ()):
         raise ValueError(
-            f"{source}: says aspect_ratios {ratios!r}, expected a list of WIDTH:HEIGHT. Copy it again."
+            f"{source}: aspect_ratios is {ratios!r}, expected a list of WIDTH:HEIGHT. Copy it again."
         )
     try:
         return list(dict.fromkeys([size, *bucket_sizes(size, ratios, unit)]))
@@ -207,8 +208,8 @@ def trained_sizes(run, unit, source):
         raise ValueError(f"{source}: {error} Copy it again.") from None
 
 
-def size_warning(size, trained):
-    """Return what to warn of where a size (width, height) is none of the trained ones, else None."""
+def size_warning(size: tuple[int, int], trained: list[tuple[int, int]]) -> str | None:
+    """Return a warning where a size (width, height) differs from the trained ones, else None."""
     if not trained or size in trained:
         return None
     width, height = min(
@@ -219,13 +220,12 @@ def size_warning(size, trained):
     )
     return (
         f"the student was trained at {named}; images of {size[0]} x {size[1]} may fail. The nearest trained "
-        f"size is "
-        f"--width {width} --height {height}."
+        f"size is --width {width} --height {height}."
     )
 
 
-def check_output_dir(output):
-    """Refuse a place where no folder can be made."""
+def check_output_dir(output: Path) -> None:
+    """Refuse a path where a folder cannot be created."""
     place = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     if not place.is_dir():
         raise OSError(
@@ -235,7 +235,8 @@ def check_output_dir(output):
         raise OSError(f"--output_dir {output}: {place} cannot be written to. Name another --output_dir.")
 
 
-def choose_prompts(settings, run, folder):
+def choose_prompts(settings: Settings, run: dict, folder: Path) -> list[str]:
+    """Return the prompts of the command line, or else the validation prompts of the run."""
     if settings.prompt is not None and settings.prompts_file is not None:
         raise ValueError("--prompt and --prompts_file were both given; choose one.")
     if settings.prompts_file is not None:
@@ -247,7 +248,7 @@ def choose_prompts(settings, run, folder):
         or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts)
     ):
         raise ValueError(
-            f"no prompt to draw: {folder}/run.json names no validation prompts, or --prompt is empty. "
+            f"no prompt: {folder}/run.json has no validation prompts, or --prompt is empty. "
             'Add --prompt "...".'
         )
     for prompt in prompts:
@@ -255,12 +256,12 @@ def choose_prompts(settings, run, folder):
     return prompts
 
 
-if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
+if __name__ == "__main__":  # arguments and paths are checked before torch is imported, which takes seconds
     keep_output_open()
     signal.signal(
         signal.SIGINT, signal.SIG_DFL
-    )  # ends it at once and silently: what was drawn is whole, and stays
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train_distillation.py, and so is the next
+    )  # end at once, without a traceback; written images are complete
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train_distillation.py, like the next
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     SETTINGS, PROMPTS = read_settings()
@@ -282,12 +283,14 @@ from wanlite.runtime.devices import disable_cudnn_attention, drawing_dtype, free
 
 
 class StudentPipeline:
-    """A saved student with all that turns its velocity into pictures.
+    """A saved student with its scheduler, autoencoder and text encoder.
 
-    `weights_sha256` is of the bytes that it draws with: a digest, or that of each shard, sorted by name.
+    `weights_sha256` is the digest of the loaded weights, or those of all shards, sorted by name.
     """
 
-    def __init__(self, folder, device="cpu", dtype=None, sha256=None):
+    def __init__(
+        self, folder: str | Path, device: str = "cpu", dtype: str | None = None, sha256: str | None = None
+    ):
         disable_cudnn_attention()
         self.device = torch.device(device)
         self.dtype = getattr(torch, dtype or drawing_dtype(self.device.type, has_bfloat16(device)))
@@ -303,22 +306,21 @@ class StudentPipeline:
         )
         size, free = num_bytes(Path(folder) / "text_encoder"), free_memory(self.device)[0]
         self.tokenizer, self.encoder = load_text_encoder(
-            folder, self.device if size < ENCODER_SHARE * free else "cpu"
+            folder, self.device if size < MAX_ENCODER_SHARE * free else "cpu"
         )
 
-    def embed(self, prompts):
+    def embed(self, prompts: list[str]) -> list[torch.Tensor]:
+        """Return the embedding (L, T) of each prompt."""
         return encode_prompts(self.tokenizer, self.encoder, prompts)
 
     @torch.no_grad()
-    def draw(self, prompts, seeds, num_steps, height, width, guidance_scale=1.0, negative_prompt=""):
-        """Return one picture for each prompt and seed, (height, width, 3) uint8, or None where it is not
-        finite.
-        """
+    def generate(self, prompts, seeds, num_steps, height, width, guidance_scale=1.0, negative_prompt=""):
+        """Return one image (height, width, 3) uint8 for each prompt and seed, or None where it is not finite."""
         check_schedule(self.scheduler, num_steps)
         text = pack_text(self.embed(prompts)).to(self.device, self.dtype)
-        unwanted = None
+        negative = None
         if guidance_scale > 1:
-            unwanted = pack_text(self.embed([negative_prompt]) * len(prompts)).to(self.device, self.dtype)
+            negative = pack_text(self.embed([negative_prompt]) * len(prompts)).to(self.device, self.dtype)
         stride = self.autoencoder.config.scale_factor_spatial
         noise = seeded_noise((self.student.config.num_channels, height // stride, width // stride), seeds).to(
             self.device
@@ -326,19 +328,19 @@ class StudentPipeline:
 
         def velocity_of(latents, timestep):
             latents = latents.to(self.dtype)
-            wanted = self._velocity(latents, timestep, text)
-            if unwanted is None:
-                return wanted
-            plain = self._velocity(latents, timestep, unwanted)
-            return plain + guidance_scale * (wanted - plain)
+            prompted = self._velocity(latents, timestep, text)
+            if negative is None:
+                return prompted
+            unprompted = self._velocity(latents, timestep, negative)
+            return unprompted + guidance_scale * (prompted - unprompted)
 
         latents = sample(velocity_of, noise, self.scheduler, num_steps)
         pixels = decode_latents(self.autoencoder, latents)
         is_finite = [
-            bool(torch.isfinite(each).all() and torch.isfinite(drawn).all())
-            for each, drawn in zip(latents, pixels)
+            bool(torch.isfinite(each).all() and torch.isfinite(image).all())
+            for each, image in zip(latents, pixels)
         ]
-        return [picture if is_sound else None for picture, is_sound in zip(to_images(pixels), is_finite)]
+        return [image if is_valid else None for image, is_valid in zip(to_images(pixels), is_finite)]
 
     def _velocity(self, latents, timestep, text):
         return self.student(
@@ -346,8 +348,8 @@ class StudentPipeline:
         )[0].float()
 
 
-class Drawn(NamedTuple):
-    """An image of a run; `path` is None where it was not finite, and not written."""
+class Generated(NamedTuple):
+    """A generated image; `path` is None where it was not finite, and not written."""
 
     prompt: str
     seed: int
@@ -355,16 +357,23 @@ class Drawn(NamedTuple):
     is_flat: bool = False
 
 
-def draw_all(pipeline, settings, prompts):
-    """Draw and write an image for each of `prompts`; returns [Drawn], and of the first images MAX_CELLS for
-    the grid.
+def generate_all(
+    pipeline: StudentPipeline, settings: Settings, prompts: list[str]
+) -> tuple[list[Generated], list]:
+    """Generate and write an image for each of `prompts`; returns them, and the first MAX_CELLS arrays for the
+    grid.
     """
-    seeds, drawn, cells = range(settings.seed, settings.seed + len(prompts)), [], []
+    seeds = range(settings.seed, settings.seed + len(prompts))
+    generated: list[Generated] = []
+    cells: list = []
     for start in tqdm(
-        range(0, len(prompts), settings.batch_size), desc="drawing", unit="batch", disable=len(prompts) == 1
+        range(0, len(prompts), settings.batch_size),
+        desc="generating",
+        unit="batch",
+        disable=len(prompts) == 1,
     ):
         batch = slice(start, min(start + settings.batch_size, len(prompts)))
-        images = pipeline.draw(
+        images = pipeline.generate(
             prompts[batch],
             seeds[batch],
             settings.num_inference_steps,
@@ -375,7 +384,7 @@ def draw_all(pipeline, settings, prompts):
         )
         for prompt, seed, image in zip(prompts[batch], seeds[batch], images):
             if image is None:
-                drawn.append(Drawn(prompt, seed, None))
+                generated.append(Generated(prompt, seed, None))
                 continue
             path = save_image(
                 image,
@@ -383,15 +392,15 @@ def draw_all(pipeline, settings, prompts):
                 image_names(settings.output_dir, prompt, seed),
                 text_chunks(settings, prompt, seed, pipeline.weights_sha256),
             )
-            drawn.append(Drawn(prompt, seed, path, bool(image.std(axis=(0, 1)).max() < FLAT)))
+            generated.append(Generated(prompt, seed, path, bool(image.std(axis=(0, 1)).max() < MAX_FLAT)))
             cells += [image] if len(cells) < MAX_CELLS else []
-    return drawn, cells
+    return generated, cells
 
 
-def text_chunks(settings, prompt, seed, weights_sha256):
-    """Return the PNG text chunks from which the picture can be drawn again."""
+def text_chunks(settings: Settings, prompt: str, seed: int, weights_sha256: str) -> PngInfo:
+    """Return the PNG text chunks with which the image can be generated again."""
     info = PngInfo()
-    facts = {
+    values = {
         "prompt": prompt,
         "seed": seed,
         "num_inference_steps": settings.num_inference_steps,
@@ -403,92 +412,90 @@ def text_chunks(settings, prompt, seed, weights_sha256):
         "model": settings.model,
         "weights_sha256": weights_sha256,
     }
-    for name, value in facts.items():
+    for name, value in values.items():
         info.add_itxt(name, str(value))
     return info
 
 
-def flat_warning(written):
-    """Return what to warn of where images are one flat colour, else None."""
-    flat = [each.path.name for each in written if each.is_flat]
+def flat_warning(written: list[Generated]) -> str | None:
+    """Return a warning where images are one flat colour, else None."""
+    flat = [each.path.name for each in written if each.path and each.is_flat]
     if not flat:
         return None
     named = ", ".join(flat[:MAX_NAMED]) + (
         f" and {len(flat) - MAX_NAMED} more" if len(flat) > MAX_NAMED else ""
     )
     advice = (
-        ". The student is likely untrained, or its steps or size are not the trained ones"
+        ". The student is likely untrained, or its steps or size differ from the trained ones"
         if len(flat) == len(written)
         else ""
     )
     return f"{len(flat)} of {len(written)} images {'is' if len(flat) == 1 else 'are'} one flat colour: {named}{advice}."
 
 
-def refuse_not_finite(drawn, dtype):
+def refuse_not_finite(generated: list[Generated], dtype: str) -> None:
     """Raise FloatingPointError where an image was not finite, after all others were written."""
-    if lost := [each.seed for each in drawn if each.path is None]:
+    if lost := [each.seed for each in generated if each.path is None]:
         named = ", ".join(map(str, lost[:MAX_NAMED])) + (", ..." if len(lost) > MAX_NAMED else "")
         advice = "Train again." if dtype == "float32" else "Add --dtype float32, or train again."
         raise FloatingPointError(
-            f"{len(lost)} of {len(drawn)} images are not finite in {dtype} and were not written (seed "
+            f"{len(lost)} of {len(generated)} images are not finite in {dtype} and were not written (seed "
             f"{named}). {advice}"
         )
 
 
-def choose_device(wanted):
-    """Return the device asked for, or CUDA where there is one; raises ValueError for one that is not there."""
+def choose_device(wanted: str | None) -> str:
+    """Return the wanted device, by default CUDA if available; raises ValueError for a missing device."""
     if wanted is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     number = int(wanted.partition(":")[2] or 0)
     if wanted.startswith("cuda") and number >= torch.cuda.device_count():
         raise ValueError(
-            f"--device {wanted}: {torch.cuda.device_count()} CUDA devices are here. Leave the flag out, or "
-            f"name "
-            "cpu."
+            f"--device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices. Leave the flag out, or name "
+            f"cpu."
         )
     if wanted == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: not available here. Leave the flag out, or name cpu.")
+        raise ValueError("--device mps: not available on this machine. Leave the flag out, or name cpu.")
     return wanted
 
 
-def main(settings, prompts):
+def main(settings: Settings, prompts: list[str]) -> None:
     device, output, run = choose_device(settings.device), Path(settings.output_dir), read_run(settings.model)
     jobs = [prompt for prompt in prompts for _ in range(settings.num_images_per_prompt)]
     reason = "" if settings.device or device != "cpu" else " (no CUDA device was found)"
     counted = f"{len(jobs)} image{'s' * (len(jobs) != 1)}"
     print(
-        f"drawing {counted} of {settings.width}x{settings.height} in {settings.num_inference_steps} steps "
-        f"with "
+        f"generating {counted} of {settings.width}x{settings.height} in {settings.num_inference_steps} steps with "
         f"{settings.model} on {device}{reason}; writing to {output.absolute()}",
         flush=True,
     )
     if not run:
         print(
-            "no run.json says how it was trained: size and steps are those of the flags, or a guess",
+            "no run.json found: size and steps are those of the flags, or defaults that may not fit",
             flush=True,
         )
     output.mkdir(parents=True, exist_ok=True)
     pipeline = StudentPipeline(settings.model, device, settings.dtype, settings.sha256)
     if pipeline.encoder.device.type != pipeline.device.type:
-        print(f"the text encoder does not fit on {device} and reads prompts on the CPU", flush=True)
+        print(f"the text encoder does not fit on {device} and runs on the CPU", flush=True)
     warn_of_truncation(pipeline.tokenizer, [*prompts, settings.negative_prompt], partial(print, flush=True))
     size = size_warning(
         (settings.width, settings.height), trained_sizes(run, pipeline.pixels_per_token, "run.json")
     )
     warn(size)
     settings = replace(settings, dtype=str(pipeline.dtype).removeprefix("torch."))
-    drawn, cells = draw_all(pipeline, settings, jobs)
-    written = [each for each in drawn if each.path]
+    generated, cells = generate_all(pipeline, settings, jobs)
+    written = [each for each in generated if each.path]
     grid = f" and {save_grid(settings, written, cells).name}" if len(cells) > 1 else ""
     for each in written:
-        print(f"{each.path.name}  {one_line(each.prompt, MAX_OF_PROMPT)}")
+        print(f"{Path(each.path or '').name}  {one_line(each.prompt, MAX_PROMPT)}")
     print(f"wrote {len(written)} image{'s' * (len(written) != 1)}{grid} to {output.absolute()}", flush=True)
     warn(size, flat_warning(written))
-    refuse_not_finite(drawn, settings.dtype)
+    refuse_not_finite(generated, settings.dtype)
 
 
-def save_grid(settings, written, cells):
-    """Write the grid, a row for each prompt where it has several images; returns its path."""
+def save_grid(settings: Settings, written: list[Generated], cells: list) -> Path:
+    """Write the grid, with a row for each prompt that has several images; returns its path."""
     each = settings.num_images_per_prompt
     columns = each if 1 < each <= MAX_COLUMNS else math.ceil(math.sqrt(len(cells)))
     return save_image(
@@ -498,7 +505,7 @@ def save_grid(settings, written, cells):
     )
 
 
-def warn(*warnings):
+def warn(*warnings: str | None) -> None:
     for warning in filter(None, warnings):
         print(f"WARNING: {warning}", file=sys.stderr, flush=True)
 
@@ -512,8 +519,7 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError as error:
         print(
             f"run_inference.py: {str(error).splitlines()[0]} Lower --batch_size, --height or --width, add "
-            f"--dtype bfloat16, or "
-            "--device cpu.",
+            f"--dtype bfloat16, or --device cpu.",
             file=sys.stderr,
         )
         sys.exit(2)

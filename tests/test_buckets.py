@@ -37,7 +37,7 @@ def test_without_ratios_there_is_one_bucket_and_equal_sizes_are_one():
 )
 def test_what_is_no_ratio_is_refused(said):
     with pytest.raises(
-        ValueError, match=f"--aspect_ratios {said}: expected WIDTH:HEIGHT as 3:2, from 1:4 to 4:1"
+        ValueError, match=f"--aspect_ratios {said}: expected WIDTH:HEIGHT such as 3:2, from 1:4 to 4:1"
     ):
         complete(Settings(aspect_ratios=["1:1", said]))
 

@@ -421,7 +421,7 @@ def test_a_run_that_was_never_finished_is_no_model(finished_run, tmp_path):
 
 def test_a_device_that_is_not_here_is_refused(finished_run):
     process = run_script(DRAW, "--model", finished_run[0], "--device", "cuda:7")
-    assert process.returncode == 2 and "CUDA devices are here" in process.stderr.splitlines()[-1]
+    assert process.returncode == 2 and "CUDA devices. Leave the flag out" in process.stderr.splitlines()[-1]
 
 
 def test_a_file_of_any_prompts_trains_and_its_last_ones_are_held_out(tmp_path):

@@ -255,7 +255,7 @@ def test_every_form_in_which_stock_saves_a_student_is_drawn_as_stock_draws_it(fo
         {name: tensor.to(expected[name].dtype) for name, tensor in pipeline.student.state_dict().items()},
         expected,
     )
-    (image,) = pipeline.draw(prompts, [5], 2, 64, 64)
+    (image,) = pipeline.generate(prompts, [5], 2, 64, 64)
     assert image.shape == (64, 64, 3)
 
 

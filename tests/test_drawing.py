@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import run_inference
-from run_inference import StudentPipeline, draw_all, main, read_settings, size_warning, trained_sizes
+from run_inference import StudentPipeline, generate_all, main, read_settings, size_warning, trained_sizes
 from tests.conftest import loud_student
 from train_distillation import WanLiteStudent
 from wanlite.files.untrusted import WeightsFile
@@ -92,7 +92,7 @@ def test_one_flat_image_of_several_is_no_fault_of_the_student(
         ]
     )
     monkeypatch.setattr(run_inference, "StudentPipeline", lambda *_: pipeline)
-    monkeypatch.setattr(pipeline, "draw", lambda prompts, *_: [next(images) for _ in prompts])
+    monkeypatch.setattr(pipeline, "generate", lambda prompts, *_: [next(images) for _ in prompts])
     main(*settings_of(finished_run[0], tmp_path / "images", "abc", "--batch_size", batch_size))
     assert (
         capsys.readouterr().err.splitlines()[-1]
@@ -139,7 +139,7 @@ def test_pixels_that_are_not_finite_are_no_image(pipeline, monkeypatch):
         "decode_latents",
         lambda *each: decode(*each).index_fill(0, torch.tensor([0]), float("inf")),
     )
-    first, second = pipeline.draw(["a", "b"], [0, 1], 1, 64, 64)
+    first, second = pipeline.generate(["a", "b"], [0, 1], 1, 64, 64)
     assert first is None and second.shape == (64, 64, 3)
 
 
@@ -166,9 +166,9 @@ def test_a_grid_has_at_most_64_cells_and_no_more_images_are_kept(
     finished_run, pipeline, tmp_path, monkeypatch
 ):
     image = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
-    monkeypatch.setattr(pipeline, "draw", lambda prompts, *_: [image.copy() for _ in prompts])
+    monkeypatch.setattr(pipeline, "generate", lambda prompts, *_: [image.copy() for _ in prompts])
     settings, prompts = settings_of(finished_run[0], tmp_path, ["a"] * 100, "--batch_size", "10")
-    drawn, cells = draw_all(pipeline, settings, prompts)
+    drawn, cells = generate_all(pipeline, settings, prompts)
     assert len(drawn) == 100 and len(cells) == 64
     grid = run_inference.save_grid(settings, drawn, cells)
     assert grid.name == "grid-0000-0063.png" and Image.open(grid).size == (8 * 8 + 7 * 4,) * 2
@@ -236,12 +236,12 @@ def test_a_record_of_no_sizes_is_refused_by_name(run):
 def test_the_hash_of_an_image_is_of_the_weights_that_drew_it(is_replaced, copied_run, tmp_path):
     digest = hashlib.sha256((copied_run / WEIGHTS).read_bytes()).hexdigest()
     pipeline = StudentPipeline(copied_run)
-    before = pipeline.draw(["a ring"], [0], 1, 64, 64)[0]
+    before = pipeline.generate(["a ring"], [0], 1, 64, 64)[0]
     other = {name: tensor + 0.1 for name, tensor in load_file(copied_run / WEIGHTS).items()}
     save_file(other, tmp_path / "other", {"config": WeightsFile(copied_run / WEIGHTS).metadata["config"]})
     (os.replace if is_replaced else shutil.copyfile)(tmp_path / "other", copied_run / WEIGHTS)
     settings, prompts = settings_of(copied_run, tmp_path / "images", ["a ring"], "--num_inference_steps", "1")
-    (drawn,), (image,) = draw_all(pipeline, settings, prompts)
+    (drawn,), (image,) = generate_all(pipeline, settings, prompts)
     assert Image.open(drawn.path).text["weights_sha256"] == digest and np.array_equal(image, before)
     assert StudentPipeline(copied_run).weights_sha256 != digest
 
@@ -319,8 +319,8 @@ def test_cudnn_attends_neither_in_drawing_nor_in_training(finished_run, monkeypa
 
 def test_a_student_without_a_record_draws_as_with_one(copied_run, tmp_path):
     """And so does one whose scheduler stock diffusers saved again."""
-    first = StudentPipeline(copied_run).draw(["a ring"], [0], 2, 64, 64)[0]
+    first = StudentPipeline(copied_run).generate(["a ring"], [0], 2, 64, 64)[0]
     StudentPipeline(copied_run).scheduler.save_pretrained(copied_run / "scheduler")
     (copied_run / "run.json").unlink()
-    assert np.array_equal(first, StudentPipeline(copied_run).draw(["a ring"], [0], 2, 64, 64)[0])
+    assert np.array_equal(first, StudentPipeline(copied_run).generate(["a ring"], [0], 2, 64, 64)[0])
     assert "flow_prediction" in json.dumps(dict(StudentPipeline(copied_run).scheduler.config))

@@ -26,7 +26,7 @@ DRAW = ROOT / "run_inference.py"
         (["--seed", str(2**63 - 1), "--num_images_per_prompt", "2"], "must lie in 0"),
         (["--num_inference_steps", "1001"], "at most 1000"),
         (["--guidance_scale", "0.5"], "expected 1 (none) or more"),
-        (["--height", "32768"], "the most is"),
+        (["--height", "32768"], "at most"),
         (["--height", "-64"], "divisible by 16; the nearest is 16"),
     ],
 )
@@ -58,7 +58,7 @@ def copied_run(finished_run, tmp_path):
         ({"resolution": True}, "not divisible by 16"),
         ({"num_inference_steps": "4"}, "expected a whole number"),
         ({"num_inference_steps": 0}, "at least 1"),
-        ({"validation_prompts": "abc"}, "no prompt to draw"),
+        ({"validation_prompts": "abc"}, "no prompt: "),
     ],
 )
 def test_a_damaged_run_json_is_refused(changes, words, copied_run):
@@ -115,9 +115,9 @@ def test_a_part_that_is_cut_short_or_gone_is_named(name, copied_run):
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("vae/config.json", "[1]", "does not say the patch and picture size"),
+        ("vae/config.json", "[1]", "lacks the patch size, the stride or the largest size"),
         ("config.json", None, "patch_size is 2, was [1, 2, 2]"),
-        ("vae/config.json", "{", "does not say the patch and picture size"),
+        ("vae/config.json", "{", "lacks the patch size, the stride or the largest size"),
     ],
 )
 def test_configs_that_say_no_size_are_refused(name, content, words, copied_run):
@@ -132,7 +132,7 @@ def test_a_number_of_steps_that_was_not_trained_is_refused_with_the_list(finishe
     said = refused(
         DRAW, "--model", finished_run[0], "--output_dir", tmp_path / "pictures", "--num_inference_steps", "3"
     )
-    assert "was trained to draw in 1, 2, 4 steps" in said and not (tmp_path / "pictures").exists()
+    assert "was trained for 1, 2, 4 steps" in said and not (tmp_path / "pictures").exists()
 
 
 def test_a_student_of_an_older_version_or_of_stage_one_takes_any_number_of_steps(copied_run):
@@ -188,7 +188,7 @@ def test_ctrl_c_ends_it_without_a_traceback(finished_run, tmp_path):
         "2000",
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline().startswith("drawing")
+    assert process.stdout.readline().startswith("generating")
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT and "Traceback" not in said
