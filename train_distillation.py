@@ -395,6 +395,7 @@ from wanlite.student.pretrained import (
     refuse_unknown,
     write_student,
 )
+from wanlite.student.shape import DEFAULT_EXPERT
 from wanlite.teacher.model import Teacher
 from wanlite.training.batches import micro_batches
 from wanlite.training.phase_table import PHASES, phases_to_train
@@ -449,7 +450,7 @@ class WanLiteStudent(WanTransformer3DModel):
         rope_max_seq_len: int = 1024,
         teacher_checkpoint_path: str | None = None,
         projection: str = "weights",  # "weights" or "none"
-        expert: str = "low",  # which of two experts is projected
+        expert: str = DEFAULT_EXPERT,  # which of two experts is projected
     ):
         super(WanTransformer3DModel, self).__init__()  # stock's own would build stock's blocks
         self.__module__ = WanTransformer3DModel.__module__  # see below the class

@@ -22,6 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from wanlite.student.shape import DEFAULT_EXPERT
+
 STARTS = ("random", "selection", "importance", "weights_only", "calibrated")
 SHAPES = (
     "64x4x2",
@@ -47,7 +50,7 @@ def main():
     parser.add_argument(
         "--experts",
         nargs="+",
-        default=["low"],
+        default=[DEFAULT_EXPERT],
         choices=("low", "high", "best_per_block"),
         help="which expert is projected",
     )
@@ -143,7 +146,7 @@ def tune(pool, rows, options, data):
     """
     first = {width_of(shape): shape for shape in reversed(options.shapes)}
     jobs = [
-        job(start, shape, TUNING_SEED, rate, "low", options, data)
+        job(start, shape, TUNING_SEED, rate, DEFAULT_EXPERT, options, data)
         for shape in first.values()
         for start in options.starts
         for rate in options.rates
@@ -468,7 +471,7 @@ def summarise(rows):
         ]
         errors = [[row["error_at"][mark] for row in found] for mark in marks]
         shares = [row["accuracy"] for row in found]
-        name = start.replace("_", " ") + ("" if expert == "low" else f", {expert}")
+        name = start.replace("_", " ") + ("" if expert == DEFAULT_EXPERT else f", {expert}")
         print(
             f"| {shape[0]} x {shape[1]}, {shape[2]} heads | {name} | "
             + " | ".join(f"{sum(each) / len(each):.3f}" for each in errors[:-1])

@@ -104,7 +104,7 @@ PHASES = {
     "wanlite.training.teacher_data.encode_once": "text",
     "train_distillation.initialize_student": "start",
     "wanlite.data.trajectories.TrajectoryGenerator.find_basis": "trajectories",
-    "wanlite.data.trajectories.TrajectoryGenerator.trajectory": "trajectories",
+    "wanlite.data.trajectories.TrajectoryGenerator.generate": "trajectories",
     "wanlite.data.trajectories.TrajectoryGenerator.roll_out": "own path",
     "wanlite.training.validation.generate_images": "drawing",
     "wanlite.training.validation.teacher_references": "drawing",

@@ -2,6 +2,7 @@
 start.
 """
 
+import inspect
 import json
 import re
 
@@ -10,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import A14B, TI2V_5B, TINY_TEACHER, WAN_1_3B, write_official, write_sparse_wan
-from train_distillation import WanLiteStudent
+from train_distillation import Settings, WanLiteStudent
 from wanlite.network import one_frame_velocity
 from wanlite.student import projection, pruning
 from wanlite.student.initialization import project_into
-from wanlite.student.shape import check_shape_fits
+from wanlite.student.shape import DEFAULT_EXPERT, check_shape_fits
 from wanlite.teacher.checkpoint import ExpertFiles, open_teacher_files
 from wanlite.teacher.experts import check_experts
 
@@ -57,6 +58,11 @@ def test_layout_and_shards_make_bitwise_no_difference(num_shards, tmp_path):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+def test_the_command_line_and_the_constructor_have_one_default_expert():
+    constructor = inspect.signature(WanLiteStudent.__init__).parameters["expert"].default
+    assert Settings().expert == constructor == DEFAULT_EXPERT
+
+
 def test_projecting_twice_gives_the_same_student_whatever_the_random_state():
     torch.manual_seed(1)
     first = WanLiteStudent(**CUT, teacher_checkpoint_path=TINY_TEACHER).state_dict()
@@ -96,7 +102,9 @@ def test_the_report_has_the_energy_kept_in_each_block_and_the_cosines_of_the_exp
         all(0 < share <= 1 for shares in report.kept_energy.values() for share in shares)
         and len(report.kept_energy["ffn"]) == 4
     )
-    assert report.experts == ["low"] * 4 and report.cosines == check_experts(open_teacher_files(TINY_TEACHER))
+    assert report.experts == [DEFAULT_EXPERT] * 4 and report.cosines == check_experts(
+        open_teacher_files(TINY_TEACHER)
+    )
     assert json.loads(json.dumps(report.as_dict()))["energy_kept"] == report.kept_energy and "cosine" in str(
         report
     )

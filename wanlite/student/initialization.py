@@ -16,7 +16,7 @@ from ..teacher.experts import check_experts
 from .calibration import calibrate, choose_channels, make_frames
 from .layout import weight_names
 from .projection import Report, choose_experts, project
-from .shape import check_shape_fits
+from .shape import DEFAULT_EXPERT, check_shape_fits
 
 # Part of the cache key of a projected start. Raise it with every change after which the same teacher, prompts
 # and settings give other weights (in projection, pruning or calibration); older caches are then not used.
@@ -24,7 +24,9 @@ METHOD_VERSION = 1
 REPORT = "report.json"  # of the projection, beside the weights of a start
 
 
-def project_into(student, folder, expert="low", text_samples=None, channels=None, device="cpu") -> Report:
+def project_into(
+    student, folder, expert=DEFAULT_EXPERT, text_samples=None, channels=None, device="cpu"
+) -> Report:
     """Fill a student in place with the weights of the teacher in `folder`.
 
     Raises OSError and ValueError for invalid files, see open_teacher_files and check_experts, and for a shape

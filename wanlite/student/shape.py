@@ -11,6 +11,8 @@ WIDE = 1024  # a teacher of this width has a student of this width by default
 MAX_DEPTH = 16  # of a student by default
 SHARED_SETTINGS = (("num_channels", "in_channels"), ("text_dim", "text_dim"), ("freq_dim", "freq_dim"))
 
+DEFAULT_EXPERT = "high"  # of two, the one that is projected where none is named
+
 
 def check_shape_fits(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> None:
     """Refuse a student that cannot be projected from a teacher, naming the nearest shapes that can."""
