@@ -49,6 +49,7 @@ class Progress:
     step: int = 0
     phase: str = ""
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
     rejected_validations: int = 0  # in a row, and no closer to the teacher
     best: dict[str, Any] = field(default_factory=dict)  # step, score and figures of the best candidate
     last_validation: dict[str, Any] = field(default_factory=dict)
@@ -78,7 +79,6 @@ class TrainingState:
     progress: Progress = field(default_factory=Progress)
     stop: Any = None  # a StopSignal, which every step reads
     is_stopping: bool = False  # one of the processes was asked to stop
-    skipped_in_a_row: int = 0
 
     @property
     def critic_optimizers(self):

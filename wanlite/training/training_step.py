@@ -84,14 +84,12 @@ def _update(accelerator, state, is_sound):
 
 def _count(state, is_sound, measured):
     """Count a step, and those in a row that were skipped."""
-    state.progress.step += 1
-    if is_sound:
-        state.skipped_in_a_row = 0
-        return
-    state.progress.skipped_steps += 1
-    state.skipped_in_a_row += 1
-    if state.skipped_in_a_row == MAX_SKIPPED:
+    progress = state.progress
+    progress.step += 1
+    progress.skipped_steps += not is_sound
+    progress.skipped_in_a_row = 0 if is_sound else progress.skipped_in_a_row + 1
+    if progress.skipped_in_a_row == MAX_SKIPPED:
         raise FloatingPointError(
-            f"{MAX_SKIPPED} steps in a row, up to {state.progress.step}, had no finite gradient ({measured}). "
+            f"{MAX_SKIPPED} steps in a row, up to {progress.step}, had no finite gradient ({measured}). "
             "Add --overwrite and lower --learning_rate and --muon_learning_rate, or --mixed_precision no."
         )

@@ -1,0 +1,115 @@
+"""A training step by itself: what it changes, what it leaves, and what its state restores."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from train_distillation import Settings, WanLiteStudent
+from wanlite.flow import FewSteps
+from wanlite.network import TextTokens
+from wanlite.planning.resolve import complete
+from wanlite.planning.run import resolve_run
+from wanlite.training.phase_table import PHASES, phases_to_train
+from wanlite.training.state import CHECKPOINTED, Progress, make_training_state
+from wanlite.training.training_step import MAX_SKIPPED, training_step
+
+
+class NoTeacher:
+    """Stands where phases that need no online teacher have one."""
+
+    guided = unguided = None
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    settings = Settings(
+        output_dir=str(tmp_path_factory.mktemp("run")),
+        num_trajectories=32,
+        hidden_size=24,
+        depth=1,
+        num_heads=2,
+    )
+    return resolve_run(complete(settings), WanLiteStudent, start=lambda settings: Accelerator())
+
+
+@pytest.fixture
+def state(run):
+    few = FewSteps(run.settings.flow_shift, run.few_steps, run.latent_shapes[0], run.settings.teacher_steps)
+    torch.manual_seed(0)
+    return make_training_state(run, WanLiteStudent(run.shape), NoTeacher(), few)
+
+
+def batch_of(run, value=1.0):
+    rows, (channels, height, width) = 2, run.latent_shapes[0]
+    tokens = height * width // 4
+    latents = value * torch.randn(rows, channels, height, width, generator=torch.Generator().manual_seed(1))
+    batch = {
+        "latents": latents,
+        "velocity": latents,
+        "timestep": torch.full((rows,), 500.0),
+        "features": torch.ones(rows, tokens, run.settings.feature_directions),
+    }
+    return [(batch, TextTokens(torch.ones(rows, 1, run.shape["text_dim"]), torch.zeros(rows, 1)))]
+
+
+def weights(state):
+    return [tensor.clone() for tensor in state.student.state_dict().values()]
+
+
+def are_equal(first, second):
+    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_a_step_moves_the_weights_and_counts_itself(run, state):
+    phase, before = phases_to_train(run, PHASES)[0], weights(state)
+    run.accelerator.gradient_accumulation_steps = 1
+    state.lr_schedulers[0].step()  # the first learning rate of a warm-up is 0
+    state.lr_schedulers[-1].step()
+    measured = training_step(phase, run, state, batch_of(run))
+    assert measured.is_sound and measured.terms.keys() == {"velocity_loss", "feature_loss"}
+    assert state.progress.step == 1 and not are_equal(before, weights(state))
+
+
+def test_a_step_without_a_finite_gradient_leaves_the_weights(run, state):
+    phase, before = phases_to_train(run, PHASES)[0], weights(state)
+    measured = training_step(phase, run, state, batch_of(run, float("nan")))
+    assert not measured.is_sound and are_equal(before, weights(state))
+    assert (state.progress.step, state.progress.skipped_steps) == (1, 1)
+
+
+def test_skipped_steps_in_a_row_are_counted_across_a_resume(run, state, tmp_path):
+    phase = phases_to_train(run, PHASES)[0]
+    state.progress.skipped_in_a_row, state.progress.step = MAX_SKIPPED - 1, 40
+    state.save(tmp_path, {}, 2)
+    state.progress.load_state_dict(Progress().state_dict())
+    state.resume(tmp_path, "cpu", lambda line: None)
+    with pytest.raises(FloatingPointError, match=f"{MAX_SKIPPED} steps in a row, up to 41"):
+        training_step(phase, run, state, batch_of(run, float("nan")))
+
+
+def test_a_phase_of_a_table_is_the_one_that_is_trained(run, state):
+    def loss(networks, settings, batch, text, progress, generator):
+        weight = networks.student.proj_out.bias.sum() + networks.feature_head.bias.sum()
+        return 0 * weight + 7.0, {"seven": torch.tensor(7.0)}
+
+    phase = phases_to_train(run, PHASES | {"velocity": replace(PHASES["velocity"], loss=loss)})[0]
+    assert training_step(phase, run, state, batch_of(run)).loss == 7.0
+
+
+def test_what_a_checkpoint_holds_is_listed(state):
+    assert state.checkpointed().keys() <= set(CHECKPOINTED)
+    assert set(CHECKPOINTED) - state.checkpointed().keys() == {"critic", "critic_optimizers", "scaler"}
+
+
+def test_a_resolved_run_leaves_nothing_open_that_the_machine_decides(run):
+    names = (
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "mixed_precision",
+        "rollout_states",
+        "ffn_dim",
+    )
+    assert all(getattr(run.settings, name) is not None for name in names)
+    assert run.settings.teacher_residency != "auto" and run.settings.validation_prompts
