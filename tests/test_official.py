@@ -283,7 +283,7 @@ def test_what_a_download_left_in_place_of_a_pickle_is_told(content, words, name,
 def test_a_config_that_cannot_be_read_is_told(content, words, copied):
     (copied / "vae/config.json").write_bytes(content)
     with pytest.raises(OSError, match=words):
-        pixels_per_token(copied)
+        pixels_per_token(copied / "vae")
 
 
 TEXT, VAE = "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"

@@ -25,8 +25,7 @@ from wanlite.planning.checks import check_batch
 from wanlite.planning.defaults import choose_shape
 from wanlite.planning.estimate import MemoryEstimator
 from wanlite.planning.resolve import REAL_STEPS, TINY_STEPS, complete
-from wanlite.teacher.checkpoint import open_teacher_files
-from wanlite.teacher.components import find_components
+from wanlite.planning.teacher_folder import TeacherFolder
 from wanlite.training.run_folder import read_run
 
 TRAIN = ROOT / "train_distillation.py"
@@ -81,14 +80,13 @@ def test_states_of_the_own_path_are_no_more_than_trajectories(is_large):
 @pytest.fixture(scope="module")
 def needs():
     settings = complete(Settings())
-    files = open_teacher_files(settings.teacher)
+    teacher = TeacherFolder(settings.teacher)
     return {
         buckets: MemoryEstimator(
             settings,
-            files,
-            find_components(settings.teacher),
+            teacher,
             WanLiteStudent,
-            choose_shape(settings, files),
+            choose_shape(settings, teacher.files),
             [(64, 64)] * (1 + buckets),
             torch.device("cpu"),
         )

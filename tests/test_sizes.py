@@ -11,7 +11,7 @@ from tests.conftest import ROOT, TINY_TEACHER, run_script
 from tests.test_resuming import same, train
 from train_distillation import Settings
 from wanlite.planning.resolve import complete
-from wanlite.teacher.components import pixels_per_token
+from wanlite.planning.teacher_folder import TeacherFolder
 from wanlite.training.checkpoints import checkpoint_path
 from wanlite.training.run_folder import check_output_folder, image_size, read_run
 
@@ -40,13 +40,15 @@ def test_sides_that_do_not_divide_into_tokens_are_refused(said, words):
 
 
 def test_sides_are_multiples_of_a_token_of_the_teachers_own_autoencoder(tmp_path):
-    assert pixels_per_token(TINY_TEACHER) == 16 and pixels_per_token(tmp_path) == 16
+    assert (
+        TeacherFolder(TINY_TEACHER).pixels_per_token == 16 and TeacherFolder(tmp_path).pixels_per_token == 16
+    )
     (tmp_path / "google/umt5-xxl").mkdir(parents=True)
     (tmp_path / "models_t5_umt5-xxl-enc-bf16.pth").touch()
     (tmp_path / "Wan2.2_VAE.pth").touch()
-    assert pixels_per_token(tmp_path) == 32
+    assert TeacherFolder(tmp_path).pixels_per_token == 32
     (tmp_path / "Wan2.1_VAE.pth").touch()  # is taken where both are there
-    assert pixels_per_token(tmp_path) == 16
+    assert TeacherFolder(tmp_path).pixels_per_token == 16
     wide = tmp_path / "wide"
     shutil.copytree(TINY_TEACHER, wide, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((wide / "vae/config.json").read_text())

@@ -26,7 +26,7 @@ from ..phases import (
 )
 from ..runtime.devices import free_memory, has_gpu
 from ..runtime.launch import local_processes
-from ..teacher.components import autoencoder_config, is_converted, num_bytes
+from ..teacher.components import is_converted, num_bytes
 from ..teacher.experts import PROBE_ROWS, PROBE_SIZE
 from ..teacher.model import RESIDENCIES, TOKENS_AT_ONCE, choose_residency
 from ..training.optimizers import make_optimizers
@@ -60,22 +60,22 @@ FITTED = (
 
 
 class MemoryEstimator:
-    """What a run needs on `device`, in bytes: of `make_student(shape)`, of the teacher `files`, of pictures
+    """What a run needs on `device`, in bytes: of `make_student(shape)`, of a TeacherFolder, of images
     of `sizes`.
 
     The first of `sizes` (width, height) is looked at, the others are trained on: `latent_shape` (C, H, W) and
     `buckets` are those of their latents. A picture looked at has `pixels`, and for a transformer `tokens`.
     """
 
-    def __init__(self, settings, files, components, make_student, shape, sizes, device):
-        self.files, self.make_student, self.shape, self.device = files, make_student, shape, device
-        self.found, self.peak = components, partial(simulated_peak, device_type=device.type)
-        self.make_autoencoder = partial(make_autoencoder, autoencoder_config(self.found["vae"]))
+    def __init__(self, settings, teacher, make_student, shape, sizes, device):
+        self.files, self.make_student, self.shape, self.device = teacher.files, make_student, shape, device
+        self.found, self.peak = teacher.components, partial(simulated_peak, device_type=device.type)
+        self.make_autoencoder = partial(make_autoencoder, teacher.autoencoder_config)
         with init_empty_weights():
             self.student, autoencoder = make_student(shape), self.make_autoencoder()
         stride = autoencoder.config.scale_factor_spatial
         self.latent_shape, *self.buckets = (
-            (files.config["in_channels"], height // stride, width // stride) for width, height in sizes
+            (self.files.config["in_channels"], height // stride, width // stride) for width, height in sizes
         )
         token, places = stride * self.student.config.patch_size[1], self.student.config.rope_max_seq_len
         if (side := max(max(size) for size in sizes)) > token * places:

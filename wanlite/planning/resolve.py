@@ -15,13 +15,13 @@ from ..data.buckets import bucket_sizes, complete_resolution
 from ..data.image_sources import list_images
 from ..data.prompts import read_prompts
 from ..runtime.launch import check_launch, is_first, launched_precision
-from ..teacher.components import find_components, has_two_experts, pixels_per_token
+from ..teacher.components import find_components, has_two_experts
 from ..teacher.folder import check_holds_experts, find_teacher, neighbours
 from ..training.run_folder import image_size, read_run
 from ..training.trackers import check_tracker
-from ..world.record import read_record
 from .checks import check_all, check_compiler, check_student, check_together, complete_steps
 from .settings import check_bounds
+from .teacher_folder import read_teacher_folder
 
 TINY_TEACHER, EMOJI_TEACHER = (
     Path(__file__).resolve().parents[2] / name for name in ("tiny_teacher", "emoji_teacher")
@@ -42,10 +42,9 @@ def complete(settings):
     each.
     """
     teacher = choose_teacher(settings.teacher)
-    record = read_record(teacher)
     _or_beside(check_holds_experts, teacher)  # without experts every further check fails as well
     steps = (
-        (TINY_STEPS if record else REAL_STEPS)
+        (TINY_STEPS if read_teacher_folder(teacher).record else REAL_STEPS)
         if settings.max_train_steps is None
         else settings.max_train_steps
     )
@@ -60,7 +59,7 @@ def complete(settings):
     )
     checks = [
         partial(check_bounds, settings),
-        partial(_or_beside, find_components, teacher),
+        partial(_or_beside, _components_of, teacher),
         partial(_complete_resolution, teacher, settings),
         partial(_complete_shift, teacher, settings),
         partial(check_together, settings),
@@ -148,15 +147,18 @@ def _find_named(name, say):
     return teacher
 
 
-def _check_headers(teacher):
-    from ..teacher.checkpoint import open_teacher_files
+def _components_of(teacher):
+    return read_teacher_folder(teacher).components
 
-    open_teacher_files(teacher)
+
+def _check_headers(teacher):
+    read_teacher_folder(teacher).files  # noqa: B018  (reading them is the check)
 
 
 def _complete_shift(teacher, settings):
     """Return --flow_shift, or where it is open that of the schedule that the teacher was made for."""
-    record, path = read_record(teacher), teacher / "scheduler" / "scheduler_config.json"
+    record = read_teacher_folder(teacher).record
+    path = teacher / "scheduler" / "scheduler_config.json"
     if settings.flow_shift is not None:
         return settings.flow_shift
     if "shift" in record or not path.is_file():
@@ -174,9 +176,12 @@ def _complete_shift(teacher, settings):
 
 def _complete_resolution(teacher, settings):
     resolution = (
-        read_record(teacher).get("resolution", 512) if settings.resolution is None else settings.resolution
+        read_teacher_folder(teacher).record.get("resolution", 512)
+        if settings.resolution is None
+        else settings.resolution
     )
-    resolution, unit = complete_resolution(resolution, pixels_per_token(teacher)), pixels_per_token(teacher)
+    unit = read_teacher_folder(teacher).pixels_per_token
+    resolution = complete_resolution(resolution, unit)
     bucket_sizes(image_size(resolution), settings.aspect_ratios, unit)
     return resolution
 
@@ -184,4 +189,5 @@ def _complete_resolution(teacher, settings):
 def image_sizes(settings):
     """Return --resolution as (width, height), and after it the sizes of what is trained on, one a bucket."""
     size = image_size(settings.resolution)
-    return [size, *bucket_sizes(size, settings.aspect_ratios, pixels_per_token(settings.teacher))]
+    unit = read_teacher_folder(settings.teacher).pixels_per_token
+    return [size, *bucket_sizes(size, settings.aspect_ratios, unit)]

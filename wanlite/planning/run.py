@@ -17,8 +17,8 @@ from ..phases import Span, choose_validated, count_passes, count_trajectories, c
 from ..runtime.devices import has_gpu
 from ..runtime.ranks import broadcast
 from ..student.calibration import PASSES as CALIBRATION_PASSES
-from ..teacher.checkpoint import TeacherFiles, open_teacher_files
-from ..teacher.components import check_components, find_components
+from ..teacher.checkpoint import TeacherFiles
+from ..teacher.components import check_components
 from ..training.run_folder import fitted_before
 from .defaults import choose_data, choose_shape, describe_schedule
 from .estimate import (
@@ -33,6 +33,7 @@ from .estimate import (
 from .memory import estimate
 from .messages import versions
 from .resolve import image_sizes
+from .teacher_folder import read_teacher_folder
 
 
 @dataclass(frozen=True)
@@ -156,15 +157,16 @@ def resolve_run(settings, make_student, is_resumed=False, start: Callable = Sing
     known. A resumed run keeps what it chose for its machine before. Raises OSError and ValueError for a
     teacher, a shape or a batch that no run can have.
     """
-    asked, files = settings, open_teacher_files(settings.teacher)
+    asked, teacher = settings, read_teacher_folder(settings.teacher)
+    files = teacher.files
     if is_resumed:
         settings = replace(settings, **fitted_before(settings.output_dir))
     else:
         settings = choose_precision(settings, files)
-    accelerator, components = start(settings), find_components(settings.teacher)
+    accelerator, components = start(settings), teacher.components
     check_components(components, files.config)
     shape, sizes = choose_shape(settings, files), image_sizes(settings)
-    estimator = MemoryEstimator(settings, files, components, make_student, shape, sizes, accelerator.device)
+    estimator = MemoryEstimator(settings, teacher, make_student, shape, sizes, accelerator.device)
     with accelerator.main_process_first():  # one process decodes images, the others read what it found
         training, held_out, images = choose_data(
             settings, sizes[1:], accelerator.print, accelerator.is_main_process

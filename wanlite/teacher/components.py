@@ -433,19 +433,17 @@ def autoencoder_config(place):
     return _autoencoder_config(_shapes(place), place)
 
 
-def pixels_per_token(folder):
-    """Return how many pixels across a token has, by which sizes of pictures divide: 16, or 32 with Wan2.2's
-    autoencoder.
+def pixels_per_token(place, read_config=autoencoder_config):
+    """Return how many pixels across a token of the autoencoder in `place` has, by which sizes of images divide.
 
-    Raises ValueError where the autoencoder's config does not say it.
+    16, also where `place` is None, or 32 with Wan2.2's autoencoder. Raises ValueError where its config does
+    not have it.
     """
-    try:
-        place = find_components(folder)["vae"]
-    except (OSError, ValueError):  # what is wrong with the components is said by those who need them
+    if place is None:
         return PATCH * 8
     if place.suffix == ".pth":  # opened only once torch is there
         return PATCH * (16 if place.name == AUTOENCODERS[1] else 8)
-    stride = autoencoder_config(place).get("scale_factor_spatial", 8)
+    stride = read_config(place).get("scale_factor_spatial", 8)
     if type(stride) is not int or stride < 1:
         raise ValueError(f"{place}: does not say the autoencoder's stride. Download the folder again.")
     return PATCH * stride
