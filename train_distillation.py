@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from wanlite.files.atomic import hold, not_finite, write_json
+from wanlite.files.atomic import write_json
+from wanlite.files.dtypes import find_non_finite
+from wanlite.files.locks import lock
 from wanlite.phases import (
     MIN_TRAJECTORIES,
     choose_validated,
@@ -43,7 +45,7 @@ from wanlite.training.run_folder import (
     check_output_folder,
     check_resumable,
     clear,
-    fitted_before,
+    read_fitted_settings,
     save_components,
     write_model_card,
 )
@@ -401,7 +403,13 @@ from wanlite.planning.messages import (
     versions,
 )
 from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention, has_gpu
-from wanlite.runtime.ranks import abort_all_ranks, broadcast, check_devices, is_peer_failure, patience
+from wanlite.runtime.ranks import (
+    abort_all_ranks,
+    broadcast,
+    check_devices,
+    is_peer_failure,
+    process_group_options,
+)
 from wanlite.student.calibration import PASSES as CALIBRATING_PASSES
 from wanlite.student.initialization import compare_experts, project_into, start_student
 from wanlite.student.loading import (
@@ -769,7 +777,7 @@ class WanLiteStudent(WanTransformer3DModel):
             ):
                 tensors[name] = tensor.to(device, None if _stays_float32(name) else dtype)
             check_hashes(files, pinned)
-            for name in not_finite(tensors):
+            for name in find_non_finite(tensors):
                 path = next(file.path for file in files if name in file.entries)
                 raise ValueError(
                     f"{path}: {name} holds NaN or infinity as {tensors[name].dtype}. Take an earlier save, "
@@ -884,9 +892,11 @@ def train(settings, is_resumed, stop):
     began, output = time.time(), Path(settings.output_dir)
     check_devices(os.environ)
     files = open_teacher_files(settings.teacher)
-    fitted = replace(settings, **fitted_before(output)) if is_resumed else choose_precision(settings, files)
+    fitted = (
+        replace(settings, **read_fitted_settings(output)) if is_resumed else choose_precision(settings, files)
+    )
     accelerator = Accelerator(
-        kwargs_handlers=[patience()],
+        kwargs_handlers=[process_group_options()],
         mixed_precision=fitted.mixed_precision,
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_config=ProjectConfiguration(
@@ -971,7 +981,7 @@ def train(settings, is_resumed, stop):
     if settings.aspect_ratios:
         say(f"sizes    {', '.join(f'{width} x {height}' for width, height in sizes[1:])}")
     (output / "cache").mkdir(exist_ok=True)
-    is_taken = accelerator.is_main_process and hold(output / "cache") is None  # held until the process ends
+    is_taken = accelerator.is_main_process and lock(output / "cache") is None  # held until the process ends
     abort_all_ranks(
         accelerator,
         is_taken and f"{output}: another run is writing there. Wait for it, or name another --output_dir.",
@@ -1215,14 +1225,14 @@ def train(settings, is_resumed, stop):
                 (last - first) * micro_batches,
             )
             if phase != "matching":
-                teacher.rest()  # nobody asks it while the student learns from what is kept
+                teacher.unload()  # nobody asks it while the student learns from what is kept
             if step % settings.validation_steps == 0 and memory["last_validation"].get("step") != step:
                 validate(step, phase)
             coming = read_ahead(
                 partial(read, data), batches, device, PREFETCHED_BATCHES if device.type == "cuda" else 0
             )
             for micro_batch, (batch, text) in enumerate(pace.deal(coming)):
-                if is_asked or (ranks == 1 and stop.asked):
+                if is_asked or (ranks == 1 and stop.is_set):
                     raise Stopped
                 drawn_by = (
                     settings.seed,
@@ -1249,7 +1259,7 @@ def train(settings, is_resumed, stop):
                     )
                     # The one time a step waits for the device: is it sound on every rank, and was any of them
                     # asked to stop?
-                    told = torch.stack([total_loss, norm.float(), total_loss.new_tensor(stop.asked)])
+                    told = torch.stack([total_loss, norm.float(), total_loss.new_tensor(stop.is_set)])
                     mean_loss, norm, asked = accelerator.reduce(told, "mean").tolist()
                     is_asked, is_sound = asked > 0, math.isfinite(mean_loss + norm)
                     total_loss.zero_()

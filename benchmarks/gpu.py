@@ -363,7 +363,7 @@ def teacher(
                 loading_s=round(loading, 1),
                 **({"swap_s": round(swap / 1e3, 2)} if swap else {}),
             )
-            one.rest()
+            one.unload()
             SharedFiles.kept.clear()
             one = None
 

@@ -370,7 +370,7 @@ def measure_online(world, repeats, rate, residency, is_fp8):
     except torch.OutOfMemoryError:
         return {"way": name, "pixels": 8 * world.side, "failed": "out of memory"}
     finally:
-        ask.teacher.rest()
+        ask.teacher.unload()
 
 
 def row(world, name, peak, seconds, rate, asked=()):

@@ -13,7 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from train_distillation import WanLiteStudent, _defaults
-from wanlite.files.untrusted import BYTES, WeightsFile, parse_json
+from wanlite.files.dtypes import BYTES_PER_VALUE, STUDENT_DTYPES
+from wanlite.files.json_files import parse_json
+from wanlite.files.weights import WeightsFile
 from wanlite.student.loading import (
     STOCK_SETTINGS,
     all_tensor_shapes,
@@ -22,6 +24,7 @@ from wanlite.student.loading import (
     student_arguments,
 )
 
+BYTES = {name: BYTES_PER_VALUE[name] for name in STUDENT_DTYPES}
 SMALL = dict(
     hidden_size=16,
     depth=1,

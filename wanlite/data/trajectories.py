@@ -28,8 +28,8 @@ from ..flow import (
     noise_along,
     sample,
     seeded_noise,
+    set_steps,
     solve,
-    states_passed,
 )
 
 SHARD_SIZE = 64  # trajectories or prompts a file; also how many the teacher trajectories, or the text encoder reads, at once
@@ -158,7 +158,7 @@ class TrajectoryGenerator:
                 said = [prompts[row] for row in rows]
                 met = sample(student_for(said), noise[rows], own_scheduler, count, end=index)
                 timestep, noise_level = (
-                    part.float() for part in states_passed(own_scheduler, count, met.device)[index]
+                    part.float() for part in set_steps(own_scheduler, count, met.device)[index]
                 )
                 image = sample(
                     self.velocity_for(said, None),

@@ -17,7 +17,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..teacher.model import TextTokens, ask, stream_expert
+from ..flow import shift_noise_level
+from ..network import TextTokens
+from ..schedule import TIMESTEPS
+from ..teacher.model import run_expert, stream_expert
 
 RIDGE = 3e-3  # of the mean Gram diagonal
 OUTPUT_SHARE = 0.5  # an attention output goes half of the way; all of it was no better
@@ -55,7 +58,7 @@ def make_frames(files, text, size, clean=None, seed=0, shift=3.0, device="cpu"):
     if clean is None:
         clean, expert = noise, stream_expert(files, device)
         even = torch.linspace(1, 0, DRAWING_STEPS + 1)
-        levels = shift * even / (1 + (shift - 1) * even)
+        levels = shift_noise_level(even, shift)
         steps = tqdm(
             list(zip(levels[:-1], levels[1:])),
             desc="drawing frames to calibrate on",
@@ -63,13 +66,13 @@ def make_frames(files, text, size, clean=None, seed=0, shift=3.0, device="cpu"):
             disable=None,
         )
         for level, lower in steps:
-            velocity, _ = ask(expert, clean, (1000 * level).expand(count).to(device), text)
+            velocity, _ = run_expert(expert, clean, (TIMESTEPS * level).expand(count).to(device), text)
             clean = clean + (lower - level).item() * velocity
     noise_level = (((torch.arange(count) + 0.5) / count)[torch.randperm(count, generator=generator)]).to(
         device
     )
     level = noise_level[:, None, None, None]
-    return Frames((1 - level) * clean.to(device) + level * other, 1000 * noise_level, text)
+    return Frames((1 - level) * clean.to(device) + level * other, TIMESTEPS * noise_level, text)
 
 
 @torch.no_grad()

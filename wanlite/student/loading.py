@@ -15,7 +15,9 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
-from ..files.untrusted import WeightsFile, parse_json, read_json, shown, without_wrappers
+from ..files.json_files import SAVED, parse_json, read_json, shown
+from ..files.weights import WeightsFile
+from ..teacher.keys import names_inside_wrapper
 
 CONFIG_NAME = "config.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -31,7 +33,7 @@ SAVING = ".saving-*"  # where a save lies until it is published
 JUST_NOW = 0.2  # seconds in which the renames of a save are done
 MAX_SAVES = 4  # under way at once, of which one may hold the config
 MAX_SHARDS = 1000  # they are opened together
-MAX_CONFIG = 65536  # bytes; a student's has 700
+CONFIG = SAVED._replace(max_bytes=65536)  # a student's has 700
 MAX_SIZE = 65536
 MAX_POSITIONS = 16384  # rotary tables are built from the config alone, no weights stand for their size
 OUR_NAMES = ("hidden_size", "depth", "num_heads", "num_channels")  # for what Wan's names say as well
@@ -146,7 +148,7 @@ def read_config(folder):
     path = _checked_path(folder, CONFIG_NAME)
     if path is None:
         raise OSError(f"{folder}: no {CONFIG_NAME}. Expected a saved student; found {_listing(folder)}.")
-    return _checked_config(read_json(path, MAX_CONFIG), path)
+    return _checked_config(read_json(path, CONFIG), path)
 
 
 def _checked_config(config, path):
@@ -309,9 +311,7 @@ def _matching_config(folder, told):
         raise ValueError(
             f"{folder}: its shards were saved with different configs. Copy all of them from one save."
         )
-    saved = parse_json(
-        told.pop().encode(errors="surrogatepass"), f"{folder}, config in the weights", MAX_CONFIG
-    )
+    saved = parse_json(told.pop().encode(errors="surrogatepass"), f"{folder}, config in the weights", CONFIG)
     reason = None
     for place in (folder, *sorted(folder.glob(SAVING))[:MAX_SAVES]):
         if place != folder and (place.is_symlink() or not (place / CONFIG_NAME).is_file()):
@@ -459,7 +459,7 @@ def check_weights(files, arguments):
     )
     missing = list(islice((name for name in names if name not in found), 7))
     if missing or unknown:
-        inside, count = without_wrappers(found) or {""}, len(shapes) + depth * len(block_shapes)
+        inside, count = names_inside_wrapper(found) or {""}, len(shapes) + depth * len(block_shapes)
         reason = (
             "A wrapper's words in the keys are the only fault: save the model inside the wrapper"
             if len(inside) == count and all(map(expected, inside))

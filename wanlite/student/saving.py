@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from ..files.atomic import check_space, flush, locked, not_finite, write_json
+from ..files.atomic import check_space, flush, write_json
+from ..files.dtypes import find_non_finite
+from ..files.locks import locked
 
 STEM = "diffusion_pytorch_model"
 CONFIG_NAME = "config.json"
@@ -65,7 +67,7 @@ def check_savable(tensors, shapes, place):
             f"{place}: not saved, found {'; '.join(starmap(_describe, changed.items()))}. "
             f"{' '.join(CHANGES[change] for change in changed)}"
         )
-    if broken := not_finite(tensors):
+    if broken := find_non_finite(tensors):
         raise ValueError(
             f"{place}: not saved, {len(broken)} tensors hold NaN or infinity, first {broken[0]}. Go back to "
             f"an "
@@ -190,7 +192,7 @@ def _staged(folder):
             for left in sorted(folder.glob(".saving-*")):
                 with (
                     suppress(FileNotFoundError),
-                    locked(left, is_patient=False) as is_left,
+                    locked(left, wait=False) as is_left,
                 ):  # its saver ends just now
                     if is_left and (left / LIST).is_file():
                         _publish(left, folder)
