@@ -7,6 +7,7 @@ Legend: B batch, C channels, H W latent height and width.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 import torch
 from diffusers import UniPCMultistepScheduler
@@ -40,12 +41,12 @@ def average_velocity(start: Tensor, end: Tensor, noise_level: Tensor) -> Tensor:
     return (start - end) / noise_level.view(-1, 1, 1, 1)
 
 
-def make_scheduler(shift: float, few_steps: Sequence[int] = ()) -> UniPCMultistepScheduler:
+def make_scheduler(shift: float, few_steps: Sequence[int] = ()) -> Any:
     """Return diffusers' UniPC, set up for Wan; its config holds the schedule, as a stock WanPipeline expects."""
     return UniPCMultistepScheduler(**scheduler_arguments(shift, few_steps))
 
 
-def check_schedule(scheduler: UniPCMultistepScheduler, num_steps: int) -> None:
+def check_schedule(scheduler: Any, num_steps: int) -> None:
     """Raise ValueError for a schedule that does not fall to a noise level of 0: images would keep noise."""
     scheduler.set_timesteps(num_steps)
     levels = scheduler.sigmas.tolist()
@@ -61,9 +62,7 @@ def check_schedule(scheduler: UniPCMultistepScheduler, num_steps: int) -> None:
         )
 
 
-def set_steps(
-    scheduler: UniPCMultistepScheduler, num_steps: int, device: str | torch.device
-) -> list[tuple[Tensor, Tensor]]:
+def set_steps(scheduler: Any, num_steps: int, device: str | torch.device) -> list[tuple[Tensor, Tensor]]:
     """Set a scheduler's steps; returns the (timestep, noise level) before each, on `device`."""
     scheduler.set_timesteps(num_steps, device=device)
     return list(zip(scheduler.timesteps, scheduler.sigmas.to(device)))
@@ -72,7 +71,7 @@ def set_steps(
 def solve(
     velocity_of: Velocity,
     latents: Tensor,
-    scheduler: UniPCMultistepScheduler,
+    scheduler: Any,
     num_steps: int,
     begin: int = 0,
     end: int | None = None,
@@ -95,11 +94,7 @@ def solve(
 
 
 def noise_along(
-    velocity_of: Velocity,
-    clean: Tensor,
-    seeds: Sequence[int],
-    scheduler: UniPCMultistepScheduler,
-    num_steps: int,
+    velocity_of: Velocity, clean: Tensor, seeds: Sequence[int], scheduler: Any, num_steps: int
 ) -> Iterator[Step]:
     """Yield the same as solve(), for the images `clean` (B, C, H, W) with fresh noise at each of its levels."""
     noises = seeded_noise((num_steps, *clean.shape[1:]), seeds).to(clean.device).unbind(1)
@@ -111,7 +106,7 @@ def noise_along(
 def sample(
     velocity_of: Velocity,
     noise: Tensor,
-    scheduler: UniPCMultistepScheduler,
+    scheduler: Any,
     num_steps: int,
     begin: int = 0,
     end: int | None = None,

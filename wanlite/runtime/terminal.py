@@ -26,7 +26,7 @@ def keep_output_open() -> None:
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
 
 
-def _lasting(stream: TextIO | None) -> TextIO:
+def _lasting(stream: Any) -> TextIO:
     if stream is None:  # closed when the process started
         return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
     raw = LastingOutput(stream.fileno(), "w", closefd=False)

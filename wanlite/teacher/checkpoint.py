@@ -269,7 +269,7 @@ def _check_shapes(folder: Path, config: dict[str, Any], places: dict[str, Place]
 def _implied_shapes(config: str) -> dict[str, tuple[int, ...]]:
     """Return {name: shape} of the Wan that a config, as JSON, describes."""
     with init_empty_weights():
-        network: torch.nn.Module = WanTransformer3DModel(**json.loads(config))
+        network: Any = WanTransformer3DModel(**json.loads(config))
     return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
 
 

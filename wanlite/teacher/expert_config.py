@@ -41,7 +41,9 @@ def read_expert_config(folder: Path, places: dict[str, Place]) -> dict[str, Any]
     path = folder / CONFIG if folder.is_dir() else folder
     if path != folder and not path.exists():
         raise OSError(f"{path}: missing. Download the folder again.")
-    config = _SAME_IN_ALL | (_sizes_of(folder, shapes) if path == folder else read_json(path, DOWNLOADED))
+    config: dict[str, Any] = _SAME_IN_ALL | (
+        _sizes_of(folder, shapes) if path == folder else read_json(path, DOWNLOADED)
+    )
     if not {"num_attention_heads", "attention_head_dim"} & config.keys():
         config |= _translate(path, config, shapes)
     _check_sizes(path, config, _DIFFUSERS_SIZES)
