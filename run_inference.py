@@ -42,41 +42,44 @@ ENCODER_SHARE = (
 @dataclass(frozen=True)
 class Settings:
     model: str = setting(
-        "./outputs/wan_t2i", "folder of a saved student; nothing outside it is read", is_path=True
+        "./outputs/wan_t2i",
+        "folder of a saved student, complete in itself",
+        group="student and prompts",
+        is_path=True,
     )
     prompt: list[str] | None = setting(
-        None, "what to draw, repeatable; None = the run's own validation prompts"
+        None, "prompt, can be repeated (default: the validation prompts of the run)"
     )
     prompts_file: str | None = setting(
-        None, "text file, one prompt a line, instead of --prompt", is_path=True
+        None, "text file with one prompt per line, instead of --prompt (default: none)", is_path=True
     )
     negative_prompt: str = setting(
-        "", "what guidance steers away from; used where --guidance_scale is above 1"
+        "", "prompt that guidance steers away from, with --guidance_scale above 1 (default: empty)"
     )
     num_inference_steps: int | None = setting(
-        None, "steps from noise to picture; None = what the student was saved for"
+        None, "sampling steps (default: from the student's run)", group="sampling"
     )
     guidance_scale: float = setting(
-        1.0, "guidance on top of the guidance that is baked into the student; 1 = none"
+        1.0, "guidance in addition to the guidance distilled into the student; 1 = none"
     )
-    height: int | None = setting(None, "pixels, divisible by 16; None = what the student was trained at")
-    width: int | None = setting(None, "pixels, divisible by 16; None = what the student was trained at")
-    seed: int = setting(0, "seed of the first picture; each further picture takes the next")
-    num_images_per_prompt: int = setting(1, "pictures of each prompt")
+    height: int | None = setting(None, "pixels, divisible by 16 (default: as in training)")
+    width: int | None = setting(None, "pixels, divisible by 16 (default: as in training)")
+    seed: int = setting(0, "seed of the first image; each further image takes the next")
+    num_images_per_prompt: int = setting(1, "images for each prompt")
     batch_size: int = setting(
-        1, "pictures drawn at once; above 1 is faster, and a picture may differ in its last bit"
+        1, "images per batch; above 1 is faster, and the last bit of an image may differ"
     )
-    output_dir: str = setting("./outputs/pictures", "where the PNGs are written", is_path=True)
-    device: str | None = setting(
-        None, "cpu, cuda, cuda:N or mps; None = CUDA where there is one, else the CPU"
+    output_dir: str = setting(
+        "./outputs/pictures", "folder for the PNG files", group="output and device", is_path=True
     )
+    device: str | None = setting(None, "cpu, cuda, cuda:N or mps (default: cuda if available, else cpu)")
     dtype: str | None = setting(
         None,
         "dtype of the student (default: bfloat16 on GPUs that support it, else float32)",
         choices=("float32", "float16", "bfloat16"),
     )
     sha256: str | None = setting(
-        None, "digest that the student's one weights file must have; every picture's text says it"
+        None, "refuse a weights file with another digest; every PNG records this digest (default: accept all)"
     )
 
 

@@ -107,7 +107,7 @@ def test_a_student_loads_in_a_fresh_process_without_its_teacher_and_without_proj
     code = (
         "import sys, hashlib; sys.path.insert(0, sys.argv[1])\n"
         "import train_distillation\n"
-        "from wanlite import projection, teacher, teacher_files\n"
+        "from wanlite.student import projection, teacher, teacher_files\n"
         "from wanlite.stages import start\n"
         "def forbidden(*a, **k): raise AssertionError('loading touched a teacher')\n"
         "for room, name in ((projection, 'project'), (start, 'project_into'), (train_distillation, "

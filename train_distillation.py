@@ -17,46 +17,24 @@ from functools import partial
 from pathlib import Path
 
 from wanlite.files.atomic import write_json
-from wanlite.files.dtypes import find_non_finite
 from wanlite.files.locks import lock
-from wanlite.phases import (
-    MIN_TRAJECTORIES,
-    choose_validated,
-    count_passes,
-    count_trajectories,
-    count_validated,
-    phases_of,
-)
-from wanlite.planning.resolve import (
-    NAMED_TEACHERS,
-    REAL_STEPS,
-    REAL_TEACHERS,
-    TINY_STEPS,
-    complete,
-    image_sizes,
-)
+from wanlite.phases import MIN_TRAJECTORIES
+from wanlite.planning.resolve import NAMED_TEACHERS, REAL_STEPS, REAL_TEACHERS, TINY_STEPS, complete
 from wanlite.planning.settings import make_parser, setting
 from wanlite.runtime.launch import defer_to_rank_zero, is_first, is_launched
 from wanlite.runtime.signals import Stopped, StopSignal
 from wanlite.runtime.terminal import keep_output_open
-from wanlite.teacher.components import check_components, find_components
 from wanlite.training.run_folder import (
-    MetricsLog,
     check_output_folder,
     check_resumable,
     clear,
-    read_fitted_settings,
     save_components,
     write_model_card,
 )
-from wanlite.training.trackers import log_image
 
-LOG_STEPS = 10
 STOPPED = 3  # exit code of a run that was asked to stop and can be resumed
 # validations in a row beyond a guard and no nearer to the teacher, after which the best so far is saved
 PATIENCE = 2
-# steps in a row without a finite gradient, after which a run ends; float16 needs some to find its scale
-MAX_SKIPPED = 20
 CHANGEABLE_ON_RESUME = (
     "teacher",
     "teacher_residency",
@@ -80,213 +58,249 @@ CHANGEABLE_ON_RESUME = (
 class Settings:
     teacher: str | None = setting(
         None,
-        "Wan folder, diffusers, official or ComfyUI layout, or a teacher of this repository, "
-        f"{' or '.join(NAMED_TEACHERS)}; None = ./{REAL_TEACHERS[0]} if there is one, else tiny",
+        "Wan folder in the diffusers, official or ComfyUI layout, or a teacher of this repository: "
+        f"{' or '.join(NAMED_TEACHERS)} (default: ./{REAL_TEACHERS[0]} if it exists, else tiny)",
+        group="teacher and data",
         aliases=("--teacher_checkpoint_path", "--teacher_path"),
         is_path=True,
     )
     prompts: str | None = setting(
         None,
-        "text file, one prompt a line, or .jsonl, .json, .csv, .tsv, .parquet with a column "
-        "prompt, text or caption; None = a grammar's prompts, for the tiny teacher captions of its world",
+        "text file with one prompt per line, or a .jsonl, .json, .csv, .tsv or .parquet file with a column "
+        "prompt, text or caption (default: generated prompts; for the tiny teacher, captions of its world)",
         is_path=True,
     )
     images: str | None = setting(
         None,
-        "captioned images that stage 1 learns from too: a folder with a .txt beside each or "
-        "metadata.jsonl or .csv, .parquet files, a folder saved by datasets, or webdataset's .tar files",
+        "captioned images for the velocity phase: a folder with a .txt file per image or with metadata.jsonl "
+        "or .csv, .parquet files, a folder saved by datasets, or webdataset .tar files (default: none)",
         is_path=True,
     )
-    num_images: int | None = setting(None, "of them, the first so many that can be used; None = all", least=1)
-    output_dir: str = setting("./outputs/wan_t2i", "where everything is written", is_path=True)
+    num_images: int | None = setting(None, "use at most this many images (default: all)", least=1)
+    output_dir: str = setting(
+        "./outputs/wan_t2i", "folder of the run and of the saved student", group="output", is_path=True
+    )
     cache_dir: str | None = setting(
         None,
-        "projected starts and trajectories, which runs may share; None = cache/ in --output_dir",
+        "folder of projected students and trajectories, can be shared by runs (default: cache/ in --output_dir)",
         is_path=True,
     )
-    dry_run: bool = setting(False, "say what a run will do and need, and stop; nothing is written")
+    dry_run: bool = setting(False, "print the plan of the run and its memory, disk and time, then stop")
     overwrite: bool = setting(False, "replace a finished run in --output_dir")
     resume_from_checkpoint: str = setting(
-        "latest", "go on where a run was cut short, or start again", choices=("latest", "none")
+        "latest", "resume an interrupted run in --output_dir, or start again", choices=("latest", "none")
     )
 
     hidden_size: int | None = setting(
-        None, "student width; None = 1024, for a small teacher half its width", least=1
+        None, "width (default: 1024; half the width of a small teacher)", group="student", least=1
     )
-    depth: int | None = setting(None, "student blocks; None = 16, for a small teacher its depth", least=1)
-    num_heads: int | None = setting(None, "student heads; None = heads of half the teacher's size", least=1)
-    ffn_dim: int | None = setting(None, "width inside the feed-forward; None = 4 * hidden_size", least=1)
+    depth: int | None = setting(None, "number of blocks (default: 16; all of a small teacher)", least=1)
+    num_heads: int | None = setting(
+        None, "number of attention heads (default: heads of half the teacher's head size)", least=1
+    )
+    ffn_dim: int | None = setting(
+        None, "inner width of the feed-forward layers (default: 4 * hidden_size)", least=1
+    )
     projection: str = setting(
         "calibrated",
-        "how the student starts: from the teacher's weights, these refitted to what the "
-        "teacher computes, or random as a control",
+        "initialization: the teacher's weights, the same refitted to the teacher's activations, or random",
         choices=("weights", "calibrated", "none"),
     )
     expert: str = setting(
         "high",
-        "which of two experts is projected; span = for each block the one that keeps more, from weights only",
+        "expert to project if the teacher has two; best_per_block chooses by energy and requires "
+        "--projection weights",
         choices=("low", "high", "best_per_block"),
     )
     project_only: bool = setting(
-        False, "save the projected start in --output_dir and stop; later runs there reuse it"
+        False, "save the projected student in --output_dir and stop; later runs in this folder reuse it"
     )
-    student: str | None = setting(None, "a saved student to go on from, instead of projecting", is_path=True)
+    student: str | None = setting(
+        None,
+        "folder of a saved student to train further, instead of projecting (default: none)",
+        is_path=True,
+    )
 
     guidance_scale: float = setting(
         4.0,
-        "guidance of the high-noise expert, or of the only one; baked into the student",
+        "guidance of the high-noise expert or of a single expert, distilled into the student",
+        group="teacher trajectories",
         least=1,
         most=100,
     )
     guidance_scale_2: float = setting(
-        3.0, "guidance of the low-noise expert; baked into the student", least=1, most=100
+        3.0, "guidance of the low-noise expert, distilled into the student", least=1, most=100
     )
-    negative_prompt: str = setting("", "what guidance steers away from")
+    negative_prompt: str = setting("", "prompt that guidance steers away from (default: empty)")
     flow_shift: float | None = setting(
-        None, "shift of the noise schedule; None = what the teacher's scheduler says", above=0, most=100
+        None, "shift of the noise schedule (default: from the teacher's scheduler)", above=0, most=100
     )
     resolution: list[int] | int | None = setting(
         None,
-        "pixels, one number for squares, or WIDTH HEIGHT; divisible by 16, for "
-        "TI2V-5B by 32; None = the teacher's own, else 512",
+        "pixels, as one number for squares or as WIDTH HEIGHT, divisible by 16, for TI2V-5B by 32 "
+        "(default: the tiny teacher's own, else 512)",
     )
     aspect_ratios: list[str] | None = setting(
         None,
-        "WIDTH:HEIGHT of what is trained on, as 1:1 3:2 2:3, all of about the area of "
-        "--resolution, which validations keep; None = that of --resolution",
+        "train on these ratios, as 1:1 3:2 2:3, each with about the area of --resolution "
+        "(default: the ratio of --resolution)",
     )
     teacher_residency: str = setting(
         "auto",
-        "where its experts are while they are asked: both on the device; one there, the other "
-        "in CPU memory; sharded over a machine's GPUs; streamed from CPU memory block by block; "
-        "read from disk at each pass; auto = the first of these that fits",
+        "placement of the experts: both on the device; one there and one in CPU memory; sharded over the GPUs "
+        "of a machine; streamed from CPU memory by block; read from disk at each pass; auto takes the first "
+        "that fits",
         choices=("auto", "both", "one", "sharded", "streamed", "disk"),
     )
-    teacher_fp8: bool = setting(False, "keep the experts' matrices in float8, in half the memory")
-    teacher_steps: int = setting(20, "guided steps of a teacher trajectory", least=1, most=1000)
+    teacher_fp8: bool = setting(
+        False, "keep the matrices of the experts in float8, which halves their memory"
+    )
+    teacher_steps: int = setting(20, "guided steps of a trajectory", least=1, most=1000)
     num_trajectories: int | None = setting(
         None,
-        f"teacher pictures to learn from; None = one a prompt, at least {MIN_TRAJECTORIES}: of few "
-        "prompts several, from different noise",
+        f"number of trajectories (default: one per prompt, at least {MIN_TRAJECTORIES}; few prompts get several "
+        "each, from different noise)",
         least=1,
     )
 
     num_held_out: int = setting(
-        400, "prompts that are never trained on; at most a twentieth of a prompts file", least=1
+        400, "prompts for validation only, at most a twentieth of a prompts file", least=1
     )
 
     train_batch_size: int | None = setting(
         None,
-        "states in a micro-batch, on each device; None = 128 or all there are, of a large "
-        "teacher's student as many of them as fit",
+        "micro-batch per device (default: 128; with a large teacher, the largest that fits)",
+        group="phases and steps",
         least=1,
     )
     max_train_steps: int | None = setting(
         None,
-        "optimizer steps in all; what --few_step_train_steps and --matching_steps leave is stage "
-        f"1; None = {TINY_STEPS}, of any teacher but the tiny one {REAL_STEPS}",
+        f"optimizer steps of all phases (default: {TINY_STEPS} for the tiny teacher, else {REAL_STEPS})",
         least=1,
     )
     few_step_train_steps: int | None = setting(
-        None, "stage 2a: of them, steps towards the teacher's pictures; None = 5 of 7", least=0
+        None,
+        "steps of the few-step phase (default: 5/7 of --max_train_steps less --matching_steps)",
+        was="segment_steps",
+        least=0,
     )
     matching_steps: int = setting(
-        0, "stage 2b: of them, the last, steps of distribution matching with a critic", least=0
+        0, "steps of the matching phase, distribution matching with a critic", least=0
     )
     few_steps: list[int] = setting(
-        (1, 2, 4), "numbers of steps that stage 2 trains for; divisors of --teacher_steps", least=1
+        (1, 2, 4), "sampling steps that the student is trained for, divisors of --teacher_steps", least=1
     )
     rollout_states: int | None = setting(
         None,
-        "states on the student's own path, continued by the teacher, twice in stage 2a; "
-        "None = 512, at most one for each trajectory, of a large teacher for eight",
+        "on-policy states that the teacher continues, in each half of the few-step phase (default: one per "
+        "trajectory, or one per 8 with a large teacher, at most 512)",
+        was="own_path_pictures",
         least=0,
     )
     gradient_accumulation_steps: int | None = setting(
         None,
-        "micro-batches in a step; None = as many as make up 128 states where "
-        "--train_batch_size is open, else 1",
+        "micro-batches per step (default: enough for 128 states if --train_batch_size is not set, else 1)",
         least=1,
     )
-    learning_rate: float = setting(3e-3, "peak of AdamW's learning rate", above=0, most=1)
+    learning_rate: float = setting(3e-3, "peak for AdamW", group="optimizers", above=0, most=1)
     lr_scheduler: str = setting(
-        "cosine", "as in diffusers", choices=("cosine", "linear", "constant_with_warmup")
+        "cosine", "schedule, as in diffusers", choices=("cosine", "linear", "constant_with_warmup")
     )
-    lr_warmup_steps: int = setting(100, "steps until the peak", least=0)
+    lr_warmup_steps: int = setting(100, "steps to reach the peak", least=0)
     muon_learning_rate: float = setting(
-        0.09, "peak of Muon's, for the matrices of the blocks; 0 = AdamW for all", least=0, most=10
+        0.09,
+        "peak for Muon, which trains the matrices of the blocks; 0 trains all with AdamW",
+        least=0,
+        most=10,
     )
-    adam_beta2: float = setting(0.99, "decay of AdamW's second moment", least=0, below=1)
+    adam_beta2: float = setting(0.99, "decay of the second moment in AdamW", least=0, below=1)
     adam_weight_decay: float = setting(0.01, "decoupled weight decay", least=0, most=1)
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", above=0)
+    max_grad_norm: float = setting(1.0, "clip gradients to this norm", above=0)
     feature_weight: float = setting(
-        3.0, "weight of the feature loss at the start of stage 1, falling to 0 at its end", least=0
+        3.0,
+        "initial weight of the feature loss, which falls to 0 over the velocity phase",
+        group="losses",
+        least=0,
     )
     feature_directions: int | None = setting(
         None,
-        "directions in which token states are compared, those in which the teacher's "
-        "vary most; None = a quarter of the student's width",
+        "compare hidden states in this many principal directions of the teacher (default: a quarter of the "
+        "student's width)",
         least=1,
     )
     diversity_gain: float = setting(
         0.3,
-        "stage 2: how much farther apart than the teacher's the pictures of a prompt are aimed at, "
-        "as they come out nearer to each other; 0 = regression alone",
+        "few-step phase: push the targets of one prompt apart by this fraction, against loss of diversity; "
+        "0 = off",
+        was="variety_gain",
         least=0,
         most=10,
     )
-    anchor_weight: float = setting(
-        1.0, "stage 2b: weight of stage 2a's loss beside distribution matching", least=0
-    )
+    anchor_weight: float = setting(1.0, "matching phase: weight of the few-step loss", least=0)
     critic_learning_rate: float = setting(
-        5e-4, "stage 2b: the critic's; its Muon has the student's ratio to it", above=0, most=1
+        5e-4,
+        "matching phase: AdamW peak for the critic; its Muon peak keeps the student's ratio",
+        above=0,
+        most=1,
     )
-    critic_updates: int = setting(3, "stage 2b: updates of the critic for one of the student", least=1)
+    critic_updates: int = setting(3, "matching phase: critic updates per student update", least=1)
     critic_lerp: float = setting(
-        0.03, "stage 2b: how far the critic moves to the student after each of its updates", least=0, most=1
+        0.03,
+        "matching phase: move the critic towards the student by this fraction after each critic update",
+        was="critic_pull",
+        least=0,
+        most=1,
     )
-    use_ema: bool = setting(True, "save an exponential moving average of the weights")
-    ema_decay: float = setting(0.998, "its decay a step", least=0, below=1)
+    use_ema: bool = setting(
+        True, "save an exponential moving average of the weights", group="precision and speed"
+    )
+    ema_decay: float = setting(0.998, "decay of the average per step", least=0, below=1)
     mixed_precision: str | None = setting(
         None,
-        "as in accelerate; master weights and losses stay in float32; None = what "
-        "accelerate launch says, else bf16 for a large teacher on a GPU, else no",
+        "as in accelerate; master weights and losses stay in float32 (default: from accelerate launch, else "
+        "bf16 with a large teacher on a GPU, else no)",
         choices=("no", "bf16", "fp16"),
     )
-    gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass to save memory")
+    gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass, which saves memory")
     compile: bool = setting(
-        False, "compile the student's blocks: minutes at first, faster steps then; needs a C++ compiler"
+        False, "compile the student's blocks, which takes minutes and a C++ compiler, for faster steps"
     )
-    allow_tf32: bool = setting(
-        False, "on CUDA, multiply float32 matrices with TF32's shorter mantissas while training"
-    )
+    allow_tf32: bool = setting(False, "multiply float32 matrices in TF32 on CUDA")
 
-    checkpointing_steps: int = setting(500, "steps between resumable checkpoints", least=1)
-    checkpoints_total_limit: int = setting(2, "newest checkpoints to keep, at least 2", least=2)
+    checkpointing_steps: int = setting(
+        500, "save the training state every this many steps", group="checkpoints and validation", least=1
+    )
+    checkpoints_total_limit: int = setting(2, "keep this many of the newest checkpoints", least=2)
     validation_steps: int = setting(
-        350, "steps between validations: figures, a grid, and a candidate to be saved", least=1
+        350,
+        "validate every this many steps: metrics, an image grid and a candidate for the saved student",
+        least=1,
     )
     validation_trajectories: int | None = setting(
         None,
-        "the most teacher pictures of a kind that validations are held against; None = "
-        "64, of a large teacher one for twenty trajectories, at least 4",
+        "validate on at most this many trajectories of each kind (default: 64; with a large teacher, one per "
+        "20 training trajectories, at least 4)",
+        was="validation_walks",
         least=4,
         most=64,
     )
     reference_steps: int | None = setting(
-        None, "guided steps of the teacher in the grids; None = twice --teacher_steps", least=1, most=1000
+        None,
+        "guided steps of the teacher's images in the grids (default: twice --teacher_steps)",
+        least=1,
+        most=1000,
     )
     validation_prompts: list[str] | None = setting(
-        None, "prompts of the grids; None = eight, held-out ones first"
+        None, "prompts of the grids (default: eight, held-out ones first)"
     )
     num_inference_steps: int = setting(
-        4, "steps in which the student draws; goes to run.json as its default", least=1, most=1000
+        4, "sampling steps in validation and, by default, of the saved student", least=1, most=1000
     )
     report_to: str = setting(
-        "tensorboard", "tracker, as in accelerate: tensorboard, wandb, ...; 'none' for metrics.jsonl alone"
+        "tensorboard", "tracker, as in accelerate: tensorboard, wandb, ...; none writes metrics.jsonl only"
     )
-    logging_dir: str = setting("logs", "tracker files, inside --output_dir", is_path=True)
-    seed: int = setting(0, "seed of everything random", least=0, below=2**32)
+    logging_dir: str = setting("logs", "folder of the tracker's files, inside --output_dir", is_path=True)
+    seed: int = setting(0, "seed of all random numbers", least=0, below=2**32)
 
 
 def read_settings():
@@ -343,96 +357,52 @@ if __name__ == "__main__":  # arguments and paths are answered before torch is i
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds between two lines of progress in a log
     SETTINGS, IS_RESUMED = read_settings()
 
-import copy
-import hashlib
 import inspect
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager, suppress
-from itertools import chain
+from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 import torch
-from accelerate import Accelerator, init_empty_weights
+from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.normalization import FP32LayerNorm
-from diffusers.models.transformers.transformer_wan import (
-    WanRotaryPosEmbed,
-    WanTimeTextImageEmbedding,
-    WanTransformer3DModel,
-)
-from diffusers.training_utils import EMAModel
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.utils.peft_utils import apply_lora_scale
-from torch import nn
-from tqdm import tqdm
 
 from wanlite.data.autoencoder import load_autoencoder
-from wanlite.data.grids import save_grid
-from wanlite.data.prefetch import PREFETCHED_BATCHES, read_ahead
 from wanlite.data.text_encoder import load_tokenizer, tell_cut
-from wanlite.data.trajectories import Buckets, FewStepStates, SeededBatches
-from wanlite.files.cache import fingerprint
 from wanlite.flow import FewSteps, make_scheduler
-from wanlite.network import TEXT_LENGTH, OneFrameBlock, TextTokens, one_frame_velocity
-from wanlite.planning.defaults import choose_data, choose_shape, describe_schedule
-from wanlite.planning.estimate import (
-    FITTED,
-    MemoryEstimator,
-    calibration_frames,
-    choose_precision,
-    feature_width,
-    is_large,
-    most_frames,
-    place_teacher,
-    training_dtype,
-)
-from wanlite.planning.memory import estimate, matrix_rate
-from wanlite.planning.messages import (
-    PROJECTING,
-    announce,
-    announce_few,
-    command,
-    conclude,
-    count_teacher_images,
-    describe_work,
-    drawing_command,
-    verdict,
-    versions,
-)
-from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention, has_gpu
-from wanlite.runtime.ranks import (
-    abort_all_ranks,
-    broadcast,
-    check_devices,
-    is_peer_failure,
-    process_group_options,
-)
-from wanlite.student.calibration import PASSES as CALIBRATING_PASSES
+from wanlite.network import TEXT_LENGTH, TextTokens, one_frame_velocity
+from wanlite.planning.defaults import describe_schedule
+from wanlite.planning.estimate import is_large, most_frames, training_dtype
+from wanlite.planning.memory import matrix_rate
+from wanlite.planning.messages import announce, command, conclude, drawing_command, verdict
+from wanlite.planning.run import resolve_run
+from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention
+from wanlite.runtime.ranks import abort_all_ranks, check_devices, is_peer_failure, process_group_options
+from wanlite.student.building import add_layers, complete_config, config_defaults, initialise_weights
 from wanlite.student.initialization import compare_experts, project_into, start_student
-from wanlite.student.loading import (
-    OUR_NAMES,
-    all_tensor_shapes,
-    check_hashes,
-    check_shape,
-    check_variant,
-    check_weights,
-    open_student,
-    pinned_hashes,
-    student_arguments,
-    student_folder,
+from wanlite.student.loading import OUR_NAMES, check_shape, student_arguments, student_folder
+from wanlite.student.pretrained import (
+    ReadOptions,
+    build_around,
+    check_save_options,
+    loading_info,
+    read_student,
+    refuse_unknown,
+    write_student,
 )
-from wanlite.student.saving import check_savable, plain_names, save_student
-from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.model import Teacher
-from wanlite.training.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint
-from wanlite.training.metrics import find_guard_violations
-from wanlite.training.optimizers import make_lr_schedulers, make_optimizers
-from wanlite.training.steps import STEPS, Networks
-from wanlite.training.teacher_data import PromptEmbeddings, TeacherData, feature_block, open_components
-from wanlite.training.throughput import Pace, in_brief
+from wanlite.training.batches import micro_batches
+from wanlite.training.phase_table import PHASES, phases_to_train
+from wanlite.training.run_log import RunLog
+from wanlite.training.state import compile_blocks, make_training_state
+from wanlite.training.teacher_data import PromptEmbeddings, TeacherData, open_components
+from wanlite.training.throughput import Pace
+from wanlite.training.training_step import training_step
 from wanlite.training.validation import Validator
 
 # ---- the model ---------------------------------------------------------------------------------------------
@@ -484,78 +454,35 @@ class WanLiteStudent(WanTransformer3DModel):
         super(WanTransformer3DModel, self).__init__()  # stock's own would build stock's blocks
         self.__module__ = WanTransformer3DModel.__module__  # see below the class
         if isinstance(hidden_size, Mapping):
-            config = {name: value for name, value in hidden_size.items() if not name.startswith("_")}
             return self.__init__(
                 **{
                     "teacher_checkpoint_path": teacher_checkpoint_path,
                     "projection": projection,
                     "expert": expert,
-                    **student_arguments(config, _defaults()),
+                    **student_arguments({**hidden_size}, config_defaults(type(self))),
                 }
             )
-        ffn_dim = ffn_dim or 4 * hidden_size
-        check_shape(
-            patch_size,
-            eps,
-            cross_attn_norm,
-            qk_norm,
-            hidden_size=hidden_size,
-            depth=depth,
-            num_heads=num_heads,
-            ffn_dim=ffn_dim,
-            num_channels=num_channels,
-            text_dim=text_dim,
-            freq_dim=freq_dim,
-            rope_max_seq_len=rope_max_seq_len,
-        )
-        head_dim, patch_size = hidden_size // num_heads, (1, patch_size[1], patch_size[2])
-        self.register_to_config(
-            hidden_size=hidden_size,
-            depth=depth,
-            num_heads=num_heads,
-            ffn_dim=ffn_dim,
-            num_channels=num_channels,
-            text_dim=text_dim,
-            freq_dim=freq_dim,
-            patch_size=patch_size,
-            cross_attn_norm=cross_attn_norm,
-            qk_norm=qk_norm,
-            eps=eps,
-            rope_max_seq_len=rope_max_seq_len,
-            num_attention_heads=num_heads,
-            attention_head_dim=head_dim,
-            num_layers=depth,
-            in_channels=num_channels,
-            out_channels=num_channels,
-            image_dim=None,
-            added_kv_proj_dim=None,
-            pos_embed_seq_len=None,
-        )
-
-        self.rope = WanRotaryPosEmbed(head_dim, patch_size, rope_max_seq_len)
-        self.patch_embedding = nn.Conv3d(num_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-        self.condition_embedder = WanTimeTextImageEmbedding(hidden_size, freq_dim, 6 * hidden_size, text_dim)
-        self.blocks = nn.ModuleList(
-            OneFrameBlock(hidden_size, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
-            for _ in range(depth)
-        )
-        self.norm_out = FP32LayerNorm(hidden_size, eps, elementwise_affine=False)
-        self.proj_out = nn.Linear(hidden_size, num_channels * math.prod(patch_size))
-        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, hidden_size))
-        self.gradient_checkpointing = False
-
+        shape = {
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": num_heads,
+            "ffn_dim": ffn_dim or 4 * hidden_size,
+            "num_channels": num_channels,
+            "text_dim": text_dim,
+            "freq_dim": freq_dim,
+            "patch_size": patch_size,
+            "cross_attn_norm": cross_attn_norm,
+            "qk_norm": qk_norm,
+            "eps": eps,
+            "rope_max_seq_len": rope_max_seq_len,
+        }
+        check_shape(**shape)
+        self.register_to_config(**complete_config(shape))
+        add_layers(self)
         if not self.proj_out.weight.is_meta:
-            self.initialise()
+            initialise_weights(self)
         if teacher_checkpoint_path is not None and projection != "none":
             project_into(self, teacher_checkpoint_path, expert)
-
-    @torch.no_grad()
-    def initialise(self):
-        """Random start, as a stock WanTransformer3DModel has it, with a silent output."""
-        for table in [self.scale_shift_table, *(block.scale_shift_table for block in self.blocks)]:
-            nn.init.normal_(table, std=self.config.hidden_size**-0.5)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -634,30 +561,9 @@ class WanLiteStudent(WanTransformer3DModel):
                 f"WanLiteStudent.save_pretrained does not take {', '.join(sorted(kwargs))} without "
                 f"push_to_hub."
             )
-        if not safe_serialization:
-            raise ValueError(
-                "safe_serialization=False asks for a pickle; students are saved as safetensors only. Leave "
-                "it out."
-            )
-        check_variant(variant)
-        if not str(save_directory):
-            raise ValueError("save_directory is empty, expected a folder.")
-        if (
-            not isinstance(max_shard_size, (int, str))
-            or isinstance(max_shard_size, int)
-            and max_shard_size < 1
-        ):
-            raise ValueError(
-                f"max_shard_size is {max_shard_size!r}, expected bytes, at least 1, or text as '5GB'."
-            )
-        if is_main_process is None:
-            is_main_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        tensors = plain_names(self.state_dict())  # of a sharded student every rank has to take part
-        if not is_main_process:
-            return
-        check_savable(tensors, all_tensor_shapes(self.config), save_directory)
-        save_student(save_directory, self.to_json_string(), tensors, variant, max_shard_size)
-        if push_to_hub:
+        check_save_options(save_directory, safe_serialization, variant, max_shard_size)
+        is_written = write_student(self, save_directory, is_main_process, variant, max_shard_size)
+        if is_written and push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
 
     def to_json_string(self) -> str:
@@ -702,7 +608,9 @@ class WanLiteStudent(WanTransformer3DModel):
         """Turn a config under our names, Wan's or both into arguments: from_config alone would take our
         defaults for Wan's.
         """
-        return super().extract_init_dict(student_arguments({**config_dict}, _defaults()), **kwargs)
+        return super().extract_init_dict(
+            student_arguments({**config_dict}, config_defaults(WanLiteStudent)), **kwargs
+        )
 
     @classmethod
     def from_pretrained(
@@ -738,22 +646,18 @@ class WanLiteStudent(WanTransformer3DModel):
         for files that are missing or broken and ValueError for content that is not this student's. Memory is
         used once whatever `low_cpu_mem_usage` says.
         """
-        if unknown := {
-            name: value for name, value in unknown.items() if value or name not in cls._left_to_stock
-        }:
-            accepted = ", ".join(list(inspect.signature(cls.from_pretrained).parameters)[1:-1])
-            raise TypeError(
-                f"WanLiteStudent.from_pretrained does not take {', '.join(sorted(unknown))}; it takes "
-                f"{accepted}. "
-                "Loading never projects a teacher and never quantises: quantise the student that is loaded."
-            )
+        accepted = list(inspect.signature(cls.from_pretrained).parameters)[1:-1]
+        refuse_unknown(unknown, accepted, cls._left_to_stock)
         if use_safetensors is False:
             raise ValueError(
                 "use_safetensors=False asks for a pickle, and pickles are never opened. Leave it out."
             )
-        dtype, device = (
-            as_dtype(torch_dtype if dtype is None else dtype),
-            as_device(device_map if device is None else device),
+        options = ReadOptions(
+            dtype=as_dtype(torch_dtype if dtype is None else dtype),
+            device=as_device(device_map if device is None else device),
+            is_mapped=not disable_mmap,
+            is_hashed=output_loading_info,
+            sha256=sha256,
         )
         folder = student_folder(
             pretrained_model_name_or_path,
@@ -764,42 +668,10 @@ class WanLiteStudent(WanTransformer3DModel):
             cache_dir=cache_dir,
             force_download=force_download,
         )
-        with open_student(folder, variant) as (config, files):
-            try:
-                arguments = student_arguments(config, _defaults())
-            except ValueError as error:
-                raise ValueError(f"{files[0].path.parent / 'config.json'}: {error}") from None
-            check_weights(files, arguments)
-            pinned, tensors = pinned_hashes(files, sha256), {}
-            is_hashed = pinned is not None or output_loading_info
-            for name, tensor in chain.from_iterable(
-                file.tensors(not disable_mmap, is_hashed) for file in files
-            ):
-                tensors[name] = tensor.to(device, None if _stays_float32(name) else dtype)
-            check_hashes(files, pinned)
-            for name in find_non_finite(tensors):
-                path = next(file.path for file in files if name in file.entries)
-                raise ValueError(
-                    f"{path}: {name} holds NaN or infinity as {tensors[name].dtype}. Take an earlier save, "
-                    f"or a dtype "
-                    "of more range."
-                )
-        # Parameters are without memory, rotary tables are real, and the user's random numbers are not used
-        # up.
-        with init_empty_weights(), torch.random.fork_rng(devices=[]):
-            student = cls(**arguments)
-        student.load_state_dict(tensors, strict=True, assign=True)
+        arguments, tensors, digests = read_student(cls, folder, variant, options)
+        student = build_around(cls, arguments, tensors, options.device)
         student.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        student.rope.to(device)  # all else is there
-        student.eval()
-        info = {
-            "missing_keys": [],
-            "unexpected_keys": [],
-            "mismatched_keys": [],
-            "error_msgs": [],
-            "sha256": {file.path.name: file.sha256 for file in files},
-        }
-        return (student, info) if output_loading_info else student
+        return (student, loading_info(digests)) if output_loading_info else student
 
 
 # A student is saved as the stock Wan that it also is. Pipelines write a component's class by these names of the
@@ -807,254 +679,238 @@ class WanLiteStudent(WanTransformer3DModel):
 WanLiteStudent.__name__ = WanTransformer3DModel.__name__
 
 
-def _defaults():
-    """Return {name: default} of the arguments that make up a config."""
-    parameters = inspect.signature(WanLiteStudent.__init__).parameters.values()
-    return {
-        parameter.name: parameter.default
-        for parameter in parameters
-        if parameter.name not in ("self", *WanLiteStudent.ignore_for_config)
-    }
-
-
-def _stays_float32(name):
-    return any(module in WanLiteStudent._keep_in_fp32_modules for module in name.split("."))
-
-
 # ---- the dry run -------------------------------------------------------------------------------------------
 
 
 def plan(settings, words):
-    """Say what a run of these settings will do and need, and whether it fits; nothing is read but headers,
-    nothing is written.
+    """Print what a run of these settings will do and need, and whether it fits; only headers are read, nothing
+    is written.
 
-    `words` are those of the command line. Returns the exit code: 0 where it fits, 2 where it does not.
+    `words` are those of the command line. Returns the exit code: 0 where the run fits, 2 where it does not.
     """
-    device, asked = torch.device("cuda" if has_gpu() else "cpu"), settings
-    files = open_teacher_files(settings.teacher)
-    found = find_components(settings.teacher)
-    check_components(found, files.config)
-    phases, sizes, settings = phases_of(settings), image_sizes(settings), choose_precision(settings, files)
-    needs = MemoryEstimator(settings, files, WanLiteStudent, choose_shape(settings, files), sizes, device)
-    training, held_out, images = choose_data(settings, sizes[1:], print)
-    prompts = [*training, *held_out, *(settings.validation_prompts or ()), settings.negative_prompt]
-    long = [
-        prompt for prompt in prompts if len(prompt.encode()) >= TEXT_LENGTH
-    ]  # a token has at least one byte
-    if long and found["tokenizer"].is_dir():
-        tell_cut(load_tokenizer(found["tokenizer"]), long, print)
-    num_generated, validated = (
-        count_trajectories(settings, len(training)),
-        choose_validated(training, held_out),
-    )
-    settings = needs.fit(settings, num_generated)
-    num_generated += len(images)  # each is asked about as often
-    passes = count_passes(settings, num_generated, len(validated), phases)
-    work = PROJECTING if settings.project_only else describe_work(settings, num_generated, passes, phases)
-    announce(settings, files, needs.student, device, work, print)
-    if not settings.project_only:
-        announce_few(num_generated, len(training), len(held_out), print)
-    wrong = needs.tell(settings, training, held_out, images)
-    passes = CALIBRATING_PASSES * calibration_frames(settings, training, needs.tokens) + (
-        0 if settings.project_only else passes
-    )
-    states = 0 if settings.project_only else count_teacher_images(settings)
-    print(
-        "time     "
-        + estimate(
-            needs.student,
-            files,
-            passes,
-            states,
-            needs.tokens,
-            needs.latent_shape[1:],
-            device,
-            training_dtype(settings),
-        )
-    )
+    run = resolve_run(settings, WanLiteStudent)
+    warn_of_long_prompts(run)
+    announce(run, print)
+    problems = run.find_obstacles()
+    if settings.project_only:
+        passes, states = run.num_calibration_passes, 0
+    else:
+        passes, states = run.num_calibration_passes + run.num_passes, run.num_states
+    print(f"time     {run.estimate_time(passes, states)}")
     try:
-        is_cut_short(asked)
+        is_cut_short(settings)
     except (OSError, ValueError) as error:
-        wrong.append(str(error))
-    for reason in wrong:
-        print(f"PROBLEM  {reason}")
+        problems.append(str(error))
+    for problem in problems:
+        print(f"PROBLEM  {problem}")
     print(f"run      {command(Path(__file__).name, *words)}")
-    return 2 if wrong else 0
+    return 2 if problems else 0
 
 
-# ---- the loop ----------------------------------------------------------------------------------------------
+def warn_of_long_prompts(run):
+    """Print which prompts the text encoder cuts; a prompt that has fewer bytes than tokens fit is none."""
+    long = [prompt for prompt in run.prompts if len(prompt.encode()) >= TEXT_LENGTH]
+    if long and run.components["tokenizer"].is_dir():
+        tell_cut(load_tokenizer(run.components["tokenizer"]), long, print)
 
 
-def train(settings, is_resumed, stop):
-    """Project, generate trajectories, distil, validate and save into settings.output_dir; raises Stopped where
-    `stop` asks for it.
+# ---- a run -------------------------------------------------------------------------------------------------
+
+
+def train(
+    settings,
+    is_resumed,
+    stop,
+    phases=PHASES,  # {name: PhaseParts}
+    make_accelerator=Accelerator,
+    make_validator=Validator,
+    prefetched=None,  # micro-batches read ahead
+):
+    """Project, generate trajectories, distil, validate and save into settings.output_dir.
+
+    Raises Stopped where `stop`, a StopSignal, asks for it, and OSError or ValueError for what cannot be trained.
     """
-    began, output = time.time(), Path(settings.output_dir)
+    began = time.time()
     check_devices(os.environ)
-    files = open_teacher_files(settings.teacher)
-    fitted = (
-        replace(settings, **read_fitted_settings(output)) if is_resumed else choose_precision(settings, files)
-    )
-    accelerator = Accelerator(
+    run = resolve_run(settings, WanLiteStudent, is_resumed, partial(start_processes, make_accelerator))
+    set_seed(run.settings.seed)
+    student, facts = WanLiteStudent(run.shape), run.describe()  # its memory is not yet taken
+    check_run(run, facts, is_resumed)
+    components_folder = open_components(run)
+    words = PromptEmbeddings(run.accelerator, components_folder, run.settings.cache_dir, run.prompts)
+    autoencoder = load_autoencoder(components_folder, device=run.device)
+    announce_work(run)
+    lock_output(run)
+    facts["projection"] = initialise_student(run, student, words)
+    if run.settings.project_only:
+        if run.accelerator.is_main_process:
+            save_start(run, student, components_folder, facts)
+        return run.accelerator.end_training()
+
+    teacher_data = make_teacher_data(run, words)
+    generation = generate_teacher_data(run, teacher_data, autoencoder)
+    few = make_few_steps(run)
+    is_alone = run.accelerator.num_processes == 1  # several processes stop together, after a step
+    validator = make_validator(run, teacher_data, few, autoencoder, stop.check if is_alone else lambda: None)
+    begin_output(run, facts, is_resumed)
+    state = build_state(run, student, teacher_data, few, stop)
+    if is_resumed:
+        state.resume(run.settings.output_dir, run.device, run.accelerator.print)
+    log = RunLog(run, facts, state.progress.step, teacher_data.pace, began)
+    if generation:
+        log.record(state.progress.step, **generation)
+    stop.is_immediate = False  # from here on a stop waits until nothing is lost by it
+    distil(run, state, phases_to_train(run, phases), teacher_data, validator, log, prefetched)
+    stop.is_immediate = True  # the last checkpoint holds all that is needed below
+    stop.check()
+    finish(run, state, validator, log, components_folder)
+
+
+def distil(run, state, phases, teacher_data, validator, log, prefetched=None):
+    """Train the student through the phases; raises Stopped with a checkpoint of the last whole step."""
+    settings, progress = run.settings, state.progress
+    try:
+        for phase in phases:
+            if progress.step >= phase.last or progress.rejected_validations >= PATIENCE:
+                continue
+            state.begin(phase)
+            with micro_batches(phase, run, state, teacher_data, prefetched) as batches:
+                if phase.name != "matching":
+                    teacher_data.teacher.unload()  # its predictions are in the cache
+                if is_validation_due(progress, settings):
+                    validator(state, log)
+                while progress.step < phase.last:
+                    batch = islice(batches, settings.gradient_accumulation_steps)
+                    measured = training_step(phase, run, state, batch)
+                    log.record_step(phase, state, measured)
+                    if is_validation_due(progress, settings):
+                        validator(state, log)
+                    if is_checkpoint_due(progress, settings):
+                        log.checkpoint(state)
+                    if progress.rejected_validations >= PATIENCE:
+                        break
+    except Stopped:
+        log.checkpoint(state)
+        run.accelerator.end_training()
+        run.accelerator.print(f"\nstopped at step {progress.step} of {settings.max_train_steps}")
+        raise
+    log.bar.close()
+    if progress.step < settings.max_train_steps:
+        run.accelerator.print(
+            f"\nended at step {progress.step}: {PATIENCE} validations in a row were rejected and no closer to "
+            f"the teacher"
+        )
+
+
+def is_validation_due(progress, settings):
+    """Whether the current step is to be validated; the last one is, after the loop."""
+    step = progress.step
+    is_validated = progress.last_validation.get("step") == step
+    return step % settings.validation_steps == 0 and step < settings.max_train_steps and not is_validated
+
+
+def is_checkpoint_due(progress, settings):
+    """Whether a checkpoint of the current step is to be saved."""
+    return progress.step % settings.checkpointing_steps == 0 or progress.step == settings.max_train_steps
+
+
+# ---- before the loop, in this order ------------------------------------------------------------------------
+
+
+def start_processes(make_accelerator, settings):
+    """Return the Accelerator of a run, whose precision is decided."""
+    output = Path(settings.output_dir)
+    accelerator = make_accelerator(
         kwargs_handlers=[process_group_options()],
-        mixed_precision=fitted.mixed_precision,
+        mixed_precision=settings.mixed_precision,
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_config=ProjectConfiguration(
             project_dir=str(output), logging_dir=str(output / settings.logging_dir)
         ),
     )
-    device, say, ranks = accelerator.device, accelerator.print, accelerator.num_processes
-    set_seed(settings.seed)
     disable_cudnn_attention()
+    return accelerator
 
-    # What there is: teacher, student, prompts.
-    check_components(find_components(settings.teacher), files.config)
-    shape, sizes = choose_shape(settings, files), image_sizes(settings)
-    needs = MemoryEstimator(settings, files, WanLiteStudent, shape, sizes, device)
-    student = WanLiteStudent(shape)  # its memory is not yet taken
-    with (
-        accelerator.main_process_first()
-    ):  # one rank figures_by_steps at images, the others read what it found
-        training, held_out, images = choose_data(settings, sizes[1:], say, accelerator.is_main_process)
-    num_trajectories, phases = count_trajectories(settings, len(training)), phases_of(settings)
-    asked, settings = settings, broadcast(needs.fit(fitted, num_trajectories, ranks))
-    micro_batches = accelerator.gradient_accumulation_steps = settings.gradient_accumulation_steps
-    validated = choose_validated(training, held_out)
-    validation = (
-        settings.validation_prompts
-        or validated[: count_validated(settings.validation_trajectories, len(validated))[1]]
-    )
-    few_steps = settings.few_steps if phases[-1][0] != "velocity" else []
-    run = {
-        "settings": asdict(asked),
-        "versions": versions(),
-        "teacher": files.fingerprint,
-        "student": shape,
-        "prompts": fingerprint([training, held_out]),
-        "images": fingerprint([image.sha256 for image in images]),
-        "processes": ranks,
-        "fitted": {name: getattr(settings, name) for name in FITTED},
-        "student_parameters": student.num_parameters(),
-        "finished": False,
-        "validation_prompts": validation,
-        "num_inference_steps": settings.num_inference_steps,
-        "resolution": settings.resolution,
-        "schedule": describe_schedule(settings, few_steps, phases),
-    }
+
+def check_run(run, facts, is_resumed):
+    """Print what the run will do; refuse one that cannot resume, that does not fit, or whose experts are wrong."""
+    settings, accelerator = run.settings, run.accelerator
     if is_resumed:
-        check_resumable(output, run, say)
-    num_generated = num_trajectories + len(
-        images
-    )  # an image is asked about as often as a trajectory has states
-    passes = count_passes(settings, num_generated, len(validated), phases)
-    work = PROJECTING if settings.project_only else describe_work(settings, num_generated, passes, phases)
-    announce(settings, files, student, device, work, say)
-    if not settings.project_only:
-        announce_few(num_generated, len(training), len(held_out), say)
-    if is_large(files):
-        wrong = needs.tell(settings, training, held_out, images) if accelerator.is_main_process else []
-        abort_all_ranks(accelerator, "\n".join(wrong))
+        check_resumable(settings.output_dir, facts, accelerator.print)
+    announce(run, accelerator.print)
+    if is_large(run.files):
+        obstacles = run.find_obstacles() if accelerator.is_main_process else []
+        abort_all_ranks(accelerator, "\n".join(obstacles))
     if accelerator.is_main_process and not is_resumed:
-        compare_experts(settings, files, device)  # before anything is made of them
-    components_folder = open_components(settings, accelerator)
-    words = PromptEmbeddings(
-        accelerator,
-        components_folder,
-        settings.cache_dir,
-        list(dict.fromkeys([*training, *held_out, *validation, settings.negative_prompt])),
-    )
-    autoencoder, dtype = load_autoencoder(components_folder, device=device), training_dtype(settings)
-    if not settings.project_only:
-        say(
-            "time     "
-            + estimate(
-                student,
-                files,
-                passes,
-                count_teacher_images(settings),
-                needs.tokens,
-                needs.latent_shape[1:],
-                device,
-                dtype,
-            )
-        )
-    if settings.aspect_ratios:
-        say(f"sizes    {', '.join(f'{width} x {height}' for width, height in sizes[1:])}")
+        compare_experts(settings, run.files, run.device)
+
+
+def announce_work(run):
+    """Print how long the run takes, and the sizes that it is trained on."""
+    if not run.settings.project_only:
+        run.accelerator.print(f"time     {run.estimate_time(run.num_passes, run.num_states)}")
+    if run.settings.aspect_ratios:
+        sizes = ", ".join(f"{width} x {height}" for width, height in run.sizes[1:])
+        run.accelerator.print(f"sizes    {sizes}")
+
+
+def lock_output(run):
+    """Refuse a folder that another run is writing to; the lock is held until the process ends."""
+    output = Path(run.settings.output_dir)
     (output / "cache").mkdir(exist_ok=True)
-    is_taken = accelerator.is_main_process and lock(output / "cache") is None  # held until the process ends
+    is_taken = run.accelerator.is_main_process and lock(output / "cache") is None
     abort_all_ranks(
-        accelerator,
+        run.accelerator,
         is_taken and f"{output}: another run is writing there. Wait for it, or name another --output_dir.",
     )
-    run["projection"] = start_student(
-        settings,
-        student,
-        files,
-        words,
-        training[: most_frames(needs.tokens)],
-        needs.latent_shape[1:],
-        accelerator,
-    )
-    if settings.project_only:
-        if accelerator.is_main_process:
-            save_start(output, settings, student, components_folder, run)
-        return accelerator.end_training()
 
-    # The trajectories: generated once, for training and for held-out prompts, and where students will be
-    # held against it.
-    teacher = Teacher(
-        files, device, dtype, broadcast(place_teacher(settings, files, device)), settings.teacher_fp8
+
+def initialise_student(run, student, words):
+    """Give the student its first weights; returns the report of the projection for run.json."""
+    prompts = run.training[: most_frames(run.estimator.tokens)]
+    return start_student(
+        run.settings, student, run.files, words, prompts, run.latent_shapes[0][1:], run.accelerator
     )
-    pace, width = (
-        Pace(device, matrix_rate(device, dtype), ranks),
-        feature_width(settings, shape["hidden_size"]),
-    )
-    teacher_data = TeacherData(
-        accelerator,
-        settings,
-        teacher,
-        words,
-        training,
-        held_out,
-        [needs.latent_shape, *needs.buckets],
-        width,
-        pace,
-    )
-    teacher_data.find_basis()
-    pace.restart()
-    trajectories = teacher_data.generate_training(num_trajectories)
-    pictured = teacher_data.ask_at_images(
-        images if phases[0][0] == "velocity" else [], sizes[1:], autoencoder
-    )
-    validation_trajectories = teacher_data.generate_validation()
-    generation_figures = pace.generation_figures(settings.teacher_steps)
-    if generation_figures:
-        say(
-            "generated {generated:,} trajectories, {trajectories_per_second:.3g} a second, {generation_teacher_share:.0%} of "
-            "the time in the "
-            "teacher".format(**generation_figures)
+
+
+def make_teacher_data(run, words):
+    """Return the TeacherData of a run; no trajectory is generated yet."""
+    settings, dtype = run.settings, training_dtype(run.settings)
+    teacher = Teacher(run.files, run.device, dtype, settings.teacher_residency, settings.teacher_fp8)
+    pace = Pace(run.device, matrix_rate(run.device, dtype), run.accelerator.num_processes)
+    return TeacherData(run, teacher, words, pace)
+
+
+def generate_teacher_data(run, teacher_data, autoencoder):
+    """Generate the teacher's trajectories, or read them from the cache; returns figures, none where all were there."""
+    figures = teacher_data.generate(run, autoencoder)
+    if figures:
+        run.accelerator.print(
+            "generated {generated:,} trajectories, {trajectories_per_second:.3g} a second, "
+            "{generation_teacher_share:.0%} of the time in the teacher".format(**figures)
         )
-    few = FewSteps(
+    return figures
+
+
+def make_few_steps(run):
+    """Return the FewSteps of a run: where its student stops."""
+    settings, accelerator = run.settings, run.accelerator
+    return FewSteps(
         settings.flow_shift,
-        few_steps or [settings.num_inference_steps],
-        needs.latent_shape,
+        run.few_steps or [settings.num_inference_steps],
+        run.latent_shapes[0],
         settings.teacher_steps,
-        (accelerator.process_index, ranks),
+        (accelerator.process_index, accelerator.num_processes),
     )
-    own_scheduler = few.scheduler if few_steps else teacher_data.scheduler
-    validator = Validator(
-        teacher_data,
-        *validation_trajectories,
-        validation,
-        few.counts,
-        own_scheduler,
-        autoencoder,
-        stop.check if ranks == 1 else lambda: None,
-    )  # several ranks stop together, at a step
+
+
+def begin_output(run, facts, is_resumed):
+    """Replace an earlier run's results by this run's record, now that it has all that it needs."""
+    output, accelerator = Path(run.settings.output_dir), run.accelerator
     if accelerator.is_main_process:
-        if not is_resumed:  # an earlier run goes only now, when this one has all to begin with
+        if not is_resumed:
             clear(output)
-        write_json(output / "run.json", run)
+        write_json(output / "run.json", facts)
     accelerator.wait_for_everyone()
     if not (output / "run.json").exists():
         raise OSError(
@@ -1062,369 +918,76 @@ def train(settings, is_resumed, stop):
             f"--output_dir."
         )
 
-    # What learns, and how; all of it is in `memory`, and nothing else has to be remembered.
-    set_seed(settings.seed)  # again: what lay in the cache has drawn no numbers
-    if (
-        settings.allow_tf32 and device.type == "cuda"
-    ):  # only now: a projection solves for weights in full float32
+
+def build_state(run, student, teacher_data, few, stop):
+    """Return the TrainingState at step 0, which is the same whatever was in the cache."""
+    set_seed(run.settings.seed)  # again: less was drawn where the cache had it
+    if run.settings.allow_tf32 and run.device.type == "cuda":  # a projection solves in full float32
         torch.set_float32_matmul_precision("high")
-    student, head = student.to(device), nn.Linear(shape["hidden_size"], width).to(device)
-    if settings.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
-    optimizers = make_optimizers(settings, student, head, is_fused=device.type == "cuda")
-    lr_schedulers = make_lr_schedulers(settings, optimizers)
-    ema = EMAModel(student.parameters(), decay=settings.ema_decay, foreach=device.type == "cuda")
-    wrapped, wrapped_head, *_ = accelerator.prepare(student, head, *optimizers)  # whose gradients it unscales
-    networks = Networks(
-        wrapped, wrapped_head, feature_block(shape["depth"]), teacher_data.guided, teacher_data.plain, few
-    )
-    memory = {
-        "student": student,
-        "feature_head": head,
-        "ema": ema,
-        "lr_schedulers": lr_schedulers,
-        "optimizers": optimizers,
-        "step": 0,
-        "skipped": 0,
-        "rollout": {},
-        "last_validation": {},
-        "best": {},
-        "beyond": 0,
-    }
-    memory |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
-    if settings.matching_steps:
-        critic = copy.deepcopy(student)
-        networks.critic_optimizers = make_optimizers(
-            settings, critic, rate=settings.critic_learning_rate, is_fused=device.type == "cuda"
-        )
-        memory |= {"critic": critic, "critic_optimizers": networks.critic_optimizers}
-        networks.critic = accelerator.prepare(critic)
-    for network in (student, critic) if settings.matching_steps else (student,):
-        pace.count(network)
-        if settings.compile:  # block by block, in place: names and weights stay as they are
-            torch._dynamo.config.optimize_ddp = False  # it would cut each block where gradients go out
-            torch._dynamo.config.recompile_limit = 32  # sizes, lengths of text, with gradients and without
-            network.compile_repeated_blocks()
-    if is_resumed:
-        resume(memory, output, device, say)
-    step = memory["step"]
-    tensorboard = (
-        {"purge_step": step + 1} if step else {}
-    )  # what was logged after the checkpoint is logged again
-    accelerator.init_trackers(
-        "wanlite", init_kwargs={"tensorboard": tensorboard, "wandb": {"dir": str(output)}}
-    )
-    log = MetricsLog(output / "metrics.jsonl", step) if accelerator.is_main_process else None
-    began -= log.seconds if log else 0  # what the run took before it was cut short
+    run.accelerator.gradient_accumulation_steps = run.settings.gradient_accumulation_steps
+    state = make_training_state(run, student, teacher_data, few, stop)
+    trained = [network for network in (state.student, state.critic) if network is not None]
+    for network in trained:
+        teacher_data.pace.count(network)
+    if run.settings.compile:
+        compile_blocks(trained)
+    return state
 
-    def tell(step, grid=None, **record):
-        """Log what happened; a disk that is full costs the record, not the run."""
-        if not accelerator.is_main_process:
-            return
-        try:
-            log.write(step=step, **record)
-            accelerator.log(record, step=step)
-            if grid is not None:
-                picture = save_grid(output / "samples" / f"step-{step:06d}.png", grid)
-                for tracker in accelerator.trackers:
-                    log_image(tracker, "teacher above student", picture, step)
-        except OSError as error:
-            say(f"WARNING: step {step} is not logged: {error}")
 
-    def read(data, numbers):
-        batch = data.__getitems__(data.in_order(numbers)[accelerator.process_index :: ranks])
-        return batch, words.pack([training[number] for number in batch["prompt"].tolist()])
+# ---- after the loop ----------------------------------------------------------------------------------------
 
-    def validate(step, phase):
-        """Look at the averaged student: figures, a grid, and whether it is the best so far."""
-        with averaged(ema, student, settings.use_ema):
-            figures_by_steps, figures = validator.validate(student)
-            tell(step, grid=validator.draw_grid(student, figures_by_steps), **figures)
-            memory["last_validation"] = {"step": step, **figures}
-            if phase != "velocity" or not few_steps:
-                consider(step, figures, figures_by_steps)
-        pace.restart()  # looking and saving are not steps
 
-    def consider(step, figures, figures_by_steps):
-        """Keep the student that is lent just now if no guard is against it and none before it was better."""
-        score = sum(each[measure] for each in figures_by_steps.values()) / len(figures_by_steps)
-        against = [
-            f"in {count} step{'s' * (count > 1)}: {reason}"
-            for count, each in figures_by_steps.items()
-            for reason in find_guard_violations(each)
-        ]
-        is_best = not memory["best"] or score < memory["best"]["score"]
-        memory["beyond"] = memory["beyond"] + 1 if against and not is_best else 0
-        if against:
-            say(
-                f"\nstep {step}: rejected, unlike the teacher {against[0]}"
-            )  # all figures are in metrics.jsonl
-        elif is_best:
-            weights = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
-            memory["best"] = {"step": step, "score": score, "figures": figures, "weights": weights}
-
-    def checkpoint(step):
-        """Save what the run remembers; a disk that is full costs this checkpoint, not the run and no earlier
-        one.
-        """
-        if accelerator.is_main_process:
-            try:
-                save_checkpoint(output, memory | {"step": step}, run, settings.checkpoints_total_limit)
-            except OSError as error:
-                newest = latest_checkpoint(output)[0]
-                say(
-                    f"\nWARNING: step {step} is NOT saved: {error}\nThe newest checkpoint is {newest}; "
-                    f"training goes on."
-                )
-        accelerator.wait_for_everyone()
-        pace.restart()
-
-    def roll_out_student(first):
-        """Walk the averaged student's own path, once for the phase that begins at step `first`; returns its
-        states by bucket.
-        """
-        with averaged(ema, student, settings.use_ema):
-            if memory["rollout"].get("first") != first:
-                memory["rollout"] = {"first": first, "student": broadcast(digest(student))}
-            return teacher_data.roll_out(
-                student, memory["rollout"]["student"], few, first, is_past=step != first
-            )
-
-    if generation_figures:
-        tell(step, **generation_figures)
-    bar = tqdm(
-        total=settings.max_train_steps,
-        initial=step,
-        desc="distilling",
-        unit="step",
-        smoothing=0.05,
-        disable=not accelerator.is_main_process,
-    )
-    stop.is_immediate, is_asked = False, False  # from here on a stop waits until nothing is lost by it
-    in_a_row, total_loss = 0, torch.zeros((), device=device)
-    measure = "frechet_distance" if settings.matching_steps else "image_error"
-    try:
-        for number, (phase, first, last) in enumerate(phases):
-            if step >= last or memory["beyond"] >= PATIENCE:
-                continue
-            if phase == "matching" and step == first:  # the critic begins as the student that it will watch
-                critic.load_state_dict(student.state_dict())
-            data = Buckets(
-                [states + at if at else states for states, at in zip(trajectories, pictured)]
-                if phase == "velocity"
-                else [
-                    FewStepStates(states, few.levels, own)
-                    for states, own in zip(trajectories, roll_out_student(first))
-                ]
-            )
-            batches = SeededBatches(
-                data.sizes,
-                settings.train_batch_size * ranks,
-                settings.seed + 1000 * number,
-                (step - first) * micro_batches,
-                (last - first) * micro_batches,
-            )
-            if phase != "matching":
-                teacher.unload()  # nobody asks it while the student learns from what is kept
-            if step % settings.validation_steps == 0 and memory["last_validation"].get("step") != step:
-                validate(step, phase)
-            coming = read_ahead(
-                partial(read, data), batches, device, PREFETCHED_BATCHES if device.type == "cuda" else 0
-            )
-            for micro_batch, (batch, text) in enumerate(pace.deal(coming)):
-                if is_asked or (ranks == 1 and stop.is_set):
-                    raise Stopped
-                drawn_by = (
-                    settings.seed,
-                    step,
-                    micro_batch % micro_batches,
-                    0,
-                )  # the same on all ranks; see FewSteps
-                with accelerator.accumulate(wrapped, wrapped_head):
-                    with accelerator.autocast():
-                        loss, told_apart = STEPS[phase](
-                            networks,
-                            settings,
-                            batch,
-                            text,
-                            (step - first) / (last - first),
-                            torch.Generator().manual_seed(hash(drawn_by) % 2**63),
-                        )
-                    accelerator.backward(loss)
-                    total_loss += loss.detach() / micro_batches
-                    if not accelerator.sync_gradients:
-                        continue
-                    norm = accelerator.clip_grad_norm_(
-                        [*wrapped.parameters(), *wrapped_head.parameters()], settings.max_grad_norm
-                    )
-                    # The one time a step waits for the device: is it sound on every rank, and was any of them
-                    # asked to stop?
-                    told = torch.stack([total_loss, norm.float(), total_loss.new_tensor(stop.is_set)])
-                    mean_loss, norm, asked = accelerator.reduce(told, "mean").tolist()
-                    is_asked, is_sound = asked > 0, math.isfinite(mean_loss + norm)
-                    total_loss.zero_()
-                    for optimizer in optimizers:
-                        if is_sound:
-                            optimizer.step()
-                        optimizer.zero_grad()
-                    if (
-                        accelerator.scaler is not None
-                    ):  # once: accelerate would for each optimizer, and unscale again
-                        accelerator.scaler.update()
-                for lr_scheduler in lr_schedulers:
-                    lr_scheduler.step()
-                step += 1
-                bar.update()
-                if is_sound:
-                    ema.step(student.parameters())
-                    in_a_row = 0
-                else:
-                    memory["skipped"], in_a_row = memory["skipped"] + 1, in_a_row + 1
-                    if in_a_row == MAX_SKIPPED:
-                        raise FloatingPointError(
-                            f"{MAX_SKIPPED} steps in a row, up to {step}, had no finite gradient (loss "
-                            f"{mean_loss}, norm {norm}). "
-                            "Add --overwrite and lower --learning_rate and --muon_learning_rate, or "
-                            "--mixed_precision no."
-                        )
-                if step % LOG_STEPS == 0 or step == last or not is_sound:
-                    record = {
-                        "loss": mean_loss,
-                        "grad_norm": norm,
-                        "learning_rate": lr_schedulers[0].get_last_lr()[0],
-                        "skipped_steps": memory["skipped"],
-                        **{name: value.item() for name, value in told_apart.items()},
-                    }
-                    record |= (figures := pace.figures())
-                    bar.set_postfix(phase=phase, loss=f"{mean_loss:.3f}", **in_brief(figures), refresh=False)
-                    tell(step, seconds=round(time.time() - began, 1), **record)
-                if step % settings.validation_steps == 0 and step < settings.max_train_steps:
-                    validate(step, phase)
-                if step % settings.checkpointing_steps == 0 or step == settings.max_train_steps:
-                    checkpoint(step)
-                if memory["beyond"] >= PATIENCE:
-                    say(
-                        f"\nended at step {step}: {PATIENCE} validations in a row were rejected and no "
-                        f"closer to the teacher"
-                    )
-                    break
-    except Stopped:
-        checkpoint(step)
-        accelerator.end_training()
-        say(f"\nstopped at step {step} of {settings.max_train_steps}")
-        raise
-    stop.is_immediate = True  # the last checkpoint holds all that is needed below
-    bar.close()
-
-    # What is kept: the averaged student that validation found best, what inference needs beside it, and how
-    # good it is.
-    stop.check()
-    if memory["last_validation"].get("step") != step:
-        validate(step, phases[-1][0])
-    if settings.use_ema:
-        ema.copy_to(student.parameters())
-    figures, chosen = (
-        memory["last_validation"],
-        {"step": step, "why": "the last step, for every validation was rejected"},
-    )
-    if is_close := bool(memory["best"]):
-        student.load_state_dict(memory["best"]["weights"])
-        figures, chosen = (
-            memory["best"]["figures"],
-            {
-                "step": memory["best"]["step"],
-                measure: memory["best"]["score"],
-                "why": f"the lowest {measure} of the validations that were not rejected",
-            },
-        )
-    if accelerator.is_main_process:
-        student.save_pretrained(output)
-        save_components(output, components_folder, own_scheduler)
+def finish(run, state, validator, log, components_folder):
+    """Save the averaged student that validations found best, what inference needs, and how good it is."""
+    settings, progress, output = run.settings, state.progress, Path(run.settings.output_dir)
+    if progress.last_validation.get("step") != progress.step:
+        validator(state, log)
+    state.load_best()
+    is_main = run.accelerator.is_main_process
+    if is_main:
+        state.student.save_pretrained(output)
+        save_components(output, components_folder, validator.scheduler)
+    figures = progress.best.get("figures", progress.last_validation)
     results = {name: value for name, value in figures.items() if name != "step"}
-    if (
-        teacher.residency == "sharded" or accelerator.is_main_process
-    ):  # of a teacher in shares all have to ask
-        results |= validator.judge(student)
-    if accelerator.is_main_process:
-        ending = verdict(chosen["step"], is_close)
-        write_json(
-            output / "run.json",
-            run
-            | {
-                "finished": True,
-                "steps": step,
-                "minutes": (time.time() - began) / 60,
-                "skipped_steps": memory["skipped"],
-                "chosen": chosen,
-                "verdict": ending,
-                "results": results,
-            },
-        )
-        write_model_card(output, settings, few_steps, results, drawing_command(settings.output_dir))
-        conclude(settings, output, results, ending, is_close, time.time() - began, say)
-    accelerator.end_training()
+    if validator.teacher_data.teacher.residency == "sharded" or is_main:  # all processes hold a share of it
+        results |= validator.judge(state.student)
+    if is_main:
+        chosen = describe_chosen(progress, validator.measure)
+        ending, is_close = verdict(chosen["step"], bool(progress.best)), bool(progress.best)
+        facts = {"finished": True, "steps": progress.step, "minutes": log.seconds / 60}
+        facts |= {"skipped_steps": progress.skipped_steps, "chosen": chosen, "verdict": ending}
+        write_json(output / "run.json", log.facts | facts | {"results": results})
+        drawing = drawing_command(settings.output_dir)
+        write_model_card(output, settings, run.few_steps, results, drawing)
+        conclude(settings, output, results, ending, is_close, log.seconds, run.accelerator.print)
+    run.accelerator.end_training()
 
 
-def save_start(output, settings, student, components_folder, run):
-    """Save a projected student that nothing was trained of: it draws by the teacher's schedule, as a student
-    of stage 1 does.
-    """
+def describe_chosen(progress, measure):
+    """Return which step was saved, and why, for run.json."""
+    if not progress.best:
+        return {"step": progress.step, "why": "the last step, for every validation was rejected"}
+    return {
+        "step": progress.best["step"],
+        measure: progress.best["score"],
+        "why": f"the lowest {measure} of the validations that were not rejected",
+    }
+
+
+def save_start(run, student, components_folder, facts):
+    """Save a projected student that was not trained: it samples by the teacher's schedule, as after phase velocity."""
+    settings, output = run.settings, Path(run.settings.output_dir)
     clear(output)
-    write_json(
-        output / "run.json", run | {"projected_only": True, "schedule": describe_schedule(settings, [], [])}
-    )
+    facts = facts | {"projected_only": True, "schedule": describe_schedule(settings, [], [])}
+    write_json(output / "run.json", facts)
     student.save_pretrained(output)
     save_components(output, components_folder, make_scheduler(settings.flow_shift))
-    write_model_card(output, settings, [], {}, drawing_command(settings.output_dir))
-    print(f"saved to {output}, projected and not trained\nnext: {drawing_command(settings.output_dir)}")
-
-
-def resume(memory, output, device, say):
-    """Give everything in `memory` the state of the newest checkpoint that verifies; 0 steps where there is
-    none yet.
-    """
-    path, skipped = latest_checkpoint(output)
-    for reason in skipped:
-        say(reason)
-    if path is None:
-        if skipped:
-            raise OSError(
-                f"{output}: no checkpoint verifies, so nothing can be resumed. Add --overwrite to start "
-                f"again."
-            )
-        return
-    restore(memory, load_checkpoint(path))
-    memory["ema"].to(device)
-    say(f"resumed at step {memory['step']} from {path}")
-
-
-def digest(student):
-    """Return the sha256 of a student's weights."""
-    found = hashlib.sha256()
-    for tensor in student.state_dict().values():
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
-@contextmanager
-def averaged(ema, student, use_ema):
-    """Lend the student its averaged weights."""
-    if use_ema:
-        ema.store(student.parameters())
-        ema.copy_to(student.parameters())
-    try:
-        yield
-    finally:
-        if use_ema:
-            ema.restore(student.parameters())
+    drawing = drawing_command(settings.output_dir)
+    write_model_card(output, settings, [], {}, drawing)
+    print(f"saved to {output}, projected and not trained\nnext: {drawing}")
 
 
 # ---- main --------------------------------------------------------------------------------------------------
-
-
-def is_dry(word):
-    """Whether a word of the command line is --dry_run, or what argparse takes for it."""
-    return len(word) > len("--d") and "--dry_run".startswith(word)
 
 
 def resuming_command(settings):
@@ -1439,14 +1002,19 @@ def resuming_command(settings):
     return command(Path(__file__).name, *words)
 
 
-def main(settings, is_resumed):
-    """Train in --output_dir, or say what that would need; returns the exit code."""
+def main(settings, is_resumed, **seams):
+    """Train in --output_dir, or print what that would need; returns the exit code.
+
+    `seams` are those arguments of train() by which a benchmark or a test replaces a part of it.
+    """
     try:
         if settings.dry_run:
             return (
-                0 if not is_first() else plan(settings, [word for word in sys.argv[1:] if not is_dry(word)])
+                0
+                if not is_first()
+                else plan(settings, [word for word in sys.argv[1:] if word != "--dry_run"])
             )
-        train(settings, is_resumed, StopSignal(is_launched=is_launched()))
+        train(settings, is_resumed, StopSignal(is_launched=is_launched()), **seams)
     except (OSError, ValueError, FloatingPointError) as error:
         defer_to_rank_zero()
         print(f"train_distillation.py: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ python benchmarks/baselines.py twin_flow --output_dir DIR ...        # in place 
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -13,10 +14,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
 
-import train_distillation as spine
+import train_distillation as script
 from wanlite.flow import add_noise, shift_noise_level
 from wanlite.training.losses import velocity_loss
-from wanlite.training.steps import MATCHED, STEPS, draw, few_step_regression, velocity_from
+from wanlite.training.phase_table import PHASES
+from wanlite.training.steps import MATCHED, draw, few_step_regression, velocity_from
 
 WARM_UP = 0.5  # share of the part in which the fake branch is learnt before it pushes
 RECTIFY_WEIGHT = 0.5
@@ -27,7 +29,7 @@ def flow_matching_step(networks, settings, batch, text, progress, generator):
 
     Source: rectified flow as in Stable Diffusion 3 (Esser et al. 2024).
     """
-    picture = batch["picture"].float()
+    picture = batch["image"].float()
     noise = torch.randn(picture.shape, generator=generator).to(picture.device)
     level = torch.randn(len(picture), generator=generator).sigmoid().to(picture.device)
     level = shift_noise_level(level, settings.flow_shift)
@@ -66,6 +68,6 @@ BASELINES = {"flow_matching": ("few_step", flow_matching_step), "twin_flow": ("m
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BASELINES:
         sys.exit(f"baselines.py: expected {' or '.join(BASELINES)} and then flags of train_distillation.py")
-    part, step = BASELINES[sys.argv.pop(1)]
-    STEPS[part] = step
-    sys.exit(spine.main(*spine.read_settings()))
+    phase, loss = BASELINES[sys.argv.pop(1)]
+    phases = PHASES | {phase: replace(PHASES[phase], loss=loss)}
+    sys.exit(script.main(*script.read_settings(), phases=phases))

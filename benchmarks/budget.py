@@ -79,7 +79,7 @@ def print_table(runs):
             [each["student_by_steps"][count]["accuracy"] for each in results] for count in "41"
         )
         error, error_in_one, diversity = (
-            [each[name] for each in results] for name in ("picture_error_4", "picture_error_1", "diversity_4")
+            [each[name] for each in results] for name in ("image_error_4", "image_error_1", "diversity_4")
         )
         spent = " + ".join(f"{each:.1f}" for each in hours(pictures, steps))
         print(

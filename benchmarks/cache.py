@@ -26,17 +26,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.train_speed import World, ours, settle
 from train_distillation import Settings
-from wanlite.world import shapes
+from wanlite.data.text_encoder import lazy_encoder
 from wanlite.data.trajectories import TrajectoryGenerator, encode_once
 from wanlite.flow import make_scheduler
 from wanlite.network import pack_text
-from wanlite.training.throughput import Pace
-from wanlite.training.teacher_data import teacher_velocity
 from wanlite.planning.estimate import feature_width
 from wanlite.student.shape import student_shape
-from wanlite.teacher.model import Teacher
 from wanlite.teacher.checkpoint import open_teacher_files
-from wanlite.data.text_encoder import lazy_encoder
+from wanlite.teacher.model import Teacher
+from wanlite.training.teacher_data import teacher_velocity
+from wanlite.training.throughput import Pace
+from wanlite.world import shapes
 
 TINY_TEACHER = ROOT / "tiny_teacher"
 STEPS = 20  # of a trajectory
@@ -110,7 +110,9 @@ def fill(folder, count, device):
     began = time.perf_counter()
     trajectory_generator = TrajectoryGenerator(
         accelerator,
-        lambda said, features: guided(pack_text([words[prompt] for prompt in said]).to(device), features),
+        lambda said, has_features: guided(
+            pack_text([words[prompt] for prompt in said]).to(device), has_features
+        ),
         make_scheduler(3.0),
         STEPS,
         basis=basis,

@@ -21,10 +21,10 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.quality import TRAIN, Judge, train
 from run_inference import StudentPipeline
-from wanlite.world import shapes
 from wanlite.training.metrics import prompt_accuracy
 from wanlite.training.run_folder import read_run
 from wanlite.training.steps import velocity_from
+from wanlite.world import shapes
 
 QUICK = (
     "--max_train_steps",

@@ -36,8 +36,8 @@ from wanlite.flow import make_scheduler, sample
 from wanlite.network import TextTokens, pack_text, pass_operations
 from wanlite.planning.memory import matrix_rate, pass_peak, simulated_peak, teacher_bytes
 from wanlite.student.shape import student_shape
-from wanlite.teacher.model import Teacher, load_expert, make_expert
 from wanlite.teacher.checkpoint import ExpertFiles, TeacherFiles
+from wanlite.teacher.model import Teacher, load_expert, make_expert
 
 BEGAN, ROWS = time.perf_counter(), []
 NEEDS = {"right": 100, "step": 70, "teacher": 150, "draw": 60, "compiled": 120}  # seconds, with a margin

@@ -238,8 +238,9 @@ def moments(arguments, folder, seconds, cache, expected):
 
 def measure(arguments, folder):
     """Kill and finish runs; returns the figures."""
-    from tqdm import tqdm
     import torch
+    from tqdm import tqdm
+
     import train_distillation  # noqa: F401 (for all runs, which are forked)
 
     torch.set_num_threads(1)

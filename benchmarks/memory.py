@@ -25,8 +25,8 @@ from diffusers.training_utils import EMAModel
 
 from train_distillation import Settings, WanLiteStudent
 from wanlite.data.autoencoder import decode_latents, make_autoencoder
-from wanlite.training.optimizers import make_optimizers
 from wanlite.planning.memory import decoding_peak, gigabytes, pass_peak, simulated_peak, training_peak
+from wanlite.training.optimizers import make_optimizers
 
 WARM = {"width": 128, "depth": 2, "side": 16, "rows": 1, "teacher": 256, "base_dim": 8}
 SIZES = {

@@ -177,24 +177,26 @@ def prepare(folder, num_trajectories):
     from accelerate import Accelerator
 
     import train_distillation as spine
-    from wanlite.files.cache import cache_folder
+    from wanlite.data.text_encoder import encode_prompts, load_text_encoder
     from wanlite.data.trajectories import TrajectoryGenerator
+    from wanlite.files.cache import cache_folder
     from wanlite.flow import make_scheduler
     from wanlite.network import pack_text
     from wanlite.planning.defaults import choose_prompts
     from wanlite.planning.resolve import complete
+    from wanlite.teacher.checkpoint import open_teacher_files
+    from wanlite.teacher.model import Teacher
     from wanlite.training.teacher_data import teacher_velocity
-    from wanlite.data.text_encoder import encode_prompts, load_text_encoder
 
     settings = replace(complete(spine.Settings()), num_trajectories=num_trajectories)
-    files = spine.open_teacher_files(settings.teacher)
+    files = open_teacher_files(settings.teacher)
     training, held_out = choose_prompts(settings)
     prompts = [*training, *held_out, ""]
     embeddings = dict(zip(prompts, encode_prompts(*load_text_encoder(settings.teacher), prompts)))
-    guided = teacher_velocity(spine.Teacher(files), settings, embeddings[""])
+    guided = teacher_velocity(Teacher(files), settings, embeddings[""])
     trajectory_generator = TrajectoryGenerator(
         Accelerator(),
-        lambda said, features: guided(pack_text([embeddings[p] for p in said]), features),
+        lambda said, has_features: guided(pack_text([embeddings[p] for p in said]), has_features),
         make_scheduler(settings.flow_shift),
         settings.teacher_steps,
         basis=torch.eye(files.experts["low"].width)[:, :1],
@@ -215,18 +217,22 @@ def prepare(folder, num_trajectories):
 def run(job):
     """Make a start, train it, and judge it; returns the row."""
     import torch
+    from diffusers.training_utils import EMAModel
 
     import train_distillation as spine
     from wanlite.data.autoencoder import load_autoencoder
     from wanlite.data.trajectories import SeededBatches, Trajectories
     from wanlite.flow import make_scheduler
-    from wanlite.training.metrics import prompt_accuracy
     from wanlite.network import pack_text
-    from wanlite.training.losses import velocity_loss
     from wanlite.planning.resolve import complete
-    from wanlite.training.validation import generate_images, relative_error
-    from wanlite.training.steps import velocity_from
     from wanlite.student.shape import student_shape
+    from wanlite.teacher.checkpoint import open_teacher_files
+    from wanlite.training.losses import velocity_loss
+    from wanlite.training.metrics import prompt_accuracy
+    from wanlite.training.optimizers import make_lr_schedulers, make_optimizers
+    from wanlite.training.state import averaged_weights
+    from wanlite.training.steps import velocity_from
+    from wanlite.training.validation import generate_images, relative_error
 
     torch.set_num_threads(1)
     cache = Path(job["data"])
@@ -244,7 +250,7 @@ def run(job):
         max_train_steps=job["steps"],
         lr_warmup_steps=job["steps"] // 10,
     )
-    files = spine.open_teacher_files(settings.teacher)
+    files = open_teacher_files(settings.teacher)
     torch.manual_seed(job["seed"])
     student = spine.WanLiteStudent(student_shape(files.config, **job["student"]))
     began = time.perf_counter()
@@ -252,12 +258,12 @@ def run(job):
         student, files, job["expert"], [embeddings[prompt] for prompt in training[:1024]], job["seed"]
     )
     seconds = time.perf_counter() - began
-    optimizers = spine.make_optimizers(settings, student)
-    rates = spine.make_lr_schedulers(settings, optimizers)
-    ema, errors = spine.EMAModel(student.parameters(), decay=0.995), {}
+    optimizers = make_optimizers(settings, student)
+    rates = make_lr_schedulers(settings, optimizers)
+    ema, errors = EMAModel(student.parameters(), decay=0.995), {}
 
     def measure(step):
-        with spine.averaged(ema, student, True):
+        with averaged_weights(ema, student):
             errors[str(step)] = round(
                 relative_error(student, states["held_out"], embeddings, held_out, "cpu", lambda: None), 5
             )
@@ -318,8 +324,8 @@ def weights_only(student, files, expert, words, seed):
 def calibrated(student, files, expert, words, seed):
     import torch
 
-    from wanlite.student.calibration import calibrate, choose_channels, make_frames
     from wanlite.network import pack_text
+    from wanlite.student.calibration import calibrate, choose_channels, make_frames
     from wanlite.student.projection import choose_experts, project
 
     (expert,) = choose_experts(files, expert)
@@ -344,9 +350,9 @@ def importance(student, files, expert, words, seed):
     calibration frames."""
     import torch
 
-    from wanlite.student.pruning import _rotary_rows, top
-    from wanlite.student.calibration import make_frames
     from wanlite.network import one_frame_velocity, pack_text
+    from wanlite.student.calibration import make_frames
+    from wanlite.student.pruning import _rotary_rows, top_indices
     from wanlite.teacher.model import load_expert
 
     files, active = files.experts[expert], {}
@@ -368,15 +374,15 @@ def importance(student, files, expert, words, seed):
         one_frame_velocity(network, frames.latents, frames.timestep, *frames.text)
     config, head_dim = student.config, files.config["attention_head_dim"]
     size = config.hidden_size // config.num_heads
-    channels = top(
+    channels = top_indices(
         sum(score for name, score in active.items() if name.endswith("channels")), config.hidden_size
     )
 
     def head_rows(block, attention):
-        heads = top(
+        heads = top_indices(
             active[f"{block}.{attention}"].unflatten(0, (-1, head_dim)).square().sum(1), config.num_heads
         )
-        cut = {
+        layers = {
             kind: (
                 files.read(f"blocks.{block}.{attention}.to_{kind}.weight"),
                 files.read(f"blocks.{block}.{attention}.to_{kind}.bias"),
@@ -384,9 +390,7 @@ def importance(student, files, expert, words, seed):
             for kind in "qk"
         }
         places = [head * head_dim + torch.arange(head_dim) for head in heads.tolist()]
-        return torch.cat(
-            [rows[_rotary_rows(cut, rows, head_dim, size, attention == "attn1")] for rows in places]
-        )
+        return torch.cat([rows[_rotary_rows(layers, rows, size, attention == "attn1")] for rows in places])
 
     def choose(name, dimension, few, many):
         part = name.split(".")
@@ -399,7 +403,7 @@ def importance(student, files, expert, words, seed):
         ):
             return head_rows(part[1], part[2])
         if part[0] == "blocks" and part[2] == "ffn" and (dimension == 0) == (part[4] == "0"):
-            return top(active[f"{part[1]}.ffn"], few)
+            return top_indices(active[f"{part[1]}.ffn"], few)
         if "time_proj" in name and dimension == 0:
             return (torch.arange(6)[:, None] * files.width + channels).flatten()
         return channels

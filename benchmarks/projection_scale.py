@@ -424,8 +424,8 @@ def check_folder(folder, config):
 
 def check_student(config, student):
     """Refuse a student that cannot be cut from the teacher, before anything is written."""
-    from wanlite.student.shape import check_cut
     from wanlite.student.loading import check_shape
+    from wanlite.student.shape import check_cut
 
     patch = {"patch_size": (1, 2, 2)}
     check_shape(**patch, eps=config["eps"], **student)

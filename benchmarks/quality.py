@@ -29,9 +29,13 @@ import torch
 
 from run_inference import StudentPipeline
 from train_distillation import CHANGEABLE_ON_RESUME, Settings
-from wanlite.world import shapes
 from wanlite.data.autoencoder import decode_latents, to_images
 from wanlite.flow import make_scheduler, sample, seeded_noise
+from wanlite.network import pack_text
+from wanlite.planning.resolve import TINY_STEPS, choose_teacher, complete
+from wanlite.planning.settings import make_parser
+from wanlite.teacher.checkpoint import open_teacher_files
+from wanlite.teacher.model import Teacher
 from wanlite.training.metrics import (
     channel_drift,
     channel_spread,
@@ -39,15 +43,11 @@ from wanlite.training.metrics import (
     frechet_distance,
     prompt_accuracy,
 )
-from wanlite.network import pack_text
-from wanlite.world.record import read_world
 from wanlite.training.run_folder import read_run
-from wanlite.planning.settings import make_parser
-from wanlite.planning.resolve import TINY_STEPS, choose_teacher, complete
-from wanlite.training.teacher_data import teacher_velocity
 from wanlite.training.steps import velocity_from
-from wanlite.teacher.model import Teacher
-from wanlite.teacher.checkpoint import open_teacher_files
+from wanlite.training.teacher_data import teacher_velocity
+from wanlite.world import shapes
+from wanlite.world.record import read_world
 
 REFERENCE = "teacher, guided", 40  # what every row is held against, at its own noise
 TRAIN, BASELINES = ROOT / "train_distillation.py", ROOT / "benchmarks" / "baselines.py"

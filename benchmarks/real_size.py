@@ -295,8 +295,8 @@ def measure_agreement(folder):
     from diffusers import WanTransformer3DModel
 
     from wanlite.network import pack_text, unpack_text
-    from wanlite.teacher.model import load_expert, run_expert, stream_expert
     from wanlite.teacher.checkpoint import open_teacher_files
+    from wanlite.teacher.model import load_expert, run_expert, stream_expert
 
     whole, found = open_teacher_files(folder).experts["high"], {}
     blocks = tuple(f"blocks.{index}." for index in range(2))

@@ -39,18 +39,19 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from train_distillation import Settings, WanLiteStudent
-from wanlite.data.trajectories import SeededBatches, Trajectories, write_shard
-from wanlite.runtime.devices import disable_cudnn_attention
-from wanlite.network import pack_text, pass_operations, unpack_text
-from wanlite.training.optimizers import make_optimizers
-from wanlite.planning.memory import MemoryMeter, gigabytes, matrix_rate
 from wanlite.data.prefetch import PREFETCHED_BATCHES, read_ahead
-from wanlite.training.teacher_data import feature_block
+from wanlite.data.trajectories import SeededBatches, Trajectories, write_shard
+from wanlite.network import pack_text, pass_operations, unpack_text
 from wanlite.planning.estimate import feature_width
-from wanlite.training.steps import Networks, STEPS
+from wanlite.planning.memory import MemoryMeter, gigabytes, matrix_rate
+from wanlite.runtime.devices import disable_cudnn_attention
 from wanlite.student.shape import student_shape
-from wanlite.teacher.model import Teacher, make_expert
 from wanlite.teacher.checkpoint import ExpertFiles, TeacherFiles, open_teacher_files
+from wanlite.teacher.model import Teacher, make_expert
+from wanlite.training.optimizers import make_optimizers
+from wanlite.training.phase_table import PHASES
+from wanlite.training.steps import Networks
+from wanlite.training.teacher_data import feature_block
 
 A14B = {
     "patch_size": (1, 2, 2),
@@ -248,7 +249,7 @@ def ours(world, muon_rate=0.0, is_compiled=False, ask=None, feed=None):
         if ask is not None:
             batch["velocity"], batch["features"] = ask(batch, text)
         with accelerator.autocast():
-            loss, _ = STEPS["velocity"](networks, settings, batch, text, 0.5, None)
+            loss, _ = PHASES["velocity"].loss(networks, settings, batch, text, 0.5, None)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(
             [*wrapped.parameters(), *wrapped_head.parameters()], settings.max_grad_norm

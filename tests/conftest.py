@@ -45,6 +45,44 @@ TO_OFFICIAL = [
     (".scale_shift_table", ".modulation"),
 ]
 
+# `pytest -m fast` leaves out these files, and in the others each test that uses one of RUNNERS,
+# which start a process.
+SLOW_FILES = {
+    "test_bad_students.py",
+    "test_benchmark_samples.py",
+    "test_benchmarks.py",
+    "test_calibration.py",
+    "test_compiling.py",
+    "test_emoji.py",
+    "test_package.py",
+    "test_plan.py",
+    "test_ranks.py",
+    "test_save_load_integration.py",
+    "test_second_device.py",
+    "test_shapes.py",
+    "test_single_files.py",
+    "test_sizes.py",
+    "test_stages.py",
+    "test_static.py",
+    "test_student_saving.py",
+    "test_teacher.py",
+    "test_tiny_teachers.py",
+    "test_validators.py",
+}
+RUNNERS = {"finished_run", "fork", "projected_run", "refused", "run_script", "shell", "subprocess", "train"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name not in SLOW_FILES and not RUNNERS & names_used(item):
+            item.add_marker(pytest.mark.fast)
+
+
+def names_used(item):
+    """Return the fixtures of a test and the names in its code."""
+    return {*item.fixturenames, *item.function.__code__.co_names}
+
 
 def official_name(name):
     """Say a diffusers name as Wan's own repository does."""

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.conftest import ROOT
-from train_distillation import Settings, is_dry
+from train_distillation import Settings
 from wanlite.phases import MIN_TRAJECTORIES
 from wanlite.planning.messages import announce_few, command, conclude, drawing_command, share_right, verdict
 from wanlite.planning.resolve import complete
@@ -79,22 +79,6 @@ def test_the_commands_of_a_model_card_hold_whatever_the_folder_is_called(path, t
         path,
         path,
     ]
-
-
-@pytest.mark.parametrize(
-    "word, is_it",
-    [
-        ("--dry_run", True),
-        ("--dry", True),
-        ("--dr", True),
-        ("--d", False),
-        ("--", False),
-        ("--depth", False),
-        ("dry_run", False),
-    ],
-)
-def test_the_dry_run_is_left_out_of_the_command_however_it_was_typed(word, is_it):
-    assert is_dry(word) == is_it
 
 
 # ---- how it ended ------------------------------------------------------------------------------------------

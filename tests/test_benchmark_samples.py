@@ -152,7 +152,7 @@ def test_a_sample_of_budgets_is_trained_and_told_and_another_student_is_not_take
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [(row["pictures"], row["steps"]) for row in rows] == [(64, 7), (64, 14), (128, 7), (128, 14)]
     assert len([line for line in process.stdout.splitlines() if line.startswith(("| 64 |", "| 128 |"))]) == 4
-    assert len({row["picture_error_4"] for row in rows}) == 4
+    assert len({row["image_error_4"] for row in rows}) == 4
     again = run_script(*command)
     assert (
         again.returncode == 0

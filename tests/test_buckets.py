@@ -55,7 +55,7 @@ def test_jobs_are_dealt_out_evenly_by_seed_and_to_one_bucket_as_they_are():
     assert dealt == deal_out(jobs, 3, seed=5) != deal_out(jobs, 3, seed=6) and deal_out(jobs, 1, seed=5) == [
         jobs
     ]
-    with pytest.raises(ValueError, match="2 pictures of the teacher are fewer than the 3 sizes"):
+    with pytest.raises(ValueError, match="2 images of the teacher are fewer than the 3 sizes"):
         deal_out(jobs[:2], 3, seed=5)
 
 

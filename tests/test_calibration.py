@@ -57,7 +57,7 @@ def test_a_calibrated_student_is_nearer_to_the_teacher_than_a_projected_one(shap
     assert velocity_error(student, teacher, "low", many_words) < 0.8 * before
 
 
-def test_frames_of_real_pictures_are_those_pictures_with_noise(teacher, many_words):
+def test_frames_of_real_images_are_those_images_with_noise(teacher, many_words):
     clean = torch.full((64, 16, 6, 4), 3.0)
     frames = make_frames(teacher.files.experts["low"], many_words, (8, 8), clean)
     level = frames.timestep[:, None, None, None] / 1000
@@ -81,7 +81,7 @@ def test_calibrating_is_bitwise_the_same_from_either_layout_and_whatever_the_ran
     assert all(torch.equal(tensor, students[1][name]) for name, tensor in students[0].items())
 
 
-def test_chosen_channels_foretell_channels_that_are_sums_of_them():
+def test_chosen_channels_predict_channels_that_are_sums_of_them():
     three = torch.randn(500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows = torch.cat(
         [three, three @ torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)], 1

@@ -18,7 +18,9 @@ from wanlite.training.checkpoints import checkpoint_path, latest_checkpoint, loa
 
 
 def save(folder, step, value=0.0, keep=9):
-    save_checkpoint(folder, {"weight": torch.full((100,), float(value)), "step": step}, {"seed": 0}, keep)
+    save_checkpoint(
+        folder, step, {"weight": torch.full((100,), float(value)), "step": step}, {"seed": 0}, keep
+    )
 
 
 def steps(folder):
@@ -43,7 +45,7 @@ def test_optimizers_schedules_and_numbers_come_back_bit_by_bit(tmp_path):
         "nothing": None,
         "shares": [0.1, 1e-300, 2**53 + 1],
     }
-    save_checkpoint(tmp_path, state, {}, 2)
+    save_checkpoint(tmp_path, 3, state, {}, 2)
     found = load_checkpoint(checkpoint_path(tmp_path, 3))
     first, second = torch.optim.AdamW([network.bias], lr=9.0), torch.optim.Muon([network.weight], lr=9.0)
     first.load_state_dict(found["optimizers"][0])
@@ -133,7 +135,7 @@ def test_two_at_least_are_kept_and_other_names_are_left_alone(tmp_path):
 def test_a_kill_in_the_middle_of_a_save_leaves_the_last_whole_checkpoint(tmp_path):
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path; from tests.test_checkpoints import save; import wanlite.checkpoints as "
+        "from pathlib import Path; from tests.test_checkpoints import save; import wanlite.training.checkpoints as "
         "room\n"
         "save(Path(sys.argv[2]), 1)\n"
         "def slow(tensors, path): path.write_text('half'); print('saving', flush=True); time.sleep(60)\n"
@@ -156,7 +158,7 @@ def test_a_disk_that_fills_during_a_save_leaves_the_earlier_checkpoint(small_dis
         "wanlite.training.checkpoints.check_space", lambda *_: None
     )  # there was room when it was looked at
     with pytest.raises(OSError, match="step-000002: .*No space left"):
-        save_checkpoint(small_disk, {"weight": torch.zeros(10**6), "step": 2}, {}, 2)
+        save_checkpoint(small_disk, 2, {"weight": torch.zeros(10**6)}, {}, 2)
     assert steps(small_disk) == ["step-000001"] and latest_checkpoint(small_disk) == (
         checkpoint_path(small_disk, 1),
         [],

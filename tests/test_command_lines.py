@@ -1,8 +1,10 @@
 """Both scripts, as a user types them: every wrong word is one line, exit code 2, before torch is imported."""
 
+import dataclasses
 import json
 import os
 import pwd
+import re
 import shlex
 import shutil
 import time
@@ -97,6 +99,66 @@ def test_a_prompt_is_read_as_utf8_where_the_locale_is_ascii():
     assert arguments.prompt == ["caf\N{LATIN SMALL LETTER E WITH ACUTE}"]
 
 
+@pytest.mark.parametrize(
+    "settings, typed, suggested",
+    [
+        (TrainSettings, "--segment_steps", "--few_step_train_steps"),
+        (TrainSettings, "--own_path_pictures", "--rollout_states"),
+        (TrainSettings, "--validation_walks", "--validation_trajectories"),
+        (TrainSettings, "--variety_gain=0.3", "--diversity_gain"),
+        (TrainSettings, "--critic_pull", "--critic_lerp"),
+        (TrainSettings, "--dry", "--dry_run"),
+        (TrainSettings, "--max", "--max_train_steps or --max_grad_norm"),
+        (
+            TrainSettings,
+            "--learning-rate",
+            "--learning_rate or --muon_learning_rate or --critic_learning_rate",
+        ),
+        (DrawSettings, "--promt", "--prompt or --prompts_file"),
+        (DrawSettings, "-seed", "--seed"),
+    ],
+)
+def test_a_wrong_flag_is_refused_and_similar_flags_are_suggested(settings, typed, suggested, capsys):
+    with pytest.raises(SystemExit) as ended:
+        make_parser(settings, "").parse_args([typed, "3"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert f"unrecognized arguments: {typed} (did you mean {suggested}?) 3 (--help" in error
+
+
+def test_a_flag_like_no_other_gets_no_suggestion(capsys):
+    with pytest.raises(SystemExit):
+        make_parser(TrainSettings, "").parse_args(["--xyzzy"])
+    assert "unrecognized arguments: --xyzzy (--help lists every flag)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [TrainSettings, DrawSettings])
+def test_help_has_every_flag_under_a_heading(settings):
+    options, *groups = make_parser(settings, "").format_help().partition("options:\n")[2].split("\n\n")
+    assert options.split()[:2] == ["-h,", "--help"] and len(options.splitlines()) == 1
+    assert all(re.match(r"[a-z ]+:\n  --", group) for group in groups)
+    listed = re.findall(r"^  --(\w+)", "\n".join(groups), re.MULTILINE)
+    assert listed == [field.name for field in dataclasses.fields(settings)]
+
+
+@pytest.mark.parametrize("settings", [TrainSettings, DrawSettings])
+def test_help_names_every_default_but_that_of_a_switch_that_is_off(settings):
+    _, *entries = re.split(r"\n  (?=--)", make_parser(settings, "").format_help())
+    entries = [" ".join(entry.split()) for entry in entries]
+    for field, entry in zip(dataclasses.fields(settings), entries, strict=True):
+        assert (entry.count("(default: ") == 1) == (field.default is not False), entry
+    assert any(re.match(r"--seed N .*\(default: 0\)", entry) for entry in entries)
+
+
+@pytest.mark.parametrize("script", [TRAIN, DRAW])
+def test_help_takes_half_a_second_at_most(script):
+    before = os.times()
+    assert run_script(script, "--help").returncode == 0
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    assert seconds <= 0.5  # of computing, whatever else the machine does
+
+
 def test_a_path_with_a_tilde_is_the_same_in_all_that_is_printed_and_written(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     process = run_script(TRAIN, "--output_dir=~/run", "--cache_dir=~/cache", *SHORT_RUN, cwd=tmp_path)
@@ -157,7 +219,7 @@ def test_a_start_is_projected_once_and_taken_by_later_runs_of_the_same_teacher_s
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def projected_run(tmp_path_factory):
     """A folder of a projected start, whose name a shell would take apart, and what was said."""
     folder = tmp_path_factory.mktemp("start") / "it's a $HOME"
     process = run_script(TRAIN, "--output_dir", folder, *SHORT_RUN, "--project_only")
@@ -165,8 +227,8 @@ def start(tmp_path_factory):
     return folder, process.stdout
 
 
-def test_projecting_alone_announces_no_training_and_ends_with_the_command_that_draws(start):
-    folder, said = start
+def test_projecting_alone_announces_no_training_and_ends_with_the_command_that_draws(projected_run):
+    folder, said = projected_run
     assert not any(word in said for word in ("teacher pictures", "steps", "minutes", "trajectories"))
     *_, saved, then = said.splitlines()
     assert saved == f"saved to {folder}, projected and not trained"
@@ -181,8 +243,8 @@ def test_projecting_alone_announces_no_training_and_ends_with_the_command_that_d
     assert repr(str(folder)) in (folder / "README.md").read_text()
 
 
-def test_a_saved_start_draws_as_step_0_of_a_run_in_its_folder(start, tmp_path):
-    shutil.copytree(start[0], tmp_path / "run")
+def test_a_saved_start_draws_as_step_0_of_a_run_in_its_folder(projected_run, tmp_path):
+    shutil.copytree(projected_run[0], tmp_path / "run")
     drawing = run_script(
         DRAW, "--model", tmp_path / "run", "--output_dir", tmp_path / "images", "--batch_size", "8"
     )
@@ -202,19 +264,20 @@ def test_a_saved_start_draws_as_step_0_of_a_run_in_its_folder(start, tmp_path):
     grid = np.asarray(Image.open(tmp_path / "run/samples/step-000000.png").convert("RGB"))[
         64:128
     ]  # the student's row
-    assert len(drawn) == len(read_run(start[0])["validation_prompts"])
+    assert len(drawn) == len(read_run(projected_run[0])["validation_prompts"])
     assert (np.concatenate(drawn, axis=1) == grid[:, -64 * len(drawn) :]).all()
     assert read_run(tmp_path / "run")["finished"] and "projected_only" not in read_run(tmp_path / "run")
 
 
-def test_stock_opens_a_saved_start(start):
+def test_stock_opens_a_saved_start(projected_run):
     ours, stock = (
-        kind.from_pretrained(start[0]).state_dict() for kind in (WanLiteStudent, WanTransformer3DModel)
+        kind.from_pretrained(projected_run[0]).state_dict()
+        for kind in (WanLiteStudent, WanTransformer3DModel)
     )
     assert ours.keys() == stock.keys() and all(
         torch.equal(tensor, stock[name]) for name, tensor in ours.items()
     )
-    assert WanPipeline.from_pretrained(start[0]).scheduler.config.solver_order == 2
+    assert WanPipeline.from_pretrained(projected_run[0]).scheduler.config.solver_order == 2
 
 
 def test_projecting_alone_replaces_no_run_that_was_cut_short(finished_run, tmp_path):

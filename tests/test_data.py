@@ -13,13 +13,12 @@ from wanlite.data import trajectories as data
 from wanlite.data.trajectories import (
     MAX_SAMPLED,
     FewStepStates,
-    Projected,
-    Sampled,
     SeededBatches,
     Trajectories,
     TrajectoryGenerator,
     encode_once,
     read_shard,
+    sample_rows,
     shard_path,
     write_shard,
 )
@@ -150,33 +149,36 @@ def test_a_cache_that_was_moved_under_another_name_is_refused_with_what_differs(
         cache_folder(tmp_path, "trajectories", teacher="a", guidance=(5.0, 3.0), shift=3.0, text_length=256)
 
 
-def test_what_is_kept_of_token_states_is_bounded_and_in_the_basis():
+def test_rows_from_which_a_basis_is_found_are_bounded():
     states = torch.randn(4, 5000, 6)
-    kept = Sampled(10)
-    for _ in range(10):
-        kept.append(states)
+    kept = [sample_rows(states, 10) for _ in range(10)]
     assert 0.5 * MAX_SAMPLED < sum(map(len, kept)) <= MAX_SAMPLED + len(kept)
-    whole = Sampled(1)
-    whole.append(states)
-    assert torch.equal(torch.cat(whole), states.flatten(0, 1))
-    assert all(
-        kept.untyped_storage().nbytes() == kept.nbytes and kept.data_ptr() != states.data_ptr()
-        for kept in whole
+    whole = sample_rows(states, 1)
+    assert torch.equal(whole, states.flatten(0, 1))
+    assert whole.untyped_storage().nbytes() == whole.nbytes and whole.data_ptr() != states.data_ptr()
+
+
+def test_hidden_states_are_kept_in_the_basis_in_float16(tmp_path):
+    hidden_states = torch.randn(1, 9, 6).bfloat16()
+    generator = TrajectoryGenerator(
+        Accelerator(),
+        lambda prompts, has_features: lambda latents, timestep: (latents, hidden_states),
+        make_scheduler(3.0),
+        2,
+        basis=torch.eye(6)[:, :2],
     )
-    projected = Projected(torch.eye(6)[:, :2])
-    projected.append(states.bfloat16())
-    assert torch.equal(projected[0], states.bfloat16().half()[..., :2])
+    kept = generator.generate(tmp_path, [(0, "a", 1)], (2, 4, 4)).shards[0]["features"]
+    assert torch.equal(kept, hidden_states.half()[..., :2].expand(1, 2, 9, 2))
 
 
 def test_a_basis_is_of_the_directions_that_vary_most_and_kept_for_the_next_run(tmp_path):
     deviations, asked = torch.tensor([0.1, 3.0, 0.2, 1.0]), []
 
-    def velocity_for(prompts, features):
+    def velocity_for(prompts, has_features):
         asked.append(prompts)
 
         def velocity_of(latents, timestep):
-            features.append(5 + deviations * torch.randn(len(latents), 50, 4))  # a mean is no direction
-            return latents
+            return latents, 5 + deviations * torch.randn(len(latents), 50, 4)  # a mean is no direction
 
         return velocity_of
 
@@ -209,13 +211,12 @@ def walked(tmp_path_factory):
     return states, path, paths, few, scheduler
 
 
-def teacher_for(prompts, features):
+def teacher_for(prompts, has_features):
     aim = torch.tensor([float(prompt) for prompt in prompts]).view(-1, 1, 1, 1)
 
     def velocity_of(latents, timestep):
-        if features is not None:
-            features.append(torch.zeros(len(latents), 1, 4))
-        return (latents - aim) * (0.5 + timestep / 1000).view(-1, 1, 1, 1)
+        velocity = (latents - aim) * (0.5 + timestep / 1000).view(-1, 1, 1, 1)
+        return (velocity, torch.zeros(len(latents), 1, 4)) if has_features else velocity
 
     return velocity_of
 

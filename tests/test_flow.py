@@ -1,4 +1,4 @@
-"""Noise levels, velocities and the walk from noise to picture."""
+"""Noise levels, velocities and the solve from noise to picture."""
 
 import json
 
@@ -15,7 +15,7 @@ from wanlite.flow import (
     sample,
     seeded_noise,
     shift_noise_level,
-    walk,
+    solve,
 )
 
 CLEAN, NOISE = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
@@ -29,7 +29,7 @@ def test_sampler_is_exact_when_velocity_is_constant(num_steps, shift):
 
 
 def test_the_walk_asks_once_a_step_from_noise_down_and_says_where_it_is():
-    steps = list(walk(lambda latents, timestep: NOISE - CLEAN, NOISE, make_scheduler(3.0), 4))
+    steps = list(solve(lambda latents, timestep: NOISE - CLEAN, NOISE, make_scheduler(3.0), 4))
     latents, timestep, noise_level, _ = zip(*steps)
     assert torch.equal(latents[0], NOISE) and [int(t) for t in timestep] == [999, 900, 750, 500]
     for where, level in zip(latents, noise_level):

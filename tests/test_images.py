@@ -618,7 +618,7 @@ def test_the_teacher_is_asked_at_each_of_its_levels_at_noised_pictures_and_state
     assert 0.9 < noise.std() < 1.1 and torch.allclose(again, batch["latents"].float(), atol=1e-5)
     low = batch["noise_level"] < 0.5
     assert (noise[low][1:] - noise[low][:-1]).abs().mean() > 0.5  # noised anew at each level
-    velocity = teacher_for([str(number) for number in batch["prompt"].tolist()], None)(
+    velocity = teacher_for([str(number) for number in batch["prompt"].tolist()], False)(
         batch["latents"].float(), batch["timestep"]
     )
     assert torch.allclose(velocity, batch["velocity"].float(), atol=0.01)

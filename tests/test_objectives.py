@@ -91,7 +91,7 @@ def test_the_student_aims_at_more_varied_pictures_from_noise_alone():
         "latents": latents,
         "timestep": timestep,
         "noise_level": noise_level,
-        "picture": picture,
+        "image": picture,
         "velocity": (latents - picture) / noise_level.view(-1, 1, 1, 1),
     }
     text = pack_text([torch.zeros(2, 4)] * 3)

@@ -146,7 +146,7 @@ def test_walks_take_what_is_told_of_them(tokens_at_once, steps, tmp_path):
     text = pack_text([torch.zeros(63, 64)] * walks)
     trajectory_generator = TrajectoryGenerator(
         Accelerator(),
-        lambda prompts, features: velocity_for(text, features),
+        lambda prompts, has_features: velocity_for(text, has_features),
         make_scheduler(3.0),
         steps,
         basis=torch.zeros(files.width, width),

@@ -26,6 +26,7 @@ from wanlite.planning.defaults import choose_shape
 from wanlite.planning.estimate import MemoryEstimator
 from wanlite.planning.resolve import REAL_STEPS, TINY_STEPS, complete
 from wanlite.teacher.checkpoint import open_teacher_files
+from wanlite.teacher.components import find_components
 from wanlite.training.run_folder import read_run
 
 TRAIN = ROOT / "train_distillation.py"
@@ -85,6 +86,7 @@ def needs():
         buckets: MemoryEstimator(
             settings,
             files,
+            find_components(settings.teacher),
             WanLiteStudent,
             choose_shape(settings, files),
             [(64, 64)] * (1 + buckets),
@@ -294,12 +296,12 @@ STAGE_TWO = {"max_train_steps": 6, "few_step_train_steps": 6, "flow_shift": 3.0,
         ),
         ({"schedule": None}, "was saved by an older version"),
         ({"schedule": [1]}, "its run.json does not say a run's schedule"),
-        ({"schedule": {"parts": [1]}}, "does not say the parts of its schedule"),
+        ({"schedule": {"phases": [1]}}, "does not say the phases of its schedule"),
         (
             {"teacher": None, "student": {}, "settings": [1]},
             "does not say a run's teacher, student, settings. Copy the folder again",
         ),
-        ({"schedule": {"parts": {"velocity": 0, "few_step": 3}}}, "has not been through stage 1"),
+        ({"schedule": {"phases": {"velocity": 0, "few_step": 3}}}, "has not been through stage 1"),
         (
             {"settings": asdict(Settings(flow_shift=5.0, resolution=64))},
             "was trained with flow_shift 5.0, this run has 3.0",
@@ -323,7 +325,7 @@ def test_a_student_that_is_not_there_is_named(name, tmp_path):
 
 
 def test_distribution_matching_wants_a_student_of_few_steps(saved):
-    folder = saved(schedule={"parts": {"velocity": 3, "few_step": 0}})
+    folder = saved(schedule={"phases": {"velocity": 3, "few_step": 0}})
     with pytest.raises(ValueError, match="does not draw in few steps yet"):
         complete(Settings(student=str(folder), max_train_steps=6, few_step_train_steps=0, matching_steps=6))
 
@@ -345,7 +347,7 @@ def test_stage_two_goes_on_from_a_saved_student_and_says_what_it_has_been_throug
     assert run["schedule"] == {
         "flow_shift": 3.0,
         "few_steps": [1, 2, 4],
-        "parts": {"velocity": 2, "few_step": 8, "matching": 2},
+        "phases": {"velocity": 2, "few_step": 8, "matching": 2},
     }
     saved(teacher="0" * 64)
     process = run_script(TRAIN, "--output_dir", tmp_path / "other", *flags, *shared)
@@ -386,7 +388,7 @@ def test_another_text_encoder_shares_no_start_and_no_trajectories(finished_run, 
     made = {
         path.name.rpartition("-")[0] for path in (tmp_path / "cache").iterdir() if path.name not in before
     }
-    assert made == {"basis", "pictures", "start", "text", "trajectories"}
+    assert made == {"basis", "images", "start", "text", "trajectories"}
 
 
 def test_a_file_of_three_prompts_trains_to_the_end(tmp_path):
@@ -410,7 +412,7 @@ def test_a_file_of_three_prompts_trains_to_the_end(tmp_path):
     )
     walks = max(
         (
-            json.loads(path.read_text())["walks"]
+            json.loads(path.read_text())["trajectories"]
             for path in tmp_path.glob("run/cache/trajectories-*/provenance.json")
         ),
         key=len,

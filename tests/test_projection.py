@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import A14B, TI2V_5B, TINY_TEACHER, WAN_1_3B, write_official, write_sparse_wan
 from train_distillation import WanLiteStudent
 from wanlite.network import one_frame_velocity
-from wanlite.student import projection
-from wanlite.student import pruning as block_cutting
+from wanlite.student import projection, pruning
 from wanlite.student.initialization import project_into
 from wanlite.student.shape import check_cut
 from wanlite.teacher.checkpoint import ExpertFiles, open_teacher_files
@@ -21,11 +20,7 @@ from wanlite.teacher.experts import check_experts
 
 TEXT = {"num_channels": 16, "text_dim": 64, "rope_max_seq_len": 64}
 CUT = {"hidden_size": 64, "depth": 4, "num_heads": 2} | TEXT
-PLAIN = CUT | {
-    "ffn_dim": 256,
-    "freq_dim": 256,
-    "patch_size": (1, 2, 2),
-}  # what a student's config says of its shape
+CONFIG = CUT | {"ffn_dim": 256, "freq_dim": 256, "patch_size": (1, 2, 2)}  # entries of a student config
 
 
 def own_shape(config):
@@ -94,15 +89,17 @@ def test_a_student_tensor_that_gets_no_value_stops_the_projection():
         projection.project(student, [open_teacher_files(TINY_TEACHER).experts["low"]])
 
 
-def test_the_report_tells_what_was_kept_of_every_block_and_how_alike_the_experts_are():
+def test_the_report_has_the_energy_kept_in_each_block_and_the_cosines_of_the_experts():
     report = project_into(WanLiteStudent(**CUT), TINY_TEACHER)
-    assert report.kept.keys() == {"residual", "text", "attn1", "attn2", "ffn"}
+    assert report.kept_energy.keys() == {"residual", "text", "attn1", "attn2", "ffn"}
     assert (
-        all(0 < share <= 1 for shares in report.kept.values() for share in shares)
-        and len(report.kept["ffn"]) == 4
+        all(0 < share <= 1 for shares in report.kept_energy.values() for share in shares)
+        and len(report.kept_energy["ffn"]) == 4
     )
     assert report.experts == ["low"] * 4 and report.cosines == check_experts(open_teacher_files(TINY_TEACHER))
-    assert json.loads(json.dumps(report.as_dict()))["energy_kept"] == report.kept and "cosine" in str(report)
+    assert json.loads(json.dumps(report.as_dict()))["energy_kept"] == report.kept_energy and "cosine" in str(
+        report
+    )
 
 
 def test_each_block_comes_from_the_expert_that_keeps_more():
@@ -111,7 +108,7 @@ def test_each_block_comes_from_the_expert_that_keeps_more():
     for name, expert in files.items():
         report = projection.project(WanLiteStudent(**CUT), [expert], channels=spans.channels)
         kept[name] = [
-            sum(report.kept[group][block] for group in ("attn1", "attn2", "ffn")) for block in range(4)
+            sum(report.kept_energy[group][block] for group in ("attn1", "attn2", "ffn")) for block in range(4)
         ]
     best = ["low" if low >= high else "high" for low, high in zip(kept["low"], kept["high"])]
     assert spans.experts == best
@@ -161,7 +158,7 @@ def test_every_shape_that_fits_gives_finite_velocities(shape, words, noisy):
 )
 def test_a_shape_that_cannot_be_cut_is_refused(shape, words, teacher):
     with pytest.raises(ValueError, match=words):
-        check_cut(teacher.config, PLAIN | shape)
+        check_cut(teacher.config, CONFIG | shape)
 
 
 def test_a_student_that_cannot_be_cut_is_refused_before_a_tensor_is_read(monkeypatch):
@@ -182,7 +179,7 @@ def test_a_student_that_cannot_be_cut_is_refused_before_a_tensor_is_read(monkeyp
 )
 def test_the_nearest_shapes_that_a_refusal_names_can_be_cut(shape, teacher):
     with pytest.raises(ValueError, match="nearest shapes") as refused:
-        check_cut(teacher.config, PLAIN | shape)
+        check_cut(teacher.config, CONFIG | shape)
     named = re.findall(
         r"--hidden_size (\d+) --num_heads (\d+) --depth (\d+) --ffn_dim (\d+)", str(refused.value)
     )
@@ -229,8 +226,8 @@ def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path):
 
 
 def test_a_smaller_head_keeps_whole_rotary_pairs_of_every_axis():
-    cut = {kind: (torch.randn(128, 8), torch.randn(128)) for kind in "qk"}
-    rows = block_cutting._rotary_rows(cut, torch.arange(128), 128, 64, has_rotary=True)
+    layers = {kind: (torch.randn(128, 8), torch.randn(128)) for kind in "qk"}
+    rows = pruning._rotary_rows(layers, torch.arange(128), 64, has_rotary=True)
     assert len(rows.unique()) == 64 and torch.equal(rows[1::2], rows[::2] + 1) and (rows[::2] % 2 == 0).all()
     pairs = rows[::2] // 2
     assert [int((pairs < 22).sum()), int(((pairs >= 22) & (pairs < 43)).sum()), int((pairs >= 43).sum())] == [
@@ -242,40 +239,45 @@ def test_a_smaller_head_keeps_whole_rotary_pairs_of_every_axis():
 
 
 @pytest.fixture
-def attention_cut():
+def attention():
     """A block's attention, 4 heads of 4 over 8 residual channels, whose last two heads are louder in queries
     and keys and whose first two write only their biases."""
     generator = torch.Generator().manual_seed(0)
     loud = torch.tensor([0.2, 0.2, 1.0, 1.0]).repeat_interleave(4)[:, None]
-    cut = {kind: (loud * torch.randn(16, 8, generator=generator), torch.zeros(16)) for kind in "qk"}
-    cut["v"] = ((loud == 1.0) * torch.randn(16, 8, generator=generator), torch.randn(16, generator=generator))
-    cut |= {
-        "o": torch.randn(8, 16, generator=generator),
-        "o_bias": torch.randn(8, generator=generator),
-        "gain": {kind: torch.rand(16, generator=generator) + 0.5 for kind in "qk"},
-    }
-    cut["power"] = {kind: block_cutting._row_power(*cut[kind]).mean() for kind in "qk"}
-    return cut
+    layers = {kind: (loud * torch.randn(16, 8, generator=generator), torch.zeros(16)) for kind in "qk"}
+    value = (loud == 1.0) * torch.randn(16, 8, generator=generator)
+    layers["v"] = value, torch.randn(16, generator=generator)
+    output, output_bias = torch.randn(8, 16, generator=generator), torch.randn(8, generator=generator)
+    energy = pruning._head_energy(output, value, 4)
+    return pruning._Attention(
+        layers,
+        output,
+        output_bias,
+        gains={kind: torch.rand(16, generator=generator) + 0.5 for kind in "qk"},
+        powers={kind: pruning._row_power(*layers[kind]).mean() for kind in "qk"},
+        rows=torch.arange(16),
+        head_energy=energy,
+        block_energy=energy.sum(),
+    )
 
 
-def joined(cut):
-    cut = block_cutting._weigh_heads(cut, 4, 3)
-    tensors = block_cutting._join_heads([cut], {"num_heads": 2, "hidden_size": 8}, 4, "attn1", {}, {})
-    return {name.removeprefix("attn1."): tensor for name, tensor in tensors.items()}
+def joined(attention):
+    three = pruning._keep_heads(attention, pruning.top_indices(attention.head_energy, 3))
+    block = pruning.ProjectedBlock("low", {})
+    pruning._join_heads([three], {"num_heads": 2, "hidden_size": 8}, 4, "attn1", block)
+    return {name.removeprefix("attn1."): tensor for name, tensor in block.tensors.items()}
 
 
-def test_attention_keeps_its_temperature_when_heads_are_dropped(attention_cut):
-    tensors, inputs = joined(attention_cut), torch.randn(20000, 8, generator=torch.Generator().manual_seed(1))
+def test_attention_keeps_its_temperature_when_heads_are_dropped(attention):
+    tensors, inputs = joined(attention), torch.randn(20000, 8, generator=torch.Generator().manual_seed(1))
     for kind in "qk":
-        queries = inputs @ attention_cut[kind][0].T
-        theirs = (queries / queries.square().mean(-1, keepdim=True).sqrt() * attention_cut["gain"][kind])[
-            :, 8:
-        ]
+        queries = inputs @ attention.layers[kind][0].T
+        theirs = (queries / queries.square().mean(-1, keepdim=True).sqrt() * attention.gains[kind])[:, 8:]
         queries = inputs @ tensors[f"to_{kind}.weight"].T
         ours = queries / queries.square().mean(-1, keepdim=True).sqrt() * tensors[f"norm_{kind}.weight"]
         assert 0.98 < (ours.square().mean() / theirs.square().mean()).sqrt() < 1.02
 
 
-def test_what_a_dropped_head_writes_whatever_it_looks_at_is_kept(attention_cut):
-    expected = attention_cut["o_bias"] + attention_cut["o"][:, :8] @ attention_cut["v"][1][:8]
-    assert torch.allclose(joined(attention_cut)["to_out.0.bias"], expected, atol=1e-6)
+def test_the_constant_output_of_a_dropped_head_is_kept(attention):
+    expected = attention.output_bias + attention.output[:, :8] @ attention.layers["v"][1][:8]
+    assert torch.allclose(joined(attention)["to_out.0.bias"], expected, atol=1e-6)

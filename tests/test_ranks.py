@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from wanlite.runtime.ranks import check_devices
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.model import Teacher
 from wanlite.training.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint
-from wanlite.training.steps import STEPS
+from wanlite.training.phase_table import PHASES
 
 
 def start(rank, group, work, log):
@@ -84,16 +85,16 @@ def train(folder, *flags, processes=2, at=None):
 
         def step(name, *arguments):
             (at or {}).get((rank, next(numbers)), lambda: None)()
-            return STEPS[name](*arguments)
+            return PHASES[name].loss(*arguments)
 
-        train_distillation.STEPS = {name: partial(step, name) for name in STEPS}
+        phases = {name: replace(parts, loss=partial(step, name)) for name, parts in PHASES.items()}
         sys.argv = [
             "train_distillation.py",
             "--output_dir",
             str(folder),
             *map(str, (*SHORT_RUN, *CHEAP, *flags)),
         ]
-        return train_distillation.main(*train_distillation.read_settings())
+        return train_distillation.main(*train_distillation.read_settings(), phases=phases)
 
     return together(as_typed, folder, processes)
 
@@ -263,10 +264,9 @@ def test_ranks_in_step_make_as_many_shards_of_as_many_jobs_as_any_and_write_each
     def walk(rank):
         asked = []
 
-        def velocity_for(prompts, features):
+        def velocity_for(prompts, has_features):
             asked.append(len(prompts))
-            features.append(torch.zeros(len(prompts), 4, 2))
-            return lambda latents, timestep: (features.append(torch.zeros(len(prompts), 4, 2)), latents)[1]
+            return lambda latents, timestep: (latents, torch.zeros(len(prompts), 4, 2))
 
         states = TrajectoryGenerator(
             Accelerator(), velocity_for, make_scheduler(3.0), 1, True, torch.eye(2)

@@ -9,7 +9,6 @@ import time
 import pytest
 import torch
 
-import train_distillation
 from tests.test_resuming import asked, folder, same, train  # noqa: F401
 from wanlite.data.prefetch import read_ahead
 from wanlite.network import TextTokens
@@ -59,15 +58,12 @@ def test_a_batch_that_cannot_be_read_is_an_error_where_it_would_have_been(ahead)
     assert not readers()
 
 
-def test_a_run_that_reads_ahead_stops_and_resumes_to_the_same_weights(folder, finished_run, monkeypatch):  # noqa: F811
+def test_a_run_that_reads_ahead_stops_and_resumes_to_the_same_weights(folder, finished_run):  # noqa: F811
     left = folder.with_name("left")
 
     def look():
         left.write_text(json.dumps(len(readers())))
 
-    monkeypatch.setattr(
-        train_distillation, "read_ahead", lambda read, jobs, device, _: read_ahead(read, jobs, device, 2)
-    )
-    code, said = train(folder, at={1: look, 2: asked()})
+    code, said = train(folder, at={1: look, 2: asked()}, prefetched=2)
     assert code == 3 and "stopped at step 2 of 6" in said and left.read_text() == "1"
     assert train(folder)[0] == 0 and same(folder, finished_run[0])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +23,10 @@ from tests.conftest import ROOT, SHORT_RUN, fork, run_script
 from wanlite.files.atomic import write_json
 from wanlite.planning import estimate as needs
 from wanlite.teacher.model import Expert
-from wanlite.training import validation as validator
 from wanlite.training.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
+from wanlite.training.phase_table import PHASES
 from wanlite.training.run_folder import read_run
-from wanlite.training.steps import STEPS
+from wanlite.training.validation import Validator
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -37,35 +38,46 @@ def folder(finished_run, tmp_path):
     return tmp_path / "run"
 
 
-def train(folder, *flags, at=None, checks=None, guards=None):
+def happening_before(function, happenings):
+    """Return the same function; before call `number` it runs happenings[number](), which may scale its loss."""
+    numbers = iter(range(1, 10**6))
+
+    def called(*arguments):
+        happening = happenings.get(next(numbers), lambda: None)
+        if (change := happening()) is None:
+            return function(*arguments)
+        loss, terms = function(*arguments)
+        return loss * change, terms
+
+    return called
+
+
+def with_losses(happenings):
+    """Return PHASES with losses before which things happen, counted over all phases."""
+    call = happening_before(lambda loss, *arguments: loss(*arguments), happenings)
+    return {name: replace(parts, loss=partial(call, parts.loss)) for name, parts in PHASES.items()}
+
+
+def train(folder, *flags, at=None, checks=None, guards=None, **seams):
     """Run the command that a user types, in a process of its own; returns its exit code and what it said.
 
     `at` is {number of a micro-batch in this process: what happens before it, which may change its loss};
-    `checks` as much for the passes over the held-out states; `guards` stands in for what finds a student
-    beyond them.
+    `checks` as much for the passes over the held-out states; `guards` stands in for what finds guard
+    violations; `seams` are those of train_distillation.main().
     """
 
-    def whenever(function, happenings):
-        numbers = iter(range(1, 10**6))
-
-        def wrapped(*arguments):
-            happening = happenings.get(next(numbers), lambda: None)
-            if (change := happening()) is None:
-                return function(*arguments)
-            loss, parts = function(*arguments)
-            return loss * change, parts
-
-        return wrapped
+    class Watched(Validator):
+        find_violations = staticmethod(guards or Validator.find_violations)
+        held_out_error = happening_before(Validator.held_out_error, checks or {})
 
     def as_typed():
-        steps = whenever(lambda name, *arguments: STEPS[name](*arguments), at or {})
-        train_distillation.STEPS = {name: partial(steps, name) for name in STEPS}
-        train_distillation.find_guard_violations = guards or train_distillation.find_guard_violations
-        validator.relative_error = whenever(validator.relative_error, checks or {})
+        phases = with_losses(at or {})
         sys.argv = ["train_distillation.py", "--output_dir", str(folder), *map(str, (*SHORT_RUN, *flags))]
         with open(f"{folder}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
             try:
-                code = train_distillation.main(*train_distillation.read_settings())
+                code = train_distillation.main(
+                    *train_distillation.read_settings(), phases=phases, make_validator=Watched, **seams
+                )
             except SystemExit as end:  # how argparse refuses
                 code = end.code
         os._exit(code)
@@ -86,13 +98,12 @@ class Scaled(Accelerator):
             self.scaler.unscale_(prepared.optimizer)
 
 
-def test_gradients_that_are_scaled_train_the_same_student_bit_for_bit(finished_run, folder, monkeypatch):
+def test_gradients_that_are_scaled_train_the_same_student_bit_for_bit(finished_run, folder):
     """By powers of two, in float32: nothing is lost.
 
     The scale doubles after five steps, once for all optimizers.
     """
-    monkeypatch.setattr(train_distillation, "Accelerator", Scaled)
-    assert train(folder)[0] == 0
+    assert train(folder, make_accelerator=Scaled)[0] == 0
     assert same(folder, finished_run[0])
     path, _ = latest_checkpoint(folder)
     assert load_checkpoint(path)["scaler"]["scale"] == 2.0 ** (16 + read_run(folder)["steps"] // 5)
@@ -218,7 +229,7 @@ def test_a_batch_that_was_fitted_to_a_machine_stays_when_a_run_goes_on_where_mor
     code, said = train_in(60e6, "--matching_steps", "0")
     assert code == 2 and "cut short by an older version" in said
     write_json(folder / "run.json", run)
-    monkeypatch.delattr(train_distillation, "choose_precision")  # nothing is chosen again
+    monkeypatch.delattr("wanlite.planning.run.choose_precision")  # nothing is chosen again
     code, said = train_in(1e12, "--matching_steps", "0")
     assert code == 0 and "8 x 32 a step" in said and "resumed at step 1" in said
 
@@ -300,7 +311,7 @@ def test_the_best_validation_is_saved_and_not_the_last_and_a_resumed_run_chooses
     last = load_file(checkpoint_path(folder, 6) / "state.safetensors")
     saved = load_file(folder / WEIGHTS)
     assert (
-        all(torch.equal(saved[name], last[f"/best/weights/{name}"]) for name in saved) or chosen["step"] == 6
+        all(torch.equal(saved[name], last[f"/best_weights/{name}"]) for name in saved) or chosen["step"] == 6
     )
 
 
@@ -398,7 +409,7 @@ def test_a_critic_that_is_not_this_runs_is_named(folder):
     state = load_checkpoint(path)
     state["critic"] = {name: tensor[..., :-1].contiguous() for name, tensor in state["critic"].items()}
     shutil.rmtree(path)
-    save_checkpoint(folder, state, read_run(folder), 2)
+    save_checkpoint(folder, 3, state, read_run(folder), 2)
     code, said = train(folder)
     assert code == 2 and "the checkpoint's critic is not that of this run" in said and "--overwrite" in said
 

@@ -2,9 +2,9 @@
 learned from.
 """
 
-import inspect
 import json
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,11 +15,18 @@ from tests.conftest import ROOT, TINY_TEACHER, run_script
 from train_distillation import Settings, WanLiteStudent
 from wanlite.data.autoencoder import load_autoencoder
 from wanlite.flow import FewSteps, seeded_noise
+from wanlite.network import pack_text
 from wanlite.planning.defaults import choose_prompts
 from wanlite.planning.resolve import complete
-from wanlite.student import calibration, projection
-from wanlite.student import pruning as block_cutting
-from wanlite.student.initialization import compare_experts, project_into, start_student
+from wanlite.planning.run import resolve_run
+from wanlite.student.calibration import calibrate, choose_channels, make_frames
+from wanlite.student.initialization import (
+    METHOD_VERSION,
+    compare_experts,
+    project_into,
+    start_folder,
+    start_student,
+)
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.model import Teacher
 from wanlite.training import validation as validator
@@ -27,6 +34,16 @@ from wanlite.training.run_folder import read_run
 from wanlite.training.steps import velocity_in_chunks
 from wanlite.training.teacher_data import PromptEmbeddings, TeacherData
 from wanlite.training.throughput import Pace
+
+
+def resolved(cache, prompts, **settings):
+    """Return the Run of settings whose training prompts are held out as well."""
+    settings = complete(Settings(cache_dir=str(cache), num_held_out=4, num_trajectories=300, **settings))
+    run = resolve_run(settings, WanLiteStudent, start=lambda settings: Accelerator())
+    shown = settings.validation_prompts or prompts
+    return replace(
+        run, training=prompts, held_out=prompts, settings=replace(run.settings, validation_prompts=shown)
+    )
 
 
 def kept(folder, kind):
@@ -53,7 +70,7 @@ def test_no_walk_that_is_learned_from_has_prompt_or_noise_of_one_that_students_a
         "4",
     )
     assert process.returncode == 0, process.stderr
-    walks = sorted((made_of["walks"] for made_of in kept(finished_run[0], "trajectories")), key=len)
+    walks = sorted((made_of["trajectories"] for made_of in kept(finished_run[0], "trajectories")), key=len)
     (*_, training), examined = walks, [walk for part in walks[:-1] for walk in part]
     assert len(walks) == 3 and len(training) == 64 and len(examined) > 16
     for column in (1, 2):  # prompts, seeds
@@ -65,24 +82,36 @@ def test_no_walk_that_is_learned_from_has_prompt_or_noise_of_one_that_students_a
     )
 
 
-@pytest.mark.parametrize("room", [projection, block_cutting, calibration])
-def test_a_start_is_taken_again_only_if_it_was_made_by_the_same_code(room, tmp_path, monkeypatch):
+def test_a_cached_start_is_used_again_unless_the_method_version_is_another(tmp_path):
     settings, accelerator = complete(Settings(cache_dir=str(tmp_path), projection="weights")), Accelerator()
-    source = inspect.getsource
     files, student = (
         open_teacher_files(TINY_TEACHER),
         WanLiteStudent(hidden_size=64, depth=4, num_heads=2, text_dim=64),
     )
     words = PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, ["a red ring"])
-
-    def start():
+    for _ in range(2):
         start_student(settings, student, files, words, ["a red ring"], (8, 8), accelerator)
-        return {place.name for place in tmp_path.glob("start-*")}
+    (folder,) = tmp_path.glob("start-*")
+    key = settings, student, files, words.said_by, ["a red ring"], (8, 8)
+    assert start_folder(*key) == folder != start_folder(*key, METHOD_VERSION + 1)
 
-    first = start()
-    assert start() == first and len(first) == 1
-    monkeypatch.setattr(inspect, "getsource", lambda which: source(which) + "# changed" * (which is room))
-    assert len(start()) == 2
+
+def test_the_method_version_is_raised_when_the_projected_weights_change():
+    student, files = (
+        WanLiteStudent(hidden_size=64, depth=2, num_heads=2, text_dim=64),
+        open_teacher_files(TINY_TEACHER),
+    )
+    low = files.experts["low"]
+    text = pack_text(
+        [torch.randn(4, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(16)]
+    )
+    frames = make_frames(low, text, (8, 8))
+    report = project_into(student, TINY_TEACHER, "low", channels=choose_channels(low, frames, 64))
+    projected = sum(tensor.norm().item() for tensor in student.state_dict().values())
+    calibrate(student, low, report, frames)
+    calibrated = sum(tensor.norm().item() for tensor in student.state_dict().values())
+    assert (projected, calibrated) == pytest.approx((663.905, 1503.842), rel=1e-4), "raise METHOD_VERSION"
+    assert METHOD_VERSION == 1  # the version of these two numbers
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", pytest.param("[" * 10**5, id="deep")])
@@ -129,32 +158,22 @@ def test_what_is_kept_of_a_start_is_what_was_projected(tmp_path):
 def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_it_says(
     finished_run, tmp_path, monkeypatch
 ):
-    settings = complete(
-        Settings(cache_dir=str(tmp_path), teacher_steps=4, reference_steps=4, validation_trajectories=4)
-    )
-    accelerator, prompts, shape = (
-        Accelerator(),
-        ["a red ring", "a blue cross", "a green square", "a red circle"],
-        (16, 8, 8),
-    )
-    words, teacher = (
-        PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, [*prompts, ""]),
-        Teacher(open_teacher_files(TINY_TEACHER)),
-    )
-    teacher_data = TeacherData(
-        accelerator, settings, teacher, words, prompts, prompts, [shape, shape], 16, Pace("cpu", 1e9)
-    )
-    teacher_data.find_basis()
-    few, autoencoder = FewSteps(settings.flow_shift, [1, 2, 4], shape, 4), load_autoencoder(TINY_TEACHER)
-    found = validator.Validator(
-        teacher_data,
-        *teacher_data.generate_validation(),
+    prompts, shape = ["a red ring", "a blue cross", "a green square", "a red circle"], (16, 8, 8)
+    run = resolved(
+        tmp_path,
         prompts,
-        few.counts,
-        few.scheduler,
-        autoencoder,
-        lambda: None,
+        teacher_steps=4,
+        reference_steps=4,
+        validation_trajectories=4,
+        feature_directions=16,
+        validation_prompts=prompts,
     )
+    words = PromptEmbeddings(run.accelerator, TINY_TEACHER, tmp_path, run.prompts)
+    teacher_data = TeacherData(run, Teacher(run.files), words, Pace("cpu", 1e9))
+    teacher_data.find_basis()
+    teacher_data.validation_states = teacher_data.generate_validation()
+    few, autoencoder = FewSteps(run.settings.flow_shift, [1, 2, 4], shape, 4), load_autoencoder(TINY_TEACHER)
+    found = validator.Validator(run, teacher_data, few, autoencoder)
     student = WanLiteStudent.from_pretrained(finished_run[0])
     drawn = {
         count: validator.generate_images(
@@ -171,7 +190,7 @@ def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_
     looks, figures = found.validate(student)
     assert (
         set(looks) == {1, 2, 4}
-        and figures["picture_error_2"] == looks[2]["image_error"] != looks[4]["image_error"]
+        and figures["image_error_2"] == looks[2]["image_error"] != looks[4]["image_error"]
     )
     teachers, *rows = found.draw_grid(student, looks).items()
     assert teachers[0] == "teacher 4 steps" and (teachers[1] == found.teacher_drawn).all()
@@ -203,30 +222,20 @@ def test_a_start_is_calibrated_on_a_frame_of_each_prompt(finished_run):
 
 
 def test_the_teacher_is_guided_by_the_settings_and_plain_where_it_is_held_against_a_critic(tmp_path):
-    settings = complete(
-        Settings(
-            cache_dir=str(tmp_path), negative_prompt="a blue cross", guidance_scale=5.0, guidance_scale_2=2.0
-        )
+    prompts = ["a red ring", "a green square"]
+    run = resolved(
+        tmp_path, prompts, negative_prompt="a blue cross", guidance_scale=5.0, guidance_scale_2=2.0
     )
-    accelerator, prompts = Accelerator(), ["a red ring", "a green square"]
-    words = PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, [*prompts, "a blue cross"])
-    teacher = Teacher(open_teacher_files(TINY_TEACHER))
-    teacher_data = TeacherData(
-        accelerator,
-        settings,
-        teacher,
-        words,
-        prompts,
-        prompts,
-        [(16, 8, 8), (16, 8, 8)],
-        16,
-        Pace("cpu", 1e9),
+    words, teacher = (
+        PromptEmbeddings(run.accelerator, TINY_TEACHER, tmp_path, run.prompts),
+        Teacher(run.files),
     )
+    teacher_data = TeacherData(run, teacher, words, Pace("cpu", 1e9))
     text, unwanted = words.pack(prompts), words.pack(2 * ["a blue cross"])
     latents = seeded_noise((16, 8, 8), [1, 2])
     for timestep in (torch.full((2,), 990.0), torch.full((2,), 100.0)):  # the high and the low expert's
         guided, plain = (
-            maker(text)(latents, timestep) for maker in (teacher_data.guided, teacher_data.plain)
+            maker(text)(latents, timestep) for maker in (teacher_data.guided, teacher_data.unguided)
         )
         assert torch.equal(guided, teacher.velocity(latents, timestep, text, unwanted, 5.0, 2.0)[0])
         assert torch.equal(plain, teacher.velocity(latents, timestep, text)[0]) and not torch.allclose(

@@ -30,6 +30,16 @@ def test_ruff_finds_nothing():
     assert process.returncode == 0, process.stdout
 
 
+def test_every_file_is_formatted():
+    process = checked("ruff", "format", "--check", "--no-cache", ".")
+    assert process.returncode == 0, process.stdout
+
+
+def test_imports_are_in_order_in_every_file():
+    process = checked("ruff", "check", "--select", "I", "--no-cache", ".")
+    assert process.returncode == 0, process.stdout
+
+
 def test_bandit_finds_nothing():
     process = checked("bandit", "-q", "-c", "pyproject.toml", "-f", "json", "-r", *PRODUCT)
     report = json.loads(process.stdout)

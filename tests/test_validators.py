@@ -12,10 +12,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from train_distillation import WanLiteStudent, _defaults
+from train_distillation import WanLiteStudent
 from wanlite.files.dtypes import BYTES_PER_VALUE, STUDENT_DTYPES
 from wanlite.files.json_files import parse_json
 from wanlite.files.weights import WeightsFile
+from wanlite.student.building import config_defaults
 from wanlite.student.loading import (
     STOCK_SETTINGS,
     all_tensor_shapes,
@@ -349,7 +350,7 @@ odd = (
 )
 @settings(max_examples=300)
 def test_any_config_is_refused_or_builds_what_its_shapes_say(told, changes, is_changed):
-    defaults = _defaults() | SMALL
+    defaults = config_defaults(WanLiteStudent) | SMALL
     config = told | (changes if is_changed else {})
     try:
         with warnings.catch_warnings():
@@ -402,10 +403,10 @@ def test_the_shapes_that_are_implied_are_those_of_the_student(changes):
     real = {
         name: tuple(tensor.shape) for name, tensor in WanLiteStudent(**SMALL | changes).state_dict().items()
     }
-    arguments = student_arguments(SMALL | changes, _defaults())
+    arguments = student_arguments(SMALL | changes, config_defaults(WanLiteStudent))
     assert all_tensor_shapes(arguments) == real == built_shapes(arguments)
 
 
 def test_every_setting_of_a_saved_student_is_known(student):
     config = {name for name in json.loads((student / "config.json").read_text()) if name[0] != "_"}
-    assert config <= _defaults().keys() | STOCK_SETTINGS
+    assert config <= config_defaults(WanLiteStudent).keys() | STOCK_SETTINGS

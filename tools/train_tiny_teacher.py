@@ -39,11 +39,11 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools.recipes import GRID, RECIPES, Recipe  # noqa: E402
-from wanlite.data import autoencoder as pictures  # noqa: E402
 from wanlite import flow, schedule  # noqa: E402
+from wanlite.data import autoencoder as pictures  # noqa: E402
 from wanlite.data import text_encoder as text  # noqa: E402
-from wanlite.training.metrics import prompt_accuracy  # noqa: E402
 from wanlite.network import OneFrameBlock, one_frame_velocity, pack_states, pack_text  # noqa: E402
+from wanlite.training.metrics import prompt_accuracy  # noqa: E402
 
 SEED = 22
 SHIFT = 3.0

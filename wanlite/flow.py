@@ -16,8 +16,11 @@ from torch import Tensor
 from .files.file_names import SCHEDULER_CONFIG
 from .schedule import scheduler_arguments
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # (latents (B, C, H, W), timestep (B,)) -> (B, C, H, W)
-Step = tuple[Tensor, Tensor, Tensor, Tensor]  # noisy latents, timestep, noise level, velocity
+# (latents (B, C, H, W), timestep (B,)) -> velocity (B, C, H, W), or a pair of it and hidden states
+Velocity = Callable[[Tensor, Tensor], Any]
+Step = tuple[
+    Any, ...
+]  # noisy latents, timestep, noise level, velocity, and the hidden states if there are any
 
 
 def add_noise(clean: Tensor, noise: Tensor, noise_level: Tensor) -> Tensor:
@@ -79,16 +82,18 @@ def solve(
     """Solve from noise to an image; yields (latents, timestep, noise_level, velocity) before each step and
     returns the last latents.
 
-    `velocity_of(latents, timestep (B,))` is called once a step. Shapes: (B, C, H, W). With `begin` the solve
-    starts before that step of `num_steps`, from the latents at its noise level; with `end` it stops before
-    that step.
+    `velocity_of(latents, timestep (B,))` is called once a step. Shapes: (B, C, H, W). If it returns a pair, as
+    (velocity, hidden states), the second value is yielded as well. With `begin` the solve starts before that
+    step of `num_steps`, from the latents at its noise level; with `end` it stops before that step.
     """
     states = set_steps(scheduler, num_steps, latents.device)
     scheduler.set_begin_index(begin)
     latents = latents.float()
     for timestep, noise_level in states[begin:end]:
-        velocity = velocity_of(latents, timestep.float().expand(len(latents))).float()
-        yield latents, timestep, noise_level, velocity
+        predicted = _predict(velocity_of, latents, timestep)
+        yield latents, timestep, noise_level, *predicted
+        velocity = predicted[0]
+        del predicted  # hidden states are large, and the next step computes new ones
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
     return latents
 
@@ -100,7 +105,14 @@ def noise_along(
     noises = seeded_noise((num_steps, *clean.shape[1:]), seeds).to(clean.device).unbind(1)
     for (timestep, noise_level), noise in zip(set_steps(scheduler, num_steps, clean.device), noises):
         noisy = add_noise(clean.float(), noise, noise_level.expand(len(clean)))
-        yield noisy, timestep, noise_level, velocity_of(noisy, timestep.float().expand(len(clean))).float()
+        yield noisy, timestep, noise_level, *_predict(velocity_of, noisy, timestep)
+
+
+def _predict(velocity_of: Velocity, latents: Tensor, timestep: Tensor) -> tuple[Any, ...]:
+    """Return (velocity,) in float32, followed by the hidden states if `velocity_of` returns them too."""
+    predicted = velocity_of(latents, timestep.float().expand(len(latents)))
+    velocity, *features = predicted if isinstance(predicted, tuple) else (predicted,)
+    return velocity.float(), *features
 
 
 def sample(

@@ -5,8 +5,9 @@ A run has up to three, one after the other: `velocity` (stage 1), `few_step` (st
 """
 
 import math
+from typing import NamedTuple
 
-PHASES = ("velocity", "few_step", "matching")
+PHASE_NAMES = ("velocity", "few_step", "matching")
 ROLLOUT_ROUNDS = 2  # rollouts in stage 2a
 FEW_STEP_SHARE = 5 / 7  # of the steps, where --few_step_train_steps is left open
 MAX_VALIDATION_TRAJECTORIES, MIN_VALIDATION_TRAJECTORIES = (
@@ -30,16 +31,24 @@ MAX_ROLLOUT_STATES, TRAJECTORIES_PER_ROLLOUT_STATE = (
 #                                  --rollout_states is left open
 
 
+class Span(NamedTuple):
+    """The steps of a phase: from `first` on, before `last`."""
+
+    name: str
+    first: int
+    last: int
+
+
 def phases_of(settings):
-    """Return the phases of a run in order, as (name, first step, last step); those of no step are left out."""
+    """Return the phases of a run in order, each as a Span; those of no step are left out."""
     ends = [settings.max_train_steps - settings.few_step_train_steps - settings.matching_steps]
     ends += [
         ends[0] + settings.few_step_train_steps * number // ROLLOUT_ROUNDS
         for number in range(1, ROLLOUT_ROUNDS + 1)
     ]
     ends += [settings.max_train_steps]
-    names = (PHASES[0], *[PHASES[1]] * ROLLOUT_ROUNDS, PHASES[2])
-    return [(name, first, last) for name, first, last in zip(names, [0, *ends], ends) if first < last]
+    names = (PHASE_NAMES[0], *[PHASE_NAMES[1]] * ROLLOUT_ROUNDS, PHASE_NAMES[2])
+    return [Span(name, first, last) for name, first, last in zip(names, [0, *ends], ends) if first < last]
 
 
 def count_trajectories(settings, num_prompts):
@@ -91,7 +100,9 @@ def count_passes(settings, num_trajectories, num_validated, phases):
         + validated
         + min(several, num_validated) * several
     )
-    steps = {phase: sum(last - first for name, first, last in phases if name == phase) for phase in PHASES}
+    steps = {
+        phase: sum(last - first for name, first, last in phases if name == phase) for phase in PHASE_NAMES
+    }
     shown = len(settings.validation_prompts or range(min(several, num_validated)))
     own = ROLLOUT_ROUNDS * settings.rollout_states * settings.teacher_steps // 2 * (steps["few_step"] > 0)
     matched = (

@@ -7,6 +7,7 @@ tokens, D feature width.
 """
 
 import copy
+import functools
 import math
 import os
 import time
@@ -43,42 +44,21 @@ EXACT = (
 )  # kept as they are; latents, velocities and features in float16
 
 
-class Sampled(list):
-    """A list of token states that keeps evenly spaced ones: of `times` that come, so many that directions can
-    be found.
-    """
-
-    def __init__(self, times):
-        super().__init__()
-        self.times = times
-
-    def append(self, states):
-        """Keep some of the rows of (B, N, D)."""
-        rows = states.flatten(0, 1)
-        super().append(
-            rows[:: -(-self.times * len(rows) // MAX_SAMPLED)].to(torch.float32, copy=True)
-        )  # a view would keep all
-
-
-class Projected(list):
-    """A list of token states that keeps each in a basis (D, d), in float16 as they will lie on disk."""
-
-    def __init__(self, basis):
-        super().__init__()
-        self.basis = basis
-
-    def append(self, states):
-        """Keep (B, N, D) as (B, N, d)."""
-        super().append((states.float() @ self.basis).half())
+def sample_rows(features, num_batches):
+    """Return evenly spaced rows of hidden states (B, N, D), in float32: of `num_batches` at most MAX_SAMPLED."""
+    rows = features.flatten(0, 1)
+    spacing = -(-num_batches * len(rows) // MAX_SAMPLED)
+    return rows[::spacing].to(torch.float32, copy=True)  # a view would keep all rows in memory
 
 
 class TrajectoryGenerator:
     """Asks the teacher for all that a student learns from, and keeps it shard by shard; shards that are there
     are not made again.
 
-    `velocity_for(prompts, features)` returns the guided velocity as a function of (latents, timestep) that
-    appends token states to `features`, if there are any; `basis` (D, d) is that of the states on disk. Every
-    rank makes its share of the shards, all of them `in_step` where they share the teacher out.
+    `velocity_for(prompts, has_features)` returns the guided velocity as a function of (latents, timestep); with
+    `has_features` that function returns (velocity, hidden states (B, N, D)). `basis` (D, d) is that of the
+    states on disk. Every rank makes its share of the shards, all of them `in_step` where they share the
+    teacher out.
     """
 
     def __init__(self, accelerator, velocity_for, scheduler, num_steps, in_step=False, basis=None):
@@ -97,13 +77,10 @@ class TrajectoryGenerator:
         """
 
         def make():
-            features, noise = (
-                Sampled(self.num_steps),
-                seeded_noise(latent_shape, range(len(prompts))).to(self.accelerator.device),
-            )
-            for _ in solve(self.velocity_for(prompts, features), noise, self.scheduler, self.num_steps):
-                pass
-            return {"basis": principal_directions(torch.cat(features), width).cpu()}
+            noise = seeded_noise(latent_shape, range(len(prompts))).to(self.accelerator.device)
+            steps = solve(self.velocity_for(prompts, True), noise, self.scheduler, self.num_steps)
+            rows = [sample_rows(features, self.num_steps) for *_, features in steps]
+            return {"basis": principal_directions(torch.cat(rows), width).cpu()}
 
         self.basis = compute_once(self.accelerator, folder, make)["basis"].to(self.accelerator.device)
 
@@ -111,15 +88,9 @@ class TrajectoryGenerator:
         """Walk from noise to image for every (number, prompt, seed) of `jobs`; returns the Trajectories."""
 
         def make(numbers, prompts, seeds):
-            noise, features = (
-                seeded_noise(latent_shape, seeds).to(self.accelerator.device),
-                Projected(self.basis),
-            )
-            return _states(
-                solve(self.velocity_for(prompts, features), noise, self.scheduler, self.num_steps),
-                features,
-                numbers,
-            )
+            noise = seeded_noise(latent_shape, seeds).to(self.accelerator.device)
+            steps = solve(self.velocity_for(prompts, True), noise, self.scheduler, self.num_steps)
+            return _states(steps, self.basis, numbers)
 
         return self._kept(folder, jobs, make, "teacher trajectories")
 
@@ -131,14 +102,12 @@ class TrajectoryGenerator:
         """
 
         def make(numbers, prompts, seeds, images):
-            clean, features = latents_of(images).to(self.accelerator.device), Projected(self.basis)
-            return _states(
-                noise_along(
-                    self.velocity_for(prompts, features), clean, seeds, self.scheduler, self.num_steps
-                ),
-                features,
-                numbers,
+            clean, velocity_of = (
+                latents_of(images).to(self.accelerator.device),
+                self.velocity_for(prompts, True),
             )
+            steps = noise_along(velocity_of, clean, seeds, self.scheduler, self.num_steps)
+            return _states(steps, self.basis, numbers)
 
         return self._kept(folder, jobs, make, "teacher at images")
 
@@ -161,7 +130,7 @@ class TrajectoryGenerator:
                     part.float() for part in set_steps(own_scheduler, count, met.device)[index]
                 )
                 image = sample(
-                    self.velocity_for(said, None),
+                    self.velocity_for(said, False),
                     met,
                     self.scheduler,
                     self.num_steps,
@@ -189,17 +158,29 @@ class TrajectoryGenerator:
         )
 
 
-def _states(steps, features, numbers):
-    """Return the tensors of a shard from (latents, timestep, noise_level, velocity) of each step."""
-    latents, timestep, noise_level, velocity = (torch.stack(list(part)) for part in zip(*steps))  # (K, ...)
+def _states(steps, basis, numbers):
+    """Return the tensors of a shard from (latents, timestep, noise_level, velocity, features) of each step.
+
+    Each step's hidden states (B, N, D) are projected onto the basis (D, d) at once and kept in float16.
+    """
+    # Unlike a loop's variable, map() holds no step while the next one is computed.
+    kept = map(functools.partial(_in_basis, basis), steps)
+    latents, timestep, noise_level, velocity, features = (
+        torch.stack(list(part)) for part in zip(*kept)
+    )  # (K, ...)
     return {
         "latents": latents.transpose(0, 1),
         "velocity": velocity.transpose(0, 1),
-        "features": torch.stack(features, 1),
+        "features": features.transpose(0, 1),
         "timestep": timestep.float().repeat(len(numbers), 1),
         "prompt": torch.tensor(numbers),
         "noise_level": noise_level.float().repeat(len(numbers), 1),
     }
+
+
+def _in_basis(basis, step):
+    *state, features = step
+    return *state, (features.float() @ basis).half()
 
 
 def principal_directions(states, width):
@@ -452,14 +433,14 @@ class FewStepStates(torch.utils.data.Dataset):
                     "velocity": noise - image,
                     "timestep": timestep,
                     "noise_level": noise_level,
-                    "picture": image,
+                    "image": image,
                     "prompt": prompt,
                 }
             )
         if is_own.any():
             own = self.rollout.__getitems__(numbers[is_own] - self.num_trajectories - self.num_lines)
             own |= {name: own[name].float() for name in ("latents", "velocity")}
-            found.append(own | {"picture": clean_from(own["latents"], own["velocity"], own["noise_level"])})
+            found.append(own | {"image": clean_from(own["latents"], own["velocity"], own["noise_level"])})
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 

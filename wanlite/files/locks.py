@@ -7,6 +7,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 LOCK = ".lock"
+_HELD: list[FileLock] = []  # by lock(): a lock that is no longer referenced is released
 
 
 def lock(folder: Path, wait: bool = False) -> FileLock | None:
@@ -15,11 +16,16 @@ def lock(folder: Path, wait: bool = False) -> FileLock | None:
     With `wait`, wait for the lock instead. On a file system without locks, or one that cannot be written to,
     the folder counts as having one writer.
     """
-    return _acquire(folder / LOCK, wait)
+    held = _acquire(folder / LOCK, wait)
+    if held is not None:
+        _HELD.append(held)
+    return held
 
 
 def release(held: FileLock) -> None:
     """Release a lock and remove its file."""
+    if held in _HELD:
+        _HELD.remove(held)
     if held.is_locked:
         with suppress(OSError):
             Path(held.lock_file).unlink()  # while it is held: whoever waits for it opens a new file

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..data.images import choose_images
 from ..data.prompts import read_prompts, varied_prompts
 from ..files.atomic import write_json
-from ..phases import PHASES
+from ..phases import PHASE_NAMES
 from ..student.shape import check_cut, student_shape
 from ..training.run_folder import read_run
 from ..world.record import read_world
@@ -95,6 +95,6 @@ def describe_schedule(settings, few_steps, phases):
     earlier = read_run(settings.student)["schedule"]["phases"] if settings.student is not None else {}
     steps = {
         name: earlier.get(name, 0) + sum(last - first for phase, first, last in phases if phase == name)
-        for name in PHASES
+        for name in PHASE_NAMES
     }
     return {"flow_shift": settings.flow_shift, "few_steps": few_steps or None, "phases": steps}

@@ -26,7 +26,7 @@ from ..phases import (
 )
 from ..runtime.devices import free_memory, has_gpu
 from ..runtime.launch import local_processes
-from ..teacher.components import autoencoder_config, find_components, is_converted, num_bytes
+from ..teacher.components import autoencoder_config, is_converted, num_bytes
 from ..teacher.experts import PROBE_ROWS, PROBE_SIZE
 from ..teacher.model import RESIDENCIES, TOKENS_AT_ONCE, choose_residency
 from ..training.optimizers import make_optimizers
@@ -67,12 +67,9 @@ class MemoryEstimator:
     `buckets` are those of their latents. A picture looked at has `pixels`, and for a transformer `tokens`.
     """
 
-    def __init__(self, settings, files, make_student, shape, sizes, device):
+    def __init__(self, settings, files, components, make_student, shape, sizes, device):
         self.files, self.make_student, self.shape, self.device = files, make_student, shape, device
-        self.found, self.peak = (
-            find_components(settings.teacher),
-            partial(simulated_peak, device_type=device.type),
-        )
+        self.found, self.peak = components, partial(simulated_peak, device_type=device.type)
         self.make_autoencoder = partial(make_autoencoder, autoencoder_config(self.found["vae"]))
         with init_empty_weights():
             self.student, autoencoder = make_student(shape), self.make_autoencoder()

@@ -16,39 +16,38 @@ PROJECTING = (
 MIN_CAPTIONS = 20  # of which a share drawn right means something
 
 
-def announce(settings, files, student, device, work, say):
-    """Say what will happen before it happens; `work` is describe_work()'s, or PROJECTING."""
+def announce(run, say):
+    """Print what a Run will do, before it does anything."""
+    settings, student, files = run.settings, run.estimator.student, run.files
     sizes = " + ".join(f"{expert.num_parameters / 1e6:,.2f} M" for expert in files.experts.values())
-    config = student.config
+    is_full = settings.mixed_precision == "no"
     say(
         f"teacher  {settings.teacher} ({files.layout} layout, {len(files.experts)} expert(s): {sizes} "
         f"parameters)\n"
-        f"student  {config.hidden_size} x {config.depth}, {config.num_heads} heads: "
+        f"student  {settings.hidden_size} x {settings.depth}, {settings.num_heads} heads: "
         f"{student.num_parameters() / 1e6:,.2f} M "
         f"parameters, start: {settings.student or settings.projection}\n"
-        f"device   {device}, {torch.get_num_threads()} threads, "
-        f"{'float32' if settings.mixed_precision == 'no' else settings.mixed_precision + ' mixed precision'}\n"
-        f"work     {work}\n"
+        f"device   {run.device}, {torch.get_num_threads()} threads, "
+        f"{'float32' if is_full else settings.mixed_precision + ' mixed precision'}\n"
+        f"work     {PROJECTING if settings.project_only else describe_work(run)}\n"
         f"output   {Path(settings.output_dir).absolute()}"
     )
+    if not settings.project_only:
+        announce_few(run.num_generated, len(run.training), len(run.held_out), say)
 
 
-def describe_work(settings, num_trajectories, passes, phases):
+def describe_work(run):
     """Return in words what the teacher draws and what the student is trained for."""
-    batch, steps = [settings.gradient_accumulation_steps, settings.train_batch_size], {}
-    said = " x ".join(str(number) for number in batch if number > 1) or "1"
-    for phase, first, last in phases:
+    settings, steps = run.settings, {}
+    factors = [settings.gradient_accumulation_steps, settings.train_batch_size]
+    batch = " x ".join(str(number) for number in factors if number > 1) or "1"
+    for phase, first, last in run.phases:
         steps[phase] = steps.get(phase, 0) + last - first
     return (
-        f"{num_trajectories:,} teacher images ({passes:,} teacher passes with all that is looked at), then "
-        f"{settings.max_train_steps:,} steps ({count_teacher_images(settings):,} states, {said} a step): "
+        f"{run.num_generated:,} teacher images ({run.num_passes:,} teacher passes with all that is looked at), "
+        f"then {settings.max_train_steps:,} steps ({run.num_states:,} states, {batch} a step): "
         f"{', '.join(f'{phase} {count:,}' for phase, count in steps.items())}"
     )
-
-
-def count_teacher_images(settings):
-    """Return how many states a student learns from on each device, each as often as it comes."""
-    return settings.max_train_steps * settings.gradient_accumulation_steps * settings.train_batch_size
 
 
 def announce_few(num_trajectories, num_prompts, num_held_out, say):

@@ -1,6 +1,4 @@
-"""Settings as a frozen dataclass -> command line flags, help text and run.json; no torch, so that --help
-takes a blink.
-"""
+"""A frozen dataclass of settings -> command line flags and help texts, without torch, so that --help is quick."""
 
 import argparse
 import dataclasses
@@ -10,6 +8,7 @@ import os
 import types
 import typing
 from contextlib import suppress
+from difflib import get_close_matches
 
 from ..runtime.launch import defer_to_rank_zero
 
@@ -21,11 +20,12 @@ BOUNDS = {
 }
 
 
-def setting(default, meaning, aliases=(), choices=None, is_path=False, **bounds):
-    """Declare one setting: its default, what it means, None included, and as `bounds`, called as in BOUNDS,
-    what it may be.
+def setting(default, meaning, aliases=(), choices=None, is_path=False, group=None, was=None, **bounds):
+    """Declare one setting: its default and the help text of its flag.
 
-    A `~` at the beginning of a path is expanded.
+    `group` is the heading in --help of this setting and of those below it. `was` is a former name of the
+    flag, which is not accepted but leads to a suggestion. In a path, a `~` at the beginning is expanded.
+    `bounds` are named as in BOUNDS.
     """
     return dataclasses.field(
         default=default,
@@ -33,8 +33,10 @@ def setting(default, meaning, aliases=(), choices=None, is_path=False, **bounds)
             "meaning": meaning,
             "aliases": aliases,
             "choices": choices,
-            "bounds": bounds,
             "is_path": is_path,
+            "group": group,
+            "was": was,
+            "bounds": bounds,
         },
     )
 
@@ -56,27 +58,46 @@ def check_bounds(settings):
 
 
 def make_parser(settings_class, description, repeatable=()):
-    """Return a parser with one flag a setting; booleans become --flag and --no-flag, lists take several
-    values or, where `repeatable`, one value each time."""
-    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    hints = typing.get_type_hints(settings_class)
+    """Return a parser with a flag for each setting.
+
+    Booleans become --flag and --no-flag. Lists take several values or, if `repeatable`, one value each time.
+    """
+    parser = OneLineParser(
+        description=description, formatter_class=WideHelpFormatter, usage="%(prog)s [options]"
+    )
+    hints, group = typing.get_type_hints(settings_class), parser
     for field in dataclasses.fields(settings_class):
-        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        meaning = field.metadata["meaning"] + ("" if default is None else f" (default: {default})")
-        options = {"dest": field.name, "default": field.default, "help": meaning.replace("%", "%%")}
+        if heading := field.metadata["group"]:
+            group = parser.add_argument_group(heading)
         names = [f"--{field.name}", *field.metadata["aliases"]]
-        kind, item = _plain_type(hints[field.name])
-        text = _path if field.metadata["is_path"] else _text
-        if kind is bool:
-            parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
-        elif kind is list:
-            several = {"action": "append"} if field.name in repeatable else {"nargs": "+"}
-            parser.add_argument(*names, type=item if item in (int, float) else text, **options, **several)
-        else:
-            parser.add_argument(
-                *names, type=text if kind is str else kind, choices=field.metadata["choices"], **options
-            )
+        group.add_argument(*names, **_argument(field, hints[field.name], field.name in repeatable))
+        if was := field.metadata["was"]:
+            parser.renamed[f"--{was}"] = names[0]
     return parser
+
+
+def _argument(field, hint, is_repeatable):
+    """Return the keywords of add_argument() for a setting."""
+    options = {"dest": field.name, "default": field.default, "help": _help(field)}
+    kind, item = _plain_type(hint)
+    if kind is bool:
+        return options | {"action": argparse.BooleanOptionalAction}
+    if kind is list:
+        options |= {"action": "append"} if is_repeatable else {"nargs": "+"}
+        kind = item
+    if kind not in (int, float):
+        kind = _path if field.metadata["is_path"] else _text
+    choices = field.metadata["choices"]
+    return options | {"type": kind, "choices": choices, "metavar": None if choices else METAVARS[kind]}
+
+
+def _help(field):
+    """Return the help text of a setting, with its default unless that is off, empty or explained by the text."""
+    text, default = field.metadata["meaning"], field.default
+    if not (default is None or default is False or default == ""):
+        default = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        text += f" (default: {'on' if default is True else default})"
+    return text.replace("%", "%%")
 
 
 def _plain_type(hint):
@@ -120,8 +141,43 @@ def _utf8(typed):
     return typed
 
 
+METAVARS = {int: "N", float: "X", _path: "PATH", _text: "TEXT"}
+
+
+class WideHelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keep the line breaks of the description, and put most help texts beside their flags."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32)
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line and exit code 2."""
+    """A parser without abbreviations, whose errors are one line and exit code 2.
+
+    `renamed` maps former flags to their names of today.
+    """
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+        self.renamed = {}
+
+    def parse_args(self, args=None, namespace=None):
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(map(self._with_suggestion, unknown))}")
+        return namespace
+
+    def _with_suggestion(self, word):
+        suggestions = self._suggest(word.partition("=")[0]) if word.startswith("-") else []
+        return f"{word} (did you mean {' or '.join(suggestions)}?)" if suggestions else word
+
+    def _suggest(self, flag):
+        """Return up to three flags: today's name of a former flag, else completions, else similar ones."""
+        if flag in self.renamed:
+            return [self.renamed[flag]]
+        flags = list(self._option_string_actions)
+        completions = [each for each in flags if len(flag) > 2 and each.startswith(flag)]
+        return (completions or get_close_matches(flag, flags))[:3]
 
     def error(self, message):
         defer_to_rank_zero()

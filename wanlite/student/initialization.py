@@ -1,6 +1,5 @@
-"""A teacher's weights -> the student's first weights, projected and calibrated once, and kept in the cache."""
+"""A teacher's weights -> the student's initial weights, projected and calibrated once and kept in the cache."""
 
-import inspect
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -14,11 +13,13 @@ from ..files.locks import in_turn
 from ..network import pack_text
 from ..teacher.checkpoint import open_teacher_files
 from ..teacher.experts import check_experts
-from . import calibration, projection
-from . import pruning as block_cutting
 from .calibration import calibrate, choose_channels, make_frames
 from .projection import choose_experts, project
 from .shape import check_cut
+
+# Part of the cache key of a projected start. Raise it with every change after which the same teacher, prompts
+# and settings give other weights (in projection, pruning or calibration); older caches are then not used.
+METHOD_VERSION = 1
 
 
 def project_into(student, folder, expert="low", text_samples=None, channels=None, device="cpu"):
@@ -66,16 +67,7 @@ def start_student(settings, student, files, words, prompts, latent_size, acceler
         say("random start: nothing is projected (the control)")
         return None
     with accelerator.main_process_first():
-        folder = cache_folder(
-            settings.cache_dir,
-            "start",
-            teacher=files.fingerprint,
-            text=words.said_by,
-            prompts=prompts,
-            student={name: value for name, value in student.config.items() if name[0] != "_"},
-            method=[inspect.getsource(room) for room in (projection, block_cutting, calibration)],
-            settings=(settings.projection, settings.expert, settings.seed, settings.flow_shift, latent_size),
-        )
+        folder = start_folder(settings, student, files, words.said_by, prompts, latent_size)
     if accelerator.is_main_process:
         with in_turn(folder, say):
             if find_corruption(folder):
@@ -93,6 +85,20 @@ def start_student(settings, student, files, words, prompts, latent_size, acceler
     say(f"start    {folder}")
     student.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True)
     return json.loads((folder / "report.json").read_text())
+
+
+def start_folder(settings, student, files, text, prompts, latent_size, version=METHOD_VERSION):
+    """Return the folder of the cache for a start; `text` identifies the text encoder."""
+    return cache_folder(
+        settings.cache_dir,
+        "start",
+        teacher=files.fingerprint,
+        text=text,
+        prompts=prompts,
+        student={name: value for name, value in student.config.items() if name[0] != "_"},
+        method=version,
+        settings=(settings.projection, settings.expert, settings.seed, settings.flow_shift, latent_size),
+    )
 
 
 def make_start(settings, student, files, embeddings, latent_size, folder, device, say):

@@ -1,129 +1,125 @@
-"""A span of teacher blocks -> one student block: of the heads and neurons that write most, what the kept
-channels read and write.
+"""A span of teacher blocks -> one student block: the heads and neurons that write most, between the kept
+residual channels.
 
-The student's modulation is one for the span: what a block of it says otherwise is folded into its matrices.
-What dropped channels, heads and neurons say whatever the input goes to biases, and norms are scaled so that
-kept channels are divided by what all were.
+The student has one modulation for the span; the difference of each block's own is folded into its matrices.
+The constant output of dropped channels, heads and neurons is added to biases, and norms are scaled so that
+kept channels are divided by the statistic of all channels.
 
-Legend: D d teacher and student width, F f feed-forward neurons; capital = teacher.
+Legend: B blocks of the span, D d teacher and student width, F f feed-forward neurons, G timesteps of a grid, R
+rows that are kept, h head size; capital = teacher.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
+
+from .tensors import TensorReader
 
 SHIFT, SCALE, GATE = (0, 3), (1, 4), (2, 5)  # rows of the modulation: of self-attention, of the feed-forward
 ATTENTIONS = ("attn1", "attn2")
+Linear = tuple[Tensor, Tensor]  # weight and bias
 
 
 @dataclass
 class BlockProjector:
-    """What every block is cut with."""
+    """The arguments that all blocks are projected with."""
 
     config: dict  # the student's
     teacher: dict  # the teacher's
-    channels: torch.Tensor
+    channels: Tensor  # (d,) residual channels that are kept
     norm_scale: float
-    times: dict
-    words: torch.Tensor
+    modulation: Tensor  # (G, 6, D) without the blocks' own tables
+    text_basis: Tensor  # (D, d)
 
 
-def cut_span(projector, reader, span):
-    """Return one student block's tensors, what rows of which block they are, the energy kept per group, and
-    the expert's name.
-    """
-    channels, norm_scale, rows = projector.channels, projector.norm_scale, list(SCALE)
+@dataclass
+class ProjectedBlock:
+    """One student block."""
+
+    expert: str  # that it comes from
+    tensors: dict[str, Tensor]
+    kept_rows: dict = field(default_factory=dict)  # {"attn1.q": [(block in the span, rows), ...], ...}
+    kept_energy: dict[str, float] = field(default_factory=dict)  # {component: share 0..1}
+
+
+def project_span(projector: BlockProjector, reader: TensorReader, span: list[int]) -> ProjectedBlock:
+    """Project the teacher blocks `span` of one expert into a student block."""
     prefixes = [f"blocks.{number}." for number in span]
-    full_tables = torch.stack(
-        [reader(f"{prefix}scale_shift_table")[0] for prefix in prefixes]
-    )  # (span, 6, D)
-    tables = full_tables[:, :, channels]
-    table = tables.mean(0)
-    stretched = table.clone()
-    stretched[rows] = norm_scale * (1 + table[rows]) - 1
-    full_norms = [
-        torch.stack([reader(f"{prefix}norm2.{kind}") for prefix in prefixes]) for kind in ("weight", "bias")
+    tensors, folds = _fold_span(projector, reader, prefixes)
+    block = ProjectedBlock(reader.files.name, tensors)
+    for name, basis in zip(ATTENTIONS, (None, projector.text_basis)):
+        attentions = [
+            _prune_attention(projector, reader, f"{prefix}{name}.", fold[name], basis)
+            for prefix, fold in zip(prefixes, folds)
+        ]
+        _join_heads(attentions, projector.config, projector.teacher["attention_head_dim"], name, block)
+    layers = [
+        _prune_feed_forward(projector, reader, f"{prefix}ffn.net.", fold["ffn"])
+        for prefix, fold in zip(prefixes, folds)
     ]
-    norms = [each[:, channels] for each in full_norms]
-    weight, bias = norms[0].mean(0), norms[1].mean(0)
-    tensors = {"scale_shift_table": stretched[None], "norm2.weight": weight * norm_scale, "norm2.bias": bias}
-    parts, cut, kept = {name: [] for name in (*ATTENTIONS, "ffn")}, {}, {}
-    over_time = projector.times["modulation"]
-    dropped = torch.ones(over_time.shape[-1], device=channels.device)
-    dropped[channels] = 0
-    for number, prefix in enumerate(prefixes):
-        folds = _fold_modulation(tables[number], table, over_time[:, :, channels])
-        folds["attn2"] = _fold_affine(norms[0][number], norms[1][number], weight, bias)
-        silent = full_tables[number] + over_time.mean(0)  # what dropped channels say whatever the input
-        for name, constant in (
-            ("attn1", silent[SHIFT[0]]),
-            ("attn2", full_norms[1][number]),
-            ("ffn", silent[SHIFT[1]]),
-        ):
-            folds[name].silent = dropped * constant
-        for name, text_basis in zip(ATTENTIONS, (None, projector.words)):
-            parts[name].append(
-                _cut_attention(
-                    reader,
-                    f"{prefix}{name}.",
-                    channels,
-                    text_basis,
-                    folds[name],
-                    projector.config["num_heads"],
-                )
-            )
-        parts["ffn"].append(
-            _cut_feed_forward(
-                reader, f"{prefix}ffn.net.", channels, folds["ffn"], projector.config["ffn_dim"]
-            )
-        )
-    for name in ATTENTIONS:
-        tensors |= _join_heads(
-            parts.pop(name), projector.config, projector.teacher["attention_head_dim"], name, cut, kept
-        )
-    tensors |= _join_neurons(parts.pop("ffn"), projector.config["ffn_dim"], cut, kept)
-    return tensors, cut, kept, reader.files.name
+    _join_neurons(layers, projector.config["ffn_dim"], block)
+    return block
+
+
+# ---- the modulation of a span ------------------------------------------------------------------------------
 
 
 @dataclass
 class _Fold:
-    """What a block's matrices take up so that the modulation of its span serves it: exactly 1, 0, 1 for a
-    span of one block.
+    """Factors and constants that a block's matrices take up because its span shares one modulation.
+
+    For a span of one block exactly 1, 0 and 1.
     """
 
-    scale: torch.Tensor  # (d,) for the columns of its readers
-    shift: torch.Tensor  # (d,)
-    gate: torch.Tensor  # (d,) for the rows of its writer
-    silent: torch.Tensor | None = None  # (D,) the constant that its readers miss of dropped channels
+    scale: Tensor  # (d,) for the columns of its readers
+    shift: Tensor  # (d,)
+    gate: Tensor  # (d,) for the rows of its writer
+    dropped: Tensor | None = None  # (D,) the constant input of its readers from dropped channels
 
 
-def _fold_modulation(own, shared, over_time):
-    """Return the folds of self-attention and feed-forward, by least squares over timesteps, per channel."""
+def _fold_span(projector, reader, prefixes) -> tuple[dict[str, Tensor], list[dict[str, _Fold]]]:
+    """Return the student block's modulation and norm, and for each teacher block its folds."""
+    channels, norm_scale, scales = projector.channels, projector.norm_scale, list(SCALE)
+    full_tables = torch.stack([reader(f"{prefix}scale_shift_table")[0] for prefix in prefixes])  # (B, 6, D)
+    full_weights, full_biases = (
+        torch.stack([reader(f"{prefix}norm2.{kind}") for prefix in prefixes])  # (B, D)
+        for kind in ("weight", "bias")
+    )
+    tables, weights, biases = full_tables[:, :, channels], full_weights[:, channels], full_biases[:, channels]
+    table, weight, bias = tables.mean(0), weights.mean(0), biases.mean(0)  # (6, d), (d,), (d,)
+    is_dropped = torch.ones(projector.modulation.shape[-1], device=channels.device)  # (D,)
+    is_dropped[channels] = 0
+    folds = []
+    for number in range(len(prefixes)):
+        fold = _fold_modulation(tables[number], table, projector.modulation[:, :, channels])
+        fold["attn2"] = _fold_affine(weights[number], biases[number], weight, bias)
+        constant = full_tables[number] + projector.modulation.mean(0)  # (6, D) whatever the input
+        fold["attn1"].dropped = is_dropped * constant[SHIFT[0]]
+        fold["attn2"].dropped = is_dropped * full_biases[number]
+        fold["ffn"].dropped = is_dropped * constant[SHIFT[1]]
+        folds.append(fold)
+    stretched = table.clone()
+    stretched[scales] = norm_scale * (1 + table[scales]) - 1
+    tensors = {"scale_shift_table": stretched[None], "norm2.weight": weight * norm_scale, "norm2.bias": bias}
+    return tensors, folds
+
+
+def _fold_modulation(own, shared, over_time) -> dict[str, _Fold]:
+    """Return the folds of self-attention and feed-forward, by least squares over timesteps, per channel.
+
+    Shapes: own and shared table (6, d), modulation over_time (G, 6, d).
+    """
     folds = {}
-    for part, name in enumerate(("attn1", "ffn")):
-        shift, scale, gate = SHIFT[part], SCALE[part], GATE[part]
+    for index, name in enumerate(("attn1", "ffn")):
+        shift, scale, gate = SHIFT[index], SCALE[index], GATE[index]
         ratio = _ratio(1 + own[scale] + over_time[:, scale], 1 + shared[scale] + over_time[:, scale])
-        offset = (own[shift] + over_time[:, shift]).mean(0) - ratio * (
-            shared[shift] + over_time[:, shift]
-        ).mean(0)
-        folds[name] = _Fold(
-            ratio, offset, _ratio(own[gate] + over_time[:, gate], shared[gate] + over_time[:, gate])
-        )
+        own_shift, shared_shift = own[shift] + over_time[:, shift], shared[shift] + over_time[:, shift]
+        gate_ratio = _ratio(own[gate] + over_time[:, gate], shared[gate] + over_time[:, gate])
+        folds[name] = _Fold(ratio, own_shift.mean(0) - ratio * shared_shift.mean(0), gate_ratio)
     return folds
-
-
-def _ratio(own, shared):
-    """Least squares of own = ratio * shared over the first dimension; 1 where they are equal or the shared
-    one vanishes.
-    """
-    power = shared.square().sum(0)
-    return torch.where(
-        (own == shared).all(0) | (power <= 1e-8 * power.mean()),
-        torch.ones_like(power),
-        (own * shared).sum(0) / power.clamp(min=1e-12),
-    ).clamp(-4, 4)
 
 
 def _fold_affine(own_weight, own_bias, weight, bias):
@@ -131,76 +127,95 @@ def _fold_affine(own_weight, own_bias, weight, bias):
     return _Fold(ratio, own_bias - ratio * bias, torch.ones_like(ratio))
 
 
-def _cut_reader(reader, name, channels, fold):
-    """Cut a reader of the residual: keep its columns, fold a block's own scale and the constants in."""
+def _ratio(own, shared):
+    """Least squares of own = ratio * shared over the first dimension; 1 where they are equal or the shared
+    one vanishes.
+    """
+    power = shared.square().sum(0)
+    is_one = (own == shared).all(0) | (power <= 1e-8 * power.mean())
+    ratio = (own * shared).sum(0) / power.clamp(min=1e-12)
+    return torch.where(is_one, torch.ones_like(power), ratio).clamp(-4, 4)
+
+
+def _slice_reader(reader, name, channels, fold) -> Linear:
+    """Keep the columns of a matrix that reads the residual; fold its block's scale and constants in."""
     weight = reader(f"{name}.weight")
-    bias = reader(f"{name}.bias") + weight @ fold.silent
+    bias = reader(f"{name}.bias") + weight @ fold.dropped
     weight = weight[:, channels]
     return weight * fold.scale, bias + weight @ fold.shift
 
 
-def _cut_writer(reader, name, channels, gate):
-    """Cut a writer to the residual: keep its rows, fold a block's own gate in."""
+def _slice_writer(reader, name, channels, gate) -> Linear:
+    """Keep the rows of a matrix that writes to the residual; fold its block's gate in."""
     return gate[:, None] * reader(f"{name}.weight")[channels], gate * reader(f"{name}.bias")[channels]
 
 
-def _cut_attention(reader, prefix, channels, text_basis, fold, num_heads):
-    """Return one block's attention, of the heads that write most, between the student's residual channels (or
-    text basis) and the teacher's own rows."""
-    cut = {"q": _cut_reader(reader, f"{prefix}to_q", channels, fold)}
-    for kind in "kv":
-        cut[kind] = (
-            _cut_reader(reader, f"{prefix}to_{kind}", channels, fold)
-            if text_basis is None
-            else (reader(f"{prefix}to_{kind}.weight") @ text_basis, reader(f"{prefix}to_{kind}.bias"))
-        )
-    cut["o"], cut["o_bias"] = _cut_writer(reader, f"{prefix}to_out.0", channels, fold.gate)  # (d, D), (d,)
-    cut["gain"] = {kind: reader(f"{prefix}norm_{kind}.weight") for kind in "qk"}
-    cut["power"] = {
-        kind: _row_power(*cut[kind]).mean() for kind in "qk"
-    }  # what the teacher's RMSNorm divides by
-    return _weigh_heads(cut, reader.files.config["attention_head_dim"], num_heads)
+# ---- attention ---------------------------------------------------------------------------------------------
 
 
-def _weigh_heads(cut, full, num_heads):
-    """Note what each head writes, the squared norm of its output times its value matrix, and keep the heads
-    that write most.
+@dataclass
+class _Attention:
+    """An attention of whole teacher heads between the student's channels."""
+
+    layers: dict[str, Linear]  # {"q", "k", "v": (R, d) and (R,)}
+    output: Tensor  # (d, R)
+    output_bias: Tensor  # (d,)
+    gains: dict[str, Tensor]  # {"q", "k": (R,)} of the RMSNorm
+    powers: dict[str, Tensor]  # {"q", "k": ()} that the teacher's RMSNorm divides by, squared
+    rows: Tensor  # (R,) of the teacher's matrices
+    head_energy: Tensor  # (heads,) that each head writes
+    block_energy: Tensor  # () of all heads of the teacher block
+
+
+def _prune_attention(projector, reader, prefix, fold, text_basis=None) -> _Attention:
+    """Return one block's attention, of the heads that write most; keys and values read from `text_basis` if
+    given.
     """
-    outputs, values = cut["o"].unflatten(1, (-1, full)), cut["v"][0].unflatten(0, (-1, full))
-    writes = torch.stack([(outputs[:, head] @ values[head]).square().sum() for head in range(len(values))])
-    cut |= {
-        "writes": writes,
-        "energy": writes.sum(),
-        "rows": torch.arange(cut["o"].shape[1], device=writes.device),
-    }
-    return _take_heads(cut, top(writes, min(num_heads, len(writes))))
+    channels = projector.channels
+    layers = {"q": _slice_reader(reader, f"{prefix}to_q", channels, fold)}
+    for kind in "kv":
+        if text_basis is None:
+            layers[kind] = _slice_reader(reader, f"{prefix}to_{kind}", channels, fold)
+        else:
+            weight = reader(f"{prefix}to_{kind}.weight") @ text_basis
+            layers[kind] = weight, reader(f"{prefix}to_{kind}.bias")
+    output, output_bias = _slice_writer(reader, f"{prefix}to_out.0", channels, fold.gate)
+    gains = {kind: reader(f"{prefix}norm_{kind}.weight") for kind in "qk"}
+    energy = _head_energy(output, layers["v"][0], projector.teacher["attention_head_dim"])
+    powers = {kind: _row_power(*layers[kind]).mean() for kind in "qk"}
+    rows = torch.arange(output.shape[1], device=output.device)
+    attention = _Attention(layers, output, output_bias, gains, powers, rows, energy, energy.sum())
+    return _keep_heads(attention, top_indices(energy, min(projector.config["num_heads"], len(energy))))
 
 
-def _take_heads(cut, heads):
-    """Drop all other heads; what they write whatever they look at goes to the bias."""
-    rows = (
-        torch.arange(len(cut["rows"]), device=heads.device)
-        .unflatten(0, (len(cut["writes"]), -1))[heads]
-        .flatten()
+def _head_energy(output, value, head_dim):
+    """Return the squared norm (heads,) of each head's output matrix times its value matrix."""
+    outputs, values = output.unflatten(1, (-1, head_dim)), value.unflatten(0, (-1, head_dim))
+    return torch.stack([(outputs[:, head] @ values[head]).square().sum() for head in range(len(values))])
+
+
+def _keep_heads(attention, heads):
+    """Drop all other heads; the output of their values' biases, the same for any input, is added to the
+    bias.
+    """
+    rows = torch.arange(len(attention.rows), device=heads.device)
+    rows = rows.unflatten(0, (len(attention.head_energy), -1))[heads].flatten()
+    dropped = attention.layers["v"][1].clone()
+    dropped[rows] = 0
+    return replace(
+        attention,
+        layers={kind: (weight[rows], bias[rows]) for kind, (weight, bias) in attention.layers.items()},
+        output=attention.output[:, rows],
+        output_bias=attention.output_bias + attention.output @ dropped,
+        gains={kind: gain[rows] for kind, gain in attention.gains.items()},
+        rows=attention.rows[rows],
+        head_energy=attention.head_energy[heads],
     )
-    silent = cut["v"][1].clone()
-    silent[rows] = 0
-    return (
-        cut
-        | {kind: (cut[kind][0][rows], cut[kind][1][rows]) for kind in "qkv"}
-        | {
-            "o": cut["o"][:, rows],
-            "o_bias": cut["o_bias"] + cut["o"] @ silent,
-            "rows": cut["rows"][rows],
-            "gain": {kind: gain[rows] for kind, gain in cut["gain"].items()},
-            "writes": cut["writes"][heads],
-        }
-    )
 
 
-def _share_out(scores, count):
-    """Return, of the `count` largest scores in several lists together, the places in each list."""
-    chosen, found = top(torch.cat(scores), count), []
+def _top_of_all(scores: list[Tensor], count: int) -> list[Tensor]:
+    """Return the indices, in each list of scores, of the `count` largest in all lists together."""
+    chosen, found = top_indices(torch.cat(scores), count), []
     for score in scores:
         found.append(chosen[(chosen >= 0) & (chosen < len(score))])
         chosen = chosen - len(score)
@@ -212,157 +227,183 @@ def _row_power(weight, bias):
     return weight.square().sum(1) + bias.square()
 
 
-def _join_heads(cuts, config, full, name, picked, kept):
-    """Keep the heads that write most, of all blocks in a span, and their rotary pairs; returns a student
-    attention's tensors.
+@dataclass
+class _Head:
+    """A student head, made of one teacher head."""
+
+    block: int  # in the span
+    rows: dict[str, Tensor]  # {"q", "k", "v"} of the teacher's matrices
+    layers: dict[str, Linear]  # {"q", "k", "v": (h, d) and (h,)}
+    output: Tensor  # (d, h)
+    output_bias: Tensor  # (d,)
+    gains: dict[str, Tensor]  # {"q", "k": (h,)}
+    powers: dict[str, Tensor]  # {"q", "k": (h,)}
+    energy: float  # that it writes
+
+
+def _join_heads(attentions, config, head_dim, name, block: ProjectedBlock) -> None:
+    """Give a student block the attention `name`, of the heads in a span that write most and their rotary
+    pairs.
     """
-    num_heads, size = config["num_heads"], config["hidden_size"] // config["num_heads"]
-    joined = {key: [] for key in ("q", "k", "v", "o", "q_gain", "k_gain", "q_power", "k_power")}
-    picks, energy, total = {kind: [] for kind in "qkv"}, 0.0, float(sum(cut["energy"] for cut in cuts))
-    cuts = [
-        _take_heads(cut, heads)
-        for cut, heads in zip(cuts, _share_out([cut["writes"] for cut in cuts], num_heads))
+    size = config["hidden_size"] // config["num_heads"]
+    total = float(sum(attention.block_energy for attention in attentions))
+    chosen = _top_of_all([attention.head_energy for attention in attentions], config["num_heads"])
+    attentions = [_keep_heads(attention, heads) for attention, heads in zip(attentions, chosen)]
+    heads = [
+        _shrink_head(attention, number, rows, size, has_rotary=name == "attn1")
+        for number, attention in enumerate(attentions)
+        for rows in torch.arange(len(attention.rows)).view(-1, head_dim)
     ]
-    output_bias = sum(cut["o_bias"] for cut in cuts)
-    for number, cut in enumerate(cuts):
-        for rows in torch.arange(len(cut["rows"])).view(-1, full):
-            pairs = rows[_rotary_rows(cut, rows, full, size, has_rotary=name == "attn1")]
-            picks["v"].append((number, cut["rows"][rows]))
-            for kind in "qk":
-                picks[kind].append((number, cut["rows"][pairs]))
-                joined[kind].append([tensor[pairs] for tensor in cut[kind]])
-                joined[f"{kind}_gain"].append(cut["gain"][kind][pairs] * (size / full) ** 0.25)
-                joined[f"{kind}_power"].append(cut["power"][kind].expand(size))
-            value, value_bias, output, lost = _cut_value(
-                cut["v"][0][rows], cut["v"][1][rows], cut["o"][:, rows], size
-            )
-            energy += float((output @ value).square().sum())
-            joined["v"].append((value, value_bias))
-            joined["o"].append(output)
-            output_bias = output_bias + lost
-    kept[name] = energy / total
-    tensors = {f"{name}.to_out.0.weight": torch.cat(joined["o"], 1), f"{name}.to_out.0.bias": output_bias}
+    output_bias = sum(attention.output_bias for attention in attentions)
+    for head in heads:
+        output_bias = output_bias + head.output_bias
+    block.kept_energy[name] = sum(head.energy for head in heads) / total
+    block.tensors[f"{name}.to_out.0.weight"] = torch.cat([head.output for head in heads], 1)
+    block.tensors[f"{name}.to_out.0.bias"] = output_bias
     for kind in "qkv":
-        weights, biases = zip(*joined[kind])
-        tensors[f"{name}.to_{kind}.weight"], tensors[f"{name}.to_{kind}.bias"] = (
-            torch.cat(weights),
-            torch.cat(biases),
-        )
-    if size == full:  # values of a smaller head are no rows of the teacher's
-        picked[f"{name}.v"] = picks["v"]
-    for kind in "qk":
-        power = _row_power(
-            tensors[f"{name}.to_{kind}.weight"], tensors[f"{name}.to_{kind}.bias"]
-        ).mean()  # the student's
-        gain = torch.cat(joined[f"{kind}_gain"])
-        picked |= {f"{name}.{kind}": picks[kind], f"{name}.{kind}.gain": gain}
-        tensors[f"{name}.norm_{kind}.weight"] = gain * (power / torch.cat(joined[f"{kind}_power"])).sqrt()
-    return tensors
+        weights, biases = zip(*(head.layers[kind] for head in heads))
+        weight, bias = torch.cat(weights), torch.cat(biases)
+        block.tensors |= {f"{name}.to_{kind}.weight": weight, f"{name}.to_{kind}.bias": bias}
+        if kind in "qk" or size == head_dim:  # values of a smaller head are not rows of the teacher's
+            block.kept_rows[f"{name}.{kind}"] = [(head.block, head.rows[kind]) for head in heads]
+        if kind in "qk":
+            gain = block.kept_rows[f"{name}.{kind}.gain"] = torch.cat([head.gains[kind] for head in heads])
+            ratio = _row_power(weight, bias).mean() / torch.cat([head.powers[kind] for head in heads])
+            block.tensors[f"{name}.norm_{kind}.weight"] = gain * ratio.sqrt()
 
 
-def _rotary_rows(cut, rows, full, size, has_rotary):
-    """Choose `size` of a head's `full` query and key channels as whole rotary pairs, each axis with the share
-    that Wan gives it.
+def _shrink_head(attention, block, rows, size, has_rotary) -> _Head:
+    """Shrink the teacher head in `rows` of a pruned attention to `size` channels."""
+    head_dim = len(rows)
+    pairs = rows[_rotary_rows(attention.layers, rows, size, has_rotary)]
+    kept = {"q": pairs, "k": pairs, "v": rows}
+    layers = {kind: tuple(tensor[kept[kind]] for tensor in attention.layers[kind]) for kind in "qkv"}
+    output, layers["v"], lost_bias = _shrink_value(*layers["v"], attention.output[:, rows], size)
+    return _Head(
+        block=block,
+        rows={kind: attention.rows[kept[kind]] for kind in "qkv"},
+        layers=layers,
+        output=output,
+        output_bias=lost_bias,
+        gains={kind: attention.gains[kind][pairs] * (size / head_dim) ** 0.25 for kind in "qk"},
+        powers={kind: attention.powers[kind].expand(size) for kind in "qk"},
+        energy=float((output @ layers["v"][0]).square().sum()),
+    )
+
+
+def _rotary_rows(layers: dict[str, Linear], rows, size, has_rotary):
+    """Choose `size` of a head's query and key channels as whole rotary pairs, each axis with the share that
+    Wan gives it.
 
     Per head Wan lays out [time | height | width]; a smaller head has fewer and coarser-spaced frequencies, so
-    each of its spatial pairs takes the teacher's pair of nearest log-frequency. Time pairs stand still at one
-    frame: the strongest are kept.
+    each of its spatial pairs takes the teacher's pair of nearest log-frequency. With one frame the time pairs
+    do not rotate, so the strongest are kept.
     """
-    if size == full:
-        return torch.arange(full)
-    strength = (
-        sum(_row_power(cut[kind][0][rows], cut[kind][1][rows]) for kind in "qk").unflatten(0, (-1, 2)).sum(1)
-    )
+    head_dim = len(rows)
+    if size == head_dim:
+        return torch.arange(head_dim)
+    power = sum(_row_power(*(tensor[rows] for tensor in layers[kind])) for kind in "qk")
+    strength = power.unflatten(0, (-1, 2)).sum(1)  # of each pair
     if not has_rotary:
-        pairs = top(strength, size // 2).cpu()
+        pairs = top_indices(strength, size // 2).cpu()
     else:
-        axes, axes_full = _axis_pairs(size), _axis_pairs(full)
-        pairs, start = [top(strength[: axes_full[0]], axes[0]).cpu()], axes_full[0]
-        for few, many in zip(axes[1:], axes_full[1:]):
-            pairs.append(start + (torch.arange(few) * many / few).round().long())
+        axes, full_axes = _axis_pairs(size), _axis_pairs(head_dim)
+        chosen, start = [top_indices(strength[: full_axes[0]], axes[0]).cpu()], full_axes[0]
+        for few, many in zip(axes[1:], full_axes[1:]):
+            chosen.append(start + (torch.arange(few) * many / few).round().long())
             start += many
-        pairs = torch.cat(pairs)
+        pairs = torch.cat(chosen)
     return (2 * pairs[:, None] + torch.arange(2)).flatten()
 
 
 def _axis_pairs(size):
-    """Return how many rotary pairs of a head belong to time, height and width."""
+    """Return the number of rotary pairs of a head for time, height and width."""
     spatial = size // 6
     return size // 2 - 2 * spatial, spatial, spatial
 
 
-def _cut_value(value, bias, output, size):
-    """Shrink a head's values to `size` channels by the best low-rank form of output @ value; returns also the
-    bias it loses.
+def _shrink_value(value, bias, output, size) -> tuple[Tensor, Linear, Tensor]:
+    """Shrink a head's values to `size` channels by the best low-rank form of output @ value.
+
+    Returns the output (d, size), the value's weight and bias, and the bias (d,) that the output loses.
     """
     if size == len(value):
-        return value, bias, output, torch.zeros(len(output))
+        return output, (value, bias), torch.zeros(len(output))
     q_out, r_out = torch.linalg.qr(output)
     q_in, r_in = torch.linalg.qr(value.T)
     left, strength, right = torch.linalg.svd(r_out @ r_in.T)
     root = strength[:size].sqrt()
     small_output, small_value = q_out @ left[:, :size] * root, (root[:, None] * right[:size]) @ q_in.T
-    return small_value, torch.zeros(size, device=bias.device), small_output, output @ bias
+    return small_output, (small_value, torch.zeros(size, device=bias.device)), output @ bias
 
 
-def _cut_feed_forward(reader, prefix, channels, fold, count):
+# ---- feed-forward ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _FeedForward:
+    """A feed-forward of whole teacher neurons between the student's channels."""
+
+    first: Tensor  # (R, d)
+    first_bias: Tensor  # (R,)
+    second: Tensor  # (d, R)
+    second_bias: Tensor  # (d,)
+    mean: Tensor  # (R,) of each neuron after its gelu
+    rows: Tensor  # (R,) of the teacher's matrices
+    neuron_energy: Tensor  # (R,) that each neuron writes
+    block_energy: Tensor  # () of all neurons of the teacher block
+
+
+def _prune_feed_forward(projector, reader, prefix, fold) -> _FeedForward:
     """Return one block's feed-forward, of the neurons that write most."""
-    first, first_bias = _cut_reader(reader, f"{prefix}0.proj", channels, fold)
-    second, second_bias = _cut_writer(reader, f"{prefix}2", channels, fold.gate)
+    first, first_bias = _slice_reader(reader, f"{prefix}0.proj", projector.channels, fold)
+    second, second_bias = _slice_writer(reader, f"{prefix}2", projector.channels, fold.gate)
     mean, power = _gelu_moments(first_bias, first.square().sum(1).sqrt())
-    writes = second.square().sum(0) * power
-    cut = {
-        "first": first,
-        "first_bias": first_bias,
-        "second": second,
-        "second_bias": second_bias,
-        "mean": mean,
-        "writes": writes,
-        "energy": writes.sum(),
-        "rows": torch.arange(len(writes), device=writes.device),
-    }
-    return _take_neurons(cut, top(writes, min(count, len(writes))))
+    energy = second.square().sum(0) * power
+    rows = torch.arange(len(energy), device=energy.device)
+    layer = _FeedForward(first, first_bias, second, second_bias, mean, rows, energy, energy.sum())
+    return _keep_neurons(layer, top_indices(energy, min(projector.config["ffn_dim"], len(energy))))
 
 
-def _take_neurons(cut, neurons):
-    """Drop all other neurons; what they write on average goes to the bias."""
-    silent = cut["mean"].clone()
-    silent[neurons] = 0
-    return (
-        cut
-        | {name: cut[name][neurons] for name in ("first", "first_bias", "mean", "writes", "rows")}
-        | {"second": cut["second"][:, neurons], "second_bias": cut["second_bias"] + cut["second"] @ silent}
+def _keep_neurons(layer, neurons):
+    """Drop all other neurons; their mean output is added to the bias."""
+    dropped = layer.mean.clone()
+    dropped[neurons] = 0
+    names = ("first", "first_bias", "mean", "rows", "neuron_energy")
+    return replace(
+        layer,
+        second=layer.second[:, neurons],
+        second_bias=layer.second_bias + layer.second @ dropped,
+        **{name: getattr(layer, name)[neurons] for name in names},
     )
 
 
-def _join_neurons(cuts, count, picked, kept):
-    """Keep the neurons that write most, of all blocks in a span."""
-    total = float(sum(cut["energy"] for cut in cuts))
-    cuts = [
-        _take_neurons(cut, neurons)
-        for cut, neurons in zip(cuts, _share_out([cut["writes"] for cut in cuts], count))
-    ]
-    kept["ffn"] = float(sum(cut["writes"].sum() for cut in cuts)) / total
-    picked["ffn"] = [(number, cut["rows"]) for number, cut in enumerate(cuts)]
-    return {
-        "ffn.net.0.proj.weight": torch.cat([cut["first"] for cut in cuts]),
-        "ffn.net.0.proj.bias": torch.cat([cut["first_bias"] for cut in cuts]),
-        "ffn.net.2.weight": torch.cat([cut["second"] for cut in cuts], 1),
-        "ffn.net.2.bias": sum(cut["second_bias"] for cut in cuts),
+def _join_neurons(layers, count, block: ProjectedBlock) -> None:
+    """Give a student block the feed-forward of the neurons in a span that write most."""
+    total = float(sum(layer.block_energy for layer in layers))
+    chosen = _top_of_all([layer.neuron_energy for layer in layers], count)
+    layers = [_keep_neurons(layer, neurons) for layer, neurons in zip(layers, chosen)]
+    block.kept_energy["ffn"] = float(sum(layer.neuron_energy.sum() for layer in layers)) / total
+    block.kept_rows["ffn"] = [(number, layer.rows) for number, layer in enumerate(layers)]
+    block.tensors |= {
+        "ffn.net.0.proj.weight": torch.cat([layer.first for layer in layers]),
+        "ffn.net.0.proj.bias": torch.cat([layer.first_bias for layer in layers]),
+        "ffn.net.2.weight": torch.cat([layer.second for layer in layers], 1),
+        "ffn.net.2.bias": sum(layer.second_bias for layer in layers),
     }
 
 
 def _gelu_moments(mean, deviation):
     """Return mean and mean square of gelu of a normal variable, by nine-point Gauss-Hermite quadrature."""
     points, weights = (
-        torch.tensor(part, dtype=mean.dtype, device=mean.device)
-        for part in np.polynomial.hermite_e.hermegauss(9)
+        torch.tensor(values, dtype=mean.dtype, device=mean.device)
+        for values in np.polynomial.hermite_e.hermegauss(9)
     )
     values = F.gelu(mean[:, None] + deviation[:, None] * points, approximate="tanh")
     weights = weights / weights.sum()
     return values @ weights, values.square() @ weights
 
 
-def top(score, count):
+def top_indices(score: Tensor, count: int) -> Tensor:
     """Return the indices of the `count` largest scores, in rising order; ties go to the lower index."""
     return torch.argsort(score, descending=True, stable=True)[:count].sort().values

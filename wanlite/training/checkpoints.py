@@ -1,5 +1,4 @@
-"""What a training run remembers: nested state -> checkpoints/step-000500/, and the newest one that verifies
--> state again.
+"""Nested training state -> checkpoints/step-000500/, and the newest checkpoint that verifies -> state again.
 
 Tensors go to one safetensors file, everything else to JSON: no pickle is written and none is opened. A
 manifest with the sha256 of both, the step and the facts that a resumed run has to share is written last.
@@ -24,18 +23,17 @@ def checkpoint_path(folder, step):
     return Path(folder) / "checkpoints" / f"step-{step:06d}"
 
 
-def save_checkpoint(folder, memory, facts, keep):
-    """Save `memory`, which has a step, and keep the newest `keep`, two at least.
+def save_checkpoint(folder, step, state, facts, keep):
+    """Save the training state after `step`, a dict, and keep the newest `keep` checkpoints, at least two.
 
-    `memory` is made of dicts, lists, numbers, text, tensors, and whatever has a state_dict. Raises
+    `state` is made of dicts, lists, numbers, text, tensors, and whatever has a state_dict. Raises
     FloatingPointError, and writes nothing, where a tensor is not finite; OSError where the disk is full: then
     every earlier checkpoint stays. Earlier ones go only once this one verifies.
     """
-    step, tensors = memory["step"], {}
-    path = checkpoint_path(folder, step)
+    path, tensors = checkpoint_path(folder, step), {}
     if path.exists() and _why_unusable(path) is None:
         return
-    rest = _pack(memory, "", tensors)
+    rest = _pack(state, "", tensors)
     if broken := find_non_finite(tensors):
         raise FloatingPointError(
             f"{broken[0]} holds NaN or infinity at step {step}, which is not saved; earlier ones are in "
@@ -66,11 +64,9 @@ def load_checkpoint(path):
         ) from None
 
 
-def restore(memory, state):
-    """Give everything in `memory`, a dict, its part of the state; raises OSError for a state of other
-    networks.
-    """
-    for name, part in memory.items():
+def restore(parts, state):
+    """Load the saved state into `parts`, a dict of the same names; raises OSError for that of other networks."""
+    for name, part in parts.items():
         try:
             if isinstance(part, list):  # of optimizers or schedules
                 for each, its_state in zip(part, state[name], strict=True):
@@ -78,7 +74,7 @@ def restore(memory, state):
             elif hasattr(part, "load_state_dict"):
                 part.load_state_dict(state[name])
             else:
-                memory[name] = state[name]
+                parts[name] = state[name]
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise OSError(

@@ -27,7 +27,7 @@ class Networks:
     feature_head: nn.Module
     block: int  # whose token states are compared
     guided: Callable  # TextTokens -> the guided teacher's velocity of (latents, timestep)
-    plain: Callable  # the same without guidance
+    unguided: Callable  # the same without guidance
     few: Callable  # flow.FewSteps
     critic: nn.Module | None = None
     critic_optimizers: list = field(default_factory=list)
@@ -96,8 +96,8 @@ def matching_step(networks, settings, batch, text, progress, generator):
         parts["critic_loss"] = update_critic(networks, settings, drawn, text, generator)
     drawn = draw(networks, text, generator, latent_shape)
     for name, here, there in (
-        ("guidance", networks.guided, networks.plain),
-        ("critic", networks.plain, partial(velocity_from, networks.critic)),
+        ("guidance", networks.guided, networks.unguided),
+        ("critic", networks.unguided, partial(velocity_from, networks.critic)),
     ):
         noisy, _, timestep, noise_level = networks.few.renoise(drawn, generator, is_one_level=True)
         with torch.no_grad():
@@ -159,10 +159,3 @@ def velocity_in_chunks(network, text):
         )
 
     return velocity_of
-
-
-STEPS = {
-    "velocity": velocity_step,
-    "few_step": few_step_regression,
-    "matching": matching_step,
-}  # by the names of phases.PHASES

@@ -20,17 +20,17 @@ from ..files.locks import in_turn
 from ..flow import make_scheduler
 from ..network import TEXT_LENGTH, pack_text
 from ..phases import choose_validated, count_validated
-from ..teacher.components import convert_components, find_components, is_converted
+from ..teacher.components import convert_components, is_converted
 from ..teacher.expert_files import sampled_digest
 from .steps import velocity_in_chunks
 
 FIRST_SEED, SEEDS_A_RUN = 10**12, 10**7  # of training trajectories, and how far those of two runs are apart
 
 
-def open_components(settings, accelerator):
+def open_components(run):
     """Return the folder of vae/, text_encoder/ and tokenizer/ in diffusers' layout: the teacher's, or the
     cache that they are converted into."""
-    found = find_components(settings.teacher)
+    settings, accelerator, found = run.settings, run.accelerator, run.components
     if all(is_converted(found, component) for component in found):
         return Path(settings.teacher)
     files = [
@@ -82,51 +82,58 @@ class PromptEmbeddings:
 
 
 class TeacherData:
-    """What the teacher says of training prompts, and of held-out ones that students are examined on.
+    """What the teacher predicts for training prompts, and for the held-out ones of validations.
 
-    `latent_shapes` (C, H, W) are first that of an examination, then those that are trained on, one a bucket.
-    Token states are kept in `width` directions. `guided` and `plain` make velocity functions of text: what
-    the teacher says online.
+    `run` is a planning.Run: the first of its `latent_shapes` (C, H, W) is that of validations, the others are
+    trained on, one a bucket. `guided` and `unguided` make velocity functions of text. generate() sets
+    `training_states` and `image_states`, a list with an entry a bucket, and `validation_states`.
     """
 
-    def __init__(self, accelerator, settings, teacher, words, training, held_out, latent_shapes, width, pace):
-        self.accelerator, self.settings, self.words, self.training, self.held_out = (
-            accelerator,
-            settings,
-            words,
-            training,
-            held_out,
-        )
-        self.validated = choose_validated(training, held_out)
-        self.latent_shape, *self.buckets = latent_shapes
-        self.width, self.scheduler = width, make_scheduler(settings.flow_shift)
-        self.first_seed = FIRST_SEED + settings.seed * SEEDS_A_RUN
-        negative, without = (
-            words[settings.negative_prompt],
-            replace(settings, guidance_scale=1.0, guidance_scale_2=1.0),
-        )
-        self.guided, self.plain = (
-            pace.timed(teacher_velocity(teacher, each, negative)) for each in (settings, without)
+    def __init__(self, run, teacher, words, pace):
+        self.accelerator, self.settings, self.words, self.pace = run.accelerator, run.settings, words, pace
+        self.training, self.held_out = run.training, run.held_out
+        self.validated = choose_validated(run.training, run.held_out)
+        self.latent_shape, *self.buckets = run.latent_shapes
+        self.teacher, self.scheduler = teacher, make_scheduler(run.settings.flow_shift)
+        self.first_seed = FIRST_SEED + run.settings.seed * SEEDS_A_RUN
+        negative = words[run.settings.negative_prompt]
+        unguided = replace(run.settings, guidance_scale=1.0, guidance_scale_2=1.0)
+        self.guided, self.unguided = (
+            pace.timed(teacher_velocity(teacher, each, negative)) for each in (run.settings, unguided)
         )
         self.trajectory_generator = TrajectoryGenerator(
-            accelerator,
+            run.accelerator,
             self._guided_for,
             self.scheduler,
-            settings.teacher_steps,
+            run.settings.teacher_steps,
             in_step=teacher.residency == "sharded",
         )
-        self.made_of = {
-            "teacher": teacher.files.fingerprint,
+        self.made_of = self._describe(run.settings)
+
+    def _describe(self, settings):
+        """Return what everything in the cache is made of."""
+        return {
+            "teacher": self.teacher.files.fingerprint,
             "negative_prompt": settings.negative_prompt,
             "shift": settings.flow_shift,
             "guidance": (settings.guidance_scale, settings.guidance_scale_2),
             "steps": settings.teacher_steps,
-            "text": (words.said_by, TEXT_LENGTH),
-            "features": width,
+            "text": (self.words.said_by, TEXT_LENGTH),
+            "features": settings.feature_directions,
         }
 
-    def _guided_for(self, prompts, features):
-        return self.guided(self.words.pack(prompts).to(self.accelerator.device), features)
+    def generate(self, run, autoencoder):
+        """Generate all that does not depend on the student, or read it from the cache; returns how fast it was."""
+        self.find_basis()
+        self.pace.restart()
+        self.training_states = self.generate_training(run.settings.num_trajectories)
+        images = run.images if run.phases[0].name == "velocity" else []
+        self.image_states = self.ask_at_images(images, run.sizes[1:], autoencoder)
+        self.validation_states = self.generate_validation()
+        return self.pace.generation_figures(run.settings.teacher_steps)
+
+    def _guided_for(self, prompts, has_features):
+        return self.guided(self.words.pack(prompts).to(self.accelerator.device), has_features)
 
     def _kept_in(self, kind, parent=None, **what):
         with self.accelerator.main_process_first():
@@ -140,7 +147,9 @@ class TeacherData:
         """Find the directions that token states are kept in, on trajectories of a few training prompts."""
         prompts = self.training[: self.settings.validation_trajectories]
         folder = self._kept_in("basis", prompts=prompts, latents=self.latent_shape)
-        self.trajectory_generator.find_basis(folder, prompts, self.latent_shape, self.width)
+        self.trajectory_generator.find_basis(
+            folder, prompts, self.latent_shape, self.settings.feature_directions
+        )
 
     def generate_training(self, num_trajectories):
         """Walk from noise to picture `num_trajectories` times, as often in each bucket; returns the Trajectories by
@@ -248,13 +257,14 @@ class TeacherData:
 
 
 def teacher_velocity(teacher, settings, negative):
-    """Return the guided teacher as a maker of velocity functions of (latents, timestep); see
-    validator.generate_images.
+    """Return `velocity_for(text, has_features=False)`, which makes velocity functions of (latents, timestep).
+
+    With `has_features` these return (velocity, hidden states (B, N, D) after the feature block).
     """
 
-    def velocity_for(text, features=None):
+    def velocity_for(text, has_features=False):
         unwanted = pack_text([negative] * len(text.tokens)).to(text.tokens.device)
-        blocks = () if features is None else (feature_block(teacher.config["num_layers"]),)
+        blocks = (feature_block(teacher.config["num_layers"]),) if has_features else ()
 
         def velocity_of(latents, timestep):
             velocity, states = teacher.velocity(
@@ -266,9 +276,7 @@ def teacher_velocity(teacher, settings, negative):
                 settings.guidance_scale_2,
                 feature_blocks=blocks,
             )
-            if features is not None:
-                features.append(states[0])
-            return velocity
+            return (velocity, states[0]) if has_features else velocity
 
         return velocity_of
 

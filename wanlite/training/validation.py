@@ -15,7 +15,7 @@ from ..phases import count_validated
 from ..runtime.ranks import broadcast
 from ..world import shapes
 from ..world.record import read_world
-from .metrics import compare, frechet_distance, likeness
+from .metrics import compare, find_guard_violations, frechet_distance, likeness
 from .steps import velocity_in_chunks
 
 GRID_FIGURES = {
@@ -26,47 +26,72 @@ GRID_FIGURES = {
 
 
 class Validator:
-    """Holds students against the teacher of `teacher_data`, each drawing in every one of `counts` steps of
-    `scheduler`.
+    """Compares students with the teacher of `teacher_data`, at each number of steps that they are trained for.
 
-    `trajectories` are the teacher's Trajectories of validated prompts, `by_seed` those of a few prompts from many
-    seeds, `shown` the prompts of the grids. `check` is called between batches, and may end it.
+    `run` is a planning.Run, `few` the FewSteps of its student. `check` is called between batches, and may end
+    a validation.
     """
 
-    def __init__(self, teacher_data, trajectories, by_seed, shown, counts, scheduler, autoencoder, check):
-        self.teacher_data, self.settings, self.validated = (
-            teacher_data,
-            teacher_data.settings,
-            teacher_data.validated,
-        )
-        self.counts, self.scheduler, self.autoencoder, self.check = counts, scheduler, autoencoder, check
-        self.states, self.num_seeds = (
-            trajectories,
-            count_validated(self.settings.validation_trajectories, len(self.validated))[1],
-        )
+    find_violations = staticmethod(find_guard_violations)
+
+    def __init__(self, run, teacher_data, few, autoencoder, check=lambda: None):
+        self.run, self.teacher_data, self.settings = run, teacher_data, run.settings
+        self.validated, self.shown = teacher_data.validated, run.settings.validation_prompts
+        self.counts, self.autoencoder, self.check = few.counts, autoencoder, check
+        self.scheduler = few.scheduler if run.few_steps else teacher_data.scheduler
+        self.measure = "frechet_distance" if run.settings.matching_steps else "image_error"
+        self.states, by_seed = teacher_data.validation_states
+        self.num_seeds = count_validated(self.settings.validation_trajectories, len(self.validated))[1]
         self.trajectories = [
             teacher_references(each, teacher_data.words, self.validated, autoencoder)
-            for each in (trajectories, by_seed)
+            for each in (self.states, by_seed)
         ]
-        self.seeds = [
-            self.settings.seed + number for number in range(max(len(shown), len(teacher_data.held_out)))
-        ]
-        self.shown, steps = shown, self.settings.reference_steps
+        num_images = max(len(self.shown), len(teacher_data.held_out))
+        self.seeds = [self.settings.seed + number for number in range(num_images)]
         self.teacher_drawn = teacher_data.keep(
             "images",
-            lambda: {"images": torch.from_numpy(self._draw_teacher(shown))},
-            prompts=shown,
-            seeds=self.seeds[: len(shown)],
-            reference=steps,
+            lambda: {"images": torch.from_numpy(self._draw_teacher(self.shown))},
+            prompts=self.shown,
+            seeds=self.seeds[: len(self.shown)],
+            reference=self.settings.reference_steps,
         )["images"].numpy()
+
+    def __call__(self, state, log):
+        """Validate the averaged student, log figures and a grid, and consider it as the one to be saved."""
+        progress = state.progress
+        with state.averaged() as student:
+            figures_by_steps, figures = self.validate(student)
+            log.record(progress.step, grid=self.draw_grid(student, figures_by_steps), **figures)
+            progress.last_validation = {"step": progress.step, **figures}
+            if progress.phase != "velocity" or not self.run.few_steps:
+                self.consider(state, figures, figures_by_steps)
+        log.pace.restart()  # validation is no part of a step
+
+    def consider(self, state, figures, figures_by_steps):
+        """Keep the student as the best candidate, unless it is rejected or an earlier one was closer."""
+        progress = state.progress
+        score = sum(each[self.measure] for each in figures_by_steps.values()) / len(figures_by_steps)
+        violations = [
+            f"in {count} step{'s' * (count > 1)}: {reason}"
+            for count, each in figures_by_steps.items()
+            for reason in self.find_violations(each)
+        ]
+        is_closest = not progress.best or score < progress.best["score"]
+        progress.rejected_validations = (
+            progress.rejected_validations + 1 if violations and not is_closest else 0
+        )
+        if violations:  # all figures are in metrics.jsonl
+            self.run.accelerator.print(
+                f"\nstep {progress.step}: rejected, unlike the teacher {violations[0]}"
+            )
+        elif is_closest:
+            state.keep_as_best(score, figures)
 
     def validate(self, student):
         """Return figures by number of steps, and all of them by name with the error on held-out states; the
         same on all ranks.
         """
-        error = relative_error(
-            student, self.states, self.teacher_data.words, self.validated, self.autoencoder.device, self.check
-        )
+        error = self.held_out_error(student)
         figures_by_steps = {
             count: compare_trajectories(
                 self.trajectories,
@@ -87,6 +112,12 @@ class Validator:
             for count, each in figures_by_steps.items()
             for name, value in each.items()
         }
+
+    def held_out_error(self, student):
+        """Return the student's velocity error on held-out trajectories; see relative_error()."""
+        return relative_error(
+            student, self.states, self.teacher_data.words, self.validated, self.autoencoder.device, self.check
+        )
 
     def draw_grid(self, student, figures_by_steps):
         """Return {what a row shows: its images (B, height, width, 3)}, the teacher's above the student's."""

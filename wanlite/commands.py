@@ -1,0 +1,16 @@
+"""The console commands wanlite-train and wanlite-generate: the two scripts, wherever they are installed."""
+
+from runpy import run_module
+
+
+def train():
+    _run_script("train_distillation")
+
+
+def generate():
+    _run_script("run_inference")
+
+
+def _run_script(module):
+    """Run a script as `python script.py` does, so that it checks its arguments before it imports torch."""
+    run_module(module, run_name="__main__", alter_sys=True)

@@ -1,0 +1,97 @@
+"""One optimizer step: forward, backward, reduce, clip, step, average. No file is read or written here."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+# Steps in a row without a finite gradient after which a run ends; float16 needs some to find its scale.
+MAX_SKIPPED = 20
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What a step measured: means over all processes; `terms` are those of the loss, by name."""
+
+    loss: float
+    grad_norm: float
+    is_sound: bool  # loss and gradient were finite, so that the weights were updated
+    terms: dict[str, torch.Tensor]
+
+
+def training_step(phase, run, state, batch):
+    """Train one step of a phase and return its StepFigures; `state` changes in place.
+
+    `batch` is an iterable of micro-batches (tensors by name, TextTokens), as many as
+    --gradient_accumulation_steps. Raises FloatingPointError after MAX_SKIPPED steps without a finite gradient.
+    """
+    total_loss = torch.zeros((), device=run.accelerator.device)
+    for number, (states, text) in enumerate(batch):
+        loss, terms = _accumulate(phase, run, state, (states, text), number)
+        total_loss += loss / run.settings.gradient_accumulation_steps
+    networks = state.networks
+    norm = run.accelerator.clip_grad_norm_(
+        [*networks.student.parameters(), *networks.feature_head.parameters()], run.settings.max_grad_norm
+    )
+    mean_loss, norm = _reduce(run.accelerator, state, total_loss, norm)
+    is_sound = math.isfinite(mean_loss + norm)
+    _update(run.accelerator, state, is_sound)
+    _count(state, is_sound, f"loss {mean_loss}, norm {norm}")
+    return StepFigures(mean_loss, norm, is_sound, terms)
+
+
+def _accumulate(phase, run, state, micro_batch, number):
+    """Add the gradients of a micro-batch; returns its loss, detached, and the loss's terms."""
+    networks, step = state.networks, state.progress.step
+    with run.accelerator.accumulate(networks.student, networks.feature_head):
+        with run.accelerator.autocast():
+            loss, terms = phase.loss(
+                networks, run.settings, *micro_batch, phase.progress(step), step_generator(run, step, number)
+            )
+        run.accelerator.backward(loss)
+    return loss.detach(), terms
+
+
+def step_generator(run, step, micro_batch):
+    """Return the source of a micro-batch's random numbers, the same in all processes; see FewSteps."""
+    return torch.Generator().manual_seed(hash((run.settings.seed, step, micro_batch, 0)) % 2**63)
+
+
+def _reduce(accelerator, state, loss, norm):
+    """Return loss and norm as means over all processes; notes whether any of them was asked to stop.
+
+    This is the one time that a step waits for the device.
+    """
+    was_asked = state.stop is not None and state.stop.is_set
+    means = accelerator.reduce(torch.stack([loss, norm.float(), loss.new_tensor(was_asked)]), "mean")
+    mean_loss, norm, asked = means.tolist()
+    state.is_stopping = asked > 0
+    return mean_loss, norm
+
+
+def _update(accelerator, state, is_sound):
+    for optimizer in state.optimizers:
+        if is_sound:
+            optimizer.step()
+        optimizer.zero_grad()
+    if accelerator.scaler is not None:  # once: accelerate would for each optimizer, and unscale again
+        accelerator.scaler.update()
+    for lr_scheduler in state.lr_schedulers:
+        lr_scheduler.step()
+    if is_sound and state.ema is not None:
+        state.ema.step(state.student.parameters())
+
+
+def _count(state, is_sound, measured):
+    """Count a step, and those in a row that were skipped."""
+    state.progress.step += 1
+    if is_sound:
+        state.skipped_in_a_row = 0
+        return
+    state.progress.skipped_steps += 1
+    state.skipped_in_a_row += 1
+    if state.skipped_in_a_row == MAX_SKIPPED:
+        raise FloatingPointError(
+            f"{MAX_SKIPPED} steps in a row, up to {state.progress.step}, had no finite gradient ({measured}). "
+            "Add --overwrite and lower --learning_rate and --muon_learning_rate, or --mixed_precision no."
+        )
