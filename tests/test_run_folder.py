@@ -77,7 +77,7 @@ def test_an_output_folder_says_what_a_run_may_do_with_it(tmp_path):
     [
         ("teacher", "b", "--teacher holds other weights"),
         ("processes", 2, "processes"),
-        ("prompts", "c", "prompts are others"),
+        ("prompts", "c", "prompts differ"),
     ],
 )
 def test_what_would_end_otherwise_is_not_resumed(tmp_path, name, value, words):

@@ -59,14 +59,14 @@ def test_no_setting_of_another_value_is_taken(name, schedule, folder):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"thresholding": 0}, "thresholding 0, expected False"),
-        ({"num_train_timesteps": True}, "num_train_timesteps True"),
+        ({"thresholding": 0}, "thresholding is 0, expected False"),
+        ({"num_train_timesteps": True}, "num_train_timesteps is True"),
         ({"disable_corrector": [0, 1, 2]}, "disable_corrector"),
-        ({"disable_corrector": "left out"}, r"disable_corrector \[\]"),
+        ({"disable_corrector": "left out"}, r"disable_corrector is \[\]"),
         ({"trained_betas": [0.1] * 10**5}, "trained_betas"),
-        ({"flow_shift": "left out"}, "flow_shift 1.0, expected 3.0"),
+        ({"flow_shift": "left out"}, "flow_shift is 1.0, expected 3.0"),
         ({"a_new_one": 1}, "a_new_one is 1, expected no such setting"),
-        ({"\x1b[2J": 1}, r"'\\x1b\[2J' 1"),
+        ({"\x1b[2J": 1}, r"'\\x1b\[2J' is 1"),
         ({"_class_name": ["UniPCMultistepScheduler"]}, "_class_name"),
     ],
 )
