@@ -92,6 +92,11 @@ def test_what_would_end_otherwise_is_not_resumed(tmp_path, name, value, words):
         check_resumable(tmp_path, run | {name: value}, said.append)
 
 
+def test_a_record_with_numbers_that_are_not_finite_is_read_back(tmp_path):
+    write_json(tmp_path / "run.json", {"results": {"image_error": float("inf"), "speed": 1.5}})
+    assert read_run(tmp_path) == {"results": {"image_error": float("inf"), "speed": 1.5}}
+
+
 def test_clearing_removes_what_a_run_wrote_and_nothing_else(tmp_path):
     for name in (
         "checkpoints/step-000001/manifest.json",

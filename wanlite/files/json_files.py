@@ -24,11 +24,12 @@ class Limits(NamedTuple):
     max_containers: int
     remedy: str
     owner: str
+    accepts_nan: bool = False  # and infinity, as Python writes them
 
 
 SAVED = Limits(MAX_JSON, 2**16, "Copy it again or save the student again.", "a student's settings or header")
 DOWNLOADED = Limits(2**28, 2**24, "Download it again.", "a file of a Wan checkpoint")  # tokenizers are large
-OWN = Limits(2**28, 2**24, "Copy it again.", "a file of a run")
+OWN = Limits(2**28, 2**24, "Copy it again.", "a file of a run", accepts_nan=True)
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -67,7 +68,7 @@ def read_json(path: str | Path, limits: Limits = SAVED) -> dict[str, Any]:
 def parse_json(content: bytes, source: str | Path, limits: Limits = SAVED) -> dict[str, Any]:
     """Turn bytes into a dict; `source` names their file in errors.
 
-    Duplicate keys, NaN, a byte-order mark, numbers of 5,000 digits and deep nesting are refused.
+    Duplicate keys, NaN (unless `limits` accept it), a byte-order mark, numbers of 5,000 digits and deep nesting are refused.
     """
     if len(content) > limits.max_bytes:
         raise OSError(f"{source}: more than {limits.max_bytes:,} bytes, too large for {limits.owner}.")
@@ -75,7 +76,9 @@ def parse_json(content: bytes, source: str | Path, limits: Limits = SAVED) -> di
         raise OSError(f"{source}: {count:,} lists and objects, too many for {limits.owner}.")
     try:
         found = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
+            content.decode("utf-8"),
+            object_pairs_hook=_refuse_duplicates,
+            parse_constant=float if limits.accepts_nan else _refuse_constant,
         )
     except RecursionError:
         raise OSError(f"{source}: not JSON (nested too deeply). {limits.remedy}") from None
