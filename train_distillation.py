@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from wanlite.files.atomic import hold, write_json
+from wanlite.files.atomic import write_json
+from wanlite.files.locks import lock
 from wanlite.phases import MIN_TRAJECTORIES
 from wanlite.planning.resolve import NAMED_TEACHERS, REAL_STEPS, REAL_TEACHERS, TINY_STEPS, complete
 from wanlite.planning.settings import make_parser, setting
@@ -381,7 +382,7 @@ from wanlite.planning.memory import matrix_rate
 from wanlite.planning.messages import announce, command, conclude, drawing_command, verdict
 from wanlite.planning.run import resolve_run
 from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention
-from wanlite.runtime.ranks import abort_all_ranks, check_devices, is_peer_failure, patience
+from wanlite.runtime.ranks import abort_all_ranks, check_devices, is_peer_failure, process_group_options
 from wanlite.student.building import add_layers, complete_config, config_defaults, initialise_weights
 from wanlite.student.config import OUR_NAMES, check_shape, student_arguments
 from wanlite.student.initialization import compare_experts, initialize_student, project_into
@@ -777,7 +778,7 @@ def distil(run, state, phases, teacher_data, validator, log, prefetched=None):
             state.begin(phase)
             with micro_batches(phase, run, state, teacher_data, prefetched) as batches:
                 if phase.name != "matching":
-                    teacher_data.teacher.rest()  # its predictions are in the cache
+                    teacher_data.teacher.unload()  # its predictions are in the cache
                 if is_validation_due(progress, settings):
                     validator(state, log)
                 while progress.step < phase.last:
@@ -822,7 +823,7 @@ def start_processes(make_accelerator, settings):
     """Return the Accelerator of a run, whose precision is decided."""
     output = Path(settings.output_dir)
     accelerator = make_accelerator(
-        kwargs_handlers=[patience()],
+        kwargs_handlers=[process_group_options()],
         mixed_precision=settings.mixed_precision,
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_config=ProjectConfiguration(
@@ -859,7 +860,7 @@ def lock_output(run):
     """Refuse a folder that another run is writing to; the lock is held until the process ends."""
     output = Path(run.settings.output_dir)
     (output / "cache").mkdir(exist_ok=True)
-    is_taken = run.accelerator.is_main_process and hold(output / "cache") is None
+    is_taken = run.accelerator.is_main_process and lock(output / "cache") is None
     abort_all_ranks(
         run.accelerator,
         is_taken and f"{output}: another run is writing there. Wait for it, or name another --output_dir.",

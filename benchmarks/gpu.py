@@ -36,7 +36,7 @@ from wanlite.flow import make_scheduler, sample
 from wanlite.network import TextTokens, pack_text, pass_operations
 from wanlite.planning.memory import matrix_rate, pass_peak, simulated_peak, teacher_bytes
 from wanlite.student.shape import student_shape
-from wanlite.teacher.checkpoint import ExpertFiles, TeacherFiles
+from wanlite.teacher.expert_files import ExpertFiles, TeacherFiles
 from wanlite.teacher.model import Teacher, load_expert, make_expert
 
 BEGAN, ROWS = time.perf_counter(), []
@@ -363,7 +363,7 @@ def teacher(
                 loading_s=round(loading, 1),
                 **({"swap_s": round(swap / 1e3, 2)} if swap else {}),
             )
-            one.rest()
+            one.unload()
             SharedFiles.kept.clear()
             one = None
 

@@ -314,7 +314,7 @@ def measure_projection(folder, student, device):
 
     from train_distillation import WanLiteStudent
     from wanlite.student.initialization import project_into
-    from wanlite.teacher.checkpoint import ExpertFiles
+    from wanlite.teacher.expert_files import ExpertFiles
 
     student, reads = WanLiteStudent(**student), count_reads(ExpertFiles)
     with PeakAnonymous() as anonymous:

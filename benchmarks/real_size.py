@@ -296,7 +296,7 @@ def measure_agreement(folder):
 
     from wanlite.network import pack_text, unpack_text
     from wanlite.teacher.checkpoint import open_teacher_files
-    from wanlite.teacher.model import ask, load_expert, stream_expert
+    from wanlite.teacher.model import load_expert, run_expert, stream_expert
 
     whole, found = open_teacher_files(folder).experts["high"], {}
     blocks = tuple(f"blocks.{index}." for index in range(2))
@@ -315,7 +315,7 @@ def measure_agreement(folder):
     for name, most in TOLERANCE.items():
         dtype = getattr(torch, name)
         with torch.no_grad():
-            ours, _ = ask(stream_expert(expert, dtype=dtype), latents, timestep, text)
+            ours, _ = run_expert(stream_expert(expert, dtype=dtype), latents, timestep, text)
             weights = load_expert(expert, dtype=dtype).state_dict()
             with torch.device("meta"):
                 stock = WanTransformer3DModel(**expert.config)

@@ -47,7 +47,8 @@ from wanlite.planning.estimate import feature_width
 from wanlite.planning.memory import MemoryMeter, gigabytes, matrix_rate
 from wanlite.runtime.devices import disable_cudnn_attention
 from wanlite.student.shape import student_shape
-from wanlite.teacher.checkpoint import ExpertFiles, TeacherFiles, open_teacher_files
+from wanlite.teacher.checkpoint import open_teacher_files
+from wanlite.teacher.expert_files import ExpertFiles, TeacherFiles
 from wanlite.teacher.model import Teacher, make_expert
 from wanlite.training.optimizers import make_optimizers
 from wanlite.training.phase_table import PHASES
@@ -372,7 +373,7 @@ def measure_online(world, repeats, rate, residency, is_fp8):
     except torch.OutOfMemoryError:
         return {"way": name, "pixels": 8 * world.side, "failed": "out of memory"}
     finally:
-        ask.teacher.rest()
+        ask.teacher.unload()
 
 
 def row(world, name, peak, seconds, rate, asked=()):

@@ -419,7 +419,7 @@ def same(error, words, ways):
 BAD_HEADERS = [
     *same(
         OSError,
-        [WEIGHTS, "not a whole safetensors file"],
+        [WEIGHTS, "not a complete safetensors file"],
         {
             "no bytes": (weights(b""), "0 bytes hold no header"),
             "7 bytes": (weights(b"1234567"), "7 bytes hold no header"),
@@ -468,7 +468,7 @@ BAD_HEADERS = [
                 "not JSON",
             ),
             "header with more behind it": (weights(raw(b"{}{}")), "not JSON (Extra data"),
-            "header with NaN": (weights(raw(b'{"a":NaN}')), "NaN is no number"),
+            "header with NaN": (weights(raw(b'{"a":NaN}')), "NaN is not a number"),
             "header in bad UTF-8": (weights(raw(b'{"\xff":1}')), "utf-8"),
             "header in UTF-16": (weights(raw("{}".encode("utf-16"))), "utf-8"),
             "header with a byte-order mark": (weights(raw(b"\xef\xbb\xbf{}")), "BOM"),
@@ -482,21 +482,21 @@ BAD_HEADERS = [
             ),
             "a tensor twice, differing": (
                 weights(raw(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":5}', bytes(8))),
-                "key a stands there twice",
+                "duplicate key a",
             ),
             "a tensor twice, identical": (
                 weights(raw(b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2), bytes(8))),
-                "key a stands there twice",
+                "duplicate key a",
             ),
             "a dtype twice": (
                 weights(
                     raw(b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(8))
                 ),
-                "key dtype stands there twice",
+                "duplicate key dtype",
             ),
             "a novel of a key twice": (
                 weights(raw(f'{{"{NOVEL}":1,"{NOVEL}":1}}'.encode())),
-                "stands there twice",
+                "duplicate key",
             ),
         },
     ),
@@ -515,7 +515,7 @@ BAD_HEADERS = [
     ),
     *same(
         OSError,
-        [WEIGHTS, "a has no shape of at most 8 whole numbers"],
+        [WEIGHTS, "a lacks a shape of at most 8 possible sizes"],
         {
             "shape of strings": described(entry(["2"])),
             "shape of booleans": described(entry([True, 2])),
@@ -650,7 +650,7 @@ BAD_HEADERS = [
         (9, 100, *range(4096, 46_000, 4096), -1),
         OSError,
         WEIGHTS,
-        "not a whole",
+        "not a complete",
     ),
 ]
 
@@ -764,7 +764,7 @@ BAD_TENSORS = [
 BAD_FILES = [
     *same(
         OSError,
-        [WEIGHTS, "not a whole safetensors file"],
+        [WEIGHTS, "not a complete safetensors file"],
         {
             "git-lfs pointer": (weights(LFS), "git lfs pull"),
             "web page": (weights("<!DOCTYPE html><html><body>404</body></html>"), "it is a web page"),
@@ -893,7 +893,7 @@ BAD_PICKLES = [
         weights(pickle.dumps(Payload(), 0)),
         OSError,
         WEIGHTS,
-        "not a whole safetensors",
+        "not a complete safetensors",
     ),
     (
         "an index of pickles",
@@ -1004,21 +1004,21 @@ BAD_INDEX = [
             "index is null": (index("null"), "holds a NoneType"),
             "index with a key twice": (
                 index('{"weight_map": {"a": "a.safetensors", "a": "a.safetensors"}}'),
-                "key a stands",
+                "duplicate key a",
             ),
             "index with two maps": (
                 index('{"weight_map": {}, "weight_map": {}}'),
-                "key weight_map stands there twice",
+                "duplicate key weight_map",
             ),
             "index with a byte-order mark": (
                 index(lambda found: b"\xef\xbb\xbf" + json.dumps(found).encode()),
                 "BOM",
             ),
             "index in UTF-16": (index(lambda found: json.dumps(found).encode("utf-16")), "utf-8"),
-            "index with NaN": (index('{"metadata": {"total_size": NaN}}'), "NaN is no number"),
+            "index with NaN": (index('{"metadata": {"total_size": NaN}}'), "NaN is not a number"),
             "index nested 60 000 deep": (index('{"weight_map":' * 60_000), "nested too deeply"),
             "index nested 100 000 deep": (index('{"weight_map":' * 100_000), "100,000 lists and objects"),
-            "index is a git-lfs pointer": (index(LFS), "not JSON"),
+            "index is a git-lfs pointer": (index(LFS), "git lfs pull"),
             "a shard missing": (shards(lambda one, two: one.unlink()), SHARDS[0], "is missing"),
             "both shards missing": (
                 shards(lambda one, two: (one.unlink(), two.unlink())),
@@ -1037,7 +1037,7 @@ BAD_INDEX = [
         {
             "a shard cut short": (
                 shards(lambda one, two: os.truncate(one, 5000)),
-                "not a whole safetensors file",
+                "not a complete safetensors file",
             ),
             "a shard of no bytes": (shards(lambda one, two: os.truncate(one, 0)), "0 bytes hold no header"),
             "a shard that is a folder": (both(sharded, instead(SHARDS[0], Path.mkdir)), "not a regular file"),
@@ -1164,14 +1164,8 @@ BAD_CONFIG = [
             "config in bad UTF-8": (config(b'{"\xff": 1}'), "utf-8"),
             "config in UTF-16": (config("{}".encode("utf-16")), "utf-8"),
             "config of 70 000 bytes": (config(b" " * 70_000), "more than 65,536 bytes"),
-            "config with a key twice, differing": (
-                config('{"depth": 1, "depth": 2}'),
-                "key depth stands there twice",
-            ),
-            "config with a key twice, identical": (
-                config('{"depth": 1, "depth": 1}'),
-                "key depth stands there twice",
-            ),
+            "config with a key twice, differing": (config('{"depth": 1, "depth": 2}'), "duplicate key depth"),
+            "config with a key twice, identical": (config('{"depth": 1, "depth": 1}'), "duplicate key depth"),
             "config nested 60 000 deep": (config("[" * 60_000), "nested too deeply"),
             "config nested 100 000 deep": (config("[" * 100_000), "more than 65,536 bytes"),
             "config of objects nested 10 000 deep": (config('{"a":' * 10_000), "nested too deeply"),
@@ -1195,7 +1189,7 @@ BAD_CONFIG = [
         ("NaN", "Infinity", "-Infinity"),
         OSError,
         CONFIG,
-        "is no number",
+        "is not a number",
     ),
     *[
         row

@@ -75,7 +75,7 @@ def drop(path, beginning):
         (
             lambda wan: shards(wan, LOW)[1].write_bytes(shards(wan, LOW)[1].read_bytes()[:-100]),
             {},
-            "not a whole safetensors",
+            "not a complete safetensors",
         ),
         (
             lambda wan: shards(wan, LOW)[1].write_bytes(shards(wan, LOW)[1].read_bytes() + b"12"),

@@ -365,7 +365,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_the_run_that_it_was_to_ov
 
 def test_a_folder_of_something_else_is_never_written_to(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
-    assert "no run of this script" in refused(TRAIN, "--output_dir", tmp_path, "--overwrite")
+    assert "files of other origin than a run" in refused(TRAIN, "--output_dir", tmp_path, "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
@@ -485,7 +485,7 @@ def test_two_processes_train_one_student(tmp_path, monkeypatch):
 @pytest.mark.skipif(torch.accelerator.device_count() > 1, reason="this machine has as many GPUs")
 def test_more_processes_than_gpus_are_refused_by_one_of_them(tmp_path):
     said = run_script(*LAUNCH, "--output_dir", tmp_path / "run", *SHORT_RUN).stderr
-    assert said.count("torch sees") == 1 and "set ACCELERATE_USE_CPU=true" in said and "wanlite/" not in said
+    assert said.count("torch finds") == 1 and "set ACCELERATE_USE_CPU=true" in said and "wanlite/" not in said
 
 
 def test_the_words_of_both_scripts_say_what_happens_and_where(finished_run):

@@ -9,7 +9,7 @@ from tests.conftest import ROOT, TINY_TEACHER, loud_student, run_script
 from train_distillation import Settings, WanLiteStudent
 from wanlite.network import pack_text
 from wanlite.teacher.checkpoint import open_teacher_files
-from wanlite.teacher.model import ask, load_expert
+from wanlite.teacher.model import load_expert, run_expert
 from wanlite.training.optimizers import make_optimizers
 
 TEXT = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1))
@@ -51,9 +51,9 @@ def test_a_compiled_expert_of_the_teacher_gives_its_own_velocity():
     text = pack_text([torch.randn(5, expert.config.text_dim)] * 2)
     given = (torch.randn(2, expert.config.in_channels, 8, 8), torch.tensor([900.0, 100.0]), text)
     with torch.no_grad():
-        expected, _ = ask(expert, *given)
+        expected, _ = run_expert(expert, *given)
         expert.compile_repeated_blocks(backend="eager")
-        found, _ = ask(expert, *given)
+        found, _ = run_expert(expert, *given)
     assert all(block._compiled_call_impl is not None for block in expert.blocks) and torch.equal(
         found, expected
     )

@@ -12,7 +12,15 @@ README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 SCRIPTS = [ROOT / "train_distillation.py", ROOT / "run_inference.py"]
 COMMANDS = [*SCRIPTS, *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tools").glob("*.py")]
-CODE = ()  # files whose docstrings and messages are held to the same English, as "wanlite/flow.py"; add yours
+CODE = (  # files whose docstrings and messages are held to the same English, as "wanlite/flow.py"; add yours
+    *(
+        str(path.relative_to(ROOT))
+        for folder in ("files", "runtime", "teacher")
+        for path in sorted((ROOT / "wanlite" / folder).glob("*.py"))
+    ),
+    *(f"wanlite/{name}.py" for name in ("flow", "network", "schedule")),
+    *(f"wanlite/training/{name}.py" for name in ("losses", "metrics", "optimizers", "run_folder")),
+)
 OTHER_FLAGS = {  # of argparse, accelerate launch, the Hugging Face command line
     *("--help", "--config_file", "--main_process_ip", "--machine_rank", "--num_processes", "--local-dir")
 }

@@ -15,7 +15,7 @@ import run_inference
 from run_inference import StudentPipeline, generate_all, main, read_settings, size_warning, trained_sizes
 from tests.conftest import loud_student
 from train_distillation import WanLiteStudent
-from wanlite.files.untrusted import WeightsFile
+from wanlite.files.weights import WeightsFile
 from wanlite.runtime.devices import disable_cudnn_attention, drawing_dtype
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -12,7 +12,8 @@ from tests.conftest import TINY_TEACHER, change
 from wanlite.network import one_frame_velocity
 from wanlite.teacher import experts as room
 from wanlite.teacher import model as block_room
-from wanlite.teacher.checkpoint import ExpertFiles, open_teacher_files
+from wanlite.teacher.checkpoint import open_teacher_files
+from wanlite.teacher.expert_files import ExpertFiles
 from wanlite.teacher.experts import check_experts
 from wanlite.teacher.model import load_expert
 
@@ -79,7 +80,7 @@ def test_exchanged_experts_are_refused_in_either_layout(copied, official_copy):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_evidence_is_clear_of_its_margins_for_every_noise(seed):
     experts = open_teacher_files(TINY_TEACHER).experts
-    (high_at_low, high_at_high), (low_at_low, low_at_high) = room.noise_left(
+    (high_at_low, high_at_high), (low_at_low, low_at_high) = room.measure_noise_left(
         room._PairedExperts(*experts.values(), "cpu"), seed
     )
     assert (
@@ -130,7 +131,7 @@ def test_untrained_experts_are_let_through_in_either_order(copied):
     ],
 )
 def test_experts_have_changed_places_only_if_both_levels_say_so(left, changed):
-    assert room.have_changed_places(left) is changed
+    assert room.are_swapped(left) is changed
 
 
 def test_two_experts_in_step_are_the_two_experts(teacher, noisy):

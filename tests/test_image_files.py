@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.conftest import fork
 from wanlite.data.grids import GUTTER, lay_out
-from wanlite.files.image_files import LONGEST_SLUG, grid_names, image_names, save_image, slug
+from wanlite.files.image_files import MAX_SLUG, grid_names, image_names, save_image, slug
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 
@@ -31,7 +31,7 @@ def save(folder, prompt="a ring", seed=0):
         ("?! ...", ""),
         ("\ud800 cat", "cat"),
         ("ﬁne ①", "fine-1"),
-        ("x" * 600, "x" * LONGEST_SLUG),
+        ("x" * 600, "x" * MAX_SLUG),
         ("word " * 600, "word-word-word-word-word-word-word-word"),
     ],
 )

@@ -149,15 +149,15 @@ def test_a_student_of_an_older_version_or_of_stage_one_takes_any_number_of_steps
     [
         (
             {"prediction_type": "epsilon"},
-            "says prediction_type 'epsilon', expected 'flow_prediction', as the student was trained",
+            "prediction_type is 'epsilon', expected 'flow_prediction', as the student was trained",
         ),
-        ({"_class_name": "DDIMScheduler"}, "says _class_name 'DDIMScheduler'"),
-        ({"flow_shift": 5.0}, "says flow_shift 5.0, expected 3.0"),
-        ({"use_flow_sigmas": None}, "says use_flow_sigmas None"),
-        ({"num_train_timesteps": "x"}, "says num_train_timesteps 'x'"),
-        ({"final_sigmas_type": "sigma_min"}, "says final_sigmas_type 'sigma_min', expected 'zero'"),
-        ({"thresholding": True}, "says thresholding True, expected False"),
-        ({"beta_schedule": "evil"}, "says beta_schedule 'evil', expected 'linear'"),
+        ({"_class_name": "DDIMScheduler"}, "_class_name is 'DDIMScheduler'"),
+        ({"flow_shift": 5.0}, "flow_shift is 5.0, expected 3.0"),
+        ({"use_flow_sigmas": None}, "use_flow_sigmas is None"),
+        ({"num_train_timesteps": "x"}, "num_train_timesteps is 'x'"),
+        ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type is 'sigma_min', expected 'zero'"),
+        ({"thresholding": True}, "thresholding is True, expected False"),
+        ({"beta_schedule": "evil"}, "beta_schedule is 'evil', expected 'linear'"),
         (None, "100,000 lists and objects"),
     ],
 )
@@ -173,7 +173,7 @@ def test_numbers_of_steps_that_are_none_are_refused(few_steps, copied_run):
     (copied_run / "run.json").write_text(
         json.dumps(run | {"schedule": run["schedule"] | {"few_steps": few_steps}})
     )
-    assert f"says few_steps {few_steps!r}, expected whole numbers" in refused(DRAW, "--model", copied_run)
+    assert f"few_steps is {few_steps!r}, expected whole numbers" in refused(DRAW, "--model", copied_run)
 
 
 def test_ctrl_c_ends_it_without_a_traceback(finished_run, tmp_path):

@@ -340,7 +340,7 @@ def test_parts_that_are_whole_are_those_of_their_teacher(copied):
         *(
             (
                 lambda wan, name=name: _half(wan / name),
-                f"{name}: not a whole safetensors file .*Download it again",
+                f"{name}: not a complete safetensors file .*Download it again",
             )
             for name in (TEXT, VAE)
         ),
@@ -352,7 +352,7 @@ def test_parts_that_are_whole_are_those_of_their_teacher(copied):
         ),
         (
             lambda wan: (shard(wan), _half(wan / "text_encoder/model-00002-of-00002.safetensors")),
-            "model-00002-of-00002.safetensors: not a whole safetensors file",
+            "model-00002-of-00002.safetensors: not a complete safetensors file",
         ),
         (
             lambda wan: (
@@ -384,7 +384,7 @@ def test_parts_that_are_whole_are_those_of_their_teacher(copied):
         ),
         (
             lambda wan: without(wan / VAE, "decoder.up_blocks.0."),
-            "vae: 16 tensors are not as its sizes imply, first decoder.up",
+            "vae: 16 tensors differ from those that its sizes imply, first decoder.up",
         ),
         (
             lambda wan: without(wan / TEXT, "encoder.block.1.layer.0.SelfAttention.q"),
@@ -396,7 +396,7 @@ def test_parts_that_are_whole_are_those_of_their_teacher(copied):
         ),
         (
             lambda wan: edit(wan / "text_encoder/config.json", num_heads=0),
-            "text_encoder/config.json: describes no text_encoder",
+            "text_encoder/config.json: does not describe a Wan's text_encoder",
         ),
         (
             lambda wan: (wan / "tokenizer/tokenizer.json").write_text("{}"),
@@ -405,20 +405,23 @@ def test_parts_that_are_whole_are_those_of_their_teacher(copied):
         *(
             (
                 lambda wan, name=name, values=values: edit(wan / "vae/config.json", **{name: values}),
-                f"vae/config.json: {name} is .*, expected 16 finite numbers.*, one a latent channel. "
+                f"vae/config.json: {name} is .*, expected 16 finite numbers.*, one for each latent channel. "
                 f"Download it again",
             )
             for name, values in (
                 ("latents_mean", ["x"] * 16),
                 ("latents_mean", [0.0] * 15),
-                ("latents_mean", [float("nan")] * 16),
                 ("latents_std", [0] * 16),
                 ("latents_std", None),
             )
         ),
         (
+            lambda wan: edit(wan / "vae/config.json", latents_mean=[float("nan")] * 16),
+            "vae/config.json: not JSON .NaN is not a number.. Download it again",
+        ),
+        (
             lambda wan: edit(wan / "vae/config.json", dim_mult="x"),
-            "vae/config.json: describes no vae of a Wan",
+            "vae/config.json: does not describe a Wan's vae",
         ),
     ],
 )
@@ -437,7 +440,7 @@ def test_a_pickled_text_encoder_that_is_not_whole_is_refused_before_a_run(spoil,
     check_components(find_components(tmp_path / "wan"), TEACHER)
     spoil(tmp_path / "wan/models_t5_umt5-xxl-enc-bf16.pth")
     with pytest.raises(
-        OSError, match="models_t5_umt5-xxl-enc-bf16.pth: (not a whole file|it is a git-lfs pointer)"
+        OSError, match="models_t5_umt5-xxl-enc-bf16.pth: (not a complete file|it is a git-lfs pointer)"
     ):
         check_components(find_components(tmp_path / "wan"), TEACHER)
 

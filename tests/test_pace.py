@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import loud_student
 from wanlite.network import TextTokens, pass_operations
-from wanlite.teacher.model import ask
+from wanlite.teacher.model import run_expert
 from wanlite.training.throughput import Pace
 
 TOLD = {"images_per_second", "teacher_share", "data_wait_share", "memory_peak_gb", "model_flops_utilisation"}
@@ -33,7 +33,7 @@ def test_the_operations_of_a_pass_are_those_that_torch_counts(student, teacher, 
     real = counted(lambda: student(latents, timestep, torch.randn(5, 11, 48)))
     assert pass_operations(student.config, 5, 64, 11) == pytest.approx(real, rel=0.001)
     text, expert = words[0], teacher.expert("high")
-    real = counted(lambda: ask(expert, noisy, torch.full((4,), 990.0), text))
+    real = counted(lambda: run_expert(expert, noisy, torch.full((4,), 990.0), text))
     assert pass_operations(teacher.config, 4, 16, text.tokens.shape[1]) == pytest.approx(real, rel=0.001)
 
 

@@ -42,7 +42,7 @@ from wanlite.planning.resolve import complete
 from wanlite.runtime.devices import has_gpu
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.experts import PROBE_ROWS, PROBE_SIZE, check_experts
-from wanlite.teacher.model import Teacher, ask, stream_expert
+from wanlite.teacher.model import Teacher, run_expert, stream_expert
 from wanlite.training.optimizers import make_optimizers
 from wanlite.training.teacher_data import teacher_velocity
 
@@ -126,7 +126,7 @@ def test_simulated_pass_has_the_peak_of_the_tiny_teachers(teacher, words):
     latents, timestep = torch.zeros(8, 16, 8, 8), torch.full((8,), 990.0)
     expert = teacher.expert("high")
     with torch.no_grad():
-        real = alive(lambda: ask(expert, latents, timestep, text))
+        real = alive(lambda: run_expert(expert, latents, timestep, text))
     told = pass_peak(files, 8, (8, 8), torch.float32)
     inputs = sum(
         tensor.numel() * 4 for tensor in (latents, timestep, *text)

@@ -16,7 +16,8 @@ from wanlite.network import one_frame_velocity
 from wanlite.student import projection, pruning
 from wanlite.student.initialization import project_into
 from wanlite.student.shape import DEFAULT_EXPERT, check_shape_fits
-from wanlite.teacher.checkpoint import ExpertFiles, open_teacher_files
+from wanlite.teacher.checkpoint import open_teacher_files
+from wanlite.teacher.expert_files import ExpertFiles
 from wanlite.teacher.experts import check_experts
 
 TEXT = {"num_channels": 16, "text_dim": 64, "rope_max_seq_len": 64}

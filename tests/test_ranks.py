@@ -26,7 +26,7 @@ import train_distillation
 from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER
 from wanlite.data.shards import SHARD_SIZE
 from wanlite.data.trajectories import TrajectoryGenerator
-from wanlite.files.atomic import locked
+from wanlite.files.locks import locked
 from wanlite.flow import FewSteps, make_scheduler, seeded_noise
 from wanlite.planning.resolve import complete
 from wanlite.runtime.launch import launched_precision
@@ -318,8 +318,8 @@ def test_accelerate_loads_every_config_and_its_first_line_says_the_command(path)
 @pytest.mark.parametrize(
     "said, flags, words",
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, {}, "trains by FSDP; a student is small"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "trains by DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "trains with FSDP; a student is small"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "trains with DeepSpeed"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {}, "has gradient_accumulation_steps 4"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {}, "has mixed_precision fp8, expected no, bf16, fp16"),
         ({}, {"teacher_residency": "sharded"}, "and there is one. Start the run with accelerate launch"),
@@ -354,11 +354,11 @@ def test_the_precision_is_that_of_the_flag_else_of_the_config(asked, config, exp
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", config)
     told = []
     assert launched_precision(asked, told.append) == expected and bool(told) == is_told
-    assert not told or told == [f"--mixed_precision {asked} counts, and not {config} of accelerate's config"]
+    assert not told or told == [f"--mixed_precision {asked} overrides {config} of accelerate's config"]
 
 
 def test_more_processes_than_gpus_are_refused_unless_they_are_to_share_the_cpu(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
-    with pytest.raises(ValueError, match="started 99 processes for as many GPUs here, torch sees"):
+    with pytest.raises(ValueError, match="started 99 processes for as many GPUs here, torch finds"):
         check_devices({"ACCELERATE_USE_CPU": "False"})
     check_devices({"ACCELERATE_USE_CPU": "True"})

@@ -247,7 +247,7 @@ def test_a_changed_setting_that_decides_a_weight_is_named(flags, words, folder):
 @pytest.mark.parametrize(
     "name, value, words",
     [
-        ("processes", 2, "the number of processes is another"),
+        ("processes", 2, "the number of processes differs"),
         ("teacher", "0" * 64, "--teacher holds other weights"),
     ],
 )

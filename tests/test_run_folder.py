@@ -7,14 +7,14 @@ import shutil
 import pytest
 
 from wanlite.files.atomic import write_json
+from wanlite.files.file_names import COMPONENTS
 from wanlite.training.run_folder import (
-    COMPONENTS,
     MetricsLog,
     check_output_folder,
     check_resumable,
     check_saved_components,
     clear,
-    fitted_before,
+    read_fitted_settings,
     read_run,
     save_components,
 )
@@ -26,7 +26,7 @@ def test_a_folder_with_no_more_than_a_projected_start_is_free_for_a_run(tmp_path
     (tmp_path / ".run.json.0123.partial").touch()  # of a run that was killed as it wrote its settings
     assert check_output_folder(tmp_path, {}) == "new"
     (tmp_path / "letter.txt").touch()
-    with pytest.raises(ValueError, match="no run of this script"):
+    with pytest.raises(ValueError, match="files of other origin than a run"):
         check_output_folder(tmp_path, {})
 
 
@@ -68,7 +68,7 @@ def test_an_output_folder_says_what_a_run_may_do_with_it(tmp_path):
         if content is not None:
             write_json(tmp_path / "run.json", content)
         for overwrite in (False, True):
-            with pytest.raises(ValueError, match="no run of this script"):
+            with pytest.raises(ValueError, match="files of other origin than a run"):
                 check_output_folder(tmp_path, settings, overwrite=overwrite, resume=False)
 
 
@@ -77,7 +77,7 @@ def test_an_output_folder_says_what_a_run_may_do_with_it(tmp_path):
     [
         ("teacher", "b", "--teacher holds other weights"),
         ("processes", 2, "processes"),
-        ("prompts", "c", "prompts are others"),
+        ("prompts", "c", "prompts differ"),
     ],
 )
 def test_what_would_end_otherwise_is_not_resumed(tmp_path, name, value, words):
@@ -90,6 +90,11 @@ def test_what_would_end_otherwise_is_not_resumed(tmp_path, name, value, words):
     assert "torch 2.13.0, now 2.11.0" in said[0]
     with pytest.raises(ValueError, match=words):
         check_resumable(tmp_path, run | {name: value}, said.append)
+
+
+def test_a_record_with_numbers_that_are_not_finite_is_read_back(tmp_path):
+    write_json(tmp_path / "run.json", {"results": {"image_error": float("inf"), "speed": 1.5}})
+    assert read_run(tmp_path) == {"results": {"image_error": float("inf"), "speed": 1.5}}
 
 
 def test_clearing_removes_what_a_run_wrote_and_nothing_else(tmp_path):
@@ -129,7 +134,7 @@ def test_a_run_that_cannot_be_read_is_named(content, tmp_path):
 def test_what_a_run_was_fitted_to_has_to_be_said(tmp_path):
     write_json(tmp_path / "run.json", {"fitted": [1], "versions": [1]})
     with pytest.raises(ValueError, match="Add --overwrite to start again"):
-        fitted_before(tmp_path)
+        read_fitted_settings(tmp_path)
     check_resumable(tmp_path, {"versions": {"torch": "2.13.0"}}, print)
 
 
@@ -162,7 +167,7 @@ def test_parts_of_a_read_only_teacher_are_saved_writable(saved_parts):
 @pytest.mark.parametrize(
     "break_it, words",
     [
-        (lambda run: (run / "vae/weights.bin").write_text("cut"), "3 bytes, 7 were written"),
+        (lambda run: (run / "vae/weights.bin").write_text("cut"), "found 3 bytes, expected 7"),
         (lambda run: (run / "tokenizer/weights.bin").unlink(), "lacks weights.bin"),
         (lambda run: shutil.rmtree(run / "text_encoder"), "lacks text_encoder"),
         (lambda run: (run / "scheduler/scheduler_config.json").unlink(), "lacks scheduler_config.json"),

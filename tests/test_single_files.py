@@ -495,7 +495,7 @@ def test_the_tokenizer_inside_a_text_encoder_says_what_sentencepiece_says(wan, s
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"\xff\xff no protocol buffer", "spiece_model is no sentencepiece model"),
+        (b"\xff\xff no protocol buffer", "spiece_model is not a sentencepiece model"),
         (b"\n\x00", r"begins with \[''\], expected <pad>"),
     ],
 )
@@ -649,12 +649,12 @@ def put_other_autoencoder(wan):
     [
         (
             lambda wan: (wan / HIGH).write_bytes((wan / HIGH).read_bytes()[:-1000]),
-            "high_noise.*not a whole safetensors.*Download it",
+            "high_noise.*not a complete safetensors.*Download it",
         ),
-        (lambda wan: (wan / LOW).write_bytes(b""), "low_noise.*not a whole safetensors.*Download it"),
+        (lambda wan: (wan / LOW).write_bytes(b""), "low_noise.*not a complete safetensors.*Download it"),
         (
             lambda wan: (wan / f"{LOW}.aria2").touch(),
-            "low_noise.*aria2: a download that did not finish. Let it end",
+            "low_noise.*aria2: an unfinished download. Let it finish",
         ),
         (
             lambda wan: (wan / LOW).write_bytes((wan / LOW).read_bytes() + b"123"),
@@ -670,7 +670,7 @@ def put_other_autoencoder(wan):
         ),
         (
             lambda wan: (wan / VAE).rename(wan / "vae/Wan2.1_VAE.pth"),
-            "lacks vae .*Wan2.1_VAE.pth lies in vae/, expected in ",
+            "lacks vae .*Wan2.1_VAE.pth is in vae/, expected in ",
         ),
         (
             lambda wan: (wan / LOW).rename(wan / "diffusion_models/low.gguf"),
@@ -681,7 +681,7 @@ def put_other_autoencoder(wan):
                 (wan / path).rename(wan / f"diffusion_models/{n}.safetensors")
                 for n, path in enumerate((HIGH, LOW))
             ],
-            "both 0.* and 1.* are told apart by high and low, high_noise and low_noise, or hn and ln",
+            "both 0.* and 1.* are distinguished by high and low, high_noise and low_noise, or hn and ln",
         ),
         (
             lambda wan: (wan / LOW).unlink(),
@@ -705,8 +705,7 @@ def put_other_autoencoder(wan):
         ),
         (
             become_image_to_video,
-            "i2v_high_noise.* is an image-to-video or control Wan .it takes 36 channels.*Choose a "
-            "text-to-video",
+            "i2v_high_noise.* is an image-to-video or control Wan .channels in: 36.*Choose a text-to-video",
         ),
         (become_lora, "low_noise.* is a LoRA. Choose a text-to-video Wan"),
         (
@@ -717,7 +716,7 @@ def put_other_autoencoder(wan):
         ),
         (
             lambda wan: change(wan / LOW, lambda tensors: without(tensors, "blocks.1.ffn.2.bias")),
-            "what its first block implies; missing .*blocks.1.ffn.net.2.bias.*download the expert again",
+            "those that its first block implies; missing .*blocks.1.ffn.net.2.bias.*download the expert again",
         ),
         (
             lambda wan: copy_in_fp8(wan, WORDS),
@@ -740,7 +739,7 @@ def put_other_autoencoder(wan):
         ),
         (
             lambda wan: (wan / WORDS).write_bytes((wan / WORDS).read_bytes()[:-9]),
-            "umt5.*not a whole safetensors.*Download it again",
+            "umt5.*not a complete safetensors.*Download it again",
         ),
     ],
 )
@@ -794,9 +793,9 @@ def test_parts_of_another_model_are_refused_in_diffusers_layout_too(part, field,
 @pytest.mark.parametrize(
     "scale, words",
     [
-        (torch.tensor(float("nan")), "scale of .* with nan, expected finite"),
-        (torch.zeros(()), "with 0.0, expected finite numbers"),
-        (torch.ones(3), r"has a scale of \(3,\)"),
+        (torch.tensor(float("nan")), "scale of .* holds nan, expected finite"),
+        (torch.zeros(()), "holds 0.0, expected finite numbers"),
+        (torch.ones(3), r"the scale of .* is torch.float32 \(3,\)"),
     ],
 )
 def test_a_text_encoder_with_a_scale_that_cannot_be_right_is_refused(scale, words, wan, spiece, tmp_path):

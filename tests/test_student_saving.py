@@ -21,7 +21,7 @@ from torch.nn.utils import prune
 
 from tests.conftest import fork
 from train_distillation import WanLiteStudent
-from wanlite.files.untrusted import ALIGNED, WeightsFile
+from wanlite.files.weights import ALIGNED, WeightsFile
 
 NARROW, WIDE = (
     dict(

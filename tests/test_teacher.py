@@ -137,7 +137,7 @@ def test_one_expert_at_a_time_holds_one_and_at_rest_none(asked):
     found.expert("low")
     assert held() is None
     held = weakref.ref(found.expert("low").blocks[0].ffn.net[0].proj)
-    found.rest()
+    found.unload()
     assert held() is None
     found.velocity(**asked)  # and reads it again where it is asked
 
@@ -147,7 +147,7 @@ def test_at_rest_streamed_experts_are_gone_though_their_hooks_hold_each_other():
     held = weakref.ref(found.expert("high").blocks[0].ffn.net[0].proj.weight)
     gc.disable()
     try:
-        found.rest()
+        found.unload()
         assert held() is None
     finally:
         gc.enable()

@@ -13,11 +13,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from train_distillation import WanLiteStudent
-from wanlite.files.untrusted import BYTES, WeightsFile, parse_json
+from wanlite.files.dtypes import BYTES_PER_VALUE, STUDENT_DTYPES
+from wanlite.files.json_files import parse_json
+from wanlite.files.weights import WeightsFile
 from wanlite.student.building import config_defaults
 from wanlite.student.config import STOCK_SETTINGS, read_config, student_arguments
 from wanlite.student.weights import all_tensor_shapes, find_weights
 
+BYTES = {name: BYTES_PER_VALUE[name] for name in STUDENT_DTYPES}
 SMALL = dict(
     hidden_size=16,
     depth=1,

@@ -1,5 +1,6 @@
 """Files and folders that are whole or not there, whenever the writer is killed."""
 
+import gc
 import json
 import os
 import re
@@ -8,23 +9,16 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from threading import Timer
+from pathlib import Path
+from threading import Event, Thread
 from types import SimpleNamespace
 
 import pytest
 
 from tests.conftest import ROOT
-from wanlite.files.atomic import (
-    SPARE,
-    check_space,
-    find_corruption,
-    hold,
-    in_turn,
-    locked,
-    new_folder,
-    read_manifest,
-    write_json,
-)
+from wanlite.files import locks
+from wanlite.files.atomic import SPARE, check_space, find_corruption, new_folder, read_manifest, write_json
+from wanlite.files.locks import in_turn, lock, locked, release
 
 
 def write_folder(folder, content):
@@ -108,18 +102,18 @@ def test_a_manifest_of_files_alone_is_read_as_one_with_facts(tmp_path):
 def test_a_lock_is_held_until_its_process_ends(tmp_path):
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path; from wanlite.whole_files import locked\n"
+        "from pathlib import Path; from wanlite.files.locks import locked\n"
         "with locked(Path(sys.argv[2])): print('held', flush=True); time.sleep(60)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, ROOT, tmp_path], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "held\n"
-    with locked(tmp_path, is_patient=False) as is_held:
+    with locked(tmp_path, wait=False) as is_held:
         assert not is_held
     process.send_signal(signal.SIGKILL)
     process.wait()
-    with locked(tmp_path, is_patient=False) as is_held:
+    with locked(tmp_path, wait=False) as is_held:
         assert is_held
 
 
@@ -147,16 +141,16 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 import torch
 from safetensors.torch import save_file
-from wanlite.data import write_shard
-from wanlite.teacher_files import ExpertFiles
-from wanlite.text import check_loaded
-from wanlite.whole_files import not_finite
+from wanlite.data.text_encoder import check_loaded
+from wanlite.data.trajectories import write_shard
+from wanlite.files.dtypes import find_non_finite
+from wanlite.teacher.expert_files import ExpertFiles
 folder, large = Path(sys.argv[2]), torch.nn.Linear(16384, 4096, bias=False, dtype=torch.bfloat16).requires_grad_(False)
 large.weight.fill_(3e33)                                     # all together they are more than bfloat16 says
 save_file({"weight": large.weight}, folder / "expert.safetensors")
 expert = ExpertFiles("high", folder, {}, {"weight": (folder / "expert.safetensors", "weight", (4096, 16384))})
 nothing = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
-for look in (lambda: check_loaded("here", large, nothing), lambda: not_finite(large.state_dict()),
+for look in (lambda: check_loaded("here", large, nothing), lambda: find_non_finite(large.state_dict()),
              lambda: expert.read("weight", torch.bfloat16), lambda: write_shard(folder, 0, large.state_dict())):
     before = getrusage(RUSAGE_SELF).ru_maxrss
     look()
@@ -175,13 +169,38 @@ def test_who_looks_for_what_is_not_finite_takes_no_memory(tmp_path):
     assert loaded < 0.2 and saved < 0.2 and read < 1.3 and written < 1.3
 
 
-def test_who_comes_second_says_that_it_waits_and_then_has_its_turn(tmp_path):
-    said, held, began = [], hold(tmp_path), time.monotonic()
-    Timer(0.3, os.close, [held]).start()
-    with in_turn(tmp_path, said.append):
-        assert time.monotonic() - began >= 0.3 and said == [
-            f"waiting for another run, which makes {tmp_path}"
-        ]
-        assert hold(tmp_path) is None
-    with in_turn(tmp_path, said.append):
-        assert len(said) == 1
+def test_a_second_run_logs_that_it_waits_and_then_has_its_turn(tmp_path):
+    folder, logged, is_first = tmp_path / "start", [], Event()
+    folder.mkdir()
+
+    def make():
+        with in_turn(folder, logged.append):
+            is_first.set()
+            time.sleep(0.3)
+
+    first, began = Thread(target=make), time.monotonic()
+    first.start()
+    is_first.wait()
+    with in_turn(folder, logged.append):
+        assert time.monotonic() - began >= 0.3
+        assert logged == [f"waiting for another run, which makes {folder}"]
+    first.join()
+    with in_turn(folder, logged.append):
+        assert len(logged) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["start"]
+
+
+def test_a_lock_is_held_until_its_release_which_leaves_no_file(tmp_path):
+    assert lock(tmp_path) is not None  # and nobody keeps what it returned
+    gc.collect()
+    assert lock(tmp_path) is None
+    release(locks._HELD[-1])
+    assert not list(tmp_path.iterdir())
+    held = lock(tmp_path)
+    assert held is not None
+    release(held)
+
+
+def test_a_folder_without_locks_counts_as_having_one_writer(tmp_path):
+    with locked(Path("/sys/kernel")) as is_held:
+        assert is_held

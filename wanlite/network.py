@@ -1,21 +1,22 @@
 """A Wan transformer at one frame: latents and text tokens in, velocity out.
 
-Teacher and student are both made of diffusers' own Wan parts under diffusers' key names. Two things are added
-here, and neither changes the function: latents may be 4-D, and the zero padding of the text, which Wan
-attends to, costs one token.
+Teacher and student are both built from diffusers' own Wan modules under diffusers' key names. Two additions
+leave the function unchanged: latents may be 4-D, and the zero padding of the text, which Wan attends to, costs
+one token.
 
 Legend: B batch, C channels, H W latent height and width, N image tokens, L text length, D width, T text
 width.
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 TEXT_LENGTH = (
@@ -24,43 +25,37 @@ TEXT_LENGTH = (
 
 
 class TextTokens(NamedTuple):
-    """Prompts at their true length, with one zero token each that stands for all of the padding.
+    """Prompts at their true length, each with one zero token in place of all of its padding.
 
     `tokens` (B, L, T); `logit_bias` (B, L) is added to the attention logits of every text token: 0 for a
-    word, log(number of padding tokens) for the zero token, -inf for what only squares the batch.
+    word, log(number of padding tokens) for the zero token, -inf for tokens that only fill up the batch.
     """
 
-    tokens: torch.Tensor
-    logit_bias: torch.Tensor
+    tokens: Tensor
+    logit_bias: Tensor
 
-    def to(self, *args, **kwargs):
+    def to(self, *args: Any, **kwargs: Any) -> "TextTokens":
         tokens = self.tokens.to(*args, **kwargs)
         return TextTokens(tokens, self.logit_bias.to(tokens.device))
 
-    def rows(self, index):
+    def rows(self, index: Any) -> "TextTokens":
         """Return the prompts at `index` (a slice, a list or a tensor of row numbers)."""
         return TextTokens(self.tokens[index], self.logit_bias[index])
 
 
-def pack_text(embeddings, text_length=TEXT_LENGTH):
-    """Turn prompts' embeddings, a list of (length, T), into TextTokens equal to zero padding up to
-    `text_length`.
-    """
+def pack_text(embeddings: Sequence[Tensor], text_length: int = TEXT_LENGTH) -> TextTokens:
+    """Turn prompt embeddings, a list of (length, T), into TextTokens that equal zero padding to `text_length`."""
     lengths = torch.tensor([len(embedding) for embedding in embeddings])
-    return pack_states(nn.utils.rnn.pad_sequence(embeddings, batch_first=True), lengths, text_length)
+    return pack_states(nn.utils.rnn.pad_sequence(list(embeddings), batch_first=True), lengths, text_length)
 
 
-def pack_states(states, lengths, text_length=TEXT_LENGTH):
-    """Turn a text encoder's states (B, L, T), of which `lengths` (B,) are of words, into TextTokens as
-    pack_text() does.
+def pack_states(states: Tensor, lengths: Tensor, text_length: int = TEXT_LENGTH) -> TextTokens:
+    """Turn a text encoder's hidden states (B, L, T) with `lengths` (B,) in words into TextTokens.
 
-    In float32 whatever the encoder's dtype: Wan's is bfloat16, and who attends to them casts, or trains in
-    float32.
+    They are in float32 whatever the encoder's dtype: the networks cast them, or train in float32.
     """
-    length, position = (
-        lengths.to(states.device).unsqueeze(1),
-        torch.arange(states.shape[1] + 1, device=states.device),
-    )
+    length = lengths.to(states.device).unsqueeze(1)
+    position = torch.arange(states.shape[1] + 1, device=states.device)
     tokens = functional.pad(states.float(), (0, 0, 0, 1)).masked_fill((position >= length).unsqueeze(2), 0.0)
     padding = (text_length - length).clamp(min=0).double().log().float()  # (B, 1)
     return TextTokens(
@@ -68,7 +63,7 @@ def pack_states(states, lengths, text_length=TEXT_LENGTH):
     )
 
 
-def unpack_text(text, text_length=TEXT_LENGTH):
+def unpack_text(text: TextTokens, text_length: int = TEXT_LENGTH) -> Tensor:
     """Return the padded form (B, text_length, T) that a stock WanTransformer3DModel takes."""
     padded = text.tokens.new_zeros(len(text.tokens), text_length, text.tokens.shape[-1])
     for row, bias in enumerate(text.logit_bias):
@@ -84,7 +79,7 @@ class RMSNorm(nn.RMSNorm):
     queries, keys and the attention after them would follow.
     """
 
-    def forward(self, states):
+    def forward(self, states: Tensor) -> Tensor:
         device = states.device.type
         is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if is_cast else nullcontext():
@@ -94,15 +89,22 @@ class RMSNorm(nn.RMSNorm):
 class OneFrameBlock(WanTransformerBlock):
     """diffusers' Wan block whose cross-attention also takes a bias on the logits of the text tokens."""
 
-    def __init__(self, width, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps):
+    def __init__(
+        self, width: int, ffn_dim: int, num_heads: int, qk_norm: str, cross_attn_norm: bool, eps: float
+    ):
         super().__init__(width, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
         for attention in (self.attn1, self.attn2):
             attention.norm_q, attention.norm_k = RMSNorm(width, eps), RMSNorm(width, eps)
 
-    def forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb, text_logit_bias=None):
-        """Shapes: hidden_states (B, N, D), encoder_hidden_states (B, L, D), temb (B, 6, D); returns (B, N,
-        D).
-        """
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        rotary_emb: Any,
+        text_logit_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Run the block on hidden_states (B, N, D), with encoder_hidden_states (B, L, D) and temb (B, 6, D)."""
         modulation = (self.scale_shift_table + temb.float()).chunk(6, dim=1)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
         dtype = hidden_states.dtype
@@ -119,19 +121,28 @@ class OneFrameBlock(WanTransformerBlock):
         return (hidden_states.float() + self.ffn(normed).float() * ffn_gate).to(dtype)
 
 
-# What diffusers' caches (enable_cache) have to know of a block: it returns the hidden states alone.
+# For diffusers' caches (enable_cache): a block returns the hidden states alone.
 TransformerBlockRegistry.register(
     OneFrameBlock,
-    TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
-)  # type: ignore[arg-type]
+    TransformerBlockMetadata(
+        return_hidden_states_index=0,
+        return_encoder_hidden_states_index=None,  # type: ignore[arg-type]
+    ),
+)
 
 
-def one_frame_velocity(network, latents, timestep, text, logit_bias=None, feature_blocks=()):
-    """Run a network that has the parts of a WanTransformer3DModel and OneFrameBlocks on single frames.
+def one_frame_velocity(
+    network: Any,
+    latents: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    logit_bias: Tensor | None = None,
+    feature_blocks: Sequence[int] = (),
+) -> tuple[Tensor, list[Tensor]]:
+    """Run a network with the modules of a WanTransformer3DModel and OneFrameBlocks on single frames.
 
     Shapes: latents (B, C, H, W), timestep (B,) in 0..1000, text (B, L, T), logit_bias (B, L) or None. Returns
-    the velocity (B, C, H, W) and a list of the token states (B, N, D) after each block named in
-    `feature_blocks`.
+    the velocity (B, C, H, W) and a list of the hidden states (B, N, D) after each block in `feature_blocks`.
     """
     rotary = network.rope(latents.unsqueeze(2))
     states = network.patch_embedding(latents.unsqueeze(2))  # (B, D, 1, H/p, W/p)
@@ -156,31 +167,24 @@ def one_frame_velocity(network, latents, timestep, text, logit_bias=None, featur
     return unpatchify(network.proj_out(states), height, width, network.config.patch_size), features
 
 
-def unpatchify(tokens, height, width, patch_size):
-    """Lay tokens (B, N, ph*pw*C), each a patch in row order with channels last, out as latents (B, C, H, W)."""
+def unpatchify(tokens: Tensor, height: int, width: int, patch_size: Sequence[int]) -> Tensor:
+    """Turn tokens (B, N, ph*pw*C), patches in row order with channels last, into latents (B, C, H, W)."""
     _, patch_height, patch_width = patch_size
     patches = tokens.unflatten(1, (height, width)).unflatten(-1, (patch_height, patch_width, -1))
     return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-def pass_operations(config, rows, tokens, words):
-    """Return the operations of a pass of a Wan of `config` on `rows` pictures of `tokens` tokens, each with
-    `words` text tokens.
+def pass_operations(config: Any, rows: int, tokens: int, words: int) -> int:
+    """Return the operations of a pass of a Wan on `rows` images of `tokens` tokens, each with `words` text tokens.
 
-    Every product of matrices counts, two operations for each multiplication, attention included.
+    All matrix products count, those of attention included: two operations for each multiplication.
     """
-    width, patch = (
-        config["num_attention_heads"] * config["attention_head_dim"],
-        math.prod(config["patch_size"]),
-    )
-    block = (
-        2 * tokens * width * (6 * width + 2 * config["ffn_dim"])
-        + 4 * words * width**2
-        + 4 * tokens * (tokens + words) * width
-    )
-    text, time = (
-        2 * words * width * (config["text_dim"] + width),
-        2 * width * (config["freq_dim"] + 7 * width),
-    )
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    patch = math.prod(config["patch_size"])
+    linear = 2 * tokens * width * (6 * width + 2 * config["ffn_dim"]) + 4 * words * width**2
+    attention = 4 * tokens * (tokens + words) * width
+    block = linear + attention
+    text = 2 * words * width * (config["text_dim"] + width)
+    time = 2 * width * (config["freq_dim"] + 7 * width)
     ends = 2 * tokens * width * patch * (config["in_channels"] + config["out_channels"])
     return rows * (config["num_layers"] * block + text + time + ends)

@@ -1,23 +1,24 @@
-"""The noise schedule of a student: its scheduler's arguments, and the check that a saved one is that of the
-training. No torch.
-"""
+"""The noise schedule of a student: its scheduler's arguments, and a check of a saved one. No torch."""
 
 import ast
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from .files.untrusted import read_json, shown
+from .files.file_names import SCHEDULER_CONFIG
+from .files.json_files import read_json, shown
 
-TIMESTEPS = 1000  # the teacher's unit of time; more steps than these repeat themselves
-MAX_SHIFT = 1000  # at which all levels but the last are above 0.99
+TIMESTEPS = 1000  # timestep = TIMESTEPS * noise level, in every Wan; a solve of more steps repeats some
+MAX_SHIFT = 1000  # all levels but the last are above 0.99
 SCHEDULER = "UniPCMultistepScheduler"
 
 
-def scheduler_arguments(shift, few_steps=()):
-    """Return the arguments by which diffusers' UniPC is Wan's scheduler; all others keep their defaults.
+def scheduler_arguments(shift: float, few_steps: Sequence[int] = ()) -> dict[str, Any]:
+    """Return the arguments that make diffusers' UniPC Wan's scheduler; all others keep their defaults.
 
-    For a student of `few_steps`, numbers of steps, it takes plain Euler steps: order 1 alone would still
-    correct them.
+    For a student trained for the numbers of steps in `few_steps` it takes plain Euler steps: order 1 alone
+    leaves the corrector on.
     """
     return {
         "prediction_type": "flow_prediction",
@@ -29,10 +30,8 @@ def scheduler_arguments(shift, few_steps=()):
     }
 
 
-def recorded_schedule(run, source):
-    """Return what run.json records of the schedule, {} where it records nothing; `source` names the file in
-    errors.
-    """
+def recorded_schedule(run: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """Return the schedule in the content of run.json, {} if there is none; `source` names the file in errors."""
     schedule = run.get("schedule") or {}
     if not isinstance(schedule, dict):
         raise _unexpected(source, "schedule", schedule, "an object {...}")
@@ -48,20 +47,16 @@ def recorded_schedule(run, source):
     return schedule
 
 
-def read_schedule(folder, schedule):
-    """Return the arguments of a saved student's scheduler; raises where any of them is not that of the
-    training.
+def read_schedule(folder: str | Path, schedule: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a saved student's scheduler; raises ValueError if they are not those of the training.
 
-    `schedule` is what run.json records. Where it records nothing, any shift is taken, and that of either kind
-    of student.
+    `schedule` is that of run.json. If it is {}, any shift and either kind of student is accepted.
     """
-    path, defaults = Path(folder) / "scheduler" / "scheduler_config.json", scheduler_defaults()
+    path, defaults = Path(folder) / "scheduler" / SCHEDULER_CONFIG, scheduler_defaults()
     config = read_json(path)
     if (name := config.get("_class_name")) != SCHEDULER:
         raise _unexpected(path, "_class_name", name, f"{SCHEDULER!r}, as the student was trained")
-    config = {
-        name: value for name, value in config.items() if not name.startswith("_")
-    }  # the rest of these are versions
+    config = {name: value for name, value in config.items() if not name.startswith("_")}  # versions have one
     found = defaults | config
     shift = schedule.get("flow_shift", found["flow_shift"])
     if not _is_shift(shift):
@@ -70,20 +65,20 @@ def read_schedule(folder, schedule):
     expected = defaults | scheduler_arguments(shift, counts or ())
     for name, value in expected.items():
         if not _is_same(found[name], value):
-            raise _unexpected(path, name, found[name], f"{_short(value)}, as the student was trained")
+            raise _unexpected(path, name, found[name], f"{_shorten(value)}, as the student was trained")
     if unknown := sorted(config.keys() - defaults.keys()):
         raise _unexpected(
-            path, shown(unknown[0]), config[unknown[0]], "no such setting (a newer diffusers may have it)"
+            path, shown(unknown[0]), config[unknown[0]], "no such setting; a newer diffusers may have it"
         )
     return expected
 
 
-def scheduler_defaults():
-    """Return {argument: default} of diffusers' class.
-
-    Its source is read: importing the class would import torch.
-    """
-    source = Path(find_spec("diffusers").origin).parent / "schedulers" / "scheduling_unipc_multistep.py"
+def scheduler_defaults() -> dict[str, Any]:
+    """Return {argument: default} of diffusers' class, from its source: importing the class would import torch."""
+    spec = find_spec("diffusers")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("diffusers is not installed. Run pip install -r requirements.txt.")
+    source = Path(spec.origin).parent / "schedulers" / "scheduling_unipc_multistep.py"
     found = next(
         node
         for node in ast.parse(source.read_text(encoding="utf-8")).body
@@ -98,30 +93,28 @@ def scheduler_defaults():
     }
 
 
-def _counts_of(config):
-    """Return the largest number of steps that a scheduler of few steps is set up for, none for one of stage
-    1.
-    """
+def _counts_of(config: dict[str, Any]) -> list[int]:
+    """Return the largest number of steps of a few-step student's scheduler, [] for a student of stage 1."""
     if config["solver_order"] != 1:
         return []
     return [len(config["disable_corrector"]) or 1] if isinstance(config["disable_corrector"], list) else [1]
 
 
-def _is_shift(value):
+def _is_shift(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value <= MAX_SHIFT
 
 
-def _is_same(found, expected):
-    """Whether two values of JSON are equal; 3 is 3.0, but true is not 1."""
+def _is_same(found: Any, expected: Any) -> bool:
+    """Whether two JSON values are equal; 3 equals 3.0, but true does not equal 1."""
     if isinstance(found, list) and isinstance(expected, list):
         return len(found) == len(expected) and all(map(_is_same, found, expected))
     return found == expected and isinstance(found, bool) == isinstance(expected, bool)
 
 
-def _unexpected(path, name, found, expected):
-    return ValueError(f"{path}: says {name} {_short(found)}, expected {expected}. Copy the folder again.")
+def _unexpected(path: str | Path, name: str, found: Any, expected: str) -> ValueError:
+    return ValueError(f"{path}: {name} is {_shorten(found)}, expected {expected}. Copy the folder again.")
 
 
-def _short(value):
+def _shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

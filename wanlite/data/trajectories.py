@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..flow import average_velocity, noise_along, sample, seeded_noise, solve, states_passed
+from ..flow import average_velocity, noise_along, sample, seeded_noise, set_steps, solve
 from .datasets import Trajectories
 from .shards import compute_once, fill_shards
 
@@ -124,7 +124,7 @@ class TrajectoryGenerator:
         """Return the states of one stop, (steps of the student's schedule, steps that it takes)."""
         count, index = stop
         latents = sample(student, noise, student_scheduler, count, end=index)
-        levels = states_passed(student_scheduler, count, latents.device)[index]
+        levels = set_steps(student_scheduler, count, latents.device)[index]
         timestep, noise_level = (level.float().expand(len(prompts)) for level in levels)
         begin = self.num_steps * index // count
         velocity_of = self.velocity_for(prompts, False)

@@ -1,58 +1,55 @@
-"""Work that is kept: a folder for what was made of exactly this, and nothing else.
+"""A cache on disk: one folder for each set of inputs, named by their digest.
 
-The folder's name is a digest of what its content was made of, and provenance.json says it in words: content that
-was moved or copied under another name is refused, never used.
+provenance.json records the inputs: content that was moved or copied under another name is refused, never used.
 """
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from .atomic import write_json
+from .json_files import OWN, read_json
 
-RECORD = "provenance.json"
+PROVENANCE = "provenance.json"
 
 
-def cache_folder(parent, kind, **what):
-    """Return the folder for what was made of exactly this: a teacher, prompts, guidance, a schedule, ...
+def cache_folder(parent: str | Path, kind: str, **inputs: Any) -> Path:
+    """Return the folder for results of exactly these inputs: a teacher, prompts, guidance, a schedule, ...
 
-    Raises ValueError where a folder of that name holds what was made of something else, and says which part
-    differs.
+    Raises ValueError for a folder of that name whose content has other inputs, and names the difference.
     """
-    folder, said = (
-        Path(parent) / f"{kind}-{fingerprint(what)[:16]}",
-        json.loads(json.dumps(what, default=str)),
-    )
+    folder = Path(parent) / f"{kind}-{fingerprint(inputs)[:16]}"
+    expected = json.loads(json.dumps(inputs, default=str))
     folder.mkdir(parents=True, exist_ok=True)
-    record = folder / RECORD
+    record = folder / PROVENANCE
+    if not record.exists():
+        write_json(record, expected)
+        return folder
     try:
-        found = json.loads(record.read_text(encoding="utf-8")) if record.exists() else said
-        differing = [
-            f"{name} was {_short(found.get(name))}, is {_short(value)}"
-            for name, value in said.items()
-            if found.get(name) != value
-        ]
-    except (ValueError, AttributeError):
+        found = read_json(record, OWN)
+    except OSError:
         raise ValueError(
             f"{record}: cannot be read. Delete the folder: the same command makes it again."
         ) from None
-    if differing:
+    if differing := [
+        f"{name} was {_shorten(found.get(name))}, is {_shorten(value)}"
+        for name, value in expected.items()
+        if found.get(name) != value
+    ]:
         raise ValueError(
-            f"{folder}: was made of something else ({'; '.join(differing)}). Delete it, or move it back to "
-            f"where it "
-            "came from."
+            f"{folder}: holds results of other inputs ({'; '.join(differing)}). Delete it, or move it back to its "
+            "former place."
         )
-    if not record.exists():
-        write_json(record, said)
     return folder
 
 
-def fingerprint(what):
-    """Return the sha256 of anything that JSON, or str, can say."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+def fingerprint(content: Any) -> str:
+    """Return the sha256 of any content, as JSON; values that JSON lacks are written by str()."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _short(value):
-    """Say a value in a line; what is long, as thousands of prompts, by its fingerprint."""
+def _shorten(value: Any) -> str:
+    """Return a value as one line; a long one, as thousands of prompts, by its fingerprint."""
     text = json.dumps(value)
     return text if len(text) < 80 else fingerprint(value)[:16]

@@ -17,9 +17,9 @@ from ..phases import Span, choose_validated, count_passes, count_trajectories, c
 from ..runtime.devices import has_gpu
 from ..runtime.ranks import broadcast
 from ..student.calibration import PASSES as CALIBRATION_PASSES
-from ..teacher.checkpoint import TeacherFiles
 from ..teacher.components import check_components
-from ..training.run_folder import fitted_before
+from ..teacher.expert_files import TeacherFiles
+from ..training.run_folder import read_fitted_settings
 from .defaults import choose_data, choose_shape, describe_schedule
 from .estimate import (
     FITTED,
@@ -160,7 +160,7 @@ def resolve_run(settings, make_student, is_resumed=False, start: Callable = Sing
     asked, teacher = settings, read_teacher_folder(settings.teacher)
     files = teacher.files
     if is_resumed:
-        settings = replace(settings, **fitted_before(settings.output_dir))
+        settings = replace(settings, **read_fitted_settings(settings.output_dir))
     else:
         settings = choose_precision(settings, files)
     accelerator, components = start(settings), teacher.components

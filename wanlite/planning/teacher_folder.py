@@ -4,7 +4,8 @@ import os
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from ..teacher.components import autoencoder_config, find_components, pixels_per_token
+from ..teacher.autoencoder import autoencoder_config
+from ..teacher.components import find_components, pixels_per_token
 from ..world.record import read_record
 
 

@@ -1,52 +1,47 @@
-"""Several processes, one run: what they agree on, what they need, and how it ends where one of them is lost."""
+"""Several processes of one run: limits, broadcasts, and the end of all when one is lost."""
 
 import re
+from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, str_to_bool
 
 from .launch import local_processes
 
-RANK_TIMEOUT = timedelta(
-    hours=2
-)  # for which ranks wait for each other: one projects and calibrates, the others cannot go on
+RANK_TIMEOUT = timedelta(hours=2)  # while rank 0 projects and calibrates, the others wait
 _LOST = re.compile(
     r"gloo|NCCL|Connection (closed|reset)|Broken pipe|socket|TCPStore|timed out", re.IGNORECASE
 )
 
 
-def patience():
-    """Return how long a rank waits for the others, as an Accelerator takes it."""
+def process_group_options() -> InitProcessGroupKwargs:
+    """Return the timeout of a rank that waits for the others, as an Accelerator takes it."""
     return InitProcessGroupKwargs(timeout=RANK_TIMEOUT)
 
 
-def check_devices(environment):
-    """Refuse more processes on this machine than it has GPUs, unless accelerate was told that they are to
-    share the CPU.
-    """
+def check_devices(environment: Mapping[str, str]) -> None:
+    """Refuse more processes on this machine than GPUs, unless accelerate is set to use the CPU."""
     found = torch.accelerator.device_count()
     if 1 < local_processes() > found and not str_to_bool(environment.get("ACCELERATE_USE_CPU", "false")):
         raise ValueError(
-            f"accelerate launch started {local_processes()} processes for as many GPUs here, torch sees "
-            f"{found}. "
+            f"accelerate launch started {local_processes()} processes for as many GPUs here, torch finds {found}. "
             "Lower its --num_processes, or set ACCELERATE_USE_CPU=true, and they share the CPU."
         )
 
 
-def broadcast(found):
-    """Return what rank 0 has found, on every rank: numbers that ranks compute may differ in their last bits."""
-    return broadcast_object_list([found])[0]
+def broadcast(value: Any) -> Any:
+    """Return rank 0's value on every rank: numbers that ranks compute may differ in their last bits."""
+    return broadcast_object_list([value])[0]
 
 
-def abort_all_ranks(accelerator, reason):
-    """Raise OSError with rank 0's reason, if it has one, there; the other ranks end silently with the same
-    exit code.
-    """
+def abort_all_ranks(accelerator: Any, reason: str | None) -> None:
+    """Raise OSError with rank 0's reason, if it has one; the other ranks end silently with the same exit code."""
     if reason := broadcast(reason):
         raise OSError(reason) if accelerator.is_main_process else SystemExit(2)
 
 
-def is_peer_failure(error):
-    """Whether an error of torch's says that another rank is gone."""
+def is_peer_failure(error: BaseException) -> bool:
+    """Whether an error of torch means that another rank is gone."""
     return isinstance(error, torch.distributed.DistError) or _LOST.search(str(error)) is not None

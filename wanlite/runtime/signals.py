@@ -1,39 +1,38 @@
-"""Signals -> one question that a run asks where it can stop."""
+"""Signals -> one flag that a run checks at the points where it can stop."""
 
 import signal
+from collections.abc import Iterable
+from types import FrameType
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
 
 class Stopped(BaseException):
-    """A run was asked to stop, and does where it is."""
+    """Raised in a run that was stopped by a signal."""
 
 
 class StopSignal:
-    """Turns the first SIGTERM, SIGINT or SIGUSR1 into `asked`; the second one ends the process at once.
+    """Sets `is_set` at the first SIGTERM, SIGINT or SIGUSR1; the second one ends the process at once.
 
-    While `is_immediate`, the first one raises Stopped there and then: for work whose results are whole files
-    on disk. Else it is up to `check`, which raises it, and to whoever reads `asked`. Where `is_launched`,
-    later ones change nothing: a scheduler sends its signal to every process and the launcher sends it on, and
-    it is the launcher that ends who does not stop.
+    While `is_immediate`, the first one raises Stopped immediately: for work whose results are complete files
+    on disk. Otherwise check() raises it, or the code that reads `is_set` stops. With `is_launched`, later
+    signals are ignored: a scheduler signals every process and the launcher forwards it, and the launcher ends
+    processes that do not stop.
     """
 
-    def __init__(self, signals=SIGNALS, is_launched=False):
-        self.asked, self.is_immediate, self.later = (
-            False,
-            True,
-            signal.SIG_IGN if is_launched else signal.SIG_DFL,
-        )
+    def __init__(self, signals: Iterable[int] = SIGNALS, is_launched: bool = False):
+        self.is_set, self.is_immediate = False, True
+        self._later = signal.SIG_IGN if is_launched else signal.SIG_DFL
         for number in signals:
-            signal.signal(number, self._ask)
+            signal.signal(number, self._set)
 
-    def check(self):
-        if self.asked:
+    def check(self) -> None:
+        if self.is_set:
             raise Stopped
 
-    def _ask(self, number, frame):
-        self.asked = True
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self.is_set = True
         for each in SIGNALS:
-            signal.signal(each, self.later)
+            signal.signal(each, self._later)
         if self.is_immediate:
             raise Stopped

@@ -1,36 +1,33 @@
-"""Output that cannot end a run: a reader that left, a closed descriptor or a narrow encoding costs output and
-nothing else.
-"""
+"""Output that cannot end a run: a closed pipe or descriptor, or a narrow encoding, costs output alone."""
 
 import io
 import os
 import sys
+from typing import Any, TextIO
 
 MAX_SHOWN = 3000  # characters of a line
 
 
 class LastingOutput(io.FileIO):
-    """A descriptor for writing; bytes that nobody takes are dropped: a closed pipe, a lost terminal, a log on
-    a full disk.
-    """
+    """A descriptor for writing that drops undeliverable bytes: a closed pipe, a lost terminal, a full disk."""
 
-    def write(self, content):
+    def write(self, content: Any) -> int:
         try:
-            return super().write(content) or len(content)  # None of a full pipe that does not wait
+            return super().write(content) or len(content)  # None for a full pipe in non-blocking mode
         except OSError:
             return len(content)
 
 
-def keep_output_open():
+def keep_output_open() -> None:
     """Replace sys.stdout and sys.stderr by streams that take every character and outlive their reader."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # one that was closed would be given to the next file opened
+        pass  # the next file opened would get the number of a closed one
     os.close(descriptor)
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
 
 
-def _lasting(stream):
-    if stream is None:  # closed as the process began
+def _lasting(stream: Any) -> TextIO:
+    if stream is None:  # closed when the process started
         return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
     raw = LastingOutput(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(
@@ -41,8 +38,8 @@ def _lasting(stream):
     )
 
 
-def one_line(text, most=MAX_SHOWN):
-    """Return text of any origin as at most `most` printable characters; control characters are escaped."""
+def one_line(text: str, most: int = MAX_SHOWN) -> str:
+    """Return any text as at most `most` printable characters; control characters are escaped."""
     escaped = "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
         for letter in text[: most + 1]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..flow import add_noise, shift_noise_level
 from ..network import TextTokens
 from ..schedule import TIMESTEPS
-from ..teacher.model import ask, stream_expert
+from ..teacher.model import run_expert, stream_expert
 from .projection import Report
 from .regression import solve_ridge
 
@@ -68,7 +68,7 @@ def _generate(expert, latents, text, shift):
     steps = list(zip(levels[:-1], levels[1:]))
     for level, lower in tqdm(steps, desc="generating frames to calibrate on", unit="step", disable=None):
         timestep = (TIMESTEPS * level).expand(len(latents)).to(latents.device)
-        velocity, _ = ask(expert, latents, timestep, text)
+        velocity, _ = run_expert(expert, latents, timestep, text)
         latents = latents + (lower - level).item() * velocity
     return latents
 

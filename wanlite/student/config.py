@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files.untrusted import read_json
+from ..files.json_files import SAVED, read_json
 from .layout import CONFIG_NAME, find_file, listing, short, some
 
 CLASS_NAMES = ("WanLiteStudent", "WanTransformer3DModel")  # of older saves; of ours and of stock diffusers'
-MAX_CONFIG = 65536  # bytes; a student's has 700
+CONFIG_LIMITS = SAVED._replace(max_bytes=65536)  # a student's has 700
 MAX_SIZE = 65536
 MAX_POSITIONS = 16384  # rotary tables are built from the config alone: no weights limit their size
 OUR_NAMES = ("hidden_size", "depth", "num_heads", "num_channels")  # for settings that have a name in Wan too
@@ -31,7 +31,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = find_file(folder, CONFIG_NAME)
     if path is None:
         raise OSError(f"{folder}: no {CONFIG_NAME}. Expected a saved student; found {listing(folder)}.")
-    config = read_json(path, MAX_CONFIG)
+    config = read_json(path, CONFIG_LIMITS)
     found = config.get("_class_name", CLASS_NAMES[0])
     if found not in CLASS_NAMES:
         raise ValueError(f"{path}: is the config of a {short(found)}, expected {' or '.join(CLASS_NAMES)}.")

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ..files.atomic import find_corruption, in_turn, new_folder, write_json
+from ..files.atomic import find_corruption, new_folder, write_json
 from ..files.cache import cache_folder
+from ..files.locks import in_turn
 from ..network import pack_text
 from ..teacher.checkpoint import open_teacher_files
 from ..teacher.experts import check_experts

@@ -10,8 +10,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..files.untrusted import WeightsFile, parse_json
-from .config import MAX_CONFIG, read_config
+from ..files.json_files import parse_json
+from ..files.weights import WeightsFile
+from .config import CONFIG_LIMITS, read_config
 from .layout import CONFIG_NAME, STAGE_PREFIX, short, some
 from .weights import find_weights
 
@@ -82,7 +83,7 @@ def _matching_config(folder, saved_configs):
             f"{folder}: its shards were saved with different configs. Copy all of them from one save."
         )
     text = saved_configs.pop().encode(errors="surrogatepass")
-    saved = parse_json(text, f"{folder}, config in the weights", MAX_CONFIG)
+    saved = parse_json(text, f"{folder}, config in the weights", CONFIG_LIMITS)
     reason = None
     for place in (folder, *_stages(folder)):
         config = read_config(place)

@@ -8,7 +8,7 @@ import re
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..files.untrusted import shown
+from ..files.json_files import shown
 from .layout import CONFIG_NAME, STEMS, WEIGHTS_STEM, short
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
-from ..files.atomic import not_finite
+from ..files.dtypes import find_non_finite
 from .building import config_defaults
 from .config import student_arguments
 from .layout import check_variant
@@ -61,7 +61,7 @@ def _read_tensors(student_class, files, options):
         stays = any(part in student_class._keep_in_fp32_modules for part in name.split("."))
         tensors[name] = tensor.to(options.device, None if stays else options.dtype)
     check_hashes(files, pinned)
-    for name in not_finite(tensors):
+    for name in find_non_finite(tensors):
         path = next(file.path for file in files if name in file.entries)
         raise ValueError(
             f"{path}: {name} holds NaN or infinity as {tensors[name].dtype}. Take an earlier save, "

@@ -20,7 +20,9 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from ..files.atomic import check_space, flush, locked, not_finite, write_json
+from ..files.atomic import check_space, flush, write_json
+from ..files.dtypes import find_non_finite
+from ..files.locks import locked
 from .layout import CONFIG_NAME, STAGE_PREFIX, WEIGHTS_STEM, index_name, infix, weight_names
 from .weights import SHARD, Shape
 
@@ -70,7 +72,7 @@ def check_savable(
             f"{place}: not saved, found {'; '.join(starmap(_describe, changed.items()))}. "
             f"{' '.join(ADVICE[change] for change in changed)}"
         )
-    if broken := not_finite(tensors):
+    if broken := find_non_finite(tensors):
         raise ValueError(
             f"{place}: not saved, {len(broken)} tensors hold NaN or infinity, first {broken[0]}. Go back to an "
             f"earlier checkpoint and lower the learning rate."
@@ -196,7 +198,7 @@ def _staged(folder: Path) -> Iterator[Path]:
 
 def _finish(stage, folder):
     """Finish or remove a save, unless its process is running."""
-    with suppress(FileNotFoundError), locked(stage, is_patient=False) as is_left:  # it may just be ending
+    with suppress(FileNotFoundError), locked(stage, wait=False) as is_left:  # it may just be ending
         if is_left and (stage / FILE_LIST).is_file():
             _publish(stage, folder)
         if is_left:

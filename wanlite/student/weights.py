@@ -12,7 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..files.untrusted import WeightsFile, read_json, without_wrappers
+from ..files.json_files import read_json
+from ..files.weights import WeightsFile
+from ..teacher.keys import names_inside_wrapper
 from .layout import (
     CONFIG_NAME,
     MAX_LISTED,
@@ -153,7 +155,7 @@ def _check_names(found, shapes, depth, source):
     missing = list(islice((name for name in names if name not in found), MAX_MISSING))
     if not missing and not unknown:
         return
-    unwrapped = without_wrappers(found) or {""}
+    unwrapped = names_inside_wrapper(found) or {""}
     is_wrapped = len(unwrapped) == len(outside) + depth * len(inside) and all(
         _expected_shape(name, shapes, depth) for name in unwrapped
     )

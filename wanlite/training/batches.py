@@ -45,6 +45,6 @@ def _read(accelerator, data, teacher_data, numbers):
 def _until_stopped(batches, state, num_processes):
     """Yield batches; several processes stop together, after a step in which any of them was asked to."""
     for batch in batches:
-        if state.is_stopping or (num_processes == 1 and state.stop is not None and state.stop.asked):
+        if state.is_stopping or (num_processes == 1 and state.stop is not None and state.stop.is_set):
             raise Stopped
         yield batch

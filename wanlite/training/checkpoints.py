@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..files.atomic import check_space, find_corruption, new_folder, not_finite, read_manifest
+from ..files.atomic import check_space, find_corruption, new_folder, read_manifest
+from ..files.dtypes import find_non_finite
 
 TENSORS, REST = "state.safetensors", "state.json"
 
@@ -33,7 +34,7 @@ def save_checkpoint(folder, step, state, facts, keep):
     if path.exists() and _why_unusable(path) is None:
         return
     rest = _pack(state, "", tensors)
-    if broken := not_finite(tensors):
+    if broken := find_non_finite(tensors):
         raise FloatingPointError(
             f"{broken[0]} holds NaN or infinity at step {step}, which is not saved; earlier ones are in "
             f"{path.parent}. Run again with --overwrite and lower learning rates."

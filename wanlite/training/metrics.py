@@ -1,9 +1,9 @@
-"""Quality of a given way to draw: faithful to captions, varied over seeds, and like the teacher's in what can
-be counted.
-"""
+"""Quality of generated images: accuracy of captions, diversity over seeds, and likeness to the teacher's images."""
 
 import math
 import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,25 +11,23 @@ from torch.nn import functional
 
 from ..world import shapes
 
-# A student beyond one of these is rejected: (lowest, highest), each figure beside the teacher's. Too much
-# diversity is no fault of its own: a student that does not yet follow its captions has it, and is as far from
-# its teacher as it is.
+Draw = Callable[[Sequence[str]], np.ndarray]  # captions -> images (B, 64, 64, 3) uint8
+
+# Limits (lowest, highest) of figures relative to the teacher's; a student beyond one is rejected. Diversity has
+# no upper limit: a student that does not yet follow its captions has more, and its image_error shows it.
 GUARDS = {"channel_drift": (0.0, 0.3), "saturation": (0.75, 1.33), "diversity": (0.6, math.inf)}
 
 
-def prompt_accuracy(draw, captions, world=shapes):
-    """Judge images drawn for captions of a tiny world: shares 0..1, whole and per attribute, and one and
-    two objects apart.
+def prompt_accuracy(draw: Draw, captions: Sequence[str], world: Any = shapes) -> dict[str, float | None]:
+    """Judge images generated for captions of a tiny world: shares 0..1, overall, by attribute, by object count.
 
-    `draw(captions)` returns images (B, 64, 64, 3) uint8. Raises ValueError for a caption that is none of
-    the world's.
+    Raises ValueError for a caption that the world's judge cannot read.
     """
     scenes = [world.read_caption(caption) for caption in captions]
     if None in scenes:
         raise ValueError(
-            f"{captions[scenes.index(None)]!r}: not a caption of {world.__name__}, which alone its judge can "
-            f"read. "
-            f"Take captions from {world.__name__}.captions()."
+            f"{captions[scenes.index(None)]!r}: the judge reads only captions of {world.__name__}. Take captions "
+            f"from {world.__name__}.captions()."
         )
     began = time.perf_counter()
     images = draw(captions)
@@ -49,11 +47,16 @@ def prompt_accuracy(draw, captions, world=shapes):
     return {name: None if value is None else round(float(value), 4) for name, value in figures.items()}
 
 
-def compare(draw_teacher, draw_student, num_steps, captions, world=shapes):
-    """Judge teacher and student on the same captions; nothing where they are not of the tiny world.
+def compare(
+    draw_teacher: Draw,
+    draw_student: Mapping[int, Draw],
+    num_steps: int,
+    captions: Sequence[str],
+    world: Any = shapes,
+) -> dict[str, Any]:
+    """Judge teacher and student on the same captions; {} for captions of no tiny world.
 
-    `draw_student` is {number of steps: a way to draw}; `num_steps` is the one that the student draws in by
-    default.
+    `draw_student` is {number of steps: function}; `num_steps` is the student's default.
     """
     if not all(world.read_caption(caption) for caption in captions):
         return {}
@@ -69,12 +72,10 @@ def compare(draw_teacher, draw_student, num_steps, captions, world=shapes):
     }
 
 
-def diversity(images_by_seed):
-    """Return the mean distance between images of one caption over seeds, in grey levels 0..255, averaged
-    over captions.
+def diversity(images_by_seed: np.ndarray) -> float:
+    """Return the mean distance between images of one caption over seeds, in grey levels 0..255, over all captions.
 
-    Shape: (captions, seeds, 64, 64, 3). Compare with the teacher's: a collapsed student draws one image for
-    all seeds.
+    Shape: (captions, seeds, 64, 64, 3). Compare it with the teacher's: that of a collapsed student is near 0.
     """
     images = images_by_seed.astype(np.float32)
     seeds = images.shape[1]
@@ -82,8 +83,15 @@ def diversity(images_by_seed):
     return float(np.mean([np.abs(images[:, i] - images[:, j]).mean() for i, j in pairs]))
 
 
-def likeness(latents, images, by_seed, teacher_latents, teacher_images, teacher_by_seed):
-    """Compare what a student drew with what its teacher drew from the same noise and prompts.
+def likeness(
+    latents: torch.Tensor,
+    images: np.ndarray,
+    by_seed: np.ndarray,
+    teacher_latents: torch.Tensor,
+    teacher_images: np.ndarray,
+    teacher_by_seed: np.ndarray,
+) -> dict[str, float]:
+    """Compare a student's images with its teacher's from the same noise and prompts.
 
     `latents` (B, C, H, W) and `images` (B, height, width, 3) are of the same trajectories, `by_seed` as in
     diversity(). Returns `image_error` (squared distance of latents over the teacher's variance),
@@ -98,8 +106,8 @@ def likeness(latents, images, by_seed, teacher_latents, teacher_images, teacher_
     }
 
 
-def find_guard_violations(figures):
-    """Return what figures of likeness() lie beyond GUARDS, in words."""
+def find_guard_violations(figures: Mapping[str, float]) -> list[str]:
+    """Describe the figures of likeness() that are beyond GUARDS."""
     return [
         f"{name.replace('channel', 'colour').replace('_', ' ')} {figures[name]:.2f}, "
         f"{f'at least {lowest:g}' if figures[name] < lowest else f'at most {highest:g}'}"
@@ -108,9 +116,8 @@ def find_guard_violations(figures):
     ]
 
 
-def channel_drift(latents, teacher_latents):
-    """Return how far the mean of a channel lies from the teacher's, in the teacher's standard deviations: the
-    worst channel.
+def channel_drift(latents: torch.Tensor, teacher_latents: torch.Tensor) -> float:
+    """Return the distance of a channel's mean from the teacher's, in the teacher's deviations, of the worst channel.
 
     Shapes: (B, C, H, W).
     """
@@ -118,7 +125,7 @@ def channel_drift(latents, teacher_latents):
     return float((shift / teacher_latents.std((0, 2, 3))).abs().max())
 
 
-def channel_spread(latents, teacher_latents):
+def channel_spread(latents: torch.Tensor, teacher_latents: torch.Tensor) -> float:
     """Return the standard deviation of a channel over the teacher's: the channel farthest from 1.
 
     Shapes: (B, C, H, W).
@@ -127,15 +134,14 @@ def channel_spread(latents, teacher_latents):
     return float(ratio[ratio.log().abs().argmax()])
 
 
-def saturation(images):
-    """Return how far colours are from grey, on average: 0..255. Shape: (B, height, width, 3) uint8."""
+def saturation(images: np.ndarray) -> float:
+    """Return the mean distance of colours from grey: 0..255. Shape: (B, height, width, 3) uint8."""
     images = images.astype(np.int16)
     return float((images.max(-1) - images.min(-1)).mean())
 
 
-def frechet_distance(images, others, width=32):
-    """Return the Frechet distance of two sets of images in a random feature space: no FID, no network was
-    trained for it.
+def frechet_distance(images: np.ndarray, others: np.ndarray, width: int = 32) -> float:
+    """Return the Frechet distance of two sets of images in a random feature space; unlike FID, of no trained network.
 
     Features are `width` channels of two seeded random convolutions with ReLU, averaged over the image.
     Shapes: (B, h, w, 3). Source of the distance: Dowson and Landau 1982.
@@ -153,11 +159,11 @@ def frechet_distance(images, others, width=32):
     )
 
 
-def _moments(features):
+def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return features.mean(0), np.cov(features.T)
 
 
-def _random_features(images, width):
+def _random_features(images: np.ndarray, width: int) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
     states = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     for channels, size in ((24, 5), (width, 3)):

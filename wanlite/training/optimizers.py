@@ -1,16 +1,24 @@
-"""What moves the weights: Muon for the matrices of the blocks, AdamW for the rest, under one schedule each."""
+"""Optimizers: Muon for the matrices of the blocks, AdamW for all other weights, each with its learning-rate schedule."""
 
+from collections.abc import Iterable
 from itertools import chain
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from torch import nn
 
 
-def make_optimizers(settings, network, head=None, rate=None, is_fused=False):
-    """Return AdamW for a network and what learns beside it, and Muon for the matrices of its blocks unless
-    its rate is 0.
+def make_optimizers(
+    settings: Any,
+    network: nn.Module,
+    head: nn.Module | None = None,
+    rate: float | None = None,
+    is_fused: bool = False,
+) -> list[torch.optim.Optimizer]:
+    """Return AdamW for a network and its `head`, and Muon for the matrices of its blocks unless its rate is 0.
 
-    `rate` stands in for --learning_rate; Muon's keeps its ratio to it. `is_fused` updates all of AdamW's
+    `rate` replaces --learning_rate; Muon's rate keeps its ratio to it. `is_fused` updates all of AdamW's
     tensors in one kernel.
     """
     rate = settings.learning_rate if rate is None else rate
@@ -22,7 +30,7 @@ def make_optimizers(settings, network, head=None, rate=None, is_fused=False):
     ]
     taken = {id(p) for p in matrices}
     others = [p for p in chain(network.parameters(), head.parameters() if head else ()) if id(p) not in taken]
-    optimizers = [
+    optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
             others,
             lr=rate,
@@ -36,7 +44,9 @@ def make_optimizers(settings, network, head=None, rate=None, is_fused=False):
     return optimizers
 
 
-def make_lr_schedulers(settings, optimizers):
+def make_lr_schedulers(
+    settings: Any, optimizers: Iterable[torch.optim.Optimizer]
+) -> list[torch.optim.lr_scheduler.LambdaLR]:
     """Return the schedule of every optimizer's rate over the whole run."""
     return [
         get_scheduler(

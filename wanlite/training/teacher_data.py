@@ -16,13 +16,13 @@ from ..data.images import read_image
 from ..data.shards import compute_once
 from ..data.text_encoder import encode_once, lazy_encoder, load_tokenizer, warn_of_truncation
 from ..data.trajectories import TrajectoryGenerator, deal_out
-from ..files.atomic import in_turn
 from ..files.cache import cache_folder
+from ..files.locks import in_turn
 from ..flow import make_scheduler
 from ..network import TEXT_LENGTH, pack_text
 from ..phases import choose_validated, count_validated
-from ..teacher.checkpoint import sampled_digest
 from ..teacher.components import convert_components, is_converted
+from ..teacher.expert_files import sampled_digest
 from .steps import velocity_in_chunks
 
 FIRST_SEED, SEEDS_A_RUN = 10**12, 10**7  # of training trajectories, and how far those of two runs are apart

@@ -62,7 +62,7 @@ def _reduce(accelerator, state, loss, norm):
 
     This is the one time that a step waits for the device.
     """
-    was_asked = state.stop is not None and state.stop.asked
+    was_asked = state.stop is not None and state.stop.is_set
     means = accelerator.reduce(torch.stack([loss, norm.float(), loss.new_tensor(was_asked)]), "mean")
     mean_loss, norm, asked = means.tolist()
     state.is_stopping = asked > 0

@@ -1,0 +1,11 @@
+"""The names of the files that a saved student, a run and a component consist of."""
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+MODEL_INDEX = "model_index.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+MODEL_CARD = "README.md"
+COMPONENTS = ("tokenizer", "text_encoder", "vae")  # that inference needs beside the transformer
+COMPONENT_WEIGHTS = {"text_encoder": "model.safetensors", "vae": WEIGHTS}

@@ -1,0 +1,109 @@
+"""One reader for every JSON file -> a dict, or one OSError that names the file, the fault and what to do.
+
+Only regular files are opened, without blocking, and the cost of reading a file is bounded before it is parsed.
+"""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from .downloads import find_replacement
+
+MAX_JSON = 4 * 2**20  # bytes: the header of a student of eight hundred blocks
+
+
+class Limits(NamedTuple):
+    """The most that a JSON file of one origin may hold, and what to do about a file that cannot be read.
+
+    Lists and objects take two bytes each in the file and a hundred in memory.
+    """
+
+    max_bytes: int
+    max_containers: int
+    remedy: str
+    owner: str
+    accepts_nan: bool = False  # and infinity, as Python writes them
+
+
+SAVED = Limits(MAX_JSON, 2**16, "Copy it again or save the student again.", "a student's settings or header")
+DOWNLOADED = Limits(2**28, 2**24, "Download it again.", "a file of a Wan checkpoint")  # tokenizers are large
+OWN = Limits(2**28, 2**24, "Copy it again.", "a file of a run", accepts_nan=True)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading; raises OSError for a folder, pipe, device or socket instead of waiting."""
+    flags = (
+        os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    )
+    try:
+        number = os.open(path, flags)
+    except OSError as error:
+        raise OSError(
+            f"{path}: cannot be read ({error.strerror}). Expected a regular file that you may read."
+        ) from None
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(
+            f"{path}: not a regular file. Expected one; a folder, pipe, device or socket is never opened."
+        )
+    return open(number, "rb", buffering=0)
+
+
+def read_first_bytes(path: str | Path, count: int = 64) -> bytes:
+    with open_regular(path) as file:
+        return file.read(count)
+
+
+def read_json(path: str | Path, limits: Limits = SAVED) -> dict[str, Any]:
+    """Return the object in a JSON file as a dict; raises OSError for anything else."""
+    with open_regular(path) as file:
+        content = file.read(limits.max_bytes + 1)
+    if replacement := find_replacement(content[:64]):
+        raise OSError(f"{path}: {replacement}.")
+    return parse_json(content, path, limits)
+
+
+def parse_json(content: bytes, source: str | Path, limits: Limits = SAVED) -> dict[str, Any]:
+    """Turn bytes into a dict; `source` names their file in errors.
+
+    Duplicate keys, NaN (unless `limits` accept it), a byte-order mark, numbers of 5,000 digits and deep nesting are refused.
+    """
+    if len(content) > limits.max_bytes:
+        raise OSError(f"{source}: more than {limits.max_bytes:,} bytes, too large for {limits.owner}.")
+    if (count := content.count(b"[") + content.count(b"{")) > limits.max_containers:
+        raise OSError(f"{source}: {count:,} lists and objects, too many for {limits.owner}.")
+    try:
+        found = json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=_refuse_duplicates,
+            parse_constant=float if limits.accepts_nan else _refuse_constant,
+        )
+    except RecursionError:
+        raise OSError(f"{source}: not JSON (nested too deeply). {limits.remedy}") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are among them
+        raise OSError(f"{source}: not JSON ({str(error).partition(';')[0]}). {limits.remedy}") from None
+    if not isinstance(found, dict):
+        raise OSError(
+            f"{source}: holds a {type(found).__name__}, expected an object {{...}}. {limits.remedy}"
+        )
+    return found
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"duplicate key {shown(name)}")
+        found[name] = value
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
+def shown(name: str) -> str:
+    """Return a name of any length and content as at most 200 printable characters."""
+    return name[:200] if name.isprintable() else ascii(name[:200])

@@ -1,0 +1,101 @@
+"""Wan's text encoder: an official or a ComfyUI file -> UMT5EncoderModel and its tokenizer. No torch until then.
+
+Facts: Wan-Video/Wan2.2, wan/modules/t5.py; ComfyUI, comfy/text_encoders/wan.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from ..files.downloads import find_replacement
+from ..files.json_files import DOWNLOADED, read_first_bytes, read_json
+from ..files.weights import broken_download
+from .component_weights import fill, read_weights, shapes_of
+from .keys import rename
+from .names import SPIECE, TEXT_ENCODER_NAMES
+from .search import visible
+
+_ATTENTION = "encoder.block.0.layer.0.SelfAttention"
+_FIRST_PIECES = ["<pad>", "</s>", "<unk>"]
+
+
+def convert_text_encoder(path: Path) -> Any:
+    """Return a UMT5EncoderModel with the weights of an official or a ComfyUI file."""
+    import torch
+    from transformers import UMT5EncoderModel
+
+    weights = read_weights(path, torch.bfloat16)  # Wan's own dtype; float16 overflows in it
+    tensors = rename(weights, TEXT_ENCODER_NAMES)
+    try:
+        config = _config_of(tensors)
+    except LookupError as error:
+        raise ValueError(
+            f"{path}: lacks {error}, expected in every UMT5 encoder. Download it again."
+        ) from None
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
+    return fill(UMT5EncoderModel, config, tensors, path)
+
+
+def _config_of(tensors: dict[str, Any]) -> Any:
+    """Return a UMT5Config, which follows from the shapes; raises LookupError for a missing tensor."""
+    from transformers import UMT5Config
+
+    shapes = shapes_of(tensors)
+    num_words, width = shapes["shared.weight"]
+    neurons, _ = shapes["encoder.block.0.layer.1.DenseReluDense.wi_1.weight"]
+    buckets, heads = shapes[f"{_ATTENTION}.relative_attention_bias.weight"]
+    return UMT5Config(
+        vocab_size=num_words,
+        d_model=width,
+        d_ff=neurons,
+        num_heads=heads,
+        d_kv=shapes[f"{_ATTENTION}.q.weight"][0] // heads,
+        num_layers=sum(name.endswith("SelfAttention.q.weight") for name in shapes),
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        dtype=str(tensors["shared.weight"].dtype).removeprefix("torch."),
+    )
+
+
+def convert_tokenizer(path: Path) -> Any:
+    """Return the tokenizer that a ComfyUI text encoder carries; it splits text as sentencepiece itself does."""
+    from transformers import T5TokenizerFast  # type: ignore[attr-defined]
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    with safe_open(path, "np") as file:
+        content = file.get_tensor(SPIECE).tobytes()
+    try:
+        model = import_protobuf().ModelProto.FromString(content)
+    except Exception as error:
+        raise ValueError(
+            f"{path}: {SPIECE} is not a sentencepiece model ({error}). Download it again, or put a tokenizer/ of "
+            "diffusers' layout beside it."
+        ) from None
+    pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    if (first := [piece for piece, _ in pieces[:3]]) != _FIRST_PIECES:
+        raise ValueError(
+            f"{path}: {SPIECE} begins with {first}, expected <pad>, </s> and <unk>, as in UMT5's. Put a "
+            "tokenizer/ of diffusers' layout beside it."
+        )
+    return T5TokenizerFast(
+        vocab=pieces,
+        _spm_precompiled_charsmap=model.normalizer_spec.precompiled_charsmap or None,
+        extra_ids=0,
+    )
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a tokenizer without a vocabulary, or with JSON that cannot be read."""
+    vocabularies = [
+        path for path in (folder / "tokenizer.json", *visible(folder.glob("*.model"))) if path.exists()
+    ]
+    if not vocabularies:
+        raise OSError(f"{folder}: lacks tokenizer.json, and spiece.model as well. Download the folder again.")
+    for path in (path for path in (vocabularies[0], folder / "tokenizer_config.json") if path.exists()):
+        if path.suffix != ".json":
+            if find_replacement(read_first_bytes(path)):
+                raise broken_download(path, "not a sentencepiece model")
+        elif "model" not in read_json(path, DOWNLOADED) and path.name == "tokenizer.json":
+            raise OSError(f"{path}: has no model, which holds a tokenizer's vocabulary. Download it again.")
