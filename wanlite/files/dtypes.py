@@ -1,6 +1,7 @@
 """The dtypes of safetensors files, and values that are not finite; no torch is imported before it is needed."""
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
