@@ -411,13 +411,10 @@ def test_parts_that_are_whole_are_those_of_their_teacher(copied):
             for name, values in (
                 ("latents_mean", ["x"] * 16),
                 ("latents_mean", [0.0] * 15),
+                ("latents_mean", [float("nan")] * 16),
                 ("latents_std", [0] * 16),
                 ("latents_std", None),
             )
-        ),
-        (
-            lambda wan: edit(wan / "vae/config.json", latents_mean=[float("nan")] * 16),
-            "vae/config.json: not JSON .NaN is not a number.. Download it again",
         ),
         (
             lambda wan: edit(wan / "vae/config.json", dim_mult="x"),

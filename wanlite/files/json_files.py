@@ -28,7 +28,9 @@ class Limits(NamedTuple):
 
 
 SAVED = Limits(MAX_JSON, 2**16, "Copy it again or save the student again.", "a student's settings or header")
-DOWNLOADED = Limits(2**28, 2**24, "Download it again.", "a file of a Wan checkpoint")  # tokenizers are large
+DOWNLOADED = Limits(
+    2**28, 2**24, "Download it again.", "a file of a Wan checkpoint", True
+)  # tokenizers are large
 OWN = Limits(2**28, 2**24, "Copy it again.", "a file of a run", accepts_nan=True)
 
 
