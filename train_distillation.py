@@ -738,22 +738,16 @@ def train(
     set_seed(run.settings.seed)
     student, facts = WanLiteStudent(run.shape), run.describe()  # its memory is not yet taken
     check_run(run, facts, is_resumed)
-    components_folder = open_components(run)
-    words = PromptEmbeddings(run.accelerator, components_folder, run.settings.cache_dir, run.prompts)
-    autoencoder = load_autoencoder(components_folder, device=run.device)
+    components_folder, words, autoencoder = load_components(run)
     announce_work(run)
     lock_output(run)
     facts["projection"] = project_student(run, student, words)
     if run.settings.project_only:
-        if run.accelerator.is_main_process:
-            save_start(run, student, components_folder, facts)
-        return run.accelerator.end_training()
-
+        return save_start(run, student, components_folder, facts)
     teacher_data = make_teacher_data(run, words)
     generation = generate_teacher_data(run, teacher_data, autoencoder)
     few = make_few_steps(run)
-    is_alone = run.accelerator.num_processes == 1  # several processes stop together, after a step
-    validator = make_validator(run, teacher_data, few, autoencoder, stop.check if is_alone else lambda: None)
+    validator = make_validator(run, teacher_data, few, autoencoder, check_of(run, stop))
     begin_output(run, facts, is_resumed)
     state = build_state(run, student, teacher_data, few, stop)
     if is_resumed:
@@ -847,6 +841,13 @@ def check_run(run, facts, is_resumed):
         compare_experts(settings, run.files, run.device)
 
 
+def load_components(run):
+    """Return the folder of the teacher's components, the embeddings of all prompts, and the autoencoder."""
+    folder = open_components(run)
+    words = PromptEmbeddings(run.accelerator, folder, run.settings.cache_dir, run.prompts)
+    return folder, words, load_autoencoder(folder, device=run.device)
+
+
 def announce_work(run):
     """Print how long the run takes, and the sizes that it is trained on."""
     if not run.settings.project_only:
@@ -904,6 +905,11 @@ def make_few_steps(run):
         settings.teacher_steps,
         (accelerator.process_index, accelerator.num_processes),
     )
+
+
+def check_of(run, stop):
+    """Return what a validation calls between batches: several processes stop together, after a step."""
+    return stop.check if run.accelerator.num_processes == 1 else lambda: None
 
 
 def begin_output(run, facts, is_resumed):
@@ -979,6 +985,8 @@ def describe_chosen(progress, measure):
 def save_start(run, student, components_folder, facts):
     """Save a projected student that was not trained: it samples by the teacher's schedule, as after phase velocity."""
     settings, output = run.settings, Path(run.settings.output_dir)
+    if not run.accelerator.is_main_process:
+        return run.accelerator.end_training()
     clear(output)
     facts = facts | {"projected_only": True, "schedule": describe_schedule(settings, [], [])}
     write_json(output / "run.json", facts)
@@ -987,6 +995,7 @@ def save_start(run, student, components_folder, facts):
     drawing = drawing_command(settings.output_dir)
     write_model_card(output, settings, [], {}, drawing)
     print(f"saved to {output}, projected and not trained\nnext: {drawing}")
+    run.accelerator.end_training()
 
 
 # ---- main --------------------------------------------------------------------------------------------------

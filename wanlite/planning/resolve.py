@@ -57,6 +57,23 @@ def complete(settings):
         mixed_precision=launched_precision(settings.mixed_precision),
         output_dir=output_dir,
     )
+    check_all(_checks(settings, teacher), together=settings.dry_run)
+    few_steps, few_step_train_steps = complete_steps(settings)
+    settings = replace(
+        settings,
+        teacher=str(teacher),
+        resolution=_complete_resolution(teacher, settings),
+        flow_shift=_complete_shift(teacher, settings),
+        few_steps=few_steps,
+        few_step_train_steps=few_step_train_steps,
+        reference_steps=settings.reference_steps or 2 * settings.teacher_steps,
+        cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"),
+    )
+    return settings if settings.student is None else _with_student(settings)
+
+
+def _checks(settings, teacher):
+    """Return what is checked of the settings, as functions that raise, in order."""
     checks = [
         partial(check_bounds, settings),
         partial(_or_beside, _components_of, teacher),
@@ -75,28 +92,18 @@ def complete(settings):
         checks.insert(0, partial(list_images, settings.images))
     if settings.dry_run:  # takes the time of an import, and no run waits for it
         checks.append(partial(_check_headers, teacher))
-    check_all(checks, together=settings.dry_run)
-    few_steps, few_step_train_steps = complete_steps(settings)
-    settings = replace(
-        settings,
-        teacher=str(teacher),
-        resolution=_complete_resolution(teacher, settings),
-        flow_shift=_complete_shift(teacher, settings),
-        few_steps=few_steps,
-        few_step_train_steps=few_step_train_steps,
-        reference_steps=settings.reference_steps or 2 * settings.teacher_steps,
-        cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"),
-    )
-    if settings.student is not None:
-        student = Path(settings.student).absolute()
-        if not student.is_dir():
-            raise OSError(
-                f"--student {settings.student}: no such folder. Expected one that train_distillation.py "
-                f"finished."
-            )
-        check_student(read_run(student), settings, student)
-        settings = replace(settings, student=str(student))
-    return settings
+    return checks
+
+
+def _with_student(settings):
+    """Return the settings with the absolute folder of --student; refuses one that this run cannot continue."""
+    student = Path(settings.student).absolute()
+    if not student.is_dir():
+        raise OSError(
+            f"--student {settings.student}: no such folder. Expected one that train_distillation.py finished."
+        )
+    check_student(read_run(student), settings, student)
+    return replace(settings, student=str(student))
 
 
 def _or_beside(check, folder):
