@@ -1,4 +1,4 @@
-"""What a larger budget is worth: more pictures of the teacher, or more steps of the student. One table.
+"""The gain of a larger budget: more images of the teacher, or more steps of the student, in one table.
 
     python benchmarks/budget.py            # five students for each of three seeds, one a core: over an hour on two cores
     python benchmarks/budget.py --quick    # a minute: one seed, small budgets
@@ -6,8 +6,8 @@
 
 The student is 24 x 2 where the tiny teacher is 128 x 4, about as much narrower and shallower as 1024 x 16 is
 than A14B. "hours" are those of an H100 at 40 % of its rate, if the same budget were spent on A14B and a
-student of 1024 x 16 at 512 pixels. Students that lie in --folder, finished under the same settings, are told
-as they are; under others, they are refused by name.
+student of 1024 x 16 at 512 pixels. Students that lie in --folder, finished under the same settings, are
+listed without training; those of other settings are refused by name.
 """
 
 import argparse
@@ -44,36 +44,36 @@ BUDGETS = (
     (4000, 1400),
     (4000, 5600),
     (4000, 22400),
-)  # pictures of the teacher, and steps
+)  # images of the teacher, and steps
 RATE = EFFICIENCY * H100 * 3600  # operations an hour
-TOKENS, TEACHER, STUDENT, BATCH = 1024, 14.29e9, 0.282e9, 128  # of a picture; parameters
+TOKENS, TEACHER, STUDENT, BATCH = 1024, 14.29e9, 0.282e9, 128  # of an image; parameters
 
 
-def hours(pictures, steps, teacher_steps=20):
-    """Return the hours in which A14B draws so many pictures, guided, and a student of it is trained."""
+def hours(images, steps, teacher_steps=20):
+    """Return the hours in which A14B generates `images` with guidance, and in which a student of it is trained."""
     return (
-        2 * TOKENS * TEACHER * pictures * 2 * teacher_steps / RATE,
+        2 * TOKENS * TEACHER * images * 2 * teacher_steps / RATE,
         6 * TOKENS * STUDENT * steps * BATCH / RATE,
     )
 
 
 def print_table(runs):
-    """Print a line for each budget, {(pictures, steps): [run.json of each seed]}: means over seeds, and the
+    """Print a line for each budget, {(images, steps): [run.json of each seed]}: means over seeds, and the
     range.
     """
     columns = (
-        "pictures",
+        "images",
         "steps",
         "hours (teacher + student)",
         "seeds",
         "right in 4 steps (range)",
         "in 1 step",
-        "picture error in 4 steps (range)",
+        "image error in 4 steps (range)",
         "in 1 step",
         "diversity in 4 steps",
     )
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for (pictures, steps), found in runs.items():
+    for (images, steps), found in runs.items():
         results = [run["results"] for run in found]
         right, right_in_one = (
             [each["student_by_steps"][count]["accuracy"] for each in results] for count in "41"
@@ -81,9 +81,9 @@ def print_table(runs):
         error, error_in_one, diversity = (
             [each[name] for each in results] for name in ("image_error_4", "image_error_1", "diversity_4")
         )
-        spent = " + ".join(f"{each:.1f}" for each in hours(pictures, steps))
+        spent = " + ".join(f"{each:.1f}" for each in hours(images, steps))
         print(
-            f"| {pictures:,} | {steps:,} | {spent} | {len(found)} | {mean(right):.3f} ({min(right):.3f} to "
+            f"| {images:,} | {steps:,} | {spent} | {len(found)} | {mean(right):.3f} ({min(right):.3f} to "
             f"{max(right):.3f}) | "
             f"{mean(right_in_one):.3f} | {mean(error):.3f} ({min(error):.3f} to {max(error):.3f}) | "
             f"{mean(error_in_one):.3f} | "
@@ -128,7 +128,7 @@ def main():
 
     with ThreadPoolExecutor(
         options.workers
-    ) as pool:  # students of one seed and number share the teacher's pictures
+    ) as pool:  # students of one seed and number share the teacher's images
         for length in sorted({length for _, length in budgets}):
             list(
                 pool.map(run, [(budget, seed) for seed in seeds for budget in budgets if budget[1] == length])

@@ -4,14 +4,13 @@ uninterrupted one?
     python benchmarks/kill.py                          # 100 kills
     python benchmarks/kill.py --quick --json kill.json
 
-Every run is a process of its own, forked from one that has imported torch, and does what the command line
-does. One kill a run: three of four are SIGKILL, one is SIGTERM; every third waits for a save and strikes in
-it, every tenth run starts without a cache, so that it is killed while it projects and generates as well. Then the
-same command runs to its end.
+Every run is a process of its own, forked from one that has imported torch, and does the same as the command line.
+One kill a run: three of four are SIGKILL, one is SIGTERM; every third kill strikes in a save, every tenth run starts
+without a cache, so that it may be killed while it projects or generates. Then the same command runs to its end.
 
 identical  ended with the weights of the uninterrupted run, byte by byte
 lost       a checkpoint, or the finished student, that was there before the kill did not verify after it
-refused    the same command did not go on
+refused    the same command did not resume
 """
 
 import argparse
@@ -101,10 +100,10 @@ def start(folder):
         try:
             with open(f"{folder}.log", "a") as log:
                 os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-            import train_distillation as spine
+            import train_distillation as script
 
             sys.argv = ["train_distillation.py", "--output_dir", str(folder), *RUN]
-            code = spine.main(*spine.read_settings())
+            code = script.main(*script.read_settings())
         except SystemExit as end:
             code = end.code
         except BaseException:
@@ -132,15 +131,13 @@ def signs(folder):
 
 
 def kept(folder):
-    """Return (steps of the checkpoints, whether the student is there), as anybody sees them who lists the
-    folder.
-    """
+    """Return (steps of the checkpoints, whether the student is there), as a listing of the folder shows them."""
     steps = {int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")}
     return steps, (folder / WEIGHTS).exists()
 
 
-def is_peer_failure(folder, before):
-    """Whether what was there before the kill does not verify now."""
+def has_lost(folder, before):
+    """Whether a checkpoint or student from before the kill does not verify now."""
     from train_distillation import WanLiteStudent
     from wanlite.training.checkpoints import latest_checkpoint
 
@@ -155,9 +152,7 @@ def is_peer_failure(folder, before):
 
 
 def strike(number, folder, moment, how):
-    """Wait for the moment, then kill; returns what was there before, and where it struck, None where the run
-    had ended.
-    """
+    """Wait for the moment, then kill; returns the saves before it and its place, None where the run had ended."""
     began, seen, wanted = time.monotonic(), set(), moment["save"] or 0
     while len(seen) < wanted or time.monotonic() - began < moment["after"]:
         if len(seen) < wanted:
@@ -200,14 +195,14 @@ def kill_and_finish(job):
     if before is None or code == 0 and how == signal.SIGKILL:  # it had just ended by itself
         shutil.rmtree(folder)
         return kill_and_finish(job | {"after": job["after"] / 2, "save": job["save"] and job["save"] - 1})
-    lost = is_peer_failure(folder, before)
+    lost = has_lost(folder, before)
     codes = (
         {-how} if how == signal.SIGKILL else {0, 3, -how}
     )  # 3: stopped, can be resumed; 0: it was done by then
     refused = code not in codes or (code != 0 and finish(start(folder)) != 0)
     is_identical = digest(folder) == job["digest"]
     if is_identical and not (lost or refused):
-        shutil.rmtree(folder)  # what went wrong stays, with its log
+        shutil.rmtree(folder)  # a failed run is kept, with its log
     return {
         "signal": job["signal"],
         "where": where,
@@ -222,13 +217,13 @@ def kill_and_finish(job):
 
 def moments(arguments, folder, seconds, cache, expected):
     """Yield jobs, each with a moment of its own; `seconds` are of a run without and with a cache."""
-    draw = random.Random(arguments.seed)  # noqa: S311 (moments, no secrets)
+    moment = random.Random(arguments.seed)  # noqa: S311 (moments, no secrets)
     for count in range(arguments.kills):
         has_cache, how = count % 10 != 9, "SIGTERM" if count % 4 == 1 else "SIGKILL"
-        save = draw.randint(1, NUM_SAVES) if has_cache and count % 3 == 0 else None
+        save = moment.randint(1, NUM_SAVES) if has_cache and count % 3 == 0 else None
         yield {
             "save": save,
-            "after": draw.uniform(0, SAVING if save else seconds[has_cache]),
+            "after": moment.uniform(0, SAVING if save else seconds[has_cache]),
             "signal": how,
             "cache": cache if has_cache else None,
             "folder": str(folder / f"{count:04d}"),
@@ -309,7 +304,7 @@ def main():
     if is_good and not arguments.folder:
         shutil.rmtree(folder)
     elif not is_good:
-        print(f"what went wrong is in {folder}", file=sys.stderr)
+        print(f"the failed runs are in {folder}", file=sys.stderr)
     return 0 if is_good else 1
 
 

@@ -1,5 +1,4 @@
-"""What loading a saved student costs, beside what a user would do instead; and how soon run_inference.py
-draws.
+"""The cost of loading a saved student, beside the alternatives; and the time until run_inference.py samples.
 
     python benchmarks/load.py
     python benchmarks/load.py --quick --json load.json
@@ -82,9 +81,7 @@ def read_arguments():
         help="where students are written; None = a temporary folder, removed at the end",
     )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument(
-        "--one", choices=WAYS, help=argparse.SUPPRESS
-    )  # what a process of ours is started with
+    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)  # for the processes of this script
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error("--repeats is at least 1.")
@@ -111,7 +108,7 @@ def memory(name):
 
 
 def load_once(way, folder):
-    """Load the student in one way and print what it took."""
+    """Load the student in one way and print time and memory."""
     import torch
     from accelerate import init_empty_weights
     from diffusers.models.modeling_utils import ModelMixin
@@ -140,8 +137,8 @@ def load_once(way, folder):
         return student.eval()
 
     load = {"ours": ours, "stock": stock, "bare": bare, "lean": lean}[way]
-    torch.empty(1).sum()  # what torch sets up at its first sum is no way's cost
-    Path("/proc/self/clear_refs").write_text("5")  # from now on VmHWM is the peak of what follows
+    torch.empty(1).sum()  # torch's own set-up is not measured
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before, own = memory("VmRSS:"), memory("RssAnon:")
     began = time.perf_counter()
     student = load()
@@ -177,7 +174,7 @@ def save_students(folder, dtypes, is_quick):
 
 
 def measure_loading(folder, dtypes, repeats):
-    """Return {dtype: {way: [what it took, once]}}; ways take turns."""
+    """Return {dtype: {way: [figures of one process]}}; ways take turns."""
     from tqdm import tqdm
 
     found = {dtype: {way: [] for way in WAYS} for dtype in dtypes}
@@ -220,7 +217,7 @@ def measure_start(folder, repeats):
             "--model",
             folder / "run",
             "--output_dir",
-            folder / "pictures",
+            folder / "images",
             "--prompt",
             "a small red circle",
         ],

@@ -1,10 +1,9 @@
-"""Memory as `--dry_run` tells it beside memory as it is: each phase simulated, then run for real in a process
-of its own.
+"""Memory that `--dry_run` predicts beside measured memory: each phase simulated, then run in a process of its own.
 
-    python benchmarks/memory.py             # minutes, on CPUs that are slow in bfloat16, as Muon is, hours
+    python benchmarks/memory.py             # minutes; hours on CPUs that are slow in bfloat16, which Muon uses
     python benchmarks/memory.py --quick     # seconds
 
-On a GPU the peak of what torch allocated there, on the CPU that of the process's anonymous memory.
+On a GPU the peak of torch's allocations, on the CPU that of the process's anonymous memory.
 """
 
 import argparse
@@ -36,7 +35,7 @@ SIZES = {
 
 
 def phases(size):
-    """Return {phase: what measures it by a given way to find a peak}."""
+    """Return {phase: function of a function that finds a peak}."""
     latents = (size["side"], size["side"])
     files = SimpleNamespace(
         config={"in_channels": 16, "text_dim": 4096},
@@ -118,7 +117,9 @@ def anonymous_bytes():
 
 def measure(size, phase, connection):
     """Measure a phase in this process and send the figure."""
-    phases(WARM)[phase](lambda work: work() or 0)  # what the libraries keep for themselves is there before
+    phases(WARM)[phase](
+        lambda work: work() or 0
+    )  # the libraries allocate their own memory before the measurement
     connection.send(phases(size)[phase](measured_peak))
 
 
@@ -130,24 +131,27 @@ def main():
     parser.add_argument("--json", type=Path, help="also write the figures there")
     options = parser.parse_args()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = (
-        "65536"  # glibc gives back what is freed, and no holes between are counted
+        "65536"  # glibc returns freed memory, so that holes are not counted
     )
     size, figures = SIZES[options.quick], {}
     print(
         f"measuring {len(phases(size))} phases, each in a process of its own: {size}\n\n"
-        "| phase | told | measured | told / measured |\n|---|---|---|---|",
+        "| phase | predicted | measured | predicted / measured |\n|---|---|---|---|",
         flush=True,
     )
     for phase, find in phases(size).items():
-        told = find(partial(simulated_peak, device_type="cuda" if torch.cuda.is_available() else "cpu"))
+        predicted = find(partial(simulated_peak, device_type="cuda" if torch.cuda.is_available() else "cpu"))
         ours, theirs = get_context("spawn").Pipe()
         process = get_context("spawn").Process(target=measure, args=(size, phase, theirs))
         process.start()
         theirs.close()
         measured = ours.recv()
         process.join()
-        figures[phase] = {"told": told, "measured": measured}
-        print(f"| {phase} | {gigabytes(told)} | {gigabytes(measured)} | {told / measured:.3f} |", flush=True)
+        figures[phase] = {"told": predicted, "measured": measured}
+        print(
+            f"| {phase} | {gigabytes(predicted)} | {gigabytes(measured)} | {predicted / measured:.3f} |",
+            flush=True,
+        )
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -1,11 +1,11 @@
-"""What each start is worth: random, two published cuts, weights-only and calibrated projection, after equal
-training.
+"""The starts of a student after equal training: random, two published prunings, weights-only and calibrated
+projection.
 
     python benchmarks/projection.py --json projection.json    # the README's table, three seeds; over an hour on two cores
     python benchmarks/projection.py --quick                   # about a minute: one shape, one seed, a few steps
 
-Every start learns the tiny teacher's guided velocity on identical batches, under the learning rate of Muon
-that served it best over the whole horizon (on the first shape of each width, by a seed of its own). Rows
+Every start is trained on the tiny teacher's guided velocity with identical batches, at its best learning rate of
+Muon over the whole horizon (on the first shape of each width, by a seed of its own). Rows
 already in --json FILE are not run again.
 """
 
@@ -171,15 +171,15 @@ def width_of(shape):
     return int(shape.split("x")[0])
 
 
-# ---- what every run learns from ----------------------------------------------------------------------------
+# ---- training data of every run ----------------------------------------------------------------------------
 
 
 def prepare(folder, num_trajectories):
-    """Walk the teacher once, as a training run does; returns where it lies."""
+    """Generate the teacher's trajectories once, as a training run does; returns their folder."""
     import torch
     from accelerate import Accelerator
 
-    import train_distillation as spine
+    import train_distillation as script
     from wanlite.data.text_encoder import encode_prompts, load_text_encoder
     from wanlite.data.trajectories import TrajectoryGenerator
     from wanlite.files.cache import cache_folder
@@ -191,7 +191,7 @@ def prepare(folder, num_trajectories):
     from wanlite.teacher.model import Teacher
     from wanlite.training.teacher_data import teacher_velocity
 
-    settings = replace(complete(spine.Settings()), num_trajectories=num_trajectories)
+    settings = replace(complete(script.Settings()), num_trajectories=num_trajectories)
     files = open_teacher_files(settings.teacher)
     training, held_out = choose_prompts(settings)
     prompts = [*training, *held_out, ""]
@@ -222,7 +222,7 @@ def run(job):
     import torch
     from diffusers.training_utils import EMAModel
 
-    import train_distillation as spine
+    import train_distillation as script
     from wanlite.data.autoencoder import load_autoencoder
     from wanlite.data.datasets import SeededBatches, Trajectories
     from wanlite.flow import make_scheduler
@@ -239,14 +239,14 @@ def run(job):
 
     torch.set_num_threads(1)
     cache = Path(job["data"])
-    said = torch.load(cache / "prompts.pt", weights_only=True)
-    training, held_out, embeddings = said["training"], said["held_out"], said["embeddings"]
+    saved = torch.load(cache / "prompts.pt", weights_only=True)
+    training, held_out, embeddings = saved["training"], saved["held_out"], saved["embeddings"]
     states = {
         part: Trajectories(cache / part, len(list((cache / part).glob("shard-*"))))
         for part in ("training", "held_out")
     }
     settings = replace(
-        complete(spine.Settings()),
+        complete(script.Settings()),
         seed=job["seed"],
         learning_rate=2e-3,
         muon_learning_rate=job["rate"],
@@ -255,7 +255,7 @@ def run(job):
     )
     files = open_teacher_files(settings.teacher)
     torch.manual_seed(job["seed"])
-    student = spine.WanLiteStudent(student_shape(files.config, **job["student"]))
+    student = script.WanLiteStudent(student_shape(files.config, **job["student"]))
     began = time.perf_counter()
     STARTERS[job["start"]](
         student, files, job["expert"], [embeddings[prompt] for prompt in training[:1024]], job["seed"]
@@ -289,7 +289,7 @@ def run(job):
             measure(step)
     ema.copy_to(student.parameters())
     autoencoder, scheduler = load_autoencoder(settings.teacher), make_scheduler(settings.flow_shift)
-    drawn = prompt_accuracy(
+    judged = prompt_accuracy(
         lambda prompts: generate_images(
             partial(velocity_from, student),
             autoencoder,
@@ -303,7 +303,7 @@ def run(job):
     )
     return {name: value for name, value in job.items() if name != "data"} | {
         "error_at": errors,
-        "accuracy": drawn["accuracy"],
+        "accuracy": judged["accuracy"],
         "seconds": round(seconds, 2),
         "parameters": student.num_parameters(),
     }
@@ -312,19 +312,19 @@ def run(job):
 # ---- the starts --------------------------------------------------------------------------------------------
 
 
-def random_start(student, files, expert, words, seed):
+def random_start(student, files, expert, embeddings, seed):
     pass
 
 
-def weights_only(student, files, expert, words, seed):
+def weights_only(student, files, expert, embeddings, seed):
     import torch
 
     from wanlite.student.projection import choose_experts, project
 
-    project(student, choose_experts(files, expert), torch.cat(words))
+    project(student, choose_experts(files, expert), torch.cat(embeddings))
 
 
-def calibrated(student, files, expert, words, seed):
+def calibrated(student, files, expert, embeddings, seed):
     import torch
 
     from wanlite.network import pack_text
@@ -332,14 +332,14 @@ def calibrated(student, files, expert, words, seed):
     from wanlite.student.projection import choose_experts, project
 
     (expert,) = choose_experts(files, expert)
-    frames = make_frames(expert, pack_text(words), (8, 8), seed=seed)
+    frames = make_frames(expert, pack_text(embeddings), (8, 8), seed=seed)
     report = project(
-        student, [expert], torch.cat(words), choose_channels(expert, frames, student.config.hidden_size)
+        student, [expert], torch.cat(embeddings), choose_channels(expert, frames, student.config.hidden_size)
     )
     calibrate(student, expert, report, frames)
 
 
-def selection(student, files, expert, words, seed):
+def selection(student, files, expert, embeddings, seed):
     """Evenly spaced rows and columns of evenly spaced blocks.
 
     Source: weight selection (Xu et al., ICLR 2024).
@@ -347,7 +347,7 @@ def selection(student, files, expert, words, seed):
     slice_into(student, files.experts[expert], lambda name, dimension, few, many: evenly(few, many))
 
 
-def importance(student, files, expert, words, seed):
+def importance(student, files, expert, embeddings, seed):
     """The channels, heads and neurons that are most active, of evenly spaced blocks; whole heads or rotary
     pairs of them, slicing and nothing else. Source: Minitron (Muralidharan et al. 2024), activations over
     calibration frames."""
@@ -372,7 +372,7 @@ def importance(student, files, expert, words, seed):
         for name in ("attn1", "attn2"):
             watch(f"{index}.{name}", getattr(block, name).to_out[0])
         watch(f"{index}.ffn", block.ffn.net[2])
-    frames = make_frames(files, pack_text(words[:256]), (8, 8), seed=seed)
+    frames = make_frames(files, pack_text(embeddings[:256]), (8, 8), seed=seed)
     with torch.no_grad():
         one_frame_velocity(network, frames.latents, frames.timestep, *frames.text)
     config, head_dim = student.config, files.config["attention_head_dim"]

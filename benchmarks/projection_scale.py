@@ -1,10 +1,10 @@
-"""What projecting a whole Wan costs: peak memory, seconds of reading and of arithmetic, beside a plain read
-of the same files.
+"""The cost of projecting a whole Wan: peak memory, seconds of reading and of arithmetic, beside a plain read of
+the same files.
 
     python benchmarks/projection_scale.py                        # an A14B-shaped expert, 28.6 GB on disk while it runs
     python benchmarks/projection_scale.py --layers 2             # the true width, 1.9 GB
     python benchmarks/projection_scale.py --quick                # the same code on a narrow Wan, seconds
-    python benchmarks/projection_scale.py --folder DIR --keep    # what was kept is measured again without writing
+    python benchmarks/projection_scale.py --folder DIR --keep    # the kept files are measured again without writing
 
 No teacher is needed: an expert of random values is written in the official layout, bf16, in six shards. Linux
 alone: memory is read in /proc, and files are dropped from the page cache, so that reading means the disk.
@@ -58,7 +58,7 @@ GIB = 1 << 30
 
 
 def teacher_config(name, layers=None, is_quick=False):
-    """Return an expert's config.json; `_written_by` tells a folder of this script from anybody else's."""
+    """Return an expert's config.json; `_written_by` tells a folder of this script from any other."""
     sizes = TEACHERS[name] | (QUICK_TEACHER if is_quick else {})
     return {
         "_class_name": "WanModel",
@@ -227,7 +227,7 @@ def _write_shard(path, shapes, values, progress):
 
 
 def remove_expert(folder):
-    """Delete what write_expert wrote, and the folder where nothing else lies in it."""
+    """Delete the files of write_expert, and the folder if it is empty."""
     for name in ("config.json", INDEX, *map(_shard_name, range(1, NUM_SHARDS + 1))):
         (folder / name).unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
@@ -274,7 +274,7 @@ def memory(field):
 
 
 class PeakAnonymous(threading.Thread):
-    """Samples what the process holds beside pages of files; `peak` is the most that was seen, in bytes."""
+    """Samples the process's anonymous memory; `peak` is the largest sample, in bytes."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -309,7 +309,7 @@ def count_reads(files_class):
 
 
 def measure_projection(folder, student, device):
-    """Project an expert into a student in this process; returns what it took."""
+    """Project an expert into a student in this process; returns the figures."""
     import torch
 
     from train_distillation import WanLiteStudent
@@ -423,7 +423,7 @@ def check_folder(folder, config):
 
 
 def check_student(config, student):
-    """Refuse a student that cannot be cut from the teacher, before anything is written."""
+    """Refuse a student that cannot be projected from the teacher, before anything is written."""
     from wanlite.student.config import check_shape
     from wanlite.student.shape import check_shape_fits
 
@@ -468,7 +468,7 @@ def print_table(record, size):
 
 
 def run(folder, config, student, options, is_kept):
-    """Write the expert unless it is there, measure, and tell."""
+    """Write the expert unless it exists, measure, and print the table."""
     written = None if is_kept else write_expert(folder, config) / 1e9
     record = {
         "teacher": {"name": options.teacher, **config},

@@ -158,7 +158,7 @@ def test_muon_takes_matrices_of_blocks_and_kernels_of_the_autoencoder_alone():
 def test_scenes_are_made_in_shards_that_are_kept_and_a_lost_one_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "SHARD", 20)
     network, tokenizer = (
-        tool.pictures.load_autoencoder(TINY_TEACHER),
+        tool.vae.load_autoencoder(TINY_TEACHER),
         tool.text.load_tokenizer(TINY_TEACHER / "tokenizer"),
     )
     run = tool.Run(replace(SHAPES, num_scenes=40), tmp_path, tmp_path, "cpu", threads=2)

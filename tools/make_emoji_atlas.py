@@ -1,4 +1,4 @@
-"""Make emoji_atlas/ from packages: every object in three styles, 48 pixels square, as one lossless picture
+"""Make emoji_atlas/ from packages: every object in three styles, 48 pixels square, as one lossless image
 and a list of names.
 
     npm pack --pack-destination packages @lobehub/fluent-emoji-3d@1.1.0

@@ -1,8 +1,8 @@
 """The recipe of each world's tiny teacher: sizes of its networks, settings of its training, and auxiliary
 tasks.
 
-There are two such tasks, with heads that are thrown away: each word of an object's phrase predicts every fact
-of that object, and each image token the object that is drawn there. Scenes are drawn by rule, so that both
+There are two such tasks, with heads that are discarded: each word of an object's phrase predicts every fact
+of that object, and each image token the object in it. Scenes are drawn by rule, so that both
 answers are exact.
 """
 

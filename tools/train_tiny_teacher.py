@@ -5,13 +5,12 @@ by rule.
     python tools/train_tiny_teacher.py --stages experts               # one stage again
     python tools/train_tiny_teacher.py --world emoji --threads 2      # of emoji: into ./emoji_teacher; the experts want a GPU
     python tools/train_tiny_teacher.py --world emoji --stages experts --device cuda --threads 16      # minutes
-    python tools/train_tiny_teacher.py --world emoji --look 100       # judge the network as it is, of 100 captions a kind
+    python tools/train_tiny_teacher.py --world emoji --judge 100      # judge the last save, with 100 captions a kind
 
-Stages: autoencoder -> text -> experts -> pipeline. Each is skipped where its part of the checkpoint is there,
-and after a kill the same command resumes within it, a minute back at most. A stage whose figures miss the
-gates of its recipe ends the run. Settings, figures and minutes go to training.json beside the weights. Heads
-that help training (where is this token, what is drawn here, which object does this word speak of) are thrown
-away: the networks that remain are stock.
+Stages: autoencoder -> text -> experts -> pipeline. A finished stage is skipped, and after a kill the same command
+resumes from at most a minute earlier. A stage whose figures miss the gates of its recipe ends the run. Settings,
+figures and minutes go to training.json beside the weights. Auxiliary heads (the position of a token, the object in
+it, the object of a word) are discarded after training: the networks that remain are stock.
 """
 
 import argparse
@@ -40,19 +39,19 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools.recipes import GRID, RECIPES, Recipe  # noqa: E402
 from wanlite import flow, schedule  # noqa: E402
-from wanlite.data import autoencoder as pictures  # noqa: E402
+from wanlite.data import autoencoder as vae  # noqa: E402
 from wanlite.data import text_encoder as text  # noqa: E402
 from wanlite.network import OneFrameBlock, one_frame_velocity, pack_states, pack_text  # noqa: E402
 from wanlite.training.metrics import prompt_accuracy  # noqa: E402
 
 SEED = 22
 SHIFT = 3.0
-BOUNDARY = 0.875  # noise level from which on the high-noise expert is asked
+BOUNDARY = 0.875  # noise level from which the high-noise expert is used
 PROMPT_DROPOUT = 0.1
 SHARD = 10_000  # scenes made between two saves
 CAPTIONS = 8  # of each scene
 TOKENS = 24  # no caption of a world is longer
-NOT_ASKED = -100  # a label that counts in no loss
+IGNORED = -100  # a label that no loss counts
 SAVE_SECONDS = 60
 
 
@@ -76,7 +75,7 @@ def fit(name, trained, loss_of, run):
     """Train the modules in `trained` and leave their EMA weights in place; returns the minutes spent.
 
     `loss_of(random, torch_generator, progress 0..1)` returns a loss and a dict of figures; its randomness is
-    a function of the step, so that a run cut short goes on from its last minute to the same end.
+    a function of the step, so that a killed run resumes to the same end.
     """
     plan = run.recipe.plan[name]
     trained.to(run.device)
@@ -186,14 +185,14 @@ class KernelMuon(torch.optim.Muon):
 
 
 def train_autoencoder(run):
-    """Pictures -> latents -> pictures. The latents' mean is used, plus fixed noise that keeps the latent
-    space smooth.
+    """Images -> latents -> images. The mean of the latents is used, plus fixed noise that keeps the latent space
+    smooth.
 
     At one frame only the last temporal taps run: the other taps and the time convolutions keep their initial
     values.
     """
     torch.manual_seed(SEED)
-    network = pictures.use_single_frame_path(AutoencoderKLWan(**run.recipe.autoencoder))
+    network = vae.use_single_frame_path(AutoencoderKLWan(**run.recipe.autoencoder))
     batch_size = run.recipe.plan["autoencoder"]["batch_size"]
 
     def loss_of(random, generator, progress):
@@ -201,9 +200,7 @@ def train_autoencoder(run):
         drawn = np.stack([run.world.draw(scene, random) for scene in scenes])
         grounds = np.stack([run.world.ground(scene) for scene in scenes])
         rows, columns = choose_crop(random, run.recipe, progress)
-        pixels, ground = (
-            pictures.to_pixels(each[:, rows, columns]).to(run.device) for each in (drawn, grounds)
-        )
+        pixels, ground = (vae.to_pixels(each[:, rows, columns]).to(run.device) for each in (drawn, grounds))
         weight = 1 + 3 * ((pixels - ground).abs().amax(1, keepdim=True) > 0.1).float()
         mean = network.encode(pixels.unsqueeze(2)).latent_dist.mode()
         raw_latents = mean + 0.1 * torch.randn(mean.shape, generator=generator, device=run.device)
@@ -219,7 +216,7 @@ def train_autoencoder(run):
     network.register_to_config(latents_mean=mean, latents_std=std)
     nn.Module.to(network, run.recipe.dtype).save_pretrained(run.folder / "vae")  # diffusers' own to() warns
     drawn, scenes = some_images(run.world, seed=1, count=1000)
-    seen = round_trip(pictures.load_autoencoder(run.folder, run.device), drawn)
+    seen = round_trip(vae.load_autoencoder(run.folder, run.device), drawn)
     error = np.mean((seen.astype(np.float32) - drawn) ** 2)
     return {
         "minutes": minutes,
@@ -245,7 +242,7 @@ def latent_statistics(network, run):
     drawn, _ = some_images(run.world, seed=2, count=2000)
     latents = torch.cat(
         [
-            network.encode(pictures.to_pixels(chunk).to(run.device).unsqueeze(2)).latent_dist.mode()
+            network.encode(vae.to_pixels(chunk).to(run.device).unsqueeze(2)).latent_dist.mode()
             for chunk in np.array_split(drawn, 20)
         ]
     )
@@ -255,9 +252,9 @@ def latent_statistics(network, run):
 def round_trip(network, drawn):
     return np.concatenate(
         [
-            pictures.to_images(
-                pictures.decode_latents(
-                    network, pictures.encode_images(network, pictures.to_pixels(chunk).to(network.device))
+            vae.to_images(
+                vae.decode_latents(
+                    network, vae.encode_images(network, vae.to_pixels(chunk).to(network.device))
                 )
             )
             for chunk in np.array_split(drawn, 20)
@@ -273,7 +270,7 @@ def some_images(world, seed, count):
 
 def judged(world, seen, scenes):
     """Return the mean of everything that the world's judge has a figure for."""
-    verdicts = [world.judge(picture, scene) for picture, scene in zip(seen, scenes)]
+    verdicts = [world.judge(image, scene) for image, scene in zip(seen, scenes)]
     return {name: float(np.mean([verdict[name] for verdict in verdicts])) for name in verdicts[0]}
 
 
@@ -281,11 +278,9 @@ def judged(world, seen, scenes):
 
 
 def train_text(run):
-    """A word-level tokenizer and a UMT5 whose every word of an object knows all that its caption says of that
-    object.
+    """Train a word-level tokenizer and a UMT5 in which every word of an object encodes all facts of that object.
 
-    Learnt alone, which word belongs to which object takes seconds; learnt inside the diffusion loss it takes
-    hours.
+    Trained alone this takes seconds; inside the diffusion loss it takes hours.
     """
     recipe = run.recipe
     tokenizer = make_tokenizer(recipe)
@@ -299,10 +294,10 @@ def train_text(run):
 
     def loss_of(random, generator, progress):
         scenes = training_scenes(run.world, random, recipe.plan["text"]["batch_size"])
-        said = [run.world.caption(scene, random) for scene in scenes]
-        tokens = tokenizer(said, padding=True, return_tensors="pt").to(run.device)
+        captions = [run.world.caption(scene, random) for scene in scenes]
+        tokens = tokenizer(captions, padding=True, return_tensors="pt").to(run.device)
         states = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-        rows, columns, facts = spoken_words(said, recipe)
+        rows, columns, facts = spoken_words(captions, recipe)
         words = states[rows, columns]
         losses, right = [], torch.ones(len(facts), dtype=torch.bool, device=run.device)
         for name, values in recipe.facts.items():
@@ -327,15 +322,15 @@ def train_text(run):
 
 
 def make_tokenizer(recipe):
-    said = [
+    captions = [
         caption
         for scene in recipe.world.scenes(SEED, recipe.num_worded)
         for caption in recipe.world.ways_to_say(scene)
     ]
-    said += recipe.world.captions(
+    captions += recipe.world.captions(
         SEED, recipe.num_worded
-    )  # what they leave unsaid makes "an octopus" of "a flat octopus"
-    words = sorted({word for caption in said for word in caption.replace(",", " , ").split()})
+    )  # without its style "a flat octopus" is "an octopus"
+    words = sorted({word for caption in captions for word in caption.replace(",", " , ").split()})
     vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -350,10 +345,10 @@ def make_tokenizer(recipe):
     )
 
 
-def spoken_words(said, recipe):
-    """Return rows, columns and facts: one entry for each word of each caption that speaks of an object."""
+def spoken_words(captions, recipe):
+    """Return rows, columns and facts: one entry for each word of an object in each caption."""
     rows, columns, facts = [], [], []
-    for row, caption in enumerate(said):
+    for row, caption in enumerate(captions):
         words = caption.replace(",", " , ").split()
         for phrase, known in recipe.spoken(recipe.world.read_caption(caption)):
             start = next(i for i in range(len(words)) if words[i : i + len(phrase)] == phrase)
@@ -373,12 +368,12 @@ def training_scenes(world, random, count):
 
 
 def train_experts(run):
-    """One network for every noise level first, then a copy for each side of the boundary; text encoder
+    """Train one network for every noise level, then a copy for each side of the boundary; the text encoder is
     frozen.
     """
     recipe = run.recipe
     tokenizer, encoder = text.load_text_encoder(run.folder, run.device, torch.float32)
-    scenes = captioned_scenes(pictures.load_autoencoder(run.folder, run.device), tokenizer, run)
+    scenes = captioned_scenes(vae.load_autoencoder(run.folder, run.device), tokenizer, run)
     empty = tokenizer("", return_tensors="pt").input_ids.to(run.device)  # (1, 1)
     trained = make_trained(recipe)
 
@@ -395,7 +390,7 @@ def train_experts(run):
             )
             is_word = ids != tokenizer.pad_token_id
             with torch.no_grad():
-                words = pack_states(encoder(ids, is_word.long()).last_hidden_state, is_word.sum(1))
+                prompt_tokens = pack_states(encoder(ids, is_word.long()).last_hidden_state, is_word.sum(1))
             clean = scenes["latents"][index].float()
             noise = torch.randn(clean.shape, generator=generator, device=run.device)
             uniform = torch.rand(batch_size, generator=generator, device=run.device)
@@ -405,8 +400,8 @@ def train_experts(run):
                 trained["network"],
                 flow.add_noise(clean, noise, level),
                 schedule.TIMESTEPS * level,
-                words.tokens,
-                words.logit_bias,
+                prompt_tokens.tokens,
+                prompt_tokens.logit_bias,
                 feature_blocks=(0, recipe.expert["num_layers"] // 2),
             )
             error = (velocity - (noise - clean)).square().mean()
@@ -416,12 +411,12 @@ def train_experts(run):
             answers = (
                 scenes["labels"][index]
                 .long()
-                .masked_fill(is_dropped.unsqueeze(2), NOT_ASKED)
+                .masked_fill(is_dropped.unsqueeze(2), IGNORED)
                 .flatten(0, 1)
                 .unbind(-1)
             )
             what = sum(
-                F.cross_entropy(guess, answer, ignore_index=NOT_ASKED)
+                F.cross_entropy(guess, answer, ignore_index=IGNORED)
                 for guess, answer in zip(guesses, answers)
             )
             help_weight = recipe.help_weight * (1 - progress)
@@ -489,13 +484,13 @@ def captioned_scenes(network, tokenizer, run):
     missing = [shard for shard, path in enumerate(shards) if not path.exists()]
     with multiprocessing.get_context("spawn").Pool(run.threads) as pool:
         made = pool.imap(partial(make_scenes, run.recipe.name, count), missing)
-        for shard, (drawn, said, labels) in zip(tqdm(missing, desc="scenes", mininterval=5), made):
+        for shard, (images, captions, labels) in zip(tqdm(missing, desc="scenes", mininterval=5), made):
             latents = [
-                pictures.encode_images(network, pictures.to_pixels(part).to(run.device)).half().cpu()
-                for part in np.array_split(drawn, math.ceil(count / 100))
+                vae.encode_images(network, vae.to_pixels(part).to(run.device)).half().cpu()
+                for part in np.array_split(images, math.ceil(count / 100))
             ]
             ids = tokenizer(
-                [caption for captions in said for caption in captions],
+                [caption for each in captions for caption in each],
                 padding="max_length",
                 max_length=TOKENS,
                 return_tensors="pt",
@@ -512,7 +507,7 @@ def captioned_scenes(network, tokenizer, run):
 
 
 def make_scenes(name, count, shard):
-    """Return a shard of `count` scenes: pictures (scenes, H, W, 3) uint8, captions of each, labels (scenes,
+    """Return a shard of `count` scenes: images (scenes, H, W, 3) uint8, captions of each, labels (scenes,
     N, labels) uint8.
     """
     recipe, random = RECIPES[name], np.random.default_rng([SEED, shard])
@@ -528,7 +523,7 @@ def make_scenes(name, count, shard):
 
 
 def assemble(run):
-    """Write what makes the parts a WanPipeline, then let the judge read what it draws for held-out captions."""
+    """Write the files that make the components a WanPipeline, then judge its images of held-out captions."""
     flow.make_scheduler(SHIFT).save_pretrained(run.folder / "scheduler")
     parts = {
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
@@ -551,8 +546,8 @@ def assemble(run):
     pipeline = WanPipeline.from_pretrained(run.folder, dtype=torch.float32).to(run.device)
     pipeline.set_progress_bar_config(disable=True)
 
-    def draw(captions, steps, is_guided):
-        drawn, guidance = [], run.recipe.guidance if is_guided else dict.fromkeys(run.recipe.guidance, 1.0)
+    def generate(captions, steps, is_guided):
+        images, guidance = [], run.recipe.guidance if is_guided else dict.fromkeys(run.recipe.guidance, 1.0)
         for start in range(0, len(captions), 50):
             noise = flow.seeded_noise(
                 (16, 1, 8, 8), range(start, start + len(captions[start : start + 50]))
@@ -568,26 +563,26 @@ def assemble(run):
                 guidance_scale_2=guidance["low"],
                 output_type="np",
             ).frames
-            drawn.append((frames[:, 0] * 255).round().astype(np.uint8))
-        return np.concatenate(drawn)
+            images.append((frames[:, 0] * 255).round().astype(np.uint8))
+        return np.concatenate(images)
 
     first, *others = (
         (
             f"{steps} steps, {'guided' if is_guided else 'unguided'}",
-            accuracy(partial(draw, steps=steps, is_guided=is_guided), run.world, 400),
+            accuracy(partial(generate, steps=steps, is_guided=is_guided), run.world, 400),
         )
         for steps, is_guided in run.recipe.judged
     )
     return {"drawn": first[0], **first[1], **dict(others)}
 
 
-def accuracy(draw, world, count):
-    """Return the judge's figures of pictures of `count` held-out captions of one object, and of as many of
-    two.
-    """
+def accuracy(generate, world, count):
+    """Return the judge's figures for `count` held-out captions of one object, and for as many of two."""
     figures = {}
     for name, objects in (("one", 1), ("two", 2)):
-        found = prompt_accuracy(draw, world.captions(SEED, count, held_out=True, num_objects=objects), world)
+        found = prompt_accuracy(
+            generate, world.captions(SEED, count, held_out=True, num_objects=objects), world
+        )
         figures |= {f"{name}_{key}": value for key, value in found.items() if not key.startswith("accuracy_")}
     return figures
 
@@ -596,40 +591,40 @@ def accuracy(draw, world, count):
 
 
 @torch.no_grad()
-def look(run, count):
-    """Print figures of the network that all noise levels share, from the averaged weights of its last save."""
+def judge_shared(run, count):
+    """Print figures of the network that all noise levels share, from the EMA weights of its last save."""
     state = torch.load(run.work / "shared.pt", weights_only=True, map_location=run.device)
     trained = make_trained(run.recipe).to(run.device)
     for parameter, average in zip(trained.parameters(), state["ema"]["shadow_params"]):
         parameter.copy_(average)
-    draw = make_drawing(run, trained["network"])
+    generate = make_generator(run, trained["network"])
     print(
         f"step {state['step']}, {state['step'] * run.recipe.plan['shared']['batch_size']} samples", flush=True
     )
     for guidance, steps in ((run.recipe.guidance["low"], 20), (1.0, 20), (run.recipe.guidance["low"], 4)):
-        figures = accuracy(partial(draw, guidance=guidance, steps=steps), run.world, count)
+        figures = accuracy(partial(generate, guidance=guidance, steps=steps), run.world, count)
         print(f"guidance {guidance:g}, {steps} steps:", figures, flush=True)
 
 
-def make_drawing(run, network):
-    """Return a function that draws captions with one network for every noise level: pictures (B, 64, 64, 3)
-    uint8.
+def make_generator(run, network):
+    """Return a function that generates images (B, 64, 64, 3) uint8 of captions, with one network for every noise
+    level.
     """
     tokenizer, encoder = text.load_text_encoder(run.folder, run.device, torch.float32)
-    autoencoder = pictures.load_autoencoder(run.folder, run.device)
+    autoencoder = vae.load_autoencoder(run.folder, run.device)
     empty = text.encode_prompts(tokenizer, encoder, [""])[0]
 
-    def draw(captions, guidance, steps):
-        embeddings, drawn = text.encode_prompts(tokenizer, encoder, captions), []
+    def generate(captions, guidance, steps):
+        embeddings, images = text.encode_prompts(tokenizer, encoder, captions), []
         for start in range(0, len(captions), 100):
             part = embeddings[start : start + 100]
             noise = flow.seeded_noise((16, 8, 8), range(start, start + len(part))).to(run.device)
             velocity = guided_velocity(network, part, empty, guidance)
             latents = flow.sample(velocity, noise, flow.make_scheduler(SHIFT), steps)
-            drawn.append(pictures.to_images(pictures.decode_latents(autoencoder, latents)))
-        return np.concatenate(drawn)
+            images.append(vae.to_images(vae.decode_latents(autoencoder, latents)))
+        return np.concatenate(images)
 
-    return draw
+    return generate
 
 
 def guided_velocity(network, embeddings, empty, guidance):
@@ -656,7 +651,9 @@ STAGES = {
 
 
 def missed_gates(figures, gates):
-    """Return which figures a stage misses, in words; a name behind a minus has a most, any other a least."""
+    """Return a message for each figure that misses its gate: an upper bound after a minus sign, else a lower
+    bound.
+    """
     return [
         f"{name.strip('-')} {figures[name.strip('-')]:.4g}, expected at "
         f"{'most' if name[0] == '-' else 'least'} {bound:g}"
@@ -704,7 +701,7 @@ def main():
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
-        "--look", type=int, metavar="COUNT", help="train nothing: judge the shared network of the last save"
+        "--judge", type=int, metavar="COUNT", help="only judge the shared network of the last save"
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -719,8 +716,8 @@ def main():
         options.device,
         options.threads,
     )
-    if options.look:
-        return look(run, options.look)
+    if options.judge:
+        return judge_shared(run, options.judge)
     for place in (run.folder, run.work):
         place.mkdir(parents=True, exist_ok=True)
     for name, train in STAGES.items():
@@ -735,7 +732,7 @@ def main():
                 1,
                 f"train_tiny_teacher.py: {name}: {'; '.join(missed)}. Raise its steps in tools/recipes.py "
                 f"and run "
-                f"--stages {name} again, or go on with the stages after it by --stages.\n",
+                f"--stages {name} again, or continue with the later stages by --stages.\n",
             )
 
 
