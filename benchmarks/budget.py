@@ -91,7 +91,7 @@ def print_table(runs):
         )
 
 
-def main():
+def read_options():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -110,12 +110,11 @@ def main():
         default=[*SMALL],
         help="flags for every training, to the end",
     )
-    options = parser.parse_args()
-    budgets, flags, seeds = BUDGETS, options.train_flags, range(options.seeds)
-    if options.quick:
-        budgets, flags, seeds = ((64, 7), (64, 14), (128, 7), (128, 14)), [*QUICK, *flags], range(1)
-    folder = options.folder.absolute()
-    print(f"training {len(budgets)} students for {len(seeds)} seeds in {folder}", flush=True)
+    return parser.parse_args()
+
+
+def train_all(folder, budgets, seeds, flags, workers):
+    """Train a student for each budget and seed; returns {(images, steps): [run.json of each seed]}."""
 
     def run(job):
         (count, length), seed = job
@@ -126,33 +125,30 @@ def main():
             seed,
         )
 
-    with ThreadPoolExecutor(
-        options.workers
-    ) as pool:  # students of one seed and number share the teacher's images
+    # students of one seed and number share the teacher's images: the first of them generates these
+    with ThreadPoolExecutor(workers) as pool:
         for length in sorted({length for _, length in budgets}):
-            list(
-                pool.map(run, [(budget, seed) for seed in seeds for budget in budgets if budget[1] == length])
-            )
-    runs = {budget: [read_run(run((budget, seed))) for seed in seeds] for budget in budgets}
+            jobs = [(budget, seed) for seed in seeds for budget in budgets if budget[1] == length]
+            list(pool.map(run, jobs))
+    return {budget: [read_run(run((budget, seed))) for seed in seeds] for budget in budgets}
+
+
+def main():
+    options = read_options()
+    budgets, flags, seeds = BUDGETS, options.train_flags, range(options.seeds)
+    if options.quick:
+        budgets, flags, seeds = ((64, 7), (64, 14), (128, 7), (128, 14)), [*QUICK, *flags], range(1)
+    folder = options.folder.absolute()
+    print(f"training {len(budgets)} students for {len(seeds)} seeds in {folder}", flush=True)
+    runs = train_all(folder, budgets, seeds, flags, options.workers)
     print_table(runs)
     if options.json:
-        options.json.write_text(
-            json.dumps(
-                [
-                    {
-                        "pictures": count,
-                        "steps": length,
-                        "seed": seed,
-                        "chosen": run["chosen"],
-                        **run["results"],
-                    }
-                    for (count, length), found in runs.items()
-                    for seed, run in zip(seeds, found)
-                ],
-                indent=2,
-            )
-            + "\n"
-        )
+        rows = [
+            {"pictures": count, "steps": length, "seed": seed, "chosen": run["chosen"], **run["results"]}
+            for (count, length), found in runs.items()
+            for seed, run in zip(seeds, found)
+        ]
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

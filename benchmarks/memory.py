@@ -37,29 +37,7 @@ SIZES = {
 def phases(size):
     """Return {phase: function of a function that finds a peak}."""
     latents = (size["side"], size["side"])
-    files = SimpleNamespace(
-        config={"in_channels": 16, "text_dim": 4096},
-        experts={
-            "only": SimpleNamespace(
-                width=size["teacher"],
-                config={
-                    "patch_size": (1, 2, 2),
-                    "num_attention_heads": size["teacher"] // 128,
-                    "attention_head_dim": 128,
-                    "in_channels": 16,
-                    "out_channels": 16,
-                    "text_dim": 4096,
-                    "freq_dim": 256,
-                    "ffn_dim": 3 * size["teacher"],
-                    "num_layers": 2,
-                    "cross_attn_norm": True,
-                    "qk_norm": "rms_norm_across_heads",
-                    "eps": 1e-6,
-                    "rope_max_seq_len": 1024,
-                },
-            )
-        },
-    )
+    files = teacher_files(size)
 
     def train(peak, muon_rate):
         settings = Settings(muon_learning_rate=muon_rate)
@@ -85,6 +63,33 @@ def phases(size):
             peak,
         ),
     }
+
+
+def teacher_files(size):
+    """Return the config of a teacher of two blocks, in place of its files."""
+    return SimpleNamespace(
+        config={"in_channels": 16, "text_dim": 4096},
+        experts={
+            "only": SimpleNamespace(
+                width=size["teacher"],
+                config={
+                    "patch_size": (1, 2, 2),
+                    "num_attention_heads": size["teacher"] // 128,
+                    "attention_head_dim": 128,
+                    "in_channels": 16,
+                    "out_channels": 16,
+                    "text_dim": 4096,
+                    "freq_dim": 256,
+                    "ffn_dim": 3 * size["teacher"],
+                    "num_layers": 2,
+                    "cross_attn_norm": True,
+                    "qk_norm": "rms_norm_across_heads",
+                    "eps": 1e-6,
+                    "rope_max_seq_len": 1024,
+                },
+            )
+        },
+    )
 
 
 def measured_peak(work):

@@ -84,12 +84,7 @@ def fit(name, trained, loss_of, run):
     ema = EMAModel(parameters, decay=plan["ema"], foreach=True)
     path, first, spent = run.work / f"{name}.pt", 0, 0.0
     if path.exists():
-        state = torch.load(path, weights_only=True, map_location=run.device)
-        trained.load_state_dict(state["weights"])
-        ema.load_state_dict(state["ema"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        first, spent = state["step"], state["seconds"]
+        first, spent = load_state(path, trained, ema, optimizers, run.device)
     began = saved_at = time.time()
     bar = tqdm(range(first, plan["steps"]), initial=first, total=plan["steps"], desc=name, mininterval=5)
     for step in bar:
@@ -112,17 +107,33 @@ def fit(name, trained, loss_of, run):
             bar.set_postfix({key: f"{float(value.detach()):.3f}" for key, value in figures.items()})
         if time.time() - saved_at > SAVE_SECONDS or step + 1 == plan["steps"]:
             saved_at = time.time()
-            state = dict(
-                weights=trained.state_dict(),
-                ema=ema.state_dict(),
-                step=step + 1,
-                optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                seconds=spent + saved_at - began,
-            )
-            torch.save(state, path.with_suffix(".partial"))
-            path.with_suffix(".partial").rename(path)
+            seconds = spent + saved_at - began
+            save_state(path, trained, ema, optimizers, step + 1, seconds)
     ema.copy_to(parameters)
     return (spent + time.time() - began) / 60
+
+
+def save_state(path, trained, ema, optimizers, step, seconds):
+    """Write the training state atomically."""
+    state = dict(
+        weights=trained.state_dict(),
+        ema=ema.state_dict(),
+        step=step,
+        optimizers=[optimizer.state_dict() for optimizer in optimizers],
+        seconds=seconds,
+    )
+    torch.save(state, path.with_suffix(".partial"))
+    path.with_suffix(".partial").rename(path)
+
+
+def load_state(path, trained, ema, optimizers, device):
+    """Restore a training state; returns its step and the seconds that it took."""
+    state = torch.load(path, weights_only=True, map_location=device)
+    trained.load_state_dict(state["weights"])
+    ema.load_state_dict(state["ema"])
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    return state["step"], state["seconds"]
 
 
 def decayed(progress, decay):
@@ -543,6 +554,11 @@ def assemble(run):
     (run.folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     if run.recipe.notice:
         shutil.copy(run.recipe.notice, run.folder)
+    return judge_pipeline(run)
+
+
+def judge_pipeline(run):
+    """Return the judge's figures of the finished teacher, for each of the recipe's settings."""
     pipeline = WanPipeline.from_pretrained(run.folder, dtype=torch.float32).to(run.device)
     pipeline.set_progress_bar_config(disable=True)
 
@@ -686,7 +702,7 @@ def write_record(run, stage, figures, options):
     (run.folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def main():
+def read_options():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -703,7 +719,11 @@ def main():
     parser.add_argument(
         "--judge", type=int, metavar="COUNT", help="only judge the shared network of the last save"
     )
-    options = parser.parse_args()
+    return parser, parser.parse_args()
+
+
+def main():
+    parser, options = read_options()
     torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("high")  # TF32 where the device has it
     folder = options.output_dir or Path(
