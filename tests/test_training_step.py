@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from wanlite.planning.resolve import complete
 from wanlite.planning.run import resolve_run
 from wanlite.training.phase_table import PHASES, phases_to_train
 from wanlite.training.state import CHECKPOINTED, Progress, make_training_state
-from wanlite.training.training_step import MAX_SKIPPED, training_step
+from wanlite.training.training_step import MAX_SKIPPED, step_generator, training_step
 
 
 class NoTeacher:
@@ -113,3 +114,9 @@ def test_a_resolved_run_leaves_nothing_open_that_the_machine_decides(run):
     )
     assert all(getattr(run.settings, name) is not None for name in names)
     assert run.settings.teacher_residency != "auto" and run.settings.validation_prompts
+
+
+def test_every_micro_batch_has_random_numbers_of_its_own_by_known_arithmetic(run):
+    seeds = {step_generator(run, step, number).initial_seed() for step in range(20) for number in range(4)}
+    expected = np.random.SeedSequence((run.settings.seed, 3, 1, 0)).generate_state(1, np.uint64)[0]
+    assert len(seeds) == 80 and step_generator(run, 3, 1).initial_seed() == int(expected) % 2**63

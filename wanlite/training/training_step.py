@@ -3,10 +3,12 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 # Steps in a row without a finite gradient after which a run ends; float16 needs some to find its scale.
 MAX_SKIPPED = 20
+LOSS_PURPOSE = 0  # what random numbers are for, as a part of their seed: here the loss of a micro-batch
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ def _accumulate(phase, run, state, micro_batch, number):
 
 def step_generator(run, step, micro_batch):
     """Return the source of a micro-batch's random numbers, the same in all processes; see FewSteps."""
-    return torch.Generator().manual_seed(hash((run.settings.seed, step, micro_batch, 0)) % 2**63)
+    numbers = (run.settings.seed, step, micro_batch, LOSS_PURPOSE)
+    (seed,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(seed) % 2**63)
 
 
 def _reduce(accelerator, state, loss, norm):
