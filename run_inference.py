@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from wanlite.data.buckets import bucket_sizes
 from wanlite.data.prompts import read_prompts
@@ -88,9 +88,10 @@ def read_settings(arguments: list[str] | None = None) -> tuple[Settings, list[st
     parser = make_parser(Settings, __doc__, repeatable=("prompt",))
     settings = Settings(**vars(parser.parse_args(arguments)))
     try:
-        return complete(settings)
+        settings, prompts = complete(settings)
     except (OSError, ValueError) as error:
         parser.error(one_line(str(error)))
+    return settings, prompts
 
 
 def complete(settings: Settings) -> tuple[Settings, list[str]]:
@@ -103,13 +104,13 @@ def complete(settings: Settings) -> tuple[Settings, list[str]]:
     prompts = choose_prompts(settings, run, folder)
     width, height = image_size(run.get("resolution", 512))
     defaults = {"height": height, "width": width, "num_inference_steps": run.get("num_inference_steps", 20)}
-    filled = {
+    filled: dict[str, Any] = {
         name: default if getattr(settings, name) is None else getattr(settings, name)
         for name, default in defaults.items()
     }
     settings = replace(settings, model=str(folder), **filled)
     check_numbers(settings, len(prompts))
-    check_steps(settings.num_inference_steps, schedule, folder)
+    check_steps(filled["num_inference_steps"], schedule, folder)
     read_schedule(folder, schedule)
     trained_sizes(run, check_image_size(settings, folder, config), folder / "run.json")
     check_output_dir(Path(settings.output_dir))
@@ -132,7 +133,7 @@ def check_numbers(settings: Settings, num_prompts: int) -> None:
     for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
         if type(getattr(settings, name)) is not int or getattr(settings, name) < 1:
             raise ValueError(f"--{name} is {getattr(settings, name)!r}, expected a whole number, at least 1.")
-    if settings.num_inference_steps > TIMESTEPS:
+    if (settings.num_inference_steps or 0) > TIMESTEPS:
         raise ValueError(
             f"--num_inference_steps is {settings.num_inference_steps}, expected at most {TIMESTEPS}."
         )
@@ -480,7 +481,7 @@ def main(settings: Settings, prompts: list[str]) -> None:
         print(f"the text encoder does not fit on {device} and runs on the CPU", flush=True)
     warn_of_truncation(pipeline.tokenizer, [*prompts, settings.negative_prompt], partial(print, flush=True))
     size = size_warning(
-        (settings.width, settings.height), trained_sizes(run, pipeline.pixels_per_token, "run.json")
+        (settings.width or 0, settings.height or 0), trained_sizes(run, pipeline.pixels_per_token, "run.json")
     )
     warn(size)
     settings = replace(settings, dtype=str(pipeline.dtype).removeprefix("torch."))
@@ -491,17 +492,16 @@ def main(settings: Settings, prompts: list[str]) -> None:
         print(f"{Path(each.path or '').name}  {one_line(each.prompt, MAX_PROMPT)}")
     print(f"wrote {len(written)} image{'s' * (len(written) != 1)}{grid} to {output.absolute()}", flush=True)
     warn(size, flat_warning(written))
-    refuse_not_finite(generated, settings.dtype)
+    refuse_not_finite(generated, str(settings.dtype))
 
 
 def save_grid(settings: Settings, written: list[Generated], cells: list) -> Path:
     """Write the grid, with a row for each prompt that has several images; returns its path."""
     each = settings.num_images_per_prompt
     columns = each if 1 < each <= MAX_COLUMNS else math.ceil(math.sqrt(len(cells)))
+    paths = [image.path for image in written if image.path]
     return save_image(
-        lay_out(cells, columns),
-        settings.output_dir,
-        grid_names(written[0].path, written[len(cells) - 1].path),
+        lay_out(cells, columns), settings.output_dir, grid_names(paths[0], paths[len(cells) - 1])
     )
 
 
