@@ -3,14 +3,17 @@
 Only regular files are opened, without blocking, and the cost of reading a file is bounded before it is parsed.
 """
 
+import errno
 import json
 import os
 import stat
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from .downloads import find_replacement
 
+MAX_KEPT = 2**20  # bytes of a downloaded file that is kept in memory
 MAX_JSON = 4 * 2**20  # bytes: the header of a student of eight hundred blocks
 
 
@@ -34,6 +37,29 @@ DOWNLOADED = Limits(
 OWN = Limits(2**28, 2**24, "Copy it again.", "a file of a run", accepts_nan=True)
 
 
+def check_regular(path: str | Path) -> os.stat_result:
+    """Return the status of a regular file that may be read; raises OSError for any other, without opening it."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise _unreadable(path, error.strerror) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise _irregular(path)
+    if not os.access(path, os.R_OK):
+        raise _unreadable(path, os.strerror(errno.EACCES))
+    return status
+
+
+def _unreadable(path, reason):
+    return OSError(f"{path}: cannot be read ({reason}). Expected a regular file that you may read.")
+
+
+def _irregular(path):
+    return OSError(
+        f"{path}: not a regular file. Expected one; a folder, pipe, device or socket is never opened."
+    )
+
+
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a regular file for reading; raises OSError for a folder, pipe, device or socket instead of waiting."""
     flags = (
@@ -42,14 +68,10 @@ def open_regular(path: str | Path) -> BinaryIO:
     try:
         number = os.open(path, flags)
     except OSError as error:
-        raise OSError(
-            f"{path}: cannot be read ({error.strerror}). Expected a regular file that you may read."
-        ) from None
+        raise _unreadable(path, error.strerror) from None
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise OSError(
-            f"{path}: not a regular file. Expected one; a folder, pipe, device or socket is never opened."
-        )
+        raise _irregular(path)
     return open(number, "rb", buffering=0)
 
 
@@ -59,7 +81,21 @@ def read_first_bytes(path: str | Path, count: int = 64) -> bytes:
 
 
 def read_json(path: str | Path, limits: Limits = SAVED) -> dict[str, Any]:
-    """Return the object in a JSON file as a dict; raises OSError for anything else."""
+    """Return the object in a JSON file as a dict; raises OSError for anything else.
+
+    A downloaded file is read once in a process, as long as it stays the same.
+    """
+    if limits is DOWNLOADED and (status := check_regular(path)).st_size <= MAX_KEPT:
+        return dict(_read_unchanged(Path(path), (status.st_ino, status.st_size, status.st_mtime_ns)))
+    return _read_json(path, limits)
+
+
+@lru_cache(maxsize=64)
+def _read_unchanged(path: Path, version: tuple[int, ...]) -> dict[str, Any]:
+    return _read_json(path, DOWNLOADED)
+
+
+def _read_json(path: str | Path, limits: Limits) -> dict[str, Any]:
     with open_regular(path) as file:
         content = file.read(limits.max_bytes + 1)
     if replacement := find_replacement(content[:64]):

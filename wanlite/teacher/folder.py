@@ -11,7 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from ..files.file_names import CONFIG
-from ..files.json_files import read_first_bytes
+from .headers import read_header
 from .names import EXPERT_FOLDERS, EXPERT_PLACES, FIRST, NOT_AN_EXPERT
 from .search import (
     describe_unsupported,
@@ -81,8 +81,10 @@ def _may_be_expert(path: Path) -> bool:
     """Whether a file holds a Wan of any kind, or is not safetensors, which has an error of its own."""
     if path.suffix == ".json":  # an index
         return True
-    beginning = read_first_bytes(path, 2**20)
-    return beginning[8:9] != b"{" or f'{FIRST}"'.encode() in beginning
+    try:
+        return any(name.endswith(FIRST) for name in read_header(path))
+    except OSError:
+        return True
 
 
 def neighbours(path: Path) -> Iterator[Path]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from ..files.json_files import open_regular
+from ..files.json_files import check_regular
 from ..files.weights import broken_safetensors
 from .keys import strip_wrappers
 
@@ -25,8 +25,9 @@ class Stored(NamedTuple):
 
 def read_header(path: Path) -> dict[str, Stored]:
     """Return {tensor: its dtype and shape} of a safetensors file; raises OSError for an incomplete one."""
-    open_regular(path).close()  # safetensors waits for a pipe, and calls a file missing that may not be read
-    status = path.stat()
+    status = check_regular(
+        path
+    )  # safetensors waits for a pipe, and calls a file missing that may not be read
     return _read_header(path, (status.st_ino, status.st_size, status.st_mtime_ns))
 
 

@@ -1,9 +1,10 @@
 """A tiny teacher's training record, and the world that it names."""
 
-import json
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+
+from ..files.json_files import DOWNLOADED, read_json
 
 WORLDS = ("shapes", "emoji")
 
@@ -12,15 +13,12 @@ def read_record(teacher: str | Path) -> dict:
     """Return the training record of a tiny teacher, or an empty dict for any other teacher."""
     path = Path(teacher) / "training.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
+        return read_json(path, DOWNLOADED) if path.is_file() else {}
+    except OSError:
         raise ValueError(
             f"{path}: not a JSON object. It marks a tiny teacher: copy its folder from the repository again, or "
             f"delete the file beside any other teacher."
-        )
-    return record
+        ) from None
 
 
 def read_world(teacher: str | Path) -> ModuleType | None:
