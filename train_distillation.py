@@ -4,8 +4,8 @@
     python train_distillation.py --teacher ./Wan2.2-T2V-A14B --prompts prompts.txt   # one GPU box
     accelerate launch train_distillation.py --teacher ... --prompts ...              # several GPUs
 
-Order: settings -> WanLiteStudent -> the dry run -> the loop, which goes through the stages of
-wanlite/stages/. The run goes to --output_dir; run the same command after a stop and it goes on where it was.
+Order: settings -> WanLiteStudent -> the dry run -> the loop over the phases of wanlite/phases.py. A run
+writes to --output_dir; after a stop, the same command resumes it.
 """
 
 import gc
@@ -32,9 +32,8 @@ from wanlite.training.run_folder import (
     write_model_card,
 )
 
-STOPPED = 3  # exit code of a run that was asked to stop and can be resumed
-# validations in a row beyond a guard and no nearer to the teacher, after which the best so far is saved
-PATIENCE = 2
+STOPPED = 3  # exit code of a run that was stopped by a signal and can be resumed
+PATIENCE = 2  # rejected validations in a row, none closer to the teacher, after which training ends
 CHANGEABLE_ON_RESUME = (
     "teacher",
     "teacher_residency",
@@ -48,7 +47,7 @@ CHANGEABLE_ON_RESUME = (
     "report_to",
     "checkpoints_total_limit",
     "logging_dir",
-)  # decide no weight
+)  # they do not affect the weights
 
 
 # ---- settings ----------------------------------------------------------------------------------------------
@@ -304,17 +303,17 @@ class Settings:
 
 
 def read_settings():
-    """Read the command line and check everything that needs no torch; ends with one line and exit code 2
-    where it is wrong.
+    """Read the command line and check everything that needs no torch; exits with one line and code 2 on an error.
 
-    Returns the settings with every None filled that a folder or file decides, and whether a run cut short
-    goes on.
+    Returns the settings, completed from folders and files, and whether an interrupted run is resumed.
     """
     parser = make_parser(Settings, __doc__)
     settings = Settings(**vars(parser.parse_args()))
     try:
         settings = complete(settings)
-        is_resumed = not settings.dry_run and is_cut_short(settings)  # a dry run says it beside all else
+        is_resumed = not settings.dry_run and is_cut_short(
+            settings
+        )  # a dry run reports it among its problems
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if not settings.dry_run:
@@ -322,14 +321,15 @@ def read_settings():
             Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             parser.error(
-                f"--output_dir {settings.output_dir}: cannot be made ({error.strerror}). Name another."
+                f"--output_dir {settings.output_dir}: cannot be created ({error.strerror}). Choose another."
             )
     return settings, is_resumed
 
 
 def is_cut_short(settings):
-    """Whether --output_dir holds a run of these settings that was cut short and goes on; see
-    check_output_folder().
+    """Whether --output_dir holds an interrupted run of these settings, which is resumed.
+
+    Raises ValueError as check_output_folder() does, and for --project_only.
     """
     decisive = {name: value for name, value in asdict(settings).items() if name not in CHANGEABLE_ON_RESUME}
     state = check_output_folder(
@@ -338,21 +338,18 @@ def is_cut_short(settings):
     if state == "resume" and settings.project_only:
         raise ValueError(
             f"{settings.output_dir}: holds a run cut short. Leave --project_only out to resume it, add "
-            f"--overwrite to "
-            "replace it, or name another --output_dir."
+            "--overwrite to replace it, or name another --output_dir."
         )
     return state == "resume"
 
 
-if __name__ == "__main__":  # arguments and paths are answered before torch is imported, which takes seconds
+if __name__ == "__main__":  # arguments and paths are checked before torch is imported, which takes seconds
     keep_output_open()
     gc.disable()  # imports make a million objects, and all of them stay
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # ends it at once and silently, until a run has something to lose
-    os.environ.setdefault(
-        "GOMP_SPINCOUNT", "5000"
-    )  # threads that spin long at barriers stall beside any other busy program
+    # Ctrl-C ends the program at once and silently until a run has something to lose.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Threads that spin long at barriers stall beside any other busy program.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds between two lines of progress in a log
     SETTINGS, IS_RESUMED = read_settings()
@@ -416,23 +413,19 @@ class StudentOutput(Transformer2DModelOutput):
 
 
 class WanLiteStudent(WanTransformer3DModel):
-    """A small Wan transformer that draws single frames, in diffusers' blocks and under diffusers' key names.
+    """A small Wan transformer that generates single frames, with diffusers' blocks and key names.
 
     `WanLiteStudent(hidden_size=64, depth=4, num_heads=2)` or `WanLiteStudent({"hidden_size": 64, ...})`
     builds a random one; `teacher_checkpoint_path=DIR` projects that teacher's weights into it, once, and is
-    not in the config. Its config has every setting of a stock WanTransformer3DModel beside ours; its
-    config.json is that of a stock one.
+    not in the config. The config has every setting of a stock WanTransformer3DModel beside ours; the
+    config.json is that of a stock model.
     """
 
     _no_split_modules = ["OneFrameBlock"]
     _repeated_blocks = ["OneFrameBlock"]
     _cp_plan = None  # one frame is too short to be split over devices
-    _left_to_stock = (
-        "max_memory",
-        "offload_folder",
-        "offload_state_dict",
-        "use_flashpack",
-    )  # a pipeline says no to them
+    # Arguments that a pipeline passes on; see refuse_unknown().
+    _left_to_stock = ("max_memory", "offload_folder", "offload_state_dict", "use_flashpack")
     ignore_for_config = ["teacher_checkpoint_path", "projection", "expert"]
 
     def __init__(
@@ -453,7 +446,7 @@ class WanLiteStudent(WanTransformer3DModel):
         projection: str = "weights",  # "weights" or "none"
         expert: str = DEFAULT_EXPERT,  # which of two experts is projected
     ):
-        super(WanTransformer3DModel, self).__init__()  # stock's own would build stock's blocks
+        super(WanTransformer3DModel, self).__init__()  # the stock __init__ would build stock blocks
         self.__module__ = WanTransformer3DModel.__module__  # see below the class
         if isinstance(hidden_size, Mapping):
             return self.__init__(
@@ -489,7 +482,7 @@ class WanLiteStudent(WanTransformer3DModel):
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
-        hidden_states: torch.Tensor,  # (B, C, H, W), or (B, C, 1, H, W) as a pipeline gives
+        hidden_states: torch.Tensor,  # (B, C, H, W), or (B, C, 1, H, W) from a pipeline
         timestep: torch.Tensor,  # (B,) in 0..1000, or (B, N) with equal rows
         encoder_hidden_states: torch.Tensor | TextTokens,  # (B, L, T)
         encoder_hidden_states_image: torch.Tensor | None = None,
@@ -498,14 +491,11 @@ class WanLiteStudent(WanTransformer3DModel):
         text_logit_bias: torch.Tensor | None = None,  # (B, L); None: every token counts once
         feature_blocks: tuple[int, ...] = (),
     ) -> StudentOutput | tuple:
-        """Return the velocity in the shape of `hidden_states`, and the token states after `feature_blocks`
-        where asked.
-        """
+        """Return the velocity in the shape of `hidden_states`, and the hidden states after `feature_blocks`."""
         is_video = hidden_states.ndim == 5
         if is_video and hidden_states.shape[2] != 1:
             raise ValueError(
-                f"latents have {hidden_states.shape[2]} frames; the student draws single frames: "
-                f"num_frames=1."
+                f"latents have {hidden_states.shape[2]} frames; the student draws single frames: num_frames=1."
             )
         if encoder_hidden_states_image is not None:
             raise ValueError(
@@ -518,7 +508,7 @@ class WanLiteStudent(WanTransformer3DModel):
         if timestep.ndim == 2:
             if (timestep != timestep[:, :1]).any():
                 raise ValueError(
-                    "timesteps differ between the tokens of a picture; the student takes one a picture: (B,)."
+                    "timesteps differ between the tokens of an image; the student takes one per image: (B,)."
                 )
             timestep = timestep[:, 0]
         velocity, features = one_frame_velocity(
@@ -530,14 +520,13 @@ class WanLiteStudent(WanTransformer3DModel):
         return (velocity, features) if feature_blocks else (velocity,)
 
     def _check_size(self, height, width):
-        """Refuse latents that are not whole patches or lie beyond the rotary table."""
+        """Raise ValueError for latents that are not whole patches or exceed the rotary table."""
         for name, size, patch in zip(("high", "wide"), (height, width), self.config.patch_size[1:]):
             if size % patch or size // patch > self.config.rope_max_seq_len:
                 raise ValueError(
                     f"latents are {size} {name}, expected a multiple of {patch} up to "
                     f"{patch * self.config.rope_max_seq_len}, where this student's rotary table ends. Choose "
-                    f"another "
-                    "height or width."
+                    "another height or width."
                 )
 
     def save_pretrained(
@@ -551,17 +540,15 @@ class WanLiteStudent(WanTransformer3DModel):
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """Save config and weights so that a reader finds the student that was there or this one, never a
-        mixture.
+        """Save config and weights atomically: a reader finds the earlier student or this one, never a mixture.
 
-        Every rank may call it; where `is_main_process` is None, rank 0 writes. `save_function` is accepted
+        Every rank may call it; if `is_main_process` is None, rank 0 writes. `save_function` is accepted
         and not used. `kwargs` are those of push_to_hub. Raises ValueError for weights that would not load
-        again: not finite, on no device, or with an adapter among them.
+        again: not finite, on the meta device, or with an adapter among them.
         """
         if kwargs and not push_to_hub:
             raise TypeError(
-                f"WanLiteStudent.save_pretrained does not take {', '.join(sorted(kwargs))} without "
-                f"push_to_hub."
+                f"WanLiteStudent.save_pretrained does not take {', '.join(sorted(kwargs))} without push_to_hub."
             )
         check_save_options(save_directory, safe_serialization, variant, max_shard_size)
         is_written = write_student(self, save_directory, is_main_process, variant, max_shard_size)
@@ -569,9 +556,7 @@ class WanLiteStudent(WanTransformer3DModel):
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
 
     def to_json_string(self) -> str:
-        """Return the config as a stock Wan has it, without our names for the same: stock warns of names that
-        are not its own.
-        """
+        """Return the config of a stock Wan, without our names for the same: stock warns of names that it lacks."""
         config = json.loads(super().to_json_string())
         return (
             json.dumps(
@@ -586,29 +571,26 @@ class WanLiteStudent(WanTransformer3DModel):
     def from_single_file(
         cls, pretrained_model_link_or_path_or_dict: Any = None, *, config: str | None = None, **kwargs
     ) -> Any:
-        """Load one file of weights under diffusers' names or Wan's own, as stock does; `config` is the folder
-        of config.json.
-        """
+        """Load one file of weights with the key names of diffusers or of Wan; `config` is the folder of config.json."""
         if config is None:
             raise ValueError(
-                "config is missing, expected the folder of the student's config.json: weights alone do not "
-                "show it."
+                "config is missing, expected the folder of the student's config.json: weights do not contain it."
             )
         try:
             return super().from_single_file(
                 pretrained_model_link_or_path_or_dict, config=str(config), **kwargs
             )
-        except NotImplementedError:  # a tensor without values is to be moved
+        except NotImplementedError:  # stock moves a tensor without values
             raise ValueError(
                 f"{pretrained_model_link_or_path_or_dict}: lacks tensors of the student that {config} "
-                f"describes. "
-                "Name the file and the config of one student."
+                "describes. Name the file and the config of one student."
             ) from None
 
     @classmethod
     def extract_init_dict(cls, config_dict: Mapping, **kwargs):
-        """Turn a config under our names, Wan's or both into arguments: from_config alone would take our
-        defaults for Wan's.
+        """Turn a config with our names, Wan's or both into arguments.
+
+        Without it, from_config would use our defaults for settings under Wan's names.
         """
         return super().extract_init_dict(
             student_arguments({**config_dict}, config_defaults(WanLiteStudent)), **kwargs
@@ -637,22 +619,21 @@ class WanLiteStudent(WanTransformer3DModel):
         sha256: str | Mapping[str, str] | None = None,
         **unknown: Any,
     ) -> Any:  # a WanLiteStudent; with `output_loading_info` a pair, as in diffusers
-        """Load a saved student from a folder or the hub: exactly its weights, on the CPU unless told
-        otherwise, in eval mode.
+        """Load a saved student from a folder or the hub: exactly its weights, in eval mode, on the CPU by default.
 
         Never projects and needs no teacher. `dtype` (or `torch_dtype`, a torch.dtype or its name) leaves the
         modules that Wan keeps in float32 there; None keeps every dtype as saved. `sha256` pins the weights to
         a digest. With it, or with `output_loading_info`, whose "sha256" is {file name: digest}, weights are
-        hashed as they are read; else a CPU student in its saved dtype is mapped, and shares its file's fate
-        unless `disable_mmap`. Nothing is built before header and config are known to agree. Raises OSError
-        for files that are missing or broken and ValueError for content that is not this student's. Memory is
-        used once whatever `low_cpu_mem_usage` says.
+        hashed as they are read; else a CPU student in its saved dtype is mapped, and changes with its file
+        unless `disable_mmap`. Header and config are compared before anything is built. Raises OSError for
+        files that are missing or broken and ValueError for content that is not this student's. The weights
+        are in memory once, whatever the value of `low_cpu_mem_usage`.
         """
         accepted = list(inspect.signature(cls.from_pretrained).parameters)[1:-1]
         refuse_unknown(unknown, accepted, cls._left_to_stock)
         if use_safetensors is False:
             raise ValueError(
-                "use_safetensors=False asks for a pickle, and pickles are never opened. Leave it out."
+                "use_safetensors=False requests a pickle, and pickles are never opened. Leave it out."
             )
         options = ReadOptions(
             dtype=as_dtype(torch_dtype if dtype is None else dtype),
@@ -676,19 +657,18 @@ class WanLiteStudent(WanTransformer3DModel):
         return (student, loading_info(digests)) if output_loading_info else student
 
 
-# A student is saved as the stock Wan that it also is. Pipelines write a component's class by these names of the
-# class and of its module, and load it by them where this file is not.
+# A saved student is also a stock Wan. Pipelines save a component's class under the names of the class and of its
+# module, and load it by them on machines without this file.
 WanLiteStudent.__name__ = WanTransformer3DModel.__name__
 
 
 # ---- the dry run -------------------------------------------------------------------------------------------
 
 
-def plan(settings, words):
-    """Print what a run of these settings will do and need, and whether it fits; only headers are read, nothing
-    is written.
+def plan(settings, arguments):
+    """Print the plan of a run, its memory, disk and time, and its problems; reads headers only, writes nothing.
 
-    `words` are those of the command line. Returns the exit code: 0 where the run fits, 2 where it does not.
+    `arguments` are those of the command line. Returns the exit code: 0 for a run that fits, else 2.
     """
     run = resolve_run(settings, WanLiteStudent)
     warn_of_long_prompts(run)
@@ -705,12 +685,13 @@ def plan(settings, words):
         problems.append(str(error))
     for problem in problems:
         print(f"PROBLEM  {problem}")
-    print(f"run      {command(Path(__file__).name, *words)}")
+    print(f"run      {command(Path(__file__).name, *arguments)}")
     return 2 if problems else 0
 
 
 def warn_of_long_prompts(run):
-    """Print which prompts the text encoder cuts; a prompt that has fewer bytes than tokens fit is none."""
+    """Print the prompts that the text encoder truncates."""
+    # A prompt of fewer bytes than TEXT_LENGTH has fewer tokens as well.
     long = [prompt for prompt in run.prompts if len(prompt.encode()) >= TEXT_LENGTH]
     if long and run.components["tokenizer"].is_dir():
         warn_of_truncation(load_tokenizer(run.components["tokenizer"]), long, print)
@@ -730,21 +711,22 @@ def train(
 ):
     """Project, generate trajectories, distil, validate and save into settings.output_dir.
 
-    Raises Stopped where `stop`, a StopSignal, asks for it, and OSError or ValueError for what cannot be trained.
+    Raises Stopped after a signal that `stop`, a StopSignal, catches, and OSError or ValueError for a run that
+    cannot be trained.
     """
     began = time.time()
     check_devices(os.environ)
     run = resolve_run(settings, WanLiteStudent, is_resumed, partial(start_processes, make_accelerator))
     set_seed(run.settings.seed)
-    student, facts = WanLiteStudent(run.shape), run.describe()  # its memory is not yet taken
+    student, facts = WanLiteStudent(run.shape), run.describe()  # its memory is not allocated yet
     check_run(run, facts, is_resumed)
-    components_folder, words, autoencoder = load_components(run)
+    components_folder, prompt_embeddings, autoencoder = load_components(run)
     announce_work(run)
     lock_output(run)
-    facts["projection"] = project_student(run, student, words)
+    facts["projection"] = project_student(run, student, prompt_embeddings)
     if run.settings.project_only:
         return save_start(run, student, components_folder, facts)
-    teacher_data = make_teacher_data(run, words)
+    teacher_data = make_teacher_data(run, prompt_embeddings)
     generation = generate_teacher_data(run, teacher_data, autoencoder)
     few = make_few_steps(run)
     validator = make_validator(run, teacher_data, few, autoencoder, check_of(run, stop))
@@ -755,9 +737,9 @@ def train(
     log = RunLog(run, facts, state.progress.step, teacher_data.pace, began)
     if generation:
         log.record(state.progress.step, **generation)
-    stop.is_immediate = False  # from here on a stop waits until nothing is lost by it
+    stop.is_immediate = False  # from here on a stop waits for a checkpoint
     distil(run, state, phases_to_train(run, phases), teacher_data, validator, log, prefetched)
-    stop.is_immediate = True  # the last checkpoint holds all that is needed below
+    stop.is_immediate = True  # the last checkpoint has everything that the code below needs
     stop.check()
     finish(run, state, validator, log, components_folder)
 
@@ -794,19 +776,19 @@ def distil(run, state, phases, teacher_data, validator, log, prefetched=None):
     if progress.step < settings.max_train_steps:
         run.accelerator.print(
             f"\nended at step {progress.step}: {PATIENCE} validations in a row were rejected and no closer to "
-            f"the teacher"
+            "the teacher"
         )
 
 
 def is_validation_due(progress, settings):
-    """Whether the current step is to be validated; the last one is, after the loop."""
+    """Whether a validation of the current step is due; that of the last step follows the loop."""
     step = progress.step
     is_validated = progress.last_validation.get("step") == step
     return step % settings.validation_steps == 0 and step < settings.max_train_steps and not is_validated
 
 
 def is_checkpoint_due(progress, settings):
-    """Whether a checkpoint of the current step is to be saved."""
+    """Whether a checkpoint of the current step is due."""
     return progress.step % settings.checkpointing_steps == 0 or progress.step == settings.max_train_steps
 
 
@@ -814,7 +796,7 @@ def is_checkpoint_due(progress, settings):
 
 
 def start_processes(make_accelerator, settings):
-    """Return the Accelerator of a run, whose precision is decided."""
+    """Return the Accelerator of a run; the mixed precision of `settings` is resolved."""
     output = Path(settings.output_dir)
     accelerator = make_accelerator(
         kwargs_handlers=[process_group_options()],
@@ -829,7 +811,7 @@ def start_processes(make_accelerator, settings):
 
 
 def check_run(run, facts, is_resumed):
-    """Print what the run will do; refuse one that cannot resume, that does not fit, or whose experts are wrong."""
+    """Print the plan; refuse a run that cannot resume, that does not fit, or whose experts are unusable."""
     settings, accelerator = run.settings, run.accelerator
     if is_resumed:
         check_resumable(settings.output_dir, facts, accelerator.print)
@@ -844,12 +826,12 @@ def check_run(run, facts, is_resumed):
 def load_components(run):
     """Return the folder of the teacher's components, the embeddings of all prompts, and the autoencoder."""
     folder = open_components(run)
-    words = PromptEmbeddings(run.accelerator, folder, run.settings.cache_dir, run.prompts)
-    return folder, words, load_autoencoder(folder, device=run.device)
+    prompt_embeddings = PromptEmbeddings(run.accelerator, folder, run.settings.cache_dir, run.prompts)
+    return folder, prompt_embeddings, load_autoencoder(folder, device=run.device)
 
 
 def announce_work(run):
-    """Print how long the run takes, and the sizes that it is trained on."""
+    """Print the time that the run takes, and the image sizes that it trains on."""
     if not run.settings.project_only:
         run.accelerator.print(f"time     {run.estimate_time(run.num_passes, run.num_states)}")
     if run.settings.aspect_ratios:
@@ -858,34 +840,38 @@ def announce_work(run):
 
 
 def lock_output(run):
-    """Refuse a folder that another run is writing to; the lock is held until the process ends."""
+    """Refuse a folder that another run writes to; the lock is held until the process ends."""
     output = Path(run.settings.output_dir)
     (output / "cache").mkdir(exist_ok=True)
     is_taken = run.accelerator.is_main_process and lock(output / "cache") is None
-    abort_all_ranks(
-        run.accelerator,
-        is_taken and f"{output}: another run is writing there. Wait for it, or name another --output_dir.",
-    )
+    reason = f"{output}: another run is writing there. Wait for it, or name another --output_dir."
+    abort_all_ranks(run.accelerator, reason if is_taken else None)
 
 
-def project_student(run, student, words):
-    """Give the student its first weights; returns the report of the projection for run.json."""
+def project_student(run, student, prompt_embeddings):
+    """Initialize the student's weights; returns the report of the projection for run.json."""
     prompts = run.training[: most_frames(run.estimator.tokens)]
     return initialize_student(
-        run.settings, student, run.files, words, prompts, run.latent_shapes[0][1:], run.accelerator
+        run.settings,
+        student,
+        run.files,
+        prompt_embeddings,
+        prompts,
+        run.latent_shapes[0][1:],
+        run.accelerator,
     )
 
 
-def make_teacher_data(run, words):
+def make_teacher_data(run, prompt_embeddings):
     """Return the TeacherData of a run; no trajectory is generated yet."""
     settings, dtype = run.settings, training_dtype(run.settings)
     teacher = Teacher(run.files, run.device, dtype, settings.teacher_residency, settings.teacher_fp8)
     pace = Pace(run.device, matrix_rate(run.device, dtype), run.accelerator.num_processes)
-    return TeacherData(run, teacher, words, pace)
+    return TeacherData(run, teacher, prompt_embeddings, pace)
 
 
 def generate_teacher_data(run, teacher_data, autoencoder):
-    """Generate the teacher's trajectories, or read them from the cache; returns figures, none where all were there."""
+    """Generate the teacher's trajectories, or read them from the cache; returns figures, {} if all were cached."""
     figures = teacher_data.generate(run, autoencoder)
     if figures:
         run.accelerator.print(
@@ -896,7 +882,7 @@ def generate_teacher_data(run, teacher_data, autoencoder):
 
 
 def make_few_steps(run):
-    """Return the FewSteps of a run: where its student stops."""
+    """Return the FewSteps of a run."""
     settings, accelerator = run.settings, run.accelerator
     return FewSteps(
         settings.flow_shift,
@@ -908,12 +894,13 @@ def make_few_steps(run):
 
 
 def check_of(run, stop):
-    """Return what a validation calls between batches: several processes stop together, after a step."""
+    """Return the function that a validation calls between batches."""
+    # Several processes stop together, after a step.
     return stop.check if run.accelerator.num_processes == 1 else lambda: None
 
 
 def begin_output(run, facts, is_resumed):
-    """Replace an earlier run's results by this run's record, now that it has all that it needs."""
+    """Replace an earlier run's results by this run's record, after everything that could fail early."""
     output, accelerator = Path(run.settings.output_dir), run.accelerator
     if accelerator.is_main_process:
         if not is_resumed:
@@ -922,14 +909,14 @@ def begin_output(run, facts, is_resumed):
     accelerator.wait_for_everyone()
     if not (output / "run.json").exists():
         raise OSError(
-            f"{output}: what rank 0 wrote there is not here. The machines of a run need one disk under "
-            f"--output_dir."
+            f"{output}: rank 0 wrote run.json, which is missing on this machine. All machines of a run need one "
+            "shared disk under --output_dir."
         )
 
 
 def build_state(run, student, teacher_data, few, stop):
-    """Return the TrainingState at step 0, which is the same whatever was in the cache."""
-    set_seed(run.settings.seed)  # again: less was drawn where the cache had it
+    """Return the TrainingState at step 0, the same with a full and with an empty cache."""
+    set_seed(run.settings.seed)  # again: a full cache draws fewer random numbers
     if run.settings.allow_tf32 and run.device.type == "cuda":  # a projection solves in full float32
         torch.set_float32_matmul_precision("high")
     run.accelerator.gradient_accumulation_steps = run.settings.gradient_accumulation_steps
@@ -946,7 +933,7 @@ def build_state(run, student, teacher_data, few, stop):
 
 
 def finish(run, state, validator, log, components_folder):
-    """Save the averaged student that validations found best, what inference needs, and how good it is."""
+    """Save the best averaged student, the components for inference, and the results."""
     settings, progress, output = run.settings, state.progress, Path(run.settings.output_dir)
     if progress.last_validation.get("step") != progress.step:
         validator(state, log)
@@ -957,7 +944,7 @@ def finish(run, state, validator, log, components_folder):
         save_components(output, components_folder, validator.scheduler)
     figures = progress.best.get("figures", progress.last_validation)
     results = {name: value for name, value in figures.items() if name != "step"}
-    if validator.teacher_data.teacher.residency == "sharded" or is_main:  # all processes hold a share of it
+    if validator.teacher_data.teacher.residency == "sharded" or is_main:  # each process holds a shard of it
         results |= validator.judge(state.student)
     if is_main:
         chosen = describe_chosen(progress, validator.measure)
@@ -972,7 +959,7 @@ def finish(run, state, validator, log, components_folder):
 
 
 def describe_chosen(progress, measure):
-    """Return which step was saved, and why, for run.json."""
+    """Return the saved step and the reason for it, for run.json."""
     if not progress.best:
         return {"step": progress.step, "why": "the last step, for every validation was rejected"}
     return {
@@ -983,7 +970,7 @@ def describe_chosen(progress, measure):
 
 
 def save_start(run, student, components_folder, facts):
-    """Save a projected student that was not trained: it samples by the teacher's schedule, as after phase velocity."""
+    """Save a projected, untrained student; it samples with the teacher's schedule, as after phase velocity."""
     settings, output = run.settings, Path(run.settings.output_dir)
     if not run.accelerator.is_main_process:
         return run.accelerator.end_training()
@@ -1002,29 +989,24 @@ def save_start(run, student, components_folder, facts):
 
 
 def resuming_command(settings):
-    """Return the command that goes on with this run; flags that would start it again are taken back once it
-    is in the folder.
-    """
-    words, again = sys.argv[1:], {"overwrite": False, "resume_from_checkpoint": "latest"}
+    """Return the command that resumes this run; it reverts flags that would start a saved run again."""
+    arguments = sys.argv[1:]
     with suppress(OSError, ValueError):
-        if is_cut_short(replace(settings, **again)):
-            words += ["--no-overwrite"] * settings.overwrite
-            words += ["--resume_from_checkpoint", "latest"] * (settings.resume_from_checkpoint == "none")
-    return command(Path(__file__).name, *words)
+        if is_cut_short(replace(settings, overwrite=False, resume_from_checkpoint="latest")):
+            arguments += ["--no-overwrite"] * settings.overwrite
+            arguments += ["--resume_from_checkpoint", "latest"] * (settings.resume_from_checkpoint == "none")
+    return command(Path(__file__).name, *arguments)
 
 
 def main(settings, is_resumed, **seams):
-    """Train in --output_dir, or print what that would need; returns the exit code.
+    """Train in --output_dir, or print the plan of a dry run; returns the exit code.
 
-    `seams` are those arguments of train() by which a benchmark or a test replaces a part of it.
+    `seams` are the arguments of train() that replace one of its components, for benchmarks and tests.
     """
     try:
         if settings.dry_run:
-            return (
-                0
-                if not is_first()
-                else plan(settings, [word for word in sys.argv[1:] if word != "--dry_run"])
-            )
+            arguments = [argument for argument in sys.argv[1:] if argument != "--dry_run"]
+            return plan(settings, arguments) if is_first() else 0
         train(settings, is_resumed, StopSignal(is_launched=is_launched()), **seams)
     except (OSError, ValueError, FloatingPointError) as error:
         defer_to_rank_zero()
@@ -1032,11 +1014,9 @@ def main(settings, is_resumed, **seams):
         return 2
     except torch.OutOfMemoryError as error:
         print(
-            f"train_distillation.py: {str(error).splitlines()[0]} What the teacher has said is kept. See "
-            f"that nothing else is on "
-            "the device, or add --overwrite and a lower --train_batch_size with more "
-            "--gradient_accumulation_steps, "
-            "--gradient_checkpointing, or --teacher_residency disk.",
+            f"train_distillation.py: {str(error).splitlines()[0]} The teacher's trajectories are kept. End other "
+            "programs on the device, or add --overwrite and a lower --train_batch_size with more "
+            "--gradient_accumulation_steps, --gradient_checkpointing, or --teacher_residency disk.",
             file=sys.stderr,
         )
         return 2
@@ -1045,8 +1025,8 @@ def main(settings, is_resumed, **seams):
             raise
         print(
             f"train_distillation.py: another process of this run is gone ({str(error).splitlines()[0]}). "
-            f"What ended it was said "
-            "by itself or its machine; the same command goes on from the newest checkpoint.",
+            "Look for the reason in its output or in the log of its machine; the same command resumes from the "
+            "newest checkpoint.",
             file=sys.stderr,
         )
         return 2
@@ -1058,6 +1038,6 @@ def main(settings, is_resumed, **seams):
 
 
 if __name__ == "__main__":
-    gc.freeze()  # and are not looked through again
+    gc.freeze()  # the collector skips the objects of imports
     gc.enable()
     sys.exit(main(SETTINGS, IS_RESUMED))

@@ -202,7 +202,7 @@ def test_processes_stop_together_and_where_one_is_killed_the_other_ends_and_the_
     assert codes == [2, -9] and time.monotonic() - began < 100
     assert (
         "another process of this run is gone" in said[0]
-        and "the same command goes on" in said[0]
+        and "the same command resumes" in said[0]
         and "Traceback" not in said[0]
     )
     assert latest_checkpoint(folder) == (checkpoint_path(folder, 4), [])

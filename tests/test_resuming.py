@@ -419,9 +419,7 @@ def test_states_on_the_own_path_that_are_gone_are_asked_for(folder):
     for own in folder.glob("cache/own-path-*"):
         shutil.rmtree(own)
     code, said = train(folder, "--checkpointing_steps", "1")
-    assert (
-        code == 2 and "the states that the student met at step 4 are gone" in said and "Put them back" in said
-    )
+    assert code == 2 and "the rollout of step 4 is missing" in said and "Put it back" in said
 
 
 # ---- a full disk -------------------------------------------------------------------------------------------
@@ -531,7 +529,7 @@ def test_memory_that_runs_out_ends_the_run_with_what_to_try(folder):
     assert (
         code == 2
         and "Traceback" not in said
-        and "Tried to allocate 2.00 GiB. What the teacher has said is kept." in said
+        and "Tried to allocate 2.00 GiB. The teacher's trajectories are kept." in said
     )
     code, said = train(folder, "--overwrite", "--train_batch_size", "8", "--gradient_accumulation_steps", "2")
     assert code == 0 and "teacher trajectories" not in said and "2 x 8 a step" in said

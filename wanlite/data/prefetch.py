@@ -1,7 +1,7 @@
 """Batches that are read and copied to the device while the step before them computes."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +13,7 @@ PREFETCHED_BATCHES = 2  # that are read before they are used
 
 def read_ahead(
     read: Callable[[Any], Any], jobs: Iterable, device: str | torch.device, ahead: int = PREFETCHED_BATCHES
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Yield `read(job)`, tensors in dicts and tuples, on `device` for each of `jobs` in order.
 
     One thread reads; it ends with this generator, also if that is closed early. An error of `read` is raised in

@@ -1,1 +1,1 @@
-"""Losses, steps, optimizers, state, validation, the run folder."""
+"""Losses, training steps, optimizers, training state, validation and the run folder."""

@@ -1,4 +1,4 @@
-"""A phase's states -> its micro-batches, in the order that its seed decides, from any step on."""
+"""Micro-batches of a phase, in an order that depends only on its seed, from any step on."""
 
 from contextlib import contextmanager
 from functools import partial
@@ -12,38 +12,38 @@ from ..runtime.signals import Stopped
 def micro_batches(phase, run, state, teacher_data, prefetched=None):
     """Yield an iterator of a phase's micro-batches from the current step on: (tensors by name, TextTokens).
 
-    The iterator raises Stopped before the next micro-batch where the run was asked to stop. `prefetched` is
-    how many are read ahead; None stands for PREFETCHED_BATCHES on CUDA, else 0.
+    The iterator raises Stopped in place of a micro-batch after a signal to stop. `prefetched` micro-batches
+    are read ahead; None stands for PREFETCHED_BATCHES on CUDA, else 0.
     """
     settings, accelerator = run.settings, run.accelerator
-    data, each = phase.data(state, teacher_data, phase.first), settings.gradient_accumulation_steps
+    data, per_step = phase.data(state, teacher_data, phase.first), settings.gradient_accumulation_steps
     numbers = SeededBatches(
         data.sizes,
         settings.train_batch_size * accelerator.num_processes,
         phase.seed,
-        (state.progress.step - phase.first) * each,
-        (phase.last - phase.first) * each,
+        (state.progress.step - phase.first) * per_step,
+        (phase.last - phase.first) * per_step,
     )
     if prefetched is None:
         prefetched = PREFETCHED_BATCHES if accelerator.device.type == "cuda" else 0
-    coming = read_ahead(
+    upcoming = read_ahead(
         partial(_read, accelerator, data, teacher_data), numbers, accelerator.device, prefetched
     )
     try:
-        yield _until_stopped(teacher_data.pace.deal(coming), state, accelerator.num_processes)
+        yield _until_stopped(teacher_data.pace.deal(upcoming), state, accelerator.num_processes)
     finally:
-        coming.close()
+        upcoming.close()
 
 
 def _read(accelerator, data, teacher_data, numbers):
-    """Read this process's rows of a micro-batch, and the prompts' embeddings beside them."""
+    """Return this process's rows of a micro-batch, and the embeddings of their prompts."""
     batch = data.__getitems__(data.in_order(numbers)[accelerator.process_index :: accelerator.num_processes])
     prompts = [teacher_data.training[number] for number in batch["prompt"].tolist()]
-    return batch, teacher_data.words.pack(prompts)
+    return batch, teacher_data.prompt_embeddings.pack(prompts)
 
 
 def _until_stopped(batches, state, num_processes):
-    """Yield batches; several processes stop together, after a step in which any of them was asked to."""
+    """Yield batches until a signal to stop; several processes stop together, after the same step."""
     for batch in batches:
         if state.is_stopping or (num_processes == 1 and state.stop is not None and state.stop.is_set):
             raise Stopped

@@ -1,13 +1,14 @@
-"""Nested training state -> checkpoints/step-000500/, and the newest checkpoint that verifies -> state again.
+"""Checkpoints: training state -> checkpoints/step-000500/ -> training state.
 
-Tensors go to one safetensors file, everything else to JSON: no pickle is written and none is opened. A
-manifest with the sha256 of both, the step and the facts that a resumed run has to share is written last.
+Tensors go to one safetensors file, everything else to JSON; pickles are neither written nor read. A manifest
+with the sha256 of both, the step and the facts that a resumed run must share is written last.
 """
 
 import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,24 +20,27 @@ from ..files.dtypes import find_non_finite
 TENSORS, REST = "state.safetensors", "state.json"
 
 
-def checkpoint_path(folder, step):
+def checkpoint_path(folder: str | Path, step: int) -> Path:
     return Path(folder) / "checkpoints" / f"step-{step:06d}"
 
 
-def save_checkpoint(folder, step, state, facts, keep):
-    """Save the training state after `step`, a dict, and keep the newest `keep` checkpoints, at least two.
+def save_checkpoint(
+    folder: str | Path, step: int, state: dict[str, Any], facts: dict[str, Any], keep: int
+) -> None:
+    """Save the training state after `step`, and keep the newest `keep` checkpoints, at least two.
 
-    `state` is made of dicts, lists, numbers, text, tensors, and whatever has a state_dict. Raises
-    FloatingPointError, and writes nothing, where a tensor is not finite; OSError where the disk is full: then
-    every earlier checkpoint stays. Earlier ones go only once this one verifies.
+    `state` is built of dicts, lists, numbers, text, tensors and objects with a state_dict. Raises
+    FloatingPointError for a tensor that is not finite, before anything is written, and OSError for a full
+    disk. Older checkpoints are deleted only after this one verifies.
     """
-    path, tensors = checkpoint_path(folder, step), {}
+    path = checkpoint_path(folder, step)
+    tensors: dict[str, torch.Tensor] = {}
     if path.exists() and _why_unusable(path) is None:
         return
     rest = _pack(state, "", tensors)
     if broken := find_non_finite(tensors):
         raise FloatingPointError(
-            f"{broken[0]} holds NaN or infinity at step {step}, which is not saved; earlier ones are in "
+            f"{broken[0]} holds NaN or infinity at step {step}. That step is not saved; earlier checkpoints are in "
             f"{path.parent}. Run again with --overwrite and lower learning rates."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,15 +50,15 @@ def save_checkpoint(folder, step, state, facts, keep):
         with new_folder(path, step=step, facts=facts) as partial:
             save_file(tensors, partial / TENSORS)
             (partial / REST).write_text(json.dumps(rest), encoding="utf-8")
-    except SafetensorError as error:  # how the library says that a disk became full meanwhile
+    except SafetensorError as error:  # of the library, for a disk that fills up during the save
         raise OSError(f"{path}: {error}") from None
     if _why_unusable(path) is None:
         for older in _checkpoints(folder)[: -max(2, keep)]:
             shutil.rmtree(older)
 
 
-def load_checkpoint(path):
-    """Return the state in a checkpoint that verifies."""
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the training state in a verified checkpoint; raises OSError if it cannot be read."""
     try:
         tensors = load_file(path / TENSORS)
         return _unpack(json.loads((path / REST).read_text(encoding="utf-8")), tensors)
@@ -64,29 +68,28 @@ def load_checkpoint(path):
         ) from None
 
 
-def restore(parts, state):
-    """Load the saved state into `parts`, a dict of the same names; raises OSError for that of other networks."""
-    for name, part in parts.items():
+def restore(components: dict[str, Any], state: dict[str, Any]) -> None:
+    """Load the saved state into `components`, a dict of the same names; raises OSError for other networks' state."""
+    for name, component in components.items():
         try:
-            if isinstance(part, list):  # of optimizers or schedules
-                for each, its_state in zip(part, state[name], strict=True):
+            if isinstance(component, list):  # of optimizers or schedules
+                for each, its_state in zip(component, state[name], strict=True):
                     each.load_state_dict(its_state)
-            elif hasattr(part, "load_state_dict"):
-                part.load_state_dict(state[name])
+            elif hasattr(component, "load_state_dict"):
+                component.load_state_dict(state[name])
             else:
-                parts[name] = state[name]
+                components[name] = state[name]
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise OSError(
-                f"the checkpoint's {name} is not that of this run ({reason}). Move the checkpoint away, and "
-                f"the run "
-                "goes on from an earlier one; or add --overwrite to start again."
+                f"the checkpoint's {name} is not that of this run ({reason}). Move the checkpoint away to resume "
+                "from an earlier one, or add --overwrite to start again."
             ) from None
 
 
-def latest_checkpoint(folder):
+def latest_checkpoint(folder: str | Path) -> tuple[Path | None, list[str]]:
     """Return (newest checkpoint that verifies or None, a line for each newer one that was skipped)."""
-    skipped = []
+    skipped: list[str] = []
     for path in reversed(_checkpoints(folder)):
         reason = _why_unusable(path)
         if reason is None:
@@ -96,15 +99,15 @@ def latest_checkpoint(folder):
 
 
 def _why_unusable(path):
-    """Return why a checkpoint is not what it was saved as, or None where it is."""
+    """Return the reason why a checkpoint does not verify, or None."""
     if reason := find_corruption(path):
         return reason
-    said = read_manifest(path).get("step")
-    return None if said == _step(path) else f"its manifest says step {said}"
+    step = (read_manifest(path) or {}).get("step")
+    return None if step == _step(path) else f"its manifest is of step {step}"
 
 
 def _checkpoints(folder):
-    """Return the run's checkpoints by rising step; folders of other names, as a user's backup, are none."""
+    """Return the run's checkpoints by rising step, without folders of other names, such as a user's backup."""
     paths = (Path(folder) / "checkpoints").glob("step-*")
     return sorted((path for path in paths if re.fullmatch(r"step-\d+", path.name)), key=_step)
 
@@ -114,22 +117,21 @@ def _step(path):
 
 
 def _remove_leftovers(folder):
-    """Remove what killed saves left: they would fill the disk."""
+    """Remove the partial folders of interrupted saves, which would fill the disk."""
     for kind in ("partial", "old"):
         for path in folder.glob(f".step-*.{kind}"):
-            if (
-                kind == "partial" or (folder / path.name[1:-4]).exists()
-            ):  # else it was set aside and is all there is
+            # An old folder without its replacement is the only copy of that step.
+            if kind == "partial" or (folder / path.name[1:-4]).exists():
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def _pack(value, name, tensors):
-    """Return `value` as JSON can hold it; tensors go to `tensors` under their path."""
+    """Return `value` in types of JSON; its tensors go to `tensors` under their path."""
     value = value.state_dict() if hasattr(value, "state_dict") else value
     if isinstance(value, torch.Tensor):
         tensors[name] = value.detach().contiguous()
         return {"tensor": name}
-    if isinstance(value, dict):  # as pairs, for keys may be numbers
+    if isinstance(value, dict):  # as pairs, since keys may be numbers
         return {"pairs": [[key, _pack(inner, f"{name}/{key}", tensors)] for key, inner in value.items()]}
     if isinstance(value, (list, tuple)):
         return [_pack(inner, f"{name}/{index}", tensors) for index, inner in enumerate(value)]

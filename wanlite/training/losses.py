@@ -39,9 +39,9 @@ def push_apart(
 ) -> Tensor:
     """Return the velocity to an image that is farther from others of its prompt, by `gain` times the distance.
 
-    A regression predicts the mean of all that does not follow from the noise, so its images of a prompt
-    differ less than the teacher's. `velocity` leads to the teacher's `image`; `other_velocity` is the
-    student's, of the same prompt from `other_noise`, all at `noise_level` (B,); shapes (B, C, H, W). The
+    A regression predicts the mean over everything that the noise does not determine, so its images of a
+    prompt differ less than the teacher's. `velocity` leads to the teacher's `image`; `other_velocity` is the
+    student's, for the same prompt and `other_noise`, all at `noise_level` (B,); shapes (B, C, H, W). The
     student's images from other noise average to the prompt's mean image: moving away from them keeps the mean
     and enlarges the deviations from it.
     """

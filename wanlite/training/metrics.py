@@ -14,14 +14,14 @@ from ..world import shapes
 Draw = Callable[[Sequence[str]], np.ndarray]  # captions -> images (B, 64, 64, 3) uint8
 
 # Limits (lowest, highest) of figures relative to the teacher's; a student beyond one is rejected. Diversity has
-# no upper limit: a student that does not yet follow its captions has more, and its image_error shows it.
+# no upper limit: it is higher in a student that does not yet follow its captions, and image_error shows that.
 GUARDS = {"channel_drift": (0.0, 0.3), "saturation": (0.75, 1.33), "diversity": (0.6, math.inf)}
 
 
 def prompt_accuracy(draw: Draw, captions: Sequence[str], world: Any = shapes) -> dict[str, float | None]:
     """Judge images generated for captions of a tiny world: shares 0..1, overall, by attribute, by object count.
 
-    Raises ValueError for a caption that the world's judge cannot read.
+    Raises ValueError for a caption that the judge of the world cannot read.
     """
     scenes = [world.read_caption(caption) for caption in captions]
     if None in scenes:
@@ -54,7 +54,7 @@ def compare(
     captions: Sequence[str],
     world: Any = shapes,
 ) -> dict[str, Any]:
-    """Judge teacher and student on the same captions; {} for captions of no tiny world.
+    """Judge teacher and student on the same captions; {} for captions that are not of a tiny world.
 
     `draw_student` is {number of steps: function}; `num_steps` is the student's default.
     """
@@ -75,7 +75,7 @@ def compare(
 def diversity(images_by_seed: np.ndarray) -> float:
     """Return the mean distance between images of one caption over seeds, in grey levels 0..255, over all captions.
 
-    Shape: (captions, seeds, 64, 64, 3). Compare it with the teacher's: that of a collapsed student is near 0.
+    Shape: (captions, seeds, 64, 64, 3). Compare it with the teacher's; a collapsed student is near 0.
     """
     images = images_by_seed.astype(np.float32)
     seeds = images.shape[1]
@@ -107,7 +107,7 @@ def likeness(
 
 
 def find_guard_violations(figures: Mapping[str, float]) -> list[str]:
-    """Describe the figures of likeness() that are beyond GUARDS."""
+    """Return a description of each figure of likeness() that is beyond GUARDS."""
     return [
         f"{name.replace('channel', 'colour').replace('_', ' ')} {figures[name]:.2f}, "
         f"{f'at least {lowest:g}' if figures[name] < lowest else f'at most {highest:g}'}"
@@ -117,7 +117,7 @@ def find_guard_violations(figures: Mapping[str, float]) -> list[str]:
 
 
 def channel_drift(latents: torch.Tensor, teacher_latents: torch.Tensor) -> float:
-    """Return the distance of a channel's mean from the teacher's, in the teacher's deviations, of the worst channel.
+    """Return the largest distance of a channel's mean from the teacher's, in the teacher's standard deviations.
 
     Shapes: (B, C, H, W).
     """
@@ -126,7 +126,7 @@ def channel_drift(latents: torch.Tensor, teacher_latents: torch.Tensor) -> float
 
 
 def channel_spread(latents: torch.Tensor, teacher_latents: torch.Tensor) -> float:
-    """Return the standard deviation of a channel over the teacher's: the channel farthest from 1.
+    """Return the ratio of a channel's standard deviation to the teacher's, for the channel farthest from 1.
 
     Shapes: (B, C, H, W).
     """
@@ -141,7 +141,7 @@ def saturation(images: np.ndarray) -> float:
 
 
 def frechet_distance(images: np.ndarray, others: np.ndarray, width: int = 32) -> float:
-    """Return the Frechet distance of two sets of images in a random feature space; unlike FID, of no trained network.
+    """Return the Frechet distance of two sets of images in a random feature space, without FID's trained network.
 
     Features are `width` channels of two seeded random convolutions with ReLU, averaged over the image.
     Shapes: (B, h, w, 3). Source of the distance: Dowson and Landau 1982.
@@ -151,9 +151,8 @@ def frechet_distance(images: np.ndarray, others: np.ndarray, width: int = 32) ->
     )
     values, vectors = np.linalg.eigh(covariance)
     root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-    overlap = np.sqrt(
-        np.linalg.eigvalsh(root @ other_covariance @ root).clip(min=0)
-    ).sum()  # trace of the product's root
+    # Trace of the square root of the product of both covariances.
+    overlap = np.sqrt(np.linalg.eigvalsh(root @ other_covariance @ root).clip(min=0)).sum()
     return float(
         np.square(mean - other_mean).sum() + np.trace(covariance) + np.trace(other_covariance) - 2 * overlap
     )
@@ -165,10 +164,10 @@ def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _random_features(images: np.ndarray, width: int) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
-    states = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    features = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     for channels, size in ((24, 5), (width, 3)):
-        kernel = torch.randn(channels, states.shape[1], size, size, generator=generator)
-        states = functional.relu(
-            functional.conv2d(states, kernel / kernel[0].numel() ** 0.5, stride=2, padding=size // 2)
+        kernel = torch.randn(channels, features.shape[1], size, size, generator=generator)
+        features = functional.relu(
+            functional.conv2d(features, kernel / kernel[0].numel() ** 0.5, stride=2, padding=size // 2)
         )
-    return states.mean((2, 3)).double().numpy()
+    return features.mean((2, 3)).double().numpy()

@@ -18,7 +18,7 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Return AdamW for a network and its `head`, and Muon for the matrices of its blocks unless its rate is 0.
 
-    `rate` replaces --learning_rate; Muon's rate keeps its ratio to it. `is_fused` updates all of AdamW's
+    `rate` replaces --learning_rate, and Muon's rate keeps its ratio to that. `is_fused` updates all of AdamW's
     tensors in one kernel.
     """
     rate = settings.learning_rate if rate is None else rate
@@ -28,8 +28,10 @@ def make_optimizers(
         for name, p in network.named_parameters()
         if muon_rate and name.startswith("blocks.") and p.ndim == 2
     ]
-    taken = {id(p) for p in matrices}
-    others = [p for p in chain(network.parameters(), head.parameters() if head else ()) if id(p) not in taken]
+    in_muon = {id(p) for p in matrices}
+    others = [
+        p for p in chain(network.parameters(), head.parameters() if head else ()) if id(p) not in in_muon
+    ]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
             others,
@@ -47,7 +49,7 @@ def make_optimizers(
 def make_lr_schedulers(
     settings: Any, optimizers: Iterable[torch.optim.Optimizer]
 ) -> list[torch.optim.lr_scheduler.LambdaLR]:
-    """Return the schedule of every optimizer's rate over the whole run."""
+    """Return a learning-rate schedule over the whole run for each optimizer."""
     return [
         get_scheduler(
             settings.lr_scheduler,

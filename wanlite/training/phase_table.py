@@ -1,4 +1,4 @@
-"""The phases that a run trains: the loss of each and the data that it learns from.
+"""The phases of a run: the loss of each and its training data.
 
 A loss is called as `loss(networks, settings, batch, text, progress, generator)`, see steps.py; data as
 `data(state, teacher_data, first)`, with the first step of the phase, and returns Buckets. To train another
@@ -15,12 +15,12 @@ from ..data.datasets import Buckets, FewStepStates
 from ..runtime.ranks import broadcast
 from .steps import few_step_regression, matching_step, velocity_step
 
-SEEDS_A_PHASE = 1000  # by which the seeds of two phases' batches differ
+SEEDS_PER_PHASE = 1000  # distance between the seeds of two phases' batches
 
 
 @dataclass(frozen=True)
 class PhaseParts:
-    """What defines a phase, whenever it is trained."""
+    """The loss and the data of a phase, without its steps."""
 
     loss: Callable
     data: Callable
@@ -28,7 +28,7 @@ class PhaseParts:
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a run: steps `first` to `last`, of which the latter belongs to the next phase."""
+    """One phase of a run: the steps from `first` on, before `last`."""
 
     name: str
     first: int
@@ -37,23 +37,28 @@ class Phase:
     loss: Callable
     data: Callable
 
-    def progress(self, step):
-        """Return how far a step lies in the phase: 0 to 1."""
+    def progress(self, step: int) -> float:
+        """Return the position of a step in the phase: 0 to 1."""
         return (step - self.first) / (self.last - self.first)
 
 
 def phases_to_train(run, table):
-    """Return the phases of a run in order, with the losses and the data of a table."""
+    """Return the phases of a run in order, with their losses and data from `table`."""
     return [
         Phase(
-            name, first, last, run.settings.seed + SEEDS_A_PHASE * number, table[name].loss, table[name].data
+            name,
+            first,
+            last,
+            run.settings.seed + SEEDS_PER_PHASE * number,
+            table[name].loss,
+            table[name].data,
         )
         for number, (name, first, last) in enumerate(run.phases)
     ]
 
 
 def velocity_states(state, teacher_data, first):
-    """Return every state of the teacher's trajectories, and those at real images."""
+    """Return all states of the teacher's trajectories, and its states at real images."""
     return Buckets(
         [
             states + at_images if at_images else states
@@ -63,9 +68,9 @@ def velocity_states(state, teacher_data, first):
 
 
 def few_step_states(state, teacher_data, first):
-    """Return the states that few steps pass, with a rollout of the averaged student at step `first`.
+    """Return the states of few-step solves, with a rollout of the averaged student at step `first`.
 
-    The student is that of the first step also where a run resumes later: its digest is in the progress.
+    A run that resumes later reads the same rollout: the student's digest is in the progress.
     """
     few, progress = state.networks.few, state.progress
     with state.averaged() as student:
@@ -82,16 +87,16 @@ def few_step_states(state, teacher_data, first):
     )
 
 
-def weights_digest(network):
+def weights_digest(network: torch.nn.Module) -> str:
     """Return the sha256 of a network's weights."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for tensor in network.state_dict().values():
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return found.hexdigest()
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 PHASES = {
     "velocity": PhaseParts(velocity_step, velocity_states),
     "few_step": PhaseParts(few_step_regression, few_step_states),
     "matching": PhaseParts(matching_step, few_step_states),
-}  # by the names of phases.PHASE_NAMES
+}  # names: phases.PHASE_NAMES

@@ -1,13 +1,13 @@
-"""The output folder of a run: what it saves and resumes from, and what inference reads.
+"""The output folder of a run: checkpoints to resume from, and the files that inference reads.
 
     config.json, diffusion_pytorch_model.safetensors     the student
-    scheduler/ tokenizer/ text_encoder/ vae/             what inference needs beside it; model_index.json for stock diffusers
+    scheduler/ tokenizer/ text_encoder/ vae/             the other components of inference; model_index.json for stock diffusers
     run.json                                             settings, versions, seeds, fingerprints, results
     checkpoints/step-000500/                             resumable state, each with a manifest that is written last
     samples/ logs/ cache/ metrics.jsonl README.md
 
-A save replaces an older one only when it is complete on disk, and only files that a run writes are deleted. No
-torch is imported, so that a wrong folder is refused at once.
+Saves are atomic, and only files that a run writes are deleted. This module does not import torch, so that a
+wrong folder is refused at once.
 """
 
 import json
@@ -34,7 +34,7 @@ from ..files.file_names import (
 )
 from ..files.json_files import DOWNLOADED, OWN, read_json
 
-RESULTS = (  # that clear() removes
+RESULTS = (  # removed by clear()
     *COMPONENTS,
     "scheduler",
     "checkpoints/step-*",
@@ -54,7 +54,7 @@ _RUN_LIMITS = OWN._replace(remedy="Copy it again; for a new run, move the folder
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
-    """Return run.json as a dict, {} if there is none; raises OSError for one that cannot be read."""
+    """Return run.json as a dict, {} if it is missing; raises OSError if it cannot be read."""
     path = Path(folder) / RUN
     return read_json(path, _RUN_LIMITS) if path.exists() else {}
 
@@ -72,8 +72,8 @@ def check_output_folder(
     """Return "new", or "resume" for a folder with an unfinished run under the same settings.
 
     A folder with a projected student that was never trained counts as new. Raises ValueError for a finished
-    run without `overwrite`, for a run of other settings, and for a folder with other content. Only the
-    `settings` that decide the result are given and compared.
+    run without `overwrite`, for a run of other settings, and for a folder with other content. `settings` are
+    those that affect the result.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -81,7 +81,7 @@ def check_output_folder(
     if not folder.exists() or all(
         path.name == "cache" or path.name.startswith(f".{RUN}.") for path in folder.iterdir()
     ):
-        return "new"  # a run that was killed before, or while, it wrote its settings
+        return "new"  # a run that was killed before its settings were complete on disk
     run = read_run(folder)
     if not isinstance(run.get("settings"), dict):
         raise ValueError(
@@ -109,7 +109,7 @@ def check_output_folder(
 
 
 def read_fitted_settings(folder: str | Path) -> dict[str, Any]:
-    """Return the settings that an unfinished run had fitted to its machine."""
+    """Return the settings that an unfinished run adapted to its machine; raises ValueError if it has none."""
     run = read_run(folder)
     if not isinstance(run.get("fitted"), dict):
         raise ValueError(
@@ -145,8 +145,8 @@ def check_resumable(folder: str | Path, run: dict[str, Any], log: Callable[[str]
 def clear(folder: str | Path) -> None:
     """Remove an earlier run's results, and nothing else.
 
-    run.json is the last: after an interruption the folder is still that of a run. cache/ stays: its content
-    is checked against its inputs.
+    run.json is removed last, so that the folder is still that of a run after an interruption. cache/ stays:
+    its content is checked against its inputs.
     """
     for name in (*RESULTS, RUN):
         for entry in Path(folder).glob(name):
@@ -160,7 +160,7 @@ def clear(folder: str | Path) -> None:
 
 
 def save_components(folder: str | Path, components_folder: str | Path, scheduler: Any) -> None:
-    """Copy the components for inference beside the student; write the scheduler and the index for stock diffusers.
+    """Copy the components of inference beside the student; write the scheduler and the index for stock diffusers.
 
     `components_folder` holds vae/, text_encoder/ and tokenizer/ in diffusers' layout.
     """
@@ -192,7 +192,7 @@ def save_components(folder: str | Path, components_folder: str | Path, scheduler
 def _write_index(weights: Path) -> None:
     """Write an index for one file of weights.
 
-    diffusers reads it first: with `subfolder` and no index there, it would read the file of this name in the
+    diffusers reads the index first: without one in `subfolder`, it would read the file of this name in the
     parent folder, which is the student's.
     """
     index = weights.with_name(f"{weights.name}.index.json")
@@ -210,16 +210,16 @@ def _write_index(weights: Path) -> None:
 
 
 def _copy_files(source: Path, target: Path) -> None:
-    """Copy contents without permissions: a teacher's folder may be read-only."""
+    """Copy files without their permissions: a teacher's folder may be read-only."""
     for path in sorted(source.rglob("*")):
         if path.is_file() and path != source / MANIFEST:
-            place = target / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, place)
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def check_saved_components(folder: str | Path) -> None:
-    """Raise OSError for missing components of a saved student, or for files of other sizes than were written."""
+    """Raise OSError if components of a saved student are missing, or if their files have other sizes."""
     folder = Path(folder)
     if missing := [
         component for component in ("scheduler", *COMPONENTS) if not (folder / component).is_dir()
@@ -249,7 +249,7 @@ def write_model_card(
         for name, value in results.get("prompt_accuracy", {}).items()
     )
     measured = f"Measured on held-out prompts:\n\n{measured}" if results else ""
-    made = "projected, and not yet trained," if settings.project_only else "distilled"
+    origin = "projected, and not yet trained," if settings.project_only else "distilled"
     width, height = image_size(settings.resolution)
     note = f" It was trained for {' or '.join(map(str, few_steps))} steps." if few_steps else ""
     (Path(folder) / MODEL_CARD).write_text(
@@ -259,7 +259,7 @@ pipeline_tag: text-to-image
 ---
 # A WanLiteStudent
 
-A text-to-image model {made} from `{Path(settings.teacher).name}`; it generates images of {width} x {height} pixels
+A text-to-image model {origin} from `{Path(settings.teacher).name}`; it generates images of {width} x {height} pixels
 in {settings.num_inference_steps} steps, without guidance.{note}
 
     {command} --prompt "..."
@@ -278,7 +278,7 @@ With stock diffusers, no code of this project:
 
 
 class MetricsLog:
-    """metrics.jsonl, one record a line; records after the step that a run resumes from are dropped.
+    """metrics.jsonl, one record per line; a resumed run drops the records after its checkpoint at `step`.
 
     `seconds` is the duration of the run up to that step.
     """

@@ -1,6 +1,6 @@
-"""Everything that training writes while it runs: metrics, trackers, grids, checkpoints and the progress bar.
+"""Output of a run during training: metrics, trackers, grids, checkpoints and the progress bar.
 
-A full disk costs a record or a checkpoint, never the run.
+A full disk loses a record or a checkpoint, and training continues.
 """
 
 import time
@@ -20,7 +20,7 @@ LOG_STEPS = 10
 class RunLog:
     """The log of a run whose record in run.json is `facts`; it continues after `step`.
 
-    `pace` is a Pace; `began` is when this process began, in seconds since the epoch.
+    `pace` is a Pace; `began` is the start of this process, in seconds since the epoch.
     """
 
     def __init__(self, run, facts, step, pace, began):
@@ -29,7 +29,8 @@ class RunLog:
         self._start_trackers(step)
         is_main = self.accelerator.is_main_process
         self.metrics = MetricsLog(self.folder / "metrics.jsonl", step) if is_main else None
-        self.began = began - (self.metrics.seconds if is_main else 0)  # with the time before an interruption
+        # The time before an interruption counts.
+        self.began = began - (self.metrics.seconds if self.metrics is not None else 0)
         self.bar = tqdm(
             total=run.settings.max_train_steps,
             initial=step,
@@ -40,19 +41,20 @@ class RunLog:
         )
 
     def _start_trackers(self, step):
-        """Start the trackers; what was logged after the checkpoint is logged again."""
+        """Start the trackers; a resumed run logs the steps after its checkpoint again."""
         tensorboard = {"purge_step": step + 1} if step else {}
         self.accelerator.init_trackers(
             "wanlite", init_kwargs={"tensorboard": tensorboard, "wandb": {"dir": str(self.folder)}}
         )
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
+        """Duration of the run so far."""
         return time.time() - self.began
 
     def record(self, step, grid=None, **figures):
         """Write a record to metrics.jsonl and the trackers; `grid` is {title of a row: images}."""
-        if not self.accelerator.is_main_process:
+        if self.metrics is None:  # only the main process writes
             return
         try:
             self.metrics.write(step=step, **figures)
@@ -65,7 +67,7 @@ class RunLog:
             self.accelerator.print(f"WARNING: step {step} is not logged: {error}")
 
     def record_step(self, phase, state, measured):
-        """Count a step, and record its StepFigures every LOG_STEPS steps, at a phase's end and where it was skipped."""
+        """Count a step; record its StepFigures every LOG_STEPS steps, at the end of a phase and if it was skipped."""
         step = state.progress.step
         self.bar.update()
         if step % LOG_STEPS and step != phase.last and measured.is_sound:
@@ -86,7 +88,7 @@ class RunLog:
         )
 
     def checkpoint(self, state):
-        """Save a checkpoint of the current step, on the first process."""
+        """Save a checkpoint of the current step, on the main process."""
         if self.accelerator.is_main_process:
             try:
                 state.save(self.folder, self.facts, self.run.settings.checkpoints_total_limit)
@@ -97,4 +99,4 @@ class RunLog:
                     f"The newest checkpoint is {newest}; training continues."
                 )
         self.accelerator.wait_for_everyone()
-        self.pace.restart()  # saving is no part of a step
+        self.pace.restart()  # the time of a save does not count for a step
