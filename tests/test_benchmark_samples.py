@@ -76,7 +76,7 @@ def test_a_sample_of_methods_is_trained_and_judged_beside_the_teacher(tmp_path):
     reference, student = rows["teacher, guided", 40], rows["student", 4]
     assert reference["accuracy"] > 0.9 and (
         reference["drift"],
-        reference["diversity"],
+        reference["variety"],
         reference["spread"],
     ) == (0, 1, 1)
     assert (

@@ -229,7 +229,7 @@ def projected_run(tmp_path_factory):
 
 def test_projecting_alone_announces_no_training_and_ends_with_the_command_that_draws(projected_run):
     folder, said = projected_run
-    assert not any(word in said for word in ("teacher pictures", "steps", "minutes", "trajectories"))
+    assert not any(word in said for word in ("teacher images", "steps", "minutes", "trajectories"))
     *_, saved, then = said.splitlines()
     assert saved == f"saved to {folder}, projected and not trained"
     assert shlex.split(then) == ["next:", "python", "run_inference.py", "--model", str(folder)]
@@ -237,7 +237,7 @@ def test_projecting_alone_announces_no_training_and_ends_with_the_command_that_d
     assert (
         not run["finished"]
         and run["schedule"]["few_steps"] is None
-        and not any(run["schedule"]["parts"].values())
+        and not any(run["schedule"]["phases"].values())
     )
     assert f"{shlex.quote(str(folder))} --prompt" in (folder / "README.md").read_text()
     assert repr(str(folder)) in (folder / "README.md").read_text()

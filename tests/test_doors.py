@@ -317,7 +317,7 @@ def test_a_transformer_folder_that_leads_out_of_a_pipeline_is_not_read(run, tmp_
 def test_a_student_without_the_parts_beside_it_names_them(saved, capsys):
     with pytest.raises(SystemExit):
         read_settings(["--model", str(saved), "--prompt", PROMPT])
-    assert "put these of its run" in capsys.readouterr().err
+    assert "put those of its run" in capsys.readouterr().err
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------

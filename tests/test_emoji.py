@@ -315,7 +315,7 @@ def test_a_picture_of_another_size_is_refused():
 def test_accuracy_refuses_a_caption_of_another_world_by_name(pictures):
     with pytest.raises(
         ValueError,
-        match="'a small red circle at the left on a black background': not a caption of wanlite.world.emoji",
+        match="'a small red circle at the left on a black background': the judge reads only captions of wanlite.world.emoji",
     ):
         prompt_accuracy(
             lambda captions: pictures[:2],

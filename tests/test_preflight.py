@@ -224,10 +224,10 @@ def test_a_schedule_without_a_shift_is_named_unless_a_shift_is_given(content, tm
 
 
 @pytest.mark.parametrize("content", ["[]", "{", pytest.param("[" * 10**5, id="deep")])
-def test_a_broken_record_of_a_tiny_teacher_is_named(content, tmp_path):
-    (tmp_path / "training.json").write_text(content)
+def test_a_broken_record_of_a_tiny_teacher_is_named(content, copied):
+    (copied / "training.json").write_text(content)
     with pytest.raises(ValueError, match="training.json: not a JSON object"):
-        complete(Settings(teacher=str(tmp_path)))
+        complete(Settings(teacher=str(copied)))
 
 
 def test_a_picture_larger_than_the_teacher_places_is_refused_before_anything_is_made(tmp_path):
@@ -386,7 +386,7 @@ def test_another_text_encoder_shares_no_start_and_no_trajectories(finished_run, 
     made = {
         path.name.rpartition("-")[0] for path in (tmp_path / "cache").iterdir() if path.name not in before
     }
-    assert made == {"basis", "images", "start", "text", "trajectories"}
+    assert made == {"basis", "grid", "start", "text", "trajectories"}
 
 
 def test_a_file_of_three_prompts_trains_to_the_end(tmp_path):

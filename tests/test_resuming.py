@@ -227,7 +227,7 @@ def test_a_batch_that_was_fitted_to_a_machine_stays_when_a_run_goes_on_where_mor
     run = read_run(folder)
     write_json(folder / "run.json", {name: value for name, value in run.items() if name != "fitted"})
     code, said = train_in(60e6, "--matching_steps", "0")
-    assert code == 2 and "cut short by an older version" in said
+    assert code == 2 and "an unfinished run of an older version" in said
     write_json(folder / "run.json", run)
     monkeypatch.delattr("wanlite.planning.run.choose_precision")  # nothing is chosen again
     code, said = train_in(1e12, "--matching_steps", "0")

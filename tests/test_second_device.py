@@ -48,13 +48,13 @@ for name, free in (("there", 1e12), ("beside", 1)):
     run_inference.free_memory = lambda device: (free, free)
     pipeline = run_inference.StudentPipeline("{{run}}", "second:0")
     print(pipeline.encoder.device)
-    numpy.save("{{folder}}/" + name + ".npy", pipeline.draw({PROMPTS}, range(2), 2, 64, 96))
+    numpy.save("{{folder}}/" + name + ".npy", pipeline.generate({PROMPTS}, range(2), 2, 64, 96))
 """
 LOADS = f"""import sys
 sys.path.insert(0, "{ROOT}")
 import torch
-from wanlite.teacher import Teacher
-from wanlite.teacher_files import open_teacher_files
+from wanlite.teacher.model import Teacher
+from wanlite.teacher.checkpoint import open_teacher_files
 there, made = type(torch.zeros(1, device="second:0")), {{}}
 make = there.__new__
 there.__new__ = staticmethod(lambda cls, numbers: made.update({{numbers.data_ptr(): numbers.nbytes}}) or make(cls, numbers))
@@ -67,8 +67,8 @@ SWAPS = f"""import sys
 sys.path.insert(0, "{ROOT}")
 import torch
 from wanlite.network import pack_text
-from wanlite.teacher import Teacher
-from wanlite.teacher_files import open_teacher_files
+from wanlite.teacher.model import Teacher
+from wanlite.teacher.checkpoint import open_teacher_files
 files, latents = open_teacher_files("{ROOT / "tiny_teacher"}"), torch.randn(2, 16, 8, 8)
 def asked(teacher, device):
     text = pack_text([torch.ones(3, 64)] * 2).to(device)
@@ -130,7 +130,7 @@ def test_a_student_draws_there_what_it_draws_on_the_cpu(runs, tmp_path):
         "second:0",
         "cpu",
     ]  # where the text encoder was: the second time too little was free
-    drawn = StudentPipeline(runs[1], "cpu").draw(PROMPTS, range(2), 2, 64, 96)
+    drawn = StudentPipeline(runs[1], "cpu").generate(PROMPTS, range(2), 2, 64, 96)
     for name in ("there", "beside"):
         assert np.abs(np.load(tmp_path / f"{name}.npy").astype(int) - drawn).max() <= 1
 

@@ -58,7 +58,7 @@ def test_sides_are_multiples_of_a_token_of_the_teachers_own_autoencoder(tmp_path
     for broken in ("{", "[]", '{"scale_factor_spatial": 0}'):
         (wide / "vae/config.json").write_text(broken)
         with pytest.raises(
-            (OSError, ValueError), match="vae.*(not JSON|holds a list|does not say the autoencoder's stride)"
+            (OSError, ValueError), match="vae.*(not JSON|holds a list|expected the autoencoder's stride)"
         ):
             complete(Settings(teacher=str(wide)))
 

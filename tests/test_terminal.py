@@ -11,7 +11,7 @@ from wanlite.runtime.terminal import one_line
 
 SPEAKS = f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
-from wanlite.terminal import keep_output_open
+from wanlite.runtime.terminal import keep_output_open
 keep_output_open()
 import logging
 from tqdm import tqdm

@@ -142,7 +142,7 @@ from resource import RUSAGE_SELF, getrusage
 import torch
 from safetensors.torch import save_file
 from wanlite.data.text_encoder import check_loaded
-from wanlite.data.trajectories import write_shard
+from wanlite.data.shards import write_shard
 from wanlite.files.dtypes import find_non_finite
 from wanlite.teacher.expert_files import ExpertFiles
 folder, large = Path(sys.argv[2]), torch.nn.Linear(16384, 4096, bias=False, dtype=torch.bfloat16).requires_grad_(False)

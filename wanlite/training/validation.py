@@ -49,7 +49,7 @@ class Validator:
         num_images = max(len(self.shown), len(teacher_data.held_out))
         self.seeds = [self.settings.seed + number for number in range(num_images)]
         self.teacher_drawn = teacher_data.keep(
-            "images",
+            "grid",
             lambda: {"images": torch.from_numpy(self._draw_teacher(self.shown))},
             prompts=self.shown,
             seeds=self.seeds[: len(self.shown)],
