@@ -79,7 +79,7 @@ def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path):
         (lambda path: (path / "state.safetensors").write_bytes(b"cut"), "differs from its manifest"),
         (lambda path: (path / "state.json").unlink(), "lacks state.json"),
         (lambda path: (path / "manifest.json").unlink(), "no readable manifest"),
-        (lambda path: write_json(path / "manifest.json", read_manifest(path) | {"step": 7}), "says step 7"),
+        (lambda path: write_json(path / "manifest.json", read_manifest(path) | {"step": 7}), "is of step 7"),
     ],
 )
 def test_the_newest_checkpoint_that_verifies_is_taken_and_the_rest_is_said(tmp_path, break_it, reason):
@@ -96,7 +96,7 @@ def test_a_checkpoint_renamed_to_another_step_is_skipped(tmp_path):
     save(tmp_path, 1)
     checkpoint_path(tmp_path, 1).rename(checkpoint_path(tmp_path, 900))
     path, skipped = latest_checkpoint(tmp_path)
-    assert path is None and "says step 1" in skipped[0]
+    assert path is None and "is of step 1" in skipped[0]
 
 
 def test_state_that_verifies_and_makes_no_sense_is_an_error_that_names_it(tmp_path):

@@ -605,7 +605,7 @@ def test_the_teacher_is_asked_at_each_of_its_levels_at_noised_pictures_and_state
     trajectory_generator = TrajectoryGenerator(
         Accelerator(), teacher_for, scheduler, STEPS, basis=torch.eye(4)
     )
-    states = trajectory_generator.ask_at_images(
+    states = trajectory_generator.compute_at_images(
         tmp_path / "asked", jobs, lambda numbers: pictures[list(numbers)]
     )
     batch = states.__getitems__(range(len(states)))

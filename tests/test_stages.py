@@ -92,7 +92,7 @@ def test_a_cached_start_is_used_again_unless_the_method_version_is_another(tmp_p
     for _ in range(2):
         initialize_student(settings, student, files, words, ["a red ring"], (8, 8), accelerator)
     (folder,) = tmp_path.glob("start-*")
-    key = settings, student, files, words.said_by, ["a red ring"], (8, 8)
+    key = settings, student, files, words.encoder_digest, ["a red ring"], (8, 8)
     assert start_folder(*key) == folder != start_folder(*key, METHOD_VERSION + 1)
 
 

@@ -31,13 +31,15 @@ def sample_rows(states: Tensor, num_batches: int) -> Tensor:
 
 
 class TrajectoryGenerator:
-    """Computes the teacher's states for training, and keeps them shard by shard; shards on disk are reused.
+    """Computes the teacher's states for training, and stores them in shards; shards on disk are reused.
 
     `velocity_for(prompts, has_features)` returns the guided velocity as a function of (latents, timestep); with
     `has_features` that function returns (velocity, hidden states (B, N, D)). `basis` (D, d) is that of the hidden
     states on disk. Every rank computes its share of the shards, `in_step` with the others where the teacher is
     sharded over them.
     """
+
+    basis: Tensor  # set by find_basis() if not given
 
     def __init__(
         self,
@@ -50,7 +52,9 @@ class TrajectoryGenerator:
     ):
         self.accelerator, self.velocity_for = accelerator, velocity_for
         self.scheduler, self.num_steps = scheduler, num_steps
-        self.in_step, self.basis = in_step, basis
+        self.in_step = in_step
+        if basis is not None:
+            self.basis = basis
 
     @torch.no_grad()
     def find_basis(self, folder: Path, prompts: Sequence[str], latent_shape, width: int) -> None:
@@ -77,7 +81,7 @@ class TrajectoryGenerator:
         noise = seeded_noise(latent_shape, seeds).to(self.accelerator.device)
         return solve(self.velocity_for(prompts, True), noise, self.scheduler, self.num_steps)
 
-    def ask_at_images(
+    def compute_at_images(
         self, folder: Path, jobs: Sequence[tuple], latents_of: Callable[[Sequence], Tensor]
     ) -> Trajectories:
         """Compute the same states at real images, noised to each level of a solve, for every (number, prompt,
@@ -113,9 +117,9 @@ class TrajectoryGenerator:
                 rows = [row for row, each in enumerate(stops) if each == stop]
                 chosen = [prompts[row] for row in rows]
                 states = self._roll_out(stop, chosen, noise[rows], student_for(chosen), student_scheduler)
-                for name, part in states.items():
-                    whole = part.new_empty(len(prompts), 1, *part.shape[1:])
-                    shard.setdefault(name, whole)[rows] = part.unsqueeze(1)
+                for name, tensor in states.items():
+                    whole = tensor.new_empty(len(prompts), 1, *tensor.shape[1:])
+                    shard.setdefault(name, whole)[rows] = tensor.unsqueeze(1)
             return shard | {"prompt": torch.tensor(numbers)}
 
         return self._fill(folder, jobs, make, "student rollouts")
@@ -149,9 +153,9 @@ def _stack(steps: Iterable[tuple], basis: Tensor, numbers) -> dict[str, Tensor]:
     """
     # Unlike a loop's variable, map() holds no step while the next one is computed.
     kept = map(partial(_in_basis, basis), steps)
-    latents, timestep, noise_level, velocity, features = (
-        torch.stack(list(part)) for part in zip(*kept)
-    )  # (K, ...)
+    latents, timestep, noise_level, velocity, features = (  # (K, ...)
+        torch.stack(list(tensors)) for tensors in zip(*kept)
+    )
     return {
         "latents": latents.transpose(0, 1),
         "velocity": velocity.transpose(0, 1),
@@ -179,7 +183,7 @@ def deal_out(jobs: Sequence, num_buckets: int, seed: int) -> list[list]:
     if len(jobs) < num_buckets:
         raise ValueError(
             f"{len(jobs)} images of the teacher are fewer than the {num_buckets} sizes of --aspect_ratios: raise "
-            f"--num_trajectories, or name fewer."
+            "--num_trajectories, or name fewer sizes."
         )
     bucket_of = torch.randperm(len(jobs), generator=torch.Generator().manual_seed(seed)) % num_buckets
     return [

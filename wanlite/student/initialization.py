@@ -73,7 +73,9 @@ def initialize_student(
         log("random start: nothing is projected (the control)")
         return None
     with accelerator.main_process_first():
-        folder = start_folder(settings, student, files, prompt_embeddings.said_by, prompts, latent_size)
+        folder = start_folder(
+            settings, student, files, prompt_embeddings.encoder_digest, prompts, latent_size
+        )
     if accelerator.is_main_process:
         with in_turn(folder, log):
             if find_corruption(folder):

@@ -1,6 +1,6 @@
-"""What training changes: networks, optimizers, schedules, average and progress, as one state that is saved and restored.
+"""The training state: networks, optimizers, schedules, average and progress, saved and restored as one.
 
-`Progress` is plain JSON. `CHECKPOINTED` names the parts of a TrainingState that a checkpoint holds.
+`Progress` is plain JSON. `CHECKPOINTED` names the attributes of a TrainingState that a checkpoint holds.
 """
 
 import copy
@@ -44,7 +44,7 @@ def averaged_weights(ema, network):
 
 @dataclass
 class Progress:
-    """How far a run has come, in values that JSON can hold."""
+    """The progress of a run, in types of JSON."""
 
     step: int = 0
     phase: str = ""
@@ -65,7 +65,7 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """All that training changes. `networks` are the student and the critic as accelerate wraps them."""
+    """Everything that training updates. `networks` are the student and the critic as accelerate wraps them."""
 
     networks: Networks
     student: nn.Module
@@ -77,8 +77,8 @@ class TrainingState:
     scaler: Any = None
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
-    stop: Any = None  # a StopSignal, which every step reads
-    is_stopping: bool = False  # one of the processes was asked to stop
+    stop: Any = None  # a StopSignal, read in every step
+    is_stopping: bool = False  # one of the processes received a signal to stop
 
     @property
     def critic_optimizers(self):
@@ -86,7 +86,7 @@ class TrainingState:
 
     @contextmanager
     def averaged(self):
-        """Lend the student its averaged weights, where the run keeps an average."""
+        """Lend the student its averaged weights, if the run keeps an average."""
         with averaged_weights(self.ema, self.student) if self.ema else nullcontext():
             yield self.student
 
@@ -97,14 +97,14 @@ class TrainingState:
             self.critic.load_state_dict(self.student.state_dict())
 
     def keep_as_best(self, score, figures):
-        """Keep the weights that the student has now as the best candidate."""
+        """Keep the current weights of the student as the best candidate."""
         self.progress.best = {"step": self.progress.step, "score": score, "figures": figures}
         self.best_weights = {
             name: tensor.detach().cpu().clone() for name, tensor in self.student.state_dict().items()
         }
 
     def load_best(self):
-        """Give the student the weights that are saved: of the best candidate, else the average at the last step."""
+        """Load the weights to save into the student: the best candidate, else the average at the last step."""
         if self.best_weights:
             self.student.load_state_dict(self.best_weights)
         elif self.ema is not None:
@@ -113,36 +113,35 @@ class TrainingState:
     # ---- checkpoints ---------------------------------------------------------------------------------------
 
     def checkpointed(self):
-        """Return {name: part} of CHECKPOINTED, without those that this run does not have."""
-        parts = {name: getattr(self, name) for name in CHECKPOINTED}
-        return {name: part for name, part in parts.items() if part is not None and part != []}
+        """Return the attributes of CHECKPOINTED by name, without those that this run does not have."""
+        components = {name: getattr(self, name) for name in CHECKPOINTED}
+        return {name: value for name, value in components.items() if value is not None and value != []}
 
     def save(self, folder, facts, keep):
         """Save a checkpoint of the current step; see save_checkpoint()."""
         save_checkpoint(folder, self.progress.step, self.checkpointed(), facts, keep)
 
-    def resume(self, folder, device, say):
-        """Restore the newest checkpoint that verifies; nothing changes where none was saved yet."""
+    def resume(self, folder, device, log):
+        """Restore the newest checkpoint that verifies; without any checkpoint, nothing changes."""
         path, skipped = latest_checkpoint(folder)
         for reason in skipped:
-            say(reason)
+            log(reason)
         if path is None:
             if skipped:
                 raise OSError(
-                    f"{folder}: no checkpoint verifies, so nothing can be resumed. Add --overwrite to start "
-                    f"again."
+                    f"{folder}: no checkpoint verifies, so nothing can be resumed. Add --overwrite to start again."
                 )
             return
-        parts = self.checkpointed()
-        restore(parts, load_checkpoint(path))
-        self.best_weights = parts["best_weights"]
+        components = self.checkpointed()
+        restore(components, load_checkpoint(path))
+        self.best_weights = components["best_weights"]
         if self.ema is not None:
             self.ema.to(device)
-        say(f"resumed at step {self.progress.step} from {path}")
+        log(f"resumed at step {self.progress.step} from {path}")
 
 
 def make_training_state(run, student, teacher_data, few, stop=None):
-    """Return the TrainingState at step 0 of `student`, whose teacher is that of `teacher_data`."""
+    """Return the TrainingState at step 0 of `student`, with the teacher of `teacher_data`."""
     settings, accelerator = run.settings, run.accelerator
     is_fused = accelerator.device.type == "cuda"
     student = student.to(accelerator.device)
@@ -156,9 +155,8 @@ def make_training_state(run, student, teacher_data, few, stop=None):
         if settings.use_ema
         else None
     )
-    wrapped, wrapped_head, *_ = accelerator.prepare(
-        student, head, *optimizers
-    )  # their gradients are unscaled
+    # The optimizers are prepared too, so that accelerate unscales their gradients.
+    wrapped, wrapped_head, *_ = accelerator.prepare(student, head, *optimizers)
     networks = Networks(
         wrapped,
         wrapped_head,
@@ -183,8 +181,8 @@ def _add_critic(state, settings, accelerator):
 
 
 def compile_blocks(networks):
-    """Compile networks block by block, in place: names and weights stay as they are."""
-    torch._dynamo.config.optimize_ddp = False  # it would cut each block where gradients are sent
-    torch._dynamo.config.recompile_limit = 32  # sizes, lengths of text, with gradients and without
+    """Compile networks block by block, in place; names and weights do not change."""
+    torch._dynamo.config.optimize_ddp = False  # it would split each block at its gradient buckets
+    torch._dynamo.config.recompile_limit = 32  # image sizes, text lengths, with and without gradients
     for network in networks:
         network.compile_repeated_blocks()

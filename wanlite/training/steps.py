@@ -2,40 +2,41 @@
 
 Every step is called as `step(networks, settings, batch, text, progress, generator)`: `batch` is a dict of
 tensors on the device, `text` TextTokens of the same rows, `progress` 0..1 through the phase, `generator` the
-source of all that is random.
+source of all random numbers.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from .losses import distribution_matching_loss, feature_loss, push_apart, velocity_loss
 
-TOKENS_PER_PASS = 65536  # image tokens of a pass while a student is looked at: 64 images of 512 x 512
-MATCHED = 4  # one row in so many of a micro-batch is matched; every row anchors
+TOKENS_PER_PASS = 65536  # image tokens of a pass in a validation or rollout: 64 images of 512 x 512
+MATCHED = 4  # one in MATCHED rows of a micro-batch is matched; all rows are in the anchor loss
 
 
 @dataclass
 class Networks:
-    """What the steps ask: who learns, who is matched, and where few steps stop."""
+    """The networks of the steps: student, teacher and critic, and the few-step schedule."""
 
     student: nn.Module
     feature_head: nn.Module
-    block: int  # whose token states are compared
+    block: int  # its hidden states are compared
     guided: Callable  # TextTokens -> the guided teacher's velocity of (latents, timestep)
     unguided: Callable  # the same without guidance
-    few: Callable  # flow.FewSteps
+    few: Any  # flow.FewSteps
     critic: nn.Module | None = None
     critic_optimizers: list = field(default_factory=list)
 
 
 def velocity_step(networks, settings, batch, text, progress, generator):
-    """Stage 1: the guided velocity at the teacher's states, and its token states while these help."""
-    velocity, (states,) = networks.student(
+    """Stage 1: match the guided velocity at the teacher's states, and with falling weight its hidden states."""
+    velocity, (hidden_states,) = networks.student(
         batch["latents"].float(),
         batch["timestep"],
         text.tokens,
@@ -44,7 +45,7 @@ def velocity_step(networks, settings, batch, text, progress, generator):
         return_dict=False,
     )
     velocity_term = velocity_loss(velocity, batch["velocity"]).mean()
-    feature_term = feature_loss(networks.feature_head(states.float()), batch["features"]).mean()
+    feature_term = feature_loss(networks.feature_head(hidden_states.float()), batch["features"]).mean()
     weight = settings.feature_weight * (1 - progress)
     return velocity_term + weight * feature_term, {
         "velocity_loss": velocity_term,
@@ -53,23 +54,20 @@ def velocity_step(networks, settings, batch, text, progress, generator):
 
 
 def few_step_regression(networks, settings, batch, text, progress, generator):
-    """Stage 2a: from where few steps stop, the average velocity to the teacher's image, or from noise to a
-    more varied one.
+    """Stage 2a: match the average velocity from the states of few-step solves to the teacher's image.
+
+    With a diversity gain, the targets from noise are those of vary().
     """
-    target = (
-        vary(networks, settings.diversity_gain, batch, text, generator)
-        if settings.diversity_gain
-        else batch["velocity"]
-    )
+    target = batch["velocity"]
+    if settings.diversity_gain:
+        target = vary(networks, settings.diversity_gain, batch, text, generator)
     velocity = velocity_from(networks.student, text)(batch["latents"].float(), batch["timestep"])
     few_step_loss = velocity_loss(velocity, target).mean()
     return few_step_loss, {"few_step_loss": few_step_loss}
 
 
 def vary(networks, gain, batch, text, generator):
-    """Return the target velocities of stage 2a (B, C, H, W), those from noise moved away from what other
-    noise gives.
-    """
+    """Return the target velocities of stage 2a (B, C, H, W), those from noise pushed apart; see push_apart()."""
     rows = (batch["timestep"] == networks.few.levels[0][0]).nonzero().flatten()
     noise = networks.few.own_noise(batch["latents"].shape, generator, rows.device)[rows]
     target, noise_level = batch["velocity"].float(), batch["noise_level"][rows]
@@ -81,80 +79,70 @@ def vary(networks, gain, batch, text, generator):
 
 
 def matching_step(networks, settings, batch, text, progress, generator):
-    """Stage 2b: what few steps draw is pushed to where the teacher finds it likelier than the critic does.
+    """Stage 2b: push the student's images towards regions that the teacher finds likelier than the critic does.
 
-    The critic, a student that learns what the student draws, is updated first. What guidance pushes and what
-    the critic holds against it are drawn at noise levels of their own and logged apart; the anchor is stage
-    2a's loss. Source: DMD2 (Yin et al. 2024), decoupled DMD (Liu et al. 2025), K-DMD in SnapGen++ for the
-    critic that is pulled along.
+    The critic, a student trained on the student's images, is updated first. The push of guidance and that
+    of the critic have noise levels of their own and are logged apart; the anchor is the loss of stage 2a.
+    Source: DMD2 (Yin et al. 2024), decoupled DMD (Liu et al. 2025), K-DMD in SnapGen++ for the critic that
+    moves with the student.
     """
-    anchor, parts = few_step_regression(networks, settings, batch, text, progress, generator)
+    anchor, terms = few_step_regression(networks, settings, batch, text, progress, generator)
     text, latent_shape = text.rows(slice(0, max(1, len(text.tokens) // MATCHED))), batch["latents"].shape[1:]
     for _ in range(settings.critic_updates):
         with torch.no_grad():
-            drawn = draw(networks, text, generator, latent_shape)
-        parts["critic_loss"] = update_critic(networks, settings, drawn, text, generator)
-    drawn = draw(networks, text, generator, latent_shape)
-    for name, here, there in (
+            images = draw(networks, text, generator, latent_shape)
+        terms["critic_loss"] = update_critic(networks, settings, images, text, generator)
+    images = draw(networks, text, generator, latent_shape)
+    for name, towards, away_from in (
         ("guidance", networks.guided, networks.unguided),
         ("critic", networks.unguided, partial(velocity_from, networks.critic)),
     ):
-        noisy, _, timestep, noise_level = networks.few.renoise(drawn, generator, is_one_level=True)
+        noisy, _, timestep, noise_level = networks.few.renoise(images, generator, is_one_level=True)
         with torch.no_grad():
-            towards, from_there = (maker(text)(noisy, timestep) for maker in (here, there))
-        parts[f"{name}_push"] = distribution_matching_loss(
-            drawn, noisy, noise_level, towards, from_there
-        ).mean()
-    matching = parts["guidance_push"] + parts["critic_push"]
-    return matching + settings.anchor_weight * anchor, parts
+            velocities = [velocity_for(text)(noisy, timestep) for velocity_for in (towards, away_from)]
+        terms[f"{name}_push"] = distribution_matching_loss(images, noisy, noise_level, *velocities).mean()
+    matching = terms["guidance_push"] + terms["critic_push"]
+    return matching + settings.anchor_weight * anchor, terms
 
 
-def update_critic(networks, settings, drawn, text, generator):
-    """Let the critic learn what the student draws, and pull it a little towards the student; returns its
-    loss.
-    """
-    noisy, noise, timestep, _ = networks.few.renoise(drawn, generator)
-    loss = velocity_loss(velocity_from(networks.critic, text)(noisy, timestep), noise - drawn).mean()
+def update_critic(networks, settings, images, text, generator):
+    """Train the critic on the student's images and move it a little towards the student; returns its loss."""
+    noisy, noise, timestep, _ = networks.few.renoise(images, generator)
+    loss = velocity_loss(velocity_from(networks.critic, text)(noisy, timestep), noise - images).mean()
     loss.backward()
     nn.utils.clip_grad_norm_(networks.critic.parameters(), settings.max_grad_norm)
     for optimizer in networks.critic_optimizers:
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        for weight, aim in zip(networks.critic.parameters(), networks.student.parameters()):
-            weight.lerp_(aim, settings.critic_lerp)
+        for weight, student_weight in zip(networks.critic.parameters(), networks.student.parameters()):
+            weight.lerp_(student_weight, settings.critic_lerp)
     return loss.detach()
 
 
 def draw(networks, text, generator, latent_shape=None):
-    """Return the student's images of `text`, from new noise and one stop drawn at random; `latent_shape` as
-    in FewSteps.draw.
-    """
+    """Return the student's images of `text` from new noise, at a random stop; see FewSteps.draw()."""
     velocity_of = velocity_from(networks.student, text)
     return networks.few.draw(len(text.tokens), velocity_of, generator, text.tokens.device, latent_shape)
 
 
 def velocity_from(network, text):
-    """Return a student's, or a critic's, velocity as a function of (latents, timestep); guidance is baked
-    into it.
-    """
+    """Return the velocity of a student or critic as a function of (latents, timestep), without guidance."""
     return lambda latents, timestep: network(
         latents, timestep, text.tokens, text_logit_bias=text.logit_bias, return_dict=False
     )[0]
 
 
 def velocity_in_chunks(network, text):
-    """As velocity_from(), but TOKENS_PER_PASS image tokens at a time: all rows of large images would fill the
-    memory.
-    """
+    """Like velocity_from(), with at most TOKENS_PER_PASS image tokens per pass, which bounds the memory."""
 
     def velocity_of(latents, timestep):
         tokens = latents.shape[-2] * latents.shape[-1] // math.prod(network.config.patch_size)
         rows = max(1, TOKENS_PER_PASS // tokens)
         return torch.cat(
             [
-                velocity_from(network, text.rows(part))(latents[part], timestep[part])
-                for part in (slice(start, start + rows) for start in range(0, len(latents), rows))
+                velocity_from(network, text.rows(chunk))(latents[chunk], timestep[chunk])
+                for chunk in (slice(start, start + rows) for start in range(0, len(latents), rows))
             ]
         )
 

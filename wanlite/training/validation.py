@@ -43,7 +43,7 @@ class Validator:
         self.states, by_seed = teacher_data.validation_states
         self.num_seeds = count_validated(self.settings.validation_trajectories, len(self.validated))[1]
         self.trajectories = [
-            teacher_references(each, teacher_data.words, self.validated, autoencoder)
+            teacher_references(each, teacher_data.prompt_embeddings, self.validated, autoencoder)
             for each in (self.states, by_seed)
         ]
         num_images = max(len(self.shown), len(teacher_data.held_out))
@@ -116,7 +116,12 @@ class Validator:
     def held_out_error(self, student):
         """Return the student's velocity error on held-out trajectories; see relative_error()."""
         return relative_error(
-            student, self.states, self.teacher_data.words, self.validated, self.autoencoder.device, self.check
+            student,
+            self.states,
+            self.teacher_data.prompt_embeddings,
+            self.validated,
+            self.autoencoder.device,
+            self.check,
         )
 
     def draw_grid(self, student, figures_by_steps):
@@ -158,7 +163,7 @@ class Validator:
         return generate_images(
             velocity_for,
             self.autoencoder,
-            [self.teacher_data.words[prompt] for prompt in prompts],
+            [self.teacher_data.prompt_embeddings[prompt] for prompt in prompts],
             self.seeds,
             scheduler,
             num_steps,
