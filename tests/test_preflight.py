@@ -142,7 +142,7 @@ def test_validations_use_training_prompts_as_well_where_few_are_held_out():
             "--matching_steps without --few_step_train_steps",
         ),
         ({"few_steps": [3]}, "--few_steps 3 does not divide --teacher_steps 20"),
-        ({"few_steps": [1, 2]}, "--num_inference_steps 4 is none of --few_steps 1 2"),
+        ({"few_steps": [1, 2]}, "--num_inference_steps 4 is not one of --few_steps 1 2"),
         ({"matching_steps": 5, "mixed_precision": "fp16"}, "goes with --mixed_precision no or bf16"),
     ],
 )
@@ -189,7 +189,7 @@ def test_every_number_has_bounds():
         ({"num_images": 3}, "--num_images is 3, expected --images beside it"),
         ({"project_only": True, "student": "here"}, "--project_only saves what is projected, and"),
         ({"project_only": True, "projection": "none"}, "--project_only saves what is projected, and"),
-        ({"validation_prompts": ["a red cup", "  "]}, "--validation_prompts has one that says nothing"),
+        ({"validation_prompts": ["a red cup", "  "]}, "--validation_prompts has an empty prompt"),
         ({"logging_dir": "../elsewhere"}, "--logging_dir ../elsewhere: is not inside --output_dir"),
         ({"logging_dir": "/elsewhere"}, "--logging_dir /elsewhere: is not inside --output_dir"),
         ({"cache_dir": str(TRAIN)}, "is a file, expected a folder"),
@@ -218,7 +218,7 @@ def test_a_schedule_without_a_shift_is_named_unless_a_shift_is_given(content, tm
     )
     (tmp_path / "teacher/scheduler/scheduler_config.json").write_text(content)
     asked = Settings(teacher=str(tmp_path / "teacher"), resolution=64)
-    with pytest.raises(ValueError, match="scheduler_config.json: says no flow_shift .*add --flow_shift"):
+    with pytest.raises(ValueError, match="scheduler_config.json: has no flow_shift .*add --flow_shift"):
         complete(asked)
     assert complete(replace(asked, flow_shift=5.0)).flow_shift == 5.0
 
@@ -234,7 +234,7 @@ def test_a_picture_larger_than_the_teacher_places_is_refused_before_anything_is_
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", "--resolution", "64", "1040", "--dry_run")
     assert (
         process.returncode == 2
-        and "a side of 1,040 pixels is more than this teacher places" in process.stderr
+        and "a side of 1,040 pixels is more than this teacher supports" in process.stderr
     )
     assert "Traceback" not in process.stderr
 
@@ -290,14 +290,14 @@ STAGE_TWO = {"max_train_steps": 6, "few_step_train_steps": 6, "flow_shift": 3.0,
         ({"finished": False}, "holds no finished run"),
         (
             {"finished": False, "projected_only": True},
-            "holds a projected start, and nothing was trained of it",
+            "holds a projected initialization that was not trained",
         ),
         ({"schedule": None}, "was saved by an older version"),
-        ({"schedule": [1]}, "its run.json does not say a run's schedule"),
-        ({"schedule": {"phases": [1]}}, "does not say the phases of its schedule"),
+        ({"schedule": [1]}, "its run.json does not hold a run's schedule"),
+        ({"schedule": {"phases": [1]}}, "does not hold the phases of its schedule"),
         (
             {"teacher": None, "student": {}, "settings": [1]},
-            "does not say a run's teacher, student, settings. Copy the folder again",
+            "does not hold a run's teacher, student, settings. Copy the folder again",
         ),
         ({"schedule": {"phases": {"velocity": 0, "few_step": 3}}}, "has not been through stage 1"),
         (
@@ -329,7 +329,7 @@ def test_distribution_matching_wants_a_student_of_few_steps(saved):
 
 
 def test_a_shape_that_is_not_the_students_is_refused(saved):
-    with pytest.raises(ValueError, match="has hidden_size 64, and --hidden_size says 32. Leave the flag out"):
+    with pytest.raises(ValueError, match="has hidden_size 64, and --hidden_size is 32. Leave the flag out"):
         complete(Settings(student=str(saved()), hidden_size=32, **STAGE_TWO))
 
 

@@ -1,16 +1,16 @@
-"""Settings of a run, checked before torch is imported: what cannot work is refused at once, with what to do."""
+"""Settings of a run -> ValueError if they cannot work, with what to do, before torch is imported."""
 
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from ..phases import FEW_STEP_SHARE
 
 
-def check_all(checks, together=False):
-    """Run checks one after the other; the first that fails raises, or where `together` all that do in one, a
-    line each.
-    """
+def check_all(checks: Iterable[Callable[[], object]], together: bool = False) -> None:
+    """Run checks in order; the first failure raises, or if `together` all failures in one error, a line each."""
     failed = []
     for check in checks:
         try:
@@ -23,44 +23,47 @@ def check_all(checks, together=False):
         raise ValueError("\n".join(dict.fromkeys(failed)))
 
 
-def check_together(settings):
-    """Refuse settings that contradict each other, prompts that say nothing, and places that nothing can be
-    written to.
-    """
+def check_together(settings: Any) -> None:
+    """Raise ValueError for settings that contradict each other, empty prompts and unusable folders."""
+    _check_data(settings)
+    _check_folders(settings)
+    _check_modes(settings)
+
+
+def _check_data(settings):
     if settings.num_images is not None and settings.images is None:
         raise ValueError(f"--num_images is {settings.num_images}, expected --images beside it.")
     if 0 < (settings.rollout_states or 0) < len(settings.aspect_ratios or ()):
         raise ValueError(
-            f"--rollout_states is {settings.rollout_states}, expected 0, or at least one for each of "
-            f"the "
+            f"--rollout_states is {settings.rollout_states}, expected 0, or at least one for each of the "
             f"{len(settings.aspect_ratios)} --aspect_ratios."
         )
     if any(not prompt.strip() for prompt in settings.validation_prompts or ()):
-        raise ValueError(
-            "--validation_prompts has one that says nothing, expected words in each. Leave it out."
-        )
-    if (
-        settings.cache_dir is not None
-        and Path(settings.cache_dir).exists()
-        and not Path(settings.cache_dir).is_dir()
-    ):
-        raise ValueError(f"--cache_dir {settings.cache_dir}: is a file, expected a folder. Name another.")
+        raise ValueError("--validation_prompts has an empty prompt, expected words in each. Leave it out.")
+
+
+def _check_folders(settings):
+    cache = settings.cache_dir
+    if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
+        raise ValueError(f"--cache_dir {cache}: is a file, expected a folder. Name another.")
     output = Path(settings.output_dir).absolute()
     if not Path(os.path.normpath(output / settings.logging_dir)).is_relative_to(output):
         raise ValueError(
-            f"--logging_dir {settings.logging_dir}: is not inside --output_dir, expected a folder's name, as "
-            f"logs."
+            f"--logging_dir {settings.logging_dir}: is not inside --output_dir, expected the name of a folder, "
+            "for example logs."
         )
+
+
+def _check_modes(settings):
     if settings.project_only and (settings.student is not None or settings.projection == "none"):
         raise ValueError(
             "--project_only saves what is projected, and --student or --projection none projects nothing. "
-            "Leave one "
-            "of them out."
+            "Leave one of them out."
         )
     if settings.expert == "best_per_block" and settings.projection == "calibrated":
         raise ValueError(
-            "--expert best_per_block goes with --projection weights: a student is calibrated against one expert. Add "
-            "--projection weights, or choose --expert low or high."
+            "--expert best_per_block goes with --projection weights: a student is calibrated against one "
+            "expert. Add --projection weights, or choose --expert low or high."
         )
     if settings.matching_steps and settings.mixed_precision == "fp16":
         raise ValueError(
@@ -68,8 +71,8 @@ def check_together(settings):
         )
 
 
-def check_compiler():
-    """Refuse --compile where there is no C++ compiler, which torch builds its kernels with."""
+def check_compiler() -> None:
+    """Raise ValueError if there is no C++ compiler: with --compile torch builds its kernels with one."""
     names = [name for name in (os.environ.get("CXX"), "g++", "clang++", "c++", "cl") if name]
     if not any(map(shutil.which, names)):
         raise ValueError(
@@ -79,12 +82,10 @@ def check_compiler():
         )
 
 
-def complete_steps(settings):
-    """Return (few_steps, few_step_train_steps): the numbers of steps in rising order, and how many steps of training
-    are for them.
+def complete_steps(settings: Any) -> tuple[list[int], int]:
+    """Return few_steps in rising order, and few_step_train_steps.
 
-    Raises ValueError where the phases do not fit into --max_train_steps, or a number of steps is none that can
-    be trained.
+    Raises ValueError if the phases do not fit into --max_train_steps, or a number of steps cannot be trained.
     """
     few_steps = sorted(set(settings.few_steps))
     few_step_train_steps = settings.few_step_train_steps
@@ -92,44 +93,50 @@ def complete_steps(settings):
         few_step_train_steps = round(
             FEW_STEP_SHARE * max(0, settings.max_train_steps - settings.matching_steps)
         )
-    rest = settings.max_train_steps - few_step_train_steps - settings.matching_steps
-    if rest < 0:
-        raise ValueError(
-            f"--few_step_train_steps {few_step_train_steps} and --matching_steps {settings.matching_steps} are more than "
-            f"--max_train_steps {settings.max_train_steps}, which counts them in. Raise that, or lower these."
-        )
-    if settings.matching_steps and not few_step_train_steps and settings.student is None:
-        raise ValueError(
-            "--matching_steps without --few_step_train_steps: distribution matching goes on from a student that "
-            "draws in "
-            "few steps. Raise --few_step_train_steps, or name such a student with --student DIR."
-        )
-    if rest == 0 and settings.student is None:
-        raise ValueError(
-            f"--few_step_train_steps {few_step_train_steps} leaves no step of stage 1, and few-step training starts from a "
-            f"student "
-            "of stage 1. Lower it, or name such a student with --student DIR."
-        )
+    _check_phases(settings, few_step_train_steps)
     if few_step_train_steps or settings.matching_steps:
-        for count in few_steps:
-            if count < 1 or settings.teacher_steps % count:
-                raise ValueError(
-                    f"--few_steps {count} does not divide --teacher_steps {settings.teacher_steps}: students "
-                    f"stop "
-                    "only where the teacher does. Choose divisors, as 1 2 4."
-                )
-        if settings.num_inference_steps not in few_steps:
-            raise ValueError(
-                f"--num_inference_steps {settings.num_inference_steps} is none of --few_steps "
-                f"{' '.join(map(str, few_steps))}, for which the student is trained. Choose one of them."
-            )
+        _check_few_steps(settings, few_steps)
     return few_steps, few_step_train_steps
 
 
-def check_batch(settings, states, ranks):
-    """Refuse, before the teacher is asked, a batch larger than the states of a phase, as count_states() has
-    them.
-    """
+def _check_phases(settings, few_step_train_steps):
+    """Raise ValueError if the phases are longer than the run, or a phase lacks the student it starts from."""
+    rest = settings.max_train_steps - few_step_train_steps - settings.matching_steps
+    if rest < 0:
+        raise ValueError(
+            f"--few_step_train_steps {few_step_train_steps} and --matching_steps {settings.matching_steps} "
+            f"are more than --max_train_steps {settings.max_train_steps}, which includes them. Raise that, or "
+            "lower these."
+        )
+    if settings.matching_steps and not few_step_train_steps and settings.student is None:
+        raise ValueError(
+            "--matching_steps without --few_step_train_steps: distribution matching starts from a student "
+            "that draws in few steps. Raise --few_step_train_steps, or name such a student with --student DIR."
+        )
+    if rest == 0 and settings.student is None:
+        raise ValueError(
+            f"--few_step_train_steps {few_step_train_steps} leaves no step of stage 1, and few-step training "
+            "starts from a student of stage 1. Lower it, or name such a student with --student DIR."
+        )
+
+
+def _check_few_steps(settings, few_steps):
+    """Raise ValueError for numbers of steps that the teacher's steps or the student's do not include."""
+    for count in few_steps:
+        if count < 1 or settings.teacher_steps % count:
+            raise ValueError(
+                f"--few_steps {count} does not divide --teacher_steps {settings.teacher_steps}: students stop "
+                "only where the teacher does. Choose divisors, for example 1 2 4."
+            )
+    if settings.num_inference_steps not in few_steps:
+        raise ValueError(
+            f"--num_inference_steps {settings.num_inference_steps} is not one of --few_steps "
+            f"{' '.join(map(str, few_steps))}, for which the student is trained. Choose one of them."
+        )
+
+
+def check_batch(settings: Any, states: dict[str, int], ranks: int) -> None:
+    """Raise ValueError for a batch larger than the states of a phase, as count_states() returns them."""
     rows = settings.train_batch_size * ranks
     for phase, count in states.items():
         if count < rows:
@@ -141,55 +148,78 @@ def check_batch(settings, states, ranks):
             )
 
 
-def check_student(run, settings, folder):
-    """Refuse to go on from a saved student whose run does not fit this one.
+def check_student(run: dict[str, Any], settings: Any, folder: Path) -> None:
+    """Raise ValueError if a saved student does not fit this run; `run` is the run.json of its `folder`."""
+    _check_finished(run, folder)
+    _check_record(run, folder)
+    _check_stages(run["schedule"]["phases"], settings, folder)
+    _check_same(run, settings, folder)
 
-    `run` is its run.json, `folder` where it lies.
-    """
 
-    def refuse(what):
-        raise ValueError(f"--student {folder}: {what}")
+def _refuse_student(folder: Path, problem: str) -> NoReturn:
+    raise ValueError(f"--student {folder}: {problem}")
 
+
+def _check_finished(run, folder):
     if run.get("projected_only"):
-        refuse(
-            "holds a projected start, and nothing was trained of it. Leave --student out: a run with this "
-            "--cache_dir or "
-            "--output_dir starts there."
+        _refuse_student(
+            folder,
+            "holds a projected initialization that was not trained. Leave --student out: a run with this "
+            "--cache_dir or --output_dir starts there.",
         )
     if not run.get("finished"):
-        refuse("holds no finished run. Let it finish with the command that began it.")
+        _refuse_student(folder, "holds no finished run. Finish it with the command that started it.")
+
+
+def _check_record(run, folder):
+    """Raise ValueError if run.json lacks an entry that the other checks read."""
     if "schedule" not in run:
-        refuse(
-            "was saved by an older version, which did not record the schedule it was trained for. Train it "
-            "again, or leave "
-            "--student out to start from the teacher's weights."
+        _refuse_student(
+            folder,
+            "was saved by an older version, which did not record the training schedule. Train it again, or "
+            "leave --student out to start from the teacher's weights.",
         )
     kinds = {"teacher": str, "student": dict, "settings": dict, "schedule": dict}
     if odd := [name for name, kind in kinds.items() if not run.get(name) or not isinstance(run[name], kind)]:
-        refuse(f"its run.json does not say a run's {', '.join(odd)}. Copy the folder again.")
-    phases = run["schedule"].get("phases")
-    if not isinstance(phases, dict):
-        refuse("its run.json does not say the phases of its schedule. Copy the folder again.")
-    is_velocity_left = settings.max_train_steps > settings.few_step_train_steps + settings.matching_steps
-    if not is_velocity_left and not phases.get("velocity"):
-        refuse(
-            f"has not been through stage 1 (its phases are {phases}). Lower --few_step_train_steps, so that steps of "
-            f"stage 1 are left, "
-            "or name another student."
+        _refuse_student(
+            folder, f"its run.json does not hold a run's {', '.join(odd)}. Copy the folder again."
         )
-    if not is_velocity_left and not settings.few_step_train_steps and not phases.get("few_step"):
-        refuse(
-            f"does not draw in few steps yet (its phases are {phases}), and distribution matching goes on from "
-            f"a student that "
-            "does. Raise --few_step_train_steps, or name another student."
+    if not isinstance(run["schedule"].get("phases"), dict):
+        _refuse_student(
+            folder, "its run.json does not hold the phases of its schedule. Copy the folder again."
         )
-    then, shape, now = run["settings"], run["student"], vars(settings)
+
+
+def _check_stages(phases, settings, folder):
+    """Raise ValueError if this run skips a stage that the student has not been through either."""
+    if settings.max_train_steps > settings.few_step_train_steps + settings.matching_steps:
+        return
+    if not phases.get("velocity"):
+        _refuse_student(
+            folder,
+            f"has not been through stage 1 (its phases are {phases}). Lower --few_step_train_steps, so that "
+            "steps of stage 1 are left, or name another student.",
+        )
+    if not settings.few_step_train_steps and not phases.get("few_step"):
+        _refuse_student(
+            folder,
+            f"does not draw in few steps yet (its phases are {phases}), and distribution matching starts from "
+            "a student that does. Raise --few_step_train_steps, or name another student.",
+        )
+
+
+def _check_same(run, settings, folder):
+    """Raise ValueError if the student was trained with other settings or has another shape."""
+    trained, shape, current = run["settings"], run["student"], vars(settings)
     for name in ("guidance_scale", "guidance_scale_2", "negative_prompt", "flow_shift", "resolution"):
-        if then.get(name) != now[name]:
-            refuse(
-                f"was trained with {name} {then.get(name)!r}, this run has {now[name]!r}. Use the same, or "
-                f"leave --student out."
+        if trained.get(name) != current[name]:
+            _refuse_student(
+                folder,
+                f"was trained with {name} {trained.get(name)!r}, this run has {current[name]!r}. Use the same, "
+                "or leave --student out.",
             )
     for name in ("hidden_size", "depth", "num_heads", "ffn_dim"):
-        if now[name] is not None and now[name] != shape.get(name):
-            refuse(f"has {name} {shape.get(name)}, and --{name} says {now[name]}. Leave the flag out.")
+        if current[name] is not None and current[name] != shape.get(name):
+            _refuse_student(
+                folder, f"has {name} {shape.get(name)}, and --{name} is {current[name]}. Leave the flag out."
+            )

@@ -80,7 +80,7 @@ class MemoryEstimator:
         token, places = stride * self.student.config.patch_size[1], self.student.config.rope_max_seq_len
         if (side := max(max(size) for size in sizes)) > token * places:
             raise ValueError(
-                f"--resolution: a side of {side:,} pixels is more than this teacher places; the most is "
+                f"--resolution: a side of {side:,} pixels is more than this teacher supports; the most is "
                 f"{token * places:,}. Lower it, or choose other --aspect_ratios."
             )
         self.pixels = math.prod(sizes[0])

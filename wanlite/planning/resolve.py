@@ -176,7 +176,7 @@ def _complete_shift(teacher, settings):
             raise ValueError(f"{shift} is not above 0")
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{path}: says no flow_shift ({error}). Download it again, or add --flow_shift."
+            f"{path}: has no flow_shift ({error}). Download it again, or add --flow_shift."
         ) from None
     return float(shift)
 
