@@ -32,10 +32,10 @@ from wanlite.planning.memory import (
     generation_peak,
     largest_batch,
     pass_peak,
+    report,
     simulated_peak,
     start_peaks,
     teacher_bytes,
-    tell,
     training_peak,
 )
 from wanlite.planning.resolve import complete
@@ -362,7 +362,7 @@ def test_what_lies_on_the_disk_is_not_needed_again(tmp_path, monkeypatch):
     )
 
     def wrong():
-        return tell(
+        return report(
             phases, {cache: 10**7, tmp_path / "run": 5 * 10**6}, "cpu", 1, "both", {"both": (1, 0)}, 8, 1, 1
         )
 
@@ -388,9 +388,9 @@ def test_each_phase_that_does_not_fit_is_named(tmp_path):
     }
     for large, word in names.items():
         phases = {name: 2 if name == large else 1 for name in names}
-        found = tell(phases, {tmp_path: 1}, "cpu", 1, "both", {"both": (1, 0)}, 8, 1, 1)
+        found = report(phases, {tmp_path: 1}, "cpu", 1, "both", {"both": (1, 0)}, 8, 1, 1)
         assert len(found) == 1 and word in found[0]
-    assert not tell(dict.fromkeys(names, 1), {tmp_path: 1}, "cpu", 1, "both", {"both": (1, 0)}, 8, 1, 1)
+    assert not report(dict.fromkeys(names, 1), {tmp_path: 1}, "cpu", 1, "both", {"both": (1, 0)}, 8, 1, 1)
 
 
 @pytest.fixture(scope="module")

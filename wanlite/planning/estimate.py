@@ -39,10 +39,10 @@ from .memory import (
     generation_peak,
     largest_batch,
     pass_peak,
+    report,
     simulated_peak,
     start_peaks,
     teacher_bytes,
-    tell,
     text_bytes,
     training_peak,
     trajectory_bytes,
@@ -121,7 +121,7 @@ class MemoryEstimator:
         )
 
     def generation_bytes(self, settings, at_once=SHARD_SIZE):
-        """Return the bytes of the teacher, where it is while it is asked, and of so many num_generated under way."""
+        """Return the bytes of the teacher, where it is while it runs, and of `at_once` trajectories under way."""
         dtype, residency = training_dtype(settings), place_teacher(settings, self.files, self.device)
         rows = min(2 * at_once, max(1, TOKENS_AT_ONCE // self.tokens))  # half of them for guidance
         kept = generation_bytes(
@@ -141,8 +141,8 @@ class MemoryEstimator:
         )
 
     def matching(self, settings, rows):
-        """Return the bytes of distribution matching: the critic learns beside the student, and the teacher is
-        asked.
+        """Return the bytes of distribution matching: the critic learns beside the student, and the teacher
+        runs.
         """
         critic = self.training(settings, max(1, rows // MATCHED)) - self.drawing
         return self.training(settings, rows) + critic + self.generation_bytes(settings)
@@ -181,63 +181,21 @@ class MemoryEstimator:
             rows = max(1, min(rows, states))
         return replace(settings, train_batch_size=rows, gradient_accumulation_steps=micro_batches or 1)
 
-    def tell(self, settings, training, held_out, images):
-        """Say what is needed and what there is; returns what does not fit, and what would, in words."""
-        phases = self._start_phases(settings, training)
-        converted = sum(
-            map(
-                num_bytes,
-                {place for component, place in self.found.items() if not is_converted(self.found, component)},
-            )
-        )
-        disk = {
-            settings.cache_dir: self.weights
-            + converted
-            + text_bytes([*training, *held_out], self.files.config["text_dim"])
-            + SPARE,
-            settings.output_dir: self.weights + sum(map(num_bytes, set(self.found.values()))) + SPARE,
-        }
+    def report(self, settings, training, held_out, images):
+        """Print the memory and disk that the run needs and what is free; return the problems in words."""
+        phases, disk = self._start_phases(settings, training), self._start_disk(settings, training, held_out)
         if settings.project_only:
-            return tell(phases, disk, self.device, self.free)
+            return report(phases, disk, self.device, self.free)
         num_generated = len(images) + count_trajectories(settings, len(training))
-        dtype, residency = training_dtype(settings), place_teacher(settings, self.files, self.device)
         validated = len(choose_validated(training, held_out))
-        num_validated, several = count_validated(settings.validation_trajectories, validated)
-        drawn = max(num_validated, several**2)
-        together = min(drawn, max(1, DECODED_AT_ONCE // self.pixels))
+        phases |= self._training_phases(settings, num_generated, validated)
+        self._add_disk(disk, settings, num_generated, validated)
+        dtype, residency = training_dtype(settings), place_teacher(settings, self.files, self.device)
         placed = {
             place: teacher_bytes(self.files, place, dtype, settings.teacher_fp8, local_processes())
             for place in dict.fromkeys((*RESIDENCIES, residency))
         }
-        phases |= {
-            "trajectories": self.generation_bytes(settings, min(SHARD_SIZE, max(num_generated, drawn)))
-            + self.drawing
-            + self.weights,
-            "training": self.training(settings, settings.train_batch_size),
-            "validation": self.idle_bytes
-            + self.weights
-            + at_depth(  # what is lent keeps its place
-                lambda chunks: decoding_peak(
-                    self.make_autoencoder, decode_latents, chunks * together, self.latent_shape, self.peak
-                ),
-                -(-drawn // together),
-            ),
-        }
-        if settings.matching_steps:
-            phases["matching"] = self.matching(settings, settings.train_batch_size)
-        remembered = (self.idle_bytes + self.weights) * (
-            1.5 if settings.matching_steps else 1
-        )  # with the best student so far
-        seen = num_generated + num_validated + min(several, validated) * several
-        disk[settings.cache_dir] += trajectory_bytes(
-            seen,
-            settings.teacher_steps,
-            self.largest,
-            self.tokens,
-            feature_width(settings, self.shape["hidden_size"]),
-        )
-        disk[settings.output_dir] += (settings.checkpoints_total_limit + 1) * remembered
-        return tell(
+        return report(
             phases,
             disk,
             self.device,
@@ -249,8 +207,52 @@ class MemoryEstimator:
             self.base_bytes,
         )
 
+    def _start_disk(self, settings, training, held_out):
+        """Return {folder: bytes} of the start, the converted components, the text and the saved student."""
+        places = {place for name, place in self.found.items() if not is_converted(self.found, name)}
+        text = text_bytes([*training, *held_out], self.files.config["text_dim"])
+        return {
+            settings.cache_dir: self.weights + sum(map(num_bytes, places)) + text + SPARE,
+            settings.output_dir: self.weights + sum(map(num_bytes, set(self.found.values()))) + SPARE,
+        }
+
+    def _training_phases(self, settings, num_generated, validated):
+        """Return {phase: bytes} of generation, training, validation and matching."""
+        num_validated, several = count_validated(settings.validation_trajectories, validated)
+        drawn = max(num_validated, several**2)
+        together = min(drawn, max(1, DECODED_AT_ONCE // self.pixels))
+        generating = self.generation_bytes(settings, min(SHARD_SIZE, max(num_generated, drawn)))
+        decoding = at_depth(
+            lambda chunks: decoding_peak(
+                self.make_autoencoder, decode_latents, chunks * together, self.latent_shape, self.peak
+            ),
+            -(-drawn // together),
+        )
+        phases = {
+            "trajectories": generating + self.drawing + self.weights,
+            "training": self.training(settings, settings.train_batch_size),
+            "validation": self.idle_bytes + self.weights + decoding,
+        }
+        if settings.matching_steps:
+            phases["matching"] = self.matching(settings, settings.train_batch_size)
+        return phases
+
+    def _add_disk(self, disk, settings, num_generated, validated):
+        """Add the trajectories to the cache, and the checkpoints to the output."""
+        num_validated, several = count_validated(settings.validation_trajectories, validated)
+        best = 1.5 if settings.matching_steps else 1  # with the best student so far
+        disk[settings.cache_dir] += trajectory_bytes(
+            num_generated + num_validated + min(several, validated) * several,
+            settings.teacher_steps,
+            self.largest,
+            self.tokens,
+            feature_width(settings, self.shape["hidden_size"]),
+        )
+        checkpoint = (self.idle_bytes + self.weights) * best
+        disk[settings.output_dir] += (settings.checkpoints_total_limit + 1) * checkpoint
+
     def _start_phases(self, settings, training):
-        """Return the bytes of what comes before the teacher is asked."""
+        """Return the bytes of what comes before the teacher runs."""
         frames = calibration_frames(settings, training, self.tokens)
         comparing, calibrating = start_peaks(
             self.files, (PROBE_ROWS, PROBE_SIZE), frames, self.latent_shape[1:], self.peak

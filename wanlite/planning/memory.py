@@ -1,5 +1,4 @@
-"""What a run will need, told before it begins: memory phase by phase, disk, work; no weight is read and none
-is allocated.
+"""Predicted memory by phase, disk and time of a run; no weight is read or allocated.
 
 Memory is not guessed by formulas: each phase is run once on tensors that have shapes and no contents, and the
 bytes that are alive at its peak are counted.
@@ -36,7 +35,7 @@ class MemoryMeter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
-        self._known = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
@@ -146,7 +145,8 @@ def pass_peak(files, rows, latent_size, dtype, peak=simulated_peak):
                 torch.zeros(rows, TEXT),
             )
 
-    weights, before = [], torch.get_default_dtype()
+    weights: list[int] = []
+    before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # a network without contents cannot be cast
     try:
         return peak(work) - weights[0]
@@ -176,7 +176,7 @@ def start_peaks(files, probe, frames, latent_size, peak=simulated_peak):
         torch.Size(shape).numel() for name, (*_, shape) in expert.places.items() if name.startswith("blocks.")
     )
     held = 4 * (expert.num_parameters - blocks + blocks // files.config["num_layers"])
-    comparing = len(files.experts) * held + pass_peak(files, *probe, torch.float32, peak)
+    comparing = len(files.experts) * held + pass_peak(files, probe[0], probe[1], torch.float32, peak)
     calibrating = held + pass_peak(files, frames, latent_size, torch.float32, peak) if frames else 0
     return comparing if len(files.experts) > 1 else 0, calibrating
 
@@ -263,7 +263,8 @@ def estimate(student, files, passes, states, tokens, latent_size, device, dtype)
         )
     twin, rows = type(student)(dict(student.config)).to(device), int(min(64, TIMED // one_state))
     words = torch.zeros(rows, 24, student.config.text_dim, device=device)
-    latents, seconds = torch.randn(rows, student.config.num_channels, *latent_size, device=device), []
+    latents = torch.randn(rows, student.config.num_channels, *latent_size, device=device)
+    seconds: list[float] = []
     for _ in range(3):
         began = time.perf_counter()
         twin(latents, torch.full((rows,), 500.0, device=device), words, return_dict=False)[
@@ -285,7 +286,8 @@ def matrix_rate(device, dtype, widest=8192, patience=0.02):
     first = torch.ones(width, width, device=device, dtype=dtype)
     (first @ first)[0, 0].item()  # not timed: on a GPU it loads a library first
     while width <= widest:
-        matrix, seconds = torch.randn(width, width, device=device).to(dtype), []
+        matrix = torch.randn(width, width, device=device).to(dtype)
+        seconds: list[float] = []
         while len(seconds) < 3 and sum(seconds) < 3 * patience:
             began = time.perf_counter()
             (matrix @ matrix)[0, 0].item()  # waits until it is there
@@ -305,15 +307,15 @@ def free_disk(folder):
 
 def bytes_there(folder, *apart):
     """Return the bytes of the files in a folder, without those in folders `apart` that may lie in it."""
-    apart = [Path(each).absolute() for each in apart]
+    others = [Path(each).absolute() for each in apart]
     return sum(
         path.stat().st_size
         for path in Path(folder).absolute().rglob("*")
-        if path.is_file() and not any(path.is_relative_to(each) for each in apart)
+        if path.is_file() and not any(path.is_relative_to(each) for each in others)
     )
 
 
-# ---- said --------------------------------------------------------------------------------------------------
+# ---- report ------------------------------------------------------------------------------------------------
 
 
 def largest_batch(rows, peak, rest, free):
@@ -328,11 +330,10 @@ def largest_batch(rows, peak, rest, free):
     return fits
 
 
-def tell(phases, disk, device, free, residency=None, placed=None, rows=0, accumulated=0, rest=0):
-    """Say what `phases` and `disk`, {what: bytes}, need and what is free; returns what does not fit, with
-    what would, in words.
+def report(phases, disk, device, free, residency=None, placed=None, rows=0, accumulated=0, rest=0):
+    """Print the bytes of `phases` and `disk`, {name: bytes}, and what is free; return the problems in words.
 
-    `placed` is {residency: teacher_bytes()}, None where the teacher is not asked; `rest` is what training
+    `placed` is {residency: teacher_bytes()}, None if the teacher does not run; `rest` is what training
     takes without activations.
     """
     print(f"memory   {gigabytes(free)} free on {device}")

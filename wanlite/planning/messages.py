@@ -1,4 +1,4 @@
-"""What a user is told: what will happen, how it ended, and what to type next."""
+"""A Run and its results -> the lines a user reads: the plan, the result, the next command."""
 
 import importlib.metadata
 import platform
@@ -16,12 +16,12 @@ PROJECTING = (
 MIN_CAPTIONS = 20  # of which a share drawn right means something
 
 
-def announce(run, say):
+def announce(run, log):
     """Print what a Run will do, before it does anything."""
     settings, student, files = run.settings, run.estimator.student, run.files
     sizes = " + ".join(f"{expert.num_parameters / 1e6:,.2f} M" for expert in files.experts.values())
     is_full = settings.mixed_precision == "no"
-    say(
+    log(
         f"teacher  {settings.teacher} ({files.layout} layout, {len(files.experts)} expert(s): {sizes} "
         f"parameters)\n"
         f"student  {settings.hidden_size} x {settings.depth}, {settings.num_heads} heads: "
@@ -33,39 +33,39 @@ def announce(run, say):
         f"output   {Path(settings.output_dir).absolute()}"
     )
     if not settings.project_only:
-        announce_few(run.num_generated, len(run.training), len(run.held_out), say)
+        announce_few(run.num_generated, len(run.training), len(run.held_out), log)
 
 
 def describe_work(run):
     """Return in words what the teacher draws and what the student is trained for."""
-    settings, steps = run.settings, {}
+    settings = run.settings
+    steps: dict[str, int] = {}
     factors = [settings.gradient_accumulation_steps, settings.train_batch_size]
     batch = " x ".join(str(number) for number in factors if number > 1) or "1"
     for phase, first, last in run.phases:
         steps[phase] = steps.get(phase, 0) + last - first
     return (
-        f"{run.num_generated:,} teacher images ({run.num_passes:,} teacher passes with all that is looked at), "
+        f"{run.num_generated:,} teacher images ({run.num_passes:,} teacher passes with validation), "
         f"then {settings.max_train_steps:,} steps ({run.num_states:,} states, {batch} a step): "
         f"{', '.join(f'{phase} {count:,}' for phase, count in steps.items())}"
     )
 
 
-def announce_few(num_trajectories, num_prompts, num_held_out, say):
-    """Say where there is little to learn from, how often the teacher draws each of few prompts, and on what
-    students are validated."""
+def announce_few(num_trajectories, num_prompts, num_held_out, log):
+    """Log a line if trajectories, prompts or held-out prompts are few."""
     if num_trajectories < MIN_TRAJECTORIES:
-        say(
+        log(
             f"WARNING  {num_trajectories} trajectories are few, and images may stay noise; the default is at "
             f"least {MIN_TRAJECTORIES}"
         )
     elif num_prompts < MIN_TRAJECTORIES:
-        say(
+        log(
             f"prompts  {num_prompts} are few: each is drawn about {round(num_trajectories / num_prompts)} "
             f"times, from different "
             f"noise (--num_trajectories {num_trajectories})"
         )
     if num_held_out < MIN_VALIDATED:
-        say(
+        log(
             f"held out {num_held_out}, which are few: validations use training prompts as well, from noise "
             f"of their own"
         )
@@ -96,19 +96,19 @@ def verdict(chosen_step, is_close):
     )
 
 
-def conclude(settings, output, results, ending, is_close, seconds, say):
-    """Say how faithful the student is beside its teacher, which one was saved, and what to run next."""
+def conclude(settings, output, results, ending, is_close, seconds, log):
+    """Log the accuracy of teacher and student, the saved step, and the next command."""
     if "prompt_accuracy" in results:
         rows = {"teacher": results["teacher"]} | {
             f"student, {count} step{'s' * (count != '1')}": figures
             for count, figures in reversed(results["student_by_steps"].items())
         }
-        say(f"held-out captions drawn right ({results['captions']}):")
+        log(f"held-out captions drawn right ({results['captions']}):")
         for name, figures in rows.items():
-            say(f"  {name:18} {share_right(figures, results['captions'])}")
+            log(f"  {name:18} {share_right(figures, results['captions'])}")
     took = f"finished in {seconds / 60:.1f} minutes"
-    say(f"{took}; {ending}" if is_close else f"{took}\nWARNING   {ending}")
-    say(
+    log(f"{took}; {ending}" if is_close else f"{took}\nWARNING   {ending}")
+    log(
         f"saved to {output}; images of teacher and student: {output / 'samples'}\n"
         f"next: {drawing_command(settings.output_dir)}"
     )
@@ -119,8 +119,8 @@ def share_right(figures, captions):
     if captions < MIN_CAPTIONS:
         return f"{round(figures['accuracy'] * captions)} of {captions}, too few to judge"
     apart = [
-        f"{said} {figures[key]:.1%}"
-        for said, key in (("one object", "accuracy_one"), ("two", "accuracy_two"))
+        f"{name} {figures[key]:.1%}"
+        for name, key in (("one object", "accuracy_one"), ("two", "accuracy_two"))
         if figures[key] is not None
     ]
     return f"{figures['accuracy']:6.1%}  ({', '.join(apart)})"

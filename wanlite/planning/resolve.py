@@ -6,6 +6,7 @@ No torch: what is wrong is said at once.
 import json
 import math
 import shlex
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -74,7 +75,7 @@ def complete(settings):
 
 def _checks(settings, teacher):
     """Return what is checked of the settings, as functions that raise, in order."""
-    checks = [
+    checks: list[Callable[[], object]] = [
         partial(check_bounds, settings),
         partial(_or_beside, _components_of, teacher),
         partial(_complete_resolution, teacher, settings),

@@ -40,14 +40,14 @@ from .teacher_folder import read_teacher_folder
 class Run:
     """A run as it is decided before anything is computed.
 
-    `settings` has no None that a folder, the machine or the launcher decides; `asked` are those before the
-    machine was looked at, by which a resumed run is recognised. The first of `sizes` (width, height) and
+    `settings` has no None that a folder, the machine or the launcher decides; `requested` are those before
+    the machine filled any in, by which a resumed run is recognised. The first of `sizes` (width, height) and
     `latent_shapes` (C, H, W) is that of validations, the others are trained on, one a bucket. `accelerator`
     may be a SingleProcess, with which nothing can be trained.
     """
 
     settings: Any
-    asked: Any
+    requested: Any
     files: TeacherFiles
     components: dict[str, Path]
     shape: dict[str, Any]  # arguments of the student
@@ -81,7 +81,7 @@ class Run:
 
     @property
     def num_generated(self):
-        """How many trajectories the teacher generates; it is asked about an image as often as in one of them."""
+        """How many trajectories the teacher generates; each image costs as many passes as one."""
         return self.settings.num_trajectories + len(self.images)
 
     @property
@@ -115,14 +115,14 @@ class Run:
         )
 
     def find_obstacles(self):
-        """Print the memory and the disk that the run needs; returns what does not fit, in words."""
-        return self.estimator.tell(self.settings, self.training, self.held_out, self.images)
+        """Print the memory and the disk that the run needs; return the problems in words."""
+        return self.estimator.report(self.settings, self.training, self.held_out, self.images)
 
     def describe(self):
         """Return what run.json holds of the run from its beginning."""
         settings = self.settings
         return {
-            "settings": asdict(self.asked),
+            "settings": asdict(self.requested),
             "versions": versions(),
             "teacher": self.files.fingerprint,
             "student": self.shape,
@@ -157,7 +157,7 @@ def resolve_run(settings, make_student, is_resumed=False, start: Callable = Sing
     known. A resumed run keeps what it chose for its machine before. Raises OSError and ValueError for a
     teacher, a shape or a batch that no run can have.
     """
-    asked, teacher = settings, read_teacher_folder(settings.teacher)
+    requested, teacher = settings, read_teacher_folder(settings.teacher)
     files = teacher.files
     if is_resumed:
         settings = replace(settings, **read_fitted_settings(settings.output_dir))
@@ -171,14 +171,10 @@ def resolve_run(settings, make_student, is_resumed=False, start: Callable = Sing
         training, held_out, images = choose_data(
             settings, sizes[1:], accelerator.print, accelerator.is_main_process
         )
-    settings = _fill(settings, files, shape, training, accelerator)
-    settings = _same_everywhere(
-        accelerator, estimator.fit(settings, settings.num_trajectories, accelerator.num_processes)
-    )
-    settings = replace(settings, validation_prompts=_choose_shown(settings, training, held_out))
+    settings = _fill(settings, estimator, shape, (training, held_out), accelerator)
     return Run(
         settings=settings,
-        asked=asked,
+        requested=requested,
         files=files,
         components=components,
         shape=shape,
@@ -193,17 +189,20 @@ def resolve_run(settings, make_student, is_resumed=False, start: Callable = Sing
     )
 
 
-def _fill(settings, files, shape, training, accelerator):
-    """Return the settings with what the teacher, the prompts and the device decide."""
-    sizes = {name: shape[name] for name in ("hidden_size", "depth", "num_heads", "ffn_dim")}
+def _fill(settings, estimator, shape, prompts, accelerator):
+    """Return the settings with the values that the teacher, the prompts and the device decide."""
+    training, held_out = prompts
     settings = replace(
         settings,
-        **sizes,
+        **{name: shape[name] for name in ("hidden_size", "depth", "num_heads", "ffn_dim")},
         num_trajectories=count_trajectories(settings, len(training)),
         feature_directions=feature_width(settings, shape["hidden_size"]),
     )
-    residency = place_teacher(settings, files, accelerator.device)
-    return replace(settings, teacher_residency=_same_everywhere(accelerator, residency))
+    residency = place_teacher(settings, estimator.files, accelerator.device)
+    settings = replace(settings, teacher_residency=_same_everywhere(accelerator, residency))
+    fitted = estimator.fit(settings, settings.num_trajectories, accelerator.num_processes)
+    settings = _same_everywhere(accelerator, fitted)
+    return replace(settings, validation_prompts=_choose_shown(settings, training, held_out))
 
 
 def _same_everywhere(accelerator, found):

@@ -65,7 +65,8 @@ def make_parser(settings_class, description, repeatable=()):
     parser = OneLineParser(
         description=description, formatter_class=WideHelpFormatter, usage="%(prog)s [options]"
     )
-    hints, group = typing.get_type_hints(settings_class), parser
+    hints = typing.get_type_hints(settings_class)
+    group: argparse._ActionsContainer = parser
     for field in dataclasses.fields(settings_class):
         if heading := field.metadata["group"]:
             group = parser.add_argument_group(heading)
