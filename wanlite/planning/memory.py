@@ -340,63 +340,79 @@ def report(phases, disk, device, free, residency=None, placed=None, rows=0, accu
     for name, needed in phases.items():
         print(f"  {gigabytes(needed):>10}  {name}")
     if placed:
-        rest_of_pass = phases["trajectories"] - placed[residency][0]
-        told = [
-            f"{place} {gigabytes(rest_of_pass + held)}{f' (+ {gigabytes(beside)} CPU)' if beside else ''}"
-            for place, (held, beside) in placed.items()
-        ]
-        print(f"experts  {residency}; trajectories by --teacher_residency: {', '.join(told)}")
-    print("disk")
-    rooms, missing = {place: free_disk(place) for place in disk}, {}
-    for place, needed in disk.items():
-        there = bytes_there(
-            place, *(other for other in disk if Path(other).is_relative_to(place) and other != place)
-        )
-        missing[place] = needed - min(needed, there)
-        told_there = f"{gigabytes(there)} are there, " if there else ""
-        print(f"  {gigabytes(needed):>10}  {place} ({told_there}{gigabytes(rooms[place])} free)")
-    wrong = []
-    if phases["text"] > free:
-        wrong.append("the text encoder does not fit: run where more memory is free.")
-    if phases.get("trajectories", 0) > free:
-        wrong.append(
-            "the teacher's passes do not fit: "
-            + ("lower --resolution." if residency == "disk" else "add --teacher_residency disk.")
-        )
+        _print_residencies(phases["trajectories"], residency, placed)
+    rooms, missing = {place: free_disk(place) for place in disk}, _print_disk(disk)
+    problems = _memory_problems(phases, free, residency)
     if phases.get("training", 0) > free:
-        fits = largest_batch(rows, phases["training"], rest, free)
-        wrong.append(
-            f"training does not fit: lower --train_batch_size to {fits} and raise "
-            f"--gradient_accumulation_steps to "
-            f"{accumulated * rows // fits}."
-            if fits
-            else "training does not fit at any batch: add --gradient_checkpointing, or lower --resolution."
-        )
-    if phases.get("validation", 0) > free:
-        wrong.append("validation does not fit: lower --validation_trajectories.")
-    if phases["start"] > free:
-        wrong.append(
-            "projecting does not fit: run where more memory is free; a start in --cache_dir is taken as it "
-            "is."
-        )
+        problems.append(_smaller_batch(phases["training"], free, rows, accumulated, rest))
+    return problems + _disk_problems(missing, rooms, placed)
+
+
+def _print_residencies(needed, residency, placed):
+    rest_of_pass = needed - placed[residency][0]
+    predicted = [
+        f"{place} {gigabytes(rest_of_pass + held)}{f' (+ {gigabytes(beside)} CPU)' if beside else ''}"
+        for place, (held, beside) in placed.items()
+    ]
+    print(f"experts  {residency}; trajectories by --teacher_residency: {', '.join(predicted)}")
+
+
+def _print_disk(disk):
+    """Print the bytes that each folder needs; returns {folder: bytes that are still to be written}."""
+    print("disk")
+    missing = {}
+    for place, needed in disk.items():
+        others = (other for other in disk if Path(other).is_relative_to(place) and other != place)
+        there = bytes_there(place, *others)
+        missing[place] = needed - min(needed, there)
+        written = f"{gigabytes(there)} are there, " if there else ""
+        print(f"  {gigabytes(needed):>10}  {place} ({written}{gigabytes(free_disk(place))} free)")
+    return missing
+
+
+def _memory_problems(phases, free, residency):
+    """Return what to change for each phase but training that needs more than the `free` bytes."""
+    remedies = {
+        "text": "the text encoder does not fit: run where more memory is free.",
+        "trajectories": "the teacher's passes do not fit: "
+        + ("lower --resolution." if residency == "disk" else "add --teacher_residency disk."),
+        "validation": "validation does not fit: lower --validation_trajectories.",
+        "start": "projecting does not fit: run where more memory is free; a start in --cache_dir is reused.",
+    }
+    problems = [remedy for name, remedy in remedies.items() if phases.get(name, 0) > free]
     if phases.get("matching", 0) > free >= phases["training"]:
-        wrong.append(
+        problems.append(
             "distribution matching does not fit: leave --matching_steps out, or lower --train_batch_size."
         )
-    if len(set(rooms.values())) == 1:  # folders on one disk need their sum of it
+    return problems
+
+
+def _smaller_batch(needed, free, rows, accumulated, rest):
+    """Return the batch size with which training fits, as advice."""
+    fits = largest_batch(rows, needed, rest, free)
+    if not fits:
+        return "training does not fit at any batch: add --gradient_checkpointing, or lower --resolution."
+    return (
+        f"training does not fit: lower --train_batch_size to {fits} and raise --gradient_accumulation_steps to "
+        f"{accumulated * rows // fits}."
+    )
+
+
+def _disk_problems(missing, rooms, placed):
+    """Return what to change for each folder that has less room than `missing` bytes; folders on one disk share it."""
+    if len(set(rooms.values())) == 1:
         missing = {next(iter(rooms)): sum(missing.values())}
-    for place, needed in missing.items():
-        if needed > rooms[place]:
-            wrong.append(
-                f"the disk is too small: {gigabytes(needed, math.ceil)} are to be written in {place}, "
-                f"{gigabytes(rooms[place], math.floor)} are free. "
-                + (
-                    "Lower --num_trajectories, or name a larger --cache_dir."
-                    if placed
-                    else "Name another --cache_dir or --output_dir."
-                )
-            )
-    return wrong
+    remedy = (
+        "Lower --num_trajectories, or name a larger --cache_dir."
+        if placed
+        else "Name another --cache_dir or --output_dir."
+    )
+    return [
+        f"the disk is too small: {gigabytes(needed, math.ceil)} are to be written in {place}, "
+        f"{gigabytes(rooms[place], math.floor)} are free. {remedy}"
+        for place, needed in missing.items()
+        if needed > rooms[place]
+    ]
 
 
 def gigabytes(size, rounded=round):
