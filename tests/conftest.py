@@ -56,6 +56,7 @@ SLOW_FILES = {
     "test_emoji.py",
     "test_package.py",
     "test_plan.py",
+    "test_projection.py",
     "test_ranks.py",
     "test_save_load_integration.py",
     "test_second_device.py",
