@@ -39,11 +39,10 @@ def flow_matching_step(networks, settings, batch, text, progress, generator):
 
 
 def twin_flow_step(networks, settings, batch, text, progress, generator):
-    """One network for everything: at negative times it learns what it draws itself, and is pushed by how that
-    differs.
+    """Train one network at positive and, on its own images, at negative times, and push it by the difference.
 
-    Real is what the student says at positive times; the few-step loss keeps it there, as the image-free mode's
-    consistency does. The push is clamped to 1 and begins when the fake branch has been learnt. Source:
+    The velocity at positive times counts as real; the few-step loss anchors it, as consistency does in the
+    image-free mode. The push is clamped to 1 and begins when the fake branch has been learnt. Source:
     TwinFlow (Cheng et al. 2025), L_adv and L_rectify, for a network without a second time input.
     """
     anchor, parts = few_step_regression(networks, settings, batch, text, progress, generator)

@@ -199,7 +199,7 @@ def right(folder):
 
 
 def kernels():
-    """Say what autocast makes of a norm, and which kernels a block calls."""
+    """Report the dtype of a norm under autocast, and the kernels that a block calls."""
     student = WanLiteStudent(hidden_size=256, depth=1, num_heads=4, text_dim=64).to(DEVICE)
     seen = {}
     student.blocks[0].attn1.norm_q.register_forward_hook(

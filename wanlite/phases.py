@@ -9,26 +9,17 @@ from typing import NamedTuple
 
 PHASE_NAMES = ("velocity", "few_step", "matching")
 ROLLOUT_ROUNDS = 2  # rollouts in stage 2a
-FEW_STEP_SHARE = 5 / 7  # of the steps, where --few_step_train_steps is left open
-MAX_VALIDATION_TRAJECTORIES, MIN_VALIDATION_TRAJECTORIES = (
-    64,
-    4,
-)  # count of a kind that a validation is held against
-GRID_PROMPTS = (
-    8  # prompts in the grids; as many are drawn from as many seeds each to see how varied images are
-)
-MIN_VALIDATED = 16  # prompts of validations, where there are as many
-TRAJECTORIES_PER_VALIDATED = (
-    20  # of a large teacher: one for so many trajectories, where --validation_trajectories is left open
-)
-# trajectories, where --num_trajectories is left open: few prompts have several each, from other noise
+FEW_STEP_SHARE = 5 / 7  # of all steps; the default of --few_step_train_steps
+MAX_VALIDATION_TRAJECTORIES = 64  # of each kind in a validation
+MIN_VALIDATION_TRAJECTORIES = 4
+GRID_PROMPTS = 8  # prompts in the grids; diversity is measured on as many prompts with as many seeds each
+MIN_VALIDATED = 16  # prompts of a validation, if there are enough
+TRAJECTORIES_PER_VALIDATED = 20  # of a large teacher; the default of --validation_trajectories
+# The default of --num_trajectories is at least this: with few prompts, each has several, from different noise.
+# benchmarks/few_prompts.py: 30 trajectories train nothing in 200 steps, 300 reach 9 of 10, 500 hardly more.
 MIN_TRAJECTORIES = 300
-# (benchmarks/few_prompts.py: 30 learn nothing in 200 steps, 300 draw 9 of 10 right, 500 hardly more)
-MAX_ROLLOUT_STATES, TRAJECTORIES_PER_ROLLOUT_STATE = (
-    512,
-    8,
-)  # states on the student's own path, and of a large teacher one for so many trajectories, where
-#                                  --rollout_states is left open
+MAX_ROLLOUT_STATES = 512  # the default of --rollout_states is at most this
+TRAJECTORIES_PER_ROLLOUT_STATE = 8  # of a large teacher
 
 
 class Span(NamedTuple):

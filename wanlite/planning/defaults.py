@@ -54,7 +54,7 @@ def choose_data(settings, sizes, say, is_main_process=True):
 
 
 def _read_seen(record):
-    """Return what was found of images before, nothing where that cannot be read: they are looked at again."""
+    """Return the record of images that were decoded before; empty if it cannot be read."""
     try:
         seen = json.loads(record.read_text(encoding="utf-8"))
         return seen if isinstance(seen, dict) else {}
@@ -63,7 +63,7 @@ def _read_seen(record):
 
 
 def choose_shape(settings, files):
-    """Return the student's shape: that of --student, or what the flags and the teacher's say.
+    """Return the student's shape: that of --student, or the one that the flags and the teacher's shape give.
 
     Raises ValueError for a student of another teacher, and for a shape that cannot be projected.
     """

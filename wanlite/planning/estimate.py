@@ -48,9 +48,9 @@ from .memory import (
     trajectory_bytes,
 )
 
-LARGE_WIDTH = 1024  # width from which on a teacher is held against the machine that it runs on
+LARGE_WIDTH = 1024  # width of a teacher from which its memory is compared with the machine's
 BATCH = 128  # states in a batch on each device, where --train_batch_size is left open
-MEMORY_FRACTION = 0.9  # of the free memory may be filled with them, for what they take is told a little low
+MEMORY_FRACTION = 0.9  # of the free memory that a batch may use, because predictions are slightly low
 CALIBRATION_TOKENS = 16384  # image tokens on which the projected weights are refitted
 FITTED = (
     "mixed_precision",
@@ -60,11 +60,10 @@ FITTED = (
 
 
 class MemoryEstimator:
-    """What a run needs on `device`, in bytes: of `make_student(shape)`, of a TeacherFolder, of images
-    of `sizes`.
+    """Predicts the bytes that a run needs on `device`, from a student's shape, a TeacherFolder and image `sizes`.
 
-    The first of `sizes` (width, height) is looked at, the others are trained on: `latent_shape` (C, H, W) and
-    `buckets` are those of their latents. A picture looked at has `pixels`, and for a transformer `tokens`.
+    The first of `sizes` (width, height) is validated, the others are trained: `latent_shape` (C, H, W) and
+    `buckets` are the shapes of their latents. A validated image has `pixels` and `tokens`.
     """
 
     def __init__(self, settings, teacher, make_student, shape, sizes, device):
@@ -148,11 +147,10 @@ class MemoryEstimator:
         return self.training(settings, rows) + critic + self.generation_bytes(settings)
 
     def fit(self, settings, num_trajectories, ranks=1):
-        """Return the settings with what is open filled in for so many trajectories and for the device: what
-        is looked at, and batch and accumulation, of BATCH states as many as fit at once and no more than
-        there are.
+        """Return the settings with validation, batch and accumulation filled in for the device.
 
-        Raises ValueError for a batch that is larger than what a phase learns from.
+        The default batch has BATCH states in the largest micro-batches that fit. Raises ValueError for a batch
+        that is larger than the data of a phase.
         """
         settings = replace(
             settings,
@@ -274,14 +272,12 @@ def feature_width(settings, hidden_size):
 
 
 def most_frames(tokens):
-    """Return on how many frames of so many image tokens a student is calibrated, where there are as many
-    prompts.
-    """
+    """Return the most frames of `tokens` image tokens on which a student is calibrated."""
     return max(16, CALIBRATION_TOKENS // tokens)
 
 
 def calibration_frames(settings, prompts, tokens):
-    """Return on how many frames of so many image tokens a student is calibrated."""
+    """Return the number of frames of `tokens` image tokens on which a student is calibrated."""
     if settings.projection != "calibrated" or settings.student is not None:
         return 0
     return min(len(prompts), most_frames(tokens))

@@ -94,9 +94,7 @@ def simulated_peak(work, device_type="cpu"):
 
 
 def at_depth(peak_of, depth):
-    """Return `peak_of(depth)` of a network of equal blocks, or of so many equal parts, from one and two: each
-    adds the same.
-    """
+    """Return `peak_of(depth)` of a network of equal blocks, extrapolated from one block and two."""
     first = peak_of(1)
     return first if depth == 1 else first + (peak_of(2) - first) * (depth - 1)
 
@@ -105,8 +103,7 @@ def at_depth(peak_of, depth):
 
 
 def teacher_bytes(files, residency, dtype, is_fp8, shares=1):
-    """Return the bytes of weights that a teacher has on the device, and beside it in the CPU's memory; a
-    sharded one's blocks lie in so many `shares`."""
+    """Return the bytes of a teacher's weights on the device and in CPU memory; `shares` divide a sharded one."""
     sizes = [expert.num_parameters * (1 if is_fp8 else dtype.itemsize) for expert in files.experts.values()]
     if residency == "both":
         return sum(sizes), 0
@@ -155,21 +152,19 @@ def pass_peak(files, rows, latent_size, dtype, peak=simulated_peak):
 
 
 def generation_peak(passing, states, dtype, kept):
-    """Return the bytes of trajectories, of which a pass takes `passing` and what they keep `kept`.
+    """Return the peak bytes of generating trajectories: a pass needs `passing`, their results `kept`.
 
-    A step has so many token `states` (trajectories x tokens x width): those of earlier passes lie beside a pass,
-    then all are joined, and turned into float32 to be kept in few directions. At the end what is kept is
-    joined.
+    A step has `states` hidden values (trajectories x tokens x width): those of earlier passes are in memory
+    during a pass, then all are concatenated and cast to float32 for their projection. At the end the results
+    are concatenated.
     """
     return max(kept + max(passing + states * dtype.itemsize, states * (2 * dtype.itemsize + 4)), 2 * kept)
 
 
 def start_peaks(files, probe, frames, latent_size, peak=simulated_peak):
-    """Return the bytes of comparing two experts, and of one that is asked at `frames` latents; 0 for what
-    does not happen.
+    """Return the bytes of comparing two experts and of calibrating on `frames` latents, 0 for a skipped one.
 
-    `probe` is what experts are compared on: (rows, size). Both are in float32, with one block of an expert in
-    memory.
+    `probe` is (rows, size) of the comparison. Both are in float32, with one block of an expert in memory.
     """
     expert = next(iter(files.experts.values()))
     blocks = sum(
@@ -212,7 +207,7 @@ def training_peak(
 
 
 def decoding_peak(make_autoencoder, decode, rows, latent_shape, peak=simulated_peak):
-    """Return the bytes of an autoencoder and of what `decode(autoencoder, latents)` of so many latents takes."""
+    """Return the bytes of an autoencoder and of decoding `rows` latents with `decode(autoencoder, latents)`."""
 
     def work():
         with torch.no_grad():

@@ -1,7 +1,4 @@
-"""Settings as they were typed -> with all that folders and files decide.
-
-No torch: what is wrong is said at once.
-"""
+"""Settings from the command line -> settings completed from folders and files. No torch: errors come at once."""
 
 import json
 import math

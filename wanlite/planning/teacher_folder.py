@@ -1,4 +1,4 @@
-"""The folder of a teacher -> what its files say, each looked for and read at most once in a process."""
+"""The folder of a teacher -> the contents of its files, each found and read at most once in a process."""
 
 import os
 from functools import cached_property, lru_cache

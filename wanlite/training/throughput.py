@@ -97,9 +97,9 @@ class Pace:
     def figures(self):
         """Return what was counted, by name, and restart().
 
-        Shares are of the time since the last restart; `memory_peak_gb` is the most that was allocated on a
-        GPU so far, on the CPU the largest resident set that was told; `model_flops_utilisation` is the share
-        of the device's rate that the networks' operations make up, without those that checkpointing repeats.
+        Shares are of the time since the last restart; `memory_peak_gb` is the peak of allocated memory on
+        a GPU, on the CPU the largest resident set; `model_flops_utilisation` is the share of the device's rate
+        that the networks' operations make up, without those that checkpointing repeats.
         """
         seconds = max(time.perf_counter() - self.began, 1e-9)
         found = {
@@ -113,9 +113,7 @@ class Pace:
         return {name: float(f"{value:.4g}") for name, value in found.items()}
 
     def generation_figures(self, num_steps):
-        """Return how fast the teacher generated trajectories of so many steps, and restart(); nothing where it
-        was not asked.
-        """
+        """Return the speed of the teacher on trajectories of `num_steps`, and restart(); empty if it did not run."""
         seconds, generated, taught = (
             time.perf_counter() - self.began,
             self.ranks * self.asked / num_steps,

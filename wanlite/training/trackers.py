@@ -1,6 +1,4 @@
-"""Trackers: what a user can follow a run with, beside metrics.jsonl; no torch, so that one that is not there
-is said at once.
-"""
+"""The trackers that a run can log to, beside metrics.jsonl. No torch: a missing one is refused at once."""
 
 import importlib.metadata
 

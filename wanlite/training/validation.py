@@ -22,7 +22,7 @@ GRID_FIGURES = {
     "diversity": "diversity",
     "colour": "saturation",
     "drift": "channel_drift",
-}  # told beside the rows of a grid
+}  # {title in a row of a grid: figure}
 
 
 class Validator:
