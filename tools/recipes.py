@@ -49,6 +49,7 @@ class Recipe:
         tuple  # pixels of a crop, and the first share of the steps in which the autoencoder trains on crops
     )
     help_weight: float  # of the auxiliary loss of image tokens in the first step; it falls to zero
+    is_compiled: bool  # whether the experts' step is compiled, in bfloat16; it takes a minute to begin
     facts: dict  # {name: values} that a word predicts
     # {name: number of classes} that an image token predicts; the last class stands for an empty token
     labels: dict
@@ -149,6 +150,7 @@ SHAPES = Recipe(
     num_worded=2000,
     cropped=(shapes.IMAGE_SIZE, 0.0),
     help_weight=0.1,
+    is_compiled=False,
     facts={
         "size": tuple(shapes.SIZES),
         "colour": tuple(shapes.COLOURS),
@@ -224,6 +226,7 @@ EMOJI = Recipe(
     num_worded=8000,
     cropped=(32, 0.92),
     help_weight=0.1,
+    is_compiled=True,
     facts={
         "name": emoji.NAMES,
         "style": (*emoji.STYLES, None),

@@ -32,6 +32,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -387,6 +388,7 @@ def train_experts(run):
     scenes = captioned_scenes(vae.load_autoencoder(run.folder, run.device), tokenizer, run)
     empty = tokenizer("", return_tensors="pt").input_ids.to(run.device)  # (1, 1)
     trained = make_trained(recipe)
+    velocity_of = compiled_velocity(trained["network"]) if recipe.is_compiled else one_frame_velocity
 
     def loss_between(lowest, highest, batch_size):
         def loss_of(random, generator, progress):
@@ -407,7 +409,7 @@ def train_experts(run):
             uniform = torch.rand(batch_size, generator=generator, device=run.device)
             uniform = (uniform + torch.arange(batch_size, device=run.device)) / batch_size
             level = flow.shift_noise_level(lowest + (highest - lowest) * uniform, SHIFT)
-            velocity, (early, middle) = one_frame_velocity(
+            velocity, (early, middle) = velocity_of(
                 trained["network"],
                 flow.add_noise(clean, noise, level),
                 schedule.TIMESTEPS * level,
@@ -450,6 +452,24 @@ def train_experts(run):
         nn.Module.to(expert, recipe.dtype).save_pretrained(run.folder / name)
     figures["parameters_each"] = expert.num_parameters()
     return figures
+
+
+def compiled_velocity(network):
+    """Return one_frame_velocity, compiled, with matrix products in bfloat16; weights and the residual stream stay
+    float32.
+
+    Against a step of float32 without it, on a CPU with bfloat16 instructions: 1.9 times as fast. Attention is
+    not fused: of sixteen tokens, the fused one takes a third of a step to go back on a CPU.
+    """
+    network.patch_embedding.register_forward_hook(lambda module, inputs, states: states.float())
+    compiled = torch.compile(one_frame_velocity)
+
+    def velocity_of(network, latents, *inputs, **options):
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(latents.device.type, torch.bfloat16):
+            velocity, features = compiled(network, latents, *inputs, **options)
+        return velocity.float(), [states.float() for states in features]
+
+    return velocity_of
 
 
 def make_trained(recipe):
@@ -514,7 +534,10 @@ def captioned_scenes(network, tokenizer, run):
             save_file(tensors, shards[shard].with_suffix(".partial"))
             shards[shard].with_suffix(".partial").rename(shards[shard])
     read = [load_file(path) for path in shards]
-    return {name: torch.cat([tensors[name] for tensors in read]).to(run.device) for name in read[0]}
+    scenes = {name: torch.cat([tensors[name] for tensors in read]) for name in read[0]}
+    longest = int((scenes["ids"] != tokenizer.pad_token_id).sum(-1).max())
+    scenes["ids"] = scenes["ids"][..., :longest].contiguous()
+    return {name: tensor.to(run.device) for name, tensor in scenes.items()}
 
 
 def make_scenes(name, count, shard):
