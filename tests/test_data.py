@@ -11,9 +11,15 @@ from safetensors.torch import save_file
 
 from wanlite.data import shards as data
 from wanlite.data.datasets import FewStepStates, SeededBatches, Trajectories
-from wanlite.data.shards import read_shard, shard_path, write_shard
+from wanlite.data.shards import SCALE, dequantize, quantize, read_shard, shard_path, write_shard
 from wanlite.data.text_encoder import encode_once
-from wanlite.data.trajectories import MAX_SAMPLED, TrajectoryGenerator, sample_rows
+from wanlite.data.trajectories import (
+    FEATURE_TOKENS,
+    MAX_SAMPLED,
+    TrajectoryGenerator,
+    sample_rows,
+    sample_tokens,
+)
 from wanlite.files.cache import cache_folder
 from wanlite.flow import clean_from, make_scheduler, sample, seeded_noise
 
@@ -150,7 +156,35 @@ def test_rows_from_which_a_basis_is_found_are_bounded():
     assert whole.untyped_storage().nbytes() == whole.nbytes and whole.data_ptr() != states.data_ptr()
 
 
-def test_hidden_states_are_kept_in_the_basis_in_float16(tmp_path):
+def test_int8_keeps_a_state_to_a_hundredth_of_its_deviation_and_a_constant_exactly():
+    states = torch.randn(2, 3, 16, 64, 64) * torch.tensor([1e-3, 1.0, 1e3]).view(3, 1, 1, 1)
+    stored, scale = quantize(states)
+    shard = {"latents": stored, "latents" + SCALE: scale}
+    error = dequantize(shard, "latents", slice(None)) - states
+    assert stored.dtype == torch.int8 and scale.shape == (2, 3, 16, 1, 1)
+    assert (error.std((-3, -2, -1)) < 0.012 * states.std((-3, -2, -1))).all()
+    for constant in (0.0, 1.0, -3e4):
+        stored, scale = quantize(torch.full((1, 1, 2, 4), constant))
+        torch.testing.assert_close(stored * scale, torch.full((1, 1, 2, 4), constant))
+
+
+@pytest.mark.parametrize("odd", (float("nan"), float("inf")))
+def test_a_value_that_is_not_finite_is_refused_in_int8_too(tmp_path, odd):
+    states = torch.zeros(1, 1, 2, 4)
+    states[0, 0, 1, 2] = odd
+    stored, scale = quantize(states)
+    with pytest.raises(FloatingPointError, match="latents"):
+        write_shard(tmp_path, 0, {"latents": stored, "latents" + SCALE: scale})
+
+
+@pytest.mark.parametrize("height, width", ((4, 4), (16, 16), (32, 32), (24, 40), (64, 64)))
+def test_compared_tokens_lie_in_every_column_of_an_image(height, width):
+    column = torch.arange(width).repeat(height).view(1, -1, 1)
+    chosen = sample_tokens(column).flatten()
+    assert len(chosen) <= 2 * FEATURE_TOKENS and set(chosen.tolist()) == set(range(width))
+
+
+def test_hidden_states_are_stored_in_the_basis_to_one_percent(tmp_path):
     hidden_states = torch.randn(1, 9, 6).bfloat16()
     generator = TrajectoryGenerator(
         Accelerator(),
@@ -159,8 +193,10 @@ def test_hidden_states_are_kept_in_the_basis_in_float16(tmp_path):
         2,
         basis=torch.eye(6)[:, :2],
     )
-    kept = generator.generate(tmp_path, [(0, "a", 1)], (2, 4, 4)).shards[0]["features"]
-    assert torch.equal(kept, hidden_states.half()[..., :2].expand(1, 2, 9, 2))
+    kept = generator.generate(tmp_path, [(0, "a", 1)], (2, 4, 4)).__getitems__([0, 1])["features"]
+    expected = hidden_states.float()[..., :2].expand(2, 9, 2)
+    largest = expected.abs().amax(-1, keepdim=True)
+    assert ((kept - expected).abs() <= 0.005 * largest).all()
 
 
 def test_a_basis_is_of_the_directions_that_vary_most_and_kept_for_the_next_run(tmp_path):
@@ -242,9 +278,9 @@ def test_the_own_path_is_where_the_student_goes_and_what_the_teacher_makes_of_it
         met = sample(student_for([prompt]), seeded_noise(SHAPE, [seed]), few, count, end=index)
         picture = sample(teacher_for([prompt], []), met, scheduler, STEPS, begin=STEPS * index // count)
         found = {name: part[row : row + 1].float() for name, part in batch.items()}
-        assert torch.allclose(found["latents"], met, atol=0.01) and found["prompt"] == number
+        assert torch.allclose(found["latents"], met, atol=0.02) and found["prompt"] == number
         assert torch.allclose(
-            clean_from(found["latents"], found["velocity"], found["noise_level"]), picture, atol=0.02
+            clean_from(found["latents"], found["velocity"], found["noise_level"]), picture, atol=0.03
         )
         few.set_timesteps(count)
         assert found["timestep"] == few.timesteps[index] and found["noise_level"] == few.sigmas[index]

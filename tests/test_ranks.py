@@ -274,7 +274,7 @@ def test_ranks_in_step_make_as_many_shards_of_as_many_jobs_as_any_and_write_each
         ).generate(tmp_path, jobs, (1, 2, 2))
         noise, _, prompt = states.ends(range(len(jobs)))
         assert asked == [SHARD_SIZE] * 2 and prompt.tolist() == list(range(len(jobs)))
-        assert torch.equal(noise, seeded_noise((1, 2, 2), prompt.tolist()).half().float())
+        assert torch.allclose(noise, seeded_noise((1, 2, 2), prompt.tolist()), atol=0.02)
         return 0
 
     codes, said = together(walk, tmp_path / "walk")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ..flow import add_noise, clean_from
-from .shards import read_shard
+from .shards import SCALE, dequantize, read_shard
 
 EPOCH_SEED = 1_000_003  # seeds of two runs are less apart than this
 
@@ -23,9 +23,9 @@ EPOCH_SEED = 1_000_003  # seeds of two runs are less apart than this
 class Trajectories(Dataset):
     """Every state of every trajectory in a folder, memory-mapped.
 
-    Shards hold `latents` and `velocity` (n, K, C, H, W) and, of the teacher's trajectories, `features` (n, K, N,
-    D), in float16; `timestep` and `noise_level` (n, K), `prompt` (n,). A list of state numbers gives a batch, a
-    dict.
+    Shards hold `latents` and `velocity` (n, K, C, H, W) and, of the teacher's trajectories, `features` (n, K, n',
+    D) of some tokens, in int8 with their scales; `timestep` and `noise_level` (n, K), `prompt` (n,). A list of
+    state numbers gives a batch, a dict, in float32.
     """
 
     def __init__(self, folder: Path, num_shards: int):
@@ -55,7 +55,8 @@ class Trajectories(Dataset):
             own = numbers[places] - (int(self.starts[index - 1]) if index else 0)
             rows, states = own // self.states_each, own % self.states_each
             shard = self.shards[index]
-            part = {name: shard[name][rows, states] for name in names or shard if name != "prompt"}
+            wanted = names or [name for name in shard if name != "prompt" and not name.endswith(SCALE)]
+            part = {name: dequantize(shard, name, rows, states) for name in wanted}
             parts.append(part | {"prompt": shard["prompt"][rows]})
             order.append(places)
         back = torch.cat(order).argsort()

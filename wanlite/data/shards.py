@@ -11,11 +11,13 @@ from uuid import uuid4
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 SHARD_SIZE = 64  # trajectories or prompts a file; also the batch of the teacher and of the text encoder
-EXACT = ("timestep", "noise_level", "prompt", "text", "length")  # all other tensors are stored in float16
+EXACT = ("timestep", "noise_level", "prompt", "text", "length")  # all other tensors are stored in int8
+SCALE = "_scale"  # ends the name of the scales of a tensor in int8
 MAX_IDLE_SECONDS = 3600  # after which a partial file is taken for that of a killed run
 
 
@@ -59,8 +61,32 @@ def fill_shards(
 
 def _stored(tensors, start):
     """Return the rows from `start` on, on the CPU and in the dtypes of a file."""
-    rows = {name: tensor[start:] for name, tensor in tensors.items()}
-    return {name: (part if name in EXACT else part.half()).cpu() for name, part in rows.items()}
+    stored = {}
+    for name, tensor in tensors.items():
+        rows = tensor[start:]
+        if name in EXACT:
+            stored[name] = rows.cpu()
+        else:
+            stored[name], stored[name + SCALE] = (part.cpu() for part in quantize(rows))
+    return stored
+
+
+def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a tensor (n, K, C, ...) in int8 and its scales in float32, one for each of n, K and C.
+
+    Of normal values in 64 x 64, an error of 0.01 standard deviations. A value that is not finite makes its scale
+    so as well.
+    """
+    assert tensor.ndim > 3, tensor.shape
+    tensor = tensor.float()
+    scale = tensor.abs().amax(tuple(range(3, tensor.ndim)), keepdim=True) / 127
+    return (tensor / scale.clamp(min=1e-30)).nan_to_num().round().to(torch.int8), scale
+
+
+def dequantize(shard: Mapping[str, Tensor], name: str, *index) -> Tensor:
+    """Return the entries `index` of a shard's tensor as numbers, whether it is stored in int8 or as it is."""
+    values = shard[name][index]
+    return values * shard[name + SCALE][index] if name + SCALE in shard else values
 
 
 def compute_once(accelerator, folder: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

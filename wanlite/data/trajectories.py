@@ -1,7 +1,8 @@
 """The teacher's trajectories: generated once and kept on disk shard by shard.
 
 A trajectory is the teacher's whole guided solve from one noise to one image. Each of its states is a training
-example: the noisy latents, the guided velocity there, and the teacher's hidden states in the student's basis.
+example: the noisy latents, the guided velocity there, and the teacher's hidden states of some tokens, in the
+directions in which they vary most.
 
 Legend: B batch, K states a trajectory, C channels, H W latent height and width, N image tokens, D d width of the
 teacher and of the basis.
@@ -19,6 +20,7 @@ from ..flow import average_velocity, noise_along, sample, seeded_noise, set_step
 from .datasets import Trajectories
 from .shards import compute_once, fill_shards
 
+FEATURE_TOKENS = 128  # image tokens whose hidden states are compared with the teacher's, of each state
 MAX_SAMPLED = 32768  # hidden states from which directions are found
 Velocity = Callable[[Tensor, Tensor], Any]  # of (latents, timestep)
 
@@ -149,7 +151,7 @@ class TrajectoryGenerator:
 def _stack(steps: Iterable[tuple], basis: Tensor, numbers) -> dict[str, Tensor]:
     """Return the tensors of a shard from (latents, timestep, noise_level, velocity, features) of each step.
 
-    Each step's hidden states (B, N, D) are projected onto the basis (D, d) at once and kept in float16.
+    Some of each step's hidden states (B, N, D) are projected onto the basis (D, d) at once and kept in float16.
     """
     # Unlike a loop's variable, map() holds no step while the next one is computed.
     kept = map(partial(_in_basis, basis), steps)
@@ -168,7 +170,22 @@ def _stack(steps: Iterable[tuple], basis: Tensor, numbers) -> dict[str, Tensor]:
 
 def _in_basis(basis, step):
     *state, features = step
-    return *state, (features.float() @ basis).half()
+    return *state, (sample_tokens(features).float() @ basis).half()
+
+
+def sample_tokens(states: Tensor) -> Tensor:
+    """Return the hidden states (B, n, D) of the tokens that are compared, of all tokens (B, N, D)."""
+    return states[:, :: _token_spacing(states.shape[1])]
+
+
+def count_compared(num_tokens: int) -> int:
+    """Return the number of tokens that are compared: all of a small image, about FEATURE_TOKENS of a large one."""
+    return -(-num_tokens // _token_spacing(num_tokens))
+
+
+def _token_spacing(num_tokens):
+    # odd, so that compared tokens lie in every column of an image of 2**n columns
+    return num_tokens // FEATURE_TOKENS | 1
 
 
 def principal_directions(states: Tensor, width: int) -> Tensor:

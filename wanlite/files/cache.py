@@ -12,6 +12,7 @@ from .atomic import write_json
 from .json_files import OWN, read_json
 
 PROVENANCE = "provenance.json"
+LAYOUT = 2  # of the files in a cache; it changes when older ones cannot be read any more
 
 
 def cache_folder(parent: str | Path, kind: str, **inputs: Any) -> Path:
@@ -20,7 +21,7 @@ def cache_folder(parent: str | Path, kind: str, **inputs: Any) -> Path:
     Raises ValueError for a folder of that name whose content has other inputs, and names the difference.
     """
     folder = Path(parent) / f"{kind}-{fingerprint(inputs)[:16]}"
-    expected = json.loads(json.dumps(inputs, default=str))
+    expected = json.loads(json.dumps({**inputs, "layout": LAYOUT}, default=str))
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / PROVENANCE
     if not record.exists():

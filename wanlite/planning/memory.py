@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from ..data.trajectories import count_compared
 from ..teacher.model import make_expert, pinned_bytes
 
 TEXT = 64  # tokens of a long prompt
@@ -221,15 +222,18 @@ def decoding_peak(make_autoencoder, decode, rows, latent_shape, peak=simulated_p
 
 def generation_bytes(num_trajectories, num_steps, latent_shape, num_tokens, width):
     """Return the bytes in memory of trajectories under way: latents and velocities of each state, in float32, and
-    token states of a width, in float16."""
-    return num_trajectories * num_steps * (4 * 2 * torch.Size(latent_shape).numel() + 2 * num_tokens * width)
+    hidden states of a width of some tokens, in float16."""
+    state = 4 * 2 * math.prod(latent_shape) + 2 * count_compared(num_tokens) * width
+    return num_trajectories * num_steps * state
 
 
 def trajectory_bytes(num_trajectories, num_steps, latent_shape, num_tokens, width):
-    """Return the bytes on disk of trajectories: latents and velocities of each state, and token states of a width,
-    in float16.
+    """Return the bytes on disk of trajectories: latents and velocities of each state, and hidden states of a width
+    of some tokens, all in int8 with float32 scales.
     """
-    return 2 * num_trajectories * num_steps * (2 * torch.Size(latent_shape).numel() + num_tokens * width)
+    pixels, num_compared = math.prod(latent_shape[1:]), count_compared(num_tokens)
+    state = 2 * latent_shape[0] * (pixels + 4) + num_compared * (width + 4) + 8
+    return num_trajectories * num_steps * state
 
 
 def text_bytes(prompts, width):

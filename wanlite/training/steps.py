@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.trajectories import sample_tokens
 from .losses import distribution_matching_loss, feature_loss, push_apart, velocity_loss
 
 TOKENS_PER_PASS = 65536  # image tokens of a pass in a validation or rollout: 64 images of 512 x 512
@@ -45,7 +46,8 @@ def velocity_step(networks, settings, batch, text, progress, generator):
         return_dict=False,
     )
     velocity_term = velocity_loss(velocity, batch["velocity"]).mean()
-    feature_term = feature_loss(networks.feature_head(hidden_states.float()), batch["features"]).mean()
+    compared = sample_tokens(hidden_states).float()
+    feature_term = feature_loss(networks.feature_head(compared), batch["features"]).mean()
     weight = settings.feature_weight * (1 - progress)
     return velocity_term + weight * feature_term, {
         "velocity_loss": velocity_term,
