@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
+import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -77,9 +77,8 @@ def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
     Of normal values in 64 x 64, an error of 0.01 standard deviations. A value that is not finite makes its scale
     so as well.
     """
-    assert tensor.ndim > 3, tensor.shape
     tensor = tensor.float()
-    scale = tensor.abs().amax(tuple(range(3, tensor.ndim)), keepdim=True) / 127
+    scale = tensor.abs().amax(tuple(range(3, tensor.ndim)) or -1, keepdim=True) / 127
     return (tensor / scale.clamp(min=1e-30)).nan_to_num().round().to(torch.int8), scale
 
 
