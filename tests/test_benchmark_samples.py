@@ -129,8 +129,8 @@ def test_a_sample_of_the_cache_tells_what_it_costs_and_whether_it_feeds(tmp_path
     process = run_script(BENCHMARKS / "cache.py", "--quick", "--json", tmp_path / "figures.json")
     assert process.returncode == 0, process.stdout + process.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
-    # latents, velocity and features in int8; a scale for each channel and token, and two float32 of each state
-    states = 20 * (2 * (16 * 8 * 8 + 4 * 16) + 16 * 16 + 4 * 16 + 8)
+    # latents, velocity and features in int8; a scale for each channel and token, two float32 and a token of each state
+    states = 20 * (2 * (16 * 8 * 8 + 4 * 16) + 16 * 16 + 4 * 16 + 16)
     assert figures["bytes_per_prompt"] == pytest.approx(states, rel=0.01) and figures["filled_per_second"] > 0
     readers = {"ours", "DataLoader", "DataLoader, 2 workers"}
     assert figures["read_per_second"].keys() == figures["waiting_share"].keys() == readers

@@ -17,6 +17,7 @@ from wanlite.data.trajectories import (
     FEATURE_TOKENS,
     MAX_SAMPLED,
     TrajectoryGenerator,
+    count_compared,
     sample_rows,
     sample_tokens,
 )
@@ -177,11 +178,14 @@ def test_a_value_that_is_not_finite_is_refused_in_int8_too(tmp_path, odd):
         write_shard(tmp_path, 0, {"latents": stored, "latents" + SCALE: scale})
 
 
-@pytest.mark.parametrize("height, width", ((4, 4), (16, 16), (32, 32), (24, 40), (64, 64)))
-def test_compared_tokens_lie_in_every_column_of_an_image(height, width):
-    column = torch.arange(width).repeat(height).view(1, -1, 1)
-    chosen = sample_tokens(column).flatten()
-    assert len(chosen) <= 2 * FEATURE_TOKENS and set(chosen.tolist()) == set(range(width))
+@pytest.mark.parametrize("num_tokens", (1, 16, 256, 960, 1024, 4096))
+def test_consecutive_states_compare_all_tokens_and_each_about_as_many(num_tokens):
+    tokens = torch.arange(num_tokens).view(1, -1, 1)
+    spacing = -(-num_tokens // count_compared(num_tokens))
+    chosen = [sample_tokens(tokens, torch.tensor([first])).flatten().tolist() for first in range(spacing)]
+    assert {len(set(each)) for each in chosen} == {count_compared(num_tokens)}
+    assert set().union(*chosen) == set(range(num_tokens))
+    assert count_compared(num_tokens) <= 2 * FEATURE_TOKENS
 
 
 def test_hidden_states_are_stored_in_the_basis_to_one_percent(tmp_path):

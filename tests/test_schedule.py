@@ -7,7 +7,7 @@ import pytest
 from diffusers import UniPCMultistepScheduler
 
 from wanlite.flow import make_scheduler
-from wanlite.schedule import read_schedule, recorded_schedule, scheduler_defaults
+from wanlite.schedule import read_schedule, recorded_schedule, scheduler_defaults, still_image_shift
 
 FEW, STAGE_ONE = {"flow_shift": 3.0, "few_steps": [1, 2, 4]}, {"flow_shift": 3.0, "few_steps": None}
 
@@ -121,3 +121,9 @@ def test_a_record_of_no_schedule_is_refused_by_name(schedule):
     with pytest.raises(ValueError, match="run.json: ") as refused:
         recorded_schedule({"schedule": schedule}, "run.json")
     assert len(str(refused.value)) < 300
+
+
+def test_the_shift_of_still_images_grows_with_their_size_from_3_to_5():
+    sizes = ((64, 64), (512, 512), (832, 480), (1024, 576), (1280, 720), (1024, 1024), (2048, 2048))
+    assert [still_image_shift(*size) for size in sizes] == [3.0, 3.0, 3.29, 4.0, 5.0, 5.0, 5.0]
+    assert still_image_shift(480, 832) == still_image_shift(832, 480)

@@ -51,6 +51,7 @@ def batch_of(run, value=1.0):
         "velocity": latents,
         "timestep": torch.full((rows,), 500.0),
         "features": torch.ones(rows, tokens, run.settings.feature_directions),
+        "first_token": torch.zeros(rows, dtype=torch.long),
     }
     return [(batch, TextTokens(torch.ones(rows, 1, run.shape["text_dim"]), torch.zeros(rows, 1)))]
 

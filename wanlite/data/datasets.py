@@ -24,8 +24,8 @@ class Trajectories(Dataset):
     """Every state of every trajectory in a folder, memory-mapped.
 
     Shards hold `latents` and `velocity` (n, K, C, H, W) and, of the teacher's trajectories, `features` (n, K, n',
-    D) of some tokens, in int8 with their scales; `timestep` and `noise_level` (n, K), `prompt` (n,). A list of
-    state numbers gives a batch, a dict, in float32.
+    D) of tokens from `first_token` (n, K) on, in int8 with their scales; `timestep` and `noise_level` (n, K),
+    `prompt` (n,). A list of state numbers gives a batch, a dict, in float32.
     """
 
     def __init__(self, folder: Path, num_shards: int):

@@ -16,7 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 SHARD_SIZE = 64  # trajectories or prompts a file; also the batch of the teacher and of the text encoder
-EXACT = ("timestep", "noise_level", "prompt", "text", "length")  # all other tensors are stored in int8
+EXACT = (
+    "timestep",
+    "noise_level",
+    "first_token",
+    "prompt",
+    "text",
+    "length",
+)  # all other tensors are stored in int8
 SCALE = "_scale"  # ends the name of the scales of a tensor in int8
 MAX_IDLE_SECONDS = 3600  # after which a partial file is taken for that of a killed run
 

@@ -10,6 +10,7 @@ teacher and of the basis.
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..flow import average_velocity, noise_along, sample, seeded_noise, set_step
 from .datasets import Trajectories
 from .shards import compute_once, fill_shards
 
-FEATURE_TOKENS = 128  # image tokens whose hidden states are compared with the teacher's, of each state
+FEATURE_TOKENS = 192  # image tokens whose hidden states are compared with the teacher's, of each state
 MAX_SAMPLED = 32768  # hidden states from which directions are found
 Velocity = Callable[[Tensor, Tensor], Any]  # of (latents, timestep)
 
@@ -154,28 +155,38 @@ def _stack(steps: Iterable[tuple], basis: Tensor, numbers) -> dict[str, Tensor]:
     Some of each step's hidden states (B, N, D) are projected onto the basis (D, d) at once and kept in float16.
     """
     # Unlike a loop's variable, map() holds no step while the next one is computed.
-    kept = map(partial(_in_basis, basis), steps)
-    latents, timestep, noise_level, velocity, features = (  # (K, ...)
+    kept = map(partial(_in_basis, basis), count(), steps)
+    latents, timestep, noise_level, velocity, features, first_token = (  # (K, ...)
         torch.stack(list(tensors)) for tensors in zip(*kept)
     )
     return {
         "latents": latents.transpose(0, 1),
         "velocity": velocity.transpose(0, 1),
         "features": features.transpose(0, 1),
+        "first_token": first_token.transpose(0, 1),
         "timestep": timestep.float().repeat(len(numbers), 1),
         "prompt": torch.tensor(numbers),
         "noise_level": noise_level.float().repeat(len(numbers), 1),
     }
 
 
-def _in_basis(basis, step):
+def _in_basis(basis, number, step):
     *state, features = step
-    return *state, (sample_tokens(features).float() @ basis).half()
+    first_token = torch.full((len(features),), number % _token_spacing(features.shape[1]))
+    compared = sample_tokens(features, first_token.to(features.device))
+    return *state, (compared.float() @ basis).half(), first_token
 
 
-def sample_tokens(states: Tensor) -> Tensor:
-    """Return the hidden states (B, n, D) of the tokens that are compared, of all tokens (B, N, D)."""
-    return states[:, :: _token_spacing(states.shape[1])]
+def sample_tokens(states: Tensor, first_token: Tensor) -> Tensor:
+    """Return the hidden states (B, n, D) of the tokens that are compared, of all tokens (B, N, D).
+
+    They are evenly spaced from `first_token` (B,) on. Consecutive states of a trajectory start one token later, so
+    that together they compare all.
+    """
+    num_tokens = states.shape[1]
+    spaced = _token_spacing(num_tokens) * torch.arange(count_compared(num_tokens), device=states.device)
+    tokens = (first_token.unsqueeze(1) + spaced) % num_tokens  # (B, n)
+    return states.gather(1, tokens.unsqueeze(2).expand(-1, -1, states.shape[2]))
 
 
 def count_compared(num_tokens: int) -> int:
@@ -184,8 +195,7 @@ def count_compared(num_tokens: int) -> int:
 
 
 def _token_spacing(num_tokens):
-    # odd, so that compared tokens lie in every column of an image of 2**n columns
-    return num_tokens // FEATURE_TOKENS | 1
+    return num_tokens // FEATURE_TOKENS | 1  # odd, so that compared tokens lie in different columns
 
 
 def principal_directions(states: Tensor, width: int) -> Tensor:

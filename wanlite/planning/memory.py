@@ -232,7 +232,7 @@ def trajectory_bytes(num_trajectories, num_steps, latent_shape, num_tokens, widt
     of some tokens, all in int8 with float32 scales.
     """
     pixels, num_compared = math.prod(latent_shape[1:]), count_compared(num_tokens)
-    state = 2 * latent_shape[0] * (pixels + 4) + num_compared * (width + 4) + 8
+    state = 2 * latent_shape[0] * (pixels + 4) + num_compared * (width + 4) + 16
     return num_trajectories * num_steps * state
 
 

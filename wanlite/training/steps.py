@@ -46,7 +46,7 @@ def velocity_step(networks, settings, batch, text, progress, generator):
         return_dict=False,
     )
     velocity_term = velocity_loss(velocity, batch["velocity"]).mean()
-    compared = sample_tokens(hidden_states).float()
+    compared = sample_tokens(hidden_states, batch["first_token"]).float()
     feature_term = feature_loss(networks.feature_head(compared), batch["features"]).mean()
     weight = settings.feature_weight * (1 - progress)
     return velocity_term + weight * feature_term, {
