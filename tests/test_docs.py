@@ -18,6 +18,11 @@ CODE = (  # files whose docstrings and messages are held to the same English, as
         for folder in ("files", "runtime", "teacher")
         for path in sorted((ROOT / "wanlite" / folder).glob("*.py"))
     ),
+    *(
+        str(path.relative_to(ROOT))
+        for folder in ("benchmarks", "tools")
+        for path in sorted((ROOT / folder).glob("*.py"))
+    ),
     *(f"wanlite/{name}.py" for name in ("flow", "network", "schedule")),
     *(f"wanlite/training/{name}.py" for name in ("losses", "metrics", "optimizers", "run_folder")),
 )
