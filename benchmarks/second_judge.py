@@ -62,7 +62,7 @@ def load_weights() -> dict[str, torch.Tensor]:
     folders = spec.submodule_search_locations if spec else None
     path = Path(next(iter(folders or ()), "")) / "models" / WEIGHTS
     if not path.is_file():
-        raise OSError(f"{WEIGHTS}: not found in the package {PACKAGE}. Get it: {command}")
+        raise OSError(f"found no {WEIGHTS}, expected it in the package {PACKAGE}. Get it: {command}")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != SHA256:
         raise ValueError(f"{path}: found SHA-256 {found}, expected {SHA256}. Get it again: {command}")

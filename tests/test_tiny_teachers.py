@@ -22,7 +22,7 @@ from wanlite.world.record import read_world
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_every_caption_has_words_for_each_of_its_objects_and_a_value_for_each_fact(recipe):
+def test_every_caption_has_words_for_each_object_and_a_value_for_each_fact(recipe):
     captions = recipe.world.captions(3, 200)
     rows, columns, facts = tool.spoken_words(captions, recipe)
     assert set(rows) == set(range(200))

@@ -133,12 +133,12 @@ def velocity_from(network, text):
     )[0]
 
 
-def velocity_in_chunks(network, text):
-    """Like velocity_from(), with at most TOKENS_PER_PASS image tokens per pass, which bounds the memory."""
+def velocity_in_chunks(network, text, tokens_per_pass=TOKENS_PER_PASS):
+    """Like velocity_from(), with at most `tokens_per_pass` image tokens per pass, which bounds the memory."""
 
     def velocity_of(latents, timestep):
         tokens = latents.shape[-2] * latents.shape[-1] // math.prod(network.config.patch_size)
-        rows = max(1, TOKENS_PER_PASS // tokens)
+        rows = max(1, tokens_per_pass // tokens)
         return torch.cat(
             [
                 velocity_from(network, text.rows(chunk))(latents[chunk], timestep[chunk])
