@@ -144,7 +144,7 @@ def train(folder: Path, command: Sequence[Any], flags: Sequence[Any], seed: int)
 
     Raises SystemExit if the finished student has other settings.
     """
-    words = [
+    arguments = [
         *map(str, command),
         *("--output_dir", str(folder)),
         *("--cache_dir", str(folder.parent.parent / "cache")),
@@ -152,9 +152,9 @@ def train(folder: Path, command: Sequence[Any], flags: Sequence[Any], seed: int)
         *map(str, flags),
     ]
     if (run := read_run(folder)).get("finished"):
-        check_settings(folder, run, words[2 if command[0] == BASELINES else 1 :])
+        check_settings(folder, run, arguments[2 if command[0] == BASELINES else 1 :])
     else:
-        start_training(folder, words)
+        start_training(folder, arguments)
         print(f"trained {folder}", flush=True)
     return folder
 
@@ -175,13 +175,13 @@ def check_settings(folder: Path, run: Mapping[str, Any], arguments: Sequence[str
         )
 
 
-def start_training(folder: Path, words: Sequence[str]) -> None:
+def start_training(folder: Path, arguments: Sequence[str]) -> None:
     """Train on one core, with the output in a log beside the folder; raises RuntimeError if the run fails."""
     path = folder.with_suffix(".log")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as log:
         one_core = os.environ | {"OMP_NUM_THREADS": "1"}
-        code = subprocess.run([sys.executable, *words], stdout=log, stderr=log, env=one_core).returncode
+        code = subprocess.run([sys.executable, *arguments], stdout=log, stderr=log, env=one_core).returncode
     if code:
         raise RuntimeError(f"{folder}: training ended with code {code}; see {path}")
 

@@ -108,7 +108,7 @@ PHASE_OF_CALL = {  # {function of a run: phase, named as in the dry run where bo
     "wanlite.data.trajectories.TrajectoryGenerator.find_basis": "trajectories",
     "wanlite.data.trajectories.TrajectoryGenerator.generate": "trajectories",
     "wanlite.data.trajectories.TrajectoryGenerator.roll_out": "own path",
-    "train_distillation.distil": "training",
+    "wanlite.training.training_step.training_step": "training",
     "wanlite.training.validation.generate_images": "drawing",
     "wanlite.training.validation.teacher_references": "drawing",
     "wanlite.training.validation.relative_error": "validation",
@@ -252,9 +252,9 @@ class PhaseMeter(threading.Thread):
             self.mapped = sum(weight.nbytes for weight in network.parameters())
 
 
-def measure_run(words: list[str]) -> dict[str, dict[str, Any]]:
+def measure_run(arguments: list[str]) -> dict[str, dict[str, Any]]:
     """Train in this process, with these arguments of the command line; returns {phase: its figures}."""
-    sys.argv = [str(ROOT / "train_distillation.py"), *words]
+    sys.argv = [str(ROOT / "train_distillation.py"), *arguments]
     import train_distillation as script
 
     meter = PhaseMeter()
@@ -354,11 +354,13 @@ def in_a_process(task: str, *arguments: Any) -> Any:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def dry_run(words: list[str]) -> tuple[float, dict[str, float]]:
+def dry_run(arguments: list[str]) -> tuple[float, dict[str, float]]:
     """Return the seconds of a dry run, and {phase: predicted bytes}."""
     began = time.perf_counter()
     process = subprocess.run(
-        [sys.executable, ROOT / "train_distillation.py", "--dry_run", *words], capture_output=True, text=True
+        [sys.executable, ROOT / "train_distillation.py", "--dry_run", *arguments],
+        capture_output=True,
+        text=True,
     )
     seconds = time.perf_counter() - began
     print(process.stdout + process.stderr, flush=True)
@@ -441,11 +443,11 @@ def train_arguments(options: argparse.Namespace, folder: Path) -> list[str]:
 
 def measure(options: argparse.Namespace, folder: Path, config: dict, text: dict) -> dict[str, Any]:
     """Write the teacher, run the dry run, the run and the comparison with the stock network; returns all figures."""
-    words = train_arguments(options, folder)
+    arguments = train_arguments(options, folder)
     try:
         write_folder(folder, config, text, QUICK["base_dim"] if options.quick else 96)
-        seconds, predicted = dry_run(words)
-        phases = in_a_process("run", words)
+        seconds, predicted = dry_run(arguments)
+        phases = in_a_process("run", arguments)
         agreement = in_a_process("agreement", str(folder))
     finally:
         remove_folder(folder)
