@@ -704,7 +704,7 @@ def train(
     settings,
     is_resumed,
     stop,
-    phases=PHASES,  # {name: PhaseParts}
+    phases=PHASES,  # {name: PhaseDefinition}
     make_accelerator=Accelerator,
     make_validator=Validator,
     prefetched=None,  # micro-batches read ahead
@@ -923,7 +923,7 @@ def build_state(run, student, teacher_data, few, stop):
     state = make_training_state(run, student, teacher_data, few, stop)
     trained = [network for network in (state.student, state.critic) if network is not None]
     for network in trained:
-        teacher_data.pace.count(network)
+        teacher_data.pace.count_operations(network)
     if run.settings.compile:
         compile_blocks(trained)
     return state

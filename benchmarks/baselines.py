@@ -18,7 +18,7 @@ import train_distillation as script
 from wanlite.flow import add_noise, shift_noise_level
 from wanlite.training.losses import velocity_loss
 from wanlite.training.phase_table import PHASES
-from wanlite.training.steps import MATCHED, draw, few_step_regression, velocity_from
+from wanlite.training.steps import MATCHED, few_step_regression, generate, velocity_from
 
 WARM_UP = 0.5  # share of the part in which the fake branch is learnt before it pushes
 RECTIFY_WEIGHT = 0.5
@@ -48,7 +48,7 @@ def twin_flow_step(networks, settings, batch, text, progress, generator):
     anchor, parts = few_step_regression(networks, settings, batch, text, progress, generator)
     text = text.rows(slice(0, max(1, len(text.tokens) // MATCHED)))
     velocity_of = velocity_from(networks.student, text)
-    drawn = draw(networks, text, generator)
+    drawn = generate(networks, text, generator)
     noisy, noise, timestep, _ = networks.few.renoise(drawn, generator)
     parts["fake_loss"] = velocity_loss(velocity_of(noisy, -timestep), noise - drawn.detach()).mean()
     noisy, _, timestep, _ = networks.few.renoise(drawn, generator)

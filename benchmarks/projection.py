@@ -235,7 +235,7 @@ def run(job):
     from wanlite.training.optimizers import make_lr_schedulers, make_optimizers
     from wanlite.training.state import averaged_weights
     from wanlite.training.steps import velocity_from
-    from wanlite.training.validation import generate_images, relative_error
+    from wanlite.training.validation import ImageSampler, generate_images, relative_error
 
     torch.set_num_threads(1)
     cache = Path(job["data"])
@@ -288,16 +288,16 @@ def run(job):
         if step in (200, 400, 500, job["steps"]):
             measure(step)
     ema.copy_to(student.parameters())
-    autoencoder, scheduler = load_autoencoder(settings.teacher), make_scheduler(settings.flow_shift)
+    sampler = ImageSampler(
+        load_autoencoder(settings.teacher), make_scheduler(settings.flow_shift), (16, 8, 8)
+    )
     judged = prompt_accuracy(
         lambda prompts: generate_images(
             partial(velocity_from, student),
-            autoencoder,
             [embeddings[prompt] for prompt in prompts],
             list(range(len(prompts))),
-            scheduler,
             settings.teacher_steps,
-            (16, 8, 8),
+            sampler,
         ),
         held_out[:200],
     )

@@ -107,9 +107,9 @@ PHASES = {
     "wanlite.data.trajectories.TrajectoryGenerator.generate": "trajectories",
     "wanlite.data.trajectories.TrajectoryGenerator.roll_out": "own path",
     "wanlite.training.validation.generate_images": "drawing",
-    "wanlite.training.validation.teacher_references": "drawing",
+    "wanlite.training.validation.read_teacher_images": "drawing",
     "wanlite.training.validation.relative_error": "validation",
-    "wanlite.training.validation.compare_trajectories": "validation",
+    "wanlite.training.validation.compare_images": "validation",
     "train_distillation.save_components": "saving",
 }
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of the largest velocity
@@ -269,7 +269,7 @@ def measure_run(words):
         owner, _, name = place.rpartition(".")
         owner = pkgutil.resolve_name(owner)
         setattr(owner, name, watched(meter, getattr(owner, name), phase))
-    deal = spine.Pace.deal
+    deal = spine.Pace.count_batches
     spine.load_autoencoder = weighed(meter, spine.load_autoencoder)
     text.load_text_encoder = weighed(meter, text.load_text_encoder)
 
@@ -277,7 +277,7 @@ def measure_run(words):
         with meter.within("training"):  # the loop's body runs between two of its batches
             yield from deal(pace, batches)
 
-    spine.Pace.deal = dealt
+    spine.Pace.count_batches = dealt
     settings, is_resumed = spine.read_settings()
     meter.start()
     code = spine.main(settings, is_resumed)

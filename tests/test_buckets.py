@@ -11,7 +11,7 @@ from tests.test_data import STEPS, student_for, teacher_for
 from train_distillation import Settings
 from wanlite.data.buckets import MAX_RATIO, bucket_sizes
 from wanlite.data.datasets import Buckets, FewStepStates, SeededBatches
-from wanlite.data.trajectories import TrajectoryGenerator, deal_out
+from wanlite.data.trajectories import TrajectoryGenerator, split_jobs
 from wanlite.flow import FewSteps, make_scheduler
 from wanlite.planning.resolve import complete
 
@@ -51,13 +51,13 @@ def test_too_few_states_on_the_own_path_for_the_buckets_are_refused():
 
 def test_jobs_are_dealt_out_evenly_by_seed_and_to_one_bucket_as_they_are():
     jobs = [f"job {number}" for number in range(31)]
-    dealt = deal_out(jobs, 3, seed=5)
+    dealt = split_jobs(jobs, 3, seed=5)
     assert sorted(map(len, dealt)) == [10, 10, 11] and sorted(sum(dealt, [])) == sorted(jobs)
-    assert dealt == deal_out(jobs, 3, seed=5) != deal_out(jobs, 3, seed=6) and deal_out(jobs, 1, seed=5) == [
-        jobs
-    ]
+    assert dealt == split_jobs(jobs, 3, seed=5) != split_jobs(jobs, 3, seed=6) and split_jobs(
+        jobs, 1, seed=5
+    ) == [jobs]
     with pytest.raises(ValueError, match="2 images of the teacher are fewer than the 3 sizes"):
-        deal_out(jobs[:2], 3, seed=5)
+        split_jobs(jobs[:2], 3, seed=5)
 
 
 SIZES = [96, 70, 40]

@@ -92,7 +92,7 @@ def test_what_is_not_finite_is_not_kept(value, tmp_path):
     tensors = {"latents": torch.zeros(4, 8).half(), "velocity": torch.zeros(4, 8).half()}
     tensors["velocity"][2, 3] = value
     with pytest.raises(
-        FloatingPointError, match="velocity came out NaN or infinite and is not kept. Lower --guidance_scale"
+        FloatingPointError, match="velocity has NaN or infinity and is not stored. Lower --guidance_scale"
     ):
         write_shard(tmp_path, 0, tensors)
     assert not list(tmp_path.iterdir())

@@ -241,12 +241,12 @@ def bomb(width, height):
 
 
 BROKEN = {
-    "cut.png": (CONTENTS[0][:-200], "not a whole"),
-    "cut.jpg": (encoded(PICTURES[0], "JPEG")[:-300], "not a whole"),
-    "none.jpg": (b"", "not a whole"),
-    "page.png": (b"<html>not found</html>", "not a whole"),
-    "bitmap.png": (encoded(PICTURES[0], "BMP"), "not a whole"),
-    "empty.png": (bomb(0, 0), "not a whole"),
+    "cut.png": (CONTENTS[0][:-200], "not a complete"),
+    "cut.jpg": (encoded(PICTURES[0], "JPEG")[:-300], "not a complete"),
+    "none.jpg": (b"", "not a complete"),
+    "page.png": (b"<html>not found</html>", "not a complete"),
+    "bitmap.png": (encoded(PICTURES[0], "BMP"), "not a complete"),
+    "empty.png": (bomb(0, 0), "not a complete"),
     "bomb.png": (bomb(20000, 20000), "more than 89 million pixels"),
     "large.png": (bomb(10000, 10000), "more than 89"),
     "small.png": (encoded(PICTURES[0][:63]), "smaller than 64 x 64"),
@@ -279,9 +279,9 @@ def test_what_cannot_be_used_is_skipped_counted_and_named_at_once(tmp_path):
         "no such file (2: folder.png, gone.png)",
     ):
         assert words in said[0]
-    whole = [name for name, (_, reason) in BROKEN.items() if reason == "not a whole"]
+    whole = [name for name, (_, reason) in BROKEN.items() if reason == "not a complete"]
     assert (
-        f"not a whole JPEG, PNG or WebP ({len(whole)}: {', '.join(sorted(whole)[:MAX_NAMED])}, ...)"
+        f"not a complete JPEG, PNG or WebP ({len(whole)}: {', '.join(sorted(whole)[:MAX_NAMED])}, ...)"
         in said[0]
     )
 
@@ -461,7 +461,7 @@ def test_what_was_seen_once_is_not_decoded_again(tmp_path, monkeypatch):
     )
     first = chosen()
     assert len(decoded) == len(CONTENTS) + 1 and chosen() == first and len(decoded) == len(CONTENTS) + 1
-    assert said[0] == said[1] and "not a whole JPEG, PNG or WebP (1: broken.png)" in said[1]
+    assert said[0] == said[1] and "not a complete JPEG, PNG or WebP (1: broken.png)" in said[1]
     (tmp_path / "place" / "0.png").write_bytes(new := encoded(Image.new("RGB", (80, 64))))
     assert chosen() != first and decoded[len(CONTENTS) + 1 :] == [new]
     for content in ("{", "[1]"):  # a record that cannot be read: all are looked at again
@@ -505,7 +505,7 @@ def test_a_broken_cell_of_a_table_or_member_of_a_tar_is_skipped(tmp_path):
     with pytest.raises(
         ValueError,
         match=r"none of its 3 images can be used: a cell without the image's bytes \(1: some.parquet "
-        r"row 1\); not a whole .*parquet row 2\); no caption \(1: some.parquet row 3\)",
+        r"row 1\); not a complete .*parquet row 2\); no caption \(1: some.parquet row 3\)",
     ):
         choose_images(tmp_path / "some.parquet", SIZE)
     write_tar(
@@ -667,7 +667,7 @@ def test_a_run_learns_from_images_tells_what_it_skipped_and_resumes_to_the_same_
     code, said = train(whole, *flags)
     assert code == 0, said
     assert said.startswith(
-        f"images   6 of {tmp_path / 'place'}; 1 skipped: not a whole JPEG, PNG or WebP (1: cut.png)\nteacher"
+        f"images   6 of {tmp_path / 'place'}; 1 skipped: not a complete JPEG, PNG or WebP (1: cut.png)\nteacher"
     )
     assert "70 teacher images" in said  # 64 walks and 6 images
     states = Trajectories(next((whole / "cache").glob("images-*")), 1)

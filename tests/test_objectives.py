@@ -5,7 +5,7 @@ import torch
 from wanlite.flow import FewSteps, add_noise, clean_from
 from wanlite.network import pack_text
 from wanlite.training.losses import distribution_matching_loss, feature_loss, push_apart, velocity_loss
-from wanlite.training.steps import Networks, vary
+from wanlite.training.steps import Networks, vary_targets
 
 
 def test_velocity_loss_is_the_mean_square_of_each_picture():
@@ -97,7 +97,9 @@ def test_the_student_aims_at_more_varied_pictures_from_noise_alone():
     text = pack_text([torch.zeros(2, 4)] * 3)
     networks = Networks(network, None, 0, None, None, few)
     aims = [
-        clean_from(latents, vary(networks, gain, batch, text, torch.Generator().manual_seed(0)), noise_level)
+        clean_from(
+            latents, vary_targets(networks, gain, batch, text, torch.Generator().manual_seed(0)), noise_level
+        )
         for gain in (0.0, 0.5)
     ]
     other = few.own_noise((3, 1, 2, 2), torch.Generator().manual_seed(0), "cpu") * (

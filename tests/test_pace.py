@@ -39,7 +39,7 @@ def test_the_operations_of_a_pass_are_those_that_torch_counts(student, teacher, 
 
 def test_passes_are_counted_and_those_with_a_gradient_thrice(student):
     pace = Pace("cpu", rate=1.0)
-    pace.count(student)
+    pace.count_operations(student)
     latents, timestep, text = torch.randn(2, 16, 8, 8), torch.full((2,), 500.0), torch.randn(2, 5, 48)
     with torch.no_grad():
         student(latents, timestep, text)
@@ -58,8 +58,8 @@ def test_waiting_for_batches_and_asking_the_teacher_are_told_as_shares_of_the_ti
         return lambda latents, timestep: time.sleep(0.2)
 
     pace, began = Pace("cpu", rate=1.0), time.perf_counter()
-    for _, text in pace.deal(slow_batches()):
-        pace.timed(velocity_for)(text)(torch.zeros(8), None)
+    for _, text in pace.count_batches(slow_batches()):
+        pace.time_teacher(velocity_for)(text)(torch.zeros(8), None)
         time.sleep(0.1)
     seconds, found = time.perf_counter() - began, pace.figures()
     assert found["images_per_second"] == pytest.approx(24 / seconds, rel=0.05)

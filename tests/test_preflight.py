@@ -359,7 +359,7 @@ def test_runs_share_a_cache_and_each_keeps_its_own_path(finished_run, tmp_path):
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", *SHORT_RUN, "--cache_dir", cache)
     assert process.returncode == 0, process.stderr
     assert {path.name for path in cache.iterdir()} == before
-    assert {path.name.rpartition("-")[0] for path in (tmp_path / "run/cache").glob("[!.]*")} == {"own-path"}
+    assert {path.name.rpartition("-")[0] for path in (tmp_path / "run/cache").glob("[!.]*")} == {"rollouts"}
 
 
 def test_another_text_encoder_shares_no_start_and_no_trajectories(finished_run, tmp_path):

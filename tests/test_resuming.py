@@ -396,7 +396,7 @@ def test_a_run_never_starts_again_by_itself_where_no_checkpoint_verifies(folder,
     code, said = train(folder)
     assert (
         code == 2
-        and "no checkpoint verifies, so nothing can be resumed. Add --overwrite" in said
+        and "no checkpoint is valid, so nothing can be resumed. Add --overwrite" in said
         and steps(folder) == [3]
     )
     code, said = train(folder, "--overwrite")
@@ -416,7 +416,7 @@ def test_a_critic_that_is_not_this_runs_is_named(folder):
 
 def test_states_on_the_own_path_that_are_gone_are_asked_for(folder):
     train(folder, "--checkpointing_steps", "1", at={6: asked(signal.SIGKILL)})
-    for own in folder.glob("cache/own-path-*"):
+    for own in folder.glob("cache/rollouts-*"):
         shutil.rmtree(own)
     code, said = train(folder, "--checkpointing_steps", "1")
     assert code == 2 and "the rollout of step 4 is missing" in said and "Put it back" in said

@@ -178,12 +178,10 @@ def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_
     drawn = {
         count: validator.generate_images(
             partial(velocity_in_chunks, student),
-            autoencoder,
             [words[prompt] for prompt in prompts],
             range(4),
-            few.scheduler,
             count,
-            shape,
+            found.sampler,
         )
         for count in few.counts
     }
@@ -192,8 +190,8 @@ def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_
         set(looks) == {1, 2, 4}
         and figures["image_error_2"] == looks[2]["image_error"] != looks[4]["image_error"]
     )
-    teachers, *rows = found.draw_grid(student, looks).items()
-    assert teachers[0] == "teacher 4 steps" and (teachers[1] == found.teacher_drawn).all()
+    teachers, *rows = found.make_grid(student, looks).items()
+    assert teachers[0] == "teacher 4 steps" and (teachers[1] == found.teacher_grid).all()
     assert [title.split(",")[0] for title, _ in rows] == [
         "student 4 steps",
         "student 2 steps",
@@ -210,7 +208,7 @@ def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_
         ),
     )
     by_teacher, by_student = found.judge(student)
-    assert (by_teacher == found.teacher_drawn).all() and all(
+    assert (by_teacher == found.teacher_grid).all() and all(
         (by_student[count] == drawn[count]).all() for count in drawn
     )
     assert not (drawn[1] == drawn[4]).all()

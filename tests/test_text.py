@@ -67,7 +67,7 @@ def test_prompts_are_encoded_once_and_only_what_is_lost_again(tmp_path):
         found = encode_once(Accelerator(cpu=True), counted, prompts, tmp_path)
         assert list(found) == prompts and all(torch.equal(*pair) for pair in zip(found.values(), expected))
     shard_path(tmp_path, 0).unlink()
-    with pytest.raises(OSError, match="no such file. The machines of a run need one disk"):
+    with pytest.raises(OSError, match="no such file. All machines of a run need one shared disk"):
         read_shard(tmp_path, 0)
     encode_once(Accelerator(cpu=True), counted, prompts, tmp_path)
     assert [len(prompts) for prompts in asked] == [SHARD_SIZE, 6, SHARD_SIZE]

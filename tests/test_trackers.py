@@ -10,7 +10,7 @@ from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT, run_script
-from wanlite.training.trackers import PACKAGES, PICTURES, check_tracker, log_image
+from wanlite.training.trackers import IMAGE_FORMATS, PACKAGES, check_tracker, log_image
 
 TRAIN = ROOT / "train_distillation.py"
 
@@ -23,12 +23,12 @@ def is_missing(name):
 
 
 def test_trackers_are_those_of_accelerate():
-    assert set(PACKAGES) == set(LoggerType.list()) - {"all"} and set(PICTURES) < set(PACKAGES)
+    assert set(PACKAGES) == set(LoggerType.list()) - {"all"} and set(IMAGE_FORMATS) < set(PACKAGES)
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGE_FORMATS)
 def test_a_picture_is_given_as_a_tracker_of_accelerate_takes_it(name):
-    values, options = PICTURES[name](np.zeros((4, 6, 3), np.uint8))
+    values, options = IMAGE_FORMATS[name](np.zeros((4, 6, 3), np.uint8))
     inspect.signature(LOGGER_TYPE_TO_CLASS[name].log_images).bind(None, {"grid": values}, step=1, **options)
     assert len(values) == (
         4 if name in ("aim", "clearml") else 1
