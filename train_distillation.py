@@ -380,13 +380,13 @@ from wanlite.planning.messages import announce, command, conclude, drawing_comma
 from wanlite.planning.run import resolve_run
 from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention
 from wanlite.runtime.ranks import abort_all_ranks, check_devices, is_peer_failure, process_group_options
-from wanlite.student.building import add_layers, complete_config, config_defaults, initialise_weights
+from wanlite.student.building import add_layers, complete_config, config_defaults, initialize_weights
 from wanlite.student.config import OUR_NAMES, check_shape, student_arguments
 from wanlite.student.initialization import compare_experts, initialize_student, project_into
 from wanlite.student.location import student_folder
 from wanlite.student.pretrained import (
     ReadOptions,
-    build_around,
+    build_student,
     check_save_options,
     loading_info,
     read_student,
@@ -475,7 +475,7 @@ class WanLiteStudent(WanTransformer3DModel):
         self.register_to_config(**complete_config(shape))
         add_layers(self)
         if not self.proj_out.weight.is_meta:
-            initialise_weights(self)
+            initialize_weights(self)
         if teacher_checkpoint_path is not None and projection != "none":
             project_into(self, teacher_checkpoint_path, expert)
 
@@ -652,7 +652,7 @@ class WanLiteStudent(WanTransformer3DModel):
             force_download=force_download,
         )
         arguments, tensors, digests = read_student(cls, folder, variant, options)
-        student = build_around(cls, arguments, tensors, options.device)
+        student = build_student(cls, arguments, tensors, options.device)
         student.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return (student, loading_info(digests)) if output_loading_info else student
 

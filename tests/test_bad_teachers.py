@@ -115,7 +115,7 @@ def drop(path, beginning):
         (
             lambda wan: None,
             {"depth": 2, "num_heads": 1, "hidden_size": 34},
-            "1 heads of 34 channels cannot be cut",
+            "1 heads of 34 channels cannot be pruned",
         ),
     ],
     ids=[

@@ -322,7 +322,7 @@ def test_a_prompt_file_that_holds_none_is_refused(content, words, tmp_path):
     "arguments, words",
     [
         (["--hidden_size", "256"], "hidden_size 256 is more than the teacher's 128"),
-        (["--num_heads", "3"], "3 heads of 21.3333 channels cannot be cut"),
+        (["--num_heads", "3"], "3 heads of 21.3333 channels cannot be pruned"),
         (["--depth", "9"], "depth 9 is more"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A teacher's weights -> the student's initial weights, projected and calibrated once and kept in the cache."""
+"""A teacher's weights -> the student's initial weights, which are projected and calibrated once and cached."""
 
 import json
 from contextlib import suppress
@@ -19,19 +19,19 @@ from .layout import weight_names
 from .projection import Report, choose_experts, project
 from .shape import DEFAULT_EXPERT, check_shape_fits
 
-# Part of the cache key of a projected start. Raise it with every change after which the same teacher, prompts
-# and settings give other weights (in projection, pruning or calibration); older caches are then not used.
+# Part of the cache key of initial weights. Raise it with every change of projection, pruning or calibration after
+# which the same inputs give different weights, so that older caches are not used.
 METHOD_VERSION = 1
-REPORT = "report.json"  # of the projection, beside the weights of a start
+REPORT = "report.json"  # of the projection, beside the initial weights
 
 
 def project_into(
     student, folder, expert=DEFAULT_EXPERT, text_samples=None, channels=None, device="cpu"
 ) -> Report:
-    """Fill a student in place with the weights of the teacher in `folder`.
+    """Project the weights of the teacher in `folder` into a student, in place.
 
-    Raises OSError and ValueError for invalid files, see open_teacher_files and check_experts, and for a shape
-    that does not fit this teacher, before any tensor is projected.
+    Raises OSError or ValueError before any tensor is projected if files are invalid, see open_teacher_files and
+    check_experts, or if the student's shape does not fit this teacher.
     """
     files = open_teacher_files(folder)
     check_shape_fits(files.config, dict(student.config))
@@ -43,9 +43,9 @@ def project_into(
 
 
 def compare_experts(settings, files, device) -> dict[str, float]:
-    """Return the cosines of check_experts(), kept in the cache because they need all of both experts."""
+    """Return the cosines of check_experts(), which are cached because they require reading both experts."""
     record = Path(settings.cache_dir) / f"experts-{files.fingerprint[:16]}.json"
-    with suppress(OSError, ValueError, RecursionError):  # a missing or unreadable record is made again
+    with suppress(OSError, ValueError, RecursionError):  # a missing or unreadable record is written again
         if isinstance(cosines := json.loads(record.read_text(encoding="utf-8")), dict):
             return cosines
     cosines = check_experts(files, device)
@@ -57,11 +57,11 @@ def compare_experts(settings, files, device) -> dict[str, float]:
 def initialize_student(
     settings, student, files, prompt_embeddings, prompts, latent_size, accelerator
 ) -> dict[str, Any] | None:
-    """Give the student its initial weights, as --projection and --student choose; returns the report for
-    run.json, None where nothing is projected.
+    """Initialize the student as --projection and --student select.
 
-    `prompts` are those to calibrate on. A start is read from the cache if teacher, text encoder, shape,
-    prompts, settings and METHOD_VERSION are the same.
+    `prompts` are used for calibration. Initial weights are read from the cache if teacher, text encoder, shape,
+    prompts, settings and METHOD_VERSION are the same. Returns the report for run.json, None if nothing is
+    projected.
     """
     log = accelerator.print
     if settings.student is not None:
@@ -92,7 +92,7 @@ def initialize_student(
 def start_folder(
     settings, student, files, text_digest, prompts, latent_size, version: int = METHOD_VERSION
 ) -> Path:
-    """Return the folder of a start in the cache; `text_digest` identifies the text encoder."""
+    """Return the folder of initial weights in the cache; `text_digest` identifies the text encoder."""
     return cache_folder(
         settings.cache_dir,
         "start",
@@ -106,7 +106,7 @@ def start_folder(
 
 
 def _make_start(settings, student, files, embeddings, latent_size, device) -> Report:
-    """Project the teacher's weights into the student, and calibrate it on a frame for each of `embeddings`."""
+    """Project the teacher's weights into the student, and calibrate it on one frame per embedding."""
     experts, channels, frames = choose_experts(files, settings.expert), None, None
     if settings.projection == "calibrated":
         text, shift = pack_text(embeddings), settings.flow_shift
