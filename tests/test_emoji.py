@@ -20,7 +20,7 @@ from wanlite.world.emoji.scenes import JITTER, MIN_CONTRAST, PAIRS, backdrop, co
 from wanlite.world.emoji.sprites import ATLAS, SIZES, sprites
 
 SCENES = emoji.scenes(11, 60) + emoji.scenes(11, 60, held_out=True)
-SAID = [emoji.leave_unsaid(scene, random) for random in [np.random.default_rng(1)] for scene in SCENES]
+SAID = [emoji.omit_properties(scene, random) for random in [np.random.default_rng(1)] for scene in SCENES]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def noisy(picture, deviation, random):
 
 def test_every_way_to_say_a_scene_reads_back_to_what_it_says():
     for scene in [*SCENES, *SAID]:
-        assert all(emoji.read_caption(way) == scene for way in emoji.ways_to_say(scene))
+        assert all(emoji.read_caption(way) == scene for way in emoji.all_captions(scene))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_caption_is_read_in_any_case_and_spacing():
 def test_captions_leave_a_quarter_of_each_thing_unsaid():
     random, values = np.random.default_rng(0), []
     for scene in emoji.scenes(1, 1500, num_objects=1):
-        said = emoji.leave_unsaid(scene, random)
+        said = emoji.omit_properties(scene, random)
         values.append((said.background, said.objects[0].style, said.objects[0].size, said.objects[0].place))
     assert all(0.2 < np.mean([value is None for value in column]) < 0.3 for column in zip(*values))
 
@@ -326,7 +326,7 @@ def test_accuracy_refuses_a_caption_of_another_world_by_name(pictures):
 
 
 def test_accuracy_of_drawings_is_one(pictures):
-    captions = [emoji.ways_to_say(said)[0] for said in SAID[:30]]
+    captions = [emoji.all_captions(said)[0] for said in SAID[:30]]
     figures = prompt_accuracy(lambda _: pictures[:30], captions, emoji)
     assert (
         figures["accuracy"]

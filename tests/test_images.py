@@ -38,7 +38,7 @@ from wanlite.training.run_folder import read_run
 from wanlite.world import shapes
 
 SCENES = shapes.scenes(40, 6)
-CAPTIONS = [shapes.ways_to_say(scene)[0] for scene in SCENES]
+CAPTIONS = [shapes.all_captions(scene)[0] for scene in SCENES]
 PICTURES = [shapes.draw(scene) for scene in SCENES]
 SIZE = [(64, 64)]
 

@@ -22,7 +22,7 @@ def share_read(pictures):
 
 def test_every_way_to_say_a_scene_reads_back_to_it():
     for scene in SCENES:
-        assert all(shapes.read_caption(way) == scene for way in shapes.ways_to_say(scene))
+        assert all(shapes.read_caption(way) == scene for way in shapes.all_captions(scene))
     assert shapes.read_caption("a dog on a beach") is None
 
 

@@ -337,7 +337,7 @@ def make_tokenizer(recipe):
     captions = [
         caption
         for scene in recipe.world.scenes(SEED, recipe.num_worded)
-        for caption in recipe.world.ways_to_say(scene)
+        for caption in recipe.world.all_captions(scene)
     ]
     captions += recipe.world.captions(
         SEED, recipe.num_worded
