@@ -72,7 +72,7 @@ def _columns(path, schema):
         if is_struct or pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type):
             return field.name, find_column(path, schema.names)
     raise ValueError(
-        f"{path}: has the columns {', '.join(schema.names)}, but none with bytes of image files."
+        f"{path}: has the columns {', '.join(schema.names)}, but none of images. Expected bytes of image files."
     )
 
 

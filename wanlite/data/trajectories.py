@@ -103,7 +103,7 @@ class TrajectoryGenerator:
         """Compute on-policy states: the student solves the first steps, and the teacher the remaining ones.
 
         A job is (number of the prompt, prompt, seed, count, index): the student takes `index` of `count` steps,
-        then the teacher takes the corresponding rest of its own. Stored are the state between both and the
+        then the teacher takes the remaining steps of its own schedule. The state between both is stored with the
         average velocity from it to the teacher's image. Source: the roll-outs of pi-Flow (Chen et al. 2025), with
         a single segment that ends at the image.
         """

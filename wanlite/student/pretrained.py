@@ -98,7 +98,7 @@ def check_save_options(save_directory, safe_serialization, variant, max_shard_si
     is_size = isinstance(max_shard_size, str) or isinstance(max_shard_size, int) and max_shard_size >= 1
     if not is_size:
         raise ValueError(
-            f"max_shard_size is {max_shard_size!r}, expected a number of bytes, at least 1, or a text such as '5GB'."
+            f"max_shard_size is {max_shard_size!r}, expected bytes, at least 1, or a text such as '5GB'."
         )
 
 

@@ -144,14 +144,19 @@ def save_student(
             write_weights(stage / file, {name: tensors[name] for name in shard}, metadata)
         index = [index_name(infix)] if split.is_sharded else []
         for name in index:
-            weight_map = {name: _marked(file, mark) for name, file in split.tensor_to_filename.items()}
-            content = json.dumps({"metadata": split.metadata, "weight_map": weight_map}, indent=2)
-            (stage / name).write_text(content + "\n")
+            _write_index(stage / name, split, mark)
         for path in stage.iterdir():
             flush(path)
         write_json(stage / FILE_LIST, {"files": [*files, *index], "infix": infix})
         with locked(folder):
             _publish(stage, folder)
+
+
+def _write_index(path, split, mark):
+    """Write the index of a student in shards, whose names contain `mark`."""
+    weight_map = {name: _marked(file, mark) for name, file in split.tensor_to_filename.items()}
+    content = json.dumps({"metadata": split.metadata, "weight_map": weight_map}, indent=2)
+    path.write_text(content + "\n")
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -231,4 +236,5 @@ def _move(source, target):
 
 
 def _marked(name, mark):
+    """Return the name of a shard with `mark` before its number."""
     return re.sub(rf"({SHARD}\.safetensors)$", rf"{mark}\1", name)
