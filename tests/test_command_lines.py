@@ -287,7 +287,7 @@ def test_projecting_alone_replaces_no_run_that_was_cut_short(finished_run, tmp_p
         run | {"finished": False, "settings": run["settings"] | {"output_dir": str(tmp_path)}},
     )
     said = refused(TRAIN, "--output_dir", tmp_path, *SHORT_RUN, "--project_only")
-    assert "holds a run cut short. Leave --project_only out" in said
+    assert "holds an interrupted run. Leave --project_only out" in said
     assert read_run(tmp_path)["finished"] is False
 
 

@@ -201,7 +201,7 @@ def test_processes_stop_together_and_where_one_is_killed_the_other_ends_and_the_
     codes, said = train(folder, *SHARDED, at={(1, 4): lambda: os.kill(os.getpid(), signal.SIGKILL)})
     assert codes == [2, -9] and time.monotonic() - began < 100
     assert (
-        "another process of this run is gone" in said[0]
+        "another process of this run ended" in said[0]
         and "the same command resumes" in said[0]
         and "Traceback" not in said[0]
     )

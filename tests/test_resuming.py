@@ -344,7 +344,7 @@ def test_a_run_whose_validations_were_all_rejected_ends_with_a_warning(folder):
     run = read_run(folder)
     assert run["verdict"] == ending and run["chosen"] == {
         "step": 6,
-        "why": "the last step, for every validation was rejected",
+        "why": "the last step, because all validations were rejected",
     }
     rejected = [line for line in said.splitlines() if "rejected" in line]
     assert rejected and max(map(len, rejected)) <= 100
