@@ -189,7 +189,8 @@ def trained_sizes(run: dict, unit: int, source: Path | str) -> list[tuple[int, i
     """
     if "resolution" not in run:
         return []
-    size, settings = image_size(run["resolution"]), run.get("settings")
+    size = image_size(run["resolution"])
+    settings = run.get("settings")
     ratios = settings.get("aspect_ratios") if isinstance(settings, dict) else None
     if any(type(side) is not int or side < 1 for side in size):
         raise ValueError(

@@ -178,7 +178,10 @@ class SeededBatches(Sampler):
                 f"{min(self.sizes)} cached states are fewer than one batch of {batch_size}: raise "
                 f"--num_trajectories or lower --train_batch_size{fewer}."
             )
-        self.batch_size, self.seed, self.first, self.last = batch_size, seed, first, last
+        self.batch_size = batch_size
+        self.seed = seed
+        self.first = first
+        self.last = last
 
     def __len__(self):
         return self.last - self.first

@@ -34,6 +34,7 @@ def lay_out(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
     rows = -(-len(images) // columns)
     grid = np.full((rows * (height + GUTTER) - GUTTER, columns * (width + GUTTER) - GUTTER, 3), 255, np.uint8)
     for number, image in enumerate(images):
-        top, left = number // columns * (height + GUTTER), number % columns * (width + GUTTER)
+        top = number // columns * (height + GUTTER)
+        left = number % columns * (width + GUTTER)
         grid[top : top + height, left : left + width] = image
     return grid

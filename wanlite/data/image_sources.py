@@ -176,7 +176,8 @@ def _list_described(place, metadata):
         raise ValueError(
             f"{metadata}: row {odd[0]} has no file_name. Expected file_name and a caption in every row."
         )
-    captions, names = find_column(metadata, columns), find_column(metadata, columns, ("file_name",))
+    captions = find_column(metadata, columns)
+    names = find_column(metadata, columns, ("file_name",))
     return [
         ListedImage(
             str(row[names] or f"row {number}"),

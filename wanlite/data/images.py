@@ -54,7 +54,8 @@ def choose_images(
     known = {} if known is None else known
     chosen: list[CaptionedImage] = []
     skipped: dict[str, list[str]] = {}
-    listed, held_out = list_images(place), set(held_out)
+    listed = list_images(place)
+    held_out = set(held_out)
     for image in tqdm(listed, desc="reading images", unit="image", leave=False, disable=not is_shown or None):
         if len(chosen) == max_count:
             break

@@ -61,7 +61,8 @@ class Copies:
     """Copies tensors to a GPU from pinned memory, in a separate stream."""
 
     def __init__(self, device):
-        self.device, self.stream = torch.device(device), torch.cuda.Stream(device)
+        self.device = torch.device(device)
+        self.stream = torch.cuda.Stream(device)
 
     def enter(self):
         """Select the GPU of a thread; a new thread would otherwise allocate memory on the first GPU."""

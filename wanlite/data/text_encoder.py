@@ -61,7 +61,8 @@ def load_text_encoder(
             f"{folder}/text_encoder: the token embedding is zero or untied, a defect of transformers 5.0 to 5.2 "
             "with Wan's UMT5. Install transformers >= 5.3."
         )
-    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    vocabulary = tokenizer.get_vocab()
+    added = tokenizer.get_added_vocab()
     largest = max((number for token, number in vocabulary.items() if token not in added), default=0)
     if largest >= len(embedding):
         raise ValueError(

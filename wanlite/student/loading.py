@@ -30,7 +30,8 @@ def open_student(
     Weights carry the config that they were saved with. If config.json differs from it, a save is in progress or
     was killed after it published the weights; the matching config is then in the hidden folder of that save.
     """
-    folder, began = _student_component(folder), time.monotonic()
+    folder = _student_component(folder)
+    began = time.monotonic()
     while True:
         try:
             config, files, stack = _open_once(folder, variant)

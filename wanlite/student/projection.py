@@ -125,7 +125,8 @@ def _choose_channels(readers, times: TimeStates, width, channels, report) -> tup
     The score of a channel is its variance at the inputs of layers: the normalised sum of all earlier writers,
     multiplied by the modulation. The output layer has the weight of all blocks together.
     """
-    mean, power = times.modulation.mean(0), times.modulation.square().mean(0)  # (6, D)
+    mean = times.modulation.mean(0)  # (6, D)
+    power = times.modulation.square().mean(0)  # (6, D)
     read = present = torch.zeros((), device=mean.device)
     for reader in readers:
         written = _share(reader("patch_embedding.weight").flatten(1).square().sum(1))  # (D,)
@@ -174,7 +175,8 @@ def _project_head(reader, channels, norm_scale, times: TimeStates, writer):
     Its scale is the sum of a table and the time embedding; `norm_scale` is folded into the table, for the mean
     embedding.
     """
-    full, embedding = reader("scale_shift_table"), times.embedding.mean(0)  # (1, 2, D), (D,)
+    full = reader("scale_shift_table")  # (1, 2, D)
+    embedding = times.embedding.mean(0)  # (D,)
     table = full[:, :, channels]
     table[:, 1] += (norm_scale - 1) * (1 + table[:, 1] + embedding[channels])
     writer["scale_shift_table"] = table

@@ -188,7 +188,8 @@ def _prune_attention(projector, reader, prefix, fold, text_basis=None) -> _Atten
 
 def _head_energy(output, value, head_dim):
     """Return the squared norm (heads,) of each head's output matrix times its value matrix."""
-    outputs, values = output.unflatten(1, (-1, head_dim)), value.unflatten(0, (-1, head_dim))
+    outputs = output.unflatten(1, (-1, head_dim))
+    values = value.unflatten(0, (-1, head_dim))
     return torch.stack([(outputs[:, head] @ values[head]).square().sum() for head in range(len(values))])
 
 
@@ -257,11 +258,11 @@ def _join_heads(attentions, config, head_dim, name, block: ProjectedBlock) -> No
     block.tensors[f"{name}.to_out.0.bias"] = output_bias
     for kind in "qkv":
         weights, biases = zip(*(head.layers[kind] for head in heads))
-        weight, bias = torch.cat(weights), torch.cat(biases)
+        weight = torch.cat(weights)
+        bias = torch.cat(biases)
         block.tensors |= {f"{name}.to_{kind}.weight": weight, f"{name}.to_{kind}.bias": bias}
-        if (
-            kind in "qk" or size == head_dim
-        ):  # values of a smaller head are combinations of the teacher's rows
+        # Values of a smaller head are combinations of the teacher's rows.
+        if kind in "qk" or size == head_dim:
             block.kept_rows[f"{name}.{kind}"] = [(head.block, head.rows[kind]) for head in heads]
         if kind in "qk":
             gain = block.kept_rows[f"{name}.{kind}.gain"] = torch.cat([head.gains[kind] for head in heads])
@@ -305,7 +306,8 @@ def _rotary_rows(layers: dict[str, Linear], rows, size, has_rotary):
     if not has_rotary:
         pairs = top_indices(strength, size // 2).cpu()
     else:
-        axes, full_axes = _axis_pairs(size), _axis_pairs(head_dim)
+        axes = _axis_pairs(size)
+        full_axes = _axis_pairs(head_dim)
         chosen, start = [top_indices(strength[: full_axes[0]], axes[0]).cpu()], full_axes[0]
         for few, many in zip(axes[1:], full_axes[1:]):
             chosen.append(start + (torch.arange(few) * many / few).round().long())

@@ -42,7 +42,9 @@ Shape = tuple[int, ...]
 def find_weights(folder: Path, variant: str | None = None) -> dict[Path, set[str] | None]:
     """Return {path: None} of a single weights file, or {path: names of its tensors} of all shards in the index."""
     check_variant(variant)
-    names, index_file = weight_names(variant_infix(variant)), index_name(variant_infix(variant))
+    infix = variant_infix(variant)
+    names = weight_names(infix)
+    index_file = index_name(infix)
     found = next((path for name in names if (path := find_file(folder, name))), None)
     index = find_file(folder, index_file)
     if found and not (index and _is_stock_newer(folder, index, found)):

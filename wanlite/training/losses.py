@@ -22,7 +22,8 @@ def feature_loss(student_features: Tensor, teacher_features: Tensor, outlier: fl
     Shapes: both (B, N, D). The teacher's are scaled to unit power per image, the student's by the same factor.
     Source: TinyFusion (Fang et al. 2024), masked representation distillation.
     """
-    student_features, teacher_features = student_features.float(), teacher_features.float()
+    student_features = student_features.float()
+    teacher_features = teacher_features.float()
     scale = teacher_features.square().mean((1, 2), keepdim=True).clamp(min=1e-8).rsqrt()  # (B, 1, 1)
     typical = (teacher_features * scale).abs() <= outlier
     error = ((student_features - teacher_features) * scale).square() * typical

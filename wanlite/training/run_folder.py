@@ -284,7 +284,8 @@ class MetricsLog:
     """
 
     def __init__(self, path: str | Path, step: int):
-        self.path, self.seconds = Path(path), 0.0
+        self.path = Path(path)
+        self.seconds = 0.0
         kept = []
         for line, record in self._records() if step else ():
             if record.get("step", 0) <= step:

@@ -311,7 +311,8 @@ def _read_thing(image, region, ground):
     share = (image - ground) @ span / (span @ span)  # of the object's colour in each pixel
     share = share * ndimage.binary_dilation(region, iterations=2)
     covered = _sharpen(share)
-    x, y = float((_X * covered).sum() / covered.sum()), float((_Y * covered).sum() / covered.sum())
+    x = float((_X * covered).sum() / covered.sum())
+    y = float((_Y * covered).sum() / covered.sum())
     overlap, shape, size = max(
         (_overlap(covered, _sharpen(coverage(shape, radius, x, y))), shape, size)
         for shape in SHAPES

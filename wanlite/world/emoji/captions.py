@@ -82,7 +82,8 @@ def omit_properties(scene: Scene, random: Generator) -> Scene:
         )
     if scene.kind == "pair":
         return Scene(tuple(replace(thing, style=omit(thing.style)) for thing in scene.objects), background)
-    style, is_placed = omit(scene.objects[0].style), omit(True)
+    style = omit(scene.objects[0].style)
+    is_placed = omit(True)
     places = (thing.place if is_placed else None for thing in scene.objects)
     return Scene(
         tuple(replace(thing, style=style, place=place) for thing, place in zip(scene.objects, places)),
