@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from wanlite.files.atomic import write_json
-from wanlite.files.file_names import RUN
+from wanlite.files.file_names import CACHE, RUN
 from wanlite.files.locks import lock
 from wanlite.phases import MIN_TRAJECTORIES
 from wanlite.planning.resolve import NAMED_TEACHERS, REAL_STEPS, REAL_TEACHERS, TINY_STEPS, complete
@@ -838,8 +838,8 @@ def announce_work(run):
 def lock_output(run):
     """Lock --output_dir until the process ends; raises an error on all ranks if another run holds the lock."""
     output = Path(run.settings.output_dir)
-    (output / "cache").mkdir(exist_ok=True)
-    is_locked_by_other = run.accelerator.is_main_process and lock(output / "cache") is None
+    (output / CACHE).mkdir(exist_ok=True)
+    is_locked_by_other = run.accelerator.is_main_process and lock(output / CACHE) is None
     reason = f"{output}: another run is writing there. Wait for it, or name another --output_dir."
     abort_all_ranks(run.accelerator, reason if is_locked_by_other else None)
 

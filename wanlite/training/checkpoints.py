@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ..files.atomic import check_space, find_corruption, new_folder, read_manifest
 from ..files.dtypes import find_non_finite
+from ..files.file_names import CHECKPOINTS
 
 TENSORS = "state.safetensors"
 STATE = "state.json"  # everything but tensors
@@ -23,7 +24,7 @@ STATE = "state.json"  # everything but tensors
 
 def checkpoint_path(folder: str | Path, step: int) -> Path:
     """Return the folder of a step's checkpoint in a run's folder."""
-    return Path(folder) / "checkpoints" / f"step-{step:06d}"
+    return Path(folder) / CHECKPOINTS / f"step-{step:06d}"
 
 
 def save_checkpoint(
@@ -110,7 +111,7 @@ def _find_fault(path):
 
 def _checkpoints(folder):
     """Return the checkpoints of a run in ascending order; folders of other names, such as backups, are ignored."""
-    paths = (Path(folder) / "checkpoints").glob("step-*")
+    paths = (Path(folder) / CHECKPOINTS).glob("step-*")
     return sorted((path for path in paths if re.fullmatch(r"step-\d+", path.name)), key=_step)
 
 

@@ -23,12 +23,15 @@ from safetensors import safe_open
 
 from ..files.atomic import MANIFEST, find_corruption, new_folder, write_json
 from ..files.file_names import (
+    CACHE,
+    CHECKPOINTS,
     COMPONENTS,
     CONFIG,
     METRICS,
     MODEL_CARD,
     MODEL_INDEX,
     RUN,
+    SAMPLES,
     SCHEDULER_CONFIG,
     WEIGHTS,
 )
@@ -37,9 +40,9 @@ from ..files.json_files import DOWNLOADED, OWN, read_json
 RESULTS = (  # removed by clear()
     *COMPONENTS,
     "scheduler",
-    "checkpoints/step-*",
-    "checkpoints/.step-*",
-    "samples/step-*.png",
+    f"{CHECKPOINTS}/step-*",
+    f"{CHECKPOINTS}/.step-*",
+    f"{SAMPLES}/step-*.png",
     "logs",
     CONFIG,
     WEIGHTS,
@@ -79,7 +82,7 @@ def check_output_folder(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file, expected a folder to write to. Choose another --output_dir.")
     if not folder.exists() or all(
-        path.name == "cache" or path.name.startswith(f".{RUN}.") for path in folder.iterdir()
+        path.name == CACHE or path.name.startswith(f".{RUN}.") for path in folder.iterdir()
     ):
         return "new"  # a run that was killed before its settings were complete on disk
     run = read_run(folder)
@@ -154,7 +157,7 @@ def clear(folder: str | Path) -> None:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
-    for name in ("checkpoints", "samples"):
+    for name in (CHECKPOINTS, SAMPLES):
         with suppress(OSError):  # missing, or not empty: files of other origin stay
             (Path(folder) / name).rmdir()
 

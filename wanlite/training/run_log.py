@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..data.grids import save_grid
-from ..files.file_names import METRICS
+from ..files.file_names import METRICS, SAMPLES
 from .checkpoints import latest_checkpoint
 from .run_folder import MetricsLog
 from .throughput import format_figures
@@ -64,7 +64,7 @@ class RunLog:
             self.metrics.write(step=step, **figures)
             self.accelerator.log(figures, step=step)
             if grid is not None:
-                image = save_grid(self.folder / "samples" / f"step-{step:06d}.png", grid)
+                image = save_grid(self.folder / SAMPLES / f"step-{step:06d}.png", grid)
                 for tracker in self.accelerator.trackers:
                     log_image(tracker, "teacher above student", image, step)
         except OSError as error:

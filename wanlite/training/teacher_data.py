@@ -16,6 +16,7 @@ from ..data.shards import compute_once
 from ..data.text_encoder import encode_once, lazy_encoder, load_tokenizer, warn_of_truncation
 from ..data.trajectories import TrajectoryGenerator, split_jobs
 from ..files.cache import cache_folder
+from ..files.file_names import CACHE
 from ..files.locks import in_turn
 from ..flow import make_scheduler
 from ..network import TEXT_LENGTH, pack_text
@@ -254,7 +255,7 @@ class TeacherData:
 
     def _rollout_folder(self, jobs, latent_shape, digest):
         """Return the folder of a rollout, in the run's own cache: no other run has the same student."""
-        parent = Path(self.settings.output_dir) / "cache"
+        parent = Path(self.settings.output_dir) / CACHE
         return self._cache_folder("rollouts", parent, jobs=jobs, latents=latent_shape, student=digest)
 
 
