@@ -387,7 +387,7 @@ from wanlite.student.pretrained import (
     ReadOptions,
     build_student,
     check_save_options,
-    loading_info,
+    make_loading_info,
     read_student,
     refuse_unknown,
     write_student,
@@ -652,7 +652,7 @@ class WanLiteStudent(WanTransformer3DModel):
         arguments, tensors, digests = read_student(cls, folder, variant, options)
         student = build_student(cls, arguments, tensors, options.device)
         student.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        return (student, loading_info(digests)) if output_loading_info else student
+        return (student, make_loading_info(digests)) if output_loading_info else student
 
 
 # A saved student is also a stock Wan: pipelines save the names of a component's class and module, and load the
@@ -724,7 +724,7 @@ def train(
     lock_output(run)
     facts["projection"] = project_student(run, student, prompt_embeddings)
     if run.settings.project_only:
-        return save_start(run, student, components_folder, facts)
+        return save_projected_student(run, student, components_folder, facts)
     teacher_data, generation = generate_teacher_data(run, prompt_embeddings, autoencoder)
     few = make_few_steps(run)
     validator = make_validator(run, teacher_data, few, autoencoder, make_check(run, stop))
@@ -977,7 +977,7 @@ def describe_chosen(progress, measure):
     }
 
 
-def save_start(run, student, components_folder, facts):
+def save_projected_student(run, student, components_folder, facts):
     """Save a projected, untrained student, with the schedule of the velocity phase."""
     settings, output = run.settings, Path(run.settings.output_dir)
     if not run.accelerator.is_main_process:

@@ -365,7 +365,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_the_run_that_it_was_to_ov
 
 def test_a_folder_of_something_else_is_never_written_to(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
-    assert "files of other origin than a run" in refused(TRAIN, "--output_dir", tmp_path, "--overwrite")
+    assert "files that do not belong to a run" in refused(TRAIN, "--output_dir", tmp_path, "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 

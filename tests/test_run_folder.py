@@ -26,7 +26,7 @@ def test_a_folder_with_no_more_than_a_projected_start_is_free_for_a_run(tmp_path
     (tmp_path / ".run.json.0123.partial").touch()  # of a run that was killed as it wrote its settings
     assert check_output_folder(tmp_path, {}) == "new"
     (tmp_path / "letter.txt").touch()
-    with pytest.raises(ValueError, match="files of other origin than a run"):
+    with pytest.raises(ValueError, match="files that do not belong to a run"):
         check_output_folder(tmp_path, {})
 
 
@@ -68,7 +68,7 @@ def test_an_output_folder_says_what_a_run_may_do_with_it(tmp_path):
         if content is not None:
             write_json(tmp_path / "run.json", content)
         for overwrite in (False, True):
-            with pytest.raises(ValueError, match="files of other origin than a run"):
+            with pytest.raises(ValueError, match="files that do not belong to a run"):
                 check_output_folder(tmp_path, settings, overwrite=overwrite, resume=False)
 
 

@@ -23,9 +23,9 @@ from wanlite.student.calibration import calibrate, choose_channels, make_frames
 from wanlite.student.initialization import (
     METHOD_VERSION,
     compare_experts,
+    initialization_folder,
     initialize_student,
     project_into,
-    start_folder,
 )
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.model import Teacher
@@ -93,7 +93,7 @@ def test_a_cached_start_is_used_again_unless_the_method_version_is_another(tmp_p
         initialize_student(settings, student, files, words, ["a red ring"], (8, 8), accelerator)
     (folder,) = tmp_path.glob("start-*")
     key = settings, student, files, words.encoder_digest, ["a red ring"], (8, 8)
-    assert start_folder(*key) == folder != start_folder(*key, METHOD_VERSION + 1)
+    assert initialization_folder(*key) == folder != initialization_folder(*key, METHOD_VERSION + 1)
 
 
 def test_the_method_version_is_raised_when_the_projected_weights_change():

@@ -14,7 +14,7 @@ from wanlite.planning.resolve import complete
 from wanlite.planning.run import resolve_run
 from wanlite.training.phase_table import PHASES, phases_to_train
 from wanlite.training.state import CHECKPOINTED, Progress, make_training_state
-from wanlite.training.training_step import MAX_SKIPPED, step_generator, training_step
+from wanlite.training.training_step import MAX_SKIPPED, make_generator, training_step
 
 
 class NoTeacher:
@@ -117,6 +117,6 @@ def test_a_resolved_run_leaves_nothing_open_that_the_machine_decides(run):
 
 
 def test_every_micro_batch_has_random_numbers_of_its_own_by_known_arithmetic(run):
-    seeds = {step_generator(run, step, number).initial_seed() for step in range(20) for number in range(4)}
+    seeds = {make_generator(run, step, number).initial_seed() for step in range(20) for number in range(4)}
     expected = np.random.SeedSequence((run.settings.seed, 3, 1, 0)).generate_state(1, np.uint64)[0]
-    assert len(seeds) == 80 and step_generator(run, 3, 1).initial_seed() == int(expected) % 2**63
+    assert len(seeds) == 80 and make_generator(run, 3, 1).initial_seed() == int(expected) % 2**63

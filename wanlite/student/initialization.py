@@ -73,23 +73,25 @@ def initialize_student(
         log("random start: nothing is projected (the control)")
         return None
     with accelerator.main_process_first():
-        folder = start_folder(
+        folder = initialization_folder(
             settings, student, files, prompt_embeddings.encoder_digest, prompts, latent_size
         )
     if accelerator.is_main_process:
         with in_turn(folder, log):
             if find_corruption(folder):
                 embeddings = [prompt_embeddings[prompt] for prompt in prompts]
-                report = _make_start(settings, student, files, embeddings, latent_size, accelerator.device)
+                report = _project_and_calibrate(
+                    settings, student, files, embeddings, latent_size, accelerator.device
+                )
                 log(f"{report}{_calibration_note(settings, embeddings)}")
-                _save_start(folder, settings, student, report, len(embeddings))
+                _save_initialization(folder, settings, student, report, len(embeddings))
     accelerator.wait_for_everyone()
     log(f"start    {folder}")
     student.load_state_dict(load_file(folder / weight_names()[0]), strict=True)
     return json.loads((folder / REPORT).read_text())
 
 
-def start_folder(
+def initialization_folder(
     settings, student, files, text_digest, prompts, latent_size, version: int = METHOD_VERSION
 ) -> Path:
     """Return the folder of initial weights in the cache; `text_digest` identifies the text encoder."""
@@ -105,7 +107,7 @@ def start_folder(
     )
 
 
-def _make_start(settings, student, files, embeddings, latent_size, device) -> Report:
+def _project_and_calibrate(settings, student, files, embeddings, latent_size, device) -> Report:
     """Project the teacher's weights into the student, and calibrate it on one frame per embedding."""
     experts, channels, frames = choose_experts(files, settings.expert), None, None
     if settings.projection == "calibrated":
@@ -123,7 +125,7 @@ def _calibration_note(settings, embeddings):
     return f"; calibrated on {len(embeddings)} frames" if settings.projection == "calibrated" else ""
 
 
-def _save_start(folder, settings, student, report, num_frames):
+def _save_initialization(folder, settings, student, report, num_frames):
     calibrated = {"calibration_frames": num_frames if settings.projection == "calibrated" else 0}
     with new_folder(folder) as partial_folder:
         student.save_pretrained(partial_folder)

@@ -13,7 +13,7 @@ from .building import config_defaults
 from .config import student_arguments
 from .layout import check_variant
 from .loading import open_student
-from .saving import check_savable, plain_names, save_student
+from .saving import check_savable, save_student, strip_compiled_prefix
 from .weights import all_tensor_shapes, check_hashes, check_weights, pinned_hashes
 
 
@@ -80,7 +80,7 @@ def build_student(student_class, arguments, tensors, device):
     return student.eval()
 
 
-def loading_info(digests):
+def make_loading_info(digests):
     """Return the loading info of diffusers, with the sha256 of each file."""
     lists = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     return {name: [] for name in lists} | {"sha256": digests}
@@ -106,7 +106,7 @@ def write_student(student, folder, is_main_process, variant, max_shard_size):
     """Save config and weights atomically on the main process; every rank calls it if the student is sharded."""
     if is_main_process is None:
         is_main_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    tensors = plain_names(student.state_dict())
+    tensors = strip_compiled_prefix(student.state_dict())
     if is_main_process:
         check_savable(tensors, all_tensor_shapes(student.config), folder)
         save_student(folder, student.to_json_string(), tensors, variant, max_shard_size)

@@ -52,7 +52,7 @@ PATTERNS = {  # {change: pattern of tensor names}; other changes are found in th
 # ---- checks ------------------------------------------------------------------------------------------------
 
 
-def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def strip_compiled_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return {name: tensor} without the prefixes of torch.compile."""
     return {name.replace(COMPILED, ""): tensor for name, tensor in tensors.items()}
 

@@ -55,7 +55,7 @@ def student_shape(
     return {
         "hidden_size": hidden_size,
         "depth": depth,
-        "num_heads": num_heads or default_heads(teacher, hidden_size, depth),
+        "num_heads": num_heads or choose_num_heads(teacher, hidden_size, depth),
         "ffn_dim": ffn_dim or 4 * hidden_size,
         "num_channels": teacher["in_channels"],
         "text_dim": teacher["text_dim"],
@@ -65,7 +65,7 @@ def student_shape(
     }
 
 
-def default_heads(teacher: Mapping[str, Any], hidden_size: int, depth: int) -> int:
+def choose_num_heads(teacher: Mapping[str, Any], hidden_size: int, depth: int) -> int:
     """Return the largest possible number of heads with at least half the teacher's head size.
 
     In the tiny world, such heads train better than fewer whole heads.

@@ -57,7 +57,7 @@ def phases_to_train(run, table):
     ]
 
 
-def velocity_states(state, teacher_data, first):
+def make_velocity_data(state, teacher_data, first):
     """Return all states of the teacher's trajectories, and its states at real images."""
     return Buckets(
         [
@@ -67,7 +67,7 @@ def velocity_states(state, teacher_data, first):
     )
 
 
-def few_step_states(state, teacher_data, first):
+def make_few_step_data(state, teacher_data, first):
     """Return the states of few-step solves, with a rollout of the averaged student at step `first`.
 
     The digest of that student is kept in the progress, so that a resumed run finds the same rollout in the cache.
@@ -75,7 +75,7 @@ def few_step_states(state, teacher_data, first):
     few, progress = state.networks.few, state.progress
     with state.averaged() as student:
         if progress.rollout.get("first") != first:
-            progress.rollout = {"first": first, "student": broadcast(weights_digest(student))}
+            progress.rollout = {"first": first, "student": broadcast(hash_weights(student))}
         rollouts = teacher_data.roll_out(
             student, progress.rollout["student"], few, first, is_past=progress.step != first
         )
@@ -87,7 +87,7 @@ def few_step_states(state, teacher_data, first):
     )
 
 
-def weights_digest(network: torch.nn.Module) -> str:
+def hash_weights(network: torch.nn.Module) -> str:
     """Return the sha256 of a network's weights."""
     digest = hashlib.sha256()
     for tensor in network.state_dict().values():
@@ -96,7 +96,7 @@ def weights_digest(network: torch.nn.Module) -> str:
 
 
 PHASES = {
-    "velocity": PhaseDefinition(velocity_step, velocity_states),
-    "few_step": PhaseDefinition(few_step_regression, few_step_states),
-    "matching": PhaseDefinition(matching_step, few_step_states),
+    "velocity": PhaseDefinition(velocity_step, make_velocity_data),
+    "few_step": PhaseDefinition(few_step_regression, make_few_step_data),
+    "matching": PhaseDefinition(matching_step, make_few_step_data),
 }  # names: phases.PHASE_NAMES

@@ -88,7 +88,7 @@ def check_output_folder(
     run = read_run(folder)
     if not isinstance(run.get("settings"), dict):
         raise ValueError(
-            f"{folder}: holds files of other origin than a run. Choose an empty or a new --output_dir."
+            f"{folder}: holds files that do not belong to a run. Choose an empty or a new --output_dir."
         )
     if overwrite:
         return "new"
@@ -105,7 +105,7 @@ def check_output_folder(
         if run["settings"].get(name) != value
     ]:
         raise ValueError(
-            f"{folder}: holds an unfinished run under other settings ({', '.join(changed)}). Use the same, or add "
+            f"{folder}: holds an unfinished run under other settings ({', '.join(changed)}). Use the same settings, or add "
             "--overwrite."
         )
     return "resume"
@@ -158,7 +158,7 @@ def clear(folder: str | Path) -> None:
             else:
                 entry.unlink()
     for name in (CHECKPOINTS, SAMPLES):
-        with suppress(OSError):  # missing, or not empty: files of other origin stay
+        with suppress(OSError):  # missing, or not empty: other files stay
             (Path(folder) / name).rmdir()
 
 

@@ -48,13 +48,13 @@ def _accumulate(phase, run, state, micro_batch, number):
     with run.accelerator.accumulate(networks.student, networks.feature_head):
         with run.accelerator.autocast():
             loss, terms = phase.loss(
-                networks, run.settings, *micro_batch, phase.progress(step), step_generator(run, step, number)
+                networks, run.settings, *micro_batch, phase.progress(step), make_generator(run, step, number)
             )
         run.accelerator.backward(loss)
     return loss.detach(), terms
 
 
-def step_generator(run, step, micro_batch):
+def make_generator(run, step, micro_batch):
     """Return the random generator of a micro-batch, the same in all processes; see FewSteps."""
     numbers = (run.settings.seed, step, micro_batch, LOSS_PURPOSE)
     (seed,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
