@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.refusals import EXECUTED, REFUSED, SMALL
 from train_distillation import WanLiteStudent
 from wanlite.data.text_encoder import encode_prompts, load_text_encoder
 from wanlite.network import pack_text
@@ -48,12 +50,18 @@ TO_OFFICIAL = [
 # `pytest -m fast` leaves out these files, and in the others each test that uses one of RUNNERS,
 # which start a process.
 SLOW_FILES = {
-    "test_bad_students.py",
+    "test_bad_student_arguments.py",
+    "test_bad_student_config.py",
+    "test_bad_student_costs.py",
+    "test_bad_student_files.py",
+    "test_bad_student_index.py",
+    "test_bad_student_weights.py",
     "test_benchmark_samples.py",
     "test_benchmarks.py",
     "test_calibration.py",
     "test_compiling.py",
     "test_emoji.py",
+    "test_odd_students.py",
     "test_package.py",
     "test_plan.py",
     "test_projection.py",
@@ -356,6 +364,34 @@ def refuse_pickle(folder, weights, name, load, monkeypatch):
     with pytest.raises(OSError):
         load(folder.parent)
     assert not opened and not (folder / "executed").exists()
+
+
+@pytest.fixture(scope="session")
+def sound_student():
+    return loud_student(**SMALL)
+
+
+@pytest.fixture(scope="session")
+def sound_template(sound_student, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "student"
+    sound_student.save_pretrained(folder)
+    WanLiteStudent.from_pretrained(folder)  # the imports of the first load are not a cost of any row
+    return folder
+
+
+@pytest.fixture
+def sound_folder(sound_template, tmp_path, monkeypatch, record_property):
+    """A sound student's folder in a home of its own; the test may not use the network or run a payload."""
+    shutil.copytree(sound_template, tmp_path / "student")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    connections = []
+    for owner, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, name, lambda *address, **_: connections.append(address) or 1)
+    yield tmp_path / "student"
+    assert connections == [] and list(tmp_path.rglob(EXECUTED)) == []
+    record_property("refused", [(cost.seconds, cost.megabytes) for cost in REFUSED])
+    REFUSED.clear()
 
 
 @pytest.fixture
