@@ -58,7 +58,7 @@ def draw(folder, output, *arguments):
     return [np.array(Image.open(path)) for path in sorted(output.glob("0*.png"))]
 
 
-def test_a_run_leaves_the_files_that_the_design_promises(orphan):
+def test_a_run_saves_the_documented_files(orphan):
     for name in (
         "config.json",
         "diffusion_pytorch_model.safetensors",
@@ -84,7 +84,7 @@ def test_a_run_leaves_the_files_that_the_design_promises(orphan):
     )
 
 
-def test_what_is_saved_is_what_training_ended_with_first_middle_last_and_all(orphan):
+def test_saved_weights_are_the_averages_of_the_last_step_in_every_tensor(orphan):
     saved, state = weights(orphan), load_file(orphan / "checkpoints/step-000006/state.safetensors")
     names = [name for name, _ in WanLiteStudent.from_pretrained(orphan).named_parameters()]
     averages = [state[f"/ema/shadow_params/{number}"] for number in range(len(names))]
@@ -103,7 +103,7 @@ def velocity(student):
     return hashlib.sha256(torch.stack(found).numpy().tobytes()).hexdigest()
 
 
-def test_a_student_loads_in_a_fresh_process_without_its_teacher_and_without_projecting(orphan):
+def test_a_student_loads_in_a_fresh_process_without_teacher_and_projection(orphan):
     code = (
         "import sys, hashlib; sys.path.insert(0, sys.argv[1])\n"
         "import train_distillation\n"
@@ -147,7 +147,7 @@ def test_saving_and_loading_again_changes_no_bit_and_no_velocity(dtype, orphan, 
         )
 
 
-def test_a_student_that_was_loaded_and_saved_again_draws_the_same_picture(orphan, tmp_path):
+def test_a_student_loaded_and_saved_again_generates_the_same_image(orphan, tmp_path):
     shutil.copytree(orphan, tmp_path / "run", ignore=shutil.ignore_patterns("cache", "checkpoints"))
     WanLiteStudent.from_pretrained(orphan).save_pretrained(tmp_path / "run", max_shard_size="500KB")
     assert len(list((tmp_path / "run").glob("*.safetensors"))) > 2
@@ -158,7 +158,7 @@ def test_a_student_that_was_loaded_and_saved_again_draws_the_same_picture(orphan
     assert all(np.array_equal(one, two) for one, two in zip(*pictures))
 
 
-def test_run_inference_draws_what_a_stock_pipeline_draws(orphan, tmp_path):
+def test_run_inference_generates_the_images_of_a_stock_pipeline(orphan, tmp_path):
     pictures = draw(orphan, tmp_path / "ours", "--seed", "5")
     pipeline = WanPipeline.from_pretrained(orphan, transformer=WanTransformer3DModel.from_pretrained(orphan))
     frames = pipeline(
@@ -175,7 +175,7 @@ def test_run_inference_draws_what_a_stock_pipeline_draws(orphan, tmp_path):
         assert np.abs(ours.astype(float) - (theirs * 255).round()).max() <= 1
 
 
-def test_a_pipeline_saved_with_a_student_loads_again_and_draws_the_same(orphan, tmp_path):
+def test_a_pipeline_saved_with_a_student_loads_and_generates_the_same_images(orphan, tmp_path):
     def draw_with(pipeline):
         return pipeline(
             PROMPTS,
@@ -198,7 +198,7 @@ def test_a_pipeline_saved_with_a_student_loads_again_and_draws_the_same(orphan, 
     assert half.transformer.dtype == half.vae.dtype == torch.bfloat16 and np.isfinite(draw_with(half)).all()
 
 
-def test_a_picture_says_what_draws_it_again(orphan, tmp_path):
+def test_the_metadata_of_an_image_generate_it_again(orphan, tmp_path):
     draw(
         orphan, tmp_path / "once", "--seed", "9", "--num_images_per_prompt", "2", "--num_inference_steps", "2"
     )
@@ -216,7 +216,7 @@ def test_a_picture_says_what_draws_it_again(orphan, tmp_path):
     assert np.array_equal(np.array(original), np.array(again))
 
 
-def test_without_a_prompt_the_runs_own_validation_prompts_are_drawn(orphan, tmp_path):
+def test_without_a_prompt_the_validation_prompts_of_the_run_are_used(orphan, tmp_path):
     process = run_script(DRAW, "--model", orphan, "--output_dir", tmp_path)
     assert process.returncode == 0, process.stderr
     prompts = json.loads((orphan / "run.json").read_text())["validation_prompts"]
@@ -224,7 +224,7 @@ def test_without_a_prompt_the_runs_own_validation_prompts_are_drawn(orphan, tmp_
     assert drawn == prompts and (tmp_path / f"grid-0000-{len(prompts) - 1:04d}.png").is_file()
 
 
-def test_official_and_diffusers_layouts_train_bitwise_the_same_start(
+def test_official_and_diffusers_layouts_train_bitwise_the_same_student(
     official_teacher_with_parts, orphan, tmp_path
 ):
     process = run_script(
@@ -247,7 +247,7 @@ def official_teacher_with_parts(tmp_path_factory):
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_cut_short_and_resumed_ends_with_the_weights_of_an_uninterrupted_one(how, orphan, tmp_path):
+def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(how, orphan, tmp_path):
     command = [sys.executable, str(TRAIN), "--output_dir", str(tmp_path / "run"), *SHORT_RUN]
     one_thread = os.environ | {
         "OMP_NUM_THREADS": "1"

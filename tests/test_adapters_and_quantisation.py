@@ -124,7 +124,7 @@ def kohya_dialect(matrices):
 @pytest.mark.parametrize(
     "dialect", [diffusers_dialect, comfyui_dialect, comfyui_dialect_with_alpha, kohya_dialect]
 )
-def test_an_adapter_in_every_dialect_does_to_a_student_what_it_does_to_a_stock_wan(dialect, run):
+def test_an_adapter_in_every_dialect_changes_a_student_like_a_stock_wan(dialect, run):
     (ours, stock), matrices = pipelines(run), adapter(run)
     without = velocity(ours.transformer)
     for pipeline in (ours, stock):  # scales the matrices in place
@@ -142,7 +142,7 @@ def test_an_adapter_in_every_dialect_does_to_a_student_what_it_does_to_a_stock_w
 
 
 @needs_peft
-def test_adapters_are_mixed_switched_off_and_taken_out_as_on_a_stock_wan(run):
+def test_adapters_are_combined_disabled_and_removed_as_on_a_stock_wan(run):
     ours, stock = pipelines(run)
     without, found = velocity(ours.transformer), {}
     for pipeline in (ours, stock):
@@ -166,7 +166,7 @@ def test_adapters_are_mixed_switched_off_and_taken_out_as_on_a_stock_wan(run):
 
 
 @needs_peft
-def test_a_fused_adapter_is_saved_drawn_and_taken_back(run, tmp_path):
+def test_a_fused_adapter_is_saved_used_and_unfused(run, tmp_path):
     pipeline, _ = pipelines(run)
     without = velocity(pipeline.transformer)
     pipeline.load_lora_weights(comfyui_dialect(adapter(run)))
@@ -196,7 +196,7 @@ def test_a_fused_adapter_is_saved_drawn_and_taken_back(run, tmp_path):
 
 
 @needs_peft
-def test_an_adapter_that_was_trained_on_a_student_is_saved_alone_and_loads_again(run, tmp_path):
+def test_an_adapter_trained_on_a_student_is_saved_alone_and_loads_again(run, tmp_path):
     from peft import LoraConfig, get_peft_model_state_dict
 
     student = WanLiteStudent.from_pretrained(run)
@@ -235,7 +235,7 @@ def quantise(kind):
 @pytest.mark.parametrize(
     "kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "Float8WeightOnlyConfig"]
 )
-def test_a_quantised_student_draws_what_a_quantised_stock_wan_draws_and_is_not_saved(kind, run):
+def test_a_quantised_student_equals_a_quantised_stock_wan_and_is_not_saved(kind, run):
     ours, stock = pipelines(run, quantise(kind))
     found = velocity(ours.transformer)
     assert near(found, velocity(stock.transformer)) and not near(

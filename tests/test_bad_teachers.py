@@ -137,7 +137,7 @@ def drop(path, beginning):
         "head larger",
     ],
 )
-def test_what_cannot_be_projected_is_refused_before_anything_is_written(
+def test_a_teacher_that_cannot_be_projected_is_refused_before_any_write(
     spoilt, flags, words, official_pipeline, finished_run, tmp_path
 ):
     wan, run = tmp_path / "wan", tmp_path / "run"
@@ -185,7 +185,7 @@ def refusal_of(teacher):
         ("x.sft", "only *.safetensors is read"),
     ],
 )
-def test_a_format_that_is_not_read_is_named_in_every_layout(name, words, tmp_path):
+def test_an_unsupported_format_is_named_in_every_layout(name, words, tmp_path):
     for number, place in enumerate(("transformer", "low_noise_model", "unet", "diffusion_models/Wan2.2", "")):
         path = tmp_path / str(number) / place / name
         path.parent.mkdir(parents=True)
@@ -225,12 +225,12 @@ def test_safetensors_without_a_model_are_named_by_their_keys(key, words, tmp_pat
         "wan/" + VAE,
     ],
 )
-def test_a_teacher_one_folder_off_is_named(typed, copied):
+def test_a_teacher_one_folder_away_is_named(typed, copied):
     assert refusal_of(copied.parent / typed).endswith(f": no whole teacher. Did you mean --teacher {copied}?")
 
 
 @pytest.mark.parametrize("place", ["ComfyUI/models", "models--org--wan/snapshots/0123abc", "a b/c"])
-def test_a_teacher_some_folders_below_is_named_whatever_links_lie_there(place, copied):
+def test_a_teacher_several_folders_below_is_named_despite_links(place, copied):
     folder = copied.parent / "top" / place
     folder.parent.mkdir(parents=True)
     copied.rename(folder)
@@ -239,7 +239,7 @@ def test_a_teacher_some_folders_below_is_named_whatever_links_lie_there(place, c
     assert f"Did you mean --teacher {shlex.quote(str(folder))}?" in refusal_of(copied.parent / "top")
 
 
-def test_a_folder_without_any_teacher_near_it_is_refused_for_itself(tmp_path):
+def test_a_folder_without_a_teacher_nearby_is_refused_by_its_own_name(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "empty: no Wan transformer. Expected transformer/" in refusal_of(tmp_path / "empty")
     assert "/no/such/wan: no such folder" in refusal_of("/no/such/wan")
@@ -268,14 +268,14 @@ def hub_cache(copied, monkeypatch):
         "hub/models--org--wan",
     ],
 )
-def test_a_name_on_the_hub_is_the_snapshot_in_its_cache(typed, hub_cache):
+def test_a_hub_name_resolves_to_the_snapshot_in_the_cache(typed, hub_cache):
     (hub_cache / "snapshots" / "9999fff").mkdir()  # an older one
     assert complete(replace(Settings(), teacher=typed, report_to="none")).teacher == str(
         hub_cache / "snapshots" / "0123abc"
     )
 
 
-def test_a_name_on_the_hub_that_is_not_in_its_cache_comes_with_the_command_that_downloads_it(hub_cache):
+def test_a_hub_name_outside_the_cache_is_refused_with_the_download_command(hub_cache):
     said = refusal_of("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
     assert (
         "126 GB" in said
@@ -289,7 +289,7 @@ def test_a_name_on_the_hub_that_is_not_in_its_cache_comes_with_the_command_that_
     assert "is a URL, expected a folder" in refusal_of("https://example.com/wan.zip")
 
 
-def test_a_hub_cache_that_leaves_open_which_snapshot_is_meant_is_refused_with_its_branches(hub_cache):
+def test_a_hub_cache_with_several_snapshots_is_refused_with_its_branches(hub_cache):
     (hub_cache / "refs" / "main").rename(hub_cache / "refs" / "fp16")
     (hub_cache / "snapshots" / "9999fff").mkdir()
     assert "2 snapshots and no main one: 0123abc (fp16), 9999fff (no branch)" in refusal_of("org/wan")

@@ -36,7 +36,7 @@ def many_words(words):
 
 
 @pytest.mark.parametrize("expert", ["high", "low"])
-def test_a_student_as_large_as_the_teacher_is_left_as_it_is(expert, teacher, many_words):
+def test_calibration_leaves_a_student_of_the_teachers_shape_unchanged(expert, teacher, many_words):
     config, files = teacher.config, teacher.files.experts[expert]
     student = WanLiteStudent(hidden_size=128, depth=4, num_heads=4, ffn_dim=config["ffn_dim"], **TEXT)
     frames = make_frames(files, many_words, (8, 8))
@@ -49,7 +49,7 @@ def test_a_student_as_large_as_the_teacher_is_left_as_it_is(expert, teacher, man
 @pytest.mark.parametrize(
     "shape", [{}, {"depth": 2}, {"hidden_size": 96, "num_heads": 3}, {"num_heads": 4}, {"ffn_dim": 100}]
 )
-def test_a_calibrated_student_is_nearer_to_the_teacher_than_a_projected_one(shape, teacher, many_words):
+def test_a_calibrated_student_is_closer_to_the_teacher_than_a_projected_one(shape, teacher, many_words):
     student, files = WanLiteStudent(**CUT | shape), teacher.files.experts["low"]
     report = project_into(student, TINY_TEACHER, "low")
     before = velocity_error(student, teacher, "low", many_words)
@@ -66,9 +66,7 @@ def test_frames_of_real_images_are_those_images_with_noise(teacher, many_words):
     assert torch.allclose(frames.timestep.sort().values, (torch.arange(64) + 0.5) * 1000 / 64)
 
 
-def test_calibrating_is_bitwise_the_same_from_either_layout_and_whatever_the_random_state(
-    official_teacher, many_words
-):
+def test_calibration_is_the_same_from_either_layout_and_any_random_state(official_teacher, many_words):
     students = []
     for seed, folder in ((1, TINY_TEACHER), (2, official_teacher)):
         torch.manual_seed(seed)
@@ -81,7 +79,7 @@ def test_calibrating_is_bitwise_the_same_from_either_layout_and_whatever_the_ran
     assert all(torch.equal(tensor, students[1][name]) for name, tensor in students[0].items())
 
 
-def test_chosen_channels_predict_channels_that_are_sums_of_them():
+def test_selected_channels_predict_channels_that_are_sums_of_them():
     three = torch.randn(500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows = torch.cat(
         [three, three @ torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)], 1

@@ -27,7 +27,7 @@ def steps(folder):
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-def test_optimizers_schedules_and_numbers_come_back_bit_by_bit(tmp_path):
+def test_optimizers_schedules_and_counters_are_restored_bit_for_bit(tmp_path):
     torch.manual_seed(0)
     network = torch.nn.Linear(3, 3)
     optimizers = [torch.optim.AdamW([network.bias], lr=0.1), torch.optim.Muon([network.weight], lr=0.3)]
@@ -82,7 +82,7 @@ def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path):
         (lambda path: write_json(path / "manifest.json", read_manifest(path) | {"step": 7}), "is of step 7"),
     ],
 )
-def test_the_newest_checkpoint_that_verifies_is_taken_and_the_rest_is_said(tmp_path, break_it, reason):
+def test_the_newest_valid_checkpoint_is_used_and_skipped_ones_are_reported(tmp_path, break_it, reason):
     save(tmp_path, 1)
     save(tmp_path, 2)
     break_it(checkpoint_path(tmp_path, 2))
@@ -99,7 +99,7 @@ def test_a_checkpoint_renamed_to_another_step_is_skipped(tmp_path):
     assert path is None and "is of step 1" in skipped[0]
 
 
-def test_state_that_verifies_and_makes_no_sense_is_an_error_that_names_it(tmp_path):
+def test_an_intact_but_invalid_state_is_an_error_that_names_it(tmp_path):
     save(tmp_path, 1)
     path = checkpoint_path(tmp_path, 1)
     for content in ("{", '{"pairs": [["a", {"tensor": "none"}]]}', '{"pairs": 3}'):
@@ -121,7 +121,7 @@ def test_a_pickle_in_a_checkpoint_is_never_opened(tmp_path, name):
     assert not (tmp_path / "executed").exists()
 
 
-def test_two_at_least_are_kept_and_other_names_are_left_alone(tmp_path):
+def test_at_least_two_checkpoints_are_kept_and_other_files_are_untouched(tmp_path):
     for step in (999_997, 999_998):
         save(tmp_path, step)
     shutil.copytree(checkpoint_path(tmp_path, 999_998), tmp_path / "checkpoints/step-best")
@@ -132,7 +132,7 @@ def test_two_at_least_are_kept_and_other_names_are_left_alone(tmp_path):
     assert latest_checkpoint(tmp_path) == (checkpoint_path(tmp_path, 1_000_000), [])
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_last_whole_checkpoint(tmp_path):
+def test_a_kill_during_a_save_leaves_the_last_complete_checkpoint(tmp_path):
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path; from tests.test_checkpoints import save; import wanlite.training.checkpoints as "

@@ -83,7 +83,7 @@ def test_a_tilde_is_expanded_in_every_path_and_an_unknown_user_is_named(settings
         (DrawSettings, "--output_dir"),
     ],
 )
-def test_bytes_that_are_not_utf8_are_refused_in_every_flag(settings, flag, capsys):
+def test_invalid_utf8_is_refused_in_every_flag(settings, flag, capsys):
     parser = make_parser(settings, "", repeatable=("prompt",))
     with pytest.raises(SystemExit) as ended:
         parser.parse_args([flag, os.fsdecode(b"a \xff cat")])
@@ -93,7 +93,7 @@ def test_bytes_that_are_not_utf8_are_refused_in_every_flag(settings, flag, capsy
     )
 
 
-def test_a_prompt_is_read_as_utf8_where_the_locale_is_ascii():
+def test_a_prompt_is_read_as_utf8_in_an_ascii_locale():
     parser = make_parser(DrawSettings, "", repeatable=("prompt",))
     arguments = parser.parse_args(["--prompt", "caf\udcc3\udca9"])  # as Python has its bytes there
     assert arguments.prompt == ["caf\N{LATIN SMALL LETTER E WITH ACUTE}"]
@@ -126,7 +126,7 @@ def test_a_wrong_flag_is_refused_and_similar_flags_are_suggested(settings, typed
     assert f"unrecognized arguments: {typed} (did you mean {suggested}?) 3 (--help" in error
 
 
-def test_a_flag_like_no_other_gets_no_suggestion(capsys):
+def test_a_flag_unlike_all_others_gets_no_suggestion(capsys):
     with pytest.raises(SystemExit):
         make_parser(TrainSettings, "").parse_args(["--xyzzy"])
     assert "unrecognized arguments: --xyzzy (--help lists every flag)" in capsys.readouterr().err
@@ -142,7 +142,7 @@ def test_help_has_every_flag_under_a_heading(settings):
 
 
 @pytest.mark.parametrize("settings", [TrainSettings, DrawSettings])
-def test_help_names_every_default_but_that_of_a_switch_that_is_off(settings):
+def test_help_has_every_default_except_switches_that_are_off(settings):
     _, *entries = re.split(r"\n  (?=--)", make_parser(settings, "").format_help())
     entries = [" ".join(entry.split()) for entry in entries]
     for field, entry in zip(dataclasses.fields(settings), entries, strict=True):
@@ -159,7 +159,7 @@ def test_help_takes_half_a_second_at_most(script):
     assert seconds <= 0.5  # of computing, whatever else the machine does
 
 
-def test_a_path_with_a_tilde_is_the_same_in_all_that_is_printed_and_written(tmp_path, monkeypatch):
+def test_a_tilde_is_expanded_alike_in_all_output_and_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     process = run_script(TRAIN, "--output_dir=~/run", "--cache_dir=~/cache", *SHORT_RUN, cwd=tmp_path)
     assert process.returncode == 0 and "~" not in process.stdout, process.stderr
@@ -182,18 +182,18 @@ def test_a_path_with_a_tilde_is_the_same_in_all_that_is_printed_and_written(tmp_
         (["--no_such_flag"], "unrecognized arguments"),
     ],
 )
-def test_training_refuses_what_is_wrong_in_one_line(arguments, words, tmp_path):
+def test_training_rejects_wrong_arguments_in_one_line(arguments, words, tmp_path):
     assert words in refused(TRAIN, "--output_dir", tmp_path / "run", *arguments)
     assert not (tmp_path / "run").exists()
 
 
-def test_span_wide_experts_go_with_weights_only(tmp_path):
+def test_best_per_block_experts_need_plain_projection(tmp_path):
     assert "--expert best_per_block goes with --projection weights" in refused(
         TRAIN, "--output_dir", tmp_path / "run", "--expert", "best_per_block"
     )
 
 
-def test_a_start_is_projected_once_and_taken_by_later_runs_of_the_same_teacher_shape_and_method(tmp_path):
+def test_runs_with_the_same_teacher_shape_and_method_share_one_projection(tmp_path):
     def starts():
         return {
             path.name: path.stat().st_mtime_ns
@@ -227,7 +227,7 @@ def projected_run(tmp_path_factory):
     return folder, process.stdout
 
 
-def test_projecting_alone_announces_no_training_and_ends_with_the_command_that_draws(projected_run):
+def test_project_only_prints_no_training_and_ends_with_the_inference_command(projected_run):
     folder, said = projected_run
     assert not any(word in said for word in ("teacher images", "steps", "minutes", "trajectories"))
     *_, saved, then = said.splitlines()
@@ -243,7 +243,7 @@ def test_projecting_alone_announces_no_training_and_ends_with_the_command_that_d
     assert repr(str(folder)) in (folder / "README.md").read_text()
 
 
-def test_a_saved_start_draws_as_step_0_of_a_run_in_its_folder(projected_run, tmp_path):
+def test_a_saved_initialization_equals_step_0_of_a_run_in_its_folder(projected_run, tmp_path):
     shutil.copytree(projected_run[0], tmp_path / "run")
     drawing = run_script(
         DRAW, "--model", tmp_path / "run", "--output_dir", tmp_path / "images", "--batch_size", "8"
@@ -269,7 +269,7 @@ def test_a_saved_start_draws_as_step_0_of_a_run_in_its_folder(projected_run, tmp
     assert read_run(tmp_path / "run")["finished"] and "projected_only" not in read_run(tmp_path / "run")
 
 
-def test_stock_opens_a_saved_start(projected_run):
+def test_stock_diffusers_loads_a_saved_initialization(projected_run):
     ours, stock = (
         kind.from_pretrained(projected_run[0]).state_dict()
         for kind in (WanLiteStudent, WanTransformer3DModel)
@@ -280,7 +280,7 @@ def test_stock_opens_a_saved_start(projected_run):
     assert WanPipeline.from_pretrained(projected_run[0]).scheduler.config.solver_order == 2
 
 
-def test_projecting_alone_replaces_no_run_that_was_cut_short(finished_run, tmp_path):
+def test_project_only_does_not_replace_an_interrupted_run(finished_run, tmp_path):
     run = read_run(finished_run[0])
     write_json(
         tmp_path / "run.json",
@@ -291,7 +291,7 @@ def test_projecting_alone_replaces_no_run_that_was_cut_short(finished_run, tmp_p
     assert read_run(tmp_path)["finished"] is False
 
 
-def test_a_dry_run_where_a_finished_run_lies_tells_the_plan_and_then_the_problem(finished_run):
+def test_a_dry_run_over_a_finished_run_prints_the_plan_and_then_the_problem(finished_run):
     process = run_script(TRAIN, "--output_dir", finished_run[0], *SHORT_RUN, "--dry_run")
     assert process.returncode == 2 and process.stdout.startswith("teacher  ")
     problem, run = process.stdout.splitlines()[-2:]
@@ -301,7 +301,7 @@ def test_a_dry_run_where_a_finished_run_lies_tells_the_plan_and_then_the_problem
     assert process.stdout.count("PROBLEM") == 1 and "Traceback" not in process.stderr
 
 
-def test_a_dry_run_of_projecting_alone_tells_no_training(tmp_path):
+def test_a_dry_run_of_project_only_plans_no_training(tmp_path):
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", *SHORT_RUN, "--dry_run", "--project_only")
     assert process.returncode == 0 and "nothing is trained" in process.stdout, process.stderr
     assert not any(
@@ -313,7 +313,7 @@ def test_a_dry_run_of_projecting_alone_tells_no_training(tmp_path):
 @pytest.mark.parametrize(
     "content, words", [(b"", "holds no prompt"), (b"\n  \n", "holds no prompt"), (b"\xff\xfe\x00", "UTF-8")]
 )
-def test_a_prompt_file_that_holds_none_is_refused(content, words, tmp_path):
+def test_a_prompt_file_without_prompts_is_refused(content, words, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(content)
     assert words in refused(TRAIN, "--output_dir", tmp_path / "run", "--prompts", tmp_path / "prompts.txt")
 
@@ -326,7 +326,7 @@ def test_a_prompt_file_that_holds_none_is_refused(content, words, tmp_path):
         (["--depth", "9"], "depth 9 is more"),
     ],
 )
-def test_a_shape_that_cannot_be_cut_is_refused_before_anything_is_written(arguments, words, tmp_path):
+def test_an_impossible_shape_is_refused_before_any_write(arguments, words, tmp_path):
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", *arguments)
     assert (
         process.returncode == 2
@@ -336,7 +336,7 @@ def test_a_shape_that_cannot_be_cut_is_refused_before_anything_is_written(argume
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_a_shape_that_cannot_be_cut_leaves_the_run_that_it_was_to_overwrite(finished_run, tmp_path):
+def test_an_impossible_shape_leaves_the_run_to_overwrite_unchanged(finished_run, tmp_path):
     shutil.copytree(finished_run[0], tmp_path / "run")
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", "--overwrite", "--num_heads", "3")
     assert process.returncode == 2
@@ -345,9 +345,7 @@ def test_a_shape_that_cannot_be_cut_leaves_the_run_that_it_was_to_overwrite(fini
     ).is_file()
 
 
-def test_a_run_that_fails_before_its_first_step_leaves_the_run_that_it_was_to_overwrite(
-    finished_run, tmp_path
-):
+def test_a_failure_before_the_first_step_leaves_the_run_to_overwrite_unchanged(finished_run, tmp_path):
     shutil.copytree(finished_run[0], tmp_path / "run")
     before = {
         path: path.read_bytes()
@@ -363,7 +361,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_the_run_that_it_was_to_ov
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_folder_of_something_else_is_never_written_to(tmp_path):
+def test_a_folder_of_other_content_is_never_written_to(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     assert "files of other origin than a run" in refused(TRAIN, "--output_dir", tmp_path, "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
@@ -392,7 +390,7 @@ def test_a_finished_run_is_not_overwritten_by_accident(finished_run):
         (["--num_images_per_prompt", "-1"], "at least 1"),
     ],
 )
-def test_drawing_refuses_what_is_wrong_in_one_line(arguments, words, finished_run, tmp_path):
+def test_inference_rejects_wrong_arguments_in_one_line(arguments, words, finished_run, tmp_path):
     folder, _ = finished_run
     assert words in refused(DRAW, "--model", folder, "--output_dir", tmp_path / "pictures", *arguments)
     assert not (tmp_path / "pictures").exists()
@@ -409,22 +407,22 @@ def test_drawing_refuses_what_is_wrong_in_one_line(arguments, words, finished_ru
         ("", "is not the name of a folder"),
     ],
 )
-def test_drawing_refuses_a_folder_that_is_no_student(model, words, tmp_path):
+def test_inference_rejects_a_folder_without_a_student(model, words, tmp_path):
     assert words in refused(DRAW, "--model", model, "--output_dir", tmp_path / "pictures")
 
 
-def test_a_run_that_was_never_finished_is_no_model(finished_run, tmp_path):
+def test_an_unfinished_run_is_not_a_model(finished_run, tmp_path):
     shutil.copytree(finished_run[0], tmp_path / "run")
     (tmp_path / "run/diffusion_pytorch_model.safetensors").unlink()
     assert "Error no file named" in refused(DRAW, "--model", tmp_path / "run")
 
 
-def test_a_device_that_is_not_here_is_refused(finished_run):
+def test_a_missing_device_is_refused(finished_run):
     process = run_script(DRAW, "--model", finished_run[0], "--device", "cuda:7")
     assert process.returncode == 2 and "CUDA devices. Leave the flag out" in process.stderr.splitlines()[-1]
 
 
-def test_a_file_of_any_prompts_trains_and_its_last_ones_are_held_out(tmp_path):
+def test_a_prompt_file_trains_and_its_last_prompts_are_held_out(tmp_path):
     prompts = [f"prompt number {number} of a user" for number in range(60)]
     (tmp_path / "prompts.txt").write_text("\n".join([*prompts, "", prompts[0]]))
     process = run_script(
@@ -483,12 +481,12 @@ def test_two_processes_train_one_student(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.accelerator.device_count() > 1, reason="this machine has as many GPUs")
-def test_more_processes_than_gpus_are_refused_by_one_of_them(tmp_path):
+def test_more_processes_than_gpus_are_rejected_by_one_of_them(tmp_path):
     said = run_script(*LAUNCH, "--output_dir", tmp_path / "run", *SHORT_RUN).stderr
     assert said.count("torch finds") == 1 and "set ACCELERATE_USE_CPU=true" in said and "wanlite/" not in said
 
 
-def test_the_words_of_both_scripts_say_what_happens_and_where(finished_run):
+def test_the_output_of_both_scripts_reports_progress_and_paths(finished_run):
     folder, said = finished_run
     lines = said.splitlines()
     assert lines[0].startswith("teacher") and "tiny_teacher" in lines[0] and "1.25 M + 1.25 M" in lines[0]
@@ -502,7 +500,7 @@ def test_the_words_of_both_scripts_say_what_happens_and_where(finished_run):
     assert results["captions"] == 16 and 0.9 < results["prompt_accuracy"]["teacher"] <= 1
 
 
-def test_the_dry_run_counts_prompts_that_are_cut(tmp_path):
+def test_the_dry_run_counts_truncated_prompts(tmp_path):
     (tmp_path / "prompts.txt").write_text(
         "a small red circle\n" * 3 + "a small red circle " * 300 + "\na large blue ring\n"
     )

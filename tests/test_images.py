@@ -22,8 +22,8 @@ from tests.conftest import ROOT, TINY_TEACHER
 from tests.test_command_lines import refused
 from tests.test_data import STEPS, teacher_for
 from tests.test_prompts import texts
+from tests.test_resolutions import leave_as_killed
 from tests.test_resuming import same, train
-from tests.test_sizes import leave_as_killed
 from train_distillation import Settings
 from wanlite.data.autoencoder import encode_images, load_autoencoder, to_pixels
 from wanlite.data.datasets import Trajectories
@@ -151,7 +151,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_every_kind_of_place_gives_the_same_pictures_and_captions(kind, tmp_path):
+def test_every_kind_of_source_gives_the_same_images_and_captions(kind, tmp_path):
     said = []
     WRITERS[kind](tmp_path / "place")
     images = choose_images(tmp_path / "place", SIZE, log=said.append)
@@ -164,7 +164,7 @@ def test_every_kind_of_place_gives_the_same_pictures_and_captions(kind, tmp_path
 @pytest.mark.parametrize(
     "kind, name", [("parquet", "data/train-00000-of-00002.parquet"), ("webdataset", "001.tar")]
 )
-def test_a_single_file_is_a_place_too(kind, name, tmp_path):
+def test_a_single_file_is_a_source(kind, name, tmp_path):
     WRITERS[kind](tmp_path / "place")
     assert len(choose_images(tmp_path / "place" / name, SIZE)) in (4, 3)
 
@@ -172,7 +172,7 @@ def test_a_single_file_is_a_place_too(kind, name, tmp_path):
 # ---- what an image may be ----------------------------------------------------------------------------------
 
 
-def test_an_image_is_cropped_in_its_middle_to_the_nearest_ratio_and_made_smaller(tmp_path):
+def test_an_image_is_centre_cropped_to_the_nearest_ratio_and_downscaled(tmp_path):
     wide = np.zeros((128, 256, 3), np.uint8)
     wide[:, 64:192] = 255  # what a square keeps
     (tmp_path / "wide.png").write_bytes(encoded(wide))
@@ -195,7 +195,7 @@ def turned():
     return upright, encoded(upright.rotate(90, expand=True), "PNG", exif=exif)
 
 
-def test_an_image_is_turned_upright_as_its_camera_says():
+def test_an_image_is_rotated_by_its_exif_orientation():
     upright, content = turned()
     assert (np.asarray(decode(content)) == np.asarray(upright)).all()
 
@@ -211,12 +211,12 @@ def test_an_image_is_turned_upright_as_its_camera_says():
         ("LA", "PNG", (81, 81, 81), 1),
     ],
 )
-def test_an_image_of_any_colours_is_rgb(mode, kind, expected, near):
+def test_an_image_of_any_colour_mode_becomes_rgb(mode, kind, expected, near):
     found = np.asarray(decode(encoded(RED.convert(mode), kind)))
     assert found.shape == (64, 64, 3) and np.abs(found.astype(int) - expected).max() <= near
 
 
-def test_what_is_transparent_is_white_and_sixteen_bits_of_grey_become_eight():
+def test_transparency_becomes_white_and_16_bit_grey_becomes_8_bit():
     half = RED.convert("RGBA")
     half.putalpha(Image.fromarray(np.repeat(np.uint8([0, 255]), 32)[None].repeat(64, 0)))
     found = np.asarray(decode(encoded(half)))
@@ -253,7 +253,7 @@ BROKEN = {
 }
 
 
-def test_what_cannot_be_used_is_skipped_counted_and_named_at_once(tmp_path):
+def test_unusable_images_are_skipped_counted_and_named_at_once(tmp_path):
     write_folder(tmp_path / "place")
     for name, (content, _) in BROKEN.items():
         (tmp_path / "place" / name).write_bytes(content)
@@ -296,7 +296,7 @@ def write_files(place, files):
 
 
 @pytest.mark.parametrize("place", ["folder", "some.tar"])
-def test_a_file_with_a_caption_of_a_kind_that_is_not_read_is_counted_and_named(place, tmp_path):
+def test_a_captioned_file_of_an_unsupported_format_is_counted_and_named(place, tmp_path):
     others = ["b.bmp", "c.TIFF", "z 1.5/d.gif", "e.heic", "f.svg", "g.mp4", "h.strange", "i"]
     files = {
         "a.png": CONTENTS[0],
@@ -320,7 +320,7 @@ def test_a_file_with_a_caption_of_a_kind_that_is_not_read_is_counted_and_named(p
 
 
 @pytest.mark.parametrize("place", ["folder", "some.tar"])
-def test_jpegs_are_taken_under_all_of_their_suffixes(place, tmp_path):
+def test_jpegs_are_read_under_all_of_their_suffixes(place, tmp_path):
     names = ["a.jpg", "b.JPEG", "c.jpe", "d.jfif", "e.JIF", "f.jfi", "g.pjpeg", "h.pjp"]
     contents = [encoded(PICTURES[0], "JPEG", quality=90 - number) for number in range(len(names))]
     write_files(
@@ -369,7 +369,7 @@ HIDDEN = (
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet", "webdataset"])
-def test_names_that_begin_with_a_dot_are_not_files_of_a_place(kind, tmp_path):
+def test_hidden_files_are_not_images_of_a_source(kind, tmp_path):
     place = tmp_path / ".hidden" / "place"  # but a place may lie below one
     WRITERS[kind](place)
     for path in [path for path in place.rglob("*") if path.suffix in (".tar", ".parquet")]:
@@ -384,7 +384,7 @@ def test_names_that_begin_with_a_dot_are_not_files_of_a_place(kind, tmp_path):
     assert said == [f"images   6 of {place}"]
 
 
-def test_hidden_members_of_a_tar_are_not_read_and_hidden_rows_are_named(tmp_path):
+def test_hidden_members_of_a_tar_are_ignored_and_hidden_rows_are_named(tmp_path):
     write_tar(
         tmp_path / "some.tar",
         [(name, CONTENTS[5]) for name in HIDDEN]
@@ -403,7 +403,7 @@ def test_hidden_members_of_a_tar_are_not_read_and_hidden_rows_are_named(tmp_path
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
-def test_metadata_whose_cells_do_not_fit_are_refused_by_row(separator, tmp_path):
+def test_metadata_with_invalid_cells_is_refused_by_row(separator, tmp_path):
     write_files(
         tmp_path,
         {
@@ -442,7 +442,7 @@ def test_a_caption_that_utf8_cannot_encode_is_skipped_and_named(kind, tmp_path):
         choose_images(tmp_path, SIZE)
 
 
-def test_what_was_seen_once_is_not_decoded_again(tmp_path, monkeypatch):
+def test_images_that_were_read_once_are_not_decoded_again(tmp_path, monkeypatch):
     write_folder(tmp_path / "place")
     (tmp_path / "place" / "broken.png").write_bytes(CONTENTS[0][:100])
     (tmp_path / "place" / "broken.txt").write_text("a caption")
@@ -470,7 +470,7 @@ def test_what_was_seen_once_is_not_decoded_again(tmp_path, monkeypatch):
         assert len(chosen()) == len(first) and len(decoded) == len(CONTENTS) + 1
 
 
-def test_a_name_that_leads_out_of_the_folder_is_not_followed(tmp_path):
+def test_a_path_to_outside_of_the_folder_is_not_followed(tmp_path):
     write_described(tmp_path / "place", "metadata.jsonl")
     (tmp_path / "secret.png").write_bytes(CONTENTS[0])
     names = [
@@ -548,9 +548,7 @@ def test_an_image_that_changes_under_a_run_is_named(tmp_path):
         ("dataset_dict.json", b'{"splits": ["test", "dev"]}', "has the splits test, dev, but not train"),
     ],
 )
-def test_a_place_that_holds_no_captioned_images_is_refused_with_what_was_expected(
-    name, content, words, tmp_path
-):
+def test_a_source_without_captioned_images_is_refused_with_the_expectation(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=words):
         list_images(tmp_path)
@@ -567,7 +565,7 @@ def test_a_table_without_images_or_captions_is_refused(tmp_path):
         list_images(tmp_path)
 
 
-def test_a_wrong_place_is_answered_before_torch(tmp_path):
+def test_a_wrong_source_is_refused_before_torch_is_imported(tmp_path):
     said = refused(
         ROOT / "train_distillation.py", "--output_dir", tmp_path / "run", "--images", tmp_path / "none"
     )
@@ -586,7 +584,7 @@ def test_a_csv_that_cannot_be_read_is_one_line(tmp_path):
 # ---- what is learnt from them ------------------------------------------------------------------------------
 
 
-def test_captions_join_the_prompts_and_none_is_held_out(tmp_path):
+def test_captions_join_the_training_prompts_and_are_never_held_out(tmp_path):
     write_folder(tmp_path / "place")
     (tmp_path / "prompts.txt").write_text("\n".join(["one", CAPTIONS[2], "three", CAPTIONS[0]]))
     settings = complete(Settings(images=str(tmp_path / "place"), prompts=str(tmp_path / "prompts.txt")))
@@ -595,9 +593,7 @@ def test_captions_join_the_prompts_and_none_is_held_out(tmp_path):
     assert training == ["one", CAPTIONS[2], "three", CAPTIONS[1], *CAPTIONS[3:]]
 
 
-def test_the_teacher_is_asked_at_each_of_its_levels_at_noised_pictures_and_states_are_joined_with_its_walks(
-    tmp_path,
-):
+def test_noised_images_at_all_levels_join_the_states_of_the_trajectories(tmp_path):
     scheduler, pictures = make_scheduler(3.0), torch.randn(5, 2, 4, 4)
     jobs = [(number, f"{number}", 50 + number, number) for number in range(5)]
     for name in ("asked", "walked"):
@@ -631,7 +627,7 @@ def test_the_teacher_is_asked_at_each_of_its_levels_at_noised_pictures_and_state
     assert all(torch.equal(torch.cat([part[name] for part in parts]), joined[name]) for name in joined)
 
 
-def test_large_pictures_are_encoded_a_few_at_a_time_to_the_same_latents(monkeypatch):
+def test_large_images_are_encoded_in_small_batches_to_the_same_latents(monkeypatch):
     autoencoder, pixels = load_autoencoder(TINY_TEACHER), to_pixels(np.stack(PICTURES))
     whole = encode_images(autoencoder, pixels)
     monkeypatch.setattr("wanlite.data.autoencoder.DECODED_AT_ONCE", 2 * 64 * 64)
@@ -658,7 +654,7 @@ FLAGS = (
 )
 
 
-def test_a_run_learns_from_images_tells_what_it_skipped_and_resumes_to_the_same_weights(tmp_path):
+def test_a_run_on_images_reports_skipped_ones_and_resumes_to_the_same_weights(tmp_path):
     write_folder(tmp_path / "place")
     (tmp_path / "place" / "cut.png").write_bytes(CONTENTS[0][:100])
     (tmp_path / "place" / "cut.txt").write_text("a caption")

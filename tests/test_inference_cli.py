@@ -77,7 +77,7 @@ def test_a_validation_prompt_that_utf8_cannot_encode_is_refused(copied_run):
     )
 
 
-def test_a_prompt_over_the_limit_of_tokens_is_drawn_with_one_line_that_names_it(finished_run, tmp_path):
+def test_a_prompt_over_the_token_limit_is_used_with_one_line_that_names_it(finished_run, tmp_path):
     prompts = ("", "a red ring " * 300, "a ring")
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts))
     process = run_script(
@@ -104,7 +104,7 @@ def test_a_prompt_over_the_limit_of_tokens_is_drawn_with_one_line_that_names_it(
     "name",
     ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "tokenizer/tokenizer.json"],
 )
-def test_a_part_that_is_cut_short_or_gone_is_named(name, copied_run):
+def test_a_truncated_or_missing_component_is_named(name, copied_run):
     path = copied_run / name
     path.write_bytes(path.read_bytes()[:1000])
     assert f"{path.name} differs from its manifest" in refused(DRAW, "--model", copied_run)
@@ -120,7 +120,7 @@ def test_a_part_that_is_cut_short_or_gone_is_named(name, copied_run):
         ("vae/config.json", "{", "lacks the patch size, the stride or the largest size"),
     ],
 )
-def test_configs_that_say_no_size_are_refused(name, content, words, copied_run):
+def test_configs_without_sizes_are_refused(name, content, words, copied_run):
     (copied_run / "vae/manifest.json").unlink()  # as in a folder that was put together by hand
     if content is None:
         content = json.dumps(json.loads((copied_run / name).read_text()) | {"patch_size": 2})
@@ -128,14 +128,14 @@ def test_configs_that_say_no_size_are_refused(name, content, words, copied_run):
     assert words in refused(DRAW, "--model", copied_run)
 
 
-def test_a_number_of_steps_that_was_not_trained_is_refused_with_the_list(finished_run, tmp_path):
+def test_an_untrained_number_of_steps_is_refused_with_the_trained_ones(finished_run, tmp_path):
     said = refused(
         DRAW, "--model", finished_run[0], "--output_dir", tmp_path / "pictures", "--num_inference_steps", "3"
     )
     assert "was trained for 1, 2, 4 steps" in said and not (tmp_path / "pictures").exists()
 
 
-def test_a_student_of_an_older_version_or_of_stage_one_takes_any_number_of_steps(copied_run):
+def test_an_older_or_unrefined_student_takes_any_number_of_steps(copied_run):
     run = json.loads((copied_run / "run.json").read_text())
     for schedule, few_steps in ((None, (1, 2, 4)), (None, ()), ({"flow_shift": 3.0, "few_steps": None}, ())):
         make_scheduler(3.0, few_steps).save_pretrained(copied_run / "scheduler")
@@ -161,14 +161,14 @@ def test_a_student_of_an_older_version_or_of_stage_one_takes_any_number_of_steps
         (None, "100,000 lists and objects"),
     ],
 )
-def test_another_schedule_than_that_of_the_training_draws_nothing(changes, words, copied_run):
+def test_a_schedule_other_than_that_of_the_training_is_refused(changes, words, copied_run):
     place = copied_run / "scheduler/scheduler_config.json"
     place.write_text("[" * 10**5 if changes is None else json.dumps(json.loads(place.read_text()) | changes))
     assert words in refused(DRAW, "--model", copied_run)
 
 
 @pytest.mark.parametrize("few_steps", [4, ["4"], {"4": 4}])
-def test_numbers_of_steps_that_are_none_are_refused(few_steps, copied_run):
+def test_invalid_numbers_of_steps_are_refused(few_steps, copied_run):
     run = json.loads((copied_run / "run.json").read_text())
     (copied_run / "run.json").write_text(
         json.dumps(run | {"schedule": run["schedule"] | {"few_steps": few_steps}})
@@ -176,7 +176,7 @@ def test_numbers_of_steps_that_are_none_are_refused(few_steps, copied_run):
     assert f"few_steps is {few_steps!r}, expected whole numbers" in refused(DRAW, "--model", copied_run)
 
 
-def test_ctrl_c_ends_it_without_a_traceback(finished_run, tmp_path):
+def test_ctrl_c_ends_inference_without_a_traceback(finished_run, tmp_path):
     command = [
         sys.executable,
         DRAW,
@@ -194,7 +194,7 @@ def test_ctrl_c_ends_it_without_a_traceback(finished_run, tmp_path):
     assert process.returncode == -signal.SIGINT and "Traceback" not in said
 
 
-def test_memory_that_runs_out_is_one_line_with_what_to_try(finished_run, tmp_path):
+def test_running_out_of_memory_is_one_line_with_advice(finished_run, tmp_path):
     code = f"""import runpy, sys, torch, wanlite.flow
 def run_out(*arguments):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nOf the allocated memory ...")

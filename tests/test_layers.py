@@ -50,7 +50,7 @@ def layer(module):
 IMPORTS = {module: imported(path) & MODULES.keys() for module, path in MODULES.items()}
 
 
-def test_what_is_imported_is_found():
+def test_imports_are_found():
     assert {"wanlite.training.metrics", "wanlite.flow"} <= imported(MODULES["wanlite.training.validation"])
     assert {"wanlite.world.shapes", "torch"} <= imported(MODULES["wanlite.training.metrics"])
     assert "wanlite.data.text_encoder" in imported(ROOT / "tools/train_tiny_teacher.py")
@@ -74,7 +74,7 @@ def test_no_modules_import_each_other_in_a_circle():
     assert not left
 
 
-def test_importing_the_package_imports_nothing():
+def test_importing_the_package_imports_no_module_of_it():
     code = (
         "import sys; before = set(sys.modules); import wanlite; "
         "print({name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
@@ -83,7 +83,7 @@ def test_importing_the_package_imports_nothing():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_answered_without_torch(script):
+def test_help_is_printed_without_torch(script):
     code = (
         f"import runpy, sys\nsys.argv = ['{script}', '--help']\n"
         f"try: runpy.run_path('{script}', run_name='__main__')\n"
@@ -103,7 +103,7 @@ def test_importing_a_script_does_no_work(script, tmp_path):
     assert process.returncode == 0 and process.stdout == "" and not list(tmp_path.iterdir()), process.stderr
 
 
-def test_torch_is_new_enough_for_what_is_used():
+def test_torch_is_new_enough():
     import torch
 
     assert hasattr(torch.optim, "Muon") and sys.version_info >= (3, 11)

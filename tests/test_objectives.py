@@ -8,7 +8,7 @@ from wanlite.training.losses import distribution_matching_loss, feature_loss, pu
 from wanlite.training.steps import Networks, vary
 
 
-def test_velocity_loss_is_the_mean_square_of_each_picture():
+def test_velocity_loss_is_the_mean_square_of_each_sample():
     student, teacher = (
         torch.zeros(3, 2, 4, 4),
         torch.ones(3, 2, 4, 4) * torch.tensor([1.0, 2.0, 0.0])[:, None, None, None],
@@ -38,7 +38,7 @@ def test_feature_loss_leaves_outliers_out():
     assert student.grad[0, 0, 0] == 0 and (student.grad[0, 1] != 0).all()
 
 
-def test_distribution_matching_pushes_from_what_the_critic_sees_to_what_the_teacher_sees():
+def test_distribution_matching_pushes_from_the_critic_to_the_teacher():
     """With teacher and critic that each always see one picture, the gradient is the difference over the mean
     distance.
     """
@@ -52,7 +52,7 @@ def test_distribution_matching_pushes_from_what_the_critic_sees_to_what_the_teac
     assert torch.allclose(sample.grad, (drawn - wanted) / distance / sample[0].numel(), atol=1e-6)
 
 
-def test_distribution_matching_is_silent_where_critic_and_teacher_agree():
+def test_distribution_matching_is_zero_if_critic_and_teacher_agree():
     sample, velocity = torch.randn(2, 2, 4, 4).requires_grad_(), torch.randn(2, 2, 4, 4)
     loss = distribution_matching_loss(
         sample, torch.randn(2, 2, 4, 4), torch.tensor([0.3, 0.6]), velocity, velocity
@@ -61,7 +61,7 @@ def test_distribution_matching_is_silent_where_critic_and_teacher_agree():
     assert torch.equal(sample.grad, torch.zeros_like(sample)) and loss.shape == (2,)
 
 
-def test_what_is_more_varied_keeps_its_mean_and_lies_farther_from_it_by_the_gain():
+def test_diversity_keeps_the_mean_and_scales_distances_from_it_by_the_gain():
     torch.manual_seed(0)
     noise_level, mean = torch.full((4096,), 0.9), 3.0
     picture, other = (mean + torch.randn(4096, 1, 2, 2) for _ in range(2))
@@ -80,7 +80,7 @@ def test_what_is_more_varied_keeps_its_mean_and_lies_farther_from_it_by_the_gain
     assert abs(followed - 1.3) < 0.02
 
 
-def test_the_student_aims_at_more_varied_pictures_from_noise_alone():
+def test_the_student_has_more_diverse_targets_only_from_noise():
     def network(latents, timestep, tokens, **_):
         return (latents * 0.5,)
 

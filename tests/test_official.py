@@ -152,7 +152,7 @@ def layouts(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)
-def test_an_official_autoencoder_becomes_diffusers_own_tensor_by_tensor(name, tmp_path, layouts):
+def test_an_official_autoencoder_converts_to_diffusers_tensor_by_tensor(name, tmp_path, layouts):
     torch.manual_seed(0)
     autoencoder = AutoencoderKLWan(**AUTOENCODERS[name])
     folder = tmp_path / "wan"
@@ -187,7 +187,7 @@ def test_an_official_autoencoder_becomes_diffusers_own_tensor_by_tensor(name, tm
     )
 
 
-def test_the_official_text_encoder_says_what_diffusers_says(layouts, tmp_path):
+def test_the_official_text_encoder_gives_the_embeddings_of_diffusers(layouts, tmp_path):
     ours, theirs = layouts
     convert_components(find_components(theirs), tmp_path, lambda _: None)
     (tokenizer, expected), (own_tokenizer, encoder) = (
@@ -201,7 +201,7 @@ def test_the_official_text_encoder_says_what_diffusers_says(layouts, tmp_path):
     assert torch.equal(expected(**words).last_hidden_state, encoder(**words).last_hidden_state)
 
 
-def test_official_folder_alone_trains_bitwise_the_same_student(layouts, tmp_path):
+def test_an_official_folder_alone_trains_bitwise_the_same_student(layouts, tmp_path):
     for name, folder in zip(("ours", "theirs"), layouts):
         assert train(tmp_path / name, "--teacher", folder, "--flow_shift", "5")[0] == 0
     ours, theirs = (
@@ -214,7 +214,7 @@ def test_official_folder_alone_trains_bitwise_the_same_student(layouts, tmp_path
     assert json.loads((tmp_path / "theirs" / "run.json").read_text())["finished"]
 
 
-def test_conversion_is_done_once_and_a_killed_one_again(layouts, tmp_path):
+def test_conversion_happens_once_and_again_after_a_damaged_file(layouts, tmp_path):
     said, found = [], find_components(layouts[1])
     convert_components(found, tmp_path, said.append)
     assert len(said) == 2
@@ -266,7 +266,7 @@ LFS, PAGE = (
         (PAGE, "it is a web page: download the file again"),
     ],
 )
-def test_what_a_download_left_in_place_of_a_pickle_is_told(content, words, name, layouts, tmp_path):
+def test_an_incomplete_download_in_place_of_a_pickle_is_named(content, words, name, layouts, tmp_path):
     shutil.copytree(layouts[1], tmp_path / "wan")
     (tmp_path / "wan" / name).write_bytes(content)
     with pytest.raises(OSError, match=f"{name}: {words}"):
@@ -280,7 +280,7 @@ def test_what_a_download_left_in_place_of_a_pickle_is_told(content, words, name,
         (b"[" * 100_000, "vae/config.json: not JSON .nested too deeply.. Download it again"),
     ],
 )
-def test_a_config_that_cannot_be_read_is_told(content, words, copied):
+def test_an_unreadable_config_is_named(content, words, copied):
     (copied / "vae/config.json").write_bytes(content)
     with pytest.raises(OSError, match=words):
         pixels_per_token(copied / "vae")
@@ -314,7 +314,7 @@ def without(path, beginning):
     )
 
 
-def test_parts_that_are_whole_are_those_of_their_teacher(copied):
+def test_complete_components_match_their_teacher(copied):
     for _ in ("one file", "shards"):
         check_components(find_components(copied), TEACHER)
         assert load_text_encoder(copied)
@@ -422,7 +422,7 @@ def test_parts_that_are_whole_are_those_of_their_teacher(copied):
         ),
     ],
 )
-def test_a_part_that_is_not_whole_is_refused_before_a_run_with_its_file(spoil, words, copied):
+def test_an_incomplete_component_is_refused_before_a_run_with_its_file(spoil, words, copied):
     spoil(copied)
     with pytest.raises((OSError, ValueError), match=words) as refused:
         check_components(find_components(copied), TEACHER)
@@ -432,7 +432,7 @@ def test_a_part_that_is_not_whole_is_refused_before_a_run_with_its_file(spoil, w
 @pytest.mark.parametrize(
     "spoil", [_half, lambda path: path.write_bytes(LFS), lambda path: path.write_bytes(b"")]
 )
-def test_a_pickled_text_encoder_that_is_not_whole_is_refused_before_a_run(spoil, layouts, tmp_path):
+def test_an_incomplete_pickled_text_encoder_is_refused_before_a_run(spoil, layouts, tmp_path):
     shutil.copytree(layouts[1], tmp_path / "wan")
     check_components(find_components(tmp_path / "wan"), TEACHER)
     spoil(tmp_path / "wan/models_t5_umt5-xxl-enc-bf16.pth")
@@ -442,7 +442,7 @@ def test_a_pickled_text_encoder_that_is_not_whole_is_refused_before_a_run(spoil,
         check_components(find_components(tmp_path / "wan"), TEACHER)
 
 
-def test_a_dry_run_tells_of_a_part_that_is_not_whole(copied):
+def test_a_dry_run_reports_an_incomplete_component(copied):
     (copied / TEXT).write_bytes(LFS)
     process = run_script(
         ROOT / "train_distillation.py", "--dry_run", "--teacher", copied, "--output_dir", copied / "run"
@@ -451,7 +451,7 @@ def test_a_dry_run_tells_of_a_part_that_is_not_whole(copied):
     assert "Traceback" not in process.stderr
 
 
-def test_all_that_is_missing_is_named_at_once(layouts, tmp_path):
+def test_all_missing_components_are_named_at_once(layouts, tmp_path):
     shutil.copytree(layouts[1], tmp_path / "wan")
     (tmp_path / "wan" / "Wan2.1_VAE.pth").unlink()
     shutil.rmtree(tmp_path / "wan" / "google")

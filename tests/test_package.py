@@ -42,7 +42,7 @@ def numbers(version):
     return [int(number) for number in version.split(".")]
 
 
-def test_everything_that_the_code_reads_is_in_the_wheel():
+def test_every_file_that_the_code_reads_is_in_the_wheel():
     included = set(PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"])
     folders = [folder for folder in (*NAMED_TEACHERS.values(), ATLAS) if folder.is_dir()]
     assert {path.parent for path in folders} == {ROOT}

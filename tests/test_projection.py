@@ -64,7 +64,7 @@ def test_the_command_line_and_the_constructor_have_one_default_expert():
     assert Settings().expert == constructor == DEFAULT_EXPERT
 
 
-def test_projecting_twice_gives_the_same_student_whatever_the_random_state():
+def test_projecting_twice_gives_the_same_student_from_any_random_state():
     torch.manual_seed(1)
     first = WanLiteStudent(**CUT, teacher_checkpoint_path=TINY_TEACHER).state_dict()
     torch.manual_seed(2)
@@ -89,14 +89,14 @@ def test_every_teacher_tensor_is_read_and_every_student_tensor_written(expert):
     assert report.num_written == len(before)
 
 
-def test_a_student_tensor_that_gets_no_value_stops_the_projection():
+def test_a_student_tensor_without_a_value_stops_the_projection():
     student = WanLiteStudent(**CUT)
     student.register_buffer("forgotten", torch.zeros(1))
     with pytest.raises(ValueError, match="forgotten"):
         projection.project(student, [open_teacher_files(TINY_TEACHER).experts["low"]])
 
 
-def test_the_report_has_the_energy_kept_in_each_block_and_the_cosines_of_the_experts():
+def test_the_report_has_the_energy_of_each_block_and_the_cosines_of_the_experts():
     report = project_into(WanLiteStudent(**CUT), TINY_TEACHER)
     assert report.kept_energy.keys() == {"residual", "text", "attn1", "attn2", "ffn"}
     assert (
@@ -111,7 +111,7 @@ def test_the_report_has_the_energy_kept_in_each_block_and_the_cosines_of_the_exp
     )
 
 
-def test_each_block_comes_from_the_expert_that_keeps_more():
+def test_each_block_comes_from_the_expert_that_preserves_more_energy():
     files, kept = open_teacher_files(TINY_TEACHER).experts, {}
     spans = projection.project(WanLiteStudent(**CUT), [files["low"], files["high"]])
     for name, expert in files.items():
@@ -123,7 +123,7 @@ def test_each_block_comes_from_the_expert_that_keeps_more():
     assert spans.experts == best
 
 
-def test_an_expert_that_no_teacher_has_is_refused():
+def test_an_unknown_expert_is_refused():
     with pytest.raises(ValueError, match="'middle' is unknown"):
         project_into(WanLiteStudent(**CUT), TINY_TEACHER, "middle")
 
@@ -165,12 +165,12 @@ def test_every_shape_that_fits_gives_finite_velocities(shape, words, noisy):
         ({"num_channels": 48}, "num_channels is 48"),
     ],
 )
-def test_a_shape_that_cannot_be_cut_is_refused(shape, words, teacher):
+def test_an_impossible_shape_is_refused(shape, words, teacher):
     with pytest.raises(ValueError, match=words):
         check_shape_fits(teacher.config, CONFIG | shape)
 
 
-def test_a_student_that_cannot_be_cut_is_refused_before_a_tensor_is_read(monkeypatch):
+def test_an_impossible_student_is_refused_before_any_tensor_is_read(monkeypatch):
     monkeypatch.setattr(ExpertFiles, "read", None)
     with pytest.raises(ValueError, match="depth 5 is more"):
         WanLiteStudent(**CUT | {"depth": 5}, teacher_checkpoint_path=TINY_TEACHER)
@@ -186,7 +186,7 @@ def test_a_student_that_cannot_be_cut_is_refused_before_a_tensor_is_read(monkeyp
         {"hidden_size": 60, "num_heads": 4},
     ],
 )
-def test_the_nearest_shapes_that_a_refusal_names_can_be_cut(shape, teacher):
+def test_the_nearest_shapes_in_the_message_can_be_projected(shape, teacher):
     with pytest.raises(ValueError, match="nearest possible shapes") as refused:
         check_shape_fits(teacher.config, CONFIG | shape)
     named = re.findall(
@@ -207,7 +207,7 @@ def test_the_nearest_shapes_that_a_refusal_names_can_be_cut(shape, teacher):
     ],
     ids=["A14B and 2.1-14B", "2.1-1.3B", "2.2-5B"],
 )
-def test_students_of_both_head_sizes_can_be_cut_from_every_wan(model, shapes, tmp_path):
+def test_students_of_both_head_sizes_can_be_projected_from_every_wan(model, shapes, tmp_path):
     write_sparse_wan(tmp_path / "wan", model, "official", 6)
     config = open_teacher_files(tmp_path / "wan").config
     for depth, num_heads in shapes:
@@ -234,7 +234,7 @@ def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path):
         WanLiteStudent(**CUT, teacher_checkpoint_path=tmp_path)
 
 
-def test_a_smaller_head_keeps_whole_rotary_pairs_of_every_axis():
+def test_a_smaller_head_keeps_complete_rotary_pairs_of_every_axis():
     layers = {kind: (torch.randn(128, 8), torch.randn(128)) for kind in "qk"}
     rows = pruning._rotary_rows(layers, torch.arange(128), 64, has_rotary=True)
     assert len(rows.unique()) == 64 and torch.equal(rows[1::2], rows[::2] + 1) and (rows[::2] % 2 == 0).all()
@@ -287,6 +287,6 @@ def test_attention_keeps_its_temperature_when_heads_are_dropped(attention):
         assert 0.98 < (ours.square().mean() / theirs.square().mean()).sqrt() < 1.02
 
 
-def test_the_constant_output_of_a_dropped_head_is_kept(attention):
+def test_the_constant_output_of_a_dropped_head_is_preserved(attention):
     expected = attention.output_bias + attention.output[:, :8] @ attention.layers["v"][1][:8]
     assert torch.allclose(joined(attention)["to_out.0.bias"], expected, atol=1e-6)

@@ -154,7 +154,7 @@ def distance(first, second):
     return float((gap / sum(weight.double().square().sum() for weight in first.values())).sqrt())
 
 
-def test_two_processes_of_half_a_batch_each_learn_what_one_does_in_every_part(alone, paired):
+def test_two_processes_of_half_a_batch_train_the_same_student_in_every_phase(alone, paired):
     for step, moved in ((2, "student"), (4, "student"), (6, "student"), (6, "critic"), (6, "feature_head")):
         one, two, before = (
             load_checkpoint(checkpoint_path(folder, at))[moved]
@@ -164,7 +164,7 @@ def test_two_processes_of_half_a_batch_each_learn_what_one_does_in_every_part(al
         assert step == 2 or moved == "feature_head" or distance(one, before) > 1e-3
 
 
-def test_micro_batches_that_are_accumulated_learn_what_one_batch_does_where_nothing_is_drawn(alone, tmp_path):
+def test_accumulated_micro_batches_equal_one_batch_without_random_numbers(alone, tmp_path):
     shutil.copytree(alone / "cache", tmp_path / "run/cache")
     train(
         tmp_path / "run",
@@ -181,9 +181,7 @@ def test_micro_batches_that_are_accumulated_learn_what_one_batch_does_where_noth
     assert distance(one, two) < 1e-6
 
 
-def test_processes_stop_together_and_where_one_is_killed_the_other_ends_and_the_same_command_goes_on(
-    paired, tmp_path
-):
+def test_processes_stop_together_also_after_a_kill_and_the_run_resumes(paired, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(paired / "cache", folder / "cache")
 
@@ -212,9 +210,7 @@ def test_processes_stop_together_and_where_one_is_killed_the_other_ends_and_the_
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_an_output_folder_that_another_run_writes_to_is_refused_in_one_line_for_all_processes(
-    alone, tmp_path
-):
+def test_a_folder_in_use_by_another_run_is_refused_in_one_line_for_all_ranks(alone, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copytree(alone / "cache", tmp_path / "run/cache")
     with locked(tmp_path / "run/cache"):
@@ -227,7 +223,7 @@ def test_an_output_folder_that_another_run_writes_to_is_refused_in_one_line_for_
 # ---- a teacher in shares -----------------------------------------------------------------------------------
 
 
-def test_a_teacher_in_shares_says_what_a_whole_one_does_and_each_rank_keeps_half_of_its_blocks(
+def test_a_sharded_teacher_equals_a_full_one_with_half_of_the_blocks_per_rank(
     teacher, words, noisy, tmp_path
 ):
     def ask(rank):
@@ -259,7 +255,7 @@ def test_a_teacher_in_shares_says_what_a_whole_one_does_and_each_rank_keeps_half
     assert codes == [0, 0], said
 
 
-def test_ranks_in_step_make_as_many_shards_of_as_many_jobs_as_any_and_write_each_once(tmp_path):
+def test_synchronous_ranks_write_each_shard_once_with_the_usual_jobs(tmp_path):
     jobs = [(number, "x", number) for number in range(2 * SHARD_SIZE + 5)]
 
     def walk(rank):
@@ -284,7 +280,7 @@ def test_ranks_in_step_make_as_many_shards_of_as_many_jobs_as_any_and_write_each
     ]
 
 
-def test_ranks_draw_the_rows_of_one_batch_at_one_level():
+def test_ranks_sample_the_rows_of_one_batch_at_one_level():
     def drawn(rank, ranks):
         few, generator = FewSteps(3.0, (1, 2), (1, 2, 2), 10, (rank, ranks)), torch.Generator().manual_seed(0)
         pictures = few.draw(4 // ranks, lambda latents, timestep: latents, generator, "cpu")
@@ -303,7 +299,7 @@ def test_ranks_draw_the_rows_of_one_batch_at_one_level():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_loads_every_config_and_its_first_line_says_the_command(path):
+def test_accelerate_loads_every_config_and_its_first_line_has_the_command(path):
     config = load_config_from_file(str(path))
     machines, gpus = [1, *map(int, re.findall(r"\d+", path.stem))][-2:]
     assert (config.num_machines, config.num_processes) == (machines, machines * gpus)
@@ -349,7 +345,9 @@ def test_a_launch_that_contradicts_the_flags_is_refused(said, flags, words, monk
         ("bf16", "fp8", "bf16", True),
     ],
 )
-def test_the_precision_is_that_of_the_flag_else_of_the_config(asked, config, expected, is_told, monkeypatch):
+def test_the_precision_comes_from_the_flag_else_from_the_config(
+    asked, config, expected, is_told, monkeypatch
+):
     if config:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", config)
     told = []
@@ -357,7 +355,7 @@ def test_the_precision_is_that_of_the_flag_else_of_the_config(asked, config, exp
     assert not told or told == [f"--mixed_precision {asked} overrides {config} of accelerate's config"]
 
 
-def test_more_processes_than_gpus_are_refused_unless_they_are_to_share_the_cpu(monkeypatch):
+def test_more_processes_than_gpus_are_refused_except_on_the_cpu(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
     with pytest.raises(ValueError, match="started 99 processes for as many GPUs here, torch finds"):
         check_devices({"ACCELERATE_USE_CPU": "False"})

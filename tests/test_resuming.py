@@ -98,7 +98,7 @@ class Scaled(Accelerator):
             self.scaler.unscale_(prepared.optimizer)
 
 
-def test_gradients_that_are_scaled_train_the_same_student_bit_for_bit(finished_run, folder):
+def test_scaled_gradients_train_the_same_student_bit_for_bit(finished_run, folder):
     """By powers of two, in float32: nothing is lost.
 
     The scale doubles after five steps, once for all optimizers.
@@ -109,7 +109,7 @@ def test_gradients_that_are_scaled_train_the_same_student_bit_for_bit(finished_r
     assert load_checkpoint(path)["scaler"]["scale"] == 2.0 ** (16 + read_run(folder)["steps"] // 5)
 
 
-def test_the_teacher_is_in_memory_only_in_the_part_that_asks_it(folder):
+def test_the_teacher_is_in_memory_only_in_the_phase_that_uses_it(folder):
     counts = folder.parent / "counts"
 
     def count():
@@ -139,7 +139,7 @@ def steps(folder):
 # ---- stopped and killed ------------------------------------------------------------------------------------
 
 
-def test_a_run_stopped_twice_ends_with_the_weights_of_an_uninterrupted_one(folder, finished_run):
+def test_a_run_stopped_twice_ends_with_the_same_weights(folder, finished_run):
     for at, step in ((2, 2), (3, 5)):  # the second process begins at step 2
         code, said = train(folder, at={at: asked()})
         assert code == 3 and f"stopped at step {step} of 6" in said
@@ -159,7 +159,7 @@ def test_a_run_stopped_twice_ends_with_the_weights_of_an_uninterrupted_one(folde
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_every_signal_of_a_scheduler_or_a_user_is_a_stop(number, folder):
+def test_every_signal_of_a_scheduler_or_a_user_stops_the_run(number, folder):
     code, said = train(folder, at={2: asked(number)})
     assert code == 3 and "stopped at step 2" in said
 
@@ -174,7 +174,7 @@ def test_a_second_signal_ends_the_process_at_once(folder):
 
 
 @pytest.mark.parametrize("check, kept, step", [(1, [0], 0), (2, [3], 3), (3, [3, 6], 6)])
-def test_a_stop_while_validating_loses_nothing(check, kept, step, folder, finished_run):
+def test_a_stop_during_validation_loses_nothing(check, kept, step, folder, finished_run):
     code, said = train(folder, checks={check: asked()})
     assert code == 3 and "stopped" in said and steps(folder) == kept
     code, said = train(folder)
@@ -183,7 +183,7 @@ def test_a_stop_while_validating_loses_nothing(check, kept, step, folder, finish
     assert [record["step"] for record in records if "held_out_error" in record] == [0, 3, 6]
 
 
-def test_what_decides_no_weight_may_change_on_resume(folder, finished_run):
+def test_settings_without_effect_on_weights_may_change_on_resume(folder, finished_run):
     train(folder, at={5: asked(signal.SIGKILL)})
     code, said = train(
         folder, "--checkpointing_steps", "1", "--checkpoints_total_limit", "9", "--report_to", "tensorboard"
@@ -196,9 +196,7 @@ def test_what_decides_no_weight_may_change_on_resume(folder, finished_run):
     )
 
 
-def test_a_batch_that_was_fitted_to_a_machine_stays_when_a_run_goes_on_where_more_is_free_or_less(
-    folder, monkeypatch
-):
+def test_a_micro_batch_fitted_to_a_machine_stays_on_resume_with_other_memory(folder, monkeypatch):
     place = SHORT_RUN.index("--train_batch_size")
     monkeypatch.setattr(sys.modules[__name__], "SHORT_RUN", SHORT_RUN[:place] + SHORT_RUN[place + 2 :])
     for name, value in (("LARGE_WIDTH", 1), ("BATCH", 256)):
@@ -238,7 +236,7 @@ def test_a_batch_that_was_fitted_to_a_machine_stays_when_a_run_goes_on_where_mor
     "flags, words",
     [(["--seed", "1"], "seed was 0, is 1"), (["--max_train_steps", "7"], "max_train_steps was 6, is 7")],
 )
-def test_a_changed_setting_that_decides_a_weight_is_named(flags, words, folder):
+def test_a_changed_setting_that_affects_weights_is_named(flags, words, folder):
     train(folder, at={5: asked(signal.SIGKILL)})
     code, said = train(folder, *flags)
     assert code == 2 and words in said and "--overwrite" in said and steps(folder) == [3]
@@ -259,7 +257,7 @@ def test_another_world_or_teacher_is_named(name, value, words, folder):
     assert code == 2 and words in said and steps(folder) == [3]
 
 
-def test_a_run_is_not_joined_by_another_one(folder, finished_run):
+def test_a_second_run_in_the_same_folder_is_refused(folder, finished_run):
     def join():
         code, said = train(folder.with_name("second"), "--output_dir", folder)  # the later flag counts
         folder.with_name("joined").write_text(f"{code} {said}")
@@ -283,7 +281,7 @@ def scores(folder):
     }
 
 
-def test_the_best_validation_is_saved_and_not_the_last_and_a_resumed_run_chooses_the_same(folder):
+def test_the_best_student_is_saved_and_not_the_last_also_by_a_resumed_run(folder):
     flags = (
         "--validation_steps",
         "1",
@@ -316,7 +314,7 @@ def test_the_best_validation_is_saved_and_not_the_last_and_a_resumed_run_chooses
 
 
 @pytest.mark.parametrize("rate, ends", [("0.3", True), ("0.003", False)], ids=["worse", "nearer"])
-def test_training_ends_where_students_stay_beyond_a_guard_unless_they_still_come_nearer(rate, ends, folder):
+def test_training_ends_early_after_guard_violations_without_improvement(rate, ends, folder):
     """And the best before is saved."""
     looks = iter([[]] * 3 + [["diversity 0.00, at least 0.6"]] * 99)
     code, said = train(
@@ -350,7 +348,7 @@ def test_a_run_whose_validations_were_all_rejected_ends_with_a_warning(folder):
     assert rejected and max(map(len, rejected)) <= 100
 
 
-def test_a_run_that_came_close_ends_with_the_step_that_was_kept(folder):
+def test_a_run_reports_the_step_that_it_kept(folder):
     code, said = train(folder, guards=lambda figures: [])
     run = read_run(folder)
     assert (
@@ -377,7 +375,7 @@ def cut(path):
     (path / "state.safetensors").write_bytes((path / "state.safetensors").read_bytes()[:-1])
 
 
-def test_the_newest_checkpoint_is_skipped_where_it_is_broken_and_said(folder, finished_run):
+def test_a_broken_newest_checkpoint_is_skipped_and_reported(folder, finished_run):
     train(folder, "--checkpointing_steps", "2", at={6: asked(signal.SIGKILL)})
     assert steps(folder) == [2, 4]
     cut(checkpoint_path(folder, 4))
@@ -390,7 +388,7 @@ def test_the_newest_checkpoint_is_skipped_where_it_is_broken_and_said(folder, fi
     assert same(folder, finished_run[0])
 
 
-def test_a_run_never_starts_again_by_itself_where_no_checkpoint_verifies(folder, finished_run):
+def test_a_run_never_restarts_by_itself_without_a_valid_checkpoint(folder, finished_run):
     train(folder, at={5: asked(signal.SIGKILL)})
     cut(checkpoint_path(folder, 3))
     code, said = train(folder)
@@ -403,7 +401,7 @@ def test_a_run_never_starts_again_by_itself_where_no_checkpoint_verifies(folder,
     assert code == 0 and same(folder, finished_run[0])
 
 
-def test_a_critic_that_is_not_this_runs_is_named(folder):
+def test_a_critic_of_another_run_is_named(folder):
     train(folder, at={5: asked(signal.SIGKILL)})
     path = checkpoint_path(folder, 3)
     state = load_checkpoint(path)
@@ -414,7 +412,7 @@ def test_a_critic_that_is_not_this_runs_is_named(folder):
     assert code == 2 and "the checkpoint's critic is not that of this run" in said and "--overwrite" in said
 
 
-def test_states_on_the_own_path_that_are_gone_are_asked_for(folder):
+def test_missing_on_policy_states_are_named(folder):
     train(folder, "--checkpointing_steps", "1", at={6: asked(signal.SIGKILL)})
     for own in folder.glob("cache/own-path-*"):
         shutil.rmtree(own)
@@ -434,7 +432,7 @@ def fill(disk, but):
 
 @pytest.mark.parametrize("small_disk", [80], indirect=True)
 @pytest.mark.parametrize("is_freed", [True, False], ids=["freed in time", "never freed"])
-def test_a_full_disk_costs_a_checkpoint_and_neither_the_run_nor_an_earlier_one(
+def test_a_full_disk_costs_one_checkpoint_and_not_the_run_or_an_earlier_one(
     is_freed, folder, small_disk, finished_run
 ):
     shutil.copytree(folder / "cache", small_disk / "run/cache")
@@ -459,9 +457,7 @@ def test_a_full_disk_costs_a_checkpoint_and_neither_the_run_nor_an_earlier_one(
 
 
 @pytest.mark.parametrize("small_disk", [12], indirect=True)
-def test_a_disk_that_fills_while_the_teacher_walks_ends_the_run_in_one_line_and_keeps_what_was_walked(
-    small_disk, finished_run
-):
+def test_a_disk_that_fills_with_trajectories_ends_the_run_and_keeps_them(small_disk, finished_run):
     run = small_disk / "run"
     (run / "cache").mkdir(parents=True)
     for start in (finished_run[0] / "cache").glob("start-*"):
@@ -476,7 +472,7 @@ def test_a_disk_that_fills_while_the_teacher_walks_ends_the_run_in_one_line_and_
     assert train(run)[0] == 0 and same(run, finished_run[0])
 
 
-def test_a_trajectory_file_that_is_not_whole_is_named_and_made_again_when_deleted(folder, finished_run):
+def test_an_incomplete_trajectory_file_is_named_and_rebuilt_after_deletion(folder, finished_run):
     shard = next(folder.glob("cache/trajectories-*/*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     code, said = train(folder)
@@ -488,7 +484,7 @@ def test_a_trajectory_file_that_is_not_whole_is_named_and_made_again_when_delete
 # ---- numbers that are not finite ---------------------------------------------------------------------------
 
 
-def test_a_step_without_a_finite_gradient_is_skipped_counted_and_remembered(folder, finished_run):
+def test_a_step_without_a_finite_gradient_is_skipped_counted_and_saved(folder, finished_run):
     code, said = train(folder, at={2: lambda: float("nan"), 5: asked(signal.SIGKILL)})
     code, said = train(folder)
     assert code == 0 and "resumed at step 3" in said
@@ -501,7 +497,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_counted_and_remembered(fold
     assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / WEIGHTS).values())
 
 
-def test_progress_in_a_log_is_few_lines(finished_run, tmp_path):
+def test_progress_in_a_log_takes_few_lines(finished_run, tmp_path):
     process = run_script(
         ROOT / "train_distillation.py",
         "--output_dir",
@@ -519,7 +515,7 @@ def test_progress_in_a_log_is_few_lines(finished_run, tmp_path):
     assert process.returncode == 0 and 2 <= process.stderr.count("distilling:") < 10
 
 
-def test_memory_that_runs_out_ends_the_run_with_what_to_try(folder):
+def test_running_out_of_memory_ends_the_run_with_advice(folder):
     def run_out():
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 2.00 GiB.\nOf the allocated memory ..."
@@ -535,7 +531,7 @@ def test_memory_that_runs_out_ends_the_run_with_what_to_try(folder):
     assert code == 0 and "teacher trajectories" not in said and "2 x 8 a step" in said
 
 
-def test_too_many_such_steps_in_a_row_end_the_run_with_what_to_try(folder):
+def test_too_many_skipped_steps_in_a_row_end_the_run_with_advice(folder):
     code, said = train(
         folder, "--max_train_steps", "30", at={number: lambda: float("inf") for number in range(4, 31)}
     )

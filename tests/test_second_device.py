@@ -110,7 +110,7 @@ def runs(tmp_path_factory):
     return folder / "second:0", folder / "cpu"
 
 
-def test_every_stage_trains_there_to_the_student_of_the_cpu(runs):
+def test_every_phase_trains_to_the_student_of_the_cpu(runs):
     """But for rounding: as it starts on a device, so it learns there."""
     there, here = (
         torch.cat([weight.flatten() for _, weight in sorted(load_file(run / WEIGHTS).items())])
@@ -121,7 +121,7 @@ def test_every_stage_trains_there_to_the_student_of_the_cpu(runs):
     assert (there - here).norm() < 0.1 * (here - began).norm()
 
 
-def test_a_student_draws_there_what_it_draws_on_the_cpu(runs, tmp_path):
+def test_a_student_generates_the_images_of_the_cpu(runs, tmp_path):
     script = tmp_path / "draws.py"
     script.write_text(DRAWS.format(root=ROOT, run=runs[1], folder=tmp_path))
     said = on_second_device(script)
@@ -135,7 +135,7 @@ def test_a_student_draws_there_what_it_draws_on_the_cpu(runs, tmp_path):
         assert np.abs(np.load(tmp_path / f"{name}.npy").astype(int) - drawn).max() <= 1
 
 
-def test_an_expert_in_float8_is_never_there_in_more_and_what_is_mixed_is_refused(tmp_path):
+def test_a_float8_expert_stays_in_float8_and_mixed_devices_are_refused(tmp_path):
     script = tmp_path / "loads.py"
     script.write_text(LOADS)
     said = on_second_device(script)
@@ -147,7 +147,7 @@ def test_an_expert_in_float8_is_never_there_in_more_and_what_is_mixed_is_refused
 
 
 @pytest.mark.parametrize("storage", ["float32", "fp8"])
-def test_of_experts_that_take_turns_there_the_other_is_on_the_cpu_where_it_was(storage, tmp_path):
+def test_the_unused_expert_of_two_stays_in_its_place_on_the_cpu(storage, tmp_path):
     script = tmp_path / "swaps.py"
     script.write_text(SWAPS)
     said = on_second_device(script, storage)

@@ -20,13 +20,13 @@ def share_read(pictures):
     return np.mean([shapes.read_image(picture) == scene for picture, scene in zip(pictures, SCENES)])
 
 
-def test_every_way_to_say_a_scene_reads_back_to_it():
+def test_every_caption_of_a_scene_parses_to_it():
     for scene in SCENES:
         assert all(shapes.read_caption(way) == scene for way in shapes.ways_to_say(scene))
     assert shapes.read_caption("a dog on a beach") is None
 
 
-def test_training_and_held_out_scenes_never_meet_and_both_know_every_word():
+def test_training_and_held_out_scenes_are_disjoint_with_one_vocabulary():
     def combinations(held_out):
         return {
             tuple((o.colour, o.shape, o.place) for o in scene.objects)
@@ -50,13 +50,13 @@ def test_the_judge_reads_clean_drawings(pictures):
     assert share_read(pictures) >= 0.995
 
 
-def test_the_judge_reads_through_noise(pictures):
+def test_the_judge_reads_noisy_images(pictures):
     random = np.random.default_rng(0)
     noisy = [np.clip(p + random.normal(0, 16, p.shape), 0, 255).round().astype(np.uint8) for p in pictures]
     assert share_read(noisy) >= 0.99
 
 
-def test_the_judge_reads_through_blur(pictures):
+def test_the_judge_reads_blurred_images(pictures):
     assert (
         share_read([np.array(Image.fromarray(p).filter(ImageFilter.GaussianBlur(1))) for p in pictures])
         >= 0.98
@@ -136,7 +136,7 @@ def two_colours_in_one(picture, scene):
         two_colours_in_one,
     ],
 )
-def test_a_broken_picture_is_never_read_as_its_scene(break_it, pictures):
+def test_a_broken_image_is_never_read_as_its_scene(break_it, pictures):
     wrongly = [
         scene
         for picture, scene in zip(pictures, SCENES)
@@ -145,7 +145,7 @@ def test_a_broken_picture_is_never_read_as_its_scene(break_it, pictures):
     assert not wrongly, f"{len(wrongly)} of {len(SCENES)}, first {wrongly[0]}"
 
 
-def test_a_flat_picture_and_pure_noise_show_no_scene():
+def test_a_flat_image_and_pure_noise_show_no_scene():
     assert shapes.read_image(np.full((64, 64, 3), 245, np.uint8)) is None
     assert shapes.read_image(np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)) is None
 

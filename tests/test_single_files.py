@@ -313,7 +313,7 @@ def test_every_layout_trains_bitwise_the_same_student(layout, wan, spiece, flags
     assert runs == [12.0, 12.0]
 
 
-def test_every_layout_projects_bitwise_the_same_student_and_tells_its_teacher_apart(wan, spiece, tmp_path):
+def test_every_layout_projects_the_same_student_with_a_fingerprint_of_its_own(wan, spiece, tmp_path):
     starts, fingerprints = [], set()
     for layout, (write_it, _) in LAYOUTS.items():
         write_it(tmp_path / layout, wan, spiece)
@@ -365,7 +365,7 @@ def test_a_word_that_merely_contains_high_or_low_names_no_expert(name, wan, tmp_
     assert list(open_teacher_files(tmp_path).experts) == ["only"]
 
 
-def test_files_in_a_subfolder_are_taken_only_where_there_are_no_others(wan, spiece, tmp_path):
+def test_files_in_a_subfolder_are_used_only_if_there_are_no_others(wan, spiece, tmp_path):
     write_models(tmp_path, wan, spiece)
     expected = (
         find_components(tmp_path),
@@ -387,7 +387,7 @@ def test_files_in_a_subfolder_are_taken_only_where_there_are_no_others(wan, spie
 
 
 @pytest.mark.parametrize("prefix, infix", WRAPPERS)
-def test_what_a_wrapper_put_into_the_names_of_single_files_is_stripped(prefix, infix, wan, spiece, tmp_path):
+def test_wrapper_prefixes_in_the_names_of_single_files_are_stripped(prefix, infix, wan, spiece, tmp_path):
     write_flat(tmp_path, wan, spiece)  # in scaled fp8, with ComfyUI's own prefix
     for path in tmp_path.glob("*.safetensors"):
         change(
@@ -403,14 +403,14 @@ def test_what_a_wrapper_put_into_the_names_of_single_files_is_stripped(prefix, i
     convert_components(find_components(tmp_path), tmp_path / "parts", lambda _: None)
 
 
-def test_names_that_begin_with_a_dot_are_not_files_of_comfyui(wan, spiece, tmp_path):
+def test_hidden_files_are_not_files_of_comfyui(wan, spiece, tmp_path):
     write_models(tmp_path, wan, spiece)
     expected = find_components(tmp_path), open_teacher_files(tmp_path).fingerprint
     hide_files_in(tmp_path)
     assert (find_components(tmp_path), open_teacher_files(tmp_path).fingerprint) == expected
 
 
-def test_single_files_hold_what_folders_hold_and_are_known_by_their_names(wan, spiece, tmp_path):
+def test_single_files_equal_folders_and_are_recognised_by_their_tensor_names(wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, spiece)
     files = open_teacher_files(tmp_path / "wan")
     assert list(files.experts) == ["high", "low"] and files.boundary == 0.875
@@ -460,7 +460,7 @@ def test_every_single_file_opens_at_its_real_shape(model, names, tmp_path):
     os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > 100e9 or OVERCOMMIT.read_text().strip() == "1",
     reason="this machine has, or promises, memory for any file",
 )
-def test_a_file_that_this_machine_cannot_map_opens_and_is_refused_once_it_is_read(tmp_path):
+def test_a_file_too_large_to_map_opens_and_is_refused_when_it_is_read(tmp_path):
     deep = A14B | {"num_layers": 200}  # 282 GB, of which only the header takes room on the disk
     write_sparse(
         tmp_path / "wan.safetensors", {official_name(key): shape for key, shape in wan_shapes(**deep).items()}
@@ -475,7 +475,7 @@ def test_a_file_that_this_machine_cannot_map_opens_and_is_refused_once_it_is_rea
 # ---- the tokenizer -----------------------------------------------------------------------------------------
 
 
-def test_the_tokenizer_inside_a_text_encoder_says_what_sentencepiece_says(wan, spiece, tmp_path):
+def test_the_tokenizer_inside_a_text_encoder_equals_sentencepiece(wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, spiece)
     convert_components(find_components(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
     exact = sentencepiece.SentencePieceProcessor(model_proto=spiece, add_eos=True)
@@ -499,14 +499,14 @@ def test_the_tokenizer_inside_a_text_encoder_says_what_sentencepiece_says(wan, s
         (b"\n\x00", r"begins with \[''\], expected <pad>"),
     ],
 )
-def test_a_spoilt_tokenizer_is_refused(content, words, wan, spiece, tmp_path):
+def test_a_broken_tokenizer_is_refused(content, words, wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, content)
     with pytest.raises(ValueError, match=words):
         convert_components(find_components(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
     assert not (tmp_path / "parts" / "tokenizer").exists()
 
 
-def test_a_folder_that_carries_no_tokenizer_is_told_where_to_put_one(wan, spiece, tmp_path):
+def test_a_folder_without_a_tokenizer_is_refused_with_the_place_for_one(wan, spiece, tmp_path):
     write_flat(tmp_path / "wan", wan, spiece)
     shutil.rmtree(tmp_path / "wan" / "tokenizer")
     with pytest.raises(OSError, match="lacks tokenizer .*tokenizer/, google/umt5-xxl/ or spiece_model"):
@@ -743,7 +743,7 @@ def put_other_autoencoder(wan):
         ),
     ],
 )
-def test_what_cannot_be_a_teacher_is_refused_with_what_to_do(spoil, words, wan, spiece, tmp_path):
+def test_an_impossible_teacher_is_refused_with_advice(spoil, words, wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, spiece)
     spoil(tmp_path / "wan")
     settings = settings_in(tmp_path)
@@ -752,7 +752,7 @@ def test_what_cannot_be_a_teacher_is_refused_with_what_to_do(spoil, words, wan, 
     assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
 
 
-def test_a_width_that_no_published_wan_has_is_refused(wan, spiece, tmp_path):
+def test_a_width_of_an_unpublished_wan_is_refused(wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, spiece)
     for path in (HIGH, LOW):
         write(
@@ -781,7 +781,9 @@ def test_a_width_that_no_published_wan_has_is_refused(wan, spiece, tmp_path):
         ("text_encoder", "model_type", "t5", "is a t5 of width 64"),
     ],
 )
-def test_parts_of_another_model_are_refused_in_diffusers_layout_too(part, field, value, words, wan, tmp_path):
+def test_components_of_another_model_are_refused_in_the_diffusers_layout_too(
+    part, field, value, words, wan, tmp_path
+):
     shutil.copytree(wan, tmp_path / "wan")
     path = tmp_path / "wan" / part / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
@@ -798,7 +800,7 @@ def test_parts_of_another_model_are_refused_in_diffusers_layout_too(part, field,
         (torch.ones(3), r"the scale of .* is torch.float32 \(3,\)"),
     ],
 )
-def test_a_text_encoder_with_a_scale_that_cannot_be_right_is_refused(scale, words, wan, spiece, tmp_path):
+def test_a_text_encoder_with_an_impossible_scale_is_refused(scale, words, wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, spiece)
     change(
         tmp_path / "wan" / WORDS,
@@ -808,7 +810,7 @@ def test_a_text_encoder_with_a_scale_that_cannot_be_right_is_refused(scale, word
         convert_components(find_components(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
 
 
-def test_the_bytes_of_a_part_are_told_as_they_will_be_once_converted(wan, spiece, tmp_path):
+def test_the_bytes_of_a_component_are_those_after_its_conversion(wan, spiece, tmp_path):
     write_flat(tmp_path / "wan", wan, spiece)
     found = find_components(tmp_path / "wan")
     convert_components(found, tmp_path / "parts", lambda _: None)

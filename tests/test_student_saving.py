@@ -70,7 +70,7 @@ def names(folder):
     ids=["file-file", "file-shards", "shards-file", "shards-shards"],
 )
 @pytest.mark.parametrize("renames", [0, 1, 2, 3, 7])
-def test_a_save_killed_at_any_rename_leaves_one_student_and_is_finished_by_the_next(
+def test_a_save_killed_at_any_rename_leaves_one_student_and_the_next_finishes_it(
     first, second, renames, tmp_path, monkeypatch
 ):
     student(NARROW, 1).save_pretrained(tmp_path, **first)
@@ -102,7 +102,7 @@ def test_a_save_killed_at_any_rename_leaves_one_student_and_is_finished_by_the_n
     assert found(tmp_path) == (16, 3) and names(tmp_path) == {"config.json", WEIGHTS}
 
 
-def test_a_reader_beside_a_writer_never_sees_a_mixture(tmp_path):
+def test_a_reader_beside_a_writer_never_loads_a_mixture(tmp_path):
     student(NARROW, 1).save_pretrained(tmp_path)
     pair = [
         (student(NARROW, 1), {}),
@@ -144,7 +144,7 @@ def test_a_writer_killed_at_random_moments_leaves_one_student_each_time(tmp_path
     assert found(tmp_path) == (24, 2) and names(tmp_path) == {"config.json", WEIGHTS}
 
 
-def test_processes_that_save_at_once_leave_the_student_of_one_of_them(tmp_path):
+def test_concurrent_saves_leave_the_student_of_one_process(tmp_path):
     def save(value, arguments):
         made = student(NARROW if value % 2 else WIDE, value)
         for _ in range(5):
@@ -164,7 +164,7 @@ def test_processes_that_save_at_once_leave_the_student_of_one_of_them(tmp_path):
     ]
 
 
-def test_of_several_ranks_the_first_one_writes(tmp_path):
+def test_only_rank_zero_writes(tmp_path):
     def of_rank(rank):
         torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=rank, world_size=2)
         student(NARROW, 1 + rank).save_pretrained(tmp_path / "student")
@@ -184,7 +184,7 @@ def test_of_several_ranks_the_first_one_writes(tmp_path):
 # ---- what lies there afterwards ----------------------------------------------------------------------------
 
 
-def test_files_of_the_older_save_go_and_those_of_other_variants_stay(tmp_path):
+def test_files_of_an_older_save_are_deleted_and_other_variants_stay(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     student(NARROW, 1).save_pretrained(tmp_path, variant="fp16", **SHARDED)
     others = names(tmp_path) - {"config.json"}
@@ -199,7 +199,7 @@ def test_files_of_the_older_save_go_and_those_of_other_variants_stay(tmp_path):
         assert found(tmp_path) == (16, value) and found(tmp_path, variant="fp16") == (16, 1)
 
 
-def test_the_second_file_name_goes_for_it_would_be_read_before_an_index(tmp_path):
+def test_the_second_file_name_is_deleted_since_it_takes_precedence_over_an_index(tmp_path):
     student(NARROW, 1).save_pretrained(tmp_path)
     (tmp_path / WEIGHTS).rename(tmp_path / "diffusion_model.safetensors")
     student(NARROW, 2).save_pretrained(tmp_path, **SHARDED)
@@ -249,7 +249,7 @@ def test_the_same_student_is_the_same_bytes(tmp_path):
     )
 
 
-def test_files_may_be_read_by_whoever_may_read_the_others(tmp_path):
+def test_saved_files_have_the_read_permissions_of_the_others(tmp_path):
     student(NARROW, 1).save_pretrained(tmp_path)
     (tmp_path / "other").touch()
     assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "other").stat().st_mode}
@@ -343,7 +343,7 @@ def without_a_layer(made):
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_would_not_load_again_is_not_saved_and_the_student_that_is_there_stays(change, words, tmp_path):
+def test_a_student_that_would_not_load_again_is_not_saved_over_another(change, words, tmp_path):
     student(NARROW, 1).save_pretrained(tmp_path)
     made = student(WIDE, 2)
     change(made)
@@ -360,12 +360,12 @@ def compiled_block(made):
 @pytest.mark.parametrize(
     "change", [torch.compile, compiled_block, lambda made: made.to(memory_format=torch.channels_last_3d)]
 )
-def test_a_change_that_leaves_every_weight_is_saved_as_it_was(change, tmp_path):
+def test_a_change_that_keeps_every_weight_saves_the_same_file(change, tmp_path):
     change(student(WIDE, 2)).save_pretrained(tmp_path)
     assert found(tmp_path) == (24, 2)
 
 
-def test_a_keyword_that_means_nothing_here_is_refused_by_name(tmp_path):
+def test_an_unknown_keyword_is_refused_by_name(tmp_path):
     with pytest.raises(TypeError, match="does not take use_flashpack without push_to_hub"):
         student(NARROW, 1).save_pretrained(tmp_path / "student", use_flashpack=True)
     assert not (tmp_path / "student").exists()
@@ -377,14 +377,14 @@ def test_a_pickle_is_not_written(tmp_path):
     assert not (tmp_path / "student").exists()
 
 
-def test_a_file_in_the_way_is_said(tmp_path):
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
     (tmp_path / "student").write_text("mine")
     with pytest.raises(OSError, match="student"):
         student(NARROW, 1).save_pretrained(tmp_path / "student")
     assert (tmp_path / "student").read_text() == "mine"
 
 
-def test_a_disk_that_is_full_leaves_the_student_that_is_there(small_disk):
+def test_a_full_disk_leaves_the_existing_student(small_disk):
     student(NARROW, 1).save_pretrained(small_disk)
     large = student(NARROW | {"ffn_dim": 4096, "depth": 8}, 2)
     with pytest.raises(OSError, match="no space left: .* MB are needed"):
@@ -481,7 +481,7 @@ def hub(tmp_path, monkeypatch):
         Here.stop()
 
 
-def test_a_name_of_the_hub_is_downloaded_once_and_then_read_from_the_cache(hub, tmp_path, monkeypatch):
+def test_a_hub_name_is_downloaded_once_and_then_read_from_the_cache(hub, tmp_path, monkeypatch):
     student(NARROW, 1).save_pretrained(hub.folder / "someone/student")
     student(WIDE, 2).save_pretrained(hub.folder / "someone/student/inner", **SHARDED)
     (hub.folder / "someone/student/evil.bin").write_bytes(b"\x80")
@@ -499,7 +499,7 @@ def test_a_name_of_the_hub_is_downloaded_once_and_then_read_from_the_cache(hub, 
         found("someone/other", local_files_only=True, **arguments)
 
 
-def test_a_name_that_the_hub_does_not_know_is_refused_in_one_line(hub, tmp_path, monkeypatch):
+def test_an_unknown_hub_name_is_refused_in_one_line(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         OSError, match="someone/nothing: no such folder here, and not available on the hub"
@@ -508,7 +508,7 @@ def test_a_name_that_the_hub_does_not_know_is_refused_in_one_line(hub, tmp_path,
     assert "\n" not in str(refused.value)
 
 
-def test_a_folder_that_looks_like_a_name_of_the_hub_is_a_folder(hub, tmp_path, monkeypatch):
+def test_an_existing_folder_takes_precedence_over_a_hub_name(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     student(NARROW, 1).save_pretrained("someone/student")
     assert found("someone/student") == (16, 1)
@@ -517,7 +517,7 @@ def test_a_folder_that_looks_like_a_name_of_the_hub_is_a_folder(hub, tmp_path, m
     assert hub.asked == []
 
 
-def test_what_is_pushed_to_the_hub_is_what_loads_again(tmp_path, monkeypatch):
+def test_a_student_pushed_to_the_hub_loads_again(tmp_path, monkeypatch):
     pushed = []
 
     def upload_folder(*, repo_id, folder_path, **_):

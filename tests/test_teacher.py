@@ -30,9 +30,7 @@ def test_both_layouts_hold_the_same_teacher(official_teacher, teacher, words, no
     assert torch.equal(ours, theirs)
 
 
-def test_guided_velocity_is_what_two_stock_networks_and_classifier_free_guidance_give(
-    teacher, stock, words, noisy
-):
+def test_guided_velocity_equals_stock_networks_with_classifier_free_guidance(teacher, stock, words, noisy):
     text, negative = (unpack_text(each) for each in words)
     timestep = torch.tensor([999.0, 875.0, 874.9, 20.0])
     velocity, _ = teacher.velocity(noisy, timestep, *words, guidance_high=4.0, guidance_low=3.0)
@@ -56,13 +54,13 @@ def test_a_teacher_in_bfloat16_agrees_with_itself_in_float32(teacher, words, noi
     assert found.dtype == torch.float32 and (found - exact).norm() / exact.norm() < 0.05
 
 
-def test_guidance_of_one_asks_the_network_once(teacher, words, noisy):
+def test_guidance_of_one_calls_the_network_once(teacher, words, noisy):
     plain, _ = teacher.velocity(noisy, torch.full((4,), 500.0), words[0])
     guided, _ = teacher.velocity(noisy, torch.full((4,), 500.0), *words, 1.0001, 1.0001)
     assert (plain - guided).abs().max() < 1e-2
 
 
-def test_features_are_those_of_the_prompts_own_pass_in_the_order_of_the_rows(teacher, words, noisy):
+def test_features_come_from_the_conditional_pass_in_the_order_of_the_rows(teacher, words, noisy):
     timestep = torch.tensor([990.0, 20.0, 990.0, 20.0])
     _, (mixed,) = teacher.velocity(noisy, timestep, *words, 4.0, 3.0, feature_blocks=(2,))
     for row in range(4):
@@ -75,7 +73,7 @@ def test_features_are_those_of_the_prompts_own_pass_in_the_order_of_the_rows(tea
         assert torch.allclose(mixed[row], alone[0], atol=1e-4)
 
 
-def test_the_teacher_is_frozen_whole_and_off_meta(teacher):
+def test_the_teacher_is_frozen_complete_and_not_on_meta(teacher):
     parameters = [*teacher.expert("high").parameters(), *teacher.expert("low").parameters()]
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in parameters)
     assert (
@@ -84,7 +82,7 @@ def test_the_teacher_is_frozen_whole_and_off_meta(teacher):
     )
 
 
-def test_a_teacher_with_one_expert_answers_at_every_noise_level(tmp_path, stock, words, noisy):
+def test_a_teacher_with_one_expert_works_at_every_noise_level(tmp_path, stock, words, noisy):
     stock["low"].save_pretrained(tmp_path / "transformer")
     only = Teacher(open_teacher_files(tmp_path))
     assert only.boundary is None and list(only.files.experts) == ["only"]
@@ -131,7 +129,7 @@ def test_float8_storage_takes_a_quarter_of_float32_and_stays_near(asked, teacher
     assert small.expert("low").scale_shift_table.dtype == torch.float32
 
 
-def test_one_expert_at_a_time_holds_one_and_at_rest_none(asked):
+def test_one_expert_at_a_time_is_in_memory_and_none_when_idle(asked):
     found = Teacher(open_teacher_files(TINY_TEACHER), residency="one")
     held = weakref.ref(found.expert("high").blocks[0].ffn.net[0].proj)
     found.expert("low")
@@ -142,7 +140,7 @@ def test_one_expert_at_a_time_holds_one_and_at_rest_none(asked):
     found.velocity(**asked)  # and reads it again where it is asked
 
 
-def test_at_rest_streamed_experts_are_gone_though_their_hooks_hold_each_other():
+def test_idle_streamed_experts_are_freed_despite_reference_cycles():
     found = Teacher(open_teacher_files(TINY_TEACHER), residency="streamed")
     held = weakref.ref(found.expert("high").blocks[0].ffn.net[0].proj.weight)
     gc.disable()
@@ -153,7 +151,7 @@ def test_at_rest_streamed_experts_are_gone_though_their_hooks_hold_each_other():
         gc.enable()
 
 
-def test_few_rows_at_once_give_what_all_give(asked, teacher):
+def test_a_few_rows_at_a_time_equal_all_at_once(asked, teacher):
     few = Teacher(open_teacher_files(TINY_TEACHER), tokens_at_once=1)
     (found, (own,)), (expected, (states,)) = few.velocity(**asked), teacher.velocity(**asked)
     assert torch.allclose(found, expected, atol=1e-4) and torch.allclose(
@@ -192,7 +190,7 @@ def test_the_residency_of_a14b_follows_free_memory(
     )
 
 
-def test_gpus_of_one_machine_share_the_experts_of_a14b_out_where_neither_they_nor_the_cpu_hold_one(tmp_path):
+def test_gpus_shard_the_experts_of_a14b_if_neither_they_nor_the_cpu_can_hold_one(tmp_path):
     for name in ("high_noise_model", "low_noise_model"):
         write_sparse_wan(tmp_path / name, A14B, "official", 6)
     files = open_teacher_files(tmp_path)

@@ -27,7 +27,7 @@ def test_trackers_are_those_of_accelerate():
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_a_picture_is_given_as_a_tracker_of_accelerate_takes_it(name):
+def test_an_image_is_passed_in_the_format_of_each_tracker(name):
     values, options = PICTURES[name](np.zeros((4, 6, 3), np.uint8))
     inspect.signature(LOGGER_TYPE_TO_CLASS[name].log_images).bind(None, {"grid": values}, step=1, **options)
     assert len(values) == (
@@ -35,7 +35,7 @@ def test_a_picture_is_given_as_a_tracker_of_accelerate_takes_it(name):
     )  # these take the picture itself, others several
 
 
-def test_tensorboard_shows_the_picture(tmp_path):
+def test_tensorboard_receives_the_image(tmp_path):
     accelerator = Accelerator(log_with="tensorboard", project_dir=tmp_path)
     accelerator.init_trackers("wanlite")
     log_image(accelerator.trackers[0], "grid", np.full((8, 12, 3), 200, np.uint8), step=7)
@@ -53,7 +53,7 @@ def test_tensorboard_shows_the_picture(tmp_path):
         ("paper", "is unknown, expected one of tensorboard, wandb"),
     ],
 )
-def test_a_tracker_that_cannot_be_is_refused_in_one_line_before_any_work(name, words, tmp_path):
+def test_an_unavailable_tracker_is_refused_in_one_line_before_any_work(name, words, tmp_path):
     if name is None:
         pytest.skip("every tracker is installed here")
     process = run_script(TRAIN, "--report_to", name, "--output_dir", tmp_path / "run")

@@ -28,7 +28,7 @@ def student():
     return loud_student(hidden_size=64, depth=3, num_heads=2, text_dim=48, ffn_dim=160)
 
 
-def test_the_operations_of_a_pass_are_those_that_torch_counts(student, teacher, noisy, words):
+def test_the_operations_of_a_pass_equal_the_count_of_torch(student, teacher, noisy, words):
     latents, timestep = torch.randn(5, 16, 16, 16), torch.full((5,), 500.0)
     real = counted(lambda: student(latents, timestep, torch.randn(5, 11, 48)))
     assert pass_operations(student.config, 5, 64, 11) == pytest.approx(real, rel=0.001)
@@ -37,7 +37,7 @@ def test_the_operations_of_a_pass_are_those_that_torch_counts(student, teacher, 
     assert pass_operations(teacher.config, 4, 16, text.tokens.shape[1]) == pytest.approx(real, rel=0.001)
 
 
-def test_passes_are_counted_and_those_with_a_gradient_thrice(student):
+def test_passes_are_counted_once_and_three_times_with_a_gradient(student):
     pace = Pace("cpu", rate=1.0)
     pace.count(student)
     latents, timestep, text = torch.randn(2, 16, 8, 8), torch.full((2,), 500.0), torch.randn(2, 5, 48)
@@ -48,7 +48,7 @@ def test_passes_are_counted_and_those_with_a_gradient_thrice(student):
     assert once == pass_operations(student.config, 2, 16, 5) and pace.operations == 4 * once
 
 
-def test_waiting_for_batches_and_asking_the_teacher_are_told_as_shares_of_the_time():
+def test_waits_for_batches_and_for_the_teacher_are_logged_as_shares_of_time():
     def slow_batches():
         for _ in range(3):
             time.sleep(0.1)
@@ -68,7 +68,7 @@ def test_waiting_for_batches_and_asking_the_teacher_are_told_as_shares_of_the_ti
     assert pace.figures()["teacher_share"] == 0  # counted anew
 
 
-def test_a_run_tells_its_speed_at_every_record_of_training(finished_run):
+def test_a_run_logs_its_throughput_with_every_training_record(finished_run):
     records = [json.loads(line) for line in (finished_run[0] / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
     assert len(steps) == 4 and all(

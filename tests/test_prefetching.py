@@ -23,7 +23,7 @@ def readers():
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 50])
-def test_batches_come_in_their_order_and_no_thread_is_left(ahead):
+def test_prefetched_batches_come_in_order_and_leave_no_thread(ahead):
     found = [
         (batch["number"].item(), text.tokens.item())
         for batch, text in read_ahead(read, range(20), "cpu", ahead)
@@ -31,7 +31,7 @@ def test_batches_come_in_their_order_and_no_thread_is_left(ahead):
     assert found == [(number, number) for number in range(20)] and not readers()
 
 
-def test_the_next_batches_are_read_while_a_step_computes():
+def test_the_next_batches_are_read_during_a_step():
     was_read = []
     coming = read_ahead(lambda job: was_read.append(job) or read(job), range(9), "cpu", 2)
     assert not was_read
@@ -45,7 +45,7 @@ def test_the_next_batches_are_read_while_a_step_computes():
 
 
 @pytest.mark.parametrize("ahead", [0, 2])
-def test_a_batch_that_cannot_be_read_is_an_error_where_it_would_have_been(ahead):
+def test_an_unreadable_batch_is_an_error_at_its_own_step(ahead):
     def broken(job):
         if job == 3:
             raise OSError("shard-00003: not whole")
@@ -58,7 +58,7 @@ def test_a_batch_that_cannot_be_read_is_an_error_where_it_would_have_been(ahead)
     assert not readers()
 
 
-def test_a_run_that_reads_ahead_stops_and_resumes_to_the_same_weights(folder, finished_run):  # noqa: F811
+def test_a_run_with_prefetching_stops_and_resumes_to_the_same_weights(folder, finished_run):  # noqa: F811
     left = folder.with_name("left")
 
     def look():

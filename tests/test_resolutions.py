@@ -39,7 +39,7 @@ def test_sides_that_do_not_divide_into_tokens_are_refused(said, words):
         complete(Settings(resolution=said))
 
 
-def test_sides_are_multiples_of_a_token_of_the_teachers_own_autoencoder(tmp_path):
+def test_sides_are_multiples_of_a_token_of_the_teachers_autoencoder(tmp_path):
     assert (
         TeacherFolder(TINY_TEACHER).pixels_per_token == 16 and TeacherFolder(tmp_path).pixels_per_token == 16
     )
@@ -63,7 +63,7 @@ def test_sides_are_multiples_of_a_token_of_the_teachers_own_autoencoder(tmp_path
             complete(Settings(teacher=str(wide)))
 
 
-def test_a_run_cut_short_when_resolution_was_one_number_is_gone_on_with(tmp_path):
+def test_an_interrupted_run_with_a_one_number_resolution_resumes(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"settings": {"resolution": 64}, "finished": False}))
     assert (
         check_output_folder(tmp_path, {"resolution": complete(Settings(resolution=[64, 64])).resolution})
@@ -127,7 +127,7 @@ def test_a_run_with_buckets_resumes_to_the_same_weights(wide_run, tmp_path):
     assert code == 0 and "resumed at step 3" in said and same(tmp_path / "cut", wide_run), said
 
 
-def test_everything_in_a_wide_run_is_wide(wide_run):
+def test_every_image_of_a_wide_run_is_wide(wide_run):
     assert read_run(wide_run)["resolution"] == read_run(wide_run)["settings"]["resolution"] == [96, 64]
     grid = Image.open(wide_run / "samples/step-000006.png")
     assert (
@@ -137,7 +137,7 @@ def test_everything_in_a_wide_run_is_wide(wide_run):
     assert "96 x 64 pixels" in card and "height=64, width=96" in card
 
 
-def test_a_wide_student_draws_wide_pictures_and_goes_on_only_at_its_size(wide_run, tmp_path):
+def test_a_wide_student_generates_wide_images_and_resumes_only_at_its_size(wide_run, tmp_path):
     settings, _ = read_settings(["--model", str(wide_run)])
     assert (settings.width, settings.height) == (96, 64)
     process = run_script(

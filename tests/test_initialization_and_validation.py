@@ -54,9 +54,7 @@ def kept(folder, kind):
     ]
 
 
-def test_no_walk_that_is_learned_from_has_prompt_or_noise_of_one_that_students_are_examined_on_or_used_at(
-    finished_run, tmp_path
-):
+def test_training_trajectories_share_no_prompt_or_noise_with_validation(finished_run, tmp_path):
     pictures = tmp_path / "pictures"
     process = run_script(
         ROOT / "run_inference.py",
@@ -82,7 +80,7 @@ def test_no_walk_that_is_learned_from_has_prompt_or_noise_of_one_that_students_a
     )
 
 
-def test_a_cached_start_is_used_again_unless_the_method_version_is_another(tmp_path):
+def test_a_cached_initialization_is_reused_by_the_same_method_version(tmp_path):
     settings, accelerator = complete(Settings(cache_dir=str(tmp_path), projection="weights")), Accelerator()
     files, student = (
         open_teacher_files(TINY_TEACHER),
@@ -96,7 +94,7 @@ def test_a_cached_start_is_used_again_unless_the_method_version_is_another(tmp_p
     assert start_folder(*key) == folder != start_folder(*key, METHOD_VERSION + 1)
 
 
-def test_the_method_version_is_raised_when_the_projected_weights_change():
+def test_the_method_version_changes_with_the_projected_weights():
     student, files = (
         WanLiteStudent(hidden_size=64, depth=2, num_heads=2, text_dim=64),
         open_teacher_files(TINY_TEACHER),
@@ -115,7 +113,7 @@ def test_the_method_version_is_raised_when_the_projected_weights_change():
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", pytest.param("[" * 10**5, id="deep")])
-def test_a_small_record_of_the_cache_that_cannot_be_read_is_made_again(content, tmp_path):
+def test_an_unreadable_record_of_the_cache_is_computed_again(content, tmp_path):
     settings, files = complete(Settings(cache_dir=str(tmp_path))), open_teacher_files(TINY_TEACHER)
     cosines = compare_experts(settings, files, "cpu")
     (record,) = tmp_path.glob("experts-*.json")
@@ -125,7 +123,7 @@ def test_a_small_record_of_the_cache_that_cannot_be_read_is_made_again(content, 
     ) and cosines.keys() > {"ffn"}
 
 
-def test_one_held_out_prompt_is_two_and_one_prompt_is_both_held_out_and_trained_on(tmp_path):
+def test_one_held_out_prompt_counts_as_two_and_a_single_prompt_is_also_trained(tmp_path):
     training, held_out = choose_prompts(complete(Settings(num_held_out=1)))
     assert len(held_out) == 2 and not {*held_out} & {*training}  # of one object and of two
     (tmp_path / "prompts.txt").write_text("a red ring")
@@ -134,7 +132,7 @@ def test_one_held_out_prompt_is_two_and_one_prompt_is_both_held_out_and_trained_
     assert said == ["prompts  there is one: it is trained on, and held out as well"]
 
 
-def test_what_is_kept_of_a_start_is_what_was_projected(tmp_path):
+def test_a_cached_initialization_equals_the_projection(tmp_path):
     settings, accelerator = (
         complete(Settings(cache_dir=str(tmp_path), projection="weights", expert="low")),
         Accelerator(),
@@ -155,7 +153,7 @@ def test_what_is_kept_of_a_start_is_what_was_projected(tmp_path):
         )
 
 
-def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_it_says(
+def test_a_validator_samples_each_row_and_judges_each_image_at_its_own_steps(
     finished_run, tmp_path, monkeypatch
 ):
     prompts, shape = ["a red ring", "a blue cross", "a green square", "a red circle"], (16, 8, 8)
@@ -216,12 +214,12 @@ def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_
     assert not (drawn[1] == drawn[4]).all()
 
 
-def test_a_start_is_calibrated_on_a_frame_of_each_prompt(finished_run):
+def test_an_initialization_is_calibrated_on_one_frame_of_each_prompt(finished_run):
     run = read_run(finished_run[0])
     assert run["projection"]["calibration_frames"] == run["settings"]["num_trajectories"] == 64
 
 
-def test_the_teacher_is_guided_by_the_settings_and_plain_where_it_is_held_against_a_critic(tmp_path):
+def test_the_teacher_is_guided_by_the_settings_and_unguided_beside_a_critic(tmp_path):
     prompts = ["a red ring", "a green square"]
     run = resolved(
         tmp_path, prompts, negative_prompt="a blue cross", guidance_scale=5.0, guidance_scale_2=2.0
