@@ -1,8 +1,5 @@
-"""The story that this project exists for: train, save, lose the teacher, load in a fresh process, draw the
-same picture.
-
-An earlier attempt projected the teacher again at loading and died with "Cannot copy out of meta tensor; no
-data!".
+"""The complete workflow: train, save, delete the teacher, load in a fresh process, generate the same
+image. Loading never projects: the teacher is not available at that point.
 """
 
 import hashlib
@@ -94,7 +91,7 @@ def test_saved_weights_are_the_averages_of_the_last_step_in_every_tensor(orphan)
 
 
 def velocity(student):
-    """Return the digest of a student's velocity for noise and text that are the same everywhere."""
+    """Return the digest of a student's velocity for fixed noise and text."""
     latents, text = seeded_noise((16, 8, 8), [1, 2]), seeded_noise((9, 64), [3, 4])
     with torch.no_grad():
         found = [

@@ -1,4 +1,6 @@
-"""The tiny teacher in both layouts, its words, and a run of a few steps: made once, shared by every test."""
+"""Shared fixtures: the tiny teacher in both layouts, embeddings of a few prompts, and a run of a few
+steps.
+"""
 
 import json
 import math
@@ -94,7 +96,7 @@ def names_used(item):
 
 
 def official_name(name):
-    """Say a diffusers name as Wan's own repository does."""
+    """Translate a diffusers name to the dialect of Wan's own repository."""
     if name == "scale_shift_table":
         return "head.modulation"
     for ours, theirs in TO_OFFICIAL:
@@ -103,7 +105,7 @@ def official_name(name):
 
 
 def write_official(source, target, num_shards=3):
-    """Write a diffusers-layout teacher's experts as Wan's own repository lays them out, in shards with an
+    """Write the experts of a diffusers teacher in the layout of Wan's own repository, in shards with an
     index.
     """
     for ours, theirs in (("transformer", "high_noise_model"), ("transformer_2", "low_noise_model")):
@@ -143,7 +145,7 @@ def write_official(source, target, num_shards=3):
 
 
 def wan_shapes(width, ffn_dim, num_layers, channels, **_):
-    """Return {diffusers' name: shape} of a Wan with head size 128, as its own repository has them."""
+    """Return {diffusers name: shape} of a Wan with head size 128."""
 
     def linear(name, rows, columns):
         return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
@@ -176,7 +178,7 @@ def wan_shapes(width, ffn_dim, num_layers, channels, **_):
 
 
 def write_sparse(path, shapes):
-    """Write a safetensors file of float32 zeros that takes no disk but for its header."""
+    """Write a safetensors file of float32 zeros of which only the header takes disk space."""
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + 4 * math.prod(shape)
@@ -188,7 +190,7 @@ def write_sparse(path, shapes):
 
 
 def write_sparse_wan(folder, model, dialect, num_shards):
-    """Write one expert with the real shapes of `model` and zeros for weights."""
+    """Write one expert with the real shapes of `model`, filled with zeros."""
     folder.mkdir(parents=True)
     width, heads, channels = model["width"], model["width"] // 128, model["channels"]
     if dialect == "official":
@@ -268,7 +270,7 @@ def teacher():
 
 
 @pytest.fixture(scope="session")
-def words():
+def prompt_embeddings():
     """Four prompts and the empty one four times, as TextTokens."""
     tokenizer, encoder = load_text_encoder(TINY_TEACHER)
     prompts = [
@@ -289,7 +291,7 @@ def noisy():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Tell what it cost to refuse bad input, whichever process did it."""
+    """Print the cost of all rejections, from all processes."""
     costs = [
         cost
         for report in terminalreporter.getreports("")
@@ -305,7 +307,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def run_script(*arguments, cwd=ROOT, timeout=300):
-    """Run a script as a user does; returns the finished process with its output as text."""
+    """Run a script as a user does and return the finished process with its output as text."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -318,9 +320,7 @@ def run_script(*arguments, cwd=ROOT, timeout=300):
 
 
 def fork(work, kill_after=None):
-    """Run `work` in a process that has all of this one's modules; returns its exit code, -9 where it was
-    killed.
-    """
+    """Run `work` in a forked process; return its exit code (-9 after a kill)."""
     number = os.fork()
     if number == 0:
         try:
@@ -336,7 +336,7 @@ def fork(work, kill_after=None):
 
 
 def loud_student(seed=0, **config):
-    """Return a student whose output is not silent, as a new one's is: what is compared would be zeros."""
+    """Return a student with random output weights; those of a new one are zero."""
     torch.manual_seed(seed)
     student = WanLiteStudent(**config)
     torch.nn.init.normal_(student.proj_out.weight)
@@ -344,7 +344,7 @@ def loud_student(seed=0, **config):
 
 
 class Payload:
-    """Makes a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -354,9 +354,7 @@ class Payload:
 
 
 def refuse_pickle(folder, weights, name, load, monkeypatch):
-    """Put a pickle in place of a folder's weights and load them: that is an OSError, and torch is never asked
-    to open it.
-    """
+    """Check that loading a folder with a pickle for weights is an OSError and never calls torch.load."""
     opened = []
     monkeypatch.setattr(torch, "load", lambda *arguments, **_: opened.append(arguments))
     (folder / weights).unlink()
@@ -396,7 +394,7 @@ def sound_folder(sound_template, tmp_path, monkeypatch, record_property):
 
 @pytest.fixture
 def small_disk(tmp_path, request):
-    """A file system of 3 MB, or of as many as the test's parameter says."""
+    """A file system of 3 MB, or of the size in MB that the test is parametrised with."""
     folder = tmp_path / "disk"
     folder.mkdir()
     size = f"size={getattr(request, 'param', 3)}m"
@@ -426,7 +424,7 @@ def weights_of(folder):
 
 
 def change(folder, how):
-    """Rewrite the only file of an expert after `how` has changed its dict of tensors; returns the dict."""
+    """Apply `how` to the tensors of an expert's only file, write them back and return them."""
     tensors = load_file(weights_of(folder))
     how(tensors)
     save_file(tensors, weights_of(folder))
@@ -467,7 +465,7 @@ SHORT_RUN = (
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """A whole run of a few steps with the tiny teacher, made by the command that a user types."""
+    """A complete run of a few steps with the tiny teacher, started from the command line."""
     folder = tmp_path_factory.mktemp("run") / "wan_t2i"
     process = run_script(ROOT / "train_distillation.py", "--output_dir", folder, *SHORT_RUN)
     assert process.returncode == 0, process.stderr

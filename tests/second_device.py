@@ -1,10 +1,9 @@
-"""Run a script on a device that this machine lacks: tensors on it say `second:0`, and their numbers lie in
-the CPU's memory.
+"""Run a script on a simulated second device: its tensors report `second:0` and hold their numbers on the CPU.
 
     python tests/second_device.py train_distillation.py --output_dir DIR
 
-What mixes two devices, or hands a device's tensor to numpy, fails as it would on a GPU. Nothing else of a GPU
-is imitated: no kernels, streams or rounding.
+Mixing two devices, or passing a tensor of the device to numpy, fails as on a GPU. Nothing else of a GPU is
+simulated: no kernels, streams or rounding.
 """
 
 import runpy
@@ -25,7 +24,7 @@ INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")  # take indi
 
 
 class There(torch.Tensor):
-    """A tensor on the second device; `numbers` is its content, on the CPU."""
+    """A tensor on the second device; `numbers` holds its values on the CPU."""
 
     @staticmethod
     def __new__(cls, numbers):
@@ -67,7 +66,9 @@ class There(torch.Tensor):
 
 
 class SecondDevice(TorchDispatchMode):
-    """Makes tensors on the second device; what has one among its arguments comes to compute() by itself."""
+    """Creates tensors on the second device; functions with such a tensor among their arguments reach
+    compute() directly.
+    """
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         is_there = keywords and keywords.get("device") == SECOND
@@ -77,7 +78,7 @@ class SecondDevice(TorchDispatchMode):
 
 
 def compute(function, arguments, keywords):
-    """Compute on the CPU what is asked of the second device, if all that it takes is there."""
+    """Compute a function of the second device on the CPU if all its arguments are on that device."""
     name, first = function._schema.name.removeprefix("aten::"), arguments[0] if arguments else None
     told = (first, *arguments[2:]) if name in INDEXING and isinstance(first, There) else (arguments, keywords)
     tensors = [value for value in tree_iter(told) if isinstance(value, torch.Tensor)]
@@ -114,7 +115,7 @@ def compute(function, arguments, keywords):
 
 
 def let_torch_fill():
-    """Register what torch calls by itself where it makes a tensor from Python's numbers."""
+    """Register the function that torch calls when it creates a tensor from Python numbers."""
     library = torch.library.Library("aten", "IMPL")
     library.impl(
         "empty_strided",

@@ -1,7 +1,6 @@
-"""LoRA and quantisation as a user of diffusers meets them: a student does what a stock Wan of the same
-weights does.
+"""LoRA and quantisation through diffusers: a student behaves as a stock Wan with the same weights.
 
-Runs where peft and torchao are installed: pip install peft torchao.
+Runs if peft and torchao are installed: pip install peft torchao.
 """
 
 import shutil
@@ -37,7 +36,7 @@ def run(finished_run, tmp_path):
 
 
 def pipelines(run, change=None):
-    """Return a pipeline that holds a student and a stock one of the same weights; `change` is done to both
+    """Return a pipeline with a student and a stock one with the same weights; `change` is applied to both
     transformers.
     """
     found = []
@@ -77,7 +76,7 @@ def near(first, second):
 
 
 def adapter(run, seed=0):
-    """Return {(layer, "A" or "B"): matrix} of an adapter on every layer that the dialects name."""
+    """Return {(layer, "A" or "B"): matrix} of an adapter on every layer that all dialects support."""
     weights, generator = (
         load_file(run / "diffusion_pytorch_model.safetensors"),
         torch.Generator().manual_seed(seed),
@@ -102,7 +101,7 @@ def comfyui_dialect(matrices):
 
 
 def comfyui_dialect_with_alpha(matrices):
-    """Half of the adapter: alpha / rank is 1/2."""
+    """Halve the adapter: alpha / rank is 1/2."""
     sides = {"A": "lora_down", "B": "lora_up"}
     names = {f"diffusion_model.{official_name(layer)}" for layer, _ in matrices}
     adapted = {

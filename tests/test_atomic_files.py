@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, whenever the writer is killed."""
+"""Atomic files and folders, whenever the writer is killed."""
 
 import gc
 import json
@@ -159,9 +159,8 @@ for look in (lambda: check_loaded("here", large, nothing), lambda: find_non_fini
 
 
 def test_the_search_for_infinite_values_takes_no_memory(tmp_path):
-    """Copies in float32, of a Wan's token embedding, would be 4 GB.
-
-    A file that is read is mapped, and written once more.
+    """A float32 copy of a Wan's token embedding would take 4 GB. Files are mapped when read, and written
+    once more.
     """
     looked = subprocess.run([sys.executable, "-c", LOOKS, ROOT, tmp_path], capture_output=True, text=True)
     assert looked.returncode == 0, looked.stderr

@@ -1,5 +1,5 @@
-"""A teacher that cannot be projected: one clear error each, and the run that it was to replace stays as it
-was.
+"""Teachers that cannot be projected: each gives one clear error and leaves the run to overwrite
+unchanged.
 """
 
 import json
@@ -23,8 +23,8 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def official_pipeline(tmp_path_factory):
-    """The tiny teacher with its experts in the official layout, three shards each, beside the parts of a
-    pipeline.
+    """The tiny teacher with its experts in the official layout, three shards each, beside the components
+    of a pipeline.
     """
     folder = tmp_path_factory.mktemp("wan") / "wan"
     shutil.copytree(TINY_TEACHER, folder, ignore=shutil.ignore_patterns("transformer*", "model_index.json"))
@@ -159,7 +159,7 @@ def test_a_teacher_that_cannot_be_projected_is_refused_before_any_write(
 
 
 def refusal_of(teacher):
-    """Return the one line in which a teacher is refused."""
+    """Return the one line that rejects a teacher."""
     with pytest.raises((OSError, ValueError)) as refused:
         complete(replace(Settings(), teacher=str(teacher), report_to="none"))
     assert "\n" not in str(refused.value)
@@ -247,7 +247,7 @@ def test_a_folder_without_a_teacher_nearby_is_refused_by_its_own_name(tmp_path):
 
 @pytest.fixture
 def hub_cache(copied, monkeypatch):
-    """The tiny teacher as the hub's cache holds org/wan, its commit under main."""
+    """The tiny teacher as org/wan in the cache of the hub, its commit under main."""
     cache = copied.parent / "hub" / "models--org--wan"
     (cache / "snapshots").mkdir(parents=True), (cache / "refs").mkdir()
     copied.rename(cache / "snapshots" / "0123abc")

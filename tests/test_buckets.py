@@ -1,4 +1,4 @@
-"""Aspect ratios: states of several sizes, each batch of one of them, and a run without the flag as it was."""
+"""Aspect ratios: states of several sizes, batches of one size each, and unchanged runs without the flag."""
 
 import math
 from collections import Counter

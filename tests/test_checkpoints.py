@@ -1,6 +1,4 @@
-"""Checkpoints: everything comes back, the newest that verifies is taken, nothing is lost by a save that
-fails.
-"""
+"""Checkpoints: the full state is restored, the newest valid one is used, and a failed save loses nothing."""
 
 import json
 import pickle

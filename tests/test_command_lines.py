@@ -1,4 +1,6 @@
-"""Both scripts, as a user types them: every wrong word is one line, exit code 2, before torch is imported."""
+"""Both scripts on the command line: every wrong argument is one line and exit code 2, before torch is
+imported.
+"""
 
 import dataclasses
 import json
@@ -28,8 +30,10 @@ TRAIN, DRAW = ROOT / "train_distillation.py", ROOT / "run_inference.py"
 
 
 def refused(script, *arguments, seconds=2.0):
-    """Run a script that must refuse its arguments; returns the one line that it says. (A second is the aim,
-    twice that the bound on a busy machine; importing torch alone takes longer.)"""
+    """Run a script that must reject its arguments; return the one line that it prints.
+
+    (The goal is one second; the bound is twice that for a busy machine. Importing torch alone takes longer.)
+    """
     began = time.perf_counter()
     process = run_script(script, *arguments)
     assert time.perf_counter() - began < seconds
@@ -220,7 +224,7 @@ def test_runs_with_the_same_teacher_shape_and_method_share_one_projection(tmp_pa
 
 @pytest.fixture(scope="module")
 def projected_run(tmp_path_factory):
-    """A folder of a projected start, whose name a shell would take apart, and what was said."""
+    """A folder with a projected student, whose name needs quoting in a shell, and the output of the run."""
     folder = tmp_path_factory.mktemp("start") / "it's a $HOME"
     process = run_script(TRAIN, "--output_dir", folder, *SHORT_RUN, "--project_only")
     assert process.returncode == 0, process.stderr

@@ -1,4 +1,6 @@
-"""A compiled student is the same student, faster; so is a fused optimizer."""
+"""A compiled student computes the same as an uncompiled one, and a fused optimizer the same as a plain
+one.
+"""
 
 import shutil
 

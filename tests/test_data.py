@@ -1,4 +1,4 @@
-"""Trajectories on disk and the order in which they are dealt out."""
+"""Trajectories on disk and the order of batches."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from wanlite.flow import clean_from, make_scheduler, sample, seeded_noise
 
 
 def write_numbered(folder, sizes, states=3):
-    """Write shards whose every value is the number of its state."""
+    """Write shards in which every value is the index of its state."""
     first = 0
     for index, size in enumerate(sizes):
         number = torch.arange(first, first + size * states, dtype=torch.float32).view(size, states)
@@ -190,8 +190,8 @@ SHAPE, STEPS = (2, 4, 4), 8
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    """Trajectories of a teacher that pulls every noise to a picture of its prompt, by bent paths; and a
-    student's own path.
+    """Trajectories of a teacher whose curved paths lead every noise to an image of its prompt; and
+    on-policy states of a student.
     """
     folder, own = tmp_path_factory.mktemp("walked"), tmp_path_factory.mktemp("own")
     jobs = [(number % 3, f"{number % 3}", 100 + number) for number in range(70)]

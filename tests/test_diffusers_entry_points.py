@@ -1,6 +1,4 @@
-"""The doors of diffusers through which a saved student is loaded, changed and saved again: each is that of a
-stock Wan.
-"""
+"""The ways in which diffusers loads, changes and saves a student: each behaves as with a stock Wan."""
 
 import copy
 import inspect
@@ -57,7 +55,7 @@ def run(finished_run, tmp_path):
 
 @pytest.fixture
 def warned():
-    """What diffusers logs as a warning or worse."""
+    """The warnings and errors that diffusers logs."""
     found, handler = [], logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())
     logging.getLogger("diffusers").addHandler(handler)
@@ -76,7 +74,7 @@ def settings_of(config):
 
 
 def pipeline_of(run, transformer=None):
-    """Return a stock pipeline of a run, with another transformer where one is given."""
+    """Return a stock pipeline of a run, with another transformer if one is given."""
     return WanPipeline.from_pretrained(run, **({} if transformer is None else {"transformer": transformer}))
 
 
@@ -200,7 +198,7 @@ def test_components_load_by_subfolder_as_in_diffusers(run, warned):
 
 
 def louder(run, dtype=torch.float32):
-    """Return the stock Wan of a run's student, changed as by a LoRA that was fused."""
+    """Return a run's student as a stock Wan, changed as by a fused LoRA."""
     stock = WanTransformer3DModel.from_pretrained(run, torch_dtype=dtype)
     with torch.no_grad():
         stock.proj_out.weight *= 1.5

@@ -1,4 +1,6 @@
-"""The emoji world: captions match their scenes, held-out captions stay held out, and the judge is right."""
+"""The emoji world: captions match their scenes, held-out captions stay held out, and the judge is
+correct.
+"""
 
 import io
 import json
@@ -30,7 +32,7 @@ def pictures():
 
 
 def judged(pictures):
-    """Return the mean of each of the judge's figures."""
+    """Return the mean of each of the judge's scores."""
     verdicts = [judge(picture, said) for picture, said in zip(pictures, SAID)]
     return {name: np.mean([verdict[name] for verdict in verdicts]) for name in verdicts[0]}
 

@@ -1,5 +1,5 @@
-"""Two experts, compared: copies and exchanged ones are refused, others are let through, and how alike they
-are is told.
+"""The comparison of two experts: copies and swapped ones are refused, others are accepted, and their
+similarity is reported.
 """
 
 import shutil

@@ -1,6 +1,4 @@
-"""Whatever a file says, it is refused with an OSError or ValueError that names it, or it is exactly what it
-seems.
-"""
+"""Any file is refused with an OSError or ValueError that names it, or is exactly what it appears to be."""
 
 import json
 import math
@@ -58,7 +56,7 @@ def student(tmp_path_factory):
 
 
 def laid_out(described):
-    """Return the header and the number of bytes of tensors that lie one behind the other."""
+    """Return the header and the number of bytes of contiguous tensors."""
     header, end = {}, 0
     for number, (dtype, shape) in enumerate(described):
         start, end = end, end + BYTES[dtype] * math.prod(shape)
@@ -74,9 +72,7 @@ def write(path, header, num_bytes, length=None):
 
 
 def shapes_or_refusal(path):
-    """Return {name: shape} of a file whose tensors tile it and can be read as they are described; None where
-    it is refused.
-    """
+    """Return {name: shape} of a valid file, whose tensors tile it and can be read; None if it is refused."""
     try:
         weights = WeightsFile(path)
     except (OSError, ValueError) as refused:

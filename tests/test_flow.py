@@ -1,4 +1,4 @@
-"""Noise levels, velocities and the solve from noise to picture."""
+"""Noise levels, velocities and the solver from noise to image."""
 
 import json
 
@@ -37,7 +37,9 @@ def test_the_solver_calls_the_velocity_once_a_step_from_noise_downwards():
 
 
 def test_the_timesteps_of_few_steps_are_among_those_of_many():
-    """A student trained on the states of twenty steps is asked nothing new in ten, five, four, two or one."""
+    """A student trained on the states of twenty steps sees the same timesteps in ten, five, four, two or
+    one.
+    """
     many = {int(t) for t in _timesteps(20)}
     assert all(any(abs(int(t) - u) <= 1 for u in many) for few in (1, 2, 4, 5, 10) for t in _timesteps(few))
 
@@ -69,7 +71,7 @@ def test_noise_of_a_seed_does_not_depend_on_its_batch():
 
 
 def bent(latents, timestep):
-    """A velocity field whose paths are bent, so that solvers differ."""
+    """A velocity field with curved paths, on which solvers differ."""
     return latents * (timestep / 1000).view(-1, 1, 1, 1) + NOISE
 
 

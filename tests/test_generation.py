@@ -1,4 +1,4 @@
-"""Drawing in this process: the files written, their text, and warnings."""
+"""Inference in this process: the files, their metadata, and warnings."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def pipeline(finished_run):
 
 @pytest.fixture
 def hooked(pipeline):
-    """Register a hook on a module of the pipeline for the length of a test."""
+    """Register a hook on a module of the pipeline for the duration of a test."""
     handles = []
     yield lambda module, hook: handles.append(getattr(pipeline, module).register_forward_hook(hook))
     for handle in handles:
@@ -101,7 +101,7 @@ def test_one_flat_image_of_several_gives_no_warning(
 
 
 def nan_where(numbers):
-    """Return a hook that makes rows of a module's output NaN, as they come, counted over its calls."""
+    """Return a hook that replaces rows of a module's output by NaN; rows are numbered across calls."""
     seen = iter(range(10**6))
 
     def hook(module, inputs, output):
@@ -318,7 +318,7 @@ def test_cudnn_attention_is_off_in_inference_and_training(finished_run, monkeypa
 
 
 def test_a_student_without_a_record_generates_the_same_images(copied_run, tmp_path):
-    """And so does one whose scheduler stock diffusers saved again."""
+    """The same holds after stock diffusers has saved its scheduler again."""
     first = StudentPipeline(copied_run).generate(["a ring"], [0], 2, 64, 64)[0]
     StudentPipeline(copied_run).scheduler.save_pretrained(copied_run / "scheduler")
     (copied_run / "run.json").unlink()

@@ -1,4 +1,4 @@
-"""Images in a folder: new names only, whichever way they would collide."""
+"""Images in a folder: every image gets a new name in every kind of collision."""
 
 import errno
 import os

@@ -1,5 +1,5 @@
-"""Captioned images: every kind of place gives the same, what cannot be used is skipped and told, and a run
-learns from them.
+"""Captioned images: every kind of source gives the same images, unusable ones are skipped and reported,
+and a run trains on them.
 """
 
 import csv
@@ -92,7 +92,7 @@ def write_parquet(place):
 
 
 def write_saved_dataset(place):
-    """As save_to_disk of `datasets` lays a dataset out."""
+    """Write a dataset in the layout of `datasets.save_to_disk`."""
     (place / "train").mkdir(parents=True)
     (place / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
     names = [f"data-{number:05d}-of-00002.arrow" for number in range(2)]
@@ -187,7 +187,9 @@ RED = Image.new("RGB", (64, 64), (200, 30, 30))
 
 
 def turned():
-    """A picture, its left half red, that a camera held sideways: its top is at the right of what is stored."""
+    """An image with a red left half, stored rotated by a camera: its top is at the right of the stored
+    pixels.
+    """
     upright = Image.new("RGB", (64, 80), (0, 0, 255))
     upright.paste((255, 0, 0), (0, 0, 32, 80))
     exif = Image.Exif()
@@ -229,7 +231,7 @@ def test_transparency_becomes_white_and_16_bit_grey_becomes_8_bit():
 
 
 def bomb(width, height):
-    """The header of a PNG of a size, with no pixels behind it."""
+    """Return the header of a PNG of a size, without pixels."""
     chunk = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
     return (
         b"\x89PNG\r\n\x1a\n\0\0\0\r"
@@ -287,7 +289,7 @@ def test_unusable_images_are_skipped_counted_and_named_at_once(tmp_path):
 
 
 def write_files(place, files):
-    """Write {name: bytes} as a folder, or as a .tar file where that is the place's name."""
+    """Write {name: bytes} as a folder, or as a .tar file if the path is named so."""
     if place.suffix == ".tar":
         return write_tar(place, files.items())
     for name, content in files.items():

@@ -1,5 +1,5 @@
-"""run_inference.py, as a user types it: what no picture can be drawn with is one line and exit code 2, before
-torch.
+"""run_inference.py on the command line: unusable input is one line and exit code 2, before torch is
+imported.
 """
 
 import json

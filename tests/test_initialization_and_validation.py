@@ -1,5 +1,5 @@
-"""The stages of a run: what they keep says what it was made of, and nothing that a student is examined on was
-learned from.
+"""Initialization, caches and validation of a run: caches record their provenance, and validation data are
+never trained on.
 """
 
 import json
@@ -37,7 +37,7 @@ from wanlite.training.throughput import Pace
 
 
 def resolved(cache, prompts, **settings):
-    """Return the Run of settings whose training prompts are held out as well."""
+    """Return a Run whose training prompts are held out as well."""
     settings = complete(Settings(cache_dir=str(cache), num_held_out=4, num_trajectories=300, **settings))
     run = resolve_run(settings, WanLiteStudent, start=lambda settings: Accelerator())
     shown = settings.validation_prompts or prompts
@@ -47,7 +47,7 @@ def resolved(cache, prompts, **settings):
 
 
 def kept(folder, kind):
-    """Return what the folders of a kind in a run's cache say that they were made of."""
+    """Return the provenance of a run's cache folders of one kind."""
     return [
         json.loads((place / "provenance.json").read_text())
         for place in sorted((folder / "cache").glob(f"{kind}-*"))

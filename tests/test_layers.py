@@ -1,4 +1,4 @@
-"""The structure: what may import what, and what runs before torch is there."""
+"""The structure: the allowed imports, and the code that runs before torch is imported."""
 
 import ast
 import sys
@@ -30,7 +30,7 @@ MODULES = {
 
 
 def imported(path):
-    """Return the modules of the project that a file imports, and all others by their first name."""
+    """Return the modules of the project that a file imports, and the first names of all others."""
     names, package = set(), ".".join(path.parent.relative_to(ROOT).parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -43,7 +43,7 @@ def imported(path):
 
 
 def layer(module):
-    """Return the name in LAYERS that a module of the project belongs to."""
+    """Return the layer of a module, as named in LAYERS."""
     return next((name for name in RANKS if module == name or module.startswith(f"{name}.")), None)
 
 

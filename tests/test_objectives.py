@@ -1,4 +1,4 @@
-"""Losses: closed forms, one value a picture, and gradients only where they belong."""
+"""Losses: closed forms, one value per sample, and gradients only for their own network."""
 
 import torch
 
@@ -39,7 +39,7 @@ def test_feature_loss_leaves_outliers_out():
 
 
 def test_distribution_matching_pushes_from_the_critic_to_the_teacher():
-    """With teacher and critic that each always see one picture, the gradient is the difference over the mean
+    """If teacher and critic predict one image each, the gradient is their difference over the mean
     distance.
     """
     sample = torch.randn(3, 2, 4, 4).requires_grad_()

@@ -1,5 +1,5 @@
-"""An official folder's pickles become the parts that diffusers has, exactly, or are refused; what a run makes
-of it is the same.
+"""The pickles of an official folder convert exactly to the components of diffusers or are refused; runs
+on them are the same.
 """
 
 import json
@@ -44,7 +44,7 @@ AUTOENCODERS = {  # every size is another one, so that none can be taken for ano
 
 
 def official_autoencoder_name(name, config):
-    """Say a diffusers name of an autoencoder's tensor as Wan's own repository does."""
+    """Translate a diffusers name of an autoencoder's tensor to the dialect of Wan's own repository."""
     blocks, is_residual = config["num_res_blocks"], config.get("is_residual", False)
 
     def up(match):
@@ -107,7 +107,9 @@ def official_text_encoder_name(name):
 
 
 def write_autoencoder(path, autoencoder):
-    """Write an autoencoder as the official folders hold it; the 2.1 kind counts a decoder's modules through."""
+    """Write an autoencoder as in the official folders; the 2.1 kind numbers the modules of a decoder
+    consecutively.
+    """
     torch.save(
         {
             official_autoencoder_name(name, autoencoder.config): tensor
@@ -119,10 +121,10 @@ def write_autoencoder(path, autoencoder):
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
-    """One teacher twice: in diffusers' layout, and as Wan's own repository lays it out, pickles and all.
+    """One teacher in two layouts: that of diffusers and that of Wan's own repository with its pickles.
 
-    The tiny teacher's experts and text encoder, and an autoencoder of Wan2.1's kind, whose statistics no
-    official file holds.
+    It has the tiny teacher's experts and text encoder, and an autoencoder of Wan2.1's kind, whose statistics
+    are missing in official files.
     """
     theirs, ours = (
         tmp_path_factory.mktemp("wan") / "Wan2.2-T2V-A14B",

@@ -120,7 +120,7 @@ def test_the_peak_of_a_deep_student_follows_from_two_shallow_ones():
     )
 
 
-def test_simulated_pass_has_the_peak_of_the_tiny_teachers(teacher, words):
+def test_simulated_pass_has_the_peak_of_the_tiny_teachers(teacher, prompt_embeddings):
     files = open_teacher_files(TINY_TEACHER)
     text = pack_text([torch.zeros(63, 64)] * 8)  # 64 tokens, one of them the padding's
     latents, timestep = torch.zeros(8, 16, 8, 8), torch.full((8,), 990.0)

@@ -1,6 +1,4 @@
-"""Batches read ahead are those that would have been read in the step, and the thread that reads them ends
-with the run.
-"""
+"""Prefetched batches equal those read in the step, and the reading thread ends with the run."""
 
 import json
 import threading

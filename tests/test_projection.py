@@ -1,5 +1,5 @@
-"""Projection: exact at the teacher's shape, the same from every layout, complete, and better than a random
-start.
+"""Projection: exact at the teacher's shape, the same from every layout, complete, and better than random
+weights.
 """
 
 import inspect
@@ -37,15 +37,20 @@ def own_shape(config):
 @pytest.mark.parametrize("expert", ["high", "low"])
 @pytest.mark.parametrize("layout", ["official", "diffusers"])
 def test_student_as_large_as_the_teacher_reproduces_its_frame(
-    expert, layout, official_teacher, teacher, words, noisy
+    expert, layout, official_teacher, teacher, prompt_embeddings, noisy
 ):
     folder = official_teacher if layout == "official" else TINY_TEACHER
     student = WanLiteStudent(**own_shape(teacher.config), teacher_checkpoint_path=folder, expert=expert)
     for timestep in (999.0, 880.0, 500.0, 20.0):
-        arguments = (noisy, torch.full((4,), timestep), words[0].tokens, words[0].logit_bias)
+        arguments = (
+            noisy,
+            torch.full((4,), timestep),
+            prompt_embeddings[0].tokens,
+            prompt_embeddings[0].logit_bias,
+        )
         expected, _ = one_frame_velocity(teacher.expert(expert), *arguments)
         with torch.no_grad():
-            found = student(*arguments[:3], text_logit_bias=words[0].logit_bias).sample
+            found = student(*arguments[:3], text_logit_bias=prompt_embeddings[0].logit_bias).sample
         assert (found - expected).norm() / expected.norm() < 1e-4
 
 
@@ -147,9 +152,9 @@ def test_a_teacher_tensor_without_a_place_stops_the_projection(monkeypatch):
         {"depth": 2, "num_heads": 8, "ffn_dim": 1024},
     ],
 )
-def test_every_shape_that_fits_gives_finite_velocities(shape, words, noisy):
+def test_every_shape_that_fits_gives_finite_velocities(shape, prompt_embeddings, noisy):
     student = WanLiteStudent(**CUT | shape, teacher_checkpoint_path=TINY_TEACHER)
-    assert torch.isfinite(student(noisy, torch.full((4,), 500.0), words[0].tokens).sample).all()
+    assert torch.isfinite(student(noisy, torch.full((4,), 500.0), prompt_embeddings[0].tokens).sample).all()
 
 
 @pytest.mark.parametrize(
@@ -249,8 +254,9 @@ def test_a_smaller_head_keeps_complete_rotary_pairs_of_every_axis():
 
 @pytest.fixture
 def attention():
-    """A block's attention, 4 heads of 4 over 8 residual channels, whose last two heads are louder in queries
-    and keys and whose first two write only their biases."""
+    """A block's attention with 4 heads of size 4 and width 8; the last two heads have larger queries and
+    keys, the first two output only their biases.
+    """
     generator = torch.Generator().manual_seed(0)
     loud = torch.tensor([0.2, 0.2, 1.0, 1.0]).repeat_interleave(4)[:, None]
     layers = {kind: (loud * torch.randn(16, 8, generator=generator), torch.zeros(16)) for kind in "qk"}

@@ -1,5 +1,5 @@
-"""Two processes, one run, on the CPU over gloo: what they learn, how they stop, what is left when one is
-killed.
+"""Two processes in one run, on the CPU over gloo: their training, how they stop, and the state after a
+kill.
 """
 
 import os
@@ -38,7 +38,7 @@ from wanlite.training.phase_table import PHASES
 
 
 def start(rank, group, work, log):
-    """Fork one process of a group, as a launcher starts it; returns its number."""
+    """Fork one process of a group as a launcher does; return its process id."""
     number = os.fork()
     if number:
         return number
@@ -60,7 +60,7 @@ def start(rank, group, work, log):
 
 
 def together(work, folder, processes=2):
-    """Run `work(rank)` in processes of one group; returns their exit codes and what they said."""
+    """Run `work(rank)` in the processes of a group; return their exit codes and output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -77,7 +77,7 @@ def together(work, folder, processes=2):
 
 
 def train(folder, *flags, processes=2, at=None):
-    """Run the command that a user types, in processes; `at` is {(rank, number of a micro-batch): what happens
+    """Run the training command in several processes; `at` is {(rank, micro-batch number): function called
     before it}.
     """
 
@@ -141,7 +141,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def paired(tmp_path_factory):
-    """A run of two processes with half the batch each, that share the teacher out between them."""
+    """A run of two processes with half the batch each and a sharded teacher."""
     folder = tmp_path_factory.mktemp("paired") / "run"
     codes, said = train(folder, *SHARDED)
     assert codes == [0, 0], said
@@ -149,7 +149,7 @@ def paired(tmp_path_factory):
 
 
 def distance(first, second):
-    """Return how far apart the weights of two networks are, over their norm."""
+    """Return the relative distance of the weights of two networks."""
     gap = sum((first[name].double() - second[name].double()).square().sum() for name in first)
     return float((gap / sum(weight.double().square().sum() for weight in first.values())).sqrt())
 
@@ -224,7 +224,7 @@ def test_a_folder_in_use_by_another_run_is_refused_in_one_line_for_all_ranks(alo
 
 
 def test_a_sharded_teacher_equals_a_full_one_with_half_of_the_blocks_per_rank(
-    teacher, words, noisy, tmp_path
+    teacher, prompt_embeddings, noisy, tmp_path
 ):
     def ask(rank):
         torch.distributed.init_process_group("gloo")
@@ -234,7 +234,7 @@ def test_a_sharded_teacher_equals_a_full_one_with_half_of_the_blocks_per_rank(
             asked = (
                 noisy[:rows],
                 torch.full((rows,), level),
-                *(text.rows(slice(0, rows)) for text in words),
+                *(text.rows(slice(0, rows)) for text in prompt_embeddings),
                 4.0,
                 3.0,
                 (2,),
@@ -247,7 +247,7 @@ def test_a_sharded_teacher_equals_a_full_one_with_half_of_the_blocks_per_rank(
         kept = [tensor.to_local() for tensor in shared.expert("low").blocks.parameters()]
         assert sum(map(torch.numel, kept)) <= 0.51 * sum(map(torch.numel, whole))
         with pytest.raises(RuntimeError, match="different experts"):
-            shared.velocity(noisy, torch.full((4,), 999.0 if rank else 100.0), words[0])
+            shared.velocity(noisy, torch.full((4,), 999.0 if rank else 100.0), prompt_embeddings[0])
         torch.distributed.destroy_process_group()
         return 0
 

@@ -1,4 +1,4 @@
-"""Pictures that are no squares: what --resolution may say, and what follows it."""
+"""Images that are not square: the values of --resolution and their effects."""
 
 import json
 import shutil
@@ -74,7 +74,7 @@ def test_an_interrupted_run_with_a_one_number_resolution_resumes(tmp_path):
 
 
 def leave_as_killed(whole, cut, step):
-    """Copy a finished run as it would lie there had it been killed after its checkpoint of a step."""
+    """Copy a finished run as if it had been killed after the checkpoint of a step."""
     shutil.copytree(
         whole, cut, ignore=shutil.ignore_patterns("diffusion_pytorch_model.safetensors", "config.json")
     )
@@ -107,9 +107,7 @@ WIDE = (
 
 @pytest.fixture(scope="module")
 def wide_run(tmp_path_factory):
-    """A run of a few steps of all parts, whose pictures are wider than high, and what it said; it trains on
-    three sizes.
-    """
+    """A run of a few steps in all phases on wide images of three sizes, and its output."""
     folder = tmp_path_factory.mktemp("wide") / "run"
     code, said = train(folder, *WIDE)
     assert code == 0, said

@@ -1,4 +1,6 @@
-"""A run that is stopped, killed, short of disk or of finite numbers: what it says, what is left, how it ends."""
+"""Runs that are stopped, killed, or out of disk space or finite numbers: their messages, their files, and
+their weights.
+"""
 
 import gc
 import json
@@ -33,13 +35,15 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def folder(finished_run, tmp_path):
-    """An output folder with what a run of the same settings has projected and cached."""
+    """An output folder with the projection and cache of a run with the same settings."""
     shutil.copytree(finished_run[0] / "cache", tmp_path / "run/cache")
     return tmp_path / "run"
 
 
 def happening_before(function, happenings):
-    """Return the same function; before call `number` it runs happenings[number](), which may scale its loss."""
+    """Return the function with hooks: before call `number`, happenings[number]() runs and may return a
+    factor for the loss.
+    """
     numbers = iter(range(1, 10**6))
 
     def called(*arguments):
@@ -53,17 +57,17 @@ def happening_before(function, happenings):
 
 
 def with_losses(happenings):
-    """Return PHASES with losses before which things happen, counted over all phases."""
+    """Return PHASES with hooks before their losses, counted over all phases."""
     call = happening_before(lambda loss, *arguments: loss(*arguments), happenings)
     return {name: replace(parts, loss=partial(call, parts.loss)) for name, parts in PHASES.items()}
 
 
 def train(folder, *flags, at=None, checks=None, guards=None, **seams):
-    """Run the command that a user types, in a process of its own; returns its exit code and what it said.
+    """Run the training command in its own process; return its exit code and output.
 
-    `at` is {number of a micro-batch in this process: what happens before it, which may change its loss};
-    `checks` as much for the passes over the held-out states; `guards` stands in for what finds guard
-    violations; `seams` are those of train_distillation.main().
+    `at` is {micro-batch number in this process: function called before it, which may return a factor for its
+    loss}; `checks` is the same for validations on held-out states; `guards` replaces
+    Validator.find_violations; `seams` are arguments of train_distillation.main().
     """
 
     class Watched(Validator):
@@ -87,7 +91,7 @@ def train(folder, *flags, at=None, checks=None, guards=None, **seams):
 
 
 class Scaled(Accelerator):
-    """Scales gradients as accelerate does in float16, which it has on GPUs alone."""
+    """Scales gradients as accelerate does in float16, which needs a GPU."""
 
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **named)
@@ -99,9 +103,8 @@ class Scaled(Accelerator):
 
 
 def test_scaled_gradients_train_the_same_student_bit_for_bit(finished_run, folder):
-    """By powers of two, in float32: nothing is lost.
-
-    The scale doubles after five steps, once for all optimizers.
+    """Scaling by powers of two is exact in float32. The scale doubles after five steps, once for all
+    optimizers.
     """
     assert train(folder, make_accelerator=Scaled)[0] == 0
     assert same(folder, finished_run[0])
@@ -272,7 +275,7 @@ def test_a_second_run_in_the_same_folder_is_refused(folder, finished_run):
 
 
 def scores(folder):
-    """Return {step: what a run with distribution matching is judged by} of every validation."""
+    """Return {step: selection score of a run with distribution matching} for every validation."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         record["step"]: sum(record[f"frechet_distance_{count}"] for count in (1, 2, 4)) / 3
@@ -315,7 +318,7 @@ def test_the_best_student_is_saved_and_not_the_last_also_by_a_resumed_run(folder
 
 @pytest.mark.parametrize("rate, ends", [("0.3", True), ("0.003", False)], ids=["worse", "nearer"])
 def test_training_ends_early_after_guard_violations_without_improvement(rate, ends, folder):
-    """And the best before is saved."""
+    """The best earlier student is saved."""
     looks = iter([[]] * 3 + [["diversity 0.00, at least 0.6"]] * 99)
     code, said = train(
         folder,
@@ -360,7 +363,7 @@ def test_a_run_reports_the_step_that_it_kept(folder):
 
 @pytest.mark.parametrize("flags, at", [(["--overwrite"], 2), (["--resume_from_checkpoint", "none"], 4)])
 def test_the_command_that_a_stopped_run_prints_resumes_it(flags, at, folder, finished_run):
-    """Whatever would start it again is taken back."""
+    """The printed command has no flag that would start the run from the beginning."""
     code, said = train(folder, *flags, at={at: asked()})
     words = shlex.split(said.partition("stopped; resume with: ")[2].splitlines()[0])
     assert code == 3 and words[:2] == ["python", "train_distillation.py"]
@@ -424,7 +427,7 @@ def test_missing_on_policy_states_are_named(folder):
 
 
 def fill(disk, but):
-    """Leave `but` bytes free."""
+    """Fill a disk except for `but` bytes."""
     free = shutil.disk_usage(disk).free
     with open(disk / "ballast", "wb") as ballast:
         os.posix_fallocate(ballast.fileno(), 0, free - but)

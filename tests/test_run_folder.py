@@ -1,4 +1,4 @@
-"""A run's folder: saved whole or not at all, resumed from what verifies, never overwritten by accident."""
+"""A run's folder: saved atomically, resumed from valid checkpoints, never overwritten by accident."""
 
 import json
 import shlex

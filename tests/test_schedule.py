@@ -1,4 +1,4 @@
-"""The saved scheduler: every setting of it is the training's, or it is refused by name."""
+"""The saved scheduler: every setting equals that of the training, or it is refused by name."""
 
 import inspect
 import json

@@ -1,5 +1,5 @@
-"""Nothing of a run stays on the CPU by mistake: three stages, images, drawing, on a device that refuses to be
-mixed with it.
+"""All tensors of a run are on its device: three phases, images and inference on a device that rejects
+mixing.
 """
 
 import subprocess
@@ -111,7 +111,7 @@ def runs(tmp_path_factory):
 
 
 def test_every_phase_trains_to_the_student_of_the_cpu(runs):
-    """But for rounding: as it starts on a device, so it learns there."""
+    """Except for rounding, training on the device equals training on the CPU."""
     there, here = (
         torch.cat([weight.flatten() for _, weight in sorted(load_file(run / WEIGHTS).items())])
         for run in runs

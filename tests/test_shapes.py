@@ -1,4 +1,6 @@
-"""The tiny world: every caption says its scene, held-out stays held out, and the judge is right."""
+"""The tiny world: every caption describes its scene, held-out captions stay held out, and the judge is
+correct.
+"""
 
 import numpy as np
 import pytest

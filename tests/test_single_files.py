@@ -1,4 +1,4 @@
-"""ComfyUI's single files, and every other way in which a Wan lies on a disk: one teacher trains one student,
+"""ComfyUI's single files and all other layouts of a Wan: one teacher trains the same student from each,
 bit for bit.
 """
 
@@ -57,7 +57,9 @@ NETWORK = {
 
 
 def settings_in(folder, **more):
-    """Return the settings of a very short run with the teacher wan/ in a folder; it goes to run/ there."""
+    """Return the settings of a very short run with the teacher wan/ in a folder and the output run/
+    there.
+    """
     return Settings(
         teacher=str(folder / "wan"),
         output_dir=str(folder / "run"),
@@ -70,8 +72,8 @@ def settings_in(folder, **more):
 
 
 def scale_of(tensor):
-    """Return a power of two that a tensor is at most fifteen times of: four bits are all that float8 has for
-    a number.
+    """Return a power of two such that the tensor is at most fifteen times as large: float8 has four
+    significant bits.
     """
     return 2.0 ** math.ceil(math.log2(tensor.abs().max().item() / 15 or 1))
 
@@ -109,7 +111,7 @@ def make_text_encoder(seed=0, width=64):
 
 @pytest.fixture(scope="module")
 def spiece():
-    """A sentencepiece model as UMT5 has one, trained on the tiny world's captions."""
+    """A sentencepiece model of UMT5's kind, trained on captions of the tiny world."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(shapes.captions(0, 400)),
@@ -126,8 +128,8 @@ def spiece():
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory, spiece):
-    """A random teacher of two experts in diffusers' layout: real names, small in every dimension but the
-    head's.
+    """A random teacher of two experts in the diffusers layout: real names, small in every dimension
+    except the head size.
     """
     folder = tmp_path_factory.mktemp("wan") / "diffusers"
     for seed, name in enumerate(EXPERTS.values()):
@@ -142,8 +144,8 @@ def wan(tmp_path_factory, spiece):
 
 
 def write_tokenizer(folder, spiece):
-    """Write a tokenizer as google/umt5-xxl has it: sentencepiece's model, of which transformers makes the
-    rest.
+    """Write a tokenizer as in google/umt5-xxl: the sentencepiece model, from which transformers builds
+    the rest.
     """
     folder.mkdir()
     (folder / "spiece.model").write_bytes(spiece)
@@ -177,7 +179,9 @@ def halved(tensors):
 
 
 def scaled(tensors):
-    """Store matrices in float8 beside their scale, the rest in float16, as ComfyUI's fp8_scaled files do."""
+    """Store matrices in float8 beside their scales and the rest in float16, as in ComfyUI's fp8_scaled
+    files.
+    """
     stored = {"scaled_fp8": torch.zeros(2, dtype=FP8)}
     for name, tensor in tensors.items():
         is_scaled = tensor.ndim == 2 and name.startswith(("blocks.", "encoder.block."))
@@ -197,7 +201,7 @@ def write(path, tensors):
 
 
 def write_models(folder, wan, spiece):
-    """Write a teacher as ComfyUI's models/ holds it, the tokenizer inside the text encoder."""
+    """Write a teacher in the layout of ComfyUI's models/, the tokenizer inside the text encoder."""
     for name in EXPERTS:
         write(
             folder / "diffusion_models" / f"wan2.2_t2v_{name}_noise_14B_fp16.safetensors",
@@ -209,7 +213,7 @@ def write_models(folder, wan, spiece):
 
 
 def write_flat(folder, wan, spiece):
-    """Write all in one folder, in scaled fp8 and with ComfyUI's prefix, the tokenizer beside."""
+    """Write all files into one folder, in scaled fp8 with ComfyUI's prefix, the tokenizer beside them."""
     for name in EXPERTS:
         write(
             folder / f"Wan2_2-T2V-A14B-{name.upper()}_fp8_e4m3fn_scaled.safetensors",
@@ -221,7 +225,7 @@ def write_flat(folder, wan, spiece):
 
 
 def write_official(folder, wan, spiece):
-    """Write Wan's own layout, the experts as shards of its bf16 branch, which has no index."""
+    """Write Wan's own layout, with the experts as shards of its bf16 branch, which has no index."""
     for name in EXPERTS:
         tensors, place = expert_of(wan, name), folder / f"{name}_noise_model"
         for number in (1, 2):
@@ -266,7 +270,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    """Flags of a very short run, with prompts whose words the tokenizer knows."""
+    """Flags of a very short run, with prompts in the vocabulary of the tokenizer."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text("\n".join(shapes.captions(1, 100)))
     return (
@@ -541,8 +545,8 @@ def write_one_expert(folder, network, layout, name):
 
 
 def write_wan(folder, name, layout, spiece, channels, autoencoder):
-    """Write a Wan of one expert in the official or in ComfyUI's layout, without any file that another layout
-    has.
+    """Write a Wan with one expert in the official or in ComfyUI's layout, without files of another
+    layout.
     """
     write_one_expert(folder, make_network(5, in_channels=channels, out_channels=channels), layout, name)
     torch.manual_seed(6)

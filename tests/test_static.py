@@ -1,4 +1,4 @@
-"""What is read and not run: style, security, types."""
+"""Static checks: style, security, types."""
 
 import inspect
 import json
@@ -60,7 +60,7 @@ def test_every_test_in_the_summary_exists():
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """What mypy learns of torch and diffusers, once."""
+    """The cache of mypy for torch and diffusers."""
     return tmp_path_factory.mktemp("mypy")
 
 

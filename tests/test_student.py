@@ -1,4 +1,4 @@
-"""WanLiteStudent: what it computes, what it accepts, how it is loaded."""
+"""WanLiteStudent: its output, its arguments, and loading."""
 
 import json
 import warnings
@@ -210,7 +210,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def watch_norms(network):
-    """Return a list that each norm of queries or keys adds (dtype in, dtype out) to."""
+    """Return a list to which each norm of queries or keys appends (input dtype, output dtype)."""
     seen = []
     for name, norm in network.named_modules():
         if name.endswith(("norm_q", "norm_k")):
@@ -232,9 +232,7 @@ def test_under_autocast_norms_of_queries_and_keys_stay_in_bfloat16():
 
 
 def test_under_autocast_on_cuda_norms_of_queries_and_keys_stay_in_bfloat16():
-    """On tensors without contents, which need no GPU: CUDA's list of float32 operations is longer than the
-    CPU's.
-    """
+    """Meta tensors need no GPU: CUDA's list of float32 operations is longer than the CPU's."""
     with torch.device("meta"):
         block = OneFrameBlock(32, 64, 2, "rms_norm_across_heads", True, 1e-6).requires_grad_(False)
     seen = watch_norms(block)

@@ -1,6 +1,4 @@
-"""Saving a student: whatever happens to the writer, a reader finds the student that was there or the one that
-is saved.
-"""
+"""Saving a student: a reader always finds the previous student or the new one, whenever the writer stops."""
 
 import contextlib
 import hashlib
@@ -41,7 +39,7 @@ SHARDED = {"max_shard_size": "10KB"}
 
 
 def student(shape, value):
-    """Return a student whose every weight is `value`, so that a mixture of two would show."""
+    """Return a student with all weights equal to `value`, so that a mixture of two is visible."""
     made = WanLiteStudent(**shape)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -50,7 +48,7 @@ def student(shape, value):
 
 
 def found(folder, **arguments):
-    """Load what is there; returns its width and the one value of all its weights."""
+    """Load the student; return its width and the value of all its weights."""
     loaded = WanLiteStudent.from_pretrained(folder, **arguments)
     values = {value for tensor in loaded.state_dict().values() for value in tensor.unique().tolist()}
     assert len(values) == 1, f"a mixture of {values}"
@@ -273,7 +271,7 @@ def adapted(made):
 
 
 class InEightBits(torch.Tensor):
-    """A tensor of another class in the place of a weight, as torchao and GGUF put them there."""
+    """A weight that is a tensor of another class, as from torchao and GGUF."""
 
 
 def quantised(made):
@@ -282,7 +280,7 @@ def quantised(made):
 
 
 def quantised_by_names(made):
-    """Quanto and bitsandbytes keep a weight's codes and scales under names of their own."""
+    """Quanto and bitsandbytes store the codes and scales of a weight under their own names."""
     weight = made.proj_out.weight.data
     del made.proj_out.weight
     made.proj_out.weight = torch.nn.Module()
@@ -405,8 +403,8 @@ def test_a_full_disk_leaves_the_existing_student(small_disk):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What huggingface_hub asks of the hub, for the folders organisation/model below `folder`: a list of
-    files, the files.
+    """Serves the hub's endpoints for the folders organisation/model below `folder`: the list of files and
+    the files.
     """
 
     folder, commit = None, "0" * 40
@@ -459,7 +457,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub of our own, on this machine; `asked` are the paths that were asked for."""
+    """A local hub; `asked` are the requested paths."""
 
     class Here(Hub):
         folder, asked = tmp_path / "on the hub", []

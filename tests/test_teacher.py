@@ -1,4 +1,6 @@
-"""The teacher, asked: routing at the boundary, guidance, and wherever its experts are."""
+"""The teacher's velocity: routing at the boundary, guidance, and the same values wherever its experts
+are.
+"""
 
 import gc
 import weakref
@@ -21,53 +23,57 @@ def stock():
     }
 
 
-def test_both_layouts_hold_the_same_teacher(official_teacher, teacher, words, noisy):
+def test_both_layouts_hold_the_same_teacher(official_teacher, teacher, prompt_embeddings, noisy):
     official = Teacher(open_teacher_files(official_teacher))
     assert official.files.layout == "official" and teacher.files.layout == "diffusers"
     assert official.boundary == teacher.boundary == 0.875
     timestep = torch.tensor([990.0, 875.0, 874.0, 30.0])
-    ours, theirs = (each.velocity(noisy, timestep, *words, 4.0, 3.0)[0] for each in (teacher, official))
+    ours, theirs = (
+        each.velocity(noisy, timestep, *prompt_embeddings, 4.0, 3.0)[0] for each in (teacher, official)
+    )
     assert torch.equal(ours, theirs)
 
 
-def test_guided_velocity_equals_stock_networks_with_classifier_free_guidance(teacher, stock, words, noisy):
-    text, negative = (unpack_text(each) for each in words)
+def test_guided_velocity_equals_stock_networks_with_classifier_free_guidance(
+    teacher, stock, prompt_embeddings, noisy
+):
+    text, negative = (unpack_text(each) for each in prompt_embeddings)
     timestep = torch.tensor([999.0, 875.0, 874.9, 20.0])
-    velocity, _ = teacher.velocity(noisy, timestep, *words, guidance_high=4.0, guidance_low=3.0)
+    velocity, _ = teacher.velocity(noisy, timestep, *prompt_embeddings, guidance_high=4.0, guidance_low=3.0)
     for row, (expert, guidance) in enumerate([("high", 4.0), ("high", 4.0), ("low", 3.0), ("low", 3.0)]):
         with torch.no_grad():
             wanted, unwanted = (
                 stock[expert](
-                    noisy[row : row + 1, :, None], timestep[row : row + 1], words[row : row + 1]
+                    noisy[row : row + 1, :, None], timestep[row : row + 1], tokens[row : row + 1]
                 ).sample
-                for words in (text, negative)
+                for tokens in (text, negative)
             )
         expected = (unwanted + guidance * (wanted - unwanted))[0, :, 0]
         assert torch.allclose(velocity[row], expected, atol=1e-4)
 
 
-def test_a_teacher_in_bfloat16_agrees_with_itself_in_float32(teacher, words, noisy):
+def test_a_teacher_in_bfloat16_agrees_with_itself_in_float32(teacher, prompt_embeddings, noisy):
     timestep = torch.tensor([999.0, 875.0, 874.0, 20.0])
     half = Teacher(open_teacher_files(TINY_TEACHER), dtype=torch.bfloat16)
-    exact, _ = teacher.velocity(noisy, timestep, *words, 2.0, 2.0)
-    found, _ = half.velocity(noisy, timestep, *words, 2.0, 2.0)
+    exact, _ = teacher.velocity(noisy, timestep, *prompt_embeddings, 2.0, 2.0)
+    found, _ = half.velocity(noisy, timestep, *prompt_embeddings, 2.0, 2.0)
     assert found.dtype == torch.float32 and (found - exact).norm() / exact.norm() < 0.05
 
 
-def test_guidance_of_one_calls_the_network_once(teacher, words, noisy):
-    plain, _ = teacher.velocity(noisy, torch.full((4,), 500.0), words[0])
-    guided, _ = teacher.velocity(noisy, torch.full((4,), 500.0), *words, 1.0001, 1.0001)
+def test_guidance_of_one_calls_the_network_once(teacher, prompt_embeddings, noisy):
+    plain, _ = teacher.velocity(noisy, torch.full((4,), 500.0), prompt_embeddings[0])
+    guided, _ = teacher.velocity(noisy, torch.full((4,), 500.0), *prompt_embeddings, 1.0001, 1.0001)
     assert (plain - guided).abs().max() < 1e-2
 
 
-def test_features_come_from_the_conditional_pass_in_the_order_of_the_rows(teacher, words, noisy):
+def test_features_come_from_the_conditional_pass_in_the_order_of_the_rows(teacher, prompt_embeddings, noisy):
     timestep = torch.tensor([990.0, 20.0, 990.0, 20.0])
-    _, (mixed,) = teacher.velocity(noisy, timestep, *words, 4.0, 3.0, feature_blocks=(2,))
+    _, (mixed,) = teacher.velocity(noisy, timestep, *prompt_embeddings, 4.0, 3.0, feature_blocks=(2,))
     for row in range(4):
         _, (alone,) = teacher.velocity(
             noisy[row : row + 1],
             timestep[row : row + 1],
-            words[0].rows(slice(row, row + 1)),
+            prompt_embeddings[0].rows(slice(row, row + 1)),
             feature_blocks=(2,),
         )
         assert torch.allclose(mixed[row], alone[0], atol=1e-4)
@@ -82,11 +88,11 @@ def test_the_teacher_is_frozen_complete_and_not_on_meta(teacher):
     )
 
 
-def test_a_teacher_with_one_expert_works_at_every_noise_level(tmp_path, stock, words, noisy):
+def test_a_teacher_with_one_expert_works_at_every_noise_level(tmp_path, stock, prompt_embeddings, noisy):
     stock["low"].save_pretrained(tmp_path / "transformer")
     only = Teacher(open_teacher_files(tmp_path))
     assert only.boundary is None and list(only.files.experts) == ["only"]
-    velocity, _ = only.velocity(noisy, torch.tensor([999.0, 900.0, 500.0, 1.0]), *words, 2.0)
+    velocity, _ = only.velocity(noisy, torch.tensor([999.0, 900.0, 500.0, 1.0]), *prompt_embeddings, 2.0)
     assert torch.isfinite(velocity).all()
 
 
@@ -96,9 +102,11 @@ GIB = 2**30
 
 
 @pytest.fixture
-def asked(words, noisy):
-    """What a teacher is asked: rows of both experts, prompts and negative prompts, token states of a block."""
-    text, negative = words
+def asked(prompt_embeddings, noisy):
+    """Arguments for a teacher: rows of both experts, prompts, negative prompts, and hidden states of one
+    block.
+    """
+    text, negative = prompt_embeddings
     return {
         "latents": noisy,
         "timestep": torch.tensor([990.0, 100.0, 900.0, 500.0]),

@@ -1,4 +1,4 @@
-"""A Wan folder, opened: every layout, both dialects, fp8, real shapes; and what is wrong with one."""
+"""Opening a Wan folder: every layout, both dialects, fp8, real shapes; and broken ones."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_an_unknown_tensor_name_is_an_error(name):
 
 
 def wrap(path, prefix, infix):
-    """Rename the tensors of a file as wrappers around the whole network and around its blocks do."""
+    """Rename the tensors of a file as wrappers around the network and around its blocks do."""
     save_file(
         {
             prefix + re.sub(r"^(blocks\.\d+\.)", rf"\g<1>{infix}", name): tensor
@@ -153,7 +153,7 @@ def test_names_with_mixed_wrapper_prefixes_are_refused(break_it, words, copied):
 
 
 def hide_files_in(folder):
-    """Put beside every file and into every folder what macOS, notebooks and the hub leave there."""
+    """Add the hidden files of macOS, notebooks and the hub to every folder."""
     for place in (folder, *[path for path in folder.rglob("*") if path.is_dir()]):
         for path in [path for path in place.iterdir() if path.is_file()]:
             (place / f"._{path.name}").write_bytes(b"\0\5\x16\7" + bytes(4092))
@@ -527,7 +527,7 @@ def test_rows_are_read_without_the_rest_of_the_tensor(monkeypatch):
 
 
 def quantize(tensors, layer, dtype, scale, kind, marks=()):
-    """Store a layer's weight in fp8 beside its scale and what else ComfyUI writes; the exact value is
+    """Store a layer's weight in fp8 beside its scale and ComfyUI's other tensors; return the exact value
     weight.float() * scale.
     """
     weight = tensors[f"{layer}.weight"] / (1 if scale is None else scale.reshape(-1, 1))

@@ -1,4 +1,4 @@
-"""What a run tells about its speed is what happened."""
+"""The throughput that a run logs matches its operations."""
 
 import json
 import time
@@ -17,7 +17,7 @@ TOLD = {"images_per_second", "teacher_share", "data_wait_share", "memory_peak_gb
 
 
 def counted(work):
-    """Return the operations that torch counts, attention as products of matrices."""
+    """Return the operations that torch counts, with attention as matrix products."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as meter:
         work()
     return meter.get_total_flops()
@@ -28,11 +28,11 @@ def student():
     return loud_student(hidden_size=64, depth=3, num_heads=2, text_dim=48, ffn_dim=160)
 
 
-def test_the_operations_of_a_pass_equal_the_count_of_torch(student, teacher, noisy, words):
+def test_the_operations_of_a_pass_equal_the_count_of_torch(student, teacher, noisy, prompt_embeddings):
     latents, timestep = torch.randn(5, 16, 16, 16), torch.full((5,), 500.0)
     real = counted(lambda: student(latents, timestep, torch.randn(5, 11, 48)))
     assert pass_operations(student.config, 5, 64, 11) == pytest.approx(real, rel=0.001)
-    text, expert = words[0], teacher.expert("high")
+    text, expert = prompt_embeddings[0], teacher.expert("high")
     real = counted(lambda: run_expert(expert, noisy, torch.full((4,), 990.0), text))
     assert pass_operations(teacher.config, 4, 16, text.tokens.shape[1]) == pytest.approx(real, rel=0.001)
 

@@ -1,4 +1,4 @@
-"""Trackers get figures and pictures; one that is not installed is refused before any work."""
+"""Trackers receive metrics and images; one that is not installed is refused before any work."""
 
 import inspect
 

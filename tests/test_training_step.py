@@ -1,4 +1,4 @@
-"""A training step by itself: what it changes, what it leaves, and what its state restores."""
+"""A single training step: the state that it changes, keeps and restores."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from wanlite.training.training_step import MAX_SKIPPED, step_generator, training
 
 
 class NoTeacher:
-    """Stands where phases that need no online teacher have one."""
+    """Replaces the teacher in phases that do not use it online."""
 
     guided = unguided = None
 
