@@ -248,7 +248,7 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(how, orphan, 
     command = [sys.executable, str(TRAIN), "--output_dir", str(tmp_path / "run"), *SHORT_RUN]
     one_thread = os.environ | {
         "OMP_NUM_THREADS": "1"
-    }  # as run_script has it: sums depend on the number of threads
+    }  # as in run_script: sums depend on the number of threads
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread
     )

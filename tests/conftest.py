@@ -404,7 +404,7 @@ def small_disk(tmp_path, request):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-# Two steps of each part.
+# Two steps of each phase.
 
 
 @pytest.fixture

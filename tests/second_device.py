@@ -19,8 +19,13 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 _setup_privateuseone_for_python_backend("second")
 SECOND = torch.device("second", 0)
-CROSSING = ("_to_copy", "copy_", "_foreach_copy_")  # take tensors of two devices
-INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")  # take indices from the CPU
+CROSSING = ("_to_copy", "copy_", "_foreach_copy_")  # functions that accept tensors of two devices
+INDEXING = (
+    "index",
+    "index_put",
+    "index_put_",
+    "_index_put_impl_",
+)  # functions that accept indices on the CPU
 
 
 class There(torch.Tensor):
@@ -49,7 +54,7 @@ class There(torch.Tensor):
             torch.nn.Parameter(copied, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copied
         )
 
-    def __tensor_flatten__(self):  # by which those who save weights know them from aliases
+    def __tensor_flatten__(self):  # saving uses it to tell weights from aliases
         return ["numbers"], None
 
     @staticmethod
@@ -85,7 +90,7 @@ def compute(function, arguments, keywords):
     there = [tensor for tensor in tensors if isinstance(tensor, There)]
     is_mixed = any(
         tensor.dim() for tensor in tensors if not isinstance(tensor, There)
-    )  # a single number may be anywhere
+    )  # scalars may be on any device
     if (
         there
         and name not in CROSSING
@@ -97,7 +102,7 @@ def compute(function, arguments, keywords):
             f"{SECOND}."
         )
     device = keywords.get("device") or (arguments[0].device if name == "copy_" else SECOND)
-    known = {id(tensor.numbers): tensor for tensor in there}  # what is written to stays the same tensor
+    known = {id(tensor.numbers): tensor for tensor in there}  # in-place functions return the same tensor
 
     def outside(tensor):
         return tensor.numbers if isinstance(tensor, There) else tensor
@@ -143,7 +148,7 @@ def main(script, *arguments):
 
     accelerate.state.PartialState.__init__ = begin_there
     safetensors.torch.save_file = lambda tensors, *rest, **named: (
-        save_file(  # which takes a GPU's as they are
+        save_file(  # which accepts the tensors of a GPU unchanged
             {name: tensor.cpu() for name, tensor in tensors.items()}, *rest, **named
         )
     )

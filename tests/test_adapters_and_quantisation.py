@@ -137,7 +137,7 @@ def test_an_adapter_in_every_dialect_changes_a_student_like_a_stock_wan(dialect,
         for (layer, side), matrix in matrices.items():
             if side == "A":
                 merged.get_parameter(f"{layer}.weight").add_(scale * matrices[layer, "B"] @ matrix)
-    assert np.allclose(found, velocity(merged), atol=1e-4)  # and that is what the matrices say
+    assert np.allclose(found, velocity(merged), atol=1e-4)  # and equals the product of the matrices
 
 
 @needs_peft
@@ -178,7 +178,7 @@ def test_a_fused_adapter_is_saved_used_and_unfused(run, tmp_path):
             match=r"an adapter in blocks.0.attn1.to_k \(base_layer\) and in 39 more layers. Fuse it",
         ):
             pipeline.transformer.save_pretrained(run)
-    assert near(velocity(WanLiteStudent.from_pretrained(run)), without)  # what was there stays
+    assert near(velocity(WanLiteStudent.from_pretrained(run)), without)  # the previous student stays
     pipeline.unfuse_lora()
     assert near(velocity(pipeline.transformer), adapted)
     pipeline.fuse_lora()

@@ -190,7 +190,7 @@ def test_a_second_run_logs_its_wait_and_then_continues(tmp_path):
 
 
 def test_a_lock_is_held_until_its_release_and_leaves_no_file(tmp_path):
-    assert lock(tmp_path) is not None  # and nobody keeps what it returned
+    assert lock(tmp_path) is not None  # and its return value is not kept
     gc.collect()
     assert lock(tmp_path) is None
     release(locks._HELD[-1])

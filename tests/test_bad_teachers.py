@@ -155,7 +155,7 @@ def test_a_teacher_that_cannot_be_projected_is_refused_before_any_write(
     )
 
 
-# ---- --teacher, before torch: formats that are not read, folders one level off, names on the hub -----------
+# ---- --teacher, before torch: unsupported formats, folders one level away, hub names -----------------------
 
 
 def refusal_of(teacher):

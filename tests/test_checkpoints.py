@@ -86,7 +86,7 @@ def test_the_newest_valid_checkpoint_is_used_and_skipped_ones_are_reported(tmp_p
     break_it(checkpoint_path(tmp_path, 2))
     path, skipped = latest_checkpoint(tmp_path)
     assert path == checkpoint_path(tmp_path, 1) and len(skipped) == 1 and reason in skipped[0]
-    save(tmp_path, 2, 5.0)  # a run that comes by again replaces it
+    save(tmp_path, 2, 5.0)  # a resumed run replaces it
     assert latest_checkpoint(tmp_path) == (checkpoint_path(tmp_path, 2), [])
 
 
@@ -154,7 +154,7 @@ def test_a_disk_that_fills_during_a_save_leaves_the_earlier_checkpoint(small_dis
     save(small_disk, 1)
     monkeypatch.setattr(
         "wanlite.training.checkpoints.check_space", lambda *_: None
-    )  # there was room when it was looked at
+    )  # the free space was sufficient before the save
     with pytest.raises(OSError, match="step-000002: .*No space left"):
         save_checkpoint(small_disk, 2, {"weight": torch.zeros(10**6)}, {}, 2)
     assert steps(small_disk) == ["step-000001"] and latest_checkpoint(small_disk) == (

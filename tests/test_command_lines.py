@@ -99,7 +99,9 @@ def test_invalid_utf8_is_refused_in_every_flag(settings, flag, capsys):
 
 def test_a_prompt_is_read_as_utf8_in_an_ascii_locale():
     parser = make_parser(DrawSettings, "", repeatable=("prompt",))
-    arguments = parser.parse_args(["--prompt", "caf\udcc3\udca9"])  # as Python has its bytes there
+    arguments = parser.parse_args(
+        ["--prompt", "caf\udcc3\udca9"]
+    )  # as Python decodes its bytes in that locale
     assert arguments.prompt == ["caf\N{LATIN SMALL LETTER E WITH ACUTE}"]
 
 
@@ -160,7 +162,7 @@ def test_help_takes_half_a_second_at_most(script):
     assert run_script(script, "--help").returncode == 0
     after = os.times()
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
-    assert seconds <= 0.5  # of computing, whatever else the machine does
+    assert seconds <= 0.5  # CPU time, which other load on the machine does not change
 
 
 def test_a_tilde_is_expanded_alike_in_all_output_and_files(tmp_path, monkeypatch):
@@ -215,9 +217,7 @@ def test_runs_with_the_same_teacher_shape_and_method_share_one_projection(tmp_pa
     report = json.loads((tmp_path / "run/run.json").read_text())["projection"]
     assert starts() == before and report["experts"] == ["high"] * 4 and report["calibration_frames"] > 0
     assert "holds a finished run" in refused(TRAIN, *arguments, "--project_only", "--projection", "weights")
-    assert json.loads((tmp_path / "run/run.json").read_text())[
-        "finished"
-    ]  # the finished run is left as it was
+    assert json.loads((tmp_path / "run/run.json").read_text())["finished"]  # the finished run is unchanged
     again = WanLiteStudent.from_pretrained(folder).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
 
@@ -359,7 +359,7 @@ def test_a_failure_before_the_first_step_leaves_the_run_to_overwrite_unchanged(f
     shard = max((tmp_path / "run/cache").glob("trajectories-*/shard-*"), key=lambda path: path.stat().st_size)
     shard.write_bytes(
         shard.read_bytes()[:-100]
-    )  # found where the teacher's pictures are opened, the last thing before
+    )  # the error occurs when the images are opened, just before the first step
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", "--overwrite", *SHORT_RUN)
     assert process.returncode == 2 and f"{shard.name}: damaged" in process.stderr
     assert {path: path.read_bytes() for path in before} == before
@@ -472,7 +472,7 @@ LAUNCH = (
     "--dynamo_backend",
     "no",
     TRAIN,
-)  # with --cpu accelerate starts one process, whatever their number
+)  # with --cpu, accelerate starts one process for any number
 
 
 def test_two_processes_train_one_student(tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def test_a_compiled_student_has_the_same_names_gradients_and_files(tmp_path):
         assert torch.allclose(gradient, expected[name], atol=1e-5, rtol=1e-4), name
     assert any(
         not torch.equal(gradient, expected[name]) for name, gradient in found.items()
-    )  # it was compiled
+    )  # the student was compiled
     compiled.save_pretrained(tmp_path / "student")
     loaded = WanLiteStudent.from_pretrained(tmp_path / "student")
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in loaded.state_dict().items())

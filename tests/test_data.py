@@ -170,7 +170,7 @@ def test_a_basis_has_the_directions_of_most_variance_and_is_cached(tmp_path):
         asked.append(prompts)
 
         def velocity_of(latents, timestep):
-            return latents, 5 + deviations * torch.randn(len(latents), 50, 4)  # a mean is no direction
+            return latents, 5 + deviations * torch.randn(len(latents), 50, 4)  # the mean is not a direction
 
         return velocity_of
 
@@ -183,7 +183,7 @@ def test_a_basis_has_the_directions_of_most_variance_and_is_cached(tmp_path):
     assert asked == [["a", "b"]]
 
 
-# ---- segments ----------------------------------------------------------------------------------------------
+# ---- few-step states ---------------------------------------------------------------------------------------
 
 SHAPE, STEPS = (2, 4, 4), 8
 

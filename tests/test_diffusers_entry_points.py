@@ -123,7 +123,7 @@ def test_an_older_save_under_both_names_loads(student, tmp_path):
     assert equal(loaded.state_dict(), student.state_dict()) and loaded.config.image_dim is None
 
 
-# ---- one file ----------------------------------------------------------------------------------------------
+# ---- single files ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rename", [str, official_name])
@@ -194,7 +194,7 @@ def test_components_load_by_subfolder_as_in_diffusers(run, warned):
     assert equal(found, load_file(run / "vae" / WEIGHTS)) and warned == []
 
 
-# ---- run_inference.py draws from every folder that from_pretrained takes -----------------------------------
+# ---- run_inference.py loads every folder that from_pretrained accepts --------------------------------------
 
 
 def louder(run, dtype=torch.float32):
@@ -264,7 +264,7 @@ def test_stock_shards_beside_an_older_file_are_reported(run):
         UserWarning, match=f"holds {WEIGHTS} beside . shards; the shards are read, as stock diffusers does"
     ):
         assert not equal(WanLiteStudent.from_pretrained(run).state_dict(), older)
-    next(run.glob("*-00001-of-*.safetensors")).unlink()  # an index that leads nowhere counts for nothing
+    next(run.glob("*-00001-of-*.safetensors")).unlink()  # an index of missing shards is ignored
     assert equal(WanLiteStudent.from_pretrained(run).state_dict(), older)
 
 
@@ -295,7 +295,7 @@ def test_of_two_precisions_of_a_teacher_the_default_is_read(shards, copied):
     ):
         assert open_teacher_files(copied).fingerprint == expected
     (copied / "transformer" / WEIGHTS).unlink()
-    assert open_teacher_files(copied).fingerprint != expected  # the variant alone is read
+    assert open_teacher_files(copied).fingerprint != expected  # only the variant is read
 
 
 def test_a_pipeline_of_two_experts_is_not_a_student(capsys):

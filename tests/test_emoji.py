@@ -142,7 +142,7 @@ def test_scenes_and_captions_are_functions_of_their_seed():
     assert {len(scene.objects) for scene in emoji.scenes(4, 50, num_objects=1)} == {1}
 
 
-# ---- drawing -----------------------------------------------------------------------------------------------
+# ---- rendering ---------------------------------------------------------------------------------------------
 
 
 def test_an_object_is_drawn_within_jitter_of_its_place_mirrored_or_not():
@@ -410,7 +410,7 @@ WHOLE = archive_of(("package/package.json", b'{"name": "a", "version": "1"}'))
         archive_of(("package/package.json", b"\xff")),
     ],
     ids=range(12),
-)  # archives hold the time
+)  # archives contain the time
 def test_a_file_that_is_not_a_package_is_named(content, tmp_path):
     (tmp_path / "noto-1.2.9.tgz").write_bytes(content)
     with pytest.raises(ValueError, match="noto-1.2.9.tgz: not a package of npm"):
@@ -421,7 +421,7 @@ def test_a_sprite_is_trimmed_and_centred_with_clean_edges():
     from PIL import Image
 
     drawing = np.zeros((100, 100, 4), np.uint8)
-    drawing[..., :3] = 255  # what is transparent is white, and must not show
+    drawing[..., :3] = 255  # transparent pixels are white and must not be visible
     drawing[20:80, 40:60] = (200, 0, 0, 255)
     sprite = make_emoji_atlas.make_sprite(Image.fromarray(drawing))
     assert sprite.shape == (48, 48, 4) and sprite[:, 16:32, 3].min() > 240 and sprite[:, :13, 3].max() == 0

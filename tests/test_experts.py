@@ -121,11 +121,11 @@ def test_untrained_experts_are_accepted_in_either_order(copied):
         (((0.01, 0.05), (0.05, 0.01)), True),
         (((0.05, 0.01), (0.01, 0.05)), False),  # exchanged, in order
         (((0.01, 0.01), (0.05, 0.05)), False),
-        (((0.05, 0.05), (0.01, 0.01)), False),  # one is the worse everywhere
+        (((0.05, 0.05), (0.01, 0.01)), False),  # one is worse at all levels
         (((0.01, 0.011), (0.05, 0.01)), False),
-        (((0.03, 0.05), (0.05, 0.01)), False),  # clear at one level only
+        (((0.03, 0.05), (0.05, 0.01)), False),  # clear at one level
         (((0.2, 0.05), (0.9, 0.01)), False),
-        (((0.01, 0.9), (0.05, 0.2)), False),  # neither knows the noise at a level
+        (((0.01, 0.9), (0.05, 0.2)), False),  # neither predicts the noise of a level
         (((float("nan"), 0.05), (0.05, 0.01)), False),
         (((0.01, 0.05), (0.05, float("nan"))), False),
     ],
@@ -170,4 +170,4 @@ def test_comparing_reads_each_tensor_once_and_one_block_at_a_time(monkeypatch):
     assert sorted(whole) == sorted(
         (expert.name, name) for expert in files.experts.values() for name in expert.places
     )
-    assert len(blocks) == 8 and max(loaded) == 1  # the other expert's, while one is read
+    assert len(blocks) == 8 and max(loaded) == 1  # the other expert's block, while one is read

@@ -61,7 +61,7 @@ def flatten(run):
     (run / "vae/manifest.json").unlink()
 
 
-# ---- flat, and not finite ----------------------------------------------------------------------------------
+# ---- flat images and values that are not finite ------------------------------------------------------------
 
 
 def test_flat_images_are_written_and_one_warning_names_them(copied_run, tmp_path, capsys):
@@ -117,7 +117,7 @@ def test_images_that_are_not_finite_are_errors_and_the_others_are_saved(
     module, batch_size, finished_run, pipeline, hooked, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(run_inference, "StudentPipeline", lambda *_: pipeline)
-    hooked(module, nan_where({1}))  # with one step a row is an image
+    hooked(module, nan_where({1}))  # with one step, a row is an image
     settings = settings_of(
         finished_run[0], tmp_path / "images", "abc", "--batch_size", batch_size, "--num_inference_steps", "1"
     )
@@ -143,7 +143,7 @@ def test_pixels_that_are_not_finite_are_not_an_image(pipeline, monkeypatch):
     assert first is None and second.shape == (64, 64, 3)
 
 
-# ---- nothing is lost ---------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def test_commands_in_a_row_keep_all_images_and_print_a_line_for_each(finished_run, tmp_path, capsys):
@@ -229,7 +229,7 @@ def test_a_record_without_sizes_is_refused_by_name(run):
         trained_sizes(run, 16, "run.json")
 
 
-# ---- the bytes that draw -----------------------------------------------------------------------------------
+# ---- hashes of weights -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_replaced", [True, False])

@@ -88,7 +88,7 @@ def test_processes_that_save_into_one_folder_keep_all_images(tmp_path):
         for child in filter(None, children):
             os.waitpid(child, 0)
 
-    assert fork(draw) == 0  # eight processes, for each child forks as well
+    assert fork(draw) == 0  # eight processes, as each child forks as well
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [f"{number:04d}-a-ring-seed0.png" for number in range(160)]
     assert all(Image.open(tmp_path / name).size == (4, 4) for name in names)

@@ -58,7 +58,7 @@ def write_folder(place):
         path = place / ("below" if number > 3 else "") / f"{number}.png"
         path.write_bytes(content)
         path.with_suffix(".txt").write_text(f"{caption}\n")
-    (place / "below").rename(place / "z")  # sorted after the others
+    (place / "below").rename(place / "z")  # sorted last
 
 
 def write_described(place, name):
@@ -169,12 +169,12 @@ def test_a_single_file_is_a_source(kind, name, tmp_path):
     assert len(choose_images(tmp_path / "place" / name, SIZE)) in (4, 3)
 
 
-# ---- what an image may be ----------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------------------
 
 
 def test_an_image_is_centre_cropped_to_the_nearest_ratio_and_downscaled(tmp_path):
     wide = np.zeros((128, 256, 3), np.uint8)
-    wide[:, 64:192] = 255  # what a square keeps
+    wide[:, 64:192] = 255  # the part that a square crop keeps
     (tmp_path / "wide.png").write_bytes(encoded(wide))
     (tmp_path / "wide.txt").write_text("a bar")
     (square,) = choose_images(tmp_path, SIZE)
@@ -372,7 +372,7 @@ HIDDEN = (
 
 @pytest.mark.parametrize("kind", ["folder", "parquet", "webdataset"])
 def test_hidden_files_are_not_images_of_a_source(kind, tmp_path):
-    place = tmp_path / ".hidden" / "place"  # but a place may lie below one
+    place = tmp_path / ".hidden" / "place"  # a source may be inside a hidden folder
     WRITERS[kind](place)
     for path in [path for path in place.rglob("*") if path.suffix in (".tar", ".parquet")]:
         (path.parent / f"._{path.name}").write_bytes(b"\0\5\x16\7")
@@ -466,7 +466,7 @@ def test_images_that_were_read_once_are_not_decoded_again(tmp_path, monkeypatch)
     assert said[0] == said[1] and "not a whole JPEG, PNG or WebP (1: broken.png)" in said[1]
     (tmp_path / "place" / "0.png").write_bytes(new := encoded(Image.new("RGB", (80, 64))))
     assert chosen() != first and decoded[len(CONTENTS) + 1 :] == [new]
-    for content in ("{", "[1]"):  # a record that cannot be read: all are looked at again
+    for content in ("{", "[1]"):  # an unreadable record: all images are read again
         (tmp_path / "cache/images.json").write_text(content)
         decoded.clear()
         assert len(chosen()) == len(first) and len(decoded) == len(CONTENTS) + 1
@@ -528,7 +528,7 @@ def test_an_image_that_changes_under_a_run_is_named(tmp_path):
         read_image(first)
 
 
-# ---- what a place may be -----------------------------------------------------------------------------------
+# ---- sources -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -583,7 +583,7 @@ def test_a_csv_that_cannot_be_read_is_one_line(tmp_path):
         complete(Settings(prompts=str(tmp_path / "prompts.csv")))
 
 
-# ---- what is learnt from them ------------------------------------------------------------------------------
+# ---- training on images ------------------------------------------------------------------------------------
 
 
 def test_captions_join_the_training_prompts_and_are_never_held_out(tmp_path):
@@ -616,7 +616,7 @@ def test_noised_images_at_all_levels_join_the_states_of_the_trajectories(tmp_pat
     again = add_noise(repeated, noise, batch["noise_level"])
     assert 0.9 < noise.std() < 1.1 and torch.allclose(again, batch["latents"].float(), atol=1e-5)
     low = batch["noise_level"] < 0.5
-    assert (noise[low][1:] - noise[low][:-1]).abs().mean() > 0.5  # noised anew at each level
+    assert (noise[low][1:] - noise[low][:-1]).abs().mean() > 0.5  # with new noise at each level
     velocity = teacher_for([str(number) for number in batch["prompt"].tolist()], False)(
         batch["latents"].float(), batch["timestep"]
     )
@@ -667,14 +667,14 @@ def test_a_run_on_images_reports_skipped_ones_and_resumes_to_the_same_weights(tm
     assert said.startswith(
         f"images   6 of {tmp_path / 'place'}; 1 skipped: not a whole JPEG, PNG or WebP (1: cut.png)\nteacher"
     )
-    assert "70 teacher images" in said  # 64 walks and 6 images
+    assert "70 teacher images" in said  # 64 trajectories and 6 images
     states = Trajectories(next((whole / "cache").glob("images-*")), 1)
     assert len(states) == 6 * 4
     latents = encode_images(load_autoencoder(TINY_TEACHER), to_pixels(np.stack(PICTURES)))
     _, clean, _ = states.ends(range(6))
     assert (
         clean - latents
-    ).square().mean() < 0.2 * latents.var()  # the teacher nearly knows what is nearly clean
+    ).square().mean() < 0.2 * latents.var()  # the teacher is accurate on nearly clean latents
     shutil.copytree(tmp_path / "place", tmp_path / "inverted")
     for path in (
         path for path in (tmp_path / "inverted").rglob("*") if path.suffix in KINDS and path.name != "cut.png"
@@ -683,7 +683,7 @@ def test_a_run_on_images_reports_skipped_ones_and_resumes_to_the_same_weights(tm
     code, said = train(tmp_path / "other", *FLAGS, "--images", tmp_path / "inverted")
     assert code == 0 and not same(tmp_path / "other", whole), (
         said
-    )  # of the same captions: it is the pictures that tell
+    )  # with the same captions: the difference comes from the images
     leave_as_killed(whole, cut, step=2)
     (tmp_path / "place" / "z" / "5.png").rename(tmp_path / "kept.png")
     code, said = train(cut, *flags)

@@ -121,7 +121,7 @@ def test_a_truncated_or_missing_component_is_named(name, copied_run):
     ],
 )
 def test_configs_without_sizes_are_refused(name, content, words, copied_run):
-    (copied_run / "vae/manifest.json").unlink()  # as in a folder that was put together by hand
+    (copied_run / "vae/manifest.json").unlink()  # as in a folder assembled by hand
     if content is None:
         content = json.dumps(json.loads((copied_run / name).read_text()) | {"patch_size": 2})
     (copied_run / name).write_text(content)

@@ -109,7 +109,7 @@ def test_the_method_version_changes_with_the_projected_weights():
     calibrate(student, low, report, frames)
     calibrated = sum(tensor.norm().item() for tensor in student.state_dict().values())
     assert (projected, calibrated) == pytest.approx((663.905, 1503.842), rel=1e-4), "raise METHOD_VERSION"
-    assert METHOD_VERSION == 1  # the version of these two numbers
+    assert METHOD_VERSION == 1  # update both numbers together with METHOD_VERSION
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", pytest.param("[" * 10**5, id="deep")])
@@ -125,7 +125,7 @@ def test_an_unreadable_record_of_the_cache_is_computed_again(content, tmp_path):
 
 def test_one_held_out_prompt_counts_as_two_and_a_single_prompt_is_also_trained(tmp_path):
     training, held_out = choose_prompts(complete(Settings(num_held_out=1)))
-    assert len(held_out) == 2 and not {*held_out} & {*training}  # of one object and of two
+    assert len(held_out) == 2 and not {*held_out} & {*training}  # with one object and with two
     (tmp_path / "prompts.txt").write_text("a red ring")
     settings, said = complete(Settings(prompts=str(tmp_path / "prompts.txt"))), []
     assert choose_prompts(settings, said.append) == (["a red ring"], ["a red ring"])

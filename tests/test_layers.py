@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import ROOT, run_script
 
-LAYERS = (  # from the top; a file imports from the layers below its own, or beside itself
+LAYERS = (  # from the top; a file imports from the layers below its own, or from its own folder
     ("wanlite.commands",),
     ("run_inference",),
     ("train_distillation",),

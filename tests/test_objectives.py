@@ -76,7 +76,7 @@ def test_diversity_keeps_the_mean_and_scales_distances_from_it_by_the_gain():
     assert abs(aim.mean() - mean) < 0.02
     followed = ((aim - mean) * (picture - mean)).mean() / (
         picture - mean
-    ).square().mean()  # what a regression learns of it
+    ).square().mean()  # the optimum of a regression
     assert abs(followed - 1.3) < 0.02
 
 
@@ -104,5 +104,5 @@ def test_the_student_has_more_diverse_targets_only_from_noise():
         1 - 0.5 * noise_level.view(-1, 1, 1, 1)
     )
     assert torch.allclose(aims[0], picture, atol=1e-5)
-    assert torch.allclose(aims[1][1], picture[1], atol=1e-5)  # it is on its way already
+    assert torch.allclose(aims[1][1], picture[1], atol=1e-5)  # it is not at pure noise
     assert torch.allclose(aims[1][[0, 2]], (1.5 * picture - 0.5 * other)[[0, 2]], atol=1e-5)

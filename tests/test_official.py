@@ -22,9 +22,9 @@ from wanlite.teacher.components import (
     pixels_per_token,
 )
 
-TEACHER = {"in_channels": 16, "text_dim": 64}  # what parts share with the tiny teacher's experts
+TEACHER = {"in_channels": 16, "text_dim": 64}  # sizes shared with the tiny teacher's experts
 SMALL = {"base_dim": 8, "num_res_blocks": 1, "z_dim": 16}
-AUTOENCODERS = {  # every size is another one, so that none can be taken for another
+AUTOENCODERS = {  # all sizes differ, so that none can be confused
     "Wan2.1_VAE.pth": {"base_dim": 6, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2},
     "Wan2.2_VAE.pth": {
         "base_dim": 10,
@@ -135,7 +135,9 @@ def layouts(tmp_path_factory):
     shutil.copytree(TINY_TEACHER, ours)
     shutil.rmtree(ours / "vae")
     autoencoder.save_pretrained(ours / "vae")
-    config = ours / "text_encoder" / "config.json"  # of Wan's encoder, and in no official file: 128
+    config = (
+        ours / "text_encoder" / "config.json"
+    )  # fixed at 128 in Wan's encoder and missing in the official files
     config.write_text(json.dumps(json.loads(config.read_text()) | {"relative_attention_max_distance": 128}))
     write_official(TINY_TEACHER, theirs)
     write_autoencoder(theirs / "Wan2.1_VAE.pth", autoencoder)

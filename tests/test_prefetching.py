@@ -37,7 +37,7 @@ def test_the_next_batches_are_read_during_a_step():
     until = time.monotonic() + 10
     while len(was_read) < 3 and time.monotonic() < until:
         time.sleep(0.001)
-    assert was_read == [0, 1, 2] and len(readers()) == 1  # two ahead, and no more
+    assert was_read == [0, 1, 2] and len(readers()) == 1  # at most two batches ahead
     coming.close()
     assert not readers()
 

@@ -45,7 +45,7 @@ def start(rank, group, work, log):
     code = 1
     AcceleratorState._reset_state(
         reset_partial_state=True
-    )  # what a test before left in this process, whose copy this is
+    )  # undo the state of earlier tests in the forked process
     with open(log, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         try:
             if group:
@@ -100,8 +100,7 @@ def train(folder, *flags, processes=2, at=None):
     return together(as_typed, folder, processes)
 
 
-# Every part of a run, with as little to look at as there can be; Muon's bfloat16 would make much of the last
-# bits.
+# Every phase of a run with minimal validation. No Muon: its bfloat16 would amplify differences in the last bits.
 CHEAP = (
     "--projection",
     "weights",
@@ -185,7 +184,7 @@ def test_processes_stop_together_also_after_a_kill_and_the_run_resumes(paired, t
     folder = tmp_path / "run"
     shutil.copytree(paired / "cache", folder / "cache")
 
-    def asked_twice():  # as by a scheduler, whose signal the launcher sends on
+    def asked_twice():  # as from a scheduler, whose signal the launcher forwards
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -220,7 +219,7 @@ def test_a_folder_in_use_by_another_run_is_refused_in_one_line_for_all_ranks(alo
     assert len(lines) == 1 and "another run is writing there" in lines[0] and "Traceback" not in "".join(said)
 
 
-# ---- a teacher in shares -----------------------------------------------------------------------------------
+# ---- a sharded teacher -------------------------------------------------------------------------------------
 
 
 def test_a_sharded_teacher_equals_a_full_one_with_half_of_the_blocks_per_rank(
@@ -228,7 +227,7 @@ def test_a_sharded_teacher_equals_a_full_one_with_half_of_the_blocks_per_rank(
 ):
     def ask(rank):
         torch.distributed.init_process_group("gloo")
-        rows = 1 + 3 * rank  # rank 0 makes two passes more than its one row needs
+        rows = 1 + 3 * rank  # rank 0 makes two more passes than its one row needs
         shared = Teacher(open_teacher_files(TINY_TEACHER), residency="sharded", tokens_at_once=64)
         for level in (999.0, 100.0):
             asked = (
@@ -240,7 +239,9 @@ def test_a_sharded_teacher_equals_a_full_one_with_half_of_the_blocks_per_rank(
                 (2,),
             )
             for found, expected in zip(shared.velocity(*asked), teacher.velocity(*asked)):
-                torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)  # other rows go together
+                torch.testing.assert_close(
+                    found, expected, rtol=1e-5, atol=5e-5
+                )  # other rows are batched together
         whole = [
             tensor for name, tensor in teacher.expert("low").named_parameters() if name.startswith("blocks.")
         ]

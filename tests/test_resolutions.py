@@ -47,7 +47,7 @@ def test_sides_are_multiples_of_a_token_of_the_teachers_autoencoder(tmp_path):
     (tmp_path / "models_t5_umt5-xxl-enc-bf16.pth").touch()
     (tmp_path / "Wan2.2_VAE.pth").touch()
     assert TeacherFolder(tmp_path).pixels_per_token == 32
-    (tmp_path / "Wan2.1_VAE.pth").touch()  # is taken where both are there
+    (tmp_path / "Wan2.1_VAE.pth").touch()  # takes precedence over the other
     assert TeacherFolder(tmp_path).pixels_per_token == 16
     wide = tmp_path / "wide"
     shutil.copytree(TINY_TEACHER, wide, ignore=shutil.ignore_patterns("*.safetensors"))

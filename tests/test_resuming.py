@@ -82,7 +82,7 @@ def train(folder, *flags, at=None, checks=None, guards=None, **seams):
                 code = train_distillation.main(
                     *train_distillation.read_settings(), phases=phases, make_validator=Watched, **seams
                 )
-            except SystemExit as end:  # how argparse refuses
+            except SystemExit as end:  # argparse exits so
                 code = end.code
         os._exit(code)
 
@@ -121,7 +121,7 @@ def test_the_teacher_is_in_memory_only_in_the_phase_that_uses_it(folder):
 
     assert train(folder, at={1: count, 3: count, 6: count})[0] == 0
     velocity, segments, matching = map(int, counts.read_text().split())
-    assert velocity == segments < matching  # not 0: this process, whose copy runs, may hold a teacher too
+    assert velocity == segments < matching  # not 0: the forked process inherits the teacher of this one
 
 
 def asked(number=signal.SIGTERM):
@@ -139,11 +139,11 @@ def steps(folder):
     return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
 
 
-# ---- stopped and killed ------------------------------------------------------------------------------------
+# ---- interruptions -----------------------------------------------------------------------------------------
 
 
 def test_a_run_stopped_twice_ends_with_the_same_weights(folder, finished_run):
-    for at, step in ((2, 2), (3, 5)):  # the second process begins at step 2
+    for at, step in ((2, 2), (3, 5)):  # the second process starts at step 2
         code, said = train(folder, at={at: asked()})
         assert code == 3 and f"stopped at step {step} of 6" in said
         assert (
@@ -209,10 +209,10 @@ def test_a_micro_batch_fitted_to_a_machine_stays_on_resume_with_other_memory(fol
         monkeypatch.setattr(needs, "free_memory", lambda device, sharing=1: (free, free))
         return train(folder, *flags, **happenings)
 
-    code, said = train_in(20e6)  # less than the tiny teacher's walks take
+    code, said = train_in(20e6)  # less than the tiny teacher's trajectories need
     assert code == 2 and "the teacher's passes do not fit" in said and "Traceback" not in said
     code, said = train_in(150e6, at={1: asked()})
-    assert code == 3 and "4 x 64 a step" in said  # the critic counts, and the teacher that is asked beside it
+    assert code == 3 and "4 x 64 a step" in said  # the critic counts, and the teacher beside it
     code, said = train_in(60e6, "--matching_steps", "0", "--overwrite", at={12: asked()})
     assert (
         code == 3
@@ -230,7 +230,7 @@ def test_a_micro_batch_fitted_to_a_machine_stays_on_resume_with_other_memory(fol
     code, said = train_in(60e6, "--matching_steps", "0")
     assert code == 2 and "an unfinished run of an older version" in said
     write_json(folder / "run.json", run)
-    monkeypatch.delattr("wanlite.planning.run.choose_precision")  # nothing is chosen again
+    monkeypatch.delattr("wanlite.planning.run.choose_precision")  # the saved choice is used
     code, said = train_in(1e12, "--matching_steps", "0")
     assert code == 0 and "8 x 32 a step" in said and "resumed at step 1" in said
 
@@ -262,7 +262,7 @@ def test_another_world_or_teacher_is_named(name, value, words, folder):
 
 def test_a_second_run_in_the_same_folder_is_refused(folder, finished_run):
     def join():
-        code, said = train(folder.with_name("second"), "--output_dir", folder)  # the later flag counts
+        code, said = train(folder.with_name("second"), "--output_dir", folder)  # the later flag applies
         folder.with_name("joined").write_text(f"{code} {said}")
 
     code, _ = train(folder, at={5: join})
@@ -271,7 +271,7 @@ def test_a_second_run_in_the_same_folder_is_refused(folder, finished_run):
     assert joined.startswith("2 ") and "another run is writing there" in joined
 
 
-# ---- which student is saved --------------------------------------------------------------------------------
+# ---- selection of the saved student ------------------------------------------------------------------------
 
 
 def scores(folder):
@@ -296,14 +296,14 @@ def test_the_best_student_is_saved_and_not_the_last_also_by_a_resumed_run(folder
         "0",
         "--learning_rate",
         "0.05",
-    )  # far too high: students get worse
+    )  # a learning rate that makes students worse
     code, _ = train(folder, *flags, guards=lambda figures: [], at={6: asked()})
     assert code == 3
     code, _ = train(folder, *flags, guards=lambda figures: [])
     chosen = json.loads((folder / "run.json").read_text())["chosen"]
     found = {
         step: score for step, score in scores(folder).items() if step > 2
-    }  # of stage 1 none is a candidate
+    }  # students of the first phase are not candidates
     assert (
         code == 0
         and chosen["step"] == min(found, key=found.get)
@@ -367,11 +367,11 @@ def test_the_command_that_a_stopped_run_prints_resumes_it(flags, at, folder, fin
     code, said = train(folder, *flags, at={at: asked()})
     words = shlex.split(said.partition("stopped; resume with: ")[2].splitlines()[0])
     assert code == 3 and words[:2] == ["python", "train_distillation.py"]
-    code, said = train(folder, *words[4 + len(SHORT_RUN) :])  # after the folder, and what every run here has
+    code, said = train(folder, *words[4 + len(SHORT_RUN) :])  # after the folder and SHORT_RUN
     assert code == 0 and "resumed at step" in said and same(folder, finished_run[0])
 
 
-# ---- checkpoints that do not verify ------------------------------------------------------------------------
+# ---- invalid checkpoints -----------------------------------------------------------------------------------
 
 
 def cut(path):
@@ -484,7 +484,7 @@ def test_an_incomplete_trajectory_file_is_named_and_rebuilt_after_deletion(folde
     assert train(folder)[0] == 0 and same(folder, finished_run[0])
 
 
-# ---- numbers that are not finite ---------------------------------------------------------------------------
+# ---- values that are not finite ----------------------------------------------------------------------------
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_counted_and_saved(folder, finished_run):

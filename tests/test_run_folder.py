@@ -23,7 +23,7 @@ from wanlite.training.run_folder import (
 def test_a_folder_with_only_a_projected_student_is_free_for_a_run(tmp_path):
     (tmp_path / "cache/start-0").mkdir(parents=True)
     assert check_output_folder(tmp_path, {}) == "new"
-    (tmp_path / ".run.json.0123.partial").touch()  # of a run that was killed as it wrote its settings
+    (tmp_path / ".run.json.0123.partial").touch()  # of a run killed while writing its settings
     assert check_output_folder(tmp_path, {}) == "new"
     (tmp_path / "letter.txt").touch()
     with pytest.raises(ValueError, match="files of other origin than a run"):

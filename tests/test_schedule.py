@@ -50,7 +50,7 @@ def test_inference_accepts_the_schedule_that_training_saves(schedule, few_steps,
 def test_a_setting_of_another_value_is_refused(name, schedule, folder):
     value = scheduler_defaults()[name]
     change(folder, **{name: not value if isinstance(value, bool) else "evil"})
-    if name == "use_flow_sigmas":  # the training sets it against its default
+    if name == "use_flow_sigmas":  # the training overrides its default
         change(folder, **{name: False})
     with pytest.raises(ValueError, match=f"{name} is .*expected .*Copy the folder again"):
         read_schedule(folder, schedule)

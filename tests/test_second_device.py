@@ -129,7 +129,7 @@ def test_a_student_generates_the_images_of_the_cpu(runs, tmp_path):
     assert said.stdout.split() == [
         "second:0",
         "cpu",
-    ]  # where the text encoder was: the second time too little was free
+    ]  # the text encoder's device: little memory was free the second time
     drawn = StudentPipeline(runs[1], "cpu").generate(PROMPTS, range(2), 2, 64, 96)
     for name in ("there", "beside"):
         assert np.abs(np.load(tmp_path / f"{name}.npy").astype(int) - drawn).max() <= 1

@@ -68,7 +68,7 @@ def settings_in(folder, **more):
     )
 
 
-# ---- a teacher, every number of which float8, times a scale, holds exactly ---------------------------------
+# ---- a teacher that scaled float8 represents exactly -------------------------------------------------------
 
 
 def scale_of(tensor):
@@ -265,7 +265,7 @@ LAYOUTS = {
 }
 
 
-# ---- the same student --------------------------------------------------------------------------------------
+# ---- every layout trains the same student ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -392,7 +392,7 @@ def test_files_in_a_subfolder_are_used_only_if_there_are_no_others(wan, spiece, 
 
 @pytest.mark.parametrize("prefix, infix", WRAPPERS)
 def test_wrapper_prefixes_in_the_names_of_single_files_are_stripped(prefix, infix, wan, spiece, tmp_path):
-    write_flat(tmp_path, wan, spiece)  # in scaled fp8, with ComfyUI's own prefix
+    write_flat(tmp_path, wan, spiece)  # in scaled fp8, with ComfyUI's prefix
     for path in tmp_path.glob("*.safetensors"):
         change(
             path,
@@ -465,7 +465,7 @@ def test_every_single_file_opens_at_its_real_shape(model, names, tmp_path):
     reason="this machine has, or promises, memory for any file",
 )
 def test_a_file_too_large_to_map_opens_and_is_refused_when_it_is_read(tmp_path):
-    deep = A14B | {"num_layers": 200}  # 282 GB, of which only the header takes room on the disk
+    deep = A14B | {"num_layers": 200}  # 282 GB, of which only the header takes disk space
     write_sparse(
         tmp_path / "wan.safetensors", {official_name(key): shape for key, shape in wan_shapes(**deep).items()}
     )
@@ -568,7 +568,7 @@ def write_wan(folder, name, layout, spiece, channels, autoencoder):
     write(folder / "vae" / "wan2.2_vae.safetensors", tensors)
     write(
         folder / "vae" / "wan_2.1_vae.safetensors",
-        {  # lies there as well: the experts' channels choose
+        {  # both are there: the channels of the experts select one
             "conv2.weight": torch.zeros(16, 16, 1, 1, 1),
             "decoder.middle.0.residual.0.gamma": torch.zeros(8),
         },
@@ -600,7 +600,7 @@ def test_a_wan_with_one_expert_is_planned_and_trains(
     assert WanLiteStudent.from_pretrained(tmp_path / "run").config.num_channels == channels
 
 
-# ---- what is refused, and what is told to do ---------------------------------------------------------------
+# ---- rejections with advice --------------------------------------------------------------------------------
 
 HIGH, LOW, WORDS, VAE = (
     "diffusion_models/wan2.2_t2v_high_noise_14B_fp16.safetensors",

@@ -101,7 +101,7 @@ def test_diffusers_caches_recognise_a_block(inputs):
         first = cached(latents, timestep, text).sample
         torch.nn.init.zeros_(
             cached.blocks[1].ffn.net[2].weight
-        )  # of a block that is not asked again for the same states
+        )  # of a block that is not called again for the same input
         assert torch.equal(first, expected) and torch.allclose(
             cached(latents, timestep, text).sample, first, atol=1e-6
         )
@@ -226,7 +226,7 @@ def test_under_autocast_norms_of_queries_and_keys_stay_in_bfloat16():
     with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
         warnings.simplefilter(
             "error"
-        )  # torch warns of a weight in another dtype, and leaves its fused kernel
+        )  # torch warns about a weight in another dtype and uses an unfused kernel
         student(latents, torch.tensor([9.0, 1.0]), text)
     assert seen == [(torch.bfloat16, torch.bfloat16)] * 8
 
@@ -236,11 +236,11 @@ def test_under_autocast_on_cuda_norms_of_queries_and_keys_stay_in_bfloat16():
     with torch.device("meta"):
         block = OneFrameBlock(32, 64, 2, "rms_norm_across_heads", True, 1e-6).requires_grad_(False)
     seen = watch_norms(block)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # its weights are those of meta
+    with FakeTensorMode(allow_non_fake_inputs=True):  # its weights are on meta
         block.to_empty(device="cuda")
         states, text = (torch.empty(2, length, 32, device="cuda", dtype=torch.bfloat16) for length in (16, 5))
         try:
-            torch.set_autocast_enabled("cuda", True)  # torch.autocast turns itself off where no GPU is found
+            torch.set_autocast_enabled("cuda", True)  # torch.autocast is disabled without a GPU
             torch.set_autocast_dtype("cuda", torch.bfloat16)
             block(states, text, torch.empty(2, 6, 32, device="cuda"), None)
         finally:

@@ -59,7 +59,7 @@ def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
-# ---- a writer that is killed, a reader that comes at any moment --------------------------------------------
+# ---- killed writers and concurrent readers -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_save_killed_at_any_rename_leaves_one_student_and_the_next_finishes_it
         student(NARROW, 3).save_pretrained(tmp_path)
     assert found(tmp_path) in [left, (24, 2)] and not list(
         tmp_path.glob(".saving-*")
-    )  # finished, though nothing was saved
+    )  # completed without a new save
     student(NARROW, 3).save_pretrained(tmp_path)
     assert found(tmp_path) == (16, 3) and names(tmp_path) == {"config.json", WEIGHTS}
 
@@ -179,7 +179,7 @@ def test_only_rank_zero_writes(tmp_path):
     assert [found(tmp_path / f"every-{rank}") for rank in (0, 1)] == [(16, 1), (16, 2)]
 
 
-# ---- what lies there afterwards ----------------------------------------------------------------------------
+# ---- files after a save ------------------------------------------------------------------------------------
 
 
 def test_files_of_an_older_save_are_deleted_and_other_variants_stay(tmp_path):
@@ -253,7 +253,7 @@ def test_saved_files_have_the_read_permissions_of_the_others(tmp_path):
     assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "other").stat().st_mode}
 
 
-# ---- what is not saved -------------------------------------------------------------------------------------
+# ---- students that are not saved ---------------------------------------------------------------------------
 
 
 def broken(made):
@@ -267,7 +267,7 @@ def overflowing(made):
 def adapted(made):
     made.blocks[0].attn1.to_q.lora_A = torch.nn.ModuleDict(
         {"default": torch.nn.Linear(16, 2)}
-    )  # as peft puts them there
+    )  # as peft registers them
 
 
 class InEightBits(torch.Tensor):
@@ -389,7 +389,7 @@ def test_a_full_disk_leaves_the_existing_student(small_disk):
         large.save_pretrained(small_disk)
     assert found(small_disk) == (16, 1) and names(small_disk) == {"config.json", WEIGHTS}
     with open(small_disk / "ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
-        while True:  # until nothing is left
+        while True:  # until the disk is full
             ballast.write(bytes(4096))
     with pytest.raises(OSError):
         student(WIDE, 2).save_pretrained(small_disk)
@@ -488,11 +488,11 @@ def test_a_hub_name_is_downloaded_once_and_then_read_from_the_cache(hub, tmp_pat
     assert found("someone/student", **arguments) == (16, 1)
     assert not any(
         path.endswith(("evil.bin", "inner/config.json")) for path in hub.asked
-    )  # only what is read is fetched
+    )  # only the needed files are fetched
     assert found("someone/student", subfolder="inner", **arguments) == (24, 2)
     hub.stop()
     assert found("someone/student", local_files_only=True, **arguments) == (16, 1)
-    assert found("someone/student", **arguments) == (16, 1)  # no network: the cache answers
+    assert found("someone/student", **arguments) == (16, 1)  # without a network, the cache is used
     with pytest.raises(OSError, match="someone/other: no such folder here, and not available on the hub"):
         found("someone/other", local_files_only=True, **arguments)
 

@@ -96,7 +96,7 @@ def test_a_teacher_with_one_expert_works_at_every_noise_level(tmp_path, stock, p
     assert torch.isfinite(velocity).all()
 
 
-# ---- where experts are -------------------------------------------------------------------------------------
+# ---- residency ---------------------------------------------------------------------------------------------
 
 GIB = 2**30
 
@@ -145,7 +145,7 @@ def test_one_expert_at_a_time_is_in_memory_and_none_when_idle(asked):
     held = weakref.ref(found.expert("low").blocks[0].ffn.net[0].proj)
     found.unload()
     assert held() is None
-    found.velocity(**asked)  # and reads it again where it is asked
+    found.velocity(**asked)  # and reads it again on the next call
 
 
 def test_idle_streamed_experts_are_freed_despite_reference_cycles():
@@ -168,7 +168,7 @@ def test_a_few_rows_at_a_time_equal_all_at_once(asked, teacher):
     seen = []
     few.expert("low").register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     few.velocity(**asked)
-    assert seen == [2, 2]  # one picture, wanted and unwanted
+    assert seen == [2, 2]  # one image, conditional and unconditional
 
 
 @pytest.mark.parametrize(

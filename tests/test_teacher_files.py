@@ -104,7 +104,7 @@ def test_wrapper_prefixes_in_the_names_of_an_expert_are_stripped(prefix, infix, 
             wrap(path, prefix, infix)
         for path in (wan / folder).glob(
             "*.index.json"
-        ):  # it was written of the wrapped network, or is not there
+        ):  # the index was written by the wrapped network, or is missing
             path.unlink()
         found = open_teacher_files(wan).experts["low"]
         assert found.places.keys() == exact.places.keys()

@@ -262,6 +262,6 @@ def test_prompts_over_the_limit_are_counted_in_one_line_with_the_first(tmp_path,
     warn_of_truncation(tokenizer, ["a ring", long, exact, f"{exact} ring"], said.append)
     assert len(said) == 1 and len(said[0]) < 200 and said[0].isprintable()
     assert said[0].startswith("WARNING: prompts truncated to the limit of 512 tokens: 2, first 'a small red")
-    for _ in range(2):  # the second time from the cache
+    for _ in range(2):  # from the cache the second time
         PromptEmbeddings(Accelerator(cpu=True), TINY_TEACHER, tmp_path, ["a ring", f"{exact} ring", exact])
         assert "512 tokens: 1, first 'ring ring" in capsys.readouterr().out

@@ -79,7 +79,7 @@ def test_a_run_logs_its_throughput_with_every_training_record(finished_run):
         False,
         False,
         True,
-    ]  # the teacher is asked in matching
+    ]  # the teacher runs during matching
     assert all(
         0 < record["model_flops_utilisation"] < 2 and 0 < record["data_wait_share"] < 1 for record in steps
     )

@@ -30,9 +30,7 @@ def test_trackers_are_those_of_accelerate():
 def test_an_image_is_passed_in_the_format_of_each_tracker(name):
     values, options = PICTURES[name](np.zeros((4, 6, 3), np.uint8))
     inspect.signature(LOGGER_TYPE_TO_CLASS[name].log_images).bind(None, {"grid": values}, step=1, **options)
-    assert len(values) == (
-        4 if name in ("aim", "clearml") else 1
-    )  # these take the picture itself, others several
+    assert len(values) == (4 if name in ("aim", "clearml") else 1)  # these take one image, others a list
 
 
 def test_tensorboard_receives_the_image(tmp_path):
