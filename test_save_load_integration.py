@@ -24,7 +24,7 @@ from wanlite.flow import seeded_noise
 
 PROMPTS = ["a small red circle at the left on a white background", "at the top, a large blue ring on black"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-TRAIN, DRAW = ROOT / "train_distillation.py", ROOT / "run_inference.py"
+TRAIN, GENERATE = ROOT / "train_distillation.py", ROOT / "run_inference.py"
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +42,15 @@ def weights(folder):
     return load_file(folder / WEIGHTS)
 
 
-def same(first, second):
+def are_equal(first, second):
     return first.keys() == second.keys() and all(
         torch.equal(tensor, second[name]) for name, tensor in first.items()
     )
 
 
-def draw(folder, output, *arguments):
+def generate(folder, output, *arguments):
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    process = run_script(DRAW, "--model", folder, "--output_dir", output, *prompts, *arguments)
+    process = run_script(GENERATE, "--model", folder, "--output_dir", output, *prompts, *arguments)
     assert process.returncode == 0, process.stderr
     return [np.array(Image.open(path)) for path in sorted(output.glob("0*.png"))]
 
@@ -87,7 +87,9 @@ def test_saved_weights_are_the_averages_of_the_last_step_in_every_tensor(orphan)
     averages = [state[f"/ema/shadow_params/{number}"] for number in range(len(names))]
     for number in (0, len(names) // 2, len(names) - 1, *range(len(names))):
         assert torch.equal(saved[names[number]], averages[number]), names[number]
-    assert saved.keys() == set(names) and not same(saved, {name: state[f"/student/{name}"] for name in names})
+    assert saved.keys() == set(names) and not are_equal(
+        saved, {name: state[f"/student/{name}"] for name in names}
+    )
 
 
 def velocity(student):
@@ -104,14 +106,14 @@ def test_a_student_loads_in_a_fresh_process_without_teacher_and_projection(orpha
     code = (
         "import sys, hashlib; sys.path.insert(0, sys.argv[1])\n"
         "import train_distillation\n"
-        "from wanlite.student import initialization as start, projection\n"
+        "from wanlite.student import initialization, projection\n"
         "from wanlite.teacher import checkpoint as teacher_files, model as teacher\n"
         "def forbidden(*a, **k): raise AssertionError('loading touched a teacher')\n"
-        "for room, name in ((projection, 'project'), (start, 'project_into'), (train_distillation, "
+        "for module, name in ((projection, 'project'), (initialization, 'project_into'), (train_distillation, "
         "'project_into'),\n"
-        "                   (teacher_files, 'open_teacher_files'), (start, 'open_teacher_files'), (teacher, "
+        "                   (teacher_files, 'open_teacher_files'), (initialization, 'open_teacher_files'), (teacher, "
         "'load_expert')):\n"
-        "    getattr(room, name); setattr(room, name, forbidden)\n"
+        "    getattr(module, name); setattr(module, name, forbidden)\n"
         "student = train_distillation.WanLiteStudent.from_pretrained(sys.argv[2])\n"
         "assert not any(t.is_meta for t in (*student.parameters(), *student.buffers())) and not "
         "student.training\n"
@@ -133,7 +135,7 @@ def test_saving_and_loading_again_changes_no_bit_and_no_velocity(dtype, orphan, 
     first = WanLiteStudent.from_pretrained(orphan, dtype=dtype)
     first.save_pretrained(tmp_path / "copy")
     second = WanLiteStudent.from_pretrained(tmp_path / "copy")
-    assert same(first.state_dict(), second.state_dict()) and same(
+    assert are_equal(first.state_dict(), second.state_dict()) and are_equal(
         first.state_dict(), weights(tmp_path / "copy")
     )
     assert [t.dtype for t in first.parameters()] == [t.dtype for t in second.parameters()]
@@ -148,15 +150,15 @@ def test_a_student_loaded_and_saved_again_generates_the_same_image(orphan, tmp_p
     shutil.copytree(orphan, tmp_path / "run", ignore=shutil.ignore_patterns("cache", "checkpoints"))
     WanLiteStudent.from_pretrained(orphan).save_pretrained(tmp_path / "run", max_shard_size="500KB")
     assert len(list((tmp_path / "run").glob("*.safetensors"))) > 2
-    pictures = [
-        draw(folder, tmp_path / name, "--seed", "5")
+    images = [
+        generate(folder, tmp_path / name, "--seed", "5")
         for folder, name in ((orphan, "one"), (tmp_path / "run", "two"))
     ]
-    assert all(np.array_equal(one, two) for one, two in zip(*pictures))
+    assert all(np.array_equal(one, two) for one, two in zip(*images))
 
 
 def test_run_inference_generates_the_images_of_a_stock_pipeline(orphan, tmp_path):
-    pictures = draw(orphan, tmp_path / "ours", "--seed", "5")
+    images = generate(orphan, tmp_path / "ours", "--seed", "5")
     pipeline = WanPipeline.from_pretrained(orphan, transformer=WanTransformer3DModel.from_pretrained(orphan))
     frames = pipeline(
         PROMPTS,
@@ -168,12 +170,12 @@ def test_run_inference_generates_the_images_of_a_stock_pipeline(orphan, tmp_path
         latents=seeded_noise((16, 1, 8, 8), [5, 6]),
         output_type="np",
     ).frames[:, 0]
-    for ours, theirs in zip(pictures, frames):
+    for ours, theirs in zip(images, frames):
         assert np.abs(ours.astype(float) - (theirs * 255).round()).max() <= 1
 
 
 def test_a_pipeline_saved_with_a_student_loads_and_generates_the_same_images(orphan, tmp_path):
-    def draw_with(pipeline):
+    def generate_with(pipeline):
         return pipeline(
             PROMPTS,
             height=64,
@@ -189,14 +191,16 @@ def test_a_pipeline_saved_with_a_student_loads_and_generates_the_same_images(orp
     pipeline.save_pretrained(tmp_path / "pipeline")
     again = WanPipeline.from_pretrained(tmp_path / "pipeline")
     assert type(again.transformer) is WanTransformer3DModel and np.array_equal(
-        draw_with(pipeline), draw_with(again)
+        generate_with(pipeline), generate_with(again)
     )
     half = WanPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.bfloat16, device_map="cpu")
-    assert half.transformer.dtype == half.vae.dtype == torch.bfloat16 and np.isfinite(draw_with(half)).all()
+    assert (
+        half.transformer.dtype == half.vae.dtype == torch.bfloat16 and np.isfinite(generate_with(half)).all()
+    )
 
 
 def test_the_metadata_of_an_image_generate_it_again(orphan, tmp_path):
-    draw(
+    generate(
         orphan, tmp_path / "once", "--seed", "9", "--num_images_per_prompt", "2", "--num_inference_steps", "2"
     )
     original = Image.open(sorted((tmp_path / "once").glob("0*.png"))[3])
@@ -207,18 +211,18 @@ def test_the_metadata_of_an_image_generate_it_again(orphan, tmp_path):
         for name in ("seed", "num_inference_steps", "guidance_scale", "height", "width", "dtype", "model")
         for word in (f"--{name}", facts[name])
     ]
-    process = run_script(DRAW, "--prompt", facts["prompt"], *flags, "--output_dir", tmp_path / "again")
+    process = run_script(GENERATE, "--prompt", facts["prompt"], *flags, "--output_dir", tmp_path / "again")
     assert process.returncode == 0, process.stderr
     again = Image.open(next((tmp_path / "again").glob("0*.png")))
     assert np.array_equal(np.array(original), np.array(again))
 
 
 def test_without_a_prompt_the_validation_prompts_of_the_run_are_used(orphan, tmp_path):
-    process = run_script(DRAW, "--model", orphan, "--output_dir", tmp_path)
+    process = run_script(GENERATE, "--model", orphan, "--output_dir", tmp_path)
     assert process.returncode == 0, process.stderr
     prompts = json.loads((orphan / "run.json").read_text())["validation_prompts"]
-    drawn = [Image.open(path).text["prompt"] for path in sorted(tmp_path.glob("0*.png"))]
-    assert drawn == prompts and (tmp_path / f"grid-0000-{len(prompts) - 1:04d}.png").is_file()
+    prompts_of_images = [Image.open(path).text["prompt"] for path in sorted(tmp_path.glob("0*.png"))]
+    assert prompts_of_images == prompts and (tmp_path / f"grid-0000-{len(prompts) - 1:04d}.png").is_file()
 
 
 def test_official_and_diffusers_layouts_train_bitwise_the_same_student(
@@ -228,7 +232,7 @@ def test_official_and_diffusers_layouts_train_bitwise_the_same_student(
         TRAIN, "--teacher", official_teacher_with_parts, "--output_dir", tmp_path / "run", *SHORT_RUN
     )
     assert process.returncode == 0, process.stderr
-    assert same(weights(tmp_path / "run"), weights(orphan))
+    assert are_equal(weights(tmp_path / "run"), weights(orphan))
 
 
 @pytest.fixture(scope="module")
@@ -257,11 +261,11 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(how, orphan, 
         assert time.time() < deadline and process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(how)
-    said, _ = process.communicate()
+    printed, _ = process.communicate()
     if how == signal.SIGTERM and process.returncode != 0:
-        assert process.returncode == 3 and "stopped at step" in said
+        assert process.returncode == 3 and "stopped at step" in printed
     if process.returncode != 0:
         assert not json.loads((tmp_path / "run/run.json").read_text())["finished"]
         resumed = subprocess.run(command, capture_output=True, text=True, env=one_thread)
         assert resumed.returncode == 0 and "resumed at step" in resumed.stdout, resumed.stderr
-    assert same(weights(tmp_path / "run"), weights(orphan))
+    assert are_equal(weights(tmp_path / "run"), weights(orphan))

@@ -80,7 +80,16 @@ SLOW_FILES = {
     "test_teacher.py",
     "test_tiny_teachers.py",
 }
-RUNNERS = {"finished_run", "fork", "projected_run", "refused", "run_script", "shell", "subprocess", "train"}
+RUNNERS = {
+    "finished_run",
+    "fork",
+    "projected_run",
+    "read_refusal",
+    "run_script",
+    "shell",
+    "subprocess",
+    "train",
+}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -28,12 +28,12 @@ INDEXING = (
 )  # functions that accept indices on the CPU
 
 
-class There(torch.Tensor):
+class OnDevice(torch.Tensor):
     """A tensor on the second device; `numbers` holds its values on the CPU."""
 
     @staticmethod
     def __new__(cls, numbers):
-        there = torch.Tensor._make_wrapper_subclass(
+        on_device = torch.Tensor._make_wrapper_subclass(
             cls,
             numbers.size(),
             strides=numbers.stride(),
@@ -41,15 +41,15 @@ class There(torch.Tensor):
             storage_offset=numbers.storage_offset(),
             device=SECOND,
         )
-        there.numbers = numbers
-        return there
+        on_device.numbers = numbers
+        return on_device
 
     @classmethod
     def __torch_dispatch__(cls, function, types, arguments=(), keywords=None):
         return compute(function, arguments, keywords or {})
 
     def __deepcopy__(self, memo):
-        copied = There(self.numbers.clone())
+        copied = OnDevice(self.numbers.clone())
         return (
             torch.nn.Parameter(copied, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copied
         )
@@ -59,7 +59,7 @@ class There(torch.Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner, *_):
-        return There(inner["numbers"])
+        return OnDevice(inner["numbers"])
 
     def tolist(self):
         return self.numbers.tolist()
@@ -76,41 +76,45 @@ class SecondDevice(TorchDispatchMode):
     """
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        is_there = keywords and keywords.get("device") == SECOND
+        is_on_device = keywords and keywords.get("device") == SECOND
         return (
-            compute(function, arguments, keywords) if is_there else function(*arguments, **(keywords or {}))
+            compute(function, arguments, keywords)
+            if is_on_device
+            else function(*arguments, **(keywords or {}))
         )
 
 
 def compute(function, arguments, keywords):
     """Compute a function of the second device on the CPU if all its arguments are on that device."""
     name, first = function._schema.name.removeprefix("aten::"), arguments[0] if arguments else None
-    told = (first, *arguments[2:]) if name in INDEXING and isinstance(first, There) else (arguments, keywords)
-    tensors = [value for value in tree_iter(told) if isinstance(value, torch.Tensor)]
-    there = [tensor for tensor in tensors if isinstance(tensor, There)]
+    checked = (
+        (first, *arguments[2:]) if name in INDEXING and isinstance(first, OnDevice) else (arguments, keywords)
+    )
+    tensors = [value for value in tree_iter(checked) if isinstance(value, torch.Tensor)]
+    on_device = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
     is_mixed = any(
-        tensor.dim() for tensor in tensors if not isinstance(tensor, There)
+        tensor.dim() for tensor in tensors if not isinstance(tensor, OnDevice)
     )  # scalars may be on any device
     if (
-        there
+        on_device
         and name not in CROSSING
-        and (is_mixed or function._schema.is_mutable and not isinstance(tensors[0], There))
+        and (is_mixed or function._schema.is_mutable and not isinstance(tensors[0], OnDevice))
     ):
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but {name} has {len(there)} of {len(tensors)} "
+            f"Expected all tensors to be on the same device, but {name} has {len(on_device)} of {len(tensors)} "
             f"on "
             f"{SECOND}."
         )
     device = keywords.get("device") or (arguments[0].device if name == "copy_" else SECOND)
-    known = {id(tensor.numbers): tensor for tensor in there}  # in-place functions return the same tensor
+    known = {id(tensor.numbers): tensor for tensor in on_device}  # in-place functions return the same tensor
 
     def outside(tensor):
-        return tensor.numbers if isinstance(tensor, There) else tensor
+        return tensor.numbers if isinstance(tensor, OnDevice) else tensor
 
     def inside(tensor):
         if device != SECOND or not isinstance(tensor, torch.Tensor):
             return tensor
-        return known[id(tensor)] if id(tensor) in known else There(tensor)
+        return known[id(tensor)] if id(tensor) in known else OnDevice(tensor)
 
     if "device" in keywords:
         keywords = keywords | {
@@ -124,12 +128,12 @@ def let_torch_fill():
     library = torch.library.Library("aten", "IMPL")
     library.impl(
         "empty_strided",
-        lambda size, stride, dtype=None, **_: There(torch.empty_strided(size, stride, dtype=dtype)),
+        lambda size, stride, dtype=None, **_: OnDevice(torch.empty_strided(size, stride, dtype=dtype)),
         "PrivateUse1",
     )
     library.impl(
         "_copy_from",
-        lambda source, target, non_blocking=False: There(target.numbers.copy_(source)),
+        lambda source, target, non_blocking=False: OnDevice(target.numbers.copy_(source)),
         "PrivateUse1",
     )
     return library
@@ -142,11 +146,11 @@ def main(script, *arguments):
         safetensors.torch.save_file,
     )
 
-    def begin_there(state, *given, **named):
+    def start_state(state, *given, **named):
         begin(state, *given, **named)
         state.device = SECOND
 
-    accelerate.state.PartialState.__init__ = begin_there
+    accelerate.state.PartialState.__init__ = start_state
     safetensors.torch.save_file = lambda tensors, *rest, **named: (
         save_file(  # which accepts the tensors of a GPU unchanged
             {name: tensor.cpu() for name, tensor in tensors.items()}, *rest, **named

@@ -55,7 +55,7 @@ def velocity(transformer):
         return transformer(latents, torch.tensor([900.0, 300.0]), text).sample
 
 
-def draw(pipeline):
+def generate(pipeline):
     return pipeline(
         PROMPT,
         height=64,
@@ -130,7 +130,7 @@ def test_an_adapter_in_every_dialect_changes_a_student_like_a_stock_wan(dialect,
         pipeline.load_lora_weights({name: matrix.clone() for name, matrix in dialect(matrices).items()})
     found = velocity(ours.transformer)
     assert near(found, velocity(stock.transformer)) and not near(found, without)
-    assert near(draw(ours), draw(stock))
+    assert near(generate(ours), generate(stock))
     scale = 0.5 if dialect is comfyui_dialect_with_alpha else 1.0
     merged = WanLiteStudent.from_pretrained(run)
     with torch.no_grad():
@@ -240,7 +240,7 @@ def test_a_quantised_student_equals_a_quantised_stock_wan_and_is_not_saved(kind,
     assert near(found, velocity(stock.transformer)) and not near(
         found, velocity(WanLiteStudent.from_pretrained(run))
     )
-    assert near(draw(ours), draw(stock))
+    assert near(generate(ours), generate(stock))
     before = (run / "diffusion_pytorch_model.safetensors").read_bytes()
     with pytest.raises(
         ValueError, match=r"not saved, found quantised weights in blocks.0.attn1.to_k \(\w+\) and in 45 more"
@@ -259,7 +259,7 @@ def test_a_stock_pipeline_quantises_a_saved_student_at_loading(run):
     pipeline.set_progress_bar_config(disable=True)
     assert (
         type(pipeline.transformer.blocks[0].attn1.to_q.weight).__name__ == "Int8Tensor"
-        and np.isfinite(draw(pipeline)).all()
+        and np.isfinite(generate(pipeline)).all()
     )
 
 

@@ -130,13 +130,13 @@ def test_the_message_about_a_full_disk_has_the_compared_figures(num_bytes, free,
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
     with pytest.raises(OSError, match="no space left") as refused:
         check_space(tmp_path, num_bytes)
-    needed, there = (
+    needed, found_space = (
         float(figure.replace(",", "")) for figure in re.findall(r"([\d,.]+) MB are", str(refused.value))
     )
-    assert there <= free / 1e6 < (num_bytes + SPARE) / 1e6 <= needed
+    assert found_space <= free / 1e6 < (num_bytes + SPARE) / 1e6 <= needed
 
 
-LOOKS = """import sys; sys.path.insert(0, sys.argv[1])
+SEARCHES = """import sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 import torch
@@ -146,14 +146,14 @@ from wanlite.data.shards import write_shard
 from wanlite.files.dtypes import find_non_finite
 from wanlite.teacher.expert_files import ExpertFiles
 folder, large = Path(sys.argv[2]), torch.nn.Linear(16384, 4096, bias=False, dtype=torch.bfloat16).requires_grad_(False)
-large.weight.fill_(3e33)                                     # all together they are more than bfloat16 says
+large.weight.fill_(3e33)                                     # their sum exceeds the range of bfloat16
 save_file({"weight": large.weight}, folder / "expert.safetensors")
 expert = ExpertFiles("high", folder, {}, {"weight": (folder / "expert.safetensors", "weight", (4096, 16384))})
 nothing = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
-for look in (lambda: check_loaded("here", large, nothing), lambda: find_non_finite(large.state_dict()),
+for search in (lambda: check_loaded("here", large, nothing), lambda: find_non_finite(large.state_dict()),
              lambda: expert.read("weight", torch.bfloat16), lambda: write_shard(folder, 0, large.state_dict())):
     before = getrusage(RUSAGE_SELF).ru_maxrss
-    look()
+    search()
     print(1024 * (getrusage(RUSAGE_SELF).ru_maxrss - before) / large.weight.nbytes)
 """
 
@@ -162,9 +162,9 @@ def test_the_search_for_infinite_values_takes_no_memory(tmp_path):
     """A float32 copy of a Wan's token embedding would take 4 GB. Files are mapped when read, and written
     once more.
     """
-    looked = subprocess.run([sys.executable, "-c", LOOKS, ROOT, tmp_path], capture_output=True, text=True)
-    assert looked.returncode == 0, looked.stderr
-    loaded, saved, read, written = map(float, looked.stdout.split())
+    process = subprocess.run([sys.executable, "-c", SEARCHES, ROOT, tmp_path], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    loaded, saved, read, written = map(float, process.stdout.split())
     assert loaded < 0.2 and saved < 0.2 and read < 1.3 and written < 1.3
 
 

@@ -25,7 +25,7 @@ def scenes():
 
 
 @pytest.fixture(scope="module")
-def pictures(scenes):
+def images(scenes):
     random = np.random.default_rng(0)
     return np.stack([shapes.draw(scene, random) for scene in scenes])
 
@@ -56,25 +56,25 @@ def test_several_frames_take_the_stock_path():
 
 
 @torch.no_grad()
-def test_scenes_survive_the_round_trip(scenes, pictures):
+def test_scenes_survive_the_round_trip(scenes, images):
     autoencoder = load_autoencoder(TINY_TEACHER)
     seen = np.concatenate(
         [
             to_images(decode_latents(autoencoder, encode_images(autoencoder, to_pixels(part))))
-            for part in np.array_split(pictures, 6)
+            for part in np.array_split(images, 6)
         ]
     )
-    assert np.mean([shapes.read_image(picture) == scene for picture, scene in zip(seen, scenes)]) >= 0.98
+    assert np.mean([shapes.read_image(image) == scene for image, scene in zip(seen, scenes)]) >= 0.98
 
 
 @torch.no_grad()
-def test_latents_are_normalised_per_channel(pictures):
-    latents = encode_images(load_autoencoder(TINY_TEACHER), to_pixels(pictures[:200]))
+def test_latents_are_normalised_per_channel(images):
+    latents = encode_images(load_autoencoder(TINY_TEACHER), to_pixels(images[:200]))
     assert latents.mean((0, 2, 3)).abs().max() < 0.25 and (latents.std((0, 2, 3)) - 1).abs().max() < 0.25
 
 
-def test_images_and_pixels_convert_back_and_forth(pictures):
-    assert np.array_equal(to_images(to_pixels(pictures[:4])), pictures[:4])
+def test_images_and_pixels_convert_back_and_forth(images):
+    assert np.array_equal(to_images(to_pixels(images[:4])), images[:4])
 
 
 def test_a_pickle_in_place_of_the_autoencoder_is_never_opened(tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def drop(path, beginning):
 
 
 @pytest.mark.parametrize(
-    "spoilt, flags, words",
+    "damage, flags, words",
     [
         (lambda wan: shutil.rmtree(wan / HIGH), {}, "high_noise_model"),
         (copy_low, {}, "hold the same weights"),
@@ -138,11 +138,11 @@ def drop(path, beginning):
     ],
 )
 def test_a_teacher_that_cannot_be_projected_is_refused_before_any_write(
-    spoilt, flags, words, official_pipeline, finished_run, tmp_path
+    damage, flags, words, official_pipeline, finished_run, tmp_path
 ):
     wan, run = tmp_path / "wan", tmp_path / "run"
     shutil.copytree(official_pipeline, wan), shutil.copytree(finished_run[0], run)
-    spoilt(wan)
+    damage(wan)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     settings = replace(
         Settings(), teacher=str(wan), output_dir=str(run), overwrite=True, report_to="none", **flags
@@ -190,7 +190,7 @@ def test_an_unsupported_format_is_named_in_every_layout(name, words, tmp_path):
         path = tmp_path / str(number) / place / name
         path.parent.mkdir(parents=True)
         path.write_bytes(b"x")
-        assert f"found {name}: " in (said := refusal_of(tmp_path / str(number))) and words in said
+        assert f"found {name}: " in (printed := refusal_of(tmp_path / str(number))) and words in printed
     assert words in refusal_of(path) or "is a file; " in refusal_of(path)
 
 
@@ -276,10 +276,11 @@ def test_a_hub_name_resolves_to_the_snapshot_in_the_cache(typed, hub_cache):
 
 
 def test_a_hub_name_outside_the_cache_is_refused_with_the_download_command(hub_cache):
-    said = refusal_of("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
+    printed = refusal_of("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
     assert (
-        "126 GB" in said
-        and "`hf download Wan-AI/Wan2.2-T2V-A14B-Diffusers --local-dir ./Wan2.2-T2V-A14B-Diffusers`" in said
+        "126 GB" in printed
+        and "`hf download Wan-AI/Wan2.2-T2V-A14B-Diffusers --local-dir ./Wan2.2-T2V-A14B-Diffusers`"
+        in printed
     )
     assert "`hf download a/b --local-dir ./b`" in refusal_of(
         "https://huggingface.co/a/b/blob/main/config.json"

@@ -33,13 +33,13 @@ def test_without_ratios_there_is_one_bucket_and_equal_sizes_are_one():
 
 
 @pytest.mark.parametrize(
-    "said", ["3", "3:0", "0:3", "3x2", "1.5:1", "-3:2", ":", "1:2:3", f"{MAX_RATIO + 1}:1", "1:99"]
+    "ratio", ["3", "3:0", "0:3", "3x2", "1.5:1", "-3:2", ":", "1:2:3", f"{MAX_RATIO + 1}:1", "1:99"]
 )
-def test_an_invalid_aspect_ratio_is_refused(said):
+def test_an_invalid_aspect_ratio_is_refused(ratio):
     with pytest.raises(
-        ValueError, match=f"--aspect_ratios {said}: expected WIDTH:HEIGHT such as 3:2, from 1:4 to 4:1"
+        ValueError, match=f"--aspect_ratios {ratio}: expected WIDTH:HEIGHT such as 3:2, from 1:4 to 4:1"
     ):
-        complete(Settings(aspect_ratios=["1:1", said]))
+        complete(Settings(aspect_ratios=["1:1", ratio]))
 
 
 def test_too_few_on_policy_states_for_the_buckets_are_refused():
@@ -105,16 +105,16 @@ def test_a_few_step_batch_has_one_shape_and_the_states_of_its_indices(tmp_path):
     )
     for bucket, shape in enumerate(shapes):
         jobs = [(number, f"{number}", 10 * bucket + number) for number in range(3 + bucket)]
-        for part in ("walked", "own"):
+        for part in ("trajectories", "on_policy"):
             (tmp_path / f"{part}{bucket}").mkdir()
         trajectory_generator = TrajectoryGenerator(
             Accelerator(), teacher_for, scheduler, STEPS, basis=torch.eye(4)
         )
-        walked = trajectory_generator.generate(tmp_path / f"walked{bucket}", jobs, shape)
-        own = trajectory_generator.roll_out(
-            tmp_path / f"own{bucket}", [(*jobs[0], 2, 1)], shape, student_for, few
+        trajectories = trajectory_generator.generate(tmp_path / f"trajectories{bucket}", jobs, shape)
+        on_policy = trajectory_generator.roll_out(
+            tmp_path / f"on_policy{bucket}", [(*jobs[0], 2, 1)], shape, student_for, few
         )
-        data.append(FewStepStates(walked, [(999.0, 0.999), (500.0, 0.5)], own))
+        data.append(FewStepStates(trajectories, [(999.0, 0.999), (500.0, 0.5)], on_policy))
     buckets = Buckets(data)
     assert buckets.sizes == [7, 9] and len(buckets) == 16
     for numbers, bucket in (([6, 0, 3], 0), ([7, 15, 12], 1)):
@@ -128,5 +128,7 @@ def test_a_few_step_batch_has_one_shape_and_the_states_of_its_indices(tmp_path):
 
 def test_few_steps_generate_in_the_shape_of_a_batch():
     few = FewSteps(3.0, (1, 2), (2, 4, 4), 20)
-    drawn = few.draw(3, lambda latents, timestep: latents, torch.Generator().manual_seed(0), "cpu", (2, 2, 6))
-    assert drawn.shape == (3, 2, 2, 6)
+    generated = few.draw(
+        3, lambda latents, timestep: latents, torch.Generator().manual_seed(0), "cpu", (2, 2, 6)
+    )
+    assert generated.shape == (3, 2, 2, 6)

@@ -12,7 +12,7 @@ from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.model import stream_expert
 
 TEXT = {"num_channels": 16, "text_dim": 64, "rope_max_seq_len": 64}
-CUT = {"hidden_size": 64, "depth": 4, "num_heads": 2} | TEXT
+PRUNED = {"hidden_size": 64, "depth": 4, "num_heads": 2} | TEXT
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def test_calibration_leaves_a_student_of_the_teachers_shape_unchanged(expert, te
     "shape", [{}, {"depth": 2}, {"hidden_size": 96, "num_heads": 3}, {"num_heads": 4}, {"ffn_dim": 100}]
 )
 def test_a_calibrated_student_is_closer_to_the_teacher_than_a_projected_one(shape, teacher, many_embeddings):
-    student, files = WanLiteStudent(**CUT | shape), teacher.files.experts["low"]
+    student, files = WanLiteStudent(**PRUNED | shape), teacher.files.experts["low"]
     report = project_into(student, TINY_TEACHER, "low")
     before = velocity_error(student, teacher, "low", many_embeddings)
     calibrate(student, files, report, make_frames(files, many_embeddings, (8, 8)))
@@ -70,7 +70,7 @@ def test_calibration_is_the_same_from_either_layout_and_any_random_state(officia
     students = []
     for seed, folder in ((1, TINY_TEACHER), (2, official_teacher)):
         torch.manual_seed(seed)
-        student = WanLiteStudent(**CUT)
+        student = WanLiteStudent(**PRUNED)
         files = open_teacher_files(folder).experts["high"]
         frames = make_frames(files, many_embeddings, (8, 8))
         report = project_into(student, folder, "high", channels=choose_channels(files, frames, 64))

@@ -134,10 +134,10 @@ def test_a_kill_during_a_save_leaves_the_last_complete_checkpoint(tmp_path):
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path; from tests.test_checkpoints import save; import wanlite.training.checkpoints as "
-        "room\n"
+        "checkpoints\n"
         "save(Path(sys.argv[2]), 1)\n"
         "def slow(tensors, path): path.write_text('half'); print('saving', flush=True); time.sleep(60)\n"
-        "room.save_file = slow; save(Path(sys.argv[2]), 2)\n"
+        "checkpoints.save_file = slow; save(Path(sys.argv[2]), 2)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, ROOT, tmp_path], stdout=subprocess.PIPE, text=True

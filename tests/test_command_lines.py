@@ -18,7 +18,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from run_inference import Settings as DrawSettings
+from run_inference import Settings as InferenceSettings
 from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, run_script
 from train_distillation import Settings as TrainSettings
 from train_distillation import WanLiteStudent
@@ -26,10 +26,10 @@ from wanlite.files.atomic import write_json
 from wanlite.planning.settings import make_parser
 from wanlite.training.run_folder import read_run
 
-TRAIN, DRAW = ROOT / "train_distillation.py", ROOT / "run_inference.py"
+TRAIN, GENERATE = ROOT / "train_distillation.py", ROOT / "run_inference.py"
 
 
-def refused(script, *arguments, seconds=2.0):
+def read_refusal(script, *arguments, seconds=2.0):
     """Run a script that must reject its arguments; return the one line that it prints.
 
     (The goal is one second; the bound is twice that for a busy machine. Importing torch alone takes longer.)
@@ -45,7 +45,7 @@ def refused(script, *arguments, seconds=2.0):
 
 PATHS = {
     TrainSettings: ("teacher", "prompts", "images", "output_dir", "cache_dir", "student", "logging_dir"),
-    DrawSettings: ("model", "prompts_file", "output_dir"),
+    InferenceSettings: ("model", "prompts_file", "output_dir"),
 }
 
 
@@ -81,10 +81,10 @@ def test_a_tilde_is_expanded_in_every_path_and_an_unknown_user_is_named(settings
         (TrainSettings, "--report_to"),
         (TrainSettings, "--output_dir"),
         (TrainSettings, "--images"),
-        (DrawSettings, "--prompt"),
-        (DrawSettings, "--negative_prompt"),
-        (DrawSettings, "--device"),
-        (DrawSettings, "--output_dir"),
+        (InferenceSettings, "--prompt"),
+        (InferenceSettings, "--negative_prompt"),
+        (InferenceSettings, "--device"),
+        (InferenceSettings, "--output_dir"),
     ],
 )
 def test_invalid_utf8_is_refused_in_every_flag(settings, flag, capsys):
@@ -98,7 +98,7 @@ def test_invalid_utf8_is_refused_in_every_flag(settings, flag, capsys):
 
 
 def test_a_prompt_is_read_as_utf8_in_an_ascii_locale():
-    parser = make_parser(DrawSettings, "", repeatable=("prompt",))
+    parser = make_parser(InferenceSettings, "", repeatable=("prompt",))
     arguments = parser.parse_args(
         ["--prompt", "caf\udcc3\udca9"]
     )  # as Python decodes its bytes in that locale
@@ -120,8 +120,8 @@ def test_a_prompt_is_read_as_utf8_in_an_ascii_locale():
             "--learning-rate",
             "--learning_rate or --muon_learning_rate or --critic_learning_rate",
         ),
-        (DrawSettings, "--promt", "--prompt or --prompts_file"),
-        (DrawSettings, "-seed", "--seed"),
+        (InferenceSettings, "--promt", "--prompt or --prompts_file"),
+        (InferenceSettings, "-seed", "--seed"),
     ],
 )
 def test_a_wrong_flag_is_refused_and_similar_flags_are_suggested(settings, typed, suggested, capsys):
@@ -138,7 +138,7 @@ def test_a_flag_unlike_all_others_gets_no_suggestion(capsys):
     assert "unrecognized arguments: --xyzzy (--help lists every flag)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("settings", [TrainSettings, DrawSettings])
+@pytest.mark.parametrize("settings", [TrainSettings, InferenceSettings])
 def test_help_has_every_flag_under_a_heading(settings):
     options, *groups = make_parser(settings, "").format_help().partition("options:\n")[2].split("\n\n")
     assert options.split()[:2] == ["-h,", "--help"] and len(options.splitlines()) == 1
@@ -147,7 +147,7 @@ def test_help_has_every_flag_under_a_heading(settings):
     assert listed == [field.name for field in dataclasses.fields(settings)]
 
 
-@pytest.mark.parametrize("settings", [TrainSettings, DrawSettings])
+@pytest.mark.parametrize("settings", [TrainSettings, InferenceSettings])
 def test_help_has_every_default_except_switches_that_are_off(settings):
     _, *entries = re.split(r"\n  (?=--)", make_parser(settings, "").format_help())
     entries = [" ".join(entry.split()) for entry in entries]
@@ -156,7 +156,7 @@ def test_help_has_every_default_except_switches_that_are_off(settings):
     assert any(re.match(r"--seed N .*\(default: 0\)", entry) for entry in entries)
 
 
-@pytest.mark.parametrize("script", [TRAIN, DRAW])
+@pytest.mark.parametrize("script", [TRAIN, GENERATE])
 def test_help_takes_half_a_second_at_most(script):
     before = os.times()
     assert run_script(script, "--help").returncode == 0
@@ -189,18 +189,18 @@ def test_a_tilde_is_expanded_alike_in_all_output_and_files(tmp_path, monkeypatch
     ],
 )
 def test_training_rejects_wrong_arguments_in_one_line(arguments, words, tmp_path):
-    assert words in refused(TRAIN, "--output_dir", tmp_path / "run", *arguments)
+    assert words in read_refusal(TRAIN, "--output_dir", tmp_path / "run", *arguments)
     assert not (tmp_path / "run").exists()
 
 
 def test_best_per_block_experts_need_plain_projection(tmp_path):
-    assert "--expert best_per_block goes with --projection weights" in refused(
+    assert "--expert best_per_block goes with --projection weights" in read_refusal(
         TRAIN, "--output_dir", tmp_path / "run", "--expert", "best_per_block"
     )
 
 
 def test_runs_with_the_same_teacher_shape_and_method_share_one_projection(tmp_path):
-    def starts():
+    def initializations():
         return {
             path.name: path.stat().st_mtime_ns
             for path in (tmp_path / "run/cache").glob("start-*/*.safetensors")
@@ -211,12 +211,16 @@ def test_runs_with_the_same_teacher_shape_and_method_share_one_projection(tmp_pa
     assert process.returncode == 0, process.stderr
     (folder,) = (tmp_path / "run/cache").glob("start-*")
     first = WanLiteStudent.from_pretrained(folder).state_dict()
-    before = starts()
+    before = initializations()
     trained = run_script(TRAIN, *arguments)
     assert trained.returncode == 0 and "energy kept" not in trained.stdout, trained.stderr
     report = json.loads((tmp_path / "run/run.json").read_text())["projection"]
-    assert starts() == before and report["experts"] == ["high"] * 4 and report["calibration_frames"] > 0
-    assert "holds a finished run" in refused(TRAIN, *arguments, "--project_only", "--projection", "weights")
+    assert (
+        initializations() == before and report["experts"] == ["high"] * 4 and report["calibration_frames"] > 0
+    )
+    assert "holds a finished run" in read_refusal(
+        TRAIN, *arguments, "--project_only", "--projection", "weights"
+    )
     assert json.loads((tmp_path / "run/run.json").read_text())["finished"]  # the finished run is unchanged
     again = WanLiteStudent.from_pretrained(folder).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
@@ -232,9 +236,9 @@ def projected_run(tmp_path_factory):
 
 
 def test_project_only_prints_no_training_and_ends_with_the_inference_command(projected_run):
-    folder, said = projected_run
-    assert not any(word in said for word in ("teacher images", "steps", "minutes", "trajectories"))
-    *_, saved, then = said.splitlines()
+    folder, printed = projected_run
+    assert not any(word in printed for word in ("teacher images", "steps", "minutes", "trajectories"))
+    *_, saved, then = printed.splitlines()
     assert saved == f"saved to {folder}, projected and not trained"
     assert shlex.split(then) == ["next:", "python", "run_inference.py", "--model", str(folder)]
     run = read_run(folder)
@@ -249,11 +253,11 @@ def test_project_only_prints_no_training_and_ends_with_the_inference_command(pro
 
 def test_a_saved_initialization_equals_step_0_of_a_run_in_its_folder(projected_run, tmp_path):
     shutil.copytree(projected_run[0], tmp_path / "run")
-    drawing = run_script(
-        DRAW, "--model", tmp_path / "run", "--output_dir", tmp_path / "images", "--batch_size", "8"
+    inference = run_script(
+        GENERATE, "--model", tmp_path / "run", "--output_dir", tmp_path / "images", "--batch_size", "8"
     )
-    assert drawing.returncode == 0, drawing.stderr
-    drawn = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "images").glob("0*.png"))]
+    assert inference.returncode == 0, inference.stderr
+    generated = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "images").glob("0*.png"))]
     training = run_script(
         TRAIN,
         "--output_dir",
@@ -268,8 +272,8 @@ def test_a_saved_initialization_equals_step_0_of_a_run_in_its_folder(projected_r
     grid = np.asarray(Image.open(tmp_path / "run/samples/step-000000.png").convert("RGB"))[
         64:128
     ]  # the student's row
-    assert len(drawn) == len(read_run(projected_run[0])["validation_prompts"])
-    assert (np.concatenate(drawn, axis=1) == grid[:, -64 * len(drawn) :]).all()
+    assert len(generated) == len(read_run(projected_run[0])["validation_prompts"])
+    assert (np.concatenate(generated, axis=1) == grid[:, -64 * len(generated) :]).all()
     assert read_run(tmp_path / "run")["finished"] and "projected_only" not in read_run(tmp_path / "run")
 
 
@@ -290,8 +294,8 @@ def test_project_only_does_not_replace_an_interrupted_run(finished_run, tmp_path
         tmp_path / "run.json",
         run | {"finished": False, "settings": run["settings"] | {"output_dir": str(tmp_path)}},
     )
-    said = refused(TRAIN, "--output_dir", tmp_path, *SHORT_RUN, "--project_only")
-    assert "holds a run cut short. Leave --project_only out" in said
+    printed = read_refusal(TRAIN, "--output_dir", tmp_path, *SHORT_RUN, "--project_only")
+    assert "holds a run cut short. Leave --project_only out" in printed
     assert read_run(tmp_path)["finished"] is False
 
 
@@ -310,7 +314,7 @@ def test_a_dry_run_of_project_only_plans_no_training(tmp_path):
     assert process.returncode == 0 and "nothing is trained" in process.stdout, process.stderr
     assert not any(
         word in process.stdout.partition("run      ")[0]
-        for word in ("teacher pictures", "training", "trajectories")
+        for word in ("teacher images", "training", "trajectories")
     )
 
 
@@ -319,7 +323,9 @@ def test_a_dry_run_of_project_only_plans_no_training(tmp_path):
 )
 def test_a_prompt_file_without_prompts_is_refused(content, words, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(content)
-    assert words in refused(TRAIN, "--output_dir", tmp_path / "run", "--prompts", tmp_path / "prompts.txt")
+    assert words in read_refusal(
+        TRAIN, "--output_dir", tmp_path / "run", "--prompts", tmp_path / "prompts.txt"
+    )
 
 
 @pytest.mark.parametrize(
@@ -367,14 +373,14 @@ def test_a_failure_before_the_first_step_leaves_the_run_to_overwrite_unchanged(f
 
 def test_a_folder_of_other_content_is_never_written_to(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
-    assert "files of other origin than a run" in refused(TRAIN, "--output_dir", tmp_path, "--overwrite")
+    assert "files of other origin than a run" in read_refusal(TRAIN, "--output_dir", tmp_path, "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
 def test_a_finished_run_is_not_overwritten_by_accident(finished_run):
     folder, _ = finished_run
     before = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
-    assert "--overwrite" in refused(TRAIN, "--output_dir", folder, *SHORT_RUN)
+    assert "--overwrite" in read_refusal(TRAIN, "--output_dir", folder, *SHORT_RUN)
     assert (folder / "diffusion_pytorch_model.safetensors").read_bytes() == before
 
 
@@ -396,8 +402,8 @@ def test_a_finished_run_is_not_overwritten_by_accident(finished_run):
 )
 def test_inference_rejects_wrong_arguments_in_one_line(arguments, words, finished_run, tmp_path):
     folder, _ = finished_run
-    assert words in refused(DRAW, "--model", folder, "--output_dir", tmp_path / "pictures", *arguments)
-    assert not (tmp_path / "pictures").exists()
+    assert words in read_refusal(GENERATE, "--model", folder, "--output_dir", tmp_path / "images", *arguments)
+    assert not (tmp_path / "images").exists()
 
 
 @pytest.mark.parametrize(
@@ -412,17 +418,17 @@ def test_inference_rejects_wrong_arguments_in_one_line(arguments, words, finishe
     ],
 )
 def test_inference_rejects_a_folder_without_a_student(model, words, tmp_path):
-    assert words in refused(DRAW, "--model", model, "--output_dir", tmp_path / "pictures")
+    assert words in read_refusal(GENERATE, "--model", model, "--output_dir", tmp_path / "images")
 
 
 def test_an_unfinished_run_is_not_a_model(finished_run, tmp_path):
     shutil.copytree(finished_run[0], tmp_path / "run")
     (tmp_path / "run/diffusion_pytorch_model.safetensors").unlink()
-    assert "Error no file named" in refused(DRAW, "--model", tmp_path / "run")
+    assert "Error no file named" in read_refusal(GENERATE, "--model", tmp_path / "run")
 
 
 def test_a_missing_device_is_refused(finished_run):
-    process = run_script(DRAW, "--model", finished_run[0], "--device", "cuda:7")
+    process = run_script(GENERATE, "--model", finished_run[0], "--device", "cuda:7")
     assert process.returncode == 2 and "CUDA devices. Leave the flag out" in process.stderr.splitlines()[-1]
 
 
@@ -486,13 +492,17 @@ def test_two_processes_train_one_student(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.accelerator.device_count() > 1, reason="this machine has as many GPUs")
 def test_more_processes_than_gpus_are_rejected_by_one_of_them(tmp_path):
-    said = run_script(*LAUNCH, "--output_dir", tmp_path / "run", *SHORT_RUN).stderr
-    assert said.count("torch finds") == 1 and "set ACCELERATE_USE_CPU=true" in said and "wanlite/" not in said
+    printed = run_script(*LAUNCH, "--output_dir", tmp_path / "run", *SHORT_RUN).stderr
+    assert (
+        printed.count("torch finds") == 1
+        and "set ACCELERATE_USE_CPU=true" in printed
+        and "wanlite/" not in printed
+    )
 
 
 def test_the_output_of_both_scripts_reports_progress_and_paths(finished_run):
-    folder, said = finished_run
-    lines = said.splitlines()
+    folder, printed = finished_run
+    lines = printed.splitlines()
     assert lines[0].startswith("teacher") and "tiny_teacher" in lines[0] and "1.25 M + 1.25 M" in lines[0]
     assert lines[1].startswith("student") and "0.33 M" in lines[1] and "calibrated" in lines[1]
     assert lines[2].startswith("device") and lines[4] == f"output   {folder}" and "minutes" in lines[6]

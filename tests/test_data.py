@@ -164,10 +164,10 @@ def test_hidden_states_are_stored_in_the_basis_in_float16(tmp_path):
 
 
 def test_a_basis_has_the_directions_of_most_variance_and_is_cached(tmp_path):
-    deviations, asked = torch.tensor([0.1, 3.0, 0.2, 1.0]), []
+    deviations, encoded = torch.tensor([0.1, 3.0, 0.2, 1.0]), []
 
     def velocity_for(prompts, has_features):
-        asked.append(prompts)
+        encoded.append(prompts)
 
         def velocity_of(latents, timestep):
             return latents, 5 + deviations * torch.randn(len(latents), 50, 4)  # the mean is not a direction
@@ -180,7 +180,7 @@ def test_a_basis_has_the_directions_of_most_variance_and_is_cached(tmp_path):
         assert (
             generator.basis.shape == (4, 2) and generator.basis[[1, 3]].norm() > 0.99 * generator.basis.norm()
         )
-    assert asked == [["a", "b"]]
+    assert encoded == [["a", "b"]]
 
 
 # ---- few-step states ---------------------------------------------------------------------------------------
@@ -189,11 +189,11 @@ SHAPE, STEPS = (2, 4, 4), 8
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory):
+def few_step_data(tmp_path_factory):
     """Trajectories of a teacher whose curved paths lead every noise to an image of its prompt; and
     on-policy states of a student.
     """
-    folder, own = tmp_path_factory.mktemp("walked"), tmp_path_factory.mktemp("own")
+    folder, own = tmp_path_factory.mktemp("trajectories"), tmp_path_factory.mktemp("on_policy")
     jobs = [(number % 3, f"{number % 3}", 100 + number) for number in range(70)]
     scheduler, few = make_scheduler(3.0), make_scheduler(3.0, (1, 2, 4))
     generator = TrajectoryGenerator(Accelerator(), teacher_for, scheduler, STEPS, basis=torch.eye(4))
@@ -217,15 +217,15 @@ def student_for(prompts):
     return lambda latents, timestep: 0.3 * latents
 
 
-def test_every_few_step_target_leads_to_the_end_of_the_teachers_trajectory(walked):
-    states, path, *_ = walked
+def test_every_few_step_target_leads_to_the_end_of_the_teachers_trajectory(few_step_data):
+    states, path, *_ = few_step_data
     levels = [(999.0, 0.999), (900.0, 0.9), (500.0, 0.5)]
-    segments = FewStepStates(states, levels, path)
-    assert len(segments) == 70 + 70 + 20
-    batch = segments.__getitems__(range(140))
+    few_step = FewStepStates(states, levels, path)
+    assert len(few_step) == 70 + 70 + 20
+    batch = few_step.__getitems__(range(140))
     seen = clean_from(batch["latents"], batch["velocity"].float(), batch["noise_level"])
-    noise, pictures, prompts = states.ends(range(70))
-    assert torch.allclose(seen, pictures.repeat(2, 1, 1, 1), atol=0.02) and torch.equal(
+    noise, images, prompts = states.ends(range(70))
+    assert torch.allclose(seen, images.repeat(2, 1, 1, 1), atol=0.02) and torch.equal(
         batch["prompt"], prompts.repeat(2)
     )
     assert torch.allclose(batch["latents"][:70], noise, atol=0.02)
@@ -235,20 +235,20 @@ def test_every_few_step_target_leads_to_the_end_of_the_teachers_trajectory(walke
     }
 
 
-def test_on_policy_states_are_the_students_with_the_targets_of_the_teacher(walked):
-    states, path, paths, few, scheduler = walked
+def test_on_policy_states_are_the_students_with_the_targets_of_the_teacher(few_step_data):
+    states, path, paths, few, scheduler = few_step_data
     batch = FewStepStates(states, [(999.0, 0.999)], path).__getitems__(range(70, 90))
     for row, (number, prompt, seed, count, index) in enumerate(paths):
         met = sample(student_for([prompt]), seeded_noise(SHAPE, [seed]), few, count, end=index)
-        picture = sample(teacher_for([prompt], []), met, scheduler, STEPS, begin=STEPS * index // count)
+        image = sample(teacher_for([prompt], []), met, scheduler, STEPS, begin=STEPS * index // count)
         found = {name: part[row : row + 1].float() for name, part in batch.items()}
         assert torch.allclose(found["latents"], met, atol=0.01) and found["prompt"] == number
         assert torch.allclose(
-            clean_from(found["latents"], found["velocity"], found["noise_level"]), picture, atol=0.02
+            clean_from(found["latents"], found["velocity"], found["noise_level"]), image, atol=0.02
         )
         few.set_timesteps(count)
         assert found["timestep"] == few.timesteps[index] and found["noise_level"] == few.sigmas[index]
 
 
-def test_a_one_step_student_has_only_noise_as_on_policy_states(walked):
-    assert len(FewStepStates(walked[0], [(999.0, 0.999)])) == 70
+def test_a_one_step_student_has_only_noise_as_on_policy_states(few_step_data):
+    assert len(FewStepStates(few_step_data[0], [(999.0, 0.999)])) == 70

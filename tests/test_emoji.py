@@ -22,34 +22,34 @@ from wanlite.world.emoji.scenes import JITTER, MIN_CONTRAST, PAIRS, backdrop, co
 from wanlite.world.emoji.sprites import ATLAS, SIZES, sprites
 
 SCENES = emoji.scenes(11, 60) + emoji.scenes(11, 60, held_out=True)
-SAID = [emoji.leave_unsaid(scene, random) for random in [np.random.default_rng(1)] for scene in SCENES]
+DESCRIBED = [emoji.leave_unsaid(scene, random) for random in [np.random.default_rng(1)] for scene in SCENES]
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     random = np.random.default_rng(5)
     return [emoji.draw(scene, random) for scene in SCENES]
 
 
-def judged(pictures):
+def judged(images):
     """Return the mean of each of the judge's scores."""
-    verdicts = [judge(picture, said) for picture, said in zip(pictures, SAID)]
+    verdicts = [judge(image, described) for image, described in zip(images, DESCRIBED)]
     return {name: np.mean([verdict[name] for verdict in verdicts]) for name in verdicts[0]}
 
 
-def blurred(picture, pixels):
-    return ndimage.gaussian_filter(picture.astype(np.float32), (pixels, pixels, 0)).round().astype(np.uint8)
+def blurred(image, pixels):
+    return ndimage.gaussian_filter(image.astype(np.float32), (pixels, pixels, 0)).round().astype(np.uint8)
 
 
-def noisy(picture, deviation, random):
-    return np.clip(picture + random.normal(0, deviation, picture.shape), 0, 255).round().astype(np.uint8)
+def noisy(image, deviation, random):
+    return np.clip(image + random.normal(0, deviation, image.shape), 0, 255).round().astype(np.uint8)
 
 
 # ---- captions ----------------------------------------------------------------------------------------------
 
 
 def test_every_caption_of_a_scene_parses_to_its_objects():
-    for scene in [*SCENES, *SAID]:
+    for scene in [*SCENES, *DESCRIBED]:
         assert all(emoji.read_caption(way) == scene for way in emoji.ways_to_say(scene))
 
 
@@ -86,16 +86,23 @@ def test_a_caption_is_parsed_in_any_case_and_spacing():
 def test_captions_omit_a_quarter_of_each_attribute():
     random, values = np.random.default_rng(0), []
     for scene in emoji.scenes(1, 1500, num_objects=1):
-        said = emoji.leave_unsaid(scene, random)
-        values.append((said.background, said.objects[0].style, said.objects[0].size, said.objects[0].place))
+        described = emoji.leave_unsaid(scene, random)
+        values.append(
+            (
+                described.background,
+                described.objects[0].style,
+                described.objects[0].size,
+                described.objects[0].place,
+            )
+        )
     assert all(0.2 < np.mean([value is None for value in column]) < 0.3 for column in zip(*values))
 
 
 def test_training_and_held_out_captions_are_disjoint_with_one_vocabulary():
     training, held_out = (set(emoji.captions(0, 4000, held_out)) for held_out in (False, True))
     assert not training & held_out
-    for said in (training, held_out):
-        words = set(" ".join(said).replace(",", "").split())
+    for described in (training, held_out):
+        words = set(" ".join(described).replace(",", "").split())
         assert words >= {
             *emoji.NAMES,
             *emoji.STYLES,
@@ -180,26 +187,26 @@ def test_every_object_is_drawn_in_three_styles_that_differ():
 # ---- the judge ---------------------------------------------------------------------------------------------
 
 
-def test_the_judge_reads_clean_drawings(pictures):
-    found = judged(pictures)
+def test_the_judge_reads_clean_drawings(images):
+    found = judged(images)
     assert found["whole"] == found["crisp"] == 1 and found["residual"] < 0.001
 
 
-def test_the_judge_reads_noisy_images_and_rates_them_neither_crisp_nor_exact(pictures):
+def test_the_judge_reads_noisy_images_and_rates_them_neither_crisp_nor_exact(images):
     random = np.random.default_rng(0)
-    found = judged([noisy(picture, 16, random) for picture in pictures])
+    found = judged([noisy(image, 16, random) for image in images])
     assert found["seen"] >= 0.98 and found["crisp"] <= 0.05 and 0.02 < found["residual"] < 0.1
 
 
-def test_the_judge_reads_blurred_images_and_rates_them_not_crisp(pictures):
-    found, worse = (judged([blurred(picture, pixels) for picture in pictures]) for pixels in (1, 1.5))
+def test_the_judge_reads_blurred_images_and_rates_them_not_crisp(images):
+    found, worse = (judged([blurred(image, pixels) for image in images]) for pixels in (1, 1.5))
     assert found["seen"] >= 0.95 and found["crisp"] == 0
     assert worse["whole"] < 0.8 < worse["object"] and worse["detail"] < found["detail"] < 0.5
 
 
 def test_the_mean_of_all_drawings_of_a_caption_is_rarely_intact():
     random, whole = np.random.default_rng(0), []
-    for said in SAID[:40]:
+    for described in DESCRIBED[:40]:
         like = [
             replace(
                 scene,
@@ -212,19 +219,19 @@ def test_the_mean_of_all_drawings_of_a_caption_is_rarely_intact():
                             for key in ("style", "size", "place")
                         },
                     )
-                    for thing, wanted in zip(scene.objects, said.objects)
+                    for thing, wanted in zip(scene.objects, described.objects)
                 ),
-                background=said.background or scene.background,
+                background=described.background or scene.background,
             )
-            for scene in (emoji.random_scene(random, len(said.objects)) for _ in range(30))
+            for scene in (emoji.random_scene(random, len(described.objects)) for _ in range(30))
         ]
         mean = np.mean([emoji.draw(scene, random) for scene in like], axis=0).round().astype(np.uint8)
-        whole.append(judge(mean, said)["whole"])
+        whole.append(judge(mean, described)["whole"])
     assert np.mean(whole) < 0.25
 
 
-def test_an_image_is_never_correct_for_another_caption(pictures):
-    found = judged(pictures[1:] + pictures[:1])
+def test_an_image_is_never_correct_for_another_caption(images):
+    found = judged(images[1:] + images[:1])
     assert found["seen"] == found["whole"] == 0
 
 
@@ -256,8 +263,8 @@ def test_missing_extra_and_resized_objects_are_not_detected():
 @pytest.mark.parametrize("size", SIZES)
 def test_an_object_at_another_place_is_wrong_only_in_its_place(size):
     drawn = emoji.draw(Scene((Object("robot", "painted", size, "right"),), "night"))
-    said = Scene((Object("robot", "painted", size, "center"),), "night")
-    assert judge(drawn, said)["place"] == judge(drawn, said)["seen"] == 0
+    described = Scene((Object("robot", "painted", size, "center"),), "night")
+    assert judge(drawn, described)["place"] == judge(drawn, described)["seen"] == 0
     assert judge(drawn, Scene((Object("robot", None, None, None),), None))["whole"] == 1
 
 
@@ -281,16 +288,16 @@ def test_an_empty_image_has_a_residual_of_one_and_no_objects(background):
 
 
 def test_flat_colour_and_pure_noise_show_no_scene():
-    for picture in (
+    for image in (
         np.full((64, 64, 3), 190, np.uint8),
         np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8),
     ):
-        assert not any(judge(picture, said)["seen"] for said in SAID[:20])
+        assert not any(judge(image, described)["seen"] for described in DESCRIBED[:20])
 
 
 def test_the_nearest_sprite_is_that_of_a_plain_search_over_all_of_them():
-    picture = blurred(emoji.draw(SCENE, np.random.default_rng(3)), 1.5)
-    added, (x, y), pixels = picture - backdrop("pink"), corner("small", "left"), SIZES["small"]
+    image = blurred(emoji.draw(SCENE, np.random.default_rng(3)), 1.5)
+    added, (x, y), pixels = image - backdrop("pink"), corner("small", "left"), SIZES["small"]
     colour, alpha = (np.concatenate([values, values[:, :, :, ::-1]]) for values in sprites("small"))
     errors = []
     for down in range(y - JITTER, y + JITTER + 1):
@@ -314,22 +321,22 @@ def test_an_image_of_another_size_is_refused():
         judge(np.zeros((32, 64, 3), np.uint8), SCENE)
 
 
-def test_accuracy_refuses_a_caption_of_another_world_by_name(pictures):
+def test_accuracy_refuses_a_caption_of_another_world_by_name(images):
     with pytest.raises(
         ValueError,
         match="'a small red circle at the left on a black background': the judge reads only captions of wanlite.world.emoji",
     ):
         prompt_accuracy(
-            lambda captions: pictures[:2],
+            lambda captions: images[:2],
             ["a cat", "a small red circle at the left on a black background"],
             emoji,
         )
     assert compare(None, {}, 4, ["a cat", "a red circle"], emoji) == {}
 
 
-def test_accuracy_of_drawings_is_one(pictures):
-    captions = [emoji.ways_to_say(said)[0] for said in SAID[:30]]
-    figures = prompt_accuracy(lambda _: pictures[:30], captions, emoji)
+def test_accuracy_of_drawings_is_one(images):
+    captions = [emoji.ways_to_say(described)[0] for described in DESCRIBED[:30]]
+    figures = prompt_accuracy(lambda _: images[:30], captions, emoji)
     assert (
         figures["accuracy"]
         == figures["accuracy_one"]

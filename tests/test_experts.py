@@ -10,8 +10,8 @@ import torch
 
 from tests.conftest import TINY_TEACHER, change
 from wanlite.network import one_frame_velocity
-from wanlite.teacher import experts as room
-from wanlite.teacher import model as block_room
+from wanlite.teacher import experts as experts_module
+from wanlite.teacher import model as blocks_module
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.expert_files import ExpertFiles
 from wanlite.teacher.experts import check_experts
@@ -80,14 +80,14 @@ def test_swapped_experts_are_refused_in_either_layout(copied, official_copy):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_comparison_of_experts_exceeds_its_margins_for_every_noise(seed):
     experts = open_teacher_files(TINY_TEACHER).experts
-    (high_at_low, high_at_high), (low_at_low, low_at_high) = room.measure_noise_left(
-        room._PairedExperts(*experts.values(), "cpu"), seed
+    (high_at_low, high_at_high), (low_at_low, low_at_high) = experts_module.measure_noise_left(
+        experts_module._PairedExperts(*experts.values(), "cpu"), seed
     )
     assert (
-        high_at_low > 2 * room.PROBE_MARGINS[0] * low_at_low
-        and low_at_high > 1.1 * room.PROBE_MARGINS[1] * high_at_high
+        high_at_low > 2 * experts_module.PROBE_MARGINS[0] * low_at_low
+        and low_at_high > 1.1 * experts_module.PROBE_MARGINS[1] * high_at_high
     )
-    assert max(low_at_low, high_at_high) < room.PROBE_LIMIT / 5
+    assert max(low_at_low, high_at_high) < experts_module.PROBE_LIMIT / 5
 
 
 @pytest.mark.parametrize("folder", ["transformer", "transformer_2"])
@@ -131,12 +131,12 @@ def test_untrained_experts_are_accepted_in_either_order(copied):
     ],
 )
 def test_experts_are_swapped_only_if_both_levels_show_it(left, changed):
-    assert room.are_swapped(left) is changed
+    assert experts_module.are_swapped(left) is changed
 
 
 def test_two_experts_read_in_parallel_equal_the_two_experts(teacher, noisy):
     experts = teacher.files.experts
-    pair = room._PairedExperts(*experts.values(), "cpu")
+    pair = experts_module._PairedExperts(*experts.values(), "cpu")
     latents, timestep = noisy.repeat(4, 1, 1, 1), torch.linspace(10, 990, 16)
     text = torch.randn(16, 3, 64, generator=torch.Generator().manual_seed(0))
     bias = torch.zeros(16, 3)
@@ -151,7 +151,7 @@ def test_two_experts_read_in_parallel_equal_the_two_experts(teacher, noisy):
 
 def test_comparing_reads_each_tensor_once_and_one_block_at_a_time(monkeypatch):
     files, whole, blocks, loaded = open_teacher_files(TINY_TEACHER), [], [], []
-    read, empty_block = ExpertFiles.read, block_room._empty_block
+    read, empty_block = ExpertFiles.read, blocks_module._empty_block
 
     def watched_read(expert, name, dtype=torch.float32, rows=None):
         whole.extend([(expert.name, name)] if rows is None else [])
@@ -165,7 +165,7 @@ def test_comparing_reads_each_tensor_once_and_one_block_at_a_time(monkeypatch):
         return block
 
     monkeypatch.setattr(ExpertFiles, "read", watched_read)
-    monkeypatch.setattr(block_room, "_empty_block", watched_block)
+    monkeypatch.setattr(blocks_module, "_empty_block", watched_block)
     check_experts(files)
     assert sorted(whole) == sorted(
         (expert.name, name) for expert in files.experts.values() for name in expert.places

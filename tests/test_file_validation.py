@@ -191,7 +191,7 @@ def test_a_file_with_flipped_bits_or_truncated_is_refused_or_keeps_its_shapes(
     places = st.integers(0, 7) | st.integers(8, header_end - 1) | st.integers(header_end, len(content) - 1)
     for place, bit in data.draw(st.lists(st.tuples(places, st.integers(0, 7)), max_size=3), "turned"):
         content[place] ^= 1 << bit
-    if data.draw(st.integers(0, 3), "is cut") == 3:
+    if data.draw(st.integers(0, 3), "is truncated") == 3:
         del content[data.draw(st.integers(0, len(content)), "size") :]
     folder = tmp_path_factory.getbasetemp() / "damaged"
     shutil.rmtree(folder, ignore_errors=True)
@@ -330,7 +330,7 @@ odd = (
 
 
 @given(
-    told=st.fixed_dictionaries({}, optional=plausible),
+    chosen=st.fixed_dictionaries({}, optional=plausible),
     changes=st.dictionaries(
         st.sampled_from(sorted({*plausible, "quantization_config", "auto_map", "teacher_checkpoint_path"}))
         | st.text(max_size=4),
@@ -340,9 +340,9 @@ odd = (
     is_changed=st.booleans(),
 )
 @settings(max_examples=300)
-def test_any_config_is_refused_or_builds_the_implied_shapes(told, changes, is_changed):
+def test_any_config_is_refused_or_builds_the_implied_shapes(chosen, changes, is_changed):
     defaults = config_defaults(WanLiteStudent) | SMALL
-    config = told | (changes if is_changed else {})
+    config = chosen | (changes if is_changed else {})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

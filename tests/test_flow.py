@@ -134,18 +134,18 @@ def test_a_schedule_that_does_not_end_at_zero_is_refused(tmp_path):
 
 def test_a_rollout_from_any_stop_is_exact_and_has_a_gradient_in_its_last_step():
     few, scale = FewSteps(3.0, (1, 2, 4), (4, 4, 4), 20), torch.ones((), requires_grad=True)
-    asked, stops = [], set()
+    calls, stops = [], set()
 
     def constant(latents, timestep):
-        asked.append((float(timestep[0]), latents.clone()))
+        calls.append((float(timestep[0]), latents.clone()))
         return scale * (latents - CLEAN) / (timestep / 1000).view(-1, 1, 1, 1)
 
     for seed in range(20):
-        asked.clear()
-        drawn = few.draw(3, constant, torch.Generator().manual_seed(seed), "cpu")
-        stops.add(tuple(timestep for timestep, _ in asked))
+        calls.clear()
+        image = few.draw(3, constant, torch.Generator().manual_seed(seed), "cpu")
+        stops.add(tuple(timestep for timestep, _ in calls))
         assert (
-            torch.allclose(drawn, CLEAN, atol=0.02) and not asked[-1][1].requires_grad and drawn.requires_grad
+            torch.allclose(image, CLEAN, atol=0.02) and not calls[-1][1].requires_grad and image.requires_grad
         )
     assert len(stops) > 4
 

@@ -67,16 +67,16 @@ def flatten(run):
 def test_flat_images_are_written_and_one_warning_names_them(copied_run, tmp_path, capsys):
     flatten(copied_run)
     main(*settings_of(copied_run, tmp_path / "images", ["a black screen", "fog"]))
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert len(list((tmp_path / "images").glob("*.png"))) == 3
     assert (
-        said.err.count("WARNING") == 1
+        printed.err.count("WARNING") == 1
         and (
             "WARNING: 2 of 2 images are one flat colour: 0000-a-black-screen-seed0.png, 0001-fog-seed1.png. "
             "The student is likely "
             "untrained"
         )
-        in said.err
+        in printed.err
     )
 
 
@@ -168,9 +168,9 @@ def test_a_grid_has_at_most_64_cells_and_no_more_images_are_kept(
     image = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
     monkeypatch.setattr(pipeline, "generate", lambda prompts, *_: [image.copy() for _ in prompts])
     settings, prompts = settings_of(finished_run[0], tmp_path, ["a"] * 100, "--batch_size", "10")
-    drawn, cells = generate_all(pipeline, settings, prompts)
-    assert len(drawn) == 100 and len(cells) == 64
-    grid = run_inference.save_grid(settings, drawn, cells)
+    generated, cells = generate_all(pipeline, settings, prompts)
+    assert len(generated) == 100 and len(cells) == 64
+    grid = run_inference.save_grid(settings, generated, cells)
     assert grid.name == "grid-0000-0063.png" and Image.open(grid).size == (8 * 8 + 7 * 4,) * 2
 
 
@@ -180,9 +180,9 @@ def test_a_grid_has_at_most_64_cells_and_no_more_images_are_kept(
 def test_an_untrained_size_gives_a_warning_before_and_after(finished_run, tmp_path, capsys):
     settings, prompts = settings_of(finished_run[0], tmp_path, ["a"], "--height", "80", "--width", "96")
     main(settings, prompts)
-    said = capsys.readouterr().err.splitlines()
+    printed = capsys.readouterr().err.splitlines()
     warned = [
-        line for line in said if line.startswith("WARNING: the student was trained at 64 x 64; images of ")
+        line for line in printed if line.startswith("WARNING: the student was trained at 64 x 64; images of ")
     ]
     assert len(warned) == 2 and warned[0].endswith(
         "96 x 80 may fail. The nearest trained size is --width 64 --height 64."
@@ -241,8 +241,8 @@ def test_the_hash_in_an_image_is_that_of_the_weights_that_generated_it(is_replac
     save_file(other, tmp_path / "other", {"config": WeightsFile(copied_run / WEIGHTS).metadata["config"]})
     (os.replace if is_replaced else shutil.copyfile)(tmp_path / "other", copied_run / WEIGHTS)
     settings, prompts = settings_of(copied_run, tmp_path / "images", ["a ring"], "--num_inference_steps", "1")
-    (drawn,), (image,) = generate_all(pipeline, settings, prompts)
-    assert Image.open(drawn.path).text["weights_sha256"] == digest and np.array_equal(image, before)
+    (generated,), (image,) = generate_all(pipeline, settings, prompts)
+    assert Image.open(generated.path).text["weights_sha256"] == digest and np.array_equal(image, before)
     assert StudentPipeline(copied_run).weights_sha256 != digest
 
 

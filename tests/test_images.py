@@ -19,11 +19,11 @@ from PIL import Image, ImageOps
 from pyarrow import parquet
 
 from tests.conftest import ROOT, TINY_TEACHER
-from tests.test_command_lines import refused
+from tests.test_command_lines import read_refusal
 from tests.test_data import STEPS, teacher_for
 from tests.test_prompts import texts
 from tests.test_resolutions import leave_as_killed
-from tests.test_resuming import same, train
+from tests.test_resuming import have_equal_weights, train
 from train_distillation import Settings
 from wanlite.data.autoencoder import encode_images, load_autoencoder, to_pixels
 from wanlite.data.datasets import Trajectories
@@ -43,13 +43,13 @@ PICTURES = [shapes.draw(scene) for scene in SCENES]
 SIZE = [(64, 64)]
 
 
-def encoded(picture, kind="PNG", **options):
+def encoded(image, kind="PNG", **options):
     content = io.BytesIO()
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(content, kind, **options)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(content, kind, **options)
     return content.getvalue()
 
 
-CONTENTS = [encoded(picture) for picture in PICTURES]
+CONTENTS = [encoded(image) for image in PICTURES]
 
 
 def write_folder(place):
@@ -152,12 +152,12 @@ WRITERS = {
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_every_kind_of_source_gives_the_same_images_and_captions(kind, tmp_path):
-    said = []
+    printed = []
     WRITERS[kind](tmp_path / "place")
-    images = choose_images(tmp_path / "place", SIZE, log=said.append)
+    images = choose_images(tmp_path / "place", SIZE, log=printed.append)
     assert [image.caption for image in images] == CAPTIONS
-    assert all((read_image(image) == picture).all() for image, picture in zip(images, PICTURES))
-    assert said == [f"images   6 of {tmp_path / 'place'}"]
+    assert all((read_image(image) == image).all() for image, image in zip(images, PICTURES))
+    assert printed == [f"images   6 of {tmp_path / 'place'}"]
     assert [image.caption for image in choose_images(tmp_path / "place", SIZE, max_count=2)] == CAPTIONS[:2]
 
 
@@ -268,10 +268,10 @@ def test_unusable_images_are_skipped_counted_and_named_at_once(tmp_path):
     (tmp_path / "place" / "folder.txt").write_text("a caption")
     (tmp_path / "place" / "gone.png").symlink_to(tmp_path / "nowhere")
     (tmp_path / "place" / "gone.txt").write_text("a caption")
-    said, began = [], time.perf_counter()
-    images = choose_images(tmp_path / "place", SIZE, held_out=CAPTIONS[:1], log=said.append)
+    printed, began = [], time.perf_counter()
+    images = choose_images(tmp_path / "place", SIZE, held_out=CAPTIONS[:1], log=printed.append)
     assert time.perf_counter() - began < 2 and [image.caption for image in images] == CAPTIONS[1:]
-    assert said[0].startswith(f"images   5 of {tmp_path / 'place'}; {len(BROKEN) + 6} skipped: ")
+    assert printed[0].startswith(f"images   5 of {tmp_path / 'place'}; {len(BROKEN) + 6} skipped: ")
     for words in (
         "its caption is a held-out prompt (1: 0.png)",
         "no caption (2: words0.png, words2.png)",
@@ -280,11 +280,11 @@ def test_unusable_images_are_skipped_counted_and_named_at_once(tmp_path):
         "more than 89 million pixels (2: bomb.png, large.png)",
         "no such file (2: folder.png, gone.png)",
     ):
-        assert words in said[0]
+        assert words in printed[0]
     whole = [name for name, (_, reason) in BROKEN.items() if reason == "not a whole"]
     assert (
         f"not a whole JPEG, PNG or WebP ({len(whole)}: {', '.join(sorted(whole)[:MAX_NAMED])}, ...)"
-        in said[0]
+        in printed[0]
     )
 
 
@@ -314,9 +314,9 @@ def test_a_captioned_file_of_an_unsupported_format_is_counted_and_named(place, t
         for number, name in enumerate(others)
     }
     write_files(tmp_path / place, files)
-    said = []
-    assert [image.caption for image in choose_images(tmp_path / place, SIZE, log=said.append)] == ["a"]
-    assert f"; {len(others) + 2} skipped: not a JPEG, PNG or WebP ({len(others) + 2}: " in said[0]
+    printed = []
+    assert [image.caption for image in choose_images(tmp_path / place, SIZE, log=printed.append)] == ["a"]
+    assert f"; {len(others) + 2} skipped: not a JPEG, PNG or WebP ({len(others) + 2}: " in printed[0]
     named = sorted(image.name.removeprefix("some.tar ") for image in list_images(tmp_path / place))
     assert {*named} - {"a", "a.png"} == {*others, "a.bmp", "alone.avif"}
 
@@ -347,8 +347,8 @@ def test_captions_under_the_names_of_other_trainers_are_read_or_named(place, tmp
     }
     images = {f"{name}.png": CONTENTS[0] for name in ("a", "b", "c", "d", "e.v2", *"fghij")}
     write_files(tmp_path / place, images | captions)
-    said = []
-    found = choose_images(tmp_path / place, SIZE, log=said.append)
+    printed = []
+    found = choose_images(tmp_path / place, SIZE, log=printed.append)
     assert [image.caption for image in found] == ["one", "two", "three", "four", "five", "six"]
     for reason, name in (
         ("no .txt, .caption or .json but a .tags", "g"),
@@ -356,7 +356,9 @@ def test_captions_under_the_names_of_other_trainers_are_read_or_named(place, tmp
         ("a caption that cannot be read in its .json", "i"),
         ("no caption", "j"),
     ):
-        assert f"{reason} (1: {name}.png)" in said[0] or f"{reason} (1: some.tar {name})" in said[0], said
+        assert f"{reason} (1: {name}.png)" in printed[0] or f"{reason} (1: some.tar {name})" in printed[0], (
+            printed
+        )
 
 
 HIDDEN = (
@@ -381,9 +383,9 @@ def test_hidden_files_are_not_images_of_a_source(kind, tmp_path):
     write_files(
         place, dict.fromkeys(HIDDEN, CONTENTS[5]) | {f"{name[:-4]}.txt": b"a caption" for name in HIDDEN}
     )
-    said = []
-    assert [image.caption for image in choose_images(place, SIZE, log=said.append)] == CAPTIONS
-    assert said == [f"images   6 of {place}"]
+    printed = []
+    assert [image.caption for image in choose_images(place, SIZE, log=printed.append)] == CAPTIONS
+    assert printed == [f"images   6 of {place}"]
 
 
 def test_hidden_members_of_a_tar_are_ignored_and_hidden_rows_are_named(tmp_path):
@@ -399,9 +401,9 @@ def test_hidden_members_of_a_tar_are_ignored_and_hidden_rows_are_named(tmp_path)
     (place / "metadata.jsonl").write_text(
         "".join(json.dumps({"file_name": name, "text": name}) + "\n" for name in names)
     )
-    said = []
-    assert [image.caption for image in choose_images(place, SIZE, log=said.append)] == names[-3:]
-    assert f"a hidden file ({len(HIDDEN)}: ._0.png, .DS_Store, " in said[0]
+    printed = []
+    assert [image.caption for image in choose_images(place, SIZE, log=printed.append)] == names[-3:]
+    assert f"a hidden file ({len(HIDDEN)}: ._0.png, .DS_Store, " in printed[0]
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
@@ -448,14 +450,14 @@ def test_images_that_were_read_once_are_not_decoded_again(tmp_path, monkeypatch)
     write_folder(tmp_path / "place")
     (tmp_path / "place" / "broken.png").write_bytes(CONTENTS[0][:100])
     (tmp_path / "place" / "broken.txt").write_text("a caption")
-    settings, said, decoded = (
+    settings, printed, decoded = (
         complete(Settings(images=str(tmp_path / "place"), cache_dir=str(tmp_path / "cache"))),
         [],
         [],
     )
 
     def chosen():
-        images = choose_data(settings, image_sizes(settings), said.append)[2]
+        images = choose_data(settings, image_sizes(settings), printed.append)[2]
         return [(image.caption, image.sha256, image.size) for image in images]
 
     monkeypatch.setattr(
@@ -463,7 +465,7 @@ def test_images_that_were_read_once_are_not_decoded_again(tmp_path, monkeypatch)
     )
     first = chosen()
     assert len(decoded) == len(CONTENTS) + 1 and chosen() == first and len(decoded) == len(CONTENTS) + 1
-    assert said[0] == said[1] and "not a whole JPEG, PNG or WebP (1: broken.png)" in said[1]
+    assert printed[0] == printed[1] and "not a whole JPEG, PNG or WebP (1: broken.png)" in printed[1]
     (tmp_path / "place" / "0.png").write_bytes(new := encoded(Image.new("RGB", (80, 64))))
     assert chosen() != first and decoded[len(CONTENTS) + 1 :] == [new]
     for content in ("{", "[1]"):  # an unreadable record: all images are read again
@@ -489,8 +491,8 @@ def test_a_path_to_outside_of_the_folder_is_not_followed(tmp_path):
         json.dumps({"file_name": "1.png"})
     ]
     (tmp_path / "place" / "metadata.jsonl").write_text("\n".join(rows))
-    said = []
-    assert len(choose_images(tmp_path / "place", SIZE, log=said.append)) == 1
+    printed = []
+    assert len(choose_images(tmp_path / "place", SIZE, log=printed.append)) == 1
     for words in (
         "outside the folder (2: ../secret.png, /",
         "no such file (2: none.png, 7)",
@@ -498,8 +500,8 @@ def test_a_path_to_outside_of_the_folder_is_not_followed(tmp_path):
         "an invalid file name (2: ",
         "cannot be read (1: nnnn",
     ):
-        assert words in said[0]
-    assert len(said[0]) < 600
+        assert words in printed[0]
+    assert len(printed[0]) < 600
 
 
 def test_a_broken_cell_of_a_table_or_member_of_a_tar_is_skipped(tmp_path):
@@ -568,11 +570,11 @@ def test_a_table_without_images_or_captions_is_refused(tmp_path):
 
 
 def test_a_wrong_source_is_refused_before_torch_is_imported(tmp_path):
-    said = refused(
+    printed = read_refusal(
         ROOT / "train_distillation.py", "--output_dir", tmp_path / "run", "--images", tmp_path / "none"
     )
     assert (
-        "none: no such file or folder. Expected a folder of images" in said
+        "none: no such file or folder. Expected a folder of images" in printed
         and not (tmp_path / "run").exists()
     )
 
@@ -590,28 +592,28 @@ def test_captions_join_the_training_prompts_and_are_never_held_out(tmp_path):
     write_folder(tmp_path / "place")
     (tmp_path / "prompts.txt").write_text("\n".join(["one", CAPTIONS[2], "three", CAPTIONS[0]]))
     settings = complete(Settings(images=str(tmp_path / "place"), prompts=str(tmp_path / "prompts.txt")))
-    training, held_out, images = choose_data(settings, image_sizes(settings), lambda said: None)
+    training, held_out, images = choose_data(settings, image_sizes(settings), lambda line: None)
     assert held_out == [CAPTIONS[0]] and [image.caption for image in images] == CAPTIONS[1:]
     assert training == ["one", CAPTIONS[2], "three", CAPTIONS[1], *CAPTIONS[3:]]
 
 
 def test_noised_images_at_all_levels_join_the_states_of_the_trajectories(tmp_path):
-    scheduler, pictures = make_scheduler(3.0), torch.randn(5, 2, 4, 4)
+    scheduler, images = make_scheduler(3.0), torch.randn(5, 2, 4, 4)
     jobs = [(number, f"{number}", 50 + number, number) for number in range(5)]
-    for name in ("asked", "walked"):
+    for name in ("noised", "trajectories"):
         (tmp_path / name).mkdir()
     trajectory_generator = TrajectoryGenerator(
         Accelerator(), teacher_for, scheduler, STEPS, basis=torch.eye(4)
     )
     states = trajectory_generator.compute_at_images(
-        tmp_path / "asked", jobs, lambda numbers: pictures[list(numbers)]
+        tmp_path / "noised", jobs, lambda numbers: images[list(numbers)]
     )
     batch = states.__getitems__(range(len(states)))
     assert len(states) == 5 * STEPS and batch["prompt"].tolist() == [
         number for number in range(5) for _ in range(STEPS)
     ]
     assert torch.allclose(batch["noise_level"].view(5, STEPS), scheduler.sigmas[:-1].expand(5, STEPS))
-    repeated, level = pictures.repeat_interleave(STEPS, 0), batch["noise_level"].view(-1, 1, 1, 1)
+    repeated, level = images.repeat_interleave(STEPS, 0), batch["noise_level"].view(-1, 1, 1, 1)
     noise = (batch["latents"].float() - (1 - level) * repeated) / level
     again = add_noise(repeated, noise, batch["noise_level"])
     assert 0.9 < noise.std() < 1.1 and torch.allclose(again, batch["latents"].float(), atol=1e-5)
@@ -621,10 +623,12 @@ def test_noised_images_at_all_levels_join_the_states_of_the_trajectories(tmp_pat
         batch["latents"].float(), batch["timestep"]
     )
     assert torch.allclose(velocity, batch["velocity"].float(), atol=0.01)
-    walked = trajectory_generator.generate(tmp_path / "walked", [job[:3] for job in jobs[:2]], (2, 4, 4))
-    both = walked + states
-    assert len(both) == 7 * STEPS and len(walked) == 2 * STEPS
-    parts = [walked.__getitems__([3]), states.__getitems__([9])]
+    trajectories = trajectory_generator.generate(
+        tmp_path / "trajectories", [job[:3] for job in jobs[:2]], (2, 4, 4)
+    )
+    both = trajectories + states
+    assert len(both) == 7 * STEPS and len(trajectories) == 2 * STEPS
+    parts = [trajectories.__getitems__([3]), states.__getitems__([9])]
     joined = both.__getitems__([3, 2 * STEPS + 9])
     assert all(torch.equal(torch.cat([part[name] for part in parts]), joined[name]) for name in joined)
 
@@ -662,12 +666,12 @@ def test_a_run_on_images_reports_skipped_ones_and_resumes_to_the_same_weights(tm
     (tmp_path / "place" / "cut.txt").write_text("a caption")
     flags = (*FLAGS, "--images", tmp_path / "place")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    code, said = train(whole, *flags)
-    assert code == 0, said
-    assert said.startswith(
+    code, printed = train(whole, *flags)
+    assert code == 0, printed
+    assert printed.startswith(
         f"images   6 of {tmp_path / 'place'}; 1 skipped: not a whole JPEG, PNG or WebP (1: cut.png)\nteacher"
     )
-    assert "70 teacher images" in said  # 64 trajectories and 6 images
+    assert "70 teacher images" in printed  # 64 trajectories and 6 images
     states = Trajectories(next((whole / "cache").glob("images-*")), 1)
     assert len(states) == 6 * 4
     latents = encode_images(load_autoencoder(TINY_TEACHER), to_pixels(np.stack(PICTURES)))
@@ -680,15 +684,15 @@ def test_a_run_on_images_reports_skipped_ones_and_resumes_to_the_same_weights(tm
         path for path in (tmp_path / "inverted").rglob("*") if path.suffix in KINDS and path.name != "cut.png"
     ):
         ImageOps.invert(Image.open(path).convert("RGB")).save(path)
-    code, said = train(tmp_path / "other", *FLAGS, "--images", tmp_path / "inverted")
-    assert code == 0 and not same(tmp_path / "other", whole), (
-        said
+    code, printed = train(tmp_path / "inverted_run", *FLAGS, "--images", tmp_path / "inverted")
+    assert code == 0 and not have_equal_weights(tmp_path / "inverted_run", whole), (
+        printed
     )  # with the same captions: the difference comes from the images
     leave_as_killed(whole, cut, step=2)
     (tmp_path / "place" / "z" / "5.png").rename(tmp_path / "kept.png")
-    code, said = train(cut, *flags)
-    assert code == 2 and ("the prompts differ" in said or "the images differ" in said)
+    code, printed = train(cut, *flags)
+    assert code == 2 and ("the prompts differ" in printed or "the images differ" in printed)
     shutil.move(tmp_path / "kept.png", tmp_path / "place" / "z" / "5.png")
-    code, said = train(cut, *flags)
-    assert code == 0 and "resumed at step 2" in said and same(cut, whole), said
+    code, printed = train(cut, *flags)
+    assert code == 0 and "resumed at step 2" in printed and have_equal_weights(cut, whole), printed
     assert read_run(cut)["settings"]["images"] == str(tmp_path / "place")

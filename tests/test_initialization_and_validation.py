@@ -46,7 +46,7 @@ def resolved(cache, prompts, **settings):
     )
 
 
-def kept(folder, kind):
+def read_provenance(folder, kind):
     """Return the provenance of a run's cache folders of one kind."""
     return [
         json.loads((place / "provenance.json").read_text())
@@ -55,7 +55,7 @@ def kept(folder, kind):
 
 
 def test_training_trajectories_share_no_prompt_or_noise_with_validation(finished_run, tmp_path):
-    pictures = tmp_path / "pictures"
+    images = tmp_path / "images"
     process = run_script(
         ROOT / "run_inference.py",
         "--model",
@@ -63,21 +63,28 @@ def test_training_trajectories_share_no_prompt_or_noise_with_validation(finished
         "--prompt",
         "a red ring",
         "--output_dir",
-        pictures,
+        images,
         "--num_images_per_prompt",
         "4",
     )
     assert process.returncode == 0, process.stderr
-    walks = sorted((made_of["trajectories"] for made_of in kept(finished_run[0], "trajectories")), key=len)
-    (*_, training), examined = walks, [walk for part in walks[:-1] for walk in part]
-    assert len(walks) == 3 and len(training) == 64 and len(examined) > 16
-    for column in (1, 2):  # prompts, seeds
-        assert not {walk[column] for walk in training} & {walk[column] for walk in examined}
-    assert len({seed for _, _, seed in training}) == 64
-    drawn_with = {int(re.search(r"seed(\d+)", path.name)[1]) for path in pictures.glob("*seed*.png")}
-    assert drawn_with == {0, 1, 2, 3} and min(walk[2] for part in walks for walk in part) > 10**9 * max(
-        drawn_with
+    trajectories = sorted(
+        (made_of["trajectories"] for made_of in read_provenance(finished_run[0], "trajectories")), key=len
     )
+    (*_, training), validated = (
+        trajectories,
+        [trajectory for part in trajectories[:-1] for trajectory in part],
+    )
+    assert len(trajectories) == 3 and len(training) == 64 and len(validated) > 16
+    for column in (1, 2):  # prompts, seeds
+        assert not {trajectory[column] for trajectory in training} & {
+            trajectory[column] for trajectory in validated
+        }
+    assert len({seed for _, _, seed in training}) == 64
+    inference_seeds = {int(re.search(r"seed(\d+)", path.name)[1]) for path in images.glob("*seed*.png")}
+    assert inference_seeds == {0, 1, 2, 3} and min(
+        trajectory[2] for part in trajectories for trajectory in part
+    ) > 10**9 * max(inference_seeds)
 
 
 def test_a_cached_initialization_is_reused_by_the_same_method_version(tmp_path):
@@ -127,9 +134,9 @@ def test_one_held_out_prompt_counts_as_two_and_a_single_prompt_is_also_trained(t
     training, held_out = choose_prompts(complete(Settings(num_held_out=1)))
     assert len(held_out) == 2 and not {*held_out} & {*training}  # with one object and with two
     (tmp_path / "prompts.txt").write_text("a red ring")
-    settings, said = complete(Settings(prompts=str(tmp_path / "prompts.txt"))), []
-    assert choose_prompts(settings, said.append) == (["a red ring"], ["a red ring"])
-    assert said == ["prompts  there is one: it is trained on, and held out as well"]
+    settings, printed = complete(Settings(prompts=str(tmp_path / "prompts.txt"))), []
+    assert choose_prompts(settings, printed.append) == (["a red ring"], ["a red ring"])
+    assert printed == ["prompts  there is one: it is trained on, and held out as well"]
 
 
 def test_a_cached_initialization_equals_the_projection(tmp_path):
@@ -173,7 +180,7 @@ def test_a_validator_samples_each_row_and_judges_each_image_at_its_own_steps(
     few, autoencoder = FewSteps(run.settings.flow_shift, [1, 2, 4], shape, 4), load_autoencoder(TINY_TEACHER)
     found = validator.Validator(run, teacher_data, few, autoencoder)
     student = WanLiteStudent.from_pretrained(finished_run[0])
-    drawn = {
+    generated = {
         count: validator.generate_images(
             partial(velocity_in_chunks, student),
             autoencoder,
@@ -185,12 +192,12 @@ def test_a_validator_samples_each_row_and_judges_each_image_at_its_own_steps(
         )
         for count in few.counts
     }
-    looks, figures = found.validate(student)
+    validations, figures = found.validate(student)
     assert (
-        set(looks) == {1, 2, 4}
-        and figures["image_error_2"] == looks[2]["image_error"] != looks[4]["image_error"]
+        set(validations) == {1, 2, 4}
+        and figures["image_error_2"] == validations[2]["image_error"] != validations[4]["image_error"]
     )
-    teachers, *rows = found.draw_grid(student, looks).items()
+    teachers, *rows = found.draw_grid(student, validations).items()
     assert teachers[0] == "teacher 4 steps" and (teachers[1] == found.teacher_drawn).all()
     assert [title.split(",")[0] for title, _ in rows] == [
         "student 4 steps",
@@ -198,7 +205,7 @@ def test_a_validator_samples_each_row_and_judges_each_image_at_its_own_steps(
         "student 1 step",
     ]
     for (title, row), count in zip(rows, (4, 2, 1)):
-        assert (row == drawn[count]).all() and f"diversity {looks[count]['diversity']:.2f}" in title
+        assert (row == generated[count]).all() and f"diversity {validations[count]['diversity']:.2f}" in title
     monkeypatch.setattr(
         validator,
         "compare",
@@ -209,9 +216,9 @@ def test_a_validator_samples_each_row_and_judges_each_image_at_its_own_steps(
     )
     by_teacher, by_student = found.judge(student)
     assert (by_teacher == found.teacher_drawn).all() and all(
-        (by_student[count] == drawn[count]).all() for count in drawn
+        (by_student[count] == generated[count]).all() for count in generated
     )
-    assert not (drawn[1] == drawn[4]).all()
+    assert not (generated[1] == generated[4]).all()
 
 
 def test_an_initialization_is_calibrated_on_one_frame_of_each_prompt(finished_run):

@@ -172,7 +172,7 @@ def test_an_official_autoencoder_converts_to_diffusers_tensor_by_tensor(name, tm
     assert expected.keys() == held.keys() and all(
         torch.equal(tensor, held[name]) for name, tensor in expected.items()
     )
-    told = {
+    compared = {
         "base_dim",
         "z_dim",
         "dim_mult",
@@ -185,7 +185,9 @@ def test_an_official_autoencoder_converts_to_diffusers_tensor_by_tensor(name, tm
         "scale_factor_spatial",
         "scale_factor_temporal",
     }
-    assert {key: converted.config[key] for key in told} == {key: autoencoder.config[key] for key in told}
+    assert {key: converted.config[key] for key in compared} == {
+        key: autoencoder.config[key] for key in compared
+    }
     assert (
         len(converted.config.latents_mean) == len(converted.config.latents_std) == AUTOENCODERS[name]["z_dim"]
     )
@@ -219,12 +221,12 @@ def test_an_official_folder_alone_trains_bitwise_the_same_student(layouts, tmp_p
 
 
 def test_conversion_happens_once_and_again_after_a_damaged_file(layouts, tmp_path):
-    said, found = [], find_components(layouts[1])
-    convert_components(found, tmp_path, said.append)
-    assert len(said) == 2
+    printed, found = [], find_components(layouts[1])
+    convert_components(found, tmp_path, printed.append)
+    assert len(printed) == 2
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
-    convert_components(found, tmp_path, said.append)
-    assert len(said) == 3 and "VAE" in said[-1]
+    convert_components(found, tmp_path, printed.append)
+    assert len(printed) == 3 and "VAE" in printed[-1]
 
 
 def _half(path):
@@ -247,10 +249,10 @@ def _one_less(path):
 
 
 @pytest.mark.parametrize("name", ["Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"])
-@pytest.mark.parametrize("spoil", [_half, _payload, _rename, _one_less])
-def test_a_broken_or_foreign_pickle_is_refused_and_never_run(spoil, name, layouts, tmp_path):
+@pytest.mark.parametrize("damage", [_half, _payload, _rename, _one_less])
+def test_a_broken_or_foreign_pickle_is_refused_and_never_run(damage, name, layouts, tmp_path):
     shutil.copytree(layouts[1], tmp_path / "wan")
-    spoil(tmp_path / "wan" / name)
+    damage(tmp_path / "wan" / name)
     with pytest.raises((OSError, ValueError), match=f"{name}.*Download it again"):
         convert_components(find_components(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
     assert not (tmp_path / "wan" / "executed").exists()
@@ -326,7 +328,7 @@ def test_complete_components_match_their_teacher(copied):
 
 
 @pytest.mark.parametrize(
-    "spoil, words",
+    "damage, words",
     [
         *(
             (
@@ -426,20 +428,20 @@ def test_complete_components_match_their_teacher(copied):
         ),
     ],
 )
-def test_an_incomplete_component_is_refused_before_a_run_with_its_file(spoil, words, copied):
-    spoil(copied)
+def test_an_incomplete_component_is_refused_before_a_run_with_its_file(damage, words, copied):
+    damage(copied)
     with pytest.raises((OSError, ValueError), match=words) as refused:
         check_components(find_components(copied), TEACHER)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    "spoil", [_half, lambda path: path.write_bytes(LFS), lambda path: path.write_bytes(b"")]
+    "damage", [_half, lambda path: path.write_bytes(LFS), lambda path: path.write_bytes(b"")]
 )
-def test_an_incomplete_pickled_text_encoder_is_refused_before_a_run(spoil, layouts, tmp_path):
+def test_an_incomplete_pickled_text_encoder_is_refused_before_a_run(damage, layouts, tmp_path):
     shutil.copytree(layouts[1], tmp_path / "wan")
     check_components(find_components(tmp_path / "wan"), TEACHER)
-    spoil(tmp_path / "wan/models_t5_umt5-xxl-enc-bf16.pth")
+    damage(tmp_path / "wan/models_t5_umt5-xxl-enc-bf16.pth")
     with pytest.raises(
         OSError, match="models_t5_umt5-xxl-enc-bf16.pth: (not a complete file|it is a git-lfs pointer)"
     ):

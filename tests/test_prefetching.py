@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from tests.test_resuming import asked, folder, same, train  # noqa: F401
+from tests.test_resuming import folder, have_equal_weights, send_signal, train  # noqa: F401
 from wanlite.data.prefetch import read_ahead
 from wanlite.network import TextTokens
 
@@ -59,9 +59,9 @@ def test_an_unreadable_batch_is_an_error_at_its_own_step(ahead):
 def test_a_run_with_prefetching_stops_and_resumes_to_the_same_weights(folder, finished_run):  # noqa: F811
     left = folder.with_name("left")
 
-    def look():
+    def count_batches():
         left.write_text(json.dumps(len(readers())))
 
-    code, said = train(folder, at={1: look, 2: asked()}, prefetched=2)
-    assert code == 3 and "stopped at step 2 of 6" in said and left.read_text() == "1"
-    assert train(folder)[0] == 0 and same(folder, finished_run[0])
+    code, printed = train(folder, at={1: count_batches, 2: send_signal()}, prefetched=2)
+    assert code == 3 and "stopped at step 2 of 6" in printed and left.read_text() == "1"
+    assert train(folder)[0] == 0 and have_equal_weights(folder, finished_run[0])

@@ -21,8 +21,8 @@ from wanlite.teacher.expert_files import ExpertFiles
 from wanlite.teacher.experts import check_experts
 
 TEXT = {"num_channels": 16, "text_dim": 64, "rope_max_seq_len": 64}
-CUT = {"hidden_size": 64, "depth": 4, "num_heads": 2} | TEXT
-CONFIG = CUT | {"ffn_dim": 256, "freq_dim": 256, "patch_size": (1, 2, 2)}  # entries of a student config
+PRUNED = {"hidden_size": 64, "depth": 4, "num_heads": 2} | TEXT
+CONFIG = PRUNED | {"ffn_dim": 256, "freq_dim": 256, "patch_size": (1, 2, 2)}  # entries of a student config
 
 
 def own_shape(config):
@@ -58,7 +58,7 @@ def test_student_as_large_as_the_teacher_reproduces_its_frame(
 def test_layout_and_shards_make_bitwise_no_difference(num_shards, tmp_path):
     write_official(TINY_TEACHER, tmp_path, num_shards)
     ours, theirs = (
-        WanLiteStudent(**CUT, teacher_checkpoint_path=folder).state_dict()
+        WanLiteStudent(**PRUNED, teacher_checkpoint_path=folder).state_dict()
         for folder in (TINY_TEACHER, tmp_path)
     )
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
@@ -71,15 +71,15 @@ def test_the_command_line_and_the_constructor_have_one_default_expert():
 
 def test_projecting_twice_gives_the_same_student_from_any_random_state():
     torch.manual_seed(1)
-    first = WanLiteStudent(**CUT, teacher_checkpoint_path=TINY_TEACHER).state_dict()
+    first = WanLiteStudent(**PRUNED, teacher_checkpoint_path=TINY_TEACHER).state_dict()
     torch.manual_seed(2)
-    second = WanLiteStudent(**CUT, teacher_checkpoint_path=TINY_TEACHER).state_dict()
+    second = WanLiteStudent(**PRUNED, teacher_checkpoint_path=TINY_TEACHER).state_dict()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 @pytest.mark.parametrize("expert", projection.EXPERTS)
 def test_every_teacher_tensor_is_read_and_every_student_tensor_written(expert):
-    student, files = WanLiteStudent(**CUT), open_teacher_files(TINY_TEACHER)
+    student, files = WanLiteStudent(**PRUNED), open_teacher_files(TINY_TEACHER)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     report = projection.project(student, projection.choose_experts(files, expert))
     assert all(not torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
@@ -95,14 +95,14 @@ def test_every_teacher_tensor_is_read_and_every_student_tensor_written(expert):
 
 
 def test_a_student_tensor_without_a_value_stops_the_projection():
-    student = WanLiteStudent(**CUT)
+    student = WanLiteStudent(**PRUNED)
     student.register_buffer("forgotten", torch.zeros(1))
     with pytest.raises(ValueError, match="forgotten"):
         projection.project(student, [open_teacher_files(TINY_TEACHER).experts["low"]])
 
 
 def test_the_report_has_the_energy_of_each_block_and_the_cosines_of_the_experts():
-    report = project_into(WanLiteStudent(**CUT), TINY_TEACHER)
+    report = project_into(WanLiteStudent(**PRUNED), TINY_TEACHER)
     assert report.kept_energy.keys() == {"residual", "text", "attn1", "attn2", "ffn"}
     assert (
         all(0 < share <= 1 for shares in report.kept_energy.values() for share in shares)
@@ -118,9 +118,9 @@ def test_the_report_has_the_energy_of_each_block_and_the_cosines_of_the_experts(
 
 def test_each_block_comes_from_the_expert_that_preserves_more_energy():
     files, kept = open_teacher_files(TINY_TEACHER).experts, {}
-    spans = projection.project(WanLiteStudent(**CUT), [files["low"], files["high"]])
+    spans = projection.project(WanLiteStudent(**PRUNED), [files["low"], files["high"]])
     for name, expert in files.items():
-        report = projection.project(WanLiteStudent(**CUT), [expert], channels=spans.channels)
+        report = projection.project(WanLiteStudent(**PRUNED), [expert], channels=spans.channels)
         kept[name] = [
             sum(report.kept_energy[group][block] for group in ("attn1", "attn2", "ffn")) for block in range(4)
         ]
@@ -130,14 +130,14 @@ def test_each_block_comes_from_the_expert_that_preserves_more_energy():
 
 def test_an_unknown_expert_is_refused():
     with pytest.raises(ValueError, match="'middle' is unknown"):
-        project_into(WanLiteStudent(**CUT), TINY_TEACHER, "middle")
+        project_into(WanLiteStudent(**PRUNED), TINY_TEACHER, "middle")
 
 
 def test_a_teacher_tensor_without_a_place_stops_the_projection(monkeypatch):
     files = open_teacher_files(TINY_TEACHER).experts["low"]
     files.places["blocks.9.extra.weight"] = files.places["proj_out.bias"]
     with pytest.raises(ValueError, match="blocks.9.extra.weight"):
-        projection.project(WanLiteStudent(**CUT), [files])
+        projection.project(WanLiteStudent(**PRUNED), [files])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_teacher_tensor_without_a_place_stops_the_projection(monkeypatch):
     ],
 )
 def test_every_shape_that_fits_gives_finite_velocities(shape, prompt_embeddings, noisy):
-    student = WanLiteStudent(**CUT | shape, teacher_checkpoint_path=TINY_TEACHER)
+    student = WanLiteStudent(**PRUNED | shape, teacher_checkpoint_path=TINY_TEACHER)
     assert torch.isfinite(student(noisy, torch.full((4,), 500.0), prompt_embeddings[0].tokens).sample).all()
 
 
@@ -178,7 +178,7 @@ def test_an_impossible_shape_is_refused(shape, words, teacher):
 def test_an_impossible_student_is_refused_before_any_tensor_is_read(monkeypatch):
     monkeypatch.setattr(ExpertFiles, "read", None)
     with pytest.raises(ValueError, match="depth 5 is more"):
-        WanLiteStudent(**CUT | {"depth": 5}, teacher_checkpoint_path=TINY_TEACHER)
+        WanLiteStudent(**PRUNED | {"depth": 5}, teacher_checkpoint_path=TINY_TEACHER)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_the_nearest_shapes_in_the_message_can_be_projected(shape, teacher):
     assert len(named) == 3
     for numbers in named:
         nearest = dict(zip(("hidden_size", "num_heads", "depth", "ffn_dim"), map(int, numbers)))
-        check_shape_fits(teacher.config, dict(WanLiteStudent(**CUT | nearest).config))
+        check_shape_fits(teacher.config, dict(WanLiteStudent(**PRUNED | nearest).config))
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path):
     tensors["blocks.1.ffn.0.weight"][0, 0] = float("nan")
     save_file(tensors, path)
     with pytest.raises(ValueError, match="blocks.1.ffn.net.0.proj.weight holds NaN"):
-        WanLiteStudent(**CUT, teacher_checkpoint_path=tmp_path)
+        WanLiteStudent(**PRUNED, teacher_checkpoint_path=tmp_path)
 
 
 def test_a_smaller_head_keeps_complete_rotary_pairs_of_every_axis():

@@ -83,13 +83,13 @@ def test_the_content_of_an_output_folder_decides_if_a_run_may_use_it(tmp_path):
 def test_a_run_with_another_outcome_is_not_resumed(tmp_path, name, value, words):
     run = {"teacher": "a", "prompts": "b", "processes": 1, "versions": {"torch": "2.13.0"}}
     write_json(tmp_path / "run.json", run)
-    said = []
-    check_resumable(tmp_path, run, said.append)
-    assert said == []
-    check_resumable(tmp_path, run | {"versions": {"torch": "2.11.0"}}, said.append)
-    assert "torch 2.13.0, now 2.11.0" in said[0]
+    printed = []
+    check_resumable(tmp_path, run, printed.append)
+    assert printed == []
+    check_resumable(tmp_path, run | {"versions": {"torch": "2.11.0"}}, printed.append)
+    assert "torch 2.13.0, now 2.11.0" in printed[0]
     with pytest.raises(ValueError, match=words):
-        check_resumable(tmp_path, run | {name: value}, said.append)
+        check_resumable(tmp_path, run | {name: value}, printed.append)
 
 
 def test_a_record_with_infinite_numbers_is_read_back(tmp_path):
@@ -150,18 +150,18 @@ class NoScheduler:
 
 
 @pytest.fixture
-def saved_parts(tmp_path):
-    for part in COMPONENTS:
-        (tmp_path / "teacher" / part).mkdir(parents=True)
-        (tmp_path / "teacher" / part / "weights.bin").write_text("weights")
-        (tmp_path / "teacher" / part).chmod(0o555)
+def saved_components(tmp_path):
+    for component in COMPONENTS:
+        (tmp_path / "teacher" / component).mkdir(parents=True)
+        (tmp_path / "teacher" / component / "weights.bin").write_text("weights")
+        (tmp_path / "teacher" / component).chmod(0o555)
     save_components(tmp_path / "run", tmp_path / "teacher", NoScheduler())
     return tmp_path / "run"
 
 
-def test_components_of_a_read_only_teacher_are_saved_writable(saved_parts):
-    assert all((saved_parts / part).stat().st_mode & 0o200 for part in COMPONENTS)
-    check_saved_components(saved_parts)
+def test_components_of_a_read_only_teacher_are_saved_writable(saved_components):
+    assert all((saved_components / component).stat().st_mode & 0o200 for component in COMPONENTS)
+    check_saved_components(saved_components)
 
 
 @pytest.mark.parametrize(
@@ -173,10 +173,10 @@ def test_components_of_a_read_only_teacher_are_saved_writable(saved_parts):
         (lambda run: (run / "scheduler/scheduler_config.json").unlink(), "lacks scheduler_config.json"),
     ],
 )
-def test_a_damaged_saved_component_is_named(saved_parts, break_it, words):
-    break_it(saved_parts)
+def test_a_damaged_saved_component_is_named(saved_components, break_it, words):
+    break_it(saved_components)
     with pytest.raises(OSError, match=words):
-        check_saved_components(saved_parts)
+        check_saved_components(saved_components)
 
 
 def test_the_metrics_of_repeated_steps_are_dropped(tmp_path):

@@ -285,8 +285,8 @@ def flags(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(wan, flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference") / "run"
-    code, said = train_in_a_process(folder, "--teacher", wan, "--resolution", 32, *flags)
-    assert code == 0, said
+    code, printed = train_in_a_process(folder, "--teacher", wan, "--resolution", 32, *flags)
+    assert code == 0, printed
     return folder
 
 
@@ -303,10 +303,10 @@ def results_of(run):
 def test_every_layout_trains_bitwise_the_same_student(layout, wan, spiece, flags, reference, tmp_path):
     write_it, name = LAYOUTS[layout]
     write_it(tmp_path / "teacher", wan, spiece)
-    code, said = train_in_a_process(
+    code, printed = train_in_a_process(
         tmp_path / "run", "--teacher", tmp_path / "teacher", "--resolution", 32, *flags
     )
-    assert code == 0 and f"({name} layout, 2 expert(s)" in said, said
+    assert code == 0 and f"({name} layout, 2 expert(s)" in printed, printed
     expected, found = results_of(reference), results_of(tmp_path / "run")
     assert len(expected) > 100 and expected.keys() == found.keys()
     assert not [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
@@ -318,16 +318,20 @@ def test_every_layout_trains_bitwise_the_same_student(layout, wan, spiece, flags
 
 
 def test_every_layout_projects_the_same_student_with_a_fingerprint_of_its_own(wan, spiece, tmp_path):
-    starts, fingerprints = [], set()
+    initializations, fingerprints = [], set()
     for layout, (write_it, _) in LAYOUTS.items():
         write_it(tmp_path / layout, wan, spiece)
     for folder in (wan, *(tmp_path / layout for layout in LAYOUTS)):
         student = WanLiteStudent(hidden_size=64, depth=2, num_heads=1, ffn_dim=128, text_dim=64, freq_dim=32)
         project_into(student, folder, "low")
-        starts.append(student.state_dict())
+        initializations.append(student.state_dict())
         fingerprints.add(open_teacher_files(folder).fingerprint)
         assert len(open_teacher_files(folder).experts) == 2 and (folder == wan or has_two_experts(folder))
-    assert all(torch.equal(tensor, start[name]) for start in starts[1:] for name, tensor in starts[0].items())
+    assert all(
+        torch.equal(tensor, start[name])
+        for start in initializations[1:]
+        for name, tensor in initializations[0].items()
+    )
     path = next((tmp_path / "models fp16" / "diffusion_models").glob("*low_noise*"))
     write(path, {name: -tensor for name, tensor in load_file(path).items()})
     fingerprints.add(open_teacher_files(tmp_path / "models fp16").fingerprint)
@@ -591,10 +595,10 @@ def test_a_wan_with_one_expert_is_planned_and_trains(
         complete(replace(settings, resolution=32 + pixels // 2))
     assert plan(complete(settings), []) == 0 and f"({layout} layout, 1 expert(s)" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    code, said = train_in_a_process(
+    code, printed = train_in_a_process(
         tmp_path / "run", "--teacher", tmp_path / "wan", "--resolution", 32, *flags
     )
-    assert code == 0, said
+    assert code == 0, printed
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["settings"]["flow_shift"] == 5.0 and run["finished"]
     assert WanLiteStudent.from_pretrained(tmp_path / "run").config.num_channels == channels
@@ -649,7 +653,7 @@ def put_other_autoencoder(wan):
 
 
 @pytest.mark.parametrize(
-    "spoil, words",
+    "damage, words",
     [
         (
             lambda wan: (wan / HIGH).write_bytes((wan / HIGH).read_bytes()[:-1000]),
@@ -747,9 +751,9 @@ def put_other_autoencoder(wan):
         ),
     ],
 )
-def test_an_impossible_teacher_is_refused_with_advice(spoil, words, wan, spiece, tmp_path):
+def test_an_impossible_teacher_is_refused_with_advice(damage, words, wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, spiece)
-    spoil(tmp_path / "wan")
+    damage(tmp_path / "wan")
     settings = settings_in(tmp_path)
     with pytest.raises((OSError, ValueError), match=words) as refused:
         train(complete(settings), False, StopSignal(()))

@@ -413,7 +413,7 @@ class Hub(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        self.asked.append(self.path)
+        self.requested.append(self.path)
         is_list, path = self.path.startswith("/api/models/"), self.path.split("?")[0].strip("/").split("/")
         path = path[2:4] if is_list else [*path[:2], *path[4:]]  # organisation/model/resolve/revision/file
         content, found = b"no such repository", self.folder.joinpath(*path)
@@ -457,10 +457,10 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A local hub; `asked` are the requested paths."""
+    """A local hub; `requested` are the requested paths."""
 
     class Here(Hub):
-        folder, asked = tmp_path / "on the hub", []
+        folder, requested = tmp_path / "on the hub", []
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Here)
     thread = threading.Thread(target=server.serve_forever)
@@ -487,7 +487,7 @@ def test_a_hub_name_is_downloaded_once_and_then_read_from_the_cache(hub, tmp_pat
     arguments = {"cache_dir": tmp_path / "cache"}
     assert found("someone/student", **arguments) == (16, 1)
     assert not any(
-        path.endswith(("evil.bin", "inner/config.json")) for path in hub.asked
+        path.endswith(("evil.bin", "inner/config.json")) for path in hub.requested
     )  # only the needed files are fetched
     assert found("someone/student", subfolder="inner", **arguments) == (24, 2)
     hub.stop()
@@ -512,7 +512,7 @@ def test_an_existing_folder_takes_precedence_over_a_hub_name(hub, tmp_path, monk
     assert found("someone/student") == (16, 1)
     with pytest.raises(OSError, match="someone/other: no such folder"):
         found("someone/other")
-    assert hub.asked == []
+    assert hub.requested == []
 
 
 def test_a_student_pushed_to_the_hub_loads_again(tmp_path, monkeypatch):

@@ -102,7 +102,7 @@ GIB = 2**30
 
 
 @pytest.fixture
-def asked(prompt_embeddings, noisy):
+def arguments(prompt_embeddings, noisy):
     """Arguments for a teacher: rows of both experts, prompts, negative prompts, and hidden states of one
     block.
     """
@@ -120,24 +120,24 @@ def asked(prompt_embeddings, noisy):
 
 @pytest.mark.parametrize("residency", RESIDENCIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_velocity_does_not_depend_on_where_experts_are(residency, dtype, asked):
+def test_the_velocity_does_not_depend_on_where_experts_are(residency, dtype, arguments):
     files = open_teacher_files(TINY_TEACHER)
     (expected, (states,)), (found, (own,)) = (
-        Teacher(files, dtype=dtype, residency=where).velocity(**asked) for where in ("both", residency)
+        Teacher(files, dtype=dtype, residency=where).velocity(**arguments) for where in ("both", residency)
     )
     assert torch.equal(found, expected) and torch.equal(own, states)
 
 
-def test_float8_storage_takes_a_quarter_of_float32_and_stays_near(asked, teacher):
+def test_float8_storage_takes_a_quarter_of_float32_and_stays_near(arguments, teacher):
     small = Teacher(open_teacher_files(TINY_TEACHER), dtype=torch.bfloat16, is_fp8=True)
-    (found, _), (expected, _) = small.velocity(**asked), teacher.velocity(**asked)
+    (found, _), (expected, _) = small.velocity(**arguments), teacher.velocity(**arguments)
     assert 1e-4 < (found - expected).square().mean() / expected.square().mean() < 0.02
     kept = {tensor.dtype for name, tensor in small.expert("low").named_parameters() if ".to_q.weight" in name}
     assert kept == {torch.float8_e4m3fn}
     assert small.expert("low").scale_shift_table.dtype == torch.float32
 
 
-def test_one_expert_at_a_time_is_in_memory_and_none_when_idle(asked):
+def test_one_expert_at_a_time_is_in_memory_and_none_when_idle(arguments):
     found = Teacher(open_teacher_files(TINY_TEACHER), residency="one")
     held = weakref.ref(found.expert("high").blocks[0].ffn.net[0].proj)
     found.expert("low")
@@ -145,7 +145,7 @@ def test_one_expert_at_a_time_is_in_memory_and_none_when_idle(asked):
     held = weakref.ref(found.expert("low").blocks[0].ffn.net[0].proj)
     found.unload()
     assert held() is None
-    found.velocity(**asked)  # and reads it again on the next call
+    found.velocity(**arguments)  # and reads it again on the next call
 
 
 def test_idle_streamed_experts_are_freed_despite_reference_cycles():
@@ -159,15 +159,15 @@ def test_idle_streamed_experts_are_freed_despite_reference_cycles():
         gc.enable()
 
 
-def test_a_few_rows_at_a_time_equal_all_at_once(asked, teacher):
+def test_a_few_rows_at_a_time_equal_all_at_once(arguments, teacher):
     few = Teacher(open_teacher_files(TINY_TEACHER), tokens_at_once=1)
-    (found, (own,)), (expected, (states,)) = few.velocity(**asked), teacher.velocity(**asked)
+    (found, (own,)), (expected, (states,)) = few.velocity(**arguments), teacher.velocity(**arguments)
     assert torch.allclose(found, expected, atol=1e-4) and torch.allclose(
         own, states, atol=1e-4
     )  # of values up to 22 and 60
     seen = []
     few.expert("low").register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    few.velocity(**asked)
+    few.velocity(**arguments)
     assert seen == [2, 2]  # one image, conditional and unconditional
 
 

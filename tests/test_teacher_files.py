@@ -20,7 +20,7 @@ from tests.conftest import (
     weights_of,
     write_sparse_wan,
 )
-from wanlite.teacher import expert_files as room
+from wanlite.teacher import expert_files as expert_files_module
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.keys import diffusers_name
 
@@ -509,7 +509,7 @@ def test_rows_read_alone_equal_the_rows_of_the_full_tensor(rows, dtype):
 
 
 def test_rows_are_read_without_the_rest_of_the_tensor(monkeypatch):
-    expert, opened = open_teacher_files(TINY_TEACHER).experts["low"], room.safe_open
+    expert, opened = open_teacher_files(TINY_TEACHER).experts["low"], expert_files_module.safe_open
 
     class OnlySlices:
         def __init__(self, *arguments):
@@ -522,7 +522,7 @@ def test_rows_are_read_without_the_rest_of_the_tensor(monkeypatch):
         def __exit__(self, *arguments):
             return self.file.__exit__(*arguments)
 
-    monkeypatch.setattr(room, "safe_open", OnlySlices)
+    monkeypatch.setattr(expert_files_module, "safe_open", OnlySlices)
     assert expert.read(f"{LAYER}.weight", rows=slice(3, 5)).shape == (2, 128)
 
 

@@ -54,11 +54,11 @@ def test_an_embedding_does_not_depend_on_its_batch():
 
 
 def test_prompts_are_encoded_once_and_only_lost_ones_again(tmp_path):
-    prompts, asked = [f"{number} rings" for number in range(SHARD_SIZE + 6)], []
+    prompts, encoded = [f"{number} rings" for number in range(SHARD_SIZE + 6)], []
     encode = lazy_encoder(TINY_TEACHER, "cpu")
 
     def counted(prompts):
-        asked.append(prompts)
+        encoded.append(prompts)
         return encode(prompts)
 
     tokenizer, encoder = load_text_encoder(TINY_TEACHER)
@@ -70,7 +70,7 @@ def test_prompts_are_encoded_once_and_only_lost_ones_again(tmp_path):
     with pytest.raises(OSError, match="no such file. The machines of a run need one disk"):
         read_shard(tmp_path, 0)
     encode_once(Accelerator(cpu=True), counted, prompts, tmp_path)
-    assert [len(prompts) for prompts in asked] == [SHARD_SIZE, 6, SHARD_SIZE]
+    assert [len(prompts) for prompts in encoded] == [SHARD_SIZE, 6, SHARD_SIZE]
 
 
 def test_the_encoder_is_freed_after_encoding():
@@ -255,13 +255,15 @@ def test_a_prompt_with_a_token_outside_the_embedding_is_refused(wan):
 
 
 def test_prompts_over_the_limit_are_counted_in_one_line_with_the_first(tmp_path, capsys):
-    tokenizer, said = load_text_encoder(TINY_TEACHER)[0], []
+    tokenizer, printed = load_text_encoder(TINY_TEACHER)[0], []
     long, exact = " ".join(["a small red\x1b circle"] * 200), " ".join(["ring"] * 511)
-    warn_of_truncation(tokenizer, ["a ring", exact], said.append)
-    assert said == []
-    warn_of_truncation(tokenizer, ["a ring", long, exact, f"{exact} ring"], said.append)
-    assert len(said) == 1 and len(said[0]) < 200 and said[0].isprintable()
-    assert said[0].startswith("WARNING: prompts truncated to the limit of 512 tokens: 2, first 'a small red")
+    warn_of_truncation(tokenizer, ["a ring", exact], printed.append)
+    assert printed == []
+    warn_of_truncation(tokenizer, ["a ring", long, exact, f"{exact} ring"], printed.append)
+    assert len(printed) == 1 and len(printed[0]) < 200 and printed[0].isprintable()
+    assert printed[0].startswith(
+        "WARNING: prompts truncated to the limit of 512 tokens: 2, first 'a small red"
+    )
     for _ in range(2):  # from the cache the second time
         PromptEmbeddings(Accelerator(cpu=True), TINY_TEACHER, tmp_path, ["a ring", f"{exact} ring", exact])
         assert "512 tokens: 1, first 'ring ring" in capsys.readouterr().out

@@ -13,7 +13,13 @@ from wanlite.network import TextTokens, pass_operations
 from wanlite.teacher.model import run_expert
 from wanlite.training.throughput import Pace
 
-TOLD = {"images_per_second", "teacher_share", "data_wait_share", "memory_peak_gb", "model_flops_utilisation"}
+LOGGED = {
+    "images_per_second",
+    "teacher_share",
+    "data_wait_share",
+    "memory_peak_gb",
+    "model_flops_utilisation",
+}
 
 
 def counted(work):
@@ -72,7 +78,7 @@ def test_a_run_logs_its_throughput_with_every_training_record(finished_run):
     records = [json.loads(line) for line in (finished_run[0] / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
     assert len(steps) == 4 and all(
-        record.keys() >= TOLD and record["images_per_second"] > 0 for record in steps
+        record.keys() >= LOGGED and record["images_per_second"] > 0 for record in steps
     )
     assert [record["teacher_share"] > 0 for record in steps] == [
         False,
@@ -84,10 +90,10 @@ def test_a_run_logs_its_throughput_with_every_training_record(finished_run):
         0 < record["model_flops_utilisation"] < 2 and 0 < record["data_wait_share"] < 1 for record in steps
     )
     assert all(0.1 < record["memory_peak_gb"] < 10 for record in steps)
-    (walked,) = (record for record in records if "generated" in record)
+    (generation,) = (record for record in records if "generated" in record)
     assert (
-        walked["generated"] == 64 + 16 + 4 * 4
-        and walked["step"] == 0
-        and 0.5 < walked["generation_teacher_share"] <= 1
+        generation["generated"] == 64 + 16 + 4 * 4
+        and generation["step"] == 0
+        and 0.5 < generation["generation_teacher_share"] <= 1
     )
     assert "generated 96 trajectories" in finished_run[1]

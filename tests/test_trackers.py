@@ -10,7 +10,7 @@ from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT, run_script
-from wanlite.training.trackers import PACKAGES, PICTURES, check_tracker, log_image
+from wanlite.training.trackers import PICTURES, PACKAGES, check_tracker, log_image
 
 TRAIN = ROOT / "train_distillation.py"
 
@@ -40,8 +40,8 @@ def test_tensorboard_receives_the_image(tmp_path):
     accelerator.end_training()
     events = EventAccumulator(str(tmp_path / "wanlite"))
     events.Reload()
-    (picture,) = events.Images("grid")
-    assert (picture.step, picture.width, picture.height) == (7, 12, 8)
+    (image,) = events.Images("grid")
+    assert (image.step, image.width, image.height) == (7, 12, 8)
 
 
 @pytest.mark.parametrize(
