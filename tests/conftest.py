@@ -198,67 +198,63 @@ def write_sparse(path, shapes):
         file.truncate(8 + len(text) + end)
 
 
+def wan_config(model, dialect):
+    """Return the config.json of one expert with the sizes of `model`."""
+    if dialect == "official":
+        return {
+            "_class_name": "WanModel",
+            "dim": model["width"],
+            "eps": 1e-06,
+            "ffn_dim": model["ffn_dim"],
+            "freq_dim": 256,
+            "in_dim": model["channels"],
+            "model_type": model["model_type"],
+            "num_heads": model["width"] // 128,
+            "num_layers": model["num_layers"],
+            "out_dim": model["channels"],
+            "text_len": 512,
+        }
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "added_kv_proj_dim": None,
+        "attention_head_dim": 128,
+        "cross_attn_norm": True,
+        "eps": 1e-06,
+        "ffn_dim": model["ffn_dim"],
+        "freq_dim": 256,
+        "image_dim": None,
+        "in_channels": model["channels"],
+        "num_attention_heads": model["width"] // 128,
+        "num_layers": model["num_layers"],
+        "out_channels": model["channels"],
+        "patch_size": [1, 2, 2],
+        "pos_embed_seq_len": None,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+        "text_dim": 4096,
+    }
+
+
 def write_sparse_wan(folder, model, dialect, num_shards):
     """Write one expert with the real shapes of `model`, filled with zeros."""
     folder.mkdir(parents=True)
-    width, heads, channels = model["width"], model["width"] // 128, model["channels"]
-    if dialect == "official":
-        config = {
-            "_class_name": "WanModel",
-            "dim": width,
-            "eps": 1e-06,
-            "ffn_dim": model["ffn_dim"],
-            "freq_dim": 256,
-            "in_dim": channels,
-            "model_type": model["model_type"],
-            "num_heads": heads,
-            "num_layers": model["num_layers"],
-            "out_dim": channels,
-            "text_len": 512,
-        }
-    else:
-        config = {
-            "_class_name": "WanTransformer3DModel",
-            "added_kv_proj_dim": None,
-            "attention_head_dim": 128,
-            "cross_attn_norm": True,
-            "eps": 1e-06,
-            "ffn_dim": model["ffn_dim"],
-            "freq_dim": 256,
-            "image_dim": None,
-            "in_channels": channels,
-            "num_attention_heads": heads,
-            "num_layers": model["num_layers"],
-            "out_channels": channels,
-            "patch_size": [1, 2, 2],
-            "pos_embed_seq_len": None,
-            "qk_norm": "rms_norm_across_heads",
-            "rope_max_seq_len": 1024,
-            "text_dim": 4096,
-        }
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(wan_config(model, dialect)))
     shapes = {
         official_name(name) if dialect == "official" else name: shape
         for name, shape in wan_shapes(**model).items()
     }
+    if num_shards == 1:
+        return write_sparse(folder / "diffusion_pytorch_model.safetensors", shapes)
     names, weight_map = list(shapes), {}
     for number in range(num_shards):
         shard = f"diffusion_pytorch_model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
-        part = {
-            name: shapes[name]
-            for name in names[number * len(names) // num_shards : (number + 1) * len(names) // num_shards]
-        }
-        write_sparse(folder / ("diffusion_pytorch_model.safetensors" if num_shards == 1 else shard), part)
-        weight_map |= dict.fromkeys(part, shard)
-    if num_shards > 1:
-        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
-            json.dumps(
-                {
-                    "metadata": {"total_size": 4 * sum(map(math.prod, shapes.values()))},
-                    "weight_map": weight_map,
-                }
-            )
-        )
+        start, end = (edge * len(names) // num_shards for edge in (number, number + 1))
+        write_sparse(folder / shard, {name: shapes[name] for name in names[start:end]})
+        weight_map |= dict.fromkeys(names[start:end], shard)
+    metadata = {"total_size": 4 * sum(map(math.prod, shapes.values()))}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"metadata": metadata, "weight_map": weight_map})
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

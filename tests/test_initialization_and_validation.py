@@ -29,7 +29,7 @@ from wanlite.student.initialization import (
 )
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.model import Teacher
-from wanlite.training import validation as validator
+from wanlite.training import validation
 from wanlite.training.run_folder import read_run
 from wanlite.training.steps import velocity_in_chunks
 from wanlite.training.teacher_data import PromptEmbeddings, TeacherData
@@ -93,11 +93,11 @@ def test_a_cached_initialization_is_reused_by_the_same_method_version(tmp_path):
         open_teacher_files(TINY_TEACHER),
         WanLiteStudent(hidden_size=64, depth=4, num_heads=2, text_dim=64),
     )
-    words = PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, ["a red ring"])
+    embeddings = PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, ["a red ring"])
     for _ in range(2):
-        initialize_student(settings, student, files, words, ["a red ring"], (8, 8), accelerator)
+        initialize_student(settings, student, files, embeddings, ["a red ring"], (8, 8), accelerator)
     (folder,) = tmp_path.glob("start-*")
-    key = settings, student, files, words.encoder_digest, ["a red ring"], (8, 8)
+    key = settings, student, files, embeddings.encoder_digest, ["a red ring"], (8, 8)
     assert start_folder(*key) == folder != start_folder(*key, METHOD_VERSION + 1)
 
 
@@ -146,13 +146,15 @@ def test_a_cached_initialization_equals_the_projection(tmp_path):
     )
     shape = {"hidden_size": 64, "depth": 4, "num_heads": 2, "text_dim": 64}
     files, prompts = open_teacher_files(TINY_TEACHER), ["a red ring", "a blue cross"]
-    words = PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, prompts)
+    embeddings = PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, prompts)
     started, again, expected = (WanLiteStudent(**shape) for _ in range(3))
     reports = [
-        initialize_student(settings, student, files, words, prompts, (8, 8), accelerator)
+        initialize_student(settings, student, files, embeddings, prompts, (8, 8), accelerator)
         for student in (started, again)
     ]
-    report = project_into(expected, TINY_TEACHER, "low", torch.cat([words[prompt] for prompt in prompts]))
+    report = project_into(
+        expected, TINY_TEACHER, "low", torch.cat([embeddings[prompt] for prompt in prompts])
+    )
     assert reports[0] == reports[1] and reports[0]["expert_cosines"] == report.cosines
     for found in (started, again):
         assert all(
@@ -160,12 +162,18 @@ def test_a_cached_initialization_equals_the_projection(tmp_path):
         )
 
 
-def test_a_validator_samples_each_row_and_judges_each_image_at_its_own_steps(
-    finished_run, tmp_path, monkeypatch
-):
-    prompts, shape = ["a red ring", "a blue cross", "a green square", "a red circle"], (16, 8, 8)
+class Drawing(validation.Validator):
+    """Returns the images that it would judge, by teacher and by student."""
+
+    @staticmethod
+    def compare(by_teacher, by_student, num_steps, captions, world):
+        return by_teacher(captions), {count: draw(captions) for count, draw in by_student.items()}
+
+
+def make_validator(folder, prompts, shape):
+    """Return a validator on the data of a short run, and the FewSteps of its student."""
     run = resolved(
-        tmp_path,
+        folder,
         prompts,
         teacher_steps=4,
         reference_steps=4,
@@ -173,18 +181,23 @@ def test_a_validator_samples_each_row_and_judges_each_image_at_its_own_steps(
         feature_directions=16,
         validation_prompts=prompts,
     )
-    words = PromptEmbeddings(run.accelerator, TINY_TEACHER, tmp_path, run.prompts)
-    teacher_data = TeacherData(run, Teacher(run.files), words, Pace("cpu", 1e9))
+    embeddings = PromptEmbeddings(run.accelerator, TINY_TEACHER, folder, run.prompts)
+    teacher_data = TeacherData(run, Teacher(run.files), embeddings, Pace("cpu", 1e9))
     teacher_data.find_basis()
     teacher_data.validation_states = teacher_data.generate_validation()
-    few, autoencoder = FewSteps(run.settings.flow_shift, [1, 2, 4], shape, 4), load_autoencoder(TINY_TEACHER)
-    found = validator.Validator(run, teacher_data, few, autoencoder)
+    few = FewSteps(run.settings.flow_shift, [1, 2, 4], shape, 4)
+    return Drawing(run, teacher_data, few, load_autoencoder(TINY_TEACHER)), few
+
+
+def test_a_validator_samples_each_row_and_judges_each_image_at_its_own_steps(finished_run, tmp_path):
+    prompts, shape = ["a red ring", "a blue cross", "a green square", "a red circle"], (16, 8, 8)
+    found, few = make_validator(tmp_path, prompts, shape)
     student = WanLiteStudent.from_pretrained(finished_run[0])
     generated = {
-        count: validator.generate_images(
+        count: validation.generate_images(
             partial(velocity_in_chunks, student),
-            autoencoder,
-            [words[prompt] for prompt in prompts],
+            found.autoencoder,
+            [found.teacher_data.prompt_embeddings[prompt] for prompt in prompts],
             range(4),
             few.scheduler,
             count,
@@ -199,21 +212,10 @@ def test_a_validator_samples_each_row_and_judges_each_image_at_its_own_steps(
     )
     teachers, *rows = found.draw_grid(student, validations).items()
     assert teachers[0] == "teacher 4 steps" and (teachers[1] == found.teacher_drawn).all()
-    assert [title.split(",")[0] for title, _ in rows] == [
-        "student 4 steps",
-        "student 2 steps",
-        "student 1 step",
-    ]
-    for (title, row), count in zip(rows, (4, 2, 1)):
+    counts = {"student 4 steps": 4, "student 2 steps": 2, "student 1 step": 1}
+    assert [title.split(",")[0] for title, _ in rows] == list(counts)
+    for (title, row), count in zip(rows, counts.values()):
         assert (row == generated[count]).all() and f"diversity {validations[count]['diversity']:.2f}" in title
-    monkeypatch.setattr(
-        validator,
-        "compare",
-        lambda by_teacher, by_student, *_: (
-            by_teacher(prompts),
-            {count: draw(prompts) for count, draw in by_student.items()},
-        ),
-    )
     by_teacher, by_student = found.judge(student)
     assert (by_teacher == found.teacher_drawn).all() and all(
         (by_student[count] == generated[count]).all() for count in generated
@@ -231,12 +233,12 @@ def test_the_teacher_is_guided_by_the_settings_and_unguided_beside_a_critic(tmp_
     run = resolved(
         tmp_path, prompts, negative_prompt="a blue cross", guidance_scale=5.0, guidance_scale_2=2.0
     )
-    words, teacher = (
+    embeddings, teacher = (
         PromptEmbeddings(run.accelerator, TINY_TEACHER, tmp_path, run.prompts),
         Teacher(run.files),
     )
-    teacher_data = TeacherData(run, teacher, words, Pace("cpu", 1e9))
-    text, unwanted = words.pack(prompts), words.pack(2 * ["a blue cross"])
+    teacher_data = TeacherData(run, teacher, embeddings, Pace("cpu", 1e9))
+    text, unwanted = embeddings.pack(prompts), embeddings.pack(2 * ["a blue cross"])
     latents = seeded_noise((16, 8, 8), [1, 2])
     for timestep in (torch.full((2,), 990.0), torch.full((2,), 100.0)):  # the high and the low expert's
         guided, plain = (

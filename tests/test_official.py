@@ -43,6 +43,26 @@ AUTOENCODERS = {  # all sizes differ, so that none can be confused
 }
 
 
+RESIDUAL_LAYERS = {
+    "norm1": "residual.0",
+    "conv1": "residual.2",
+    "norm2": "residual.3",
+    "conv2": "residual.6",
+    "conv_shortcut": "shortcut",
+}
+AUTOENCODER_MODULES = (  # replaced in this order
+    ("down_blocks.", "downsamples."),
+    ("mid_block.attentions.0", "middle.1"),
+    ("mid_block.resnets.0", "middle.0"),
+    ("mid_block.resnets.1", "middle.2"),
+    ("norm_out", "head.0"),
+    ("conv_out", "head.2"),
+    ("conv_in", "conv1"),
+    ("post_quant_conv", "conv2"),
+    ("quant_conv", "conv1"),
+)
+
+
 def official_autoencoder_name(name, config):
     """Translate a diffusers name of an autoencoder's tensor to the dialect of Wan's own repository."""
     blocks, is_residual = config["num_res_blocks"], config.get("is_residual", False)
@@ -57,34 +77,15 @@ def official_autoencoder_name(name, config):
         )
 
     name = re.sub(
-        r"(norm[12]|conv[12]|conv_shortcut)\.(gamma|weight|bias)$",
-        lambda match: (
-            {
-                "norm1": "residual.0",
-                "conv1": "residual.2",
-                "norm2": "residual.3",
-                "conv2": "residual.6",
-                "conv_shortcut": "shortcut",
-            }[match[1]]
-            + f".{match[2]}"
-        ),
+        rf"({'|'.join(RESIDUAL_LAYERS)})\.(gamma|weight|bias)$",
+        lambda match: f"{RESIDUAL_LAYERS[match[1]]}.{match[2]}",
         name,
     )
     name = re.sub(r"up_blocks\.(\d+)\.(resnets\.\d+|upsamplers\.0|upsampler)\.", up, name)
     if is_residual:
         name = re.sub(r"down_blocks\.(\d+)\.resnets\.(\d+)\.", r"downsamples.\1.downsamples.\2.", name)
         name = re.sub(r"down_blocks\.(\d+)\.downsampler\.", rf"downsamples.\1.downsamples.{blocks}.", name)
-    for ours, theirs in (
-        ("down_blocks.", "downsamples."),
-        ("mid_block.attentions.0", "middle.1"),
-        ("mid_block.resnets.0", "middle.0"),
-        ("mid_block.resnets.1", "middle.2"),
-        ("norm_out", "head.0"),
-        ("conv_out", "head.2"),
-        ("conv_in", "conv1"),
-        ("post_quant_conv", "conv2"),
-        ("quant_conv", "conv1"),
-    ):
+    for ours, theirs in AUTOENCODER_MODULES:
         name = name.replace(ours, theirs)
     return name
 

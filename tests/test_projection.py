@@ -4,20 +4,20 @@ weights.
 
 import inspect
 import json
+import math
 import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import A14B, TI2V_5B, TINY_TEACHER, WAN_1_3B, write_official, write_sparse_wan
+from tests.conftest import A14B, TI2V_5B, TINY_TEACHER, WAN_1_3B, change, write_official, write_sparse_wan
 from train_distillation import Settings, WanLiteStudent
 from wanlite.network import one_frame_velocity
 from wanlite.student import projection, pruning
 from wanlite.student.initialization import project_into
 from wanlite.student.shape import DEFAULT_EXPERT, check_shape_fits
 from wanlite.teacher.checkpoint import open_teacher_files
-from wanlite.teacher.expert_files import ExpertFiles
 from wanlite.teacher.experts import check_experts
 
 TEXT = {"num_channels": 16, "text_dim": 64, "rope_max_seq_len": 64}
@@ -175,10 +175,13 @@ def test_an_impossible_shape_is_refused(shape, words, teacher):
         check_shape_fits(teacher.config, CONFIG | shape)
 
 
-def test_an_impossible_student_is_refused_before_any_tensor_is_read(monkeypatch):
-    monkeypatch.setattr(ExpertFiles, "read", None)
+def test_an_impossible_student_is_refused_before_any_tensor_is_read(copied):
+    for folder in ("transformer", "transformer_2"):
+        change(copied / folder, lambda tensors: [tensor.fill_(math.nan) for tensor in tensors.values()])
+    with pytest.raises(ValueError, match="holds NaN"):
+        WanLiteStudent(**PRUNED, teacher_checkpoint_path=copied)
     with pytest.raises(ValueError, match="depth 5 is more"):
-        WanLiteStudent(**PRUNED | {"depth": 5}, teacher_checkpoint_path=TINY_TEACHER)
+        WanLiteStudent(**PRUNED | {"depth": 5}, teacher_checkpoint_path=copied)
 
 
 @pytest.mark.parametrize(

@@ -358,6 +358,6 @@ def test_the_precision_comes_from_the_flag_else_from_the_config(
 
 def test_more_processes_than_gpus_are_refused_except_on_the_cpu(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
-    with pytest.raises(ValueError, match="started 99 processes for as many GPUs here, torch finds"):
+    with pytest.raises(ValueError, match="started 99 processes, one for each GPU; torch finds"):
         check_devices({"ACCELERATE_USE_CPU": "False"})
     check_devices({"ACCELERATE_USE_CPU": "True"})

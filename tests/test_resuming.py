@@ -62,7 +62,7 @@ def with_losses(happenings):
     return {name: replace(parts, loss=partial(call, parts.loss)) for name, parts in PHASES.items()}
 
 
-def train(folder, *flags, at=None, checks=None, guards=None, **seams):
+def train(folder, *flags, short_run=SHORT_RUN, at=None, checks=None, guards=None, **seams):
     """Run the training command in its own process; return its exit code and output.
 
     `at` is {micro-batch number in this process: function called before it, which may return a factor for its
@@ -76,7 +76,7 @@ def train(folder, *flags, at=None, checks=None, guards=None, **seams):
 
     def as_typed():
         phases = with_losses(at or {})
-        sys.argv = ["train_distillation.py", "--output_dir", str(folder), *map(str, (*SHORT_RUN, *flags))]
+        sys.argv = ["train_distillation.py", "--output_dir", str(folder), *map(str, (*short_run, *flags))]
         with open(f"{folder}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
             try:
                 code = train_distillation.main(
@@ -201,13 +201,13 @@ def test_settings_without_effect_on_weights_may_change_on_resume(folder, finishe
 
 def test_a_micro_batch_fitted_to_a_machine_stays_on_resume_with_other_memory(folder, monkeypatch):
     place = SHORT_RUN.index("--train_batch_size")
-    monkeypatch.setattr(sys.modules[__name__], "SHORT_RUN", SHORT_RUN[:place] + SHORT_RUN[place + 2 :])
+    short_run = SHORT_RUN[:place] + SHORT_RUN[place + 2 :]
     for name, value in (("LARGE_WIDTH", 1), ("BATCH", 256)):
         monkeypatch.setattr(memory_module, name, value)
 
     def train_in(free, *flags, **happenings):
         monkeypatch.setattr(memory_module, "free_memory", lambda device, sharing=1: (free, free))
-        return train(folder, *flags, **happenings)
+        return train(folder, *flags, short_run=short_run, **happenings)
 
     code, printed = train_in(20e6)  # less than the tiny teacher's trajectories need
     assert code == 2 and "the teacher's passes do not fit" in printed and "Traceback" not in printed

@@ -9,6 +9,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import sentencepiece
@@ -548,19 +549,27 @@ def write_one_expert(folder, network, layout, name):
     )
 
 
-def write_wan(folder, name, layout, spiece, channels, autoencoder):
+class OneExpert(NamedTuple):
+    name: str
+    layout: str
+    channels: int
+    autoencoder: str
+
+
+def write_wan(folder, model, spiece):
     """Write a Wan with one expert in the official or in ComfyUI's layout, without files of another
     layout.
     """
-    write_one_expert(folder, make_network(5, in_channels=channels, out_channels=channels), layout, name)
+    network = make_network(5, in_channels=model.channels, out_channels=model.channels)
+    write_one_expert(folder, network, model.layout, model.name)
     torch.manual_seed(6)
-    vae = in_four_bits(AutoencoderKLWan(**AUTOENCODERS[autoencoder] | {"num_res_blocks": 1}))
+    vae = in_four_bits(AutoencoderKLWan(**AUTOENCODERS[model.autoencoder] | {"num_res_blocks": 1}))
     tensors = {official_autoencoder_name(key, vae.config): tensor for key, tensor in vae.state_dict().items()}
     words = {
         key: tensor for key, tensor in make_text_encoder().state_dict().items() if "embed_tokens" not in key
     }
-    if layout == "official":
-        torch.save(tensors, folder / autoencoder)
+    if model.layout == "official":
+        torch.save(tensors, folder / model.autoencoder)
         torch.save(
             {official_text_encoder_name(key): tensor for key, tensor in words.items()},
             folder / "models_t5_umt5-xxl.pth",
@@ -580,20 +589,21 @@ def write_wan(folder, name, layout, spiece, channels, autoencoder):
 
 
 @pytest.mark.parametrize(
-    "name, layout, channels, autoencoder, pixels",
+    "model, pixels",
     [
-        ("wan2.2_ti2v_5B", "ComfyUI", 48, "Wan2.2_VAE.pth", 32),
-        ("wan2.1_t2v_1.3B", "official", 16, "Wan2.1_VAE.pth", 16),
+        (OneExpert("wan2.2_ti2v_5B", "ComfyUI", 48, "Wan2.2_VAE.pth"), 32),
+        (OneExpert("wan2.1_t2v_1.3B", "official", 16, "Wan2.1_VAE.pth"), 16),
     ],
 )
-def test_a_wan_with_one_expert_is_planned_and_trains(
-    name, layout, channels, autoencoder, pixels, spiece, flags, capsys, tmp_path
-):
-    write_wan(tmp_path / "wan", name, layout, spiece, channels, autoencoder)
+def test_a_wan_with_one_expert_is_planned_and_trains(model, pixels, spiece, flags, capsys, tmp_path):
+    write_wan(tmp_path / "wan", model, spiece)
     settings = settings_in(tmp_path, prompts=str(flags[3]))
     with pytest.raises(ValueError, match=f"--resolution {32 + pixels // 2} is not divisible by {pixels}"):
         complete(replace(settings, resolution=32 + pixels // 2))
-    assert plan(complete(settings), []) == 0 and f"({layout} layout, 1 expert(s)" in capsys.readouterr().out
+    assert (
+        plan(complete(settings), []) == 0
+        and f"({model.layout} layout, 1 expert(s)" in capsys.readouterr().out
+    )
     assert not (tmp_path / "run").exists()
     code, printed = train_in_a_process(
         tmp_path / "run", "--teacher", tmp_path / "wan", "--resolution", 32, *flags
@@ -601,7 +611,7 @@ def test_a_wan_with_one_expert_is_planned_and_trains(
     assert code == 0, printed
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["settings"]["flow_shift"] == 5.0 and run["finished"]
-    assert WanLiteStudent.from_pretrained(tmp_path / "run").config.num_channels == channels
+    assert WanLiteStudent.from_pretrained(tmp_path / "run").config.num_channels == model.channels
 
 
 # ---- rejections with advice --------------------------------------------------------------------------------

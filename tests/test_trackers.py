@@ -10,7 +10,7 @@ from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT, run_script
-from wanlite.training.trackers import PICTURES, PACKAGES, check_tracker, log_image
+from wanlite.training.trackers import PACKAGES, PICTURES, check_tracker, log_image
 
 TRAIN = ROOT / "train_distillation.py"
 

@@ -33,6 +33,7 @@ class Validator:
     """
 
     find_violations = staticmethod(find_guard_violations)
+    compare = staticmethod(compare)
 
     def __init__(self, run, teacher_data, few, autoencoder, check=lambda: None):
         self.run, self.teacher_data, self.settings = run, teacher_data, run.settings
@@ -143,7 +144,7 @@ class Validator:
         )  # copies of the tiny teacher in other layouts carry no record
         if self.settings.resolution != world.IMAGE_SIZE:
             return {}
-        return compare(
+        return self.compare(
             self._draw_teacher,
             {count: partial(self._draw, student, count) for count in self.counts},
             self.settings.num_inference_steps,
