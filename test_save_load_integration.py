@@ -226,19 +226,19 @@ def test_without_a_prompt_the_validation_prompts_of_the_run_are_used(orphan, tmp
 
 
 def test_official_and_diffusers_layouts_train_bitwise_the_same_student(
-    official_teacher_with_parts, orphan, tmp_path
+    official_teacher_with_components, orphan, tmp_path
 ):
     process = run_script(
-        TRAIN, "--teacher", official_teacher_with_parts, "--output_dir", tmp_path / "run", *SHORT_RUN
+        TRAIN, "--teacher", official_teacher_with_components, "--output_dir", tmp_path / "run", *SHORT_RUN
     )
     assert process.returncode == 0, process.stderr
     assert are_equal(weights(tmp_path / "run"), weights(orphan))
 
 
 @pytest.fixture(scope="module")
-def official_teacher_with_parts(tmp_path_factory):
-    """The official layout's experts beside the parts that both layouts share."""
-    folder = tmp_path_factory.mktemp("official_with_parts") / "teacher"
+def official_teacher_with_components(tmp_path_factory):
+    """The experts in the official layout beside the components that both layouts share."""
+    folder = tmp_path_factory.mktemp("official_with_components") / "teacher"
     write_official(TINY_TEACHER, folder)
     for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
         shutil.copytree(TINY_TEACHER / part, folder / part)

@@ -49,8 +49,7 @@ TO_OFFICIAL = [
     (".scale_shift_table", ".modulation"),
 ]
 
-# `pytest -m fast` leaves out these files, and in the others each test that uses one of RUNNERS,
-# which start a process.
+# `pytest -m fast` excludes these files, and all other tests that use one of RUNNERS, which start a process.
 SLOW_FILES = {
     "test_bad_student_arguments.py",
     "test_bad_student_config.py",

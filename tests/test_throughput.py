@@ -71,7 +71,7 @@ def test_waits_for_batches_and_for_the_teacher_are_logged_as_shares_of_time():
     assert found["images_per_second"] == pytest.approx(24 / seconds, rel=0.05)
     assert found["data_wait_share"] == pytest.approx(0.25, abs=0.08)
     assert found["teacher_share"] == pytest.approx(0.5, abs=0.08)
-    assert pace.figures()["teacher_share"] == 0  # counted anew
+    assert pace.figures()["teacher_share"] == 0  # the counters are reset
 
 
 def test_a_run_logs_its_throughput_with_every_training_record(finished_run):
