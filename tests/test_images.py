@@ -156,7 +156,7 @@ def test_every_kind_of_source_gives_the_same_images_and_captions(kind, tmp_path)
     WRITERS[kind](tmp_path / "place")
     images = choose_images(tmp_path / "place", SIZE, log=printed.append)
     assert [image.caption for image in images] == CAPTIONS
-    assert all((read_image(image) == image).all() for image, image in zip(images, PICTURES))
+    assert all((read_image(image) == expected).all() for image, expected in zip(images, PICTURES))
     assert printed == [f"images   6 of {tmp_path / 'place'}"]
     assert [image.caption for image in choose_images(tmp_path / "place", SIZE, max_count=2)] == CAPTIONS[:2]
 
