@@ -188,7 +188,7 @@ def test_training_refuses_what_is_wrong_in_one_line(arguments, words, tmp_path):
 
 
 def test_span_wide_experts_go_with_weights_only(tmp_path):
-    assert "--expert best_per_block goes with --projection weights" in refused(
+    assert "--expert best_per_block requires --projection weights" in refused(
         TRAIN, "--output_dir", tmp_path / "run", "--expert", "best_per_block"
     )
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import train_distillation
 from tests.conftest import ROOT, SHORT_RUN, fork, run_script
 from wanlite.files.atomic import write_json
-from wanlite.planning import estimate as needs
+from wanlite.planning import hardware
 from wanlite.teacher.model import Expert
 from wanlite.training.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
 from wanlite.training.phase_table import PHASES
@@ -201,11 +201,11 @@ def test_a_batch_that_was_fitted_to_a_machine_stays_when_a_run_goes_on_where_mor
 ):
     place = SHORT_RUN.index("--train_batch_size")
     monkeypatch.setattr(sys.modules[__name__], "SHORT_RUN", SHORT_RUN[:place] + SHORT_RUN[place + 2 :])
-    for name, value in (("LARGE_WIDTH", 1), ("BATCH", 256)):
-        monkeypatch.setattr(needs, name, value)
+    for name, value in (("LARGE_WIDTH", 1), ("DEFAULT_BATCH_SIZE", 256)):
+        monkeypatch.setattr(hardware, name, value)
 
     def train_in(free, *flags, **happenings):
-        monkeypatch.setattr(needs, "free_memory", lambda device, sharing=1: (free, free))
+        monkeypatch.setattr(hardware, "free_memory", lambda device, sharing=1: (free, free))
         return train(folder, *flags, **happenings)
 
     code, said = train_in(20e6)  # less than the tiny teacher's walks take

@@ -131,7 +131,7 @@ def test_one_held_out_prompt_is_two_and_one_prompt_is_both_held_out_and_trained_
     (tmp_path / "prompts.txt").write_text("a red ring")
     settings, said = complete(Settings(prompts=str(tmp_path / "prompts.txt"))), []
     assert choose_prompts(settings, said.append) == (["a red ring"], ["a red ring"])
-    assert said == ["prompts  there is one: it is trained on, and held out as well"]
+    assert said == ["prompts  the only prompt is used for training and for validation"]
 
 
 def test_what_is_kept_of_a_start_is_what_was_projected(tmp_path):
