@@ -190,7 +190,7 @@ def test_every_number_has_bounds():
 @pytest.mark.parametrize(
     "changed, words",
     [
-        ({"num_images": 3}, "--num_images is 3, expected only with --images"),
+        ({"num_images": 3}, "--num_images is 3, which needs --images"),
         ({"project_only": True, "student": "here"}, "--project_only saves a projected student, and"),
         ({"project_only": True, "projection": "none"}, "--project_only saves a projected student, and"),
         ({"validation_prompts": ["a red cup", "  "]}, "--validation_prompts has an empty prompt"),

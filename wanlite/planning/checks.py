@@ -32,7 +32,9 @@ def check_combinations(settings: Any) -> None:
 
 def _check_data(settings):
     if settings.num_images is not None and settings.images is None:
-        raise ValueError(f"--num_images is {settings.num_images}, expected only with --images.")
+        raise ValueError(
+            f"--num_images is {settings.num_images}, which needs --images. Add --images, or leave it out."
+        )
     if 0 < (settings.rollout_states or 0) < len(settings.aspect_ratios or ()):
         raise ValueError(
             f"--rollout_states is {settings.rollout_states}, expected 0, or at least one for each of the "
