@@ -226,7 +226,9 @@ def test_safetensors_without_a_model_are_named_by_their_keys(key, words, tmp_pat
     ],
 )
 def test_a_teacher_one_folder_away_is_named(typed, copied):
-    assert refusal_of(copied.parent / typed).endswith(f": no whole teacher. Did you mean --teacher {copied}?")
+    assert refusal_of(copied.parent / typed).endswith(
+        f": not a complete teacher. Did you mean --teacher {copied}?"
+    )
 
 
 @pytest.mark.parametrize("place", ["ComfyUI/models", "models--org--wan/snapshots/0123abc", "a b/c"])

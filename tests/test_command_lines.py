@@ -194,7 +194,7 @@ def test_training_rejects_wrong_arguments_in_one_line(arguments, words, tmp_path
 
 
 def test_best_per_block_experts_need_plain_projection(tmp_path):
-    assert "--expert best_per_block goes with --projection weights" in read_refusal(
+    assert "--expert best_per_block requires --projection weights" in read_refusal(
         TRAIN, "--output_dir", tmp_path / "run", "--expert", "best_per_block"
     )
 

@@ -19,6 +19,8 @@ CODE = (  # files whose docstrings and messages are held to the same English, as
         for path in sorted((ROOT / "wanlite" / folder).glob("*.py"))
     ),
     *(f"wanlite/{name}.py" for name in ("flow", "network", "schedule")),
+    "wanlite/phases.py",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "wanlite" / "planning").glob("*.py"))),
     *(f"wanlite/training/{name}.py" for name in ("losses", "metrics", "optimizers", "run_folder")),
 )
 OTHER_FLAGS = {  # of argparse, accelerate launch, the Hugging Face command line

@@ -136,7 +136,7 @@ def test_one_held_out_prompt_counts_as_two_and_a_single_prompt_is_also_trained(t
     (tmp_path / "prompts.txt").write_text("a red ring")
     settings, printed = complete(Settings(prompts=str(tmp_path / "prompts.txt"))), []
     assert choose_prompts(settings, printed.append) == (["a red ring"], ["a red ring"])
-    assert printed == ["prompts  there is one: it is trained on, and held out as well"]
+    assert printed == ["prompts  the only prompt is used for training and for validation"]
 
 
 def test_a_cached_initialization_equals_the_projection(tmp_path):

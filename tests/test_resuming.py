@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 import train_distillation
 from tests.conftest import ROOT, SHORT_RUN, fork, run_script
 from wanlite.files.atomic import write_json
-from wanlite.planning import estimate as memory_module
+from wanlite.planning import hardware
 from wanlite.teacher.model import Expert
 from wanlite.training.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
 from wanlite.training.phase_table import PHASES
@@ -202,11 +202,11 @@ def test_settings_without_effect_on_weights_may_change_on_resume(folder, finishe
 def test_a_micro_batch_fitted_to_a_machine_stays_on_resume_with_other_memory(folder, monkeypatch):
     place = SHORT_RUN.index("--train_batch_size")
     short_run = SHORT_RUN[:place] + SHORT_RUN[place + 2 :]
-    for name, value in (("LARGE_WIDTH", 1), ("BATCH", 256)):
-        monkeypatch.setattr(memory_module, name, value)
+    for name, value in (("LARGE_WIDTH", 1), ("DEFAULT_BATCH_SIZE", 256)):
+        monkeypatch.setattr(hardware, name, value)
 
     def train_in(free, *flags, **happenings):
-        monkeypatch.setattr(memory_module, "free_memory", lambda device, sharing=1: (free, free))
+        monkeypatch.setattr(hardware, "free_memory", lambda device, sharing=1: (free, free))
         return train(folder, *flags, short_run=short_run, **happenings)
 
     code, printed = train_in(20e6)  # less than the tiny teacher's trajectories need
