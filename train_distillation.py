@@ -372,9 +372,9 @@ from wanlite.data.autoencoder import load_autoencoder
 from wanlite.data.text_encoder import load_tokenizer, warn_of_truncation
 from wanlite.flow import FewSteps, make_scheduler
 from wanlite.network import TEXT_LENGTH, TextTokens, one_frame_velocity
-from wanlite.planning.defaults import describe_schedule
-from wanlite.planning.estimate import is_large, most_frames, training_dtype
-from wanlite.planning.memory import matrix_rate
+from wanlite.planning.defaults import describe_schedule, max_calibration_frames
+from wanlite.planning.duration import measure_matrix_rate
+from wanlite.planning.hardware import is_large, training_dtype
 from wanlite.planning.messages import announce, command, conclude, drawing_command, verdict
 from wanlite.planning.run import resolve_run
 from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention
@@ -846,7 +846,7 @@ def lock_output(run):
 
 def project_student(run, student, prompt_embeddings):
     """Initialize the student's weights; returns the report for run.json."""
-    prompts = run.training[: most_frames(run.estimator.tokens)]
+    prompts = run.training[: max_calibration_frames(run.estimator.tokens)]
     return initialize_student(
         run.settings,
         student,
@@ -862,7 +862,7 @@ def make_teacher_data(run, prompt_embeddings):
     """Return the TeacherData of a run, before any trajectory is generated."""
     settings, dtype = run.settings, training_dtype(run.settings)
     teacher = Teacher(run.files, run.device, dtype, settings.teacher_residency, settings.teacher_fp8)
-    pace = Pace(run.device, matrix_rate(run.device, dtype), run.accelerator.num_processes)
+    pace = Pace(run.device, measure_matrix_rate(run.device, dtype), run.accelerator.num_processes)
     return TeacherData(run, teacher, prompt_embeddings, pace)
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.quality import TRAIN, train
-from wanlite.planning.memory import EFFICIENCY, H100
+from wanlite.planning.duration import EFFICIENCY, H100_RATE
 from wanlite.training.run_folder import read_run
 
 SMALL = ("--hidden_size", "24", "--depth", "2")
@@ -45,7 +45,7 @@ BUDGETS = (
     (4000, 5600),
     (4000, 22400),
 )  # images of the teacher, and steps
-RATE = EFFICIENCY * H100 * 3600  # operations an hour
+RATE = EFFICIENCY * H100_RATE * 3600  # operations an hour
 TOKENS, TEACHER, STUDENT, BATCH = 1024, 14.29e9, 0.282e9, 128  # of an image; parameters
 
 

@@ -34,7 +34,9 @@ from train_distillation import WanLiteStudent
 from wanlite.data.autoencoder import decode_latents, make_autoencoder
 from wanlite.flow import make_scheduler, sample
 from wanlite.network import TextTokens, pack_text, pass_operations
-from wanlite.planning.memory import matrix_rate, pass_peak, simulated_peak, teacher_bytes
+from wanlite.planning.duration import measure_matrix_rate
+from wanlite.planning.memory import count_pass_bytes, count_teacher_bytes
+from wanlite.planning.simulation import simulate_peak
 from wanlite.student.shape import student_shape
 from wanlite.teacher.expert_files import ExpertFiles, TeacherFiles
 from wanlite.teacher.model import Teacher, load_expert, make_expert
@@ -327,8 +329,8 @@ def teacher(
         name = f"{residency}{', fp8' * is_fp8}{', compiled' * is_compiled}"
         with attempt("teacher", name):
             files = shared_teacher(residency)
-            told = teacher_bytes(files, residency, dtype, is_fp8)[0] + pass_peak(
-                files, 2 * rows, (side, side), dtype, partial(simulated_peak, device_type=DEVICE)
+            told = count_teacher_bytes(files, residency, dtype, is_fp8)[0] + count_pass_bytes(
+                files, 2 * rows, (side, side), dtype, partial(simulate_peak, device_type=DEVICE)
             )
             one = QuickTeacher(files, DEVICE, dtype, residency, is_fp8)
             if is_compiled:
@@ -503,7 +505,7 @@ def main():
         cudnn=torch.backends.cudnn.version(),
         threads=torch.get_num_threads(),
     )
-    RATE = matrix_rate(torch.device(DEVICE), torch.bfloat16)
+    RATE = measure_matrix_rate(torch.device(DEVICE), torch.bfloat16)
     one = torch.empty((2**30 if GPU else 2**20), dtype=torch.int32, device=DEVICE)
     copied = timed(one.clone, 5)
     say("machine", "rates", bf16_tflops=round(RATE / 1e12), copy_tb_s=round(2 * one.nbytes / copied / 1e9, 2))

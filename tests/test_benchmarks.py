@@ -10,7 +10,7 @@ from benchmarks.projection_scale import num_bytes, remove_expert, teacher_config
 from benchmarks.train_speed import A14B, Online, make_world, ours, random_teacher
 from tests.conftest import ROOT, run_script
 from tests.test_plan import alive
-from wanlite.planning.memory import simulated_peak
+from wanlite.planning.simulation import simulate_peak
 from wanlite.teacher.checkpoint import open_teacher_files
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -141,5 +141,5 @@ def test_what_is_wrong_is_refused_and_a_folder_of_somebody_else_stays(script, ar
 @pytest.mark.parametrize("phase", phases(WARM))
 def test_each_phase_can_be_simulated_and_done(phase):
     find = phases(WARM)[phase]
-    assert find(simulated_peak) == pytest.approx(find(alive), rel=0.05)
+    assert find(simulate_peak) == pytest.approx(find(alive), rel=0.05)
     assert find(measured_peak) > -(2**27)  # so small a phase may hide in what the process has; it runs

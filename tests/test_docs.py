@@ -25,6 +25,8 @@ CODE = (  # files whose docstrings and messages are held to the same English, as
         for path in sorted((ROOT / "wanlite" / folder).rglob("*.py"))
         if path.name not in ("grammar.py", "prompts.py")
     ),
+    "wanlite/phases.py",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "wanlite" / "planning").glob("*.py"))),
     "run_inference.py",
     "train_distillation.py",
 )

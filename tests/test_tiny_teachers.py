@@ -186,7 +186,7 @@ def test_a_stage_names_every_gate_that_it_misses():
 
 def test_a_named_teacher_is_its_folder_wherever_the_command_is_typed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert choose_teacher("tiny", say=pytest.fail) == choose_teacher(None) == ROOT / "tiny_teacher"
+    assert choose_teacher("tiny", log=pytest.fail) == choose_teacher(None) == ROOT / "tiny_teacher"
 
 
 def test_a_folder_of_a_teachers_name_does_not_count_and_a_line_names_both(tmp_path, monkeypatch):

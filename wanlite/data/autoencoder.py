@@ -57,9 +57,12 @@ def _one_frame_convolution(convolution, frames, cache=None):
     ).unsqueeze(2)
 
 
-def encode_images(autoencoder: Any, pixels: Tensor) -> Tensor:
-    """Encode pixels (B, 3, S*H, S*W) to latents (B, C, H, W): the posterior's mean, normalised per channel."""
-    chunks = pixels.unsqueeze(2).split(max(1, DECODED_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1])))
+def encode_images(autoencoder: Any, pixels: Tensor, max_pixels: int = DECODED_AT_ONCE) -> Tensor:
+    """Encode pixels (B, 3, S*H, S*W) to latents (B, C, H, W), at most `max_pixels` at a time.
+
+    Latents are the posterior's mean, normalised per channel.
+    """
+    chunks = pixels.unsqueeze(2).split(max(1, max_pixels // (pixels.shape[-2] * pixels.shape[-1])))
     raw_latents = torch.cat([autoencoder.encode(chunk).latent_dist.mode().squeeze(2) for chunk in chunks])
     mean, std = _statistics(autoencoder, raw_latents)
     return (raw_latents - mean) / std

@@ -64,6 +64,7 @@ class Validator:
     """
 
     find_violations = staticmethod(find_guard_violations)
+    compare = staticmethod(compare)
 
     def __init__(self, run, teacher_data, few, autoencoder, check=lambda: None):
         self.run = run
@@ -166,7 +167,7 @@ class Validator:
         world = read_world(self.settings.teacher) or shapes
         if self.settings.resolution != world.IMAGE_SIZE:
             return {}
-        return compare(
+        return self.compare(
             self._generate_teacher,
             {count: partial(self._generate, student, count) for count in self.counts},
             self.settings.num_inference_steps,
