@@ -21,7 +21,7 @@ from wanlite.network import TextTokens
 from wanlite.schedule import TIMESTEPS
 from wanlite.training.losses import velocity_loss
 from wanlite.training.phase_table import PHASES
-from wanlite.training.steps import MATCHED, Networks, draw, few_step_regression, velocity_from
+from wanlite.training.steps import MATCHED, Networks, few_step_regression, generate, velocity_from
 
 WARM_UP = 0.5  # share of the phase that trains the fake branch before it pushes
 RECTIFY_WEIGHT = 0.5
@@ -67,7 +67,7 @@ def twin_flow_step(
     anchor, losses = few_step_regression(networks, settings, batch, text, progress, generator)
     text = text.rows(slice(0, max(1, len(text.tokens) // MATCHED)))
     velocity_of = velocity_from(networks.student, text)
-    drawn = draw(networks, text, generator)
+    drawn = generate(networks, text, generator)
     noisy, noise, timestep, _ = networks.few.renoise(drawn, generator)
     losses["fake_loss"] = velocity_loss(velocity_of(noisy, -timestep), noise - drawn.detach()).mean()
     noisy, _, timestep, _ = networks.few.renoise(drawn, generator)

@@ -4,7 +4,7 @@
     python benchmarks/budget.py --quick    # a minute: one seed, small budgets
     python benchmarks/budget.py --train_flags --hidden_size 64 --depth 4
 
-The student is 24 x 2 and the tiny teacher 128 x 4, about the ratio of 1024 x 16 to A14B. "Hours" are those of an H100
+The student is 24 x 2 and the tiny teacher 128 x 4, about the ratio of 1024 x 16 to A14B. "Hours" are those of an H100_RATE
 at 40 % of its peak rate, for the same budget of A14B and a student of 1024 x 16 at 512 pixels. Finished students of
 the same settings in --folder are listed without training. Those of other settings are refused, with the names of the
 settings.
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.quality import TRAIN, train
-from wanlite.planning.memory import EFFICIENCY, H100
+from wanlite.planning.duration import EFFICIENCY, H100_RATE
 from wanlite.training.run_folder import read_run
 
 SMALL = ("--hidden_size", "24", "--depth", "2")
@@ -42,7 +42,7 @@ QUICK = (
 )
 Budget = tuple[int, int]  # images of the teacher, steps
 BUDGETS: tuple[Budget, ...] = ((1000, 1400), (1000, 5600), (4000, 1400), (4000, 5600), (4000, 22400))
-RATE = EFFICIENCY * H100 * 3600  # operations per hour
+RATE = EFFICIENCY * H100_RATE * 3600  # operations per hour
 TOKENS, TEACHER, STUDENT, BATCH = 1024, 14.29e9, 0.282e9, 128  # of an image; parameters
 
 

@@ -32,7 +32,7 @@ from wanlite.data.text_encoder import encode_once, lazy_encoder
 from wanlite.data.trajectories import TrajectoryGenerator
 from wanlite.flow import make_scheduler
 from wanlite.network import pack_text
-from wanlite.planning.estimate import feature_width
+from wanlite.planning.defaults import choose_feature_width
 from wanlite.student.shape import student_shape
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.model import Teacher
@@ -104,7 +104,7 @@ def fill(folder: Path, count: int, device: torch.device) -> tuple[Any, list[Any]
     )
     teacher = Teacher(open_teacher_files(TINY_TEACHER), device)
     guided = teacher_velocity(teacher, settings, embeddings[""])
-    basis = torch.eye(128, feature_width(settings, 64), device=device)
+    basis = torch.eye(128, choose_feature_width(settings, 64), device=device)
     jobs = [(number, prompt, number) for number, prompt in enumerate(prompts)]
     began = time.perf_counter()
     trajectory_generator = TrajectoryGenerator(

@@ -38,7 +38,9 @@ from train_distillation import WanLiteStudent
 from wanlite.data.autoencoder import decode_latents, make_autoencoder
 from wanlite.flow import make_scheduler, sample
 from wanlite.network import TextTokens, pack_text, pass_operations
-from wanlite.planning.memory import matrix_rate, pass_peak, simulated_peak, teacher_bytes
+from wanlite.planning.duration import measure_matrix_rate
+from wanlite.planning.memory import count_pass_bytes, count_teacher_bytes
+from wanlite.planning.simulation import simulate_peak
 from wanlite.student.shape import student_shape
 from wanlite.teacher.expert_files import ExpertFiles, TeacherFiles
 from wanlite.teacher.model import Teacher, load_expert, make_expert
@@ -423,9 +425,9 @@ def predict_memory(
     bench: Bench, files: TeacherFiles, inputs: TeacherInputs, residency: str, is_fp8: bool
 ) -> float:
     """Return the bytes that the dry run predicts for the teacher and its pass."""
-    peak = partial(simulated_peak, device_type=bench.device)
-    passing = pass_peak(files, 2 * inputs.rows, (inputs.side, inputs.side), torch.bfloat16, peak)
-    return teacher_bytes(files, residency, torch.bfloat16, is_fp8)[0] + passing
+    peak = partial(simulate_peak, device_type=bench.device)
+    passing = count_pass_bytes(files, 2 * inputs.rows, (inputs.side, inputs.side), torch.bfloat16, peak)
+    return count_teacher_bytes(files, residency, torch.bfloat16, is_fp8)[0] + passing
 
 
 # ---- an image ----------------------------------------------------------------------------------------------
@@ -588,7 +590,7 @@ def record_machine(bench: Bench) -> None:
         cudnn=torch.backends.cudnn.version(),
         threads=torch.get_num_threads(),
     )
-    bench.rate = matrix_rate(torch.device(bench.device), torch.bfloat16)
+    bench.rate = measure_matrix_rate(torch.device(bench.device), torch.bfloat16)
     numbers = torch.empty((2**30 if bench.is_gpu else 2**20), dtype=torch.int32, device=bench.device)
     copied = bench.timed(numbers.clone, 5)
     bandwidth = round(2 * numbers.nbytes / copied / 1e9, 2)

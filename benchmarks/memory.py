@@ -27,7 +27,9 @@ from diffusers.training_utils import EMAModel
 
 from train_distillation import Settings, WanLiteStudent
 from wanlite.data.autoencoder import decode_latents, make_autoencoder
-from wanlite.planning.memory import decoding_peak, gigabytes, pass_peak, simulated_peak, training_peak
+from wanlite.planning.memory import count_decoding_bytes, count_pass_bytes, count_training_bytes
+from wanlite.planning.report import format_size
+from wanlite.planning.simulation import simulate_peak
 from wanlite.training.optimizers import make_optimizers
 
 Size = dict[str, int]
@@ -47,7 +49,7 @@ def phases(size: Size) -> dict[str, Callable[[Peak], Any]]:
 
     def train(peak, muon_rate):
         settings = Settings(muon_learning_rate=muon_rate)
-        return training_peak(
+        return count_training_bytes(
             partial(WanLiteStudent, size["width"], size["depth"]),
             lambda network: make_optimizers(settings, network, is_fused=network.device.type == "cuda"),
             lambda network: EMAModel(network.parameters()),
@@ -60,8 +62,10 @@ def phases(size: Size) -> dict[str, Callable[[Peak], Any]]:
     return {
         "training, AdamW": partial(train, muon_rate=0.0),
         "training, Muon": partial(train, muon_rate=0.01),
-        "a teacher's pass": lambda peak: pass_peak(files, 8 * size["rows"], latents, torch.float32, peak),
-        "decoding": lambda peak: decoding_peak(
+        "a teacher's pass": lambda peak: count_pass_bytes(
+            files, 8 * size["rows"], latents, torch.float32, peak
+        ),
+        "decoding": lambda peak: count_decoding_bytes(
             partial(make_autoencoder, {"base_dim": size["base_dim"]}),
             decode_latents,
             4 * size["rows"],
@@ -156,11 +160,11 @@ def main() -> None:
         flush=True,
     )
     for phase, find in phases(size).items():
-        predicted = find(partial(simulated_peak, device_type="cuda" if torch.cuda.is_available() else "cpu"))
+        predicted = find(partial(simulate_peak, device_type="cuda" if torch.cuda.is_available() else "cpu"))
         measured = measure_in_a_process(size, phase)
         figures[phase] = {"told": predicted, "measured": measured}
         print(
-            f"| {phase} | {gigabytes(predicted)} | {gigabytes(measured)} | {predicted / measured:.3f} |",
+            f"| {phase} | {format_size(predicted)} | {format_size(measured)} | {predicted / measured:.3f} |",
             flush=True,
         )
     if options.json:

@@ -341,18 +341,18 @@ def judge(student: Any, inputs: Inputs) -> Any:
     from wanlite.flow import make_scheduler
     from wanlite.training.metrics import prompt_accuracy
     from wanlite.training.steps import velocity_from
-    from wanlite.training.validation import generate_images
+    from wanlite.training.validation import ImageSampler, generate_images
 
-    settings, autoencoder = inputs.settings, load_autoencoder(inputs.settings.teacher)
+    settings = inputs.settings
+    autoencoder, scheduler = load_autoencoder(settings.teacher), make_scheduler(settings.flow_shift)
+    sampler = ImageSampler(autoencoder, scheduler, (16, 8, 8))
     figures = prompt_accuracy(
         lambda prompts: generate_images(
             partial(velocity_from, student),
-            autoencoder,
             [inputs.embeddings[prompt] for prompt in prompts],
             list(range(len(prompts))),
-            make_scheduler(settings.flow_shift),
             settings.teacher_steps,
-            (16, 8, 8),
+            sampler,
         ),
         inputs.held_out[:200],
     )

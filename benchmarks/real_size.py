@@ -110,9 +110,9 @@ PHASE_OF_CALL = {  # {function of a run: phase, named as in the dry run where bo
     "wanlite.data.trajectories.TrajectoryGenerator.roll_out": "own path",
     "wanlite.training.training_step.training_step": "training",
     "wanlite.training.validation.generate_images": "drawing",
-    "wanlite.training.validation.teacher_references": "drawing",
+    "wanlite.training.validation.read_teacher_images": "drawing",
     "wanlite.training.validation.relative_error": "validation",
-    "wanlite.training.validation.compare_trajectories": "validation",
+    "wanlite.training.validation.compare_images": "validation",
     "wanlite.training.run_folder.save_components": "saving",
 }
 LOADERS = (  # of networks whose weights are the pages of a mapped file on the CPU

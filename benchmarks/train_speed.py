@@ -44,8 +44,10 @@ from wanlite.data.datasets import SeededBatches, Trajectories
 from wanlite.data.prefetch import PREFETCHED_BATCHES, read_ahead
 from wanlite.data.shards import write_shard
 from wanlite.network import pack_text, pass_operations, unpack_text
-from wanlite.planning.estimate import feature_width
-from wanlite.planning.memory import MemoryMeter, gigabytes, matrix_rate
+from wanlite.planning.defaults import choose_feature_width
+from wanlite.planning.duration import measure_matrix_rate
+from wanlite.planning.report import format_size
+from wanlite.planning.simulation import MemoryMeter
 from wanlite.runtime.devices import disable_cudnn_attention
 from wanlite.student.shape import student_shape
 from wanlite.teacher.checkpoint import open_teacher_files
@@ -183,7 +185,9 @@ def make_world(
             {
                 "latents": noise(4, STATES, channels, side, side).half(),
                 "velocity": noise(4, STATES, channels, side, side).half(),
-                "features": noise(4, STATES, tokens, feature_width(Settings(), shape["hidden_size"])).half(),
+                "features": noise(
+                    4, STATES, tokens, choose_feature_width(Settings(), shape["hidden_size"])
+                ).half(),
                 "timestep": torch.full((4, STATES), 500.0),
                 "noise_level": torch.full((4, STATES), 0.5),
                 "prompt": torch.arange(4 * index, 4 * index + 4),
@@ -261,7 +265,7 @@ def ours(
     settings, on_gpu = Settings(muon_learning_rate=muon_rate), world.device.type == "cuda"
     accelerator = Accelerator(mixed_precision=world.precision, cpu=not on_gpu)
     student, width = world.student(), world.shape["hidden_size"]
-    head = nn.Linear(width, feature_width(settings, width)).to(world.device)
+    head = nn.Linear(width, choose_feature_width(settings, width)).to(world.device)
     optimizers = make_optimizers(settings, student, head, is_fused=on_gpu)
     ema = EMAModel(student.parameters(), decay=settings.ema_decay, foreach=on_gpu)
     wrapped, wrapped_head, *optimizers = accelerator.prepare(student, head, *optimizers)
@@ -297,7 +301,7 @@ class Online:
         torch.manual_seed(0)
         width = world.files.config["num_attention_heads"] * world.files.config["attention_head_dim"]
         self.basis = torch.linalg.qr(
-            torch.randn(width, feature_width(Settings(), world.shape["hidden_size"]))
+            torch.randn(width, choose_feature_width(Settings(), world.shape["hidden_size"]))
         ).Q.to(world.device)
 
     def __call__(self, batch: dict[str, Any], text: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -327,7 +331,7 @@ def peak_of(work: Callable[[], object], device: torch.device) -> int:
     if device.type == "cpu":
         with MemoryMeter() as meter:
             work()
-        return meter.peak
+        return meter.peak_bytes
     settle(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -365,7 +369,7 @@ def student_operations(world: World) -> float:
 
 def measure(world: World, repeats: int, is_compiled: bool) -> list[Row]:
     """Return a row for each way."""
-    rate = matrix_rate(world.device, world.dtype)
+    rate = measure_matrix_rate(world.device, world.dtype)
     rows = measure_from_cache(world, repeats, is_compiled, rate)
     rows += [measure_online(world, repeats, rate, *place) for place in RESIDENCIES[world.device.type]]
     for each in rows:
@@ -443,7 +447,7 @@ def print_table(rows: Sequence[Row]) -> None:
             f"| {each['pixels']} | {way} | {each['images_per_second']:.1f} | "
             f"{each['over_plain']:.2f} | "
             f"{1e3 * each['seconds']:.0f} ({1e3 * each['fastest']:.0f} to {1e3 * each['slowest']:.0f}) | "
-            f"{gigabytes(each['peak_bytes'])} | {', '.join(map(str, each['fits_gb']))} GB | "
+            f"{format_size(each['peak_bytes'])} | {', '.join(map(str, each['fits_gb']))} GB | "
             f"{each['student_share']:.1%} | {teacher} |"
         )
 

@@ -11,7 +11,7 @@ from benchmarks.projection_scale import num_bytes, remove_expert, teacher_config
 from benchmarks.train_speed import A14B, Online, make_world, ours, random_teacher
 from tests.conftest import ROOT, run_script
 from tests.test_plan import alive
-from wanlite.planning.memory import simulated_peak
+from wanlite.planning.simulation import simulate_peak
 from wanlite.teacher.checkpoint import open_teacher_files
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -172,5 +172,5 @@ def test_wrong_arguments_are_refused_and_other_files_are_kept(script, arguments,
 @pytest.mark.parametrize("phase", phases(WARM))
 def test_each_phase_can_be_simulated_and_run(phase):
     find = phases(WARM)[phase]
-    assert find(simulated_peak) == pytest.approx(find(alive), rel=0.05)
+    assert find(simulate_peak) == pytest.approx(find(alive), rel=0.05)
     assert find(measured_peak) > -(2**27)  # a small phase may fit into memory that the process has already

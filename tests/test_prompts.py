@@ -200,7 +200,7 @@ def test_a_damaged_page_of_a_table_is_named(tmp_path):
         (
             "a.json",
             b'{"prompt": \n"one"}',
-            "line 1 is not JSON. Expected an object or a string a line, or one list of them",
+            "line 1 is not JSON. Expected an object or a string per line, or a list of them",
         ),
         ("a.json", b"[" * 10**5, "nested too deep"),
         ("a.csv", b'prompt\none\n"two\nthree\n', "cannot be read as CSV"),

@@ -10,7 +10,7 @@ from tests.conftest import ROOT, TINY_TEACHER, loud_student, run_script
 from train_distillation import Settings
 from wanlite.data.shards import compute_once
 from wanlite.network import pack_text
-from wanlite.phases import bound_validation_and_rollout, count_passes, count_states, phases_of
+from wanlite.phases import count_passes, count_states, fill_validation_and_rollout, plan_phases
 from wanlite.planning.checks import check_batch
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.model import stream_expert
@@ -28,32 +28,29 @@ SETTINGS = replace(
 
 @pytest.mark.parametrize("trajectories", [400, 1000, 4000, 20000])
 def test_validation_of_a_large_teacher_costs_less_than_half_of_its_training_data(trajectories):
-    settings = replace(SETTINGS, **bound_validation_and_rollout(SETTINGS, True, trajectories))
+    settings = replace(SETTINGS, **fill_validation_and_rollout(SETTINGS, True, trajectories))
     training = 2 * trajectories * settings.teacher_steps
-    assert training < count_passes(settings, trajectories, 400, phases_of(settings)) < 1.5 * training
+    assert training < count_passes(settings, trajectories, 400, plan_phases(settings)) < 1.5 * training
 
 
 def test_validation_is_bounded_for_large_teachers_unless_it_is_set():
-    assert bound_validation_and_rollout(SETTINGS, True, 1) == {
+    assert fill_validation_and_rollout(SETTINGS, True, 1) == {
         "validation_trajectories": 4,
         "rollout_states": 1,
     }
-    assert bound_validation_and_rollout(SETTINGS, False, 4000) == {
+    assert fill_validation_and_rollout(SETTINGS, False, 4000) == {
         "validation_trajectories": 64,
         "rollout_states": 512,
     }
     given = replace(SETTINGS, validation_trajectories=16, rollout_states=0)
-    assert bound_validation_and_rollout(given, True, 1) == {
-        "validation_trajectories": 16,
-        "rollout_states": 0,
-    }
+    assert fill_validation_and_rollout(given, True, 1) == {"validation_trajectories": 16, "rollout_states": 0}
 
 
 def test_a_batch_larger_than_the_training_data_is_refused():
     settings = replace(SETTINGS, rollout_states=4, train_batch_size=16)
-    check_batch(settings, count_states(settings, 6, phases_of(settings)), 1)
-    with pytest.raises(ValueError, match="few_step learns from 14 states, .* --train_batch_size to 14"):
-        check_batch(settings, count_states(settings, 5, phases_of(settings)), 1)
+    check_batch(settings, count_states(settings, 6, plan_phases(settings)), 1)
+    with pytest.raises(ValueError, match="few_step has 14 training states, .* --train_batch_size to 14"):
+        check_batch(settings, count_states(settings, 5, plan_phases(settings)), 1)
 
 
 def test_bfloat16_embeddings_are_packed_in_float32_without_loss():

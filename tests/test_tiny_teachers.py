@@ -182,7 +182,7 @@ def test_every_missed_gate_is_named():
 
 def test_a_named_teacher_is_found_from_every_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert choose_teacher("tiny", say=pytest.fail) == choose_teacher(None) == ROOT / "tiny_teacher"
+    assert choose_teacher("tiny", log=pytest.fail) == choose_teacher(None) == ROOT / "tiny_teacher"
 
 
 def test_a_named_teacher_wins_over_a_folder_of_its_name_and_a_line_names_both(tmp_path, monkeypatch):

@@ -368,7 +368,7 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     captions = [
         caption
         for scene in recipe.world.scenes(SEED, recipe.num_worded)
-        for caption in recipe.world.ways_to_say(scene)
+        for caption in recipe.world.all_captions(scene)
     ]
     # "an" appears only where the style is left out: "a flat octopus" is "an octopus"
     captions += recipe.world.captions(SEED, recipe.num_worded)
