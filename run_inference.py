@@ -1,11 +1,11 @@
-"""Generate images with a saved student: load it (without a teacher or a projection), sample, write PNGs.
+"""Generate images with a saved student: load it, without a teacher, sample, and write PNG files.
 
     python run_inference.py                                              # ./outputs/wan_t2i, the run's own validation prompts
     python run_inference.py --prompt "a small red circle at the left on a white background" --num_images_per_prompt 4
     python run_inference.py --model DIR --prompts_file prompts.txt --device cuda --dtype bfloat16
 
-The text chunks of every PNG hold the settings that generate it again: prompt, seed, steps, guidance, size, dtype,
-and the model's sha256.
+The text chunks of each PNG file store the settings of the image: prompt, seed, steps, guidance, size, dtype, and the
+model's sha256.
 """
 
 import json
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from wanlite.data.buckets import bucket_sizes
 from wanlite.data.prompts import read_prompts
 from wanlite.data.tables import check_text
+from wanlite.files.file_names import CONFIG, RUN
 from wanlite.planning.settings import make_parser, setting
 from wanlite.runtime.terminal import keep_output_open, one_line
 from wanlite.schedule import TIMESTEPS, read_schedule, recorded_schedule
@@ -30,22 +31,19 @@ from wanlite.student.location import student_folder
 from wanlite.teacher.components import num_bytes
 from wanlite.training.run_folder import check_saved_components, image_size, read_run
 
-MAX_CELLS = 64  # images in a grid
-MAX_COLUMNS = 16  # of a grid with a row for each prompt
-MAX_NAMED = 6  # files that a warning names
+MAX_CELLS = 64  # images in the grid
+MAX_COLUMNS = 16  # of a grid with a row per prompt
+MAX_NAMED = 6  # files in a warning
 MAX_PROMPT = 80  # characters of a prompt in the list of files
-MAX_FLAT = 1  # of 255: largest standard deviation of a channel in an image of one flat colour
-# of the device's free memory; a larger text encoder (11 GB in a real Wan) runs on the CPU
+MAX_FLAT = 1  # largest standard deviation of a channel, of 255, in an image of one flat colour
+# Of the device's free memory; a larger text encoder (11 GB for a real Wan) runs on the CPU.
 MAX_ENCODER_SHARE = 0.8
 
 
 @dataclass(frozen=True)
 class Settings:
     model: str = setting(
-        "./outputs/wan_t2i",
-        "folder of a saved student, complete in itself",
-        group="student and prompts",
-        is_path=True,
+        "./outputs/wan_t2i", "folder of a saved student", group="student and prompts", is_path=True
     )
     prompt: list[str] | None = setting(
         None, "prompt, can be repeated (default: the validation prompts of the run)"
@@ -84,7 +82,7 @@ class Settings:
 
 
 def read_settings(arguments: list[str] | None = None) -> tuple[Settings, list[str]]:
-    """Read and check the command line without torch; returns the complete settings and the prompts."""
+    """Read and check the command line without importing torch; returns the completed settings and the prompts."""
     parser = make_parser(Settings, __doc__, repeatable=("prompt",))
     settings = Settings(**vars(parser.parse_args(arguments)))
     try:
@@ -95,11 +93,11 @@ def read_settings(arguments: list[str] | None = None) -> tuple[Settings, list[st
 
 
 def complete(settings: Settings) -> tuple[Settings, list[str]]:
-    """Fill in the settings of the saved run, and refuse settings that cannot generate an image."""
+    """Complete settings from the saved run; raises OSError or ValueError if they cannot generate an image."""
     folder = student_folder(settings.model)
     with open_student(folder) as (config, _):
         run = read_run(folder)
-    schedule = recorded_schedule(run, folder / "run.json")
+    schedule = recorded_schedule(run, folder / RUN)
     check_saved_components(folder)
     prompts = choose_prompts(settings, run, folder)
     width, height = image_size(run.get("resolution", 512))
@@ -112,14 +110,14 @@ def complete(settings: Settings) -> tuple[Settings, list[str]]:
     check_numbers(settings, len(prompts))
     check_steps(filled["num_inference_steps"], schedule, folder)
     read_schedule(folder, schedule)
-    trained_sizes(run, check_image_size(settings, folder, config), folder / "run.json")
+    trained_sizes(run, check_image_size(settings, folder, config), folder / RUN)
     check_output_dir(Path(settings.output_dir))
     check_device_and_guidance(settings)
     return settings, prompts
 
 
 def check_device_and_guidance(settings: Settings) -> None:
-    """Refuse an unknown device, and a negative prompt without guidance."""
+    """Raise ValueError for an unknown device, or for a negative prompt without guidance."""
     if settings.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", settings.device):
         raise ValueError(f"--device {settings.device} is unknown, expected cpu, cuda, cuda:N or mps.")
     if settings.negative_prompt and settings.guidance_scale <= 1:
@@ -129,7 +127,7 @@ def check_device_and_guidance(settings: Settings) -> None:
 
 
 def check_numbers(settings: Settings, num_prompts: int) -> None:
-    """Refuse counts, seeds and guidance out of range; those without a flag came from run.json."""
+    """Raise ValueError for counts, seeds or guidance out of range, from flags or from run.json."""
     for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
         if type(getattr(settings, name)) is not int or getattr(settings, name) < 1:
             raise ValueError(f"--{name} is {getattr(settings, name)!r}, expected a whole number, at least 1.")
@@ -147,7 +145,7 @@ def check_numbers(settings: Settings, num_prompts: int) -> None:
 
 
 def check_steps(num_steps: int, schedule: dict, folder: Path) -> None:
-    """Refuse a number of steps that a few-step student was not trained for; other students take any."""
+    """Raise ValueError for a number of steps that a few-step student was not trained for."""
     few_steps = schedule.get("few_steps") or []
     if few_steps and num_steps not in few_steps:
         raise ValueError(
@@ -157,22 +155,20 @@ def check_steps(num_steps: int, schedule: dict, folder: Path) -> None:
 
 
 def check_image_size(settings: Settings, folder: Path, config: dict) -> int:
-    """Refuse sizes that do not divide into tokens or exceed the student's rotary tables; returns the pixels of a
-    token's side.
-    """
+    """Return the side of a token in pixels; raises ValueError for sizes that are not multiples of it or too large."""
     try:
-        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        vae = json.loads((folder / "vae" / CONFIG).read_text(encoding="utf-8"))
         stride = int(vae.get("scale_factor_spatial") or 8)
         token = stride * int(config.get("patch_size", (1, 2, 2))[1])
         largest = token * int(config.get("rope_max_seq_len", 1024))
     except (ValueError, TypeError, AttributeError, LookupError):
         raise ValueError(
-            f"{folder}: config.json or vae/config.json lacks the patch size, the stride or the largest size. Copy the "
-            f"folder again."
+            f"{folder}: {CONFIG} or vae/{CONFIG} lacks the patch size, the stride or the largest size. Copy the "
+            "folder again."
         ) from None
     if token < 1:
         raise ValueError(
-            f"{folder}: config.json has a patch of {token} pixels, expected at least 1. Copy the folder again."
+            f"{folder}: {CONFIG} has a patch of {token} pixels, expected at least 1. Copy the folder again."
         )
     for name in ("height", "width"):
         pixels = getattr(settings, name)
@@ -187,13 +183,14 @@ def check_image_size(settings: Settings, folder: Path, config: dict) -> int:
 
 
 def trained_sizes(run: dict, unit: int, source: Path | str) -> list[tuple[int, int]]:
-    """Return the training sizes (width, height) in run.json; none where it records no resolution.
+    """Return the training sizes (width, height) in run.json, [] if it has no resolution.
 
-    `unit` is the pixels of a token's side; `source` names the file in errors.
+    `unit` is the side of a token in pixels; `source` is the file that errors name.
     """
     if "resolution" not in run:
         return []
-    size, settings = image_size(run["resolution"]), run.get("settings")
+    size = image_size(run["resolution"])
+    settings = run.get("settings")
     ratios = settings.get("aspect_ratios") if isinstance(settings, dict) else None
     if any(type(side) is not int or side < 1 for side in size):
         raise ValueError(
@@ -210,11 +207,11 @@ def trained_sizes(run: dict, unit: int, source: Path | str) -> list[tuple[int, i
 
 
 def size_warning(size: tuple[int, int], trained: list[tuple[int, int]]) -> str | None:
-    """Return a warning where a size (width, height) differs from the trained ones, else None."""
+    """Return a warning if a size (width, height) differs from the trained ones, else None."""
     if not trained or size in trained:
         return None
     width, height = min(
-        trained, key=lambda each: sum(abs(math.log(side / own)) for side, own in zip(size, each))
+        trained, key=lambda each: sum(abs(math.log(side / other)) for side, other in zip(size, each))
     )
     named = ", ".join(f"{each[0]} x {each[1]}" for each in trained[:MAX_NAMED]) + (
         ", ..." if len(trained) > MAX_NAMED else ""
@@ -226,7 +223,7 @@ def size_warning(size: tuple[int, int], trained: list[tuple[int, int]]) -> str |
 
 
 def check_output_dir(output: Path) -> None:
-    """Refuse a path where a folder cannot be created."""
+    """Raise OSError for a path where a folder cannot be created."""
     place = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     if not place.is_dir():
         raise OSError(
@@ -237,7 +234,7 @@ def check_output_dir(output: Path) -> None:
 
 
 def choose_prompts(settings: Settings, run: dict, folder: Path) -> list[str]:
-    """Return the prompts of the command line, or else the validation prompts of the run."""
+    """Return the prompts of the command line, by default the validation prompts of the run."""
     if settings.prompt is not None and settings.prompts_file is not None:
         raise ValueError("--prompt and --prompts_file were both given; choose one.")
     if settings.prompts_file is not None:
@@ -249,20 +246,19 @@ def choose_prompts(settings: Settings, run: dict, folder: Path) -> list[str]:
         or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts)
     ):
         raise ValueError(
-            f"no prompt: {folder}/run.json has no validation prompts, or --prompt is empty. "
-            'Add --prompt "...".'
+            f'no prompt: {folder / RUN} has no validation prompts, or --prompt is empty. Add --prompt "...".'
         )
     for prompt in prompts:
-        check_text(prompt, f"{folder / 'run.json'}: a validation prompt")
+        check_text(prompt, f"{folder / RUN}: a validation prompt")
     return prompts
 
 
 if __name__ == "__main__":  # arguments and paths are checked before torch is imported, which takes seconds
     keep_output_open()
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # end at once, without a traceback; written images are complete
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train_distillation.py, like the next
+    # Ctrl-C ends the program at once, without a traceback; images on disk are complete.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # For both variables, see train_distillation.py.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     SETTINGS, PROMPTS = read_settings()
@@ -286,7 +282,7 @@ from wanlite.runtime.devices import disable_cudnn_attention, drawing_dtype, free
 class StudentPipeline:
     """A saved student with its scheduler, autoencoder and text encoder.
 
-    `weights_sha256` is the digest of the loaded weights, or those of all shards, sorted by name.
+    `weights_sha256` is the digest of the loaded weights, or the digests of all shards, sorted by name.
     """
 
     def __init__(
@@ -299,16 +295,15 @@ class StudentPipeline:
             folder, dtype=self.dtype, device=device, sha256=sha256, output_loading_info=True
         )
         self.weights_sha256 = " ".join(loaded["sha256"].values())
-        schedule = recorded_schedule(read_run(folder), Path(folder) / "run.json")
+        schedule = recorded_schedule(read_run(folder), Path(folder) / RUN)
         self.scheduler = UniPCMultistepScheduler(**read_schedule(folder, schedule))
         self.autoencoder = load_autoencoder(folder, device=device)
         self.pixels_per_token = (
             self.autoencoder.config.scale_factor_spatial * self.student.config.patch_size[1]
         )
-        size, free = num_bytes(Path(folder) / "text_encoder"), free_memory(self.device)[0]
-        self.tokenizer, self.encoder = load_text_encoder(
-            folder, self.device if size < MAX_ENCODER_SHARE * free else "cpu"
-        )
+        size = num_bytes(Path(folder) / "text_encoder")
+        is_fitting = size < MAX_ENCODER_SHARE * free_memory(self.device)[0]
+        self.tokenizer, self.encoder = load_text_encoder(folder, self.device if is_fitting else "cpu")
 
     def embed(self, prompts: list[str]) -> list[torch.Tensor]:
         """Return the embedding (L, T) of each prompt."""
@@ -316,24 +311,23 @@ class StudentPipeline:
 
     @torch.no_grad()
     def generate(self, prompts, seeds, num_steps, height, width, guidance_scale=1.0, negative_prompt=""):
-        """Return one image (height, width, 3) uint8 for each prompt and seed, or None where it is not finite."""
+        """Return an image (height, width, 3) uint8 for each prompt and seed, None for one that is not finite."""
         check_schedule(self.scheduler, num_steps)
         text = pack_text(self.embed(prompts)).to(self.device, self.dtype)
         negative = None
         if guidance_scale > 1:
             negative = pack_text(self.embed([negative_prompt]) * len(prompts)).to(self.device, self.dtype)
         stride = self.autoencoder.config.scale_factor_spatial
-        noise = seeded_noise((self.student.config.num_channels, height // stride, width // stride), seeds).to(
-            self.device
-        )
+        latent_shape = (self.student.config.num_channels, height // stride, width // stride)
+        noise = seeded_noise(latent_shape, seeds).to(self.device)
 
         def velocity_of(latents, timestep):
             latents = latents.to(self.dtype)
-            prompted = self._velocity(latents, timestep, text)
+            velocity = self._velocity(latents, timestep, text)
             if negative is None:
-                return prompted
-            unprompted = self._velocity(latents, timestep, negative)
-            return unprompted + guidance_scale * (prompted - unprompted)
+                return velocity
+            negative_velocity = self._velocity(latents, timestep, negative)
+            return negative_velocity + guidance_scale * (velocity - negative_velocity)
 
         latents = sample(velocity_of, noise, self.scheduler, num_steps)
         pixels = decode_latents(self.autoencoder, latents)
@@ -350,7 +344,7 @@ class StudentPipeline:
 
 
 class Generated(NamedTuple):
-    """A generated image; `path` is None where it was not finite, and not written."""
+    """A generated image; `path` is None if it was not finite and therefore not written."""
 
     prompt: str
     seed: int
@@ -361,9 +355,7 @@ class Generated(NamedTuple):
 def generate_all(
     pipeline: StudentPipeline, settings: Settings, prompts: list[str]
 ) -> tuple[list[Generated], list]:
-    """Generate and write an image for each of `prompts`; returns them, and the first MAX_CELLS arrays for the
-    grid.
-    """
+    """Generate and write an image for each of `prompts`; returns them and the first MAX_CELLS arrays."""
     seeds = range(settings.seed, settings.seed + len(prompts))
     generated: list[Generated] = []
     cells: list = []
@@ -399,7 +391,7 @@ def generate_all(
 
 
 def text_chunks(settings: Settings, prompt: str, seed: int, weights_sha256: str) -> PngInfo:
-    """Return the PNG text chunks with which the image can be generated again."""
+    """Return the PNG text chunks with the settings of an image."""
     info = PngInfo()
     values = {
         "prompt": prompt,
@@ -419,34 +411,33 @@ def text_chunks(settings: Settings, prompt: str, seed: int, weights_sha256: str)
 
 
 def flat_warning(written: list[Generated]) -> str | None:
-    """Return a warning where images are one flat colour, else None."""
+    """Return a warning if images are one flat colour, else None."""
     flat = [each.path.name for each in written if each.path and each.is_flat]
     if not flat:
         return None
-    named = ", ".join(flat[:MAX_NAMED]) + (
-        f" and {len(flat) - MAX_NAMED} more" if len(flat) > MAX_NAMED else ""
-    )
-    advice = (
-        ". The student is likely untrained, or its steps or size differ from the trained ones"
-        if len(flat) == len(written)
-        else ""
-    )
-    return f"{len(flat)} of {len(written)} images {'is' if len(flat) == 1 else 'are'} one flat colour: {named}{advice}."
+    named = ", ".join(flat[:MAX_NAMED])
+    if len(flat) > MAX_NAMED:
+        named += f" and {len(flat) - MAX_NAMED} more"
+    advice = ""
+    if len(flat) == len(written):
+        advice = ". The student is likely untrained, or its steps or size differ from the trained ones"
+    verb = "is" if len(flat) == 1 else "are"
+    return f"{len(flat)} of {len(written)} images {verb} one flat colour: {named}{advice}."
 
 
 def refuse_not_finite(generated: list[Generated], dtype: str) -> None:
-    """Raise FloatingPointError where an image was not finite, after all others were written."""
-    if lost := [each.seed for each in generated if each.path is None]:
-        named = ", ".join(map(str, lost[:MAX_NAMED])) + (", ..." if len(lost) > MAX_NAMED else "")
+    """Raise FloatingPointError if an image was not finite; all others are written before."""
+    if seeds := [each.seed for each in generated if each.path is None]:
+        named = ", ".join(map(str, seeds[:MAX_NAMED])) + (", ..." if len(seeds) > MAX_NAMED else "")
         advice = "Train again." if dtype == "float32" else "Add --dtype float32, or train again."
         raise FloatingPointError(
-            f"{len(lost)} of {len(generated)} images are not finite in {dtype} and were not written (seed "
+            f"{len(seeds)} of {len(generated)} images are not finite in {dtype} and were not written (seed "
             f"{named}). {advice}"
         )
 
 
 def choose_device(wanted: str | None) -> str:
-    """Return the wanted device, by default CUDA if available; raises ValueError for a missing device."""
+    """Return the device of --device, by default CUDA if available; raises ValueError if it is missing."""
     if wanted is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     number = int(wanted.partition(":")[2] or 0)
@@ -461,18 +452,21 @@ def choose_device(wanted: str | None) -> str:
 
 
 def main(settings: Settings, prompts: list[str]) -> None:
-    device, output, run = choose_device(settings.device), Path(settings.output_dir), read_run(settings.model)
+    """Generate and write all images."""
+    device = choose_device(settings.device)
+    output = Path(settings.output_dir)
+    run = read_run(settings.model)
     jobs = [prompt for prompt in prompts for _ in range(settings.num_images_per_prompt)]
     reason = "" if settings.device or device != "cpu" else " (no CUDA device was found)"
-    counted = f"{len(jobs)} image{'s' * (len(jobs) != 1)}"
+    count = f"{len(jobs)} image{'s' * (len(jobs) != 1)}"
     print(
-        f"generating {counted} of {settings.width}x{settings.height} in {settings.num_inference_steps} steps with "
+        f"generating {count} of {settings.width}x{settings.height} in {settings.num_inference_steps} steps with "
         f"{settings.model} on {device}{reason}; writing to {output.absolute()}",
         flush=True,
     )
     if not run:
         print(
-            "no run.json found: size and steps are those of the flags, or defaults that may not fit",
+            f"no {RUN} found: size and steps come from the flags, or from defaults that may not fit",
             flush=True,
         )
     output.mkdir(parents=True, exist_ok=True)
@@ -481,7 +475,7 @@ def main(settings: Settings, prompts: list[str]) -> None:
         print(f"the text encoder does not fit on {device} and runs on the CPU", flush=True)
     warn_of_truncation(pipeline.tokenizer, [*prompts, settings.negative_prompt], partial(print, flush=True))
     size = size_warning(
-        (settings.width or 0, settings.height or 0), trained_sizes(run, pipeline.pixels_per_token, "run.json")
+        (settings.width or 0, settings.height or 0), trained_sizes(run, pipeline.pixels_per_token, RUN)
     )
     warn(size)
     settings = replace(settings, dtype=str(pipeline.dtype).removeprefix("torch."))
@@ -496,7 +490,7 @@ def main(settings: Settings, prompts: list[str]) -> None:
 
 
 def save_grid(settings: Settings, written: list[Generated], cells: list) -> Path:
-    """Write the grid, with a row for each prompt that has several images; returns its path."""
+    """Write the grid, with a row per prompt if prompts have several images; returns its path."""
     each = settings.num_images_per_prompt
     columns = each if 1 < each <= MAX_COLUMNS else math.ceil(math.sqrt(len(cells)))
     paths = [image.path for image in written if image.path]
@@ -506,6 +500,7 @@ def save_grid(settings: Settings, written: list[Generated], cells: list) -> Path
 
 
 def warn(*warnings: str | None) -> None:
+    """Print the warnings that are not None."""
     for warning in filter(None, warnings):
         print(f"WARNING: {warning}", file=sys.stderr, flush=True)
 

@@ -1,11 +1,11 @@
-"""Project a Wan teacher's weights into a small text-to-image student, distil it from prompts alone, save it.
+"""Project a Wan teacher's weights into a small text-to-image student, distil it from prompts alone, and save it.
 
     python train_distillation.py                                                     # the tiny teacher, minutes on a laptop
     python train_distillation.py --teacher ./Wan2.2-T2V-A14B --prompts prompts.txt   # one GPU box
     accelerate launch train_distillation.py --teacher ... --prompts ...              # several GPUs
 
-Order: settings -> WanLiteStudent -> the dry run -> the loop over the phases of wanlite/phases.py. A run
-writes to --output_dir; after a stop, the same command resumes it.
+Order of this file: settings, WanLiteStudent, the dry run, a run and its loop over the phases of wanlite/phases.py.
+A run writes to --output_dir; after an interruption, the same command resumes it.
 """
 
 import gc
@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from wanlite.files.atomic import write_json
+from wanlite.files.file_names import CACHE, RUN
 from wanlite.files.locks import lock
 from wanlite.phases import MIN_TRAJECTORIES
 from wanlite.planning.resolve import NAMED_TEACHERS, REAL_STEPS, REAL_TEACHERS, TINY_STEPS, complete
@@ -32,9 +33,9 @@ from wanlite.training.run_folder import (
     write_model_card,
 )
 
-STOPPED = 3  # exit code of a run that was stopped by a signal and can be resumed
-PATIENCE = 2  # rejected validations in a row, none closer to the teacher, after which training ends
-CHANGEABLE_ON_RESUME = (
+STOPPED = 3  # exit code of a run that was stopped by a signal; it can be resumed
+PATIENCE = 2  # training ends after this many rejected validations in a row, none closer to the teacher
+CHANGEABLE_ON_RESUME = (  # settings that do not affect the weights
     "teacher",
     "teacher_residency",
     "output_dir",
@@ -47,7 +48,7 @@ CHANGEABLE_ON_RESUME = (
     "report_to",
     "checkpoints_total_limit",
     "logging_dir",
-)  # they do not affect the weights
+)
 
 
 # ---- settings ----------------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ class Settings:
     )
     negative_prompt: str = setting("", "prompt that guidance steers away from (default: empty)")
     flow_shift: float | None = setting(
-        None, "shift of the noise schedule (default: from the teacher's scheduler)", above=0, most=100
+        None, "shift of the noise schedule (default: 3 to 5, by the size of the images)", above=0, most=100
     )
     resolution: list[int] | int | None = setting(
         None,
@@ -303,7 +304,7 @@ class Settings:
 
 
 def read_settings():
-    """Read the command line and check everything that needs no torch; exits with one line and code 2 on an error.
+    """Read and check the command line without importing torch; exits with one line and code 2 on an error.
 
     Returns the settings, completed from folders and files, and whether an interrupted run is resumed.
     """
@@ -311,9 +312,7 @@ def read_settings():
     settings = Settings(**vars(parser.parse_args()))
     try:
         settings = complete(settings)
-        is_resumed = not settings.dry_run and is_cut_short(
-            settings
-        )  # a dry run reports it among its problems
+        is_resumed = not settings.dry_run and is_interrupted(settings)  # plan() lists errors as problems
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if not settings.dry_run:
@@ -326,18 +325,18 @@ def read_settings():
     return settings, is_resumed
 
 
-def is_cut_short(settings):
-    """Whether --output_dir holds an interrupted run of these settings, which is resumed.
+def is_interrupted(settings):
+    """Whether --output_dir holds an interrupted run of these settings, which will be resumed.
 
     Raises ValueError as check_output_folder() does, and for --project_only.
     """
-    decisive = {name: value for name, value in asdict(settings).items() if name not in CHANGEABLE_ON_RESUME}
+    fixed = {name: value for name, value in asdict(settings).items() if name not in CHANGEABLE_ON_RESUME}
     state = check_output_folder(
-        settings.output_dir, decisive, settings.overwrite, settings.resume_from_checkpoint != "none"
+        settings.output_dir, fixed, settings.overwrite, settings.resume_from_checkpoint != "none"
     )
     if state == "resume" and settings.project_only:
         raise ValueError(
-            f"{settings.output_dir}: holds a run cut short. Leave --project_only out to resume it, add "
+            f"{settings.output_dir}: holds an interrupted run. Leave --project_only out to resume it, add "
             "--overwrite to replace it, or name another --output_dir."
         )
     return state == "resume"
@@ -345,10 +344,10 @@ def is_cut_short(settings):
 
 if __name__ == "__main__":  # arguments and paths are checked before torch is imported, which takes seconds
     keep_output_open()
-    gc.disable()  # imports make a million objects, and all of them stay
-    # Ctrl-C ends the program at once and silently until a run has something to lose.
+    gc.disable()  # imports create a million objects that are never freed
+    # Until training starts, Ctrl-C ends the program at once, without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Threads that spin long at barriers stall beside any other busy program.
+    # Threads that spin at barriers for long stall beside any other busy program.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds between two lines of progress in a log
@@ -373,22 +372,22 @@ from wanlite.data.autoencoder import load_autoencoder
 from wanlite.data.text_encoder import load_tokenizer, warn_of_truncation
 from wanlite.flow import FewSteps, make_scheduler
 from wanlite.network import TEXT_LENGTH, TextTokens, one_frame_velocity
-from wanlite.planning.defaults import describe_schedule
-from wanlite.planning.estimate import is_large, most_frames, training_dtype
-from wanlite.planning.memory import matrix_rate
+from wanlite.planning.defaults import describe_schedule, max_calibration_frames
+from wanlite.planning.duration import measure_matrix_rate
+from wanlite.planning.hardware import is_large, training_dtype
 from wanlite.planning.messages import announce, command, conclude, drawing_command, verdict
 from wanlite.planning.run import resolve_run
 from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention
 from wanlite.runtime.ranks import abort_all_ranks, check_devices, is_peer_failure, process_group_options
-from wanlite.student.building import add_layers, complete_config, config_defaults, initialise_weights
+from wanlite.student.building import add_layers, complete_config, config_defaults, initialize_weights
 from wanlite.student.config import OUR_NAMES, check_shape, student_arguments
 from wanlite.student.initialization import compare_experts, initialize_student, project_into
 from wanlite.student.location import student_folder
 from wanlite.student.pretrained import (
     ReadOptions,
-    build_around,
+    build_student,
     check_save_options,
-    loading_info,
+    make_loading_info,
     read_student,
     refuse_unknown,
     write_student,
@@ -413,24 +412,24 @@ class StudentOutput(Transformer2DModelOutput):
 
 
 class WanLiteStudent(WanTransformer3DModel):
-    """A small Wan transformer that generates single frames, with diffusers' blocks and key names.
+    """A small Wan transformer that generates single frames, with the blocks and key names of diffusers.
 
-    `WanLiteStudent(hidden_size=64, depth=4, num_heads=2)` or `WanLiteStudent({"hidden_size": 64, ...})`
-    builds a random one; `teacher_checkpoint_path=DIR` projects that teacher's weights into it, once, and is
-    not in the config. The config has every setting of a stock WanTransformer3DModel beside ours; the
-    config.json is that of a stock model.
+    `WanLiteStudent(hidden_size=64, depth=4, num_heads=2)` and `WanLiteStudent({"hidden_size": 64, ...})` build a
+    student with random weights; `teacher_checkpoint_path=DIR` projects the weights of that teacher into it, and is
+    not stored in the config. The config also has all settings of a stock WanTransformer3DModel; config.json is
+    that of a stock model.
     """
 
     _no_split_modules = ["OneFrameBlock"]
     _repeated_blocks = ["OneFrameBlock"]
     _cp_plan = None  # one frame is too short to be split over devices
-    # Arguments that a pipeline passes on; see refuse_unknown().
+    # Arguments that pipelines pass to their components; see refuse_unknown().
     _left_to_stock = ("max_memory", "offload_folder", "offload_state_dict", "use_flashpack")
     ignore_for_config = ["teacher_checkpoint_path", "projection", "expert"]
 
     def __init__(
         self,
-        hidden_size: int | Mapping = 1024,  # or a whole config
+        hidden_size: int | Mapping = 1024,  # or a complete config
         depth: int = 16,
         num_heads: int = 16,
         ffn_dim: int | None = None,  # None: 4 * hidden_size
@@ -444,9 +443,9 @@ class WanLiteStudent(WanTransformer3DModel):
         rope_max_seq_len: int = 1024,
         teacher_checkpoint_path: str | None = None,
         projection: str = "weights",  # "weights" or "none"
-        expert: str = DEFAULT_EXPERT,  # which of two experts is projected
+        expert: str = DEFAULT_EXPERT,  # of two
     ):
-        super(WanTransformer3DModel, self).__init__()  # the stock __init__ would build stock blocks
+        super(WanTransformer3DModel, self).__init__()  # the stock __init__ builds stock blocks
         self.__module__ = WanTransformer3DModel.__module__  # see below the class
         if isinstance(hidden_size, Mapping):
             return self.__init__(
@@ -475,7 +474,7 @@ class WanLiteStudent(WanTransformer3DModel):
         self.register_to_config(**complete_config(shape))
         add_layers(self)
         if not self.proj_out.weight.is_meta:
-            initialise_weights(self)
+            initialize_weights(self)
         if teacher_checkpoint_path is not None and projection != "none":
             project_into(self, teacher_checkpoint_path, expert)
 
@@ -495,11 +494,11 @@ class WanLiteStudent(WanTransformer3DModel):
         is_video = hidden_states.ndim == 5
         if is_video and hidden_states.shape[2] != 1:
             raise ValueError(
-                f"latents have {hidden_states.shape[2]} frames; the student draws single frames: num_frames=1."
+                f"latents have {hidden_states.shape[2]} frames; the student generates single frames: num_frames=1."
             )
         if encoder_hidden_states_image is not None:
             raise ValueError(
-                "encoder_hidden_states_image was given; the student is a text-to-image model without it."
+                "encoder_hidden_states_image is not supported by a text-to-image student. Leave it out."
             )
         latents = hidden_states.squeeze(2) if is_video else hidden_states
         self._check_size(*latents.shape[-2:])
@@ -520,13 +519,13 @@ class WanLiteStudent(WanTransformer3DModel):
         return (velocity, features) if feature_blocks else (velocity,)
 
     def _check_size(self, height, width):
-        """Raise ValueError for latents that are not whole patches or exceed the rotary table."""
+        """Raise ValueError for latents that do not divide into patches or exceed the rotary tables."""
         for name, size, patch in zip(("high", "wide"), (height, width), self.config.patch_size[1:]):
             if size % patch or size // patch > self.config.rope_max_seq_len:
                 raise ValueError(
                     f"latents are {size} {name}, expected a multiple of {patch} up to "
-                    f"{patch * self.config.rope_max_seq_len}, where this student's rotary table ends. Choose "
-                    "another height or width."
+                    f"{patch * self.config.rope_max_seq_len}, the size of this student's rotary tables. "
+                    "Choose another height or width."
                 )
 
     def save_pretrained(
@@ -540,11 +539,11 @@ class WanLiteStudent(WanTransformer3DModel):
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """Save config and weights atomically: a reader finds the earlier student or this one, never a mixture.
+        """Save config and weights atomically.
 
-        Every rank may call it; if `is_main_process` is None, rank 0 writes. `save_function` is accepted
-        and not used. `kwargs` are those of push_to_hub. Raises ValueError for weights that would not load
-        again: not finite, on the meta device, or with an adapter among them.
+        All ranks may call it; if `is_main_process` is None, rank 0 writes. `save_function` is accepted and not
+        used; `kwargs` are those of push_to_hub. Raises ValueError for weights that could not be loaded again:
+        not finite, on the meta device, or with an adapter.
         """
         if kwargs and not push_to_hub:
             raise TypeError(
@@ -556,7 +555,7 @@ class WanLiteStudent(WanTransformer3DModel):
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
 
     def to_json_string(self) -> str:
-        """Return the config of a stock Wan, without our names for the same: stock warns of names that it lacks."""
+        """Return the config of a stock Wan; stock diffusers would warn of our names for the same settings."""
         config = json.loads(super().to_json_string())
         return (
             json.dumps(
@@ -571,7 +570,7 @@ class WanLiteStudent(WanTransformer3DModel):
     def from_single_file(
         cls, pretrained_model_link_or_path_or_dict: Any = None, *, config: str | None = None, **kwargs
     ) -> Any:
-        """Load one file of weights with the key names of diffusers or of Wan; `config` is the folder of config.json."""
+        """Load a single weights file with the key names of diffusers or Wan; `config` is the folder of config.json."""
         if config is None:
             raise ValueError(
                 "config is missing, expected the folder of the student's config.json: weights do not contain it."
@@ -580,7 +579,7 @@ class WanLiteStudent(WanTransformer3DModel):
             return super().from_single_file(
                 pretrained_model_link_or_path_or_dict, config=str(config), **kwargs
             )
-        except NotImplementedError:  # stock moves a tensor without values
+        except NotImplementedError:  # stock moves a tensor of the meta device
             raise ValueError(
                 f"{pretrained_model_link_or_path_or_dict}: lacks tensors of the student that {config} "
                 "describes. Name the file and the config of one student."
@@ -588,9 +587,9 @@ class WanLiteStudent(WanTransformer3DModel):
 
     @classmethod
     def extract_init_dict(cls, config_dict: Mapping, **kwargs):
-        """Turn a config with our names, Wan's or both into arguments.
+        """Convert a config with our names, Wan's or both to arguments.
 
-        Without it, from_config would use our defaults for settings under Wan's names.
+        The stock method would use our defaults for settings under Wan's names.
         """
         return super().extract_init_dict(
             student_arguments({**config_dict}, config_defaults(WanLiteStudent)), **kwargs
@@ -619,15 +618,14 @@ class WanLiteStudent(WanTransformer3DModel):
         sha256: str | Mapping[str, str] | None = None,
         **unknown: Any,
     ) -> Any:  # a WanLiteStudent; with `output_loading_info` a pair, as in diffusers
-        """Load a saved student from a folder or the hub: exactly its weights, in eval mode, on the CPU by default.
+        """Load a saved student from a folder or the hub, in eval mode, by default on the CPU; nothing is projected.
 
-        Never projects and needs no teacher. `dtype` (or `torch_dtype`, a torch.dtype or its name) leaves the
-        modules that Wan keeps in float32 there; None keeps every dtype as saved. `sha256` pins the weights to
-        a digest. With it, or with `output_loading_info`, whose "sha256" is {file name: digest}, weights are
-        hashed as they are read; else a CPU student in its saved dtype is mapped, and changes with its file
-        unless `disable_mmap`. Header and config are compared before anything is built. Raises OSError for
-        files that are missing or broken and ValueError for content that is not this student's. The weights
-        are in memory once, whatever the value of `low_cpu_mem_usage`.
+        `dtype` (or `torch_dtype`), a torch.dtype or its name, does not apply to the modules that Wan keeps in
+        float32; None keeps all dtypes as saved. `sha256` is the expected digest of the weights, or {file name:
+        digest}. With it, or with `output_loading_info`, which contains the digests, weights are hashed while they
+        are read. Otherwise a CPU student in its saved dtype is memory-mapped and changes with its file, unless
+        `disable_mmap` is set. The weights are in memory once, for any `low_cpu_mem_usage`. Raises OSError for
+        files that are missing or broken, and ValueError for content that is not this student's.
         """
         accepted = list(inspect.signature(cls.from_pretrained).parameters)[1:-1]
         refuse_unknown(unknown, accepted, cls._left_to_stock)
@@ -652,13 +650,13 @@ class WanLiteStudent(WanTransformer3DModel):
             force_download=force_download,
         )
         arguments, tensors, digests = read_student(cls, folder, variant, options)
-        student = build_around(cls, arguments, tensors, options.device)
+        student = build_student(cls, arguments, tensors, options.device)
         student.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        return (student, loading_info(digests)) if output_loading_info else student
+        return (student, make_loading_info(digests)) if output_loading_info else student
 
 
-# A saved student is also a stock Wan. Pipelines save a component's class under the names of the class and of its
-# module, and load it by them on machines without this file.
+# A saved student is also a stock Wan: pipelines save the names of a component's class and module, and load the
+# component by these names on machines without this file.
 WanLiteStudent.__name__ = WanTransformer3DModel.__name__
 
 
@@ -666,9 +664,9 @@ WanLiteStudent.__name__ = WanTransformer3DModel.__name__
 
 
 def plan(settings, arguments):
-    """Print the plan of a run, its memory, disk and time, and its problems; reads headers only, writes nothing.
+    """Print the plan of a run, its memory, disk and time, and its problems, without writing anything.
 
-    `arguments` are those of the command line. Returns the exit code: 0 for a run that fits, else 2.
+    `arguments` are those of the command line. Returns the exit code: 0 if the run fits, else 2.
     """
     run = resolve_run(settings, WanLiteStudent)
     warn_of_long_prompts(run)
@@ -680,7 +678,7 @@ def plan(settings, arguments):
         passes, states = run.num_calibration_passes + run.num_passes, run.num_states
     print(f"time     {run.estimate_time(passes, states)}")
     try:
-        is_cut_short(settings)
+        is_interrupted(settings)
     except (OSError, ValueError) as error:
         problems.append(str(error))
     for problem in problems:
@@ -691,7 +689,7 @@ def plan(settings, arguments):
 
 def warn_of_long_prompts(run):
     """Print the prompts that the text encoder truncates."""
-    # A prompt of fewer bytes than TEXT_LENGTH has fewer tokens as well.
+    # A prompt with fewer bytes than TEXT_LENGTH is never truncated.
     long = [prompt for prompt in run.prompts if len(prompt.encode()) >= TEXT_LENGTH]
     if long and run.components["tokenizer"].is_dir():
         warn_of_truncation(load_tokenizer(run.components["tokenizer"]), long, print)
@@ -704,7 +702,7 @@ def train(
     settings,
     is_resumed,
     stop,
-    phases=PHASES,  # {name: PhaseParts}
+    phases=PHASES,  # {name: PhaseDefinition}
     make_accelerator=Accelerator,
     make_validator=Validator,
     prefetched=None,  # micro-batches read ahead
@@ -718,34 +716,32 @@ def train(
     check_devices(os.environ)
     run = resolve_run(settings, WanLiteStudent, is_resumed, partial(start_processes, make_accelerator))
     set_seed(run.settings.seed)
-    student, facts = WanLiteStudent(run.shape), run.describe()  # its memory is not allocated yet
+    student = WanLiteStudent(run.shape)
+    facts = run.describe()
     check_run(run, facts, is_resumed)
     components_folder, prompt_embeddings, autoencoder = load_components(run)
     announce_work(run)
     lock_output(run)
     facts["projection"] = project_student(run, student, prompt_embeddings)
     if run.settings.project_only:
-        return save_start(run, student, components_folder, facts)
-    teacher_data = make_teacher_data(run, prompt_embeddings)
-    generation = generate_teacher_data(run, teacher_data, autoencoder)
+        return save_projected_student(run, student, components_folder, facts)
+    teacher_data, generation = generate_teacher_data(run, prompt_embeddings, autoencoder)
     few = make_few_steps(run)
-    validator = make_validator(run, teacher_data, few, autoencoder, check_of(run, stop))
+    validator = make_validator(run, teacher_data, few, autoencoder, make_check(run, stop))
     begin_output(run, facts, is_resumed)
     state = build_state(run, student, teacher_data, few, stop)
     if is_resumed:
         state.resume(run.settings.output_dir, run.device, run.accelerator.print)
-    log = RunLog(run, facts, state.progress.step, teacher_data.pace, began)
-    if generation:
-        log.record(state.progress.step, **generation)
-    stop.is_immediate = False  # from here on a stop waits for a checkpoint
+    log = start_log(run, facts, state, teacher_data.pace, began, generation)
+    stop.is_immediate = False  # from now on, a stop waits for a checkpoint
     distil(run, state, phases_to_train(run, phases), teacher_data, validator, log, prefetched)
-    stop.is_immediate = True  # the last checkpoint has everything that the code below needs
+    stop.is_immediate = True  # a resumed run repeats the code below from the last checkpoint
     stop.check()
     finish(run, state, validator, log, components_folder)
 
 
 def distil(run, state, phases, teacher_data, validator, log, prefetched=None):
-    """Train the student through the phases; raises Stopped with a checkpoint of the last whole step."""
+    """Train the student through the phases; raises Stopped after saving a checkpoint of the last step."""
     settings, progress = run.settings, state.progress
     try:
         for phase in phases:
@@ -754,13 +750,13 @@ def distil(run, state, phases, teacher_data, validator, log, prefetched=None):
             state.begin(phase)
             with micro_batches(phase, run, state, teacher_data, prefetched) as batches:
                 if phase.name != "matching":
-                    teacher_data.teacher.unload()  # its predictions are in the cache
+                    teacher_data.teacher.unload()  # its predictions are cached
                 if is_validation_due(progress, settings):
                     validator(state, log)
                 while progress.step < phase.last:
                     batch = islice(batches, settings.gradient_accumulation_steps)
-                    measured = training_step(phase, run, state, batch)
-                    log.record_step(phase, state, measured)
+                    step_figures = training_step(phase, run, state, batch)
+                    log.record_step(phase, state, step_figures)
                     if is_validation_due(progress, settings):
                         validator(state, log)
                     if is_checkpoint_due(progress, settings):
@@ -775,13 +771,13 @@ def distil(run, state, phases, teacher_data, validator, log, prefetched=None):
     log.bar.close()
     if progress.step < settings.max_train_steps:
         run.accelerator.print(
-            f"\nended at step {progress.step}: {PATIENCE} validations in a row were rejected and no closer to "
+            f"\nended at step {progress.step}: {PATIENCE} validations in a row were rejected and not closer to "
             "the teacher"
         )
 
 
 def is_validation_due(progress, settings):
-    """Whether a validation of the current step is due; that of the last step follows the loop."""
+    """Whether a validation of the current step is due; the last step is validated after the loop."""
     step = progress.step
     is_validated = progress.last_validation.get("step") == step
     return step % settings.validation_steps == 0 and step < settings.max_train_steps and not is_validated
@@ -811,7 +807,7 @@ def start_processes(make_accelerator, settings):
 
 
 def check_run(run, facts, is_resumed):
-    """Print the plan; refuse a run that cannot resume, that does not fit, or whose experts are unusable."""
+    """Print the plan; raises OSError or ValueError for a run that cannot resume or fit, or for invalid experts."""
     settings, accelerator = run.settings, run.accelerator
     if is_resumed:
         check_resumable(settings.output_dir, facts, accelerator.print)
@@ -824,14 +820,14 @@ def check_run(run, facts, is_resumed):
 
 
 def load_components(run):
-    """Return the folder of the teacher's components, the embeddings of all prompts, and the autoencoder."""
+    """Return the folder of components in diffusers' layout, the embeddings of all prompts, and the autoencoder."""
     folder = open_components(run)
     prompt_embeddings = PromptEmbeddings(run.accelerator, folder, run.settings.cache_dir, run.prompts)
     return folder, prompt_embeddings, load_autoencoder(folder, device=run.device)
 
 
 def announce_work(run):
-    """Print the time that the run takes, and the image sizes that it trains on."""
+    """Print the estimated time of the run and, with aspect ratios, its image sizes."""
     if not run.settings.project_only:
         run.accelerator.print(f"time     {run.estimate_time(run.num_passes, run.num_states)}")
     if run.settings.aspect_ratios:
@@ -840,17 +836,17 @@ def announce_work(run):
 
 
 def lock_output(run):
-    """Refuse a folder that another run writes to; the lock is held until the process ends."""
+    """Lock --output_dir until the process ends; raises an error on all ranks if another run holds the lock."""
     output = Path(run.settings.output_dir)
-    (output / "cache").mkdir(exist_ok=True)
-    is_taken = run.accelerator.is_main_process and lock(output / "cache") is None
+    (output / CACHE).mkdir(exist_ok=True)
+    is_locked_by_other = run.accelerator.is_main_process and lock(output / CACHE) is None
     reason = f"{output}: another run is writing there. Wait for it, or name another --output_dir."
-    abort_all_ranks(run.accelerator, reason if is_taken else None)
+    abort_all_ranks(run.accelerator, reason if is_locked_by_other else None)
 
 
 def project_student(run, student, prompt_embeddings):
-    """Initialize the student's weights; returns the report of the projection for run.json."""
-    prompts = run.training[: most_frames(run.estimator.tokens)]
+    """Initialize the student's weights; returns the report for run.json."""
+    prompts = run.training[: max_calibration_frames(run.estimator.tokens)]
     return initialize_student(
         run.settings,
         student,
@@ -863,22 +859,23 @@ def project_student(run, student, prompt_embeddings):
 
 
 def make_teacher_data(run, prompt_embeddings):
-    """Return the TeacherData of a run; no trajectory is generated yet."""
+    """Return the TeacherData of a run, before any trajectory is generated."""
     settings, dtype = run.settings, training_dtype(run.settings)
     teacher = Teacher(run.files, run.device, dtype, settings.teacher_residency, settings.teacher_fp8)
-    pace = Pace(run.device, matrix_rate(run.device, dtype), run.accelerator.num_processes)
+    pace = Pace(run.device, measure_matrix_rate(run.device, dtype), run.accelerator.num_processes)
     return TeacherData(run, teacher, prompt_embeddings, pace)
 
 
-def generate_teacher_data(run, teacher_data, autoencoder):
-    """Generate the teacher's trajectories, or read them from the cache; returns figures, {} if all were cached."""
+def generate_teacher_data(run, prompt_embeddings, autoencoder):
+    """Return the TeacherData of a run with its trajectories, and figures of their generation, {} if all were cached."""
+    teacher_data = make_teacher_data(run, prompt_embeddings)
     figures = teacher_data.generate(run, autoencoder)
     if figures:
         run.accelerator.print(
             "generated {generated:,} trajectories, {trajectories_per_second:.3g} a second, "
             "{generation_teacher_share:.0%} of the time in the teacher".format(**figures)
         )
-    return figures
+    return teacher_data, figures
 
 
 def make_few_steps(run):
@@ -893,40 +890,50 @@ def make_few_steps(run):
     )
 
 
-def check_of(run, stop):
+def make_check(run, stop):
     """Return the function that a validation calls between batches."""
-    # Several processes stop together, after a step.
+    # Several processes stop after the same step, never within a validation.
     return stop.check if run.accelerator.num_processes == 1 else lambda: None
 
 
 def begin_output(run, facts, is_resumed):
-    """Replace an earlier run's results by this run's record, after everything that could fail early."""
+    """Replace the results of an earlier run by the record of this one, after everything that may fail early."""
     output, accelerator = Path(run.settings.output_dir), run.accelerator
     if accelerator.is_main_process:
         if not is_resumed:
             clear(output)
-        write_json(output / "run.json", facts)
+        write_json(output / RUN, facts)
     accelerator.wait_for_everyone()
-    if not (output / "run.json").exists():
+    if not (output / RUN).exists():
         raise OSError(
-            f"{output}: rank 0 wrote run.json, which is missing on this machine. All machines of a run need one "
+            f"{output}: rank 0 wrote {RUN}, which is missing on this machine. All machines of a run need one "
             "shared disk under --output_dir."
         )
 
 
 def build_state(run, student, teacher_data, few, stop):
-    """Return the TrainingState at step 0, the same with a full and with an empty cache."""
-    set_seed(run.settings.seed)  # again: a full cache draws fewer random numbers
-    if run.settings.allow_tf32 and run.device.type == "cuda":  # a projection solves in full float32
+    """Return the TrainingState at step 0, which does not depend on the content of the cache."""
+    set_seed(run.settings.seed)  # again, because a run with a full cache uses fewer random numbers
+    if (
+        run.settings.allow_tf32 and run.device.type == "cuda"
+    ):  # not earlier: the projection needs full float32
         torch.set_float32_matmul_precision("high")
     run.accelerator.gradient_accumulation_steps = run.settings.gradient_accumulation_steps
     state = make_training_state(run, student, teacher_data, few, stop)
     trained = [network for network in (state.student, state.critic) if network is not None]
     for network in trained:
-        teacher_data.pace.count(network)
+        teacher_data.pace.count_operations(network)
     if run.settings.compile:
         compile_blocks(trained)
     return state
+
+
+def start_log(run, facts, state, pace, began, generation):
+    """Return the RunLog of a run, with a first record of the figures of `generation`, if there are any."""
+    log = RunLog(run, facts, state.progress.step, pace, began)
+    if generation:
+        log.record(state.progress.step, **generation)
+    return log
 
 
 # ---- after the loop ----------------------------------------------------------------------------------------
@@ -944,14 +951,15 @@ def finish(run, state, validator, log, components_folder):
         save_components(output, components_folder, validator.scheduler)
     figures = progress.best.get("figures", progress.last_validation)
     results = {name: value for name, value in figures.items() if name != "step"}
-    if validator.teacher_data.teacher.residency == "sharded" or is_main:  # each process holds a shard of it
+    if validator.teacher_data.teacher.residency == "sharded" or is_main:  # all processes hold shards
         results |= validator.judge(state.student)
     if is_main:
         chosen = describe_chosen(progress, validator.measure)
-        ending, is_close = verdict(chosen["step"], bool(progress.best)), bool(progress.best)
+        is_close = bool(progress.best)
+        ending = verdict(chosen["step"], is_close)
         facts = {"finished": True, "steps": progress.step, "minutes": log.seconds / 60}
         facts |= {"skipped_steps": progress.skipped_steps, "chosen": chosen, "verdict": ending}
-        write_json(output / "run.json", log.facts | facts | {"results": results})
+        write_json(output / RUN, log.facts | facts | {"results": results})
         drawing = drawing_command(settings.output_dir)
         write_model_card(output, settings, run.few_steps, results, drawing)
         conclude(settings, output, results, ending, is_close, log.seconds, run.accelerator.print)
@@ -961,7 +969,7 @@ def finish(run, state, validator, log, components_folder):
 def describe_chosen(progress, measure):
     """Return the saved step and the reason for it, for run.json."""
     if not progress.best:
-        return {"step": progress.step, "why": "the last step, for every validation was rejected"}
+        return {"step": progress.step, "why": "the last step, because all validations were rejected"}
     return {
         "step": progress.best["step"],
         measure: progress.best["score"],
@@ -969,14 +977,14 @@ def describe_chosen(progress, measure):
     }
 
 
-def save_start(run, student, components_folder, facts):
-    """Save a projected, untrained student; it samples with the teacher's schedule, as after phase velocity."""
+def save_projected_student(run, student, components_folder, facts):
+    """Save a projected, untrained student, with the schedule of the velocity phase."""
     settings, output = run.settings, Path(run.settings.output_dir)
     if not run.accelerator.is_main_process:
         return run.accelerator.end_training()
     clear(output)
     facts = facts | {"projected_only": True, "schedule": describe_schedule(settings, [], [])}
-    write_json(output / "run.json", facts)
+    write_json(output / RUN, facts)
     student.save_pretrained(output)
     save_components(output, components_folder, make_scheduler(settings.flow_shift))
     drawing = drawing_command(settings.output_dir)
@@ -989,25 +997,25 @@ def save_start(run, student, components_folder, facts):
 
 
 def resuming_command(settings):
-    """Return the command that resumes this run; it reverts flags that would start a saved run again."""
+    """Return the command that resumes this run; flags that would start it again are reverted."""
     arguments = sys.argv[1:]
     with suppress(OSError, ValueError):
-        if is_cut_short(replace(settings, overwrite=False, resume_from_checkpoint="latest")):
+        if is_interrupted(replace(settings, overwrite=False, resume_from_checkpoint="latest")):
             arguments += ["--no-overwrite"] * settings.overwrite
             arguments += ["--resume_from_checkpoint", "latest"] * (settings.resume_from_checkpoint == "none")
     return command(Path(__file__).name, *arguments)
 
 
-def main(settings, is_resumed, **seams):
+def main(settings, is_resumed, **replacements):
     """Train in --output_dir, or print the plan of a dry run; returns the exit code.
 
-    `seams` are the arguments of train() that replace one of its components, for benchmarks and tests.
+    `replacements` are the arguments of train() that replace its components, for benchmarks and tests.
     """
     try:
         if settings.dry_run:
             arguments = [argument for argument in sys.argv[1:] if argument != "--dry_run"]
             return plan(settings, arguments) if is_first() else 0
-        train(settings, is_resumed, StopSignal(is_launched=is_launched()), **seams)
+        train(settings, is_resumed, StopSignal(is_launched=is_launched()), **replacements)
     except (OSError, ValueError, FloatingPointError) as error:
         defer_to_rank_zero()
         print(f"train_distillation.py: {error}", file=sys.stderr)
@@ -1024,9 +1032,9 @@ def main(settings, is_resumed, **seams):
         if not (is_launched() and is_peer_failure(error)):
             raise
         print(
-            f"train_distillation.py: another process of this run is gone ({str(error).splitlines()[0]}). "
-            "Look for the reason in its output or in the log of its machine; the same command resumes from the "
-            "newest checkpoint.",
+            f"train_distillation.py: another process of this run ended ({str(error).splitlines()[0]}). "
+            "Its output or the log of its machine shows the reason; the same command resumes from the newest "
+            "checkpoint.",
             file=sys.stderr,
         )
         return 2
@@ -1038,6 +1046,6 @@ def main(settings, is_resumed, **seams):
 
 
 if __name__ == "__main__":
-    gc.freeze()  # the collector skips the objects of imports
+    gc.freeze()  # the garbage collector skips the objects of imports
     gc.enable()
     sys.exit(main(SETTINGS, IS_RESUMED))

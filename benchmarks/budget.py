@@ -1,28 +1,30 @@
-"""The gain of a larger budget: more images of the teacher, or more steps of the student, in one table.
+"""Compare budgets: students of more images of the teacher, or of more training steps, in one table.
 
-    python benchmarks/budget.py            # five students for each of three seeds, one a core: over an hour on two cores
+    python benchmarks/budget.py            # five students for each of three seeds, one per core: over an hour on two cores
     python benchmarks/budget.py --quick    # a minute: one seed, small budgets
     python benchmarks/budget.py --train_flags --hidden_size 64 --depth 4
 
-The student is 24 x 2 where the tiny teacher is 128 x 4, about as much narrower and shallower as 1024 x 16 is
-than A14B. "hours" are those of an H100 at 40 % of its rate, if the same budget were spent on A14B and a
-student of 1024 x 16 at 512 pixels. Students that lie in --folder, finished under the same settings, are
-listed without training; those of other settings are refused by name.
+The student is 24 x 2 and the tiny teacher 128 x 4, about the ratio of 1024 x 16 to A14B. "Hours" are those of an H100_RATE
+at 40 % of its peak rate, for the same budget of A14B and a student of 1024 x 16 at 512 pixels. Finished students of
+the same settings in --folder are listed without training. Those of other settings are refused, with the names of the
+settings.
 """
 
 import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.quality import TRAIN, train
-from wanlite.planning.memory import EFFICIENCY, H100
+from wanlite.planning.duration import EFFICIENCY, H100_RATE
 from wanlite.training.run_folder import read_run
 
 SMALL = ("--hidden_size", "24", "--depth", "2")
@@ -38,29 +40,22 @@ QUICK = (
     "--rollout_states",
     16,
 )
-BUDGETS = (
-    (1000, 1400),
-    (1000, 5600),
-    (4000, 1400),
-    (4000, 5600),
-    (4000, 22400),
-)  # images of the teacher, and steps
-RATE = EFFICIENCY * H100 * 3600  # operations an hour
+Budget = tuple[int, int]  # images of the teacher, steps
+BUDGETS: tuple[Budget, ...] = ((1000, 1400), (1000, 5600), (4000, 1400), (4000, 5600), (4000, 22400))
+RATE = EFFICIENCY * H100_RATE * 3600  # operations per hour
 TOKENS, TEACHER, STUDENT, BATCH = 1024, 14.29e9, 0.282e9, 128  # of an image; parameters
 
 
-def hours(images, steps, teacher_steps=20):
-    """Return the hours in which A14B generates `images` with guidance, and in which a student of it is trained."""
+def hours(images: int, steps: int, teacher_steps: int = 20) -> tuple[float, float]:
+    """Return the hours of A14B's guided trajectories of `images`, and of the training of a student for `steps`."""
     return (
         2 * TOKENS * TEACHER * images * 2 * teacher_steps / RATE,
         6 * TOKENS * STUDENT * steps * BATCH / RATE,
     )
 
 
-def print_table(runs):
-    """Print a line for each budget, {(images, steps): [run.json of each seed]}: means over seeds, and the
-    range.
-    """
+def print_table(runs: Mapping[Budget, Sequence[Mapping[str, Any]]]) -> None:
+    """Print a line for each budget, {(images, steps): run.json of each seed}: means and ranges over seeds."""
     columns = (
         "images",
         "steps",
@@ -83,24 +78,24 @@ def print_table(runs):
         )
         spent = " + ".join(f"{each:.1f}" for each in hours(images, steps))
         print(
-            f"| {images:,} | {steps:,} | {spent} | {len(found)} | {mean(right):.3f} ({min(right):.3f} to "
-            f"{max(right):.3f}) | "
-            f"{mean(right_in_one):.3f} | {mean(error):.3f} ({min(error):.3f} to {max(error):.3f}) | "
-            f"{mean(error_in_one):.3f} | "
+            f"| {images:,} | {steps:,} | {spent} | {len(found)} | "
+            f"{mean(right):.3f} ({min(right):.3f} to {max(right):.3f}) | {mean(right_in_one):.3f} | "
+            f"{mean(error):.3f} ({min(error):.3f} to {max(error):.3f}) | {mean(error_in_one):.3f} | "
             f"{mean(diversity):.2f} |"
         )
 
 
-def read_options():
+def read_options() -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--folder", type=Path, default=Path("outputs/budget"), help="where students are trained and kept"
+        "--folder", type=Path, default=Path("outputs/budget"), help="students are trained and kept here"
     )
     parser.add_argument("--seeds", type=int, default=3, help="training seeds")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="trained at a time, each on one core"
+        "--workers", type=int, default=os.cpu_count(), help="parallel trainings, each on one core"
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path, help="also write the results there")
@@ -108,13 +103,15 @@ def read_options():
         "--train_flags",
         nargs=argparse.REMAINDER,
         default=[*SMALL],
-        help="flags for every training, to the end",
+        help="flags of every training, to the end",
     )
     return parser.parse_args()
 
 
-def train_all(folder, budgets, seeds, flags, workers):
-    """Train a student for each budget and seed; returns {(images, steps): [run.json of each seed]}."""
+def train_all(
+    folder: Path, budgets: Sequence[Budget], seeds: Sequence[int], flags: Sequence[Any], workers: int
+) -> dict[Budget, list[dict[str, Any]]]:
+    """Train a student for each budget and seed; returns {(images, steps): run.json of each seed}."""
 
     def run(job):
         (count, length), seed = job
@@ -125,7 +122,7 @@ def train_all(folder, budgets, seeds, flags, workers):
             seed,
         )
 
-    # students of one seed and number share the teacher's images: the first of them generates these
+    # Students of one seed and number of images share the teacher's trajectories, which the first of them generates.
     with ThreadPoolExecutor(workers) as pool:
         for length in sorted({length for _, length in budgets}):
             jobs = [(budget, seed) for seed in seeds for budget in budgets if budget[1] == length]
@@ -133,7 +130,8 @@ def train_all(folder, budgets, seeds, flags, workers):
     return {budget: [read_run(run((budget, seed))) for seed in seeds] for budget in budgets}
 
 
-def main():
+def main() -> None:
+    """Train all students and print the table."""
     options = read_options()
     budgets, flags, seeds = BUDGETS, options.train_flags, range(options.seeds)
     if options.quick:

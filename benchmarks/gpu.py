@@ -1,12 +1,13 @@
-"""Correctness, speed and memory on one GPU, in eight minutes.
+"""Measure one GPU in eight minutes: correctness of short runs, speed and memory of training, teacher and inference.
 
     python benchmarks/gpu.py --json gpu.json                # on an H100 or H200, all parts, about 480 s
     python benchmarks/gpu.py --parts right step             # some of them
-    python benchmarks/gpu.py --device cpu --small           # dry: tiny shapes, on a machine without a GPU
+    python benchmarks/gpu.py --device cpu --small           # tiny shapes, on a machine without a GPU
 
 Parts: right (runs of the tiny teacher on the GPU), step (a training step from the cache), teacher (guided passes at
 A14B's shape, random weights, by residency), draw (an image in 4 steps), compiled (the same, compiled). A part begins
-only while --seconds allow it; every figure is printed and written at once; a failure is named, and the rest follows.
+only if it fits in the remaining --seconds. Each figure is printed and written at once. A failure is printed with its
+figure, and the next one is measured.
 """
 
 import argparse
@@ -20,8 +21,11 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,72 +38,101 @@ from train_distillation import WanLiteStudent
 from wanlite.data.autoencoder import decode_latents, make_autoencoder
 from wanlite.flow import make_scheduler, sample
 from wanlite.network import TextTokens, pack_text, pass_operations
-from wanlite.planning.memory import matrix_rate, pass_peak, simulated_peak, teacher_bytes
+from wanlite.planning.duration import measure_matrix_rate
+from wanlite.planning.memory import count_pass_bytes, count_teacher_bytes
+from wanlite.planning.simulation import simulate_peak
 from wanlite.student.shape import student_shape
 from wanlite.teacher.expert_files import ExpertFiles, TeacherFiles
 from wanlite.teacher.model import Teacher, load_expert, make_expert
 
-BEGAN, ROWS = time.perf_counter(), []
 NEEDS = {"right": 100, "step": 70, "teacher": 150, "draw": 60, "compiled": 120}  # seconds, with a margin
+PRINTED = {"told_gb": "predicted_gb", "said": "output"}  # {name in the JSON file: printed name}
+SMALL_A14B = speed.A14B | {"num_attention_heads": 2, "ffn_dim": 256, "num_layers": 2, "text_dim": 64}
+SMALL_SHAPE = dict(hidden_size=64, depth=2, num_heads=2, num_channels=16, text_dim=64)
 
 
-def say(part, what, **figures):
-    """Print one figure, and keep it."""
-    row = {"part": part, "what": what, "at": round(time.perf_counter() - BEGAN, 1)} | figures
-    ROWS.append(row)
-    print(
-        f"{row['at']:6.1f}s  {part:9} {what:40} " + "  ".join(f"{k} {v}" for k, v in figures.items()),
-        flush=True,
-    )
-    if ARGS.json:
-        ARGS.json.write_text(json.dumps(ROWS, indent=1) + "\n")
+@dataclass
+class Bench:
+    """The device under test, the shapes that it is tested with, and the figures found on it."""
 
+    device: str
+    is_small: bool
+    json: Path | None
+    began: float = field(default_factory=time.perf_counter)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    rate: float = 0.0  # operations a second of bfloat16 matrix products
 
-@contextlib.contextmanager
-def attempt(part, what):
-    """Name a failure, and go on."""
-    try:
-        yield
-    except Exception as error:  # of whatever kind: GPU time is short
-        traceback.print_exc(limit=4)
-        say(part, what, FAILED=f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")
-    finally:
-        if GPU:
-            torch.cuda.empty_cache()
+    @property
+    def is_gpu(self) -> bool:
+        return self.device == "cuda"
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config of the teacher's experts."""
+        return SMALL_A14B if self.is_small else speed.A14B
 
-def settle():
-    if GPU:
-        torch.cuda.synchronize()
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The shape of the student."""
+        return SMALL_SHAPE if self.is_small else student_shape(speed.A14B)
 
+    @property
+    def side(self) -> int:
+        """Height and width of large latents."""
+        return 8 if self.is_small else 128
 
-def timed(work, repeats, warming=2):
-    """Return the median milliseconds of `work()`."""
-    for _ in range(warming):
+    def record(self, part: str, what: str, **figures: Any) -> None:
+        """Print the figures of one measurement and write all rows."""
+        row = {"part": part, "what": what, "at": round(time.perf_counter() - self.began, 1)} | figures
+        self.rows.append(row)
+        printed = "  ".join(f"{PRINTED.get(name, name)} {value}" for name, value in figures.items())
+        print(f"{row['at']:6.1f}s  {part:9} {what:40} {printed}", flush=True)
+        if self.json:
+            self.json.write_text(json.dumps(self.rows, indent=1) + "\n")
+
+    @contextlib.contextmanager
+    def attempt(self, part: str, what: str) -> Iterator[None]:
+        """Record a failure and continue after it."""
+        try:
+            yield
+        except Exception as error:  # of any kind: GPU time is short
+            traceback.print_exc(limit=4)
+            self.record(part, what, FAILED=f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")
+        finally:
+            if self.is_gpu:
+                torch.cuda.empty_cache()
+
+    def settle(self) -> None:
+        """Wait until the device is idle."""
+        if self.is_gpu:
+            torch.cuda.synchronize()
+
+    def timed(self, work: Callable[[], object], repeats: int, warming: int = 2) -> float:
+        """Return the median milliseconds of `work()`."""
+        for _ in range(warming):
+            work()
+        found = []
+        for _ in range(repeats):
+            self.settle()
+            began = time.perf_counter()
+            work()
+            self.settle()
+            found.append(1e3 * (time.perf_counter() - began))
+        return statistics.median(found)
+
+    def peak(self, work: Callable[[], object]) -> float:
+        """Return the GB that torch has allocated at the peak of `work()`, including earlier allocations."""
+        if not self.is_gpu:
+            work()
+            return 0.0
+        self.settle()
+        torch.cuda.reset_peak_memory_stats()
         work()
-    found = []
-    for _ in range(repeats):
-        settle()
-        began = time.perf_counter()
-        work()
-        settle()
-        found.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(found)
+        self.settle()
+        return torch.cuda.max_memory_allocated() / 1e9
 
 
-def peak(work):
-    """Return the GB that torch has allocated at the peak of `work()`, all that lies there included."""
-    if not GPU:
-        work()
-        return 0.0
-    settle()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    settle()
-    return torch.cuda.max_memory_allocated() / 1e9
-
-
-# ---- is it right ---------------------------------------------------------------------------------------------------------------
+# ---- correctness -------------------------------------------------------------------------------------------
 
 STAGES = [
     "--num_trajectories=32",
@@ -111,181 +144,175 @@ STAGES = [
     "--validation_trajectories=4",
     "--rollout_states=8",
     "--teacher_steps=4",
-    "--few_steps",
-    "1",
-    "2",
-    "4",
+    *("--few_steps", "1", "2", "4"),
 ]
 RUNS = {
     "no, both, matching": ["--mixed_precision=no", "--matching_steps=4"],
     "bf16, one, images of two shapes": [
-        "--mixed_precision=bf16",
-        "--teacher_residency=one",
-        "--aspect_ratios",
-        "1:1",
-        "3:2",
+        *("--mixed_precision=bf16", "--teacher_residency=one", "--aspect_ratios", "1:1", "3:2")
     ],
     "bf16, streamed, fp8": ["--mixed_precision=bf16", "--teacher_residency=streamed", "--teacher_fp8"],
     "bf16, disk, checkpointing": [
-        "--mixed_precision=bf16",
-        "--teacher_residency=disk",
-        "--gradient_checkpointing",
+        *("--mixed_precision=bf16", "--teacher_residency=disk", "--gradient_checkpointing")
     ],
     "fp16, both, fp8": ["--mixed_precision=fp16", "--teacher_fp8", "--teacher_residency=both"],
 }
 
 
-def right(folder):
-    """Train by every way at once, in processes of their own, then draw with what came out."""
-    started = {
-        name: subprocess.Popen(
-            [
-                sys.executable,
-                ROOT / "train_distillation.py",
-                f"--output_dir={folder / str(index)}",
-                *STAGES,
-                *flags,
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-        )
-        for index, (name, flags) in enumerate(RUNS.items())
+def right(bench: Bench, folder: Path) -> None:
+    """Train all RUNS at once, each in its own process, then generate images with the first student."""
+    processes = {
+        name: start_run(folder / str(index), flags) for index, (name, flags) in enumerate(RUNS.items())
     }
-    with attempt("right", "dtypes and kernels"):
-        kernels()
-    for index, (name, run) in enumerate(started.items()):
-        with attempt("right", name):
-            said = run.communicate(timeout=150)[0]
-            if run.returncode:
-                print(said[-3000:], flush=True)
-                raise RuntimeError(f"exit code {run.returncode}")
-            losses = [
-                json.loads(line) for line in (folder / str(index) / "metrics.jsonl").read_text().splitlines()
-            ]
-            say(
-                "right",
-                name,
-                rc=run.returncode,
-                records=len(losses),
-                loss=[value for line in losses for key, value in line.items() if key.endswith("loss")][:1],
-                last=losses[-1],
-            )
+    with bench.attempt("right", "dtypes and kernels"):
+        kernels(bench)
+    for index, (name, process) in enumerate(processes.items()):
+        with bench.attempt("right", name):
+            record_run(bench, name, process, folder / str(index))
     for dtype in ("float32", "bfloat16"):
-        with attempt("right", f"run_inference {dtype}"):
-            done = subprocess.run(
-                [
-                    sys.executable,
-                    ROOT / "run_inference.py",
-                    "--model",
-                    folder / "0",
-                    "--dtype",
-                    dtype,
-                    "--output_dir",
-                    folder / dtype,
-                ],
-                capture_output=True,
-                text=True,
-                timeout=60,
-                cwd=ROOT,
-            )
-            say(
-                "right",
-                f"run_inference {dtype}",
-                rc=done.returncode,
-                said=done.stdout.splitlines()[-1][-90:] if done.stdout else done.stderr[-200:],
-            )
+        with bench.attempt("right", f"run_inference {dtype}"):
+            record_inference(bench, folder / "0", folder / dtype, dtype)
 
 
-def kernels():
-    """Report the dtype of a norm under autocast, and the kernels that a block calls."""
-    student = WanLiteStudent(hidden_size=256, depth=1, num_heads=4, text_dim=64).to(DEVICE)
-    seen = {}
+def start_run(output: Path, flags: Sequence[str]) -> subprocess.Popen:
+    """Start train_distillation.py; its output is piped."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train_distillation.py", f"--output_dir={output}", *STAGES, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def record_run(bench: Bench, name: str, process: subprocess.Popen, output: Path) -> None:
+    """Wait for a run and record its losses; raises RuntimeError if it failed."""
+    printed = process.communicate(timeout=150)[0]
+    if process.returncode:
+        print(printed[-3000:], flush=True)
+        raise RuntimeError(f"exit code {process.returncode}")
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses = [value for record in records for key, value in record.items() if key.endswith("loss")]
+    bench.record(
+        "right", name, rc=process.returncode, records=len(records), loss=losses[:1], last=records[-1]
+    )
+
+
+def record_inference(bench: Bench, model: Path, output: Path, dtype: str) -> None:
+    """Generate images with run_inference.py and record its last line."""
+    command = [sys.executable, ROOT / "run_inference.py", "--model", model]
+    process = subprocess.run(
+        [*command, "--dtype", dtype, "--output_dir", output],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+    )
+    last = process.stdout.splitlines()[-1][-90:] if process.stdout else process.stderr[-200:]
+    bench.record("right", f"run_inference {dtype}", rc=process.returncode, said=last)
+
+
+def kernels(bench: Bench) -> None:
+    """Record the dtype of a norm under autocast, and the kernels of a block."""
+    student = WanLiteStudent(hidden_size=256, depth=1, num_heads=4, text_dim=64).to(bench.device)
+    dtypes: dict[str, torch.dtype] = {}
     student.blocks[0].attn1.norm_q.register_forward_hook(
-        lambda module, inputs, output: seen.update(into=inputs[0].dtype, out=output.dtype)
+        lambda module, inputs, output: dtypes.update(into=inputs[0].dtype, out=output.dtype)
     )
-    latents, text = torch.randn(2, 16, 32, 32, device=DEVICE), torch.randn(2, 13, 64, device=DEVICE)
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * GPU
+    make = partial(torch.randn, device=bench.device)
+    latents, text = make(2, 16, 32, 32), make(2, 13, 64)
+    timestep, logit_bias = (
+        torch.full((2,), 500.0, device=bench.device),
+        torch.zeros(2, 13, device=bench.device),
+    )
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] * bench.is_gpu
     with torch.profiler.profile(activities=activities) as profile:
-        with torch.autocast(DEVICE, torch.bfloat16):
-            (velocity,) = student(
-                latents,
-                torch.full((2,), 500.0, device=DEVICE),
-                text,
-                text_logit_bias=torch.zeros(2, 13, device=DEVICE),
-                return_dict=False,
-            )
+        with torch.autocast(bench.device, torch.bfloat16):
+            (velocity,) = student(latents, timestep, text, text_logit_bias=logit_bias, return_dict=False)
         velocity.float().square().mean().backward()
-        settle()
-    names = sorted(
-        {
-            event.key
-            for event in profile.key_averages()
-            if re.search("attention|fmha|flash|cudnn|conv", event.key)
-        }
-    )
-    say("right", "norm of queries under autocast", into=str(seen["into"]), out=str(seen["out"]))
-    say("right", "attention and convolution calls", found=[name[:60] for name in names][:14])
+        bench.settle()
+    pattern = "attention|fmha|flash|cudnn|conv"
+    names = sorted({event.key for event in profile.key_averages() if re.search(pattern, event.key)})
+    bench.record("right", "norm of queries under autocast", into=str(dtypes["into"]), out=str(dtypes["out"]))
+    bench.record("right", "attention and convolution calls", found=[name[:60] for name in names][:14])
 
 
-# ---- a training step -------------------------------------------------------------------------------------------------------------
+# ---- a training step ---------------------------------------------------------------------------------------
 
 
-def world_of(folder, side, batch):
-    files = speed.random_teacher(A14B, DEVICE)
-    return speed.make_world(folder / f"{side}-{batch}", files, SHAPE, side, batch, DEVICE, "bf16")
-
-
-def step(folder, ways=("ours", "muon", "muon, cuDNN", "plain"), sizes=((64, 32), (128, 8))):
-    for side, batch in sizes if not ARGS.small else ((8, 4),):
-        world = world_of(folder, side, batch)
-        for name in ways:
-            with attempt("step", f"{name} {8 * side} px"):
+def step(
+    bench: Bench,
+    folder: Path,
+    variants: Sequence[str] = ("wanlite", "muon", "muon, cuDNN", "baseline"),
+    sizes: Sequence[tuple[int, int]] = ((64, 32), (128, 8)),  # side of the latents, batch
+) -> None:
+    """Time a training step of each variant at each size."""
+    for side, batch in sizes if not bench.is_small else ((8, 4),):
+        files = speed.random_teacher(bench.config, bench.device)
+        world = speed.make_world(
+            folder / f"{side}-{batch}", files, bench.shape, side, batch, bench.device, "bf16"
+        )
+        for name in variants:
+            with bench.attempt("step", f"{name} {8 * side} px"):
                 torch.backends.cuda.enable_cudnn_sdp("cuDNN" in name)
-                way = {"plain": lambda: speed.plain(world), "ours": lambda: speed.ours(world)}.get(name) or (
-                    lambda: speed.ours(world, muon_rate=0.09, is_compiled="compiled" in name)
-                )
-                one = way()
-                began = time.perf_counter()
-                used = peak(lambda: [next(one) for _ in range(4)])
-                warmed = time.perf_counter() - began
-                each = timed(lambda: next(one), 2 if ARGS.small else 8, 0)
-                say(
-                    "step",
-                    f"{name} {8 * side} px x {batch}",
-                    ms=round(each),
-                    images_s=round(1e3 * batch / each, 1),
-                    peak_gb=round(used, 1),
-                    mfu=f"{speed.student_operations(world) / (each / 1e3) / RATE:.1%}",
-                    warming_s=round(warmed, 1),
-                )
-                one.close()
-                one = None
+                record_step(bench, world, name)
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-# ---- the teacher -----------------------------------------------------------------------------------------------------------------
+def record_step(bench: Bench, world: speed.World, name: str) -> None:
+    """Record the milliseconds, memory and arithmetic of a variant's step."""
+    steps = start_variant(world, name)
+    began = time.perf_counter()
+    used = bench.peak(lambda: [next(steps) for _ in range(4)])
+    warmed = time.perf_counter() - began
+    milliseconds = bench.timed(lambda: next(steps), 2 if bench.is_small else 8, 0)
+    bench.record(
+        "step",
+        f"{name} {8 * world.side} px x {world.batch}",
+        ms=round(milliseconds),
+        images_s=round(1e3 * world.batch / milliseconds, 1),
+        peak_gb=round(used, 1),
+        mfu=f"{speed.student_operations(world) / (milliseconds / 1e3) / bench.rate:.1%}",
+        warming_s=round(warmed, 1),
+    )
+    steps.close()
 
 
+def start_variant(world: speed.World, name: str) -> Any:
+    """Return the generator of a variant's steps."""
+    if name == "baseline":
+        return speed.plain(world)
+    if name == "wanlite":
+        return speed.ours(world)
+    return speed.ours(world, muon_rate=0.09, is_compiled="compiled" in name)
+
+
+# ---- the teacher -------------------------------------------------------------------------------------------
+
+
+@dataclass
 class SharedFiles(ExpertFiles):
-    """An expert of random weights; on the CPU all blocks share the memory of one, pinned where it is asked for."""
+    """An expert of random weights; on the CPU all blocks share the memory of one block, which may be pinned."""
 
-    place, is_pinned, kept = "cuda", False, {}
+    device: str = "cuda"
+    place: str = "cuda"  # of the tensors that are read
+    is_pinned: bool = False
+    shared: dict[Any, torch.Tensor] = field(repr=False, default_factory=dict)
 
-    def read(self, name, dtype=torch.float32, rows=None):
-        make = partial(torch.empty, self.shape(name), device=DEVICE, dtype=dtype)
+    def read(self, name: str, dtype: torch.dtype = torch.float32, rows: slice | None = None) -> torch.Tensor:
+        make = partial(torch.empty, self.shape(name), device=self.device, dtype=dtype)
         if self.place != "cpu":
             return make().normal_(0, 0.02)
         key = (re.sub(r"^blocks\.\d+\.", "blocks.", name), dtype, self.is_pinned)
-        if key not in self.kept:
+        if key not in self.shared:
             tensor = make().normal_(0, 0.02).cpu()
-            self.kept[key] = tensor.pin_memory() if self.is_pinned and GPU else tensor
-        return self.kept[key]
+            self.shared[key] = tensor.pin_memory() if self.is_pinned and self.device == "cuda" else tensor
+        return self.shared[key]
 
 
 class QuickTeacher(Teacher):
-    """Casts to float8 on the GPU, an expert at a time: on the CPU that takes longer than all the rest."""
+    """Casts to float8 on the GPU, one expert after the other, which takes too long on the CPU."""
 
     def _load(self, files):
         if not self.is_fp8 or self.residency != "both":
@@ -295,251 +322,311 @@ class QuickTeacher(Teacher):
         return expert
 
 
-def shared_teacher(residency):
+def shared_teacher(bench: Bench, residency: str) -> TeacherFiles:
+    """Return the files of two experts of random weights that share their memory on the CPU."""
+    config = bench.config
     with torch.device("meta"):
-        shapes = {
-            name: tuple(t.shape)
-            for name, t in make_expert(ExpertFiles("high", Path(), A14B, {}), A14B["num_layers"])
-            .state_dict()
-            .items()
-        }
-    experts = {
-        name: SharedFiles(name, Path(), A14B, {key: (Path(), key, shape) for key, shape in shapes.items()})
-        for name in ("high", "low")
+        network = make_expert(ExpertFiles("high", Path(), config, {}), config["num_layers"])
+    places: dict[str, Any] = {
+        name: (Path(), name, tuple(tensor.shape)) for name, tensor in network.state_dict().items()
     }
-    for files in experts.values():
-        files.place, files.is_pinned = (
-            ("cpu" if residency in ("one", "streamed") else DEVICE),
-            residency == "streamed",
-        )
+    options: dict[str, Any] = dict(
+        device=bench.device,
+        place="cpu" if residency in ("one", "streamed") else bench.device,
+        is_pinned=residency == "streamed",
+        shared={},
+    )
+    experts: dict[str, ExpertFiles] = {
+        name: SharedFiles(name, Path(), config, places, **options) for name in ("high", "low")
+    }
     return TeacherFiles(Path(), "diffusers", experts, 0.875)
 
 
+@dataclass
+class TeacherInputs:
+    """A batch for the guided teacher: 32 images of 512 px are 65,536 tokens with the negative prompt."""
+
+    latents: torch.Tensor
+    text: TextTokens
+    num_words: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.latents)
+
+    @property
+    def side(self) -> int:
+        return self.latents.shape[-1]
+
+    def velocity(self, one: Teacher, level: float) -> Any:
+        """Return the guided velocity, with the hidden states of a late block."""
+        timestep = torch.full((self.rows,), level, device=self.latents.device)
+        block = 29 % one.config["num_layers"]
+        return one.velocity(self.latents, timestep, self.text, self.text, 4.0, 3.0, (block,))
+
+
+def teacher_inputs(bench: Bench) -> TeacherInputs:
+    """Return random latents and text."""
+    side, rows, words = (8, 2, 48) if bench.is_small else (64, 32, 48)
+    text = pack_text([torch.randn(words, bench.config["text_dim"])] * rows).to(bench.device)
+    return TeacherInputs(torch.randn(rows, 16, side, side, device=bench.device), text, words)
+
+
 def teacher(
-    folder, ways=(("both", False), ("streamed", False), ("one", False), ("both", True)), is_compiled=False
-):
-    dtype, side, words = torch.bfloat16, 64 if not ARGS.small else 8, 48
-    rows = 32 if not ARGS.small else 2  # guided pictures: 65,536 tokens of 512 px with the negative prompt
-    text = pack_text([torch.randn(words, A14B["text_dim"])] * rows).to(DEVICE)
-    latents = torch.randn(rows, 16, side, side, device=DEVICE)
-    operations = pass_operations(A14B, 2 * rows, (side // 2) ** 2, words + 1)
-    for residency, is_fp8 in ways:
+    bench: Bench,
+    folder: Path,
+    residencies: Sequence[tuple[str, bool]] = (
+        *(("both", False), ("streamed", False)),
+        *(("one", False), ("both", True)),
+    ),
+    is_compiled: bool = False,
+) -> None:
+    """Time a guided pass for each residency and precision of the teacher."""
+    inputs = teacher_inputs(bench)
+    for residency, is_fp8 in residencies:
         name = f"{residency}{', fp8' * is_fp8}{', compiled' * is_compiled}"
-        with attempt("teacher", name):
-            files = shared_teacher(residency)
-            told = teacher_bytes(files, residency, dtype, is_fp8)[0] + pass_peak(
-                files, 2 * rows, (side, side), dtype, partial(simulated_peak, device_type=DEVICE)
-            )
-            one = QuickTeacher(files, DEVICE, dtype, residency, is_fp8)
-            if is_compiled:
-                for expert in ("high", "low"):
-                    one.expert(expert).compile_repeated_blocks()
-            began = time.perf_counter()
-
-            def ask(level):
-                return one.velocity(
-                    latents,
-                    torch.full((rows,), level, device=DEVICE),
-                    text,
-                    text,
-                    4.0,
-                    3.0,
-                    (29 % A14B["num_layers"],),
-                )
-
-            used = peak(lambda: (ask(950.0), ask(500.0)))
-            loading = time.perf_counter() - began
-            each = timed(lambda: ask(500.0), 3 if residency != "one" else 2, 1)
-            swap = (
-                timed(lambda: (one.expert("high"), one.expert("low")), 1, 0) / 2 if residency == "one" else 0
-            )
-            say(
-                "teacher",
-                name,
-                s=round(each / 1e3, 2),
-                share=f"{operations / (each / 1e3) / RATE:.1%}",
-                peak_gb=round(used, 1),
-                told_gb=round(told / 1e9, 1),
-                loading_s=round(loading, 1),
-                **({"swap_s": round(swap / 1e3, 2)} if swap else {}),
-            )
-            one.unload()
-            SharedFiles.kept.clear()
-            one = None
+        with bench.attempt("teacher", name):
+            record_teacher(bench, inputs, name, residency, is_fp8, is_compiled)
 
 
-# ---- a picture -------------------------------------------------------------------------------------------------------------------
+def record_teacher(
+    bench: Bench, inputs: TeacherInputs, name: str, residency: str, is_fp8: bool, is_compiled: bool
+) -> None:
+    """Record the seconds of a guided pass, and its measured and predicted memory."""
+    files = shared_teacher(bench, residency)
+    predicted = predict_memory(bench, files, inputs, residency, is_fp8)
+    one = QuickTeacher(files, bench.device, torch.bfloat16, residency, is_fp8)
+    if is_compiled:
+        for expert in ("high", "low"):
+            one.expert(expert).compile_repeated_blocks()
+    began = time.perf_counter()
+    used = bench.peak(lambda: (inputs.velocity(one, 950.0), inputs.velocity(one, 500.0)))
+    loading = time.perf_counter() - began
+    seconds = bench.timed(lambda: inputs.velocity(one, 500.0), 3 if residency != "one" else 2, 1) / 1e3
+    figures: dict[str, Any] = {}
+    if residency == "one":
+        swap = bench.timed(lambda: (one.expert("high"), one.expert("low")), 1, 0) / 2
+        figures["swap_s"] = round(swap / 1e3, 2)
+    operations = pass_operations(bench.config, 2 * inputs.rows, (inputs.side // 2) ** 2, inputs.num_words + 1)
+    bench.record(
+        "teacher",
+        name,
+        s=round(seconds, 2),
+        share=f"{operations / seconds / bench.rate:.1%}",
+        peak_gb=round(used, 1),
+        told_gb=round(predicted / 1e9, 1),
+        loading_s=round(loading, 1),
+        **figures,
+    )
+    one.unload()
+
+
+def predict_memory(
+    bench: Bench, files: TeacherFiles, inputs: TeacherInputs, residency: str, is_fp8: bool
+) -> float:
+    """Return the bytes that the dry run predicts for the teacher and its pass."""
+    peak = partial(simulate_peak, device_type=bench.device)
+    passing = count_pass_bytes(files, 2 * inputs.rows, (inputs.side, inputs.side), torch.bfloat16, peak)
+    return count_teacher_bytes(files, residency, torch.bfloat16, is_fp8)[0] + passing
+
+
+# ---- an image ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def draw(folder, compiled=False):
-    scheduler, side = make_scheduler(3.0, (1, 2, 4)), 128 if not ARGS.small else 8
-    for dtype in (torch.bfloat16,) if compiled else (torch.float32, torch.bfloat16):
-        student = WanLiteStudent(SHAPE).to(DEVICE).eval().requires_grad_(False)
-        if dtype == torch.bfloat16:
-            for name, module in student.named_modules():
-                if (
-                    isinstance(module, (torch.nn.Linear, torch.nn.Conv3d))
-                    and "time_embedder" not in name
-                    or name.endswith(("norm_q", "norm_k"))
-                ):
-                    module.to(dtype)
-        if compiled:
-            student.compile_repeated_blocks()
-        for pixels in (side // 2, side):
-            text = TextTokens(
-                torch.randn(1, 49, SHAPE["text_dim"], device=DEVICE, dtype=dtype),
-                torch.zeros(1, 49, device=DEVICE),
-            )
-            noise = torch.randn(1, 16, pixels, pixels, device=DEVICE)
-
-            def velocity_of(latents, timestep):
-                return student(
-                    latents.to(dtype),
-                    timestep,
-                    text.tokens,
-                    text_logit_bias=text.logit_bias,
-                    return_dict=False,
-                )[0].float()
-
-            for cudnn in (False, True):
-                with attempt("draw", f"student {8 * pixels} px"):
-                    torch.backends.cuda.enable_cudnn_sdp(cudnn)
-                    each = timed(lambda: sample(velocity_of, noise, scheduler, 4), 5)
-                    say(
-                        "draw",
-                        f"4 steps {8 * pixels} px {str(dtype)[6:]}{' compiled' * compiled}{' cuDNN' * cudnn}",
-                        ms=round(each, 1),
-                    )
-            torch.backends.cuda.enable_cudnn_sdp(False)
-            if GPU and dtype == torch.bfloat16:
-                with attempt("draw", f"graph {8 * pixels} px"):
-                    at, graph = torch.full((1,), 500.0, device=DEVICE), torch.cuda.CUDAGraph()
-                    for _ in range(3):
-                        velocity_of(noise, at)
-                    settle()
-                    with torch.cuda.graph(graph):
-                        velocity_of(noise, at)
-                    say(
-                        "draw",
-                        f"one step as a graph {8 * pixels} px{' compiled' * compiled}",
-                        ms=round(timed(graph.replay, 10), 2),
-                    )
-                    del graph
-        student = None
-    if compiled:
-        return
-    with attempt("draw", "stock pipeline"):
-        stock(side)
-    for name, dtype, form, is_cached in (
+def draw(bench: Bench, folder: Path) -> None:
+    """Time an image of the student in each dtype, of diffusers' pipeline, and the decoding of its latents."""
+    for dtype in (torch.float32, torch.bfloat16):
+        draw_student(bench, dtype)
+    with bench.attempt("draw", "stock pipeline"):
+        stock(bench)
+    for name, dtype, memory_format, is_cached in (
         ("as it is", torch.float32, None, True),
         ("without its cache", torch.float32, None, False),
         ("bf16, channels last", torch.bfloat16, torch.channels_last, False),
     ):
-        with attempt("draw", f"decoding {name}"):
-            vae = make_autoencoder({}).to(DEVICE, dtype).eval().requires_grad_(False)
-            latents = torch.randn(1, 16, side, side, device=DEVICE, dtype=dtype)
-            raw = (
-                latents.unsqueeze(2) if form is None else latents.contiguous(memory_format=form).unsqueeze(2)
-            )
-            decode = (
-                (lambda: decode_latents(vae, latents))
-                if is_cached
-                else (lambda: vae.decoder(vae.post_quant_conv(raw), first_chunk=True))
-            )
-            used = peak(decode)
-            say(
-                "draw",
-                f"decoding {8 * side} px {name}",
-                ms=round(timed(decode, 3), 1),
-                peak_gb=round(used, 2),
-            )
+        with bench.attempt("draw", f"decoding {name}"):
+            record_decoding(bench, name, dtype, memory_format, is_cached)
+
+
+def draw_student(bench: Bench, dtype: torch.dtype, is_compiled: bool = False) -> None:
+    """Time the student at two sizes, with and without cuDNN's attention, and one step as a CUDA graph."""
+    student = make_student(bench, dtype)
+    if is_compiled:
+        student.compile_repeated_blocks()
+    suffix = " compiled" * is_compiled
+    for side in (bench.side // 2, bench.side):
+        velocity_of = student_velocity(bench, student, dtype)
+        noise = torch.randn(1, 16, side, side, device=bench.device)
+        for is_cudnn in (False, True):
+            with bench.attempt("draw", f"student {8 * side} px"):
+                torch.backends.cuda.enable_cudnn_sdp(is_cudnn)
+                name = f"4 steps {8 * side} px {str(dtype)[6:]}{suffix}{' cuDNN' * is_cudnn}"
+                record_sampling(bench, name, velocity_of, noise)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        if bench.is_gpu and dtype == torch.bfloat16:
+            with bench.attempt("draw", f"graph {8 * side} px"):
+                record_graph(bench, f"one step as a graph {8 * side} px{suffix}", velocity_of, noise)
+
+
+def make_student(bench: Bench, dtype: torch.dtype) -> Any:
+    """Return a new student; in bfloat16 only its matrices, convolutions and the norms of queries and keys are cast."""
+    student = WanLiteStudent(bench.shape).to(bench.device).eval().requires_grad_(False)
+    if dtype == torch.bfloat16:
+        for name, module in student.named_modules():
+            is_matrix = isinstance(module, (torch.nn.Linear, torch.nn.Conv3d))
+            if is_matrix and "time_embedder" not in name or name.endswith(("norm_q", "norm_k")):
+                module.to(dtype)
+    return student
+
+
+def student_velocity(bench: Bench, student: Any, dtype: torch.dtype) -> Callable:
+    """Return the student's velocity of a random prompt, as a function of (latents, timestep)."""
+    tokens = torch.randn(1, 49, bench.shape["text_dim"], device=bench.device, dtype=dtype)
+    logit_bias = torch.zeros(1, 49, device=bench.device)
+
+    def velocity_of(latents, timestep):
+        return student(latents.to(dtype), timestep, tokens, text_logit_bias=logit_bias, return_dict=False)[
+            0
+        ].float()
+
+    return velocity_of
+
+
+def record_sampling(bench: Bench, name: str, velocity_of: Callable, noise: torch.Tensor) -> None:
+    """Record the milliseconds of an image in 4 steps."""
+    scheduler = make_scheduler(3.0, (1, 2, 4))
+    bench.record("draw", name, ms=round(bench.timed(lambda: sample(velocity_of, noise, scheduler, 4), 5), 1))
+
+
+def record_graph(bench: Bench, name: str, velocity_of: Callable, noise: torch.Tensor) -> None:
+    """Record the milliseconds of one step that is replayed as a CUDA graph."""
+    timestep, graph = torch.full((1,), 500.0, device=bench.device), torch.cuda.CUDAGraph()
+    for _ in range(3):
+        velocity_of(noise, timestep)
+    bench.settle()
+    with torch.cuda.graph(graph):
+        velocity_of(noise, timestep)
+    bench.record("draw", name, ms=round(bench.timed(graph.replay, 10), 2))
+
+
+def record_decoding(
+    bench: Bench, name: str, dtype: torch.dtype, memory_format: torch.memory_format | None, is_cached: bool
+) -> None:
+    """Record the milliseconds and the memory of decoding one image, by our decoder or by the stock modules."""
+    autoencoder = make_autoencoder({}).to(bench.device, dtype).eval().requires_grad_(False)
+    latents = torch.randn(1, 16, bench.side, bench.side, device=bench.device, dtype=dtype)
+    frames = latents if memory_format is None else latents.contiguous(memory_format=memory_format)
+    frames = frames.unsqueeze(2)
+
+    def decode() -> object:
+        if is_cached:
+            return decode_latents(autoencoder, latents)
+        return autoencoder.decoder(autoencoder.post_quant_conv(frames), first_chunk=True)
+
+    used = bench.peak(decode)
+    milliseconds = bench.timed(decode, 3)
+    bench.record(
+        "draw", f"decoding {8 * bench.side} px {name}", ms=round(milliseconds, 1), peak_gb=round(used, 2)
+    )
 
 
 @torch.no_grad()
-def stock(side):
-    """A whole picture by diffusers' own pipeline, of a student's shape, text padded to 512 and encoded before."""
+def stock(bench: Bench) -> None:
+    """Time an image of diffusers' own pipeline with a student's shape, and prompt embeddings padded to 512 tokens."""
     from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
-    config = WanLiteStudent(SHAPE | {"depth": 1}).config
-    names = ("num_attention_heads", "attention_head_dim", "text_dim", "ffn_dim")
-    network = (
-        WanTransformer3DModel(**{name: config[name] for name in names}, num_layers=SHAPE["depth"])
-        .to(DEVICE, torch.bfloat16)
-        .eval()
-    )
+    config = WanLiteStudent(bench.shape | {"depth": 1}).config
+    sizes = {
+        name: config[name] for name in ("num_attention_heads", "attention_head_dim", "text_dim", "ffn_dim")
+    }
+    network = WanTransformer3DModel(**sizes, num_layers=bench.shape["depth"])
     pipeline = WanPipeline(
-        None, None, AutoencoderKLWan().to(DEVICE).eval(), make_scheduler(3.0, (1, 2, 4)), transformer=network
+        None,
+        None,
+        AutoencoderKLWan().to(bench.device).eval(),
+        make_scheduler(3.0, (1, 2, 4)),
+        transformer=network.to(bench.device, torch.bfloat16).eval(),
     )
     pipeline.set_progress_bar_config(disable=True)
-    words = torch.randn(1, 512, config["text_dim"], device=DEVICE, dtype=torch.bfloat16)
-    each = timed(
-        lambda: pipeline(
-            prompt_embeds=words,
-            height=8 * side,
-            width=8 * side,
-            num_frames=1,
-            guidance_scale=1.0,
-            num_inference_steps=4,
-            output_type="pt",
-        ),
-        3,
+    embeddings = torch.randn(1, 512, config["text_dim"], device=bench.device, dtype=torch.bfloat16)
+    generate = partial(
+        pipeline,
+        prompt_embeds=embeddings,
+        height=8 * bench.side,
+        width=8 * bench.side,
+        num_frames=1,
+        guidance_scale=1.0,
+        num_inference_steps=4,
+        output_type="pt",
     )
-    say("draw", f"stock pipeline, 4 steps, decoded {8 * side} px", ms=round(each, 1))
+    name = f"stock pipeline, 4 steps, decoded {8 * bench.side} px"
+    bench.record("draw", name, ms=round(bench.timed(generate, 3), 1))
 
 
-def compiled(folder):
-    step(folder, ways=("muon, compiled",), sizes=((64, 32),))
-    draw(folder, compiled=True)
-    teacher(folder, ways=(("both", False),), is_compiled=True)
+# ---- compiled ----------------------------------------------------------------------------------------------
 
 
-def main():
-    global RATE
-    say(
+def compiled(bench: Bench, folder: Path) -> None:
+    """Time a training step, an image and the teacher with compiled blocks."""
+    step(bench, folder, variants=("muon, compiled",), sizes=((64, 32),))
+    with torch.no_grad():
+        draw_student(bench, torch.bfloat16, is_compiled=True)
+    teacher(bench, folder, residencies=(("both", False),), is_compiled=True)
+
+
+PARTS = {"right": right, "step": step, "teacher": teacher, "draw": draw, "compiled": compiled}
+
+
+# ---- the script --------------------------------------------------------------------------------------------
+
+
+def record_machine(bench: Bench) -> None:
+    """Record the device, and its rates of matrix products and of copies."""
+    bench.record(
         "machine",
-        torch.cuda.get_device_name() if GPU else "cpu",
+        torch.cuda.get_device_name() if bench.is_gpu else "cpu",
         torch=torch.__version__,
         cudnn=torch.backends.cudnn.version(),
         threads=torch.get_num_threads(),
     )
-    RATE = matrix_rate(torch.device(DEVICE), torch.bfloat16)
-    one = torch.empty((2**30 if GPU else 2**20), dtype=torch.int32, device=DEVICE)
-    copied = timed(one.clone, 5)
-    say("machine", "rates", bf16_tflops=round(RATE / 1e12), copy_tb_s=round(2 * one.nbytes / copied / 1e9, 2))
-    one = None
-    with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
-        for part in ARGS.parts:
-            left = ARGS.seconds - (time.perf_counter() - BEGAN)
-            if left < NEEDS[part] and not ARGS.small:
-                say(part, "left out", seconds_left=round(left))
-                continue
-            with attempt(part, "all of it"):
-                globals()[part](Path(folder))
-    failed = [row["what"] for row in ROWS if "FAILED" in row]
-    print(f"{len(ROWS)} figures, {len(failed)} failed: {', '.join(failed) or 'none'}")
-    return 1 if failed else 0
+    bench.rate = measure_matrix_rate(torch.device(bench.device), torch.bfloat16)
+    numbers = torch.empty((2**30 if bench.is_gpu else 2**20), dtype=torch.int32, device=bench.device)
+    copied = bench.timed(numbers.clone, 5)
+    bandwidth = round(2 * numbers.nbytes / copied / 1e9, 2)
+    bench.record("machine", "rates", bf16_tflops=round(bench.rate / 1e12), copy_tb_s=bandwidth)
 
 
-if __name__ == "__main__":
+def read_options() -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--parts", nargs="+", default=list(NEEDS), choices=list(NEEDS))
-    parser.add_argument("--seconds", type=float, default=500, help="no part begins that would end later")
-    parser.add_argument("--small", action="store_true", help="tiny shapes: does the script run at all?")
-    parser.add_argument("--json", type=Path)
-    ARGS = parser.parse_args()
-    DEVICE, GPU = ARGS.device, ARGS.device == "cuda"
-    A14B = (
-        speed.A14B
-        if not ARGS.small
-        else speed.A14B | {"num_attention_heads": 2, "ffn_dim": 256, "num_layers": 2, "text_dim": 64}
-    )
-    SHAPE = (
-        student_shape(A14B)
-        if not ARGS.small
-        else dict(hidden_size=64, depth=2, num_heads=2, num_channels=16, text_dim=64)
-    )
+    parser.add_argument("--seconds", type=float, default=500, help="skip a part that would end later")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, to test the script itself")
+    parser.add_argument("--json", type=Path, help="also write the rows there")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the parts that fit in the time; returns 1 if a measurement failed."""
+    options = read_options()
+    bench = Bench(options.device, options.small, options.json)
+    record_machine(bench)
+    with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
+        for part in options.parts:
+            left = options.seconds - (time.perf_counter() - bench.began)
+            if left < NEEDS[part] and not bench.is_small:
+                bench.record(part, "left out", seconds_left=round(left))
+                continue
+            with bench.attempt(part, "all of it"):
+                PARTS[part](bench, Path(folder))
+    failed = [row["what"] for row in bench.rows if "FAILED" in row]
+    print(f"{len(bench.rows)} figures, {len(failed)} failed: {', '.join(failed) or 'none'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
     sys.exit(main())

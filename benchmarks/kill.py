@@ -1,15 +1,15 @@
-"""A training run, killed at any moment and run again: does it end with exactly the weights of an
-uninterrupted one?
+"""Kill training runs at random moments, resume them, and compare their weights with those of an uninterrupted run.
 
     python benchmarks/kill.py                          # 100 kills
     python benchmarks/kill.py --quick --json kill.json
 
-Every run is a process of its own, forked from one that has imported torch, and does the same as the command line.
-One kill a run: three of four are SIGKILL, one is SIGTERM; every third kill strikes in a save, every tenth run starts
-without a cache, so that it may be killed while it projects or generates. Then the same command runs to its end.
+Prints the kills by moment. Each run is a process that is forked after the import of torch, and does the same as the
+command line. It is killed once, three of four by SIGKILL and one by SIGTERM. Every third kill is during a save. Every
+tenth run starts without a cache, so that it can be killed while it projects or generates. Then the same command runs
+to its end.
 
-identical  ended with the weights of the uninterrupted run, byte by byte
-lost       a checkpoint, or the finished student, that was there before the kill did not verify after it
+identical  ended with the weights of the uninterrupted run, byte for byte
+lost       a checkpoint or finished student from before the kill did not verify after it
 refused    the same command did not resume
 """
 
@@ -25,14 +25,14 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-os.environ |= {
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}  # two runs at once; sums depend on the number of threads
+# two runs at once; sums depend on the number of threads
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -58,32 +58,36 @@ RUN = (
     "--few_step_train_steps",
     "4",
     "--matching_steps",
-    "4",  # four steps of each part
+    "4",  # four steps of each phase
     "--rollout_states",
     "8",
     "--validation_trajectories",
     "8",
 )
+PRINTED = {"in a save": "during a save"}  # {moment: its name in the table}
 NUM_SAVES = 7  # six checkpoints and the student
-SAVING = 0.02  # seconds after the first sign of a save, within which it is struck
+SAVING = 0.02  # seconds after the first sign of a save within which the run is killed
+
+Job = dict[str, Any]  # the moment and the folder of a kill
 
 
-def read_arguments():
+def read_arguments() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=100, help="runs, each of which is killed once")
+    parser.add_argument("--kills", type=int, default=100, help="runs that are killed once each")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel runs")
     parser.add_argument("--quick", action="store_true", help="3 kills")
     parser.add_argument(
-        "--folder", type=Path, help="where runs are written; None = a temporary folder, removed at the end"
+        "--folder", type=Path, help="new folder of the runs (default: a temporary one, removed at the end)"
     )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     arguments.kills = 3 if arguments.quick else arguments.kills
     if arguments.kills < 1 or arguments.jobs < 1:
-        parser.error("--kills and --jobs are at least 1.")
+        parser.error("expected --kills and --jobs of at least 1.")
     if arguments.folder and arguments.folder.exists() and any(arguments.folder.iterdir()):
         parser.error(f"--folder {arguments.folder} is not empty. Name a new one.")
     return arguments
@@ -92,11 +96,11 @@ def read_arguments():
 # ---- a run -------------------------------------------------------------------------------------------------
 
 
-def start(folder):
-    """Fork a process that trains in `folder` as the command line does; returns its number."""
+def start(folder: str | Path) -> int:
+    """Fork a process that trains in `folder` like the command line; returns its number."""
     number = os.fork()
     if number == 0:
-        code = 1
+        code: Any = 1
         try:
             with open(f"{folder}.log", "a") as log:
                 os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
@@ -113,30 +117,31 @@ def start(folder):
     return number
 
 
-def finish(number):
+def finish(number: int) -> int:
+    """Wait for a process; returns its exit code."""
     return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
 
 
-def digest(folder):
-    """Return the sha256 of a finished run's weights, None where there are none."""
+def digest(folder: Path) -> str | None:
+    """Return the sha256 of a finished run's weights, None if they are missing."""
     path = folder / WEIGHTS
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
-def signs(folder):
-    """Return the saves that are being written just now."""
+def signs(folder: Path) -> set[str]:
+    """Return the names of the saves that are being written."""
     return {
         path.name for path in (*folder.glob(".saving-*"), *(folder / "checkpoints").glob(".step-*.partial"))
     }
 
 
-def kept(folder):
-    """Return (steps of the checkpoints, whether the student is there), as a listing of the folder shows them."""
+def kept(folder: Path) -> tuple[set[int], bool]:
+    """Return the steps of the checkpoints in a folder, and whether it holds a student."""
     steps = {int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")}
     return steps, (folder / WEIGHTS).exists()
 
 
-def has_lost(folder, before):
+def has_lost(folder: Path, before: tuple[set[int], bool]) -> bool:
     """Whether a checkpoint or student from before the kill does not verify now."""
     from train_distillation import WanLiteStudent
     from wanlite.training.checkpoints import latest_checkpoint
@@ -151,54 +156,55 @@ def has_lost(folder, before):
     return bool(skipped) or (bool(steps) and (newest is None or int(newest.name[5:]) < max(steps)))
 
 
-def strike(number, folder, moment, how):
-    """Wait for the moment, then kill; returns the saves before it and its place, None where the run had ended."""
-    began, seen, wanted = time.monotonic(), set(), moment["save"] or 0
+def strike(
+    number: int, folder: Path, moment: Mapping[str, Any], how: signal.Signals
+) -> tuple[tuple[set[int], bool], str] | None:
+    """Kill a process at its moment; returns kept() before the kill, and its description, None if the run had ended."""
+    began, wanted = time.monotonic(), moment["save"] or 0
+    seen: set[str] = set()
     while len(seen) < wanted or time.monotonic() - began < moment["after"]:
         if len(seen) < wanted:
             seen |= signs(folder)
             began = time.monotonic()
         if os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            return None, None
+            return None
         time.sleep(0.0005)
     before, saving = kept(folder), signs(folder)
     if os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-        return None, None
+        return None
     os.kill(number, how)
-    steps, has_student = before
-    where = (
-        "in a save"
-        if saving
-        else "after the student was saved"
-        if has_student
-        else "between checkpoints"
-        if steps
-        else "before the first checkpoint"
-        if (folder / "run.json").exists()
-        else "before the first step"
-    )
-    return before, where
+    return before, "in a save" if saving else describe(folder, *before)
 
 
-def kill_and_finish(job):
-    """Kill a run at its moment, run it again to its end; returns what happened.
+def describe(folder: Path, steps: set[int], has_student: bool) -> str:
+    """Return the moment of a kill outside of saves, by the files in the folder."""
+    if has_student:
+        return "after the student was saved"
+    if steps:
+        return "between checkpoints"
+    return "before the first checkpoint" if (folder / "run.json").exists() else "before the first step"
 
-    A kill that came too late is tried sooner.
+
+def kill_and_finish(job: Job) -> dict[str, Any]:
+    """Kill a run at its moment and run it again to its end; returns its row.
+
+    A run that ends before the kill is repeated with an earlier one.
     """
     folder, how = Path(job["folder"]), signal.Signals[job["signal"]]
     folder.mkdir(parents=True)
     if job["cache"]:
         shutil.copytree(job["cache"], folder / "cache")
     number = start(folder)
-    before, where = strike(number, folder, job, how)
+    struck = strike(number, folder, job, how)
     code = finish(number)
-    if before is None or code == 0 and how == signal.SIGKILL:  # it had just ended by itself
+    if struck is None or code == 0 and how == signal.SIGKILL:  # it had just ended by itself
         shutil.rmtree(folder)
         return kill_and_finish(job | {"after": job["after"] / 2, "save": job["save"] and job["save"] - 1})
+    before, where = struck
     lost = has_lost(folder, before)
     codes = (
         {-how} if how == signal.SIGKILL else {0, 3, -how}
-    )  # 3: stopped, can be resumed; 0: it was done by then
+    )  # 3: stopped, can be resumed; 0: it was finished
     refused = code not in codes or (code != 0 and finish(start(folder)) != 0)
     is_identical = digest(folder) == job["digest"]
     if is_identical and not (lost or refused):
@@ -212,11 +218,17 @@ def kill_and_finish(job):
     }
 
 
-# ---- all of them -------------------------------------------------------------------------------------------
+# ---- all runs ----------------------------------------------------------------------------------------------
 
 
-def moments(arguments, folder, seconds, cache, expected):
-    """Yield jobs, each with a moment of its own; `seconds` are of a run without and with a cache."""
+def moments(
+    arguments: argparse.Namespace,
+    folder: Path,
+    seconds: Mapping[bool, float],
+    cache: Path,
+    expected: str | None,
+) -> Iterator[Job]:
+    """Yield the jobs, each with a random moment; `seconds` are those of a run without and with a cache."""
     moment = random.Random(arguments.seed)  # noqa: S311 (moments, no secrets)
     for count in range(arguments.kills):
         has_cache, how = count % 10 != 9, "SIGTERM" if count % 4 == 1 else "SIGKILL"
@@ -231,34 +243,37 @@ def moments(arguments, folder, seconds, cache, expected):
         }
 
 
-def measure(arguments, folder):
-    """Kill and finish runs; returns the figures."""
-    import torch
-    from tqdm import tqdm
-
-    import train_distillation  # noqa: F401 (for all runs, which are forked)
-
-    torch.set_num_threads(1)
+def run_uninterrupted(folder: Path) -> tuple[dict[bool, float], str | None]:
+    """Run twice, without and with a cache; returns the seconds of each, and the digest of their weights."""
     seconds, digests = {}, []
     for has_cache in (False, True):
         if has_cache:
             shutil.copytree(folder / "uninterrupted-0" / "cache", folder / "uninterrupted-1" / "cache")
         began = time.monotonic()
         if code := finish(start(folder / f"uninterrupted-{has_cache:d}")):
-            raise SystemExit(
-                f"kill.py: the uninterrupted run ended with {code}; see "
-                f"{folder}/uninterrupted-{has_cache:d}.log"
-            )
+            log = folder / f"uninterrupted-{has_cache:d}.log"
+            raise SystemExit(f"kill.py: the uninterrupted run ended with code {code}; see {log}")
         seconds[has_cache] = time.monotonic() - began
         digests.append(digest(folder / f"uninterrupted-{has_cache:d}"))
     if digests[0] != digests[1]:
         raise SystemExit(
             "kill.py: two uninterrupted runs, without and with a cache, end with different weights."
         )
-    slower = {
-        has_cache: each * min(arguments.jobs, 2) ** 0.5 for has_cache, each in seconds.items()
-    }  # beside another run
-    jobs = moments(arguments, folder, slower, folder / "uninterrupted-0" / "cache", digests[0])
+    return seconds, digests[0]
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Kill and finish all runs; returns the figures and a row for each run."""
+    import torch
+    from tqdm import tqdm
+
+    import train_distillation  # noqa: F401 (for all runs, which are forked)
+
+    torch.set_num_threads(1)
+    seconds, expected = run_uninterrupted(folder)
+    slowdown = min(arguments.jobs, 2) ** 0.5  # of a run beside another one
+    slower = {has_cache: each * slowdown for has_cache, each in seconds.items()}
+    jobs = moments(arguments, folder, slower, folder / "uninterrupted-0" / "cache", expected)
     began = time.monotonic()
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("fork")) as pool:
         kills = pool.map(kill_and_finish, jobs)
@@ -273,31 +288,32 @@ def measure(arguments, folder):
     }, rows
 
 
-def main():
+def print_table(figures: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Print the kills by moment, and their sum."""
+    names = ("identical", "lost", "refused")
+    print("\n| killed | kills | identical | lost | refused |\n|---|---|---|---|---|")
+    for where in sorted(figures["where"]):
+        found = [row for row in rows if row["where"] == where]
+        counts = " | ".join(str(sum(row[name] for row in found)) for name in names)
+        print(f"| {PRINTED.get(where, where)} | {len(found)} | {counts} |")
+    print(f"| **all** | {figures['kills']} | {' | '.join(str(figures[name]) for name in names)} |")
+    print(
+        f"\n{dict(figures['signals'])}; an uninterrupted run takes {figures['seconds_uninterrupted']} s; "
+        f"{figures['seconds']} s in total"
+    )
+
+
+def main() -> int:
+    """Kill and resume runs, and print the table; returns 1 if a run failed."""
     arguments = read_arguments()
     folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="kill-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     print(
-        f"killing {arguments.kills} runs once each, {arguments.jobs} at a time; writing to {folder}",
+        f"killing {arguments.kills} runs once each, {arguments.jobs} in parallel; writing to {folder}",
         flush=True,
     )
     figures, rows = measure(arguments, folder)
-    print("\n| struck | kills | identical | lost | refused |\n|---|---|---|---|---|")
-    for where in sorted(figures["where"]):
-        found = [row for row in rows if row["where"] == where]
-        print(
-            f"| {where} | {len(found)} | "
-            + " | ".join(str(sum(row[name] for row in found)) for name in ("identical", "lost", "refused"))
-            + " |"
-        )
-    print(
-        f"| **all** | {figures['kills']} | {figures['identical']} | {figures['lost']} | {figures['refused']} "
-        f"|"
-    )
-    print(
-        f"\n{dict(figures['signals'])}; an uninterrupted run takes {figures['seconds_uninterrupted']} s; "
-        f"{figures['seconds']} s in all"
-    )
+    print_table(figures, rows)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
     is_good = figures["identical"] == figures["kills"] and not figures["lost"] and not figures["refused"]

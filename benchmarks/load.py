@@ -1,19 +1,20 @@
-"""The cost of loading a saved student, beside the alternatives; and the time until run_inference.py samples.
+"""Measure the loading of a saved student beside three alternatives, and the time until run_inference.py samples.
 
     python benchmarks/load.py
     python benchmarks/load.py --quick --json load.json
 
-A student of 0.3 B with random weights is saved in float32 and in bfloat16. Each way to load it runs in
-processes of its own, in turns, with its imports done and the file in the page cache:
+Prints one table, then the ratios of the slower dtype. A student of 0.3 B with random weights is saved in float32 and
+in bfloat16. Each way to load it runs in new processes, in turns, after its imports and with the file in the page
+cache:
 
-ours   WanLiteStudent.from_pretrained: header checked against the config, every weight checked to be finite
-stock  ModelMixin.from_pretrained on the same class and the same folder, as every model of diffusers is loaded
-bare   build the module, read the safetensors file, copy it into the module
-lean   build the module on the meta device, map the safetensors file, put the mapped tensors in place: no check at all
+wanlite  WanLiteStudent.from_pretrained: header checked against the config, every weight checked to be finite
+stock    ModelMixin.from_pretrained on the same class and folder, like every model of diffusers
+bare     build the module, read the safetensors file, copy it into the module
+lean     build the module on the meta device, map the safetensors file, assign the mapped tensors without a check
 
-"touched" is the time until every weight was read once as well, for a file that is mapped is read when it is
-used. "peak" is the largest resident memory meanwhile, less what was there before, over the bytes of the
-weights; "own" is its part that is no file's.
+"First read" is the time until every weight has been read once, because a mapped file is read when it is used. "Peak"
+is the largest resident memory, without that before loading, over the bytes of the weights. "Own" is its part outside
+of files.
 """
 
 import argparse
@@ -25,13 +26,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+Figures = dict[str, float]  # of one process
+Medians = dict[tuple[str, str], Figures]  # by (dtype, way)
+
 WAYS = ("ours", "stock", "bare", "lean")
+PRINTED = {"ours": "wanlite"}  # {way: its name in the table}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SIZES = {False: {}, True: {"hidden_size": 256, "depth": 4, "num_heads": 4}}
+SIZES: dict[bool, dict[str, int]] = {False: {}, True: {"hidden_size": 256, "depth": 4, "num_heads": 4}}
 SHORT_RUN = (
     "--num_trajectories",
     "32",
@@ -63,28 +70,30 @@ FIRST_STEP = """
 import os, runpy, sys
 sys.path.insert(0, sys.argv[1])
 sys.argv = sys.argv[2:]
+from torch.nn.modules.module import register_module_forward_pre_hook
 from train_distillation import WanLiteStudent
-WanLiteStudent.forward = lambda *_, **__: os._exit(0)
+register_module_forward_pre_hook(lambda module, _: os._exit(0) if isinstance(module, WanLiteStudent) else None)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def read_arguments():
+def read_arguments() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=9, help="processes for each way and dtype")
+    parser.add_argument("--repeats", type=int, default=9, help="processes per way and dtype")
     parser.add_argument("--quick", action="store_true", help="a small student in one dtype, each way once")
     parser.add_argument(
         "--folder",
         type=Path,
-        help="where students are written; None = a temporary folder, removed at the end",
+        help="new folder for the students (default: a temporary one, removed at the end)",
     )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)  # for the processes of this script
+    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)  # in a process of this script
     arguments = parser.parse_args()
     if arguments.repeats < 1:
-        parser.error("--repeats is at least 1.")
+        parser.error(f"--repeats {arguments.repeats}, expected at least 1.")
     if (
         arguments.folder
         and not arguments.one
@@ -98,8 +107,8 @@ def read_arguments():
 # ---- one way, once -----------------------------------------------------------------------------------------
 
 
-def memory(name):
-    """Return a line of /proc/self/status in bytes."""
+def memory(name: str) -> int:
+    """Return a field of /proc/self/status in bytes."""
     return next(
         int(line.split()[1]) * 1024
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -107,8 +116,32 @@ def memory(name):
     )
 
 
-def load_once(way, folder):
+def load_once(way: str, folder: Path) -> None:
     """Load the student in one way and print time and memory."""
+    import torch
+
+    load = loaders(folder)[way]
+    torch.empty(1).sum()  # torch's own set-up is not measured
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    resident, own = memory("VmRSS:"), memory("RssAnon:")
+    began = time.perf_counter()
+    student = load()
+    seconds = time.perf_counter() - began
+    peak, own = memory("VmHWM:") - resident, memory("RssAnon:") - own
+    for parameter in student.parameters():
+        parameter.detach().sum()
+    touched = time.perf_counter() - began
+    total = sum(parameter.detach().sum(dtype=torch.float64).item() for parameter in student.parameters())
+    size = sum(parameter.nbytes for parameter in student.parameters())
+    print(
+        json.dumps(
+            {"seconds": seconds, "touched": touched, "peak": peak / size, "own": own / size, "total": total}
+        )
+    )
+
+
+def loaders(folder: Path) -> dict[str, Callable[[], Any]]:
+    """Return {way: function that loads the student}."""
     import torch
     from accelerate import init_empty_weights
     from diffusers.models.modeling_utils import ModelMixin
@@ -136,30 +169,13 @@ def load_once(way, folder):
         student.load_state_dict(load_file(folder / WEIGHTS), strict=True, assign=True)
         return student.eval()
 
-    load = {"ours": ours, "stock": stock, "bare": bare, "lean": lean}[way]
-    torch.empty(1).sum()  # torch's own set-up is not measured
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before, own = memory("VmRSS:"), memory("RssAnon:")
-    began = time.perf_counter()
-    student = load()
-    seconds = time.perf_counter() - began
-    peak, own = memory("VmHWM:") - before, memory("RssAnon:") - own
-    for parameter in student.parameters():
-        parameter.detach().sum()
-    touched = time.perf_counter() - began
-    total = sum(parameter.detach().sum(dtype=torch.float64).item() for parameter in student.parameters())
-    size = sum(parameter.nbytes for parameter in student.parameters())
-    print(
-        json.dumps(
-            {"seconds": seconds, "touched": touched, "peak": peak / size, "own": own / size, "total": total}
-        )
-    )
+    return {"ours": ours, "stock": stock, "bare": bare, "lean": lean}
 
 
-# ---- all of them -------------------------------------------------------------------------------------------
+# ---- all ways ----------------------------------------------------------------------------------------------
 
 
-def save_students(folder, dtypes, is_quick):
+def save_students(folder: Path, dtypes: Sequence[str], is_quick: bool) -> float:
     """Save a student with random weights in each dtype; returns its parameters in millions."""
     import torch
 
@@ -167,17 +183,17 @@ def save_students(folder, dtypes, is_quick):
 
     torch.manual_seed(0)
     student = WanLiteStudent(**SIZES[is_quick])
-    student.proj_out.reset_parameters()  # silent when new
+    student.proj_out.reset_parameters()  # zero in a new student
     for name in dtypes:
         student.to(getattr(torch, name)).save_pretrained(folder / name)
     return student.num_parameters() / 1e6
 
 
-def measure_loading(folder, dtypes, repeats):
-    """Return {dtype: {way: [figures of one process]}}; ways take turns."""
+def measure_loading(folder: Path, dtypes: Sequence[str], repeats: int) -> dict[str, dict[str, list[Figures]]]:
+    """Return {dtype: {way: figures of each process}}; the ways take turns."""
     from tqdm import tqdm
 
-    found = {dtype: {way: [] for way in WAYS} for dtype in dtypes}
+    found: dict[str, dict[str, list[Figures]]] = {dtype: {way: [] for way in WAYS} for dtype in dtypes}
     jobs = [(dtype, way) for _ in range(repeats) for dtype in found for way in WAYS]
     for dtype, way in tqdm(jobs, desc="loading", unit="process"):
         (folder / dtype / WEIGHTS).read_bytes()  # into the page cache
@@ -192,15 +208,13 @@ def measure_loading(folder, dtypes, repeats):
         totals = [row["total"] for rows in ways.values() for row in rows]
         if max(totals) - min(totals) > 1e-9 * abs(totals[0]):
             raise SystemExit(
-                f"load.py: the ways loaded different weights in {dtype}: their sums are {totals}"
+                f"load.py: found different weights in {dtype}, with the sums {totals}, expected equal ones"
             )
     return found
 
 
-def measure_start(folder, repeats):
-    """Return seconds of the bare imports, and from the start of run_inference.py to its first sampling step,
-    in turns.
-    """
+def measure_start(folder: Path, repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of the bare imports, and from the start of run_inference.py to its first sampling step."""
     subprocess.run(
         [sys.executable, ROOT / "train_distillation.py", "--output_dir", folder / "run", *SHORT_RUN],
         check=True,
@@ -222,7 +236,7 @@ def measure_start(folder, repeats):
             "a small red circle",
         ],
     }
-    seconds = {name: [] for name in commands}
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(repeats):
         for name, command in commands.items():
             began = time.perf_counter()
@@ -231,9 +245,9 @@ def measure_start(folder, repeats):
     return seconds
 
 
-def summarise(found):
-    """Print the table; returns the medians."""
-    print("\n| weights | way | seconds | touched | peak | own |\n|---|---|---|---|---|---|")
+def summarise(found: Mapping[str, Mapping[str, list[Figures]]]) -> Medians:
+    """Print the table; returns the medians by (dtype, way)."""
+    print("\n| weights | way | seconds | first read | peak | own |\n|---|---|---|---|---|---|")
     medians = {}
     for dtype, ways in found.items():
         for way, rows in ways.items():
@@ -242,16 +256,52 @@ def summarise(found):
             }
             low, high = (f"{function(row['seconds'] for row in rows):.3f}" for function in (min, max))
             print(
-                f"| {dtype} | {way} | {middle['seconds']:.3f} ({low} to {high}) | {middle['touched']:.3f} | "
-                f"{middle['peak']:.2f} | {middle['own']:.2f} |"
+                f"| {dtype} | {PRINTED.get(way, way)} | {middle['seconds']:.3f} ({low} to {high}) | "
+                f"{middle['touched']:.3f} | {middle['peak']:.2f} | {middle['own']:.2f} |"
             )
     return medians
 
 
-def main():
+def compare(medians: Medians, dtypes: Sequence[str], start: Mapping[str, float], millions: float) -> dict:
+    """Return the figures of --json: ratios of the slower dtype, and the seconds until the first step."""
+
+    def worst(name, way, over=None):
+        return max(
+            medians[dtype, way][name] / (medians[dtype, over][name] if over else 1) for dtype in dtypes
+        )
+
+    return {
+        "over_bare": worst("seconds", "ours", "bare"),
+        "over_stock": worst("seconds", "ours", "stock"),
+        "over_lean": worst("seconds", "ours", "lean"),
+        "touched_over_stock": worst("touched", "ours", "stock"),
+        "touched_over_lean": worst("touched", "ours", "lean"),
+        "peak_over_weights": worst("peak", "ours"),
+        "start_over_imports": start["start"] / start["imports"],
+        "million_parameters": millions,
+        "seconds_to_start": dict(start),
+    }
+
+
+def print_summary(figures: Mapping[str, Any]) -> None:
+    """Print the ratios, and the seconds until the first sampling step."""
+    start = figures["seconds_to_start"]
+    print(
+        f"\nwanlite, in the slower dtype: {figures['over_bare']:.2f} x bare, {figures['over_stock']:.2f} x stock, "
+        f"{figures['over_lean']:.2f} x lean; first read {figures['touched_over_stock']:.2f} x stock, "
+        f"{figures['touched_over_lean']:.2f} x lean; peak {figures['peak_over_weights']:.2f} x the weights "
+        f"({figures['million_parameters']:.0f} M)\n"
+        f"run_inference.py takes its first sampling step after {start['start']:.1f} s, "
+        f"{figures['start_over_imports']:.2f} x the {start['imports']:.1f} s of its bare imports"
+    )
+
+
+def main() -> int:
+    """Measure all ways to load a student, and the start of run_inference.py; or load it once."""
     arguments = read_arguments()
     if arguments.one:
-        return load_once(arguments.one, arguments.folder)
+        load_once(arguments.one, arguments.folder)
+        return 0
     repeats, dtypes = (1, ("bfloat16",)) if arguments.quick else (arguments.repeats, ("float32", "bfloat16"))
     folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="load-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -264,31 +314,8 @@ def main():
     millions = save_students(folder, dtypes, arguments.quick)
     medians = summarise(measure_loading(folder, dtypes, repeats))
     start = {name: statistics.median(each) for name, each in measure_start(folder, repeats).items()}
-
-    def worst(name, of, over=None):
-        return max(medians[dtype, of][name] / (medians[dtype, over][name] if over else 1) for dtype in dtypes)
-
-    figures = {
-        "over_bare": worst("seconds", "ours", "bare"),
-        "over_stock": worst("seconds", "ours", "stock"),
-        "over_lean": worst("seconds", "ours", "lean"),
-        "touched_over_stock": worst("touched", "ours", "stock"),
-        "touched_over_lean": worst("touched", "ours", "lean"),
-        "peak_over_weights": worst("peak", "ours"),
-        "start_over_imports": start["start"] / start["imports"],
-        "million_parameters": millions,
-        "seconds_to_start": start,
-    }
-    print(
-        f"\nours, the worse where there are two dtypes: {figures['over_bare']:.2f} x bare, "
-        f"{figures['over_stock']:.2f} x stock, "
-        f"{figures['over_lean']:.2f} x lean; touched {figures['touched_over_stock']:.2f} x stock, "
-        f"{figures['touched_over_lean']:.2f} x lean; peak {figures['peak_over_weights']:.2f} x the weights "
-        f"({millions:.0f} M)\n"
-        f"run_inference.py takes its first sampling step after {start['start']:.1f} s, "
-        f"{figures['start_over_imports']:.2f} x the "
-        f"{start['imports']:.1f} s of its bare imports"
-    )
+    figures = compare(medians, dtypes, start, millions)
+    print_summary(figures)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
     if not arguments.folder:

@@ -1,13 +1,13 @@
-"""The cost of projecting a whole Wan: peak memory, seconds of reading and of arithmetic, beside a plain read of
-the same files.
+"""Measure the projection of a whole Wan: peak memory, seconds of reading and of arithmetic, beside a plain read.
 
-    python benchmarks/projection_scale.py                        # an A14B-shaped expert, 28.6 GB on disk while it runs
+    python benchmarks/projection_scale.py                        # an expert of A14B's shape, 28.6 GB on disk while it runs
     python benchmarks/projection_scale.py --layers 2             # the true width, 1.9 GB
     python benchmarks/projection_scale.py --quick                # the same code on a narrow Wan, seconds
-    python benchmarks/projection_scale.py --folder DIR --keep    # the kept files are measured again without writing
+    python benchmarks/projection_scale.py --folder DIR --keep    # measure the kept files again without writing
 
-No teacher is needed: an expert of random values is written in the official layout, bf16, in six shards. Linux
-alone: memory is read in /proc, and files are dropped from the page cache, so that reading means the disk.
+Prints one figure per line. No teacher is needed: an expert of random values is written in the official layout, in
+bf16 and six shards. Requires Linux: memory is read from /proc, and files are dropped from the page cache, so that
+they are read from the disk.
 """
 
 import argparse
@@ -21,7 +21,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,16 +31,14 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.calls import Callbacks, observe
 from wanlite.planning.settings import OneLineParser
 
+Shapes = dict[str, tuple[int, ...]]
+
 TEACHERS = {
-    "a14b": {
-        "dim": 5120,
-        "ffn_dim": 13824,
-        "num_layers": 40,
-        "num_heads": 40,
-        "in_dim": 16,
-    },  # one of two experts
+    # one of two experts
+    "a14b": {"dim": 5120, "ffn_dim": 13824, "num_layers": 40, "num_heads": 40, "in_dim": 16},
     "14b": {"dim": 5120, "ffn_dim": 13824, "num_layers": 40, "num_heads": 40, "in_dim": 16},
     "5b": {"dim": 3072, "ffn_dim": 14336, "num_layers": 30, "num_heads": 24, "in_dim": 48},
     "1.3b": {"dim": 1536, "ffn_dim": 8960, "num_layers": 30, "num_heads": 12, "in_dim": 16},
@@ -50,15 +50,15 @@ TEXT_DIM = 4096
 NUM_SHARDS = 6
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 PIECE = 16 << 20  # bytes of one plain read
-SPARE = 1 << 30  # bytes of disk that stay free
+SPARE = 1 << 30  # bytes of disk that are left free
 GIB = 1 << 30
 
 
 # ---- the tensors of a Wan, by their official names ---------------------------------------------------------
 
 
-def teacher_config(name, layers=None, is_quick=False):
-    """Return an expert's config.json; `_written_by` tells a folder of this script from any other."""
+def teacher_config(name: str, layers: int | None = None, is_quick: bool = False) -> dict[str, Any]:
+    """Return an expert's config.json; `_written_by` identifies a folder of this script."""
     sizes = TEACHERS[name] | (QUICK_TEACHER if is_quick else {})
     return {
         "_class_name": "WanModel",
@@ -73,10 +73,10 @@ def teacher_config(name, layers=None, is_quick=False):
     }
 
 
-def tensor_shapes(config):
+def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
     """Return {official name: shape} in the order of the layers."""
     width, inner, channels = config["dim"], config["ffn_dim"], config["in_dim"]
-    shapes = {"patch_embedding.weight": (width, channels, 1, 2, 2), "patch_embedding.bias": (width,)}
+    shapes: Shapes = {"patch_embedding.weight": (width, channels, 1, 2, 2), "patch_embedding.bias": (width,)}
     for name, out, fan_in in (
         ("text_embedding.0", width, TEXT_DIM),
         ("text_embedding.2", width, width),
@@ -103,7 +103,8 @@ def _block_shapes(width, inner):
     return shapes | _linear("ffn.0", inner, width) | _linear("ffn.2", width, inner)
 
 
-def num_bytes(shapes):
+def num_bytes(shapes: Shapes) -> int:
+    """Return the bytes of tensors in bfloat16."""
     return sum(2 * math.prod(shape) for shape in shapes.values())
 
 
@@ -111,14 +112,13 @@ def num_bytes(shapes):
 
 
 class RandomWan:
-    """Random bf16 values of which a share is common: every matrix reads or writes one falling spectrum over
-    the residual.
+    """Random bf16 values with a common part: all matrices read or write one falling spectrum over the residual.
 
-    A row is the sum of two rows of a pool, pool = normal @ diag(falling) @ basis + noise, so that no two rows
-    of a teacher are alike and no normal is drawn twice: a gigabyte takes a second.
+    A row is the sum of two rows of a pool, pool = normal @ diag(falling) @ basis + noise. So all rows of a
+    teacher differ although few random numbers are drawn, and a gigabyte takes a second.
     """
 
-    def __init__(self, width, rank=256, num_rows=4096, seed=0):
+    def __init__(self, width: int, rank: int = 256, num_rows: int = 4096, seed: int = 0):
         self.random = np.random.default_rng(seed)
         self.width, rank = width, min(rank, width)
         basis = self._normal(rank, width) * np.arange(1, rank + 1, dtype=np.float32)[:, None] ** -0.75
@@ -126,10 +126,8 @@ class RandomWan:
         self.pool *= 1 / self.pool.std()
         self.pool += 0.1 * self._normal(num_rows, width)
 
-    def pieces(self, name, shape):
-        """Yield a tensor's values in the order of the file, a few MB at a time or, for a writer of the
-        residual, all at once.
-        """
+    def pieces(self, name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+        """Yield a tensor's values in the order of the file: a few MB at a time, or at once if it writes the residual."""
         if len(shape) == 1 or "modulation" in name:
             yield _upper_half(self._small(name, shape))
         elif shape[0] == self.width and not name.endswith((".q.weight", ".k.weight", ".v.weight")):
@@ -167,10 +165,10 @@ def _upper_half(values):
     return np.ascontiguousarray(values.view("<u4").view("<u2").reshape(*values.shape, 2)[..., 1])
 
 
-def write_expert(folder, config, seed=0):
-    """Write an expert, holding one matrix at most; returns bytes per second.
+def write_expert(folder: Path, config: Mapping[str, Any], seed: int = 0) -> float:
+    """Write an expert with at most one matrix in memory; returns bytes per second.
 
-    config.json comes last: with it all is there.
+    config.json is written last, so that its presence marks a complete expert.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shapes, values, began = tensor_shapes(config), RandomWan(config["dim"], seed=seed), time.perf_counter()
@@ -196,7 +194,7 @@ def _shard_name(number):
 
 
 def _shards(shapes):
-    """Yield lists of names, one a shard, of about equal bytes; none is empty."""
+    """Yield the names of each shard; shards have about equal bytes, and at least one tensor."""
     names = list(shapes)
     for left in range(NUM_SHARDS, 0, -1):
         share, count, held = num_bytes({name: shapes[name] for name in names}) / left, 0, 0
@@ -226,7 +224,7 @@ def _write_shard(path, shapes, values, progress):
     forget(path)
 
 
-def remove_expert(folder):
+def remove_expert(folder: Path) -> None:
     """Delete the files of write_expert, and the folder if it is empty."""
     for name in ("config.json", INDEX, *map(_shard_name, range(1, NUM_SHARDS + 1))):
         (folder / name).unlink(missing_ok=True)
@@ -237,18 +235,19 @@ def remove_expert(folder):
 # ---- measuring ---------------------------------------------------------------------------------------------
 
 
-def forget(path):
+def forget(path: Path) -> None:
     """Drop a file from the page cache, so that it is read from the disk again."""
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def forget_all(folder):
+def forget_all(folder: Path) -> None:
+    """Drop all shards of a folder from the page cache."""
     for path in folder.glob("*.safetensors"):
         forget(path)
 
 
-def plain_read(folder):
+def plain_read(folder: Path) -> float:
     """Read every byte of the shards once, from the disk; returns bytes per second."""
     forget_all(folder)
     paths = sorted(folder.glob("*.safetensors"))
@@ -263,10 +262,8 @@ def plain_read(folder):
     return size / (time.perf_counter() - began)
 
 
-def memory(field):
-    """Return a line of /proc/self/status in bytes: VmHWM is the peak of all resident pages, RssAnon those of
-    no file.
-    """
+def memory(field: str) -> int:
+    """Return a field of /proc/self/status in bytes: VmHWM is the peak of all resident pages, RssAnon is anonymous."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])
@@ -276,11 +273,11 @@ def memory(field):
 class PeakAnonymous(threading.Thread):
     """Samples the process's anonymous memory; `peak` is the largest sample, in bytes."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peak, self.is_over = memory("RssAnon"), threading.Event()
 
-    def run(self):
+    def run(self) -> None:
         while not self.is_over.wait(0.02):
             self.peak = max(self.peak, memory("RssAnon"))
 
@@ -293,22 +290,23 @@ class PeakAnonymous(threading.Thread):
         self.join()
 
 
-def count_reads(files_class):
-    """Wrap ExpertFiles.read; returns {"seconds", "bytes"} that grow with each tensor, in bytes as stored."""
-    read, total = files_class.read, {"seconds": 0.0, "bytes": 0}
+class ReadMeter:
+    """Sums the seconds and the bytes, as stored, of the tensors that are read."""
 
-    def counted(self, *arguments, **options):
-        began = time.perf_counter()
-        tensor = read(self, *arguments, **options)
-        total["seconds"] += time.perf_counter() - began
-        total["bytes"] += 2 * tensor.numel()
-        return tensor
+    def __init__(self) -> None:
+        self.seconds, self.bytes, self.began = 0.0, 0, 0.0
 
-    files_class.read = counted
-    return total
+    def begin(self) -> None:
+        """Count from here on as reading."""
+        self.began = time.perf_counter()
+
+    def end(self, tensor: Any) -> None:
+        """Count a tensor that was read."""
+        self.seconds += time.perf_counter() - self.began
+        self.bytes += 2 * tensor.numel() if tensor is not None else 0
 
 
-def measure_projection(folder, student, device):
+def measure_projection(folder: str, student: Mapping[str, Any], device: str) -> dict[str, Any]:
     """Project an expert into a student in this process; returns the figures."""
     import torch
 
@@ -316,40 +314,41 @@ def measure_projection(folder, student, device):
     from wanlite.student.initialization import project_into
     from wanlite.teacher.expert_files import ExpertFiles
 
-    student, reads = WanLiteStudent(**student), count_reads(ExpertFiles)
+    network, reads = WanLiteStudent(**student), ReadMeter()
+    callbacks: dict[Callable, Callbacks] = {ExpertFiles.read: (reads.begin, reads.end)}
     with PeakAnonymous() as anonymous:
         before, began = anonymous.peak, time.perf_counter()
-        project_into(student, folder, device=device)
+        with observe(callbacks):
+            project_into(network, folder, device=device)
         if device.startswith("cuda"):
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-    if not reads["bytes"]:
-        raise AssertionError("the projection reads past ExpertFiles.read: count that here")
+    if not reads.bytes:
+        raise AssertionError(
+            "found no call of ExpertFiles.read in the projection; count its other reads here"
+        )
     return {
         "peak_gib": memory("VmHWM") / GIB,
         "peak_anonymous_gib": anonymous.peak / GIB,
         "anonymous_before_gib": before / GIB,  # python, torch and the student
         "peak_device_gib": torch.cuda.max_memory_allocated() / GIB if device.startswith("cuda") else None,
         "seconds": seconds,
-        "seconds_reading": reads["seconds"],
-        "seconds_arithmetic": seconds - reads["seconds"],
-        "bytes_read": reads["bytes"],
-        "read_gb_per_s": reads["bytes"] / reads["seconds"] / 1e9,
+        "seconds_reading": reads.seconds,
+        "seconds_arithmetic": seconds - reads.seconds,
+        "bytes_read": reads.bytes,
+        "read_gb_per_s": reads.bytes / reads.seconds / 1e9,
         "threads": torch.get_num_threads(),
     }
 
 
-def measure_in_a_fresh_process(folder, student, device):
-    """Run measure_projection in a process of its own, with the files out of the page cache."""
+def measure_in_a_fresh_process(folder: Path, student: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Run measure_projection in a new process, with the files dropped from the page cache."""
     forget_all(folder)
     task = json.dumps({"folder": str(folder), "student": student, "device": device})
     process = subprocess.run([sys.executable, __file__, "--project", task], stdout=subprocess.PIPE, text=True)
     if process.returncode:
-        how = (
-            "was killed, as is done where memory runs out"
-            if process.returncode == -signal.SIGKILL
-            else "failed"
-        )
+        is_killed = process.returncode == -signal.SIGKILL
+        how = "was killed, as happens when memory runs out" if is_killed else "failed"
         sys.exit(f"projection_scale.py: the projection {how} (exit code {process.returncode}).")
     return json.loads(process.stdout.splitlines()[-1])
 
@@ -357,25 +356,24 @@ def measure_in_a_fresh_process(folder, student, device):
 # ---- the script --------------------------------------------------------------------------------------------
 
 
-def read_options():
+def read_options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Return the parser and the options of the command line."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--teacher",
         choices=TEACHERS,
         default="a14b",
-        help="whose shape is written (default: a14b, one expert)",
+        help="the Wan whose shape is written (default: a14b, one expert)",
     )
-    parser.add_argument("--layers", type=int, help="fewer blocks of the same width; None = all of them")
+    parser.add_argument("--layers", type=int, help="fewer blocks of the same width (default: all)")
     for name, value in STUDENT.items():
         parser.add_argument(f"--{name}", type=int, help=f"of the student (default: {value})")
     parser.add_argument("--device", default="cpu", help="where the arithmetic runs (default: cpu)")
     parser.add_argument(
-        "--folder",
-        type=Path,
-        help="where the expert is written, new or empty, on a disk; None = a temporary one",
+        "--folder", type=Path, help="new or empty folder for the expert, on a disk (default: a temporary one)"
     )
     parser.add_argument(
-        "--keep", action="store_true", help="leave the expert in --folder; the next run measures it again"
+        "--keep", action="store_true", help="keep the expert in --folder, for the next run to measure"
     )
     parser.add_argument("--quick", action="store_true", help="a narrow Wan of two blocks")
     parser.add_argument("--json", type=Path, help="also write the figures there")
@@ -384,16 +382,16 @@ def read_options():
     if options.layers is not None and options.layers < 1:
         parser.error(f"--layers {options.layers}, expected at least 1.")
     if sys.platform != "linux":
-        parser.error(f"runs on Linux alone, this is {sys.platform}: it reads /proc.")
+        parser.error(f"found {sys.platform}, expected Linux: memory is read from /proc.")
     if options.json and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json {options.json}: no such folder to write into.")
+        parser.error(f"--json {options.json}: no such folder.")
     if options.keep and not options.folder:
-        parser.error("--keep needs --folder: name where the expert stays.")
+        parser.error("--keep requires --folder, the folder of the kept expert.")
     return parser, options
 
 
-def student_config(options, config):
-    """Return the student's settings; its depth is by default no more than the teacher's."""
+def student_config(options: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the student's settings; its default depth is at most the teacher's."""
     defaults = (
         QUICK_STUDENT if options.quick else STUDENT | {"depth": min(STUDENT["depth"], config["num_layers"])}
     )
@@ -401,28 +399,26 @@ def student_config(options, config):
     return defaults | given | {"num_channels": config["in_dim"]}
 
 
-def check_folder(folder, config):
-    """Return whether the folder holds this very expert from an earlier run; refuses any other content and too
-    small a disk.
-    """
+def check_folder(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the folder holds this expert from an earlier run; raises OSError for other content or a small disk."""
     path, size = folder / "config.json", num_bytes(tensor_shapes(config))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if path.is_file() and path.read_bytes() == _config_text(config).encode():
             return True
         raise OSError(
-            f"--folder {folder} is not empty and holds no such expert that this script wrote. Name a new one."
+            f"--folder {folder} is not empty, and its content is not this expert, written by this script. "
+            "Name a new folder."
         )
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
     if free < size + SPARE:
         raise OSError(
-            f"the expert takes {size / 1e9:.1f} GB and a spare {SPARE / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
-            f"free at "
-            f"{folder}. Name another disk with --folder, or fewer --layers."
+            f"the expert takes {size / 1e9:.1f} GB plus a spare {SPARE / 1e9:.1f} GB, found {free / 1e9:.1f} GB "
+            f"free at {folder}. Name another disk with --folder, or fewer --layers."
         )
     return False
 
 
-def check_student(config, student):
+def check_student(config: Mapping[str, Any], student: Mapping[str, Any]) -> None:
     """Refuse a student that cannot be projected from the teacher, before anything is written."""
     from wanlite.student.config import check_shape
     from wanlite.student.shape import check_shape_fits
@@ -439,36 +435,36 @@ def check_student(config, student):
         "freq_dim": config["freq_dim"],
     }
     check_shape_fits(
-        teacher | patch, student | patch | {"text_dim": TEXT_DIM, "freq_dim": config["freq_dim"]}
+        teacher | patch, {**student, **patch, "text_dim": TEXT_DIM, "freq_dim": config["freq_dim"]}
     )
 
 
-def print_table(record, size):
+def print_table(record: Mapping[str, Any], size: int) -> None:
+    """Print the figures, one per line; `size` is the bytes of the expert."""
     print(f"peak resident memory     {record['peak_gib']:8.2f} GiB, pages of mapped files included")
     print(
-        f"peak anonymous memory    {record['peak_anonymous_gib']:8.2f} GiB, of it "
-        f"{record['anonymous_before_gib']:.2f} before "
-        "the projection began"
+        f"peak anonymous memory    {record['peak_anonymous_gib']:8.2f} GiB, including "
+        f"{record['anonymous_before_gib']:.2f} GiB before the projection"
     )
     if record["peak_device_gib"] is not None:
         print(f"peak device memory       {record['peak_device_gib']:8.2f} GiB")
     print(
         f"projection               {record['seconds']:8.1f} s, reading {record['seconds_reading']:.1f} s and "
-        f"arithmetic "
-        f"{record['seconds_arithmetic']:.1f} s, {record['threads']} threads"
+        f"arithmetic {record['seconds_arithmetic']:.1f} s, {record['threads']} threads"
     )
     print(
         f"read                     {record['bytes_read'] / 1e9:8.1f} GB, {record['bytes_read'] / size:.1f} "
-        f"times the expert, "
-        f"at {record['read_gb_per_s']:.2f} GB/s"
+        f"times the expert, at {record['read_gb_per_s']:.2f} GB/s"
     )
     print(f"plain read               {size / 1e9:8.1f} GB at {record['plain_read_gb_per_s']:.2f} GB/s")
     if record["write_gb_per_s"] is not None:
         print(f"written                  {size / 1e9:8.1f} GB at {record['write_gb_per_s']:.2f} GB/s")
 
 
-def run(folder, config, student, options, is_kept):
-    """Write the expert unless it exists, measure, and print the table."""
+def run(
+    folder: Path, config: dict[str, Any], student: dict[str, Any], options: argparse.Namespace, is_kept: bool
+) -> None:
+    """Write the expert unless it exists, measure, and print the figures."""
     written = None if is_kept else write_expert(folder, config) / 1e9
     record = {
         "teacher": {"name": options.teacher, **config},
@@ -483,7 +479,25 @@ def run(folder, config, student, options, is_kept):
         options.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def main():
+def describe(
+    options: argparse.Namespace,
+    config: Mapping[str, Any],
+    student: Mapping[str, Any],
+    folder: Path,
+    is_kept: bool,
+) -> str:
+    """Return the first line of the output: the expert, its size and folder, and the student."""
+    size = num_bytes(tensor_shapes(config))
+    return (
+        f"{'measuring' if is_kept else 'writing'} an expert of {options.teacher}'s shape, "
+        f"{config['num_layers']} blocks of width {config['dim']}, {size / 2e9:.2f} B parameters, "
+        f"{size / 1e9:.1f} GB of disk, in {folder} ({'kept' if options.keep else 'removed at the end'}), and "
+        f"projecting it into {student['hidden_size']} x {student['depth']} on {options.device}; a table follows"
+    )
+
+
+def main() -> None:
+    """Check the folder and the student, then measure; or measure in this process."""
     parser, options = read_options()
     if options.project:
         print(json.dumps(measure_projection(**json.loads(options.project))))
@@ -496,20 +510,12 @@ def main():
         is_kept = check_folder(folder, config)
     except OSError as error:
         parser.error(str(error))
-    size = num_bytes(tensor_shapes(config))
-    print(
-        f"{'measures' if is_kept else 'writes'} an expert shaped as {options.teacher}, "
-        f"{config['num_layers']} blocks of "
-        f"{config['dim']}, {size / 2e9:.2f} B parameters, {size / 1e9:.1f} GB of disk, in {folder} ("
-        f"{'kept' if options.keep else 'removed at the end'}); projects it into {student['hidden_size']} x "
-        f"{student['depth']} on {options.device}; a table follows",
-        flush=True,
-    )
+    print(describe(options, config, student, folder, is_kept), flush=True)
     try:
         check_student(config, student)
     except ValueError as error:
         parser.error(str(error))
-    for number in (signal.SIGTERM, signal.SIGHUP):  # an end on request also removes what was written
+    for number in (signal.SIGTERM, signal.SIGHUP):  # after these, the written files are removed as well
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         run(folder, config, student, options, is_kept)

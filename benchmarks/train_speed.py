@@ -1,23 +1,22 @@
-"""What a training step costs: pictures a second and memory, from the cache and with the teacher asked in the
-step.
+"""Measure a training step: images per second and memory, from the cache and with the teacher evaluated in the step.
 
     python benchmarks/train_speed.py                     # the tiny teacher, minutes on two cores
     python benchmarks/train_speed.py --device cuda       # A14B's shapes with random weights, 512 and 1024 pixels, bfloat16
     python benchmarks/train_speed.py --quick --json speed.json
 
-All ways train a student of one shape on the same states, in batches of one size and in one precision:
+Prints one table. All ways train a student of one shape on the same states, in batches of one size and one precision:
 
-plain     a loop as diffusers' text-to-image example has it: stock DataLoader, text padded to 512 tokens, AdamW over all, EMA
-ours      the loop of train_distillation.py from its cache, with AdamW over all, and the loss on token states that plain lacks
-muon      the same with Muon for the matrices of the blocks
-compiled  ours with --compile
-online    ours, with every state's guided velocity asked of the teacher in the step, whose experts are where the row says. Batches
-          are of its two experts in turn, so that "one" exchanges them at every step: the worst case
+baseline           a loop like diffusers' text-to-image example: stock DataLoader, text padded to 512 tokens, AdamW, EMA
+wanlite            the loop of train_distillation.py from its cache, with AdamW and the loss on hidden states
+wanlite, Muon      the same with Muon for the matrices of the blocks
+wanlite, compiled  the same with AdamW and --compile
+online             the same with AdamW, and the guided velocity of every state evaluated in the step. The row names the
+                   residency of the teacher's experts. Batches alternate between both, the worst case of "one"
 
-The ways from the cache take turns, step by step; the medians are of single steps. "peak" is what a way adds
-to memory, its weights included: on a GPU what torch allocated, on the CPU the tensors alive. "student" is the
-share of the measured rate of matrix products that the student's operations make up, "teacher" that of the
-guided teacher's while it is asked.
+The ways from the cache take turns, step by step, and the figures are medians over steps. "Peak" is the memory that a
+way adds, with its weights: on a GPU the memory allocated by torch, on the CPU that of all live tensors. "Student" is
+the rate of the student's operations over the measured rate of matrix products, "teacher" that of the guided teacher
+during its evaluation.
 """
 
 import argparse
@@ -26,9 +25,11 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -42,9 +43,12 @@ from train_distillation import Settings, WanLiteStudent
 from wanlite.data.datasets import SeededBatches, Trajectories
 from wanlite.data.prefetch import PREFETCHED_BATCHES, read_ahead
 from wanlite.data.shards import write_shard
+from wanlite.data.trajectories import count_compared, sample_tokens
 from wanlite.network import pack_text, pass_operations, unpack_text
-from wanlite.planning.estimate import feature_width
-from wanlite.planning.memory import MemoryMeter, gigabytes, matrix_rate
+from wanlite.planning.defaults import choose_feature_width
+from wanlite.planning.duration import measure_matrix_rate
+from wanlite.planning.report import format_size
+from wanlite.planning.simulation import MemoryMeter
 from wanlite.runtime.devices import disable_cudnn_attention
 from wanlite.student.shape import student_shape
 from wanlite.teacher.checkpoint import open_teacher_files
@@ -70,6 +74,15 @@ A14B = {
     "eps": 1e-6,
     "rope_max_seq_len": 1024,
 }
+Batch = tuple[dict[str, Any], Any]  # states, TextTokens
+Row = dict[str, Any]
+
+PRINTED = {  # {way: its name in the table}
+    "plain": "baseline",
+    "ours": "wanlite",
+    "muon": "wanlite, Muon",
+    "compiled": "wanlite, compiled",
+}
 RESIDENCIES = {
     "cpu": (("both", False), ("one", False), ("streamed", False), ("disk", False), ("both", True)),
     "cuda": (
@@ -81,15 +94,15 @@ RESIDENCIES = {
         ("streamed", True),
     ),
 }
-BUDGETS = (100, 60, 24)  # GB of common GPUs, that a peak is held against
+BUDGETS = (100, 60, 24)  # GB of common GPUs
 LEVELS = (950.0, 500.0)  # timesteps of the high- and of the low-noise expert
-TRAJECTORIES, STATES = 16, 20  # on disk; the ways read them over and over
-WARMING = 4  # untimed steps: a compiled student sees more than one length of text
+TRAJECTORIES, STATES = 16, 20  # on disk, and read repeatedly
+WARMING = 4  # untimed steps, in which a compiled student is given texts of different lengths
 
 
 @dataclass
 class World:
-    """What all ways share."""
+    """The student's shape, the teacher and the states that all ways share."""
 
     device: torch.device
     precision: str  # as in accelerate
@@ -98,45 +111,46 @@ class World:
     side: int  # height and width of the latents
     batch: int
     states: Trajectories
-    embeddings: list  # one a trajectory: (L, T)
+    embeddings: list  # of each trajectory: (L, T)
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         return (self.side // 2) ** 2
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
-    def student(self):
+    def student(self) -> WanLiteStudent:
+        """Return a student, always with the same weights."""
         torch.manual_seed(0)
         return WanLiteStudent(self.shape).to(self.device)
 
-    def feed(self, count=10**6):
-        """Yield batches as the loop of train_distillation.py has them."""
+    def feed(self, count: int = 10**6) -> Any:
+        """Yield batches like the loop of train_distillation.py."""
         ahead = PREFETCHED_BATCHES if self.device.type == "cuda" else 0
         return read_ahead(
             self.read, SeededBatches(len(self.states), self.batch, 0, 0, count), self.device, ahead
         )
 
-    def read(self, numbers):
-        """Read a batch as the loop of train_distillation.py does."""
+    def read(self, numbers: Sequence[int]) -> Batch:
+        """Read a batch like the loop of train_distillation.py."""
         batch = self.states.__getitems__(numbers)
         return batch, pack_text([self.embeddings[number] for number in batch["prompt"].tolist()])
 
 
 @dataclass
 class RandomFiles(ExpertFiles):
-    """An expert whose weights are drawn when they are read."""
+    """An expert whose weights are random numbers, new at each read."""
 
     device: str = "cpu"
 
-    def read(self, name, dtype=torch.float32, rows=None):
+    def read(self, name: str, dtype: torch.dtype = torch.float32, rows: slice | None = None) -> torch.Tensor:
         return 0.02 * torch.randn(self.shape(name), device=self.device, dtype=dtype)
 
 
-def random_teacher(config, device):
-    """Return the files of two experts of this config that lie on no disk."""
+def random_teacher(config: dict[str, Any], device: str) -> TeacherFiles:
+    """Return two experts of random weights with this config, without files."""
     with torch.device("meta"):
         shapes = {
             name: tuple(tensor.shape)
@@ -144,20 +158,26 @@ def random_teacher(config, device):
             .state_dict()
             .items()
         }
-    places = {name: (Path(), name, shape) for name, shape in shapes.items()}
-    return TeacherFiles(
-        Path(),
-        "diffusers",
-        {name: RandomFiles(name, Path(), config, places, device=device) for name in ("high", "low")},
-        0.875,
-    )
+    places: dict[str, Any] = {name: (Path(), name, shape) for name, shape in shapes.items()}
+    experts: dict[str, ExpertFiles] = {
+        name: RandomFiles(name, Path(), config, places, device=device) for name in ("high", "low")
+    }
+    return TeacherFiles(Path(), "diffusers", experts, 0.875)
 
 
-def make_world(folder, files, shape, side, batch, device, precision):
-    """Write states of random numbers, as many as TRAJECTORIES trajectories have, in the shapes of real ones."""
-    draw = torch.Generator().manual_seed(0)
-    noise = partial(torch.randn, generator=draw, dtype=torch.float32)
-    channels, tokens = shape["num_channels"], (side // 2) ** 2
+def make_world(
+    folder: Path,
+    files: TeacherFiles,
+    shape: dict[str, Any],
+    side: int,
+    batch: int,
+    device: str,
+    precision: str,
+) -> World:
+    """Write TRAJECTORIES trajectories of random states in the shapes of real ones."""
+    generator = torch.Generator().manual_seed(0)
+    noise = partial(torch.randn, generator=generator, dtype=torch.float32)
+    channels, tokens = shape["num_channels"], count_compared((side // 2) ** 2)
     folder.mkdir(parents=True)
     for index in range(TRAJECTORIES // 4):
         write_shard(
@@ -166,13 +186,16 @@ def make_world(folder, files, shape, side, batch, device, precision):
             {
                 "latents": noise(4, STATES, channels, side, side).half(),
                 "velocity": noise(4, STATES, channels, side, side).half(),
-                "features": noise(4, STATES, tokens, feature_width(Settings(), shape["hidden_size"])).half(),
+                "features": noise(
+                    4, STATES, tokens, choose_feature_width(Settings(), shape["hidden_size"])
+                ).half(),
+                "first_token": torch.zeros(4, STATES, dtype=torch.long),
                 "timestep": torch.full((4, STATES), 500.0),
                 "noise_level": torch.full((4, STATES), 0.5),
                 "prompt": torch.arange(4 * index, 4 * index + 4),
             },
         )
-    lengths = torch.randint(8, 64, (TRAJECTORIES,), generator=draw).tolist()
+    lengths = torch.randint(8, 64, (TRAJECTORIES,), generator=generator).tolist()
     return World(
         torch.device(device),
         precision,
@@ -185,13 +208,13 @@ def make_world(folder, files, shape, side, batch, device, precision):
     )
 
 
-# ---- ways to train; each step is taken where the generator is asked for the next ---------------------------
+# ---- ways to train: generators that take one step per next() -----------------------------------------------
 
 
-class PlainStates(torch.utils.data.Dataset):
-    """States as a plain dataset: one an index, text padded as a stock pipeline pads it."""
+class PaddedStates(torch.utils.data.Dataset):
+    """States as a map-style dataset, with text padded like that of a stock pipeline."""
 
-    def __init__(self, world):
+    def __init__(self, world: World):
         text = unpack_text(pack_text(world.embeddings))
         self.states, self.text = world.states, text
 
@@ -207,14 +230,14 @@ class PlainStates(torch.utils.data.Dataset):
         }
 
 
-def plain(world):
-    """A loop in the manner of diffusers' text-to-image example, on the same states."""
+def plain(world: World) -> Iterator[None]:
+    """Train with a loop like diffusers' text-to-image example, on the same states."""
     accelerator = Accelerator(mixed_precision=world.precision, cpu=world.device.type == "cpu")
     student = world.student()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01)
     ema = EMAModel(student.parameters(), decay=0.998)
     loader = torch.utils.data.DataLoader(
-        PlainStates(world), shuffle=True, batch_size=world.batch, drop_last=True
+        PaddedStates(world), shuffle=True, batch_size=world.batch, drop_last=True
     )
     student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
     while True:
@@ -233,14 +256,18 @@ def plain(world):
             yield
 
 
-def ours(world, muon_rate=0.0, is_compiled=False, ask=None, feed=None):
-    """A step of stage 1 as the loop of train_distillation.py takes it; `ask(batch, text)` replaces what the
-    teacher said.
-    """
+def ours(
+    world: World,
+    muon_rate: float = 0.0,
+    is_compiled: bool = False,
+    predict: Callable | None = None,
+    feed: Iterable[Batch] | None = None,
+) -> Iterator[None]:
+    """Train with the steps of the velocity phase; `predict(batch, text)` replaces the teacher's cached predictions."""
     settings, on_gpu = Settings(muon_learning_rate=muon_rate), world.device.type == "cuda"
     accelerator = Accelerator(mixed_precision=world.precision, cpu=not on_gpu)
     student, width = world.student(), world.shape["hidden_size"]
-    head = nn.Linear(width, feature_width(settings, width)).to(world.device)
+    head = nn.Linear(width, choose_feature_width(settings, width)).to(world.device)
     optimizers = make_optimizers(settings, student, head, is_fused=on_gpu)
     ema = EMAModel(student.parameters(), decay=settings.ema_decay, foreach=on_gpu)
     wrapped, wrapped_head, *optimizers = accelerator.prepare(student, head, *optimizers)
@@ -248,8 +275,8 @@ def ours(world, muon_rate=0.0, is_compiled=False, ask=None, feed=None):
         student.compile_repeated_blocks()
     networks = Networks(wrapped, wrapped_head, feature_block(world.shape["depth"]), None, None, None)
     for batch, text in feed or world.feed():
-        if ask is not None:
-            batch["velocity"], batch["features"] = ask(batch, text)
+        if predict is not None:
+            batch["velocity"], batch["features"] = predict(batch, text)
         with accelerator.autocast():
             loss, _ = PHASES["velocity"].loss(networks, settings, batch, text, 0.5, None)
         accelerator.backward(loss)
@@ -265,27 +292,28 @@ def ours(world, muon_rate=0.0, is_compiled=False, ask=None, feed=None):
 
 
 class Online:
-    """The guided teacher, asked for a batch's velocities and token states; `seconds` of each time it was."""
+    """The guided teacher's velocities and hidden states of a batch; `seconds` are those of each evaluation."""
 
-    def __init__(self, world, residency, is_fp8):
-        self.world, self.seconds = world, []
+    def __init__(self, world: World, residency: str, is_fp8: bool):
+        self.world = world
+        self.seconds: list[float] = []
         self.teacher = Teacher(world.files, world.device, world.dtype, residency, is_fp8)
         self.block = feature_block(world.files.config["num_layers"])
         self.unwanted = pack_text([world.embeddings[0]] * world.batch).to(world.device)
         torch.manual_seed(0)
         width = world.files.config["num_attention_heads"] * world.files.config["attention_head_dim"]
         self.basis = torch.linalg.qr(
-            torch.randn(width, feature_width(Settings(), world.shape["hidden_size"]))
+            torch.randn(width, choose_feature_width(Settings(), world.shape["hidden_size"]))
         ).Q.to(world.device)
 
-    def __call__(self, batch, text):
+    def __call__(self, batch: dict[str, Any], text: Any) -> tuple[torch.Tensor, torch.Tensor]:
         timestep = torch.full_like(batch["timestep"], LEVELS[len(self.seconds) % 2])
         settle(self.world.device)
         began = time.perf_counter()
-        velocity, (states,) = self.teacher.velocity(
+        velocity, (hidden_states,) = self.teacher.velocity(
             batch["latents"].float(), timestep, text, self.unwanted, 4.0, 3.0, (self.block,)
         )
-        features = states.float() @ self.basis
+        features = sample_tokens(hidden_states, batch["first_token"]).float() @ self.basis
         settle(self.world.device)
         self.seconds.append(time.perf_counter() - began)
         return velocity, features
@@ -294,18 +322,18 @@ class Online:
 # ---- measuring ---------------------------------------------------------------------------------------------
 
 
-def settle(device):
-    """Wait until the device has done what it was asked."""
+def settle(device: torch.device) -> None:
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def peak_of(work, device):
+def peak_of(work: Callable[[], object], device: torch.device) -> int:
     """Return the bytes that `work()` adds to memory at its peak."""
     if device.type == "cpu":
         with MemoryMeter() as meter:
             work()
-        return meter.peak
+        return meter.peak_bytes
     settle(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -314,7 +342,7 @@ def peak_of(work, device):
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def timed(way, device):
+def timed(way: Iterator[None], device: torch.device) -> float:
     """Return the seconds of a step."""
     settle(device)
     began = time.perf_counter()
@@ -323,16 +351,16 @@ def timed(way, device):
     return time.perf_counter() - began
 
 
-def warm(ways, device):
-    """Take the first steps of each of {name: way}; returns {name: bytes at its peak}."""
+def warm(ways: dict[str, Iterator[None]], device: torch.device) -> dict[str, int]:
+    """Take the first steps of each way; returns {name: bytes at its peak}."""
     return {
         name: peak_of(lambda way=way: [next(way) for _ in range(WARMING)], device)
         for name, way in ways.items()
     }
 
 
-def student_operations(world):
-    """Return the operations of a step: a pass there and twice as many back."""
+def student_operations(world: World) -> float:
+    """Return the operations of a step: the forward pass, and twice as many of the backward pass."""
     words = sum(map(len, world.embeddings)) / len(world.embeddings)
     config = WanLiteStudent(world.shape | {"depth": 1, "text_dim": 1}).config | {
         "num_layers": world.shape["depth"],
@@ -341,9 +369,9 @@ def student_operations(world):
     return 3 * pass_operations(config, world.batch, world.tokens, words)
 
 
-def measure(world, repeats, is_compiled):
+def measure(world: World, repeats: int, is_compiled: bool) -> list[Row]:
     """Return a row for each way."""
-    rate = matrix_rate(world.device, world.dtype)
+    rate = measure_matrix_rate(world.device, world.dtype)
     rows = measure_from_cache(world, repeats, is_compiled, rate)
     rows += [measure_online(world, repeats, rate, *place) for place in RESIDENCIES[world.device.type]]
     for each in rows:
@@ -351,33 +379,41 @@ def measure(world, repeats, is_compiled):
     return rows
 
 
-def measure_from_cache(world, repeats, is_compiled, rate):
-    """Return the rows of the ways that take turns; when it returns, their students are gone."""
+def measure_from_cache(world: World, repeats: int, is_compiled: bool, rate: float) -> list[Row]:
+    """Return the rows of the ways that take turns; their students are freed at its return."""
     ways = {"plain": plain(world), "ours": ours(world), "muon": ours(world, muon_rate=0.09)}
     ways |= {"compiled": ours(world, is_compiled=True)} if is_compiled else {}
-    peaks, seconds = warm(ways, world.device), {name: [] for name in ways}
+    peaks = warm(ways, world.device)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
             seconds[name].append(timed(way, world.device))
     return [row(world, name, peaks[name], seconds[name], rate) for name in ways]
 
 
-def measure_online(world, repeats, rate, residency, is_fp8):
-    """Return the row of generation_bytes the teacher in the step, from where its experts are."""
-    name, ask = f"online, {residency}{', fp8' * is_fp8}", Online(world, residency, is_fp8)
-    way = ours(world, ask=ask)
+def measure_online(world: World, repeats: int, rate: float, residency: str, is_fp8: bool) -> Row:
+    """Return the row of evaluating the teacher in the step, for one residency of its experts."""
+    name, online = f"online, {residency}{', fp8' * is_fp8}", Online(world, residency, is_fp8)
+    way = ours(world, predict=online)
     try:
         peak = warm({name: way}, world.device)[name]
         seconds = [timed(way, world.device) for _ in range(max(2, repeats // 4))]
-        return row(world, name, peak, seconds, rate, ask.seconds[WARMING:])
+        return row(world, name, peak, seconds, rate, online.seconds[WARMING:])
     except torch.OutOfMemoryError:
         return {"way": name, "pixels": 8 * world.side, "failed": "out of memory"}
     finally:
-        ask.teacher.unload()
+        online.teacher.unload()
 
 
-def row(world, name, peak, seconds, rate, asked=()):
-    """Return what was measured of a way."""
+def row(
+    world: World,
+    name: str,
+    peak: int,
+    seconds: Sequence[float],
+    rate: float,
+    teacher_seconds: Sequence[float] = (),
+) -> Row:
+    """Return the figures of a way from the seconds of its steps, and of the teacher's evaluations in them."""
     step = statistics.median(seconds)
     words = sum(map(len, world.embeddings)) / len(world.embeddings)
     found = {
@@ -393,65 +429,63 @@ def row(world, name, peak, seconds, rate, asked=()):
         "student_share": student_operations(world) / (step * rate),
         "matrix_rate": rate,
     }
-    if asked:
+    if teacher_seconds:
         guided = pass_operations(world.files.config, 2 * world.batch, world.tokens, words)
-        found["teacher_share"] = guided / (statistics.median(asked) * rate)
+        found["teacher_share"] = guided / (statistics.median(teacher_seconds) * rate)
     return found
 
 
-def table(rows):
-    """Print rows."""
-    print(
-        "\n| pixels | way | images/s | over plain | ms a step (range) | peak | fits in | student | teacher "
-        "|\n" + "|---" * 9 + "|"
-    )
+def print_table(rows: Sequence[Row]) -> None:
+    """Print a line for each row."""
+    columns = ("pixels", "way", "images/s", "over baseline", "ms per step (range)", "peak", "fits in")
+    print("\n| " + " | ".join((*columns, "student", "teacher")) + " |\n" + "|---" * 9 + "|")
     for each in rows:
+        way = PRINTED.get(each["way"], each["way"])
         if "failed" in each:
-            print(f"| {each['pixels']} | {each['way']} | {each['failed']} |" + " |" * 6)
+            print(f"| {each['pixels']} | {way} | {each['failed']} |" + " |" * 6)
             continue
         teacher = f"{each['teacher_share']:.1%}" if "teacher_share" in each else ""
         print(
-            f"| {each['pixels']} | {each['way']} | {each['images_per_second']:.1f} | "
+            f"| {each['pixels']} | {way} | {each['images_per_second']:.1f} | "
             f"{each['over_plain']:.2f} | "
             f"{1e3 * each['seconds']:.0f} ({1e3 * each['fastest']:.0f} to {1e3 * each['slowest']:.0f}) | "
-            f"{gigabytes(each['peak_bytes'])} | {', '.join(map(str, each['fits_gb']))} GB | "
-            f"{each['student_share']:.1%} | "
-            f"{teacher} |"
+            f"{format_size(each['peak_bytes'])} | {', '.join(map(str, each['fits_gb']))} GB | "
+            f"{each['student_share']:.1%} | {teacher} |"
         )
 
 
-def read_arguments():
+def read_arguments() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: the real shapes")
-    parser.add_argument("--repeats", type=int, default=20, help="steps of each way that are timed")
-    parser.add_argument("--no_compile", action="store_true", help="leave the compiled way out")
+    parser.add_argument("--repeats", type=int, default=20, help="timed steps of each way")
+    parser.add_argument("--no_compile", action="store_true", help="skip the compiled way")
     parser.add_argument("--quick", action="store_true", help="a few steps of small batches, nothing compiled")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     if arguments.repeats < 1:
-        parser.error("--repeats is at least 1.")
+        parser.error(f"--repeats {arguments.repeats}, expected at least 1.")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error(
-            "--device cuda: torch sees no GPU. Leave the flag out to measure the tiny teacher on the CPU."
+            "--device cuda: torch found no GPU. Without the flag, the tiny teacher is measured on the CPU."
         )
     return arguments
 
 
-def main():
+def main() -> int:
+    """Measure all ways at each size, and print the table."""
     arguments = read_arguments()
     on_gpu, repeats = arguments.device == "cuda", 3 if arguments.quick else arguments.repeats
     disable_cudnn_attention()
     files = random_teacher(A14B, "cuda") if on_gpu else open_teacher_files(ROOT / "tiny_teacher")
-    sizes = (
-        ((64, 16), (128, 4)) if on_gpu else ((8, 8 if arguments.quick else 128),)
-    )  # latents' side, and batch
+    # side of the latents, batch
+    sizes = ((64, 16), (128, 4)) if on_gpu else ((8, 8 if arguments.quick else 128),)
     shape, rows = student_shape(files.config), []
     print(
         f"student {shape['hidden_size']} x {shape['depth']} on {arguments.device}, {torch.get_num_threads()} "
-        f"threads; "
-        f"{repeats} steps of each way, in turns",
+        f"threads; {repeats} steps of each way, in turns",
         flush=True,
     )
     with tempfile.TemporaryDirectory(prefix="train-speed-") as folder:
@@ -466,7 +500,7 @@ def main():
                 "bf16" if on_gpu else "no",
             )
             rows += measure(world, repeats, not (arguments.quick or arguments.no_compile))
-        table(rows)
+        print_table(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
     return 0

@@ -1,10 +1,13 @@
-"""The tiny teacher in both layouts, its words, and a run of a few steps: made once, shared by every test."""
+"""Shared fixtures: the tiny teacher in both layouts, embeddings of a few prompts, and a run of a few
+steps.
+"""
 
 import json
 import math
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.refusals import EXECUTED, REFUSED, SMALL
 from train_distillation import WanLiteStudent
 from wanlite.data.text_encoder import encode_prompts, load_text_encoder
 from wanlite.network import pack_text
@@ -45,32 +49,46 @@ TO_OFFICIAL = [
     (".scale_shift_table", ".modulation"),
 ]
 
-# `pytest -m fast` leaves out these files, and in the others each test that uses one of RUNNERS,
-# which start a process.
+# `pytest -m fast` excludes these files, and all other tests that use one of RUNNERS, which start a process.
 SLOW_FILES = {
-    "test_bad_students.py",
+    "test_bad_student_arguments.py",
+    "test_bad_student_config.py",
+    "test_bad_student_costs.py",
+    "test_bad_student_files.py",
+    "test_bad_student_index.py",
+    "test_bad_student_weights.py",
     "test_benchmark_samples.py",
     "test_benchmarks.py",
     "test_calibration.py",
     "test_compiling.py",
     "test_emoji.py",
+    "test_file_validation.py",
+    "test_initialization_and_validation.py",
+    "test_odd_students.py",
     "test_package.py",
     "test_plan.py",
     "test_projection.py",
     "test_ranks.py",
+    "test_resolutions.py",
     "test_save_load_integration.py",
     "test_second_device.py",
     "test_shapes.py",
     "test_single_files.py",
-    "test_sizes.py",
-    "test_stages.py",
     "test_static.py",
     "test_student_saving.py",
     "test_teacher.py",
     "test_tiny_teachers.py",
-    "test_validators.py",
 }
-RUNNERS = {"finished_run", "fork", "projected_run", "refused", "run_script", "shell", "subprocess", "train"}
+RUNNERS = {
+    "finished_run",
+    "fork",
+    "projected_run",
+    "read_refusal",
+    "run_script",
+    "shell",
+    "subprocess",
+    "train",
+}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -86,7 +104,7 @@ def names_used(item):
 
 
 def official_name(name):
-    """Say a diffusers name as Wan's own repository does."""
+    """Translate a diffusers name to the dialect of Wan's own repository."""
     if name == "scale_shift_table":
         return "head.modulation"
     for ours, theirs in TO_OFFICIAL:
@@ -95,7 +113,7 @@ def official_name(name):
 
 
 def write_official(source, target, num_shards=3):
-    """Write a diffusers-layout teacher's experts as Wan's own repository lays them out, in shards with an
+    """Write the experts of a diffusers teacher in the layout of Wan's own repository, in shards with an
     index.
     """
     for ours, theirs in (("transformer", "high_noise_model"), ("transformer_2", "low_noise_model")):
@@ -135,7 +153,7 @@ def write_official(source, target, num_shards=3):
 
 
 def wan_shapes(width, ffn_dim, num_layers, channels, **_):
-    """Return {diffusers' name: shape} of a Wan with head size 128, as its own repository has them."""
+    """Return {diffusers name: shape} of a Wan with head size 128."""
 
     def linear(name, rows, columns):
         return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
@@ -168,7 +186,7 @@ def wan_shapes(width, ffn_dim, num_layers, channels, **_):
 
 
 def write_sparse(path, shapes):
-    """Write a safetensors file of float32 zeros that takes no disk but for its header."""
+    """Write a safetensors file of float32 zeros of which only the header takes disk space."""
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + 4 * math.prod(shape)
@@ -179,67 +197,63 @@ def write_sparse(path, shapes):
         file.truncate(8 + len(text) + end)
 
 
-def write_sparse_wan(folder, model, dialect, num_shards):
-    """Write one expert with the real shapes of `model` and zeros for weights."""
-    folder.mkdir(parents=True)
-    width, heads, channels = model["width"], model["width"] // 128, model["channels"]
+def wan_config(model, dialect):
+    """Return the config.json of one expert with the sizes of `model`."""
     if dialect == "official":
-        config = {
+        return {
             "_class_name": "WanModel",
-            "dim": width,
+            "dim": model["width"],
             "eps": 1e-06,
             "ffn_dim": model["ffn_dim"],
             "freq_dim": 256,
-            "in_dim": channels,
+            "in_dim": model["channels"],
             "model_type": model["model_type"],
-            "num_heads": heads,
+            "num_heads": model["width"] // 128,
             "num_layers": model["num_layers"],
-            "out_dim": channels,
+            "out_dim": model["channels"],
             "text_len": 512,
         }
-    else:
-        config = {
-            "_class_name": "WanTransformer3DModel",
-            "added_kv_proj_dim": None,
-            "attention_head_dim": 128,
-            "cross_attn_norm": True,
-            "eps": 1e-06,
-            "ffn_dim": model["ffn_dim"],
-            "freq_dim": 256,
-            "image_dim": None,
-            "in_channels": channels,
-            "num_attention_heads": heads,
-            "num_layers": model["num_layers"],
-            "out_channels": channels,
-            "patch_size": [1, 2, 2],
-            "pos_embed_seq_len": None,
-            "qk_norm": "rms_norm_across_heads",
-            "rope_max_seq_len": 1024,
-            "text_dim": 4096,
-        }
-    (folder / "config.json").write_text(json.dumps(config))
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "added_kv_proj_dim": None,
+        "attention_head_dim": 128,
+        "cross_attn_norm": True,
+        "eps": 1e-06,
+        "ffn_dim": model["ffn_dim"],
+        "freq_dim": 256,
+        "image_dim": None,
+        "in_channels": model["channels"],
+        "num_attention_heads": model["width"] // 128,
+        "num_layers": model["num_layers"],
+        "out_channels": model["channels"],
+        "patch_size": [1, 2, 2],
+        "pos_embed_seq_len": None,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+        "text_dim": 4096,
+    }
+
+
+def write_sparse_wan(folder, model, dialect, num_shards):
+    """Write one expert with the real shapes of `model`, filled with zeros."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(wan_config(model, dialect)))
     shapes = {
         official_name(name) if dialect == "official" else name: shape
         for name, shape in wan_shapes(**model).items()
     }
+    if num_shards == 1:
+        return write_sparse(folder / "diffusion_pytorch_model.safetensors", shapes)
     names, weight_map = list(shapes), {}
     for number in range(num_shards):
         shard = f"diffusion_pytorch_model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
-        part = {
-            name: shapes[name]
-            for name in names[number * len(names) // num_shards : (number + 1) * len(names) // num_shards]
-        }
-        write_sparse(folder / ("diffusion_pytorch_model.safetensors" if num_shards == 1 else shard), part)
-        weight_map |= dict.fromkeys(part, shard)
-    if num_shards > 1:
-        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
-            json.dumps(
-                {
-                    "metadata": {"total_size": 4 * sum(map(math.prod, shapes.values()))},
-                    "weight_map": weight_map,
-                }
-            )
-        )
+        start, end = (edge * len(names) // num_shards for edge in (number, number + 1))
+        write_sparse(folder / shard, {name: shapes[name] for name in names[start:end]})
+        weight_map |= dict.fromkeys(names[start:end], shard)
+    metadata = {"total_size": 4 * sum(map(math.prod, shapes.values()))}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"metadata": metadata, "weight_map": weight_map})
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -260,7 +274,7 @@ def teacher():
 
 
 @pytest.fixture(scope="session")
-def words():
+def prompt_embeddings():
     """Four prompts and the empty one four times, as TextTokens."""
     tokenizer, encoder = load_text_encoder(TINY_TEACHER)
     prompts = [
@@ -281,7 +295,7 @@ def noisy():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Tell what it cost to refuse bad input, whichever process did it."""
+    """Print the cost of all rejections, from all processes."""
     costs = [
         cost
         for report in terminalreporter.getreports("")
@@ -297,7 +311,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def run_script(*arguments, cwd=ROOT, timeout=300):
-    """Run a script as a user does; returns the finished process with its output as text."""
+    """Run a script as a user does and return the finished process with its output as text."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -310,9 +324,7 @@ def run_script(*arguments, cwd=ROOT, timeout=300):
 
 
 def fork(work, kill_after=None):
-    """Run `work` in a process that has all of this one's modules; returns its exit code, -9 where it was
-    killed.
-    """
+    """Run `work` in a forked process; return its exit code (-9 after a kill)."""
     number = os.fork()
     if number == 0:
         try:
@@ -328,7 +340,7 @@ def fork(work, kill_after=None):
 
 
 def loud_student(seed=0, **config):
-    """Return a student whose output is not silent, as a new one's is: what is compared would be zeros."""
+    """Return a student with random output weights; those of a new one are zero."""
     torch.manual_seed(seed)
     student = WanLiteStudent(**config)
     torch.nn.init.normal_(student.proj_out.weight)
@@ -336,7 +348,7 @@ def loud_student(seed=0, **config):
 
 
 class Payload:
-    """Makes a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -346,9 +358,7 @@ class Payload:
 
 
 def refuse_pickle(folder, weights, name, load, monkeypatch):
-    """Put a pickle in place of a folder's weights and load them: that is an OSError, and torch is never asked
-    to open it.
-    """
+    """Check that loading a folder with a pickle for weights is an OSError and never calls torch.load."""
     opened = []
     monkeypatch.setattr(torch, "load", lambda *arguments, **_: opened.append(arguments))
     (folder / weights).unlink()
@@ -358,9 +368,37 @@ def refuse_pickle(folder, weights, name, load, monkeypatch):
     assert not opened and not (folder / "executed").exists()
 
 
+@pytest.fixture(scope="session")
+def sound_student():
+    return loud_student(**SMALL)
+
+
+@pytest.fixture(scope="session")
+def sound_template(sound_student, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "student"
+    sound_student.save_pretrained(folder)
+    WanLiteStudent.from_pretrained(folder)  # the imports of the first load are not a cost of any row
+    return folder
+
+
+@pytest.fixture
+def sound_folder(sound_template, tmp_path, monkeypatch, record_property):
+    """A sound student's folder in a home of its own; the test may not use the network or run a payload."""
+    shutil.copytree(sound_template, tmp_path / "student")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    connections = []
+    for owner, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, name, lambda *address, **_: connections.append(address) or 1)
+    yield tmp_path / "student"
+    assert connections == [] and list(tmp_path.rglob(EXECUTED)) == []
+    record_property("refused", [(cost.seconds, cost.megabytes) for cost in REFUSED])
+    REFUSED.clear()
+
+
 @pytest.fixture
 def small_disk(tmp_path, request):
-    """A file system of 3 MB, or of as many as the test's parameter says."""
+    """A file system of 3 MB, or of the size in MB that the test is parametrised with."""
     folder = tmp_path / "disk"
     folder.mkdir()
     size = f"size={getattr(request, 'param', 3)}m"
@@ -370,7 +408,7 @@ def small_disk(tmp_path, request):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-# Two steps of each part.
+# Two steps of each phase.
 
 
 @pytest.fixture
@@ -390,7 +428,7 @@ def weights_of(folder):
 
 
 def change(folder, how):
-    """Rewrite the only file of an expert after `how` has changed its dict of tensors; returns the dict."""
+    """Apply `how` to the tensors of an expert's only file, write them back and return them."""
     tensors = load_file(weights_of(folder))
     how(tensors)
     save_file(tensors, weights_of(folder))
@@ -431,7 +469,7 @@ SHORT_RUN = (
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """A whole run of a few steps with the tiny teacher, made by the command that a user types."""
+    """A complete run of a few steps with the tiny teacher, started from the command line."""
     folder = tmp_path_factory.mktemp("run") / "wan_t2i"
     process = run_script(ROOT / "train_distillation.py", "--output_dir", folder, *SHORT_RUN)
     assert process.returncode == 0, process.stderr

@@ -1,10 +1,9 @@
-"""Run a script on a device that this machine lacks: tensors on it say `second:0`, and their numbers lie in
-the CPU's memory.
+"""Run a script on a simulated second device: its tensors report `second:0` and hold their numbers on the CPU.
 
     python tests/second_device.py train_distillation.py --output_dir DIR
 
-What mixes two devices, or hands a device's tensor to numpy, fails as it would on a GPU. Nothing else of a GPU
-is imitated: no kernels, streams or rounding.
+Mixing two devices, or passing a tensor of the device to numpy, fails as on a GPU. Nothing else of a GPU is
+simulated: no kernels, streams or rounding.
 """
 
 import runpy
@@ -20,16 +19,21 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 _setup_privateuseone_for_python_backend("second")
 SECOND = torch.device("second", 0)
-CROSSING = ("_to_copy", "copy_", "_foreach_copy_")  # take tensors of two devices
-INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")  # take indices from the CPU
+CROSSING = ("_to_copy", "copy_", "_foreach_copy_")  # functions that accept tensors of two devices
+INDEXING = (
+    "index",
+    "index_put",
+    "index_put_",
+    "_index_put_impl_",
+)  # functions that accept indices on the CPU
 
 
-class There(torch.Tensor):
-    """A tensor on the second device; `numbers` is its content, on the CPU."""
+class OnDevice(torch.Tensor):
+    """A tensor on the second device; `numbers` holds its values on the CPU."""
 
     @staticmethod
     def __new__(cls, numbers):
-        there = torch.Tensor._make_wrapper_subclass(
+        on_device = torch.Tensor._make_wrapper_subclass(
             cls,
             numbers.size(),
             strides=numbers.stride(),
@@ -37,25 +41,25 @@ class There(torch.Tensor):
             storage_offset=numbers.storage_offset(),
             device=SECOND,
         )
-        there.numbers = numbers
-        return there
+        on_device.numbers = numbers
+        return on_device
 
     @classmethod
     def __torch_dispatch__(cls, function, types, arguments=(), keywords=None):
         return compute(function, arguments, keywords or {})
 
     def __deepcopy__(self, memo):
-        copied = There(self.numbers.clone())
+        copied = OnDevice(self.numbers.clone())
         return (
             torch.nn.Parameter(copied, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copied
         )
 
-    def __tensor_flatten__(self):  # by which those who save weights know them from aliases
+    def __tensor_flatten__(self):  # saving uses it to tell weights from aliases
         return ["numbers"], None
 
     @staticmethod
     def __tensor_unflatten__(inner, *_):
-        return There(inner["numbers"])
+        return OnDevice(inner["numbers"])
 
     def tolist(self):
         return self.numbers.tolist()
@@ -67,44 +71,50 @@ class There(torch.Tensor):
 
 
 class SecondDevice(TorchDispatchMode):
-    """Makes tensors on the second device; what has one among its arguments comes to compute() by itself."""
+    """Creates tensors on the second device; functions with such a tensor among their arguments reach
+    compute() directly.
+    """
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        is_there = keywords and keywords.get("device") == SECOND
+        is_on_device = keywords and keywords.get("device") == SECOND
         return (
-            compute(function, arguments, keywords) if is_there else function(*arguments, **(keywords or {}))
+            compute(function, arguments, keywords)
+            if is_on_device
+            else function(*arguments, **(keywords or {}))
         )
 
 
 def compute(function, arguments, keywords):
-    """Compute on the CPU what is asked of the second device, if all that it takes is there."""
+    """Compute a function of the second device on the CPU if all its arguments are on that device."""
     name, first = function._schema.name.removeprefix("aten::"), arguments[0] if arguments else None
-    told = (first, *arguments[2:]) if name in INDEXING and isinstance(first, There) else (arguments, keywords)
-    tensors = [value for value in tree_iter(told) if isinstance(value, torch.Tensor)]
-    there = [tensor for tensor in tensors if isinstance(tensor, There)]
+    checked = (
+        (first, *arguments[2:]) if name in INDEXING and isinstance(first, OnDevice) else (arguments, keywords)
+    )
+    tensors = [value for value in tree_iter(checked) if isinstance(value, torch.Tensor)]
+    on_device = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
     is_mixed = any(
-        tensor.dim() for tensor in tensors if not isinstance(tensor, There)
-    )  # a single number may be anywhere
+        tensor.dim() for tensor in tensors if not isinstance(tensor, OnDevice)
+    )  # scalars may be on any device
     if (
-        there
+        on_device
         and name not in CROSSING
-        and (is_mixed or function._schema.is_mutable and not isinstance(tensors[0], There))
+        and (is_mixed or function._schema.is_mutable and not isinstance(tensors[0], OnDevice))
     ):
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but {name} has {len(there)} of {len(tensors)} "
+            f"Expected all tensors to be on the same device, but {name} has {len(on_device)} of {len(tensors)} "
             f"on "
             f"{SECOND}."
         )
     device = keywords.get("device") or (arguments[0].device if name == "copy_" else SECOND)
-    known = {id(tensor.numbers): tensor for tensor in there}  # what is written to stays the same tensor
+    known = {id(tensor.numbers): tensor for tensor in on_device}  # in-place functions return the same tensor
 
     def outside(tensor):
-        return tensor.numbers if isinstance(tensor, There) else tensor
+        return tensor.numbers if isinstance(tensor, OnDevice) else tensor
 
     def inside(tensor):
         if device != SECOND or not isinstance(tensor, torch.Tensor):
             return tensor
-        return known[id(tensor)] if id(tensor) in known else There(tensor)
+        return known[id(tensor)] if id(tensor) in known else OnDevice(tensor)
 
     if "device" in keywords:
         keywords = keywords | {
@@ -114,16 +124,16 @@ def compute(function, arguments, keywords):
 
 
 def let_torch_fill():
-    """Register what torch calls by itself where it makes a tensor from Python's numbers."""
+    """Register the function that torch calls when it creates a tensor from Python numbers."""
     library = torch.library.Library("aten", "IMPL")
     library.impl(
         "empty_strided",
-        lambda size, stride, dtype=None, **_: There(torch.empty_strided(size, stride, dtype=dtype)),
+        lambda size, stride, dtype=None, **_: OnDevice(torch.empty_strided(size, stride, dtype=dtype)),
         "PrivateUse1",
     )
     library.impl(
         "_copy_from",
-        lambda source, target, non_blocking=False: There(target.numbers.copy_(source)),
+        lambda source, target, non_blocking=False: OnDevice(target.numbers.copy_(source)),
         "PrivateUse1",
     )
     return library
@@ -136,13 +146,13 @@ def main(script, *arguments):
         safetensors.torch.save_file,
     )
 
-    def begin_there(state, *given, **named):
+    def start_state(state, *given, **named):
         begin(state, *given, **named)
         state.device = SECOND
 
-    accelerate.state.PartialState.__init__ = begin_there
+    accelerate.state.PartialState.__init__ = start_state
     safetensors.torch.save_file = lambda tensors, *rest, **named: (
-        save_file(  # which takes a GPU's as they are
+        save_file(  # which accepts the tensors of a GPU unchanged
             {name: tensor.cpu() for name, tensor in tensors.items()}, *rest, **named
         )
     )

@@ -1,7 +1,6 @@
-"""LoRA and quantisation as a user of diffusers meets them: a student does what a stock Wan of the same
-weights does.
+"""LoRA and quantisation through diffusers: a student behaves as a stock Wan with the same weights.
 
-Runs where peft and torchao are installed: pip install peft torchao.
+Runs if peft and torchao are installed: pip install peft torchao.
 """
 
 import shutil
@@ -37,7 +36,7 @@ def run(finished_run, tmp_path):
 
 
 def pipelines(run, change=None):
-    """Return a pipeline that holds a student and a stock one of the same weights; `change` is done to both
+    """Return a pipeline with a student and a stock one with the same weights; `change` is applied to both
     transformers.
     """
     found = []
@@ -56,7 +55,7 @@ def velocity(transformer):
         return transformer(latents, torch.tensor([900.0, 300.0]), text).sample
 
 
-def draw(pipeline):
+def generate(pipeline):
     return pipeline(
         PROMPT,
         height=64,
@@ -77,7 +76,7 @@ def near(first, second):
 
 
 def adapter(run, seed=0):
-    """Return {(layer, "A" or "B"): matrix} of an adapter on every layer that the dialects name."""
+    """Return {(layer, "A" or "B"): matrix} of an adapter on every layer that all dialects support."""
     weights, generator = (
         load_file(run / "diffusion_pytorch_model.safetensors"),
         torch.Generator().manual_seed(seed),
@@ -102,7 +101,7 @@ def comfyui_dialect(matrices):
 
 
 def comfyui_dialect_with_alpha(matrices):
-    """Half of the adapter: alpha / rank is 1/2."""
+    """Halve the adapter: alpha / rank is 1/2."""
     sides = {"A": "lora_down", "B": "lora_up"}
     names = {f"diffusion_model.{official_name(layer)}" for layer, _ in matrices}
     adapted = {
@@ -124,25 +123,25 @@ def kohya_dialect(matrices):
 @pytest.mark.parametrize(
     "dialect", [diffusers_dialect, comfyui_dialect, comfyui_dialect_with_alpha, kohya_dialect]
 )
-def test_an_adapter_in_every_dialect_does_to_a_student_what_it_does_to_a_stock_wan(dialect, run):
+def test_an_adapter_in_every_dialect_changes_a_student_like_a_stock_wan(dialect, run):
     (ours, stock), matrices = pipelines(run), adapter(run)
     without = velocity(ours.transformer)
     for pipeline in (ours, stock):  # scales the matrices in place
         pipeline.load_lora_weights({name: matrix.clone() for name, matrix in dialect(matrices).items()})
     found = velocity(ours.transformer)
     assert near(found, velocity(stock.transformer)) and not near(found, without)
-    assert near(draw(ours), draw(stock))
+    assert near(generate(ours), generate(stock))
     scale = 0.5 if dialect is comfyui_dialect_with_alpha else 1.0
     merged = WanLiteStudent.from_pretrained(run)
     with torch.no_grad():
         for (layer, side), matrix in matrices.items():
             if side == "A":
                 merged.get_parameter(f"{layer}.weight").add_(scale * matrices[layer, "B"] @ matrix)
-    assert np.allclose(found, velocity(merged), atol=1e-4)  # and that is what the matrices say
+    assert np.allclose(found, velocity(merged), atol=1e-4)  # and equals the product of the matrices
 
 
 @needs_peft
-def test_adapters_are_mixed_switched_off_and_taken_out_as_on_a_stock_wan(run):
+def test_adapters_are_combined_disabled_and_removed_as_on_a_stock_wan(run):
     ours, stock = pipelines(run)
     without, found = velocity(ours.transformer), {}
     for pipeline in (ours, stock):
@@ -166,7 +165,7 @@ def test_adapters_are_mixed_switched_off_and_taken_out_as_on_a_stock_wan(run):
 
 
 @needs_peft
-def test_a_fused_adapter_is_saved_drawn_and_taken_back(run, tmp_path):
+def test_a_fused_adapter_is_saved_used_and_unfused(run, tmp_path):
     pipeline, _ = pipelines(run)
     without = velocity(pipeline.transformer)
     pipeline.load_lora_weights(comfyui_dialect(adapter(run)))
@@ -179,7 +178,7 @@ def test_a_fused_adapter_is_saved_drawn_and_taken_back(run, tmp_path):
             match=r"an adapter in blocks.0.attn1.to_k \(base_layer\) and in 39 more layers. Fuse it",
         ):
             pipeline.transformer.save_pretrained(run)
-    assert near(velocity(WanLiteStudent.from_pretrained(run)), without)  # what was there stays
+    assert near(velocity(WanLiteStudent.from_pretrained(run)), without)  # the previous student stays
     pipeline.unfuse_lora()
     assert near(velocity(pipeline.transformer), adapted)
     pipeline.fuse_lora()
@@ -196,7 +195,7 @@ def test_a_fused_adapter_is_saved_drawn_and_taken_back(run, tmp_path):
 
 
 @needs_peft
-def test_an_adapter_that_was_trained_on_a_student_is_saved_alone_and_loads_again(run, tmp_path):
+def test_an_adapter_trained_on_a_student_is_saved_alone_and_loads_again(run, tmp_path):
     from peft import LoraConfig, get_peft_model_state_dict
 
     student = WanLiteStudent.from_pretrained(run)
@@ -235,13 +234,13 @@ def quantise(kind):
 @pytest.mark.parametrize(
     "kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "Float8WeightOnlyConfig"]
 )
-def test_a_quantised_student_draws_what_a_quantised_stock_wan_draws_and_is_not_saved(kind, run):
+def test_a_quantised_student_equals_a_quantised_stock_wan_and_is_not_saved(kind, run):
     ours, stock = pipelines(run, quantise(kind))
     found = velocity(ours.transformer)
     assert near(found, velocity(stock.transformer)) and not near(
         found, velocity(WanLiteStudent.from_pretrained(run))
     )
-    assert near(draw(ours), draw(stock))
+    assert near(generate(ours), generate(stock))
     before = (run / "diffusion_pytorch_model.safetensors").read_bytes()
     with pytest.raises(
         ValueError, match=r"not saved, found quantised weights in blocks.0.attn1.to_k \(\w+\) and in 45 more"
@@ -260,7 +259,7 @@ def test_a_stock_pipeline_quantises_a_saved_student_at_loading(run):
     pipeline.set_progress_bar_config(disable=True)
     assert (
         type(pipeline.transformer.blocks[0].attn1.to_q.weight).__name__ == "Int8Tensor"
-        and np.isfinite(draw(pipeline)).all()
+        and np.isfinite(generate(pipeline)).all()
     )
 
 

@@ -1,6 +1,4 @@
-"""What a user is told: commands that a shell takes as they are meant, and figures that are worth no more than
-they are.
-"""
+"""Printed lines: commands that a shell parses as intended, and figures only where they mean something."""
 
 import ast
 import os
@@ -14,7 +12,14 @@ import pytest
 from tests.conftest import ROOT
 from train_distillation import Settings
 from wanlite.phases import MIN_TRAJECTORIES
-from wanlite.planning.messages import announce_few, command, conclude, drawing_command, share_right, verdict
+from wanlite.planning.messages import (
+    announce_few,
+    command,
+    conclude,
+    describe_accuracy,
+    drawing_command,
+    verdict,
+)
 from wanlite.planning.resolve import complete
 from wanlite.training.run_folder import write_model_card
 
@@ -36,8 +41,8 @@ PATHS = [
 ]
 
 
-def taken_by_a_shell(text):
-    """Return the words that a shell makes of a command, without running it."""
+def parse_in_a_shell(text):
+    """Return the arguments that a shell parses from a command, without running it."""
     words = text.replace("python", "printf '%s\\0'", 1)
     return subprocess.run(["sh", "-c", words], capture_output=True, text=True, check=True).stdout.split("\0")[
         :-1
@@ -45,30 +50,30 @@ def taken_by_a_shell(text):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_printed_command_is_taken_by_a_shell_as_it_is_meant(path, monkeypatch):
+def test_a_shell_parses_a_printed_command_as_intended(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert taken_by_a_shell(drawing_command(path)) == ["run_inference.py", "--model", path]
-    assert taken_by_a_shell(command("train_distillation.py", "--prompts", path)) == [
+    assert parse_in_a_shell(drawing_command(path)) == ["run_inference.py", "--model", path]
+    assert parse_in_a_shell(command("train_distillation.py", "--prompts", path)) == [
         "train_distillation.py",
         "--prompts",
         path,
     ]
 
 
-def test_a_command_typed_elsewhere_names_where_the_script_is(tmp_path, monkeypatch):
+def test_a_command_printed_in_another_directory_has_the_path_of_the_script(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert shlex.split(drawing_command("x"))[1] == str(ROOT / "run_inference.py")
 
 
 @pytest.mark.parametrize("name", ["-x", "--model", "-"])
-def test_a_folder_that_begins_with_a_dash_is_no_flag(name):
+def test_a_folder_that_begins_with_a_dash_is_not_taken_for_a_flag(name):
     settings = complete(Settings(output_dir=name))
     assert settings.output_dir == f"./{name}" and os.path.samefile(".", os.path.dirname(settings.output_dir))
     assert shlex.split(drawing_command(settings.output_dir))[-1] == f"./{name}"
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_commands_of_a_model_card_hold_whatever_the_folder_is_called(path, tmp_path):
+def test_the_commands_of_a_model_card_work_for_any_folder_name(path, tmp_path):
     settings = SimpleNamespace(
         output_dir=path, teacher="wan", resolution=64, num_inference_steps=4, project_only=False
     )
@@ -81,42 +86,42 @@ def test_the_commands_of_a_model_card_hold_whatever_the_folder_is_called(path, t
     ]
 
 
-# ---- how it ended ------------------------------------------------------------------------------------------
+# ---- the end of a run --------------------------------------------------------------------------------------
 
 
-def told(results, is_close=True, folder="out"):
-    said = []
-    conclude(Settings(output_dir=folder), ROOT, results, verdict(1400, is_close), is_close, 204, said.append)
-    return "\n".join(said).splitlines()
+def last_lines(results, is_close=True, folder="out"):
+    lines = []
+    conclude(Settings(output_dir=folder), ROOT, results, verdict(1400, is_close), is_close, 204, lines.append)
+    return "\n".join(lines).splitlines()
 
 
 def figures(accuracy, one, two):
     return {"accuracy": accuracy, "accuracy_one": one, "accuracy_two": two}
 
 
-def test_a_share_of_few_captions_is_told_as_too_few_to_judge():
-    assert share_right(figures(1.0, None, 1.0), 1) == "1 of 1, too few to judge"
-    assert share_right(figures(0.6316, 0.5, 1.0), 19) == "12 of 19, too few to judge"
-    assert share_right(figures(0.65, 0.5, 0.8), 20) == " 65.0%  (one object 50.0%, two 80.0%)"
+def test_the_accuracy_on_few_captions_is_too_few_to_judge():
+    assert describe_accuracy(figures(1.0, None, 1.0), 1) == "1 of 1, too few to judge"
+    assert describe_accuracy(figures(0.6316, 0.5, 1.0), 19) == "12 of 19, too few to judge"
+    assert describe_accuracy(figures(0.65, 0.5, 0.8), 20) == " 65.0%  (one object 50.0%, two 80.0%)"
 
 
-def test_the_end_of_a_run_is_a_line_or_a_warning_and_what_to_type_next():
-    assert told({})[0] == "finished in 3.4 minutes; kept step 1400, the closest to the teacher"
-    first, warning, *_, last = told({}, is_close=False, folder="my out")
+def test_a_run_ends_with_a_line_or_a_warning_and_the_next_command():
+    assert last_lines({})[0] == "finished in 3.4 minutes; kept step 1400, the closest to the teacher"
+    first, warning, *_, last = last_lines({}, is_close=False, folder="my out")
     assert first == "finished in 3.4 minutes" and warning.startswith(
         "WARNING   no validation came close enough to the teacher"
     )
     assert last == "next: python run_inference.py --model 'my out'" or str(ROOT) in last
 
 
-def test_little_to_learn_from_is_told_and_enough_is_not():
-    said = []
-    announce_few(4000, 4000, 400, said.append)
-    announce_few(MIN_TRAJECTORIES, MIN_TRAJECTORIES, 16, said.append)
-    assert not said
-    announce_few(MIN_TRAJECTORIES, 29, 16, said.append)
-    announce_few(30, 29, 1, said.append)
-    few, warning, held_out = said
-    assert held_out.startswith("held out 1, which are few: validations use training prompts as well")
+def test_few_trajectories_and_prompts_are_logged_and_enough_are_not():
+    lines = []
+    announce_few(4000, 4000, 400, lines.append)
+    announce_few(MIN_TRAJECTORIES, MIN_TRAJECTORIES, 16, lines.append)
+    assert not lines
+    announce_few(MIN_TRAJECTORIES, 29, 16, lines.append)
+    announce_few(30, 29, 1, lines.append)
+    few, warning, held_out = lines
+    assert held_out.startswith("held out 1, which are few: validations also use training prompts")
     assert "29 are few: each is drawn about 10 times" in few and "WARNING  30 trajectories are few" in warning
-    assert max(map(len, said)) <= 100
+    assert max(map(len, lines)) <= 100

@@ -25,7 +25,7 @@ def scenes():
 
 
 @pytest.fixture(scope="module")
-def pictures(scenes):
+def images(scenes):
     random = np.random.default_rng(0)
     return np.stack([shapes.draw(scene, random) for scene in scenes])
 
@@ -44,7 +44,7 @@ def test_single_frame_path_equals_the_stock_autoencoder(config):
 
 
 @torch.no_grad()
-def test_more_frames_than_one_still_take_the_stock_path():
+def test_several_frames_take_the_stock_path():
     torch.manual_seed(0)
     config = dict(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True])
     stock = AutoencoderKLWan(**config)
@@ -56,25 +56,25 @@ def test_more_frames_than_one_still_take_the_stock_path():
 
 
 @torch.no_grad()
-def test_scenes_survive_the_round_trip(scenes, pictures):
+def test_scenes_survive_the_round_trip(scenes, images):
     autoencoder = load_autoencoder(TINY_TEACHER)
     seen = np.concatenate(
         [
             to_images(decode_latents(autoencoder, encode_images(autoencoder, to_pixels(part))))
-            for part in np.array_split(pictures, 6)
+            for part in np.array_split(images, 6)
         ]
     )
-    assert np.mean([shapes.read_image(picture) == scene for picture, scene in zip(seen, scenes)]) >= 0.98
+    assert np.mean([shapes.read_image(image) == scene for image, scene in zip(seen, scenes)]) >= 0.98
 
 
 @torch.no_grad()
-def test_latents_are_normalised_per_channel(pictures):
-    latents = encode_images(load_autoencoder(TINY_TEACHER), to_pixels(pictures[:200]))
+def test_latents_are_normalised_per_channel(images):
+    latents = encode_images(load_autoencoder(TINY_TEACHER), to_pixels(images[:200]))
     assert latents.mean((0, 2, 3)).abs().max() < 0.25 and (latents.std((0, 2, 3)) - 1).abs().max() < 0.25
 
 
-def test_pictures_and_pixels_are_each_others_inverse(pictures):
-    assert np.array_equal(to_images(to_pixels(pictures[:4])), pictures[:4])
+def test_images_and_pixels_convert_back_and_forth(images):
+    assert np.array_equal(to_images(to_pixels(images[:4])), images[:4])
 
 
 def test_a_pickle_in_place_of_the_autoencoder_is_never_opened(tmp_path, monkeypatch):
@@ -108,9 +108,7 @@ def drop_first_level(tensors):
         ),
     ],
 )
-def test_an_autoencoder_of_which_weights_are_missing_others_or_not_finite_is_refused_by_name(
-    how, words, tmp_path
-):
+def test_an_autoencoder_with_missing_foreign_or_infinite_weights_is_refused_by_name(how, words, tmp_path):
     shutil.copytree(TINY_TEACHER / "vae", tmp_path / "vae")
     change(tmp_path / "vae", how)
     with pytest.raises(ValueError, match=f"vae: .*{words}"):
@@ -118,7 +116,7 @@ def test_an_autoencoder_of_which_weights_are_missing_others_or_not_finite_is_ref
 
 
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "config.json"])
-def test_an_autoencoder_that_cannot_be_loaded_is_told_in_a_line_that_names_its_folder(name, tmp_path):
+def test_an_autoencoder_that_cannot_be_loaded_is_one_line_with_its_folder(name, tmp_path):
     shutil.copytree(TINY_TEACHER / "vae", tmp_path / "vae")
     (tmp_path / "vae" / name).write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(OSError, match="vae: cannot be loaded .*again") as refused:

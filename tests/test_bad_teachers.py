@@ -1,5 +1,5 @@
-"""A teacher that cannot be projected: one clear error each, and the run that it was to replace stays as it
-was.
+"""Teachers that cannot be projected: each gives one clear error and leaves the run to overwrite
+unchanged.
 """
 
 import json
@@ -23,8 +23,8 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def official_pipeline(tmp_path_factory):
-    """The tiny teacher with its experts in the official layout, three shards each, beside the parts of a
-    pipeline.
+    """The tiny teacher with its experts in the official layout, three shards each, beside the components
+    of a pipeline.
     """
     folder = tmp_path_factory.mktemp("wan") / "wan"
     shutil.copytree(TINY_TEACHER, folder, ignore=shutil.ignore_patterns("transformer*", "model_index.json"))
@@ -67,7 +67,7 @@ def drop(path, beginning):
 
 
 @pytest.mark.parametrize(
-    "spoilt, flags, words",
+    "damage, flags, words",
     [
         (lambda wan: shutil.rmtree(wan / HIGH), {}, "high_noise_model"),
         (copy_low, {}, "hold the same weights"),
@@ -115,7 +115,7 @@ def drop(path, beginning):
         (
             lambda wan: None,
             {"depth": 2, "num_heads": 1, "hidden_size": 34},
-            "1 heads of 34 channels cannot be cut",
+            "1 heads of 34 channels cannot be pruned",
         ),
     ],
     ids=[
@@ -137,12 +137,12 @@ def drop(path, beginning):
         "head larger",
     ],
 )
-def test_what_cannot_be_projected_is_refused_before_anything_is_written(
-    spoilt, flags, words, official_pipeline, finished_run, tmp_path
+def test_a_teacher_that_cannot_be_projected_is_refused_before_any_write(
+    damage, flags, words, official_pipeline, finished_run, tmp_path
 ):
     wan, run = tmp_path / "wan", tmp_path / "run"
     shutil.copytree(official_pipeline, wan), shutil.copytree(finished_run[0], run)
-    spoilt(wan)
+    damage(wan)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     settings = replace(
         Settings(), teacher=str(wan), output_dir=str(run), overwrite=True, report_to="none", **flags
@@ -155,11 +155,11 @@ def test_what_cannot_be_projected_is_refused_before_anything_is_written(
     )
 
 
-# ---- --teacher, before torch: formats that are not read, folders one level off, names on the hub -----------
+# ---- --teacher, before torch: unsupported formats, folders one level away, hub names -----------------------
 
 
 def refusal_of(teacher):
-    """Return the one line in which a teacher is refused."""
+    """Return the one line that rejects a teacher."""
     with pytest.raises((OSError, ValueError)) as refused:
         complete(replace(Settings(), teacher=str(teacher), report_to="none"))
     assert "\n" not in str(refused.value)
@@ -185,12 +185,12 @@ def refusal_of(teacher):
         ("x.sft", "only *.safetensors is read"),
     ],
 )
-def test_a_format_that_is_not_read_is_named_in_every_layout(name, words, tmp_path):
+def test_an_unsupported_format_is_named_in_every_layout(name, words, tmp_path):
     for number, place in enumerate(("transformer", "low_noise_model", "unet", "diffusion_models/Wan2.2", "")):
         path = tmp_path / str(number) / place / name
         path.parent.mkdir(parents=True)
         path.write_bytes(b"x")
-        assert f"found {name}: " in (said := refusal_of(tmp_path / str(number))) and words in said
+        assert f"found {name}: " in (printed := refusal_of(tmp_path / str(number))) and words in printed
     assert words in refusal_of(path) or "is a file; " in refusal_of(path)
 
 
@@ -225,12 +225,14 @@ def test_safetensors_without_a_model_are_named_by_their_keys(key, words, tmp_pat
         "wan/" + VAE,
     ],
 )
-def test_a_teacher_one_folder_off_is_named(typed, copied):
-    assert refusal_of(copied.parent / typed).endswith(f": no whole teacher. Did you mean --teacher {copied}?")
+def test_a_teacher_one_folder_away_is_named(typed, copied):
+    assert refusal_of(copied.parent / typed).endswith(
+        f": not a complete teacher. Did you mean --teacher {copied}?"
+    )
 
 
 @pytest.mark.parametrize("place", ["ComfyUI/models", "models--org--wan/snapshots/0123abc", "a b/c"])
-def test_a_teacher_some_folders_below_is_named_whatever_links_lie_there(place, copied):
+def test_a_teacher_several_folders_below_is_named_despite_links(place, copied):
     folder = copied.parent / "top" / place
     folder.parent.mkdir(parents=True)
     copied.rename(folder)
@@ -239,7 +241,7 @@ def test_a_teacher_some_folders_below_is_named_whatever_links_lie_there(place, c
     assert f"Did you mean --teacher {shlex.quote(str(folder))}?" in refusal_of(copied.parent / "top")
 
 
-def test_a_folder_without_any_teacher_near_it_is_refused_for_itself(tmp_path):
+def test_a_folder_without_a_teacher_nearby_is_refused_by_its_own_name(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "empty: no Wan transformer. Expected transformer/" in refusal_of(tmp_path / "empty")
     assert "/no/such/wan: no such folder" in refusal_of("/no/such/wan")
@@ -247,7 +249,7 @@ def test_a_folder_without_any_teacher_near_it_is_refused_for_itself(tmp_path):
 
 @pytest.fixture
 def hub_cache(copied, monkeypatch):
-    """The tiny teacher as the hub's cache holds org/wan, its commit under main."""
+    """The tiny teacher as org/wan in the cache of the hub, its commit under main."""
     cache = copied.parent / "hub" / "models--org--wan"
     (cache / "snapshots").mkdir(parents=True), (cache / "refs").mkdir()
     copied.rename(cache / "snapshots" / "0123abc")
@@ -268,18 +270,19 @@ def hub_cache(copied, monkeypatch):
         "hub/models--org--wan",
     ],
 )
-def test_a_name_on_the_hub_is_the_snapshot_in_its_cache(typed, hub_cache):
+def test_a_hub_name_resolves_to_the_snapshot_in_the_cache(typed, hub_cache):
     (hub_cache / "snapshots" / "9999fff").mkdir()  # an older one
     assert complete(replace(Settings(), teacher=typed, report_to="none")).teacher == str(
         hub_cache / "snapshots" / "0123abc"
     )
 
 
-def test_a_name_on_the_hub_that_is_not_in_its_cache_comes_with_the_command_that_downloads_it(hub_cache):
-    said = refusal_of("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
+def test_a_hub_name_outside_the_cache_is_refused_with_the_download_command(hub_cache):
+    printed = refusal_of("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
     assert (
-        "126 GB" in said
-        and "`hf download Wan-AI/Wan2.2-T2V-A14B-Diffusers --local-dir ./Wan2.2-T2V-A14B-Diffusers`" in said
+        "126 GB" in printed
+        and "`hf download Wan-AI/Wan2.2-T2V-A14B-Diffusers --local-dir ./Wan2.2-T2V-A14B-Diffusers`"
+        in printed
     )
     assert "`hf download a/b --local-dir ./b`" in refusal_of(
         "https://huggingface.co/a/b/blob/main/config.json"
@@ -289,7 +292,7 @@ def test_a_name_on_the_hub_that_is_not_in_its_cache_comes_with_the_command_that_
     assert "is a URL, expected a folder" in refusal_of("https://example.com/wan.zip")
 
 
-def test_a_hub_cache_that_leaves_open_which_snapshot_is_meant_is_refused_with_its_branches(hub_cache):
+def test_a_hub_cache_with_several_snapshots_is_refused_with_its_branches(hub_cache):
     (hub_cache / "refs" / "main").rename(hub_cache / "refs" / "fp16")
     (hub_cache / "snapshots" / "9999fff").mkdir()
     assert "2 snapshots and no main one: 0123abc (fp16), 9999fff (no branch)" in refusal_of("org/wan")

@@ -1,16 +1,17 @@
-"""The benchmarks: they measure what they say, tell it, and leave alone what is not their own."""
+"""Benchmarks: correct shapes, complete figures, and refusals that leave other files alone."""
 
 import json
 
 import pytest
 import torch
 
+from benchmarks.calls import observe
 from benchmarks.memory import WARM, measured_peak, phases
 from benchmarks.projection_scale import num_bytes, remove_expert, teacher_config, tensor_shapes, write_expert
 from benchmarks.train_speed import A14B, Online, make_world, ours, random_teacher
 from tests.conftest import ROOT, run_script
 from tests.test_plan import alive
-from wanlite.planning.memory import simulated_peak
+from wanlite.planning.simulation import simulate_peak
 from wanlite.teacher.checkpoint import open_teacher_files
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -29,12 +30,12 @@ SCALE = BENCHMARKS / "projection_scale.py"
         ("1.3b", 1_418_996_800, 825),
     ],
 )
-def test_a_shaped_expert_has_as_many_parameters_and_tensors_as_the_real_one(name, parameters, tensors):
+def test_a_written_expert_has_the_parameters_and_tensors_of_the_real_one(name, parameters, tensors):
     shapes = tensor_shapes(teacher_config(name))
     assert (num_bytes(shapes), len(shapes)) == (2 * parameters, tensors)
 
 
-def test_a_written_expert_opens_as_wans_own_layout_and_shares_one_residual_basis(tmp_path):
+def test_a_written_expert_opens_in_the_official_layout_with_one_residual_basis(tmp_path):
     config = teacher_config("a14b") | {"dim": 512, "ffn_dim": 768, "num_layers": 2, "num_heads": 4}
     write_expert(tmp_path / "wan", config)
     files = open_teacher_files(tmp_path / "wan")
@@ -42,16 +43,15 @@ def test_a_written_expert_opens_as_wans_own_layout_and_shares_one_residual_basis
     assert files.layout == "official" and len(list((tmp_path / "wan").glob("*-of-00006.safetensors"))) == 6
     assert 2 * expert.num_parameters == num_bytes(tensor_shapes(config))
     assert all(torch.isfinite(expert.read(name)).all() for name in expert.places)
-    basis = torch.linalg.svd(expert.read("blocks.0.ffn.net.0.proj.weight")).Vh[
-        :128
-    ]  # what one block reads most
+    # the directions that one block reads most are those that another writes most
+    basis = torch.linalg.svd(expert.read("blocks.0.ffn.net.0.proj.weight")).Vh[:128]
     written = expert.read("blocks.1.ffn.net.2.weight")
-    assert (basis @ written).square().sum() > 0.8 * written.square().sum()  # is what another writes most
+    assert (basis @ written).square().sum() > 0.8 * written.square().sum()
     remove_expert(tmp_path / "wan")
     assert not (tmp_path / "wan").exists()
 
 
-def test_quick_measurement_tells_its_figures_and_leaves_no_folder(tmp_path):
+def test_a_quick_measurement_writes_all_figures_and_removes_its_folder(tmp_path):
     process = run_script(SCALE, "--quick", "--folder", tmp_path / "wan", "--json", tmp_path / "figures.json")
     assert process.returncode == 0, process.stderr
     assert (
@@ -77,36 +77,67 @@ def test_quick_measurement_tells_its_figures_and_leaves_no_folder(tmp_path):
     assert not (tmp_path / "wan").exists()
 
 
-def test_a_disk_that_is_too_small_is_refused_with_what_is_needed(tmp_path):
+def test_a_disk_that_is_too_small_is_refused_with_the_size_of_the_expert(tmp_path):
     process = run_script(SCALE, "--layers", "4000", "--folder", tmp_path / "wan")
     needed = num_bytes(tensor_shapes(teacher_config("a14b", layers=4000))) / 1e9
     assert process.returncode == 2 and f"takes {needed:.1f} GB" in process.stderr
     assert not (tmp_path / "wan").exists()
 
 
-def test_a_student_that_cannot_be_cut_is_refused_before_anything_is_written(tmp_path):
+def test_a_student_that_cannot_be_projected_is_refused_before_writing(tmp_path):
     process = run_script(SCALE, "--quick", "--num_heads", "3", "--folder", tmp_path / "wan")
     assert process.returncode == 2 and "--num_heads" in process.stderr
     assert not (tmp_path / "wan").exists()
 
 
-def test_a_teacher_of_random_weights_is_asked_as_a_real_one(tmp_path):
+def test_a_teacher_of_random_weights_is_evaluated_like_a_real_one(tmp_path):
     config = A14B | {"num_attention_heads": 2, "text_dim": 32, "ffn_dim": 96, "num_layers": 2}
     shape = {"hidden_size": 64, "depth": 2, "num_heads": 2, "text_dim": 32, "num_channels": 16}
     world = make_world(tmp_path / "states", random_teacher(config, "cpu"), shape, 8, 4, "cpu", "no")
-    ask = Online(world, "both", False)
+    online = Online(world, "both", False)
     (batch, text), *_ = world.feed(1)
-    velocity, features = ask(batch, text)
+    velocity, features = online(batch, text)
     assert (
         velocity.shape == (4, 16, 8, 8) and features.shape == (4, 16, 16) and torch.isfinite(velocity).all()
     )
-    assert next(ours(world, ask=ask)) is None and len(ask.seconds) == 2
+    assert next(ours(world, predict=online)) is None and len(online.seconds) == 2
 
 
-# ---- what is wrong -----------------------------------------------------------------------------------------
+# ---- observed calls ----------------------------------------------------------------------------------------
 
 
-def test_a_method_that_is_unknown_is_refused_before_anything_is_trained(tmp_path):
+def test_calls_are_observed_with_their_results_and_functions_stay_unchanged():
+    events = []
+
+    def double(number):
+        if number < 0:
+            raise ValueError(number)
+        return 2 * number
+
+    with observe({double: (lambda: events.append("call"), events.append)}):
+        assert double(2) == 4
+        with pytest.raises(ValueError):
+            double(-1)
+    double(3)
+    assert events == ["call", 4, "call", None]
+
+
+def test_a_decorated_function_is_observed_once():
+    events = []
+
+    @torch.no_grad()
+    def double(number):
+        return 2 * number
+
+    with observe({double: (lambda: events.append("call"), events.append)}):
+        assert double(2) == 4
+    assert events == ["call", 4]
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_method_is_refused_before_training(tmp_path):
     process = run_script(BENCHMARKS / "quality.py", "--folder", tmp_path / "students", "--methods", "GAN")
     assert process.returncode == 2 and "GAN: unknown, expected some of student" in process.stderr
     assert not (tmp_path / "students").exists()
@@ -124,7 +155,7 @@ def test_a_method_that_is_unknown_is_refused_before_anything_is_trained(tmp_path
         ("load.py", ["--repeats", "0"], "at least 1"),
     ],
 )
-def test_what_is_wrong_is_refused_and_a_folder_of_somebody_else_stays(script, arguments, words, tmp_path):
+def test_wrong_arguments_are_refused_and_other_files_are_kept(script, arguments, words, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     process = run_script(BENCHMARKS / script, "--folder", tmp_path, *arguments)
     assert (
@@ -139,7 +170,7 @@ def test_what_is_wrong_is_refused_and_a_folder_of_somebody_else_stays(script, ar
 
 
 @pytest.mark.parametrize("phase", phases(WARM))
-def test_each_phase_can_be_simulated_and_done(phase):
+def test_each_phase_can_be_simulated_and_run(phase):
     find = phases(WARM)[phase]
-    assert find(simulated_peak) == pytest.approx(find(alive), rel=0.05)
-    assert find(measured_peak) > -(2**27)  # so small a phase may hide in what the process has; it runs
+    assert find(simulate_peak) == pytest.approx(find(alive), rel=0.05)
+    assert find(measured_peak) > -(2**27)  # a small phase may fit into memory that the process has already

@@ -1,4 +1,4 @@
-"""Aspect ratios: states of several sizes, each batch of one of them, and a run without the flag as it was."""
+"""Aspect ratios: states of several sizes, batches of one size each, and unchanged runs without the flag."""
 
 import math
 from collections import Counter
@@ -11,7 +11,7 @@ from tests.test_data import STEPS, student_for, teacher_for
 from train_distillation import Settings
 from wanlite.data.buckets import MAX_RATIO, bucket_sizes
 from wanlite.data.datasets import Buckets, FewStepStates, SeededBatches
-from wanlite.data.trajectories import TrajectoryGenerator, deal_out
+from wanlite.data.trajectories import TrajectoryGenerator, split_jobs
 from wanlite.flow import FewSteps, make_scheduler
 from wanlite.planning.resolve import complete
 
@@ -33,37 +33,37 @@ def test_without_ratios_there_is_one_bucket_and_equal_sizes_are_one():
 
 
 @pytest.mark.parametrize(
-    "said", ["3", "3:0", "0:3", "3x2", "1.5:1", "-3:2", ":", "1:2:3", f"{MAX_RATIO + 1}:1", "1:99"]
+    "ratio", ["3", "3:0", "0:3", "3x2", "1.5:1", "-3:2", ":", "1:2:3", f"{MAX_RATIO + 1}:1", "1:99"]
 )
-def test_what_is_no_ratio_is_refused(said):
+def test_an_invalid_aspect_ratio_is_refused(ratio):
     with pytest.raises(
-        ValueError, match=f"--aspect_ratios {said}: expected WIDTH:HEIGHT such as 3:2, from 1:4 to 4:1"
+        ValueError, match=f"--aspect_ratios {ratio}: expected WIDTH:HEIGHT such as 3:2, from 1:4 to 4:1"
     ):
-        complete(Settings(aspect_ratios=["1:1", said]))
+        complete(Settings(aspect_ratios=["1:1", ratio]))
 
 
-def test_too_few_states_on_the_own_path_for_the_buckets_are_refused():
+def test_too_few_on_policy_states_for_the_buckets_are_refused():
     with pytest.raises(
         ValueError, match="--rollout_states is 2, expected 0, or at least one for each of the 3"
     ):
         complete(Settings(aspect_ratios=["1:1", "3:2", "2:3"], rollout_states=2))
 
 
-def test_jobs_are_dealt_out_evenly_by_seed_and_to_one_bucket_as_they_are():
+def test_jobs_are_spread_evenly_by_seed_and_unchanged_with_one_bucket():
     jobs = [f"job {number}" for number in range(31)]
-    dealt = deal_out(jobs, 3, seed=5)
+    dealt = split_jobs(jobs, 3, seed=5)
     assert sorted(map(len, dealt)) == [10, 10, 11] and sorted(sum(dealt, [])) == sorted(jobs)
-    assert dealt == deal_out(jobs, 3, seed=5) != deal_out(jobs, 3, seed=6) and deal_out(jobs, 1, seed=5) == [
-        jobs
-    ]
+    assert dealt == split_jobs(jobs, 3, seed=5) != split_jobs(jobs, 3, seed=6) and split_jobs(
+        jobs, 1, seed=5
+    ) == [jobs]
     with pytest.raises(ValueError, match="2 images of the teacher are fewer than the 3 sizes"):
-        deal_out(jobs[:2], 3, seed=5)
+        split_jobs(jobs[:2], 3, seed=5)
 
 
 SIZES = [96, 70, 40]
 
 
-def test_an_epoch_deals_every_bucket_whole_each_batch_of_one_and_the_buckets_mixed():
+def test_an_epoch_uses_all_buckets_in_mixed_order_with_one_bucket_per_batch():
     batches = list(SeededBatches(SIZES, 32, seed=0, first=0, last=6))  # 3 + 2 + 1
     starts = [0, 96, 166, 206]
     of = [
@@ -81,7 +81,7 @@ def test_the_order_of_buckets_is_a_function_of_seed_and_epoch_alone():
     assert whole[7:] == list(SeededBatches(SIZES, 32, seed=3, first=7, last=20)) and whole[:6] != whole[6:12]
 
 
-def test_a_single_bucket_is_dealt_in_the_order_in_which_states_have_always_been():
+def test_a_single_bucket_has_the_order_of_states_without_buckets():
     generator = torch.Generator().manual_seed(3 * 1_000_003 + 1)
     order = torch.randperm(100, generator=generator).tolist()
     assert (
@@ -96,7 +96,7 @@ def test_a_bucket_of_less_than_a_batch_is_refused():
         SeededBatches([64, 31], 32, 0, 0, 1)
 
 
-def test_a_batch_of_segments_is_of_one_shape_and_the_states_of_its_numbers(tmp_path):
+def test_a_few_step_batch_has_one_shape_and_the_states_of_its_indices(tmp_path):
     scheduler, few, data, shapes = (
         make_scheduler(3.0),
         make_scheduler(3.0, (1, 2)),
@@ -105,16 +105,16 @@ def test_a_batch_of_segments_is_of_one_shape_and_the_states_of_its_numbers(tmp_p
     )
     for bucket, shape in enumerate(shapes):
         jobs = [(number, f"{number}", 10 * bucket + number) for number in range(3 + bucket)]
-        for part in ("walked", "own"):
+        for part in ("trajectories", "on_policy"):
             (tmp_path / f"{part}{bucket}").mkdir()
         trajectory_generator = TrajectoryGenerator(
             Accelerator(), teacher_for, scheduler, STEPS, basis=torch.eye(4)
         )
-        walked = trajectory_generator.generate(tmp_path / f"walked{bucket}", jobs, shape)
-        own = trajectory_generator.roll_out(
-            tmp_path / f"own{bucket}", [(*jobs[0], 2, 1)], shape, student_for, few
+        trajectories = trajectory_generator.generate(tmp_path / f"trajectories{bucket}", jobs, shape)
+        on_policy = trajectory_generator.roll_out(
+            tmp_path / f"on_policy{bucket}", [(*jobs[0], 2, 1)], shape, student_for, few
         )
-        data.append(FewStepStates(walked, [(999.0, 0.999), (500.0, 0.5)], own))
+        data.append(FewStepStates(trajectories, [(999.0, 0.999), (500.0, 0.5)], on_policy))
     buckets = Buckets(data)
     assert buckets.sizes == [7, 9] and len(buckets) == 16
     for numbers, bucket in (([6, 0, 3], 0), ([7, 15, 12], 1)):
@@ -126,7 +126,9 @@ def test_a_batch_of_segments_is_of_one_shape_and_the_states_of_its_numbers(tmp_p
         assert all(torch.equal(tensor, alone[name]) for name, tensor in batch.items())
 
 
-def test_few_steps_draw_in_the_shape_of_a_batch():
+def test_few_steps_generate_in_the_shape_of_a_batch():
     few = FewSteps(3.0, (1, 2), (2, 4, 4), 20)
-    drawn = few.draw(3, lambda latents, timestep: latents, torch.Generator().manual_seed(0), "cpu", (2, 2, 6))
-    assert drawn.shape == (3, 2, 2, 6)
+    generated = few.draw(
+        3, lambda latents, timestep: latents, torch.Generator().manual_seed(0), "cpu", (2, 2, 6)
+    )
+    assert generated.shape == (3, 2, 2, 6)

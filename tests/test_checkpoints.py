@@ -1,6 +1,4 @@
-"""Checkpoints: everything comes back, the newest that verifies is taken, nothing is lost by a save that
-fails.
-"""
+"""Checkpoints: the full state is restored, the newest valid one is used, and a failed save loses nothing."""
 
 import json
 import pickle
@@ -27,7 +25,7 @@ def steps(folder):
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-def test_optimizers_schedules_and_numbers_come_back_bit_by_bit(tmp_path):
+def test_optimizers_schedules_and_counters_are_restored_bit_for_bit(tmp_path):
     torch.manual_seed(0)
     network = torch.nn.Linear(3, 3)
     optimizers = [torch.optim.AdamW([network.bias], lr=0.1), torch.optim.Muon([network.weight], lr=0.3)]
@@ -82,13 +80,13 @@ def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path):
         (lambda path: write_json(path / "manifest.json", read_manifest(path) | {"step": 7}), "is of step 7"),
     ],
 )
-def test_the_newest_checkpoint_that_verifies_is_taken_and_the_rest_is_said(tmp_path, break_it, reason):
+def test_the_newest_valid_checkpoint_is_used_and_skipped_ones_are_reported(tmp_path, break_it, reason):
     save(tmp_path, 1)
     save(tmp_path, 2)
     break_it(checkpoint_path(tmp_path, 2))
     path, skipped = latest_checkpoint(tmp_path)
     assert path == checkpoint_path(tmp_path, 1) and len(skipped) == 1 and reason in skipped[0]
-    save(tmp_path, 2, 5.0)  # a run that comes by again replaces it
+    save(tmp_path, 2, 5.0)  # a resumed run replaces it
     assert latest_checkpoint(tmp_path) == (checkpoint_path(tmp_path, 2), [])
 
 
@@ -99,7 +97,7 @@ def test_a_checkpoint_renamed_to_another_step_is_skipped(tmp_path):
     assert path is None and "is of step 1" in skipped[0]
 
 
-def test_state_that_verifies_and_makes_no_sense_is_an_error_that_names_it(tmp_path):
+def test_an_intact_but_invalid_state_is_an_error_that_names_it(tmp_path):
     save(tmp_path, 1)
     path = checkpoint_path(tmp_path, 1)
     for content in ("{", '{"pairs": [["a", {"tensor": "none"}]]}', '{"pairs": 3}'):
@@ -121,7 +119,7 @@ def test_a_pickle_in_a_checkpoint_is_never_opened(tmp_path, name):
     assert not (tmp_path / "executed").exists()
 
 
-def test_two_at_least_are_kept_and_other_names_are_left_alone(tmp_path):
+def test_at_least_two_checkpoints_are_kept_and_other_files_are_untouched(tmp_path):
     for step in (999_997, 999_998):
         save(tmp_path, step)
     shutil.copytree(checkpoint_path(tmp_path, 999_998), tmp_path / "checkpoints/step-best")
@@ -132,14 +130,14 @@ def test_two_at_least_are_kept_and_other_names_are_left_alone(tmp_path):
     assert latest_checkpoint(tmp_path) == (checkpoint_path(tmp_path, 1_000_000), [])
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_last_whole_checkpoint(tmp_path):
+def test_a_kill_during_a_save_leaves_the_last_complete_checkpoint(tmp_path):
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path; from tests.test_checkpoints import save; import wanlite.training.checkpoints as "
-        "room\n"
+        "checkpoints\n"
         "save(Path(sys.argv[2]), 1)\n"
         "def slow(tensors, path): path.write_text('half'); print('saving', flush=True); time.sleep(60)\n"
-        "room.save_file = slow; save(Path(sys.argv[2]), 2)\n"
+        "checkpoints.save_file = slow; save(Path(sys.argv[2]), 2)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, ROOT, tmp_path], stdout=subprocess.PIPE, text=True
@@ -156,7 +154,7 @@ def test_a_disk_that_fills_during_a_save_leaves_the_earlier_checkpoint(small_dis
     save(small_disk, 1)
     monkeypatch.setattr(
         "wanlite.training.checkpoints.check_space", lambda *_: None
-    )  # there was room when it was looked at
+    )  # the free space was sufficient before the save
     with pytest.raises(OSError, match="step-000002: .*No space left"):
         save_checkpoint(small_disk, 2, {"weight": torch.zeros(10**6)}, {}, 2)
     assert steps(small_disk) == ["step-000001"] and latest_checkpoint(small_disk) == (

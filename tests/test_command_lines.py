@@ -1,4 +1,6 @@
-"""Both scripts, as a user types them: every wrong word is one line, exit code 2, before torch is imported."""
+"""Both scripts on the command line: every wrong argument is one line and exit code 2, before torch is
+imported.
+"""
 
 import dataclasses
 import json
@@ -16,7 +18,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from run_inference import Settings as DrawSettings
+from run_inference import Settings as InferenceSettings
 from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, run_script
 from train_distillation import Settings as TrainSettings
 from train_distillation import WanLiteStudent
@@ -24,12 +26,14 @@ from wanlite.files.atomic import write_json
 from wanlite.planning.settings import make_parser
 from wanlite.training.run_folder import read_run
 
-TRAIN, DRAW = ROOT / "train_distillation.py", ROOT / "run_inference.py"
+TRAIN, GENERATE = ROOT / "train_distillation.py", ROOT / "run_inference.py"
 
 
-def refused(script, *arguments, seconds=2.0):
-    """Run a script that must refuse its arguments; returns the one line that it says. (A second is the aim,
-    twice that the bound on a busy machine; importing torch alone takes longer.)"""
+def read_refusal(script, *arguments, seconds=2.0):
+    """Run a script that must reject its arguments; return the one line that it prints.
+
+    (The goal is one second; the bound is twice that for a busy machine. Importing torch alone takes longer.)
+    """
     began = time.perf_counter()
     process = run_script(script, *arguments)
     assert time.perf_counter() - began < seconds
@@ -41,7 +45,7 @@ def refused(script, *arguments, seconds=2.0):
 
 PATHS = {
     TrainSettings: ("teacher", "prompts", "images", "output_dir", "cache_dir", "student", "logging_dir"),
-    DrawSettings: ("model", "prompts_file", "output_dir"),
+    InferenceSettings: ("model", "prompts_file", "output_dir"),
 }
 
 
@@ -77,13 +81,13 @@ def test_a_tilde_is_expanded_in_every_path_and_an_unknown_user_is_named(settings
         (TrainSettings, "--report_to"),
         (TrainSettings, "--output_dir"),
         (TrainSettings, "--images"),
-        (DrawSettings, "--prompt"),
-        (DrawSettings, "--negative_prompt"),
-        (DrawSettings, "--device"),
-        (DrawSettings, "--output_dir"),
+        (InferenceSettings, "--prompt"),
+        (InferenceSettings, "--negative_prompt"),
+        (InferenceSettings, "--device"),
+        (InferenceSettings, "--output_dir"),
     ],
 )
-def test_bytes_that_are_not_utf8_are_refused_in_every_flag(settings, flag, capsys):
+def test_invalid_utf8_is_refused_in_every_flag(settings, flag, capsys):
     parser = make_parser(settings, "", repeatable=("prompt",))
     with pytest.raises(SystemExit) as ended:
         parser.parse_args([flag, os.fsdecode(b"a \xff cat")])
@@ -93,9 +97,11 @@ def test_bytes_that_are_not_utf8_are_refused_in_every_flag(settings, flag, capsy
     )
 
 
-def test_a_prompt_is_read_as_utf8_where_the_locale_is_ascii():
-    parser = make_parser(DrawSettings, "", repeatable=("prompt",))
-    arguments = parser.parse_args(["--prompt", "caf\udcc3\udca9"])  # as Python has its bytes there
+def test_a_prompt_is_read_as_utf8_in_an_ascii_locale():
+    parser = make_parser(InferenceSettings, "", repeatable=("prompt",))
+    arguments = parser.parse_args(
+        ["--prompt", "caf\udcc3\udca9"]
+    )  # as Python decodes its bytes in that locale
     assert arguments.prompt == ["caf\N{LATIN SMALL LETTER E WITH ACUTE}"]
 
 
@@ -114,8 +120,8 @@ def test_a_prompt_is_read_as_utf8_where_the_locale_is_ascii():
             "--learning-rate",
             "--learning_rate or --muon_learning_rate or --critic_learning_rate",
         ),
-        (DrawSettings, "--promt", "--prompt or --prompts_file"),
-        (DrawSettings, "-seed", "--seed"),
+        (InferenceSettings, "--promt", "--prompt or --prompts_file"),
+        (InferenceSettings, "-seed", "--seed"),
     ],
 )
 def test_a_wrong_flag_is_refused_and_similar_flags_are_suggested(settings, typed, suggested, capsys):
@@ -126,13 +132,13 @@ def test_a_wrong_flag_is_refused_and_similar_flags_are_suggested(settings, typed
     assert f"unrecognized arguments: {typed} (did you mean {suggested}?) 3 (--help" in error
 
 
-def test_a_flag_like_no_other_gets_no_suggestion(capsys):
+def test_a_flag_unlike_all_others_gets_no_suggestion(capsys):
     with pytest.raises(SystemExit):
         make_parser(TrainSettings, "").parse_args(["--xyzzy"])
     assert "unrecognized arguments: --xyzzy (--help lists every flag)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("settings", [TrainSettings, DrawSettings])
+@pytest.mark.parametrize("settings", [TrainSettings, InferenceSettings])
 def test_help_has_every_flag_under_a_heading(settings):
     options, *groups = make_parser(settings, "").format_help().partition("options:\n")[2].split("\n\n")
     assert options.split()[:2] == ["-h,", "--help"] and len(options.splitlines()) == 1
@@ -141,8 +147,8 @@ def test_help_has_every_flag_under_a_heading(settings):
     assert listed == [field.name for field in dataclasses.fields(settings)]
 
 
-@pytest.mark.parametrize("settings", [TrainSettings, DrawSettings])
-def test_help_names_every_default_but_that_of_a_switch_that_is_off(settings):
+@pytest.mark.parametrize("settings", [TrainSettings, InferenceSettings])
+def test_help_has_every_default_except_switches_that_are_off(settings):
     _, *entries = re.split(r"\n  (?=--)", make_parser(settings, "").format_help())
     entries = [" ".join(entry.split()) for entry in entries]
     for field, entry in zip(dataclasses.fields(settings), entries, strict=True):
@@ -150,16 +156,16 @@ def test_help_names_every_default_but_that_of_a_switch_that_is_off(settings):
     assert any(re.match(r"--seed N .*\(default: 0\)", entry) for entry in entries)
 
 
-@pytest.mark.parametrize("script", [TRAIN, DRAW])
+@pytest.mark.parametrize("script", [TRAIN, GENERATE])
 def test_help_takes_half_a_second_at_most(script):
     before = os.times()
     assert run_script(script, "--help").returncode == 0
     after = os.times()
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
-    assert seconds <= 0.5  # of computing, whatever else the machine does
+    assert seconds <= 0.5  # CPU time, which other load on the machine does not change
 
 
-def test_a_path_with_a_tilde_is_the_same_in_all_that_is_printed_and_written(tmp_path, monkeypatch):
+def test_a_tilde_is_expanded_alike_in_all_output_and_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     process = run_script(TRAIN, "--output_dir=~/run", "--cache_dir=~/cache", *SHORT_RUN, cwd=tmp_path)
     assert process.returncode == 0 and "~" not in process.stdout, process.stderr
@@ -182,19 +188,19 @@ def test_a_path_with_a_tilde_is_the_same_in_all_that_is_printed_and_written(tmp_
         (["--no_such_flag"], "unrecognized arguments"),
     ],
 )
-def test_training_refuses_what_is_wrong_in_one_line(arguments, words, tmp_path):
-    assert words in refused(TRAIN, "--output_dir", tmp_path / "run", *arguments)
+def test_training_rejects_wrong_arguments_in_one_line(arguments, words, tmp_path):
+    assert words in read_refusal(TRAIN, "--output_dir", tmp_path / "run", *arguments)
     assert not (tmp_path / "run").exists()
 
 
-def test_span_wide_experts_go_with_weights_only(tmp_path):
-    assert "--expert best_per_block goes with --projection weights" in refused(
+def test_best_per_block_experts_need_plain_projection(tmp_path):
+    assert "--expert best_per_block requires --projection weights" in read_refusal(
         TRAIN, "--output_dir", tmp_path / "run", "--expert", "best_per_block"
     )
 
 
-def test_a_start_is_projected_once_and_taken_by_later_runs_of_the_same_teacher_shape_and_method(tmp_path):
-    def starts():
+def test_runs_with_the_same_teacher_shape_and_method_share_one_projection(tmp_path):
+    def initializations():
         return {
             path.name: path.stat().st_mtime_ns
             for path in (tmp_path / "run/cache").glob("start-*/*.safetensors")
@@ -205,32 +211,34 @@ def test_a_start_is_projected_once_and_taken_by_later_runs_of_the_same_teacher_s
     assert process.returncode == 0, process.stderr
     (folder,) = (tmp_path / "run/cache").glob("start-*")
     first = WanLiteStudent.from_pretrained(folder).state_dict()
-    before = starts()
+    before = initializations()
     trained = run_script(TRAIN, *arguments)
     assert trained.returncode == 0 and "energy kept" not in trained.stdout, trained.stderr
     report = json.loads((tmp_path / "run/run.json").read_text())["projection"]
-    assert starts() == before and report["experts"] == ["high"] * 4 and report["calibration_frames"] > 0
-    assert "holds a finished run" in refused(TRAIN, *arguments, "--project_only", "--projection", "weights")
-    assert json.loads((tmp_path / "run/run.json").read_text())[
-        "finished"
-    ]  # the finished run is left as it was
+    assert (
+        initializations() == before and report["experts"] == ["high"] * 4 and report["calibration_frames"] > 0
+    )
+    assert "holds a finished run" in read_refusal(
+        TRAIN, *arguments, "--project_only", "--projection", "weights"
+    )
+    assert json.loads((tmp_path / "run/run.json").read_text())["finished"]  # the finished run is unchanged
     again = WanLiteStudent.from_pretrained(folder).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
 
 
 @pytest.fixture(scope="module")
 def projected_run(tmp_path_factory):
-    """A folder of a projected start, whose name a shell would take apart, and what was said."""
+    """A folder with a projected student, whose name needs quoting in a shell, and the output of the run."""
     folder = tmp_path_factory.mktemp("start") / "it's a $HOME"
     process = run_script(TRAIN, "--output_dir", folder, *SHORT_RUN, "--project_only")
     assert process.returncode == 0, process.stderr
     return folder, process.stdout
 
 
-def test_projecting_alone_announces_no_training_and_ends_with_the_command_that_draws(projected_run):
-    folder, said = projected_run
-    assert not any(word in said for word in ("teacher images", "steps", "minutes", "trajectories"))
-    *_, saved, then = said.splitlines()
+def test_project_only_prints_no_training_and_ends_with_the_inference_command(projected_run):
+    folder, printed = projected_run
+    assert not any(word in printed for word in ("teacher images", "steps", "minutes", "trajectories"))
+    *_, saved, then = printed.splitlines()
     assert saved == f"saved to {folder}, projected and not trained"
     assert shlex.split(then) == ["next:", "python", "run_inference.py", "--model", str(folder)]
     run = read_run(folder)
@@ -243,13 +251,13 @@ def test_projecting_alone_announces_no_training_and_ends_with_the_command_that_d
     assert repr(str(folder)) in (folder / "README.md").read_text()
 
 
-def test_a_saved_start_draws_as_step_0_of_a_run_in_its_folder(projected_run, tmp_path):
+def test_a_saved_initialization_equals_step_0_of_a_run_in_its_folder(projected_run, tmp_path):
     shutil.copytree(projected_run[0], tmp_path / "run")
-    drawing = run_script(
-        DRAW, "--model", tmp_path / "run", "--output_dir", tmp_path / "images", "--batch_size", "8"
+    inference = run_script(
+        GENERATE, "--model", tmp_path / "run", "--output_dir", tmp_path / "images", "--batch_size", "8"
     )
-    assert drawing.returncode == 0, drawing.stderr
-    drawn = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "images").glob("0*.png"))]
+    assert inference.returncode == 0, inference.stderr
+    generated = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "images").glob("0*.png"))]
     training = run_script(
         TRAIN,
         "--output_dir",
@@ -264,12 +272,12 @@ def test_a_saved_start_draws_as_step_0_of_a_run_in_its_folder(projected_run, tmp
     grid = np.asarray(Image.open(tmp_path / "run/samples/step-000000.png").convert("RGB"))[
         64:128
     ]  # the student's row
-    assert len(drawn) == len(read_run(projected_run[0])["validation_prompts"])
-    assert (np.concatenate(drawn, axis=1) == grid[:, -64 * len(drawn) :]).all()
+    assert len(generated) == len(read_run(projected_run[0])["validation_prompts"])
+    assert (np.concatenate(generated, axis=1) == grid[:, -64 * len(generated) :]).all()
     assert read_run(tmp_path / "run")["finished"] and "projected_only" not in read_run(tmp_path / "run")
 
 
-def test_stock_opens_a_saved_start(projected_run):
+def test_stock_diffusers_loads_a_saved_initialization(projected_run):
     ours, stock = (
         kind.from_pretrained(projected_run[0]).state_dict()
         for kind in (WanLiteStudent, WanTransformer3DModel)
@@ -280,18 +288,18 @@ def test_stock_opens_a_saved_start(projected_run):
     assert WanPipeline.from_pretrained(projected_run[0]).scheduler.config.solver_order == 2
 
 
-def test_projecting_alone_replaces_no_run_that_was_cut_short(finished_run, tmp_path):
+def test_project_only_does_not_replace_an_interrupted_run(finished_run, tmp_path):
     run = read_run(finished_run[0])
     write_json(
         tmp_path / "run.json",
         run | {"finished": False, "settings": run["settings"] | {"output_dir": str(tmp_path)}},
     )
-    said = refused(TRAIN, "--output_dir", tmp_path, *SHORT_RUN, "--project_only")
-    assert "holds a run cut short. Leave --project_only out" in said
+    printed = read_refusal(TRAIN, "--output_dir", tmp_path, *SHORT_RUN, "--project_only")
+    assert "holds an interrupted run. Leave --project_only out" in printed
     assert read_run(tmp_path)["finished"] is False
 
 
-def test_a_dry_run_where_a_finished_run_lies_tells_the_plan_and_then_the_problem(finished_run):
+def test_a_dry_run_over_a_finished_run_prints_the_plan_and_then_the_problem(finished_run):
     process = run_script(TRAIN, "--output_dir", finished_run[0], *SHORT_RUN, "--dry_run")
     assert process.returncode == 2 and process.stdout.startswith("teacher  ")
     problem, run = process.stdout.splitlines()[-2:]
@@ -301,32 +309,34 @@ def test_a_dry_run_where_a_finished_run_lies_tells_the_plan_and_then_the_problem
     assert process.stdout.count("PROBLEM") == 1 and "Traceback" not in process.stderr
 
 
-def test_a_dry_run_of_projecting_alone_tells_no_training(tmp_path):
+def test_a_dry_run_of_project_only_plans_no_training(tmp_path):
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", *SHORT_RUN, "--dry_run", "--project_only")
     assert process.returncode == 0 and "nothing is trained" in process.stdout, process.stderr
     assert not any(
         word in process.stdout.partition("run      ")[0]
-        for word in ("teacher pictures", "training", "trajectories")
+        for word in ("teacher images", "training", "trajectories")
     )
 
 
 @pytest.mark.parametrize(
     "content, words", [(b"", "holds no prompt"), (b"\n  \n", "holds no prompt"), (b"\xff\xfe\x00", "UTF-8")]
 )
-def test_a_prompt_file_that_holds_none_is_refused(content, words, tmp_path):
+def test_a_prompt_file_without_prompts_is_refused(content, words, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(content)
-    assert words in refused(TRAIN, "--output_dir", tmp_path / "run", "--prompts", tmp_path / "prompts.txt")
+    assert words in read_refusal(
+        TRAIN, "--output_dir", tmp_path / "run", "--prompts", tmp_path / "prompts.txt"
+    )
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["--hidden_size", "256"], "hidden_size 256 is more than the teacher's 128"),
-        (["--num_heads", "3"], "3 heads of 21.3333 channels cannot be cut"),
+        (["--num_heads", "3"], "3 heads of 21.3333 channels cannot be pruned"),
         (["--depth", "9"], "depth 9 is more"),
     ],
 )
-def test_a_shape_that_cannot_be_cut_is_refused_before_anything_is_written(arguments, words, tmp_path):
+def test_an_impossible_shape_is_refused_before_any_write(arguments, words, tmp_path):
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", *arguments)
     assert (
         process.returncode == 2
@@ -336,7 +346,7 @@ def test_a_shape_that_cannot_be_cut_is_refused_before_anything_is_written(argume
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_a_shape_that_cannot_be_cut_leaves_the_run_that_it_was_to_overwrite(finished_run, tmp_path):
+def test_an_impossible_shape_leaves_the_run_to_overwrite_unchanged(finished_run, tmp_path):
     shutil.copytree(finished_run[0], tmp_path / "run")
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", "--overwrite", "--num_heads", "3")
     assert process.returncode == 2
@@ -345,9 +355,7 @@ def test_a_shape_that_cannot_be_cut_leaves_the_run_that_it_was_to_overwrite(fini
     ).is_file()
 
 
-def test_a_run_that_fails_before_its_first_step_leaves_the_run_that_it_was_to_overwrite(
-    finished_run, tmp_path
-):
+def test_a_failure_before_the_first_step_leaves_the_run_to_overwrite_unchanged(finished_run, tmp_path):
     shutil.copytree(finished_run[0], tmp_path / "run")
     before = {
         path: path.read_bytes()
@@ -357,22 +365,22 @@ def test_a_run_that_fails_before_its_first_step_leaves_the_run_that_it_was_to_ov
     shard = max((tmp_path / "run/cache").glob("trajectories-*/shard-*"), key=lambda path: path.stat().st_size)
     shard.write_bytes(
         shard.read_bytes()[:-100]
-    )  # found where the teacher's pictures are opened, the last thing before
+    )  # the error occurs when the images are opened, just before the first step
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", "--overwrite", *SHORT_RUN)
     assert process.returncode == 2 and f"{shard.name}: damaged" in process.stderr
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_folder_of_something_else_is_never_written_to(tmp_path):
+def test_a_folder_of_other_content_is_never_written_to(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
-    assert "files of other origin than a run" in refused(TRAIN, "--output_dir", tmp_path, "--overwrite")
+    assert "files that do not belong to a run" in read_refusal(TRAIN, "--output_dir", tmp_path, "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
 def test_a_finished_run_is_not_overwritten_by_accident(finished_run):
     folder, _ = finished_run
     before = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
-    assert "--overwrite" in refused(TRAIN, "--output_dir", folder, *SHORT_RUN)
+    assert "--overwrite" in read_refusal(TRAIN, "--output_dir", folder, *SHORT_RUN)
     assert (folder / "diffusion_pytorch_model.safetensors").read_bytes() == before
 
 
@@ -392,10 +400,10 @@ def test_a_finished_run_is_not_overwritten_by_accident(finished_run):
         (["--num_images_per_prompt", "-1"], "at least 1"),
     ],
 )
-def test_drawing_refuses_what_is_wrong_in_one_line(arguments, words, finished_run, tmp_path):
+def test_inference_rejects_wrong_arguments_in_one_line(arguments, words, finished_run, tmp_path):
     folder, _ = finished_run
-    assert words in refused(DRAW, "--model", folder, "--output_dir", tmp_path / "pictures", *arguments)
-    assert not (tmp_path / "pictures").exists()
+    assert words in read_refusal(GENERATE, "--model", folder, "--output_dir", tmp_path / "images", *arguments)
+    assert not (tmp_path / "images").exists()
 
 
 @pytest.mark.parametrize(
@@ -409,22 +417,22 @@ def test_drawing_refuses_what_is_wrong_in_one_line(arguments, words, finished_ru
         ("", "is not the name of a folder"),
     ],
 )
-def test_drawing_refuses_a_folder_that_is_no_student(model, words, tmp_path):
-    assert words in refused(DRAW, "--model", model, "--output_dir", tmp_path / "pictures")
+def test_inference_rejects_a_folder_without_a_student(model, words, tmp_path):
+    assert words in read_refusal(GENERATE, "--model", model, "--output_dir", tmp_path / "images")
 
 
-def test_a_run_that_was_never_finished_is_no_model(finished_run, tmp_path):
+def test_an_unfinished_run_is_not_a_model(finished_run, tmp_path):
     shutil.copytree(finished_run[0], tmp_path / "run")
     (tmp_path / "run/diffusion_pytorch_model.safetensors").unlink()
-    assert "Error no file named" in refused(DRAW, "--model", tmp_path / "run")
+    assert "Error no file named" in read_refusal(GENERATE, "--model", tmp_path / "run")
 
 
-def test_a_device_that_is_not_here_is_refused(finished_run):
-    process = run_script(DRAW, "--model", finished_run[0], "--device", "cuda:7")
+def test_a_missing_device_is_refused(finished_run):
+    process = run_script(GENERATE, "--model", finished_run[0], "--device", "cuda:7")
     assert process.returncode == 2 and "CUDA devices. Leave the flag out" in process.stderr.splitlines()[-1]
 
 
-def test_a_file_of_any_prompts_trains_and_its_last_ones_are_held_out(tmp_path):
+def test_a_prompt_file_trains_and_its_last_prompts_are_held_out(tmp_path):
     prompts = [f"prompt number {number} of a user" for number in range(60)]
     (tmp_path / "prompts.txt").write_text("\n".join([*prompts, "", prompts[0]]))
     process = run_script(
@@ -470,7 +478,7 @@ LAUNCH = (
     "--dynamo_backend",
     "no",
     TRAIN,
-)  # with --cpu accelerate starts one process, whatever their number
+)  # with --cpu, accelerate starts one process for any number
 
 
 def test_two_processes_train_one_student(tmp_path, monkeypatch):
@@ -483,14 +491,18 @@ def test_two_processes_train_one_student(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.accelerator.device_count() > 1, reason="this machine has as many GPUs")
-def test_more_processes_than_gpus_are_refused_by_one_of_them(tmp_path):
-    said = run_script(*LAUNCH, "--output_dir", tmp_path / "run", *SHORT_RUN).stderr
-    assert said.count("torch finds") == 1 and "set ACCELERATE_USE_CPU=true" in said and "wanlite/" not in said
+def test_more_processes_than_gpus_are_rejected_by_one_of_them(tmp_path):
+    printed = run_script(*LAUNCH, "--output_dir", tmp_path / "run", *SHORT_RUN).stderr
+    assert (
+        printed.count("torch finds") == 1
+        and "set ACCELERATE_USE_CPU=true" in printed
+        and "wanlite/" not in printed
+    )
 
 
-def test_the_words_of_both_scripts_say_what_happens_and_where(finished_run):
-    folder, said = finished_run
-    lines = said.splitlines()
+def test_the_output_of_both_scripts_reports_progress_and_paths(finished_run):
+    folder, printed = finished_run
+    lines = printed.splitlines()
     assert lines[0].startswith("teacher") and "tiny_teacher" in lines[0] and "1.25 M + 1.25 M" in lines[0]
     assert lines[1].startswith("student") and "0.33 M" in lines[1] and "calibrated" in lines[1]
     assert lines[2].startswith("device") and lines[4] == f"output   {folder}" and "minutes" in lines[6]
@@ -502,7 +514,7 @@ def test_the_words_of_both_scripts_say_what_happens_and_where(finished_run):
     assert results["captions"] == 16 and 0.9 < results["prompt_accuracy"]["teacher"] <= 1
 
 
-def test_the_dry_run_counts_prompts_that_are_cut(tmp_path):
+def test_the_dry_run_counts_truncated_prompts(tmp_path):
     (tmp_path / "prompts.txt").write_text(
         "a small red circle\n" * 3 + "a small red circle " * 300 + "\na large blue ring\n"
     )

@@ -1,4 +1,6 @@
-"""A compiled student is the same student, faster; so is a fused optimizer."""
+"""A compiled student computes the same as an uncompiled one, and a fused optimizer the same as a plain
+one.
+"""
 
 import shutil
 
@@ -30,7 +32,7 @@ def gradients(student):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_a_compiled_student_has_the_names_the_gradients_and_the_files_of_a_plain_one(tmp_path):
+def test_a_compiled_student_has_the_same_names_gradients_and_files(tmp_path):
     plain, compiled = make_student(), make_student()
     compiled.compile_repeated_blocks()
     assert all(block._compiled_call_impl is not None for block in compiled.blocks)
@@ -40,7 +42,7 @@ def test_a_compiled_student_has_the_names_the_gradients_and_the_files_of_a_plain
         assert torch.allclose(gradient, expected[name], atol=1e-5, rtol=1e-4), name
     assert any(
         not torch.equal(gradient, expected[name]) for name, gradient in found.items()
-    )  # it was compiled
+    )  # the student was compiled
     compiled.save_pretrained(tmp_path / "student")
     loaded = WanLiteStudent.from_pretrained(tmp_path / "student")
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in loaded.state_dict().items())
@@ -71,7 +73,7 @@ def test_compiling_without_a_compiler_is_refused_before_any_work(tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
-def test_fused_adamw_moves_weights_as_plain_adamw_and_is_used_only_where_asked():
+def test_fused_adamw_equals_plain_adamw_and_is_used_only_on_request():
     weights = {}
     for is_fused in (False, True):
         student = make_student()

@@ -1,4 +1,4 @@
-"""Trajectories on disk and the order in which they are dealt out."""
+"""Trajectories on disk and the order of batches."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from wanlite.flow import clean_from, make_scheduler, sample, seeded_noise
 
 
 def write_numbered(folder, sizes, states=3):
-    """Write shards whose every value is the number of its state."""
+    """Write shards in which every value is the index of its state."""
     first = 0
     for index, size in enumerate(sizes):
         number = torch.arange(first, first + size * states, dtype=torch.float32).view(size, states)
@@ -42,7 +42,7 @@ def write_numbered(folder, sizes, states=3):
         first += size * states
 
 
-def test_runs_that_write_one_shard_at_once_each_find_it_whole(tmp_path, monkeypatch):
+def test_concurrent_writers_of_one_shard_each_find_it_complete(tmp_path, monkeypatch):
     tensors, others = {"latents": torch.arange(4.0)}, []
 
     def save_while_another_does(found, path):
@@ -58,7 +58,7 @@ def test_runs_that_write_one_shard_at_once_each_find_it_whole(tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == [shard_path(tmp_path, 0).name]
 
 
-def test_what_a_killed_run_left_half_written_goes_after_an_hour(tmp_path):
+def test_partial_files_of_a_killed_run_are_deleted_after_an_hour(tmp_path):
     for name, age in (("old", 3700), ("new", 10)):
         (tmp_path / f".shard-00000-{name}.partial").write_text("half")
         os.utime(tmp_path / f".shard-00000-{name}.partial", (time.time() - age,) * 2)
@@ -85,7 +85,7 @@ def test_a_batch_is_the_named_states_in_the_named_order(tmp_path):
     ]
 
 
-def test_a_shard_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_writing_a_shard_is_atomic(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "wanlite.data.shards.os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt)
     )
@@ -95,11 +95,11 @@ def test_a_shard_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_kept(value, tmp_path):
+def test_values_that_are_not_finite_are_not_stored(value, tmp_path):
     tensors = {"latents": torch.zeros(4, 8).half(), "velocity": torch.zeros(4, 8).half()}
     tensors["velocity"][2, 3] = value
     with pytest.raises(
-        FloatingPointError, match="velocity came out NaN or infinite and is not kept. Lower --guidance_scale"
+        FloatingPointError, match="velocity has NaN or infinity and is not stored. Lower --guidance_scale"
     ):
         write_shard(tmp_path, 0, tensors)
     assert not list(tmp_path.iterdir())
@@ -111,7 +111,7 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone():
     assert whole[5:] == resumed and whole != list(SeededBatches(100, 32, seed=4, first=0, last=9))
 
 
-def test_an_epoch_deals_every_state_at_most_once_and_the_next_in_another_order():
+def test_an_epoch_uses_each_state_at_most_once_in_an_order_of_its_own():
     batches = list(SeededBatches(96, 32, seed=0, first=0, last=6))
     first, second = (sum(part, []) for part in (batches[:3], batches[3:]))
     assert sorted(first) == sorted(second) == list(range(96)) and first != second
@@ -122,13 +122,13 @@ def test_fewer_states_than_a_batch_are_refused():
         SeededBatches(10, 32, 0, 0, 1)
 
 
-def test_a_cache_is_found_again_only_by_what_it_was_made_of(tmp_path):
+def test_a_cache_is_found_only_by_its_provenance(tmp_path):
     first = cache_folder(tmp_path, "trajectories", teacher="a", guidance=(4.0, 3.0))
     assert first == cache_folder(tmp_path, "trajectories", guidance=(4.0, 3.0), teacher="a")
     assert first != cache_folder(tmp_path, "trajectories", teacher="a", guidance=(4.0, 2.0))
 
 
-def test_a_cache_that_was_moved_under_another_name_is_refused_with_what_differs(tmp_path):
+def test_a_cache_renamed_to_another_key_is_refused_with_the_differences(tmp_path):
     first = cache_folder(
         tmp_path, "trajectories", teacher="a", guidance=(4.0, 3.0), shift=3.0, text_length=512
     )
@@ -148,7 +148,7 @@ def test_a_cache_that_was_moved_under_another_name_is_refused_with_what_differs(
         cache_folder(tmp_path, "trajectories", teacher="a", guidance=(5.0, 3.0), shift=3.0, text_length=256)
 
 
-def test_rows_from_which_a_basis_is_found_are_bounded():
+def test_the_rows_used_to_compute_a_basis_are_bounded():
     states = torch.randn(4, 5000, 6)
     kept = [sample_rows(states, 10) for _ in range(10)]
     assert 0.5 * MAX_SAMPLED < sum(map(len, kept)) <= MAX_SAMPLED + len(kept)
@@ -203,14 +203,14 @@ def test_hidden_states_are_stored_in_the_basis_to_one_percent(tmp_path):
     assert ((kept - expected).abs() <= 0.005 * largest).all()
 
 
-def test_a_basis_is_of_the_directions_that_vary_most_and_kept_for_the_next_run(tmp_path):
-    deviations, asked = torch.tensor([0.1, 3.0, 0.2, 1.0]), []
+def test_a_basis_has_the_directions_of_most_variance_and_is_cached(tmp_path):
+    deviations, encoded = torch.tensor([0.1, 3.0, 0.2, 1.0]), []
 
     def velocity_for(prompts, has_features):
-        asked.append(prompts)
+        encoded.append(prompts)
 
         def velocity_of(latents, timestep):
-            return latents, 5 + deviations * torch.randn(len(latents), 50, 4)  # a mean is no direction
+            return latents, 5 + deviations * torch.randn(len(latents), 50, 4)  # the mean is not a direction
 
         return velocity_of
 
@@ -220,20 +220,20 @@ def test_a_basis_is_of_the_directions_that_vary_most_and_kept_for_the_next_run(t
         assert (
             generator.basis.shape == (4, 2) and generator.basis[[1, 3]].norm() > 0.99 * generator.basis.norm()
         )
-    assert asked == [["a", "b"]]
+    assert encoded == [["a", "b"]]
 
 
-# ---- segments ----------------------------------------------------------------------------------------------
+# ---- few-step states ---------------------------------------------------------------------------------------
 
 SHAPE, STEPS = (2, 4, 4), 8
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory):
-    """Trajectories of a teacher that pulls every noise to a picture of its prompt, by bent paths; and a
-    student's own path.
+def few_step_data(tmp_path_factory):
+    """Trajectories of a teacher whose curved paths lead every noise to an image of its prompt; and
+    on-policy states of a student.
     """
-    folder, own = tmp_path_factory.mktemp("walked"), tmp_path_factory.mktemp("own")
+    folder, own = tmp_path_factory.mktemp("trajectories"), tmp_path_factory.mktemp("on_policy")
     jobs = [(number % 3, f"{number % 3}", 100 + number) for number in range(70)]
     scheduler, few = make_scheduler(3.0), make_scheduler(3.0, (1, 2, 4))
     generator = TrajectoryGenerator(Accelerator(), teacher_for, scheduler, STEPS, basis=torch.eye(4))
@@ -257,15 +257,15 @@ def student_for(prompts):
     return lambda latents, timestep: 0.3 * latents
 
 
-def test_every_segment_leads_to_the_picture_that_the_teachers_trajectory_ends_at(walked):
-    states, path, *_ = walked
+def test_every_few_step_target_leads_to_the_end_of_the_teachers_trajectory(few_step_data):
+    states, path, *_ = few_step_data
     levels = [(999.0, 0.999), (900.0, 0.9), (500.0, 0.5)]
-    segments = FewStepStates(states, levels, path)
-    assert len(segments) == 70 + 70 + 20
-    batch = segments.__getitems__(range(140))
+    few_step = FewStepStates(states, levels, path)
+    assert len(few_step) == 70 + 70 + 20
+    batch = few_step.__getitems__(range(140))
     seen = clean_from(batch["latents"], batch["velocity"].float(), batch["noise_level"])
-    noise, pictures, prompts = states.ends(range(70))
-    assert torch.allclose(seen, pictures.repeat(2, 1, 1, 1), atol=0.02) and torch.equal(
+    noise, images, prompts = states.ends(range(70))
+    assert torch.allclose(seen, images.repeat(2, 1, 1, 1), atol=0.02) and torch.equal(
         batch["prompt"], prompts.repeat(2)
     )
     assert torch.allclose(batch["latents"][:70], noise, atol=0.02)
@@ -275,20 +275,20 @@ def test_every_segment_leads_to_the_picture_that_the_teachers_trajectory_ends_at
     }
 
 
-def test_the_own_path_is_where_the_student_goes_and_what_the_teacher_makes_of_it(walked):
-    states, path, paths, few, scheduler = walked
+def test_on_policy_states_are_the_students_with_the_targets_of_the_teacher(few_step_data):
+    states, path, paths, few, scheduler = few_step_data
     batch = FewStepStates(states, [(999.0, 0.999)], path).__getitems__(range(70, 90))
     for row, (number, prompt, seed, count, index) in enumerate(paths):
         met = sample(student_for([prompt]), seeded_noise(SHAPE, [seed]), few, count, end=index)
-        picture = sample(teacher_for([prompt], []), met, scheduler, STEPS, begin=STEPS * index // count)
+        image = sample(teacher_for([prompt], []), met, scheduler, STEPS, begin=STEPS * index // count)
         found = {name: part[row : row + 1].float() for name, part in batch.items()}
         assert torch.allclose(found["latents"], met, atol=0.02) and found["prompt"] == number
         assert torch.allclose(
-            clean_from(found["latents"], found["velocity"], found["noise_level"]), picture, atol=0.03
+            clean_from(found["latents"], found["velocity"], found["noise_level"]), image, atol=0.03
         )
         few.set_timesteps(count)
         assert found["timestep"] == few.timesteps[index] and found["noise_level"] == few.sigmas[index]
 
 
-def test_a_student_of_one_step_has_noise_alone(walked):
-    assert len(FewStepStates(walked[0], [(999.0, 0.999)])) == 70
+def test_a_one_step_student_has_only_noise_as_on_policy_states(few_step_data):
+    assert len(FewStepStates(few_step_data[0], [(999.0, 0.999)])) == 70

@@ -18,8 +18,22 @@ CODE = (  # files whose docstrings and messages are held to the same English, as
         for folder in ("files", "runtime", "teacher")
         for path in sorted((ROOT / "wanlite" / folder).glob("*.py"))
     ),
+    *(
+        str(path.relative_to(ROOT))
+        for folder in ("benchmarks", "tools")
+        for path in sorted((ROOT / folder).glob("*.py"))
+    ),
     *(f"wanlite/{name}.py" for name in ("flow", "network", "schedule")),
-    *(f"wanlite/training/{name}.py" for name in ("losses", "metrics", "optimizers", "run_folder")),
+    *(
+        str(path.relative_to(ROOT))
+        for folder in ("data", "student", "training", "world")
+        for path in sorted((ROOT / "wanlite" / folder).rglob("*.py"))
+        if path.name not in ("grammar.py", "prompts.py")
+    ),
+    "wanlite/phases.py",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "wanlite" / "planning").glob("*.py"))),
+    "run_inference.py",
+    "train_distillation.py",
 )
 OTHER_FLAGS = {  # of argparse, accelerate launch, the Hugging Face command line
     *("--help", "--config_file", "--main_process_ip", "--machine_rank", "--num_processes", "--local-dir")

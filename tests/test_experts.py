@@ -1,5 +1,5 @@
-"""Two experts, compared: copies and exchanged ones are refused, others are let through, and how alike they
-are is told.
+"""The comparison of two experts: copies and swapped ones are refused, others are accepted, and their
+similarity is reported.
 """
 
 import shutil
@@ -10,8 +10,8 @@ import torch
 
 from tests.conftest import TINY_TEACHER, change
 from wanlite.network import one_frame_velocity
-from wanlite.teacher import experts as room
-from wanlite.teacher import model as block_room
+from wanlite.teacher import experts as experts_module
+from wanlite.teacher import model as blocks_module
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.expert_files import ExpertFiles
 from wanlite.teacher.experts import check_experts
@@ -40,10 +40,11 @@ def test_the_cosines_of_two_experts_are_those_of_their_weights():
     assert check_experts(files) == pytest.approx(expected, abs=1e-6) and min(expected.values()) < 0.99
 
 
-def test_a_teacher_with_one_expert_has_nothing_to_compare_and_is_not_read(tmp_path, monkeypatch):
+def test_a_teacher_with_one_expert_is_not_compared_and_not_read(tmp_path):
     shutil.copytree(TINY_TEACHER / "transformer", tmp_path / "transformer")
-    monkeypatch.setattr(ExpertFiles, "read", None)
-    assert check_experts(open_teacher_files(tmp_path)) == {}
+    files = open_teacher_files(tmp_path)
+    shutil.rmtree(tmp_path / "transformer")
+    assert check_experts(files) == {}
 
 
 def test_the_same_expert_twice_is_refused(copied):
@@ -65,7 +66,7 @@ def test_experts_that_differ_in_one_number_are_not_taken_for_the_same(copied, ro
     assert cosines == pytest.approx(dict.fromkeys(("attn1", "attn2", "ffn", "rest"), 1.0), abs=1e-5)
 
 
-def test_exchanged_experts_are_refused_in_either_layout(copied, official_copy):
+def test_swapped_experts_are_refused_in_either_layout(copied, official_copy):
     (
         exchange(copied, "transformer", "transformer_2"),
         exchange(official_copy, "high_noise_model", "low_noise_model"),
@@ -78,20 +79,20 @@ def test_exchanged_experts_are_refused_in_either_layout(copied, official_copy):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_evidence_is_clear_of_its_margins_for_every_noise(seed):
+def test_the_comparison_of_experts_exceeds_its_margins_for_every_noise(seed):
     experts = open_teacher_files(TINY_TEACHER).experts
-    (high_at_low, high_at_high), (low_at_low, low_at_high) = room.measure_noise_left(
-        room._PairedExperts(*experts.values(), "cpu"), seed
+    (high_at_low, high_at_high), (low_at_low, low_at_high) = experts_module.measure_noise_left(
+        experts_module._PairedExperts(*experts.values(), "cpu"), seed
     )
     assert (
-        high_at_low > 2 * room.PROBE_MARGINS[0] * low_at_low
-        and low_at_high > 1.1 * room.PROBE_MARGINS[1] * high_at_high
+        high_at_low > 2 * experts_module.PROBE_MARGINS[0] * low_at_low
+        and low_at_high > 1.1 * experts_module.PROBE_MARGINS[1] * high_at_high
     )
-    assert max(low_at_low, high_at_high) < room.PROBE_LIMIT / 5
+    assert max(low_at_low, high_at_high) < experts_module.PROBE_LIMIT / 5
 
 
 @pytest.mark.parametrize("folder", ["transformer", "transformer_2"])
-def test_an_expert_that_is_merely_worse_at_every_level_is_let_through(copied, folder):
+def test_an_expert_that_is_worse_at_every_level_is_accepted(copied, folder):
     def blur(tensors):
         for name in tensors:
             tensors[name] += 0.2 * tensors[name].std() * torch.randn(tensors[name].shape, generator=generator)
@@ -103,7 +104,7 @@ def test_an_expert_that_is_merely_worse_at_every_level_is_let_through(copied, fo
     check_experts(open_teacher_files(copied))
 
 
-def test_untrained_experts_are_let_through_in_either_order(copied):
+def test_untrained_experts_are_accepted_in_either_order(copied):
     def scramble(tensors):
         for name in tensors:
             tensors[name] = 0.05 * torch.randn(tensors[name].shape, generator=generator)
@@ -121,22 +122,22 @@ def test_untrained_experts_are_let_through_in_either_order(copied):
         (((0.01, 0.05), (0.05, 0.01)), True),
         (((0.05, 0.01), (0.01, 0.05)), False),  # exchanged, in order
         (((0.01, 0.01), (0.05, 0.05)), False),
-        (((0.05, 0.05), (0.01, 0.01)), False),  # one is the worse everywhere
+        (((0.05, 0.05), (0.01, 0.01)), False),  # one is worse at all levels
         (((0.01, 0.011), (0.05, 0.01)), False),
-        (((0.03, 0.05), (0.05, 0.01)), False),  # clear at one level only
+        (((0.03, 0.05), (0.05, 0.01)), False),  # clear at one level
         (((0.2, 0.05), (0.9, 0.01)), False),
-        (((0.01, 0.9), (0.05, 0.2)), False),  # neither knows the noise at a level
+        (((0.01, 0.9), (0.05, 0.2)), False),  # neither predicts the noise of a level
         (((float("nan"), 0.05), (0.05, 0.01)), False),
         (((0.01, 0.05), (0.05, float("nan"))), False),
     ],
 )
-def test_experts_have_changed_places_only_if_both_levels_say_so(left, changed):
-    assert room.are_swapped(left) is changed
+def test_experts_are_swapped_only_if_both_levels_show_it(left, changed):
+    assert experts_module.are_swapped(left) is changed
 
 
-def test_two_experts_in_step_are_the_two_experts(teacher, noisy):
+def test_two_experts_read_in_parallel_equal_the_two_experts(teacher, noisy):
     experts = teacher.files.experts
-    pair = room._PairedExperts(*experts.values(), "cpu")
+    pair = experts_module._PairedExperts(*experts.values(), "cpu")
     latents, timestep = noisy.repeat(4, 1, 1, 1), torch.linspace(10, 990, 16)
     text = torch.randn(16, 3, 64, generator=torch.Generator().manual_seed(0))
     bias = torch.zeros(16, 3)
@@ -149,9 +150,9 @@ def test_two_experts_in_step_are_the_two_experts(teacher, noisy):
         assert torch.allclose(found[half], expected, atol=1e-5)
 
 
-def test_comparing_reads_each_tensor_whole_once_and_one_block_of_each_expert_at_a_time(monkeypatch):
+def test_comparing_reads_each_tensor_once_and_one_block_at_a_time(monkeypatch):
     files, whole, blocks, loaded = open_teacher_files(TINY_TEACHER), [], [], []
-    read, empty_block = ExpertFiles.read, block_room._empty_block
+    read, empty_block = ExpertFiles.read, blocks_module._empty_block
 
     def watched_read(expert, name, dtype=torch.float32, rows=None):
         whole.extend([(expert.name, name)] if rows is None else [])
@@ -165,9 +166,9 @@ def test_comparing_reads_each_tensor_whole_once_and_one_block_of_each_expert_at_
         return block
 
     monkeypatch.setattr(ExpertFiles, "read", watched_read)
-    monkeypatch.setattr(block_room, "_empty_block", watched_block)
+    monkeypatch.setattr(blocks_module, "_empty_block", watched_block)
     check_experts(files)
     assert sorted(whole) == sorted(
         (expert.name, name) for expert in files.experts.values() for name in expert.places
     )
-    assert len(blocks) == 8 and max(loaded) == 1  # the other expert's, while one is read
+    assert len(blocks) == 8 and max(loaded) == 1  # the other expert's block, while one is read

@@ -1,4 +1,4 @@
-"""Noise levels, velocities and the solve from noise to picture."""
+"""Noise levels, velocities and the solver from noise to image."""
 
 import json
 
@@ -28,7 +28,7 @@ def test_sampler_is_exact_when_velocity_is_constant(num_steps, shift):
     assert torch.allclose(end, CLEAN, atol=1e-4)
 
 
-def test_the_walk_asks_once_a_step_from_noise_down_and_says_where_it_is():
+def test_the_solver_calls_the_velocity_once_a_step_from_noise_downwards():
     steps = list(solve(lambda latents, timestep: NOISE - CLEAN, NOISE, make_scheduler(3.0), 4))
     latents, timestep, noise_level, _ = zip(*steps)
     assert torch.equal(latents[0], NOISE) and [int(t) for t in timestep] == [999, 900, 750, 500]
@@ -36,8 +36,10 @@ def test_the_walk_asks_once_a_step_from_noise_down_and_says_where_it_is():
         assert torch.allclose(where, add_noise(CLEAN, NOISE, level.expand(3)), atol=1e-4)
 
 
-def test_a_walk_of_few_steps_passes_timesteps_of_a_walk_of_many():
-    """A student trained on the states of twenty steps is asked nothing new in ten, five, four, two or one."""
+def test_the_timesteps_of_few_steps_are_among_those_of_many():
+    """A student trained on the states of twenty steps sees the same timesteps in ten, five, four, two or
+    one.
+    """
     many = {int(t) for t in _timesteps(20)}
     assert all(any(abs(int(t) - u) <= 1 for u in many) for few in (1, 2, 4, 5, 10) for t in _timesteps(few))
 
@@ -69,7 +71,7 @@ def test_noise_of_a_seed_does_not_depend_on_its_batch():
 
 
 def bent(latents, timestep):
-    """A velocity field whose paths are bent, so that solvers differ."""
+    """A velocity field with curved paths, on which solvers differ."""
     return latents * (timestep / 1000).view(-1, 1, 1, 1) + NOISE
 
 
@@ -89,7 +91,7 @@ def _levels(count):
     return [level for _, level in FewSteps(5.0, (1, 2, 4), (3, 4, 4), 20).paths[count]]
 
 
-def test_few_steps_pass_the_levels_that_the_literature_names_for_shift_five():
+def test_few_steps_use_the_published_levels_for_shift_five():
     few = FewSteps(5.0, (1, 2, 4), (3, 4, 4), 20)
     assert _levels(4) == pytest.approx([1.0, 0.9376, 0.8336, 0.6259], abs=1e-4) and _levels(1) == [
         pytest.approx(1.0, abs=1e-4)
@@ -105,7 +107,7 @@ def test_a_schedule_that_is_saved_and_loaded_takes_the_same_steps(tmp_path):
     assert torch.equal(sample(bent, NOISE, scheduler, 4), sample(bent, NOISE, again, 4))
 
 
-def test_two_halves_of_a_walk_are_the_whole_one():
+def test_two_halves_of_a_trajectory_equal_the_full_one():
     scheduler = make_scheduler(3.0, (8,))
     half = sample(bent, NOISE, scheduler, 8, end=5)
     assert torch.allclose(
@@ -114,7 +116,7 @@ def test_two_halves_of_a_walk_are_the_whole_one():
     assert torch.equal(sample(bent, NOISE, scheduler, 8, end=0), NOISE)
 
 
-def test_the_average_velocity_leads_to_the_picture_in_one_step():
+def test_the_average_velocity_reaches_the_image_in_one_step():
     level = torch.tensor([0.2, 0.7, 1.0])
     assert torch.allclose(clean_from(NOISE, average_velocity(NOISE, CLEAN, level), level), CLEAN, atol=1e-6)
 
@@ -130,25 +132,25 @@ def test_a_schedule_that_does_not_end_at_zero_is_refused(tmp_path):
         check_schedule(kept, 4)
 
 
-def test_what_is_drawn_from_any_stop_is_exact_when_velocity_is_constant_and_its_last_step_has_a_gradient():
+def test_a_rollout_from_any_stop_is_exact_and_has_a_gradient_in_its_last_step():
     few, scale = FewSteps(3.0, (1, 2, 4), (4, 4, 4), 20), torch.ones((), requires_grad=True)
-    asked, stops = [], set()
+    calls, stops = [], set()
 
     def constant(latents, timestep):
-        asked.append((float(timestep[0]), latents.clone()))
+        calls.append((float(timestep[0]), latents.clone()))
         return scale * (latents - CLEAN) / (timestep / 1000).view(-1, 1, 1, 1)
 
     for seed in range(20):
-        asked.clear()
-        drawn = few.draw(3, constant, torch.Generator().manual_seed(seed), "cpu")
-        stops.add(tuple(timestep for timestep, _ in asked))
+        calls.clear()
+        image = few.draw(3, constant, torch.Generator().manual_seed(seed), "cpu")
+        stops.add(tuple(timestep for timestep, _ in calls))
         assert (
-            torch.allclose(drawn, CLEAN, atol=0.02) and not asked[-1][1].requires_grad and drawn.requires_grad
+            torch.allclose(image, CLEAN, atol=0.02) and not calls[-1][1].requires_grad and image.requires_grad
         )
     assert len(stops) > 4
 
 
-def test_renoised_pictures_are_at_inner_levels_of_the_teacher_and_at_one_where_asked():
+def test_renoised_images_are_at_inner_levels_or_the_requested_one():
     few, generator = FewSteps(3.0, (1, 2, 4), (3, 4, 4), 20), torch.Generator().manual_seed(0)
     clean = CLEAN.repeat(20, 1, 1, 1)
     noisy, noise, timestep, level = few.renoise(clean, generator)

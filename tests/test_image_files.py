@@ -1,4 +1,4 @@
-"""Images in a folder: new names only, whichever way they would collide."""
+"""Images in a folder: every image gets a new name in every kind of collision."""
 
 import errno
 import os
@@ -35,18 +35,18 @@ def save(folder, prompt="a ring", seed=0):
         ("word " * 600, "word-word-word-word-word-word-word-word"),
     ],
 )
-def test_a_slug_is_what_every_file_system_takes(prompt, expected):
+def test_a_slug_is_valid_on_every_file_system(prompt, expected):
     assert slug(prompt) == expected
 
 
-def test_any_prompt_is_a_name_of_a_file(tmp_path):
+def test_any_prompt_gives_a_valid_file_name(tmp_path):
     draw = random.Random(0)  # noqa: S311
     for number in range(300):
         prompt = "".join(chr(draw.randrange(0x110000)) for _ in range(draw.randrange(1, 80)))
         assert save(tmp_path, prompt, 2**63 - 1).startswith(f"{number:04d}-")
 
 
-def test_numbers_go_on_after_what_lies_there(tmp_path):
+def test_numbering_continues_after_existing_images(tmp_path):
     for name in (
         "0003-seed0.png",
         "0011-A-RING-SEED5.PNG",
@@ -64,7 +64,7 @@ def test_numbers_go_on_after_what_lies_there(tmp_path):
 
 
 @pytest.mark.parametrize("has_links", [True, False])
-def test_a_name_that_is_taken_meanwhile_is_left_as_it_is(has_links, tmp_path, monkeypatch):
+def test_a_file_created_meanwhile_is_not_overwritten(has_links, tmp_path, monkeypatch):
     if not has_links:
         monkeypatch.setattr(
             os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here"))
@@ -80,7 +80,7 @@ def test_a_name_that_is_taken_meanwhile_is_left_as_it_is(has_links, tmp_path, mo
     assert grids == ["grid-0000-0002.png", "grid-0000-0002-2.png", "grid-0000-0002-3.png"]
 
 
-def test_processes_that_draw_into_one_folder_keep_all_images(tmp_path):
+def test_processes_that_save_into_one_folder_keep_all_images(tmp_path):
     def draw():
         children = [os.fork() for _ in range(3)]
         for _ in range(20):
@@ -88,13 +88,13 @@ def test_processes_that_draw_into_one_folder_keep_all_images(tmp_path):
         for child in filter(None, children):
             os.waitpid(child, 0)
 
-    assert fork(draw) == 0  # eight processes, for each child forks as well
+    assert fork(draw) == 0  # eight processes, as each child forks as well
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [f"{number:04d}-a-ring-seed0.png" for number in range(160)]
     assert all(Image.open(tmp_path / name).size == (4, 4) for name in names)
 
 
-def test_an_image_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_saving_an_image_is_atomic(tmp_path, monkeypatch):
     def write_half(image, file, *arguments, **named):
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -105,7 +105,7 @@ def test_an_image_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_cells_of_a_grid_are_a_gutter_apart_and_none_is_an_image_that_is_not():
+def test_cells_of_a_grid_are_a_gutter_apart_and_missing_images_stay_empty():
     cells = [np.full((2, 3, 3), value, np.uint8) for value in (10, 20, 30)]
     grid = lay_out(cells, 2)
     assert grid.shape == (4 + GUTTER, 6 + GUTTER, 3)

@@ -1,5 +1,5 @@
-"""run_inference.py, as a user types it: what no picture can be drawn with is one line and exit code 2, before
-torch.
+"""run_inference.py on the command line: unusable input is one line and exit code 2, before torch is
+imported.
 """
 
 import json
@@ -12,10 +12,10 @@ import pytest
 
 from run_inference import read_settings
 from tests.conftest import ROOT, run_script
-from tests.test_command_lines import refused
+from tests.test_command_lines import read_refusal
 from wanlite.flow import make_scheduler
 
-DRAW = ROOT / "run_inference.py"
+GENERATE = ROOT / "run_inference.py"
 
 
 @pytest.mark.parametrize(
@@ -31,16 +31,18 @@ DRAW = ROOT / "run_inference.py"
     ],
 )
 def test_numbers_out_of_range_are_refused(arguments, words, finished_run, tmp_path):
-    assert words in refused(
-        DRAW, "--model", finished_run[0], "--output_dir", tmp_path / "pictures", *arguments
+    assert words in read_refusal(
+        GENERATE, "--model", finished_run[0], "--output_dir", tmp_path / "images", *arguments
     )
-    assert not (tmp_path / "pictures").exists()
+    assert not (tmp_path / "images").exists()
 
 
 def test_an_output_folder_that_is_a_file_is_refused(finished_run, tmp_path):
     (tmp_path / "file").write_text("mine")
     for place in ("file", "file/below"):
-        assert "is a file" in refused(DRAW, "--model", finished_run[0], "--output_dir", tmp_path / place)
+        assert "is a file" in read_refusal(
+            GENERATE, "--model", finished_run[0], "--output_dir", tmp_path / place
+        )
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -64,7 +66,7 @@ def copied_run(finished_run, tmp_path):
 def test_a_damaged_run_json_is_refused(changes, words, copied_run):
     run = json.loads((copied_run / "run.json").read_text())
     (copied_run / "run.json").write_text(json.dumps(run | changes))
-    assert words in refused(DRAW, "--model", copied_run)
+    assert words in read_refusal(GENERATE, "--model", copied_run)
 
 
 def test_a_validation_prompt_that_utf8_cannot_encode_is_refused(copied_run):
@@ -72,20 +74,20 @@ def test_a_validation_prompt_that_utf8_cannot_encode_is_refused(copied_run):
     path.write_text(
         json.dumps(json.loads(path.read_text()) | {"validation_prompts": ["a ring", "\ud800 cat"]})
     )
-    assert r"run.json: a validation prompt holds '\ud800', not a character" in refused(
-        DRAW, "--model", copied_run
+    assert r"run.json: a validation prompt holds '\ud800', not a character" in read_refusal(
+        GENERATE, "--model", copied_run
     )
 
 
-def test_a_prompt_over_the_limit_of_tokens_is_drawn_with_one_line_that_names_it(finished_run, tmp_path):
+def test_a_prompt_over_the_token_limit_is_used_with_one_line_that_names_it(finished_run, tmp_path):
     prompts = ("", "a red ring " * 300, "a ring")
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts))
     process = run_script(
-        DRAW,
+        GENERATE,
         "--model",
         finished_run[0],
         "--output_dir",
-        tmp_path / "drawn",
+        tmp_path / "generated",
         "--prompts_file",
         tmp_path / "prompts.jsonl",
         "--negative_prompt",
@@ -93,8 +95,8 @@ def test_a_prompt_over_the_limit_of_tokens_is_drawn_with_one_line_that_names_it(
         "--guidance_scale",
         "2",
     )
-    (said,) = (line for line in process.stdout.splitlines() if line.startswith("WARNING"))
-    assert said.startswith(
+    (printed,) = (line for line in process.stdout.splitlines() if line.startswith("WARNING"))
+    assert printed.startswith(
         "WARNING: prompts truncated to the limit of 512 tokens: 2, first 'a red ring a red"
     )
     assert "1 of 3 rows hold no prompt and are left out: 1\n" in process.stdout and process.returncode == 0
@@ -104,12 +106,12 @@ def test_a_prompt_over_the_limit_of_tokens_is_drawn_with_one_line_that_names_it(
     "name",
     ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "tokenizer/tokenizer.json"],
 )
-def test_a_part_that_is_cut_short_or_gone_is_named(name, copied_run):
+def test_a_truncated_or_missing_component_is_named(name, copied_run):
     path = copied_run / name
     path.write_bytes(path.read_bytes()[:1000])
-    assert f"{path.name} differs from its manifest" in refused(DRAW, "--model", copied_run)
+    assert f"{path.name} differs from its manifest" in read_refusal(GENERATE, "--model", copied_run)
     path.unlink()
-    assert f"lacks {path.name}" in refused(DRAW, "--model", copied_run)
+    assert f"lacks {path.name}" in read_refusal(GENERATE, "--model", copied_run)
 
 
 @pytest.mark.parametrize(
@@ -120,22 +122,28 @@ def test_a_part_that_is_cut_short_or_gone_is_named(name, copied_run):
         ("vae/config.json", "{", "lacks the patch size, the stride or the largest size"),
     ],
 )
-def test_configs_that_say_no_size_are_refused(name, content, words, copied_run):
-    (copied_run / "vae/manifest.json").unlink()  # as in a folder that was put together by hand
+def test_configs_without_sizes_are_refused(name, content, words, copied_run):
+    (copied_run / "vae/manifest.json").unlink()  # as in a folder assembled by hand
     if content is None:
         content = json.dumps(json.loads((copied_run / name).read_text()) | {"patch_size": 2})
     (copied_run / name).write_text(content)
-    assert words in refused(DRAW, "--model", copied_run)
+    assert words in read_refusal(GENERATE, "--model", copied_run)
 
 
-def test_a_number_of_steps_that_was_not_trained_is_refused_with_the_list(finished_run, tmp_path):
-    said = refused(
-        DRAW, "--model", finished_run[0], "--output_dir", tmp_path / "pictures", "--num_inference_steps", "3"
+def test_an_untrained_number_of_steps_is_refused_with_the_trained_ones(finished_run, tmp_path):
+    printed = read_refusal(
+        GENERATE,
+        "--model",
+        finished_run[0],
+        "--output_dir",
+        tmp_path / "images",
+        "--num_inference_steps",
+        "3",
     )
-    assert "was trained for 1, 2, 4 steps" in said and not (tmp_path / "pictures").exists()
+    assert "was trained for 1, 2, 4 steps" in printed and not (tmp_path / "images").exists()
 
 
-def test_a_student_of_an_older_version_or_of_stage_one_takes_any_number_of_steps(copied_run):
+def test_an_older_or_unrefined_student_takes_any_number_of_steps(copied_run):
     run = json.loads((copied_run / "run.json").read_text())
     for schedule, few_steps in ((None, (1, 2, 4)), (None, ()), ({"flow_shift": 3.0, "few_steps": None}, ())):
         make_scheduler(3.0, few_steps).save_pretrained(copied_run / "scheduler")
@@ -161,25 +169,27 @@ def test_a_student_of_an_older_version_or_of_stage_one_takes_any_number_of_steps
         (None, "100,000 lists and objects"),
     ],
 )
-def test_another_schedule_than_that_of_the_training_draws_nothing(changes, words, copied_run):
+def test_a_schedule_other_than_that_of_the_training_is_refused(changes, words, copied_run):
     place = copied_run / "scheduler/scheduler_config.json"
     place.write_text("[" * 10**5 if changes is None else json.dumps(json.loads(place.read_text()) | changes))
-    assert words in refused(DRAW, "--model", copied_run)
+    assert words in read_refusal(GENERATE, "--model", copied_run)
 
 
 @pytest.mark.parametrize("few_steps", [4, ["4"], {"4": 4}])
-def test_numbers_of_steps_that_are_none_are_refused(few_steps, copied_run):
+def test_invalid_numbers_of_steps_are_refused(few_steps, copied_run):
     run = json.loads((copied_run / "run.json").read_text())
     (copied_run / "run.json").write_text(
         json.dumps(run | {"schedule": run["schedule"] | {"few_steps": few_steps}})
     )
-    assert f"few_steps is {few_steps!r}, expected whole numbers" in refused(DRAW, "--model", copied_run)
+    assert f"few_steps is {few_steps!r}, expected whole numbers" in read_refusal(
+        GENERATE, "--model", copied_run
+    )
 
 
-def test_ctrl_c_ends_it_without_a_traceback(finished_run, tmp_path):
+def test_ctrl_c_ends_inference_without_a_traceback(finished_run, tmp_path):
     command = [
         sys.executable,
-        DRAW,
+        GENERATE,
         "--model",
         finished_run[0],
         "--output_dir",
@@ -190,17 +200,17 @@ def test_ctrl_c_ends_it_without_a_traceback(finished_run, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("generating")
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT and "Traceback" not in said
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and "Traceback" not in printed
 
 
-def test_memory_that_runs_out_is_one_line_with_what_to_try(finished_run, tmp_path):
+def test_running_out_of_memory_is_one_line_with_advice(finished_run, tmp_path):
     code = f"""import runpy, sys, torch, wanlite.flow
 def run_out(*arguments):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nOf the allocated memory ...")
 wanlite.flow.sample = run_out
 sys.argv = ["run_inference.py", "--model", "{finished_run[0]}", "--output_dir", "{tmp_path}"]
-runpy.run_path("{DRAW}", run_name="__main__")"""
+runpy.run_path("{GENERATE}", run_name="__main__")"""
     process = run_script("-c", code)
     assert process.returncode == 2 and "Traceback" not in process.stderr
     assert process.stderr.splitlines()[-1].startswith(

@@ -1,4 +1,4 @@
-"""The structure: what may import what, and what runs before torch is there."""
+"""The structure: the allowed imports, and the code that runs before torch is imported."""
 
 import ast
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import ROOT, run_script
 
-LAYERS = (  # from the top; a file imports from the layers below its own, or beside itself
+LAYERS = (  # from the top; a file imports from the layers below its own, or from its own folder
     ("wanlite.commands",),
     ("run_inference",),
     ("train_distillation",),
@@ -30,7 +30,7 @@ MODULES = {
 
 
 def imported(path):
-    """Return the modules of the project that a file imports, and all others by their first name."""
+    """Return the modules of the project that a file imports, and the first names of all others."""
     names, package = set(), ".".join(path.parent.relative_to(ROOT).parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -43,14 +43,14 @@ def imported(path):
 
 
 def layer(module):
-    """Return the name in LAYERS that a module of the project belongs to."""
+    """Return the layer of a module, as named in LAYERS."""
     return next((name for name in RANKS if module == name or module.startswith(f"{name}.")), None)
 
 
 IMPORTS = {module: imported(path) & MODULES.keys() for module, path in MODULES.items()}
 
 
-def test_what_is_imported_is_found():
+def test_imports_are_found():
     assert {"wanlite.training.metrics", "wanlite.flow"} <= imported(MODULES["wanlite.training.validation"])
     assert {"wanlite.world.shapes", "torch"} <= imported(MODULES["wanlite.training.metrics"])
     assert "wanlite.data.text_encoder" in imported(ROOT / "tools/train_tiny_teacher.py")
@@ -74,7 +74,7 @@ def test_no_modules_import_each_other_in_a_circle():
     assert not left
 
 
-def test_importing_the_package_imports_nothing():
+def test_importing_the_package_imports_no_module_of_it():
     code = (
         "import sys; before = set(sys.modules); import wanlite; "
         "print({name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
@@ -83,7 +83,7 @@ def test_importing_the_package_imports_nothing():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_answered_without_torch(script):
+def test_help_is_printed_without_torch(script):
     code = (
         f"import runpy, sys\nsys.argv = ['{script}', '--help']\n"
         f"try: runpy.run_path('{script}', run_name='__main__')\n"
@@ -103,7 +103,7 @@ def test_importing_a_script_does_no_work(script, tmp_path):
     assert process.returncode == 0 and process.stdout == "" and not list(tmp_path.iterdir()), process.stderr
 
 
-def test_torch_is_new_enough_for_what_is_used():
+def test_torch_is_new_enough():
     import torch
 
     assert hasattr(torch.optim, "Muon") and sys.version_info >= (3, 11)

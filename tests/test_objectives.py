@@ -1,14 +1,14 @@
-"""Losses: closed forms, one value a picture, and gradients only where they belong."""
+"""Losses: closed forms, one value per sample, and gradients only for their own network."""
 
 import torch
 
 from wanlite.flow import FewSteps, add_noise, clean_from
 from wanlite.network import pack_text
 from wanlite.training.losses import distribution_matching_loss, feature_loss, push_apart, velocity_loss
-from wanlite.training.steps import Networks, vary
+from wanlite.training.steps import Networks, vary_targets
 
 
-def test_velocity_loss_is_the_mean_square_of_each_picture():
+def test_velocity_loss_is_the_mean_square_of_each_sample():
     student, teacher = (
         torch.zeros(3, 2, 4, 4),
         torch.ones(3, 2, 4, 4) * torch.tensor([1.0, 2.0, 0.0])[:, None, None, None],
@@ -38,21 +38,21 @@ def test_feature_loss_leaves_outliers_out():
     assert student.grad[0, 0, 0] == 0 and (student.grad[0, 1] != 0).all()
 
 
-def test_distribution_matching_pushes_from_what_the_critic_sees_to_what_the_teacher_sees():
-    """With teacher and critic that each always see one picture, the gradient is the difference over the mean
+def test_distribution_matching_pushes_from_the_critic_to_the_teacher():
+    """If teacher and critic predict one image each, the gradient is their difference over the mean
     distance.
     """
     sample = torch.randn(3, 2, 4, 4).requires_grad_()
     noise, level = torch.randn(3, 2, 4, 4), torch.tensor([0.2, 0.5, 0.9])
     noisy = add_noise(sample.detach(), noise, level)
-    wanted, drawn = torch.full_like(noise, 0.5), torch.full_like(noise, -0.25)
-    towards, away = ((noisy - seen) / level.view(-1, 1, 1, 1) for seen in (wanted, drawn))
+    wanted, generated = torch.full_like(noise, 0.5), torch.full_like(noise, -0.25)
+    towards, away = ((noisy - seen) / level.view(-1, 1, 1, 1) for seen in (wanted, generated))
     distribution_matching_loss(sample, noisy, level, towards, away).sum().backward()
     distance = (sample.detach() - wanted).abs().mean((1, 2, 3), keepdim=True)
-    assert torch.allclose(sample.grad, (drawn - wanted) / distance / sample[0].numel(), atol=1e-6)
+    assert torch.allclose(sample.grad, (generated - wanted) / distance / sample[0].numel(), atol=1e-6)
 
 
-def test_distribution_matching_is_silent_where_critic_and_teacher_agree():
+def test_distribution_matching_is_zero_if_critic_and_teacher_agree():
     sample, velocity = torch.randn(2, 2, 4, 4).requires_grad_(), torch.randn(2, 2, 4, 4)
     loss = distribution_matching_loss(
         sample, torch.randn(2, 2, 4, 4), torch.tensor([0.3, 0.6]), velocity, velocity
@@ -61,48 +61,50 @@ def test_distribution_matching_is_silent_where_critic_and_teacher_agree():
     assert torch.equal(sample.grad, torch.zeros_like(sample)) and loss.shape == (2,)
 
 
-def test_what_is_more_varied_keeps_its_mean_and_lies_farther_from_it_by_the_gain():
+def test_diversity_keeps_the_mean_and_scales_distances_from_it_by_the_gain():
     torch.manual_seed(0)
     noise_level, mean = torch.full((4096,), 0.9), 3.0
-    picture, other = (mean + torch.randn(4096, 1, 2, 2) for _ in range(2))
+    sample, other = (mean + torch.randn(4096, 1, 2, 2) for _ in range(2))
     noise, other_noise = torch.randn(2, 4096, 1, 2, 2)
-    start, other_start = add_noise(picture, noise, noise_level), add_noise(other, other_noise, noise_level)
+    start, other_start = add_noise(sample, noise, noise_level), add_noise(other, other_noise, noise_level)
     aim = clean_from(
         start,
-        push_apart(noise - picture, picture, other_start, other_noise - other, noise_level, 0.3),
+        push_apart(noise - sample, sample, other_start, other_noise - other, noise_level, 0.3),
         noise_level,
     )
-    torch.testing.assert_close(aim, picture + 0.3 * (picture - other), atol=1e-5, rtol=0)
+    torch.testing.assert_close(aim, sample + 0.3 * (sample - other), atol=1e-5, rtol=0)
     assert abs(aim.mean() - mean) < 0.02
-    followed = ((aim - mean) * (picture - mean)).mean() / (
-        picture - mean
-    ).square().mean()  # what a regression learns of it
+    followed = ((aim - mean) * (sample - mean)).mean() / (
+        sample - mean
+    ).square().mean()  # the optimum of a regression
     assert abs(followed - 1.3) < 0.02
 
 
-def test_the_student_aims_at_more_varied_pictures_from_noise_alone():
+def test_the_student_has_more_diverse_targets_only_from_noise():
     def network(latents, timestep, tokens, **_):
         return (latents * 0.5,)
 
     few = FewSteps(3.0, (1, 2), (1, 2, 2), 4)
     timestep, noise_level = torch.tensor([few.levels[0], few.levels[1], few.levels[0]]).unbind(1)
-    latents, picture = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2)
+    latents, sample = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2)
     batch = {
         "latents": latents,
         "timestep": timestep,
         "noise_level": noise_level,
-        "image": picture,
-        "velocity": (latents - picture) / noise_level.view(-1, 1, 1, 1),
+        "image": sample,
+        "velocity": (latents - sample) / noise_level.view(-1, 1, 1, 1),
     }
     text = pack_text([torch.zeros(2, 4)] * 3)
     networks = Networks(network, None, 0, None, None, few)
     aims = [
-        clean_from(latents, vary(networks, gain, batch, text, torch.Generator().manual_seed(0)), noise_level)
+        clean_from(
+            latents, vary_targets(networks, gain, batch, text, torch.Generator().manual_seed(0)), noise_level
+        )
         for gain in (0.0, 0.5)
     ]
     other = few.own_noise((3, 1, 2, 2), torch.Generator().manual_seed(0), "cpu") * (
         1 - 0.5 * noise_level.view(-1, 1, 1, 1)
     )
-    assert torch.allclose(aims[0], picture, atol=1e-5)
-    assert torch.allclose(aims[1][1], picture[1], atol=1e-5)  # it is on its way already
-    assert torch.allclose(aims[1][[0, 2]], (1.5 * picture - 0.5 * other)[[0, 2]], atol=1e-5)
+    assert torch.allclose(aims[0], sample, atol=1e-5)
+    assert torch.allclose(aims[1][1], sample[1], atol=1e-5)  # it is not at pure noise
+    assert torch.allclose(aims[1][[0, 2]], (1.5 * sample - 0.5 * other)[[0, 2]], atol=1e-5)

@@ -1,5 +1,5 @@
-"""An official folder's pickles become the parts that diffusers has, exactly, or are refused; what a run makes
-of it is the same.
+"""The pickles of an official folder convert exactly to the components of diffusers or are refused; runs
+on them are the same.
 """
 
 import json
@@ -22,9 +22,9 @@ from wanlite.teacher.components import (
     pixels_per_token,
 )
 
-TEACHER = {"in_channels": 16, "text_dim": 64}  # what parts share with the tiny teacher's experts
+TEACHER = {"in_channels": 16, "text_dim": 64}  # sizes shared with the tiny teacher's experts
 SMALL = {"base_dim": 8, "num_res_blocks": 1, "z_dim": 16}
-AUTOENCODERS = {  # every size is another one, so that none can be taken for another
+AUTOENCODERS = {  # all sizes differ, so that none can be confused
     "Wan2.1_VAE.pth": {"base_dim": 6, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2},
     "Wan2.2_VAE.pth": {
         "base_dim": 10,
@@ -43,8 +43,28 @@ AUTOENCODERS = {  # every size is another one, so that none can be taken for ano
 }
 
 
+RESIDUAL_LAYERS = {
+    "norm1": "residual.0",
+    "conv1": "residual.2",
+    "norm2": "residual.3",
+    "conv2": "residual.6",
+    "conv_shortcut": "shortcut",
+}
+AUTOENCODER_MODULES = (  # replaced in this order
+    ("down_blocks.", "downsamples."),
+    ("mid_block.attentions.0", "middle.1"),
+    ("mid_block.resnets.0", "middle.0"),
+    ("mid_block.resnets.1", "middle.2"),
+    ("norm_out", "head.0"),
+    ("conv_out", "head.2"),
+    ("conv_in", "conv1"),
+    ("post_quant_conv", "conv2"),
+    ("quant_conv", "conv1"),
+)
+
+
 def official_autoencoder_name(name, config):
-    """Say a diffusers name of an autoencoder's tensor as Wan's own repository does."""
+    """Translate a diffusers name of an autoencoder's tensor to the dialect of Wan's own repository."""
     blocks, is_residual = config["num_res_blocks"], config.get("is_residual", False)
 
     def up(match):
@@ -57,34 +77,15 @@ def official_autoencoder_name(name, config):
         )
 
     name = re.sub(
-        r"(norm[12]|conv[12]|conv_shortcut)\.(gamma|weight|bias)$",
-        lambda match: (
-            {
-                "norm1": "residual.0",
-                "conv1": "residual.2",
-                "norm2": "residual.3",
-                "conv2": "residual.6",
-                "conv_shortcut": "shortcut",
-            }[match[1]]
-            + f".{match[2]}"
-        ),
+        rf"({'|'.join(RESIDUAL_LAYERS)})\.(gamma|weight|bias)$",
+        lambda match: f"{RESIDUAL_LAYERS[match[1]]}.{match[2]}",
         name,
     )
     name = re.sub(r"up_blocks\.(\d+)\.(resnets\.\d+|upsamplers\.0|upsampler)\.", up, name)
     if is_residual:
         name = re.sub(r"down_blocks\.(\d+)\.resnets\.(\d+)\.", r"downsamples.\1.downsamples.\2.", name)
         name = re.sub(r"down_blocks\.(\d+)\.downsampler\.", rf"downsamples.\1.downsamples.{blocks}.", name)
-    for ours, theirs in (
-        ("down_blocks.", "downsamples."),
-        ("mid_block.attentions.0", "middle.1"),
-        ("mid_block.resnets.0", "middle.0"),
-        ("mid_block.resnets.1", "middle.2"),
-        ("norm_out", "head.0"),
-        ("conv_out", "head.2"),
-        ("conv_in", "conv1"),
-        ("post_quant_conv", "conv2"),
-        ("quant_conv", "conv1"),
-    ):
+    for ours, theirs in AUTOENCODER_MODULES:
         name = name.replace(ours, theirs)
     return name
 
@@ -107,7 +108,9 @@ def official_text_encoder_name(name):
 
 
 def write_autoencoder(path, autoencoder):
-    """Write an autoencoder as the official folders hold it; the 2.1 kind counts a decoder's modules through."""
+    """Write an autoencoder as in the official folders; the 2.1 kind numbers the modules of a decoder
+    consecutively.
+    """
     torch.save(
         {
             official_autoencoder_name(name, autoencoder.config): tensor
@@ -119,10 +122,10 @@ def write_autoencoder(path, autoencoder):
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
-    """One teacher twice: in diffusers' layout, and as Wan's own repository lays it out, pickles and all.
+    """One teacher in two layouts: that of diffusers and that of Wan's own repository with its pickles.
 
-    The tiny teacher's experts and text encoder, and an autoencoder of Wan2.1's kind, whose statistics no
-    official file holds.
+    It has the tiny teacher's experts and text encoder, and an autoencoder of Wan2.1's kind, whose statistics
+    are missing in official files.
     """
     theirs, ours = (
         tmp_path_factory.mktemp("wan") / "Wan2.2-T2V-A14B",
@@ -133,7 +136,9 @@ def layouts(tmp_path_factory):
     shutil.copytree(TINY_TEACHER, ours)
     shutil.rmtree(ours / "vae")
     autoencoder.save_pretrained(ours / "vae")
-    config = ours / "text_encoder" / "config.json"  # of Wan's encoder, and in no official file: 128
+    config = (
+        ours / "text_encoder" / "config.json"
+    )  # fixed at 128 in Wan's encoder and missing in the official files
     config.write_text(json.dumps(json.loads(config.read_text()) | {"relative_attention_max_distance": 128}))
     write_official(TINY_TEACHER, theirs)
     write_autoencoder(theirs / "Wan2.1_VAE.pth", autoencoder)
@@ -152,7 +157,7 @@ def layouts(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)
-def test_an_official_autoencoder_becomes_diffusers_own_tensor_by_tensor(name, tmp_path, layouts):
+def test_an_official_autoencoder_converts_to_diffusers_tensor_by_tensor(name, tmp_path, layouts):
     torch.manual_seed(0)
     autoencoder = AutoencoderKLWan(**AUTOENCODERS[name])
     folder = tmp_path / "wan"
@@ -168,7 +173,7 @@ def test_an_official_autoencoder_becomes_diffusers_own_tensor_by_tensor(name, tm
     assert expected.keys() == held.keys() and all(
         torch.equal(tensor, held[name]) for name, tensor in expected.items()
     )
-    told = {
+    compared = {
         "base_dim",
         "z_dim",
         "dim_mult",
@@ -181,13 +186,15 @@ def test_an_official_autoencoder_becomes_diffusers_own_tensor_by_tensor(name, tm
         "scale_factor_spatial",
         "scale_factor_temporal",
     }
-    assert {key: converted.config[key] for key in told} == {key: autoencoder.config[key] for key in told}
+    assert {key: converted.config[key] for key in compared} == {
+        key: autoencoder.config[key] for key in compared
+    }
     assert (
         len(converted.config.latents_mean) == len(converted.config.latents_std) == AUTOENCODERS[name]["z_dim"]
     )
 
 
-def test_the_official_text_encoder_says_what_diffusers_says(layouts, tmp_path):
+def test_the_official_text_encoder_gives_the_embeddings_of_diffusers(layouts, tmp_path):
     ours, theirs = layouts
     convert_components(find_components(theirs), tmp_path, lambda _: None)
     (tokenizer, expected), (own_tokenizer, encoder) = (
@@ -201,7 +208,7 @@ def test_the_official_text_encoder_says_what_diffusers_says(layouts, tmp_path):
     assert torch.equal(expected(**words).last_hidden_state, encoder(**words).last_hidden_state)
 
 
-def test_official_folder_alone_trains_bitwise_the_same_student(layouts, tmp_path):
+def test_an_official_folder_alone_trains_bitwise_the_same_student(layouts, tmp_path):
     for name, folder in zip(("ours", "theirs"), layouts):
         assert train(tmp_path / name, "--teacher", folder, "--flow_shift", "5")[0] == 0
     ours, theirs = (
@@ -214,13 +221,13 @@ def test_official_folder_alone_trains_bitwise_the_same_student(layouts, tmp_path
     assert json.loads((tmp_path / "theirs" / "run.json").read_text())["finished"]
 
 
-def test_conversion_is_done_once_and_a_killed_one_again(layouts, tmp_path):
-    said, found = [], find_components(layouts[1])
-    convert_components(found, tmp_path, said.append)
-    assert len(said) == 2
+def test_conversion_happens_once_and_again_after_a_damaged_file(layouts, tmp_path):
+    printed, found = [], find_components(layouts[1])
+    convert_components(found, tmp_path, printed.append)
+    assert len(printed) == 2
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
-    convert_components(found, tmp_path, said.append)
-    assert len(said) == 3 and "VAE" in said[-1]
+    convert_components(found, tmp_path, printed.append)
+    assert len(printed) == 3 and "VAE" in printed[-1]
 
 
 def _half(path):
@@ -243,10 +250,10 @@ def _one_less(path):
 
 
 @pytest.mark.parametrize("name", ["Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"])
-@pytest.mark.parametrize("spoil", [_half, _payload, _rename, _one_less])
-def test_a_broken_or_foreign_pickle_is_refused_and_never_run(spoil, name, layouts, tmp_path):
+@pytest.mark.parametrize("damage", [_half, _payload, _rename, _one_less])
+def test_a_broken_or_foreign_pickle_is_refused_and_never_run(damage, name, layouts, tmp_path):
     shutil.copytree(layouts[1], tmp_path / "wan")
-    spoil(tmp_path / "wan" / name)
+    damage(tmp_path / "wan" / name)
     with pytest.raises((OSError, ValueError), match=f"{name}.*Download it again"):
         convert_components(find_components(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
     assert not (tmp_path / "wan" / "executed").exists()
@@ -266,7 +273,7 @@ LFS, PAGE = (
         (PAGE, "it is a web page: download the file again"),
     ],
 )
-def test_what_a_download_left_in_place_of_a_pickle_is_told(content, words, name, layouts, tmp_path):
+def test_an_incomplete_download_in_place_of_a_pickle_is_named(content, words, name, layouts, tmp_path):
     shutil.copytree(layouts[1], tmp_path / "wan")
     (tmp_path / "wan" / name).write_bytes(content)
     with pytest.raises(OSError, match=f"{name}: {words}"):
@@ -280,7 +287,7 @@ def test_what_a_download_left_in_place_of_a_pickle_is_told(content, words, name,
         (b"[" * 100_000, "vae/config.json: not JSON .nested too deeply.. Download it again"),
     ],
 )
-def test_a_config_that_cannot_be_read_is_told(content, words, copied):
+def test_an_unreadable_config_is_named(content, words, copied):
     (copied / "vae/config.json").write_bytes(content)
     with pytest.raises(OSError, match=words):
         pixels_per_token(copied / "vae")
@@ -314,7 +321,7 @@ def without(path, beginning):
     )
 
 
-def test_parts_that_are_whole_are_those_of_their_teacher(copied):
+def test_complete_components_match_their_teacher(copied):
     for _ in ("one file", "shards"):
         check_components(find_components(copied), TEACHER)
         assert load_text_encoder(copied)
@@ -322,7 +329,7 @@ def test_parts_that_are_whole_are_those_of_their_teacher(copied):
 
 
 @pytest.mark.parametrize(
-    "spoil, words",
+    "damage, words",
     [
         *(
             (
@@ -422,27 +429,27 @@ def test_parts_that_are_whole_are_those_of_their_teacher(copied):
         ),
     ],
 )
-def test_a_part_that_is_not_whole_is_refused_before_a_run_with_its_file(spoil, words, copied):
-    spoil(copied)
+def test_an_incomplete_component_is_refused_before_a_run_with_its_file(damage, words, copied):
+    damage(copied)
     with pytest.raises((OSError, ValueError), match=words) as refused:
         check_components(find_components(copied), TEACHER)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    "spoil", [_half, lambda path: path.write_bytes(LFS), lambda path: path.write_bytes(b"")]
+    "damage", [_half, lambda path: path.write_bytes(LFS), lambda path: path.write_bytes(b"")]
 )
-def test_a_pickled_text_encoder_that_is_not_whole_is_refused_before_a_run(spoil, layouts, tmp_path):
+def test_an_incomplete_pickled_text_encoder_is_refused_before_a_run(damage, layouts, tmp_path):
     shutil.copytree(layouts[1], tmp_path / "wan")
     check_components(find_components(tmp_path / "wan"), TEACHER)
-    spoil(tmp_path / "wan/models_t5_umt5-xxl-enc-bf16.pth")
+    damage(tmp_path / "wan/models_t5_umt5-xxl-enc-bf16.pth")
     with pytest.raises(
         OSError, match="models_t5_umt5-xxl-enc-bf16.pth: (not a complete file|it is a git-lfs pointer)"
     ):
         check_components(find_components(tmp_path / "wan"), TEACHER)
 
 
-def test_a_dry_run_tells_of_a_part_that_is_not_whole(copied):
+def test_a_dry_run_reports_an_incomplete_component(copied):
     (copied / TEXT).write_bytes(LFS)
     process = run_script(
         ROOT / "train_distillation.py", "--dry_run", "--teacher", copied, "--output_dir", copied / "run"
@@ -451,7 +458,7 @@ def test_a_dry_run_tells_of_a_part_that_is_not_whole(copied):
     assert "Traceback" not in process.stderr
 
 
-def test_all_that_is_missing_is_named_at_once(layouts, tmp_path):
+def test_all_missing_components_are_named_at_once(layouts, tmp_path):
     shutil.copytree(layouts[1], tmp_path / "wan")
     (tmp_path / "wan" / "Wan2.1_VAE.pth").unlink()
     shutil.rmtree(tmp_path / "wan" / "google")

@@ -1,4 +1,4 @@
-"""The package as pip installs it: complete in a folder of its own, and independent of this repository."""
+"""The package as pip installs it: complete in its own folder and independent of this repository."""
 
 import tomllib
 from importlib.metadata import Distribution
@@ -42,7 +42,7 @@ def numbers(version):
     return [int(number) for number in version.split(".")]
 
 
-def test_everything_that_the_code_reads_is_in_the_wheel():
+def test_every_file_that_the_code_reads_is_in_the_wheel():
     included = set(PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"])
     folders = [folder for folder in (*NAMED_TEACHERS.values(), ATLAS) if folder.is_dir()]
     assert {path.parent for path in folders} == {ROOT}
@@ -51,7 +51,7 @@ def test_everything_that_the_code_reads_is_in_the_wheel():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A folder that `pip install` has filled, and nothing else of this repository."""
+    """A folder with only the files of `pip install`."""
     if not find_spec("hatchling"):
         pytest.skip("needs hatchling")
     target = tmp_path_factory.mktemp("installed")
@@ -62,7 +62,7 @@ def installed(tmp_path_factory):
 
 
 def run_installed(installed, *arguments, cwd):
-    """Run Python in `cwd` with the installed folder before everything else, and without this repository."""
+    """Run Python in `cwd` with the installed folder first on the path, and without this repository."""
     code = f"import sys; sys.path.insert(0, {str(installed)!r}); exec(sys.argv.pop(1))"
     return run_script("-c", code, *arguments, cwd=cwd)
 

@@ -1,4 +1,4 @@
-"""What a run is said to need is what it takes, and saying it writes nothing."""
+"""Predicted memory, disk and time agree with those of a run, and a dry run writes nothing."""
 
 import os
 import re
@@ -22,23 +22,21 @@ from wanlite.data.trajectories import TrajectoryGenerator
 from wanlite.files.atomic import SPARE
 from wanlite.flow import make_scheduler
 from wanlite.network import pack_text
-from wanlite.planning.estimate import choose_precision
+from wanlite.planning.disk import FolderSpace, measure_folders
+from wanlite.planning.duration import Workload, estimate_duration
+from wanlite.planning.hardware import choose_precision, fit_batch_size
 from wanlite.planning.memory import (
-    MemoryMeter,
-    at_depth,
-    decoding_peak,
-    estimate,
-    generation_bytes,
-    generation_peak,
-    largest_batch,
-    pass_peak,
-    report,
-    simulated_peak,
-    start_peaks,
-    teacher_bytes,
-    training_peak,
+    count_decoding_bytes,
+    count_generation_bytes,
+    count_initialization_bytes,
+    count_pass_bytes,
+    count_teacher_bytes,
+    count_training_bytes,
+    count_trajectory_bytes,
 )
+from wanlite.planning.report import MemoryReport
 from wanlite.planning.resolve import complete
+from wanlite.planning.simulation import MemoryMeter, extrapolate_depth, simulate_peak
 from wanlite.runtime.devices import has_gpu
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.experts import PROBE_ROWS, PROBE_SIZE, check_experts
@@ -50,15 +48,15 @@ TRAIN = ROOT / "train_distillation.py"
 
 
 def alive(work):
-    """Return the peak of what is alive in work that is really done."""
+    """Return the bytes alive at the peak of work that is done, not simulated."""
     with MemoryMeter() as meter:
         work()
-    return meter.peak
+    return meter.peak_bytes
 
 
 def train(depth, peak, rate=0.01):
     settings = Settings(muon_learning_rate=rate)
-    return training_peak(
+    return count_training_bytes(
         lambda: WanLiteStudent(hidden_size=64, depth=depth, num_heads=2, text_dim=64),
         partial(make_optimizers, settings),
         lambda network: EMAModel(network.parameters()),
@@ -69,81 +67,82 @@ def train(depth, peak, rate=0.01):
     )
 
 
-def test_the_meter_counts_what_is_alive_and_no_view_twice():
+def test_the_meter_counts_tensors_that_are_alive_and_no_view_twice():
     def work():
         first = torch.zeros(1000)
         second = first.view(10, 100)[3:] + 1  # 700 more
         del first
         torch.zeros(500) + second.sum()  # 500 and 500, after 1000 are gone, beside one
 
-    assert alive(work) == simulated_peak(work) == 4 * (700 + 1000 + 1)
+    assert alive(work) == simulate_peak(work) == 4 * (700 + 1000 + 1)
 
 
-def test_on_a_gpu_a_norm_keeps_its_input_alone():
+def test_on_a_gpu_a_norm_keeps_only_its_input():
     def work():
         states = torch.ones(8, 32, 64, dtype=torch.bfloat16, requires_grad=True)
         return [
             functional.rms_norm(states, (64,), torch.ones(64, dtype=torch.bfloat16), 1e-6) for _ in range(3)
         ]
 
-    kept = 2 * 4 * 8 * 32 * 64  # what goes in, and what comes out thrice
-    assert simulated_peak(work, "cuda") == pytest.approx(kept, rel=0.06) and simulated_peak(work) > 2.5 * kept
-    on_cpu, on_gpu = (train(3, partial(simulated_peak, device_type=device)) for device in ("cpu", "cuda"))
+    expected = 2 * 4 * 8 * 32 * 64  # the input and three outputs
+    assert simulate_peak(work, "cuda") == pytest.approx(expected, rel=0.06)
+    assert simulate_peak(work) > 2.5 * expected
+    on_cpu, on_gpu = (train(3, partial(simulate_peak, device_type=device)) for device in ("cpu", "cuda"))
     assert 0.7 * on_cpu < on_gpu < 0.95 * on_cpu
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.01])
 def test_simulated_training_has_the_peak_of_training(rate):
-    assert train(3, simulated_peak, rate) == pytest.approx(train(3, alive, rate), rel=0.02)
+    assert train(3, simulate_peak, rate) == pytest.approx(train(3, alive, rate), rel=0.02)
 
 
 def test_training_a_large_student_on_a_gpu_keeps_its_norms_in_bfloat16():
     """32 states of 512 px on 1024 x 16: 40.4 GB counted by hand, and 45.9 with norms in float32."""
 
     def peak_of(depth):
-        return training_peak(
+        return count_training_bytes(
             lambda: WanLiteStudent(hidden_size=1024, depth=depth, num_heads=16, text_dim=4096),
             partial(make_optimizers, Settings()),
             lambda network: EMAModel(network.parameters()),
             32,
             (64, 64),
             True,
-            partial(simulated_peak, device_type="cuda"),
+            partial(simulate_peak, device_type="cuda"),
         )
 
-    assert at_depth(peak_of, 16) == pytest.approx(40.4e9, rel=0.02)
+    assert extrapolate_depth(peak_of, 16) == pytest.approx(40.4e9, rel=0.02)
 
 
-def test_the_peak_of_a_deep_student_follows_from_two_shallow_ones():
-    assert at_depth(partial(train, peak=simulated_peak), 9) == pytest.approx(
-        train(9, simulated_peak), rel=0.01
+def test_the_peak_of_a_deep_student_is_extrapolated_from_two_shallow_ones():
+    assert extrapolate_depth(partial(train, peak=simulate_peak), 9) == pytest.approx(
+        train(9, simulate_peak), rel=0.01
     )
 
 
-def test_simulated_pass_has_the_peak_of_the_tiny_teachers(teacher, words):
+def test_a_simulated_pass_has_the_peak_of_the_tiny_teachers_pass(teacher, prompt_embeddings):
     files = open_teacher_files(TINY_TEACHER)
     text = pack_text([torch.zeros(63, 64)] * 8)  # 64 tokens, one of them the padding's
     latents, timestep = torch.zeros(8, 16, 8, 8), torch.full((8,), 990.0)
     expert = teacher.expert("high")
     with torch.no_grad():
         real = alive(lambda: run_expert(expert, latents, timestep, text))
-    told = pass_peak(files, 8, (8, 8), torch.float32)
+    predicted = count_pass_bytes(files, 8, (8, 8), torch.float32)
     inputs = sum(
         tensor.numel() * 4 for tensor in (latents, timestep, *text)
-    )  # made inside the simulation alone
-    assert told - inputs == pytest.approx(real, rel=0.1)
+    )  # only the simulation makes them
+    assert predicted - inputs == pytest.approx(real, rel=0.1)
 
 
 @pytest.mark.parametrize(
-    "tokens_at_once, steps", [(256, 2), (256, 20), (10**6, 6)], ids=["states", "kept", "a pass"]
+    "tokens_at_once, steps", [(256, 2), (256, 20), (10**6, 6)], ids=["hidden states", "results", "a pass"]
 )
-def test_walks_take_what_is_told_of_them(tokens_at_once, steps, tmp_path):
-    """Whatever takes most: joining the token states of many passes, what the walks keep, or a pass."""
-    files, walks, width = open_teacher_files(TINY_TEACHER), 16, 32
+def test_generating_has_the_predicted_peak(tokens_at_once, steps, tmp_path):
+    """The peak is where hidden states of many passes are joined, where results are, or in a pass."""
+    files, count, width = open_teacher_files(TINY_TEACHER), 16, 32
     few = Teacher(files, tokens_at_once=tokens_at_once)
     few.expert("high"), few.expert("low")
     velocity_for = teacher_velocity(few, Settings(), torch.zeros(63, 64))
-    text = pack_text([torch.zeros(63, 64)] * walks)
+    text = pack_text([torch.zeros(63, 64)] * count)
     trajectory_generator = TrajectoryGenerator(
         Accelerator(),
         lambda prompts, has_features: velocity_for(text, has_features),
@@ -151,64 +150,52 @@ def test_walks_take_what_is_told_of_them(tokens_at_once, steps, tmp_path):
         steps,
         basis=torch.zeros(files.width, width),
     )
-    real = alive(
-        lambda: trajectory_generator.generate(
-            tmp_path, [(number, "", number) for number in range(walks)], (16, 16, 16)
-        )
-    )
-    passing = pass_peak(files, min(2 * walks, tokens_at_once // 64), (16, 16), torch.float32)
-    told = generation_peak(
-        passing,
-        walks * 64 * files.width,
-        torch.float32,
-        generation_bytes(walks, steps, (16, 16, 16), 64, width),
-    )
-    assert told == pytest.approx(real, rel=0.1)
+    trajectories = [(number, "", number) for number in range(count)]
+    real = alive(lambda: trajectory_generator.generate(tmp_path, trajectories, (16, 16, 16)))
+    pass_bytes = count_pass_bytes(files, min(2 * count, tokens_at_once // 64), (16, 16), torch.float32)
+    result_bytes = count_trajectory_bytes(count, steps, (16, 16, 16), 64, width, is_stored=False)
+    predicted = count_generation_bytes(pass_bytes, count * 64 * files.width, torch.float32, result_bytes)
+    assert predicted == pytest.approx(real, rel=0.1)
 
 
-def test_the_start_is_told_what_comparing_and_one_expert_take():
+def test_comparing_and_calibrating_have_the_predicted_peaks():
     files, probe = open_teacher_files(TINY_TEACHER), (PROBE_ROWS, PROBE_SIZE)
     real = alive(lambda: check_experts(files))
-    comparing, calibrating = start_peaks(files, probe, 16, (24, 24))
+    comparing, calibrating = count_initialization_bytes(files, probe, 16, (24, 24))
     assert comparing == pytest.approx(real, rel=0.12)
-    streamed, more = (
-        alive(lambda: stream_expert(files.experts["high"])),
-        start_peaks(files, probe, 32, (24, 24))[1] - calibrating,
-    )
-    assert streamed < calibrating and more == pytest.approx(
-        pass_peak(files, 16, (24, 24), torch.float32), rel=0.1
-    )
-    assert start_peaks(files, probe, 0, (8, 8)) == (comparing, 0)
+    assert alive(lambda: stream_expert(files.experts["high"])) < calibrating
+    more = count_initialization_bytes(files, probe, 32, (24, 24))[1] - calibrating
+    assert more == pytest.approx(count_pass_bytes(files, 16, (24, 24), torch.float32), rel=0.1)
+    assert count_initialization_bytes(files, probe, 0, (8, 8)) == (comparing, 0)
 
 
 def test_simulated_decoding_has_the_peak_of_decoding():
     autoencoder, latents = load_autoencoder(TINY_TEACHER), torch.zeros(64, 16, 8, 8)
     real = alive(lambda: decode_latents(autoencoder, latents))
     weights = sum(tensor.numel() * 4 for tensor in autoencoder.state_dict().values())
-    told = decoding_peak(partial(make_autoencoder, autoencoder.config), decode_latents, 64, (16, 8, 8))
-    assert told == pytest.approx(real + weights + latents.numel() * 4, rel=0.1)
+    make = partial(make_autoencoder, autoencoder.config)
+    predicted = count_decoding_bytes(make, decode_latents, 64, (16, 8, 8))
+    assert predicted == pytest.approx(real + weights + latents.numel() * 4, rel=0.1)
 
 
 @pytest.mark.parametrize(
-    "residency, on_device, beside", [("both", 2, 0), ("one", 1, 2), ("streamed", 0.6, 2.1), ("disk", 0.52, 0)]
+    "residency, on_device, on_cpu", [("both", 2, 0), ("one", 1, 2), ("streamed", 0.6, 2.1), ("disk", 0.52, 0)]
 )
-def test_the_bytes_of_a_teacher_follow_its_residency(residency, on_device, beside):
+def test_the_bytes_of_a_teacher_follow_its_residency(residency, on_device, on_cpu):
     files = open_teacher_files(TINY_TEACHER)
     size = 4 * files.num_parameters / 2
-    found = teacher_bytes(files, residency, torch.float32, False)
-    assert found == (pytest.approx(on_device * size, rel=0.1), pytest.approx(beside * size, rel=0.1))
+    predicted = count_teacher_bytes(files, residency, torch.float32, False)
+    assert predicted == (pytest.approx(on_device * size, rel=0.1), pytest.approx(on_cpu * size, rel=0.1))
     if residency in ("both", "one"):
-        held = Teacher(files, residency=residency)
+        teacher = Teacher(files, residency=residency)
         for name in ("high", "low"):
-            held.expert(name)
-        weights = sum(
-            tensor.numel() * 4 for network in held._read.values() for tensor in network.state_dict().values()
-        )
-        assert weights == pytest.approx(found[0], rel=0.01)
+            teacher.expert(name)
+        tensors = [tensor for expert in teacher._read.values() for tensor in expert.state_dict().values()]
+        assert sum(tensor.numel() * 4 for tensor in tensors) == pytest.approx(predicted[0], rel=0.01)
 
 
 @pytest.mark.parametrize(
-    "asked, width, gpu, bf16, chosen",
+    "requested, width, gpu, bf16, chosen",
     [
         (None, 5120, True, True, "bf16"),
         (None, 5120, True, False, "no"),
@@ -218,33 +205,31 @@ def test_the_bytes_of_a_teacher_follow_its_residency(residency, on_device, besid
         ("fp16", 5120, True, True, "fp16"),
     ],
 )
-def test_a_large_teacher_computes_in_bf16_on_a_gpu_that_has_it_unless_asked_otherwise(
-    asked, width, gpu, bf16, chosen, monkeypatch
+def test_a_large_teacher_defaults_to_bf16_on_a_gpu_that_supports_it(
+    requested, width, gpu, bf16, chosen, monkeypatch
 ):
-    monkeypatch.setattr("wanlite.planning.estimate.has_gpu", lambda: gpu)
+    monkeypatch.setattr("wanlite.planning.hardware.has_gpu", lambda: gpu)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16)
-    assert (
-        choose_precision(Settings(mixed_precision=asked), SimpleNamespace(width=width)).mixed_precision
-        == chosen
-    )
+    settings = choose_precision(Settings(mixed_precision=requested), SimpleNamespace(width=width))
+    assert settings.mixed_precision == chosen
 
 
-@pytest.mark.parametrize("said, is_there", [(None, True), ("false", True), ("true", False)])
-def test_a_gpu_that_accelerate_is_told_to_leave_is_none(said, is_there, monkeypatch):
+@pytest.mark.parametrize("use_cpu, expected", [(None, True), ("false", True), ("true", False)])
+def test_a_gpu_is_not_used_if_accelerate_is_set_to_the_cpu(use_cpu, expected, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    if said:
-        monkeypatch.setenv("ACCELERATE_USE_CPU", said)
-    assert has_gpu() == is_there
+    if use_cpu:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", use_cpu)
+    assert has_gpu() == expected
 
 
-def test_the_largest_batch_that_fits_is_a_half_of_a_half():
-    assert largest_batch(64, 10 + 3 * 64, 10, 60) == 16 and largest_batch(64, 100, 100, 60) == 0
+def test_a_batch_is_halved_until_it_fits():
+    assert fit_batch_size(64, 10 + 3 * 64, 10, 60) == 16 and fit_batch_size(64, 100, 100, 60) == 0
 
 
 @pytest.mark.parametrize("parameters, timed", [(100_000, 64), (10**6, 13), (10**7, 1), (5 * 10**7, 0)])
-def test_the_time_is_told_by_a_step_of_few_operations(parameters, timed):
-    asked = []  # how many states each pass has
+def test_a_small_student_is_timed_on_a_batch_of_few_operations(parameters, timed):
+    batch_sizes = []
 
     class Student(torch.nn.Module):
         def __init__(self, config):
@@ -254,21 +239,22 @@ def test_the_time_is_told_by_a_step_of_few_operations(parameters, timed):
         def num_parameters(self):
             return parameters
 
-        def forward(self, latents, timestep, words, return_dict):
-            asked.append(len(latents))
+        def forward(self, latents, timestep, text, return_dict):
+            batch_sizes.append(len(latents))
             return (latents * self.weight,)
 
     config = type("Config", (dict,), {"text_dim": 8, "num_channels": 4})()
     files = SimpleNamespace(num_parameters=10**9, experts={"only": None})
-    said = estimate(Student(config), files, 60, 8, 256, (4, 4), torch.device("cpu"), torch.float32)
-    assert set(asked) == ({timed} if timed else set()) and ("minutes" in said) == bool(timed)
+    work = Workload(Student(config), files, passes=60, states=8, tokens=256, latent_size=(4, 4))
+    text = estimate_duration(work, torch.device("cpu"), torch.float32)
+    assert set(batch_sizes) == ({timed} if timed else set()) and ("minutes" in text) == bool(timed)
 
 
 # ---- the command -------------------------------------------------------------------------------------------
 
 
-def size_of(text, place):
-    number, unit = re.search(rf"([\d.,]+) (MB|GB)  {re.escape(str(place))} ", text).groups()
+def size_of(text, folder):
+    number, unit = re.search(rf"([\d.,]+) (MB|GB)  {re.escape(str(folder))} ", text).groups()
     return float(number.replace(",", "")) * {"MB": 1e6, "GB": 1e9}[unit]
 
 
@@ -280,18 +266,17 @@ def disk_used(folder, without=()):
     )
 
 
-def test_a_dry_run_tells_the_disk_that_the_run_took_and_writes_nothing(finished_run, tmp_path):
+def test_a_dry_run_predicts_the_disk_of_the_run_and_writes_nothing(finished_run, tmp_path):
     process = run_script(TRAIN, "--dry_run", "--output_dir", tmp_path / "run", *SHORT_RUN)
     assert process.returncode == 0, process.stderr
     flags = f"--output_dir {tmp_path}/run {' '.join(SHORT_RUN)}"
     assert process.stdout.splitlines()[-1] == f"run      python train_distillation.py {flags}"
     assert not list(tmp_path.iterdir())
-    told = size_of(process.stdout, tmp_path / "run" / "cache") - SPARE
-    assert told == pytest.approx(disk_used(finished_run[0] / "cache"), rel=0.1)
-    taken = disk_used(finished_run[0], without=("cache", "samples", "logs"))
-    assert (
-        taken < size_of(process.stdout, tmp_path / "run") < 1.8 * taken
-    )  # a checkpoint more, each with a best student
+    predicted = size_of(process.stdout, tmp_path / "run" / "cache") - SPARE
+    assert predicted == pytest.approx(disk_used(finished_run[0] / "cache"), rel=0.1)
+    used = disk_used(finished_run[0], without=("cache", "samples", "logs"))
+    predicted = size_of(process.stdout, tmp_path / "run")
+    assert used < predicted < 1.8 * used  # one more checkpoint, and each with a best student
 
 
 def dry_run(folder, **settings):
@@ -304,14 +289,14 @@ def dry_run(folder, **settings):
 
 
 def test_a_dry_run_counts_the_student_beside_the_teacher(tmp_path, capsys):
-    """It stays on the device while the teacher walks: a larger student's weights are told there too."""
-    told = []
+    """The student stays on the device while trajectories are generated: a larger one needs more memory then."""
+    predicted = []
     for width in (64, 128):
         assert dry_run(tmp_path / "run", hidden_size=width, feature_directions=16) == 0
-        said = capsys.readouterr().out
-        parameters = float(re.search(r"heads: ([\d.]+) M parameters", said)[1])
-        told.append((parameters, float(re.search(r"([\d.]+) MB  trajectories", said)[1])))
-    (few, lower), (many, higher) = told
+        output = capsys.readouterr().out
+        parameters = float(re.search(r"heads: ([\d.]+) M parameters", output)[1])
+        predicted.append((parameters, float(re.search(r"([\d.]+) MB  trajectories", output)[1])))
+    (few, lower), (many, higher) = predicted
     assert higher - lower == pytest.approx(4 * (many - few), abs=0.15)
 
 
@@ -327,77 +312,96 @@ def test_a_dry_run_refuses_a_student_that_the_run_refuses(finished_run, tmp_path
         dry_run(tmp_path / "run", student=str(finished_run[0]), teacher=str(tmp_path / "teacher"))
 
 
-def told(folder, capsys, phase, **settings):
-    """Return the MB that a dry run tells of a phase."""
+def predict_megabytes(folder, capsys, phase, **settings):
+    """Return the MB that a dry run predicts for a phase."""
     dry_run(folder, **settings)
     number, unit = re.search(rf"([\d.]+) (MB|GB)  {phase}", capsys.readouterr().out).groups()
     return float(number) * {"MB": 1, "GB": 1000}[unit]
 
 
-def test_recomputing_blocks_is_told_to_take_less(tmp_path, capsys):
-    kept, recomputed = (
-        told(tmp_path, capsys, "training", train_batch_size=32, gradient_checkpointing=each)
-        for each in (False, True)
+def test_gradient_checkpointing_lowers_the_predicted_memory(tmp_path, capsys):
+    without, recomputed = (
+        predict_megabytes(tmp_path, capsys, "training", train_batch_size=32, gradient_checkpointing=is_on)
+        for is_on in (False, True)
     )
-    assert recomputed < 0.8 * kept
+    assert recomputed < 0.8 * without
 
 
-def test_a_start_in_the_cache_needs_no_memory_again(tmp_path, capsys):
-    assert told(tmp_path / "run", capsys, "start") > 1
-    for made in ("start-0/report.json", "start-0/manifest.json"):
-        path = tmp_path / "run/cache" / made
+def test_a_projected_student_in_the_cache_needs_no_memory_for_its_projection(tmp_path, capsys):
+    assert predict_megabytes(tmp_path / "run", capsys, "start") > 1
+    for name in ("start-0/report.json", "start-0/manifest.json"):
+        path = tmp_path / "run/cache" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        assert (told(tmp_path / "run", capsys, "start") == 0) == (path.name == "manifest.json")
+        predicted = predict_megabytes(tmp_path / "run", capsys, "start")
+        assert (predicted == 0) == (path.name == "manifest.json")
 
 
-def test_what_lies_on_the_disk_is_not_needed_again(tmp_path, monkeypatch):
-    """Of 10 MB of cache and 5 of output, with 6 free: what lies in the cache, which is in the output, counts
-    once.
-    """
-    monkeypatch.setattr("wanlite.planning.memory.free_disk", lambda folder: 6 * 10**6)
-    cache, phases = (
-        tmp_path / "run/cache",
-        dict.fromkeys(("text", "trajectories", "training", "validation", "start"), 1),
+PROBLEMS = {  # {phase: words of its problem}
+    "text": "text encoder",
+    "trajectories": "passes",
+    "training": "training",
+    "validation": "validation",
+    "start": "projection",
+    "matching": "distribution matching",
+}
+
+
+def make_report(phases, folders):
+    """Return the MemoryReport of a run, with one byte free on the device."""
+    return MemoryReport(
+        settings=Settings(teacher_residency="both", train_batch_size=8, gradient_accumulation_steps=1),
+        device="cpu",
+        free_bytes=1,
+        base_bytes=1,
+        phases=phases,
+        residencies={"both": (1, 0)},
+        folders=folders,
     )
 
-    def wrong():
-        return report(
-            phases, {cache: 10**7, tmp_path / "run": 5 * 10**6}, "cpu", 1, "both", {"both": (1, 0)}, 8, 1, 1
-        )
+
+def test_existing_files_are_not_written_again_and_count_for_one_folder(tmp_path, monkeypatch):
+    """10 MB of cache, inside an output of 5 MB, on one disk with 6 MB free."""
+    monkeypatch.setattr("wanlite.planning.disk.count_free_bytes", lambda folder: 6 * 10**6)
+    cache = tmp_path / "run/cache"
+
+    def find_problems():
+        folders = measure_folders({cache: 10**7, tmp_path / "run": 5 * 10**6})
+        return make_report(dict.fromkeys(PROBLEMS, 1), folders).find_problems()
 
     cache.mkdir(parents=True)
     (cache / "shard").write_bytes(bytes(8 * 10**6))
-    assert wrong() == [
-        f"the disk is too small: 7.0 MB are to be written in {cache}, 6.0 MB are free. Lower "
-        f"--num_trajectories, or "
+    assert find_problems() == [
+        f"the disk is too small: {cache} needs 7.0 MB more, and 6.0 MB are free. Lower --num_trajectories, or "
         "name a larger --cache_dir."
     ]
     (tmp_path / "run/step").write_bytes(bytes(10**6))
-    assert not wrong()
+    assert not find_problems()
+
+
+def test_a_report_has_a_line_for_each_phase_and_each_folder():
+    phases = dict.fromkeys(PROBLEMS, 2 * 10**9)
+    assert make_report(phases, {"out": FolderSpace(3 * 10**6, 10**6, 5 * 10**9)}).describe() == [
+        "memory   0.0 MB free on cpu",
+        *(f"      2.0 GB  {phase}" for phase in PROBLEMS),
+        "experts  both; trajectories by --teacher_residency: both 2.0 GB",
+        "disk",
+        "      3.0 MB  out (1.0 MB exist, 5.0 GB free)",
+    ]
 
 
 def test_each_phase_that_does_not_fit_is_named(tmp_path):
-    names = {
-        "text": "text encoder",
-        "trajectories": "passes",
-        "training": "training",
-        "validation": "validation",
-        "start": "projecting",
-        "matching": "distribution matching",
-    }
-    for large, word in names.items():
-        phases = {name: 2 if name == large else 1 for name in names}
-        found = report(phases, {tmp_path: 1}, "cpu", 1, "both", {"both": (1, 0)}, 8, 1, 1)
-        assert len(found) == 1 and word in found[0]
-    assert not report(dict.fromkeys(names, 1), {tmp_path: 1}, "cpu", 1, "both", {"both": (1, 0)}, 8, 1, 1)
+    folders = {tmp_path: FolderSpace(1, 0, 1)}
+    for large, words in PROBLEMS.items():
+        phases = {name: 2 if name == large else 1 for name in PROBLEMS}
+        (problem,) = make_report(phases, folders).find_problems()
+        assert words in problem
+    assert not make_report(dict.fromkeys(PROBLEMS, 1), folders).find_problems()
 
 
 @pytest.fixture(scope="module")
 def a14b(tmp_path_factory):
-    """The official folder of A14B, with every size real and zeros for weights, and of the text encoder only
-    its length.
-    """
+    """The official folder of A14B in its real sizes, with zeros for weights and an empty text encoder."""
     folder = tmp_path_factory.mktemp("real") / "Wan2.2-T2V-A14B"
     for name in ("high_noise_model", "low_noise_model"):
         write_sparse_wan(folder / name, A14B, "official", 6)
@@ -411,7 +415,7 @@ def a14b(tmp_path_factory):
     return folder
 
 
-def test_a_dry_run_of_a14b_tells_what_is_needed_and_what_does_not_fit(a14b):
+def test_a_dry_run_of_a14b_prints_its_memory_and_its_problems(a14b):
     process = run_script(
         TRAIN,
         "--dry_run",
@@ -424,30 +428,28 @@ def test_a_dry_run_of_a14b_tells_what_is_needed_and_what_does_not_fit(a14b):
         cwd=a14b.parent,
     )
     assert process.returncode == 2
-    said = process.stdout
-    assert said.startswith(
+    output = process.stdout
+    assert output.startswith(
         f"teacher  {a14b} (official layout, 2 expert(s): 14,288.49 M + 14,288.49 M parameters)\n"
     )
-    assert "11.4 GB  text" in said and "PFLOP" in said
+    assert "11.4 GB  text" in output and "PFLOP" in output
     assert re.search(
-        r"PROBLEM  the disk is too small: [\d.,]+ GB are to be written in .*, [\d.,]+ GB are free", said
+        r"PROBLEM  the disk is too small: .* needs [\d.,]+ GB more, and [\d.,]+ GB are free", output
     )
     both, one, streamed = (
-        float(re.search(rf"{place} ([\d.]+) GB", said)[1]) for place in ("both", "one", "streamed")
+        float(re.search(rf"{residency} ([\d.]+) GB", output)[1]) for residency in ("both", "one", "streamed")
     )
     assert both - one == pytest.approx(28.58, abs=0.11)  # an expert in bfloat16
-    assert one - streamed == pytest.approx(
-        26.7, abs=0.2
-    )  # of one, all but two blocks and what is in no block
+    assert one - streamed == pytest.approx(26.7, abs=0.2)  # the blocks of an expert but two
     assert re.search(
         r"training does not fit: lower --train_batch_size to \d+ and raise --gradient_accumulation_steps to "
         r"\d+",
-        said,
+        output,
     )
     assert [path.name for path in a14b.parent.iterdir()] == [a14b.name]
 
 
-def test_a_dry_run_names_all_that_is_wrong_at_once(a14b, tmp_path):
+def test_a_dry_run_lists_all_errors_at_once(a14b, tmp_path):
     shutil.copytree(a14b / "high_noise_model", tmp_path / "wan" / "high_noise_model", copy_function=os.link)
     (tmp_path / "wan" / "high_noise_model" / "config.json").unlink()
     process = run_script(

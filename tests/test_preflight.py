@@ -1,6 +1,4 @@
-"""What is refused before torch is imported: numbers, steps that do not fit, students that cannot be gone on
-from.
-"""
+"""Refusals before torch is imported: numbers out of bounds, steps that do not fit, unsuitable students."""
 
 import json
 import math
@@ -15,15 +13,16 @@ from tests.conftest import ROOT, SHORT_RUN, WAN_1_3B, run_script, write_sparse_w
 from train_distillation import Settings, WanLiteStudent
 from wanlite.phases import (
     MIN_TRAJECTORIES,
-    bound_validation_and_rollout,
     choose_validated,
     count_states,
     count_trajectories,
-    phases_of,
+    fill_validation_and_rollout,
+    plan_phases,
 )
 from wanlite.planning.checks import check_batch
 from wanlite.planning.defaults import choose_shape
 from wanlite.planning.estimate import MemoryEstimator
+from wanlite.planning.hardware import fit_to_hardware
 from wanlite.planning.resolve import REAL_STEPS, TINY_STEPS, complete
 from wanlite.planning.teacher_folder import TeacherFolder
 from wanlite.training.run_folder import read_run
@@ -31,21 +30,22 @@ from wanlite.training.run_folder import read_run
 TRAIN = ROOT / "train_distillation.py"
 
 
-def test_the_parts_of_a_run_follow_each_other_and_own_path_is_walked_where_segments_begin():
+def test_phases_follow_each_other_and_the_few_step_phase_has_two_rollouts():
     settings = complete(Settings(max_train_steps=100, few_step_train_steps=40, matching_steps=30))
-    assert phases_of(settings) == [
+    assert plan_phases(settings) == [
         ("velocity", 0, 30),
         ("few_step", 30, 50),
         ("few_step", 50, 70),
         ("matching", 70, 100),
     ]
-    assert phases_of(replace(settings, few_step_train_steps=0, matching_steps=0)) == [("velocity", 0, 100)]
+    assert plan_phases(replace(settings, few_step_train_steps=0, matching_steps=0)) == [("velocity", 0, 100)]
 
 
-def test_a_default_run_leaves_most_steps_to_stage_one_and_counts_all():
-    parts = phases_of(complete(Settings()))
-    assert [name for name, *_ in parts] == ["velocity", "few_step", "few_step"] and parts[-1][2] == TINY_STEPS
-    assert all(before[2] == after[1] for before, after in zip(parts, parts[1:]))
+def test_a_default_run_has_two_phases_that_use_all_steps():
+    phases = plan_phases(complete(Settings()))
+    assert [name for name, *_ in phases] == ["velocity", "few_step", "few_step"]
+    assert phases[-1].last == TINY_STEPS
+    assert all(before.last == after.first for before, after in zip(phases, phases[1:]))
 
 
 # ---- few prompts -------------------------------------------------------------------------------------------
@@ -65,20 +65,20 @@ def test_few_prompts_have_several_trajectories_unless_their_number_is_given():
 
 
 @pytest.mark.parametrize("is_large", [False, True])
-def test_states_of_the_own_path_are_no_more_than_trajectories(is_large):
-    for walks in (1, 7, 64, MIN_TRAJECTORIES, 4000, 10**6):
-        own = bound_validation_and_rollout(Settings(), is_large, walks)["rollout_states"]
-        assert 1 <= own <= min(walks, 512)
-    assert bound_validation_and_rollout(Settings(), is_large, 4000)["rollout_states"] == (
-        500 if is_large else 512
-    )  # of a default run
-    assert (
-        bound_validation_and_rollout(Settings(rollout_states=40), is_large, 7)["rollout_states"] == 40
-    )  # as typed
+def test_default_rollout_states_are_at_most_the_trajectories(is_large):
+    def rollout_states(num_trajectories, **settings):
+        counts = fill_validation_and_rollout(Settings(**settings), is_large, num_trajectories)
+        return counts["rollout_states"]
+
+    for num_trajectories in (1, 7, 64, MIN_TRAJECTORIES, 4000, 10**6):
+        assert 1 <= rollout_states(num_trajectories) <= min(num_trajectories, 512)
+    assert rollout_states(4000) == (500 if is_large else 512)
+    assert rollout_states(7, rollout_states=40) == 40
 
 
 @pytest.fixture(scope="module")
-def needs():
+def estimators():
+    """{number of buckets: MemoryEstimator} of the tiny teacher."""
     settings = complete(Settings())
     teacher = TeacherFolder(settings.teacher)
     return {
@@ -94,31 +94,35 @@ def needs():
     }
 
 
-@pytest.mark.parametrize("own", [None, 0, 16])
-@pytest.mark.parametrize("walks", [3, 17, 32, 80, MIN_TRAJECTORIES])
+@pytest.mark.parametrize("rollout_states", [None, 0, 16])
+@pytest.mark.parametrize("num_trajectories", [3, 17, 32, 80, MIN_TRAJECTORIES])
 @pytest.mark.parametrize("buckets, ranks", [(1, 1), (3, 1), (1, 2)])
-def test_a_batch_that_is_left_open_follows_what_there_is_to_learn_from(walks, own, buckets, ranks, needs):
-    settings = complete(Settings(rollout_states=own, few_step_train_steps=400, matching_steps=100))
-    fitted = needs[buckets].fit(settings, walks, ranks)
-    fewest = min(count_states(fitted, walks, phases_of(fitted), buckets).values())
-    assert fitted.train_batch_size == min(128, fewest // ranks) and fitted.gradient_accumulation_steps == 1
+def test_the_default_batch_is_at_most_the_states_of_each_phase(
+    num_trajectories, rollout_states, buckets, ranks, estimators
+):
+    settings = complete(Settings(rollout_states=rollout_states, few_step_train_steps=400, matching_steps=100))
+    fitted = fit_to_hardware(settings, estimators[buckets], num_trajectories, ranks)
+    states = count_states(fitted, num_trajectories, plan_phases(fitted), buckets)
+    assert fitted.train_batch_size == min(128, min(states.values()) // ranks)
+    assert fitted.gradient_accumulation_steps == 1
 
 
-def test_a_batch_that_is_too_large_is_refused_with_one_that_is_not(needs):
+def test_a_batch_that_is_too_large_is_refused_with_the_largest_possible_one(estimators):
     settings = complete(Settings(train_batch_size=128, rollout_states=16))
     with pytest.raises(
         ValueError,
-        match="learns from 80 states, fewer than one batch of 128: lower --train_batch_size to 80, or",
+        match="has 80 training states, fewer than one batch of 128: lower --train_batch_size to 80, or",
     ):
-        needs[1].fit(settings, 32)
-    assert needs[1].fit(replace(settings, train_batch_size=80), 32).train_batch_size == 80
+        fit_to_hardware(settings, estimators[1], 32)
+    settings = replace(settings, train_batch_size=80)
+    assert fit_to_hardware(settings, estimators[1], 32).train_batch_size == 80
     with pytest.raises(
-        ValueError, match="learns from 3 states, fewer than one batch of 4: raise --num_trajectories or"
+        ValueError, match="has 3 training states, fewer than one batch of 4: raise --num_trajectories or"
     ):
         check_batch(replace(settings, train_batch_size=1), {"few_step": 3}, 4)
 
 
-def test_validations_use_training_prompts_as_well_where_few_are_held_out():
+def test_validations_use_training_prompts_if_few_are_held_out():
     training, held_out = (
         [f"trained {number}" for number in range(29)],
         [f"held out {number}" for number in range(400)],
@@ -143,10 +147,10 @@ def test_validations_use_training_prompts_as_well_where_few_are_held_out():
         ),
         ({"few_steps": [3]}, "--few_steps 3 does not divide --teacher_steps 20"),
         ({"few_steps": [1, 2]}, "--num_inference_steps 4 is not one of --few_steps 1 2"),
-        ({"matching_steps": 5, "mixed_precision": "fp16"}, "goes with --mixed_precision no or bf16"),
+        ({"matching_steps": 5, "mixed_precision": "fp16"}, "requires --mixed_precision no or bf16"),
     ],
 )
-def test_steps_that_cannot_be_trained_are_refused_with_what_to_do(changed, words):
+def test_steps_that_cannot_be_trained_are_refused_with_a_remedy(changed, words):
     with pytest.raises(ValueError, match=words):
         complete(Settings(**changed))
 
@@ -169,7 +173,7 @@ def test_steps_that_cannot_be_trained_are_refused_with_what_to_do(changed, words
         ({"seed": 2**32}, "--seed is 4294967296, expected at least 0 and below 4,294,967,296"),
     ],
 )
-def test_numbers_out_of_their_bounds_are_refused_and_so_is_what_is_not_finite(changed, words):
+def test_numbers_that_are_out_of_bounds_or_not_finite_are_refused(changed, words):
     with pytest.raises(ValueError, match=words):
         complete(Settings(**changed))
 
@@ -180,47 +184,37 @@ def test_every_number_has_bounds():
         for field in fields(Settings)
         if not field.metadata["bounds"] and any(kind in str(field.type) for kind in ("int", "float"))
     ]
-    assert unbound == ["resolution"]  # whose sides are checked against what a token takes
+    assert unbound == ["resolution"]  # its sides are checked against the size of a token
 
 
 @pytest.mark.parametrize(
     "changed, words",
     [
-        ({"num_images": 3}, "--num_images is 3, expected --images beside it"),
-        ({"project_only": True, "student": "here"}, "--project_only saves what is projected, and"),
-        ({"project_only": True, "projection": "none"}, "--project_only saves what is projected, and"),
+        ({"num_images": 3}, "--num_images is 3, which needs --images"),
+        ({"project_only": True, "student": "here"}, "--project_only saves a projected student, and"),
+        ({"project_only": True, "projection": "none"}, "--project_only saves a projected student, and"),
         ({"validation_prompts": ["a red cup", "  "]}, "--validation_prompts has an empty prompt"),
         ({"logging_dir": "../elsewhere"}, "--logging_dir ../elsewhere: is not inside --output_dir"),
         ({"logging_dir": "/elsewhere"}, "--logging_dir /elsewhere: is not inside --output_dir"),
         ({"cache_dir": str(TRAIN)}, "is a file, expected a folder"),
     ],
 )
-def test_settings_that_contradict_others_are_refused(changed, words):
+def test_settings_that_contradict_each_other_are_refused(changed, words):
     with pytest.raises(ValueError, match=words):
         complete(Settings(**changed))
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "{}",
-        "[]",
-        "{",
-        '{"flow_shift": null}',
-        '{"flow_shift": "3"}',
-        '{"flow_shift": 0}',
-        pytest.param("[" * 10**5, id="deep"),
-    ],
-)
-def test_a_schedule_without_a_shift_is_named_unless_a_shift_is_given(content, tmp_path):
-    shutil.copytree(
-        ROOT / "tiny_teacher", tmp_path / "teacher", ignore=shutil.ignore_patterns("training.json")
-    )
-    (tmp_path / "teacher/scheduler/scheduler_config.json").write_text(content)
-    asked = Settings(teacher=str(tmp_path / "teacher"), resolution=64)
-    with pytest.raises(ValueError, match="scheduler_config.json: has no flow_shift .*add --flow_shift"):
-        complete(asked)
-    assert complete(replace(asked, flow_shift=5.0)).flow_shift == 5.0
+@pytest.mark.parametrize("content", ["{", '{"flow_shift": 12.0}', None])
+def test_the_default_shift_depends_on_the_image_size_alone(content, copied):
+    path = copied / "scheduler/scheduler_config.json"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    settings = Settings(teacher=str(copied))
+    assert complete(settings).flow_shift == 3.0
+    assert complete(replace(settings, resolution=[1280, 720])).flow_shift == 5.0
+    assert complete(replace(settings, flow_shift=7.0)).flow_shift == 7.0
 
 
 @pytest.mark.parametrize("content", ["[]", "{", pytest.param("[" * 10**5, id="deep")])
@@ -230,7 +224,7 @@ def test_a_broken_record_of_a_tiny_teacher_is_named(content, copied):
         complete(Settings(teacher=str(copied)))
 
 
-def test_a_picture_larger_than_the_teacher_places_is_refused_before_anything_is_made(tmp_path):
+def test_an_image_larger_than_the_rotary_table_is_refused(tmp_path):
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", "--resolution", "64", "1040", "--dry_run")
     assert (
         process.returncode == 2
@@ -249,12 +243,12 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     )
 
 
-# ---- a student to go on from -------------------------------------------------------------------------------
+# ---- training a saved student further ----------------------------------------------------------------------
 
 
 @pytest.fixture
 def saved(finished_run, tmp_path):
-    """A saved student, and a way to change what its run.json says."""
+    """A function that changes the run.json of a saved student and returns its folder."""
     folder = tmp_path / "student"
     shutil.copytree(finished_run[0], folder, ignore=shutil.ignore_patterns("cache", "checkpoints"))
 
@@ -268,7 +262,7 @@ def saved(finished_run, tmp_path):
     return change
 
 
-def test_the_student_of_a_real_teacher_takes_more_steps_unless_asked_otherwise(tmp_path):
+def test_the_default_steps_are_more_for_a_real_teacher(tmp_path):
     write_sparse_wan(tmp_path / "wan", WAN_1_3B, "official", 1)
     for part in ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"):
         (tmp_path / "wan" / part).touch()
@@ -293,16 +287,16 @@ STAGE_TWO = {"max_train_steps": 6, "few_step_train_steps": 6, "flow_shift": 3.0,
             "holds a projected initialization that was not trained",
         ),
         ({"schedule": None}, "was saved by an older version"),
-        ({"schedule": [1]}, "its run.json does not hold a run's schedule"),
-        ({"schedule": {"phases": [1]}}, "does not hold the phases of its schedule"),
+        ({"schedule": [1]}, "its run.json has no valid schedule"),
+        ({"schedule": {"phases": [1]}}, "has no valid phases in its schedule"),
         (
             {"teacher": None, "student": {}, "settings": [1]},
-            "does not hold a run's teacher, student, settings. Copy the folder again",
+            "has no valid teacher, student, settings. Copy the folder again",
         ),
-        ({"schedule": {"phases": {"velocity": 0, "few_step": 3}}}, "has not been through stage 1"),
+        ({"schedule": {"phases": {"velocity": 0, "few_step": 3}}}, "was not trained in stage 1"),
         (
             {"settings": asdict(Settings(flow_shift=5.0, resolution=64))},
-            "was trained with flow_shift 5.0, this run has 3.0",
+            "was trained with flow_shift 5.0, and this run has 3.0",
         ),
         (
             {"settings": asdict(Settings(flow_shift=3.0, resolution=64, guidance_scale=7.0))},
@@ -310,32 +304,30 @@ STAGE_TWO = {"max_train_steps": 6, "few_step_train_steps": 6, "flow_shift": 3.0,
         ),
     ],
 )
-def test_a_student_that_does_not_fit_is_refused_with_what_to_do(what, words, saved):
+def test_an_unsuitable_student_is_refused_with_a_remedy(what, words, saved):
     with pytest.raises(ValueError, match=words):
         complete(Settings(student=str(saved(**what)), **STAGE_TWO))
 
 
 @pytest.mark.parametrize("name", ["none", "none/at all", "file"])
-def test_a_student_that_is_not_there_is_named(name, tmp_path):
+def test_a_student_that_does_not_exist_is_named(name, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=f"--student {tmp_path / name}: no such folder"):
         complete(Settings(student=str(tmp_path / name)))
 
 
-def test_distribution_matching_wants_a_student_of_few_steps(saved):
+def test_distribution_matching_needs_a_student_of_few_steps(saved):
     folder = saved(schedule={"phases": {"velocity": 3, "few_step": 0}})
-    with pytest.raises(ValueError, match="does not draw in few steps yet"):
+    with pytest.raises(ValueError, match="was not trained to sample in few steps"):
         complete(Settings(student=str(folder), max_train_steps=6, few_step_train_steps=0, matching_steps=6))
 
 
-def test_a_shape_that_is_not_the_students_is_refused(saved):
+def test_a_shape_other_than_the_students_is_refused(saved):
     with pytest.raises(ValueError, match="has hidden_size 64, and --hidden_size is 32. Leave the flag out"):
         complete(Settings(student=str(saved()), hidden_size=32, **STAGE_TWO))
 
 
-def test_stage_two_goes_on_from_a_saved_student_and_says_what_it_has_been_through(
-    finished_run, saved, tmp_path
-):
+def test_stage_two_starts_from_a_saved_student_and_adds_up_its_phases(finished_run, saved, tmp_path):
     flags = [*SHORT_RUN, "--student", saved(), "--few_step_train_steps", "6", "--matching_steps", "0"]
     shared = ["--cache_dir", finished_run[0] / "cache"]
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", *flags, *shared)
@@ -352,17 +344,17 @@ def test_stage_two_goes_on_from_a_saved_student_and_says_what_it_has_been_throug
     assert process.returncode == 2 and "was distilled from another teacher" in process.stderr
 
 
-def test_runs_share_a_cache_and_each_keeps_its_own_path(finished_run, tmp_path):
+def test_runs_share_a_cache_but_not_their_rollouts(finished_run, tmp_path):
     cache = tmp_path / "cache"
     shutil.copytree(finished_run[0] / "cache", cache)
     before = {path.name for path in cache.iterdir()}
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", *SHORT_RUN, "--cache_dir", cache)
     assert process.returncode == 0, process.stderr
     assert {path.name for path in cache.iterdir()} == before
-    assert {path.name.rpartition("-")[0] for path in (tmp_path / "run/cache").glob("[!.]*")} == {"own-path"}
+    assert {path.name.rpartition("-")[0] for path in (tmp_path / "run/cache").glob("[!.]*")} == {"rollouts"}
 
 
-def test_another_text_encoder_shares_no_start_and_no_trajectories(finished_run, tmp_path):
+def test_another_text_encoder_does_not_share_projection_and_trajectories(finished_run, tmp_path):
     shutil.copytree(finished_run[0] / "cache", tmp_path / "cache")
     before = {path.name for path in (tmp_path / "cache").iterdir()}
     shutil.copytree(ROOT / "tiny_teacher", tmp_path / "teacher")
@@ -408,12 +400,12 @@ def test_a_file_of_three_prompts_trains_to_the_end(tmp_path):
         process.stdout.count(" of 1, too few to judge\n") == 4
         and "%" not in process.stdout.split("drawn right (1):")[1]
     )
-    walks = max(
+    trajectories = max(
         (
             json.loads(path.read_text())["trajectories"]
             for path in tmp_path.glob("run/cache/trajectories-*/provenance.json")
         ),
         key=len,
     )
-    assert len(walks) == len({seed for _, _, seed in walks}) == 64  # each from other noise
-    assert [sum(number == each for each, *_ in walks) for number in (0, 1)] == [32, 32]
+    assert len(trajectories) == len({seed for _, _, seed in trajectories}) == 64
+    assert [sum(number == each for each, *_ in trajectories) for number in (0, 1)] == [32, 32]

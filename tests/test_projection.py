@@ -1,28 +1,28 @@
-"""Projection: exact at the teacher's shape, the same from every layout, complete, and better than a random
-start.
+"""Projection: exact at the teacher's shape, the same from every layout, complete, and better than random
+weights.
 """
 
 import inspect
 import json
+import math
 import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import A14B, TI2V_5B, TINY_TEACHER, WAN_1_3B, write_official, write_sparse_wan
+from tests.conftest import A14B, TI2V_5B, TINY_TEACHER, WAN_1_3B, change, write_official, write_sparse_wan
 from train_distillation import Settings, WanLiteStudent
 from wanlite.network import one_frame_velocity
 from wanlite.student import projection, pruning
 from wanlite.student.initialization import project_into
 from wanlite.student.shape import DEFAULT_EXPERT, check_shape_fits
 from wanlite.teacher.checkpoint import open_teacher_files
-from wanlite.teacher.expert_files import ExpertFiles
 from wanlite.teacher.experts import check_experts
 
 TEXT = {"num_channels": 16, "text_dim": 64, "rope_max_seq_len": 64}
-CUT = {"hidden_size": 64, "depth": 4, "num_heads": 2} | TEXT
-CONFIG = CUT | {"ffn_dim": 256, "freq_dim": 256, "patch_size": (1, 2, 2)}  # entries of a student config
+PRUNED = {"hidden_size": 64, "depth": 4, "num_heads": 2} | TEXT
+CONFIG = PRUNED | {"ffn_dim": 256, "freq_dim": 256, "patch_size": (1, 2, 2)}  # entries of a student config
 
 
 def own_shape(config):
@@ -37,15 +37,20 @@ def own_shape(config):
 @pytest.mark.parametrize("expert", ["high", "low"])
 @pytest.mark.parametrize("layout", ["official", "diffusers"])
 def test_student_as_large_as_the_teacher_reproduces_its_frame(
-    expert, layout, official_teacher, teacher, words, noisy
+    expert, layout, official_teacher, teacher, prompt_embeddings, noisy
 ):
     folder = official_teacher if layout == "official" else TINY_TEACHER
     student = WanLiteStudent(**own_shape(teacher.config), teacher_checkpoint_path=folder, expert=expert)
     for timestep in (999.0, 880.0, 500.0, 20.0):
-        arguments = (noisy, torch.full((4,), timestep), words[0].tokens, words[0].logit_bias)
+        arguments = (
+            noisy,
+            torch.full((4,), timestep),
+            prompt_embeddings[0].tokens,
+            prompt_embeddings[0].logit_bias,
+        )
         expected, _ = one_frame_velocity(teacher.expert(expert), *arguments)
         with torch.no_grad():
-            found = student(*arguments[:3], text_logit_bias=words[0].logit_bias).sample
+            found = student(*arguments[:3], text_logit_bias=prompt_embeddings[0].logit_bias).sample
         assert (found - expected).norm() / expected.norm() < 1e-4
 
 
@@ -53,7 +58,7 @@ def test_student_as_large_as_the_teacher_reproduces_its_frame(
 def test_layout_and_shards_make_bitwise_no_difference(num_shards, tmp_path):
     write_official(TINY_TEACHER, tmp_path, num_shards)
     ours, theirs = (
-        WanLiteStudent(**CUT, teacher_checkpoint_path=folder).state_dict()
+        WanLiteStudent(**PRUNED, teacher_checkpoint_path=folder).state_dict()
         for folder in (TINY_TEACHER, tmp_path)
     )
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
@@ -64,17 +69,17 @@ def test_the_command_line_and_the_constructor_have_one_default_expert():
     assert Settings().expert == constructor == DEFAULT_EXPERT
 
 
-def test_projecting_twice_gives_the_same_student_whatever_the_random_state():
+def test_projecting_twice_gives_the_same_student_from_any_random_state():
     torch.manual_seed(1)
-    first = WanLiteStudent(**CUT, teacher_checkpoint_path=TINY_TEACHER).state_dict()
+    first = WanLiteStudent(**PRUNED, teacher_checkpoint_path=TINY_TEACHER).state_dict()
     torch.manual_seed(2)
-    second = WanLiteStudent(**CUT, teacher_checkpoint_path=TINY_TEACHER).state_dict()
+    second = WanLiteStudent(**PRUNED, teacher_checkpoint_path=TINY_TEACHER).state_dict()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 @pytest.mark.parametrize("expert", projection.EXPERTS)
 def test_every_teacher_tensor_is_read_and_every_student_tensor_written(expert):
-    student, files = WanLiteStudent(**CUT), open_teacher_files(TINY_TEACHER)
+    student, files = WanLiteStudent(**PRUNED), open_teacher_files(TINY_TEACHER)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     report = projection.project(student, projection.choose_experts(files, expert))
     assert all(not torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
@@ -89,15 +94,15 @@ def test_every_teacher_tensor_is_read_and_every_student_tensor_written(expert):
     assert report.num_written == len(before)
 
 
-def test_a_student_tensor_that_gets_no_value_stops_the_projection():
-    student = WanLiteStudent(**CUT)
+def test_a_student_tensor_without_a_value_stops_the_projection():
+    student = WanLiteStudent(**PRUNED)
     student.register_buffer("forgotten", torch.zeros(1))
     with pytest.raises(ValueError, match="forgotten"):
         projection.project(student, [open_teacher_files(TINY_TEACHER).experts["low"]])
 
 
-def test_the_report_has_the_energy_kept_in_each_block_and_the_cosines_of_the_experts():
-    report = project_into(WanLiteStudent(**CUT), TINY_TEACHER)
+def test_the_report_has_the_energy_of_each_block_and_the_cosines_of_the_experts():
+    report = project_into(WanLiteStudent(**PRUNED), TINY_TEACHER)
     assert report.kept_energy.keys() == {"residual", "text", "attn1", "attn2", "ffn"}
     assert (
         all(0 < share <= 1 for shares in report.kept_energy.values() for share in shares)
@@ -111,11 +116,11 @@ def test_the_report_has_the_energy_kept_in_each_block_and_the_cosines_of_the_exp
     )
 
 
-def test_each_block_comes_from_the_expert_that_keeps_more():
+def test_each_block_comes_from_the_expert_that_preserves_more_energy():
     files, kept = open_teacher_files(TINY_TEACHER).experts, {}
-    spans = projection.project(WanLiteStudent(**CUT), [files["low"], files["high"]])
+    spans = projection.project(WanLiteStudent(**PRUNED), [files["low"], files["high"]])
     for name, expert in files.items():
-        report = projection.project(WanLiteStudent(**CUT), [expert], channels=spans.channels)
+        report = projection.project(WanLiteStudent(**PRUNED), [expert], channels=spans.channels)
         kept[name] = [
             sum(report.kept_energy[group][block] for group in ("attn1", "attn2", "ffn")) for block in range(4)
         ]
@@ -123,16 +128,16 @@ def test_each_block_comes_from_the_expert_that_keeps_more():
     assert spans.experts == best
 
 
-def test_an_expert_that_no_teacher_has_is_refused():
+def test_an_unknown_expert_is_refused():
     with pytest.raises(ValueError, match="'middle' is unknown"):
-        project_into(WanLiteStudent(**CUT), TINY_TEACHER, "middle")
+        project_into(WanLiteStudent(**PRUNED), TINY_TEACHER, "middle")
 
 
 def test_a_teacher_tensor_without_a_place_stops_the_projection(monkeypatch):
     files = open_teacher_files(TINY_TEACHER).experts["low"]
     files.places["blocks.9.extra.weight"] = files.places["proj_out.bias"]
     with pytest.raises(ValueError, match="blocks.9.extra.weight"):
-        projection.project(WanLiteStudent(**CUT), [files])
+        projection.project(WanLiteStudent(**PRUNED), [files])
 
 
 @pytest.mark.parametrize(
@@ -147,9 +152,9 @@ def test_a_teacher_tensor_without_a_place_stops_the_projection(monkeypatch):
         {"depth": 2, "num_heads": 8, "ffn_dim": 1024},
     ],
 )
-def test_every_shape_that_fits_gives_finite_velocities(shape, words, noisy):
-    student = WanLiteStudent(**CUT | shape, teacher_checkpoint_path=TINY_TEACHER)
-    assert torch.isfinite(student(noisy, torch.full((4,), 500.0), words[0].tokens).sample).all()
+def test_every_shape_that_fits_gives_finite_velocities(shape, prompt_embeddings, noisy):
+    student = WanLiteStudent(**PRUNED | shape, teacher_checkpoint_path=TINY_TEACHER)
+    assert torch.isfinite(student(noisy, torch.full((4,), 500.0), prompt_embeddings[0].tokens).sample).all()
 
 
 @pytest.mark.parametrize(
@@ -165,15 +170,18 @@ def test_every_shape_that_fits_gives_finite_velocities(shape, words, noisy):
         ({"num_channels": 48}, "num_channels is 48"),
     ],
 )
-def test_a_shape_that_cannot_be_cut_is_refused(shape, words, teacher):
+def test_an_impossible_shape_is_refused(shape, words, teacher):
     with pytest.raises(ValueError, match=words):
         check_shape_fits(teacher.config, CONFIG | shape)
 
 
-def test_a_student_that_cannot_be_cut_is_refused_before_a_tensor_is_read(monkeypatch):
-    monkeypatch.setattr(ExpertFiles, "read", None)
+def test_an_impossible_student_is_refused_before_any_tensor_is_read(copied):
+    for folder in ("transformer", "transformer_2"):
+        change(copied / folder, lambda tensors: [tensor.fill_(math.nan) for tensor in tensors.values()])
+    with pytest.raises(ValueError, match="holds NaN"):
+        WanLiteStudent(**PRUNED, teacher_checkpoint_path=copied)
     with pytest.raises(ValueError, match="depth 5 is more"):
-        WanLiteStudent(**CUT | {"depth": 5}, teacher_checkpoint_path=TINY_TEACHER)
+        WanLiteStudent(**PRUNED | {"depth": 5}, teacher_checkpoint_path=copied)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +194,7 @@ def test_a_student_that_cannot_be_cut_is_refused_before_a_tensor_is_read(monkeyp
         {"hidden_size": 60, "num_heads": 4},
     ],
 )
-def test_the_nearest_shapes_that_a_refusal_names_can_be_cut(shape, teacher):
+def test_the_nearest_shapes_in_the_message_can_be_projected(shape, teacher):
     with pytest.raises(ValueError, match="nearest possible shapes") as refused:
         check_shape_fits(teacher.config, CONFIG | shape)
     named = re.findall(
@@ -195,7 +203,7 @@ def test_the_nearest_shapes_that_a_refusal_names_can_be_cut(shape, teacher):
     assert len(named) == 3
     for numbers in named:
         nearest = dict(zip(("hidden_size", "num_heads", "depth", "ffn_dim"), map(int, numbers)))
-        check_shape_fits(teacher.config, dict(WanLiteStudent(**CUT | nearest).config))
+        check_shape_fits(teacher.config, dict(WanLiteStudent(**PRUNED | nearest).config))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +215,7 @@ def test_the_nearest_shapes_that_a_refusal_names_can_be_cut(shape, teacher):
     ],
     ids=["A14B and 2.1-14B", "2.1-1.3B", "2.2-5B"],
 )
-def test_students_of_both_head_sizes_can_be_cut_from_every_wan(model, shapes, tmp_path):
+def test_students_of_both_head_sizes_can_be_projected_from_every_wan(model, shapes, tmp_path):
     write_sparse_wan(tmp_path / "wan", model, "official", 6)
     config = open_teacher_files(tmp_path / "wan").config
     for depth, num_heads in shapes:
@@ -231,10 +239,10 @@ def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path):
     tensors["blocks.1.ffn.0.weight"][0, 0] = float("nan")
     save_file(tensors, path)
     with pytest.raises(ValueError, match="blocks.1.ffn.net.0.proj.weight holds NaN"):
-        WanLiteStudent(**CUT, teacher_checkpoint_path=tmp_path)
+        WanLiteStudent(**PRUNED, teacher_checkpoint_path=tmp_path)
 
 
-def test_a_smaller_head_keeps_whole_rotary_pairs_of_every_axis():
+def test_a_smaller_head_keeps_complete_rotary_pairs_of_every_axis():
     layers = {kind: (torch.randn(128, 8), torch.randn(128)) for kind in "qk"}
     rows = pruning._rotary_rows(layers, torch.arange(128), 64, has_rotary=True)
     assert len(rows.unique()) == 64 and torch.equal(rows[1::2], rows[::2] + 1) and (rows[::2] % 2 == 0).all()
@@ -249,8 +257,9 @@ def test_a_smaller_head_keeps_whole_rotary_pairs_of_every_axis():
 
 @pytest.fixture
 def attention():
-    """A block's attention, 4 heads of 4 over 8 residual channels, whose last two heads are louder in queries
-    and keys and whose first two write only their biases."""
+    """A block's attention with 4 heads of size 4 and width 8; the last two heads have larger queries and
+    keys, the first two output only their biases.
+    """
     generator = torch.Generator().manual_seed(0)
     loud = torch.tensor([0.2, 0.2, 1.0, 1.0]).repeat_interleave(4)[:, None]
     layers = {kind: (loud * torch.randn(16, 8, generator=generator), torch.zeros(16)) for kind in "qk"}
@@ -287,6 +296,6 @@ def test_attention_keeps_its_temperature_when_heads_are_dropped(attention):
         assert 0.98 < (ours.square().mean() / theirs.square().mean()).sqrt() < 1.02
 
 
-def test_the_constant_output_of_a_dropped_head_is_kept(attention):
+def test_the_constant_output_of_a_dropped_head_is_preserved(attention):
     expected = attention.output_bias + attention.output[:, :8] @ attention.layers["v"][1][:8]
     assert torch.allclose(joined(attention)["to_out.0.bias"], expected, atol=1e-6)

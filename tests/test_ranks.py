@@ -1,5 +1,5 @@
-"""Two processes, one run, on the CPU over gloo: what they learn, how they stop, what is left when one is
-killed.
+"""Two processes in one run, on the CPU over gloo: their training, how they stop, and the state after a
+kill.
 """
 
 import os
@@ -38,19 +38,19 @@ from wanlite.training.phase_table import PHASES
 
 
 def start(rank, group, work, log):
-    """Fork one process of a group, as a launcher starts it; returns its number."""
+    """Fork one process of a group as a launcher does; return its process id."""
     number = os.fork()
     if number:
         return number
     code = 1
     AcceleratorState._reset_state(
         reset_partial_state=True
-    )  # what a test before left in this process, whose copy this is
+    )  # undo the state of earlier tests in the forked process
     with open(log, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         try:
             if group:
-                said = group | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}
-                os.environ |= {name: str(value) for name, value in said.items()}
+                printed = group | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}
+                os.environ |= {name: str(value) for name, value in printed.items()}
             code = work(rank)
         except SystemExit as end:
             code = end.code
@@ -60,7 +60,7 @@ def start(rank, group, work, log):
 
 
 def together(work, folder, processes=2):
-    """Run `work(rank)` in processes of one group; returns their exit codes and what they said."""
+    """Run `work(rank)` in the processes of a group; return their exit codes and output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -77,7 +77,7 @@ def together(work, folder, processes=2):
 
 
 def train(folder, *flags, processes=2, at=None):
-    """Run the command that a user types, in processes; `at` is {(rank, number of a micro-batch): what happens
+    """Run the training command in several processes; `at` is {(rank, micro-batch number): function called
     before it}.
     """
 
@@ -100,8 +100,7 @@ def train(folder, *flags, processes=2, at=None):
     return together(as_typed, folder, processes)
 
 
-# Every part of a run, with as little to look at as there can be; Muon's bfloat16 would make much of the last
-# bits.
+# Every phase of a run with minimal validation. No Muon: its bfloat16 would amplify differences in the last bits.
 CHEAP = (
     "--projection",
     "weights",
@@ -134,27 +133,27 @@ SHARDED = ("--teacher_residency", "sharded", "--train_batch_size", 16)
 def alone(tmp_path_factory):
     """A run of one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    codes, said = train(folder, processes=1)
-    assert codes == [0], said
+    codes, printed = train(folder, processes=1)
+    assert codes == [0], printed
     return folder
 
 
 @pytest.fixture(scope="module")
 def paired(tmp_path_factory):
-    """A run of two processes with half the batch each, that share the teacher out between them."""
+    """A run of two processes with half the batch each and a sharded teacher."""
     folder = tmp_path_factory.mktemp("paired") / "run"
-    codes, said = train(folder, *SHARDED)
-    assert codes == [0, 0], said
+    codes, printed = train(folder, *SHARDED)
+    assert codes == [0, 0], printed
     return folder
 
 
 def distance(first, second):
-    """Return how far apart the weights of two networks are, over their norm."""
+    """Return the relative distance of the weights of two networks."""
     gap = sum((first[name].double() - second[name].double()).square().sum() for name in first)
     return float((gap / sum(weight.double().square().sum() for weight in first.values())).sqrt())
 
 
-def test_two_processes_of_half_a_batch_each_learn_what_one_does_in_every_part(alone, paired):
+def test_two_processes_of_half_a_batch_train_the_same_student_in_every_phase(alone, paired):
     for step, moved in ((2, "student"), (4, "student"), (6, "student"), (6, "critic"), (6, "feature_head")):
         one, two, before = (
             load_checkpoint(checkpoint_path(folder, at))[moved]
@@ -164,7 +163,7 @@ def test_two_processes_of_half_a_batch_each_learn_what_one_does_in_every_part(al
         assert step == 2 or moved == "feature_head" or distance(one, before) > 1e-3
 
 
-def test_micro_batches_that_are_accumulated_learn_what_one_batch_does_where_nothing_is_drawn(alone, tmp_path):
+def test_accumulated_micro_batches_equal_one_batch_without_random_numbers(alone, tmp_path):
     shutil.copytree(alone / "cache", tmp_path / "run/cache")
     train(
         tmp_path / "run",
@@ -181,120 +180,116 @@ def test_micro_batches_that_are_accumulated_learn_what_one_batch_does_where_noth
     assert distance(one, two) < 1e-6
 
 
-def test_processes_stop_together_and_where_one_is_killed_the_other_ends_and_the_same_command_goes_on(
-    paired, tmp_path
-):
+def test_processes_stop_together_also_after_a_kill_and_the_run_resumes(paired, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(paired / "cache", folder / "cache")
 
-    def asked_twice():  # as by a scheduler, whose signal the launcher sends on
+    def send_twice():  # as from a scheduler, whose signal the launcher forwards
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    codes, said = train(folder, *SHARDED, at={(1, 2): asked_twice})
+    codes, printed = train(folder, *SHARDED, at={(1, 2): send_twice})
     assert (
         codes == [3, 3]
-        and "stopped at step 2 of 6" in said[0]
+        and "stopped at step 2 of 6" in printed[0]
         and latest_checkpoint(folder)[0] == checkpoint_path(folder, 2)
     )
     began = time.monotonic()
-    codes, said = train(folder, *SHARDED, at={(1, 4): lambda: os.kill(os.getpid(), signal.SIGKILL)})
+    codes, printed = train(folder, *SHARDED, at={(1, 4): lambda: os.kill(os.getpid(), signal.SIGKILL)})
     assert codes == [2, -9] and time.monotonic() - began < 100
     assert (
-        "another process of this run is gone" in said[0]
-        and "the same command resumes" in said[0]
-        and "Traceback" not in said[0]
+        "another process of this run ended" in printed[0]
+        and "the same command resumes" in printed[0]
+        and "Traceback" not in printed[0]
     )
     assert latest_checkpoint(folder) == (checkpoint_path(folder, 4), [])
-    codes, said = train(folder, *SHARDED)
-    assert codes == [0, 0] and "resumed at step 4" in said[0]
+    codes, printed = train(folder, *SHARDED)
+    assert codes == [0, 0] and "resumed at step 4" in printed[0]
     first, second = (load_file(place / "diffusion_pytorch_model.safetensors") for place in (folder, paired))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_an_output_folder_that_another_run_writes_to_is_refused_in_one_line_for_all_processes(
-    alone, tmp_path
-):
+def test_a_folder_in_use_by_another_run_is_refused_in_one_line_for_all_ranks(alone, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copytree(alone / "cache", tmp_path / "run/cache")
     with locked(tmp_path / "run/cache"):
-        codes, said = train(tmp_path / "run")
+        codes, printed = train(tmp_path / "run")
     assert codes == [2, 2]
-    lines = [line for line in "".join(said).splitlines() if "train_distillation.py" in line]
-    assert len(lines) == 1 and "another run is writing there" in lines[0] and "Traceback" not in "".join(said)
+    lines = [line for line in "".join(printed).splitlines() if "train_distillation.py" in line]
+    assert (
+        len(lines) == 1 and "another run is writing there" in lines[0] and "Traceback" not in "".join(printed)
+    )
 
 
-# ---- a teacher in shares -----------------------------------------------------------------------------------
+# ---- a sharded teacher -------------------------------------------------------------------------------------
 
 
-def test_a_teacher_in_shares_says_what_a_whole_one_does_and_each_rank_keeps_half_of_its_blocks(
-    teacher, words, noisy, tmp_path
+def test_a_sharded_teacher_equals_a_full_one_with_half_of_the_blocks_per_rank(
+    teacher, prompt_embeddings, noisy, tmp_path
 ):
-    def ask(rank):
+    def use_teacher(rank):
         torch.distributed.init_process_group("gloo")
-        rows = 1 + 3 * rank  # rank 0 makes two passes more than its one row needs
+        rows = 1 + 3 * rank  # rank 0 makes two more passes than its one row needs
         shared = Teacher(open_teacher_files(TINY_TEACHER), residency="sharded", tokens_at_once=64)
         for level in (999.0, 100.0):
-            asked = (
+            requested = (
                 noisy[:rows],
                 torch.full((rows,), level),
-                *(text.rows(slice(0, rows)) for text in words),
+                *(text.rows(slice(0, rows)) for text in prompt_embeddings),
                 4.0,
                 3.0,
                 (2,),
             )
-            for found, expected in zip(shared.velocity(*asked), teacher.velocity(*asked)):
-                torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)  # other rows go together
+            for found, expected in zip(shared.velocity(*requested), teacher.velocity(*requested)):
+                torch.testing.assert_close(
+                    found, expected, rtol=1e-5, atol=5e-5
+                )  # other rows are batched together
         whole = [
             tensor for name, tensor in teacher.expert("low").named_parameters() if name.startswith("blocks.")
         ]
         kept = [tensor.to_local() for tensor in shared.expert("low").blocks.parameters()]
         assert sum(map(torch.numel, kept)) <= 0.51 * sum(map(torch.numel, whole))
         with pytest.raises(RuntimeError, match="different experts"):
-            shared.velocity(noisy, torch.full((4,), 999.0 if rank else 100.0), words[0])
+            shared.velocity(noisy, torch.full((4,), 999.0 if rank else 100.0), prompt_embeddings[0])
         torch.distributed.destroy_process_group()
         return 0
 
-    codes, said = together(ask, tmp_path / "ask")
-    assert codes == [0, 0], said
+    codes, printed = together(use_teacher, tmp_path / "ask")
+    assert codes == [0, 0], printed
 
 
-def test_ranks_in_step_make_as_many_shards_of_as_many_jobs_as_any_and_write_each_once(tmp_path):
+def test_synchronous_ranks_write_each_shard_once_with_the_usual_jobs(tmp_path):
     jobs = [(number, "x", number) for number in range(2 * SHARD_SIZE + 5)]
 
-    def walk(rank):
-        asked = []
+    def generate(rank):
+        requested = []
 
         def velocity_for(prompts, has_features):
-            asked.append(len(prompts))
+            requested.append(len(prompts))
             return lambda latents, timestep: (latents, torch.zeros(len(prompts), 4, 2))
 
         states = TrajectoryGenerator(
             Accelerator(), velocity_for, make_scheduler(3.0), 1, True, torch.eye(2)
         ).generate(tmp_path, jobs, (1, 2, 2))
         noise, _, prompt = states.ends(range(len(jobs)))
-        assert asked == [SHARD_SIZE] * 2 and prompt.tolist() == list(range(len(jobs)))
+        assert requested == [SHARD_SIZE] * 2 and prompt.tolist() == list(range(len(jobs)))
         assert torch.allclose(noise, seeded_noise((1, 2, 2), prompt.tolist()), atol=0.02)
         return 0
 
-    codes, said = together(walk, tmp_path / "walk")
-    assert codes == [0, 0], said
+    codes, printed = together(generate, tmp_path / "generate")
+    assert codes == [0, 0], printed
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
         f"shard-{index:05d}.safetensors" for index in range(3)
     ]
 
 
-def test_ranks_draw_the_rows_of_one_batch_at_one_level():
-    def drawn(rank, ranks):
+def test_ranks_sample_the_rows_of_one_batch_at_one_level():
+    def samples(rank, ranks):
         few, generator = FewSteps(3.0, (1, 2), (1, 2, 2), 10, (rank, ranks)), torch.Generator().manual_seed(0)
-        pictures = few.draw(4 // ranks, lambda latents, timestep: latents, generator, "cpu")
-        return [
-            pictures,
-            *few.renoise(pictures, generator),
-            *few.renoise(pictures, generator, is_one_level=True),
-        ]
+        images = few.draw(4 // ranks, lambda latents, timestep: latents, generator, "cpu")
+        return [images, *few.renoise(images, generator), *few.renoise(images, generator, is_one_level=True)]
 
-    for whole, first, second in zip(drawn(0, 1), drawn(0, 2), drawn(1, 2)):
+    for whole, first, second in zip(samples(0, 1), samples(0, 2), samples(1, 2)):
         assert torch.equal(whole, torch.stack([first, second], 1).flatten(0, 1))
     assert len(whole.unique()) == 1  # the last is the level
 
@@ -303,7 +298,7 @@ def test_ranks_draw_the_rows_of_one_batch_at_one_level():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_loads_every_config_and_its_first_line_says_the_command(path):
+def test_accelerate_loads_every_config_and_its_first_line_has_the_command(path):
     config = load_config_from_file(str(path))
     machines, gpus = [1, *map(int, re.findall(r"\d+", path.stem))][-2:]
     assert (config.num_machines, config.num_processes) == (machines, machines * gpus)
@@ -316,7 +311,7 @@ def test_accelerate_loads_every_config_and_its_first_line_says_the_command(path)
 
 
 @pytest.mark.parametrize(
-    "said, flags, words",
+    "printed, flags, words",
     [
         ({"ACCELERATE_USE_FSDP": "true"}, {}, "trains with FSDP; a student is small"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "trains with DeepSpeed"),
@@ -330,15 +325,15 @@ def test_accelerate_loads_every_config_and_its_first_line_says_the_command(path)
         ),
     ],
 )
-def test_a_launch_that_contradicts_the_flags_is_refused(said, flags, words, monkeypatch):
-    for name, value in said.items():
+def test_a_launch_that_contradicts_the_flags_is_refused(printed, flags, words, monkeypatch):
+    for name, value in printed.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=words):
         complete(train_distillation.Settings(**flags))
 
 
 @pytest.mark.parametrize(
-    "asked, config, expected, is_told",
+    "requested, config, expected, is_reported",
     [
         (None, None, None, False),
         (None, "no", None, False),
@@ -349,16 +344,20 @@ def test_a_launch_that_contradicts_the_flags_is_refused(said, flags, words, monk
         ("bf16", "fp8", "bf16", True),
     ],
 )
-def test_the_precision_is_that_of_the_flag_else_of_the_config(asked, config, expected, is_told, monkeypatch):
+def test_the_precision_comes_from_the_flag_else_from_the_config(
+    requested, config, expected, is_reported, monkeypatch
+):
     if config:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", config)
-    told = []
-    assert launched_precision(asked, told.append) == expected and bool(told) == is_told
-    assert not told or told == [f"--mixed_precision {asked} overrides {config} of accelerate's config"]
+    warnings = []
+    assert launched_precision(requested, warnings.append) == expected and bool(warnings) == is_reported
+    assert not warnings or warnings == [
+        f"--mixed_precision {requested} overrides {config} of accelerate's config"
+    ]
 
 
-def test_more_processes_than_gpus_are_refused_unless_they_are_to_share_the_cpu(monkeypatch):
+def test_more_processes_than_gpus_are_refused_except_on_the_cpu(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
-    with pytest.raises(ValueError, match="started 99 processes for as many GPUs here, torch finds"):
+    with pytest.raises(ValueError, match="started 99 processes, one for each GPU; torch finds"):
         check_devices({"ACCELERATE_USE_CPU": "False"})
     check_devices({"ACCELERATE_USE_CPU": "True"})

@@ -1,4 +1,6 @@
-"""A run that is stopped, killed, short of disk or of finite numbers: what it says, what is left, how it ends."""
+"""Runs that are stopped, killed, or out of disk space or finite numbers: their messages, their files, and
+their weights.
+"""
 
 import gc
 import json
@@ -21,7 +23,7 @@ from safetensors.torch import load_file
 import train_distillation
 from tests.conftest import ROOT, SHORT_RUN, fork, run_script
 from wanlite.files.atomic import write_json
-from wanlite.planning import estimate as needs
+from wanlite.planning import hardware
 from wanlite.teacher.model import Expert
 from wanlite.training.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
 from wanlite.training.phase_table import PHASES
@@ -33,13 +35,15 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def folder(finished_run, tmp_path):
-    """An output folder with what a run of the same settings has projected and cached."""
+    """An output folder with the projection and cache of a run with the same settings."""
     shutil.copytree(finished_run[0] / "cache", tmp_path / "run/cache")
     return tmp_path / "run"
 
 
 def happening_before(function, happenings):
-    """Return the same function; before call `number` it runs happenings[number](), which may scale its loss."""
+    """Return the function with hooks: before call `number`, happenings[number]() runs and may return a
+    factor for the loss.
+    """
     numbers = iter(range(1, 10**6))
 
     def called(*arguments):
@@ -53,17 +57,17 @@ def happening_before(function, happenings):
 
 
 def with_losses(happenings):
-    """Return PHASES with losses before which things happen, counted over all phases."""
+    """Return PHASES with hooks before their losses, counted over all phases."""
     call = happening_before(lambda loss, *arguments: loss(*arguments), happenings)
     return {name: replace(parts, loss=partial(call, parts.loss)) for name, parts in PHASES.items()}
 
 
-def train(folder, *flags, at=None, checks=None, guards=None, **seams):
-    """Run the command that a user types, in a process of its own; returns its exit code and what it said.
+def train(folder, *flags, short_run=SHORT_RUN, at=None, checks=None, guards=None, **seams):
+    """Run the training command in its own process; return its exit code and output.
 
-    `at` is {number of a micro-batch in this process: what happens before it, which may change its loss};
-    `checks` as much for the passes over the held-out states; `guards` stands in for what finds guard
-    violations; `seams` are those of train_distillation.main().
+    `at` is {micro-batch number in this process: function called before it, which may return a factor for its
+    loss}; `checks` is the same for validations on held-out states; `guards` replaces
+    Validator.find_violations; `seams` are arguments of train_distillation.main().
     """
 
     class Watched(Validator):
@@ -72,13 +76,13 @@ def train(folder, *flags, at=None, checks=None, guards=None, **seams):
 
     def as_typed():
         phases = with_losses(at or {})
-        sys.argv = ["train_distillation.py", "--output_dir", str(folder), *map(str, (*SHORT_RUN, *flags))]
+        sys.argv = ["train_distillation.py", "--output_dir", str(folder), *map(str, (*short_run, *flags))]
         with open(f"{folder}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
             try:
                 code = train_distillation.main(
                     *train_distillation.read_settings(), phases=phases, make_validator=Watched, **seams
                 )
-            except SystemExit as end:  # how argparse refuses
+            except SystemExit as end:  # argparse exits so
                 code = end.code
         os._exit(code)
 
@@ -87,7 +91,7 @@ def train(folder, *flags, at=None, checks=None, guards=None, **seams):
 
 
 class Scaled(Accelerator):
-    """Scales gradients as accelerate does in float16, which it has on GPUs alone."""
+    """Scales gradients as accelerate does in float16, which needs a GPU."""
 
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **named)
@@ -98,18 +102,17 @@ class Scaled(Accelerator):
             self.scaler.unscale_(prepared.optimizer)
 
 
-def test_gradients_that_are_scaled_train_the_same_student_bit_for_bit(finished_run, folder):
-    """By powers of two, in float32: nothing is lost.
-
-    The scale doubles after five steps, once for all optimizers.
+def test_scaled_gradients_train_the_same_student_bit_for_bit(finished_run, folder):
+    """Scaling by powers of two is exact in float32. The scale doubles after five steps, once for all
+    optimizers.
     """
     assert train(folder, make_accelerator=Scaled)[0] == 0
-    assert same(folder, finished_run[0])
+    assert have_equal_weights(folder, finished_run[0])
     path, _ = latest_checkpoint(folder)
     assert load_checkpoint(path)["scaler"]["scale"] == 2.0 ** (16 + read_run(folder)["steps"] // 5)
 
 
-def test_the_teacher_is_in_memory_only_in_the_part_that_asks_it(folder):
+def test_the_teacher_is_in_memory_only_in_the_phase_that_uses_it(folder):
     counts = folder.parent / "counts"
 
     def count():
@@ -117,15 +120,15 @@ def test_the_teacher_is_in_memory_only_in_the_part_that_asks_it(folder):
             file.write(f"{sum(isinstance(thing, Expert) for thing in gc.get_objects())} ")
 
     assert train(folder, at={1: count, 3: count, 6: count})[0] == 0
-    velocity, segments, matching = map(int, counts.read_text().split())
-    assert velocity == segments < matching  # not 0: this process, whose copy runs, may hold a teacher too
+    velocity, few_step, matching = map(int, counts.read_text().split())
+    assert velocity == few_step < matching  # not 0: the forked process inherits the teacher of this one
 
 
-def asked(number=signal.SIGTERM):
+def send_signal(number=signal.SIGTERM):
     return lambda: os.kill(os.getpid(), number)
 
 
-def same(folder, other):
+def have_equal_weights(folder, other):
     first, second = (load_file(place / WEIGHTS) for place in (folder, other))
     return first.keys() == second.keys() and all(
         torch.equal(tensor, second[name]) for name, tensor in first.items()
@@ -136,88 +139,86 @@ def steps(folder):
     return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
 
 
-# ---- stopped and killed ------------------------------------------------------------------------------------
+# ---- interruptions -----------------------------------------------------------------------------------------
 
 
-def test_a_run_stopped_twice_ends_with_the_weights_of_an_uninterrupted_one(folder, finished_run):
-    for at, step in ((2, 2), (3, 5)):  # the second process begins at step 2
-        code, said = train(folder, at={at: asked()})
-        assert code == 3 and f"stopped at step {step} of 6" in said
+def test_a_run_stopped_twice_ends_with_the_same_weights(folder, finished_run):
+    for at, step in ((2, 2), (3, 5)):  # the second process starts at step 2
+        code, printed = train(folder, at={at: send_signal()})
+        assert code == 3 and f"stopped at step {step} of 6" in printed
         assert (
             f"stopped; resume with: python train_distillation.py --output_dir {folder} --num_trajectories 64"
-            in said
+            in printed
         )
         assert step in steps(folder) and not (folder / WEIGHTS).exists()
-    code, said = train(folder)
+    code, printed = train(folder)
     assert (
         code == 0
-        and f"resumed at step 5 from {checkpoint_path(folder, 5)}" in said
-        and same(folder, finished_run[0])
+        and f"resumed at step 5 from {checkpoint_path(folder, 5)}" in printed
+        and have_equal_weights(folder, finished_run[0])
     )
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "held_out_error" in record] == [0, 3, 6]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_every_signal_of_a_scheduler_or_a_user_is_a_stop(number, folder):
-    code, said = train(folder, at={2: asked(number)})
-    assert code == 3 and "stopped at step 2" in said
+def test_every_signal_of_a_scheduler_or_a_user_stops_the_run(number, folder):
+    code, printed = train(folder, at={2: send_signal(number)})
+    assert code == 3 and "stopped at step 2" in printed
 
 
 def test_a_second_signal_ends_the_process_at_once(folder):
     def twice():
-        asked()()
-        asked()()
+        send_signal()()
+        send_signal()()
 
     code, _ = train(folder, at={4: twice})
     assert code == -signal.SIGTERM and steps(folder) == [3]
 
 
 @pytest.mark.parametrize("check, kept, step", [(1, [0], 0), (2, [3], 3), (3, [3, 6], 6)])
-def test_a_stop_while_validating_loses_nothing(check, kept, step, folder, finished_run):
-    code, said = train(folder, checks={check: asked()})
-    assert code == 3 and "stopped" in said and steps(folder) == kept
-    code, said = train(folder)
-    assert code == 0 and f"resumed at step {step}" in said and same(folder, finished_run[0])
+def test_a_stop_during_validation_loses_nothing(check, kept, step, folder, finished_run):
+    code, printed = train(folder, checks={check: send_signal()})
+    assert code == 3 and "stopped" in printed and steps(folder) == kept
+    code, printed = train(folder)
+    assert code == 0 and f"resumed at step {step}" in printed and have_equal_weights(folder, finished_run[0])
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "held_out_error" in record] == [0, 3, 6]
 
 
-def test_what_decides_no_weight_may_change_on_resume(folder, finished_run):
-    train(folder, at={5: asked(signal.SIGKILL)})
-    code, said = train(
+def test_settings_without_effect_on_weights_may_change_on_resume(folder, finished_run):
+    train(folder, at={5: send_signal(signal.SIGKILL)})
+    code, printed = train(
         folder, "--checkpointing_steps", "1", "--checkpoints_total_limit", "9", "--report_to", "tensorboard"
     )
     assert (
         code == 0
-        and "resumed at step 3" in said
-        and same(folder, finished_run[0])
+        and "resumed at step 3" in printed
+        and have_equal_weights(folder, finished_run[0])
         and steps(folder) == [3, 4, 5, 6]
     )
 
 
-def test_a_batch_that_was_fitted_to_a_machine_stays_when_a_run_goes_on_where_more_is_free_or_less(
-    folder, monkeypatch
-):
+def test_a_micro_batch_fitted_to_a_machine_stays_on_resume_with_other_memory(folder, monkeypatch):
     place = SHORT_RUN.index("--train_batch_size")
-    monkeypatch.setattr(sys.modules[__name__], "SHORT_RUN", SHORT_RUN[:place] + SHORT_RUN[place + 2 :])
-    for name, value in (("LARGE_WIDTH", 1), ("BATCH", 256)):
-        monkeypatch.setattr(needs, name, value)
+    short_run = SHORT_RUN[:place] + SHORT_RUN[place + 2 :]
+    for name, value in (("LARGE_WIDTH", 1), ("DEFAULT_BATCH_SIZE", 256)):
+        monkeypatch.setattr(hardware, name, value)
 
     def train_in(free, *flags, **happenings):
-        monkeypatch.setattr(needs, "free_memory", lambda device, sharing=1: (free, free))
-        return train(folder, *flags, **happenings)
+        monkeypatch.setattr(hardware, "free_memory", lambda device, sharing=1: (free, free))
+        return train(folder, *flags, short_run=short_run, **happenings)
 
-    code, said = train_in(20e6)  # less than the tiny teacher's walks take
-    assert code == 2 and "the teacher's passes do not fit" in said and "Traceback" not in said
-    code, said = train_in(150e6, at={1: asked()})
-    assert code == 3 and "4 x 64 a step" in said  # the critic counts, and the teacher that is asked beside it
-    code, said = train_in(60e6, "--matching_steps", "0", "--overwrite", at={12: asked()})
+    code, printed = train_in(20e6)  # less than the tiny teacher's trajectories need
+    assert code == 2 and "the teacher's passes do not fit" in printed and "Traceback" not in printed
+    code, printed = train_in(150e6, at={1: send_signal()})
+    assert code == 3 and "4 x 64 a step" in printed  # the critic counts, and the teacher beside it
+    code, printed = train_in(60e6, "--matching_steps", "0", "--overwrite", at={12: send_signal()})
     assert (
         code == 3
-        and "8 x 32 a step" in said
-        and "60.0 MB free on cpu" in said
-        and "stopped at step 1" in said
+        and "8 x 32 a step" in printed
+        and "60.0 MB free on cpu" in printed
+        and "stopped at step 1" in printed
     )
     assert read_run(folder)["fitted"] == {
         "mixed_precision": "no",
@@ -226,22 +227,22 @@ def test_a_batch_that_was_fitted_to_a_machine_stays_when_a_run_goes_on_where_mor
     }
     run = read_run(folder)
     write_json(folder / "run.json", {name: value for name, value in run.items() if name != "fitted"})
-    code, said = train_in(60e6, "--matching_steps", "0")
-    assert code == 2 and "an unfinished run of an older version" in said
+    code, printed = train_in(60e6, "--matching_steps", "0")
+    assert code == 2 and "an unfinished run of an older version" in printed
     write_json(folder / "run.json", run)
-    monkeypatch.delattr("wanlite.planning.run.choose_precision")  # nothing is chosen again
-    code, said = train_in(1e12, "--matching_steps", "0")
-    assert code == 0 and "8 x 32 a step" in said and "resumed at step 1" in said
+    monkeypatch.delattr("wanlite.planning.run.choose_precision")  # the saved choice is used
+    code, printed = train_in(1e12, "--matching_steps", "0")
+    assert code == 0 and "8 x 32 a step" in printed and "resumed at step 1" in printed
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [(["--seed", "1"], "seed was 0, is 1"), (["--max_train_steps", "7"], "max_train_steps was 6, is 7")],
 )
-def test_a_changed_setting_that_decides_a_weight_is_named(flags, words, folder):
-    train(folder, at={5: asked(signal.SIGKILL)})
-    code, said = train(folder, *flags)
-    assert code == 2 and words in said and "--overwrite" in said and steps(folder) == [3]
+def test_a_changed_setting_that_affects_weights_is_named(flags, words, folder):
+    train(folder, at={5: send_signal(signal.SIGKILL)})
+    code, printed = train(folder, *flags)
+    assert code == 2 and words in printed and "--overwrite" in printed and steps(folder) == [3]
 
 
 @pytest.mark.parametrize(
@@ -252,29 +253,29 @@ def test_a_changed_setting_that_decides_a_weight_is_named(flags, words, folder):
     ],
 )
 def test_another_world_or_teacher_is_named(name, value, words, folder):
-    train(folder, at={5: asked(signal.SIGKILL)})
+    train(folder, at={5: send_signal(signal.SIGKILL)})
     run = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(run | {name: value}))
-    code, said = train(folder)
-    assert code == 2 and words in said and steps(folder) == [3]
+    code, printed = train(folder)
+    assert code == 2 and words in printed and steps(folder) == [3]
 
 
-def test_a_run_is_not_joined_by_another_one(folder, finished_run):
+def test_a_second_run_in_the_same_folder_is_refused(folder, finished_run):
     def join():
-        code, said = train(folder.with_name("second"), "--output_dir", folder)  # the later flag counts
-        folder.with_name("joined").write_text(f"{code} {said}")
+        code, printed = train(folder.with_name("second"), "--output_dir", folder)  # the later flag applies
+        folder.with_name("joined").write_text(f"{code} {printed}")
 
     code, _ = train(folder, at={5: join})
-    assert code == 0 and same(folder, finished_run[0])
+    assert code == 0 and have_equal_weights(folder, finished_run[0])
     joined = folder.with_name("joined").read_text()
     assert joined.startswith("2 ") and "another run is writing there" in joined
 
 
-# ---- which student is saved --------------------------------------------------------------------------------
+# ---- selection of the saved student ------------------------------------------------------------------------
 
 
 def scores(folder):
-    """Return {step: what a run with distribution matching is judged by} of every validation."""
+    """Return {step: selection score of a run with distribution matching} for every validation."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         record["step"]: sum(record[f"frechet_distance_{count}"] for count in (1, 2, 4)) / 3
@@ -283,7 +284,7 @@ def scores(folder):
     }
 
 
-def test_the_best_validation_is_saved_and_not_the_last_and_a_resumed_run_chooses_the_same(folder):
+def test_the_best_student_is_saved_and_not_the_last_also_by_a_resumed_run(folder):
     flags = (
         "--validation_steps",
         "1",
@@ -295,14 +296,14 @@ def test_the_best_validation_is_saved_and_not_the_last_and_a_resumed_run_chooses
         "0",
         "--learning_rate",
         "0.05",
-    )  # far too high: students get worse
-    code, _ = train(folder, *flags, guards=lambda figures: [], at={6: asked()})
+    )  # a learning rate that makes students worse
+    code, _ = train(folder, *flags, guards=lambda figures: [], at={6: send_signal()})
     assert code == 3
     code, _ = train(folder, *flags, guards=lambda figures: [])
     chosen = json.loads((folder / "run.json").read_text())["chosen"]
     found = {
         step: score for step, score in scores(folder).items() if step > 2
-    }  # of stage 1 none is a candidate
+    }  # students of the first phase are not candidates
     assert (
         code == 0
         and chosen["step"] == min(found, key=found.get)
@@ -316,10 +317,10 @@ def test_the_best_validation_is_saved_and_not_the_last_and_a_resumed_run_chooses
 
 
 @pytest.mark.parametrize("rate, ends", [("0.3", True), ("0.003", False)], ids=["worse", "nearer"])
-def test_training_ends_where_students_stay_beyond_a_guard_unless_they_still_come_nearer(rate, ends, folder):
-    """And the best before is saved."""
-    looks = iter([[]] * 3 + [["diversity 0.00, at least 0.6"]] * 99)
-    code, said = train(
+def test_training_ends_early_after_guard_violations_without_improvement(rate, ends, folder):
+    """The best earlier student is saved."""
+    validations = iter([[]] * 3 + [["diversity 0.00, at least 0.6"]] * 99)
+    code, printed = train(
         folder,
         "--validation_steps",
         "1",
@@ -327,106 +328,110 @@ def test_training_ends_where_students_stay_beyond_a_guard_unless_they_still_come
         "0",
         "--learning_rate",
         rate,
-        guards=lambda figures: next(looks),
+        guards=lambda figures: next(validations),
     )
     rejected = "rejected, unlike the teacher in 1 step: diversity 0.00, at least 0.6"
     run, found = json.loads((folder / "run.json").read_text()), scores(folder)
     first, *later = (found[step] for step in sorted(found) if step > 2)
-    assert code == 0 and ("2 validations in a row were rejected" in said) == ends == (run["steps"] < 6)
+    assert code == 0 and ("2 validations in a row were rejected" in printed) == ends == (run["steps"] < 6)
     assert ends == all(score >= first for score in later[:2])
-    assert run["chosen"]["step"] == min(found.keys() - {0, 1, 2}) and rejected in said
+    assert run["chosen"]["step"] == min(found.keys() - {0, 1, 2}) and rejected in printed
 
 
 def test_a_run_whose_validations_were_all_rejected_ends_with_a_warning(folder):
-    code, said = train(folder, guards=lambda figures: ["colour drift 1.03, at most 0.3"])
+    code, printed = train(folder, guards=lambda figures: ["colour drift 1.03, at most 0.3"])
     ending = "no validation came close enough to the teacher; kept the last step. Try more --max_train_steps or --num_trajectories"
-    assert code == 0 and f"\nWARNING   {ending}\n" in said
+    assert code == 0 and f"\nWARNING   {ending}\n" in printed
     run = read_run(folder)
     assert run["verdict"] == ending and run["chosen"] == {
         "step": 6,
-        "why": "the last step, for every validation was rejected",
+        "why": "the last step, because all validations were rejected",
     }
-    rejected = [line for line in said.splitlines() if "rejected" in line]
+    rejected = [line for line in printed.splitlines() if "rejected" in line]
     assert rejected and max(map(len, rejected)) <= 100
 
 
-def test_a_run_that_came_close_ends_with_the_step_that_was_kept(folder):
-    code, said = train(folder, guards=lambda figures: [])
+def test_a_run_reports_the_step_that_it_kept(folder):
+    code, printed = train(folder, guards=lambda figures: [])
     run = read_run(folder)
     assert (
         run["verdict"] == f"kept step {run['chosen']['step']}, the closest to the teacher"
-        and "WARNING   " not in said
+        and "WARNING   " not in printed
     )
-    assert code == 0 and f"finished in {run['minutes']:.1f} minutes; {run['verdict']}\n" in said
+    assert code == 0 and f"finished in {run['minutes']:.1f} minutes; {run['verdict']}\n" in printed
 
 
 @pytest.mark.parametrize("flags, at", [(["--overwrite"], 2), (["--resume_from_checkpoint", "none"], 4)])
 def test_the_command_that_a_stopped_run_prints_resumes_it(flags, at, folder, finished_run):
-    """Whatever would start it again is taken back."""
-    code, said = train(folder, *flags, at={at: asked()})
-    words = shlex.split(said.partition("stopped; resume with: ")[2].splitlines()[0])
+    """The printed command has no flag that would start the run from the beginning."""
+    code, printed = train(folder, *flags, at={at: send_signal()})
+    words = shlex.split(printed.partition("stopped; resume with: ")[2].splitlines()[0])
     assert code == 3 and words[:2] == ["python", "train_distillation.py"]
-    code, said = train(folder, *words[4 + len(SHORT_RUN) :])  # after the folder, and what every run here has
-    assert code == 0 and "resumed at step" in said and same(folder, finished_run[0])
+    code, printed = train(folder, *words[4 + len(SHORT_RUN) :])  # after the folder and SHORT_RUN
+    assert code == 0 and "resumed at step" in printed and have_equal_weights(folder, finished_run[0])
 
 
-# ---- checkpoints that do not verify ------------------------------------------------------------------------
+# ---- invalid checkpoints -----------------------------------------------------------------------------------
 
 
 def cut(path):
     (path / "state.safetensors").write_bytes((path / "state.safetensors").read_bytes()[:-1])
 
 
-def test_the_newest_checkpoint_is_skipped_where_it_is_broken_and_said(folder, finished_run):
-    train(folder, "--checkpointing_steps", "2", at={6: asked(signal.SIGKILL)})
+def test_a_broken_newest_checkpoint_is_skipped_and_reported(folder, finished_run):
+    train(folder, "--checkpointing_steps", "2", at={6: send_signal(signal.SIGKILL)})
     assert steps(folder) == [2, 4]
     cut(checkpoint_path(folder, 4))
-    code, said = train(folder)
+    code, printed = train(folder)
     assert (
         code == 0
-        and "step-000004: skipped, state.safetensors differs" in said
-        and "resumed at step 2" in said
+        and "step-000004: skipped, state.safetensors differs" in printed
+        and "resumed at step 2" in printed
     )
-    assert same(folder, finished_run[0])
+    assert have_equal_weights(folder, finished_run[0])
 
 
-def test_a_run_never_starts_again_by_itself_where_no_checkpoint_verifies(folder, finished_run):
-    train(folder, at={5: asked(signal.SIGKILL)})
+def test_a_run_never_restarts_by_itself_without_a_valid_checkpoint(folder, finished_run):
+    train(folder, at={5: send_signal(signal.SIGKILL)})
     cut(checkpoint_path(folder, 3))
-    code, said = train(folder)
+    code, printed = train(folder)
     assert (
         code == 2
-        and "no checkpoint verifies, so nothing can be resumed. Add --overwrite" in said
+        and "no checkpoint is valid, so nothing can be resumed. Add --overwrite" in printed
         and steps(folder) == [3]
     )
-    code, said = train(folder, "--overwrite")
-    assert code == 0 and same(folder, finished_run[0])
+    code, printed = train(folder, "--overwrite")
+    assert code == 0 and have_equal_weights(folder, finished_run[0])
 
 
-def test_a_critic_that_is_not_this_runs_is_named(folder):
-    train(folder, at={5: asked(signal.SIGKILL)})
+def test_a_critic_of_another_run_is_named(folder):
+    train(folder, at={5: send_signal(signal.SIGKILL)})
     path = checkpoint_path(folder, 3)
     state = load_checkpoint(path)
     state["critic"] = {name: tensor[..., :-1].contiguous() for name, tensor in state["critic"].items()}
     shutil.rmtree(path)
     save_checkpoint(folder, 3, state, read_run(folder), 2)
-    code, said = train(folder)
-    assert code == 2 and "the checkpoint's critic is not that of this run" in said and "--overwrite" in said
+    code, printed = train(folder)
+    assert (
+        code == 2
+        and "the checkpoint's critic is not that of this run" in printed
+        and "--overwrite" in printed
+    )
 
 
-def test_states_on_the_own_path_that_are_gone_are_asked_for(folder):
-    train(folder, "--checkpointing_steps", "1", at={6: asked(signal.SIGKILL)})
-    for own in folder.glob("cache/own-path-*"):
+def test_missing_on_policy_states_are_named(folder):
+    train(folder, "--checkpointing_steps", "1", at={6: send_signal(signal.SIGKILL)})
+    for own in folder.glob("cache/rollouts-*"):
         shutil.rmtree(own)
-    code, said = train(folder, "--checkpointing_steps", "1")
-    assert code == 2 and "the rollout of step 4 is missing" in said and "Put it back" in said
+    code, printed = train(folder, "--checkpointing_steps", "1")
+    assert code == 2 and "the rollout of step 4 is missing" in printed and "Put it back" in printed
 
 
 # ---- a full disk -------------------------------------------------------------------------------------------
 
 
 def fill(disk, but):
-    """Leave `but` bytes free."""
+    """Fill a disk except for `but` bytes."""
     free = shutil.disk_usage(disk).free
     with open(disk / "ballast", "wb") as ballast:
         os.posix_fallocate(ballast.fileno(), 0, free - but)
@@ -434,66 +439,69 @@ def fill(disk, but):
 
 @pytest.mark.parametrize("small_disk", [80], indirect=True)
 @pytest.mark.parametrize("is_freed", [True, False], ids=["freed in time", "never freed"])
-def test_a_full_disk_costs_a_checkpoint_and_neither_the_run_nor_an_earlier_one(
+def test_a_full_disk_costs_one_checkpoint_and_not_the_run_or_an_earlier_one(
     is_freed, folder, small_disk, finished_run
 ):
     shutil.copytree(folder / "cache", small_disk / "run/cache")
     run = small_disk / "run"
     freed = {5: lambda: (small_disk / "ballast").unlink()} if is_freed else {}
-    code, said = train(
+    code, printed = train(
         run, "--checkpointing_steps", "2", at={3: lambda: fill(small_disk, but=300_000)} | freed
     )
     assert (
-        "WARNING: step 4 is NOT saved" in said
-        and f"The newest checkpoint is {checkpoint_path(run, 2)}" in said
+        "WARNING: step 4 is NOT saved" in printed
+        and f"The newest checkpoint is {checkpoint_path(run, 2)}" in printed
     )
     if is_freed:
         assert code == 0 and steps(run) == [2, 6]
     else:
-        assert code == 2 and "no space left" in said and "Traceback" not in said
+        assert code == 2 and "no space left" in printed and "Traceback" not in printed
         assert latest_checkpoint(run) == (checkpoint_path(run, 2), [])
         (small_disk / "ballast").unlink()
-        code, said = train(run)
-        assert code == 0 and "resumed at step 2" in said
-    assert same(run, finished_run[0])
+        code, printed = train(run)
+        assert code == 0 and "resumed at step 2" in printed
+    assert have_equal_weights(run, finished_run[0])
 
 
 @pytest.mark.parametrize("small_disk", [12], indirect=True)
-def test_a_disk_that_fills_while_the_teacher_walks_ends_the_run_in_one_line_and_keeps_what_was_walked(
-    small_disk, finished_run
-):
+def test_a_disk_that_fills_with_trajectories_ends_the_run_and_keeps_them(small_disk, finished_run):
     run = small_disk / "run"
     (run / "cache").mkdir(parents=True)
     for start in (finished_run[0] / "cache").glob("start-*"):
         shutil.copytree(start, run / "cache" / start.name)
     fill(small_disk, but=100_000)
-    code, said = train(run)
+    code, printed = train(run)
     assert (
-        code == 2 and "No space left" in said and "Traceback" not in said and not list(run.rglob("*.partial"))
+        code == 2
+        and "No space left" in printed
+        and "Traceback" not in printed
+        and not list(run.rglob("*.partial"))
     )
     (small_disk / "ballast").unlink()
     subprocess.run(["mount", "-o", "remount,size=80m", small_disk], check=True)
-    assert train(run)[0] == 0 and same(run, finished_run[0])
+    assert train(run)[0] == 0 and have_equal_weights(run, finished_run[0])
 
 
-def test_a_trajectory_file_that_is_not_whole_is_named_and_made_again_when_deleted(folder, finished_run):
+def test_an_incomplete_trajectory_file_is_named_and_rebuilt_after_deletion(folder, finished_run):
     shard = next(folder.glob("cache/trajectories-*/*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    code, said = train(folder)
-    assert code == 2 and f"{shard}: damaged" in said and "Delete it" in said and "Traceback" not in said
+    code, printed = train(folder)
+    assert (
+        code == 2 and f"{shard}: damaged" in printed and "Delete it" in printed and "Traceback" not in printed
+    )
     shard.unlink()
-    assert train(folder)[0] == 0 and same(folder, finished_run[0])
+    assert train(folder)[0] == 0 and have_equal_weights(folder, finished_run[0])
 
 
-# ---- numbers that are not finite ---------------------------------------------------------------------------
+# ---- values that are not finite ----------------------------------------------------------------------------
 
 
-def test_a_step_without_a_finite_gradient_is_skipped_counted_and_remembered(folder, finished_run):
-    code, said = train(folder, at={2: lambda: float("nan"), 5: asked(signal.SIGKILL)})
-    code, said = train(folder)
-    assert code == 0 and "resumed at step 3" in said
+def test_a_step_without_a_finite_gradient_is_skipped_counted_and_saved(folder, finished_run):
+    code, printed = train(folder, at={2: lambda: float("nan"), 5: send_signal(signal.SIGKILL)})
+    code, printed = train(folder)
+    assert code == 0 and "resumed at step 3" in printed
     run = json.loads((folder / "run.json").read_text())
-    assert run["skipped_steps"] == 1 and run["steps"] == 6 and not same(folder, finished_run[0])
+    assert run["skipped_steps"] == 1 and run["steps"] == 6 and not have_equal_weights(folder, finished_run[0])
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [
         record["skipped_steps"] for record in records if "skipped_steps" in record and record["step"] != 4
@@ -501,7 +509,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_counted_and_remembered(fold
     assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / WEIGHTS).values())
 
 
-def test_progress_in_a_log_is_few_lines(finished_run, tmp_path):
+def test_progress_in_a_log_takes_few_lines(finished_run, tmp_path):
     process = run_script(
         ROOT / "train_distillation.py",
         "--output_dir",
@@ -519,30 +527,32 @@ def test_progress_in_a_log_is_few_lines(finished_run, tmp_path):
     assert process.returncode == 0 and 2 <= process.stderr.count("distilling:") < 10
 
 
-def test_memory_that_runs_out_ends_the_run_with_what_to_try(folder):
+def test_running_out_of_memory_ends_the_run_with_advice(folder):
     def run_out():
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 2.00 GiB.\nOf the allocated memory ..."
         )
 
-    code, said = train(folder, at={5: run_out})
+    code, printed = train(folder, at={5: run_out})
     assert (
         code == 2
-        and "Traceback" not in said
-        and "Tried to allocate 2.00 GiB. The teacher's trajectories are kept." in said
+        and "Traceback" not in printed
+        and "Tried to allocate 2.00 GiB. The teacher's trajectories are kept." in printed
     )
-    code, said = train(folder, "--overwrite", "--train_batch_size", "8", "--gradient_accumulation_steps", "2")
-    assert code == 0 and "teacher trajectories" not in said and "2 x 8 a step" in said
+    code, printed = train(
+        folder, "--overwrite", "--train_batch_size", "8", "--gradient_accumulation_steps", "2"
+    )
+    assert code == 0 and "teacher trajectories" not in printed and "2 x 8 a step" in printed
 
 
-def test_too_many_such_steps_in_a_row_end_the_run_with_what_to_try(folder):
-    code, said = train(
+def test_too_many_skipped_steps_in_a_row_end_the_run_with_advice(folder):
+    code, printed = train(
         folder, "--max_train_steps", "30", at={number: lambda: float("inf") for number in range(4, 31)}
     )
     assert (
         code == 2
-        and "20 steps in a row, up to 23, had no finite gradient" in said
-        and "lower --learning_rate" in said
+        and "20 steps in a row, up to 23, had no finite gradient" in printed
+        and "lower --learning_rate" in printed
     )
     newest, _ = latest_checkpoint(folder)
     assert all(

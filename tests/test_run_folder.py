@@ -1,4 +1,4 @@
-"""A run's folder: saved whole or not at all, resumed from what verifies, never overwritten by accident."""
+"""A run's folder: saved atomically, resumed from valid checkpoints, never overwritten by accident."""
 
 import json
 import shlex
@@ -20,17 +20,17 @@ from wanlite.training.run_folder import (
 )
 
 
-def test_a_folder_with_no_more_than_a_projected_start_is_free_for_a_run(tmp_path):
+def test_a_folder_with_only_a_projected_student_is_free_for_a_run(tmp_path):
     (tmp_path / "cache/start-0").mkdir(parents=True)
     assert check_output_folder(tmp_path, {}) == "new"
-    (tmp_path / ".run.json.0123.partial").touch()  # of a run that was killed as it wrote its settings
+    (tmp_path / ".run.json.0123.partial").touch()  # of a run killed while writing its settings
     assert check_output_folder(tmp_path, {}) == "new"
     (tmp_path / "letter.txt").touch()
-    with pytest.raises(ValueError, match="files of other origin than a run"):
+    with pytest.raises(ValueError, match="files that do not belong to a run"):
         check_output_folder(tmp_path, {})
 
 
-def test_a_saved_start_is_free_for_any_run_and_a_finished_run_is_not(tmp_path):
+def test_a_saved_initialization_may_be_replaced_and_a_finished_run_may_not(tmp_path):
     run = {"settings": {"seed": 0}, "finished": False, "projected_only": True}
     write_json(tmp_path / "run.json", run)
     assert check_output_folder(tmp_path, {"seed": 0}) == check_output_folder(tmp_path, {"seed": 1}) == "new"
@@ -48,7 +48,7 @@ def test_a_finished_run_is_refused_with_how_to_train_it_further(name, tmp_path):
     assert f"--student {shlex.quote(str(tmp_path / name))} and" in str(refused.value)
 
 
-def test_an_output_folder_says_what_a_run_may_do_with_it(tmp_path):
+def test_the_content_of_an_output_folder_decides_if_a_run_may_use_it(tmp_path):
     settings = {"seed": 0, "learning_rate": 1e-3}
     assert (
         check_output_folder(tmp_path / "none", settings) == check_output_folder(tmp_path, settings) == "new"
@@ -68,7 +68,7 @@ def test_an_output_folder_says_what_a_run_may_do_with_it(tmp_path):
         if content is not None:
             write_json(tmp_path / "run.json", content)
         for overwrite in (False, True):
-            with pytest.raises(ValueError, match="files of other origin than a run"):
+            with pytest.raises(ValueError, match="files that do not belong to a run"):
                 check_output_folder(tmp_path, settings, overwrite=overwrite, resume=False)
 
 
@@ -80,24 +80,24 @@ def test_an_output_folder_says_what_a_run_may_do_with_it(tmp_path):
         ("prompts", "c", "prompts differ"),
     ],
 )
-def test_what_would_end_otherwise_is_not_resumed(tmp_path, name, value, words):
+def test_a_run_with_another_outcome_is_not_resumed(tmp_path, name, value, words):
     run = {"teacher": "a", "prompts": "b", "processes": 1, "versions": {"torch": "2.13.0"}}
     write_json(tmp_path / "run.json", run)
-    said = []
-    check_resumable(tmp_path, run, said.append)
-    assert said == []
-    check_resumable(tmp_path, run | {"versions": {"torch": "2.11.0"}}, said.append)
-    assert "torch 2.13.0, now 2.11.0" in said[0]
+    printed = []
+    check_resumable(tmp_path, run, printed.append)
+    assert printed == []
+    check_resumable(tmp_path, run | {"versions": {"torch": "2.11.0"}}, printed.append)
+    assert "torch 2.13.0, now 2.11.0" in printed[0]
     with pytest.raises(ValueError, match=words):
-        check_resumable(tmp_path, run | {name: value}, said.append)
+        check_resumable(tmp_path, run | {name: value}, printed.append)
 
 
-def test_a_record_with_numbers_that_are_not_finite_is_read_back(tmp_path):
+def test_a_record_with_infinite_numbers_is_read_back(tmp_path):
     write_json(tmp_path / "run.json", {"results": {"image_error": float("inf"), "speed": 1.5}})
     assert read_run(tmp_path) == {"results": {"image_error": float("inf"), "speed": 1.5}}
 
 
-def test_clearing_removes_what_a_run_wrote_and_nothing_else(tmp_path):
+def test_clearing_removes_the_files_of_a_run_and_nothing_else(tmp_path):
     for name in (
         "checkpoints/step-000001/manifest.json",
         "run.json",
@@ -125,20 +125,20 @@ def test_clearing_removes_what_a_run_wrote_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", pytest.param("[" * 10**5, id="deep")])
-def test_a_run_that_cannot_be_read_is_named(content, tmp_path):
+def test_an_unreadable_run_record_is_named(content, tmp_path):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(OSError, match="run.json: .*Copy it again"):
         read_run(tmp_path)
 
 
-def test_what_a_run_was_fitted_to_has_to_be_said(tmp_path):
+def test_a_record_without_fitted_settings_is_refused(tmp_path):
     write_json(tmp_path / "run.json", {"fitted": [1], "versions": [1]})
     with pytest.raises(ValueError, match="Add --overwrite to start again"):
         read_fitted_settings(tmp_path)
     check_resumable(tmp_path, {"versions": {"torch": "2.13.0"}}, print)
 
 
-def test_metrics_with_a_broken_byte_lose_that_line_alone(tmp_path):
+def test_metrics_with_a_broken_byte_lose_only_that_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": \xff2}\n{"step": 3}\n')
     assert MetricsLog(tmp_path / "metrics.jsonl", 3).path.read_text() == '{"step": 1}\n{"step": 3}\n'
 
@@ -150,18 +150,18 @@ class NoScheduler:
 
 
 @pytest.fixture
-def saved_parts(tmp_path):
-    for part in COMPONENTS:
-        (tmp_path / "teacher" / part).mkdir(parents=True)
-        (tmp_path / "teacher" / part / "weights.bin").write_text("weights")
-        (tmp_path / "teacher" / part).chmod(0o555)
+def saved_components(tmp_path):
+    for component in COMPONENTS:
+        (tmp_path / "teacher" / component).mkdir(parents=True)
+        (tmp_path / "teacher" / component / "weights.bin").write_text("weights")
+        (tmp_path / "teacher" / component).chmod(0o555)
     save_components(tmp_path / "run", tmp_path / "teacher", NoScheduler())
     return tmp_path / "run"
 
 
-def test_parts_of_a_read_only_teacher_are_saved_writable(saved_parts):
-    assert all((saved_parts / part).stat().st_mode & 0o200 for part in COMPONENTS)
-    check_saved_components(saved_parts)
+def test_components_of_a_read_only_teacher_are_saved_writable(saved_components):
+    assert all((saved_components / component).stat().st_mode & 0o200 for component in COMPONENTS)
+    check_saved_components(saved_components)
 
 
 @pytest.mark.parametrize(
@@ -173,13 +173,13 @@ def test_parts_of_a_read_only_teacher_are_saved_writable(saved_parts):
         (lambda run: (run / "scheduler/scheduler_config.json").unlink(), "lacks scheduler_config.json"),
     ],
 )
-def test_a_saved_part_that_was_damaged_is_named(saved_parts, break_it, words):
-    break_it(saved_parts)
+def test_a_damaged_saved_component_is_named(saved_components, break_it, words):
+    break_it(saved_components)
     with pytest.raises(OSError, match=words):
-        check_saved_components(saved_parts)
+        check_saved_components(saved_components)
 
 
-def test_the_metrics_of_steps_that_are_run_again_are_dropped(tmp_path):
+def test_the_metrics_of_repeated_steps_are_dropped(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl", 0)
     for step in (1, 2, 3):
         log.write(step=step, loss=1.0 / step)
@@ -190,7 +190,7 @@ def test_the_metrics_of_steps_that_are_run_again_are_dropped(tmp_path):
     assert json.loads(log.path.read_text().splitlines()[-1])["loss"] == 0.0
 
 
-def test_a_run_that_starts_again_starts_its_metrics_again(tmp_path):
+def test_a_restarted_run_starts_new_metrics(tmp_path):
     MetricsLog(tmp_path / "metrics.jsonl", 0).write(step=0, held_out_error=1.0)
     assert MetricsLog(tmp_path / "metrics.jsonl", 0).path.read_text() == ""
     (tmp_path / "metrics.jsonl").write_text('[1]\n{"step": 1}\n')

@@ -1,4 +1,4 @@
-"""The saved scheduler: every setting of it is the training's, or it is refused by name."""
+"""The saved scheduler: every setting equals that of the training, or it is refused by name."""
 
 import inspect
 import json
@@ -34,7 +34,7 @@ def test_defaults_read_from_source_are_those_of_the_class():
 @pytest.mark.parametrize(
     "schedule, few_steps", [(FEW, (1, 2, 4)), (STAGE_ONE, ()), ({}, (1, 2, 4)), ({}, ())]
 )
-def test_what_training_saves_is_what_drawing_takes(schedule, few_steps, tmp_path):
+def test_inference_accepts_the_schedule_that_training_saves(schedule, few_steps, tmp_path):
     make_scheduler(3.0, few_steps).save_pretrained(tmp_path / "scheduler")
     found, expected = (
         UniPCMultistepScheduler(**read_schedule(tmp_path, schedule)),
@@ -47,10 +47,10 @@ def test_what_training_saves_is_what_drawing_takes(schedule, few_steps, tmp_path
 
 @pytest.mark.parametrize("name", sorted(scheduler_defaults()))
 @pytest.mark.parametrize("schedule", [FEW, {}], ids=["recorded", "not recorded"])
-def test_no_setting_of_another_value_is_taken(name, schedule, folder):
+def test_a_setting_of_another_value_is_refused(name, schedule, folder):
     value = scheduler_defaults()[name]
     change(folder, **{name: not value if isinstance(value, bool) else "evil"})
-    if name == "use_flow_sigmas":  # the training sets it against its default
+    if name == "use_flow_sigmas":  # the training overrides its default
         change(folder, **{name: False})
     with pytest.raises(ValueError, match=f"{name} is .*expected .*Copy the folder again"):
         read_schedule(folder, schedule)
@@ -78,7 +78,7 @@ def test_types_lists_and_unknown_settings_are_compared_too(changes, words, folde
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_not_finite_are_no_json(value, folder):
+def test_numbers_that_are_not_finite_are_invalid_json(value, folder):
     change(folder, flow_shift=value)
     with pytest.raises(OSError, match="is not a number"):
         read_schedule(folder, FEW)
@@ -98,7 +98,7 @@ def test_versions_and_settings_at_their_default_make_no_difference(changes, fold
     assert read_schedule(folder, FEW)["flow_shift"] == 3.0
 
 
-def test_a_scheduler_that_stock_loaded_and_saved_again_is_taken(folder):
+def test_a_scheduler_loaded_and_saved_by_stock_diffusers_is_accepted(folder):
     UniPCMultistepScheduler.from_pretrained(folder / "scheduler").save_pretrained(folder / "scheduler")
     assert read_schedule(folder, FEW) == read_schedule(folder, {})
 
@@ -117,7 +117,7 @@ def test_a_scheduler_that_stock_loaded_and_saved_again_is_taken(folder):
         {"flow_shift": -1},
     ],
 )
-def test_a_record_of_no_schedule_is_refused_by_name(schedule):
+def test_an_invalid_schedule_record_is_refused_by_name(schedule):
     with pytest.raises(ValueError, match="run.json: ") as refused:
         recorded_schedule({"schedule": schedule}, "run.json")
     assert len(str(refused.value)) < 300

@@ -1,5 +1,5 @@
-"""Nothing of a run stays on the CPU by mistake: three stages, images, drawing, on a device that refuses to be
-mixed with it.
+"""All tensors of a run are on its device: three phases, images and inference on a device that rejects
+mixing.
 """
 
 import subprocess
@@ -17,9 +17,9 @@ from tests.test_images import write_folder
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason="this torch takes no device that is written in Python",
+    reason="this torch does not support devices written in Python",
 )
-STAGES = [
+SHORT_RUN = [
     "--num_trajectories=8",
     "--num_held_out=6",
     "--train_batch_size=8",
@@ -40,7 +40,7 @@ STAGES = [
 ]
 SECOND_DEVICE, WEIGHTS = ROOT / "tests" / "second_device.py", "diffusion_pytorch_model.safetensors"
 PROMPTS = ["a small red ring on a white background", "a large blue cross on a grey background"]
-DRAWS = f"""import sys
+GENERATES = f"""import sys
 sys.path.insert(0, "{{root}}")
 import numpy
 import run_inference
@@ -55,9 +55,9 @@ sys.path.insert(0, "{ROOT}")
 import torch
 from wanlite.teacher.model import Teacher
 from wanlite.teacher.checkpoint import open_teacher_files
-there, made = type(torch.zeros(1, device="second:0")), {{}}
-make = there.__new__
-there.__new__ = staticmethod(lambda cls, numbers: made.update({{numbers.data_ptr(): numbers.nbytes}}) or make(cls, numbers))
+on_device, made = type(torch.zeros(1, device="second:0")), {{}}
+make = on_device.__new__
+on_device.__new__ = staticmethod(lambda cls, numbers: made.update({{numbers.data_ptr(): numbers.nbytes}}) or make(cls, numbers))
 files = open_teacher_files("{ROOT / "tiny_teacher"}")
 expert = Teacher(files, torch.device("second:0"), torch.float32, "both", is_fp8=True).expert("high")
 print(sum(made.values()), sum(weight.nbytes for weight in expert.parameters()), 4 * files.experts["high"].num_parameters)
@@ -70,7 +70,7 @@ from wanlite.network import pack_text
 from wanlite.teacher.model import Teacher
 from wanlite.teacher.checkpoint import open_teacher_files
 files, latents = open_teacher_files("{ROOT / "tiny_teacher"}"), torch.randn(2, 16, 8, 8)
-def asked(teacher, device):
+def compute_velocity(teacher, device):
     text = pack_text([torch.ones(3, 64)] * 2).to(device)
     return torch.stack([teacher.velocity(latents.to(device), torch.full((2,), level, device=device), text)[0].cpu()
                         for level in (990.0, 20.0, 980.0)])
@@ -78,7 +78,7 @@ is_fp8 = sys.argv[1] == "fp8"
 swapped = Teacher(files, torch.device("second:0"), torch.float32, "one", is_fp8)
 swapped.expert("low"), swapped.expert("high")
 kept = {{name: weight.data_ptr() for name, weight in swapped._read["low"].named_parameters()}}
-print((asked(swapped, "second:0") - asked(Teacher(files, is_fp8=is_fp8), "cpu")).abs().max().item())
+print((compute_velocity(swapped, "second:0") - compute_velocity(Teacher(files, is_fp8=is_fp8), "cpu")).abs().max().item())
 print({{name: {{weight.device.type for weight in expert.parameters()}} for name, expert in swapped._read.items()}})
 print(kept == {{name: weight.data_ptr() for name, weight in swapped._read["low"].named_parameters()}})
 """
@@ -93,25 +93,25 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("devices")
     write_folder(folder / "images")
     for device, start in (("second:0", [SECOND_DEVICE]), ("cpu", [])):
-        said = subprocess.run(
+        printed = subprocess.run(
             [
                 sys.executable,
                 *start,
                 ROOT / "train_distillation.py",
                 f"--output_dir={folder / device}",
                 f"--images={folder / 'images'}",
-                *STAGES,
+                *SHORT_RUN,
             ],
             capture_output=True,
             text=True,
         )
-        assert said.returncode == 0, said.stderr[-3000:]
-        assert f"device   {device}" in said.stdout
+        assert printed.returncode == 0, printed.stderr[-3000:]
+        assert f"device   {device}" in printed.stdout
     return folder / "second:0", folder / "cpu"
 
 
-def test_every_stage_trains_there_to_the_student_of_the_cpu(runs):
-    """But for rounding: as it starts on a device, so it learns there."""
+def test_every_phase_trains_to_the_student_of_the_cpu(runs):
+    """Except for rounding, training on the device equals training on the CPU."""
     there, here = (
         torch.cat([weight.flatten() for _, weight in sorted(load_file(run / WEIGHTS).items())])
         for run in runs
@@ -121,37 +121,37 @@ def test_every_stage_trains_there_to_the_student_of_the_cpu(runs):
     assert (there - here).norm() < 0.1 * (here - began).norm()
 
 
-def test_a_student_draws_there_what_it_draws_on_the_cpu(runs, tmp_path):
+def test_a_student_generates_the_images_of_the_cpu(runs, tmp_path):
     script = tmp_path / "draws.py"
-    script.write_text(DRAWS.format(root=ROOT, run=runs[1], folder=tmp_path))
-    said = on_second_device(script)
-    assert said.returncode == 0, said.stderr[-3000:]
-    assert said.stdout.split() == [
+    script.write_text(GENERATES.format(root=ROOT, run=runs[1], folder=tmp_path))
+    printed = on_second_device(script)
+    assert printed.returncode == 0, printed.stderr[-3000:]
+    assert printed.stdout.split() == [
         "second:0",
         "cpu",
-    ]  # where the text encoder was: the second time too little was free
-    drawn = StudentPipeline(runs[1], "cpu").generate(PROMPTS, range(2), 2, 64, 96)
+    ]  # the text encoder's device: little memory was free the second time
+    generated = StudentPipeline(runs[1], "cpu").generate(PROMPTS, range(2), 2, 64, 96)
     for name in ("there", "beside"):
-        assert np.abs(np.load(tmp_path / f"{name}.npy").astype(int) - drawn).max() <= 1
+        assert np.abs(np.load(tmp_path / f"{name}.npy").astype(int) - generated).max() <= 1
 
 
-def test_an_expert_in_float8_is_never_there_in_more_and_what_is_mixed_is_refused(tmp_path):
+def test_a_float8_expert_stays_in_float8_and_mixed_devices_are_refused(tmp_path):
     script = tmp_path / "loads.py"
     script.write_text(LOADS)
-    said = on_second_device(script)
-    made, held, in_float32 = map(int, said.stdout.split())
+    printed = on_second_device(script)
+    made, held, in_float32 = map(int, printed.stdout.split())
     assert made < 1.1 * held < 0.5 * in_float32
-    assert said.stderr.splitlines()[-1].startswith(
+    assert printed.stderr.splitlines()[-1].startswith(
         "RuntimeError: Expected all tensors to be on the same device, but add "
     )
 
 
 @pytest.mark.parametrize("storage", ["float32", "fp8"])
-def test_of_experts_that_take_turns_there_the_other_is_on_the_cpu_where_it_was(storage, tmp_path):
+def test_the_unused_expert_of_two_stays_in_its_place_on_the_cpu(storage, tmp_path):
     script = tmp_path / "swaps.py"
     script.write_text(SWAPS)
-    said = on_second_device(script, storage)
-    apart, places, is_where_it_was = said.stdout.splitlines()
+    printed = on_second_device(script, storage)
+    apart, places, is_where_it_was = printed.stdout.splitlines()
     assert (
         float(apart) < 1e-4 and places == "{'low': {'cpu'}, 'high': {'second'}}" and is_where_it_was == "True"
     )

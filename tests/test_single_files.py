@@ -1,4 +1,4 @@
-"""ComfyUI's single files, and every other way in which a Wan lies on a disk: one teacher trains one student,
+"""ComfyUI's single files and all other layouts of a Wan: one teacher trains the same student from each,
 bit for bit.
 """
 
@@ -9,6 +9,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import sentencepiece
@@ -26,7 +27,7 @@ from wanlite.planning.resolve import complete
 from wanlite.runtime.signals import StopSignal
 from wanlite.student.initialization import project_into
 from wanlite.teacher.checkpoint import open_teacher_files
-from wanlite.teacher.components import convert_components, find_components, has_two_experts, num_bytes
+from wanlite.teacher.components import convert_components, find_components, num_bytes
 from wanlite.world import shapes
 
 OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
@@ -57,7 +58,9 @@ NETWORK = {
 
 
 def settings_in(folder, **more):
-    """Return the settings of a very short run with the teacher wan/ in a folder; it goes to run/ there."""
+    """Return the settings of a very short run with the teacher wan/ in a folder and the output run/
+    there.
+    """
     return Settings(
         teacher=str(folder / "wan"),
         output_dir=str(folder / "run"),
@@ -66,12 +69,12 @@ def settings_in(folder, **more):
     )
 
 
-# ---- a teacher, every number of which float8, times a scale, holds exactly ---------------------------------
+# ---- a teacher that scaled float8 represents exactly -------------------------------------------------------
 
 
 def scale_of(tensor):
-    """Return a power of two that a tensor is at most fifteen times of: four bits are all that float8 has for
-    a number.
+    """Return a power of two such that the tensor is at most fifteen times as large: float8 has four
+    significant bits.
     """
     return 2.0 ** math.ceil(math.log2(tensor.abs().max().item() / 15 or 1))
 
@@ -109,7 +112,7 @@ def make_text_encoder(seed=0, width=64):
 
 @pytest.fixture(scope="module")
 def spiece():
-    """A sentencepiece model as UMT5 has one, trained on the tiny world's captions."""
+    """A sentencepiece model of UMT5's kind, trained on captions of the tiny world."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(shapes.captions(0, 400)),
@@ -126,8 +129,8 @@ def spiece():
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory, spiece):
-    """A random teacher of two experts in diffusers' layout: real names, small in every dimension but the
-    head's.
+    """A random teacher of two experts in the diffusers layout: real names, small in every dimension
+    except the head size.
     """
     folder = tmp_path_factory.mktemp("wan") / "diffusers"
     for seed, name in enumerate(EXPERTS.values()):
@@ -142,8 +145,8 @@ def wan(tmp_path_factory, spiece):
 
 
 def write_tokenizer(folder, spiece):
-    """Write a tokenizer as google/umt5-xxl has it: sentencepiece's model, of which transformers makes the
-    rest.
+    """Write a tokenizer as in google/umt5-xxl: the sentencepiece model, from which transformers builds
+    the rest.
     """
     folder.mkdir()
     (folder / "spiece.model").write_bytes(spiece)
@@ -177,7 +180,9 @@ def halved(tensors):
 
 
 def scaled(tensors):
-    """Store matrices in float8 beside their scale, the rest in float16, as ComfyUI's fp8_scaled files do."""
+    """Store matrices in float8 beside their scales and the rest in float16, as in ComfyUI's fp8_scaled
+    files.
+    """
     stored = {"scaled_fp8": torch.zeros(2, dtype=FP8)}
     for name, tensor in tensors.items():
         is_scaled = tensor.ndim == 2 and name.startswith(("blocks.", "encoder.block."))
@@ -197,7 +202,7 @@ def write(path, tensors):
 
 
 def write_models(folder, wan, spiece):
-    """Write a teacher as ComfyUI's models/ holds it, the tokenizer inside the text encoder."""
+    """Write a teacher in the layout of ComfyUI's models/, the tokenizer inside the text encoder."""
     for name in EXPERTS:
         write(
             folder / "diffusion_models" / f"wan2.2_t2v_{name}_noise_14B_fp16.safetensors",
@@ -209,7 +214,7 @@ def write_models(folder, wan, spiece):
 
 
 def write_flat(folder, wan, spiece):
-    """Write all in one folder, in scaled fp8 and with ComfyUI's prefix, the tokenizer beside."""
+    """Write all files into one folder, in scaled fp8 with ComfyUI's prefix, the tokenizer beside them."""
     for name in EXPERTS:
         write(
             folder / f"Wan2_2-T2V-A14B-{name.upper()}_fp8_e4m3fn_scaled.safetensors",
@@ -221,7 +226,7 @@ def write_flat(folder, wan, spiece):
 
 
 def write_official(folder, wan, spiece):
-    """Write Wan's own layout, the experts as shards of its bf16 branch, which has no index."""
+    """Write Wan's own layout, with the experts as shards of its bf16 branch, which has no index."""
     for name in EXPERTS:
         tensors, place = expert_of(wan, name), folder / f"{name}_noise_model"
         for number in (1, 2):
@@ -261,12 +266,12 @@ LAYOUTS = {
 }
 
 
-# ---- the same student --------------------------------------------------------------------------------------
+# ---- every layout trains the same student ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    """Flags of a very short run, with prompts whose words the tokenizer knows."""
+    """Flags of a very short run, with prompts in the vocabulary of the tokenizer."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text("\n".join(shapes.captions(1, 100)))
     return (
@@ -281,8 +286,8 @@ def flags(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(wan, flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference") / "run"
-    code, said = train_in_a_process(folder, "--teacher", wan, "--resolution", 32, *flags)
-    assert code == 0, said
+    code, printed = train_in_a_process(folder, "--teacher", wan, "--resolution", 32, *flags)
+    assert code == 0, printed
     return folder
 
 
@@ -299,10 +304,10 @@ def results_of(run):
 def test_every_layout_trains_bitwise_the_same_student(layout, wan, spiece, flags, reference, tmp_path):
     write_it, name = LAYOUTS[layout]
     write_it(tmp_path / "teacher", wan, spiece)
-    code, said = train_in_a_process(
+    code, printed = train_in_a_process(
         tmp_path / "run", "--teacher", tmp_path / "teacher", "--resolution", 32, *flags
     )
-    assert code == 0 and f"({name} layout, 2 expert(s)" in said, said
+    assert code == 0 and f"({name} layout, 2 expert(s)" in printed, printed
     expected, found = results_of(reference), results_of(tmp_path / "run")
     assert len(expected) > 100 and expected.keys() == found.keys()
     assert not [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
@@ -310,20 +315,24 @@ def test_every_layout_trains_bitwise_the_same_student(layout, wan, spiece, flags
         json.loads((run / "run.json").read_text())["settings"]["flow_shift"]
         for run in (reference, tmp_path / "run")
     ]
-    assert runs == [12.0, 12.0]
+    assert runs == [3.0, 3.0]  # of the size; the scheduler of the diffusers layout has 12
 
 
-def test_every_layout_projects_bitwise_the_same_student_and_tells_its_teacher_apart(wan, spiece, tmp_path):
-    starts, fingerprints = [], set()
+def test_every_layout_projects_the_same_student_with_a_fingerprint_of_its_own(wan, spiece, tmp_path):
+    initializations, fingerprints = [], set()
     for layout, (write_it, _) in LAYOUTS.items():
         write_it(tmp_path / layout, wan, spiece)
     for folder in (wan, *(tmp_path / layout for layout in LAYOUTS)):
         student = WanLiteStudent(hidden_size=64, depth=2, num_heads=1, ffn_dim=128, text_dim=64, freq_dim=32)
         project_into(student, folder, "low")
-        starts.append(student.state_dict())
+        initializations.append(student.state_dict())
         fingerprints.add(open_teacher_files(folder).fingerprint)
-        assert len(open_teacher_files(folder).experts) == 2 and (folder == wan or has_two_experts(folder))
-    assert all(torch.equal(tensor, start[name]) for start in starts[1:] for name, tensor in starts[0].items())
+        assert len(open_teacher_files(folder).experts) == 2
+    assert all(
+        torch.equal(tensor, start[name])
+        for start in initializations[1:]
+        for name, tensor in initializations[0].items()
+    )
     path = next((tmp_path / "models fp16" / "diffusion_models").glob("*low_noise*"))
     write(path, {name: -tensor for name, tensor in load_file(path).items()})
     fingerprints.add(open_teacher_files(tmp_path / "models fp16").fingerprint)
@@ -354,7 +363,6 @@ def test_two_experts_are_found_under_any_usual_name_and_in_subfolders(high, low,
     (tmp_path / "diffusion_models" / "loop").symlink_to(tmp_path)
     experts = open_teacher_files(tmp_path).experts
     assert experts["high"].folder.stem == Path(high).name and experts["low"].folder.stem == Path(low).name
-    assert has_two_experts(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +373,7 @@ def test_a_word_that_merely_contains_high_or_low_names_no_expert(name, wan, tmp_
     assert list(open_teacher_files(tmp_path).experts) == ["only"]
 
 
-def test_files_in_a_subfolder_are_taken_only_where_there_are_no_others(wan, spiece, tmp_path):
+def test_files_in_a_subfolder_are_used_only_if_there_are_no_others(wan, spiece, tmp_path):
     write_models(tmp_path, wan, spiece)
     expected = (
         find_components(tmp_path),
@@ -387,8 +395,8 @@ def test_files_in_a_subfolder_are_taken_only_where_there_are_no_others(wan, spie
 
 
 @pytest.mark.parametrize("prefix, infix", WRAPPERS)
-def test_what_a_wrapper_put_into_the_names_of_single_files_is_stripped(prefix, infix, wan, spiece, tmp_path):
-    write_flat(tmp_path, wan, spiece)  # in scaled fp8, with ComfyUI's own prefix
+def test_wrapper_prefixes_in_the_names_of_single_files_are_stripped(prefix, infix, wan, spiece, tmp_path):
+    write_flat(tmp_path, wan, spiece)  # in scaled fp8, with ComfyUI's prefix
     for path in tmp_path.glob("*.safetensors"):
         change(
             path,
@@ -399,18 +407,17 @@ def test_what_a_wrapper_put_into_the_names_of_single_files_is_stripped(prefix, i
         wrap(path, prefix, infix)
     exact, found = open_teacher_files(wan).experts["high"], open_teacher_files(tmp_path).experts["high"]
     assert all(torch.equal(found.read(name), exact.read(name)) for name in exact.places)
-    assert has_two_experts(tmp_path)
     convert_components(find_components(tmp_path), tmp_path / "parts", lambda _: None)
 
 
-def test_names_that_begin_with_a_dot_are_not_files_of_comfyui(wan, spiece, tmp_path):
+def test_hidden_files_are_not_files_of_comfyui(wan, spiece, tmp_path):
     write_models(tmp_path, wan, spiece)
     expected = find_components(tmp_path), open_teacher_files(tmp_path).fingerprint
     hide_files_in(tmp_path)
     assert (find_components(tmp_path), open_teacher_files(tmp_path).fingerprint) == expected
 
 
-def test_single_files_hold_what_folders_hold_and_are_known_by_their_names(wan, spiece, tmp_path):
+def test_single_files_equal_folders_and_are_recognised_by_their_tensor_names(wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, spiece)
     files = open_teacher_files(tmp_path / "wan")
     assert list(files.experts) == ["high", "low"] and files.boundary == 0.875
@@ -440,7 +447,6 @@ def test_every_single_file_opens_at_its_real_shape(model, names, tmp_path):
         )
     files = open_teacher_files(tmp_path)
     assert list(files.experts) == (["high", "low"] if len(names) == 2 else ["only"])
-    assert has_two_experts(tmp_path) == (len(names) == 2)
     expected = {
         "num_attention_heads": model["width"] // 128,
         "attention_head_dim": 128,
@@ -460,8 +466,8 @@ def test_every_single_file_opens_at_its_real_shape(model, names, tmp_path):
     os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > 100e9 or OVERCOMMIT.read_text().strip() == "1",
     reason="this machine has, or promises, memory for any file",
 )
-def test_a_file_that_this_machine_cannot_map_opens_and_is_refused_once_it_is_read(tmp_path):
-    deep = A14B | {"num_layers": 200}  # 282 GB, of which only the header takes room on the disk
+def test_a_file_too_large_to_map_opens_and_is_refused_when_it_is_read(tmp_path):
+    deep = A14B | {"num_layers": 200}  # 282 GB, of which only the header takes disk space
     write_sparse(
         tmp_path / "wan.safetensors", {official_name(key): shape for key, shape in wan_shapes(**deep).items()}
     )
@@ -475,7 +481,7 @@ def test_a_file_that_this_machine_cannot_map_opens_and_is_refused_once_it_is_rea
 # ---- the tokenizer -----------------------------------------------------------------------------------------
 
 
-def test_the_tokenizer_inside_a_text_encoder_says_what_sentencepiece_says(wan, spiece, tmp_path):
+def test_the_tokenizer_inside_a_text_encoder_equals_sentencepiece(wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, spiece)
     convert_components(find_components(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
     exact = sentencepiece.SentencePieceProcessor(model_proto=spiece, add_eos=True)
@@ -499,14 +505,14 @@ def test_the_tokenizer_inside_a_text_encoder_says_what_sentencepiece_says(wan, s
         (b"\n\x00", r"begins with \[''\], expected <pad>"),
     ],
 )
-def test_a_spoilt_tokenizer_is_refused(content, words, wan, spiece, tmp_path):
+def test_a_broken_tokenizer_is_refused(content, words, wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, content)
     with pytest.raises(ValueError, match=words):
         convert_components(find_components(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
     assert not (tmp_path / "parts" / "tokenizer").exists()
 
 
-def test_a_folder_that_carries_no_tokenizer_is_told_where_to_put_one(wan, spiece, tmp_path):
+def test_a_folder_without_a_tokenizer_is_refused_with_the_place_for_one(wan, spiece, tmp_path):
     write_flat(tmp_path / "wan", wan, spiece)
     shutil.rmtree(tmp_path / "wan" / "tokenizer")
     with pytest.raises(OSError, match="lacks tokenizer .*tokenizer/, google/umt5-xxl/ or spiece_model"):
@@ -540,19 +546,27 @@ def write_one_expert(folder, network, layout, name):
     )
 
 
-def write_wan(folder, name, layout, spiece, channels, autoencoder):
-    """Write a Wan of one expert in the official or in ComfyUI's layout, without any file that another layout
-    has.
+class OneExpert(NamedTuple):
+    name: str
+    layout: str
+    channels: int
+    autoencoder: str
+
+
+def write_wan(folder, model, spiece):
+    """Write a Wan with one expert in the official or in ComfyUI's layout, without files of another
+    layout.
     """
-    write_one_expert(folder, make_network(5, in_channels=channels, out_channels=channels), layout, name)
+    network = make_network(5, in_channels=model.channels, out_channels=model.channels)
+    write_one_expert(folder, network, model.layout, model.name)
     torch.manual_seed(6)
-    vae = in_four_bits(AutoencoderKLWan(**AUTOENCODERS[autoencoder] | {"num_res_blocks": 1}))
+    vae = in_four_bits(AutoencoderKLWan(**AUTOENCODERS[model.autoencoder] | {"num_res_blocks": 1}))
     tensors = {official_autoencoder_name(key, vae.config): tensor for key, tensor in vae.state_dict().items()}
     words = {
         key: tensor for key, tensor in make_text_encoder().state_dict().items() if "embed_tokens" not in key
     }
-    if layout == "official":
-        torch.save(tensors, folder / autoencoder)
+    if model.layout == "official":
+        torch.save(tensors, folder / model.autoencoder)
         torch.save(
             {official_text_encoder_name(key): tensor for key, tensor in words.items()},
             folder / "models_t5_umt5-xxl.pth",
@@ -564,7 +578,7 @@ def write_wan(folder, name, layout, spiece, channels, autoencoder):
     write(folder / "vae" / "wan2.2_vae.safetensors", tensors)
     write(
         folder / "vae" / "wan_2.1_vae.safetensors",
-        {  # lies there as well: the experts' channels choose
+        {  # both are there: the channels of the experts select one
             "conv2.weight": torch.zeros(16, 16, 1, 1, 1),
             "decoder.middle.0.residual.0.gamma": torch.zeros(8),
         },
@@ -572,31 +586,32 @@ def write_wan(folder, name, layout, spiece, channels, autoencoder):
 
 
 @pytest.mark.parametrize(
-    "name, layout, channels, autoencoder, pixels",
+    "model, pixels",
     [
-        ("wan2.2_ti2v_5B", "ComfyUI", 48, "Wan2.2_VAE.pth", 32),
-        ("wan2.1_t2v_1.3B", "official", 16, "Wan2.1_VAE.pth", 16),
+        (OneExpert("wan2.2_ti2v_5B", "ComfyUI", 48, "Wan2.2_VAE.pth"), 32),
+        (OneExpert("wan2.1_t2v_1.3B", "official", 16, "Wan2.1_VAE.pth"), 16),
     ],
 )
-def test_a_wan_with_one_expert_is_planned_and_trains(
-    name, layout, channels, autoencoder, pixels, spiece, flags, capsys, tmp_path
-):
-    write_wan(tmp_path / "wan", name, layout, spiece, channels, autoencoder)
+def test_a_wan_with_one_expert_is_planned_and_trains(model, pixels, spiece, flags, capsys, tmp_path):
+    write_wan(tmp_path / "wan", model, spiece)
     settings = settings_in(tmp_path, prompts=str(flags[3]))
     with pytest.raises(ValueError, match=f"--resolution {32 + pixels // 2} is not divisible by {pixels}"):
         complete(replace(settings, resolution=32 + pixels // 2))
-    assert plan(complete(settings), []) == 0 and f"({layout} layout, 1 expert(s)" in capsys.readouterr().out
+    assert (
+        plan(complete(settings), []) == 0
+        and f"({model.layout} layout, 1 expert(s)" in capsys.readouterr().out
+    )
     assert not (tmp_path / "run").exists()
-    code, said = train_in_a_process(
+    code, printed = train_in_a_process(
         tmp_path / "run", "--teacher", tmp_path / "wan", "--resolution", 32, *flags
     )
-    assert code == 0, said
+    assert code == 0, printed
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["settings"]["flow_shift"] == 5.0 and run["finished"]
-    assert WanLiteStudent.from_pretrained(tmp_path / "run").config.num_channels == channels
+    assert run["settings"]["flow_shift"] == 3.0 and run["finished"]
+    assert WanLiteStudent.from_pretrained(tmp_path / "run").config.num_channels == model.channels
 
 
-# ---- what is refused, and what is told to do ---------------------------------------------------------------
+# ---- rejections with advice --------------------------------------------------------------------------------
 
 HIGH, LOW, WORDS, VAE = (
     "diffusion_models/wan2.2_t2v_high_noise_14B_fp16.safetensors",
@@ -645,7 +660,7 @@ def put_other_autoencoder(wan):
 
 
 @pytest.mark.parametrize(
-    "spoil, words",
+    "damage, words",
     [
         (
             lambda wan: (wan / HIGH).write_bytes((wan / HIGH).read_bytes()[:-1000]),
@@ -743,16 +758,16 @@ def put_other_autoencoder(wan):
         ),
     ],
 )
-def test_what_cannot_be_a_teacher_is_refused_with_what_to_do(spoil, words, wan, spiece, tmp_path):
+def test_an_impossible_teacher_is_refused_with_advice(damage, words, wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, spiece)
-    spoil(tmp_path / "wan")
+    damage(tmp_path / "wan")
     settings = settings_in(tmp_path)
     with pytest.raises((OSError, ValueError), match=words) as refused:
         train(complete(settings), False, StopSignal(()))
     assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
 
 
-def test_a_width_that_no_published_wan_has_is_refused(wan, spiece, tmp_path):
+def test_a_width_of_an_unpublished_wan_is_refused(wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, spiece)
     for path in (HIGH, LOW):
         write(
@@ -781,7 +796,9 @@ def test_a_width_that_no_published_wan_has_is_refused(wan, spiece, tmp_path):
         ("text_encoder", "model_type", "t5", "is a t5 of width 64"),
     ],
 )
-def test_parts_of_another_model_are_refused_in_diffusers_layout_too(part, field, value, words, wan, tmp_path):
+def test_components_of_another_model_are_refused_in_the_diffusers_layout_too(
+    part, field, value, words, wan, tmp_path
+):
     shutil.copytree(wan, tmp_path / "wan")
     path = tmp_path / "wan" / part / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
@@ -798,7 +815,7 @@ def test_parts_of_another_model_are_refused_in_diffusers_layout_too(part, field,
         (torch.ones(3), r"the scale of .* is torch.float32 \(3,\)"),
     ],
 )
-def test_a_text_encoder_with_a_scale_that_cannot_be_right_is_refused(scale, words, wan, spiece, tmp_path):
+def test_a_text_encoder_with_an_impossible_scale_is_refused(scale, words, wan, spiece, tmp_path):
     write_models(tmp_path / "wan", wan, spiece)
     change(
         tmp_path / "wan" / WORDS,
@@ -808,7 +825,7 @@ def test_a_text_encoder_with_a_scale_that_cannot_be_right_is_refused(scale, word
         convert_components(find_components(tmp_path / "wan"), tmp_path / "parts", lambda _: None)
 
 
-def test_the_bytes_of_a_part_are_told_as_they_will_be_once_converted(wan, spiece, tmp_path):
+def test_the_bytes_of_a_component_are_those_after_its_conversion(wan, spiece, tmp_path):
     write_flat(tmp_path / "wan", wan, spiece)
     found = find_components(tmp_path / "wan")
     convert_components(found, tmp_path / "parts", lambda _: None)

@@ -1,4 +1,4 @@
-"""What is read and not run: style, security, types."""
+"""Static checks: style, security, types."""
 
 import inspect
 import json
@@ -25,7 +25,7 @@ def checked(*command):
     )
 
 
-def test_ruff_finds_nothing():
+def test_ruff_finds_no_errors():
     process = checked("ruff", "check", "--no-cache", ".")
     assert process.returncode == 0, process.stdout
 
@@ -40,7 +40,7 @@ def test_imports_are_in_order_in_every_file():
     assert process.returncode == 0, process.stdout
 
 
-def test_bandit_finds_nothing():
+def test_bandit_finds_no_issues():
     process = checked("bandit", "-q", "-c", "pyproject.toml", "-f", "json", "-r", *PRODUCT)
     report = json.loads(process.stdout)
     assert report["results"] == report["errors"] == [] and report["metrics"]["_totals"]["loc"] > 3000, (
@@ -48,7 +48,7 @@ def test_bandit_finds_nothing():
     )
 
 
-def test_the_tests_that_the_summary_names_are_there():
+def test_every_test_in_the_summary_exists():
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "INFERENCE_FIX_SUMMARY.md").read_text()))
     written = {
         name
@@ -60,7 +60,7 @@ def test_the_tests_that_the_summary_names_are_there():
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """What mypy learns of torch and diffusers, once."""
+    """The cache of mypy for torch and diffusers."""
     return tmp_path_factory.mktemp("mypy")
 
 
@@ -79,7 +79,7 @@ def test_types_agree(cache):
     ],
     ids=lambda method: method.__name__,
 )
-def test_what_users_call_says_its_types(method):
+def test_public_functions_are_annotated(method):
     parameters = list(inspect.signature(method).parameters.values())
     unsaid = [
         p.name for p in parameters if p.annotation is p.empty and p.name != "self" and p.kind != p.VAR_KEYWORD
@@ -87,7 +87,7 @@ def test_what_users_call_says_its_types(method):
     assert len(parameters) > 5 and not unsaid
 
 
-def test_types_that_are_wrong_are_told(tmp_path, cache):
+def test_wrong_types_are_reported(tmp_path, cache):
     (tmp_path / "mine.py").write_text(
         "from train_distillation import WanLiteStudent\n"
         "student = WanLiteStudent.from_pretrained('here', dtype='bfloat16', device_map={'': 'cpu'}, "

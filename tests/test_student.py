@@ -1,4 +1,4 @@
-"""WanLiteStudent: what it computes, what it accepts, how it is loaded."""
+"""WanLiteStudent: its output, its arguments, and loading."""
 
 import json
 import warnings
@@ -54,7 +54,7 @@ def test_saved_student_is_a_stock_wan_transformer(student, saved, inputs):
     )
 
 
-def test_latents_come_back_in_the_rank_they_came_in(student, inputs):
+def test_output_latents_have_the_rank_of_the_input(student, inputs):
     latents, timestep, text = inputs
     assert student(latents, timestep, text.tokens, return_dict=False)[0].shape == latents.shape
     assert student(latents.unsqueeze(2), timestep, text.tokens).sample.shape == latents.unsqueeze(2).shape
@@ -62,7 +62,7 @@ def test_latents_come_back_in_the_rank_they_came_in(student, inputs):
         student(latents.unsqueeze(2).repeat(1, 1, 3, 1, 1), timestep, text.tokens)
 
 
-def test_a_timestep_for_every_token_equals_one_for_the_picture(student, inputs):
+def test_a_timestep_for_every_token_equals_one_for_the_image(student, inputs):
     latents, timestep, text = inputs
     assert torch.equal(
         student(latents, timestep[:, None].repeat(1, 12), text.tokens).sample,
@@ -72,7 +72,7 @@ def test_a_timestep_for_every_token_equals_one_for_the_picture(student, inputs):
         student(latents, timestep[:, None] * torch.linspace(0, 1, 12), text.tokens)
 
 
-def test_features_are_the_token_states_after_the_named_blocks(student, inputs):
+def test_features_are_the_hidden_states_after_the_named_blocks(student, inputs):
     latents, timestep, text = inputs
     velocity, features = student(latents, timestep, text.tokens, feature_blocks=(0, 1), return_dict=False)
     assert [state.shape for state in features] == [(2, 12, 32)] * 2
@@ -93,7 +93,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(inputs):
     assert gradients[0].abs().max() > 0 and torch.allclose(*gradients, rtol=1e-5)
 
 
-def test_diffusers_caches_know_a_block(inputs):
+def test_diffusers_caches_recognise_a_block(inputs):
     cached, (latents, timestep, text) = loud_student(**SMALL), inputs
     expected = cached(latents, timestep, text).sample
     cached.enable_cache(FirstBlockCacheConfig(threshold=0.1))
@@ -101,7 +101,7 @@ def test_diffusers_caches_know_a_block(inputs):
         first = cached(latents, timestep, text).sample
         torch.nn.init.zeros_(
             cached.blocks[1].ffn.net[2].weight
-        )  # of a block that is not asked again for the same states
+        )  # of a block that is not called again for the same input
         assert torch.equal(first, expected) and torch.allclose(
             cached(latents, timestep, text).sample, first, atol=1e-6
         )
@@ -130,7 +130,7 @@ def test_a_config_dict_builds_the_same_student_as_keywords(student):
         ({"patch_size": (2, 2, 2)}, "patch_size"),
     ],
 )
-def test_a_shape_that_cannot_be_is_refused_by_name(changes, word):
+def test_an_impossible_shape_is_refused_by_name(changes, word):
     with pytest.raises(ValueError, match=word):
         WanLiteStudent(**SMALL | changes)
 
@@ -158,7 +158,7 @@ def test_either_file_name_is_read_and_the_first_wins(student, saved):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", torch.float16])
-def test_a_dtype_is_honoured_but_for_what_wan_keeps_in_float32(saved, dtype):
+def test_a_dtype_applies_except_to_the_float32_modules_of_wan(saved, dtype):
     loaded = WanLiteStudent.from_pretrained(saved, torch_dtype=dtype, device_map={"": "cpu"})
     assert loaded.proj_out.weight.dtype in (torch.bfloat16, torch.float16)
     assert loaded.scale_shift_table.dtype == loaded.blocks[0].norm2.weight.dtype == torch.float32
@@ -210,7 +210,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def watch_norms(network):
-    """Return a list that each norm of queries or keys adds (dtype in, dtype out) to."""
+    """Return a list to which each norm of queries or keys appends (input dtype, output dtype)."""
     seen = []
     for name, norm in network.named_modules():
         if name.endswith(("norm_q", "norm_k")):
@@ -226,23 +226,21 @@ def test_under_autocast_norms_of_queries_and_keys_stay_in_bfloat16():
     with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
         warnings.simplefilter(
             "error"
-        )  # torch warns of a weight in another dtype, and leaves its fused kernel
+        )  # torch warns about a weight in another dtype and uses an unfused kernel
         student(latents, torch.tensor([9.0, 1.0]), text)
     assert seen == [(torch.bfloat16, torch.bfloat16)] * 8
 
 
 def test_under_autocast_on_cuda_norms_of_queries_and_keys_stay_in_bfloat16():
-    """On tensors without contents, which need no GPU: CUDA's list of float32 operations is longer than the
-    CPU's.
-    """
+    """Meta tensors need no GPU: CUDA's list of float32 operations is longer than the CPU's."""
     with torch.device("meta"):
         block = OneFrameBlock(32, 64, 2, "rms_norm_across_heads", True, 1e-6).requires_grad_(False)
     seen = watch_norms(block)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # its weights are those of meta
+    with FakeTensorMode(allow_non_fake_inputs=True):  # its weights are on meta
         block.to_empty(device="cuda")
         states, text = (torch.empty(2, length, 32, device="cuda", dtype=torch.bfloat16) for length in (16, 5))
         try:
-            torch.set_autocast_enabled("cuda", True)  # torch.autocast turns itself off where no GPU is found
+            torch.set_autocast_enabled("cuda", True)  # torch.autocast is disabled without a GPU
             torch.set_autocast_dtype("cuda", torch.bfloat16)
             block(states, text, torch.empty(2, 6, 32, device="cuda"), None)
         finally:

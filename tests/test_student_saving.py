@@ -1,6 +1,4 @@
-"""Saving a student: whatever happens to the writer, a reader finds the student that was there or the one that
-is saved.
-"""
+"""Saving a student: a reader always finds the previous student or the new one, whenever the writer stops."""
 
 import contextlib
 import hashlib
@@ -41,7 +39,7 @@ SHARDED = {"max_shard_size": "10KB"}
 
 
 def student(shape, value):
-    """Return a student whose every weight is `value`, so that a mixture of two would show."""
+    """Return a student with all weights equal to `value`, so that a mixture of two is visible."""
     made = WanLiteStudent(**shape)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -50,7 +48,7 @@ def student(shape, value):
 
 
 def found(folder, **arguments):
-    """Load what is there; returns its width and the one value of all its weights."""
+    """Load the student; return its width and the value of all its weights."""
     loaded = WanLiteStudent.from_pretrained(folder, **arguments)
     values = {value for tensor in loaded.state_dict().values() for value in tensor.unique().tolist()}
     assert len(values) == 1, f"a mixture of {values}"
@@ -61,7 +59,7 @@ def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
-# ---- a writer that is killed, a reader that comes at any moment --------------------------------------------
+# ---- killed writers and concurrent readers -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,7 +68,7 @@ def names(folder):
     ids=["file-file", "file-shards", "shards-file", "shards-shards"],
 )
 @pytest.mark.parametrize("renames", [0, 1, 2, 3, 7])
-def test_a_save_killed_at_any_rename_leaves_one_student_and_is_finished_by_the_next(
+def test_a_save_killed_at_any_rename_leaves_one_student_and_the_next_finishes_it(
     first, second, renames, tmp_path, monkeypatch
 ):
     student(NARROW, 1).save_pretrained(tmp_path, **first)
@@ -97,12 +95,12 @@ def test_a_save_killed_at_any_rename_leaves_one_student_and_is_finished_by_the_n
         student(NARROW, 3).save_pretrained(tmp_path)
     assert found(tmp_path) in [left, (24, 2)] and not list(
         tmp_path.glob(".saving-*")
-    )  # finished, though nothing was saved
+    )  # completed without a new save
     student(NARROW, 3).save_pretrained(tmp_path)
     assert found(tmp_path) == (16, 3) and names(tmp_path) == {"config.json", WEIGHTS}
 
 
-def test_a_reader_beside_a_writer_never_sees_a_mixture(tmp_path):
+def test_a_reader_beside_a_writer_never_loads_a_mixture(tmp_path):
     student(NARROW, 1).save_pretrained(tmp_path)
     pair = [
         (student(NARROW, 1), {}),
@@ -144,7 +142,7 @@ def test_a_writer_killed_at_random_moments_leaves_one_student_each_time(tmp_path
     assert found(tmp_path) == (24, 2) and names(tmp_path) == {"config.json", WEIGHTS}
 
 
-def test_processes_that_save_at_once_leave_the_student_of_one_of_them(tmp_path):
+def test_concurrent_saves_leave_the_student_of_one_process(tmp_path):
     def save(value, arguments):
         made = student(NARROW if value % 2 else WIDE, value)
         for _ in range(5):
@@ -164,7 +162,7 @@ def test_processes_that_save_at_once_leave_the_student_of_one_of_them(tmp_path):
     ]
 
 
-def test_of_several_ranks_the_first_one_writes(tmp_path):
+def test_only_rank_zero_writes(tmp_path):
     def of_rank(rank):
         torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=rank, world_size=2)
         student(NARROW, 1 + rank).save_pretrained(tmp_path / "student")
@@ -181,10 +179,10 @@ def test_of_several_ranks_the_first_one_writes(tmp_path):
     assert [found(tmp_path / f"every-{rank}") for rank in (0, 1)] == [(16, 1), (16, 2)]
 
 
-# ---- what lies there afterwards ----------------------------------------------------------------------------
+# ---- files after a save ------------------------------------------------------------------------------------
 
 
-def test_files_of_the_older_save_go_and_those_of_other_variants_stay(tmp_path):
+def test_files_of_an_older_save_are_deleted_and_other_variants_stay(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     student(NARROW, 1).save_pretrained(tmp_path, variant="fp16", **SHARDED)
     others = names(tmp_path) - {"config.json"}
@@ -199,7 +197,7 @@ def test_files_of_the_older_save_go_and_those_of_other_variants_stay(tmp_path):
         assert found(tmp_path) == (16, value) and found(tmp_path, variant="fp16") == (16, 1)
 
 
-def test_the_second_file_name_goes_for_it_would_be_read_before_an_index(tmp_path):
+def test_the_second_file_name_is_deleted_since_it_takes_precedence_over_an_index(tmp_path):
     student(NARROW, 1).save_pretrained(tmp_path)
     (tmp_path / WEIGHTS).rename(tmp_path / "diffusion_model.safetensors")
     student(NARROW, 2).save_pretrained(tmp_path, **SHARDED)
@@ -249,13 +247,13 @@ def test_the_same_student_is_the_same_bytes(tmp_path):
     )
 
 
-def test_files_may_be_read_by_whoever_may_read_the_others(tmp_path):
+def test_saved_files_have_the_read_permissions_of_the_others(tmp_path):
     student(NARROW, 1).save_pretrained(tmp_path)
     (tmp_path / "other").touch()
     assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "other").stat().st_mode}
 
 
-# ---- what is not saved -------------------------------------------------------------------------------------
+# ---- students that are not saved ---------------------------------------------------------------------------
 
 
 def broken(made):
@@ -269,11 +267,11 @@ def overflowing(made):
 def adapted(made):
     made.blocks[0].attn1.to_q.lora_A = torch.nn.ModuleDict(
         {"default": torch.nn.Linear(16, 2)}
-    )  # as peft puts them there
+    )  # as peft registers them
 
 
 class InEightBits(torch.Tensor):
-    """A tensor of another class in the place of a weight, as torchao and GGUF put them there."""
+    """A weight that is a tensor of another class, as from torchao and GGUF."""
 
 
 def quantised(made):
@@ -282,7 +280,7 @@ def quantised(made):
 
 
 def quantised_by_names(made):
-    """Quanto and bitsandbytes keep a weight's codes and scales under names of their own."""
+    """Quanto and bitsandbytes store the codes and scales of a weight under their own names."""
     weight = made.proj_out.weight.data
     del made.proj_out.weight
     made.proj_out.weight = torch.nn.Module()
@@ -343,7 +341,7 @@ def without_a_layer(made):
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_would_not_load_again_is_not_saved_and_the_student_that_is_there_stays(change, words, tmp_path):
+def test_a_student_that_would_not_load_again_is_not_saved_over_another(change, words, tmp_path):
     student(NARROW, 1).save_pretrained(tmp_path)
     made = student(WIDE, 2)
     change(made)
@@ -360,12 +358,12 @@ def compiled_block(made):
 @pytest.mark.parametrize(
     "change", [torch.compile, compiled_block, lambda made: made.to(memory_format=torch.channels_last_3d)]
 )
-def test_a_change_that_leaves_every_weight_is_saved_as_it_was(change, tmp_path):
+def test_a_change_that_keeps_every_weight_saves_the_same_file(change, tmp_path):
     change(student(WIDE, 2)).save_pretrained(tmp_path)
     assert found(tmp_path) == (24, 2)
 
 
-def test_a_keyword_that_means_nothing_here_is_refused_by_name(tmp_path):
+def test_an_unknown_keyword_is_refused_by_name(tmp_path):
     with pytest.raises(TypeError, match="does not take use_flashpack without push_to_hub"):
         student(NARROW, 1).save_pretrained(tmp_path / "student", use_flashpack=True)
     assert not (tmp_path / "student").exists()
@@ -377,21 +375,21 @@ def test_a_pickle_is_not_written(tmp_path):
     assert not (tmp_path / "student").exists()
 
 
-def test_a_file_in_the_way_is_said(tmp_path):
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
     (tmp_path / "student").write_text("mine")
     with pytest.raises(OSError, match="student"):
         student(NARROW, 1).save_pretrained(tmp_path / "student")
     assert (tmp_path / "student").read_text() == "mine"
 
 
-def test_a_disk_that_is_full_leaves_the_student_that_is_there(small_disk):
+def test_a_full_disk_leaves_the_existing_student(small_disk):
     student(NARROW, 1).save_pretrained(small_disk)
     large = student(NARROW | {"ffn_dim": 4096, "depth": 8}, 2)
     with pytest.raises(OSError, match="no space left: .* MB are needed"):
         large.save_pretrained(small_disk)
     assert found(small_disk) == (16, 1) and names(small_disk) == {"config.json", WEIGHTS}
     with open(small_disk / "ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
-        while True:  # until nothing is left
+        while True:  # until the disk is full
             ballast.write(bytes(4096))
     with pytest.raises(OSError):
         student(WIDE, 2).save_pretrained(small_disk)
@@ -405,8 +403,8 @@ def test_a_disk_that_is_full_leaves_the_student_that_is_there(small_disk):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What huggingface_hub asks of the hub, for the folders organisation/model below `folder`: a list of
-    files, the files.
+    """Serves the hub's endpoints for the folders organisation/model below `folder`: the list of files and
+    the files.
     """
 
     folder, commit = None, "0" * 40
@@ -415,7 +413,7 @@ class Hub(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        self.asked.append(self.path)
+        self.requested.append(self.path)
         is_list, path = self.path.startswith("/api/models/"), self.path.split("?")[0].strip("/").split("/")
         path = path[2:4] if is_list else [*path[:2], *path[4:]]  # organisation/model/resolve/revision/file
         content, found = b"no such repository", self.folder.joinpath(*path)
@@ -459,10 +457,10 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub of our own, on this machine; `asked` are the paths that were asked for."""
+    """A local hub; `requested` are the requested paths."""
 
     class Here(Hub):
-        folder, asked = tmp_path / "on the hub", []
+        folder, requested = tmp_path / "on the hub", []
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Here)
     thread = threading.Thread(target=server.serve_forever)
@@ -481,7 +479,7 @@ def hub(tmp_path, monkeypatch):
         Here.stop()
 
 
-def test_a_name_of_the_hub_is_downloaded_once_and_then_read_from_the_cache(hub, tmp_path, monkeypatch):
+def test_a_hub_name_is_downloaded_once_and_then_read_from_the_cache(hub, tmp_path, monkeypatch):
     student(NARROW, 1).save_pretrained(hub.folder / "someone/student")
     student(WIDE, 2).save_pretrained(hub.folder / "someone/student/inner", **SHARDED)
     (hub.folder / "someone/student/evil.bin").write_bytes(b"\x80")
@@ -489,17 +487,17 @@ def test_a_name_of_the_hub_is_downloaded_once_and_then_read_from_the_cache(hub, 
     arguments = {"cache_dir": tmp_path / "cache"}
     assert found("someone/student", **arguments) == (16, 1)
     assert not any(
-        path.endswith(("evil.bin", "inner/config.json")) for path in hub.asked
-    )  # only what is read is fetched
+        path.endswith(("evil.bin", "inner/config.json")) for path in hub.requested
+    )  # only the needed files are fetched
     assert found("someone/student", subfolder="inner", **arguments) == (24, 2)
     hub.stop()
     assert found("someone/student", local_files_only=True, **arguments) == (16, 1)
-    assert found("someone/student", **arguments) == (16, 1)  # no network: the cache answers
+    assert found("someone/student", **arguments) == (16, 1)  # without a network, the cache is used
     with pytest.raises(OSError, match="someone/other: no such folder here, and not available on the hub"):
         found("someone/other", local_files_only=True, **arguments)
 
 
-def test_a_name_that_the_hub_does_not_know_is_refused_in_one_line(hub, tmp_path, monkeypatch):
+def test_an_unknown_hub_name_is_refused_in_one_line(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         OSError, match="someone/nothing: no such folder here, and not available on the hub"
@@ -508,16 +506,16 @@ def test_a_name_that_the_hub_does_not_know_is_refused_in_one_line(hub, tmp_path,
     assert "\n" not in str(refused.value)
 
 
-def test_a_folder_that_looks_like_a_name_of_the_hub_is_a_folder(hub, tmp_path, monkeypatch):
+def test_an_existing_folder_takes_precedence_over_a_hub_name(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     student(NARROW, 1).save_pretrained("someone/student")
     assert found("someone/student") == (16, 1)
     with pytest.raises(OSError, match="someone/other: no such folder"):
         found("someone/other")
-    assert hub.asked == []
+    assert hub.requested == []
 
 
-def test_what_is_pushed_to_the_hub_is_what_loads_again(tmp_path, monkeypatch):
+def test_a_student_pushed_to_the_hub_loads_again(tmp_path, monkeypatch):
     pushed = []
 
     def upload_folder(*, repo_id, folder_path, **_):

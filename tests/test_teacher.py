@@ -1,4 +1,6 @@
-"""The teacher, asked: routing at the boundary, guidance, and wherever its experts are."""
+"""The teacher's velocity: routing at the boundary, guidance, and the same values wherever its experts
+are.
+"""
 
 import gc
 import weakref
@@ -21,61 +23,63 @@ def stock():
     }
 
 
-def test_both_layouts_hold_the_same_teacher(official_teacher, teacher, words, noisy):
+def test_both_layouts_hold_the_same_teacher(official_teacher, teacher, prompt_embeddings, noisy):
     official = Teacher(open_teacher_files(official_teacher))
     assert official.files.layout == "official" and teacher.files.layout == "diffusers"
     assert official.boundary == teacher.boundary == 0.875
     timestep = torch.tensor([990.0, 875.0, 874.0, 30.0])
-    ours, theirs = (each.velocity(noisy, timestep, *words, 4.0, 3.0)[0] for each in (teacher, official))
+    ours, theirs = (
+        each.velocity(noisy, timestep, *prompt_embeddings, 4.0, 3.0)[0] for each in (teacher, official)
+    )
     assert torch.equal(ours, theirs)
 
 
-def test_guided_velocity_is_what_two_stock_networks_and_classifier_free_guidance_give(
-    teacher, stock, words, noisy
+def test_guided_velocity_equals_stock_networks_with_classifier_free_guidance(
+    teacher, stock, prompt_embeddings, noisy
 ):
-    text, negative = (unpack_text(each) for each in words)
+    text, negative = (unpack_text(each) for each in prompt_embeddings)
     timestep = torch.tensor([999.0, 875.0, 874.9, 20.0])
-    velocity, _ = teacher.velocity(noisy, timestep, *words, guidance_high=4.0, guidance_low=3.0)
+    velocity, _ = teacher.velocity(noisy, timestep, *prompt_embeddings, guidance_high=4.0, guidance_low=3.0)
     for row, (expert, guidance) in enumerate([("high", 4.0), ("high", 4.0), ("low", 3.0), ("low", 3.0)]):
         with torch.no_grad():
             wanted, unwanted = (
                 stock[expert](
-                    noisy[row : row + 1, :, None], timestep[row : row + 1], words[row : row + 1]
+                    noisy[row : row + 1, :, None], timestep[row : row + 1], tokens[row : row + 1]
                 ).sample
-                for words in (text, negative)
+                for tokens in (text, negative)
             )
         expected = (unwanted + guidance * (wanted - unwanted))[0, :, 0]
         assert torch.allclose(velocity[row], expected, atol=1e-4)
 
 
-def test_a_teacher_in_bfloat16_agrees_with_itself_in_float32(teacher, words, noisy):
+def test_a_teacher_in_bfloat16_agrees_with_itself_in_float32(teacher, prompt_embeddings, noisy):
     timestep = torch.tensor([999.0, 875.0, 874.0, 20.0])
     half = Teacher(open_teacher_files(TINY_TEACHER), dtype=torch.bfloat16)
-    exact, _ = teacher.velocity(noisy, timestep, *words, 2.0, 2.0)
-    found, _ = half.velocity(noisy, timestep, *words, 2.0, 2.0)
+    exact, _ = teacher.velocity(noisy, timestep, *prompt_embeddings, 2.0, 2.0)
+    found, _ = half.velocity(noisy, timestep, *prompt_embeddings, 2.0, 2.0)
     assert found.dtype == torch.float32 and (found - exact).norm() / exact.norm() < 0.05
 
 
-def test_guidance_of_one_asks_the_network_once(teacher, words, noisy):
-    plain, _ = teacher.velocity(noisy, torch.full((4,), 500.0), words[0])
-    guided, _ = teacher.velocity(noisy, torch.full((4,), 500.0), *words, 1.0001, 1.0001)
+def test_guidance_of_one_calls_the_network_once(teacher, prompt_embeddings, noisy):
+    plain, _ = teacher.velocity(noisy, torch.full((4,), 500.0), prompt_embeddings[0])
+    guided, _ = teacher.velocity(noisy, torch.full((4,), 500.0), *prompt_embeddings, 1.0001, 1.0001)
     assert (plain - guided).abs().max() < 1e-2
 
 
-def test_features_are_those_of_the_prompts_own_pass_in_the_order_of_the_rows(teacher, words, noisy):
+def test_features_come_from_the_conditional_pass_in_the_order_of_the_rows(teacher, prompt_embeddings, noisy):
     timestep = torch.tensor([990.0, 20.0, 990.0, 20.0])
-    _, (mixed,) = teacher.velocity(noisy, timestep, *words, 4.0, 3.0, feature_blocks=(2,))
+    _, (mixed,) = teacher.velocity(noisy, timestep, *prompt_embeddings, 4.0, 3.0, feature_blocks=(2,))
     for row in range(4):
         _, (alone,) = teacher.velocity(
             noisy[row : row + 1],
             timestep[row : row + 1],
-            words[0].rows(slice(row, row + 1)),
+            prompt_embeddings[0].rows(slice(row, row + 1)),
             feature_blocks=(2,),
         )
         assert torch.allclose(mixed[row], alone[0], atol=1e-4)
 
 
-def test_the_teacher_is_frozen_whole_and_off_meta(teacher):
+def test_the_teacher_is_frozen_complete_and_not_on_meta(teacher):
     parameters = [*teacher.expert("high").parameters(), *teacher.expert("low").parameters()]
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in parameters)
     assert (
@@ -84,23 +88,25 @@ def test_the_teacher_is_frozen_whole_and_off_meta(teacher):
     )
 
 
-def test_a_teacher_with_one_expert_answers_at_every_noise_level(tmp_path, stock, words, noisy):
+def test_a_teacher_with_one_expert_works_at_every_noise_level(tmp_path, stock, prompt_embeddings, noisy):
     stock["low"].save_pretrained(tmp_path / "transformer")
     only = Teacher(open_teacher_files(tmp_path))
     assert only.boundary is None and list(only.files.experts) == ["only"]
-    velocity, _ = only.velocity(noisy, torch.tensor([999.0, 900.0, 500.0, 1.0]), *words, 2.0)
+    velocity, _ = only.velocity(noisy, torch.tensor([999.0, 900.0, 500.0, 1.0]), *prompt_embeddings, 2.0)
     assert torch.isfinite(velocity).all()
 
 
-# ---- where experts are -------------------------------------------------------------------------------------
+# ---- residency ---------------------------------------------------------------------------------------------
 
 GIB = 2**30
 
 
 @pytest.fixture
-def asked(words, noisy):
-    """What a teacher is asked: rows of both experts, prompts and negative prompts, token states of a block."""
-    text, negative = words
+def arguments(prompt_embeddings, noisy):
+    """Arguments for a teacher: rows of both experts, prompts, negative prompts, and hidden states of one
+    block.
+    """
+    text, negative = prompt_embeddings
     return {
         "latents": noisy,
         "timestep": torch.tensor([990.0, 100.0, 900.0, 500.0]),
@@ -114,24 +120,24 @@ def asked(words, noisy):
 
 @pytest.mark.parametrize("residency", RESIDENCIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_velocity_does_not_depend_on_where_experts_are(residency, dtype, asked):
+def test_the_velocity_does_not_depend_on_where_experts_are(residency, dtype, arguments):
     files = open_teacher_files(TINY_TEACHER)
     (expected, (states,)), (found, (own,)) = (
-        Teacher(files, dtype=dtype, residency=where).velocity(**asked) for where in ("both", residency)
+        Teacher(files, dtype=dtype, residency=where).velocity(**arguments) for where in ("both", residency)
     )
     assert torch.equal(found, expected) and torch.equal(own, states)
 
 
-def test_float8_storage_takes_a_quarter_of_float32_and_stays_near(asked, teacher):
+def test_float8_storage_takes_a_quarter_of_float32_and_stays_near(arguments, teacher):
     small = Teacher(open_teacher_files(TINY_TEACHER), dtype=torch.bfloat16, is_fp8=True)
-    (found, _), (expected, _) = small.velocity(**asked), teacher.velocity(**asked)
+    (found, _), (expected, _) = small.velocity(**arguments), teacher.velocity(**arguments)
     assert 1e-4 < (found - expected).square().mean() / expected.square().mean() < 0.02
     kept = {tensor.dtype for name, tensor in small.expert("low").named_parameters() if ".to_q.weight" in name}
     assert kept == {torch.float8_e4m3fn}
     assert small.expert("low").scale_shift_table.dtype == torch.float32
 
 
-def test_one_expert_at_a_time_holds_one_and_at_rest_none(asked):
+def test_one_expert_at_a_time_is_in_memory_and_none_when_idle(arguments):
     found = Teacher(open_teacher_files(TINY_TEACHER), residency="one")
     held = weakref.ref(found.expert("high").blocks[0].ffn.net[0].proj)
     found.expert("low")
@@ -139,10 +145,10 @@ def test_one_expert_at_a_time_holds_one_and_at_rest_none(asked):
     held = weakref.ref(found.expert("low").blocks[0].ffn.net[0].proj)
     found.unload()
     assert held() is None
-    found.velocity(**asked)  # and reads it again where it is asked
+    found.velocity(**arguments)  # and reads it again on the next call
 
 
-def test_at_rest_streamed_experts_are_gone_though_their_hooks_hold_each_other():
+def test_idle_streamed_experts_are_freed_despite_reference_cycles():
     found = Teacher(open_teacher_files(TINY_TEACHER), residency="streamed")
     held = weakref.ref(found.expert("high").blocks[0].ffn.net[0].proj.weight)
     gc.disable()
@@ -153,16 +159,16 @@ def test_at_rest_streamed_experts_are_gone_though_their_hooks_hold_each_other():
         gc.enable()
 
 
-def test_few_rows_at_once_give_what_all_give(asked, teacher):
+def test_a_few_rows_at_a_time_equal_all_at_once(arguments, teacher):
     few = Teacher(open_teacher_files(TINY_TEACHER), tokens_at_once=1)
-    (found, (own,)), (expected, (states,)) = few.velocity(**asked), teacher.velocity(**asked)
+    (found, (own,)), (expected, (states,)) = few.velocity(**arguments), teacher.velocity(**arguments)
     assert torch.allclose(found, expected, atol=1e-4) and torch.allclose(
         own, states, atol=1e-4
     )  # of values up to 22 and 60
     seen = []
     few.expert("low").register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    few.velocity(**asked)
-    assert seen == [2, 2]  # one picture, wanted and unwanted
+    few.velocity(**arguments)
+    assert seen == [2, 2]  # one image, conditional and unconditional
 
 
 @pytest.mark.parametrize(
@@ -192,7 +198,7 @@ def test_the_residency_of_a14b_follows_free_memory(
     )
 
 
-def test_gpus_of_one_machine_share_the_experts_of_a14b_out_where_neither_they_nor_the_cpu_hold_one(tmp_path):
+def test_gpus_shard_the_experts_of_a14b_if_neither_they_nor_the_cpu_can_hold_one(tmp_path):
     for name in ("high_noise_model", "low_noise_model"):
         write_sparse_wan(tmp_path / name, A14B, "official", 6)
     files = open_teacher_files(tmp_path)

@@ -1,4 +1,4 @@
-"""A Wan folder, opened: every layout, both dialects, fp8, real shapes; and what is wrong with one."""
+"""Opening a Wan folder: every layout, both dialects, fp8, real shapes; and broken ones."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.conftest import (
     weights_of,
     write_sparse_wan,
 )
-from wanlite.teacher import expert_files as room
+from wanlite.teacher import expert_files as expert_files_module
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.keys import diffusers_name
 
@@ -33,7 +33,7 @@ def stock():
     }
 
 
-def test_every_diffusers_name_survives_the_way_to_the_official_dialect_and_back(stock):
+def test_every_diffusers_name_survives_the_round_trip_to_the_official_dialect(stock):
     names = list(stock["high"].state_dict())
     official = [official_name(name) for name in names]
     assert len(set(official)) == len(names) == 27 * 4 + 15
@@ -64,13 +64,13 @@ def test_a_tensor_of_another_kind_of_wan_is_refused_with_its_kind(name, other):
 @pytest.mark.parametrize(
     "name", ["blocks.0.attn3.to_q.weight", "xblocks.0.modulation", "img_emb.proj.0.weight", ""]
 )
-def test_a_name_that_no_wan_has_is_an_error(name):
+def test_an_unknown_tensor_name_is_an_error(name):
     with pytest.raises(ValueError, match="does not belong to a text-to-video Wan"):
         diffusers_name(name)
 
 
 def wrap(path, prefix, infix):
-    """Rename the tensors of a file as wrappers around the whole network and around its blocks do."""
+    """Rename the tensors of a file as wrappers around the network and around its blocks do."""
     save_file(
         {
             prefix + re.sub(r"^(blocks\.\d+\.)", rf"\g<1>{infix}", name): tensor
@@ -97,14 +97,14 @@ WRAPPERS = [
 
 
 @pytest.mark.parametrize("prefix, infix", WRAPPERS)
-def test_what_a_wrapper_put_into_the_names_of_an_expert_is_stripped(prefix, infix, copied, official_copy):
+def test_wrapper_prefixes_in_the_names_of_an_expert_are_stripped(prefix, infix, copied, official_copy):
     exact = open_teacher_files(TINY_TEACHER).experts["low"]
     for wan, folder in ((copied, "transformer_2"), (official_copy, "low_noise_model")):
         for path in (wan / folder).glob("*.safetensors"):
             wrap(path, prefix, infix)
         for path in (wan / folder).glob(
             "*.index.json"
-        ):  # it was written of the wrapped network, or is not there
+        ):  # the index was written by the wrapped network, or is missing
             path.unlink()
         found = open_teacher_files(wan).experts["low"]
         assert found.places.keys() == exact.places.keys()
@@ -145,7 +145,7 @@ def test_what_a_wrapper_put_into_the_names_of_an_expert_is_stripped(prefix, infi
         ),
     ],
 )
-def test_names_that_no_one_wrapper_explains_are_refused(break_it, words, copied):
+def test_names_with_mixed_wrapper_prefixes_are_refused(break_it, words, copied):
     path = weights_of(copied / "transformer")
     save_file(break_it(load_file(path)), path)
     with pytest.raises(ValueError, match=words):
@@ -153,7 +153,7 @@ def test_names_that_no_one_wrapper_explains_are_refused(break_it, words, copied)
 
 
 def hide_files_in(folder):
-    """Put beside every file and into every folder what macOS, notebooks and the hub leave there."""
+    """Add the hidden files of macOS, notebooks and the hub to every folder."""
     for place in (folder, *[path for path in folder.rglob("*") if path.is_dir()]):
         for path in [path for path in place.iterdir() if path.is_file()]:
             (place / f"._{path.name}").write_bytes(b"\0\5\x16\7" + bytes(4092))
@@ -170,7 +170,7 @@ def hide_files_in(folder):
             (place / name).write_bytes(b"<")
 
 
-def test_names_that_begin_with_a_dot_are_not_files_of_a_teacher(copied, official_copy):
+def test_hidden_files_are_not_files_of_a_teacher(copied, official_copy):
     for wan in (copied, official_copy):
         before = open_teacher_files(wan).fingerprint
         hide_files_in(wan)
@@ -203,7 +203,7 @@ def test_a_file_that_is_too_long_or_too_short_is_refused_by_how_much(extra, word
         (b"\x1f\x8b\x08", "it is a gzip archive"),
     ],
 )
-def test_another_format_under_the_name_of_safetensors_is_told_by_its_first_bytes(content, words, copied):
+def test_another_format_named_safetensors_is_recognised_by_its_first_bytes(content, words, copied):
     weights_of(copied / "transformer").write_bytes(content + bytes(100))
     with pytest.raises(OSError, match=f"model.safetensors: {words}"):
         open_teacher_files(copied)
@@ -365,7 +365,7 @@ LFS, PAGE = (
         ("official", "eps", float("nan"), "eps is nan, expected a number"),
     ],
 )
-def test_a_setting_that_no_wan_has_is_refused_by_name(layout, name, value, words, copied, official_copy):
+def test_an_unsupported_setting_is_refused_by_name(layout, name, value, words, copied, official_copy):
     wan, expert = (copied, "transformer") if layout == "diffusers" else (official_copy, "high_noise_model")
     edit_config(wan / expert, **{name: value})
     with pytest.raises(ValueError, match=f"{expert}/config.json: {words}.*Download it again") as refused:
@@ -374,7 +374,7 @@ def test_a_setting_that_no_wan_has_is_refused_by_name(layout, name, value, words
 
 
 @pytest.mark.parametrize("name", ["num_layers", "num_attention_heads", "text_dim"])
-def test_a_size_that_the_config_does_not_say_is_not_made_up(name, copied):
+def test_a_size_missing_in_the_config_is_not_guessed(name, copied):
     path = copied / "transformer/config.json"
     config = json.loads(path.read_text())
     del config[name]
@@ -420,7 +420,7 @@ SHARD, SHARD_INDEX = (
         ),
     ],
 )
-def test_what_a_download_left_in_place_of_a_file_is_told(name, how, words, copied):
+def test_an_incomplete_download_in_place_of_a_file_is_named(name, how, words, copied):
     how(copied / name)
     with pytest.raises(OSError, match=f"{name}: {words}") as refused:
         open_teacher_files(copied)
@@ -430,7 +430,7 @@ def test_what_a_download_left_in_place_of_a_file_is_told(name, how, words, copie
 @pytest.mark.parametrize(
     "content, words", [(LFS, "git lfs pull"), (PAGE, "web page"), (b"", "not a complete safetensors file")]
 )
-def test_a_single_file_that_is_no_safetensors_file_is_told_by_what_it_is(content, words, tmp_path):
+def test_a_single_file_of_another_format_is_named_by_its_format(content, words, tmp_path):
     (tmp_path / "diffusion_models").mkdir()
     (tmp_path / "diffusion_models/wan.safetensors").write_bytes(content)
     with pytest.raises(OSError, match=f"wan.safetensors: .*{words}"):
@@ -453,7 +453,7 @@ def test_a_shard_of_another_wan_is_refused(copied):
         open_teacher_files(copied)
 
 
-def test_an_index_that_promises_what_no_shard_holds_is_refused_with_shard_and_tensor(official_copy):
+def test_a_tensor_of_the_index_that_no_shard_has_is_refused_by_name(official_copy):
     path = official_copy / "low_noise_model/diffusion_pytorch_model.safetensors.index.json"
     weight_map = json.loads(path.read_text())["weight_map"]
     shard = official_copy / "low_noise_model" / weight_map["blocks.2.ffn.0.weight"]
@@ -466,7 +466,7 @@ def test_an_index_that_promises_what_no_shard_holds_is_refused_with_shard_and_te
         open_teacher_files(official_copy)
 
 
-def test_a_tensor_in_another_shard_than_the_index_says_is_found(official_copy):
+def test_a_tensor_in_another_shard_than_in_the_index_is_found(official_copy):
     path = official_copy / "low_noise_model/diffusion_pytorch_model.safetensors.index.json"
     index = json.loads(path.read_text())
     before = open_teacher_files(official_copy).experts["low"]
@@ -485,7 +485,7 @@ def test_a_wider_shard_among_the_shards_is_refused_by_name(official_copy):
         open_teacher_files(official_copy)
 
 
-def test_the_fingerprint_tells_teachers_apart(copied):
+def test_teachers_have_different_fingerprints(copied):
     before = open_teacher_files(copied).fingerprint
     assert before == open_teacher_files(TINY_TEACHER).fingerprint
     high, low = copied / "transformer", copied / "transformer_2"
@@ -501,7 +501,7 @@ LAYER = "blocks.1.ffn.net.0.proj"
 
 @pytest.mark.parametrize("rows", [slice(3, 7), slice(0, 1), slice(500, 512), slice(None)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_of_a_tensor_are_the_rows_of_the_whole(rows, dtype):
+def test_rows_read_alone_equal_the_rows_of_the_full_tensor(rows, dtype):
     expert = open_teacher_files(TINY_TEACHER).experts["low"]
     for name in (f"{LAYER}.weight", f"{LAYER}.bias"):
         found = expert.read(name, dtype, rows)
@@ -509,7 +509,7 @@ def test_rows_of_a_tensor_are_the_rows_of_the_whole(rows, dtype):
 
 
 def test_rows_are_read_without_the_rest_of_the_tensor(monkeypatch):
-    expert, opened = open_teacher_files(TINY_TEACHER).experts["low"], room.safe_open
+    expert, opened = open_teacher_files(TINY_TEACHER).experts["low"], expert_files_module.safe_open
 
     class OnlySlices:
         def __init__(self, *arguments):
@@ -522,12 +522,12 @@ def test_rows_are_read_without_the_rest_of_the_tensor(monkeypatch):
         def __exit__(self, *arguments):
             return self.file.__exit__(*arguments)
 
-    monkeypatch.setattr(room, "safe_open", OnlySlices)
+    monkeypatch.setattr(expert_files_module, "safe_open", OnlySlices)
     assert expert.read(f"{LAYER}.weight", rows=slice(3, 5)).shape == (2, 128)
 
 
 def quantize(tensors, layer, dtype, scale, kind, marks=()):
-    """Store a layer's weight in fp8 beside its scale and what else ComfyUI writes; the exact value is
+    """Store a layer's weight in fp8 beside its scale and ComfyUI's other tensors; return the exact value
     weight.float() * scale.
     """
     weight = tensors[f"{layer}.weight"] / (1 if scale is None else scale.reshape(-1, 1))
@@ -579,7 +579,7 @@ def test_a_weight_in_fp8_is_its_stored_value_times_its_scale(
     assert torch.equal(expert.read(f"{LAYER}.weight", torch.bfloat16, slice(5, 9)), wanted[0][5:9].bfloat16())
 
 
-def test_shards_may_differ_in_precision_and_a_scale_may_lie_in_another_shard_than_its_weight(official_copy):
+def test_shards_may_differ_in_precision_and_separate_a_weight_from_its_scale(official_copy):
     folder = official_copy / "low_noise_model"
     (folder / "diffusion_pytorch_model.safetensors.index.json").unlink()
     first, second, third = sorted(folder.glob("*.safetensors"))
@@ -622,7 +622,7 @@ def test_shards_may_differ_in_precision_and_a_scale_may_lie_in_another_shard_tha
         ({"blocks.0.ffn.9.scale_weight": torch.tensor(1.0)}, "blocks.0.ffn.9.weight' does not belong to"),
     ],
 )
-def test_a_scale_that_cannot_be_right_is_refused_by_name(copied, extra, words):
+def test_an_impossible_scale_is_refused_by_name(copied, extra, words):
     change(copied / "transformer_2", lambda tensors: tensors.update(extra))
     with pytest.raises(ValueError, match=words):
         open_teacher_files(copied)

@@ -1,4 +1,4 @@
-"""A teacher's folder is looked through and read once, unless it changes."""
+"""A teacher's folder is searched and read once, unless it changes."""
 
 import ast
 
@@ -15,7 +15,7 @@ READS = ("record", "components", "autoencoder_config", "files")
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The names of what is read of a teacher, in order."""
+    """The names of the tensors and files read from a teacher, in order."""
     found = []
     for name in READS:
         read = vars(TeacherFolder)[name]

@@ -1,4 +1,4 @@
-"""Output that nobody reads, or that an encoding cannot hold, costs a run nothing."""
+"""A run ends normally if its output is not read, or cannot be encoded."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import ROOT, SHORT_RUN
 from wanlite.runtime.terminal import one_line
 
-SPEAKS = f"""import sys
+PRINTING_CODE = f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
 from wanlite.runtime.terminal import keep_output_open
 keep_output_open()
@@ -30,9 +30,7 @@ ENCODINGS = (
 
 
 def shell(command, *arguments, **environment):
-    """Run a line of bash in which "$@" is Python with `arguments`; returns its exit code, that of a pipe's
-    first part first.
-    """
+    """Run a line of bash in which "$@" is Python with `arguments`; a pipe fails if one of its parts fails."""
     return subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}", "bash", sys.executable, *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
@@ -52,19 +50,19 @@ def shell(command, *arguments, **environment):
         '"$@" >/dev/full 2>&1',
     ],
 )
-def test_a_process_ends_well_whatever_becomes_of_its_output(command, tmp_path):
-    process = shell(command, "-c", SPEAKS, tmp_path / "file")
+def test_a_process_ends_normally_whatever_its_output_is_connected_to(command, tmp_path):
+    process = shell(command, "-c", PRINTING_CODE, tmp_path / "file")
     assert process.returncode == 0 and b"Error" not in process.stderr, process.stderr
     assert (tmp_path / "file").read_text() == "whole"
 
 
 @pytest.mark.parametrize("environment", ENCODINGS)
-def test_a_narrow_encoding_takes_every_character(environment, tmp_path):
-    process = shell('"$@"', "-c", SPEAKS, tmp_path / "file", **environment)
+def test_every_character_is_printed_in_a_narrow_encoding(environment, tmp_path):
+    process = shell('"$@"', "-c", PRINTING_CODE, tmp_path / "file", **environment)
     assert process.returncode == 0 and b"\\ud800 299" in process.stdout
 
 
-def test_a_training_whose_reader_left_ends_with_a_student(tmp_path):
+def test_a_training_with_a_closed_pipe_saves_a_student(tmp_path):
     process = shell(
         '"$@" 2>&1 | head -1',
         ROOT / "train_distillation.py",
@@ -80,7 +78,7 @@ def test_a_training_whose_reader_left_ends_with_a_student(tmp_path):
 
 
 @pytest.mark.parametrize("command", ['"$@" | head -1', '"$@" >&- 2>&-'])
-def test_a_drawing_whose_reader_left_ends_with_all_images(command, finished_run, tmp_path):
+def test_inference_with_a_closed_pipe_saves_all_images(command, finished_run, tmp_path):
     process = shell(
         command,
         ROOT / "run_inference.py",
@@ -115,5 +113,5 @@ def test_a_drawing_whose_reader_left_ends_with_all_images(command, finished_run,
         ("a" * 20, "a" * 20),
     ],
 )
-def test_a_line_shows_text_of_any_origin(text, expected):
+def test_text_of_any_origin_is_shown_in_one_line(text, expected):
     assert one_line(text, 20) == expected

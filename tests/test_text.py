@@ -53,12 +53,12 @@ def test_an_embedding_does_not_depend_on_its_batch():
     assert all(torch.allclose(a, b, atol=1e-5) for each in (pairs, alone) for a, b in zip(together, each))
 
 
-def test_prompts_are_encoded_once_and_only_what_is_lost_again(tmp_path):
-    prompts, asked = [f"{number} rings" for number in range(SHARD_SIZE + 6)], []
+def test_prompts_are_encoded_once_and_only_lost_ones_again(tmp_path):
+    prompts, encoded = [f"{number} rings" for number in range(SHARD_SIZE + 6)], []
     encode = lazy_encoder(TINY_TEACHER, "cpu")
 
     def counted(prompts):
-        asked.append(prompts)
+        encoded.append(prompts)
         return encode(prompts)
 
     tokenizer, encoder = load_text_encoder(TINY_TEACHER)
@@ -67,13 +67,13 @@ def test_prompts_are_encoded_once_and_only_what_is_lost_again(tmp_path):
         found = encode_once(Accelerator(cpu=True), counted, prompts, tmp_path)
         assert list(found) == prompts and all(torch.equal(*pair) for pair in zip(found.values(), expected))
     shard_path(tmp_path, 0).unlink()
-    with pytest.raises(OSError, match="no such file. The machines of a run need one disk"):
+    with pytest.raises(OSError, match="no such file. All machines of a run need one shared disk"):
         read_shard(tmp_path, 0)
     encode_once(Accelerator(cpu=True), counted, prompts, tmp_path)
-    assert [len(prompts) for prompts in asked] == [SHARD_SIZE, 6, SHARD_SIZE]
+    assert [len(prompts) for prompts in encoded] == [SHARD_SIZE, 6, SHARD_SIZE]
 
 
-def test_the_encoder_is_freed_with_what_encodes():
+def test_the_encoder_is_freed_after_encoding():
     def count():
         return sum(type(each) is UMT5EncoderModel for each in gc.get_objects())
 
@@ -150,13 +150,13 @@ QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
         ),
     ],
 )
-def test_a_text_encoder_of_which_weights_are_missing_others_or_not_finite_is_refused_by_name(how, words, wan):
+def test_a_text_encoder_with_missing_foreign_or_infinite_weights_is_refused(how, words, wan):
     change(wan / "text_encoder", how)
     with pytest.raises(ValueError, match=f"text_encoder: .*{words}"):
         load_text_encoder(wan)
 
 
-def test_an_embedding_that_is_stored_once_or_twice_is_the_same(wan):
+def test_an_embedding_stored_once_or_twice_is_the_same(wan):
     path = wan / "text_encoder/model.safetensors"
     change(
         wan / "text_encoder",
@@ -176,7 +176,7 @@ def test_an_embedding_that_is_stored_once_or_twice_is_the_same(wan):
         ("text_encoder/config.json", b"[" * 100_000),
     ],
 )
-def test_whatever_cannot_be_loaded_is_told_in_a_line_that_names_its_folder(name, content, wan):
+def test_a_file_that_cannot_be_loaded_is_one_line_with_its_folder(name, content, wan):
     (wan / name).write_bytes(content)
     with pytest.raises(OSError, match=f"{name.partition('/')[0]}: cannot be loaded .*again") as refused:
         load_text_encoder(wan)
@@ -189,7 +189,7 @@ def change_json(path, **changes):
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("truncation", ["left", "right"])
-def test_embeddings_do_not_depend_on_the_sides_in_a_tokenizers_files(padding, truncation, wan):
+def test_embeddings_do_not_depend_on_the_padding_side_of_a_tokenizer(padding, truncation, wan):
     prompts = [*PROMPTS, " ".join(["red ring"] * 300)]
     batches = [prompts[:4], *([prompt] for prompt in prompts)]
     expected = [
@@ -220,7 +220,7 @@ def change_vocabulary(folder, how):
     path.write_text(json.dumps(tokenizer))
 
 
-def test_a_tokenizer_and_a_text_encoder_of_two_models_are_refused_by_name(wan):
+def test_a_tokenizer_and_a_text_encoder_of_two_models_are_refused(wan):
     change_vocabulary(wan, lambda tokenizer: tokenizer["model"]["vocab"].update(purple=35))
     with pytest.raises(
         ValueError,
@@ -229,7 +229,7 @@ def test_a_tokenizer_and_a_text_encoder_of_two_models_are_refused_by_name(wan):
         load_text_encoder(wan)
 
 
-def test_a_prompt_with_a_token_that_is_not_embedded_is_refused_before_it_is_encoded(wan):
+def test_a_prompt_with_a_token_outside_the_embedding_is_refused(wan):
     change_vocabulary(
         wan,
         lambda tokenizer: tokenizer["added_tokens"].append(
@@ -254,14 +254,16 @@ def test_a_prompt_with_a_token_that_is_not_embedded_is_refused_before_it_is_enco
         encode_prompts(tokenizer, encoder, ["a ring", "a <extra> ring"])
 
 
-def test_prompts_over_the_limit_are_counted_in_one_line_that_shows_the_first(tmp_path, capsys):
-    tokenizer, said = load_text_encoder(TINY_TEACHER)[0], []
+def test_prompts_over_the_limit_are_counted_in_one_line_with_the_first(tmp_path, capsys):
+    tokenizer, printed = load_text_encoder(TINY_TEACHER)[0], []
     long, exact = " ".join(["a small red\x1b circle"] * 200), " ".join(["ring"] * 511)
-    warn_of_truncation(tokenizer, ["a ring", exact], said.append)
-    assert said == []
-    warn_of_truncation(tokenizer, ["a ring", long, exact, f"{exact} ring"], said.append)
-    assert len(said) == 1 and len(said[0]) < 200 and said[0].isprintable()
-    assert said[0].startswith("WARNING: prompts truncated to the limit of 512 tokens: 2, first 'a small red")
-    for _ in range(2):  # the second time from the cache
+    warn_of_truncation(tokenizer, ["a ring", exact], printed.append)
+    assert printed == []
+    warn_of_truncation(tokenizer, ["a ring", long, exact, f"{exact} ring"], printed.append)
+    assert len(printed) == 1 and len(printed[0]) < 200 and printed[0].isprintable()
+    assert printed[0].startswith(
+        "WARNING: prompts truncated to the limit of 512 tokens: 2, first 'a small red"
+    )
+    for _ in range(2):  # from the cache the second time
         PromptEmbeddings(Accelerator(cpu=True), TINY_TEACHER, tmp_path, ["a ring", f"{exact} ring", exact])
         assert "512 tokens: 1, first 'ring ring" in capsys.readouterr().out

@@ -1,6 +1,4 @@
-"""Tiny teachers: what their training is asked of captions and scenes, that it resumes exactly, and the names
-that they go by.
-"""
+"""Tiny teachers: the data of their training, its exact resume, and their names."""
 
 import json
 from dataclasses import replace
@@ -20,29 +18,29 @@ from wanlite.world import emoji, shapes
 from wanlite.world.emoji.captions import PLURALS
 from wanlite.world.record import read_world
 
-# ---- what training is asked --------------------------------------------------------------------------------
+# ---- captions and labels -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_every_caption_has_words_for_each_of_its_objects_and_a_value_for_each_fact(recipe):
-    said = recipe.world.captions(3, 200)
-    rows, columns, facts = tool.spoken_words(said, recipe)
+def test_every_caption_has_words_for_each_object_and_a_value_for_each_fact(recipe):
+    captions = recipe.world.captions(3, 200)
+    rows, columns, facts = tool.spoken_words(captions, recipe)
     assert set(rows) == set(range(200))
-    for row, column, known in zip(rows, columns, facts):
-        word = said[row].replace(",", " , ").split()[column]
-        assert word in " ".join(map(str, known.values())) or word in PLURALS.values()
-        assert all(known[name] in values for name, values in recipe.facts.items())
+    for row, column, its_facts in zip(rows, columns, facts):
+        word = captions[row].replace(",", " , ").split()[column]
+        assert word in " ".join(map(str, its_facts.values())) or word in PLURALS.values()
+        assert all(its_facts[name] in values for name, values in recipe.facts.items())
 
 
-def test_of_two_different_objects_each_word_speaks_of_its_own():
+def test_each_word_has_the_facts_of_its_own_object():
     caption = "on a grey background, a flat fox below a cat"
     _, columns, facts = tool.spoken_words([caption], EMOJI)
     words = [caption.replace(",", " , ").split()[column] for column in columns]
-    known = {
+    facts_of = {
         word: (fact["name"], fact["style"], fact["place"], fact["background"])
         for word, fact in zip(words, facts)
     }
-    assert known == {
+    assert facts_of == {
         "flat": ("fox", "flat", "bottom", "grey"),
         "fox": ("fox", "flat", "bottom", "grey"),
         "cat": ("cat", None, "top", "grey"),
@@ -90,37 +88,36 @@ def loss_of(network):
 
 def make_run(folder, steps, decay=0.5):
     plan = {"text": dict(steps=steps, batch_size=8, learning_rate=1e-2, muon_rate=0.02, ema=0.9, decay=decay)}
-    return tool.Run(replace(SHAPES, plan=plan), folder, folder, "cpu", threads=1)
+    return tool.Run(replace(SHAPES, plan=plan), folder, folder, "cpu", threads=1, save_seconds=-1)
 
 
-def test_a_stage_that_is_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "SAVE_SECONDS", -1)
-    whole, cut = small_network(), small_network()
-    (tmp_path / "whole").mkdir()
-    tool.fit("text", whole, loss_of(whole), make_run(tmp_path / "whole", 12))
-    losses = loss_of(cut)
+def test_a_killed_stage_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
+    uninterrupted, killed = small_network(), small_network()
+    (tmp_path / "uninterrupted").mkdir()
+    tool.fit("text", uninterrupted, loss_of(uninterrupted), make_run(tmp_path / "uninterrupted", 12))
+    losses = loss_of(killed)
 
-    def killed(random, generator, progress):
+    def interrupt(random, generator, progress):
         if progress >= 0.5:
             raise KeyboardInterrupt
         return losses(random, generator, progress)
 
     with pytest.raises(KeyboardInterrupt):
-        tool.fit("text", cut, killed, make_run(tmp_path, 12))
+        tool.fit("text", killed, interrupt, make_run(tmp_path, 12))
     resumed = small_network()
     tool.fit("text", resumed, loss_of(resumed), make_run(tmp_path, 12))
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(uninterrupted.parameters(), resumed.parameters()))
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_steps_may_be_added_before_rates_fall_and_change_nothing_before():
+def test_added_steps_change_nothing_before_the_learning_rate_falls():
     few, many = ([tool.decayed(step / count, 0.25) for step in range(60)] for count in (80, 200))
     assert few == many == [1.0] * 60
     assert tool.decayed(0.9, 0.2) == pytest.approx(0.5) and tool.decayed(1.0, 0.2) == 0
     assert [tool.decayed(progress, None) for progress in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
 
 
-def test_muon_moves_a_kernel_as_a_matrix_and_leaves_taps_without_gradient():
+def test_muon_updates_a_kernel_as_a_matrix_but_no_taps_without_gradient():
     convolution, matrix = nn.Conv3d(6, 16, (3, 2, 2)), nn.Parameter(torch.zeros(16, 24))
     matrix.data.copy_(convolution.weight[:, :, -1].flatten(1))
     before = convolution.weight.detach().clone()
@@ -137,7 +134,7 @@ def test_muon_moves_a_kernel_as_a_matrix_and_leaves_taps_without_gradient():
     assert not torch.equal(convolution.weight, before)
 
 
-def test_muon_takes_matrices_of_blocks_and_kernels_of_the_autoencoder_alone():
+def test_muon_trains_only_matrices_of_blocks_and_kernels_of_the_autoencoder():
     def moved(recipe, stage, network):
         names = {parameter.data_ptr(): name for name, parameter in network.named_parameters()}
         first, *others = tool.make_optimizers(network, recipe.plan[stage])
@@ -155,13 +152,12 @@ def test_muon_takes_matrices_of_blocks_and_kernels_of_the_autoencoder_alone():
     assert all("network.blocks." in name for name in moved(SHAPES, "shared", tool.make_trained(SHAPES)))
 
 
-def test_scenes_are_made_in_shards_that_are_kept_and_a_lost_one_is_made_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "SHARD", 20)
+def test_shards_of_scenes_are_made_once_and_a_missing_one_is_made_again(tmp_path):
     network, tokenizer = (
         tool.vae.load_autoencoder(TINY_TEACHER),
         tool.text.load_tokenizer(TINY_TEACHER / "tokenizer"),
     )
-    run = tool.Run(replace(SHAPES, num_scenes=40), tmp_path, tmp_path, "cpu", threads=2)
+    run = tool.Run(replace(SHAPES, num_scenes=40), tmp_path, tmp_path, "cpu", threads=2, shard_size=20)
     first = tool.captioned_scenes(network, tokenizer, run)
     assert first["latents"].shape == (40, 16, 8, 8) and first["labels"].shape == (40, GRID * GRID, 3)
     ids = first["ids"]
@@ -172,7 +168,7 @@ def test_scenes_are_made_in_shards_that_are_kept_and_a_lost_one_is_made_again(tm
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_a_stage_names_every_gate_that_it_misses():
+def test_every_missed_gate_is_named():
     gates = {"psnr_db": 29.0, "-residual": 0.05, "whole": 0.95}
     assert tool.missed_gates({"psnr_db": 29.0, "residual": 0.05, "whole": 0.95}, gates) == []
     assert tool.missed_gates({"psnr_db": 28.5, "residual": 0.07, "whole": 0.96}, gates) == [
@@ -184,12 +180,12 @@ def test_a_stage_names_every_gate_that_it_misses():
 # ---- names -------------------------------------------------------------------------------------------------
 
 
-def test_a_named_teacher_is_its_folder_wherever_the_command_is_typed(tmp_path, monkeypatch):
+def test_a_named_teacher_is_found_from_every_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert choose_teacher("tiny", say=pytest.fail) == choose_teacher(None) == ROOT / "tiny_teacher"
+    assert choose_teacher("tiny", log=pytest.fail) == choose_teacher(None) == ROOT / "tiny_teacher"
 
 
-def test_a_folder_of_a_teachers_name_does_not_count_and_a_line_names_both(tmp_path, monkeypatch):
+def test_a_named_teacher_wins_over_a_folder_of_its_name_and_a_line_names_both(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()
     lines = []
@@ -200,7 +196,7 @@ def test_a_folder_of_a_teachers_name_does_not_count_and_a_line_names_both(tmp_pa
     assert len(lines) == 1 and str(ROOT / "tiny_teacher") in lines[0] and "./tiny" in lines[0]
 
 
-def test_a_named_teacher_that_is_not_there_is_refused_with_the_command_that_makes_it(tmp_path, monkeypatch):
+def test_a_missing_named_teacher_is_refused_with_the_command_that_makes_it(tmp_path, monkeypatch):
     monkeypatch.setitem(NAMED_TEACHERS, "emoji", tmp_path / "emoji_teacher")
     with pytest.raises(
         OSError, match=r"emoji_teacher, expected a finished one.*tools/train_tiny_teacher.py --world emoji"
@@ -209,11 +205,11 @@ def test_a_named_teacher_that_is_not_there_is_refused_with_the_command_that_make
     assert EMOJI_TEACHER == ROOT / "emoji_teacher"
 
 
-@pytest.mark.parametrize("asked", ["Emoji", "emoji/", "tinny", "emoji_teacher"])
-def test_what_is_neither_a_name_nor_a_folder_is_refused(asked, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["Emoji", "emoji/", "tinny", "emoji_teacher"])
+def test_a_teacher_that_is_neither_a_name_nor_a_folder_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match="no such folder"):
-        choose_teacher(asked)
+        choose_teacher(name)
 
 
 @pytest.mark.parametrize("name, world", [("shapes", shapes), ("emoji", emoji)])
@@ -230,6 +226,6 @@ def test_a_tiny_teacher_is_trained_on_captions_of_its_own_world(name, world, tmp
 
 
 @pytest.mark.parametrize("world", ["os", ["emoji"], None, "emoji.judge", "record", ""])
-def test_a_record_of_no_world_of_ours_names_none(world, tmp_path):
+def test_a_record_with_an_unknown_world_is_ignored(world, tmp_path):
     (tmp_path / "training.json").write_text(json.dumps({"world": world}))
     assert read_world(tmp_path) is None

@@ -1,4 +1,4 @@
-"""Trackers get figures and pictures; one that is not installed is refused before any work."""
+"""Trackers receive metrics and images; one that is not installed is refused before any work."""
 
 import inspect
 
@@ -10,7 +10,7 @@ from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT, run_script
-from wanlite.training.trackers import PACKAGES, PICTURES, check_tracker, log_image
+from wanlite.training.trackers import IMAGE_FORMATS, PACKAGES, check_tracker, log_image
 
 TRAIN = ROOT / "train_distillation.py"
 
@@ -23,27 +23,25 @@ def is_missing(name):
 
 
 def test_trackers_are_those_of_accelerate():
-    assert set(PACKAGES) == set(LoggerType.list()) - {"all"} and set(PICTURES) < set(PACKAGES)
+    assert set(PACKAGES) == set(LoggerType.list()) - {"all"} and set(IMAGE_FORMATS) < set(PACKAGES)
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_a_picture_is_given_as_a_tracker_of_accelerate_takes_it(name):
-    values, options = PICTURES[name](np.zeros((4, 6, 3), np.uint8))
+@pytest.mark.parametrize("name", IMAGE_FORMATS)
+def test_an_image_is_passed_in_the_format_of_each_tracker(name):
+    values, options = IMAGE_FORMATS[name](np.zeros((4, 6, 3), np.uint8))
     inspect.signature(LOGGER_TYPE_TO_CLASS[name].log_images).bind(None, {"grid": values}, step=1, **options)
-    assert len(values) == (
-        4 if name in ("aim", "clearml") else 1
-    )  # these take the picture itself, others several
+    assert len(values) == (4 if name in ("aim", "clearml") else 1)  # these take one image, others a list
 
 
-def test_tensorboard_shows_the_picture(tmp_path):
+def test_tensorboard_receives_the_image(tmp_path):
     accelerator = Accelerator(log_with="tensorboard", project_dir=tmp_path)
     accelerator.init_trackers("wanlite")
     log_image(accelerator.trackers[0], "grid", np.full((8, 12, 3), 200, np.uint8), step=7)
     accelerator.end_training()
     events = EventAccumulator(str(tmp_path / "wanlite"))
     events.Reload()
-    (picture,) = events.Images("grid")
-    assert (picture.step, picture.width, picture.height) == (7, 12, 8)
+    (image,) = events.Images("grid")
+    assert (image.step, image.width, image.height) == (7, 12, 8)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +51,7 @@ def test_tensorboard_shows_the_picture(tmp_path):
         ("paper", "is unknown, expected one of tensorboard, wandb"),
     ],
 )
-def test_a_tracker_that_cannot_be_is_refused_in_one_line_before_any_work(name, words, tmp_path):
+def test_an_unavailable_tracker_is_refused_in_one_line_before_any_work(name, words, tmp_path):
     if name is None:
         pytest.skip("every tracker is installed here")
     process = run_script(TRAIN, "--report_to", name, "--output_dir", tmp_path / "run")

@@ -1,4 +1,4 @@
-"""A training step by itself: what it changes, what it leaves, and what its state restores."""
+"""A single training step: the state that it changes, keeps and restores."""
 
 from dataclasses import replace
 
@@ -14,11 +14,11 @@ from wanlite.planning.resolve import complete
 from wanlite.planning.run import resolve_run
 from wanlite.training.phase_table import PHASES, phases_to_train
 from wanlite.training.state import CHECKPOINTED, Progress, make_training_state
-from wanlite.training.training_step import MAX_SKIPPED, step_generator, training_step
+from wanlite.training.training_step import MAX_SKIPPED, make_generator, training_step
 
 
 class NoTeacher:
-    """Stands where phases that need no online teacher have one."""
+    """Replaces the teacher in phases that do not use it online."""
 
     guided = unguided = None
 
@@ -64,20 +64,20 @@ def are_equal(first, second):
     return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_a_step_moves_the_weights_and_counts_itself(run, state):
+def test_a_step_changes_the_weights_and_increments_the_counter(run, state):
     phase, before = phases_to_train(run, PHASES)[0], weights(state)
     run.accelerator.gradient_accumulation_steps = 1
     state.lr_schedulers[0].step()  # the first learning rate of a warm-up is 0
     state.lr_schedulers[-1].step()
     measured = training_step(phase, run, state, batch_of(run))
-    assert measured.is_sound and measured.terms.keys() == {"velocity_loss", "feature_loss"}
+    assert measured.is_finite and measured.terms.keys() == {"velocity_loss", "feature_loss"}
     assert state.progress.step == 1 and not are_equal(before, weights(state))
 
 
-def test_a_step_without_a_finite_gradient_leaves_the_weights(run, state):
+def test_a_step_without_a_finite_gradient_keeps_the_weights(run, state):
     phase, before = phases_to_train(run, PHASES)[0], weights(state)
     measured = training_step(phase, run, state, batch_of(run, float("nan")))
-    assert not measured.is_sound and are_equal(before, weights(state))
+    assert not measured.is_finite and are_equal(before, weights(state))
     assert (state.progress.step, state.progress.skipped_steps) == (1, 1)
 
 
@@ -91,7 +91,7 @@ def test_skipped_steps_in_a_row_are_counted_across_a_resume(run, state, tmp_path
         training_step(phase, run, state, batch_of(run, float("nan")))
 
 
-def test_a_phase_of_a_table_is_the_one_that_is_trained(run, state):
+def test_the_phase_in_the_table_is_the_one_that_is_trained(run, state):
     def loss(networks, settings, batch, text, progress, generator):
         weight = networks.student.proj_out.bias.sum() + networks.feature_head.bias.sum()
         return 0 * weight + 7.0, {"seven": torch.tensor(7.0)}
@@ -100,12 +100,12 @@ def test_a_phase_of_a_table_is_the_one_that_is_trained(run, state):
     assert training_step(phase, run, state, batch_of(run)).loss == 7.0
 
 
-def test_what_a_checkpoint_holds_is_listed(state):
+def test_the_tensors_of_a_checkpoint_match_the_documented_list(state):
     assert state.checkpointed().keys() <= set(CHECKPOINTED)
     assert set(CHECKPOINTED) - state.checkpointed().keys() == {"critic", "critic_optimizers", "scaler"}
 
 
-def test_a_resolved_run_leaves_nothing_open_that_the_machine_decides(run):
+def test_a_resolved_run_has_all_settings_that_depend_on_the_machine(run):
     names = (
         "train_batch_size",
         "gradient_accumulation_steps",
@@ -117,7 +117,7 @@ def test_a_resolved_run_leaves_nothing_open_that_the_machine_decides(run):
     assert run.settings.teacher_residency != "auto" and run.settings.validation_prompts
 
 
-def test_every_micro_batch_has_random_numbers_of_its_own_by_known_arithmetic(run):
-    seeds = {step_generator(run, step, number).initial_seed() for step in range(20) for number in range(4)}
+def test_every_micro_batch_has_its_own_random_numbers_from_a_closed_form(run):
+    seeds = {make_generator(run, step, number).initial_seed() for step in range(20) for number in range(4)}
     expected = np.random.SeedSequence((run.settings.seed, 3, 1, 0)).generate_state(1, np.uint64)[0]
-    assert len(seeds) == 80 and step_generator(run, 3, 1).initial_seed() == int(expected) % 2**63
+    assert len(seeds) == 80 and make_generator(run, 3, 1).initial_seed() == int(expected) % 2**63

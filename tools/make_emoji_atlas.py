@@ -1,13 +1,12 @@
-"""Make emoji_atlas/ from packages: every object in three styles, 48 pixels square, as one lossless image
-and a list of names.
+"""Make emoji_atlas/ from npm packages: each object in three styles of 48 x 48 pixels, as one lossless image.
 
     npm pack --pack-destination packages @lobehub/fluent-emoji-3d@1.1.0
     npm pack --pack-destination packages @iconify-json/fluent-emoji-flat@1.2.6 @iconify-json/noto@1.2.9
     pip install resvg-py==0.5.0
     python tools/make_emoji_atlas.py --packages packages      # a minute
 
-The project reads the atlas alone: packages and renderer are needed to make it again, and the same versions
-make the same bytes.
+Writes atlas.webp and atlas.json, the names of the objects and styles. Packages and renderer are needed only here:
+the project reads the atlas. The same versions make the same bytes.
 """
 
 import argparse
@@ -15,8 +14,10 @@ import io
 import json
 import tarfile
 import zlib
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,8 +34,7 @@ COLUMNS = 16  # objects side by side; each style has rows of its own
 RENDERED = 256  # pixels, before a drawing is trimmed and reduced
 FAINT = 12  # alpha 0..255 up to which a pixel counts as margin
 
-# name: code point. Objects that a person names at 26 pixels, that are countable, and that all three packages
-# hold.
+# name: code point. Countable objects that a person recognizes at 26 pixels and that all three packages contain.
 OBJECTS = {
     "fox": "1f98a",
     "cat": "1f431",
@@ -138,11 +138,9 @@ OBJECTS = {
 # ---- packages ----------------------------------------------------------------------------------------------
 
 
-def find_packages(folder):
-    """Return {style: path} of the packages in a folder; raises ValueError where one is missing or of another
-    version.
-    """
-    found = {}
+def find_packages(folder: str | Path) -> dict[str, Path]:
+    """Return {style: path} of the packages in a folder; raises ValueError for a missing or another version."""
+    found: dict[str, dict[str, Path]] = {}
     for path in sorted(Path(folder).glob("*.tgz")):
         name, version = read_name(path)
         found.setdefault(name, {})[version] = path
@@ -151,19 +149,18 @@ def find_packages(folder):
         versions = found.get(name, {})
         if wanted not in versions:
             raise ValueError(
-                f"{folder}: found {name} {' and '.join(versions) or 'in no version'}, expected {wanted}. Get "
-                f"it: "
+                f"{folder}: found {name} {' and '.join(versions) or 'in no version'}, expected {wanted}. Get it: "
                 f"npm pack --pack-destination {folder} {name}@{wanted}"
             )
         paths[style] = versions[wanted]
     return paths
 
 
-def read_name(path):
-    """Return name and version of a package that npm packed."""
+def read_name(path: Path) -> tuple[str, str]:
+    """Return the name and the version of a package that npm packed."""
     try:
         with tarfile.open(path, "r:gz") as archive:
-            package = json.load(archive.extractfile("package/package.json"))
+            package = read_member(archive, "package/package.json")
         return package["name"], package["version"]
     except (
         tarfile.TarError,
@@ -179,8 +176,16 @@ def read_name(path):
         ) from None
 
 
-def find_renderer():
-    """Return the module that turns SVG into PNG; raises ValueError where it is missing or of another version."""
+def read_member(archive: tarfile.TarFile, name: str) -> Any:
+    """Return the content of a JSON file in a package; raises KeyError if it is missing."""
+    file = archive.extractfile(name)
+    if file is None:
+        raise KeyError(name)
+    return json.load(file)
+
+
+def find_renderer() -> Any:
+    """Return the module that renders SVG as PNG; raises ValueError if it is missing or has another version."""
     name, wanted = RENDERER
     try:
         found = version(name)
@@ -188,32 +193,32 @@ def find_renderer():
         found = None
     if found != wanted:
         raise ValueError(
-            f"found {name} {found or 'in no version'}, expected {wanted}. Get it: pip install "
-            f"{name}=={wanted}"
+            f"found {name} {found or 'in no version'}, expected {wanted}. Get it: pip install {name}=={wanted}"
         )
     import resvg_py
 
     return resvg_py
 
 
-def read_drawings(path, renderer):
-    """Return the drawing of each of OBJECTS, an RGBA image, from a package of WebP files or of SVG texts."""
+def read_drawings(path: Path, renderer: Any) -> list[Image.Image]:
+    """Return the RGBA image of each of OBJECTS, from a package of WebP files or of SVG texts."""
     with tarfile.open(path, "r:gz") as archive:
         names = archive.getnames()
         if "package/icons.json" not in names:
             return [read_webp(archive, names, code) for code in OBJECTS.values()]
-        icons, chars = (json.load(archive.extractfile(f"package/{name}.json")) for name in ("icons", "chars"))
+        icons, chars = (read_member(archive, f"package/{name}.json") for name in ("icons", "chars"))
     return [render_svg(icons, chars[code], renderer) for code in OBJECTS.values()]
 
 
-def read_webp(archive, names, code):
-    name = next(
-        name for name in (f"package/assets/{code}{end}.webp" for end in ("", "-fe0f")) if name in names
-    )
+def read_webp(archive: tarfile.TarFile, names: Sequence[str], code: str) -> Image.Image:
+    """Return the image of a code point, with or without a variation selector in its file's name."""
+    paths = (f"package/assets/{code}{suffix}.webp" for suffix in ("", "-fe0f"))
+    name = next(path for path in paths if path in names)
     return Image.open(archive.extractfile(name)).convert("RGBA")
 
 
-def render_svg(icons, name, renderer):
+def render_svg(icons: Mapping[str, Any], name: str, renderer: Any) -> Image.Image:
+    """Return the image of an icon, whose name may be an alias."""
     icon = icons["icons"].get(name) or icons["icons"][icons["aliases"][name]["parent"]]
     width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
     text = (
@@ -227,8 +232,8 @@ def render_svg(icons, name, renderer):
 # ---- sprites -----------------------------------------------------------------------------------------------
 
 
-def make_sprite(drawing):
-    """Trim a drawing, centre it in a square and reduce that to (SIZE, SIZE, 4) uint8."""
+def make_sprite(drawing: Image.Image) -> np.ndarray:
+    """Trim a drawing, centre it in a square and reduce the square to (SIZE, SIZE, 4) uint8."""
     rows, columns = np.where(np.asarray(drawing)[..., 3] > FAINT)
     trimmed = drawing.crop((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
     side = max(trimmed.size)
@@ -237,10 +242,8 @@ def make_sprite(drawing):
     return reduce_rgba(np.asarray(square, np.float32), SIZE)
 
 
-def reduce_rgba(square, size):
-    """Resize with colours weighted by alpha: what is transparent has a colour too, and it must not bleed into
-    edges.
-    """
+def reduce_rgba(square: np.ndarray, size: int) -> np.ndarray:
+    """Resize with colours weighted by alpha, so that the colours of transparent pixels do not bleed into edges."""
     square = np.concatenate([square[..., :3] * square[..., 3:] / 255, square[..., 3:]], -1)
     small = np.stack(
         [
@@ -254,15 +257,16 @@ def reduce_rgba(square, size):
     return np.concatenate([colour, alpha], -1).round().astype(np.uint8)
 
 
-def lay_out(sprites):
-    """Lay sprites (objects, SIZE, SIZE, 4) out in rows of COLUMNS; what the last row lacks is transparent."""
+def lay_out(sprites: Sequence[np.ndarray]) -> np.ndarray:
+    """Lay sprites (objects, SIZE, SIZE, 4) out in rows of COLUMNS; empty places are transparent."""
     rows = -(-len(sprites) // COLUMNS)
     filled = np.zeros((rows * COLUMNS, SIZE, SIZE, 4), np.uint8)
     filled[: len(sprites)] = sprites
     return filled.reshape(rows, COLUMNS, SIZE, SIZE, 4).swapaxes(1, 2).reshape(rows * SIZE, COLUMNS * SIZE, 4)
 
 
-def main():
+def main() -> None:
+    """Read the packages and write the atlas."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

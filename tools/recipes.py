@@ -1,9 +1,7 @@
-"""The recipe of each world's tiny teacher: sizes of its networks, settings of its training, and auxiliary
-tasks.
+"""The recipe of each world's tiny teacher: sizes of its networks, settings of its training, auxiliary tasks.
 
-There are two such tasks, with heads that are discarded: each word of an object's phrase predicts every fact
-of that object, and each image token the object in it. Scenes are drawn by rule, so that both
-answers are exact.
+The heads of the two auxiliary tasks are discarded: each word of an object's phrase predicts every fact of that
+object, and each image token predicts the object in it. Scenes are drawn by rule, so both answers are exact.
 """
 
 from collections.abc import Callable
@@ -27,10 +25,10 @@ TOKEN = 16  # pixels along a token's side
 class Recipe:
     """Settings of a world's teacher.
 
-    `plan` has for each stage: steps, batch size, learning rate of AdamW, of Muon (None: AdamW alone), EMA
-    decay, and the last share of the steps over which rates fall to zero (None: a cosine over all of them).
-    `gates` has for each stage the figures that it has to reach: the least of each, or the most where a minus
-    stands before the name.
+    `plan` has the settings of each stage: steps, batch size, learning rates of AdamW and of Muon (None: only
+    AdamW), EMA decay, and the last share of the steps over which learning rates fall to zero (None: a cosine
+    over all steps). `gates` has a lower bound of each figure of a stage, or an upper bound if a minus sign
+    precedes its name.
     """
 
     name: str
@@ -40,16 +38,14 @@ class Recipe:
     expert: dict
     plan: dict
     guidance: dict  # high, low
-    judged: tuple  # (steps, is_guided) in which the finished teacher is judged, the first against its gates
+    judged: tuple  # (steps, is_guided) of each judgement of the finished teacher; gates apply to the first
     dtype: torch.dtype  # of the files
-    notice: Path | None  # a file that lies beside the weights
+    notice: Path | None  # a file that is copied to the weights
     num_scenes: int  # encoded once
     num_worded: int  # scenes whose captions make the vocabulary
-    cropped: (
-        tuple  # pixels of a crop, and the first share of the steps in which the autoencoder trains on crops
-    )
+    cropped: tuple  # pixels of a crop, and the share of the autoencoder's steps, from the first, on crops
     help_weight: float  # of the auxiliary loss of image tokens in the first step; it falls to zero
-    is_compiled: bool  # whether the experts' step is compiled, in bfloat16; it takes a minute to begin
+    is_compiled: bool  # whether the experts' step is compiled, in bfloat16, which takes a minute at first
     facts: dict  # {name: values} that a word predicts
     # {name: number of classes} that an image token predicts; the last class stands for an empty token
     labels: dict
@@ -176,7 +172,7 @@ SHAPES = Recipe(
 
 
 def _emoji_spoken(scene):
-    """Two of a kind are one phrase, with the place of the first, which stands for their axis."""
+    """Describe two objects of a kind as one phrase, with the place of the first, which stands for their axis."""
     spoken = []
     for thing in scene.objects[:1] if scene.kind == "two" else scene.objects:
         noun = PLURALS[thing.name] if scene.kind == "two" else thing.name

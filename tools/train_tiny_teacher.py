@@ -1,16 +1,17 @@
-"""Train a tiny teacher: a complete Wan2.2 checkpoint in the diffusers layout, only small, from scenes drawn
-by rule.
+"""Train a tiny teacher, a small but complete Wan2.2 checkpoint in the diffusers layout, on scenes drawn by rule.
 
-    python tools/train_tiny_teacher.py                                # of shapes: into ./tiny_teacher, about an hour on one core
+    python tools/train_tiny_teacher.py                                # shapes, into ./tiny_teacher: about an hour on one core
     python tools/train_tiny_teacher.py --stages experts               # one stage again
-    python tools/train_tiny_teacher.py --world emoji --threads 2      # of emoji: into ./emoji_teacher; the experts want a GPU
+    python tools/train_tiny_teacher.py --world emoji --threads 2      # emoji, into ./emoji_teacher; the experts want a GPU
     python tools/train_tiny_teacher.py --world emoji --stages experts --device cuda --threads 16      # minutes
-    python tools/train_tiny_teacher.py --world emoji --judge 100      # judge the last save, with 100 captions a kind
+    python tools/train_tiny_teacher.py --world emoji --judge 100      # judge the last save, with 100 captions per kind
 
-Stages: autoencoder -> text -> experts -> pipeline. A finished stage is skipped, and after a kill the same command
-resumes from at most a minute earlier. A stage whose figures miss the gates of its recipe ends the run. Settings,
-figures and minutes go to training.json beside the weights. Auxiliary heads (the position of a token, the object in
-it, the object of a word) are discarded after training: the networks that remain are stock.
+Stages: autoencoder -> text -> experts -> pipeline. Each prints its figures. A finished stage is skipped, and after
+a kill the same command resumes from at most a minute earlier. A stage whose figures miss the gates of its recipe
+ends the run. Settings, figures and minutes go to training.json beside the weights. Auxiliary heads (the position of
+a token, the object in it, the object of a word) are discarded after training, so that the networks are stock.
+
+Legend: B batch, C channels, H W height and width, N image tokens, L text length.
 """
 
 import argparse
@@ -20,9 +21,11 @@ import multiprocessing
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -31,7 +34,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -42,41 +45,46 @@ from tools.recipes import GRID, RECIPES, Recipe  # noqa: E402
 from wanlite import flow, schedule  # noqa: E402
 from wanlite.data import autoencoder as vae  # noqa: E402
 from wanlite.data import text_encoder as text  # noqa: E402
-from wanlite.network import OneFrameBlock, one_frame_velocity, pack_states, pack_text  # noqa: E402
+from wanlite.network import OneFrameBlock, TextTokens, one_frame_velocity, pack_states, pack_text  # noqa: E402
 from wanlite.training.metrics import prompt_accuracy  # noqa: E402
 
 SEED = 22
 SHIFT = 3.0
 BOUNDARY = 0.875  # noise level from which the high-noise expert is used
 PROMPT_DROPOUT = 0.1
-SHARD = 10_000  # scenes made between two saves
 CAPTIONS = 8  # of each scene
 TOKENS = 24  # no caption of a world is longer
 IGNORED = -100  # a label that no loss counts
-SAVE_SECONDS = 60
+EXPERT_FOLDERS = {"high": "transformer", "low": "transformer_2"}
+
+# (random numbers, generator on the device, progress 0..1) -> loss, figures
+LossOf = Callable[[np.random.Generator, torch.Generator, float], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
 class Run:
+    """One command: a recipe, its folders, and its device."""
+
     recipe: Recipe
     folder: Path  # the checkpoint
     work: Path  # resumable state, latents
     device: str
     threads: int
+    save_seconds: float = 60  # between two saves of a training state
+    shard_size: int = 10_000  # scenes made between two saves
 
     @property
-    def world(self):
+    def world(self) -> Any:
         return self.recipe.world
 
 
 # ---- one loop for every stage ------------------------------------------------------------------------------
 
 
-def fit(name, trained, loss_of, run):
+def fit(name: str, trained: nn.Module, loss_of: LossOf, run: Run) -> float:
     """Train the modules in `trained` and leave their EMA weights in place; returns the minutes spent.
 
-    `loss_of(random, torch_generator, progress 0..1)` returns a loss and a dict of figures; its randomness is
-    a function of the step, so that a killed run resumes to the same end.
+    The random numbers of a step are a function of its number, so that a killed run resumes to the same end.
     """
     plan = run.recipe.plan[name]
     trained.to(run.device)
@@ -90,12 +98,8 @@ def fit(name, trained, loss_of, run):
     bar = tqdm(range(first, plan["steps"]), initial=first, total=plan["steps"], desc=name, mininterval=5)
     for step in bar:
         progress = step / plan["steps"]
-        scale = min(1.0, (step + 1) / 100) * decayed(progress, plan["decay"])
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * scale
-        stage_seed = [SEED, sum(name.encode()), step]
-        random = np.random.default_rng(stage_seed)
+        set_learning_rates(optimizers, min(1.0, (step + 1) / 100) * decayed(progress, plan["decay"]))
+        random = np.random.default_rng([SEED, sum(name.encode()), step])
         generator = torch.Generator(run.device).manual_seed(int(random.integers(2**62)))
         loss, figures = loss_of(random, generator, progress)
         loss.backward()
@@ -106,15 +110,28 @@ def fit(name, trained, loss_of, run):
         ema.step(parameters)
         if step % 50 == 0:
             bar.set_postfix({key: f"{float(value.detach()):.3f}" for key, value in figures.items()})
-        if time.time() - saved_at > SAVE_SECONDS or step + 1 == plan["steps"]:
+        if time.time() - saved_at > run.save_seconds or step + 1 == plan["steps"]:
             saved_at = time.time()
-            seconds = spent + saved_at - began
-            save_state(path, trained, ema, optimizers, step + 1, seconds)
+            save_state(path, trained, ema, optimizers, step + 1, spent + saved_at - began)
     ema.copy_to(parameters)
     return (spent + time.time() - began) / 60
 
 
-def save_state(path, trained, ema, optimizers, step, seconds):
+def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], scale: float) -> None:
+    """Set every learning rate to its initial value times `scale`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+
+
+def save_state(
+    path: Path,
+    trained: nn.Module,
+    ema: EMAModel,
+    optimizers: Sequence[torch.optim.Optimizer],
+    step: int,
+    seconds: float,
+) -> None:
     """Write the training state atomically."""
     state = dict(
         weights=trained.state_dict(),
@@ -127,8 +144,10 @@ def save_state(path, trained, ema, optimizers, step, seconds):
     path.with_suffix(".partial").rename(path)
 
 
-def load_state(path, trained, ema, optimizers, device):
-    """Restore a training state; returns its step and the seconds that it took."""
+def load_state(
+    path: Path, trained: nn.Module, ema: EMAModel, optimizers: Sequence[torch.optim.Optimizer], device: str
+) -> tuple[int, float]:
+    """Restore a training state; returns its step and the seconds of training until then."""
     state = torch.load(path, weights_only=True, map_location=device)
     trained.load_state_dict(state["weights"])
     ema.load_state_dict(state["ema"])
@@ -137,20 +156,19 @@ def load_state(path, trained, ema, optimizers, device):
     return state["step"], state["seconds"]
 
 
-def decayed(progress, decay):
-    """Return the share of the learning rate that is left: a cosine, or all of it until the last share `decay`
-    of the steps.
+def decayed(progress: float, decay: float | None) -> float:
+    """Return the share of the learning rate at `progress`: a cosine, or 1 and a linear fall in the last share `decay`.
 
-    In the second form the number of steps may be raised until the fall begins, and nothing before changes.
+    With `decay`, the number of steps can be raised until the fall begins without a change of the earlier steps.
     """
     return 0.5 + 0.5 * math.cos(math.pi * progress) if decay is None else min(1.0, (1 - progress) / decay)
 
 
-def make_optimizers(trained, plan):
-    """Muon for the matrices of blocks and the kernels of an autoencoder where the plan has a rate for it;
-    AdamW for the rest.
-    """
-    matrices, kernels, others = [], [], []
+def make_optimizers(trained: nn.Module, plan: Mapping[str, Any]) -> list[torch.optim.Optimizer]:
+    """Return AdamW and, if the plan has a rate for it, Muon for the matrices of blocks and the autoencoder's kernels."""
+    matrices: list[Tensor] = []
+    kernels: list[Tensor] = []
+    others: list[Tensor] = []
     for name, parameter in trained.named_parameters():
         if plan["muon_rate"] and "blocks." in name and parameter.ndim == 2:
             matrices.append(parameter)
@@ -158,7 +176,9 @@ def make_optimizers(trained, plan):
             kernels.append(parameter)
         elif parameter.requires_grad:
             others.append(parameter)
-    optimizers = [torch.optim.AdamW(others, lr=plan["learning_rate"], betas=(0.9, 0.98), weight_decay=0.01)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=plan["learning_rate"], betas=(0.9, 0.98), weight_decay=0.01)
+    ]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=plan["muon_rate"], weight_decay=0.01))
     if kernels:
@@ -169,25 +189,23 @@ def make_optimizers(trained, plan):
     return optimizers
 
 
-def is_kernel(name, parameter):
-    """Whether a parameter is a 3-D kernel that is trained as a matrix: not at the ends of a network, nor
-    unused at one frame.
-    """
+def is_kernel(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is a wide 3-D kernel that one frame uses, which is trained as a matrix."""
     is_wide = parameter.ndim == 5 and min(parameter.flatten(1).shape) >= 16
     return is_wide and "patch_embedding" not in name and "time_conv" not in name
 
 
 class KernelMuon(torch.optim.Muon):
-    """Muon for convolutions: each kernel moves as a matrix of a row an output channel, which is a view of it.
+    """Muon for convolutions: each kernel is updated as a matrix with one row per output channel, a view of it.
 
-    Without decay, for at one frame most taps of a kernel have no gradient and keep their values.
+    Use it without weight decay: at one frame, most taps of a kernel have no gradient and keep their values.
     """
 
-    def __init__(self, kernels, **settings):
+    def __init__(self, kernels: Sequence[Tensor], **settings: Any):
         self.kernels = kernels
         super().__init__([nn.Parameter(kernel.detach().flatten(1)) for kernel in kernels], **settings)
 
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         for kernel, matrix in zip(self.kernels, self.param_groups[0]["params"]):
             matrix.grad = kernel.grad.flatten(1)
         return super().step(closure)
@@ -196,30 +214,20 @@ class KernelMuon(torch.optim.Muon):
 # ---- autoencoder -------------------------------------------------------------------------------------------
 
 
-def train_autoencoder(run):
-    """Images -> latents -> images. The mean of the latents is used, plus fixed noise that keeps the latent space
-    smooth.
+def train_autoencoder(run: Run) -> dict[str, Any]:
+    """Train images -> latents -> images, with fixed noise on the latents' mean that keeps the latent space smooth.
 
-    At one frame only the last temporal taps run: the other taps and the time convolutions keep their initial
+    At one frame only the last temporal taps run. The other taps and the time convolutions keep their initial
     values.
     """
     torch.manual_seed(SEED)
     network = vae.use_single_frame_path(AutoencoderKLWan(**run.recipe.autoencoder))
-    batch_size = run.recipe.plan["autoencoder"]["batch_size"]
 
     def loss_of(random, generator, progress):
-        scenes = [run.world.random_scene(random) for _ in range(batch_size)]
-        drawn = np.stack([run.world.draw(scene, random) for scene in scenes])
-        grounds = np.stack([run.world.ground(scene) for scene in scenes])
-        rows, columns = choose_crop(random, run.recipe, progress)
-        pixels, ground = (vae.to_pixels(each[:, rows, columns]).to(run.device) for each in (drawn, grounds))
-        weight = 1 + 3 * ((pixels - ground).abs().amax(1, keepdim=True) > 0.1).float()
+        pixels, weight = weighted_images(run, random, progress)
         mean = network.encode(pixels.unsqueeze(2)).latent_dist.mode()
         raw_latents = mean + 0.1 * torch.randn(mean.shape, generator=generator, device=run.device)
-        seen = network.decode(raw_latents).sample.squeeze(2)
-        error, sides = seen - pixels, pixels.shape[-1] - 1
-        edges = sum((weight.narrow(dim, 1, sides) * error.diff(dim=dim).abs()).mean() for dim in (2, 3))
-        reconstruction = (weight * (error.abs() + error.square())).mean() + edges
+        reconstruction = reconstruction_loss(network.decode(raw_latents).sample.squeeze(2), pixels, weight)
         return reconstruction + 1e-3 * mean.square().mean(), {"loss": reconstruction}
 
     # The clamp at the end of decode() stops gradients outside -1..1; the palette stays inside it.
@@ -228,29 +236,45 @@ def train_autoencoder(run):
     network.register_to_config(latents_mean=mean, latents_std=std)
     nn.Module.to(network, run.recipe.dtype).save_pretrained(run.folder / "vae")  # diffusers' own to() warns
     drawn, scenes = some_images(run.world, seed=1, count=1000)
-    seen = round_trip(vae.load_autoencoder(run.folder, run.device), drawn)
-    error = np.mean((seen.astype(np.float32) - drawn) ** 2)
+    decoded = round_trip(vae.load_autoencoder(run.folder, run.device), drawn)
+    error = np.mean((decoded.astype(np.float32) - drawn) ** 2)
     return {
         "minutes": minutes,
         "psnr_db": float(10 * np.log10(255**2 / error)),
-        **judged(run.world, seen, scenes),
+        **judged(run.world, decoded, scenes),
         "parameters": network.num_parameters(),
     }
 
 
-def choose_crop(random, recipe, progress):
-    """Return the rows and columns, slices, that the autoencoder sees: crops at first, for they take a share
-    of the time.
-    """
+def weighted_images(run: Run, random: np.random.Generator, progress: float) -> tuple[Tensor, Tensor]:
+    """Return a batch of pixels (B, 3, H, W), and their weights (B, 1, H, W): 4 on objects, 1 on the background."""
+    batch_size = run.recipe.plan["autoencoder"]["batch_size"]
+    scenes = [run.world.random_scene(random) for _ in range(batch_size)]
+    drawn = np.stack([run.world.draw(scene, random) for scene in scenes])
+    grounds = np.stack([run.world.ground(scene) for scene in scenes])
+    rows, columns = choose_crop(random, run.recipe, progress)
+    pixels, ground = (vae.to_pixels(each[:, rows, columns]).to(run.device) for each in (drawn, grounds))
+    return pixels, 1 + 3 * ((pixels - ground).abs().amax(1, keepdim=True) > 0.1).float()
+
+
+def reconstruction_loss(decoded: Tensor, pixels: Tensor, weight: Tensor) -> Tensor:
+    """Return the weighted L1 and squared errors of pixels, plus the L1 errors of their differences."""
+    error, sides = decoded - pixels, pixels.shape[-1] - 1
+    edges = sum((weight.narrow(dim, 1, sides) * error.diff(dim=dim).abs()).mean() for dim in (2, 3))
+    return (weight * (error.abs() + error.square())).mean() + edges
+
+
+def choose_crop(random: np.random.Generator, recipe: Recipe, progress: float) -> tuple[slice, slice]:
+    """Return the rows and columns that the autoencoder trains on: crops at first, which take less time."""
     size, share = recipe.cropped
     if progress >= share:
         return slice(None), slice(None)
-    return (
-        slice(first, first + size) for first in random.integers(recipe.world.IMAGE_SIZE - size + 1, size=2)
-    )
+    top, left = random.integers(recipe.world.IMAGE_SIZE - size + 1, size=2)
+    return slice(top, top + size), slice(left, left + size)
 
 
-def latent_statistics(network, run):
+def latent_statistics(network: Any, run: Run) -> tuple[list[float], list[float]]:
+    """Return the mean and the standard deviation of each latent channel."""
     drawn, _ = some_images(run.world, seed=2, count=2000)
     latents = torch.cat(
         [
@@ -261,87 +285,93 @@ def latent_statistics(network, run):
     return latents.mean((0, 2, 3, 4)).tolist(), latents.std((0, 2, 3, 4)).tolist()
 
 
-def round_trip(network, drawn):
-    return np.concatenate(
-        [
-            vae.to_images(
-                vae.decode_latents(
-                    network, vae.encode_images(network, vae.to_pixels(chunk).to(network.device))
-                )
-            )
-            for chunk in np.array_split(drawn, 20)
-        ]
-    )
+def round_trip(network: Any, images: np.ndarray) -> np.ndarray:
+    """Return images (B, H, W, 3) uint8 after encoding and decoding."""
+    decoded = []
+    for chunk in np.array_split(images, 20):
+        latents = vae.encode_images(network, vae.to_pixels(chunk).to(network.device))
+        decoded.append(vae.to_images(vae.decode_latents(network, latents)))
+    return np.concatenate(decoded)
 
 
-def some_images(world, seed, count):
+def some_images(world: Any, seed: int, count: int) -> tuple[np.ndarray, list[Any]]:
+    """Return images (B, H, W, 3) uint8 of random scenes, and the scenes."""
     scenes = world.scenes(seed, count)
     random = np.random.default_rng([seed, 1])
     return np.stack([world.draw(scene, random) for scene in scenes]), scenes
 
 
-def judged(world, seen, scenes):
-    """Return the mean of everything that the world's judge has a figure for."""
-    verdicts = [world.judge(image, scene) for image, scene in zip(seen, scenes)]
+def judged(world: Any, images: np.ndarray, scenes: Sequence[Any]) -> dict[str, float]:
+    """Return the means of the figures of the world's judge."""
+    verdicts = [world.judge(image, scene) for image, scene in zip(images, scenes)]
     return {name: float(np.mean([verdict[name] for verdict in verdicts])) for name in verdicts[0]}
 
 
 # ---- text --------------------------------------------------------------------------------------------------
 
 
-def train_text(run):
+def train_text(run: Run) -> dict[str, Any]:
     """Train a word-level tokenizer and a UMT5 in which every word of an object encodes all facts of that object.
 
-    Trained alone this takes seconds; inside the diffusion loss it takes hours.
+    Training it alone takes seconds; within the diffusion loss it takes hours.
     """
-    recipe = run.recipe
-    tokenizer = make_tokenizer(recipe)
+    tokenizer = make_tokenizer(run.recipe)
     tokenizer.save_pretrained(run.folder / "tokenizer")
-    torch.manual_seed(SEED)
-    encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **recipe.text))
-    heads = nn.ModuleDict(
-        {name: nn.Linear(recipe.text["d_model"], len(values)) for name, values in recipe.facts.items()}
-    )
-    trained = nn.ModuleDict({"encoder": encoder, "heads": heads})
+    trained = make_text_networks(run.recipe, len(tokenizer))
+    encoder = trained["encoder"]
 
     def loss_of(random, generator, progress):
-        scenes = training_scenes(run.world, random, recipe.plan["text"]["batch_size"])
+        scenes = training_scenes(run.world, random, run.recipe.plan["text"]["batch_size"])
         captions = [run.world.caption(scene, random) for scene in scenes]
         tokens = tokenizer(captions, padding=True, return_tensors="pt").to(run.device)
-        states = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-        rows, columns, facts = spoken_words(captions, recipe)
-        words = states[rows, columns]
-        losses, right = [], torch.ones(len(facts), dtype=torch.bool, device=run.device)
-        for name, values in recipe.facts.items():
-            answer = torch.tensor([values.index(fact[name]) for fact in facts], device=run.device)
-            guess = heads[name](words)
-            losses.append(F.cross_entropy(guess, answer))
-            right &= guess.argmax(-1) == answer
-        return sum(losses), {"loss": sum(losses), "right": right.float().mean()}
+        hidden_states = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        rows, columns, facts = spoken_words(captions, run.recipe)
+        return fact_loss(trained["heads"], hidden_states[rows, columns], facts, run.recipe.facts)
 
     minutes = fit("text", trained, loss_of, run)
-    encoder.eval().to(recipe.dtype).save_pretrained(run.folder / "text_encoder")
+    encoder.eval().to(run.recipe.dtype).save_pretrained(run.folder / "text_encoder")
     encoder.float()
     with torch.no_grad():
-        figures = [
+        shares = [
             float(loss_of(np.random.default_rng([SEED, 99, i]), None, 1.0)[1]["right"]) for i in range(10)
         ]
     return {
         "minutes": minutes,
-        "words_that_know_their_object": float(np.mean(figures)),
+        "words_that_know_their_object": float(np.mean(shares)),
         "parameters": encoder.num_parameters(),
     }
 
 
-def make_tokenizer(recipe):
+def make_text_networks(recipe: Recipe, vocabulary_size: int) -> nn.ModuleDict:
+    """Return the text encoder, and a head for each fact that a word predicts."""
+    torch.manual_seed(SEED)
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=vocabulary_size, **recipe.text))
+    heads = {name: nn.Linear(recipe.text["d_model"], len(values)) for name, values in recipe.facts.items()}
+    return nn.ModuleDict({"encoder": encoder, "heads": nn.ModuleDict(heads)})
+
+
+def fact_loss(
+    heads: nn.ModuleDict, words: Tensor, facts: Sequence[Mapping], values_of: Mapping[str, Sequence]
+) -> tuple[Any, dict[str, Any]]:
+    """Return the cross-entropy of all facts, and the share of words (W, D) whose facts are all predicted right."""
+    losses, right = [], torch.ones(len(facts), dtype=torch.bool, device=words.device)
+    for name, values in values_of.items():
+        answer = torch.tensor([values.index(fact[name]) for fact in facts], device=words.device)
+        guess = heads[name](words)
+        losses.append(F.cross_entropy(guess, answer))
+        right &= guess.argmax(-1) == answer
+    return sum(losses), {"loss": sum(losses), "right": right.float().mean()}
+
+
+def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
+    """Return a word-level tokenizer of all words in the captions of a world."""
     captions = [
         caption
         for scene in recipe.world.scenes(SEED, recipe.num_worded)
-        for caption in recipe.world.ways_to_say(scene)
+        for caption in recipe.world.all_captions(scene)
     ]
-    captions += recipe.world.captions(
-        SEED, recipe.num_worded
-    )  # without its style "a flat octopus" is "an octopus"
+    # "an" appears only where the style is left out: "a flat octopus" is "an octopus"
+    captions += recipe.world.captions(SEED, recipe.num_worded)
     words = sorted({word for caption in captions for word in caption.replace(",", " , ").split()})
     vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -357,20 +387,23 @@ def make_tokenizer(recipe):
     )
 
 
-def spoken_words(captions, recipe):
-    """Return rows, columns and facts: one entry for each word of an object in each caption."""
-    rows, columns, facts = [], [], []
+def spoken_words(captions: Sequence[str], recipe: Recipe) -> tuple[list[int], list[int], list[dict]]:
+    """Return the row, the column and the facts of each word of an object in the captions."""
+    rows: list[int] = []
+    columns: list[int] = []
+    facts: list[dict] = []
     for row, caption in enumerate(captions):
         words = caption.replace(",", " , ").split()
-        for phrase, known in recipe.spoken(recipe.world.read_caption(caption)):
+        for phrase, its_facts in recipe.spoken(recipe.world.read_caption(caption)):
             start = next(i for i in range(len(words)) if words[i : i + len(phrase)] == phrase)
             rows += [row] * len(phrase)
             columns += range(start, start + len(phrase))
-            facts += [known] * len(phrase)
+            facts += [its_facts] * len(phrase)
     return rows, columns, facts
 
 
-def training_scenes(world, random, count):
+def training_scenes(world: Any, random: np.random.Generator, count: int) -> list[Any]:
+    """Return random scenes, none of which is held out."""
     drawn = (world.random_scene(random) for _ in iter(int, 1))
     wanted = (scene for scene in drawn if not world.is_held_out(scene))
     return [next(wanted) for _ in range(count)]
@@ -379,87 +412,130 @@ def training_scenes(world, random, count):
 # ---- experts -----------------------------------------------------------------------------------------------
 
 
-def train_experts(run):
-    """Train one network for every noise level, then a copy for each side of the boundary; the text encoder is
-    frozen.
-    """
-    recipe = run.recipe
-    tokenizer, encoder = text.load_text_encoder(run.folder, run.device, torch.float32)
-    scenes = captioned_scenes(vae.load_autoencoder(run.folder, run.device), tokenizer, run)
-    empty = tokenizer("", return_tensors="pt").input_ids.to(run.device)  # (1, 1)
+def train_experts(run: Run) -> dict[str, Any]:
+    """Train one network for every noise level, then a copy for each side of the boundary, from frozen text."""
+    recipe, figures = run.recipe, {}
+    data = CaptionedLatents(run)
     trained = make_trained(recipe)
     velocity_of = compiled_velocity(trained["network"]) if recipe.is_compiled else one_frame_velocity
-
-    def loss_between(lowest, highest, batch_size):
-        def loss_of(random, generator, progress):
-            index, way = (
-                torch.from_numpy(random.integers(size, size=batch_size)).to(run.device)
-                for size in scenes["ids"].shape[:2]
-            )
-            is_dropped = torch.from_numpy(random.random((batch_size, 1)) < PROMPT_DROPOUT).to(run.device)
-            ids = scenes["ids"][index, way].long()
-            ids = torch.where(
-                is_dropped, F.pad(empty, (0, ids.shape[1] - 1), value=tokenizer.pad_token_id), ids
-            )
-            is_word = ids != tokenizer.pad_token_id
-            with torch.no_grad():
-                prompt_tokens = pack_states(encoder(ids, is_word.long()).last_hidden_state, is_word.sum(1))
-            clean = scenes["latents"][index].float()
-            noise = torch.randn(clean.shape, generator=generator, device=run.device)
-            uniform = torch.rand(batch_size, generator=generator, device=run.device)
-            uniform = (uniform + torch.arange(batch_size, device=run.device)) / batch_size
-            level = flow.shift_noise_level(lowest + (highest - lowest) * uniform, SHIFT)
-            velocity, (early, middle) = velocity_of(
-                trained["network"],
-                flow.add_noise(clean, noise, level),
-                schedule.TIMESTEPS * level,
-                prompt_tokens.tokens,
-                prompt_tokens.logit_bias,
-                feature_blocks=(0, recipe.expert["num_layers"] // 2),
-            )
-            error = (velocity - (noise - clean)).square().mean()
-            position = torch.arange(GRID**2, device=run.device).repeat(batch_size)
-            where = F.cross_entropy(trained["where"](early).flatten(0, 1), position)
-            guesses = trained["what"](middle).flatten(0, 1).split(list(recipe.labels.values()), -1)
-            answers = (
-                scenes["labels"][index]
-                .long()
-                .masked_fill(is_dropped.unsqueeze(2), IGNORED)
-                .flatten(0, 1)
-                .unbind(-1)
-            )
-            what = sum(
-                F.cross_entropy(guess, answer, ignore_index=IGNORED)
-                for guess, answer in zip(guesses, answers)
-            )
-            help_weight = recipe.help_weight * (1 - progress)
-            return error + help_weight * (where + what), {"velocity": error, "where": where, "what": what}
-
-        return loss_of
-
-    figures = {}
     turn = BOUNDARY / (SHIFT - (SHIFT - 1) * BOUNDARY)  # the boundary before the shift
-    spans = {"shared": (0.0, 1.0), "high": (turn, 1.0), "low": (0.0, turn)}
-    for stage, (lowest, highest) in spans.items():
+    levels = {"shared": (0.0, 1.0), "high": (turn, 1.0), "low": (0.0, turn)}  # before the shift
+    for stage, (lowest, highest) in levels.items():
         if stage != "shared":
             trained["network"].load_state_dict(load_file(run.work / "shared.safetensors"))
-        minutes = fit(stage, trained, loss_between(lowest, highest, recipe.plan[stage]["batch_size"]), run)
-        figures[f"minutes_{stage}"] = minutes
+        batches = partial(data.batch, recipe.plan[stage]["batch_size"], lowest, highest)
+        figures[f"minutes_{stage}"] = fit(
+            stage, trained, expert_loss(trained, velocity_of, recipe, batches), run
+        )
         save_file(trained["network"].state_dict(), run.work / f"{stage}.safetensors")
-    for stage, name in (("high", "transformer"), ("low", "transformer_2")):
+    for stage, folder in EXPERT_FOLDERS.items():
         expert = WanTransformer3DModel(**recipe.expert)
         expert.load_state_dict(load_file(run.work / f"{stage}.safetensors"))
-        nn.Module.to(expert, recipe.dtype).save_pretrained(run.folder / name)
-    figures["parameters_each"] = expert.num_parameters()
-    return figures
+        nn.Module.to(expert, recipe.dtype).save_pretrained(run.folder / folder)
+    return figures | {"parameters_each": expert.num_parameters()}
 
 
-def compiled_velocity(network):
-    """Return one_frame_velocity, compiled, with matrix products in bfloat16; weights and the residual stream stay
-    float32.
+@dataclass
+class Batch:
+    """Images with noise, and the answers of a training step."""
 
-    Against a step of float32 without it, on a CPU with bfloat16 instructions: 1.9 times as fast. Attention is
-    not fused: of sixteen tokens, the fused one takes a third of a step to go back on a CPU.
+    text: TextTokens
+    clean: Tensor  # (B, C, H, W)
+    noise: Tensor  # (B, C, H, W)
+    noise_level: Tensor  # (B,)
+    labels: Tensor  # (B, N, labels), IGNORED where the prompt is dropped
+
+
+class CaptionedLatents:
+    """The data of the experts: latents and captions of all scenes, and the frozen text encoder."""
+
+    def __init__(self, run: Run):
+        self.device = run.device
+        self.tokenizer, self.encoder = text.load_text_encoder(run.folder, run.device, torch.float32)
+        self.scenes = captioned_scenes(vae.load_autoencoder(run.folder, run.device), self.tokenizer, run)
+        self.empty = self.tokenizer("", return_tensors="pt").input_ids.to(run.device)  # (1, 1)
+
+    def batch(
+        self,
+        size: int,
+        lowest: float,
+        highest: float,
+        random: np.random.Generator,
+        generator: torch.Generator,
+    ) -> Batch:
+        """Draw a batch with noise levels between `lowest` and `highest`, both before the shift."""
+        index, caption = (
+            torch.from_numpy(random.integers(count, size=size)).to(self.device)
+            for count in self.scenes["ids"].shape[:2]
+        )
+        is_dropped = torch.from_numpy(random.random((size, 1)) < PROMPT_DROPOUT).to(self.device)
+        prompts = self._encode(self.scenes["ids"][index, caption].long(), is_dropped)
+        clean = self.scenes["latents"][index].float()
+        noise = torch.randn(clean.shape, generator=generator, device=self.device)
+        uniform = torch.rand(size, generator=generator, device=self.device)
+        uniform = (uniform + torch.arange(size, device=self.device)) / size  # stratified
+        noise_level = flow.shift_noise_level(lowest + (highest - lowest) * uniform, SHIFT)
+        labels = self.scenes["labels"][index].long().masked_fill(is_dropped.unsqueeze(2), IGNORED)
+        return Batch(prompts, clean, noise, noise_level, labels)
+
+    @torch.no_grad()
+    def _encode(self, ids, is_dropped):
+        """Return the hidden states of captions (B, L), and of an empty prompt where they are dropped (B, 1)."""
+        padding = self.tokenizer.pad_token_id
+        empty = F.pad(self.empty, (0, ids.shape[1] - 1), value=padding)
+        ids = torch.where(is_dropped, empty, ids)
+        is_word = ids != padding
+        return pack_states(self.encoder(ids, is_word.long()).last_hidden_state, is_word.sum(1))
+
+
+def expert_loss(
+    trained: nn.ModuleDict,
+    velocity_of: Callable,
+    recipe: Recipe,
+    batch_of: Callable[[np.random.Generator, torch.Generator], Batch],
+) -> LossOf:
+    """Return the loss of an expert's step: the velocity error, plus auxiliary losses whose weight falls to zero."""
+    feature_blocks = (0, recipe.expert["num_layers"] // 2)
+
+    def loss_of(random, generator, progress):
+        batch = batch_of(random, generator)
+        velocity, (early, middle) = velocity_of(
+            trained["network"],
+            flow.add_noise(batch.clean, batch.noise, batch.noise_level),
+            schedule.TIMESTEPS * batch.noise_level,
+            batch.text.tokens,
+            batch.text.logit_bias,
+            feature_blocks=feature_blocks,
+        )
+        error = (velocity - (batch.noise - batch.clean)).square().mean()
+        where = position_loss(trained["where"](early))
+        what = label_loss(trained["what"](middle), batch.labels, list(recipe.labels.values()))
+        help_weight = recipe.help_weight * (1 - progress)
+        return error + help_weight * (where + what), {"velocity": error, "where": where, "what": what}
+
+    return loss_of
+
+
+def position_loss(logits: Tensor) -> Tensor:
+    """Return the cross-entropy of the position of each image token; logits (B, N, N)."""
+    position = torch.arange(GRID**2, device=logits.device).repeat(len(logits))
+    return F.cross_entropy(logits.flatten(0, 1), position)
+
+
+def label_loss(logits: Tensor, labels: Tensor, sizes: list[int]) -> Any:
+    """Return the sum of the cross-entropies of each label; logits (B, N, sum of sizes), labels (B, N, labels)."""
+    guesses = logits.flatten(0, 1).split(sizes, -1)
+    answers = labels.flatten(0, 1).unbind(-1)
+    return sum(
+        F.cross_entropy(guess, answer, ignore_index=IGNORED) for guess, answer in zip(guesses, answers)
+    )
+
+
+def compiled_velocity(network: Any) -> Callable:
+    """Return one_frame_velocity, compiled, with bfloat16 matrix products and a float32 residual stream.
+
+    On a CPU with bfloat16 instructions, this makes a step 1.9 times as fast as in float32. Attention is not
+    fused: for sixteen tokens, the backward pass of fused attention takes a third of a step on a CPU.
     """
     network.patch_embedding.register_forward_hook(lambda module, inputs, states: states.float())
     compiled = torch.compile(one_frame_velocity)
@@ -472,10 +548,8 @@ def compiled_velocity(network):
     return velocity_of
 
 
-def make_trained(recipe):
-    """Return an expert, every block of which takes the text's logit bias, and the heads that help its
-    training.
-    """
+def make_trained(recipe: Recipe) -> nn.ModuleDict:
+    """Return an expert whose blocks take the text's logit bias, and the heads of its auxiliary losses."""
     torch.manual_seed(SEED)
     network = WanTransformer3DModel(**recipe.expert)
     config = network.config
@@ -503,32 +577,21 @@ def make_trained(recipe):
 
 
 @torch.no_grad()
-def captioned_scenes(network, tokenizer, run):
-    """Return all scenes that the experts train on, on the device: every shard is made once, into the work
-    folder.
+def captioned_scenes(network: Any, tokenizer: Any, run: Run) -> dict[str, Tensor]:
+    """Return all scenes that the experts train on, on the device; each shard is made once, in the work folder.
 
     latents (scenes, C, H, W) float16; ids (scenes, captions, L) int16, padded; labels (scenes, N, labels)
     uint8.
     """
-    count = min(SHARD, run.recipe.num_scenes)
+    count = min(run.shard_size, run.recipe.num_scenes)
     shards = [run.work / f"scenes-{shard:02d}.safetensors" for shard in range(run.recipe.num_scenes // count)]
     missing = [shard for shard, path in enumerate(shards) if not path.exists()]
     with multiprocessing.get_context("spawn").Pool(run.threads) as pool:
         made = pool.imap(partial(make_scenes, run.recipe.name, count), missing)
         for shard, (images, captions, labels) in zip(tqdm(missing, desc="scenes", mininterval=5), made):
-            latents = [
-                vae.encode_images(network, vae.to_pixels(part).to(run.device)).half().cpu()
-                for part in np.array_split(images, math.ceil(count / 100))
-            ]
-            ids = tokenizer(
-                [caption for each in captions for caption in each],
-                padding="max_length",
-                max_length=TOKENS,
-                return_tensors="pt",
-            ).input_ids.short()
             tensors = {
-                "latents": torch.cat(latents).contiguous(),
-                "ids": ids.view(count, CAPTIONS, TOKENS),
+                "latents": encoded_images(network, images),
+                "ids": tokenized(tokenizer, captions),
                 "labels": labels,
             }
             save_file(tensors, shards[shard].with_suffix(".partial"))
@@ -540,10 +603,28 @@ def captioned_scenes(network, tokenizer, run):
     return {name: tensor.to(run.device) for name, tensor in scenes.items()}
 
 
-def make_scenes(name, count, shard):
-    """Return a shard of `count` scenes: images (scenes, H, W, 3) uint8, captions of each, labels (scenes,
-    N, labels) uint8.
-    """
+def encoded_images(network: Any, images: np.ndarray) -> Tensor:
+    """Return the latents (scenes, C, H, W) float16 of images, on the CPU."""
+    latents = [
+        vae.encode_images(network, vae.to_pixels(part).to(network.device)).half().cpu()
+        for part in np.array_split(images, math.ceil(len(images) / 100))
+    ]
+    return torch.cat(latents).contiguous()
+
+
+def tokenized(tokenizer: Any, captions: Sequence[Sequence[str]]) -> Tensor:
+    """Return the token ids (scenes, captions, TOKENS) int16 of the captions of each scene."""
+    ids = tokenizer(
+        [caption for each in captions for caption in each],
+        padding="max_length",
+        max_length=TOKENS,
+        return_tensors="pt",
+    ).input_ids.short()
+    return ids.view(len(captions), CAPTIONS, TOKENS)
+
+
+def make_scenes(name: str, count: int, shard: int) -> tuple[np.ndarray, list[list[str]], Tensor]:
+    """Return a shard of `count` scenes: images (scenes, H, W, 3) uint8, captions, labels (scenes, N, labels) uint8."""
     recipe, random = RECIPES[name], np.random.default_rng([SEED, shard])
     scenes = training_scenes(recipe.world, random, count)
     return (
@@ -556,10 +637,10 @@ def make_scenes(name, count, shard):
 # ---- the whole checkpoint ----------------------------------------------------------------------------------
 
 
-def assemble(run):
-    """Write the files that make the components a WanPipeline, then judge its images of held-out captions."""
+def assemble(run: Run) -> dict[str, Any]:
+    """Write the files that turn the components into a WanPipeline, then judge its images of held-out captions."""
     flow.make_scheduler(SHIFT).save_pretrained(run.folder / "scheduler")
-    parts = {
+    components = {
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
@@ -572,7 +653,7 @@ def assemble(run):
         "_diffusers_version": diffusers.__version__,
         "boundary_ratio": BOUNDARY,
         "expand_timesteps": False,
-        **parts,
+        **components,
     }
     (run.folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     if run.recipe.notice:
@@ -580,7 +661,7 @@ def assemble(run):
     return judge_pipeline(run)
 
 
-def judge_pipeline(run):
+def judge_pipeline(run: Run) -> dict[str, Any]:
     """Return the judge's figures of the finished teacher, for each of the recipe's settings."""
     pipeline = WanPipeline.from_pretrained(run.folder, dtype=torch.float32).to(run.device)
     pipeline.set_progress_bar_config(disable=True)
@@ -588,11 +669,10 @@ def judge_pipeline(run):
     def generate(captions, steps, is_guided):
         images, guidance = [], run.recipe.guidance if is_guided else dict.fromkeys(run.recipe.guidance, 1.0)
         for start in range(0, len(captions), 50):
-            noise = flow.seeded_noise(
-                (16, 1, 8, 8), range(start, start + len(captions[start : start + 50]))
-            ).to(run.device)
+            chunk = captions[start : start + 50]
+            noise = flow.seeded_noise((16, 1, 8, 8), range(start, start + len(chunk))).to(run.device)
             frames = pipeline(
-                captions[start : start + 50],
+                chunk,
                 height=64,
                 width=64,
                 num_frames=1,
@@ -615,9 +695,9 @@ def judge_pipeline(run):
     return {"drawn": first[0], **first[1], **dict(others)}
 
 
-def accuracy(generate, world, count):
-    """Return the judge's figures for `count` held-out captions of one object, and for as many of two."""
-    figures = {}
+def accuracy(generate: Callable, world: Any, count: int) -> dict[str, Any]:
+    """Return the judge's figures for `count` held-out captions of one object, and for `count` of two objects."""
+    figures: dict[str, Any] = {}
     for name, objects in (("one", 1), ("two", 2)):
         found = prompt_accuracy(
             generate, world.captions(SEED, count, held_out=True, num_objects=objects), world
@@ -630,7 +710,7 @@ def accuracy(generate, world, count):
 
 
 @torch.no_grad()
-def judge_shared(run, count):
+def judge_shared(run: Run, count: int) -> None:
     """Print figures of the network that all noise levels share, from the EMA weights of its last save."""
     state = torch.load(run.work / "shared.pt", weights_only=True, map_location=run.device)
     trained = make_trained(run.recipe).to(run.device)
@@ -645,10 +725,8 @@ def judge_shared(run, count):
         print(f"guidance {guidance:g}, {steps} steps:", figures, flush=True)
 
 
-def make_generator(run, network):
-    """Return a function that generates images (B, 64, 64, 3) uint8 of captions, with one network for every noise
-    level.
-    """
+def make_generator(run: Run, network: Any) -> Callable:
+    """Return a function that generates images (B, 64, 64, 3) uint8 of captions, with one network for all noise levels."""
     tokenizer, encoder = text.load_text_encoder(run.folder, run.device, torch.float32)
     autoencoder = vae.load_autoencoder(run.folder, run.device)
     empty = text.encode_prompts(tokenizer, encoder, [""])[0]
@@ -656,9 +734,9 @@ def make_generator(run, network):
     def generate(captions, guidance, steps):
         embeddings, images = text.encode_prompts(tokenizer, encoder, captions), []
         for start in range(0, len(captions), 100):
-            part = embeddings[start : start + 100]
-            noise = flow.seeded_noise((16, 8, 8), range(start, start + len(part))).to(run.device)
-            velocity = guided_velocity(network, part, empty, guidance)
+            chunk = embeddings[start : start + 100]
+            noise = flow.seeded_noise((16, 8, 8), range(start, start + len(chunk))).to(run.device)
+            velocity = guided_velocity(network, chunk, empty, guidance)
             latents = flow.sample(velocity, noise, flow.make_scheduler(SHIFT), steps)
             images.append(vae.to_images(vae.decode_latents(autoencoder, latents)))
         return np.concatenate(images)
@@ -666,8 +744,10 @@ def make_generator(run, network):
     return generate
 
 
-def guided_velocity(network, embeddings, empty, guidance):
-    """Return a function of (latents, timestep): the velocity, moved away from that of an empty prompt."""
+def guided_velocity(
+    network: Any, embeddings: Sequence[Tensor], empty: Tensor, guidance: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the velocity, guided away from that of an empty prompt, as a function of (latents, timestep)."""
     packed = pack_text([*embeddings, *([empty] * len(embeddings))])
 
     def velocity_of(latents, timestep):
@@ -689,10 +769,8 @@ STAGES = {
 }
 
 
-def missed_gates(figures, gates):
-    """Return a message for each figure that misses its gate: an upper bound after a minus sign, else a lower
-    bound.
-    """
+def missed_gates(figures: Mapping[str, float], gates: Mapping[str, float]) -> list[str]:
+    """Return a message for each figure that misses its gate; a name with a minus sign has an upper bound."""
     return [
         f"{name.strip('-')} {figures[name.strip('-')]:.4g}, expected at "
         f"{'most' if name[0] == '-' else 'least'} {bound:g}"
@@ -701,13 +779,14 @@ def missed_gates(figures, gates):
     ]
 
 
-def read_record(run):
+def read_record(run: Run) -> dict[str, Any]:
+    """Return training.json, {} if it does not exist."""
     path = run.folder / "training.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write_record(run, stage, figures, options):
-    """Add a stage's figures to what is recorded now: another stage may have ended meanwhile."""
+def write_record(run: Run, stage: str, figures: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Add a stage's figures to training.json, read again because another stage may have ended meanwhile."""
     record = read_record(run)
     record.setdefault("figures", {})[stage] = figures
     record.update(
@@ -725,7 +804,8 @@ def write_record(run, stage, figures, options):
     (run.folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def read_options():
+def read_options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Return the parser and the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -745,24 +825,24 @@ def read_options():
     return parser, parser.parse_args()
 
 
-def main():
+def run_of(options: argparse.Namespace) -> Run:
+    """Return the Run of a command, with the default folders of its world."""
+    default_folder = {"shapes": "tiny_teacher"}.get(options.world, f"{options.world}_teacher")
+    folder = options.output_dir or Path(default_folder)
+    work = options.work_dir or Path("outputs") / f"{folder.name}_work"
+    return Run(RECIPES[options.world], folder, work, options.device, options.threads)
+
+
+def main() -> None:
+    """Train the stages that are not finished, or judge the shared network."""
     parser, options = read_options()
     torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision("high")  # TF32 where the device has it
-    folder = options.output_dir or Path(
-        {"shapes": "tiny_teacher"}.get(options.world, f"{options.world}_teacher")
-    )
-    run = Run(
-        RECIPES[options.world],
-        folder,
-        options.work_dir or Path("outputs") / f"{folder.name}_work",
-        options.device,
-        options.threads,
-    )
+    torch.set_float32_matmul_precision("high")  # TF32 if the device has it
+    run = run_of(options)
     if options.judge:
         return judge_shared(run, options.judge)
-    for place in (run.folder, run.work):
-        place.mkdir(parents=True, exist_ok=True)
+    for folder in (run.folder, run.work):
+        folder.mkdir(parents=True, exist_ok=True)
     for name, train in STAGES.items():
         if name not in (options.stages or STAGES.keys() - read_record(run).get("figures", {}).keys()):
             continue
@@ -773,9 +853,8 @@ def main():
         if missed := missed_gates(figures, run.recipe.gates.get(name, {})):
             parser.exit(
                 1,
-                f"train_tiny_teacher.py: {name}: {'; '.join(missed)}. Raise its steps in tools/recipes.py "
-                f"and run "
-                f"--stages {name} again, or continue with the later stages by --stages.\n",
+                f"train_tiny_teacher.py: {name}: {'; '.join(missed)}. Raise its steps in tools/recipes.py and "
+                f"run --stages {name} again, or continue with the later stages by --stages.\n",
             )
 
 

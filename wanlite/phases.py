@@ -1,7 +1,6 @@
-"""The phases of a run and the counts that follow from them, all before torch is imported.
+"""The phases of a run and the counts that follow from them; torch is not imported.
 
-A run has up to three, one after the other: `velocity` (stage 1), `few_step` (stage 2a), `matching` (stage
-2b).
+A run has up to three phases, in this order: `velocity` (stage 1), `few_step` (stage 2a), `matching` (stage 2b).
 """
 
 import math
@@ -30,80 +29,78 @@ class Span(NamedTuple):
     last: int
 
 
-def phases_of(settings):
-    """Return the phases of a run in order, each as a Span; those of no step are left out."""
-    ends = [settings.max_train_steps - settings.few_step_train_steps - settings.matching_steps]
-    ends += [
-        ends[0] + settings.few_step_train_steps * number // ROLLOUT_ROUNDS
-        for number in range(1, ROLLOUT_ROUNDS + 1)
-    ]
-    ends += [settings.max_train_steps]
+def plan_phases(settings):
+    """Return the phases of a run in order, each as a Span; phases without steps are left out."""
+    first_end = settings.max_train_steps - settings.few_step_train_steps - settings.matching_steps
+    rounds = range(ROLLOUT_ROUNDS + 1)
+    ends = [first_end + settings.few_step_train_steps * number // ROLLOUT_ROUNDS for number in rounds]
+    ends.append(settings.max_train_steps)
     names = (PHASE_NAMES[0], *[PHASE_NAMES[1]] * ROLLOUT_ROUNDS, PHASE_NAMES[2])
     return [Span(name, first, last) for name, first, last in zip(names, [0, *ends], ends) if first < last]
 
 
 def count_trajectories(settings, num_prompts):
-    """Return how many trajectories a run learns from: one a prompt or, of few prompts, several from different
-    noise.
-    """
+    """Return the number of training trajectories: one per prompt; few prompts get several each."""
     return settings.num_trajectories or max(num_prompts, MIN_TRAJECTORIES)
 
 
-def bound_validation_and_rollout(settings, is_large, num_trajectories, num_buckets=1):
-    """Return what --validation_trajectories and --rollout_states are where they are left open: at most the
-    trajectories and, if the teacher is large, a share of them; at least one state of the own path for each
-    bucket."""
-    count, own = (
-        num_trajectories // TRAJECTORIES_PER_VALIDATED if is_large else MAX_VALIDATION_TRAJECTORIES,
-        num_trajectories // (TRAJECTORIES_PER_ROLLOUT_STATE if is_large else 1),
-    )
+def fill_validation_and_rollout(settings, is_large, num_trajectories, num_buckets=1):
+    """Return --validation_trajectories and --rollout_states, with defaults if unset.
+
+    The defaults are at most `num_trajectories`, or a share of them for a large teacher. Each bucket gets at
+    least one rollout state.
+    """
+    num_validated, num_rollout = MAX_VALIDATION_TRAJECTORIES, num_trajectories
+    if is_large:
+        num_validated = num_trajectories // TRAJECTORIES_PER_VALIDATED
+        num_rollout = num_trajectories // TRAJECTORIES_PER_ROLLOUT_STATE
+    num_validated = max(MIN_VALIDATION_TRAJECTORIES, settings.validation_trajectories or num_validated)
+    num_rollout = min(MAX_ROLLOUT_STATES, max(num_rollout, num_buckets))
     return {
-        "validation_trajectories": min(
-            MAX_VALIDATION_TRAJECTORIES,
-            max(MIN_VALIDATION_TRAJECTORIES, settings.validation_trajectories or count),
-        ),
-        "rollout_states": min(MAX_ROLLOUT_STATES, max(own, num_buckets))
-        if settings.rollout_states is None
-        else settings.rollout_states,
+        "validation_trajectories": min(MAX_VALIDATION_TRAJECTORIES, num_validated),
+        "rollout_states": num_rollout if settings.rollout_states is None else settings.rollout_states,
     }
 
 
 def choose_validated(training, held_out):
-    """Return the prompts of validations: those held out and, where these are few, training prompts after
-    them. Noise is never that of training, and one prompt alone would measure what nobody wants: how the
-    teacher's images of it differ."""
+    """Return the prompts of validations: the held-out ones and, if these are few, training prompts after them.
+
+    Training prompts get noise of their own. A validation on one prompt would measure only the differences
+    between the teacher's images of it.
+    """
     return list(dict.fromkeys([*held_out, *training]))[: max(len(held_out), MIN_VALIDATED)]
 
 
 def count_validated(count, num_validated):
-    """Return (count of validated prompts, n): a validation is held against these, and against n prompts from
-    n seeds each.
+    """Return the numbers of validated trajectories, and of prompts in the grids with as many seeds each.
+
+    `count` is --validation_trajectories, `num_validated` the number of choose_validated() prompts.
     """
     return max(min(num_validated, count), min(MIN_VALIDATED, count)), min(GRID_PROMPTS, math.isqrt(count))
 
 
 def count_passes(settings, num_trajectories, num_validated, phases):
-    """Return how many times a image goes through the teacher in a run; guidance takes two of these a step."""
-    validated, several = count_validated(settings.validation_trajectories, num_validated)
-    count = (
-        num_trajectories
-        + settings.validation_trajectories
-        + validated
-        + min(several, num_validated) * several
-    )
-    steps = {
-        phase: sum(last - first for name, first, last in phases if name == phase) for phase in PHASE_NAMES
-    }
-    shown = len(settings.validation_prompts or range(min(several, num_validated)))
-    own = ROLLOUT_ROUNDS * settings.rollout_states * settings.teacher_steps // 2 * (steps["few_step"] > 0)
-    matched = (
-        steps["matching"] * settings.train_batch_size * settings.gradient_accumulation_steps
-    )  # a quarter, four times
-    return 2 * (count * settings.teacher_steps + shown * settings.reference_steps + own) + matched
+    """Return the number of teacher passes in a run, counted per image; a guided step has two."""
+    num_held_out, num_seeds = count_validated(settings.validation_trajectories, num_validated)
+    num_grid = min(num_seeds, num_validated)
+    trajectories = num_trajectories + settings.validation_trajectories + num_held_out + num_grid * num_seeds
+    steps = dict.fromkeys(PHASE_NAMES, 0)
+    for name, first, last in phases:
+        steps[name] += last - first
+    num_references = len(settings.validation_prompts) if settings.validation_prompts else num_grid
+    guided = trajectories * settings.teacher_steps + num_references * settings.reference_steps
+    if steps["few_step"]:
+        guided += ROLLOUT_ROUNDS * settings.rollout_states * settings.teacher_steps // 2
+    # A quarter of the states of a batch is matched, with four passes each.
+    matched = steps["matching"] * settings.train_batch_size * settings.gradient_accumulation_steps
+    return 2 * guided + matched
 
 
 def count_states(settings, num_trajectories, phases, num_buckets=1):
-    """Return {phase: states that it learns from}, in the bucket that has fewest: a batch is of one bucket."""
-    count, own = num_trajectories // num_buckets, settings.rollout_states // num_buckets
-    later = 2 * count + own if max(settings.few_steps) > 1 else count
-    return {phase: count * settings.teacher_steps if phase == "velocity" else later for phase, *_ in phases}
+    """Return {phase: number of training states} for the smallest bucket; a batch is taken from one bucket."""
+    num_trajectories = num_trajectories // num_buckets
+    few_step_states = num_trajectories
+    if max(settings.few_steps) > 1:
+        few_step_states = 2 * num_trajectories + settings.rollout_states // num_buckets
+    velocity_states = num_trajectories * settings.teacher_steps
+    return {name: velocity_states if name == "velocity" else few_step_states for name, *_ in phases}

@@ -1,1 +1,1 @@
-"""Prompts, images, text, autoencoder, trajectories: everything that a student learns from."""
+"""The data of training: prompts, images, text embeddings, latents and trajectories."""

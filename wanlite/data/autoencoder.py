@@ -15,16 +15,16 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor
 from torch.nn import functional as F
 
-from .text_encoder import CHECKED, check_loaded, named
+from .text_encoder import CHECKED, check_loaded, loading_errors
 
-DECODED_AT_ONCE = 2**20  # pixels: four images of 512 x 512, 7 GB of activations in Wan2.1's autoencoder
+DECODED_AT_ONCE = 2**20  # pixels: four images of 512 x 512, which take 7 GB in Wan2.1's autoencoder
 
 
 def load_autoencoder(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     """Load AutoencoderKLWan from a folder's vae/ in float32, frozen, with the single-frame fast path."""
-    # joined here: with `subfolder`, diffusers would first read weights of the same name in the parent
+    # With the argument `subfolder`, diffusers would first read weights of the same name in the parent folder.
     place = Path(folder) / "vae"
-    with named(place):
+    with loading_errors(place):
         autoencoder, loaded = AutoencoderKLWan.from_pretrained(
             place, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, **CHECKED
         )
@@ -38,9 +38,9 @@ def make_autoencoder(config: dict) -> Any:
 
 
 def use_single_frame_path(autoencoder: Any) -> Any:
-    """Compute causal 3-D convolutions of a single first frame as 2-D ones, which is exact and about twice as fast.
+    """Compute causal 3-D convolutions of a single frame as 2-D ones, which is exact and about twice as fast.
 
-    Before a first frame there are only zeros, so each temporal kernel needs only its last tap.
+    The causal padding before the first frame is zero, so only the last tap of each temporal kernel contributes.
     """
     for module in autoencoder.modules():
         if isinstance(module, WanCausalConv3d):
@@ -57,19 +57,19 @@ def _one_frame_convolution(convolution, frames, cache=None):
     ).unsqueeze(2)
 
 
-def encode_images(autoencoder: Any, pixels: Tensor) -> Tensor:
-    """Turn pixels (B, 3, S*H, S*W) into latents (B, C, H, W), a few large images at a time.
+def encode_images(autoencoder: Any, pixels: Tensor, max_pixels: int = DECODED_AT_ONCE) -> Tensor:
+    """Encode pixels (B, 3, S*H, S*W) to latents (B, C, H, W), at most `max_pixels` at a time.
 
     Latents are the posterior's mean, normalised per channel.
     """
-    chunks = pixels.unsqueeze(2).split(max(1, DECODED_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1])))
+    chunks = pixels.unsqueeze(2).split(max(1, max_pixels // (pixels.shape[-2] * pixels.shape[-1])))
     raw_latents = torch.cat([autoencoder.encode(chunk).latent_dist.mode().squeeze(2) for chunk in chunks])
     mean, std = _statistics(autoencoder, raw_latents)
     return (raw_latents - mean) / std
 
 
 def decode_latents(autoencoder: Any, latents: Tensor) -> Tensor:
-    """Turn latents (B, C, H, W) into pixels (B, 3, S*H, S*W), a few large images at a time."""
+    """Decode latents (B, C, H, W) to pixels (B, 3, S*H, S*W)."""
     mean, std = _statistics(autoencoder, latents)
     pixels = latents.shape[-2] * latents.shape[-1] * autoencoder.config.scale_factor_spatial**2
     chunks = (latents * std + mean).unsqueeze(2).split(max(1, DECODED_AT_ONCE // pixels))
@@ -85,10 +85,10 @@ def _statistics(autoencoder, latents):
 
 
 def to_pixels(images: np.ndarray) -> Tensor:
-    """Turn images (B, height, width, 3) uint8 into pixels (B, 3, height, width)."""
+    """Convert images (B, height, width, 3) uint8 to pixels (B, 3, height, width)."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_images(pixels: Tensor) -> np.ndarray:
-    """Turn pixels (B, 3, height, width) into images (B, height, width, 3) uint8."""
+    """Convert pixels (B, 3, height, width) to images (B, height, width, 3) uint8."""
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -1,15 +1,15 @@
-"""Resolution and aspect ratios -> the sizes of images that a run trains on."""
+"""Resolution and aspect ratios -> the image sizes of training."""
 
 import re
 from collections.abc import Sequence
 
-MAX_RATIO = 4  # of width to height, either way
+MAX_RATIO = 4  # of the longer side to the shorter
 
 
 def complete_resolution(resolution: int | Sequence[int], unit: int = 16) -> int | list[int]:
-    """Return --resolution in the form of run.json: one number for a square, else [width, height].
+    """Return --resolution as run.json stores it: one number for a square, else [width, height].
 
-    Raises ValueError for sides that do not divide into tokens of `unit` pixels.
+    Raises ValueError for sides that are not multiples of `unit` pixels, the side of a token.
     """
     sides = [resolution] if isinstance(resolution, int) else list(resolution)
     if len(sides) not in (1, 2):
@@ -28,8 +28,8 @@ def bucket_sizes(
 ) -> list[tuple[int, int]]:
     """Return a size (width, height) of about the area of `size` for each of `aspect_ratios`, such as "3:2".
 
-    Without ratios, `size` alone. Sides are multiples of `unit`; ratios of equal sizes share a bucket. Raises
-    ValueError for text that is not a ratio.
+    Without ratios, `size` is the only one. Sides are multiples of `unit`; ratios that round to the same size
+    share a bucket. Raises ValueError for a text that is not a ratio.
     """
     if aspect_ratios is None:
         return [size]

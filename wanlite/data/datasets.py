@@ -1,7 +1,7 @@
-"""Shards of trajectories -> states, numbered, and batches of their numbers.
+"""Shards of trajectories -> datasets of states, and seeded batches of state numbers.
 
-Legend: B batch, K states a trajectory, n trajectories of a shard, C channels, H W latent height and width, N image
-tokens, D feature width.
+Legend: B batch, K states per trajectory, n trajectories per shard, C channels, H W latent height and width, N
+image tokens, D feature width.
 """
 
 import copy
@@ -17,15 +17,15 @@ from torch.utils.data import Dataset, Sampler
 from ..flow import add_noise, clean_from
 from .shards import SCALE, dequantize, read_shard
 
-EPOCH_SEED = 1_000_003  # seeds of two runs are less apart than this
+EPOCH_SEED = 1_000_003  # distance between the seeds of two runs, larger than any number of epochs
 
 
 class Trajectories(Dataset):
-    """Every state of every trajectory in a folder, memory-mapped.
+    """All states of the trajectories in a folder, memory-mapped.
 
-    Shards hold `latents` and `velocity` (n, K, C, H, W) and, of the teacher's trajectories, `features` (n, K, n',
-    D) of tokens from `first_token` (n, K) on, in int8 with their scales; `timestep` and `noise_level` (n, K),
-    `prompt` (n,). A list of state numbers gives a batch, a dict, in float32.
+    Shards hold `latents` and `velocity` (n, K, C, H, W) and, for the teacher's trajectories, `features` (n, K, N,
+    D) of the tokens from `first_token` (n, K) on, in int8 with their scales; `timestep` and `noise_level` (n, K),
+    and `prompt` (n,), a number. A list of state numbers selects a batch, a dict of tensors.
     """
 
     def __init__(self, folder: Path, num_shards: int):
@@ -41,36 +41,35 @@ class Trajectories(Dataset):
         return int(self.starts[-1])
 
     def __add__(self, other):
-        """Return the states of both; trajectories of both have the same number of states."""
-        both = copy.copy(self)
-        both._set_shards([*self.shards, *other.shards])
-        return both
+        """Return the states of both datasets, whose trajectories have the same number of states."""
+        combined = copy.copy(self)
+        combined._set_shards([*self.shards, *other.shards])
+        return combined
 
     def __getitems__(self, numbers, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         numbers = torch.as_tensor(numbers)
         shard_of = torch.searchsorted(self.starts, numbers, right=True)
-        parts, order = [], []
+        chunks, positions = [], []
         for index in shard_of.unique().tolist():
-            places = (shard_of == index).nonzero().flatten()
-            own = numbers[places] - (int(self.starts[index - 1]) if index else 0)
+            in_shard = (shard_of == index).nonzero().flatten()
+            own = numbers[in_shard] - (int(self.starts[index - 1]) if index else 0)
             rows, states = own // self.states_each, own % self.states_each
             shard = self.shards[index]
             wanted = names or [name for name in shard if name != "prompt" and not name.endswith(SCALE)]
-            part = {name: dequantize(shard, name, rows, states) for name in wanted}
-            parts.append(part | {"prompt": shard["prompt"][rows]})
-            order.append(places)
-        back = torch.cat(order).argsort()
-        return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+            chunk = {name: dequantize(shard, name, rows, states) for name in wanted}
+            chunks.append(chunk | {"prompt": shard["prompt"][rows]})
+            positions.append(in_shard)
+        order = torch.cat(positions).argsort()
+        return {name: torch.cat([chunk[name] for chunk in chunks])[order] for name in chunks[0]}
 
     def in_order(self, numbers: Sequence[int]) -> Sequence[int]:
         """Return the state numbers of a batch in the order of its rows."""
         return numbers
 
     def ends(self, rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Return noise and image (B, C, H, W) of the trajectories `rows`, and the numbers of their prompts
-        (B,).
-        """
-        rows, names = torch.as_tensor(rows), ("latents", "velocity", "noise_level")
+        """Return noise and image (B, C, H, W) of the trajectories `rows`, and the numbers (B,) of their prompts."""
+        rows = torch.as_tensor(rows)
+        names = ("latents", "velocity", "noise_level")
         first = self.__getitems__(rows * self.states_each, names)
         last = self.__getitems__(rows * self.states_each + self.states_each - 1, names)
         image = clean_from(last["latents"].float(), last["velocity"].float(), last["noise_level"])
@@ -78,12 +77,11 @@ class Trajectories(Dataset):
 
 
 class FewStepStates(Dataset):
-    """States for few-step training: states that few steps pass, the teacher's image, and the average velocity
-    to it.
+    """States of few-step training, each with the teacher's image and the average velocity to it.
 
-    In this order: the noise that every trajectory starts from; one state of every trajectory on the straight line
-    from its noise to its image, which a student follows whose first step was right; and the states of student
-    rollouts, `rollout`. `levels` are the (timestep, noise level) that few steps pass, noise first.
+    They are, in this order: the noise of every trajectory; one state of every trajectory on the straight line
+    from noise to image, as a student with a correct first step would reach; and on-policy states, `rollout`.
+    `levels` are the (timestep, noise level) of few-step solves, noise first.
     """
 
     def __init__(
@@ -92,7 +90,9 @@ class FewStepStates(Dataset):
         levels: Sequence[tuple[float, float]],
         rollout: Trajectories | None = None,
     ):
-        self.trajectories, self.levels, self.rollout = trajectories, torch.tensor(levels), rollout
+        self.trajectories = trajectories
+        self.levels = torch.tensor(levels)
+        self.rollout = rollout
         self.num_trajectories = len(trajectories) // trajectories.states_each
         self.num_lines = self.num_trajectories if len(levels) > 1 else 0
 
@@ -100,24 +100,25 @@ class FewStepStates(Dataset):
         return self.num_trajectories + self.num_lines + len(self.rollout or ())
 
     def in_order(self, numbers: Sequence[int]) -> Sequence[int]:
-        """Return the state numbers of a batch in the order of its rows: states of rollouts last.
+        """Return the state numbers of a batch in the order of its rows: on-policy states last.
 
-        Ranks that share out numbers in this order have the rows of one batch.
+        If ranks divide the numbers in this order, their rows together are those of a single process.
         """
         return sorted(numbers, key=lambda number: number >= self.num_trajectories + self.num_lines)
 
     def __getitems__(self, numbers) -> dict[str, Tensor]:
         numbers = torch.as_tensor(numbers)
-        is_rollout = numbers >= self.num_trajectories + self.num_lines
-        found = []
+        first_rollout = self.num_trajectories + self.num_lines
+        is_rollout = numbers >= first_rollout
+        chunks = []
         if len(lines := numbers[~is_rollout]):
-            found.append(self._line_states(lines))
+            chunks.append(self._line_states(lines))
         if self.rollout is not None and is_rollout.any():
-            first = self.num_trajectories + self.num_lines
-            found.append(_rollout_states(self.rollout, numbers[is_rollout] - first))
-        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+            chunks.append(_rollout_states(self.rollout, numbers[is_rollout] - first_rollout))
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     def _line_states(self, numbers):
+        """Return states at noise and on the straight lines from noise to image."""
         noise, image, prompt = self.trajectories.ends(numbers % self.num_trajectories)
         later = 1 + numbers % max(1, len(self.levels) - 1)
         levels = self.levels[torch.where(numbers < self.num_trajectories, 0, later)]
@@ -133,19 +134,21 @@ class FewStepStates(Dataset):
 
 
 def _rollout_states(rollout, numbers):
+    """Return on-policy states in float32, with the image that their average velocity leads to."""
     states = rollout.__getitems__(numbers)
     states |= {name: states[name].float() for name in ("latents", "velocity")}
     return states | {"image": clean_from(states["latents"], states["velocity"], states["noise_level"])}
 
 
 class Buckets(Dataset):
-    """Datasets of one latent shape each, with their states numbered one dataset after the other.
+    """Datasets of one latent shape each, whose states are numbered consecutively.
 
-    A batch has states of one dataset.
+    A batch has states of a single dataset.
     """
 
     def __init__(self, datasets: Sequence[Trajectories | FewStepStates]):
-        self.datasets, self.sizes = datasets, [len(dataset) for dataset in datasets]
+        self.datasets = datasets
+        self.sizes = [len(dataset) for dataset in datasets]
         self.starts = [0, *accumulate(self.sizes)]
 
     def __len__(self):
@@ -163,10 +166,9 @@ class Buckets(Dataset):
 
 
 class SeededBatches(Sampler):
-    """Batches of state numbers in an order that is a function of (seed, epoch) alone, from batch `first` to
-    batch `last`.
+    """Batches of state numbers, from batch `first` up to `last`, in an order that depends on (seed, epoch) alone.
 
-    `num_states` is their number or, for Buckets, a list of the number in each: a batch has states of one.
+    `num_states` is a number or, for Buckets, a list with the number in each; a batch has states of one bucket.
     """
 
     def __init__(self, num_states: int | list[int], batch_size: int, seed: int, first: int, last: int):
@@ -177,7 +179,10 @@ class SeededBatches(Sampler):
                 f"{min(self.sizes)} cached states are fewer than one batch of {batch_size}: raise "
                 f"--num_trajectories or lower --train_batch_size{fewer}."
             )
-        self.batch_size, self.seed, self.first, self.last = batch_size, seed, first, last
+        self.batch_size = batch_size
+        self.seed = seed
+        self.first = first
+        self.last = last
 
     def __len__(self):
         return self.last - self.first
@@ -192,7 +197,7 @@ class SeededBatches(Sampler):
             yield batches[batch % batches_each].tolist()
 
     def _shuffle(self, epoch):
-        """Return an epoch's batches: all complete ones of every bucket, with the buckets mixed."""
+        """Return the batches of an epoch: all complete ones of every bucket, in random order."""
         generator = torch.Generator().manual_seed(self.seed * EPOCH_SEED + epoch)
         batches, start = [], 0
         for size in self.sizes:

@@ -1,11 +1,11 @@
-"""A folder or file of captioned images -> a list of its images, none of which is read yet.
+"""A folder or file of captioned images -> a list of its images, which are read later.
 
-    a folder of images    a caption in a .txt, .caption or .json of the same name, or metadata.jsonl or metadata.csv with
-                          file_name and a caption
-    a table               .parquet files with a column of images, or a folder that the library `datasets` saved
-    .tar files            in the webdataset layout: an image and its caption as in a folder
+    a folder of images    captions in .txt, .caption or .json files of the same names, or in a metadata.jsonl or
+                          metadata.csv with file_name and a caption
+    a table               .parquet files with a column of images, or a folder saved by the library `datasets`
+    .tar files            in the webdataset layout, with captions as in a folder
 
-A column of captions has the same names as one of prompts. Files whose names begin with a dot are ignored.
+A column of captions has one of the names of a column of prompts. Files whose names begin with a dot are ignored.
 """
 
 import json
@@ -17,16 +17,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePath
 
-from .image_tables import list_parquet, list_saved_dataset
+from .image_tables import SAVED_STATE, list_parquet, list_saved_dataset
 from .listed_images import NOT_UTF8, ListedImage, Unusable, read_object, text_of
 from .tables import find_column, read_rows
 
-KINDS = {
+KINDS = {  # {suffix: decoder}; other decoders are not used
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp"), "JPEG"),
     ".png": "PNG",
     ".webp": "WEBP",
-}  # {suffix: decoder}; no other decoder is used
-OTHER_KINDS = {
+}
+OTHER_KINDS = {  # of images that cannot be used; they are skipped, with or without a caption
     f".{name}"
     for names in (
         "apng, avif, avifs, bmp, cr2, dib, dng, emf, eps, exr, gif, hdr, heic, heif, hif, icns, ico",
@@ -34,20 +34,21 @@ OTHER_KINDS = {
         "wmf, xcf",
     )
     for name in names.split(", ")
-}  # skipped by name, with a caption or without
-CAPTIONS = (".txt", ".caption", ".json")  # in the order in which they are tried: a.txt or a.png.txt of a.png
+}
+CAPTIONS = (".txt", ".caption", ".json")  # in the order in which they are tried; a.txt or a.png.txt for a.png
 METADATA = ("metadata.jsonl", "metadata.csv")
+SPLITS = "dataset_dict.json"  # of a dataset with several splits, saved by `datasets`
 EXPECTED = (
     f"a folder of images (JPEG, PNG, WebP) with a {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]} beside each or "
     f"{' or '.join(METADATA)}, .parquet files, a folder saved by datasets, or webdataset's .tar files"
 )
-MAX_BYTES = 2**28  # of an image's file
+MAX_BYTES = 2**28  # of an image file
 MAX_CAPTION_BYTES = MAX_BYTES // 100
-Reader = Callable[[int], bytes]  # returns the content, of at most this many bytes; may raise Unusable
+Reader = Callable[[int], bytes]  # largest size -> content; may raise Unusable
 
 
 def list_images(place: str | os.PathLike) -> list[ListedImage]:
-    """Return the images of a place; raises OSError and ValueError."""
+    """Return the images of a file or folder; raises OSError or ValueError if there are none."""
     place = Path(place)
     if not place.exists():
         raise OSError(f"--images {place}: no such file or folder. Expected {EXPECTED}.")
@@ -65,19 +66,19 @@ def list_images(place: str | os.PathLike) -> list[ListedImage]:
 
 
 def _list(place: Path) -> list[ListedImage]:
-    """List a place as the kind that the names of its files show."""
+    """List a file or folder according to the names of its files."""
     names: list[Path] = []
     if place.is_file():
         files = {place.suffix.lower(): [place]}
-    elif (place / "dataset_dict.json").is_file():
-        splits = read_object(place / "dataset_dict.json").get("splits", [])
+    elif (place / SPLITS).is_file():
+        splits = read_object(place / SPLITS).get("splits", [])
         if "train" not in splits:
             raise ValueError(
-                f"--images {place}: has the splits {', '.join(splits)}, but not train. Name the folder of "
-                f"one."
+                f"--images {place}: has the splits {', '.join(splits)}, but not train. Name the folder "
+                "of a split."
             )
         return _list(place / "train")
-    elif (place / "state.json").is_file():
+    elif (place / SAVED_STATE).is_file():
         return list_saved_dataset(place)
     elif metadata := [place / name for name in METADATA if (place / name).is_file()]:
         return _list_described(place, metadata[0])
@@ -92,9 +93,7 @@ def _list(place: Path) -> list[ListedImage]:
 
 
 def is_hidden(name: str | PurePath) -> bool:
-    """Whether a name belongs to the system or a program: `.DS_Store`, `._a.png`, `__MACOSX/a.png`,
-    `.cache/a.png`.
-    """
+    """Whether a file is not the user's, such as `.DS_Store`, `._a.png`, `__MACOSX/a.png` or `.cache/a.png`."""
     return any(
         part == "__MACOSX" or part.startswith(".") and part not in (".", "..")
         for part in PurePath(name).parts
@@ -111,9 +110,7 @@ def _list_folder(place, paths):
 
 
 def _pair(files: Mapping[str, Reader]) -> list[ListedImage]:
-    """Return every image among the files of a folder, and every other file with a caption of its own, such as a
-    video.
-    """
+    """Return all images among the files of a folder, and other files with a caption of their own, such as videos."""
     beside: dict[str, dict[str, str]] = defaultdict(dict)  # {name without suffixes: {suffixes: name}}
     stems = set()
     for name in files:
@@ -134,7 +131,7 @@ def _pair(files: Mapping[str, Reader]) -> list[ListedImage]:
             beside[base][kind] for kind in CAPTIONS for base in (stem, name) if kind in beside.get(base, ())
         ]
         if suffix in KINDS:
-            caption = partial(_refuse, _why_uncaptioned(beside.get(stem, ())))
+            caption = partial(_refuse, _describe_missing(beside.get(stem, ())))
             if captions:
                 caption = partial(_read_caption, files[captions[0]], captions[0])
             found.append(ListedImage(name, caption, partial(content, MAX_BYTES)))
@@ -145,12 +142,13 @@ def _pair(files: Mapping[str, Reader]) -> list[ListedImage]:
 
 
 def _split(name):
-    """Return a name without its suffix, and the suffix in small letters."""
+    """Return a name without its suffix, and the suffix in lower case."""
     stem, dot, suffix = name.rpartition(".")
     return (stem, f".{suffix.lower()}") if dot and "/" not in suffix else (name, "")
 
 
-def _why_uncaptioned(suffixes):
+def _describe_missing(suffixes):
+    """Return the reason to skip an image without a caption; `suffixes` are those of files of its name."""
     return (
         f"no {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]} but a {min(suffixes)}" if suffixes else "no caption"
     )
@@ -172,13 +170,14 @@ def _read_caption(content, name):
 
 
 def _list_described(place, metadata):
-    """List a folder of images whose captions are in a table of file_name and caption."""
+    """List a folder of images with a table of file names and captions."""
     columns, rows = read_rows(metadata)
     if odd := [number for number, row in rows if not isinstance(row, dict) or "file_name" not in row]:
         raise ValueError(
             f"{metadata}: row {odd[0]} has no file_name. Expected file_name and a caption in every row."
         )
-    captions, names = find_column(metadata, columns), find_column(metadata, columns, ("file_name",))
+    captions = find_column(metadata, columns)
+    names = find_column(metadata, columns, ("file_name",))
     return [
         ListedImage(
             str(row[names] or f"row {number}"),
@@ -193,7 +192,7 @@ def _read_inside(place, name):
     path = place / str(name)
     try:
         is_inside = path.resolve().is_relative_to(place.resolve())
-    except ValueError:  # zero bytes, halves of surrogates
+    except ValueError:  # zero bytes or unpaired surrogates
         raise Unusable("an invalid file name") from None
     if not is_inside:
         raise Unusable("outside the folder")

@@ -1,6 +1,6 @@
 """A table of captioned images (.parquet, or saved by the library `datasets`) -> a list of its images.
 
-pyarrow is imported only where there is a table.
+pyarrow is imported only when a table is read.
 """
 
 from functools import lru_cache, partial
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from .listed_images import ListedImage, Unusable, read_object, text_of
 from .tables import find_column, read_texts
+
+SAVED_STATE = "state.json"  # of a dataset saved by `datasets`
 
 
 def list_parquet(path: Path) -> list[ListedImage]:
@@ -39,8 +41,9 @@ def list_parquet(path: Path) -> list[ListedImage]:
 
 
 def list_saved_dataset(place: Path) -> list[ListedImage]:
-    """List the rows of a folder of `datasets`' save_to_disk: Arrow streams that state.json names."""
-    state, rows = read_object(place / "state.json"), []
+    """List the rows of a folder written by save_to_disk of `datasets`: Arrow streams, named in state.json."""
+    state = read_object(place / SAVED_STATE)
+    rows: list[ListedImage] = []
     if state.get("_indices_files") or state.get("_indices_data_files"):
         raise ValueError(
             f"--images {place}: was saved as a selection by an old version of datasets. Save it again."
@@ -61,7 +64,7 @@ def list_saved_dataset(place: Path) -> list[ListedImage]:
 
 
 def _columns(path, schema):
-    """Return the names of the columns of images (bytes, alone or as `datasets` keeps them) and of captions."""
+    """Return the names of the columns of images (bytes, or a struct with bytes as in `datasets`) and captions."""
     import pyarrow
 
     for field in schema:
@@ -69,8 +72,7 @@ def _columns(path, schema):
         if is_struct or pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type):
             return field.name, find_column(path, schema.names)
     raise ValueError(
-        f"{path}: has the columns {', '.join(schema.names)}, but none of images. Expected bytes of image "
-        f"files."
+        f"{path}: has the columns {', '.join(schema.names)}, but none of images. Expected bytes of image files."
     )
 
 
@@ -93,7 +95,7 @@ def _whole(path, column, group):
     return _stream(path)[column]
 
 
-@lru_cache(maxsize=64)  # mapped, so that only the rows in use are read
+@lru_cache(maxsize=64)  # memory-mapped: only rows in use are read
 def _stream(path):
     import pyarrow
 
@@ -101,6 +103,6 @@ def _stream(path):
         return pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
-            f"{path}: cannot be read as an Arrow stream ({str(error).splitlines()[0]}). Save the dataset "
-            f"again."
+            f"{path}: cannot be read as an Arrow stream ({str(error).splitlines()[0]}). "
+            "Save the dataset again."
         ) from None

@@ -1,7 +1,7 @@
-"""A folder or file of captioned images -> the images that can be trained on, at one of a run's sizes.
+"""A folder or file of captioned images -> the usable images, each with one of the run's sizes.
 
-No torch, and Pillow only to decode. Images that cannot be used are skipped, counted and named; they never end a
-run.
+Images that cannot be used are skipped and logged; they never end a run. This module does not import torch, and
+Pillow only to decode.
 """
 
 import hashlib
@@ -19,17 +19,17 @@ from .tables import check_text
 if TYPE_CHECKING:  # numpy is imported only to decode
     import numpy as np
 
-MAX_NAMED = 3  # names of each reason to skip images
-MAX_SHOWN = 80  # characters of such a name
+MAX_NAMED = 3  # skipped images that a message names, for each reason
+MAX_SHOWN = 80  # characters of a name in a message
 Size = tuple[int, int]  # width and height
 
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """An image that was decoded once, and the size that it is cropped to."""
+    """A usable image, and the size that it is cropped to."""
 
     caption: str
-    sha256: str  # of the file's bytes
+    sha256: str  # of the file
     size: Size
     listed: ListedImage
 
@@ -43,18 +43,19 @@ def choose_images(
     known: MutableMapping[str, Any] | None = None,
     is_shown: bool = False,
 ) -> list[CaptionedImage]:
-    """Return the usable images of a place, at most `max_count`, and log the others with the reasons.
+    """Return the usable images of a file or folder, at most `max_count`, and log the reasons to skip others.
 
-    An image takes the size, of `sizes` to crop to, whose aspect ratio is nearest its own; it is skipped if it is
-    smaller, or if its caption is `held_out`. `known` holds the results of read_size() by the sha256 of the
-    content: these images are not decoded again, and others are added. Raises ValueError if no image is usable.
+    An image is cropped to the size with the nearest aspect ratio; it is skipped if it is smaller, or if its
+    caption is `held_out`. `known` is a cache, {sha256 of the content: read_size()}, to which new images are
+    added. Raises ValueError if no image is usable.
     """
-    from tqdm import tqdm  # takes its defaults from the environment, which a script sets first
+    from tqdm import tqdm  # reads its defaults from the environment, which scripts set first
 
     known = {} if known is None else known
     chosen: list[CaptionedImage] = []
     skipped: dict[str, list[str]] = {}
-    listed, held_out = list_images(place), set(held_out)
+    listed = list_images(place)
+    held_out = set(held_out)
     for image in tqdm(listed, desc="reading images", unit="image", leave=False, disable=not is_shown or None):
         if len(chosen) == max_count:
             break
@@ -74,7 +75,7 @@ def choose_images(
 
 
 def _check_image(image, sizes, held_out, known) -> CaptionedImage:
-    """Read an image; raises Unusable or OSError."""
+    """Read an image; raises Unusable, or OSError if it cannot be read."""
     caption = _checked_caption(image.caption())
     if caption in held_out:
         raise Unusable("its caption is a held-out prompt")
@@ -108,7 +109,7 @@ def _checked_caption(caption):
 
 
 def read_size(content: bytes) -> Size | str:
-    """Return the size of an image file's bytes once it is upright, or the reason why it cannot be decoded."""
+    """Return the size of the upright image in a file's bytes, or the reason why it cannot be decoded."""
     try:
         return decode(content).size
     except Unusable as problem:
@@ -116,9 +117,7 @@ def read_size(content: bytes) -> Size | str:
 
 
 def read_image(image: CaptionedImage) -> "np.ndarray":
-    """Return the middle of an image (height, width, 3) uint8 at its size; raises OSError if its file has
-    changed.
-    """
+    """Return an image (height, width, 3) uint8, cropped and resized; raises OSError if its file has changed."""
     import numpy as np
     from PIL import Image, ImageOps
 
@@ -129,9 +128,9 @@ def read_image(image: CaptionedImage) -> "np.ndarray":
 
 
 def decode(content: bytes) -> Any:
-    """Return the bytes of an image file as a Pillow image: upright, RGB, white where transparent.
+    """Decode the bytes of an image file to a Pillow image: upright, in RGB, with a white background.
 
-    Raises Unusable.
+    Raises Unusable if they cannot be decoded.
     """
     from PIL import Image, ImageOps
 
@@ -140,20 +139,20 @@ def decode(content: bytes) -> Any:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             formats = sorted(set(KINDS.values()))
-            image = Image.open(io.BytesIO(content), formats=formats)  # reads the header alone
+            image = Image.open(io.BytesIO(content), formats=formats)  # reads only the header
             image.load()
             return _as_rgb(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         raise Unusable(f"more than {limit:.0f} million pixels") from None
-    except Exception:  # decoders raise many kinds
-        raise Unusable("not a whole JPEG, PNG or WebP") from None
+    except Exception:  # decoders raise errors of many types
+        raise Unusable("not a complete JPEG, PNG or WebP") from None
 
 
 def _as_rgb(image):
     from PIL import Image
 
-    if image.mode.startswith("I;16"):  # 16 bits of grey; Pillow would clip them at 255
+    if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip at 255
         image = image.point(lambda value: value * (1 / 256)).convert("I").convert("L")
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -161,5 +160,5 @@ def _as_rgb(image):
 
 
 def _printable(name):
-    name = name.encode("utf-8", "replace").decode()  # names on a disk may not be text
+    name = name.encode("utf-8", "replace").decode()  # names of files may not be valid text
     return name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."

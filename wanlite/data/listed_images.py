@@ -1,4 +1,4 @@
-"""An image that was found in a place and is not read yet, the reason to skip it, and its caption."""
+"""An image that was listed and not read yet, and the reason to skip one."""
 
 import json
 from collections.abc import Callable
@@ -9,25 +9,25 @@ NOT_UTF8 = "a caption that is not UTF-8"
 
 
 class Unusable(ValueError):
-    """An image is skipped, for this reason."""
+    """The reason to skip an image."""
 
 
 @dataclass(frozen=True)
 class ListedImage:
-    """An image of a place, not read yet."""
+    """An image that was listed and not read yet; `name` is used in messages."""
 
     name: str
-    caption: Callable[[], str]  # both may raise Unusable, or OSError
+    caption: Callable[[], str]  # both may raise Unusable or OSError
     content: Callable[[], bytes]
 
 
 def text_of(value: object) -> str:
-    """Return a caption, empty for any other value."""
+    """Return a text unchanged, and an empty one for any other value."""
     return value if isinstance(value, str) else ""
 
 
 def read_object(path: Path) -> dict:
-    """Return the object in a JSON file of the library `datasets`."""
+    """Return the JSON object in a file of the library `datasets`; raises ValueError for any other content."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Batches that are read and copied to the device while the step before them computes."""
+"""Prefetching: batches are read and copied to the device while the previous step computes."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-PREFETCHED_BATCHES = 2  # that are read before they are used
+PREFETCHED_BATCHES = 2
 
 
 def read_ahead(
@@ -16,9 +16,9 @@ def read_ahead(
 ) -> Generator[Any, None, None]:
     """Yield `read(job)`, tensors in dicts and tuples, on `device` for each of `jobs` in order.
 
-    One thread reads; it ends with this generator, also if that is closed early. An error of `read` is raised in
-    place of its batch. With `ahead` 0 there is no thread, which gains nothing on a CPU whose cores compute the
-    step.
+    A thread reads `ahead` batches; it ends with this generator, even if that is closed early. An error of `read`
+    is raised in place of its batch. With `ahead` 0, batches are read without a thread: on a CPU, prefetching
+    would take cores from the step.
     """
     copies: Copies | Moves = Copies(device) if torch.device(device).type == "cuda" else Moves(device)
     if not ahead:
@@ -42,7 +42,7 @@ def read_ahead(
 
 
 class Moves:
-    """Tensors moved at once."""
+    """Moves tensors to a device synchronously."""
 
     def __init__(self, device):
         self.device = device
@@ -58,24 +58,25 @@ class Moves:
 
 
 class Copies:
-    """Tensors copied to a GPU from pinned memory in a stream of their own, beside what computes there."""
+    """Copies tensors to a GPU from pinned memory, in a separate stream."""
 
     def __init__(self, device):
-        self.device, self.stream = torch.device(device), torch.cuda.Stream(device)
+        self.device = torch.device(device)
+        self.stream = torch.cuda.Stream(device)
 
     def enter(self):
-        """Prepare a thread: each begins on the first GPU, where it would take memory."""
+        """Select the GPU of a thread; a new thread would otherwise allocate memory on the first GPU."""
         torch.cuda.set_device(self.stream.device)
 
     def start(self, batch):
-        """Begin to copy, from any thread; returns the copies and the event after which they are complete."""
+        """Start copying, in any thread; returns the copies and an event that marks their completion."""
         with torch.cuda.stream(self.stream):
             copies = tree_map(lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True), batch)
             return copies, self.stream.record_event()
 
-    def finish(self, copies, is_there):
-        """Return the copies for the current stream, which waits for them; this thread does not."""
+    def finish(self, copies, completion):
+        """Return the copies for use in the current stream, which waits for them without blocking the thread."""
         stream = torch.cuda.current_stream(self.device)
-        stream.wait_event(is_there)
-        tree_map(lambda tensor: tensor.record_stream(stream), copies)  # keeps their memory until it is done
+        stream.wait_event(completion)
+        tree_map(lambda tensor: tensor.record_stream(stream), copies)  # their memory is not reused before
         return copies

@@ -1,5 +1,6 @@
-"""Text files and tables (.jsonl, .json, .csv, .tsv, .parquet) of prompts or captions -> rows. No torch, so that
-a wrong path is refused at once.
+"""Text files and tables (.jsonl, .json, .csv, .tsv, .parquet) of prompts or captions -> rows.
+
+This module does not import torch, so that a wrong path is refused at once.
 """
 
 import csv
@@ -9,39 +10,44 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("prompt", "text", "caption")  # a table's column of prompts is called one of these
-KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # any other name: text, one prompt a line
-SEPARATORS = {
+COLUMNS = ("prompt", "text", "caption")  # possible names of the column of prompts
+KINDS = (
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".tsv",
+    ".parquet",
+)  # suffixes of tables; other files are text, one prompt per line
+SEPARATORS = {  # {separator of cells: its name in messages}
     ",": "commas",
     ";": "semicolons",
     "\t": "tabs",
     "|": "vertical bars",
-}  # that spreadsheets write between cells
-PACKED = (
+}
+COMPRESSED = (  # first bytes of gzip, zip, xz, bzip2 and zstd files
     b"\x1f\x8b",
     b"PK\x03\x04",
     b"\xfd7zXZ",
     b"BZh",
     b"\x28\xb5\x2f\xfd",
-)  # how gzip, zip, xz, bzip2 and zstd begin
+)
 
 
 def check_text(text: str, source: object) -> None:
-    """Raise ValueError for text that UTF-8 cannot encode: JSON's escapes can write half a character, and tables
-    any bytes.
-    """
+    """Raise ValueError for a text that UTF-8 cannot encode, which JSON escapes and tables may contain."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{source} holds {ascii(text[error.start])}, not a character that UTF-8 can encode. Write it "
-            f"again."
+            f"{source} holds {ascii(text[error.start])}, not a character that UTF-8 can encode. "
+            "Write it again."
         ) from None
 
 
 def _read_text(path):
+    """Return the content of a UTF-8 text file; raises ValueError for other files."""
     content = path.read_bytes()
-    if content.startswith(PACKED):
+    if content.startswith(COMPRESSED):
         raise ValueError(f"{path}: is compressed, expected text. Unpack it.")
     text = content.decode("utf-8-sig")
     if "\0" in text:
@@ -52,15 +58,16 @@ def _read_text(path):
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """Return (number, line) of the lines of a text file that are not blank."""
+    """Return (number, line) of the lines of a text file, without blank ones."""
     text = _read_text(path).replace("\r\n", "\n").replace("\r", "\n")
-    lines = text.split("\n")  # splitlines() would split at separators that a JSON string may hold
+    lines = text.split("\n")  # splitlines() also splits at separators that JSON strings may contain
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def read_rows(path: Path) -> tuple[list[str], list[tuple[int, Any]]]:
-    """Return the names of the columns and [(number, row)] of a .jsonl, .json, .csv or .tsv file; a row is a dict,
-    or any other JSON value. Raises ValueError.
+    """Return the names of the columns and [(number, row)] of a .jsonl, .json, .csv or .tsv file.
+
+    A row is a dict or, in JSON, any other value. Raises ValueError for a file that cannot be read.
     """
     if path.suffix.lower() in (".csv", ".tsv"):
         return _read_csv(path)
@@ -74,9 +81,9 @@ def _read_json(path):
         try:
             rows = json.loads(_read_text(path))
         except RecursionError:
-            raise ValueError(f"{path}: is nested too deep for a list of prompts.") from None
+            raise ValueError(f"{path}: is nested too deeply for a list of prompts.") from None
         except json.JSONDecodeError:
-            rows = None  # lines of JSON with another suffix
+            rows = None  # JSON lines with the suffix .json
         if isinstance(rows, list):
             return list(enumerate(rows, 1))
     rows = []
@@ -85,16 +92,14 @@ def _read_json(path):
             rows.append((number, json.loads(line)))
         except (ValueError, RecursionError):
             raise ValueError(
-                f"{path}: line {number} is not JSON. Expected an object or a string a line"
-                f"{', or one list of them' if is_list else ''}."
+                f"{path}: line {number} is not JSON. Expected an object or a string per line"
+                f"{', or a list of them' if is_list else ''}."
             ) from None
     return rows
 
 
 def _read_csv(path):
-    """Return the names of the columns, which are row 1, and the rows as dicts; a row of more cells than names
-    is refused.
-    """
+    """Return the names of the columns, from row 1, and the rows as dicts; raises ValueError for surplus cells."""
     lines = io.StringIO(_read_text(path), newline="").readlines()
     separator = _find_separator(path, lines)
     (_, names, _), *records = [*_records(path, lines, separator)] or [(1, [], False)]
@@ -112,7 +117,7 @@ def _read_csv(path):
 
 
 def _find_separator(path, lines):
-    """Return the separator of the file's suffix, or the one by which its header has a column of prompts."""
+    """Return the separator with which the header has a column of prompts, else that of the file's suffix."""
     expected = "\t" if path.suffix.lower() == ".tsv" else ","
     header = next((line for line in lines if line.strip()), "")
     return next(
@@ -126,10 +131,12 @@ def _find_separator(path, lines):
 
 
 def _records(path, lines, separator):
-    """Yield (number, cells, whether any is quoted) of each row; empty cells at its end, which spreadsheets
-    write, do not count.
+    """Yield (number, cells, whether any is quoted) of each row.
+
+    Empty cells at the end of a row, which spreadsheets write, are removed.
     """
-    reader, start = csv.reader(lines, delimiter=separator, strict=True), 0  # strict: every quote is closed
+    reader = csv.reader(lines, delimiter=separator, strict=True)  # strict: an open quote is an error
+    start = 0
     try:
         for number, cells in enumerate(reader, 1):
             is_quoted = separator.join(cells) != "".join(lines[start : reader.line_num]).rstrip("\r\n")
@@ -140,15 +147,13 @@ def _records(path, lines, separator):
                 yield number, cells, is_quoted
     except csv.Error as error:
         raise ValueError(
-            f"{path}: cannot be read as {path.suffix[1:].upper()} (line {start + 1}: {error}). Write it "
-            f"again."
+            f"{path}: cannot be read as {path.suffix[1:].upper()} (line {start + 1}: {error}). "
+            "Write it again."
         ) from None
 
 
 def read_texts(column: Any) -> list:
-    """Return the cells of an Arrow column; bytes that are not UTF-8 become characters that check_text()
-    refuses.
-    """
+    """Return the cells of an Arrow column; invalid UTF-8 is decoded to characters that check_text() refuses."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):
@@ -164,9 +169,7 @@ def read_texts(column: Any) -> list:
 
 
 def find_column(path: object, names: Iterable[str], wanted: Sequence[str] = COLUMNS) -> str:
-    """Return the name of the column of prompts, or of another that is `wanted`: the first of these names that
-    exists, once.
-    """
+    """Return the first of the `wanted` names that a column has; raises ValueError unless there is exactly one."""
     names = list(names)
     found = _columns_of(wanted, names)
     expected = " or ".join(filter(None, [", ".join(wanted[:-1]), wanted[-1]]))
@@ -182,6 +185,6 @@ def find_column(path: object, names: Iterable[str], wanted: Sequence[str] = COLU
 
 
 def _columns_of(wanted, names):
-    """Return the names that equal, in any case, the first of `wanted` that any equals."""
+    """Return the names that equal the first of `wanted` with a match, ignoring case."""
     matches = ([name for name in names if name and name.strip().lower() == each] for each in wanted)
     return next(filter(None, matches), [])

@@ -1,6 +1,6 @@
 """Prompts -> the embeddings that a Wan model attends to.
 
-Every embedding has its prompt's true length; network.pack_text adds the zero padding, at the cost of one token.
+Embeddings have the length of their prompts; network.pack_text() represents the zero padding by a single token.
 
 Legend: L text length, T text width.
 """
@@ -21,28 +21,29 @@ from ..network import TEXT_LENGTH
 from .shards import fill_shards, read_shard
 
 BATCH_SIZE = 64  # prompts encoded together
-TOKENS_AT_ONCE = 8192  # 16 prompts of 512, whose attention in a real UMT5 takes about 2 GB
+TOKENS_AT_ONCE = 8192  # 16 prompts of 512, whose attention takes about 2 GB in a real UMT5
 MAX_SHOWN = 80  # characters of a prompt in a message
-# arguments of from_pretrained(): faults are returned, and refused in check_loaded()
+# Arguments of from_pretrained(), with which faults are returned for check_loaded().
 CHECKED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """Load a tokenizer from its folder, in a Wan folder or in a saved student."""
-    with named(folder):
+    """Load a tokenizer from its folder in a Wan folder or a saved student."""
+    with loading_errors(folder):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # nosec B615: a folder
 
 
 def load_text_encoder(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Any, UMT5EncoderModel]:
-    """Load the tokenizer and the frozen UMT5 encoder of a Wan folder or of a saved student.
+    """Load the tokenizer and the frozen UMT5 encoder of a Wan folder or a saved student.
 
-    Raises ValueError if they belong to two models: if the vocabulary, without added tokens, exceeds the
-    embedding.
+    Raises ValueError if the vocabulary, without added tokens, exceeds the embedding: then they belong to two
+    models.
     """
-    folder, tokenizer = Path(folder), load_tokenizer(Path(folder) / "tokenizer")
-    with named(folder / "text_encoder"):
+    folder = Path(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    with loading_errors(folder / "text_encoder"):
         result: Any = UMT5EncoderModel.from_pretrained(  # nosec B615: a folder
             folder,
             subfolder="text_encoder",
@@ -54,13 +55,14 @@ def load_text_encoder(
     encoder, loaded = result
     check_loaded(folder / "text_encoder", encoder, loaded)
     embedding = encoder.encoder.embed_tokens.weight
-    # 100 rows: a comparison of all of Wan's takes a GB of booleans
+    # Only 100 rows, because a comparison of all rows of Wan's takes 1 GB.
     if not embedding[:100].any() or not torch.equal(embedding, encoder.shared.weight):
         raise OSError(
-            f"{folder}/text_encoder: the token embedding came out zero or untied, a fault of transformers 5.0 to "
-            f"5.2 with Wan's UMT5. Install transformers >= 5.3."
+            f"{folder}/text_encoder: the token embedding is zero or untied, a defect of transformers 5.0 to 5.2 "
+            "with Wan's UMT5. Install transformers >= 5.3."
         )
-    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    vocabulary = tokenizer.get_vocab()
+    added = tokenizer.get_added_vocab()
     largest = max((number for token, number in vocabulary.items() if token not in added), default=0)
     if largest >= len(embedding):
         raise ValueError(
@@ -71,8 +73,8 @@ def load_text_encoder(
 
 
 @contextmanager
-def named(place: Path | str) -> Iterator[None]:
-    """Turn any error of a library about files into one line with their folder."""
+def loading_errors(place: Path | str) -> Iterator[None]:
+    """Turn any error of a library about files into an OSError of one line with their folder."""
     try:
         yield
     except Exception as error:
@@ -83,10 +85,10 @@ def named(place: Path | str) -> Iterator[None]:
 
 
 def check_loaded(place: Path | str, network: torch.nn.Module, loaded: Mapping[str, Any]) -> None:
-    """Refuse a network with tensors that are not finite or were not in its files; `loaded` is the information of
-    from_pretrained().
+    """Raise ValueError if tensors of a network are not finite, or were missing from its files.
 
-    Missing tensors would be random numbers, without any error in training and inference.
+    `loaded` is the loading info of from_pretrained(). Missing tensors would have random values, without an error
+    in training or inference.
     """
     for fault, names in (
         ("lacks", loaded["missing_keys"]),
@@ -100,14 +102,16 @@ def check_loaded(place: Path | str, network: torch.nn.Module, loaded: Mapping[st
                 f"again."
             )
     for name, tensor in network.state_dict().items():
-        if not all(map(math.isfinite, tensor.aminmax())):  # isfinite() and a float32 sum would take memory
+        if not all(
+            map(math.isfinite, tensor.aminmax())
+        ):  # isfinite() and a float32 sum would need more memory
             raise ValueError(f"{place}: {name} holds NaN or infinity. Download or copy it again.")
 
 
 def lazy_encoder(folder: str | Path, device: str | torch.device) -> Callable[[Sequence[str]], dict]:
     """Return a function that encodes prompts: {"text": concatenated embeddings (sum of L, T), "length": (B,)}.
 
-    Tokenizer and encoder are loaded at its first call, and freed with it.
+    Tokenizer and encoder are loaded by the first call, and freed together with the function.
     """
 
     @cache
@@ -128,7 +132,7 @@ def lazy_encoder(folder: str | Path, device: str | torch.device) -> Callable[[Se
 def encode_once(
     accelerator, encode: Callable, prompts: Sequence[str], folder: Path
 ) -> dict[str, torch.Tensor]:
-    """Encode different prompts with a lazy_encoder(): {prompt: embedding (L, T)}, memory-mapped from `folder`."""
+    """Encode distinct prompts with a lazy_encoder(); returns {prompt: embedding (L, T)}, mapped from `folder`."""
     num_shards = fill_shards(
         accelerator, folder, [(prompt,) for prompt in prompts], encode, "text", unit="prompt"
     )
@@ -141,7 +145,7 @@ def encode_once(
 def encode_prompts(
     tokenizer: Any, encoder: Any, prompts: Sequence[str], tokens_at_once: int = TOKENS_AT_ONCE
 ) -> list[torch.Tensor]:
-    """Return one embedding (L, T) of each prompt, at its true length."""
+    """Return an embedding (L, T) for each prompt, without padding."""
     embeddings: list[torch.Tensor] = []
     for start in range(0, len(prompts), BATCH_SIZE):
         batch = prompts[start : start + BATCH_SIZE]
@@ -151,35 +155,35 @@ def encode_prompts(
         _check_embedded(tokenizer, encoder, batch, tokens.input_ids)
         rows = max(1, tokens_at_once // tokens.input_ids.shape[1])
         for ids, mask in zip(
-            *(part.to(encoder.device).split(rows) for part in (tokens.input_ids, tokens.attention_mask))
+            *(tensor.to(encoder.device).split(rows) for tensor in (tokens.input_ids, tokens.attention_mask))
         ):
-            states = encoder(ids, mask).last_hidden_state  # (B, L, T)
-            embeddings += [state[is_word] for state, is_word in zip(states, mask.bool())]
+            hidden_states = encoder(ids, mask).last_hidden_state  # (B, L, T)
+            embeddings += [row[is_token] for row, is_token in zip(hidden_states, mask.bool())]
     return embeddings
 
 
-def _tokenize(tokenizer, prompts, **how):
+def _tokenize(tokenizer, prompts, **options):
     """Tokenize as Wan does, with padding and truncation at the end for any tokenizer config."""
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer(
-        [prompt_clean(prompt) for prompt in prompts], return_attention_mask=True, verbose=False, **how
+        [prompt_clean(prompt) for prompt in prompts], return_attention_mask=True, verbose=False, **options
     )
 
 
 def _check_embedded(tokenizer, encoder, prompts, ids):
-    """Refuse a prompt with a token beyond the encoder's embedding."""
+    """Raise ValueError for a prompt with a token beyond the encoder's embedding."""
     size = encoder.get_input_embeddings().num_embeddings
     for prompt, token in zip(prompts, ids.amax(1).tolist()):
         if token >= size:
             raise ValueError(
-                f"{tokenizer.name_or_path}: gives {_short(prompt)} token {token:,}, and "
+                f"{tokenizer.name_or_path}: gives {_shorten(prompt)} token {token:,}, and "
                 f"{encoder.name_or_path}/text_encoder embeds {size:,}. Change the prompt, or copy both again, from one "
                 f"model."
             )
 
 
 def warn_of_truncation(tokenizer: Any, prompts: Sequence[str], log: Callable[[str], Any]) -> None:
-    """Log the number of prompts above TEXT_LENGTH tokens, if any, and the first of them."""
+    """Log the number of prompts with more than TEXT_LENGTH tokens, if any, and the first one."""
     truncated: list[str] = []
     for start in range(0, len(prompts), BATCH_SIZE):
         batch = prompts[start : start + BATCH_SIZE]
@@ -191,10 +195,10 @@ def warn_of_truncation(tokenizer: Any, prompts: Sequence[str], log: Callable[[st
     if truncated:
         log(
             f"WARNING: prompts truncated to the limit of {TEXT_LENGTH} tokens: {len(truncated):,}, first "
-            f"{_short(truncated[0])}"
+            f"{_shorten(truncated[0])}"
         )
 
 
-def _short(prompt):
-    """Return the beginning of a prompt, for a message."""
+def _shorten(prompt):
+    """Return the repr of a prompt, shortened for a message."""
     return repr(prompt) if len(prompt) <= MAX_SHOWN else f"{prompt[:MAX_SHOWN]!r}..."

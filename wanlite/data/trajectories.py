@@ -1,10 +1,10 @@
-"""The teacher's trajectories: generated once and kept on disk shard by shard.
+"""The teacher's trajectories, generated once and stored in shards on disk.
 
-A trajectory is the teacher's whole guided solve from one noise to one image. Each of its states is a training
-example: the noisy latents, the guided velocity there, and the teacher's hidden states of some tokens, in the
-directions in which they vary most.
+A trajectory is a complete guided solve of the teacher, from noise to an image. Each of its states is a training
+example: noisy latents, the guided velocity, and the teacher's hidden states of some tokens
+in the student's basis.
 
-Legend: B batch, K states a trajectory, C channels, H W latent height and width, N image tokens, D d width of the
+Legend: B batch, K states per trajectory, C channels, H W latent height and width, N image tokens, D d width of the
 teacher and of the basis.
 """
 
@@ -21,25 +21,24 @@ from ..flow import average_velocity, noise_along, sample, seeded_noise, set_step
 from .datasets import Trajectories
 from .shards import compute_once, fill_shards
 
-FEATURE_TOKENS = 192  # image tokens whose hidden states are compared with the teacher's, of each state
-MAX_SAMPLED = 32768  # hidden states from which directions are found
+FEATURE_TOKENS = 192  # image tokens of a state whose hidden states are compared with the teacher's
+MAX_SAMPLED = 32768  # hidden states from which the basis is computed
 Velocity = Callable[[Tensor, Tensor], Any]  # of (latents, timestep)
 
 
-def sample_rows(states: Tensor, num_batches: int) -> Tensor:
-    """Return evenly spaced rows of hidden states (B, N, D), in float32: of `num_batches` at most MAX_SAMPLED."""
-    rows = states.flatten(0, 1)
+def sample_rows(hidden_states: Tensor, num_batches: int) -> Tensor:
+    """Return evenly spaced rows of hidden states (B, N, D) in float32, at most MAX_SAMPLED in `num_batches`."""
+    rows = hidden_states.flatten(0, 1)
     spacing = -(-num_batches * len(rows) // MAX_SAMPLED)
     return rows[::spacing].to(torch.float32, copy=True)  # a view would keep all rows in memory
 
 
 class TrajectoryGenerator:
-    """Computes the teacher's states for training, and stores them in shards; shards on disk are reused.
+    """Computes the teacher's states and stores them in shards; shards that exist are reused.
 
     `velocity_for(prompts, has_features)` returns the guided velocity as a function of (latents, timestep); with
-    `has_features` that function returns (velocity, hidden states (B, N, D)). `basis` (D, d) is that of the hidden
-    states on disk. Every rank computes its share of the shards, `in_step` with the others where the teacher is
-    sharded over them.
+    `has_features`, that function returns (velocity, hidden states (B, N, D)). Hidden states are stored in the
+    `basis` (D, d). Each rank computes a share of the shards, `in_step` with the others if the teacher is sharded.
     """
 
     basis: Tensor  # set by find_basis() if not given
@@ -53,17 +52,17 @@ class TrajectoryGenerator:
         in_step: bool = False,
         basis: Tensor | None = None,
     ):
-        self.accelerator, self.velocity_for = accelerator, velocity_for
-        self.scheduler, self.num_steps = scheduler, num_steps
+        self.accelerator = accelerator
+        self.velocity_for = velocity_for
+        self.scheduler = scheduler
+        self.num_steps = num_steps
         self.in_step = in_step
         if basis is not None:
             self.basis = basis
 
     @torch.no_grad()
     def find_basis(self, folder: Path, prompts: Sequence[str], latent_shape, width: int) -> None:
-        """Set the basis to the `width` directions in which hidden states vary most on trajectories of
-        `prompts`.
-        """
+        """Set the basis to the `width` principal directions of the hidden states on trajectories of `prompts`."""
 
         def make():
             steps = self._solve(prompts, range(len(prompts)), latent_shape)
@@ -73,7 +72,7 @@ class TrajectoryGenerator:
         self.basis = compute_once(self.accelerator, folder, make)["basis"].to(self.accelerator.device)
 
     def generate(self, folder: Path, jobs: Sequence[tuple], latent_shape) -> Trajectories:
-        """Solve from noise to image for every (number, prompt, seed) of `jobs`."""
+        """Generate a trajectory for each (number of the prompt, prompt, seed) of `jobs`."""
 
         def make(numbers, prompts, seeds):
             return _stack(self._solve(prompts, seeds, latent_shape), self.basis, numbers)
@@ -81,20 +80,20 @@ class TrajectoryGenerator:
         return self._fill(folder, jobs, make, "teacher trajectories")
 
     def _solve(self, prompts, seeds, latent_shape):
+        """Yield the steps of the teacher's trajectories, with hidden states."""
         noise = seeded_noise(latent_shape, seeds).to(self.accelerator.device)
         return solve(self.velocity_for(prompts, True), noise, self.scheduler, self.num_steps)
 
     def compute_at_images(
-        self, folder: Path, jobs: Sequence[tuple], latents_of: Callable[[Sequence], Tensor]
+        self, folder: Path, jobs: Sequence[tuple], encode: Callable[[Sequence], Tensor]
     ) -> Trajectories:
-        """Compute the same states at real images, noised to each level of a solve, for every (number, prompt,
-        seed, image) of `jobs`.
+        """Compute the states at real images with noise of each level, for each job of `jobs`.
 
-        `latents_of(images)` returns their latents (B, C, H, W).
+        A job is (number of the prompt, prompt, seed, image); `encode(images)` returns latents (B, C, H, W).
         """
 
         def make(numbers, prompts, seeds, images):
-            clean = latents_of(images).to(self.accelerator.device)
+            clean = encode(images).to(self.accelerator.device)
             velocity_of = self.velocity_for(prompts, True)
             steps = noise_along(velocity_of, clean, seeds, self.scheduler, self.num_steps)
             return _stack(steps, self.basis, numbers)
@@ -104,12 +103,12 @@ class TrajectoryGenerator:
     def roll_out(
         self, folder: Path, jobs: Sequence[tuple], latent_shape, student_for, student_scheduler
     ) -> Trajectories:
-        """Solve the first steps with the student and the others with the teacher, for every (number, prompt,
-        seed, count, index) of `jobs`.
+        """Compute on-policy states: the student solves the first steps, and the teacher the remaining ones.
 
-        The student takes `index` of `count` steps, the teacher the remaining part of its own steps. Kept are the
-        state between both, and the average velocity from there to the teacher's image. Source: the roll-outs of
-        pi-Flow (Chen et al. 2025), with one segment that ends at the image.
+        A job is (number of the prompt, prompt, seed, count, index): the student takes `index` of `count` steps,
+        then the teacher takes the remaining steps of its own schedule. The state between both is stored with the
+        average velocity from it to the teacher's image. Source: the roll-outs of pi-Flow (Chen et al. 2025), with
+        a single segment that ends at the image.
         """
 
         def make(numbers, prompts, seeds, counts, indices):
@@ -118,17 +117,18 @@ class TrajectoryGenerator:
             stops = list(zip(counts, indices))
             for stop in sorted(set(stops)):
                 rows = [row for row, each in enumerate(stops) if each == stop]
-                chosen = [prompts[row] for row in rows]
-                states = self._roll_out(stop, chosen, noise[rows], student_for(chosen), student_scheduler)
+                own_prompts = [prompts[row] for row in rows]
+                student = student_for(own_prompts)
+                states = self._roll_out(stop, own_prompts, noise[rows], student, student_scheduler)
                 for name, tensor in states.items():
-                    whole = tensor.new_empty(len(prompts), 1, *tensor.shape[1:])
-                    shard.setdefault(name, whole)[rows] = tensor.unsqueeze(1)
+                    empty = tensor.new_empty(len(prompts), 1, *tensor.shape[1:])
+                    shard.setdefault(name, empty)[rows] = tensor.unsqueeze(1)
             return shard | {"prompt": torch.tensor(numbers)}
 
         return self._fill(folder, jobs, make, "student rollouts")
 
     def _roll_out(self, stop, prompts, noise, student, student_scheduler):
-        """Return the states of one stop, (steps of the student's schedule, steps that it takes)."""
+        """Return the states at a stop, (number of steps of the student's schedule, number of steps that it takes)."""
         count, index = stop
         latents = sample(student, noise, student_scheduler, count, end=index)
         levels = set_steps(student_scheduler, count, latents.device)[index]
@@ -152,12 +152,12 @@ class TrajectoryGenerator:
 def _stack(steps: Iterable[tuple], basis: Tensor, numbers) -> dict[str, Tensor]:
     """Return the tensors of a shard from (latents, timestep, noise_level, velocity, features) of each step.
 
-    Some of each step's hidden states (B, N, D) are projected onto the basis (D, d) at once and kept in float16.
+    The hidden states (B, N, D) of some tokens are projected onto the basis (D, d) immediately, in float16.
     """
-    # Unlike a loop's variable, map() holds no step while the next one is computed.
-    kept = map(partial(_in_basis, basis), count(), steps)
+    # Unlike a loop variable, map() does not keep a step in memory while the next one is computed.
+    projected = map(partial(_project_features, basis), count(), steps)
     latents, timestep, noise_level, velocity, features, first_token = (  # (K, ...)
-        torch.stack(list(tensors)) for tensors in zip(*kept)
+        torch.stack(list(tensors)) for tensors in zip(*projected)
     )
     return {
         "latents": latents.transpose(0, 1),
@@ -170,7 +170,7 @@ def _stack(steps: Iterable[tuple], basis: Tensor, numbers) -> dict[str, Tensor]:
     }
 
 
-def _in_basis(basis, number, step):
+def _project_features(basis, number, step):
     *state, features = step
     first_token = torch.full((len(features),), number % _token_spacing(features.shape[1]))
     compared = sample_tokens(features, first_token.to(features.device))
@@ -198,15 +198,15 @@ def _token_spacing(num_tokens):
     return num_tokens // FEATURE_TOKENS | 1  # odd, so that compared tokens lie in different columns
 
 
-def principal_directions(states: Tensor, width: int) -> Tensor:
-    """Return the directions (D, width) in which states (B, D) vary most."""
-    states = states.double()
-    states = states - states.mean(0)
-    return torch.linalg.eigh(states.T @ states).eigenvectors[:, -width:].float()
+def principal_directions(hidden_states: Tensor, width: int) -> Tensor:
+    """Return the `width` principal directions (D, width) of hidden states (B, D)."""
+    deviations = hidden_states.double()
+    deviations = deviations - deviations.mean(0)
+    return torch.linalg.eigh(deviations.T @ deviations).eigenvectors[:, -width:].float()
 
 
-def deal_out(jobs: Sequence, num_buckets: int, seed: int) -> list[list]:
-    """Return a list of jobs for each bucket, about equally many, chosen at random by `seed`."""
+def split_jobs(jobs: Sequence, num_buckets: int, seed: int) -> list[list]:
+    """Return a random list of jobs for each bucket, of about equal lengths."""
     if len(jobs) < num_buckets:
         raise ValueError(
             f"{len(jobs)} images of the teacher are fewer than the {num_buckets} sizes of --aspect_ratios: raise "

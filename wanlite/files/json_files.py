@@ -120,7 +120,7 @@ def parse_json(content: bytes, source: str | Path, limits: Limits = SAVED) -> di
         )
     except RecursionError:
         raise OSError(f"{source}: not JSON (nested too deeply). {limits.remedy}") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are among them
+    except ValueError as error:  # includes JSONDecodeError and UnicodeDecodeError
         raise OSError(f"{source}: not JSON ({str(error).partition(';')[0]}). {limits.remedy}") from None
     if not isinstance(found, dict):
         raise OSError(

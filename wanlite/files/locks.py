@@ -43,7 +43,7 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
 def in_turn(folder: Path, log: Callable[[str], object]) -> Iterator[None]:
     """Hold the lock of a folder that is to be made; log and wait if another process has it.
 
-    The lock lies beside the folder, because making it replaces it.
+    The lock file is beside the folder, because a new folder replaces the old one.
     """
     path = folder.with_name(f".{folder.name}{LOCK}")
     with _holding(path, wait=False) as is_held:

@@ -1,4 +1,4 @@
-"""Settings of a run -> ValueError if they cannot work, with what to do, before torch is imported."""
+"""Settings of a run -> ValueError with a remedy if they cannot work; torch is not imported."""
 
 import os
 import shutil
@@ -9,21 +9,21 @@ from typing import Any, NoReturn
 from ..phases import FEW_STEP_SHARE
 
 
-def check_all(checks: Iterable[Callable[[], object]], together: bool = False) -> None:
-    """Run checks in order; the first failure raises, or if `together` all failures in one error, a line each."""
-    failed = []
+def check_all(checks: Iterable[Callable[[], object]], collect: bool = False) -> None:
+    """Run checks in order and raise the first error, or with `collect` one error with a line for each."""
+    errors = []
     for check in checks:
         try:
             check()
         except (OSError, ValueError) as error:
-            if not together:
+            if not collect:
                 raise
-            failed.append(str(error))
-    if failed:
-        raise ValueError("\n".join(dict.fromkeys(failed)))
+            errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(dict.fromkeys(errors)))
 
 
-def check_together(settings: Any) -> None:
+def check_combinations(settings: Any) -> None:
     """Raise ValueError for settings that contradict each other, empty prompts and unusable folders."""
     _check_data(settings)
     _check_folders(settings)
@@ -32,60 +32,62 @@ def check_together(settings: Any) -> None:
 
 def _check_data(settings):
     if settings.num_images is not None and settings.images is None:
-        raise ValueError(f"--num_images is {settings.num_images}, expected --images beside it.")
+        raise ValueError(
+            f"--num_images is {settings.num_images}, which needs --images. Add --images, or leave it out."
+        )
     if 0 < (settings.rollout_states or 0) < len(settings.aspect_ratios or ()):
         raise ValueError(
             f"--rollout_states is {settings.rollout_states}, expected 0, or at least one for each of the "
             f"{len(settings.aspect_ratios)} --aspect_ratios."
         )
     if any(not prompt.strip() for prompt in settings.validation_prompts or ()):
-        raise ValueError("--validation_prompts has an empty prompt, expected words in each. Leave it out.")
+        raise ValueError("--validation_prompts has an empty prompt, expected text in each. Leave it out.")
 
 
 def _check_folders(settings):
     cache = settings.cache_dir
     if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
-        raise ValueError(f"--cache_dir {cache}: is a file, expected a folder. Name another.")
+        raise ValueError(f"--cache_dir {cache}: is a file, expected a folder. Choose another.")
     output = Path(settings.output_dir).absolute()
     if not Path(os.path.normpath(output / settings.logging_dir)).is_relative_to(output):
         raise ValueError(
-            f"--logging_dir {settings.logging_dir}: is not inside --output_dir, expected the name of a folder, "
-            "for example logs."
+            f"--logging_dir {settings.logging_dir}: is not inside --output_dir. Name a folder in it, for "
+            "example logs."
         )
 
 
 def _check_modes(settings):
     if settings.project_only and (settings.student is not None or settings.projection == "none"):
         raise ValueError(
-            "--project_only saves what is projected, and --student or --projection none projects nothing. "
-            "Leave one of them out."
+            "--project_only saves a projected student, and --student or --projection none turns the projection "
+            "off. Leave one of them out."
         )
     if settings.expert == "best_per_block" and settings.projection == "calibrated":
         raise ValueError(
-            "--expert best_per_block goes with --projection weights: a student is calibrated against one "
+            "--expert best_per_block requires --projection weights: a student is calibrated against one "
             "expert. Add --projection weights, or choose --expert low or high."
         )
     if settings.matching_steps and settings.mixed_precision == "fp16":
         raise ValueError(
-            "--matching_steps goes with --mixed_precision no or bf16: the critic's gradients are not scaled."
+            "--matching_steps requires --mixed_precision no or bf16: the critic's gradients are not scaled."
         )
 
 
 def check_compiler() -> None:
-    """Raise ValueError if there is no C++ compiler: with --compile torch builds its kernels with one."""
+    """Raise ValueError if there is no C++ compiler, which torch needs for --compile."""
     names = [name for name in (os.environ.get("CXX"), "g++", "clang++", "c++", "cl") if name]
     if not any(map(shutil.which, names)):
         raise ValueError(
             f"--compile needs a C++ compiler, and none of {', '.join(names)} is found. Install one (apt "
-            f"install g++), "
-            "or leave --compile out."
+            "install g++), or leave --compile out."
         )
 
 
 def complete_steps(settings: Any) -> tuple[list[int], int]:
-    """Return few_steps in rising order, and few_step_train_steps.
+    """Return few_steps in ascending order, and few_step_train_steps.
 
-    Raises ValueError if the phases do not fit into --max_train_steps, or a number of steps cannot be trained.
+    Raises ValueError if the phases are longer than --max_train_steps, or a number of sampling steps cannot be
+    trained.
     """
     few_steps = sorted(set(settings.few_steps))
     few_step_train_steps = settings.few_step_train_steps
@@ -101,19 +103,19 @@ def complete_steps(settings: Any) -> tuple[list[int], int]:
 
 def _check_phases(settings, few_step_train_steps):
     """Raise ValueError if the phases are longer than the run, or a phase lacks the student it starts from."""
-    rest = settings.max_train_steps - few_step_train_steps - settings.matching_steps
-    if rest < 0:
+    velocity_steps = settings.max_train_steps - few_step_train_steps - settings.matching_steps
+    if velocity_steps < 0:
         raise ValueError(
             f"--few_step_train_steps {few_step_train_steps} and --matching_steps {settings.matching_steps} "
-            f"are more than --max_train_steps {settings.max_train_steps}, which includes them. Raise that, or "
-            "lower these."
+            f"are more than --max_train_steps {settings.max_train_steps}, which includes them. Raise "
+            "--max_train_steps, or lower the others."
         )
     if settings.matching_steps and not few_step_train_steps and settings.student is None:
         raise ValueError(
             "--matching_steps without --few_step_train_steps: distribution matching starts from a student "
-            "that draws in few steps. Raise --few_step_train_steps, or name such a student with --student DIR."
+            "that samples in few steps. Raise --few_step_train_steps, or name such a student with --student DIR."
         )
-    if rest == 0 and settings.student is None:
+    if velocity_steps == 0 and settings.student is None:
         raise ValueError(
             f"--few_step_train_steps {few_step_train_steps} leaves no step of stage 1, and few-step training "
             "starts from a student of stage 1. Lower it, or name such a student with --student DIR."
@@ -121,39 +123,39 @@ def _check_phases(settings, few_step_train_steps):
 
 
 def _check_few_steps(settings, few_steps):
-    """Raise ValueError for numbers of steps that the teacher's steps or the student's do not include."""
+    """Raise ValueError for numbers of steps that do not divide the teacher's or are not trained."""
     for count in few_steps:
         if count < 1 or settings.teacher_steps % count:
             raise ValueError(
-                f"--few_steps {count} does not divide --teacher_steps {settings.teacher_steps}: students stop "
-                "only where the teacher does. Choose divisors, for example 1 2 4."
+                f"--few_steps {count} does not divide --teacher_steps {settings.teacher_steps}: the noise "
+                "levels of a student are among the teacher's. Choose divisors, for example 1 2 4."
             )
     if settings.num_inference_steps not in few_steps:
         raise ValueError(
             f"--num_inference_steps {settings.num_inference_steps} is not one of --few_steps "
-            f"{' '.join(map(str, few_steps))}, for which the student is trained. Choose one of them."
+            f"{' '.join(map(str, few_steps))}, which the student is trained for. Choose one of them."
         )
 
 
 def check_batch(settings: Any, states: dict[str, int], ranks: int) -> None:
-    """Raise ValueError for a batch larger than the states of a phase, as count_states() returns them."""
-    rows = settings.train_batch_size * ranks
+    """Raise ValueError for a batch of all ranks that is larger than the states of a phase; see count_states()."""
+    batch_size = settings.train_batch_size * ranks
     for phase, count in states.items():
-        if count < rows:
+        if count < batch_size:
             lower = f"lower --train_batch_size to {count // ranks}, or " if count >= ranks else ""
             ratios = ", or name fewer --aspect_ratios" if settings.aspect_ratios else ""
             raise ValueError(
-                f"the phase {phase} learns from {count} states, fewer than one batch of {rows}: {lower}raise "
-                f"--num_trajectories or --rollout_states{ratios}."
+                f"the phase {phase} has {count} training states, fewer than one batch of {batch_size}: "
+                f"{lower}raise --num_trajectories or --rollout_states{ratios}."
             )
 
 
 def check_student(run: dict[str, Any], settings: Any, folder: Path) -> None:
-    """Raise ValueError if a saved student does not fit this run; `run` is the run.json of its `folder`."""
+    """Raise ValueError if this run cannot train a saved student further; `run` is run.json in its `folder`."""
     _check_finished(run, folder)
     _check_record(run, folder)
-    _check_stages(run["schedule"]["phases"], settings, folder)
-    _check_same(run, settings, folder)
+    _check_previous_phases(run["schedule"]["phases"], settings, folder)
+    _check_same_settings(run, settings, folder)
 
 
 def _refuse_student(folder: Path, problem: str) -> NoReturn:
@@ -164,15 +166,15 @@ def _check_finished(run, folder):
     if run.get("projected_only"):
         _refuse_student(
             folder,
-            "holds a projected initialization that was not trained. Leave --student out: a run with this "
-            "--cache_dir or --output_dir starts there.",
+            "holds a projected initialization that was not trained. Leave --student out: a run with the same "
+            "--cache_dir or --output_dir starts from it.",
         )
     if not run.get("finished"):
         _refuse_student(folder, "holds no finished run. Finish it with the command that started it.")
 
 
 def _check_record(run, folder):
-    """Raise ValueError if run.json lacks an entry that the other checks read."""
+    """Raise ValueError if an entry of run.json is missing or has another type."""
     if "schedule" not in run:
         _refuse_student(
             folder,
@@ -180,43 +182,39 @@ def _check_record(run, folder):
             "leave --student out to start from the teacher's weights.",
         )
     kinds = {"teacher": str, "student": dict, "settings": dict, "schedule": dict}
-    if odd := [name for name, kind in kinds.items() if not run.get(name) or not isinstance(run[name], kind)]:
-        _refuse_student(
-            folder, f"its run.json does not hold a run's {', '.join(odd)}. Copy the folder again."
-        )
+    if bad := [name for name, kind in kinds.items() if not run.get(name) or not isinstance(run[name], kind)]:
+        _refuse_student(folder, f"its run.json has no valid {', '.join(bad)}. Copy the folder again.")
     if not isinstance(run["schedule"].get("phases"), dict):
-        _refuse_student(
-            folder, "its run.json does not hold the phases of its schedule. Copy the folder again."
-        )
+        _refuse_student(folder, "its run.json has no valid phases in its schedule. Copy the folder again.")
 
 
-def _check_stages(phases, settings, folder):
-    """Raise ValueError if this run skips a stage that the student has not been through either."""
+def _check_previous_phases(phases, settings, folder):
+    """Raise ValueError if this run leaves out a phase that the student was not trained in before."""
     if settings.max_train_steps > settings.few_step_train_steps + settings.matching_steps:
         return
     if not phases.get("velocity"):
         _refuse_student(
             folder,
-            f"has not been through stage 1 (its phases are {phases}). Lower --few_step_train_steps, so that "
-            "steps of stage 1 are left, or name another student.",
+            f"was not trained in stage 1 (its phases are {phases}). Lower --few_step_train_steps, so that "
+            "steps of stage 1 remain, or name another student.",
         )
     if not settings.few_step_train_steps and not phases.get("few_step"):
         _refuse_student(
             folder,
-            f"does not draw in few steps yet (its phases are {phases}), and distribution matching starts from "
-            "a student that does. Raise --few_step_train_steps, or name another student.",
+            f"was not trained to sample in few steps (its phases are {phases}), which distribution matching "
+            "requires. Raise --few_step_train_steps, or name another student.",
         )
 
 
-def _check_same(run, settings, folder):
+def _check_same_settings(run, settings, folder):
     """Raise ValueError if the student was trained with other settings or has another shape."""
     trained, shape, current = run["settings"], run["student"], vars(settings)
     for name in ("guidance_scale", "guidance_scale_2", "negative_prompt", "flow_shift", "resolution"):
         if trained.get(name) != current[name]:
             _refuse_student(
                 folder,
-                f"was trained with {name} {trained.get(name)!r}, this run has {current[name]!r}. Use the same, "
-                "or leave --student out.",
+                f"was trained with {name} {trained.get(name)!r}, and this run has {current[name]!r}. Use the "
+                "same, or leave --student out.",
             )
     for name in ("hidden_size", "depth", "num_heads", "ffn_dim"):
         if current[name] is not None and current[name] != shape.get(name):

@@ -1,4 +1,4 @@
-"""Settings and a teacher -> what a run is about: its prompts and images, and the student's shape."""
+"""Settings and a teacher -> the content of a run: prompts, images and the student's shape."""
 
 import json
 from pathlib import Path
@@ -12,74 +12,83 @@ from ..student.shape import check_shape_fits, student_shape
 from ..training.run_folder import read_run
 from ..world.record import read_world
 
-DEFAULT_PROMPTS = 4000  # of the tiny world or of a grammar, where no prompts file is named
+DEFAULT_PROMPTS = 4000  # captions of a tiny world, or generated prompts, without --prompts
+MAX_HELD_OUT_SHARE = 20  # at most one prompt in this many is held out
+CALIBRATION_TOKENS = 16384  # image tokens on which the projected weights are refitted
+MIN_CALIBRATION_FRAMES = 16
 
 
-def choose_prompts(settings, say=None):
-    """Return training prompts and held-out prompts; no trajectory of training starts from a held-out one."""
-    count = settings.num_trajectories or DEFAULT_PROMPTS
+def choose_prompts(settings, log=None):
+    """Return training prompts and held-out prompts; no training trajectory starts from a held-out one."""
     if settings.prompts is None and (world := read_world(settings.teacher)):
-        each = max(1, settings.num_held_out // 2)
-        one, two = (world.captions(settings.seed + 1, each, held_out=True, num_objects=n) for n in (1, 2))
-        return world.captions(settings.seed, count), [prompt for pair in zip(one, two) for prompt in pair]
-    prompts = (
-        varied_prompts(settings.seed, count)
-        if settings.prompts is None
-        else (list(dict.fromkeys(read_prompts(settings.prompts, say))))
+        return _choose_captions(settings, world)
+    if settings.prompts is None:
+        prompts = varied_prompts(settings.seed, settings.num_trajectories or DEFAULT_PROMPTS)
+    else:
+        prompts = list(dict.fromkeys(read_prompts(settings.prompts, log)))
+    if len(prompts) == 1:
+        if log:
+            log("prompts  the only prompt is used for training and for validation")
+        return prompts, prompts
+    num_held_out = min(settings.num_held_out, max(1, len(prompts) // MAX_HELD_OUT_SHARE))
+    return prompts[:-num_held_out], prompts[-num_held_out:]
+
+
+def _choose_captions(settings, world):
+    """Return training captions of a tiny world, and held-out ones of one object and of two in turn."""
+    training = world.captions(settings.seed, settings.num_trajectories or DEFAULT_PROMPTS)
+    count = max(1, settings.num_held_out // 2)
+    one, two = (
+        world.captions(settings.seed + 1, count, held_out=True, num_objects=number) for number in (1, 2)
     )
-    num_held_out = min(settings.num_held_out, max(1, len(prompts) // 20))
-    if len(prompts) == 1 and say:
-        say("prompts  there is one: it is trained on, and held out as well")
-    return prompts[:-num_held_out] or prompts, prompts[-num_held_out:]
+    return training, [caption for pair in zip(one, two) for caption in pair]
 
 
-def choose_data(settings, sizes, say, is_main_process=True):
-    """Return training prompts, held-out prompts, and images captioned and of `sizes`, whose captions are
-    among the former.
+def choose_data(settings, sizes, log, is_main_process=True):
+    """Return training prompts, held-out prompts, and captioned images of `sizes`.
 
-    What was found of images is kept in the cache, by their contents: only new ones are decoded. A dry run
-    keeps nothing.
+    The captions are among the training prompts. The sizes of decoded images are cached by hash, and only new
+    images are decoded; a dry run does not write the cache.
     """
-    training, held_out = choose_prompts(settings, say)
+    training, held_out = choose_prompts(settings, log)
     if settings.images is None:
         return training, held_out, []
-    record = Path(settings.cache_dir) / "images.json"
-    seen = _read_seen(record)
-    known = len(seen)
-    images = choose_images(settings.images, sizes, settings.num_images, held_out, say, seen, is_main_process)
-    if len(seen) > known and is_main_process and not settings.dry_run:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, seen)
+    path = Path(settings.cache_dir) / "images.json"
+    known = _read_known_images(path)
+    num_known = len(known)
+    images = choose_images(settings.images, sizes, settings.num_images, held_out, log, known, is_main_process)
+    if len(known) > num_known and is_main_process and not settings.dry_run:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, known)
     return list(dict.fromkeys([*training, *(image.caption for image in images)])), held_out, images
 
 
-def _read_seen(record):
+def _read_known_images(path):
     """Return the record of images that were decoded before; empty if it cannot be read."""
     try:
-        seen = json.loads(record.read_text(encoding="utf-8"))
-        return seen if isinstance(seen, dict) else {}
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return known if isinstance(known, dict) else {}
     except (OSError, ValueError, RecursionError):
         return {}
 
 
 def choose_shape(settings, files):
-    """Return the student's shape: that of --student, or the one that the flags and the teacher's shape give.
+    """Return the student's shape: that of --student, or one from the flags and the teacher's shape.
 
     Raises ValueError for a student of another teacher, and for a shape that cannot be projected.
     """
     if settings.student is not None:
-        if read_run(settings.student)["teacher"] != files.fingerprint:
+        run = read_run(settings.student)
+        if run["teacher"] != files.fingerprint:
             raise ValueError(
                 f"--student {settings.student}: was distilled from another teacher than {settings.teacher}. "
-                f"Use the "
-                "same, or leave --student out."
+                "Use the same, or leave --student out."
             )
-        return read_run(settings.student)["student"]
+        return run["student"]
     if (settings.feature_directions or 1) > files.width:
         raise ValueError(
             f"--feature_directions {settings.feature_directions} is more than the {files.width} of the "
-            f"teacher's "
-            "token states. Lower it, or leave it out."
+            "teacher's hidden states. Lower it, or leave it out."
         )
     shape = student_shape(
         files.config, settings.hidden_size, settings.depth, settings.num_heads, settings.ffn_dim
@@ -89,13 +98,32 @@ def choose_shape(settings, files):
     return shape
 
 
-def describe_schedule(settings, few_steps, phases):
-    """Return what run.json says of the schedule: where its levels come from, the numbers of steps, the phases
-    trained so far.
+def choose_feature_width(settings, hidden_size):
+    """Return the number of principal directions in which hidden states are compared and cached.
+
+    More directions hinder a narrow student, and need more disk.
     """
-    earlier = read_run(settings.student)["schedule"]["phases"] if settings.student is not None else {}
-    steps = {
-        name: earlier.get(name, 0) + sum(last - first for phase, first, last in phases if phase == name)
-        for name in PHASE_NAMES
-    }
+    return settings.feature_directions or max(1, hidden_size // 4)
+
+
+def count_calibration_frames(settings, prompts, tokens):
+    """Return the number of images of `tokens` tokens on which a student is calibrated."""
+    if settings.projection != "calibrated" or settings.student is not None:
+        return 0
+    return min(len(prompts), max_calibration_frames(tokens))
+
+
+def max_calibration_frames(tokens):
+    """Return the largest number of images of `tokens` tokens on which a student is calibrated."""
+    return max(MIN_CALIBRATION_FRAMES, CALIBRATION_TOKENS // tokens)
+
+
+def describe_schedule(settings, few_steps, phases):
+    """Return the schedule for run.json: shift, numbers of sampling steps, and steps trained in each phase."""
+    steps = dict.fromkeys(PHASE_NAMES, 0)
+    if settings.student is not None:
+        earlier = read_run(settings.student)["schedule"]["phases"]
+        steps = {name: earlier.get(name, 0) for name in PHASE_NAMES}
+    for name, first, last in phases:
+        steps[name] += last - first
     return {"flow_shift": settings.flow_shift, "few_steps": few_steps or None, "phases": steps}

@@ -1,6 +1,6 @@
 """Settings -> the one resolved Run, which a dry run prints, training executes and messages describe.
 
-Nothing after resolve_run() fills in a setting, looks for a file of the teacher or chooses a prompt.
+After resolve_run(), every setting is filled in, every file of the teacher is found and every prompt is chosen.
 """
 
 from collections.abc import Callable
@@ -13,24 +13,23 @@ import torch
 
 from ..data.images import CaptionedImage
 from ..files.cache import fingerprint
-from ..phases import Span, choose_validated, count_passes, count_trajectories, count_validated, phases_of
+from ..phases import Span, choose_validated, count_passes, count_trajectories, count_validated, plan_phases
 from ..runtime.devices import has_gpu
 from ..runtime.ranks import broadcast
 from ..student.calibration import PASSES as CALIBRATION_PASSES
 from ..teacher.components import check_components
 from ..teacher.expert_files import TeacherFiles
 from ..training.run_folder import read_fitted_settings
-from .defaults import choose_data, choose_shape, describe_schedule
-from .estimate import (
-    FITTED,
-    MemoryEstimator,
-    calibration_frames,
-    choose_precision,
-    feature_width,
-    place_teacher,
-    training_dtype,
+from .defaults import (
+    choose_data,
+    choose_feature_width,
+    choose_shape,
+    count_calibration_frames,
+    describe_schedule,
 )
-from .memory import estimate
+from .duration import Workload, estimate_duration
+from .estimate import MemoryEstimator
+from .hardware import HARDWARE_SETTINGS, choose_precision, fit_to_hardware, place_teacher, training_dtype
 from .messages import versions
 from .resolve import image_sizes
 from .teacher_folder import read_teacher_folder
@@ -40,10 +39,10 @@ from .teacher_folder import read_teacher_folder
 class Run:
     """A run as it is decided before anything is computed.
 
-    `settings` has no None that a folder, the machine or the launcher decides; `requested` are those before
-    the machine filled any in, by which a resumed run is recognised. The first of `sizes` (width, height) and
-    `latent_shapes` (C, H, W) is that of validations, the others are trained on, one a bucket. `accelerator`
-    may be a SingleProcess, with which nothing can be trained.
+    Every one of `settings` is filled in from folders, the hardware or the launcher. `requested` are the
+    settings before the hardware filled any in; a resumed run must have the same. The first of `sizes`
+    (width, height) and `latent_shapes` (C, H, W) is that of validations, the others are trained on, one per
+    bucket. The `accelerator` of a dry run is a SingleProcess.
     """
 
     settings: Any
@@ -71,55 +70,52 @@ class Run:
 
     @property
     def prompts(self):
-        """Every prompt that is encoded, once."""
-        settings = self.settings
-        return list(
-            dict.fromkeys(
-                [*self.training, *self.held_out, *settings.validation_prompts, settings.negative_prompt]
-            )
-        )
+        """All prompts to encode, without repetitions."""
+        shown = [*self.settings.validation_prompts, self.settings.negative_prompt]
+        return list(dict.fromkeys([*self.training, *self.held_out, *shown]))
 
     @property
     def num_generated(self):
-        """How many trajectories the teacher generates; each image costs as many passes as one."""
+        """The number of trajectories that the teacher generates; an image needs as many passes as one."""
         return self.settings.num_trajectories + len(self.images)
 
     @property
     def num_passes(self):
-        """How often an image goes through the teacher after calibration."""
+        """The number of teacher passes after calibration, counted per image."""
         validated = choose_validated(self.training, self.held_out)
         return count_passes(self.settings, self.num_generated, len(validated), self.phases)
 
     @property
     def num_states(self):
-        """How many states the student is trained on, on each device, each as often as it comes."""
+        """The number of states that the student is trained on, on each device, with repetitions."""
         settings = self.settings
         return settings.max_train_steps * settings.gradient_accumulation_steps * settings.train_batch_size
 
     @property
     def num_calibration_passes(self):
-        frames = calibration_frames(self.settings, self.training, self.estimator.tokens)
+        frames = count_calibration_frames(self.settings, self.training, self.estimator.tokens)
         return CALIBRATION_PASSES * frames
 
     def estimate_time(self, passes, states):
-        """Return in words how long `passes` of the teacher and training on `states` take."""
-        return estimate(
-            self.estimator.student,
-            self.files,
-            passes,
-            states,
-            self.estimator.tokens,
-            self.latent_shapes[0][1:],
-            self.device,
-            training_dtype(self.settings),
+        """Return the estimated time of `passes` of the teacher and of training on `states`."""
+        work = Workload(
+            student=self.estimator.student,
+            files=self.files,
+            passes=passes,
+            states=states,
+            tokens=self.estimator.tokens,
+            latent_size=self.latent_shapes[0][1:],
         )
+        return estimate_duration(work, self.device, training_dtype(self.settings))
 
     def find_obstacles(self):
-        """Print the memory and the disk that the run needs; return the problems in words."""
-        return self.estimator.report(self.settings, self.training, self.held_out, self.images)
+        """Print the memory and the disk that the run needs; return the problems, a sentence each."""
+        report = self.estimator.make_report(self.settings, self.training, self.held_out, len(self.images))
+        print("\n".join(report.describe()))
+        return report.find_problems()
 
     def describe(self):
-        """Return what run.json holds of the run from its beginning."""
+        """Return the content of run.json at the beginning of a run."""
         settings = self.settings
         return {
             "settings": asdict(self.requested),
@@ -129,7 +125,7 @@ class Run:
             "prompts": fingerprint([self.training, self.held_out]),
             "images": fingerprint([image.sha256 for image in self.images]),
             "processes": self.accelerator.num_processes,
-            "fitted": {name: getattr(settings, name) for name in FITTED},
+            "fitted": {name: getattr(settings, name) for name in HARDWARE_SETTINGS},
             "student_parameters": self.estimator.student.num_parameters(),
             "finished": False,
             "validation_prompts": settings.validation_prompts,
@@ -140,7 +136,7 @@ class Run:
 
 
 class SingleProcess:
-    """This process alone, in the words of an Accelerator: for a dry run, which starts no process group."""
+    """The part of an Accelerator that a dry run uses; it does not start a process group, and cannot train."""
 
     num_processes, process_index, is_main_process = 1, 0, True
     print = staticmethod(print)
@@ -154,31 +150,32 @@ def resolve_run(settings, make_student, is_resumed=False, start: Callable = Sing
     """Return the Run of settings that complete() has checked.
 
     `make_student(shape)` builds a student; `start(settings)` returns the Accelerator, once the precision is
-    known. A resumed run keeps what it chose for its machine before. Raises OSError and ValueError for a
-    teacher, a shape or a batch that no run can have.
+    chosen. A resumed run keeps its settings for the hardware. Raises OSError and ValueError for a teacher, a
+    shape or a batch that cannot be trained.
     """
-    requested, teacher = settings, read_teacher_folder(settings.teacher)
-    files = teacher.files
+    requested = settings
+    teacher = read_teacher_folder(settings.teacher)
     if is_resumed:
         settings = replace(settings, **read_fitted_settings(settings.output_dir))
     else:
-        settings = choose_precision(settings, files)
-    accelerator, components = start(settings), teacher.components
-    check_components(components, files.config)
-    shape, sizes = choose_shape(settings, files), image_sizes(settings)
+        settings = choose_precision(settings, teacher.files)
+    accelerator = start(settings)
+    check_components(teacher.components, teacher.files.config)
+    shape, sizes = choose_shape(settings, teacher.files), image_sizes(settings)
     estimator = MemoryEstimator(settings, teacher, make_student, shape, sizes, accelerator.device)
-    with accelerator.main_process_first():  # one process decodes images, the others read what it found
+    with accelerator.main_process_first():  # one process decodes images, the others read its record
         training, held_out, images = choose_data(
             settings, sizes[1:], accelerator.print, accelerator.is_main_process
         )
-    settings = _fill(settings, estimator, shape, (training, held_out), accelerator)
+    settings = _fill(settings, estimator, training, accelerator)
+    settings = replace(settings, validation_prompts=_choose_grid_prompts(settings, training, held_out))
     return Run(
         settings=settings,
         requested=requested,
-        files=files,
-        components=components,
+        files=teacher.files,
+        components=teacher.components,
         shape=shape,
-        phases=phases_of(settings),
+        phases=plan_phases(settings),
         sizes=sizes,
         latent_shapes=[estimator.latent_shape, *estimator.buckets],
         training=training,
@@ -189,29 +186,28 @@ def resolve_run(settings, make_student, is_resumed=False, start: Callable = Sing
     )
 
 
-def _fill(settings, estimator, shape, prompts, accelerator):
-    """Return the settings with the values that the teacher, the prompts and the device decide."""
-    training, held_out = prompts
+def _fill(settings, estimator, training, accelerator):
+    """Return the settings with the values that follow from the teacher, the prompts and the hardware."""
+    shape = estimator.shape
     settings = replace(
         settings,
         **{name: shape[name] for name in ("hidden_size", "depth", "num_heads", "ffn_dim")},
         num_trajectories=count_trajectories(settings, len(training)),
-        feature_directions=feature_width(settings, shape["hidden_size"]),
+        feature_directions=choose_feature_width(settings, shape["hidden_size"]),
     )
     residency = place_teacher(settings, estimator.files, accelerator.device)
-    settings = replace(settings, teacher_residency=_same_everywhere(accelerator, residency))
-    fitted = estimator.fit(settings, settings.num_trajectories, accelerator.num_processes)
-    settings = _same_everywhere(accelerator, fitted)
-    return replace(settings, validation_prompts=_choose_shown(settings, training, held_out))
+    settings = replace(settings, teacher_residency=_from_rank_zero(accelerator, residency))
+    num_ranks = accelerator.num_processes
+    fitted = fit_to_hardware(settings, estimator, settings.num_trajectories, num_ranks)
+    return _from_rank_zero(accelerator, fitted)
 
 
-def _same_everywhere(accelerator, found):
-    """Return what rank 0 found, in every process: each may see other free memory."""
-    return broadcast(found) if accelerator.num_processes > 1 else found
+def _from_rank_zero(accelerator, value):
+    """Return the value of rank 0 in every process: free memory may differ between them."""
+    return broadcast(value) if accelerator.num_processes > 1 else value
 
 
-def _choose_shown(settings, training, held_out):
-    """Return the prompts of the grids."""
+def _choose_grid_prompts(settings, training, held_out):
     validated = choose_validated(training, held_out)
-    count = count_validated(settings.validation_trajectories, len(validated))[1]
-    return settings.validation_prompts or validated[:count]
+    _, num_prompts = count_validated(settings.validation_trajectories, len(validated))
+    return settings.validation_prompts or validated[:num_prompts]

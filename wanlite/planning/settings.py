@@ -1,4 +1,4 @@
-"""A frozen dataclass of settings -> command line flags and help texts, without torch, so that --help is quick."""
+"""A frozen dataclass of settings -> command line flags and help texts; torch is not imported."""
 
 import argparse
 import dataclasses
@@ -23,9 +23,9 @@ BOUNDS = {
 def setting(default, meaning, aliases=(), choices=None, is_path=False, group=None, was=None, **bounds):
     """Declare one setting: its default and the help text of its flag.
 
-    `group` is the heading in --help of this setting and of those below it. `was` is a former name of the
-    flag, which is not accepted but leads to a suggestion. In a path, a `~` at the beginning is expanded.
-    `bounds` are named as in BOUNDS.
+    `group` is the heading in --help of this setting and of those below it. `was` is a former name of the flag:
+    it is refused with the new name as a suggestion. A leading `~` of a path is expanded. `bounds` are named as
+    in BOUNDS.
     """
     return dataclasses.field(
         default=default,
@@ -42,25 +42,25 @@ def setting(default, meaning, aliases=(), choices=None, is_path=False, group=Non
 
 
 def check_bounds(settings):
-    """Raise ValueError for the first number that is out of the bounds of its setting, or not finite."""
+    """Raise ValueError for the first number that is not finite or out of the bounds of its setting."""
     for field in dataclasses.fields(settings):
-        found, bounds = getattr(settings, field.name), field.metadata["bounds"]
-        for number in found if isinstance(found, (list, tuple)) else [found]:
-            if isinstance(number, (int, float)) and not (
-                math.isfinite(number)
-                and all(BOUNDS[name][1](number, bound) for name, bound in bounds.items())
-            ):
-                told = (
-                    " and ".join(f"{BOUNDS[name][0]} {bound:,}" for name, bound in bounds.items())
-                    or "a finite number"
-                )
-                raise ValueError(f"--{field.name} is {number}, expected {told}.")
+        value, bounds = getattr(settings, field.name), field.metadata["bounds"]
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, (int, float)) and not _is_within(number, bounds):
+                limits = [f"{BOUNDS[name][0]} {bound:,}" for name, bound in bounds.items()]
+                expected = " and ".join(limits) or "a finite number"
+                raise ValueError(f"--{field.name} is {number}, expected {expected}.")
+
+
+def _is_within(number, bounds):
+    return math.isfinite(number) and all(BOUNDS[name][1](number, bound) for name, bound in bounds.items())
 
 
 def make_parser(settings_class, description, repeatable=()):
     """Return a parser with a flag for each setting.
 
-    Booleans become --flag and --no-flag. Lists take several values or, if `repeatable`, one value each time.
+    Booleans become --flag and --no-flag. A list takes several values; the flag of a `repeatable` one takes one
+    value, and can be repeated.
     """
     parser = OneLineParser(
         description=description, formatter_class=WideHelpFormatter, usage="%(prog)s [options]"
@@ -78,7 +78,7 @@ def make_parser(settings_class, description, repeatable=()):
 
 
 def _argument(field, hint, is_repeatable):
-    """Return the keywords of add_argument() for a setting."""
+    """Return the keyword arguments of add_argument() for a setting."""
     options = {"dest": field.name, "default": field.default, "help": _help(field)}
     kind, item = _plain_type(hint)
     if kind is bool:
@@ -93,7 +93,7 @@ def _argument(field, hint, is_repeatable):
 
 
 def _help(field):
-    """Return the help text of a setting, with its default unless that is off, empty or explained by the text."""
+    """Return the help text of a setting, with its default unless that is None, off or empty."""
     text, default = field.metadata["meaning"], field.default
     if not (default is None or default is False or default == ""):
         default = " ".join(map(str, default)) if isinstance(default, tuple) else default
@@ -102,44 +102,40 @@ def _help(field):
 
 
 def _plain_type(hint):
-    """Return (T, None) for `T | None` and for T, and (list, T) for lists of T."""
+    """Return (T, None) for T and `T | None`, and (list, T) for a list of T."""
     if isinstance(hint, types.UnionType):
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
     return typing.get_origin(hint) or hint, next(iter(typing.get_args(hint)), None)
 
 
-def _path(typed):
-    """Expand `~` and `~user`: a shell does not where the path follows a `=`."""
-    path = os.path.expanduser(_utf8(typed))
+def _path(text):
+    """Expand `~` and `~user`, which a shell does not expand after a `=`."""
+    path = os.path.expanduser(_utf8(text))
     if path.startswith("~"):
         raise argparse.ArgumentTypeError(
-            f"{typed}: there is no user {typed.partition(os.sep)[0][1:] or 'with a home folder'}. "
-            f"Write the path without ~, or as ./{typed} where that is its name."
+            f"{text}: there is no user {text.partition(os.sep)[0][1:] or 'with a home folder'}. "
+            f"Write the path without ~, or as ./{text} if that is its name."
         )
     return path
 
 
-def _text(typed):
-    """Read the bytes of text that is no path as UTF-8, also where the locale is ASCII and Python has kept
-    them apart.
-    """
+def _text(text):
+    """Decode text that is not a path as UTF-8; in an ASCII locale, Python escapes its bytes as surrogates."""
     with suppress(UnicodeError):
-        return typed.encode("utf-8", "surrogateescape").decode()
-    return _utf8(typed)
+        return text.encode("utf-8", "surrogateescape").decode()
+    return _utf8(text)
 
 
-def _utf8(typed):
-    """Refuse bytes that are not UTF-8, which Python turns into characters that cannot be written or encoded
-    again.
-    """
+def _utf8(text):
+    """Return the text; raises an error for bytes that are not UTF-8, since nothing could write them again."""
     try:
-        typed.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise argparse.ArgumentTypeError(
-            f"{ascii(typed[:80])} is not UTF-8 text (character {error.start + 1}). Type it again in "
+            f"{ascii(text[:80])} is not UTF-8 text (character {error.start + 1}). Type it again in "
             "a terminal that uses UTF-8."
         ) from None
-    return typed
+    return text
 
 
 METAVARS = {int: "N", float: "X", _path: "PATH", _text: "TEXT"}
@@ -153,9 +149,9 @@ class WideHelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser without abbreviations, whose errors are one line and exit code 2.
+    """A parser without abbreviated flags; an error is one line, with exit code 2.
 
-    `renamed` maps former flags to their names of today.
+    `renamed` is {former flag: new flag}.
     """
 
     def __init__(self, **options):
@@ -168,12 +164,12 @@ class OneLineParser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(map(self._with_suggestion, unknown))}")
         return namespace
 
-    def _with_suggestion(self, word):
-        suggestions = self._suggest(word.partition("=")[0]) if word.startswith("-") else []
-        return f"{word} (did you mean {' or '.join(suggestions)}?)" if suggestions else word
+    def _with_suggestion(self, argument):
+        suggestions = self._suggest(argument.partition("=")[0]) if argument.startswith("-") else []
+        return f"{argument} (did you mean {' or '.join(suggestions)}?)" if suggestions else argument
 
     def _suggest(self, flag):
-        """Return up to three flags: today's name of a former flag, else completions, else similar ones."""
+        """Return the new name of a former flag, or up to three flags that complete it or are similar."""
         if flag in self.renamed:
             return [self.renamed[flag]]
         flags = list(self._option_string_actions)

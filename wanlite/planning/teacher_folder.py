@@ -1,4 +1,4 @@
-"""The folder of a teacher -> the contents of its files, each found and read at most once in a process."""
+"""The folder of a teacher -> the contents of its files, each found and read at most once per process."""
 
 import os
 from functools import cached_property, lru_cache
@@ -10,7 +10,7 @@ from ..world.record import read_record
 
 
 class TeacherFolder:
-    """A teacher on disk. What is not needed is not read, and a fault is raised where the file is needed."""
+    """A teacher on disk; a file is read, and its errors are raised, when a property first needs it."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -22,7 +22,7 @@ class TeacherFolder:
 
     @cached_property
     def components(self):
-        """{component: where it lies}"""
+        """{component: its path}"""
         return find_components(self.folder)
 
     @cached_property
@@ -32,30 +32,30 @@ class TeacherFolder:
     @cached_property
     def pixels_per_token(self):
         try:
-            place = self.components["vae"]
-        except (OSError, ValueError):  # raised again by those who need the components
-            place = None
-        return pixels_per_token(place, lambda _: self.autoencoder_config)
+            path = self.components["vae"]
+        except (OSError, ValueError):  # the check of the components raises it again
+            path = None
+        return pixels_per_token(path, lambda _: self.autoencoder_config)
 
     @cached_property
     def files(self):
-        """The TeacherFiles: every expert's headers."""
-        from ..teacher.checkpoint import open_teacher_files  # torch is not there before it is needed
+        """The TeacherFiles, with the headers of every expert."""
+        from ..teacher.checkpoint import open_teacher_files  # imports torch
 
         return open_teacher_files(self.folder)
 
 
 def read_teacher_folder(folder):
-    """Return the TeacherFolder of a path, the same one as long as no file in the folder changes."""
-    return _read(str(folder), _describe(folder))
+    """Return the TeacherFolder of a path, the same object until a file in the folder changes."""
+    return _make_teacher_folder(str(folder), _list_files(folder))
 
 
 @lru_cache(maxsize=1)
-def _read(folder, described):
+def _make_teacher_folder(folder, files):
     return TeacherFolder(folder)
 
 
-def _describe(folder):
+def _list_files(folder):
     """Return path, size and modification time of every file in a folder."""
     paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
     return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.exists())

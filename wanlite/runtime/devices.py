@@ -39,7 +39,7 @@ def as_device(given: Any) -> torch.device:
         raise ValueError(f"device {given!r} is unknown, expected cpu, cuda or cuda:N.") from None
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device {given!r} is not here: torch finds {torch.cuda.device_count()} CUDA devices."
+            f"device {given!r} is not available: torch finds {torch.cuda.device_count()} CUDA devices."
         )
     if found.type not in ("cpu", "cuda") and not _has(found):
         raise ValueError(f"device {given!r} cannot hold weights here, expected cpu, cuda or cuda:N.")

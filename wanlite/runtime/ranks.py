@@ -26,8 +26,8 @@ def check_devices(environment: Mapping[str, str]) -> None:
     found = torch.accelerator.device_count()
     if 1 < local_processes() > found and not str_to_bool(environment.get("ACCELERATE_USE_CPU", "false")):
         raise ValueError(
-            f"accelerate launch started {local_processes()} processes for as many GPUs here, torch finds {found}. "
-            "Lower its --num_processes, or set ACCELERATE_USE_CPU=true, and they share the CPU."
+            f"accelerate launch started {local_processes()} processes, one for each GPU; torch finds {found}. "
+            "Lower its --num_processes, or set ACCELERATE_USE_CPU=true, to share the CPU."
         )
 
 

@@ -1,4 +1,4 @@
-"""Output that cannot end a run: a closed pipe or descriptor, or a narrow encoding, costs output alone."""
+"""Output that cannot end a run: a closed pipe or descriptor, or a narrow encoding, loses only output."""
 
 import io
 import os

@@ -1,1 +1,1 @@
-"""Shape, initialization from the teacher, loading, saving."""
+"""The student: shape, initialization from the teacher, loading and saving."""

@@ -1,4 +1,4 @@
-"""What WanLiteStudent.__init__ does: a checked shape -> its config, its layers, its first weights."""
+"""Construction of a student: a checked shape -> config, layers and random weights."""
 
 import math
 from inspect import signature
@@ -12,14 +12,14 @@ from ..network import OneFrameBlock
 
 
 def config_defaults(student_class):
-    """Return {name: default} of the arguments that make up a student's config."""
+    """Return {name: default} of the arguments that form a student's config."""
     parameters = signature(student_class.__init__).parameters.values()
-    left_out = ("self", *student_class.ignore_for_config)
-    return {parameter.name: parameter.default for parameter in parameters if parameter.name not in left_out}
+    ignored = ("self", *student_class.ignore_for_config)
+    return {parameter.name: parameter.default for parameter in parameters if parameter.name not in ignored}
 
 
 def complete_config(shape):
-    """Return a student's config: `shape` under our names and, for stock diffusers, under Wan's own."""
+    """Return a student's config: `shape` under our names and, for stock diffusers, under Wan's names."""
     _, height, width = shape["patch_size"]
     return {
         **shape,
@@ -36,7 +36,7 @@ def complete_config(shape):
 
 
 def add_layers(student):
-    """Give a student that has its config the layers of a WanTransformer3DModel, with OneFrameBlocks."""
+    """Add the layers of a WanTransformer3DModel, with OneFrameBlocks, to a student that has its config."""
     config = student.config
     width, patch_size = config.hidden_size, config.patch_size
     student.rope = WanRotaryPosEmbed(config.attention_head_dim, patch_size, config.rope_max_seq_len)
@@ -55,8 +55,8 @@ def add_layers(student):
 
 
 @torch.no_grad()
-def initialise_weights(student):
-    """Start at random, as a stock WanTransformer3DModel does, with an output of zeros."""
+def initialize_weights(student):
+    """Set random weights, as a stock WanTransformer3DModel does; the output layer is zero."""
     for table in [student.scale_shift_table, *(block.scale_shift_table for block in student.blocks)]:
         nn.init.normal_(table, std=student.config.hidden_size**-0.5)
     nn.init.zeros_(student.proj_out.weight)

@@ -1,4 +1,7 @@
-"""A saved student's config.json, under our names, Wan's or both -> the student's checked arguments. No torch."""
+"""A saved student's config.json, under our names, Wan's or both -> the student's checked arguments.
+
+This module does not import torch, so that a wrong config is refused at once.
+"""
 
 import math
 import warnings
@@ -6,15 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files.file_names import CONFIG
 from ..files.json_files import SAVED, read_json
-from .layout import CONFIG_NAME, find_file, listing, short, some
+from .layout import find_file, join_names, list_names, shorten
 
-CLASS_NAMES = ("WanLiteStudent", "WanTransformer3DModel")  # of older saves; of ours and of stock diffusers'
-CONFIG_LIMITS = SAVED._replace(max_bytes=65536)  # a student's has 700
+CLASS_NAMES = (
+    "WanLiteStudent",
+    "WanTransformer3DModel",
+)  # in configs of earlier versions; of this one and of stock diffusers
+CONFIG_LIMITS = SAVED._replace(max_bytes=65536)  # a student's config has 700
 MAX_SIZE = 65536
-MAX_POSITIONS = 16384  # rotary tables are built from the config alone: no weights limit their size
-OUR_NAMES = ("hidden_size", "depth", "num_heads", "num_channels")  # for settings that have a name in Wan too
-STOCK_SETTINGS = {  # of a stock Wan: under our names, or unused in one frame
+MAX_POSITIONS = 16384  # of the rotary tables, whose size follows from the config alone
+OUR_NAMES = ("hidden_size", "depth", "num_heads", "num_channels")  # of settings that Wan names differently
+STOCK_SETTINGS = {  # of a stock Wan: known under our names, or unused by a single frame
     "out_channels",
     "num_layers",
     "num_attention_heads",
@@ -28,13 +35,13 @@ STOCK_SETTINGS = {  # of a stock Wan: under our names, or unused in one frame
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the config of a saved student."""
-    path = find_file(folder, CONFIG_NAME)
+    path = find_file(folder, CONFIG)
     if path is None:
-        raise OSError(f"{folder}: no {CONFIG_NAME}. Expected a saved student; found {listing(folder)}.")
+        raise OSError(f"{folder}: no {CONFIG}. Expected a saved student; found {list_names(folder)}.")
     config = read_json(path, CONFIG_LIMITS)
     found = config.get("_class_name", CLASS_NAMES[0])
     if found not in CLASS_NAMES:
-        raise ValueError(f"{path}: is the config of a {short(found)}, expected {' or '.join(CLASS_NAMES)}.")
+        raise ValueError(f"{path}: is the config of a {shorten(found)}, expected {' or '.join(CLASS_NAMES)}.")
     if config.get("quantization_config") is not None:
         raise ValueError(
             f"{path}: has a quantization_config, expected weights in float32, float16 or bfloat16. Quantise "
@@ -53,7 +60,7 @@ def student_arguments(config: Mapping[str, Any], defaults: Mapping[str, Any]) ->
     for name, value in _implied_sizes(config):
         if value is not None and config.setdefault(name, value) != value:
             raise ValueError(
-                f"{name} is {short(config[name])}, but under its Wan names {short(value)}. Keep one of them."
+                f"{name} is {shorten(config[name])}, but under its Wan names {shorten(value)}. Keep one of them."
             )
     arguments = {name: config.get(name, default) for name, default in defaults.items()}
     check_sizes({"hidden_size": arguments["hidden_size"]})
@@ -66,11 +73,12 @@ def student_arguments(config: Mapping[str, Any], defaults: Mapping[str, Any]) ->
 def _warn_of_ignored(config, defaults):
     if config.pop("teacher_checkpoint_path", None) is not None:
         warnings.warn(
-            "config.json has a teacher_checkpoint_path; it is ignored: loading never projects.", stacklevel=4
+            f"{CONFIG} has a teacher_checkpoint_path; it is ignored, because loading never projects.",
+            stacklevel=4,
         )
     if ignored := sorted(config.keys() - defaults.keys() - STOCK_SETTINGS):
         warnings.warn(
-            f"config.json has settings that a student does not have; they are ignored: {some(ignored)}.",
+            f"{CONFIG} has settings that a student does not have; they are ignored: {join_names(ignored)}.",
             stacklevel=4,
         )
 
@@ -97,18 +105,18 @@ def check_shape(
     qk_norm: Any = "rms_norm_across_heads",
     **sizes: Any,
 ) -> None:
-    """Refuse a shape that a student cannot have, naming the setting."""
+    """Raise ValueError for a shape that a student cannot have; the message names the setting."""
     check_sizes(sizes)
     if not isinstance(patch_size, (tuple, list)) or len(patch_size) != 3 or patch_size[0] != 1:
         raise ValueError(
-            f"patch_size is {short(patch_size)}, expected (1, height, width): a student has single frames."
+            f"patch_size is {shorten(patch_size)}, expected (1, height, width) for single frames."
         )
     check_sizes({f"patch_size[{axis}]": size for axis, size in enumerate(patch_size)})
     if type(eps) is not float or not 0 < eps < 1:
-        raise ValueError(f"eps is {short(eps)}, expected a small positive number such as 1e-6.")
+        raise ValueError(f"eps is {shorten(eps)}, expected a small positive number such as 1e-6.")
     if type(cross_attn_norm) is not bool or qk_norm != "rms_norm_across_heads":
         raise ValueError(
-            f"cross_attn_norm is {short(cross_attn_norm)} and qk_norm {short(qk_norm)}, expected true or false "
+            f"cross_attn_norm is {shorten(cross_attn_norm)} and qk_norm {shorten(qk_norm)}, expected true or false "
             f"and rms_norm_across_heads, as in every Wan."
         )
     if sizes.get("rope_max_seq_len", 0) > MAX_POSITIONS:
@@ -118,15 +126,17 @@ def check_shape(
     hidden_size, num_heads = sizes["hidden_size"], sizes["num_heads"]
     if hidden_size % num_heads or hidden_size // num_heads % 2:
         raise ValueError(
-            f"hidden_size {hidden_size} over {num_heads} heads is {hidden_size / num_heads:g} channels a head, "
-            f"expected an even whole number, as rotary pairs need: choose another --num_heads."
+            f"hidden_size {hidden_size} over {num_heads} heads is {hidden_size / num_heads:g} channels per "
+            f"head, expected an even whole number for rotary pairs: choose another --num_heads."
         )
     if sizes.get("freq_dim", 0) % 2:
-        raise ValueError(f"freq_dim is {sizes['freq_dim']}, expected an even number: sines and cosines.")
+        raise ValueError(
+            f"freq_dim is {sizes['freq_dim']}, expected an even number, for pairs of sine and cosine."
+        )
 
 
 def check_sizes(sizes: Mapping[str, Any]) -> None:
-    """Refuse values, {name: size}, that cannot be the size of a layer."""
+    """Raise ValueError for values, {name: size}, that cannot be the size of a layer."""
     for name, size in sizes.items():
         if type(size) is not int or not 0 < size <= MAX_SIZE:
-            raise ValueError(f"{name} is {short(size)}, expected a whole number from 1 to {MAX_SIZE}.")
+            raise ValueError(f"{name} is {shorten(size)}, expected a whole number from 1 to {MAX_SIZE}.")

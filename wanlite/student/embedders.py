@@ -1,4 +1,4 @@
-"""The teacher's time and text embedders -> the student's, refitted on a grid of timesteps and on real prompts.
+"""The teacher's time and text embedders -> the student's, refitted on a grid of timesteps and on prompts.
 
 Legend: D d teacher and student width, T text width, G timesteps of the grid, S text tokens.
 """
@@ -16,7 +16,7 @@ from .regression import solve_ridge
 from .tensors import TensorReader, TensorWriter
 
 TEXT_SAMPLES = 4096  # text tokens that the text embedder is refitted on
-RIDGE = 1e-6  # of the mean Gram diagonal
+RIDGE = 1e-6  # relative to the mean Gram diagonal
 TIME_LAYERS = [
     f"condition_embedder.{layer}"
     for layer in ("time_embedder.linear_1", "time_embedder.linear_2", "time_proj")
@@ -54,7 +54,7 @@ def _write_linear(writer, layer, weight, bias):
 
 
 def _six_rows(reader):
-    """Read the matrix of the modulation in six pieces, each (D, D): shift, scale and gate of both."""
+    """Yield the matrix of the modulation in six pieces (D, D): shift, scale and gate of both components."""
     width = reader.files.width
     for row in range(6):
         yield reader(f"{TIME_LAYERS[2]}.weight", slice(row * width, (row + 1) * width))
@@ -63,7 +63,7 @@ def _six_rows(reader):
 def project_time(
     reader: TensorReader, states: TimeStates, channels: Tensor, norm_scale: float, writer: TensorWriter
 ) -> None:
-    """Keep the most used neurons of the time embedder and refit the layers after them on the grid."""
+    """Keep the most used neurons of the time embedder, and refit the layers after them on the grid."""
     (first, first_bias), (second, second_bias) = (_read_linear(reader, layer) for layer in TIME_LAYERS[:2])
     third = torch.cat([weight[channels] for weight in _six_rows(reader)])[:, channels]  # (6d, d)
     third_bias = reader(f"{TIME_LAYERS[2]}.bias").unflatten(0, (6, -1))[:, channels].flatten()
@@ -84,10 +84,10 @@ def project_time(
 def project_text(
     reader: TensorReader, width: int, samples: Tensor | None, writer: TensorWriter
 ) -> tuple[Tensor, float]:
-    """Keep the most used neurons of the text embedder, and the basis that its outputs span.
+    """Keep the most used neurons of the text embedder and the principal directions of its outputs.
 
-    `samples` (S, T) are prompt embeddings; without them, normal numbers stand in. Returns the basis (D, d) and
-    its share of the outputs' energy.
+    `samples` (S, T) are prompt embeddings; without them, normal random numbers are used. Returns the directions
+    (D, d) and their share of the outputs' energy.
     """
     (first, first_bias), (second, second_bias) = (_read_linear(reader, layer) for layer in TEXT_LAYERS)
     if width == len(second):
@@ -95,21 +95,21 @@ def project_text(
         _write_linear(writer, TEXT_LAYERS[1], second, second_bias)
         return torch.eye(width, device=first.device), 1.0
     samples = _text_samples(samples, first.shape[1]).to(first.device)
-    hidden = F.gelu(samples @ first.T + first_bias, approximate="tanh")  # (S, D)
-    states = hidden @ second.T + second_bias  # (S, D)
-    energy, basis = torch.linalg.eigh(states.T @ states)
+    activations = F.gelu(samples @ first.T + first_bias, approximate="tanh")  # (S, D)
+    outputs = activations @ second.T + second_bias  # (S, D)
+    energy, basis = torch.linalg.eigh(outputs.T @ outputs)
     basis = basis[:, -width:]
     basis = basis * torch.where(basis.sum(0) < 0, -1.0, 1.0)  # the sign differs between LAPACKs
-    neurons = top_indices(second.square().sum(0) * hidden.square().mean(0), width)
+    neurons = top_indices(second.square().sum(0) * activations.square().mean(0), width)
     pruned = basis.T @ second[:, neurons], basis.T @ second_bias
-    weight, bias = _refit(pruned, hidden[:, neurons], states @ basis)
+    weight, bias = _refit(pruned, activations[:, neurons], outputs @ basis)
     _write_linear(writer, TEXT_LAYERS[0], first[neurons], first_bias[neurons])
     _write_linear(writer, TEXT_LAYERS[1], weight, bias)
     return basis, float(energy[-width:].sum() / energy.sum())
 
 
 def _text_samples(samples, width):
-    """Return at most TEXT_SAMPLES evenly picked text tokens, and one zero for each 16, as padding has."""
+    """Return at most TEXT_SAMPLES evenly spaced text tokens, and a zero token, as in padding, for every 16."""
     if samples is None:
         samples = torch.randn(TEXT_SAMPLES, width, generator=torch.Generator().manual_seed(0))
     samples = samples[:: max(1, len(samples) // TEXT_SAMPLES)].float()
@@ -117,7 +117,7 @@ def _text_samples(samples, width):
 
 
 def _refit(layer: Linear, inputs, target) -> Linear:
-    """Return a layer whose outputs are nearest to `target`, and the given layer where that is exact."""
+    """Return a layer refitted to `target`, or the given layer if it is exact already."""
     weight, bias = layer
     residual = target - (inputs @ weight.T + bias)
     if residual.abs().max() <= 1e-5 * target.abs().max():

@@ -1,4 +1,4 @@
-"""A teacher's weights -> the student's initial weights, projected and calibrated once and kept in the cache."""
+"""A teacher's weights -> the student's initial weights, which are projected and calibrated once and cached."""
 
 import json
 from contextlib import suppress
@@ -19,19 +19,19 @@ from .layout import weight_names
 from .projection import Report, choose_experts, project
 from .shape import DEFAULT_EXPERT, check_shape_fits
 
-# Part of the cache key of a projected start. Raise it with every change after which the same teacher, prompts
-# and settings give other weights (in projection, pruning or calibration); older caches are then not used.
+# Part of the cache key of initial weights. Raise it with every change of projection, pruning or calibration after
+# which the same inputs give different weights, so that older caches are not used.
 METHOD_VERSION = 1
-REPORT = "report.json"  # of the projection, beside the weights of a start
+REPORT = "report.json"  # of the projection, beside the initial weights
 
 
 def project_into(
     student, folder, expert=DEFAULT_EXPERT, text_samples=None, channels=None, device="cpu"
 ) -> Report:
-    """Fill a student in place with the weights of the teacher in `folder`.
+    """Project the weights of the teacher in `folder` into a student, in place.
 
-    Raises OSError and ValueError for invalid files, see open_teacher_files and check_experts, and for a shape
-    that does not fit this teacher, before any tensor is projected.
+    Raises OSError or ValueError before any tensor is projected if files are invalid, see open_teacher_files and
+    check_experts, or if the student's shape does not fit this teacher.
     """
     files = open_teacher_files(folder)
     check_shape_fits(files.config, dict(student.config))
@@ -43,9 +43,9 @@ def project_into(
 
 
 def compare_experts(settings, files, device) -> dict[str, float]:
-    """Return the cosines of check_experts(), kept in the cache because they need all of both experts."""
+    """Return the cosines of check_experts(), which are cached because they require reading both experts."""
     record = Path(settings.cache_dir) / f"experts-{files.fingerprint[:16]}.json"
-    with suppress(OSError, ValueError, RecursionError):  # a missing or unreadable record is made again
+    with suppress(OSError, ValueError, RecursionError):  # a missing or unreadable record is written again
         if isinstance(cosines := json.loads(record.read_text(encoding="utf-8")), dict):
             return cosines
     cosines = check_experts(files, device)
@@ -57,11 +57,11 @@ def compare_experts(settings, files, device) -> dict[str, float]:
 def initialize_student(
     settings, student, files, prompt_embeddings, prompts, latent_size, accelerator
 ) -> dict[str, Any] | None:
-    """Give the student its initial weights, as --projection and --student choose; returns the report for
-    run.json, None where nothing is projected.
+    """Initialize the student as --projection and --student select.
 
-    `prompts` are those to calibrate on. A start is read from the cache if teacher, text encoder, shape,
-    prompts, settings and METHOD_VERSION are the same.
+    `prompts` are used for calibration. Initial weights are read from the cache if teacher, text encoder, shape,
+    prompts, settings and METHOD_VERSION are the same. Returns the report for run.json, None if nothing is
+    projected.
     """
     log = accelerator.print
     if settings.student is not None:
@@ -73,26 +73,28 @@ def initialize_student(
         log("random start: nothing is projected (the control)")
         return None
     with accelerator.main_process_first():
-        folder = start_folder(
+        folder = initialization_folder(
             settings, student, files, prompt_embeddings.encoder_digest, prompts, latent_size
         )
     if accelerator.is_main_process:
         with in_turn(folder, log):
             if find_corruption(folder):
                 embeddings = [prompt_embeddings[prompt] for prompt in prompts]
-                report = _make_start(settings, student, files, embeddings, latent_size, accelerator.device)
+                report = _project_and_calibrate(
+                    settings, student, files, embeddings, latent_size, accelerator.device
+                )
                 log(f"{report}{_calibration_note(settings, embeddings)}")
-                _save_start(folder, settings, student, report, len(embeddings))
+                _save_initialization(folder, settings, student, report, len(embeddings))
     accelerator.wait_for_everyone()
     log(f"start    {folder}")
     student.load_state_dict(load_file(folder / weight_names()[0]), strict=True)
     return json.loads((folder / REPORT).read_text())
 
 
-def start_folder(
+def initialization_folder(
     settings, student, files, text_digest, prompts, latent_size, version: int = METHOD_VERSION
 ) -> Path:
-    """Return the folder of a start in the cache; `text_digest` identifies the text encoder."""
+    """Return the folder of initial weights in the cache; `text_digest` identifies the text encoder."""
     return cache_folder(
         settings.cache_dir,
         "start",
@@ -105,8 +107,8 @@ def start_folder(
     )
 
 
-def _make_start(settings, student, files, embeddings, latent_size, device) -> Report:
-    """Project the teacher's weights into the student, and calibrate it on a frame for each of `embeddings`."""
+def _project_and_calibrate(settings, student, files, embeddings, latent_size, device) -> Report:
+    """Project the teacher's weights into the student, and calibrate it on one frame per embedding."""
     experts, channels, frames = choose_experts(files, settings.expert), None, None
     if settings.projection == "calibrated":
         text, shift = pack_text(embeddings), settings.flow_shift
@@ -123,7 +125,7 @@ def _calibration_note(settings, embeddings):
     return f"; calibrated on {len(embeddings)} frames" if settings.projection == "calibrated" else ""
 
 
-def _save_start(folder, settings, student, report, num_frames):
+def _save_initialization(folder, settings, student, report, num_frames):
     calibrated = {"calibration_frames": num_frames if settings.projection == "calibrated" else 0}
     with new_folder(folder) as partial_folder:
         student.save_pretrained(partial_folder)

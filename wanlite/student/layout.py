@@ -1,4 +1,7 @@
-"""The files of a saved student: their names, their paths, and how messages show what was found. No torch."""
+"""Files of a saved student: their names and paths, and the lists of names in messages.
+
+This module does not import torch.
+"""
 
 import os
 import re
@@ -6,19 +9,19 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+from ..files.file_names import WEIGHTS
 from ..files.json_files import shown
 
-CONFIG_NAME = "config.json"
-WEIGHTS_STEM = "diffusion_pytorch_model"
-STEMS = (WEIGHTS_STEM, "diffusion_model")  # in the order in which they are read; an index comes after both
+WEIGHTS_STEM = WEIGHTS.removesuffix(".safetensors")
+STEMS = (WEIGHTS_STEM, "diffusion_model")  # in the order in which they are tried, before an index
 STAGE_PREFIX = ".saving-"  # of the hidden folder of a save until it is published
-MAX_LISTED = 1000  # files of a folder that a message looks at
+MAX_LISTED = 1000  # files of a folder that are read for a message
 MAX_NAMED = 6  # names in a message
 MAX_SHOWN = 80  # characters of a value in a message
 
 
 def check_variant(variant: str | None) -> None:
-    """Refuse a variant that cannot be part of a file name; None means no variant."""
+    """Raise ValueError for a variant that cannot be part of a file name; None means no variant."""
     if variant is not None and not (
         isinstance(variant, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,32}", variant)
     ):
@@ -27,29 +30,27 @@ def check_variant(variant: str | None) -> None:
         )
 
 
-def infix(variant: str | None) -> str:
-    """Return the part of file names that stands for a variant."""
+def variant_infix(variant: str | None) -> str:
+    """Return the part of a file name that names a variant."""
     return "" if variant is None else f".{variant}"
 
 
-def weight_names(variant_infix: str = "") -> list[str]:
-    """Return the names that a student's single file of weights may have."""
-    return [f"{stem}{variant_infix}.safetensors" for stem in STEMS]
+def weight_names(infix: str = "") -> list[str]:
+    """Return the possible names of a student's single weights file."""
+    return [f"{stem}{infix}.safetensors" for stem in STEMS]
 
 
-def index_name(variant_infix: str = "") -> str:
+def index_name(infix: str = "") -> str:
     """Return the name of the index of a student in shards."""
-    return f"{WEIGHTS_STEM}.safetensors.index{variant_infix}.json"
+    return f"{WEIGHTS_STEM}.safetensors.index{infix}.json"
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """Return the path of a file in the folder, None where it is missing; a link may not lead out of the
-    folder.
-    """
+    """Return the path of a file in a folder, None if it is missing; raises OSError for a link that leads out."""
     path = folder / name
     if not os.path.lexists(path):
         return None
-    # in the hub's cache, files are links to blobs of the same repository
+    # In the hub's cache, files are links to blobs of the same repository.
     cache = next((parent for parent in folder.parents if parent.name.startswith("models--")), folder)
     try:
         target = path.resolve(strict=True)
@@ -60,17 +61,17 @@ def find_file(folder: Path, name: str) -> Path | None:
     return path
 
 
-def listing(folder: Path) -> str:
-    """Return the names in a folder, for a message."""
-    return some(sorted(entry.name for entry in islice(folder.iterdir(), MAX_LISTED))) or "nothing"
+def list_names(folder: Path) -> str:
+    """Return the names of the files in a folder, for a message."""
+    return join_names(sorted(entry.name for entry in islice(folder.iterdir(), MAX_LISTED))) or "nothing"
 
 
-def some(names: Sequence[str], count: int = MAX_NAMED) -> str:
-    """Return the first names, for a message."""
+def join_names(names: Sequence[str], count: int = MAX_NAMED) -> str:
+    """Return the first `count` names, for a message."""
     return ", ".join(map(shown, names[:count])) + (" and more" if len(names) > count else "") or "none"
 
 
-def short(value: object) -> str:
-    """Return the beginning of any value's repr, for a message."""
+def shorten(value: object) -> str:
+    """Return the repr of a value, shortened for a message."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."

@@ -1,7 +1,7 @@
-"""The folder of a saved student -> its checked config and opened weights; every fault is refused here.
+"""The folder of a saved student -> its checked config and opened weights.
 
-Nothing is built before config and weights are known to agree; nothing outside the folder is read; pickles are
-never opened. No torch: a wrong folder is refused at once.
+Config and weights are compared before anything is built; nothing outside the folder is read; pickles are never
+opened. This module does not import torch, so that a wrong folder is refused at once.
 """
 
 import time
@@ -10,31 +10,33 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..files.file_names import CONFIG, MODEL_INDEX
 from ..files.json_files import parse_json
 from ..files.weights import WeightsFile
 from .config import CONFIG_LIMITS, read_config
-from .layout import CONFIG_NAME, STAGE_PREFIX, short, some
+from .layout import STAGE_PREFIX, join_names, shorten
 from .weights import find_weights
 
-RENAMING_SECONDS = 0.2  # within which a save renames all of its files
-MAX_SAVES = 4  # saves in progress at once, one of which may hold the config
+RENAMING_SECONDS = 0.2  # in which a save renames all of its files
+MAX_SAVES = 4  # saves in progress that are searched for the config
 
 
 @contextmanager
 def open_student(
     folder: Path, variant: str | None = None
 ) -> Iterator[tuple[dict[str, Any], list[WeightsFile]]]:
-    """Yield (config, files of weights) of a single save, also while another save is in progress.
+    """Yield (config, weights files) of a single save, even while another save is in progress.
 
-    Weights carry the config that they were saved with. If config.json differs, a save is in progress, or was
-    killed after it published its weights and before its config: then that config is in the save's own folder.
+    Weights carry the config that they were saved with. If config.json differs from it, a save is in progress or
+    was killed after it published the weights; the matching config is then in the hidden folder of that save.
     """
-    folder, began = _student_component(folder), time.monotonic()
+    folder = _student_component(folder)
+    began = time.monotonic()
     while True:
         try:
             config, files, stack = _open_once(folder, variant)
             break
-        except (OSError, ValueError):  # files may be of two saves while they are being renamed
+        except (OSError, ValueError):  # files are of two saves while one renames them
             if max(time.monotonic() - began, abs(time.time() - folder.stat().st_mtime)) > RENAMING_SECONDS:
                 raise
             time.sleep(0.01)
@@ -43,11 +45,11 @@ def open_student(
 
 
 def _student_component(folder):
-    """Return transformer/ of a pipeline that diffusers saved, and any other folder as it is."""
+    """Return transformer/ in a pipeline that diffusers saved, and any other folder unchanged."""
     component = folder / "transformer"
     if (
-        (folder / CONFIG_NAME).exists()
-        or not (folder / "model_index.json").is_file()
+        (folder / CONFIG).exists()
+        or not (folder / MODEL_INDEX).is_file()
         or component.is_symlink()
         or not component.is_dir()
     ):
@@ -60,22 +62,22 @@ def _student_component(folder):
 
 
 def _open_once(folder, variant):
-    if not (folder / CONFIG_NAME).exists() and not any(folder.glob(f"{STAGE_PREFIX}*")):
-        read_config(folder)  # raises for the missing config before the weights are checked
+    if not (folder / CONFIG).exists() and not any(folder.glob(f"{STAGE_PREFIX}*")):
+        read_config(folder)  # raises OSError for the missing config
     with ExitStack() as stack:
         files = []
         for path, expected in find_weights(folder, variant).items():
             files.append(stack.enter_context(WeightsFile(path)))
             if expected is not None and (differing := sorted(expected ^ files[-1].entries.keys())):
                 raise ValueError(
-                    f"{path}: differs from its index in {some(differing)}. Copy index and shards from one save."
+                    f"{path}: differs from its index in {join_names(differing)}. Copy index and shards from one save."
                 )
         config = _matching_config(folder, {file.metadata.get("config") for file in files})
         return config, files, stack.pop_all()
 
 
 def _matching_config(folder, saved_configs):
-    """Return the config that equals the one in the weights, which are JSON texts or None."""
+    """Return the config that equals `saved_configs`, the JSON texts (or None) in the weights."""
     if saved_configs == {None}:
         return read_config(folder)
     if len(saved_configs) > 1:
@@ -90,7 +92,7 @@ def _matching_config(folder, saved_configs):
         if not (differences := _differences(saved, config)):
             return config
         reason = reason or (
-            f"{folder}: {CONFIG_NAME} is not the one that the weights were saved with ({some(differences)}). "
+            f"{folder}: {CONFIG} differs from the config in the weights ({join_names(differences)}). "
             f"Copy both from one save."
         )
     raise ValueError(reason)
@@ -99,12 +101,12 @@ def _matching_config(folder, saved_configs):
 def _stages(folder):
     """Return the folders of saves in progress that hold a config."""
     stages = sorted(folder.glob(f"{STAGE_PREFIX}*"))[:MAX_SAVES]
-    return [place for place in stages if not place.is_symlink() and (place / CONFIG_NAME).is_file()]
+    return [place for place in stages if not place.is_symlink() and (place / CONFIG).is_file()]
 
 
 def _differences(saved, config):
     return [
-        f"{name} is {short(config.get(name))}, was {short(value)}"
+        f"{name} is {shorten(config.get(name))}, was {shorten(value)}"
         for name, value in saved.items()
         if name[:1] != "_" and config.get(name) != value
     ]

@@ -1,6 +1,7 @@
-"""A path, or a name on the hub -> the folder of a saved student. No torch: a wrong folder is refused at once.
+"""A path, or a name on the hub -> the folder of a saved student.
 
-The network is used only for a name that cannot be a path on this machine.
+The network is used only for names that cannot be paths on this machine. This module does not import torch, so
+that a wrong folder is refused at once.
 """
 
 import os
@@ -8,20 +9,19 @@ import re
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..files.file_names import CONFIG, MODEL_INDEX
 from ..files.json_files import shown
-from .layout import CONFIG_NAME, STEMS, WEIGHTS_STEM, short
+from .layout import STEMS, WEIGHTS_STEM, shorten
 
 
 def student_folder(path: str | os.PathLike, subfolder: str | os.PathLike | None = None, **hub) -> Path:
-    """Return the absolute folder of a saved student; `hub` are arguments of huggingface_hub's
-    snapshot_download.
-    """
+    """Return the absolute folder of a saved student; `hub` are arguments of snapshot_download()."""
     _check_names(path, subfolder)
     with _readable(path):
         is_remote = isinstance(path, str) and _is_hub_name(path)
         root = _download(path, subfolder, **hub) if is_remote else Path(os.path.expanduser(path)).absolute()
         folder = root / subfolder if subfolder else root
-        root.exists()  # raises for a path that is too long, which resolve() would follow part by part
+        root.exists()  # raises OSError for a path that is too long, before resolve() follows each of its folders
         if not folder.resolve().is_relative_to(root.resolve()):
             raise ValueError(f"subfolder {subfolder!r} leads out of {root}. Name a folder inside it.")
         if not folder.exists():
@@ -29,7 +29,7 @@ def student_folder(path: str | os.PathLike, subfolder: str | os.PathLike | None 
                 f"{shown(str(folder))}: no such folder. Expected a student that train_distillation.py saved."
             )
     if not folder.is_dir():
-        raise OSError(f"{folder}: not a folder. Expected the folder of {CONFIG_NAME}, not a file in it.")
+        raise OSError(f"{folder}: not a folder. Expected the folder of {CONFIG}, not a file in it.")
     return folder
 
 
@@ -37,7 +37,7 @@ def _check_names(path, subfolder):
     if not isinstance(path, (str, os.PathLike)) or not str(path).strip() or "\0" in str(path):
         raise OSError(
             f"{path!r} is not the name of a folder. Expected the folder of a saved student, such as "
-            f"./outputs/wan_t2i."
+            "./outputs/wan_t2i."
         )
     if "://" in str(path):
         raise OSError(
@@ -45,14 +45,14 @@ def _check_names(path, subfolder):
         )
     if subfolder is not None and (not isinstance(subfolder, (str, os.PathLike)) or "\0" in str(subfolder)):
         raise ValueError(
-            f"subfolder {short(subfolder)} is not the name of a folder. Expected a folder inside "
+            f"subfolder {shorten(subfolder)} is not the name of a folder. Expected a folder inside "
             f"{shown(str(path))}."
         )
 
 
 @contextmanager
 def _readable(path):
-    """Turn the errors of the file system (loops of links, permissions, names too long) into one line."""
+    """Turn errors of the file system (loops of links, permissions, long names) into an OSError of one line."""
     try:
         yield
     except (RuntimeError, OSError, UnicodeError) as error:
@@ -71,18 +71,18 @@ def _is_hub_name(path: str) -> bool:
 
 
 def _download(name, subfolder, **hub):
-    """Fetch a student's files, and no others, into the hub's cache; returns the snapshot's folder."""
+    """Download the files of a student, and no others, into the hub's cache; returns the snapshot's folder."""
     from huggingface_hub import snapshot_download  # here: a local folder does not need it
     from huggingface_hub.errors import HFValidationError
 
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    names = [CONFIG_NAME, *(f"{stem}*.safetensors" for stem in STEMS)]
+    names = [CONFIG, *(f"{stem}*.safetensors" for stem in STEMS)]
     names.append(f"{WEIGHTS_STEM}.safetensors.index*.json")
     patterns = [f"{prefix}{place}{name}" for place in ("", "transformer/") for name in names]
-    patterns.append(f"{prefix}model_index.json")
+    patterns.append(f"{prefix}{MODEL_INDEX}")
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, **hub))  # nosec B615: the revision is the user's
-    except (HFValidationError, OSError) as error:  # errors of HTTP are among them
+    except (HFValidationError, OSError) as error:  # HTTP errors are OSErrors
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise OSError(
             f"{name}: no such folder here, and not available on the hub ({reason}). Expected the folder of a "

@@ -1,4 +1,4 @@
-"""What WanLiteStudent.from_pretrained and save_pretrained do: a folder -> a student in memory, and back."""
+"""from_pretrained and save_pretrained of WanLiteStudent: a folder -> a student in memory, and back."""
 
 from dataclasses import dataclass
 from itertools import chain
@@ -8,17 +8,18 @@ import torch
 from accelerate import init_empty_weights
 
 from ..files.dtypes import find_non_finite
+from ..files.file_names import CONFIG
 from .building import config_defaults
 from .config import student_arguments
 from .layout import check_variant
 from .loading import open_student
-from .saving import check_savable, plain_names, save_student
+from .saving import check_savable, save_student, strip_compiled_prefix
 from .weights import all_tensor_shapes, check_hashes, check_weights, pinned_hashes
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How weights are read: where to, in which dtype, by memory map or copy, and against which digests."""
+    """Options of reading weights: dtype, device, memory map or copy, and expected digests."""
 
     dtype: torch.dtype | None
     device: torch.device
@@ -28,27 +29,27 @@ class ReadOptions:
 
 
 def refuse_unknown(arguments, accepted, left_to_stock):
-    """Raise TypeError for arguments that loading does not take; those left to stock may be given, but empty."""
+    """Raise TypeError for arguments that are not accepted; those in `left_to_stock` may be given if they are empty."""
     unknown = {name for name, value in arguments.items() if value or name not in left_to_stock}
     if unknown:
         raise TypeError(
             f"WanLiteStudent.from_pretrained does not take {', '.join(sorted(unknown))}; it takes "
-            f"{', '.join(accepted)}. "
-            "Loading never projects a teacher and never quantises: quantise the student that is loaded."
+            f"{', '.join(accepted)}. Loading never projects a teacher or quantises: quantise the student after "
+            "loading it."
         )
 
 
 def read_student(student_class, folder, variant, options):
     """Return (constructor arguments, {name: tensor}, {file name: sha256}) of a saved student.
 
-    Nothing is built before header and config are known to agree. Raises OSError for files that are missing or
-    broken and ValueError for content that is not this student's.
+    Headers and config are compared before anything is built. Raises OSError for files that are missing or
+    broken, and ValueError for content that is not this student's.
     """
     with open_student(folder, variant) as (config, files):
         try:
             arguments = student_arguments(config, config_defaults(student_class))
         except ValueError as error:
-            raise ValueError(f"{files[0].path.parent / 'config.json'}: {error}") from None
+            raise ValueError(f"{files[0].path.parent / CONFIG}: {error}") from None
         check_weights(files, arguments)
         tensors = _read_tensors(student_class, files, options)
         return arguments, tensors, {file.path.name: file.sha256 for file in files}
@@ -58,40 +59,38 @@ def _read_tensors(student_class, files, options):
     pinned, tensors = pinned_hashes(files, options.sha256), {}
     is_hashed = pinned is not None or options.is_hashed
     for name, tensor in chain.from_iterable(file.tensors(options.is_mapped, is_hashed) for file in files):
-        stays = any(part in student_class._keep_in_fp32_modules for part in name.split("."))
-        tensors[name] = tensor.to(options.device, None if stays else options.dtype)
+        is_kept_in_fp32 = any(part in student_class._keep_in_fp32_modules for part in name.split("."))
+        tensors[name] = tensor.to(options.device, None if is_kept_in_fp32 else options.dtype)
     check_hashes(files, pinned)
     for name in find_non_finite(tensors):
         path = next(file.path for file in files if name in file.entries)
         raise ValueError(
-            f"{path}: {name} holds NaN or infinity as {tensors[name].dtype}. Take an earlier save, "
-            f"or a dtype "
-            "of more range."
+            f"{path}: {name} holds NaN or infinity as {tensors[name].dtype}. Load an earlier save, or use a dtype "
+            "with a larger range."
         )
     return tensors
 
 
-def build_around(student_class, arguments, tensors, device):
-    """Return a student of these tensors, in eval mode; memory is used once, and no random number is drawn."""
-    with init_empty_weights(), torch.random.fork_rng(devices=[]):  # rotary tables are real all the same
+def build_student(student_class, arguments, tensors, device):
+    """Return a student of these tensors in eval mode, without a second copy of them or random numbers."""
+    with init_empty_weights(), torch.random.fork_rng(devices=[]):  # rotary tables are still created
         student = student_class(**arguments)
     student.load_state_dict(tensors, strict=True, assign=True)
-    student.rope.to(device)  # everything else is there
+    student.rope.to(device)  # the tensors are already on the device
     return student.eval()
 
 
-def loading_info(digests):
-    """Return what diffusers calls loading info, with the sha256 of each file."""
+def make_loading_info(digests):
+    """Return the loading info of diffusers, with the sha256 of each file."""
     lists = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     return {name: [] for name in lists} | {"sha256": digests}
 
 
 def check_save_options(save_directory, safe_serialization, variant, max_shard_size):
-    """Raise ValueError for a way to save that would not load again."""
+    """Raise ValueError for options whose result could not be loaded again."""
     if not safe_serialization:
         raise ValueError(
-            "safe_serialization=False asks for a pickle; students are saved as safetensors only. Leave "
-            "it out."
+            "safe_serialization=False requests a pickle; students are saved as safetensors only. Leave it out."
         )
     check_variant(variant)
     if not str(save_directory):
@@ -99,15 +98,15 @@ def check_save_options(save_directory, safe_serialization, variant, max_shard_si
     is_size = isinstance(max_shard_size, str) or isinstance(max_shard_size, int) and max_shard_size >= 1
     if not is_size:
         raise ValueError(
-            f"max_shard_size is {max_shard_size!r}, expected bytes, at least 1, or text as '5GB'."
+            f"max_shard_size is {max_shard_size!r}, expected bytes, at least 1, or a text such as '5GB'."
         )
 
 
 def write_student(student, folder, is_main_process, variant, max_shard_size):
-    """Save a student's config and weights in one step, on the main process; of a sharded one every rank takes part."""
+    """Save config and weights atomically on the main process; every rank calls it if the student is sharded."""
     if is_main_process is None:
         is_main_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    tensors = plain_names(student.state_dict())
+    tensors = strip_compiled_prefix(student.state_dict())
     if is_main_process:
         check_savable(tensors, all_tensor_shapes(student.config), folder)
         save_student(folder, student.to_json_string(), tensors, variant, max_shard_size)

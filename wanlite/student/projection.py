@@ -1,11 +1,10 @@
-"""Teacher tensors -> student tensors, from weights alone and with one teacher tensor in memory at a time; and a
-report.
+"""Teacher tensors -> student tensors and a report, from weights alone, with one teacher tensor in memory at a time.
 
-The student keeps some of the teacher's residual channels, whole heads, whole rotary pairs and the neurons that
-write most; a student block stands for a contiguous span of teacher blocks. The effects of pruning that are
-known from the weights are compensated: the LayerNorm statistic, the RMSNorm statistic of queries and keys, the
+The student keeps some of the teacher's residual channels, whole heads, whole rotary pairs, and the neurons with
+the largest outputs; each student block represents a contiguous span of teacher blocks. Effects of pruning that
+follow from the weights are compensated: the statistics of LayerNorm and of the RMSNorm of queries and keys, the
 modulation of a span, the values of dropped heads, the text embedder and the time embedder. A student of the
-teacher's own shape therefore equals the teacher.
+teacher's shape therefore equals the teacher.
 
 Legend: D d teacher and student width, T text width, G timesteps of the time embedder's grid; capital = teacher.
 """
@@ -22,28 +21,27 @@ from .embedders import TimeStates, embed_timesteps, project_text, project_time
 from .pruning import GATE, SCALE, BlockProjector, project_span, top_indices
 from .tensors import TensorReader, TensorWriter, check_coverage
 
-# best_per_block: for each student block the expert of which more energy is kept
-EXPERTS = ("low", "high", "best_per_block")
-WRITERS = ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2")  # to the residual
+EXPERTS = ("low", "high", "best_per_block")  # the last: for each student block, the one with more energy kept
+WRITERS = ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2")  # layers that write to the residual
 
 
 @dataclass
 class Report:
     """The facts of a projection.
 
-    `kept_energy` is the share of energy (squared norm) in the kept rows and columns; for the text embedder, in
-    its outputs for the sampled text tokens.
+    `kept_energy` is the share of energy (squared norm) in the kept rows and columns or, for the text embedder,
+    in the kept directions of its outputs.
     """
 
-    spans: list[list[int]]  # of each student block: the teacher blocks that it stands for
+    spans: list[list[int]]  # teacher blocks of each student block
     kept_energy: dict[str, list[float]] = field(default_factory=dict)  # {group: [share of each block]}
-    experts: list[str] = field(default_factory=list)  # of each student block: the expert that it came from
-    cosines: dict[str, float] = field(default_factory=dict)  # of two experts' weights, {group: cosine}
-    channels: Tensor = field(default_factory=lambda: torch.arange(0))  # residual channels that were kept
-    kept_rows: list[dict] = field(default_factory=list)  # of each student block, see ProjectedBlock
-    num_read: int = 0  # teacher tensors that were used
-    dropped: list[str] = field(default_factory=list)  # teacher tensors that were left out on purpose
-    num_written: int = 0  # student tensors: all of them
+    experts: list[str] = field(default_factory=list)  # source of each student block
+    cosines: dict[str, float] = field(default_factory=dict)  # {group: cosine of the weights of two experts}
+    channels: Tensor = field(default_factory=lambda: torch.arange(0))  # kept residual channels
+    kept_rows: list[dict] = field(default_factory=list)  # of each student block; see ProjectedBlock
+    num_read: int = 0  # teacher tensors
+    dropped: list[str] = field(default_factory=list)  # teacher tensors that are not needed
+    num_written: int = 0  # student tensors
     seconds: float = 0.0
 
     def __str__(self):
@@ -72,11 +70,11 @@ class Report:
 
 
 def choose_experts(files, expert: str) -> list:
-    """Return the files of the experts to project from: one, or for "best_per_block" both, the low one first."""
+    """Return the files of the experts to project from: one or, for "best_per_block", the low and the high one."""
     if expert not in EXPERTS:
         raise ValueError(
-            f"--expert {expert!r} is unknown, expected {', '.join(EXPERTS)}; a teacher with one expert uses that "
-            f"one for all of them."
+            f"--expert {expert!r} is unknown, expected {', '.join(EXPERTS)}; a teacher with a single expert accepts "
+            "all of them."
         )
     if "only" in files.experts:
         return [files.experts["only"]]
@@ -85,17 +83,18 @@ def choose_experts(files, expert: str) -> list:
 
 @torch.no_grad()
 def project(student, experts, text_samples=None, channels=None, device="cpu") -> Report:
-    """Fill a student in place with the tensors of one expert or, block by block, of the better of two.
+    """Project one expert, or for each block the better one of two, into a student in place.
 
-    `text_samples` (n, T) are prompt embeddings; without them, normal numbers stand in. `channels` are the
-    residual channels to keep, in rising order; without them, those of the largest variance where they are read,
-    as estimated from the weights. The text, time and output layers come from the first expert. The arithmetic
-    runs on `device`, in float32. Raises ValueError for a tensor that is not finite or has no place.
+    `text_samples` (n, T) are prompt embeddings; without them, normal random numbers are used. `channels` are the
+    residual channels to keep, in ascending order; by default those with the largest variance at the inputs of
+    layers, as estimated from the weights. The text, time and output layers come from the first expert. The
+    arithmetic runs on `device`, in float32. Raises ValueError for a tensor that is not finite or not expected.
     """
-    began, config, teacher = time.perf_counter(), dict(student.config), experts[0].config
+    began = time.perf_counter()
+    config, teacher = dict(student.config), experts[0].config
     blocks = np.array_split(np.arange(teacher["num_layers"]), config["depth"])
     report, writer = Report([span.tolist() for span in blocks]), TensorWriter(student)
-    total = 2 * sum(files.num_bytes for files in experts)  # channels are chosen in the first of two reads
+    total = 2 * sum(files.num_bytes for files in experts)  # read twice, first to choose channels
     with tqdm(total=total, desc="projecting", unit="B", unit_scale=True, disable=None) as progress:
         readers = [TensorReader(files, device, progress) for files in experts]
         first = readers[0]
@@ -112,8 +111,10 @@ def project(student, experts, text_samples=None, channels=None, device="cpu") ->
             _project_block(projector, readers, index, writer, report)
         _project_head(first, channels, norm_scale, times, writer)
         progress.update(progress.total - progress.n)
-    report.channels, report.dropped = channels.cpu(), check_coverage(readers, writer)
-    report.num_read, report.num_written = sum(len(reader.names) for reader in readers), len(writer.tensors)
+    report.channels = channels.cpu()
+    report.dropped = check_coverage(readers, writer)
+    report.num_read = sum(len(reader.names) for reader in readers)
+    report.num_written = len(writer.tensors)
     report.seconds = time.perf_counter() - began
     return report
 
@@ -121,11 +122,11 @@ def project(student, experts, text_samples=None, channels=None, device="cpu") ->
 def _choose_channels(readers, times: TimeStates, width, channels, report) -> tuple[Tensor, float]:
     """Return the residual channels to keep, and the ratio of their deviation to that of all channels.
 
-    The score of a channel is the variance that is read from it: the sum of all writers before, in equal shares,
-    divided by the LayerNorm and multiplied by the modulation. The head, which alone gives the velocity, counts
-    as much as all blocks.
+    The score of a channel is its variance at the inputs of layers: the normalised sum of all earlier writers,
+    multiplied by the modulation. The output layer has the weight of all blocks together.
     """
-    mean, power = times.modulation.mean(0), times.modulation.square().mean(0)  # (6, D)
+    mean = times.modulation.mean(0)  # (6, D)
+    power = times.modulation.square().mean(0)  # (6, D)
     read = present = torch.zeros((), device=mean.device)
     for reader in readers:
         written = _share(reader("patch_embedding.weight").flatten(1).square().sum(1))  # (D,)
@@ -144,9 +145,7 @@ def _choose_channels(readers, times: TimeStates, width, channels, report) -> tup
 
 
 def _mean_squares(reader, prefix, mean, power):
-    """Return the mean square over time of the scales (D,) of a block's three readers, and of its writers'
-    gates.
-    """
+    """Return the mean squares over time of the scales (D,) of a block's three inputs, and of its gates."""
     table = reader(f"{prefix}scale_shift_table")[0]  # (6, D)
     offset = table + torch.tensor([0.0, 1, 0, 0, 1, 0], device=table.device)[:, None]  # a scale is 1 + table
     square = offset.square() + 2 * offset * mean + power
@@ -159,7 +158,7 @@ def _share(energy):
 
 
 def _project_block(projector, readers, index, writer, report):
-    """Write the student block `index`, from the expert of whose span more energy is kept."""
+    """Write the student block `index`, projected from the expert with more energy kept."""
     candidates = [project_span(projector, reader, report.spans[index]) for reader in readers]
     block = max(candidates, key=lambda each: sum(each.kept_energy.values()))  # ties go to the first
     for name, tensor in block.tensors.items():
@@ -173,9 +172,11 @@ def _project_block(projector, readers, index, writer, report):
 def _project_head(reader, channels, norm_scale, times: TimeStates, writer):
     """Slice the output layer.
 
-    Its scale is table + time embedding: norm_scale is applied to the table, for the mean embedding.
+    Its scale is the sum of a table and the time embedding; `norm_scale` is folded into the table, for the mean
+    embedding.
     """
-    full, embedding = reader("scale_shift_table"), times.embedding.mean(0)  # (1, 2, D), (D,)
+    full = reader("scale_shift_table")  # (1, 2, D)
+    embedding = times.embedding.mean(0)  # (D,)
     table = full[:, :, channels]
     table[:, 1] += (norm_scale - 1) * (1 + table[:, 1] + embedding[channels])
     writer["scale_shift_table"] = table

@@ -1,9 +1,8 @@
-"""A span of teacher blocks -> one student block: the heads and neurons that write most, between the kept
-residual channels.
+"""A span of teacher blocks -> one student block with the kept channels and the strongest heads and neurons.
 
-The student has one modulation for the span; the difference of each block's own is folded into its matrices.
-The constant output of dropped channels, heads and neurons is added to biases, and norms are scaled so that
-kept channels are divided by the statistic of all channels.
+The student block has one modulation for the span; the differences between it and those of the teacher blocks are
+folded into matrices. The constant output of dropped channels, heads and neurons is added to biases, and norms
+are scaled so that kept channels are divided by the statistic of all channels.
 
 Legend: B blocks of the span, D d teacher and student width, F f feed-forward neurons, G timesteps of a grid, R
 rows that are kept, h head size; capital = teacher.
@@ -18,28 +17,28 @@ from torch.nn import functional as F
 
 from .tensors import TensorReader
 
-SHIFT, SCALE, GATE = (0, 3), (1, 4), (2, 5)  # rows of the modulation: of self-attention, of the feed-forward
+SHIFT, SCALE, GATE = (0, 3), (1, 4), (2, 5)  # rows of the modulation, for (self-attention, feed-forward)
 ATTENTIONS = ("attn1", "attn2")
 Linear = tuple[Tensor, Tensor]  # weight and bias
 
 
 @dataclass
 class BlockProjector:
-    """The arguments that all blocks are projected with."""
+    """The arguments that are common to the projection of all blocks."""
 
     config: dict  # the student's
     teacher: dict  # the teacher's
-    channels: Tensor  # (d,) residual channels that are kept
+    channels: Tensor  # (d,) kept residual channels
     norm_scale: float
-    modulation: Tensor  # (G, 6, D) without the blocks' own tables
+    modulation: Tensor  # (G, 6, D) of the time embedder, without the tables of blocks
     text_basis: Tensor  # (D, d)
 
 
 @dataclass
 class ProjectedBlock:
-    """One student block."""
+    """A student block."""
 
-    expert: str  # that it comes from
+    expert: str  # its source
     tensors: dict[str, Tensor]
     kept_rows: dict = field(default_factory=dict)  # {"attn1.q": [(block in the span, rows), ...], ...}
     kept_energy: dict[str, float] = field(default_factory=dict)  # {component: share 0..1}
@@ -69,19 +68,19 @@ def project_span(projector: BlockProjector, reader: TensorReader, span: list[int
 
 @dataclass
 class _Fold:
-    """Factors and constants that a block's matrices take up because its span shares one modulation.
+    """Factors and constants that are folded into a component's matrices, as its span shares one modulation.
 
-    For a span of one block exactly 1, 0 and 1.
+    For a span of one block, scale, shift and gate are exactly 1, 0 and 1.
     """
 
-    scale: Tensor  # (d,) for the columns of its readers
+    scale: Tensor  # (d,) for the columns of input matrices
     shift: Tensor  # (d,)
-    gate: Tensor  # (d,) for the rows of its writer
-    dropped: Tensor | None = None  # (D,) the constant input of its readers from dropped channels
+    gate: Tensor  # (d,) for the rows of the output matrix
+    dropped: Tensor | None = None  # (D,) the constant input from dropped channels
 
 
 def _fold_span(projector, reader, prefixes) -> tuple[dict[str, Tensor], list[dict[str, _Fold]]]:
-    """Return the student block's modulation and norm, and for each teacher block its folds."""
+    """Return the student block's modulation and norm, and the folds of each teacher block by component."""
     channels, norm_scale, scales = projector.channels, projector.norm_scale, list(SCALE)
     full_tables = torch.stack([reader(f"{prefix}scale_shift_table")[0] for prefix in prefixes])  # (B, 6, D)
     full_weights, full_biases = (
@@ -96,7 +95,7 @@ def _fold_span(projector, reader, prefixes) -> tuple[dict[str, Tensor], list[dic
     for number in range(len(prefixes)):
         fold = _fold_modulation(tables[number], table, projector.modulation[:, :, channels])
         fold["attn2"] = _fold_affine(weights[number], biases[number], weight, bias)
-        constant = full_tables[number] + projector.modulation.mean(0)  # (6, D) whatever the input
+        constant = full_tables[number] + projector.modulation.mean(0)  # (6, D) independent of the input
         fold["attn1"].dropped = is_dropped * constant[SHIFT[0]]
         fold["attn2"].dropped = is_dropped * full_biases[number]
         fold["ffn"].dropped = is_dropped * constant[SHIFT[1]]
@@ -128,8 +127,9 @@ def _fold_affine(own_weight, own_bias, weight, bias):
 
 
 def _ratio(own, shared):
-    """Least squares of own = ratio * shared over the first dimension; 1 where they are equal or the shared
-    one vanishes.
+    """Return the least-squares ratio of own = ratio * shared over the first dimension.
+
+    The ratio is 1 where both are equal or `shared` vanishes.
     """
     power = shared.square().sum(0)
     is_one = (own == shared).all(0) | (power <= 1e-8 * power.mean())
@@ -138,7 +138,7 @@ def _ratio(own, shared):
 
 
 def _slice_reader(reader, name, channels, fold) -> Linear:
-    """Keep the columns of a matrix that reads the residual; fold its block's scale and constants in."""
+    """Keep columns of a matrix that reads the residual, and fold scale and constants into it."""
     weight = reader(f"{name}.weight")
     bias = reader(f"{name}.bias") + weight @ fold.dropped
     weight = weight[:, channels]
@@ -146,7 +146,7 @@ def _slice_reader(reader, name, channels, fold) -> Linear:
 
 
 def _slice_writer(reader, name, channels, gate) -> Linear:
-    """Keep the rows of a matrix that writes to the residual; fold its block's gate in."""
+    """Keep rows of a matrix that writes to the residual, and fold the gate into it."""
     return gate[:, None] * reader(f"{name}.weight")[channels], gate * reader(f"{name}.bias")[channels]
 
 
@@ -155,22 +155,20 @@ def _slice_writer(reader, name, channels, gate) -> Linear:
 
 @dataclass
 class _Attention:
-    """An attention of whole teacher heads between the student's channels."""
+    """An attention with whole teacher heads and the student's channels."""
 
     layers: dict[str, Linear]  # {"q", "k", "v": (R, d) and (R,)}
     output: Tensor  # (d, R)
     output_bias: Tensor  # (d,)
     gains: dict[str, Tensor]  # {"q", "k": (R,)} of the RMSNorm
-    powers: dict[str, Tensor]  # {"q", "k": ()} that the teacher's RMSNorm divides by, squared
+    powers: dict[str, Tensor]  # {"q", "k": ()} mean squares, by whose root the teacher's RMSNorm divides
     rows: Tensor  # (R,) of the teacher's matrices
-    head_energy: Tensor  # (heads,) that each head writes
+    head_energy: Tensor  # (heads,) of the output of each head
     block_energy: Tensor  # () of all heads of the teacher block
 
 
 def _prune_attention(projector, reader, prefix, fold, text_basis=None) -> _Attention:
-    """Return one block's attention, of the heads that write most; keys and values read from `text_basis` if
-    given.
-    """
+    """Return a block's attention with its strongest heads; keys and values read `text_basis` if given."""
     channels = projector.channels
     layers = {"q": _slice_reader(reader, f"{prefix}to_q", channels, fold)}
     for kind in "kv":
@@ -190,14 +188,13 @@ def _prune_attention(projector, reader, prefix, fold, text_basis=None) -> _Atten
 
 def _head_energy(output, value, head_dim):
     """Return the squared norm (heads,) of each head's output matrix times its value matrix."""
-    outputs, values = output.unflatten(1, (-1, head_dim)), value.unflatten(0, (-1, head_dim))
+    outputs = output.unflatten(1, (-1, head_dim))
+    values = value.unflatten(0, (-1, head_dim))
     return torch.stack([(outputs[:, head] @ values[head]).square().sum() for head in range(len(values))])
 
 
 def _keep_heads(attention, heads):
-    """Drop all other heads; the output of their values' biases, the same for any input, is added to the
-    bias.
-    """
+    """Drop all other heads, and add the constant output of their values' biases to the bias."""
     rows = torch.arange(len(attention.rows), device=heads.device)
     rows = rows.unflatten(0, (len(attention.head_energy), -1))[heads].flatten()
     dropped = attention.layers["v"][1].clone()
@@ -214,12 +211,13 @@ def _keep_heads(attention, heads):
 
 
 def _top_of_all(scores: list[Tensor], count: int) -> list[Tensor]:
-    """Return the indices, in each list of scores, of the `count` largest in all lists together."""
-    chosen, found = top_indices(torch.cat(scores), count), []
+    """Return the `count` largest of all scores, as indices into each list of scores."""
+    chosen = top_indices(torch.cat(scores), count)
+    by_list = []
     for score in scores:
-        found.append(chosen[(chosen >= 0) & (chosen < len(score))])
+        by_list.append(chosen[(chosen >= 0) & (chosen < len(score))])
         chosen = chosen - len(score)
-    return found
+    return by_list
 
 
 def _row_power(weight, bias):
@@ -229,7 +227,7 @@ def _row_power(weight, bias):
 
 @dataclass
 class _Head:
-    """A student head, made of one teacher head."""
+    """A student head, pruned from one teacher head."""
 
     block: int  # in the span
     rows: dict[str, Tensor]  # {"q", "k", "v"} of the teacher's matrices
@@ -238,13 +236,11 @@ class _Head:
     output_bias: Tensor  # (d,)
     gains: dict[str, Tensor]  # {"q", "k": (h,)}
     powers: dict[str, Tensor]  # {"q", "k": (h,)}
-    energy: float  # that it writes
+    energy: float  # of its output
 
 
 def _join_heads(attentions, config, head_dim, name, block: ProjectedBlock) -> None:
-    """Give a student block the attention `name`, of the heads in a span that write most and their rotary
-    pairs.
-    """
+    """Add the attention `name` to a student block, with the strongest heads of a span and their rotary pairs."""
     size = config["hidden_size"] // config["num_heads"]
     total = float(sum(attention.block_energy for attention in attentions))
     chosen = _top_of_all([attention.head_energy for attention in attentions], config["num_heads"])
@@ -262,9 +258,11 @@ def _join_heads(attentions, config, head_dim, name, block: ProjectedBlock) -> No
     block.tensors[f"{name}.to_out.0.bias"] = output_bias
     for kind in "qkv":
         weights, biases = zip(*(head.layers[kind] for head in heads))
-        weight, bias = torch.cat(weights), torch.cat(biases)
+        weight = torch.cat(weights)
+        bias = torch.cat(biases)
         block.tensors |= {f"{name}.to_{kind}.weight": weight, f"{name}.to_{kind}.bias": bias}
-        if kind in "qk" or size == head_dim:  # values of a smaller head are not rows of the teacher's
+        # Values of a smaller head are combinations of the teacher's rows.
+        if kind in "qk" or size == head_dim:
             block.kept_rows[f"{name}.{kind}"] = [(head.block, head.rows[kind]) for head in heads]
         if kind in "qk":
             gain = block.kept_rows[f"{name}.{kind}.gain"] = torch.cat([head.gains[kind] for head in heads])
@@ -294,12 +292,11 @@ def _shrink_head(attention, block, rows, size, has_rotary) -> _Head:
 
 
 def _rotary_rows(layers: dict[str, Linear], rows, size, has_rotary):
-    """Choose `size` of a head's query and key channels as whole rotary pairs, each axis with the share that
-    Wan gives it.
+    """Return `size` of a head's query and key channels as whole rotary pairs, shared over the axes as in Wan.
 
-    Per head Wan lays out [time | height | width]; a smaller head has fewer and coarser-spaced frequencies, so
-    each of its spatial pairs takes the teacher's pair of nearest log-frequency. With one frame the time pairs
-    do not rotate, so the strongest are kept.
+    A head's channels are [time | height | width]. A smaller head has fewer, more widely spaced frequencies, so
+    each of its spatial pairs is the teacher's pair of the nearest log-frequency. With one frame, time pairs do
+    not rotate, so the strongest are kept.
     """
     head_dim = len(rows)
     if size == head_dim:
@@ -309,7 +306,8 @@ def _rotary_rows(layers: dict[str, Linear], rows, size, has_rotary):
     if not has_rotary:
         pairs = top_indices(strength, size // 2).cpu()
     else:
-        axes, full_axes = _axis_pairs(size), _axis_pairs(head_dim)
+        axes = _axis_pairs(size)
+        full_axes = _axis_pairs(head_dim)
         chosen, start = [top_indices(strength[: full_axes[0]], axes[0]).cpu()], full_axes[0]
         for few, many in zip(axes[1:], full_axes[1:]):
             chosen.append(start + (torch.arange(few) * many / few).round().long())
@@ -345,20 +343,20 @@ def _shrink_value(layer, output, size) -> tuple[Tensor, Linear, Tensor]:
 
 @dataclass
 class _FeedForward:
-    """A feed-forward of whole teacher neurons between the student's channels."""
+    """A feed-forward layer with whole teacher neurons and the student's channels."""
 
     first: Tensor  # (R, d)
     first_bias: Tensor  # (R,)
     second: Tensor  # (d, R)
     second_bias: Tensor  # (d,)
-    mean: Tensor  # (R,) of each neuron after its gelu
+    mean: Tensor  # (R,) of each neuron after gelu
     rows: Tensor  # (R,) of the teacher's matrices
-    neuron_energy: Tensor  # (R,) that each neuron writes
+    neuron_energy: Tensor  # (R,) of the output of each neuron
     block_energy: Tensor  # () of all neurons of the teacher block
 
 
 def _prune_feed_forward(projector, reader, prefix, fold) -> _FeedForward:
-    """Return one block's feed-forward, of the neurons that write most."""
+    """Return a block's feed-forward layer with its strongest neurons."""
     first, first_bias = _slice_reader(reader, f"{prefix}0.proj", projector.channels, fold)
     second, second_bias = _slice_writer(reader, f"{prefix}2", projector.channels, fold.gate)
     mean, power = _gelu_moments(first_bias, first.square().sum(1).sqrt())
@@ -369,7 +367,7 @@ def _prune_feed_forward(projector, reader, prefix, fold) -> _FeedForward:
 
 
 def _keep_neurons(layer, neurons):
-    """Drop all other neurons; their mean output is added to the bias."""
+    """Drop all other neurons, and add their mean output to the bias."""
     dropped = layer.mean.clone()
     dropped[neurons] = 0
     names = ("first", "first_bias", "mean", "rows", "neuron_energy")
@@ -382,7 +380,7 @@ def _keep_neurons(layer, neurons):
 
 
 def _join_neurons(layers, count, block: ProjectedBlock) -> None:
-    """Give a student block the feed-forward of the neurons in a span that write most."""
+    """Add the feed-forward layer with the strongest neurons of a span to a student block."""
     total = float(sum(layer.block_energy for layer in layers))
     chosen = _top_of_all([layer.neuron_energy for layer in layers], count)
     layers = [_keep_neurons(layer, neurons) for layer, neurons in zip(layers, chosen)]
@@ -408,5 +406,5 @@ def _gelu_moments(mean, deviation):
 
 
 def top_indices(score: Tensor, count: int) -> Tensor:
-    """Return the indices of the `count` largest scores, in rising order; ties go to the lower index."""
+    """Return the indices of the `count` largest scores, in ascending order; ties go to the lower index."""
     return torch.argsort(score, descending=True, stable=True)[:count].sort().values

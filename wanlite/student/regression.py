@@ -1,4 +1,4 @@
-"""Rows of inputs and what a linear layer should add for them -> the change of its weight and bias."""
+"""Inputs of a linear layer and residuals of its outputs -> the change of its weight and bias."""
 
 import torch
 from torch import Tensor
@@ -8,9 +8,9 @@ from torch.nn import functional as F
 def solve_ridge(
     inputs: Tensor, residual: Tensor, ridge: float, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the weight and bias, in float32, that map `inputs` closest to `residual` in ridge regression.
+    """Return the weight and bias, in float32, of the ridge regression from `inputs` to `residual`.
 
-    Shapes: inputs (rows, in), residual (rows, out), weight of each row (rows, 1); returns (out, in) and (out,).
+    Shapes: inputs (rows, in), residual (rows, out), row weights (rows, 1); returns (out, in) and (out,).
     `ridge` is relative to the mean diagonal of the Gram matrix. The arithmetic is in float64.
     """
     rows = F.pad(inputs, (0, 1), value=1.0).double()  # (rows, in + 1): the last column is the bias

@@ -1,21 +1,18 @@
-"""A teacher's config -> the shapes of the students that can be projected from it.
-
-Every config is a dict of the settings in a config.json.
-"""
+"""A teacher's config -> the shapes of students that can be projected from it. Configs are dicts."""
 
 from collections.abc import Mapping
 from typing import Any
 
-MIN_HEAD_DIM = 6  # one rotary pair for each of time, height and width
-WIDE = 1024  # a teacher of this width has a student of this width by default
-MAX_DEPTH = 16  # of a student by default
+MIN_HEAD_DIM = 6  # a rotary pair each for time, height and width
+LARGE_WIDTH = 1024  # default width of the student of a teacher that is at least as wide
+MAX_DEPTH = 16  # default depth of a student
 SHARED_SETTINGS = (("num_channels", "in_channels"), ("text_dim", "text_dim"), ("freq_dim", "freq_dim"))
 
-DEFAULT_EXPERT = "high"  # of two, the one that is projected where none is named
+DEFAULT_EXPERT = "high"  # of two experts
 
 
 def check_shape_fits(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> None:
-    """Refuse a student that cannot be projected from a teacher, naming the nearest shapes that can."""
+    """Raise ValueError for a student that cannot be projected from a teacher; names the nearest possible shapes."""
     for ours, theirs in SHARED_SETTINGS:
         if student[ours] != teacher[theirs]:
             raise ValueError(
@@ -34,7 +31,7 @@ def check_shape_fits(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> 
     if not reasons and not _are_heads_possible(teacher, student["hidden_size"], student["num_heads"]):
         size = student["hidden_size"] / student["num_heads"]
         reasons.append(
-            f"{student['num_heads']} heads of {size:g} channels cannot be cut from heads of {head_dim}: a head "
+            f"{student['num_heads']} heads of {size:g} channels cannot be pruned from heads of {head_dim}: a head "
             f"keeps whole rotary pairs of every axis, an even number from {MIN_HEAD_DIM} to {head_dim}"
         )
     if reasons:
@@ -51,14 +48,14 @@ def student_shape(
     num_heads: int | None = None,
     ffn_dim: int | None = None,
 ) -> dict[str, Any]:
-    """Return the arguments of a student for a teacher; sizes that are None follow from the teacher."""
+    """Return the arguments of a student of a teacher; sizes that are None follow from the teacher."""
     width = _width(teacher)
-    hidden_size = hidden_size or (WIDE if width >= WIDE else width // 2)
+    hidden_size = hidden_size or (LARGE_WIDTH if width >= LARGE_WIDTH else width // 2)
     depth = depth or min(MAX_DEPTH, teacher["num_layers"])
     return {
         "hidden_size": hidden_size,
         "depth": depth,
-        "num_heads": num_heads or default_heads(teacher, hidden_size, depth),
+        "num_heads": num_heads or choose_num_heads(teacher, hidden_size, depth),
         "ffn_dim": ffn_dim or 4 * hidden_size,
         "num_channels": teacher["in_channels"],
         "text_dim": teacher["text_dim"],
@@ -68,10 +65,10 @@ def student_shape(
     }
 
 
-def default_heads(teacher: Mapping[str, Any], hidden_size: int, depth: int) -> int:
-    """Return the largest possible number of heads of at least half the teacher's head size.
+def choose_num_heads(teacher: Mapping[str, Any], hidden_size: int, depth: int) -> int:
+    """Return the largest possible number of heads with at least half the teacher's head size.
 
-    In the tiny world they trained better than fewer whole heads.
+    In the tiny world, such heads train better than fewer whole heads.
     """
     counts = [
         heads
@@ -87,9 +84,7 @@ def _width(teacher):
 
 
 def _limits(teacher, depth):
-    """Return the largest possible sizes; a student block pools the heads and neurons of all blocks in its
-    span.
-    """
+    """Return the largest possible sizes; a student block can combine heads and neurons of all blocks of its span."""
     pooled = max(1, teacher["num_layers"] // depth)
     return {
         "hidden_size": _width(teacher),
@@ -105,7 +100,7 @@ def _are_heads_possible(teacher, hidden_size, num_heads):
 
 
 def _nearest(teacher, student, count=3):
-    """Return the flags of the shapes nearest in width, then in heads."""
+    """Return the flags of the shapes that are nearest in width, then in heads."""
     depth = min(student["depth"], teacher["num_layers"])
     limits = _limits(teacher, depth)
     sizes = [

@@ -1,23 +1,25 @@
-"""The teacher's tensors to read and the student's tensors to write: a projection uses all of both."""
+"""Reading teacher tensors and writing student tensors, with a check that a projection uses all of both."""
 
 import torch
 from torch import Tensor
 
 
 class TensorReader:
-    """Reads an expert's tensors in float32 onto a device and records their names.
+    """Reads tensors of an expert in float32 onto a device, and records their names.
 
-    `progress` is a bar in bytes of the files.
+    `progress` is a progress bar in bytes of the files.
     """
 
     def __init__(self, files, device, progress):
-        self.files, self.device, self.progress = files, device, progress
+        self.files = files
+        self.device = device
+        self.progress = progress
         self.names: set[str] = set()
         self.bytes_each = files.num_bytes / files.num_parameters
 
     def __call__(self, name: str, rows: slice | None = None) -> Tensor:
         tensor = self.files.read(name, rows=rows).to(self.device)
-        if tensor.data_ptr() % 64:  # mapped from the file: sums would depend on the position in it
+        if tensor.data_ptr() % 64:  # a mapped tensor: sums depend on its alignment
             tensor = tensor.clone()
         self.names.add(name)
         self.progress.update(round(tensor.numel() * self.bytes_each))
@@ -34,18 +36,17 @@ class TensorWriter:
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         if tensor.shape != self.tensors[name].shape or not torch.isfinite(tensor).all():
             raise AssertionError(
-                f"projection made {name} {tuple(tensor.shape)}, expected {tuple(self.tensors[name].shape)} with "
-                f"finite values"
+                f"projection gave {name} the shape {tuple(tensor.shape)}, expected "
+                f"{tuple(self.tensors[name].shape)} with finite values"
             )
         self.unwritten.remove(name)
         self.tensors[name].copy_(tensor)
 
 
 def check_coverage(readers: list[TensorReader], writer: TensorWriter) -> list[str]:
-    """Return the names of unread tensors of a second expert, which gives its blocks only.
+    """Return the names of unread tensors of a second expert, of which only blocks are used.
 
-    Raises ValueError for any other tensor of a teacher that was not read, and for one of the student that was
-    not written.
+    Raises ValueError if another tensor of a teacher was not read, or a tensor of the student not written.
     """
     dropped = []
     for position, reader in enumerate(readers):
@@ -53,13 +54,13 @@ def check_coverage(readers: list[TensorReader], writer: TensorWriter) -> list[st
         unexpected = [name for name in unread if position == 0 or name.startswith("blocks.")]
         if unexpected:
             raise ValueError(
-                f"{reader.files.folder}: {len(unexpected)} tensors have no place in the student: {unexpected[:5]}. "
-                f"Take the files of a text-to-video Wan."
+                f"{reader.files.folder}: {len(unexpected)} tensors are not those of a text-to-video Wan: "
+                f"{unexpected[:5]}. Use the files of such a model."
             )
         dropped += [f"{reader.files.name}: {name}" for name in unread]
     if writer.unwritten:
         raise ValueError(
-            f"{len(writer.unwritten)} tensors of the student got no value: {sorted(writer.unwritten)[:5]}. Load "
-            f"the weights of a student that has them, or remove them from it."
+            f"{len(writer.unwritten)} tensors of the student were not projected: {sorted(writer.unwritten)[:5]}. "
+            "Remove the added layers before the projection."
         )
     return dropped

@@ -1,4 +1,4 @@
-"""A saved student's files of weights: which they are, the tensors they must hold, and their digests. No torch.
+"""Weights files of a saved student: their names, expected tensors and digests, without importing torch.
 
 Legend: D width, F width inside the feed-forward, T text width.
 """
@@ -12,26 +12,26 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..files.file_names import CONFIG, WEIGHTS
 from ..files.json_files import read_json
 from ..files.weights import WeightsFile
 from ..teacher.keys import names_inside_wrapper
 from .layout import (
-    CONFIG_NAME,
     MAX_LISTED,
     STAGE_PREFIX,
     WEIGHTS_STEM,
     check_variant,
     find_file,
     index_name,
-    infix,
-    listing,
-    short,
-    some,
+    join_names,
+    list_names,
+    shorten,
+    variant_infix,
     weight_names,
 )
 
-MAX_SHARDS = 1000  # they are opened together
-MAX_MISSING = 7  # missing tensors that are counted for a message
+MAX_SHARDS = 1000  # open at the same time
+MAX_MISSING = 7  # missing tensors that are collected for a message
 SHARD = r"-\d{5}-of-\d{5}"
 Shape = tuple[int, ...]
 
@@ -40,11 +40,11 @@ Shape = tuple[int, ...]
 
 
 def find_weights(folder: Path, variant: str | None = None) -> dict[Path, set[str] | None]:
-    """Return {path: None} of a student's one file of weights, or {path: names of its tensors} of every shard
-    in its index.
-    """
+    """Return {path: None} of a single weights file, or {path: names of its tensors} of all shards in the index."""
     check_variant(variant)
-    names, index_file = weight_names(infix(variant)), index_name(infix(variant))
+    infix = variant_infix(variant)
+    names = weight_names(infix)
+    index_file = index_name(infix)
     found = next((path for name in names if (path := find_file(folder, name))), None)
     index = find_file(folder, index_file)
     if found and not (index and _is_stock_newer(folder, index, found)):
@@ -53,19 +53,18 @@ def find_weights(folder: Path, variant: str | None = None) -> dict[Path, set[str
         return {_shard(folder, name, index): tensors for name, tensors in _read_index(index)}
     raise OSError(
         f"Error no file named {WEIGHTS_STEM}.bin found in directory {folder}, nor any of {', '.join(names)} and "
-        f"{index_file}, which are expected; found {listing(folder)}. Pickles are never opened.{_variants(folder)}"
+        f"{index_file}, which are expected; found {list_names(folder)}. Pickles are never opened.{_variants(folder)}"
     )
 
 
 def _is_stock_newer(folder, index, weights):
-    """Return whether stock diffusers saved shards beside an older file of weights, which it leaves there and
-    no longer reads.
+    """Whether stock diffusers saved shards beside an older single file, which it keeps but no longer reads.
 
-    Its shards have no mark in their names, and a save of ours removes them before it ends.
+    Shards of stock have no mark in their names, and a save of ours removes them.
     """
     try:
         shards = [name for name, _ in _read_index(index)]
-    except OSError:  # a broken index leads to no shards
+    except OSError:  # a broken index names no shards
         return False
     is_stock = all(
         re.fullmatch(rf"{WEIGHTS_STEM}(\.[\w-]+)?{SHARD}\.safetensors", name) and (folder / name).exists()
@@ -73,20 +72,20 @@ def _is_stock_newer(folder, index, weights):
     )
     if is_newer := is_stock and not any(folder.glob(f"{STAGE_PREFIX}*")):
         warnings.warn(
-            f"{folder}: holds {weights.name} beside {len(shards)} shards; the shards are read, as stock diffusers "
-            f"does. Remove {weights.name} if it is older.",
+            f"{folder}: holds {weights.name} beside {len(shards)} shards; the shards are read, as in stock "
+            f"diffusers. Remove {weights.name} if it is older.",
             stacklevel=3,
         )
     return is_newer
 
 
 def _variants(folder):
-    """Return a hint where the weights of a variant exist, else nothing."""
+    """Return a hint if weights of variants exist, else an empty text."""
     pattern = re.compile(rf"{WEIGHTS_STEM}\.([\w-]+?)({SHARD})?\.safetensors")
     matches = (pattern.fullmatch(path.name) for path in islice(folder.iterdir(), MAX_LISTED))
     if not (found := sorted({match[1] for match in matches if match})):
         return ""
-    return f" Variants exist: name one of {some(found)}, or rename it to {WEIGHTS_STEM}.safetensors."
+    return f" Variants exist: name one of {join_names(found)}, or rename it to {WEIGHTS}."
 
 
 def _read_index(path) -> list[tuple[str, set[str]]]:
@@ -111,13 +110,13 @@ def _read_index(path) -> list[tuple[str, set[str]]]:
 def _shard(folder, name, index):
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors", name):
         raise OSError(
-            f"{index}: names a shard {short(name)}, expected safetensors files beside it. Pickles are never "
+            f"{index}: names a shard {shorten(name)}, expected safetensors files beside it. Pickles are never "
             f"opened."
         )
     path = find_file(folder, name)
     if path is None:
         raise OSError(
-            f"{index}: names a shard {name} that is missing. Copy the folder again; found {listing(folder)}."
+            f"{index}: names a shard {name} that is missing. Copy the folder again; found {list_names(folder)}."
         )
     return path
 
@@ -126,7 +125,7 @@ def _shard(folder, name, index):
 
 
 def check_weights(files: Sequence[WeightsFile], arguments: Mapping[str, Any]) -> None:
-    """Compare headers, name by name, with the student's arguments, before anything is built or read."""
+    """Raise ValueError if headers differ from the student's arguments, OSError if the weights exceed the memory."""
     source = files[0].path if len(files) == 1 else f"{files[0].path.parent}, {len(files)} shards"
     found = {name: entry.shape for file in files for name, entry in file.entries.items()}
     shapes, depth = tensor_shapes(arguments), arguments["depth"]
@@ -134,7 +133,7 @@ def check_weights(files: Sequence[WeightsFile], arguments: Mapping[str, Any]) ->
     for name, shape in found.items():
         if shape != (expected := _expected_shape(name, shapes, depth)):
             raise ValueError(
-                f"{source}: {name} is {shape}, but {CONFIG_NAME} implies {expected}. Config and weights belong "
+                f"{source}: {name} is {shape}, but {CONFIG} implies {expected}. Config and weights belong "
                 f"to two students: copy both from one save."
             )
     size = sum(file.num_bytes for file in files)
@@ -149,7 +148,7 @@ def check_weights(files: Sequence[WeightsFile], arguments: Mapping[str, Any]) ->
 def _check_names(found, shapes, depth, source):
     outside, inside = shapes
     unknown = sorted(name for name in found if _expected_shape(name, shapes, depth) is None)
-    # a config may have any depth: a block without a tensor is among the first len(found) + 1
+    # A config may have any depth; a block with a missing tensor is among the first len(found) + 1.
     blocks = range(min(depth, len(found) + 1))
     names = (*outside, *(f"blocks.{block}.{name}" for block in blocks for name in inside))
     missing = list(islice((name for name in names if name not in found), MAX_MISSING))
@@ -165,13 +164,13 @@ def _check_names(found, shapes, depth, source):
         else "The weights belong to another model or were renamed"
     )
     raise ValueError(
-        f"{source}: keys differ from those that {CONFIG_NAME} implies. Missing: {some(missing)}; unknown: "
-        f"{some(unknown)}. {reason}."
+        f"{source}: keys differ from those that {CONFIG} implies. Missing: {join_names(missing)}; unknown: "
+        f"{join_names(unknown)}. {reason}."
     )
 
 
 def _expected_shape(name, shapes, depth) -> Shape | None:
-    """Return the shape of a student's tensor, None for a name that it does not have."""
+    """Return the shape of a student's tensor, None for an unknown name."""
     outside, inside = shapes
     if match := re.fullmatch(r"blocks\.(0|[1-9]\d{0,5})\.(.+)", name):
         return inside.get(match[2]) if int(match[1]) < depth else None
@@ -179,9 +178,7 @@ def _expected_shape(name, shapes, depth) -> Shape | None:
 
 
 def tensor_shapes(arguments: Mapping[str, Any]) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """Return ({name: shape} outside the blocks, {name within a block: shape}) of a student with these
-    arguments.
-    """
+    """Return ({name: shape} outside the blocks, {name in a block: shape}) of a student with these arguments."""
     width, ffn_dim = arguments["hidden_size"], arguments["ffn_dim"]
     channels, patch = arguments["num_channels"], tuple(arguments["patch_size"])
     attentions, layers = ("attn1", "attn2"), ("to_q", "to_k", "to_v", "to_out.0")
@@ -208,7 +205,7 @@ def tensor_shapes(arguments: Mapping[str, Any]) -> tuple[dict[str, Shape], dict[
 
 
 def all_tensor_shapes(arguments: Mapping[str, Any]) -> dict[str, Shape]:
-    """Return {name: shape} of a whole student with these arguments."""
+    """Return {name: shape} of all tensors of a student with these arguments."""
     outside, inside = tensor_shapes(arguments)
     return outside | {
         f"blocks.{block}.{name}": shape
@@ -231,25 +228,25 @@ def _linears(weights):
 def pinned_hashes(
     files: Sequence[WeightsFile], sha256: str | Mapping[str, str] | None
 ) -> Mapping[str, str] | None:
-    """Return {file name: expected digest} of the one file or of every shard; None where nothing is pinned."""
+    """Return {file name: expected digest}, or None if `sha256` is None."""
     if sha256 is None:
         return None
     pinned = {files[0].path.name: sha256} if isinstance(sha256, str) and len(files) == 1 else sha256
     names = [file.path.name for file in files]
     if not isinstance(pinned, dict) or pinned.keys() != set(names):
         raise ValueError(
-            f"sha256 is {short(sha256)}, expected a digest for each of {some(names)}: {{name: digest}}."
+            f"sha256 is {shorten(sha256)}, expected a digest for each of {join_names(names)}: {{name: digest}}."
         )
     return pinned
 
 
 def check_hashes(files: Sequence[WeightsFile], pinned: Mapping[str, str] | None) -> None:
-    """Compare the weights that were read with their pinned digests."""
+    """Raise ValueError if the weights that were read differ from their pinned digests."""
     if pinned is None:
         return
     for file in files:
         if file.sha256 != str(pinned[file.path.name]).lower():
             raise ValueError(
-                f"{file.path}: sha256 is {file.sha256}, expected {short(pinned[file.path.name])}. These are not "
+                f"{file.path}: sha256 is {file.sha256}, expected {shorten(pinned[file.path.name])}. These are not "
                 f"the pinned weights."
             )

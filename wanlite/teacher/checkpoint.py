@@ -33,7 +33,7 @@ BOUNDARY = 0.875  # Wan2.2 A14B: noise levels from here on belong to the high-no
 def open_teacher_files(folder: str | Path) -> TeacherFiles:
     """Find the experts in a Wan folder and check their headers; of the tensors only fp8 scales are read.
 
-    Raises OSError for missing and incomplete files and ValueError for files of no Wan or of another one.
+    Raises OSError for missing and incomplete files and ValueError for files that are not a Wan of this kind.
     """
     folder = Path(os.path.expanduser(folder)).absolute()
     if not folder.is_dir():
@@ -188,7 +188,7 @@ def _open_expert(name: str, folder: Path) -> ExpertFiles:
     if config["in_channels"] != config["out_channels"]:
         raise ValueError(
             f"{folder}: has {config['in_channels']} channels in and {config['out_channels']} out, as an "
-            "image-to-video or control Wan. Expected as many in as out: choose a text-to-video Wan."
+            "image-to-video or control Wan. Expected equal numbers: choose a text-to-video Wan."
         )
     _check_shapes(folder, config, places)
     return ExpertFiles(name, folder, config, places, _expand_scales(folder, scales, places))

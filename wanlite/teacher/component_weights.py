@@ -1,6 +1,6 @@
 """A component's file, .pth or safetensors -> tensors by name, and a diffusers network filled with them.
 
-A pickle is opened for tensors alone, mapped, and no code in it runs.
+A pickle is opened only for tensors, mapped, and no code in it runs.
 """
 
 from pathlib import Path

@@ -18,16 +18,7 @@ from ..files.weights import broken_download
 from .autoencoder import autoencoder_config, check_statistics, convert_autoencoder
 from .component_weights import check_shapes, shapes_of
 from .headers import Shape, read_header
-from .names import (
-    AUTOENCODERS,
-    COMPONENT_FILES,
-    COMPONENT_PLACES,
-    EXPERT_FOLDERS,
-    SPIECE,
-    TEXT_ENCODER,
-    TIED,
-    TOKENIZER,
-)
+from .names import AUTOENCODERS, COMPONENT_FILES, COMPONENT_PLACES, SPIECE, TEXT_ENCODER, TIED, TOKENIZER
 from .recognition import Network, find_single_files, recognize
 from .search import find_unsupported_format, visible
 from .text_encoder import check_tokenizer, convert_text_encoder, convert_tokenizer
@@ -236,13 +227,6 @@ def pixels_per_token(
             "folder again."
         )
     return PATCH * stride
-
-
-def has_two_experts(folder: str | Path) -> bool:
-    """Whether the teacher in a folder of official or ComfyUI's layout has two experts."""
-    folder = Path(folder)
-    is_official_pair = (folder / EXPERT_FOLDERS["official"][0]).is_dir()
-    return is_official_pair or len(find_single_files(folder)["expert"]) > 1
 
 
 def num_bytes(place: Path) -> int:

@@ -28,7 +28,7 @@ _SAME_IN_ALL = {
     "eps": 1e-6,
     "rope_max_seq_len": 1024,
 }
-_MAX_SIZE = 2**20  # far above any Wan's, and a network without contents is still made in no time
+_MAX_SIZE = 2**20  # far above any Wan's; a network of this size on meta is created quickly
 _MAX_SIZES = {"num_layers": 512, "attention_head_dim": 1024, "rope_max_seq_len": 16384}
 
 

@@ -41,7 +41,7 @@ def strip_wrappers(names: Iterable[str], source: object) -> dict[str, str]:
 
 
 def _find_prefixes(names: set[str]) -> set[str]:
-    """Return the prefixes under which a network lies, by the first pair of landmarks that is there."""
+    """Return the prefixes under which a network lies, by the first pair of landmarks that is present."""
     for first, last in _LANDMARKS:
         if found := {match[1] for name in names if (match := first.match(name)) and match[1] + last in names}:
             return found

@@ -140,7 +140,7 @@ class Teacher:
         return max(1, self.tokens_at_once // (tokens * (2 if is_guided else 1)))
 
     def _count_passes(self, num_passes: int, is_high: bool) -> int:
-        """Return the passes for one query: for a sharded teacher as many as any rank needs, for all pass together."""
+        """Return the number of passes for one query: for a sharded teacher, the maximum over all ranks."""
         if self.mesh is None:
             return num_passes
         needed = torch.tensor([num_passes, is_high, -is_high], device=self.device)

@@ -1,4 +1,4 @@
-"""Micro-batches of a phase, in an order that depends only on its seed, from any step on."""
+"""Micro-batches of a phase from any step on, in an order that depends on the seed alone."""
 
 from contextlib import contextmanager
 from functools import partial
@@ -12,11 +12,12 @@ from ..runtime.signals import Stopped
 def micro_batches(phase, run, state, teacher_data, prefetched=None):
     """Yield an iterator of a phase's micro-batches from the current step on: (tensors by name, TextTokens).
 
-    The iterator raises Stopped in place of a micro-batch after a signal to stop. `prefetched` micro-batches
-    are read ahead; None stands for PREFETCHED_BATCHES on CUDA, else 0.
+    After a signal to stop, the iterator raises Stopped instead of yielding. `prefetched` micro-batches are
+    read ahead; None means PREFETCHED_BATCHES on CUDA, else 0.
     """
     settings, accelerator = run.settings, run.accelerator
-    data, per_step = phase.data(state, teacher_data, phase.first), settings.gradient_accumulation_steps
+    data = phase.data(state, teacher_data, phase.first)
+    per_step = settings.gradient_accumulation_steps
     numbers = SeededBatches(
         data.sizes,
         settings.train_batch_size * accelerator.num_processes,
@@ -30,20 +31,20 @@ def micro_batches(phase, run, state, teacher_data, prefetched=None):
         partial(_read, accelerator, data, teacher_data), numbers, accelerator.device, prefetched
     )
     try:
-        yield _until_stopped(teacher_data.pace.deal(upcoming), state, accelerator.num_processes)
+        yield _until_stopped(teacher_data.pace.count_batches(upcoming), state, accelerator.num_processes)
     finally:
         upcoming.close()
 
 
 def _read(accelerator, data, teacher_data, numbers):
-    """Return this process's rows of a micro-batch, and the embeddings of their prompts."""
+    """Return the rows of a micro-batch that belong to this process, and the embeddings of their prompts."""
     batch = data.__getitems__(data.in_order(numbers)[accelerator.process_index :: accelerator.num_processes])
     prompts = [teacher_data.training[number] for number in batch["prompt"].tolist()]
     return batch, teacher_data.prompt_embeddings.pack(prompts)
 
 
 def _until_stopped(batches, state, num_processes):
-    """Yield batches until a signal to stop; several processes stop together, after the same step."""
+    """Yield batches until a signal to stop; several processes stop after the same step."""
     for batch in batches:
         if state.is_stopping or (num_processes == 1 and state.stop is not None and state.stop.is_set):
             raise Stopped

@@ -1,7 +1,7 @@
 """Checkpoints: training state -> checkpoints/step-000500/ -> training state.
 
-Tensors go to one safetensors file, everything else to JSON; pickles are neither written nor read. A manifest
-with the sha256 of both, the step and the facts that a resumed run must share is written last.
+Tensors are stored in one safetensors file, everything else in JSON; pickles are neither written nor read. The
+manifest is written last: the sha256 of both files, the step, and the facts of the run.
 """
 
 import json
@@ -16,12 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from ..files.atomic import check_space, find_corruption, new_folder, read_manifest
 from ..files.dtypes import find_non_finite
+from ..files.file_names import CHECKPOINTS
 
-TENSORS, REST = "state.safetensors", "state.json"
+TENSORS = "state.safetensors"
+STATE = "state.json"  # everything but tensors
 
 
 def checkpoint_path(folder: str | Path, step: int) -> Path:
-    return Path(folder) / "checkpoints" / f"step-{step:06d}"
+    """Return the folder of a step's checkpoint in a run's folder."""
+    return Path(folder) / CHECKPOINTS / f"step-{step:06d}"
 
 
 def save_checkpoint(
@@ -29,18 +32,18 @@ def save_checkpoint(
 ) -> None:
     """Save the training state after `step`, and keep the newest `keep` checkpoints, at least two.
 
-    `state` is built of dicts, lists, numbers, text, tensors and objects with a state_dict. Raises
-    FloatingPointError for a tensor that is not finite, before anything is written, and OSError for a full
-    disk. Older checkpoints are deleted only after this one verifies.
+    `state` consists of dicts, lists, numbers, strings, tensors and objects with a state_dict. Older checkpoints
+    are deleted only after this one is verified. Raises FloatingPointError for a tensor that is not finite,
+    before anything is written, and OSError if the disk is full.
     """
     path = checkpoint_path(folder, step)
     tensors: dict[str, torch.Tensor] = {}
-    if path.exists() and _why_unusable(path) is None:
+    if path.exists() and _find_fault(path) is None:
         return
-    rest = _pack(state, "", tensors)
-    if broken := find_non_finite(tensors):
+    packed = _pack(state, "", tensors)
+    if non_finite := find_non_finite(tensors):
         raise FloatingPointError(
-            f"{broken[0]} holds NaN or infinity at step {step}. That step is not saved; earlier checkpoints are in "
+            f"{non_finite[0]} holds NaN or infinity at step {step}. That step is not saved; earlier checkpoints are in "
             f"{path.parent}. Run again with --overwrite and lower learning rates."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,19 +52,19 @@ def save_checkpoint(
     try:
         with new_folder(path, step=step, facts=facts) as partial:
             save_file(tensors, partial / TENSORS)
-            (partial / REST).write_text(json.dumps(rest), encoding="utf-8")
-    except SafetensorError as error:  # of the library, for a disk that fills up during the save
+            (partial / STATE).write_text(json.dumps(packed), encoding="utf-8")
+    except SafetensorError as error:  # the disk became full during the save
         raise OSError(f"{path}: {error}") from None
-    if _why_unusable(path) is None:
+    if _find_fault(path) is None:
         for older in _checkpoints(folder)[: -max(2, keep)]:
             shutil.rmtree(older)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the training state in a verified checkpoint; raises OSError if it cannot be read."""
+    """Return the training state of a verified checkpoint; raises OSError if it cannot be read."""
     try:
         tensors = load_file(path / TENSORS)
-        return _unpack(json.loads((path / REST).read_text(encoding="utf-8")), tensors)
+        return _unpack(json.loads((path / STATE).read_text(encoding="utf-8")), tensors)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise OSError(
             f"{path}: cannot be read back ({error}). Move it away; the run then resumes from an earlier one."
@@ -69,12 +72,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def restore(components: dict[str, Any], state: dict[str, Any]) -> None:
-    """Load the saved state into `components`, a dict of the same names; raises OSError for other networks' state."""
+    """Load a saved state into `components`, a dict of the same names; raises OSError if it does not fit them."""
     for name, component in components.items():
         try:
-            if isinstance(component, list):  # of optimizers or schedules
-                for each, its_state in zip(component, state[name], strict=True):
-                    each.load_state_dict(its_state)
+            if isinstance(component, list):  # optimizers or schedules
+                for each, saved in zip(component, state[name], strict=True):
+                    each.load_state_dict(saved)
             elif hasattr(component, "load_state_dict"):
                 component.load_state_dict(state[name])
             else:
@@ -88,18 +91,18 @@ def restore(components: dict[str, Any], state: dict[str, Any]) -> None:
 
 
 def latest_checkpoint(folder: str | Path) -> tuple[Path | None, list[str]]:
-    """Return (newest checkpoint that verifies or None, a line for each newer one that was skipped)."""
+    """Return the newest valid checkpoint, or None, and a line for each newer one that was skipped."""
     skipped: list[str] = []
     for path in reversed(_checkpoints(folder)):
-        reason = _why_unusable(path)
+        reason = _find_fault(path)
         if reason is None:
             return path, skipped
         skipped.append(f"{path}: skipped, {reason}")
     return None, skipped
 
 
-def _why_unusable(path):
-    """Return the reason why a checkpoint does not verify, or None."""
+def _find_fault(path):
+    """Return a description of the fault of a checkpoint, None if it is valid."""
     if reason := find_corruption(path):
         return reason
     step = (read_manifest(path) or {}).get("step")
@@ -107,8 +110,8 @@ def _why_unusable(path):
 
 
 def _checkpoints(folder):
-    """Return the run's checkpoints by rising step, without folders of other names, such as a user's backup."""
-    paths = (Path(folder) / "checkpoints").glob("step-*")
+    """Return the checkpoints of a run in ascending order; folders of other names, such as backups, are ignored."""
+    paths = (Path(folder) / CHECKPOINTS).glob("step-*")
     return sorted((path for path in paths if re.fullmatch(r"step-\d+", path.name)), key=_step)
 
 
@@ -117,7 +120,7 @@ def _step(path):
 
 
 def _remove_leftovers(folder):
-    """Remove the partial folders of interrupted saves, which would fill the disk."""
+    """Remove the partial folders of interrupted saves."""
     for kind in ("partial", "old"):
         for path in folder.glob(f".step-*.{kind}"):
             # An old folder without its replacement is the only copy of that step.
@@ -126,12 +129,12 @@ def _remove_leftovers(folder):
 
 
 def _pack(value, name, tensors):
-    """Return `value` in types of JSON; its tensors go to `tensors` under their path."""
+    """Return `value` in JSON types; its tensors are added to `tensors` under their path."""
     value = value.state_dict() if hasattr(value, "state_dict") else value
     if isinstance(value, torch.Tensor):
         tensors[name] = value.detach().contiguous()
         return {"tensor": name}
-    if isinstance(value, dict):  # as pairs, since keys may be numbers
+    if isinstance(value, dict):  # pairs, because keys may be numbers
         return {"pairs": [[key, _pack(inner, f"{name}/{key}", tensors)] for key, inner in value.items()]}
     if isinstance(value, (list, tuple)):
         return [_pack(inner, f"{name}/{index}", tensors) for index, inner in enumerate(value)]
@@ -139,10 +142,9 @@ def _pack(value, name, tensors):
 
 
 def _unpack(value, tensors):
+    """Return the value that _pack() was given."""
+    if isinstance(value, dict) and "tensor" in value:
+        return tensors[value["tensor"]]
     if isinstance(value, dict):
-        return (
-            tensors[value["tensor"]]
-            if "tensor" in value
-            else {key: _unpack(inner, tensors) for key, inner in value["pairs"]}
-        )
+        return {key: _unpack(inner, tensors) for key, inner in value["pairs"]}
     return [_unpack(inner, tensors) for inner in value] if isinstance(value, list) else value

@@ -11,17 +11,19 @@ from torch.nn import functional
 
 from ..world import shapes
 
-Draw = Callable[[Sequence[str]], np.ndarray]  # captions -> images (B, 64, 64, 3) uint8
+Generate = Callable[[Sequence[str]], np.ndarray]  # captions -> images (B, 64, 64, 3) uint8
 
 # Limits (lowest, highest) of figures relative to the teacher's; a student beyond one is rejected. Diversity has
 # no upper limit: it is higher in a student that does not yet follow its captions, and image_error shows that.
 GUARDS = {"channel_drift": (0.0, 0.3), "saturation": (0.75, 1.33), "diversity": (0.6, math.inf)}
 
 
-def prompt_accuracy(draw: Draw, captions: Sequence[str], world: Any = shapes) -> dict[str, float | None]:
-    """Judge images generated for captions of a tiny world: shares 0..1, overall, by attribute, by object count.
+def prompt_accuracy(
+    generate: Generate, captions: Sequence[str], world: Any = shapes
+) -> dict[str, float | None]:
+    """Judge the images of captions of a tiny world: fractions 0..1, overall, by attribute and by object count.
 
-    Raises ValueError for a caption that the judge of the world cannot read.
+    Raises ValueError for a caption that is not of `world`, a module such as wanlite.world.shapes.
     """
     scenes = [world.read_caption(caption) for caption in captions]
     if None in scenes:
@@ -30,7 +32,7 @@ def prompt_accuracy(draw: Draw, captions: Sequence[str], world: Any = shapes) ->
             f"from {world.__name__}.captions()."
         )
     began = time.perf_counter()
-    images = draw(captions)
+    images = generate(captions)
     seconds = (time.perf_counter() - began) / len(captions)
     verdicts = [world.judge(image, scene) for image, scene in zip(images, scenes)]
     counts = np.array([len(scene.objects) for scene in scenes])
@@ -48,34 +50,36 @@ def prompt_accuracy(draw: Draw, captions: Sequence[str], world: Any = shapes) ->
 
 
 def compare(
-    draw_teacher: Draw,
-    draw_student: Mapping[int, Draw],
+    teacher: Generate,
+    students: Mapping[int, Generate],
     num_steps: int,
     captions: Sequence[str],
     world: Any = shapes,
 ) -> dict[str, Any]:
-    """Judge teacher and student on the same captions; {} for captions that are not of a tiny world.
+    """Judge teacher and student on the same captions; returns {} unless all captions are of the tiny world.
 
-    `draw_student` is {number of steps: function}; `num_steps` is the student's default.
+    `students` is {number of steps: function}; `num_steps` is the default number of steps.
     """
     if not all(world.read_caption(caption) for caption in captions):
         return {}
-    teacher = prompt_accuracy(draw_teacher, captions, world)
-    students = {str(count): prompt_accuracy(draw, captions, world) for count, draw in draw_student.items()}
-    student = students[str(num_steps)]
+    teacher_figures = prompt_accuracy(teacher, captions, world)
+    figures_by_steps = {
+        str(count): prompt_accuracy(student, captions, world) for count, student in students.items()
+    }
+    student_figures = figures_by_steps[str(num_steps)]
     return {
         "captions": len(captions),
-        "prompt_accuracy": {"teacher": teacher["accuracy"], "student": student["accuracy"]},
-        "teacher": teacher,
-        "student": student,
-        "student_by_steps": students,
+        "prompt_accuracy": {"teacher": teacher_figures["accuracy"], "student": student_figures["accuracy"]},
+        "teacher": teacher_figures,
+        "student": student_figures,
+        "student_by_steps": figures_by_steps,
     }
 
 
 def diversity(images_by_seed: np.ndarray) -> float:
-    """Return the mean distance between images of one caption over seeds, in grey levels 0..255, over all captions.
+    """Return the mean absolute difference between images of one caption from different seeds, in grey levels.
 
-    Shape: (captions, seeds, 64, 64, 3). Compare it with the teacher's; a collapsed student is near 0.
+    Shape: (captions, seeds, height, width, 3) uint8. Compare it with the teacher's; a collapsed student is near 0.
     """
     images = images_by_seed.astype(np.float32)
     seeds = images.shape[1]
@@ -93,8 +97,8 @@ def likeness(
 ) -> dict[str, float]:
     """Compare a student's images with its teacher's from the same noise and prompts.
 
-    `latents` (B, C, H, W) and `images` (B, height, width, 3) are of the same trajectories, `by_seed` as in
-    diversity(). Returns `image_error` (squared distance of latents over the teacher's variance),
+    `latents` (B, C, H, W) and `images` (B, height, width, 3) are of the same trajectories; `by_seed` has the
+    shape that diversity() expects. Returns `image_error` (squared distance of latents over the teacher's variance),
     `channel_drift`, and `saturation` and `diversity` over the teacher's.
     """
     error = (latents - teacher_latents).square().mean() / teacher_latents.var(dim=0).mean()

@@ -1,8 +1,8 @@
-"""The phases of a run: the loss of each and its training data.
+"""The phases of a run: the loss and the training data of each.
 
-A loss is called as `loss(networks, settings, batch, text, progress, generator)`, see steps.py; data as
-`data(state, teacher_data, first)`, with the first step of the phase, and returns Buckets. To train another
-phase, pass a table with its entry to train_distillation.train().
+A loss is called as `loss(networks, settings, batch, text, progress, generator)`, see steps.py. Data is called as
+`data(state, teacher_data, first)` with the first step of the phase, and returns Buckets. To train a further
+phase, pass a table with an entry for it to train_distillation.train().
 """
 
 import hashlib
@@ -19,8 +19,8 @@ SEEDS_PER_PHASE = 1000  # distance between the seeds of two phases' batches
 
 
 @dataclass(frozen=True)
-class PhaseParts:
-    """The loss and the data of a phase, without its steps."""
+class PhaseDefinition:
+    """The loss and the data of a phase."""
 
     loss: Callable
     data: Callable
@@ -28,7 +28,7 @@ class PhaseParts:
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a run: the steps from `first` on, before `last`."""
+    """A phase of a run: the steps from `first` up to, but not including, `last`."""
 
     name: str
     first: int
@@ -38,12 +38,12 @@ class Phase:
     data: Callable
 
     def progress(self, step: int) -> float:
-        """Return the position of a step in the phase: 0 to 1."""
+        """Return the position of a step in the phase, 0 to 1."""
         return (step - self.first) / (self.last - self.first)
 
 
 def phases_to_train(run, table):
-    """Return the phases of a run in order, with their losses and data from `table`."""
+    """Return the phases of a run in order, with losses and data from `table`."""
     return [
         Phase(
             name,
@@ -57,7 +57,7 @@ def phases_to_train(run, table):
     ]
 
 
-def velocity_states(state, teacher_data, first):
+def make_velocity_data(state, teacher_data, first):
     """Return all states of the teacher's trajectories, and its states at real images."""
     return Buckets(
         [
@@ -67,15 +67,15 @@ def velocity_states(state, teacher_data, first):
     )
 
 
-def few_step_states(state, teacher_data, first):
+def make_few_step_data(state, teacher_data, first):
     """Return the states of few-step solves, with a rollout of the averaged student at step `first`.
 
-    A run that resumes later reads the same rollout: the student's digest is in the progress.
+    The digest of that student is kept in the progress, so that a resumed run finds the same rollout in the cache.
     """
     few, progress = state.networks.few, state.progress
     with state.averaged() as student:
         if progress.rollout.get("first") != first:
-            progress.rollout = {"first": first, "student": broadcast(weights_digest(student))}
+            progress.rollout = {"first": first, "student": broadcast(hash_weights(student))}
         rollouts = teacher_data.roll_out(
             student, progress.rollout["student"], few, first, is_past=progress.step != first
         )
@@ -87,7 +87,7 @@ def few_step_states(state, teacher_data, first):
     )
 
 
-def weights_digest(network: torch.nn.Module) -> str:
+def hash_weights(network: torch.nn.Module) -> str:
     """Return the sha256 of a network's weights."""
     digest = hashlib.sha256()
     for tensor in network.state_dict().values():
@@ -96,7 +96,7 @@ def weights_digest(network: torch.nn.Module) -> str:
 
 
 PHASES = {
-    "velocity": PhaseParts(velocity_step, velocity_states),
-    "few_step": PhaseParts(few_step_regression, few_step_states),
-    "matching": PhaseParts(matching_step, few_step_states),
+    "velocity": PhaseDefinition(velocity_step, make_velocity_data),
+    "few_step": PhaseDefinition(few_step_regression, make_few_step_data),
+    "matching": PhaseDefinition(matching_step, make_few_step_data),
 }  # names: phases.PHASE_NAMES

@@ -23,12 +23,15 @@ from safetensors import safe_open
 
 from ..files.atomic import MANIFEST, find_corruption, new_folder, write_json
 from ..files.file_names import (
+    CACHE,
+    CHECKPOINTS,
     COMPONENTS,
     CONFIG,
     METRICS,
     MODEL_CARD,
     MODEL_INDEX,
     RUN,
+    SAMPLES,
     SCHEDULER_CONFIG,
     WEIGHTS,
 )
@@ -37,9 +40,9 @@ from ..files.json_files import DOWNLOADED, OWN, read_json
 RESULTS = (  # removed by clear()
     *COMPONENTS,
     "scheduler",
-    "checkpoints/step-*",
-    "checkpoints/.step-*",
-    "samples/step-*.png",
+    f"{CHECKPOINTS}/step-*",
+    f"{CHECKPOINTS}/.step-*",
+    f"{SAMPLES}/step-*.png",
     "logs",
     CONFIG,
     WEIGHTS,
@@ -79,13 +82,13 @@ def check_output_folder(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file, expected a folder to write to. Choose another --output_dir.")
     if not folder.exists() or all(
-        path.name == "cache" or path.name.startswith(f".{RUN}.") for path in folder.iterdir()
+        path.name == CACHE or path.name.startswith(f".{RUN}.") for path in folder.iterdir()
     ):
         return "new"  # a run that was killed before its settings were complete on disk
     run = read_run(folder)
     if not isinstance(run.get("settings"), dict):
         raise ValueError(
-            f"{folder}: holds files of other origin than a run. Choose an empty or a new --output_dir."
+            f"{folder}: holds files that do not belong to a run. Choose an empty or a new --output_dir."
         )
     if overwrite:
         return "new"
@@ -102,7 +105,7 @@ def check_output_folder(
         if run["settings"].get(name) != value
     ]:
         raise ValueError(
-            f"{folder}: holds an unfinished run under other settings ({', '.join(changed)}). Use the same, or add "
+            f"{folder}: holds an unfinished run under other settings ({', '.join(changed)}). Use the same settings, or add "
             "--overwrite."
         )
     return "resume"
@@ -154,8 +157,8 @@ def clear(folder: str | Path) -> None:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
-    for name in ("checkpoints", "samples"):
-        with suppress(OSError):  # missing, or not empty: files of other origin stay
+    for name in (CHECKPOINTS, SAMPLES):
+        with suppress(OSError):  # missing, or not empty: other files stay
             (Path(folder) / name).rmdir()
 
 
@@ -284,7 +287,8 @@ class MetricsLog:
     """
 
     def __init__(self, path: str | Path, step: int):
-        self.path, self.seconds = Path(path), 0.0
+        self.path = Path(path)
+        self.seconds = 0.0
         kept = []
         for line, record in self._records() if step else ():
             if record.get("step", 0) <= step:

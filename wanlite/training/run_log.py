@@ -1,6 +1,6 @@
 """Output of a run during training: metrics, trackers, grids, checkpoints and the progress bar.
 
-A full disk loses a record or a checkpoint, and training continues.
+If the disk is full, a record or a checkpoint is skipped with a warning, and training continues.
 """
 
 import time
@@ -9,27 +9,31 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..data.grids import save_grid
+from ..files.file_names import METRICS, SAMPLES
 from .checkpoints import latest_checkpoint
 from .run_folder import MetricsLog
-from .throughput import in_brief
+from .throughput import format_figures
 from .trackers import log_image
 
-LOG_STEPS = 10
+LOG_STEPS = 10  # steps between two records
 
 
 class RunLog:
-    """The log of a run whose record in run.json is `facts`; it continues after `step`.
+    """The log of a run, from `step` on; `facts` is the content of its run.json.
 
-    `pace` is a Pace; `began` is the start of this process, in seconds since the epoch.
+    `pace` is a Pace; `began` is the start of this process in seconds since the epoch.
     """
 
     def __init__(self, run, facts, step, pace, began):
-        self.run, self.facts, self.pace = run, facts, pace
-        self.accelerator, self.folder = run.accelerator, Path(run.settings.output_dir)
+        self.run = run
+        self.facts = facts
+        self.pace = pace
+        self.accelerator = run.accelerator
+        self.folder = Path(run.settings.output_dir)
         self._start_trackers(step)
         is_main = self.accelerator.is_main_process
-        self.metrics = MetricsLog(self.folder / "metrics.jsonl", step) if is_main else None
-        # The time before an interruption counts.
+        self.metrics = MetricsLog(self.folder / METRICS, step) if is_main else None
+        # The duration of a resumed run includes the time before its interruption.
         self.began = began - (self.metrics.seconds if self.metrics is not None else 0)
         self.bar = tqdm(
             total=run.settings.max_train_steps,
@@ -41,7 +45,7 @@ class RunLog:
         )
 
     def _start_trackers(self, step):
-        """Start the trackers; a resumed run logs the steps after its checkpoint again."""
+        """Start the trackers; a resumed run replaces the records after its checkpoint."""
         tensorboard = {"purge_step": step + 1} if step else {}
         self.accelerator.init_trackers(
             "wanlite", init_kwargs={"tensorboard": tensorboard, "wandb": {"dir": str(self.folder)}}
@@ -49,7 +53,7 @@ class RunLog:
 
     @property
     def seconds(self) -> float:
-        """Duration of the run so far."""
+        """The duration of the run."""
         return time.time() - self.began
 
     def record(self, step, grid=None, **figures):
@@ -60,35 +64,35 @@ class RunLog:
             self.metrics.write(step=step, **figures)
             self.accelerator.log(figures, step=step)
             if grid is not None:
-                image = save_grid(self.folder / "samples" / f"step-{step:06d}.png", grid)
+                image = save_grid(self.folder / SAMPLES / f"step-{step:06d}.png", grid)
                 for tracker in self.accelerator.trackers:
                     log_image(tracker, "teacher above student", image, step)
         except OSError as error:
             self.accelerator.print(f"WARNING: step {step} is not logged: {error}")
 
-    def record_step(self, phase, state, measured):
-        """Count a step; record its StepFigures every LOG_STEPS steps, at the end of a phase and if it was skipped."""
+    def record_step(self, phase, state, step_figures):
+        """Advance the progress bar; record the StepFigures every LOG_STEPS steps, of a phase's last step, and of skipped steps."""
         step = state.progress.step
         self.bar.update()
-        if step % LOG_STEPS and step != phase.last and measured.is_sound:
+        if step % LOG_STEPS and step != phase.last and step_figures.is_finite:
             return
         figures = self.pace.figures()
         self.bar.set_postfix(
-            phase=phase.name, loss=f"{measured.loss:.3f}", **in_brief(figures), refresh=False
+            phase=phase.name, loss=f"{step_figures.loss:.3f}", **format_figures(figures), refresh=False
         )
         self.record(
             step,
             seconds=round(self.seconds, 1),
-            loss=measured.loss,
-            grad_norm=measured.grad_norm,
+            loss=step_figures.loss,
+            grad_norm=step_figures.grad_norm,
             learning_rate=state.lr_schedulers[0].get_last_lr()[0],
             skipped_steps=state.progress.skipped_steps,
-            **{name: value.item() for name, value in measured.terms.items()},
+            **{name: value.item() for name, value in step_figures.terms.items()},
             **figures,
         )
 
     def checkpoint(self, state):
-        """Save a checkpoint of the current step, on the main process."""
+        """Save a checkpoint of the current step on the main process."""
         if self.accelerator.is_main_process:
             try:
                 state.save(self.folder, self.facts, self.run.settings.checkpoints_total_limit)
@@ -99,4 +103,4 @@ class RunLog:
                     f"The newest checkpoint is {newest}; training continues."
                 )
         self.accelerator.wait_for_everyone()
-        self.pace.restart()  # the time of a save does not count for a step
+        self.pace.restart()  # saving is not part of a step

@@ -1,4 +1,4 @@
-"""The training state: networks, optimizers, schedules, average and progress, saved and restored as one.
+"""The training state: networks, optimizers, schedules, averaged weights and progress, saved and restored as one.
 
 `Progress` is plain JSON. `CHECKPOINTED` names the attributes of a TrainingState that a checkpoint holds.
 """
@@ -33,7 +33,7 @@ CHECKPOINTED = (
 
 @contextmanager
 def averaged_weights(ema, network):
-    """Lend a network the average of its weights."""
+    """Replace a network's weights by their average within the context."""
     ema.store(network.parameters())
     ema.copy_to(network.parameters())
     try:
@@ -50,10 +50,10 @@ class Progress:
     phase: str = ""
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    rejected_validations: int = 0  # in a row, and no closer to the teacher
+    rejected_validations: int = 0  # in a row, none closer to the teacher
     best: dict[str, Any] = field(default_factory=dict)  # step, score and figures of the best candidate
     last_validation: dict[str, Any] = field(default_factory=dict)
-    rollout: dict[str, Any] = field(default_factory=dict)  # first step of its phase, digest of its student
+    rollout: dict[str, Any] = field(default_factory=dict)  # first step of the phase, digest of the student
 
     def state_dict(self):
         return asdict(self)
@@ -65,7 +65,7 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """Everything that training updates. `networks` are the student and the critic as accelerate wraps them."""
+    """Everything that training updates; `networks` holds student and critic as wrapped by accelerate."""
 
     networks: Networks
     student: nn.Module
@@ -77,8 +77,8 @@ class TrainingState:
     scaler: Any = None
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
-    stop: Any = None  # a StopSignal, read in every step
-    is_stopping: bool = False  # one of the processes received a signal to stop
+    stop: Any = None  # a StopSignal, checked in every step
+    is_stopping: bool = False  # a process received a signal to stop
 
     @property
     def critic_optimizers(self):
@@ -86,12 +86,12 @@ class TrainingState:
 
     @contextmanager
     def averaged(self):
-        """Lend the student its averaged weights, if the run keeps an average."""
+        """Yield the student with its averaged weights, if the run keeps an average."""
         with averaged_weights(self.ema, self.student) if self.ema else nullcontext():
             yield self.student
 
     def begin(self, phase):
-        """Prepare for a phase: distribution matching starts with a critic that is a copy of the student."""
+        """Prepare for a phase; the critic of the matching phase starts as a copy of the student."""
         self.progress.phase = phase.name
         if self.critic is not None and phase.name == "matching" and self.progress.step == phase.first:
             self.critic.load_state_dict(self.student.state_dict())
@@ -104,7 +104,7 @@ class TrainingState:
         }
 
     def load_best(self):
-        """Load the weights to save into the student: the best candidate, else the average at the last step."""
+        """Load the best candidate into the student or, without one, the averaged weights."""
         if self.best_weights:
             self.student.load_state_dict(self.best_weights)
         elif self.ema is not None:
@@ -113,7 +113,7 @@ class TrainingState:
     # ---- checkpoints ---------------------------------------------------------------------------------------
 
     def checkpointed(self):
-        """Return the attributes of CHECKPOINTED by name, without those that this run does not have."""
+        """Return the attributes of CHECKPOINTED by name; those that this run does not use are left out."""
         components = {name: getattr(self, name) for name in CHECKPOINTED}
         return {name: value for name, value in components.items() if value is not None and value != []}
 
@@ -122,14 +122,14 @@ class TrainingState:
         save_checkpoint(folder, self.progress.step, self.checkpointed(), facts, keep)
 
     def resume(self, folder, device, log):
-        """Restore the newest checkpoint that verifies; without any checkpoint, nothing changes."""
+        """Restore the newest valid checkpoint; without any checkpoint, nothing changes."""
         path, skipped = latest_checkpoint(folder)
         for reason in skipped:
             log(reason)
         if path is None:
             if skipped:
                 raise OSError(
-                    f"{folder}: no checkpoint verifies, so nothing can be resumed. Add --overwrite to start again."
+                    f"{folder}: no checkpoint is valid, so nothing can be resumed. Add --overwrite to start again."
                 )
             return
         components = self.checkpointed()
@@ -155,7 +155,7 @@ def make_training_state(run, student, teacher_data, few, stop=None):
         if settings.use_ema
         else None
     )
-    # The optimizers are prepared too, so that accelerate unscales their gradients.
+    # Optimizers are prepared as well, so that accelerate unscales their gradients.
     wrapped, wrapped_head, *_ = accelerator.prepare(student, head, *optimizers)
     networks = Networks(
         wrapped,
@@ -182,7 +182,7 @@ def _add_critic(state, settings, accelerator):
 
 def compile_blocks(networks):
     """Compile networks block by block, in place; names and weights do not change."""
-    torch._dynamo.config.optimize_ddp = False  # it would split each block at its gradient buckets
+    torch._dynamo.config.optimize_ddp = False  # it would split blocks at the gradient buckets
     torch._dynamo.config.recompile_limit = 32  # image sizes, text lengths, with and without gradients
     for network in networks:
         network.compile_repeated_blocks()

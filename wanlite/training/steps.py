@@ -1,8 +1,8 @@
 """The loss of each phase: a batch of states -> a loss, and its terms by name.
 
 Every step is called as `step(networks, settings, batch, text, progress, generator)`: `batch` is a dict of
-tensors on the device, `text` TextTokens of the same rows, `progress` 0..1 through the phase, `generator` the
-source of all random numbers.
+tensors on the device, `text` holds the TextTokens of its rows, `progress` is the position in the phase (0..1), and
+all random numbers come from `generator`.
 """
 
 import math
@@ -17,8 +17,8 @@ from torch import nn
 from ..data.trajectories import sample_tokens
 from .losses import distribution_matching_loss, feature_loss, push_apart, velocity_loss
 
-TOKENS_PER_PASS = 65536  # image tokens of a pass in a validation or rollout: 64 images of 512 x 512
-MATCHED = 4  # one in MATCHED rows of a micro-batch is matched; all rows are in the anchor loss
+TOKENS_PER_PASS = 65536  # image tokens per pass in validations and rollouts: 64 images of 512 x 512
+MATCHED = 4  # one in MATCHED rows of a micro-batch is matched; the anchor loss uses all rows
 
 
 @dataclass
@@ -27,16 +27,16 @@ class Networks:
 
     student: nn.Module
     feature_head: nn.Module
-    block: int  # its hidden states are compared
-    guided: Callable  # TextTokens -> the guided teacher's velocity of (latents, timestep)
-    unguided: Callable  # the same without guidance
+    block: int  # the block whose hidden states are compared
+    guided: Callable  # TextTokens -> the guided velocity of the teacher, as a function of (latents, timestep)
+    unguided: Callable  # the same, without guidance
     few: Any  # flow.FewSteps
     critic: nn.Module | None = None
     critic_optimizers: list = field(default_factory=list)
 
 
 def velocity_step(networks, settings, batch, text, progress, generator):
-    """Stage 1: match the guided velocity at the teacher's states, and with falling weight its hidden states."""
+    """Velocity phase: match the teacher's guided velocity and, with a falling weight, its hidden states."""
     velocity, (hidden_states,) = networks.student(
         batch["latents"].float(),
         batch["timestep"],
@@ -56,20 +56,20 @@ def velocity_step(networks, settings, batch, text, progress, generator):
 
 
 def few_step_regression(networks, settings, batch, text, progress, generator):
-    """Stage 2a: match the average velocity from the states of few-step solves to the teacher's image.
+    """Few-step phase: match the average velocity from the states of few-step solves to the teacher's image.
 
-    With a diversity gain, the targets from noise are those of vary().
+    With a diversity gain, the targets at noise come from vary_targets().
     """
     target = batch["velocity"]
     if settings.diversity_gain:
-        target = vary(networks, settings.diversity_gain, batch, text, generator)
+        target = vary_targets(networks, settings.diversity_gain, batch, text, generator)
     velocity = velocity_from(networks.student, text)(batch["latents"].float(), batch["timestep"])
     few_step_loss = velocity_loss(velocity, target).mean()
     return few_step_loss, {"few_step_loss": few_step_loss}
 
 
-def vary(networks, gain, batch, text, generator):
-    """Return the target velocities of stage 2a (B, C, H, W), those from noise pushed apart; see push_apart()."""
+def vary_targets(networks, gain, batch, text, generator):
+    """Return the target velocities (B, C, H, W) of the few-step phase, with push_apart() applied to those at noise."""
     rows = (batch["timestep"] == networks.few.levels[0][0]).nonzero().flatten()
     noise = networks.few.own_noise(batch["latents"].shape, generator, rows.device)[rows]
     target, noise_level = batch["velocity"].float(), batch["noise_level"][rows]
@@ -81,20 +81,20 @@ def vary(networks, gain, batch, text, generator):
 
 
 def matching_step(networks, settings, batch, text, progress, generator):
-    """Stage 2b: push the student's images towards regions that the teacher finds likelier than the critic does.
+    """Matching phase: push the student's images towards regions that the teacher finds likelier than the critic.
 
-    The critic, a student trained on the student's images, is updated first. The push of guidance and that
-    of the critic have noise levels of their own and are logged apart; the anchor is the loss of stage 2a.
-    Source: DMD2 (Yin et al. 2024), decoupled DMD (Liu et al. 2025), K-DMD in SnapGen++ for the critic that
-    moves with the student.
+    The critic, a model of the student's images, is updated first. The terms of guidance and critic use separate
+    noise levels and are logged separately; the anchor is the loss of the few-step phase. Source: DMD2 (Yin et
+    al. 2024), decoupled DMD (Liu et al. 2025), and K-DMD in SnapGen++ for the critic that follows the student.
     """
     anchor, terms = few_step_regression(networks, settings, batch, text, progress, generator)
-    text, latent_shape = text.rows(slice(0, max(1, len(text.tokens) // MATCHED))), batch["latents"].shape[1:]
+    text = text.rows(slice(0, max(1, len(text.tokens) // MATCHED)))
+    latent_shape = batch["latents"].shape[1:]
     for _ in range(settings.critic_updates):
         with torch.no_grad():
-            images = draw(networks, text, generator, latent_shape)
+            images = generate(networks, text, generator, latent_shape)
         terms["critic_loss"] = update_critic(networks, settings, images, text, generator)
-    images = draw(networks, text, generator, latent_shape)
+    images = generate(networks, text, generator, latent_shape)
     for name, towards, away_from in (
         ("guidance", networks.guided, networks.unguided),
         ("critic", networks.unguided, partial(velocity_from, networks.critic)),
@@ -108,7 +108,7 @@ def matching_step(networks, settings, batch, text, progress, generator):
 
 
 def update_critic(networks, settings, images, text, generator):
-    """Train the critic on the student's images and move it a little towards the student; returns its loss."""
+    """Train the critic on the student's images and move it towards the student; returns its loss."""
     noisy, noise, timestep, _ = networks.few.renoise(images, generator)
     loss = velocity_loss(velocity_from(networks.critic, text)(noisy, timestep), noise - images).mean()
     loss.backward()
@@ -122,30 +122,29 @@ def update_critic(networks, settings, images, text, generator):
     return loss.detach()
 
 
-def draw(networks, text, generator, latent_shape=None):
-    """Return the student's images of `text` from new noise, at a random stop; see FewSteps.draw()."""
+def generate(networks, text, generator, latent_shape=None):
+    """Return the student's images of `text` from new noise at a random stop; see FewSteps.draw()."""
     velocity_of = velocity_from(networks.student, text)
     return networks.few.draw(len(text.tokens), velocity_of, generator, text.tokens.device, latent_shape)
 
 
 def velocity_from(network, text):
-    """Return the velocity of a student or critic as a function of (latents, timestep), without guidance."""
+    """Return the unguided velocity of a student or critic as a function of (latents, timestep)."""
     return lambda latents, timestep: network(
         latents, timestep, text.tokens, text_logit_bias=text.logit_bias, return_dict=False
     )[0]
 
 
-def velocity_in_chunks(network, text):
-    """Like velocity_from(), with at most TOKENS_PER_PASS image tokens per pass, which bounds the memory."""
+def velocity_in_chunks(network, text, tokens_per_pass=TOKENS_PER_PASS):
+    """Return velocity_from() with at most `tokens_per_pass` image tokens per pass, to bound the memory."""
 
     def velocity_of(latents, timestep):
         tokens = latents.shape[-2] * latents.shape[-1] // math.prod(network.config.patch_size)
-        rows = max(1, TOKENS_PER_PASS // tokens)
-        return torch.cat(
-            [
-                velocity_from(network, text.rows(chunk))(latents[chunk], timestep[chunk])
-                for chunk in (slice(start, start + rows) for start in range(0, len(latents), rows))
-            ]
-        )
+        rows = max(1, tokens_per_pass // tokens)
+        chunks = [slice(start, start + rows) for start in range(0, len(latents), rows)]
+        velocities = [
+            velocity_from(network, text.rows(chunk))(latents[chunk], timestep[chunk]) for chunk in chunks
+        ]
+        return torch.cat(velocities)
 
     return velocity_of

@@ -1,8 +1,8 @@
 """The teacher's data of a run: prompt embeddings, trajectories and states at real images, each computed once.
 
 The cache stores them under a digest of their inputs. Seeds of training trajectories count up from a number above
-any that users generate with; those of held-out trajectories and of the noise on images count down from it. So a
-student is neither validated nor used at noise that it was trained on.
+the usual seeds of users; seeds of held-out trajectories and of the noise on images count down from it. A student
+is therefore never validated or used at noise that it was trained on.
 """
 
 from dataclasses import replace
@@ -14,8 +14,9 @@ from ..data.autoencoder import encode_images, to_pixels
 from ..data.images import read_image
 from ..data.shards import compute_once
 from ..data.text_encoder import encode_once, lazy_encoder, load_tokenizer, warn_of_truncation
-from ..data.trajectories import TrajectoryGenerator, deal_out
+from ..data.trajectories import TrajectoryGenerator, split_jobs
 from ..files.cache import cache_folder
+from ..files.file_names import CACHE
 from ..files.locks import in_turn
 from ..flow import make_scheduler
 from ..network import TEXT_LENGTH, pack_text
@@ -30,12 +31,12 @@ SEEDS_PER_RUN = 10**7  # distance between the first seeds of two runs
 
 def open_components(run):
     """Return a folder of vae/, text_encoder/ and tokenizer/ in diffusers' layout: the teacher's or a converted copy."""
-    settings, accelerator, found = run.settings, run.accelerator, run.components
-    if all(is_converted(found, component) for component in found):
+    settings, accelerator, components = run.settings, run.accelerator, run.components
+    if all(is_converted(components, component) for component in components):
         return Path(settings.teacher)
     files = [
         path
-        for source in found.values()
+        for source in components.values()
         for path in ([source] if source.is_file() else sorted(source.rglob("*")))
         if path.is_file()
     ]
@@ -45,15 +46,15 @@ def open_components(run):
         )
     if accelerator.is_main_process:
         with in_turn(folder, accelerator.print):
-            convert_components(found, folder, accelerator.print)
+            convert_components(components, folder, accelerator.print)
     accelerator.wait_for_everyone()
     return folder
 
 
 class PromptEmbeddings:
-    """Embeddings (L, T) of prompts, each computed once by the text encoder in `components_folder`.
+    """Embeddings (L, T) of prompts, computed once by the text encoder in `components_folder`.
 
-    `encoder_digest` identifies text encoder and tokenizer.
+    `encoder_digest` identifies the text encoder and the tokenizer.
     """
 
     def __init__(self, accelerator, components_folder, cache_dir, prompts):
@@ -70,38 +71,44 @@ class PromptEmbeddings:
         self.embeddings = encode_once(
             accelerator, lazy_encoder(components_folder, accelerator.device), prompts, folder
         )
-        full = [prompt for prompt, embedding in self.embeddings.items() if len(embedding) == TEXT_LENGTH]
-        if full and accelerator.is_main_process:  # the cache holds truncated prompts as well
-            warn_of_truncation(load_tokenizer(Path(components_folder) / "tokenizer"), full, print)
+        # Cached embeddings may be of truncated prompts, which have the full length.
+        longest = [prompt for prompt, embedding in self.embeddings.items() if len(embedding) == TEXT_LENGTH]
+        if longest and accelerator.is_main_process:
+            warn_of_truncation(load_tokenizer(Path(components_folder) / "tokenizer"), longest, print)
 
     def __getitem__(self, prompt):
         return self.embeddings[prompt]
 
     def pack(self, prompts):
-        """Return prompts as TextTokens, on the CPU."""
+        """Return the embeddings of prompts as TextTokens on the CPU."""
         return pack_text([self.embeddings[prompt] for prompt in prompts])
 
 
 class TeacherData:
-    """The teacher's states for training prompts, and for the held-out prompts of validations.
+    """The teacher's states for the prompts of training and validation.
 
-    `run` is a planning.Run: the first of its `latent_shapes` (C, H, W) is that of validations, the others are
-    those of training, one per bucket. `guided` and `unguided` make velocity functions of text. generate() sets
-    `training_states` and `image_states`, lists with one entry per bucket, and `validation_states`.
+    `run` is a planning.Run; the first of its `latent_shapes` (C, H, W) is used in validations, the others in
+    training, one per bucket. `guided` and `unguided` return the teacher's velocity functions for a text.
+    generate() sets `training_states` and `image_states`, lists with one entry per bucket, and
+    `validation_states`.
     """
 
     def __init__(self, run, teacher, prompt_embeddings, pace):
-        self.accelerator, self.settings, self.pace = run.accelerator, run.settings, pace
+        self.accelerator = run.accelerator
+        self.settings = run.settings
+        self.pace = pace
+        self.teacher = teacher
         self.prompt_embeddings = prompt_embeddings
-        self.training, self.held_out = run.training, run.held_out
+        self.training = run.training
+        self.held_out = run.held_out
         self.validated = choose_validated(run.training, run.held_out)
         self.latent_shape, *self.buckets = run.latent_shapes
-        self.teacher, self.scheduler = teacher, make_scheduler(run.settings.flow_shift)
+        self.scheduler = make_scheduler(run.settings.flow_shift)
         self.first_seed = FIRST_SEED + run.settings.seed * SEEDS_PER_RUN
         negative = prompt_embeddings[run.settings.negative_prompt]
         unguided = replace(run.settings, guidance_scale=1.0, guidance_scale_2=1.0)
         self.guided, self.unguided = (
-            pace.timed(teacher_velocity(teacher, each, negative)) for each in (run.settings, unguided)
+            pace.time_teacher(teacher_velocity(teacher, each, negative)) for each in (run.settings, unguided)
         )
         self.trajectory_generator = TrajectoryGenerator(
             run.accelerator,
@@ -113,7 +120,7 @@ class TeacherData:
         self.provenance = self._describe(run.settings)
 
     def _describe(self, settings):
-        """Return the inputs that all teacher data in the cache shares."""
+        """Return the inputs that are common to all teacher data in the cache."""
         return {
             "teacher": self.teacher.files.fingerprint,
             "negative_prompt": settings.negative_prompt,
@@ -125,7 +132,7 @@ class TeacherData:
         }
 
     def generate(self, run, autoencoder):
-        """Generate the data that does not depend on the student, or read it from the cache; returns figures of speed."""
+        """Generate the data that does not depend on the student, or read it from the cache; returns its speed."""
         self.find_basis()
         self.pace.restart()
         self.training_states = self.generate_training(run.settings.num_trajectories)
@@ -141,12 +148,12 @@ class TeacherData:
         with self.accelerator.main_process_first():
             return cache_folder(parent or self.settings.cache_dir, kind, **inputs, **self.provenance)
 
-    def keep(self, kind, make, **inputs):
-        """Return the tensors of `make()`, from the cache where it has this `kind` of the same inputs."""
+    def compute_once(self, kind, make, **inputs):
+        """Return the tensors of `make()`; the cache keeps them under this `kind` and its `inputs`."""
         return compute_once(self.accelerator, self._cache_folder(kind, **inputs), make)
 
     def find_basis(self):
-        """Find the basis of the stored hidden states, on trajectories of a few training prompts."""
+        """Compute the basis of the stored hidden states from trajectories of a few training prompts."""
         prompts = self.training[: self.settings.validation_trajectories]
         folder = self._cache_folder("basis", prompts=prompts, latents=self.latent_shape)
         self.trajectory_generator.find_basis(
@@ -159,18 +166,17 @@ class TeacherData:
             (number, self.training[number], self.first_seed + n)
             for n, number in enumerate(n % len(self.training) for n in range(num_trajectories))
         ]
+        trajectories_by_bucket = split_jobs(self.trajectories, len(self.buckets), self.settings.seed)
         return [
-            self._generate(*bucket)
-            for bucket in zip(
-                deal_out(self.trajectories, len(self.buckets), self.settings.seed), self.buckets
-            )
+            self._generate(trajectories, latent_shape)
+            for trajectories, latent_shape in zip(trajectories_by_bucket, self.buckets)
         ]
 
     def generate_validation(self):
-        """Generate the validation trajectories: of one seed per prompt, and of several seeds for a few prompts."""
+        """Generate the validation trajectories: one seed per prompt, and several seeds of a few prompts."""
         validated, several = count_validated(self.settings.validation_trajectories, len(self.validated))
         prompts = self.validated[: self.settings.validation_trajectories]
-        once = [
+        one_seed = [
             (n % len(prompts), prompts[n % len(prompts)], self.first_seed - 1 - n) for n in range(validated)
         ]
         by_seed = [
@@ -178,50 +184,46 @@ class TeacherData:
             for n, prompt in enumerate(prompts[:several])
             for seed in range(several)
         ]
-        return self._generate(once, self.latent_shape), self._generate(by_seed, self.latent_shape)
+        return self._generate(one_seed, self.latent_shape), self._generate(by_seed, self.latent_shape)
 
-    def _generate(self, trajectories, latents):
-        return self.trajectory_generator.generate(
-            self._cache_folder("trajectories", trajectories=trajectories, latents=latents),
-            trajectories,
-            latents,
-        )
+    def _generate(self, trajectories, latent_shape):
+        folder = self._cache_folder("trajectories", trajectories=trajectories, latents=latent_shape)
+        return self.trajectory_generator.generate(folder, trajectories, latent_shape)
 
     def compute_at_images(self, images, sizes, autoencoder):
         """Compute the teacher's states at captioned images with noise.
 
         Returns Trajectories by bucket, None for a bucket without images of its size (width, height).
         """
+        found_sizes = {image.size for image in images}
         return [
-            self._compute_at_images(images, *bucket, autoencoder)
-            if bucket[0] in {image.size for image in images}
-            else None
-            for bucket in zip(sizes, self.buckets)
+            self._compute_at_images(images, size, latent_shape, autoencoder) if size in found_sizes else None
+            for size, latent_shape in zip(sizes, self.buckets)
         ]
 
-    def _compute_at_images(self, images, size, latents, autoencoder):
-        number_of = {prompt: number for number, prompt in enumerate(self.training)}
-        image_of = {image.sha256: image for image in images if image.size == size}
+    def _compute_at_images(self, images, size, latent_shape, autoencoder):
+        prompt_numbers = {prompt: number for number, prompt in enumerate(self.training)}
+        images_by_digest = {image.sha256: image for image in images if image.size == size}
         jobs = [
-            (number_of[image.caption], image.caption, self.first_seed - 10**6 - n, image.sha256)
+            (prompt_numbers[image.caption], image.caption, self.first_seed - 10**6 - n, image.sha256)
             for n, image in enumerate(images)
             if image.size == size
         ]
 
-        def latents_of(digests):
-            arrays = np.stack([read_image(image_of[sha256]) for sha256 in digests])
+        def encode(digests):
+            arrays = np.stack([read_image(images_by_digest[sha256]) for sha256 in digests])
             return encode_images(autoencoder, to_pixels(arrays).to(self.accelerator.device))
 
-        return self.trajectory_generator.compute_at_images(
-            self._cache_folder("images", asked=jobs, latents=latents), jobs, latents_of
-        )
+        folder = self._cache_folder("images", jobs=jobs, latents=latent_shape)
+        return self.trajectory_generator.compute_at_images(folder, jobs, encode)
 
     def roll_out(self, student, digest, few, first, is_past):
-        """Solve with `student` to the stops of its few steps and from there with the teacher.
+        """Solve with `student` to the stops of its few steps, and from there with the teacher.
 
-        Returns the on-policy states at the stops by bucket, None for none. `digest` is that of the student's
-        weights; `first` is the first step of the phase, which determines the prompts. Raises OSError if
-        training `is_past` that step and the states are missing, since that student no longer exists.
+        Returns the on-policy states at the stops by bucket, or None for each bucket without rollouts. `digest`
+        identifies the student's weights; `first`, the first step of the phase, determines the prompts. Raises
+        OSError if training `is_past` that step and the states are missing, because that student no longer
+        exists.
         """
         if not self.settings.rollout_states or not few.stops:
             return [None] * len(self.buckets)
@@ -229,15 +231,16 @@ class TeacherData:
             (*self.trajectories[n % len(self.trajectories)], *few.stops[n % len(few.stops)])
             for n in range(first, first + self.settings.rollout_states)
         ]
-        rollouts = []
-        for its_jobs, latents in zip(deal_out(jobs, len(self.buckets), self.settings.seed), self.buckets):
-            folder = self._cache_folder(
-                "own-path",
-                Path(self.settings.output_dir) / "cache",
-                paths=its_jobs,
-                latents=latents,
-                student=digest,
+
+        def student_for(prompts):
+            return velocity_in_chunks(
+                student, self.prompt_embeddings.pack(prompts).to(self.accelerator.device)
             )
+
+        rollouts = []
+        jobs_by_bucket = split_jobs(jobs, len(self.buckets), self.settings.seed)
+        for bucket_jobs, latent_shape in zip(jobs_by_bucket, self.buckets):
+            folder = self._rollout_folder(bucket_jobs, latent_shape, digest)
             if is_past and not any(folder.glob("shard-*")):
                 raise OSError(
                     f"{folder}: the rollout of step {first} is missing, and training is past that step. "
@@ -245,22 +248,21 @@ class TeacherData:
                 )
             rollouts.append(
                 self.trajectory_generator.roll_out(
-                    folder,
-                    its_jobs,
-                    latents,
-                    lambda prompts: velocity_in_chunks(
-                        student, self.prompt_embeddings.pack(prompts).to(self.accelerator.device)
-                    ),
-                    few.scheduler,
+                    folder, bucket_jobs, latent_shape, student_for, few.scheduler
                 )
             )
         return rollouts
 
+    def _rollout_folder(self, jobs, latent_shape, digest):
+        """Return the folder of a rollout, in the run's own cache: no other run has the same student."""
+        parent = Path(self.settings.output_dir) / CACHE
+        return self._cache_folder("rollouts", parent, jobs=jobs, latents=latent_shape, student=digest)
+
 
 def teacher_velocity(teacher, settings, negative):
-    """Return `velocity_for(text, has_features=False)`, which makes velocity functions of (latents, timestep).
+    """Return `velocity_for(text, has_features=False)`, which returns velocity functions of (latents, timestep).
 
-    With `has_features`, the functions return (velocity, hidden states (B, N, D) after the feature block).
+    With `has_features`, these functions return (velocity, hidden states (B, N, D) after the feature block).
     """
 
     def velocity_for(text, has_features=False):
@@ -285,5 +287,5 @@ def teacher_velocity(teacher, settings, negative):
 
 
 def feature_block(depth: int) -> int:
-    """Return the block whose hidden states are compared: at three quarters of the depth, which encodes layout."""
+    """Return the block whose hidden states are compared: at three quarters of the depth, where layout is encoded."""
     return max(0, round(0.75 * depth) - 1)

@@ -1,8 +1,7 @@
-"""What a run does, in figures: images a second, where the time goes, memory, how much of the device's
-arithmetic is used.
+"""Throughput of a run: images per second, shares of the time, peak memory, and utilisation of the device.
 
-Nothing here waits for the device. On CUDA the teacher's time is that between pairs of events, which are read
-once they are past.
+Nothing here synchronises with the device. On CUDA the teacher's time is measured between pairs of events, which
+are read once they are complete.
 """
 
 import time
@@ -15,27 +14,33 @@ from ..network import pass_operations
 
 
 class Pace:
-    """Counts what happens from one restart() to the next.
+    """Counts states, operations and seconds from one restart() to the next.
 
-    `rate` is the operations a second that the device multiplies matrices with, `ranks` the processes that do
-    the same beside this one.
+    `rate` is the device's speed at matrix products, in operations per second; `ranks` is the number of processes
+    that do the same work.
     """
 
     def __init__(self, device, rate, ranks=1):
-        self.device, self.rate, self.ranks, self.resident = torch.device(device), rate, ranks, 0
+        self.device = torch.device(device)
+        self.rate = rate
+        self.ranks = ranks
+        self.peak_resident = 0  # bytes
         self.restart()
 
     def restart(self):
-        """Count anew from here."""
-        self.began, self.states, self.operations = time.perf_counter(), 0, 0
-        self.asked, self.waited, self.taught, self.under_way = 0, 0.0, 0.0, []
+        """Set all counts to zero."""
+        self.began = time.perf_counter()
+        self.states = 0
+        self.operations = 0
+        self.wait_seconds = 0.0
+        self.teacher_states = 0
+        self.teacher_seconds = 0.0
+        self.teacher_events = []  # pairs of CUDA events around calls of the teacher
 
     # ---- counting ------------------------------------------------------------------------------------------
 
-    def deal(self, batches):
-        """Yield `batches`, an iterator of (batch, TextTokens), and count the states in them and the time
-        until they were there.
-        """
+    def count_batches(self, batches):
+        """Yield `batches`, an iterator of (batch, TextTokens); count their states and the time spent waiting."""
         self.restart()
         while True:
             began = time.perf_counter()
@@ -43,107 +48,99 @@ class Pace:
                 batch, text = next(batches)
             except StopIteration:
                 return
-            self.waited += time.perf_counter() - began
+            self.wait_seconds += time.perf_counter() - began
             self.states += len(text.tokens)
             yield batch, text
 
-    def count(self, network):
-        """Count the operations of every pass of a network from now on; one with a gradient is thrice a pass,
-        there and back.
-        """
+    def count_operations(self, network):
+        """Count the operations of every later pass of a network; with gradients, a pass counts three times."""
 
-        def counted(_, arguments, named, __):
+        def count_pass(_, arguments, named, __):
             latents, _, text = arguments
-            tokens = (
-                latents.shape[-2]
-                * latents.shape[-1]
-                // (network.config.patch_size[1] * network.config.patch_size[2])
-            )
-            once = pass_operations(network.config, len(latents), tokens, text.shape[1])
-            self.operations += once * (3 if torch.is_grad_enabled() else 1)
+            _, height, width = network.config.patch_size
+            tokens = latents.shape[-2] * latents.shape[-1] // (height * width)
+            operations = pass_operations(network.config, len(latents), tokens, text.shape[1])
+            self.operations += operations * (3 if torch.is_grad_enabled() else 1)
 
-        network.register_forward_hook(counted, with_kwargs=True)
+        network.register_forward_hook(count_pass, with_kwargs=True)
 
-    def timed(self, velocity_for):
-        """Return the same maker of velocity functions; the time in these is the teacher's."""
+    def time_teacher(self, velocity_for):
+        """Return `velocity_for`, a maker of the teacher's velocity functions, with these functions timed."""
 
-        def timed_for(*arguments):
+        def timed_velocity_for(*arguments):
             velocity_of = velocity_for(*arguments)
 
             def timed_velocity(latents, timestep):
-                with self._teaching(len(latents)):
+                with self._count_teacher(len(latents)):
                     return velocity_of(latents, timestep)
 
             return timed_velocity
 
-        return timed_for
+        return timed_velocity_for
 
     @contextmanager
-    def _teaching(self, rows):
-        self.asked += rows
+    def _count_teacher(self, num_states):
+        self.teacher_states += num_states
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             yield
             end.record()
-            self.under_way.append((start, end))
+            self.teacher_events.append((start, end))
         else:
             began = time.perf_counter()
             yield
-            self.taught += time.perf_counter() - began
+            self.teacher_seconds += time.perf_counter() - began
 
     # ---- reporting -----------------------------------------------------------------------------------------
 
     def figures(self):
-        """Return what was counted, by name, and restart().
+        """Return the figures since the last restart() by name, and restart.
 
-        Shares are of the time since the last restart; `memory_peak_gb` is the peak of allocated memory on
-        a GPU, on the CPU the largest resident set; `model_flops_utilisation` is the share of the device's rate
-        that the networks' operations make up, without those that checkpointing repeats.
+        Shares are fractions of the elapsed time. `memory_peak_gb` is the peak of allocated memory on a GPU, and
+        the largest resident set on the CPU. `model_flops_utilisation` is the fraction of the device's rate that
+        the networks use; recomputation by gradient checkpointing is not counted.
         """
         seconds = max(time.perf_counter() - self.began, 1e-9)
         found = {
             "images_per_second": self.ranks * self.states / seconds,
-            "teacher_share": self._taught() / seconds,
-            "data_wait_share": self.waited / seconds,
-            "memory_peak_gb": self._peak() / 1e9,
+            "teacher_share": self._sum_teacher_seconds() / seconds,
+            "data_wait_share": self.wait_seconds / seconds,
+            "memory_peak_gb": self._measure_peak() / 1e9,
             "model_flops_utilisation": self.operations / (seconds * self.rate),
         }
         self.restart()
         return {name: float(f"{value:.4g}") for name, value in found.items()}
 
     def generation_figures(self, num_steps):
-        """Return the speed of the teacher on trajectories of `num_steps`, and restart(); empty if it did not run."""
-        seconds, generated, taught = (
-            time.perf_counter() - self.began,
-            self.ranks * self.asked / num_steps,
-            self._taught(),
-        )
+        """Return the speed of generating trajectories of `num_steps`, and restart; {} if none was generated."""
+        seconds = time.perf_counter() - self.began
+        generated = self.ranks * self.teacher_states / num_steps
+        teacher_seconds = self._sum_teacher_seconds()
         self.restart()
-        return (
-            {
-                "generated": round(generated),
-                "trajectories_per_second": round(generated / seconds, 4),
-                "generation_teacher_share": round(taught / seconds, 4),
-            }
-            if generated
-            else {}
-        )
+        if not generated:
+            return {}
+        return {
+            "generated": round(generated),
+            "trajectories_per_second": round(generated / seconds, 4),
+            "generation_teacher_share": round(teacher_seconds / seconds, 4),
+        }
 
-    def _taught(self):
-        """Return the seconds in the teacher; on CUDA those of the calls that are over."""
-        past = [pair for pair in self.under_way if pair[1].query()]
-        return self.taught + sum(start.elapsed_time(end) for start, end in past) / 1000
+    def _sum_teacher_seconds(self):
+        """Return the seconds in the teacher; on CUDA, in the calls that are complete."""
+        complete = [(start, end) for start, end in self.teacher_events if end.query()]
+        return self.teacher_seconds + sum(start.elapsed_time(end) for start, end in complete) / 1000
 
-    def _peak(self):
+    def _measure_peak(self):
+        """Return the peak memory in bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        self.resident = max(self.resident, psutil.Process().memory_info().rss)
-        return self.resident
+        self.peak_resident = max(self.peak_resident, psutil.Process().memory_info().rss)
+        return self.peak_resident
 
 
-def in_brief(figures):
-    """Return figures as a progress bar shows them."""
+def format_figures(figures):
+    """Return the figures of a progress bar as short texts by name."""
     return {
         "images/s": f"{figures['images_per_second']:.3g}",
         "teacher": f"{figures['teacher_share']:.0%}",

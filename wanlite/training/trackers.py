@@ -1,8 +1,11 @@
-"""The trackers that a run can log to, beside metrics.jsonl. No torch: a missing one is refused at once."""
+"""Trackers that a run can log to, beside metrics.jsonl.
+
+This module does not import torch, so that a missing tracker is refused at once.
+"""
 
 import importlib.metadata
 
-# As accelerate names them -> the packages of which one has to be there.
+# {accelerate's name of a tracker: packages, one of which must be installed}
 PACKAGES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "wandb": ("wandb",),
@@ -14,19 +17,20 @@ PACKAGES = {
     "swanlab": ("swanlab",),
     "trackio": ("trackio",),
 }
-# How their log_images takes a picture (height, width, 3); those that are not here take none.
-PICTURES = {
-    "tensorboard": lambda picture: (picture[None], {"dataformats": "NHWC"}),
-    "wandb": lambda picture: ([picture], {}),
-    "swanlab": lambda picture: ([picture], {}),
-    "aim": lambda picture: (picture, {}),
-    "clearml": lambda picture: (picture, {}),
+# {tracker: image (height, width, 3) -> value and options of its log_images}; other trackers get no images.
+IMAGE_FORMATS = {
+    "tensorboard": lambda image: (image[None], {"dataformats": "NHWC"}),
+    "wandb": lambda image: ([image], {}),
+    "swanlab": lambda image: ([image], {}),
+    "aim": lambda image: (image, {}),
+    "clearml": lambda image: (image, {}),
 }
 
 
 def check_tracker(name):
-    """Refuse a tracker that accelerate does not know, or whose package is not installed: accelerate would
-    leave it out silently.
+    """Refuse a tracker that accelerate does not support or whose package is missing.
+
+    Accelerate would skip such a tracker silently.
     """
     if name in ("none", "all"):
         return
@@ -36,15 +40,15 @@ def check_tracker(name):
         )
     if not any(_is_installed(package) for package in PACKAGES[name]):
         raise ValueError(
-            f"--report_to {name}: it is not installed. pip install {PACKAGES[name][0]}, or add --report_to "
-            f"none for "
-            "metrics.jsonl alone."
+            f"--report_to {name}: it is not installed. pip install {PACKAGES[name][0]}, or add --report_to none "
+            "for metrics.jsonl alone."
         )
 
 
 def _is_installed(package):
-    """Whether a package is there; a folder of that name, as a tracker leaves where a run was started, is
-    none.
+    """Whether a package is installed.
+
+    An import would also find a folder of that name, which some trackers create in the working directory.
     """
     try:
         return bool(importlib.metadata.version(package))
@@ -52,8 +56,8 @@ def _is_installed(package):
         return False
 
 
-def log_image(tracker, name, picture, step):
-    """Give one of accelerate's trackers a picture (height, width, 3) uint8, if it takes pictures."""
-    if tracker.name in PICTURES:
-        values, options = PICTURES[tracker.name](picture)
-        tracker.log_images({name: values}, step=step, **options)
+def log_image(tracker, name, image, step):
+    """Log an image (height, width, 3) uint8 to one of accelerate's trackers, if it supports images."""
+    if tracker.name in IMAGE_FORMATS:
+        value, options = IMAGE_FORMATS[tracker.name](image)
+        tracker.log_images({name: value}, step=step, **options)

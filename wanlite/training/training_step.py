@@ -6,26 +6,26 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# Steps in a row without a finite gradient after which a run ends; float16 needs some to find its scale.
+# A run ends after this many steps in a row without a finite gradient; float16 needs some to find its scale.
 MAX_SKIPPED = 20
-LOSS_PURPOSE = 0  # what random numbers are for, as a part of their seed: here the loss of a micro-batch
+LOSS_PURPOSE = 0  # part of the seed of random numbers, by their use: here the loss of a micro-batch
 
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What a step measured: means over all processes; `terms` are those of the loss, by name."""
+    """The measurements of a step: means over all processes, and the terms of the loss by name."""
 
     loss: float
     grad_norm: float
-    is_sound: bool  # loss and gradient were finite, so that the weights were updated
+    is_finite: bool  # loss and gradient; otherwise the weights were not updated
     terms: dict[str, torch.Tensor]
 
 
 def training_step(phase, run, state, batch):
-    """Train one step of a phase and return its StepFigures; `state` changes in place.
+    """Train one step of a phase; updates `state` in place and returns StepFigures.
 
-    `batch` is an iterable of micro-batches (tensors by name, TextTokens), as many as
-    --gradient_accumulation_steps. Raises FloatingPointError after MAX_SKIPPED steps without a finite gradient.
+    `batch` is an iterable of --gradient_accumulation_steps micro-batches (tensors by name, TextTokens). Raises
+    FloatingPointError after MAX_SKIPPED steps in a row without a finite gradient.
     """
     total_loss = torch.zeros((), device=run.accelerator.device)
     for number, (states, text) in enumerate(batch):
@@ -36,62 +36,62 @@ def training_step(phase, run, state, batch):
         [*networks.student.parameters(), *networks.feature_head.parameters()], run.settings.max_grad_norm
     )
     mean_loss, norm = _reduce(run.accelerator, state, total_loss, norm)
-    is_sound = math.isfinite(mean_loss + norm)
-    _update(run.accelerator, state, is_sound)
-    _count(state, is_sound, f"loss {mean_loss}, norm {norm}")
-    return StepFigures(mean_loss, norm, is_sound, terms)
+    is_finite = math.isfinite(mean_loss + norm)
+    _update(run.accelerator, state, is_finite)
+    _count(state, is_finite, f"loss {mean_loss}, norm {norm}")
+    return StepFigures(mean_loss, norm, is_finite, terms)
 
 
 def _accumulate(phase, run, state, micro_batch, number):
-    """Add the gradients of a micro-batch; returns its loss, detached, and the loss's terms."""
+    """Add the gradients of a micro-batch; returns its detached loss and the terms of the loss."""
     networks, step = state.networks, state.progress.step
     with run.accelerator.accumulate(networks.student, networks.feature_head):
         with run.accelerator.autocast():
             loss, terms = phase.loss(
-                networks, run.settings, *micro_batch, phase.progress(step), step_generator(run, step, number)
+                networks, run.settings, *micro_batch, phase.progress(step), make_generator(run, step, number)
             )
         run.accelerator.backward(loss)
     return loss.detach(), terms
 
 
-def step_generator(run, step, micro_batch):
-    """Return the source of a micro-batch's random numbers, the same in all processes; see FewSteps."""
+def make_generator(run, step, micro_batch):
+    """Return the random generator of a micro-batch, the same in all processes; see FewSteps."""
     numbers = (run.settings.seed, step, micro_batch, LOSS_PURPOSE)
     (seed,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(seed) % 2**63)
 
 
 def _reduce(accelerator, state, loss, norm):
-    """Return loss and norm as means over all processes; notes whether any of them was asked to stop.
+    """Return the means of loss and norm over all processes; sets `state.is_stopping` if any received a signal.
 
-    This is the one time that a step waits for the device.
+    A step synchronises with the device only here.
     """
-    was_asked = state.stop is not None and state.stop.is_set
-    means = accelerator.reduce(torch.stack([loss, norm.float(), loss.new_tensor(was_asked)]), "mean")
-    mean_loss, norm, asked = means.tolist()
-    state.is_stopping = asked > 0
+    is_stopping = state.stop is not None and state.stop.is_set
+    means = accelerator.reduce(torch.stack([loss, norm.float(), loss.new_tensor(is_stopping)]), "mean")
+    mean_loss, norm, stopping_share = means.tolist()
+    state.is_stopping = stopping_share > 0
     return mean_loss, norm
 
 
-def _update(accelerator, state, is_sound):
+def _update(accelerator, state, is_finite):
     for optimizer in state.optimizers:
-        if is_sound:
+        if is_finite:
             optimizer.step()
         optimizer.zero_grad()
-    if accelerator.scaler is not None:  # once: accelerate would for each optimizer, and unscale again
+    if accelerator.scaler is not None:  # accelerate would update it once per optimizer
         accelerator.scaler.update()
     for lr_scheduler in state.lr_schedulers:
         lr_scheduler.step()
-    if is_sound and state.ema is not None:
+    if is_finite and state.ema is not None:
         state.ema.step(state.student.parameters())
 
 
-def _count(state, is_sound, measured):
-    """Count a step, and those in a row that were skipped."""
+def _count(state, is_finite, measured):
+    """Count a step, and the skipped ones in a row."""
     progress = state.progress
     progress.step += 1
-    progress.skipped_steps += not is_sound
-    progress.skipped_in_a_row = 0 if is_sound else progress.skipped_in_a_row + 1
+    progress.skipped_steps += not is_finite
+    progress.skipped_in_a_row = 0 if is_finite else progress.skipped_in_a_row + 1
     if progress.skipped_in_a_row == MAX_SKIPPED:
         raise FloatingPointError(
             f"{MAX_SKIPPED} steps in a row, up to {progress.step}, had no finite gradient ({measured}). "

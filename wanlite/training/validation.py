@@ -1,16 +1,21 @@
-"""A student -> how like its teacher it draws: figures, a grid of both, and what a judge of the tiny world
-reads in its images.
+"""A student -> its likeness to the teacher: figures, a grid of the images of both, and the verdict of a judge.
+
+Legend: B batch, C channels, H W latent height and width.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ..data.autoencoder import decode_latents, to_images
 from ..flow import sample, seeded_noise
-from ..network import pack_text
+from ..network import TextTokens, pack_text
 from ..phases import count_validated
 from ..runtime.ranks import broadcast
 from ..world import shapes
@@ -18,69 +23,100 @@ from ..world.record import read_world
 from .metrics import compare, find_guard_violations, frechet_distance, likeness
 from .steps import velocity_in_chunks
 
-GRID_FIGURES = {
+GRID_FIGURES = {  # {label in the title of a row: figure}
     "diversity": "diversity",
     "colour": "saturation",
     "drift": "channel_drift",
-}  # {title in a row of a grid: figure}
+}
+DECODED_TOGETHER = 64  # images of the teacher
+STATES_PER_PASS = 256  # of held-out trajectories
+
+
+@dataclass(frozen=True)
+class ImageSampler:
+    """Samples images from noise with any velocity; `check` is called between batches and may raise Stopped."""
+
+    autoencoder: Any
+    scheduler: Any
+    latent_shape: Sequence[int]  # (C, H, W)
+    check: Callable[[], None] = lambda: None
+
+    def sample(self, velocity_of: Callable, noise: Tensor, num_steps: int) -> tuple[Tensor, np.ndarray]:
+        """Return latents (B, C, H, W) and images (B, height, width, 3) uint8."""
+        latents = sample(velocity_of, noise, self.scheduler, num_steps)
+        return latents, to_images(decode_latents(self.autoencoder, latents))
+
+
+class TeacherImages(NamedTuple):
+    """The teacher's images that a student is compared with, and the noise and text that they come from."""
+
+    noise: Tensor  # (B, C, H, W)
+    text: TextTokens
+    latents: Tensor  # (B, C, H, W)
+    images: np.ndarray  # (B, height, width, 3) uint8
 
 
 class Validator:
     """Compares students with the teacher of `teacher_data`, at each number of steps that they are trained for.
 
-    `run` is a planning.Run, `few` the FewSteps of its student. `check` is called between batches, and may end
-    a validation.
+    `run` is a planning.Run, `few` the FewSteps of its student. `check` is called between batches and may raise
+    Stopped.
     """
 
     find_violations = staticmethod(find_guard_violations)
+    compare = staticmethod(compare)
 
     def __init__(self, run, teacher_data, few, autoencoder, check=lambda: None):
-        self.run, self.teacher_data, self.settings = run, teacher_data, run.settings
-        self.validated, self.shown = teacher_data.validated, run.settings.validation_prompts
-        self.counts, self.autoencoder, self.check = few.counts, autoencoder, check
+        self.run = run
+        self.settings = run.settings
+        self.teacher_data = teacher_data
+        self.validated = teacher_data.validated
+        self.grid_prompts = run.settings.validation_prompts
+        self.counts = few.counts
         self.scheduler = few.scheduler if run.few_steps else teacher_data.scheduler
+        self.sampler = ImageSampler(autoencoder, self.scheduler, teacher_data.latent_shape, check)
         self.measure = "frechet_distance" if run.settings.matching_steps else "image_error"
-        self.states, by_seed = teacher_data.validation_states
+        self.states, states_by_seed = teacher_data.validation_states
         self.num_seeds = count_validated(self.settings.validation_trajectories, len(self.validated))[1]
-        self.trajectories = [
-            teacher_references(each, teacher_data.prompt_embeddings, self.validated, autoencoder)
-            for each in (self.states, by_seed)
+        self.references = [
+            read_teacher_images(states, teacher_data.prompt_embeddings, self.validated, autoencoder)
+            for states in (self.states, states_by_seed)
         ]
-        num_images = max(len(self.shown), len(teacher_data.held_out))
+        num_images = max(len(self.grid_prompts), len(teacher_data.held_out))
         self.seeds = [self.settings.seed + number for number in range(num_images)]
-        self.teacher_drawn = teacher_data.keep(
+        self.teacher_grid = teacher_data.compute_once(
             "grid",
-            lambda: {"images": torch.from_numpy(self._draw_teacher(self.shown))},
-            prompts=self.shown,
-            seeds=self.seeds[: len(self.shown)],
+            lambda: {"images": torch.from_numpy(self._generate_teacher(self.grid_prompts))},
+            prompts=self.grid_prompts,
+            seeds=self.seeds[: len(self.grid_prompts)],
             reference=self.settings.reference_steps,
         )["images"].numpy()
 
     def __call__(self, state, log):
-        """Validate the averaged student, log figures and a grid, and consider it as the one to be saved."""
+        """Validate the averaged student, log figures and a grid, and consider it as the best candidate."""
         progress = state.progress
         with state.averaged() as student:
             figures_by_steps, figures = self.validate(student)
-            log.record(progress.step, grid=self.draw_grid(student, figures_by_steps), **figures)
+            log.record(progress.step, grid=self.make_grid(student, figures_by_steps), **figures)
             progress.last_validation = {"step": progress.step, **figures}
             if progress.phase != "velocity" or not self.run.few_steps:
                 self.consider(state, figures, figures_by_steps)
-        log.pace.restart()  # validation is no part of a step
+        log.pace.restart()  # a validation is not part of a step
 
     def consider(self, state, figures, figures_by_steps):
         """Keep the student as the best candidate, unless it is rejected or an earlier one was closer."""
         progress = state.progress
         score = sum(each[self.measure] for each in figures_by_steps.values()) / len(figures_by_steps)
         violations = [
-            f"in {count} step{'s' * (count > 1)}: {reason}"
+            f"in {_format_steps(count)}: {violation}"
             for count, each in figures_by_steps.items()
-            for reason in self.find_violations(each)
+            for violation in self.find_violations(each)
         ]
         is_closest = not progress.best or score < progress.best["score"]
         progress.rejected_validations = (
             progress.rejected_validations + 1 if violations and not is_closest else 0
         )
-        if violations:  # all figures are in metrics.jsonl
+        if violations:  # metrics.jsonl has all figures
             self.run.accelerator.print(
                 f"\nstep {progress.step}: rejected, unlike the teacher {violations[0]}"
             )
@@ -88,25 +124,17 @@ class Validator:
             state.keep_as_best(score, figures)
 
     def validate(self, student):
-        """Return figures by number of steps, and all of them by name with the error on held-out states; the
-        same on all ranks.
+        """Return {number of steps: figures}, and all figures by name with the error on held-out states.
+
+        All ranks get those of rank 0, because they decide by them which student is kept and when training ends.
         """
         error = self.held_out_error(student)
+        velocity_for = partial(velocity_in_chunks, student)
         figures_by_steps = {
-            count: compare_trajectories(
-                self.trajectories,
-                partial(velocity_in_chunks, student),
-                count,
-                self.num_seeds,
-                self.autoencoder,
-                self.scheduler,
-                self.check,
-            )
+            count: compare_images(self.references, velocity_for, count, self.num_seeds, self.sampler)
             for count in self.counts
         }
-        error, figures_by_steps = broadcast(
-            (error, figures_by_steps)
-        )  # by which every rank chooses, and ends
+        error, figures_by_steps = broadcast((error, figures_by_steps))
         return figures_by_steps, {"held_out_error": error} | {
             f"{name}_{count}": value
             for count, each in figures_by_steps.items()
@@ -120,130 +148,110 @@ class Validator:
             self.states,
             self.teacher_data.prompt_embeddings,
             self.validated,
-            self.autoencoder.device,
-            self.check,
+            self.sampler.autoencoder.device,
+            self.sampler.check,
         )
 
-    def draw_grid(self, student, figures_by_steps):
-        """Return {what a row shows: its images (B, height, width, 3)}, the teacher's above the student's."""
-        grid = {f"teacher {self.settings.reference_steps} steps": self.teacher_drawn}
-        for count, each in reversed(figures_by_steps.items()):
-            said = [f"{name} {each[measure]:.2f}" for name, measure in GRID_FIGURES.items()]
-            grid[", ".join([f"student {count} step{'s' * (count > 1)}", *said])] = self._draw(
-                student, count, self.shown
-            )
+    def make_grid(self, student, figures_by_steps):
+        """Return {title of a row: images (B, height, width, 3)}, the teacher's row first."""
+        grid = {f"teacher {self.settings.reference_steps} steps": self.teacher_grid}
+        for count, figures in reversed(figures_by_steps.items()):
+            labels = [f"{label} {figures[name]:.2f}" for label, name in GRID_FIGURES.items()]
+            title = ", ".join([f"student {_format_steps(count)}", *labels])
+            grid[title] = self._generate(student, count, self.grid_prompts)
         return grid
 
     def judge(self, student):
-        """Return what share of the held-out captions teacher and student draw right, where there is a judge
-        for them.
-        """
-        world = (
-            read_world(self.settings.teacher) or shapes
-        )  # copies of the tiny teacher in other layouts carry no record
+        """Return the accuracy of teacher and student on the held-out captions, {} unless a judge can read them."""
+        # A copy of the tiny teacher in another layout has no record of its world.
+        world = read_world(self.settings.teacher) or shapes
         if self.settings.resolution != world.IMAGE_SIZE:
             return {}
-        return compare(
-            self._draw_teacher,
-            {count: partial(self._draw, student, count) for count in self.counts},
+        return self.compare(
+            self._generate_teacher,
+            {count: partial(self._generate, student, count) for count in self.counts},
             self.settings.num_inference_steps,
             self.teacher_data.held_out,
             world,
         )
 
-    def _draw(self, student, count, prompts):
-        return self._draw_by(partial(velocity_in_chunks, student), prompts, self.scheduler, count)
+    def _generate(self, student, num_steps, prompts):
+        velocity_for = partial(velocity_in_chunks, student)
+        return generate_images(velocity_for, self._embed(prompts), self.seeds, num_steps, self.sampler)
 
-    def _draw_teacher(self, prompts):
-        return self._draw_by(
-            self.teacher_data.guided, prompts, self.teacher_data.scheduler, self.settings.reference_steps
-        )
+    def _generate_teacher(self, prompts):
+        sampler = replace(self.sampler, scheduler=self.teacher_data.scheduler)
+        velocity_for, num_steps = self.teacher_data.guided, self.settings.reference_steps
+        return generate_images(velocity_for, self._embed(prompts), self.seeds, num_steps, sampler)
 
-    def _draw_by(self, velocity_for, prompts, scheduler, num_steps):
-        return generate_images(
-            velocity_for,
-            self.autoencoder,
-            [self.teacher_data.prompt_embeddings[prompt] for prompt in prompts],
-            self.seeds,
-            scheduler,
-            num_steps,
-            self.teacher_data.latent_shape,
-            self.check,
-        )
+    def _embed(self, prompts):
+        return [self.teacher_data.prompt_embeddings[prompt] for prompt in prompts]
+
+
+def _format_steps(count):
+    return f"{count} step{'s' * (count > 1)}"
 
 
 @torch.no_grad()
-def generate_images(
-    velocity_for,
-    autoencoder,
-    embeddings,
-    seeds,
-    scheduler,
-    num_steps,
-    latent_shape,
-    check=lambda: None,
-    batch_size=64,
-):
-    """Draw one image for each embedding and seed: (B, height, width, 3) uint8; `check` may end it between
-    two batches.
-    """
-    drawn, device = [], autoencoder.device
+def generate_images(velocity_for, embeddings, seeds, num_steps, sampler, batch_size=64):
+    """Generate one image for each embedding and seed: (B, height, width, 3) uint8."""
+    batches, device = [], sampler.autoencoder.device
     for start in tqdm(
         range(0, len(embeddings), batch_size),
-        desc="drawing",
+        desc="generating",
         unit="batch",
         leave=False,
         disable=len(embeddings) <= batch_size,
     ):
-        check()
+        sampler.check()
         text = pack_text(embeddings[start : start + batch_size]).to(device)
-        noise = seeded_noise(latent_shape, seeds[start : start + len(text.tokens)]).to(device)
-        latents = sample(velocity_for(text), noise, scheduler, num_steps)
-        drawn.append(to_images(decode_latents(autoencoder, latents)))
-    return np.concatenate(drawn)
+        noise = seeded_noise(sampler.latent_shape, seeds[start : start + len(text.tokens)]).to(device)
+        batches.append(sampler.sample(velocity_for(text), noise, num_steps)[1])
+    return np.concatenate(batches)
 
 
 @torch.no_grad()
-def teacher_references(trajectories, words, prompts, autoencoder):
-    """Return what a student is held against: noise, text, and the teacher's latents (B, C, H, W) and images
-    from that noise.
-    """
-    noise, latents, numbers = trajectories.ends(range(len(trajectories) // trajectories.states_each))
-    device, text = autoencoder.device, words.pack([prompts[number] for number in numbers.tolist()])
-    images = [to_images(decode_latents(autoencoder, chunk.to(device))) for chunk in latents.split(64)]
-    return noise.to(device), text.to(device), latents, np.concatenate(images)
+def read_teacher_images(states, prompt_embeddings, prompts, autoencoder):
+    """Return the TeacherImages of trajectories, whose prompts are numbers in `prompts`."""
+    noise, latents, numbers = states.ends(range(len(states) // states.states_each))
+    device = autoencoder.device
+    text = prompt_embeddings.pack([prompts[number] for number in numbers.tolist()])
+    images = [
+        to_images(decode_latents(autoencoder, chunk.to(device))) for chunk in latents.split(DECODED_TOGETHER)
+    ]
+    return TeacherImages(noise.to(device), text.to(device), latents, np.concatenate(images))
 
 
 @torch.no_grad()
-def compare_trajectories(trajectories, velocity_for, num_steps, num_seeds, autoencoder, scheduler, check):
-    """Draw from the noise of `trajectories`, of many prompts and of `num_seeds` seeds each; returns figures of its
-    likeness.
+def compare_images(references, velocity_for, num_steps, num_seeds, sampler):
+    """Return figures of the likeness of a student's images to the teacher's from the same noise.
+
+    `references` are two TeacherImages: of many prompts, and of `num_seeds` seeds per prompt.
     """
-    drawn = []
-    for noise, text, _, _ in trajectories:
-        check()
-        latents = sample(velocity_for(text), noise, scheduler, num_steps)
-        drawn.append((latents.cpu(), to_images(decode_latents(autoencoder, latents))))
-    (_, _, latents, images), (_, _, _, by_seed) = trajectories
-    by_seed, own_by_seed = (each.reshape(-1, num_seeds, *each.shape[1:]) for each in (by_seed, drawn[1][1]))
-    return likeness(*drawn[0], own_by_seed, latents, images, by_seed) | {
-        "frechet_distance": frechet_distance(drawn[0][1], images)
-    }
+    sampled = []
+    for reference in references:
+        sampler.check()
+        latents, images = sampler.sample(velocity_for(reference.text), reference.noise, num_steps)
+        sampled.append((latents.cpu(), images))
+    (latents, images), (_, images_by_seed) = sampled
+    teacher, teacher_by_seed = references
+    by_seed, teacher_by_seed = (
+        each.reshape(-1, num_seeds, *each.shape[1:]) for each in (images_by_seed, teacher_by_seed.images)
+    )
+    figures = likeness(latents, images, by_seed, teacher.latents, teacher.images, teacher_by_seed)
+    return figures | {"frechet_distance": frechet_distance(images, teacher.images)}
 
 
 @torch.no_grad()
-def relative_error(student, states, embeddings, prompts, device, check):
-    """Return the student's squared velocity error on held-out trajectories, over the power of the teacher's
-    velocity.
-    """
+def relative_error(student, states, prompt_embeddings, prompts, device, check):
+    """Return a student's squared velocity error on trajectories, relative to the power of the teacher's velocity."""
     error = power = 0.0
-    for start in range(0, len(states), 256):
+    for start in range(0, len(states), STATES_PER_PASS):
         check()
-        batch = states.__getitems__(range(start, min(start + 256, len(states))))
-        text = pack_text([embeddings[prompts[number]] for number in batch["prompt"].tolist()]).to(device)
-        velocity = velocity_in_chunks(student, text)(
-            batch["latents"].float().to(device), batch["timestep"].to(device)
-        )
+        batch = states.__getitems__(range(start, min(start + STATES_PER_PASS, len(states))))
+        text = pack_text([prompt_embeddings[prompts[number]] for number in batch["prompt"].tolist()])
+        velocity_of = velocity_in_chunks(student, text.to(device))
+        velocity = velocity_of(batch["latents"].float().to(device), batch["timestep"].to(device))
         error += (velocity.float().cpu() - batch["velocity"]).square().sum().item()
         power += batch["velocity"].float().square().sum().item()
     return error / power

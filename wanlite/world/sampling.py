@@ -1,4 +1,4 @@
-"""A seed -> scenes of a world, of its training side or of its held-out side."""
+"""A seed -> scenes of a world, for training or held out."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -18,7 +18,7 @@ def sample_scenes(
     held_out: bool = False,
     num_objects: int | None = None,
 ) -> list[Scene]:
-    """Return `count` scenes of one side; the same seed gives the same scenes."""
+    """Return `count` scenes, all for training or all held out; the same seed gives the same scenes."""
     random = np.random.default_rng([seed, int(held_out), num_objects or 0])
     found: list[Scene] = []
     while len(found) < count:
@@ -29,6 +29,6 @@ def sample_scenes(
 
 
 def pick(random: Generator, values: Iterable[Value]) -> Value:
-    """Return one of the values at random."""
+    """Return a random one of the values."""
     choices = tuple(values)
     return choices[random.integers(len(choices))]

@@ -1,8 +1,7 @@
-"""The tiny world: captioned scenes drawn by rule, and a judge that reads an image back by rule.
+"""The world of shapes: captioned scenes drawn by rule, and a judge that reads the scene of an image by rule.
 
-A scene has one object at one of five places, or two objects in opposite halves; every object has a size, a
-colour and a shape, and the background a colour. Scenes are endless and seeded. One combination in eight is
-held out: no training caption ever names it.
+A scene has one object at one of five places, or two objects in opposite halves. An object has a size, a colour
+and a shape; the background has a colour. One combination in eight is held out of all training captions.
 """
 
 import re
@@ -26,15 +25,15 @@ COLOURS = {
 BACKGROUNDS = {"white": (245, 245, 245), "black": (15, 15, 15), "grey": (128, 128, 128)}
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
 SIZES = {"small": 10.0, "large": 13.5}  # radius in pixels
-PLACES = {
+PLACES = {  # x, y in pixels
     "center": (32, 32),
     "left": (16, 32),
     "right": (48, 32),
     "top": (32, 16),
     "bottom": (32, 48),
-}  # x, y
+}
 PAIRS = (("left", "right"), ("top", "bottom"))
-JITTER = 1.0  # pixels, either way, on both axes
+JITTER = 1.0  # pixels in each direction, on both axes
 
 ONE_OBJECT = (
     "a {a} at the {place} on a {background} background",
@@ -60,7 +59,7 @@ TWO_OBJECTS = {
 
 @dataclass(frozen=True)
 class Object:
-    """A shape; each property is a key of its table."""
+    """A shape with its properties, which are keys of the tables above."""
 
     size: str
     colour: str
@@ -83,7 +82,7 @@ class Scene:
 
 
 def random_scene(random: Generator, num_objects: int | None = None) -> Scene:
-    """Draw a scene at random, of one or two objects with equal chance unless `num_objects` is given."""
+    """Return a random scene; one or two objects are equally likely unless `num_objects` is given."""
     num_objects = num_objects or int(random.integers(1, 3))
     places = (pick(random, PLACES),) if num_objects == 1 else PAIRS[random.integers(len(PAIRS))]
     objects = tuple(
@@ -93,9 +92,7 @@ def random_scene(random: Generator, num_objects: int | None = None) -> Scene:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether training never sees this combination of places, colours and shapes (one in eight; sizes and
-    backgrounds vary).
-    """
+    """Whether this combination of places, colours and shapes is held out of training (one in eight is)."""
     index = 0
     for weight, thing in zip((1, 3), scene.objects):
         index += weight * (
@@ -107,22 +104,22 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def scenes(seed: int, count: int, held_out: bool = False, num_objects: int | None = None) -> list[Scene]:
-    """Return `count` scenes of the training side or of the held-out side; see sample_scenes()."""
+    """Return `count` scenes for training, or held-out ones; see sample_scenes()."""
     return sample_scenes(random_scene, is_held_out, seed, count, held_out, num_objects)
 
 
 def caption(scene: Scene, random: Generator) -> str:
-    """Return one of the captions of a scene, chosen at random."""
-    return pick(random, ways_to_say(scene))
+    """Return a random caption of a scene."""
+    return pick(random, all_captions(scene))
 
 
-def ways_to_say(scene: Scene) -> list[str]:
+def all_captions(scene: Scene) -> list[str]:
     """Return every caption of a scene."""
-    words = {"a": scene.objects[0], "background": scene.background, "place": scene.objects[0].place}
+    values = {"a": scene.objects[0], "background": scene.background, "place": scene.objects[0].place}
     if len(scene.objects) == 1:
-        return [way.format(**words) for way in ONE_OBJECT]
+        return [template.format(**values) for template in ONE_OBJECT]
     first, second = scene.objects
-    return [way.format(b=second, **words) for way in TWO_OBJECTS[first.place, second.place]]
+    return [template.format(b=second, **values) for template in TWO_OBJECTS[first.place, second.place]]
 
 
 def captions(seed: int, count: int, held_out: bool = False, num_objects: int | None = None) -> list[str]:
@@ -132,14 +129,14 @@ def captions(seed: int, count: int, held_out: bool = False, num_objects: int | N
 
 
 def read_caption(text: str) -> Scene | None:
-    """Return the scene of a caption, or None for any other text."""
+    """Return the scene of a caption, None for any other text."""
     for pattern, places in _CAPTION_PATTERNS:
-        found = pattern.fullmatch(text.strip().lower())
-        if found:
-            words = found.groupdict()
-            places = places or (words["place"],)
-            objects = (_read_object(words[name], place) for name, place in zip("ab", places))
-            return Scene(tuple(objects), words["background"])
+        match = pattern.fullmatch(text.strip().lower())
+        if match:
+            values = match.groupdict()
+            places = places or (values["place"],)
+            objects = (_read_object(values[name], place) for name, place in zip("ab", places))
+            return Scene(tuple(objects), values["background"])
     return None
 
 
@@ -149,6 +146,8 @@ def _read_object(text, place):
 
 
 def _caption_patterns():
+    """Return (pattern, places of the objects) of all captions; None: the place is in the caption."""
+
     def any_of(words):
         return "(?:" + "|".join(words) + ")"
 
@@ -159,8 +158,9 @@ def _caption_patterns():
         "place": f"(?P<place>{any_of(PLACES)})",
         "background": f"(?P<background>{any_of(BACKGROUNDS)})",
     }
-    ways = [(way, None) for way in ONE_OBJECT] + [(way, pair) for pair in PAIRS for way in TWO_OBJECTS[pair]]
-    return [(re.compile(way.format(**groups)), places) for way, places in ways]
+    templates: list[tuple[str, tuple[str, str] | None]] = [(template, None) for template in ONE_OBJECT]
+    templates += [(template, pair) for pair in PAIRS for template in TWO_OBJECTS[pair]]
+    return [(re.compile(template.format(**groups)), places) for template, places in templates]
 
 
 _CAPTION_PATTERNS = _caption_patterns()
@@ -172,7 +172,7 @@ _Y, _X = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) + 0.5  # pixel 
 
 
 def coverage(shape: str, radius: float, x: float, y: float) -> np.ndarray:
-    """Return the share of each pixel (64, 64) that a shape centred at x, y covers, from its signed distance."""
+    """Return the coverage (64, 64), 0..1, of each pixel by a shape centred at x, y, from its signed distance."""
     across, down = _X - x, _Y - y
     if shape == "circle":
         distance = np.hypot(across, down) - radius
@@ -189,7 +189,7 @@ def coverage(shape: str, radius: float, x: float, y: float) -> np.ndarray:
         slope = 0.5 * np.sqrt(3.0) * abs(across) - 0.5 * down
         distance = np.maximum(slope, down) - 0.53 * radius
     else:
-        raise ValueError(f"shape {shape!r} is unknown; the tiny world has {', '.join(SHAPES)}.")
+        raise ValueError(f"shape {shape!r} is unknown, expected one of {', '.join(SHAPES)}.")
     return np.clip(0.5 - distance, 0, 1)
 
 
@@ -206,7 +206,7 @@ def draw(scene: Scene, random: Generator | None = None) -> np.ndarray:
 
 
 def ground(scene: Scene) -> np.ndarray:
-    """Return a scene's background alone (64, 64, 3), float32."""
+    """Return the background of a scene (64, 64, 3), float32."""
     return np.broadcast_to(_rgb(BACKGROUNDS[scene.background]), (IMAGE_SIZE, IMAGE_SIZE, 3))
 
 
@@ -216,20 +216,19 @@ def _rgb(colour):
 
 # ---- the judge ---------------------------------------------------------------------------------------------
 
-MIN_OVERLAP = 0.78  # intersection over union with the best template; below it an object has no known shape
+MIN_OVERLAP = 0.78  # intersection over union with the best template; below it, the shape is unknown
 MIN_AREA = 40  # pixels; the smallest shape covers 145
-SOFTEST_EDGE = 3.0  # pixels from a quarter to three quarters covered; a sharp edge has half of one
-MAX_SPECKLED = 0.3  # share of a thing's inside that may be off its colour
-FARTHEST_PLACE = 6.0  # pixels between a thing's centroid and its place
-FARTHEST_COLOUR = 60.0  # distance in RGB between a thing's colour, or the background's, and the palette's
+SOFTEST_EDGE = 3.0  # pixels across an edge with coverage from 0.25 to 0.75; a sharp edge has 0.5
+MAX_SPECKLED = 0.3  # fraction of an object's inside that may differ from its colour
+FARTHEST_PLACE = 6.0  # pixels between an object's centroid and its place
+FARTHEST_COLOUR = 60.0  # RGB distance of the colour of an object or background from the palette
 ATTRIBUTES = ("count", "background", "colour", "shape", "size", "place")
 
 
 def read_image(image: np.ndarray) -> Scene | None:
-    """Return the scene of an image (64, 64, 3) uint8, or None where it shows no scene of this world.
+    """Return the scene of an image (64, 64, 3) uint8, None if it does not show a scene of this world.
 
-    Anything unexplained (a stray blob, a shape that fits no template, a colour off the palette) makes it
-    None.
+    Images with a stray blob, an unknown shape or an unknown colour do not show one.
     """
     background, things, is_clean = _read_things(image)
     if background is None or not is_clean or None in things or not 1 <= len(things) <= 2:
@@ -241,7 +240,7 @@ def read_image(image: np.ndarray) -> Scene | None:
 
 
 def judge(image: np.ndarray, scene: Scene) -> dict[str, float]:
-    """Compare an image with the scene of its caption: {"whole": 0 or 1, and a share 0..1 for each of ATTRIBUTES}."""
+    """Compare an image with the scene of its caption: {"whole": 0 or 1, each of ATTRIBUTES: fraction 0..1}."""
     background, things, _ = _read_things(image)
     by_place = {thing.place: thing for thing in things if thing is not None}
     verdict = {
@@ -263,11 +262,12 @@ def judge(image: np.ndarray, scene: Scene) -> dict[str, float]:
 
 
 def _read_things(image):
-    """Return the background's name, the objects in the order of PLACES (None for an unknown one), and whether
-    nothing is left over.
+    """Return the name of the background, the objects in the order of PLACES (None: unknown), and is_clean.
+
+    An image is clean if it has no stray pixels.
     """
     if image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
-        raise ValueError(f"the judge reads images of {IMAGE_SIZE}x{IMAGE_SIZE}x3; this one is {image.shape}.")
+        raise ValueError(f"the judge reads images of {IMAGE_SIZE}x{IMAGE_SIZE}x3, found {image.shape}.")
     smooth = ndimage.median_filter(image, size=(3, 3, 1)).astype(np.float32)
     border = np.concatenate(
         [
@@ -295,23 +295,24 @@ def _read_things(image):
 
 
 def _read_thing(image, region, ground):
-    """Return the object of a connected region, or None."""
+    """Return the object in a connected region, None if it is unknown."""
     core = ndimage.binary_erosion(region, iterations=2)
     core = core if core.sum() >= 12 else region
-    colour_seen = np.median(image[core], axis=0)
-    colour = _nearest(colour_seen, COLOURS)
+    found_colour = np.median(image[core], axis=0)
+    colour = _nearest(found_colour, COLOURS)
     if colour is None:
         return None
-    span = colour_seen - ground
+    span = found_colour - ground
     contrast = float(np.linalg.norm(_rgb(COLOURS[colour]) - ground))
-    farthest = min(FARTHEST_COLOUR, 0.4 * contrast)  # faded objects are wrong
-    faded = np.linalg.norm(colour_seen - _rgb(COLOURS[colour])) > farthest
-    if faded or np.mean(np.linalg.norm(image[core] - colour_seen, axis=-1) > farthest) > MAX_SPECKLED:
+    farthest = min(FARTHEST_COLOUR, 0.4 * contrast)  # faded objects are unknown
+    faded = np.linalg.norm(found_colour - _rgb(COLOURS[colour])) > farthest
+    if faded or np.mean(np.linalg.norm(image[core] - found_colour, axis=-1) > farthest) > MAX_SPECKLED:
         return None
-    share = (image - ground) @ span / (span @ span)  # of each pixel that has the thing's colour
+    share = (image - ground) @ span / (span @ span)  # of the object's colour in each pixel
     share = share * ndimage.binary_dilation(region, iterations=2)
     covered = _sharpen(share)
-    x, y = float((_X * covered).sum() / covered.sum()), float((_Y * covered).sum() / covered.sum())
+    x = float((_X * covered).sum() / covered.sum())
+    y = float((_Y * covered).sum() / covered.sum())
     overlap, shape, size = max(
         (_overlap(covered, _sharpen(coverage(shape, radius, x, y))), shape, size)
         for shape in SHAPES
@@ -329,16 +330,16 @@ def _read_thing(image, region, ground):
 
 
 def _sharpen(covered):
-    """Steepen soft edges, so that a little blur costs little overlap."""
+    """Steepen soft edges, so that slight blur reduces the overlap only slightly."""
     return np.clip(0.5 + 2.5 * (covered - 0.5), 0, 1)
 
 
 def _overlap(covered, template):
-    """Intersection over union of two coverages."""
+    """Return the intersection over union of two coverages."""
     return np.minimum(covered, template).sum() / np.maximum(covered, template).sum()
 
 
-def _nearest(seen, palette):
-    """Return the palette's name nearest to a colour, or None where all are too far."""
-    distance, name = min((float(np.linalg.norm(seen - _rgb(rgb))), name) for name, rgb in palette.items())
+def _nearest(colour, palette):
+    """Return the name of the nearest colour of a palette, None if it is beyond FARTHEST_COLOUR."""
+    distance, name = min((float(np.linalg.norm(colour - _rgb(rgb))), name) for name, rgb in palette.items())
     return name if distance <= FARTHEST_COLOUR else None

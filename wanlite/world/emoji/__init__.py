@@ -1,11 +1,10 @@
-"""The emoji world: endless captioned scenes of sprites, drawn by rule, and an exact judge of images generated
-from captions.
+"""The emoji world: captioned scenes of sprites, drawn by rule, and an exact judge of images.
 
-Its interface is that of wanlite.world.shapes. A caption reads as a Scene whose unmentioned properties are
-None: many images are right for it, so few steps are hard here.
+It has the interface of wanlite.world.shapes. Captions omit properties of a scene, so that several different
+images match a caption, which makes sampling in few steps hard.
 """
 
-from .captions import caption, captions, leave_unsaid, read_caption, ways_to_say
+from .captions import all_captions, caption, captions, omit_properties, read_caption
 from .judge import ATTRIBUTES, judge
 from .scenes import (
     BACKGROUNDS,
@@ -39,9 +38,9 @@ __all__ = [
     "ground",
     "is_held_out",
     "judge",
-    "leave_unsaid",
+    "omit_properties",
     "random_scene",
     "read_caption",
     "scenes",
-    "ways_to_say",
+    "all_captions",
 ]

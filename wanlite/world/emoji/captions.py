@@ -1,4 +1,4 @@
-"""Scenes -> captions that leave properties unmentioned -> scenes in which those are None."""
+"""Scenes -> captions that omit some properties -> scenes in which these are None."""
 
 import re
 from dataclasses import replace
@@ -10,14 +10,14 @@ from numpy.random import Generator
 from .scenes import BACKGROUNDS, PAIRS, PLACES, Object, Scene, is_held_out, random_scene
 from .sprites import NAMES, SIZES, STYLES
 
-OMITTED = 0.25  # chance of each style, size, place and background to be missing from a caption
+OMITTED = 0.25  # chance that a caption omits each style, size, place and background
 IRREGULAR = {"mouse": "mice", "fish": "fish", "sheep": "sheep", "snowman": "snowmen"}
-GROUNDS = {
+GROUNDS = {  # phrases of backgrounds; others are "on white"
     "sky": "in the sky",
     "sunset": "at sunset",
     "night": "at night",
     "meadow": "in a meadow",
-}  # the others: "on white"
+}
 
 ONE = ("{a} {place} {ground}", "{ground}, {a} {place}", "{place} {ground}, {a}")
 PAIR = {
@@ -44,47 +44,46 @@ TWO_PLACES = {("left", "right"): "side by side", ("top", "bottom"): "one above t
 
 
 def captions(seed: int, count: int, held_out: bool = False, num_objects: int | None = None) -> list[str]:
-    """Return `count` captions of the training side or of the held-out side; no training caption is a held-out
-    one.
-    """
+    """Return `count` captions for training, or held-out ones; no caption is both."""
     random = np.random.default_rng([seed, int(held_out), num_objects or 0, 7])
     found: list[str] = []
     while len(found) < count:
-        partial = leave_unsaid(random_scene(random, num_objects), random)
+        partial = omit_properties(random_scene(random, num_objects), random)
         if is_held_out(partial) == held_out:
-            found.append(_choose(ways_to_say(partial), random))
+            found.append(_choose(all_captions(partial), random))
     return found
 
 
 def caption(scene: Scene, random: Generator) -> str:
-    """Caption a scene of the training side at random; the caption is of the training side as well."""
+    """Return a random training caption of a training scene; raises ValueError for a held-out scene."""
     if is_held_out(scene):
-        raise ValueError(f"{scene}: held out, expected a scene of the training side. Take one from scenes().")
-    partial = leave_unsaid(scene, random)
+        raise ValueError(f"{scene}: held out, expected a training scene. Take one from scenes().")
+    partial = omit_properties(scene, random)
     while is_held_out(partial):
-        partial = leave_unsaid(scene, random)
-    return _choose(ways_to_say(partial), random)
+        partial = omit_properties(scene, random)
+    return _choose(all_captions(partial), random)
 
 
-def leave_unsaid(scene: Scene, random: Generator) -> Scene:
-    """Return a scene with styles, sizes, places and background each replaced by None with a chance of OMITTED.
+def omit_properties(scene: Scene, random: Generator) -> Scene:
+    """Return a scene in which each style, size, place and background is None with a chance of OMITTED.
 
-    Two of a kind keep or lose a property together. Two different objects keep their places; the size of two
-    is always small.
+    Two objects of a kind keep or lose a property together. Two different objects keep their places, and two
+    objects keep their size, which is always small.
     """
 
-    def maybe(value):
+    def omit(value):
         return None if random.random() < OMITTED else value
 
-    background = maybe(scene.background)
+    background = omit(scene.background)
     if scene.kind == "one":
         thing = scene.objects[0]
         return Scene(
-            (Object(thing.name, maybe(thing.style), maybe(thing.size), maybe(thing.place)),), background
+            (Object(thing.name, omit(thing.style), omit(thing.size), omit(thing.place)),), background
         )
     if scene.kind == "pair":
-        return Scene(tuple(replace(thing, style=maybe(thing.style)) for thing in scene.objects), background)
-    style, is_placed = maybe(scene.objects[0].style), maybe(True)
+        return Scene(tuple(replace(thing, style=omit(thing.style)) for thing in scene.objects), background)
+    style = omit(scene.objects[0].style)
+    is_placed = omit(True)
     places = (thing.place if is_placed else None for thing in scene.objects)
     return Scene(
         tuple(replace(thing, style=style, place=place) for thing, place in zip(scene.objects, places)),
@@ -92,28 +91,25 @@ def leave_unsaid(scene: Scene, random: Generator) -> Scene:
     )
 
 
-def ways_to_say(scene: Scene) -> list[str]:
-    """Return every caption that mentions all properties of a scene but those that are None."""
-    first, last, size = (
-        scene.objects[0],
-        scene.objects[-1],
-        scene.objects[0].size if scene.kind == "one" else None,
-    )
-    words = {
+def all_captions(scene: Scene) -> list[str]:
+    """Return all captions that mention exactly the properties of a scene that are not None."""
+    first, last = scene.objects[0], scene.objects[-1]
+    size = first.size if scene.kind == "one" else None
+    values = {
         "a": _with_article(size, first.style, first.name),
         "b": _with_article(None, last.style, last.name),
-        "many": _joined(first.style, PLURALS[first.name]),
+        "many": _join(first.style, PLURALS[first.name]),
         "place": _place_phrase(scene),
     }
     captions = (
-        _tidy(way.format(ground=phrase, **words))
-        for way in _patterns(scene)
+        _tidy(template.format(ground=phrase, **values))
+        for template in _templates(scene)
         for phrase in _ground_phrases(scene.background)
     )
     return list(dict.fromkeys(captions))
 
 
-def _patterns(scene):
+def _templates(scene):
     return {"one": ONE, "two": TWO, "pair": PAIR.get(_places(scene))}[scene.kind]
 
 
@@ -134,21 +130,21 @@ def _place_phrase(scene):
 
 
 def _with_article(*words):
-    words = _joined(*words)
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    phrase = _join(*words)
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def _joined(*words):
+def _join(*words):
     return " ".join(filter(None, words))
 
 
 def _tidy(text):
-    """Remove the spaces and commas that missing properties leave behind."""
+    """Remove the spaces and commas around omitted properties."""
     return " ".join(text.replace(" ,", ",").split()).strip(", ")
 
 
-def _choose(ways, random):
-    return ways[random.integers(len(ways))]
+def _choose(captions, random):
+    return captions[random.integers(len(captions))]
 
 
 def plural(word: str) -> str:
@@ -167,15 +163,13 @@ PLURALS = {name: plural(name) for name in NAMES}
 
 
 def read_caption(text: str) -> Scene | None:
-    """Return the scene of a caption, with None for unmentioned properties; or None for any other text."""
+    """Return the scene of a caption, with None for omitted properties; returns None for any other text."""
     text = " ".join(text.lower().split())
-    return next((scene for scene in _candidates(text) if text in ways_to_say(scene)), None)
+    return next((scene for scene in _candidates(text) if text in all_captions(scene)), None)
 
 
 def _candidates(text):
-    """Yield every scene that has the objects and properties of a text, in any order: ways_to_say() decides
-    between them.
-    """
+    """Yield all scenes with the objects and properties of a text; all_captions() decides between them."""
     words = text.replace(",", "").split()
     background, place = (
         next((name for name in names if name in words), None) for names in (BACKGROUNDS, PLACES)

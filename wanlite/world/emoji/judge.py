@@ -1,9 +1,8 @@
-"""An image and the scene of its caption -> a verdict, by comparison with every sprite at every place that
-the caption allows.
+"""An image and the scene of its caption -> a verdict, by comparison with all sprites at all allowed places.
 
-The nearest drawing has the least squared error: at half resolution over objects, styles, mirror images and
-JITTER, then among the best few at full resolution. A sprite differs from its background by D = colour - alpha
-* background, an image by P.
+The nearest drawing minimises the squared error: at half resolution over objects, styles, mirror images and
+positions, then at full resolution among the FINALISTS. The difference from the background is D = colour - alpha
+* background for a sprite, and P for an image:
 
     |P - D|^2 = |P|^2 - 2 <P, colour> + 2 <P * background, alpha> + |D|^2
 
@@ -21,18 +20,18 @@ from .scenes import BACKGROUNDS, IMAGE_SIZE, JITTER, PAIRS, PLACES, Scene, backd
 from .sprites import NAMES, SIZES, STYLES, sprites
 
 ATTRIBUTES = ("object", "style", "count", "place", "background")
-MAX_RESIDUAL = 0.15  # of an object in a whole image: its squared error over |D|^2 of its sprite
-PRESENT = 0.7  # residual from which on a place counts as empty; that of an empty one is 1
-DETAIL = (0.7, 1.3)  # of a crisp image: the norm of its Laplacian over that of the nearest drawing
-FARTHEST_BACKGROUND = 25.0  # grey levels between the borders of an image and of a background, in the median
-STRAY = 40.0  # grey levels off the background, averaged over 4 x 4 pixels outside every object
-MAX_STRAY = 3  # such squares; the smallest object covers a dozen
+MAX_RESIDUAL = 0.15  # largest squared error of an object relative to |D|^2 of its sprite
+PRESENT = 0.7  # a place with at least this residual counts as empty; an empty one has 1
+DETAIL = (0.7, 1.3)  # of a crisp image: ratio of the norms of the Laplacians of image and nearest drawing
+FARTHEST_BACKGROUND = 25.0  # median distance in grey levels between the borders of image and background
+STRAY = 40.0  # distance from the background in grey levels, averaged over 4 x 4 pixels outside the objects
+MAX_STRAY = 3  # squares of 4 x 4 stray pixels; the smallest object covers a dozen
 FINALISTS = 4  # templates compared at full resolution
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The sprite nearest to an image at a place; `error` is its squared error less that of an empty place."""
+    """The nearest sprite at a place; `error` is its squared error minus that of an empty place."""
 
     error: float
     residual: float
@@ -40,18 +39,18 @@ class Fit:
     style: str
     size: str
     place: str
-    sprite: tuple  # its corner x, y, and D (K, K, 3)
+    sprite: tuple  # corner x, y and D (K, K, 3)
 
 
 def judge(image: np.ndarray, scene: Scene) -> dict[str, float]:
     """Compare an image with the scene of its caption, in which None allows any value.
 
-    Returns a share 0..1 for each of ATTRIBUTES; `seen` (all of them are 1: 0 or 1), `whole` (seen, and no
-    residual above MAX_RESIDUAL: 0 or 1), `residual` (the mean over objects, 1 for an empty place, at most
-    2), `detail` (see DETAIL) and `crisp` (0 or 1).
+    Returns a fraction 0..1 for each of ATTRIBUTES, `seen` (1 if all of them are 1, else 0), `whole` (1 if seen and
+    no residual is above MAX_RESIDUAL, else 0), `residual` (mean over objects, 1 for an empty place, at most 2),
+    `detail` (see DETAIL) and `crisp` (1 if it lies within DETAIL, else 0).
     """
     if image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
-        raise ValueError(f"the judge reads images of {IMAGE_SIZE}x{IMAGE_SIZE}x3; this one is {image.shape}.")
+        raise ValueError(f"the judge reads images of {IMAGE_SIZE}x{IMAGE_SIZE}x3, found {image.shape}.")
     background, is_known = read_background(image)
     added = image - backdrop(background)
     fits = _fit_scene(added, background, scene)
@@ -79,7 +78,7 @@ def judge(image: np.ndarray, scene: Scene) -> dict[str, float]:
 
 
 def read_objects(image: np.ndarray, scene: Scene) -> list[Fit]:
-    """Return the nearest sprite for each object of a caption's scene, the right one or not."""
+    """Return the Fit of the nearest sprite, of any object and style, for each object of a scene."""
     background, _ = read_background(image)
     return _fit_scene(image - backdrop(background), background, scene)
 
@@ -88,9 +87,7 @@ def read_objects(image: np.ndarray, scene: Scene) -> list[Fit]:
 
 
 def read_background(image: np.ndarray) -> tuple[str, bool]:
-    """Return the background whose border is nearest to an image's, and whether it is within
-    FARTHEST_BACKGROUND.
-    """
+    """Return the background with the nearest border, and whether it is within FARTHEST_BACKGROUND."""
     border = _border(image)
     distances = {
         name: float(np.median(np.abs(border - _border(backdrop(name))).mean(1))) for name in BACKGROUNDS
@@ -105,7 +102,7 @@ def _border(image, width=2):
 
 
 def _fit_scene(added, background, scene):
-    """Return a Fit for each object of a scene, over all sizes and places that the scene allows."""
+    """Return the Fit of each object of a scene, over all sizes and places that the scene allows."""
     first = scene.objects[0]
     if scene.kind == "one":
         sizes, places = (
@@ -123,29 +120,33 @@ def _fit_scene(added, background, scene):
 
 
 def fit(added: np.ndarray, background: str, size: str, place: str) -> Fit:
-    """Return the Fit of a size at a place that is nearest to P, an image less its background (64, 64, 3)."""
+    """Return the Fit of a size at a place; `added` (64, 64, 3) is P, the image minus its background."""
     corners = _corners(size, place)
     colour, alpha = _half_templates(size)  # (T, h*h*3), (T, h*h)
     behind, energy = _half_backdrops(background, size, place)  # (Q, h*h*3), (T, Q)
-    seen = _half_windows(added, size, place)  # (Q, h*h*3)
-    covered = (seen * behind).reshape(len(corners), -1, 3).sum(-1)  # (Q, h*h)
-    errors = energy - 2 * (colour @ seen.T - alpha @ covered.T)  # (T, Q)
+    windows = _half_windows(added, size, place)  # (Q, h*h*3)
+    covered = (windows * behind).reshape(len(corners), -1, 3).sum(-1)  # (Q, h*h)
+    errors = energy - 2 * (colour @ windows.T - alpha @ covered.T)  # (T, Q)
     finalists = np.argsort(errors.min(1))[:FINALISTS]
-    tried = (
+    candidates = (
         (template, corners[position])
         for template in finalists
         for position in np.argsort(errors[template])[:2]
     )
-    return min((_compare(added, background, size, place, *each) for each in tried), key=lambda fit: fit.error)
+    return min(
+        (_compare(added, background, size, place, *each) for each in candidates), key=lambda fit: fit.error
+    )
 
 
 def _compare(added, background, size, place, template, at):
     """Return the Fit of one template at one corner, at full resolution."""
-    sprite, seen = _difference(background, size, template, at), _window(added, size, at)
-    energy, distance = float(np.square(sprite).sum()), float(np.square(seen - sprite).sum())
+    sprite = _difference(background, size, template, at)
+    window = _window(added, size, at)
+    energy = float(np.square(sprite).sum())
+    distance = float(np.square(window - sprite).sum())
     name, style = divmod(int(template) // 2, len(STYLES))
     return Fit(
-        distance - float(np.square(seen).sum()),
+        distance - float(np.square(window).sum()),
         distance / max(energy, 1.0),
         NAMES[name],
         STYLES[style],
@@ -156,9 +157,7 @@ def _compare(added, background, size, place, template, at):
 
 
 def _find_places(added, background, scene, fits):
-    """Return the place of each object, or None for one that is missing: a bad fit of a single object may lie
-    elsewhere.
-    """
+    """Return the place of each object, None if it is missing; a single object is also searched elsewhere."""
     thing = scene.objects[0]
     if scene.kind == "one" and thing.place and fits[0].residual > MAX_RESIDUAL:
         fits = _fit_scene(added, background, replace(scene, objects=(replace(thing, place=None),)))
@@ -166,9 +165,7 @@ def _find_places(added, background, scene, fits):
 
 
 def _count_stray(added, fits):
-    """Return the number of squares of 4 x 4 pixels, two pixels or more off every object, that are not
-    background.
-    """
+    """Return the number of squares of 4 x 4 stray pixels, at least two pixels away from all objects."""
     outside = np.ones((IMAGE_SIZE, IMAGE_SIZE), bool)
     for x, y, sprite in (fit.sprite for fit in fits):
         outside[max(0, y - 2) : y + len(sprite) + 2, max(0, x - 2) : x + len(sprite) + 2] = False
@@ -185,7 +182,7 @@ def _redraw(background, fits):
 
 
 def _roughness(image):
-    """Return the norm of an image's Laplacian: blur takes most of it away, noise adds to it."""
+    """Return the norm of an image's Laplacian, which blur reduces and noise increases."""
     return np.linalg.norm(ndimage.laplace(image.astype(np.float32), axes=(0, 1)))
 
 
@@ -198,9 +195,7 @@ def _share(values):
 
 @cache
 def _templates(size):
-    """Return colours (T, K, K, 3) weighted by alpha and alphas (T, K, K, 1) of every sprite and of its mirror
-    image.
-    """
+    """Return colours (T, K, K, 3) times alpha, and alphas (T, K, K, 1), of all sprites and their mirror images."""
     both = (np.stack([values, values[:, :, :, ::-1]], 2) for values in sprites(size))
     return tuple(values.reshape(-1, *values.shape[3:]) for values in both)
 
@@ -215,7 +210,7 @@ def _half_templates(size):
 
 @cache
 def _half_backdrops(background, size, place):
-    """Return the background under every position (Q, h*h*3), and |D|^2 of every template there (T, Q)."""
+    """Return the background at each position (Q, h*h*3), and |D|^2 of each template there (T, Q)."""
     colour, alpha = _half_templates(size)
     behind = _half_windows(backdrop(background), size, place)  # (Q, h*h*3)
     by_pixel = behind.reshape(len(behind), -1, 3)
@@ -230,14 +225,14 @@ def _half_backdrops(background, size, place):
 
 @cache
 def _corners(size, place):
-    """Return the Q corners x, y that an object of a size can have at a place."""
+    """Return the Q possible corners x, y of an object of a size at a place."""
     x, y = corner(size, place)
     steps = range(-JITTER, JITTER + 1)
     return [(x + right, y + down) for down, right in product(steps, steps)]
 
 
 def _half_windows(image, size, place):
-    """Return the part of an image under every position, at half resolution: (Q, h*h*3)."""
+    """Return the window of an image at each position, at half resolution: (Q, h*h*3)."""
     averaged = _average_squares(image)
     windows = np.stack([_window(averaged, size, at)[::2, ::2] for at in _corners(size, place)])
     return windows.reshape(len(windows), -1)

@@ -1,8 +1,7 @@
-"""A seed -> scenes, held-out or not, and a scene -> its image.
+"""A seed -> scenes for training or held-out ones, and a scene -> its image.
 
-A scene has one object, small or large, at one of five places; or two small objects in opposite halves,
-different or two of a kind. Each of its drawings is one of many: an object may be mirrored, and lies up to
-JITTER pixels off its place.
+A scene has one object, small or large, at one of five places, or two small objects in opposite halves, different
+or of a kind. Drawings of a scene vary: objects may be mirrored, and are moved by up to JITTER pixels.
 """
 
 from dataclasses import dataclass
@@ -15,20 +14,18 @@ from ..sampling import pick, sample_scenes
 from .sprites import NAMES, SIZES, STYLES, sprites
 
 IMAGE_SIZE = 64  # pixels, square
-JITTER = 3  # pixels, either way, on both axes
-PLACES = {
+JITTER = 3  # pixels in each direction, on both axes
+PLACES = {  # steps from the centre: x, y
     "center": (0, 0),
     "left": (-1, 0),
     "right": (1, 0),
     "top": (0, -1),
     "bottom": (0, 1),
-}  # steps from the middle: x, y
+}
 PAIRS = (("left", "right"), ("top", "bottom"))
 KINDS = ("one", "pair", "two")  # one object, two different ones, two of a kind
 KIND_SHARES = (0.45, 0.4, 0.15)
-MIN_CONTRAST = (
-    35.0  # grey levels between a sprite and its background, on average; below it the object would be lost
-)
+MIN_CONTRAST = 35.0  # mean distance in grey levels between a sprite and its background
 COLOURS = {
     "white": (243, 243, 243),
     "grey": (128, 128, 128),
@@ -37,19 +34,19 @@ COLOURS = {
     "blue": (50, 90, 200),
     "yellow": (245, 220, 110),
 }
-GRADIENTS = {
+GRADIENTS = {  # colours at the top and at the bottom
     "sky": ((90, 160, 235), (235, 245, 252)),
-    "sunset": ((80, 40, 120), (250, 160, 70)),  # top and bottom
+    "sunset": ((80, 40, 120), (250, 160, 70)),
     "night": ((10, 12, 40), (60, 50, 110)),
 }
-MEADOW = ((150, 205, 245), (225, 242, 252)), ((40, 120, 40), (120, 190, 70))  # its sky and its grass
-HORIZON = 38.5  # pixels from the top, two pixels soft
+MEADOW = ((150, 205, 245), (225, 242, 252)), ((40, 120, 40), (120, 190, 70))  # gradients of sky and grass
+HORIZON = 38.5  # pixels from the top; the edge is two pixels wide
 BACKGROUNDS = (*COLOURS, *GRADIENTS, "meadow")
 
 
 @dataclass(frozen=True)
 class Object:
-    """An object in a style; None stands for a property that a caption does not mention."""
+    """An object; None stands for a property that a caption omits."""
 
     name: str
     style: str | None
@@ -76,7 +73,7 @@ class Scene:
 
 
 def random_scene(random: Generator, num_objects: int | None = None) -> Scene:
-    """Draw a scene at random; KIND_SHARES decide between one object and two unless `num_objects` is given."""
+    """Return a random scene; kinds have the chances KIND_SHARES unless `num_objects` is given."""
     kind = random.choice(KINDS, p=KIND_SHARES)
     while num_objects is not None and (kind == "one") != (num_objects == 1):
         kind = random.choice(KINDS, p=KIND_SHARES)
@@ -101,10 +98,10 @@ def _two_objects(random, are_alike):
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether training excludes this combination of objects, styles and places (one in eight), in a scene as
-    in a caption.
+    """Whether this combination of objects, styles and places is held out of training (one in eight is).
 
-    Every object is trained on in every style, because only its sprite shows its appearance there.
+    Training has all objects in all styles, because the appearance of an object in a style does not follow from
+    others.
     """
     index = 0
     for weight, thing in zip((1, 2), scene.objects):
@@ -115,12 +112,12 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def scenes(seed: int, count: int, held_out: bool = False, num_objects: int | None = None) -> list[Scene]:
-    """Return `count` scenes of the training side or of the held-out side; see sample_scenes()."""
+    """Return `count` scenes for training, or held-out ones; see sample_scenes()."""
     return sample_scenes(random_scene, is_held_out, seed, count, held_out, num_objects)
 
 
 def _index(values, value):
-    """Return the number of a value, and one more than all of them for None."""
+    """Return the index of a value, or the number of values for None."""
     return len(values) if value is None else tuple(values).index(value)
 
 
@@ -128,9 +125,7 @@ def _index(values, value):
 
 
 def draw(scene: Scene, random: Generator | None = None) -> np.ndarray:
-    """Draw a scene as an image (64, 64, 3) uint8; `random` mirrors half of the objects and moves each by up
-    to JITTER pixels.
-    """
+    """Draw a scene as an image (64, 64, 3) uint8; with `random`, objects are mirrored and moved at random."""
     image = backdrop(scene.background).copy()
     for thing in scene.objects:
         _paste(image, thing, random)
@@ -151,18 +146,17 @@ def _paste(image, thing, random):
 
 
 def ground(scene: Scene) -> np.ndarray:
-    """Return a scene's background alone (64, 64, 3), float32."""
+    """Return the background of a scene (64, 64, 3), float32."""
     return backdrop(scene.background)
 
 
 def corner(size: str, place: str) -> tuple[int, ...]:
-    """Return the top left corner x, y of an object at its place.
+    """Return the top left corner x, y of an object at its place, at least JITTER pixels inside the image.
 
-    It starts JITTER pixels inside the edge; neither the places of a large object nor the two of a pair share
-    a position then.
+    Different places have different positions, and the two objects of a pair do not overlap.
     """
-    room = (IMAGE_SIZE - SIZES[size]) // 2
-    return tuple(room + step * (room - JITTER) for step in PLACES[place])
+    margin = (IMAGE_SIZE - SIZES[size]) // 2
+    return tuple(margin + step * (margin - JITTER) for step in PLACES[place])
 
 
 @cache
@@ -188,9 +182,7 @@ def _gradient(top, bottom):
 
 
 def contrast(thing: Object, background: str) -> float:
-    """Return the mean difference between an object's pixels and the background that they cover, in grey
-    levels.
-    """
+    """Return the mean difference in grey levels between an object's pixels and the background behind them."""
     return _contrasts(thing.size, thing.place, background)[NAMES.index(thing.name), STYLES.index(thing.style)]
 
 

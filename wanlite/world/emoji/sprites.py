@@ -1,7 +1,7 @@
-"""emoji_atlas/ -> sprites of a size, with colours weighted by alpha.
+"""emoji_atlas/ -> sprites of a size, with colours multiplied by alpha.
 
-The atlas is one image of all objects in all styles, made by tools/make_emoji_atlas.py; emoji_atlas/NOTICE
-names the authors.
+The atlas is an image of all objects in all styles, written by tools/make_emoji_atlas.py; its authors are named in
+emoji_atlas/NOTICE.
 """
 
 import json
@@ -20,19 +20,18 @@ SIZES = {"small": 26, "large": 44}  # pixels, square
 
 @cache
 def sprites(size: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return every object in every style at a size of SIZES: colours weighted by alpha, and alpha 0..1.
+    """Return all objects in all styles at a size of SIZES: colours multiplied by alpha, and alpha 0..1.
 
     Shapes: (objects, styles, pixels, pixels, 3) and (objects, styles, pixels, pixels, 1), float32, read-only.
     """
-    sides = [_reduce(sprite, SIZES[size]) for sprite in _read_atlas()]
-    reduced = np.stack(sides)
+    reduced = np.stack([_reduce(sprite, SIZES[size]) for sprite in _read_atlas()])
     reduced = reduced.reshape(len(NAMES), len(STYLES), *reduced.shape[1:])
     reduced.flags.writeable = False
     return reduced[..., :3], reduced[..., 3:]
 
 
 def _read_atlas():
-    """Return all sprites (objects * styles, side, side, 4): colours 0..255 weighted by alpha, alpha 0..1."""
+    """Return all sprites (objects * styles, side, side, 4): colours 0..255 times alpha, and alpha 0..1."""
     side, columns = _CONTENTS["size"], _CONTENTS["columns"]
     with Image.open(ATLAS / "atlas.webp") as image:
         pixels = np.asarray(image.convert("RGBA"), np.float32)

@@ -1,6 +1,4 @@
-"""Batches read ahead are those that would have been read in the step, and the thread that reads them ends
-with the run.
-"""
+"""Prefetched batches equal those read in the step, and the reading thread ends with the run."""
 
 import json
 import threading
@@ -9,7 +7,7 @@ import time
 import pytest
 import torch
 
-from tests.test_resuming import asked, folder, same, train  # noqa: F401
+from tests.test_resuming import folder, have_equal_weights, send_signal, train  # noqa: F401
 from wanlite.data.prefetch import read_ahead
 from wanlite.network import TextTokens
 
@@ -23,7 +21,7 @@ def readers():
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 50])
-def test_batches_come_in_their_order_and_no_thread_is_left(ahead):
+def test_prefetched_batches_come_in_order_and_leave_no_thread(ahead):
     found = [
         (batch["number"].item(), text.tokens.item())
         for batch, text in read_ahead(read, range(20), "cpu", ahead)
@@ -31,7 +29,7 @@ def test_batches_come_in_their_order_and_no_thread_is_left(ahead):
     assert found == [(number, number) for number in range(20)] and not readers()
 
 
-def test_the_next_batches_are_read_while_a_step_computes():
+def test_the_next_batches_are_read_during_a_step():
     was_read = []
     coming = read_ahead(lambda job: was_read.append(job) or read(job), range(9), "cpu", 2)
     assert not was_read
@@ -39,13 +37,13 @@ def test_the_next_batches_are_read_while_a_step_computes():
     until = time.monotonic() + 10
     while len(was_read) < 3 and time.monotonic() < until:
         time.sleep(0.001)
-    assert was_read == [0, 1, 2] and len(readers()) == 1  # two ahead, and no more
+    assert was_read == [0, 1, 2] and len(readers()) == 1  # at most two batches ahead
     coming.close()
     assert not readers()
 
 
 @pytest.mark.parametrize("ahead", [0, 2])
-def test_a_batch_that_cannot_be_read_is_an_error_where_it_would_have_been(ahead):
+def test_an_unreadable_batch_is_an_error_at_its_own_step(ahead):
     def broken(job):
         if job == 3:
             raise OSError("shard-00003: not whole")
@@ -58,12 +56,12 @@ def test_a_batch_that_cannot_be_read_is_an_error_where_it_would_have_been(ahead)
     assert not readers()
 
 
-def test_a_run_that_reads_ahead_stops_and_resumes_to_the_same_weights(folder, finished_run):  # noqa: F811
+def test_a_run_with_prefetching_stops_and_resumes_to_the_same_weights(folder, finished_run):  # noqa: F811
     left = folder.with_name("left")
 
-    def look():
+    def count_batches():
         left.write_text(json.dumps(len(readers())))
 
-    code, said = train(folder, at={1: look, 2: asked()}, prefetched=2)
-    assert code == 3 and "stopped at step 2 of 6" in said and left.read_text() == "1"
-    assert train(folder)[0] == 0 and same(folder, finished_run[0])
+    code, printed = train(folder, at={1: count_batches, 2: send_signal()}, prefetched=2)
+    assert code == 3 and "stopped at step 2 of 6" in printed and left.read_text() == "1"
+    assert train(folder)[0] == 0 and have_equal_weights(folder, finished_run[0])

@@ -1,4 +1,4 @@
-"""Drawing in this process: the files written, their text, and warnings."""
+"""Inference in this process: the files, their metadata, and warnings."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def pipeline(finished_run):
 
 @pytest.fixture
 def hooked(pipeline):
-    """Register a hook on a module of the pipeline for the length of a test."""
+    """Register a hook on a module of the pipeline for the duration of a test."""
     handles = []
     yield lambda module, hook: handles.append(getattr(pipeline, module).register_forward_hook(hook))
     for handle in handles:
@@ -61,27 +61,27 @@ def flatten(run):
     (run / "vae/manifest.json").unlink()
 
 
-# ---- flat, and not finite ----------------------------------------------------------------------------------
+# ---- flat images and values that are not finite ------------------------------------------------------------
 
 
 def test_flat_images_are_written_and_one_warning_names_them(copied_run, tmp_path, capsys):
     flatten(copied_run)
     main(*settings_of(copied_run, tmp_path / "images", ["a black screen", "fog"]))
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert len(list((tmp_path / "images").glob("*.png"))) == 3
     assert (
-        said.err.count("WARNING") == 1
+        printed.err.count("WARNING") == 1
         and (
             "WARNING: 2 of 2 images are one flat colour: 0000-a-black-screen-seed0.png, 0001-fog-seed1.png. "
             "The student is likely "
             "untrained"
         )
-        in said.err
+        in printed.err
     )
 
 
 @pytest.mark.parametrize("batch_size", ["1", "3"])
-def test_one_flat_image_of_several_is_no_fault_of_the_student(
+def test_one_flat_image_of_several_gives_no_warning(
     batch_size, finished_run, pipeline, tmp_path, monkeypatch, capsys
 ):
     images = iter(
@@ -101,7 +101,7 @@ def test_one_flat_image_of_several_is_no_fault_of_the_student(
 
 
 def nan_where(numbers):
-    """Return a hook that makes rows of a module's output NaN, as they come, counted over its calls."""
+    """Return a hook that replaces rows of a module's output by NaN; rows are numbered across calls."""
     seen = iter(range(10**6))
 
     def hook(module, inputs, output):
@@ -113,11 +113,11 @@ def nan_where(numbers):
 
 
 @pytest.mark.parametrize("module, batch_size", [("student", "3"), ("student", "1")])
-def test_images_that_are_not_finite_are_errors_and_all_others_are_kept(
+def test_images_that_are_not_finite_are_errors_and_the_others_are_saved(
     module, batch_size, finished_run, pipeline, hooked, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(run_inference, "StudentPipeline", lambda *_: pipeline)
-    hooked(module, nan_where({1}))  # with one step a row is an image
+    hooked(module, nan_where({1}))  # with one step, a row is an image
     settings = settings_of(
         finished_run[0], tmp_path / "images", "abc", "--batch_size", batch_size, "--num_inference_steps", "1"
     )
@@ -132,7 +132,7 @@ def test_images_that_are_not_finite_are_errors_and_all_others_are_kept(
     ]
 
 
-def test_pixels_that_are_not_finite_are_no_image(pipeline, monkeypatch):
+def test_pixels_that_are_not_finite_are_not_an_image(pipeline, monkeypatch):
     decode = run_inference.decode_latents
     monkeypatch.setattr(
         run_inference,
@@ -143,7 +143,7 @@ def test_pixels_that_are_not_finite_are_no_image(pipeline, monkeypatch):
     assert first is None and second.shape == (64, 64, 3)
 
 
-# ---- nothing is lost ---------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def test_commands_in_a_row_keep_all_images_and_print_a_line_for_each(finished_run, tmp_path, capsys):
@@ -168,21 +168,21 @@ def test_a_grid_has_at_most_64_cells_and_no_more_images_are_kept(
     image = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
     monkeypatch.setattr(pipeline, "generate", lambda prompts, *_: [image.copy() for _ in prompts])
     settings, prompts = settings_of(finished_run[0], tmp_path, ["a"] * 100, "--batch_size", "10")
-    drawn, cells = generate_all(pipeline, settings, prompts)
-    assert len(drawn) == 100 and len(cells) == 64
-    grid = run_inference.save_grid(settings, drawn, cells)
+    generated, cells = generate_all(pipeline, settings, prompts)
+    assert len(generated) == 100 and len(cells) == 64
+    grid = run_inference.save_grid(settings, generated, cells)
     assert grid.name == "grid-0000-0063.png" and Image.open(grid).size == (8 * 8 + 7 * 4,) * 2
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------
 
 
-def test_a_size_that_was_not_trained_is_warned_of_before_and_after(finished_run, tmp_path, capsys):
+def test_an_untrained_size_gives_a_warning_before_and_after(finished_run, tmp_path, capsys):
     settings, prompts = settings_of(finished_run[0], tmp_path, ["a"], "--height", "80", "--width", "96")
     main(settings, prompts)
-    said = capsys.readouterr().err.splitlines()
+    printed = capsys.readouterr().err.splitlines()
     warned = [
-        line for line in said if line.startswith("WARNING: the student was trained at 64 x 64; images of ")
+        line for line in printed if line.startswith("WARNING: the student was trained at 64 x 64; images of ")
     ]
     assert len(warned) == 2 and warned[0].endswith(
         "96 x 80 may fail. The nearest trained size is --width 64 --height 64."
@@ -201,11 +201,11 @@ def test_a_size_that_was_not_trained_is_warned_of_before_and_after(finished_run,
         ),
     ],
 )
-def test_trained_sizes_are_those_of_the_runs_record(run, expected):
+def test_trained_sizes_come_from_the_record_of_the_run(run, expected):
     assert trained_sizes(run, 16, "run.json") == expected
 
 
-def test_a_trained_size_is_not_warned_of_and_the_nearest_is_named():
+def test_a_trained_size_gives_no_warning_and_the_nearest_is_named():
     sizes = [(96, 64), (80, 80), (64, 96)]
     assert all(size_warning(size, sizes) is None for size in sizes) and size_warning((512, 512), []) is None
     assert "--width 64 --height 96" in size_warning((48, 112), sizes)
@@ -224,16 +224,16 @@ def test_a_trained_size_is_not_warned_of_and_the_nearest_is_named():
         {"resolution": 64, "settings": {"aspect_ratios": ["9:1"]}},
     ],
 )
-def test_a_record_of_no_sizes_is_refused_by_name(run):
+def test_a_record_without_sizes_is_refused_by_name(run):
     with pytest.raises(ValueError, match="run.json: "):
         trained_sizes(run, 16, "run.json")
 
 
-# ---- the bytes that draw -----------------------------------------------------------------------------------
+# ---- hashes of weights -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_replaced", [True, False])
-def test_the_hash_of_an_image_is_of_the_weights_that_drew_it(is_replaced, copied_run, tmp_path):
+def test_the_hash_in_an_image_is_that_of_the_weights_that_generated_it(is_replaced, copied_run, tmp_path):
     digest = hashlib.sha256((copied_run / WEIGHTS).read_bytes()).hexdigest()
     pipeline = StudentPipeline(copied_run)
     before = pipeline.generate(["a ring"], [0], 1, 64, 64)[0]
@@ -241,12 +241,12 @@ def test_the_hash_of_an_image_is_of_the_weights_that_drew_it(is_replaced, copied
     save_file(other, tmp_path / "other", {"config": WeightsFile(copied_run / WEIGHTS).metadata["config"]})
     (os.replace if is_replaced else shutil.copyfile)(tmp_path / "other", copied_run / WEIGHTS)
     settings, prompts = settings_of(copied_run, tmp_path / "images", ["a ring"], "--num_inference_steps", "1")
-    (drawn,), (image,) = generate_all(pipeline, settings, prompts)
-    assert Image.open(drawn.path).text["weights_sha256"] == digest and np.array_equal(image, before)
+    (generated,), (image,) = generate_all(pipeline, settings, prompts)
+    assert Image.open(generated.path).text["weights_sha256"] == digest and np.array_equal(image, before)
     assert StudentPipeline(copied_run).weights_sha256 != digest
 
 
-def test_a_hash_is_of_the_bytes_that_were_read_though_the_file_changes_meanwhile(tmp_path):
+def test_a_hash_is_of_the_bytes_read_even_if_the_file_changes_meanwhile(tmp_path):
     loud_student(hidden_size=64, depth=2, num_heads=2).save_pretrained(tmp_path)
     content = (tmp_path / WEIGHTS).read_bytes()
     with WeightsFile(tmp_path / WEIGHTS) as file:
@@ -263,7 +263,7 @@ def test_a_hash_is_of_the_bytes_that_were_read_though_the_file_changes_meanwhile
         )
 
 
-def test_a_student_that_is_pinned_or_hashed_stays_as_it_was_loaded(tmp_path):
+def test_a_pinned_or_hashed_student_does_not_change_with_its_file(tmp_path):
     student = loud_student(hidden_size=64, depth=2, num_heads=2)
     student.save_pretrained(tmp_path)
     digest = hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()
@@ -292,17 +292,17 @@ def test_a_student_that_is_pinned_or_hashed_stays_as_it_was_loaded(tmp_path):
         ("xpu", True, "float32"),
     ],
 )
-def test_drawing_is_in_bfloat16_on_gpus_that_support_it_alone(device_type, has_bfloat16, expected):
+def test_inference_uses_bfloat16_only_on_gpus_that_support_it(device_type, has_bfloat16, expected):
     assert drawing_dtype(device_type, has_bfloat16) == expected
 
 
 @pytest.mark.parametrize("arguments, expected", [((), "float32"), (("--dtype", "bfloat16"), "bfloat16")])
-def test_an_image_records_the_dtype_that_drew_it(arguments, expected, finished_run, tmp_path):
+def test_an_image_records_the_dtype_that_generated_it(arguments, expected, finished_run, tmp_path):
     main(*settings_of(finished_run[0], tmp_path, ["a ring"], *arguments))
     assert Image.open(tmp_path / "0000-a-ring-seed0.png").text["dtype"] == expected
 
 
-def test_a_gpu_that_computes_in_bfloat16_draws_in_it_where_no_dtype_is_given(finished_run, monkeypatch):
+def test_a_gpu_with_bfloat16_uses_it_by_default(finished_run, monkeypatch):
     monkeypatch.setattr(run_inference, "drawing_dtype", lambda *_: drawing_dtype("cuda", True))
     assert (
         StudentPipeline(finished_run[0]).dtype == torch.bfloat16
@@ -310,15 +310,15 @@ def test_a_gpu_that_computes_in_bfloat16_draws_in_it_where_no_dtype_is_given(fin
     )
 
 
-def test_cudnn_attends_neither_in_drawing_nor_in_training(finished_run, monkeypatch):
+def test_cudnn_attention_is_off_in_inference_and_training(finished_run, monkeypatch):
     for choose in (disable_cudnn_attention, lambda: StudentPipeline(finished_run[0])):
         torch.backends.cuda.enable_cudnn_sdp(True)
         choose()
         assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_a_student_without_a_record_draws_as_with_one(copied_run, tmp_path):
-    """And so does one whose scheduler stock diffusers saved again."""
+def test_a_student_without_a_record_generates_the_same_images(copied_run, tmp_path):
+    """The same holds after stock diffusers has saved its scheduler again."""
     first = StudentPipeline(copied_run).generate(["a ring"], [0], 2, 64, 64)[0]
     StudentPipeline(copied_run).scheduler.save_pretrained(copied_run / "scheduler")
     (copied_run / "run.json").unlink()

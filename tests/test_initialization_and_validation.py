@@ -1,5 +1,5 @@
-"""The stages of a run: what they keep says what it was made of, and nothing that a student is examined on was
-learned from.
+"""Initialization, caches and validation of a run: caches record their provenance, and validation data are
+never trained on.
 """
 
 import json
@@ -23,13 +23,13 @@ from wanlite.student.calibration import calibrate, choose_channels, make_frames
 from wanlite.student.initialization import (
     METHOD_VERSION,
     compare_experts,
+    initialization_folder,
     initialize_student,
     project_into,
-    start_folder,
 )
 from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.model import Teacher
-from wanlite.training import validation as validator
+from wanlite.training import validation
 from wanlite.training.run_folder import read_run
 from wanlite.training.steps import velocity_in_chunks
 from wanlite.training.teacher_data import PromptEmbeddings, TeacherData
@@ -37,7 +37,7 @@ from wanlite.training.throughput import Pace
 
 
 def resolved(cache, prompts, **settings):
-    """Return the Run of settings whose training prompts are held out as well."""
+    """Return a Run whose training prompts are held out as well."""
     settings = complete(Settings(cache_dir=str(cache), num_held_out=4, num_trajectories=300, **settings))
     run = resolve_run(settings, WanLiteStudent, start=lambda settings: Accelerator())
     shown = settings.validation_prompts or prompts
@@ -46,18 +46,16 @@ def resolved(cache, prompts, **settings):
     )
 
 
-def kept(folder, kind):
-    """Return what the folders of a kind in a run's cache say that they were made of."""
+def read_provenance(folder, kind):
+    """Return the provenance of a run's cache folders of one kind."""
     return [
         json.loads((place / "provenance.json").read_text())
         for place in sorted((folder / "cache").glob(f"{kind}-*"))
     ]
 
 
-def test_no_walk_that_is_learned_from_has_prompt_or_noise_of_one_that_students_are_examined_on_or_used_at(
-    finished_run, tmp_path
-):
-    pictures = tmp_path / "pictures"
+def test_training_trajectories_share_no_prompt_or_noise_with_validation(finished_run, tmp_path):
+    images = tmp_path / "images"
     process = run_script(
         ROOT / "run_inference.py",
         "--model",
@@ -65,38 +63,45 @@ def test_no_walk_that_is_learned_from_has_prompt_or_noise_of_one_that_students_a
         "--prompt",
         "a red ring",
         "--output_dir",
-        pictures,
+        images,
         "--num_images_per_prompt",
         "4",
     )
     assert process.returncode == 0, process.stderr
-    walks = sorted((made_of["trajectories"] for made_of in kept(finished_run[0], "trajectories")), key=len)
-    (*_, training), examined = walks, [walk for part in walks[:-1] for walk in part]
-    assert len(walks) == 3 and len(training) == 64 and len(examined) > 16
-    for column in (1, 2):  # prompts, seeds
-        assert not {walk[column] for walk in training} & {walk[column] for walk in examined}
-    assert len({seed for _, _, seed in training}) == 64
-    drawn_with = {int(re.search(r"seed(\d+)", path.name)[1]) for path in pictures.glob("*seed*.png")}
-    assert drawn_with == {0, 1, 2, 3} and min(walk[2] for part in walks for walk in part) > 10**9 * max(
-        drawn_with
+    trajectories = sorted(
+        (made_of["trajectories"] for made_of in read_provenance(finished_run[0], "trajectories")), key=len
     )
+    (*_, training), validated = (
+        trajectories,
+        [trajectory for part in trajectories[:-1] for trajectory in part],
+    )
+    assert len(trajectories) == 3 and len(training) == 64 and len(validated) > 16
+    for column in (1, 2):  # prompts, seeds
+        assert not {trajectory[column] for trajectory in training} & {
+            trajectory[column] for trajectory in validated
+        }
+    assert len({seed for _, _, seed in training}) == 64
+    inference_seeds = {int(re.search(r"seed(\d+)", path.name)[1]) for path in images.glob("*seed*.png")}
+    assert inference_seeds == {0, 1, 2, 3} and min(
+        trajectory[2] for part in trajectories for trajectory in part
+    ) > 10**9 * max(inference_seeds)
 
 
-def test_a_cached_start_is_used_again_unless_the_method_version_is_another(tmp_path):
+def test_a_cached_initialization_is_reused_by_the_same_method_version(tmp_path):
     settings, accelerator = complete(Settings(cache_dir=str(tmp_path), projection="weights")), Accelerator()
     files, student = (
         open_teacher_files(TINY_TEACHER),
         WanLiteStudent(hidden_size=64, depth=4, num_heads=2, text_dim=64),
     )
-    words = PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, ["a red ring"])
+    embeddings = PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, ["a red ring"])
     for _ in range(2):
-        initialize_student(settings, student, files, words, ["a red ring"], (8, 8), accelerator)
+        initialize_student(settings, student, files, embeddings, ["a red ring"], (8, 8), accelerator)
     (folder,) = tmp_path.glob("start-*")
-    key = settings, student, files, words.encoder_digest, ["a red ring"], (8, 8)
-    assert start_folder(*key) == folder != start_folder(*key, METHOD_VERSION + 1)
+    key = settings, student, files, embeddings.encoder_digest, ["a red ring"], (8, 8)
+    assert initialization_folder(*key) == folder != initialization_folder(*key, METHOD_VERSION + 1)
 
 
-def test_the_method_version_is_raised_when_the_projected_weights_change():
+def test_the_method_version_changes_with_the_projected_weights():
     student, files = (
         WanLiteStudent(hidden_size=64, depth=2, num_heads=2, text_dim=64),
         open_teacher_files(TINY_TEACHER),
@@ -111,11 +116,11 @@ def test_the_method_version_is_raised_when_the_projected_weights_change():
     calibrate(student, low, report, frames)
     calibrated = sum(tensor.norm().item() for tensor in student.state_dict().values())
     assert (projected, calibrated) == pytest.approx((663.905, 1503.842), rel=1e-4), "raise METHOD_VERSION"
-    assert METHOD_VERSION == 1  # the version of these two numbers
+    assert METHOD_VERSION == 1  # update both numbers together with METHOD_VERSION
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", pytest.param("[" * 10**5, id="deep")])
-def test_a_small_record_of_the_cache_that_cannot_be_read_is_made_again(content, tmp_path):
+def test_an_unreadable_record_of_the_cache_is_computed_again(content, tmp_path):
     settings, files = complete(Settings(cache_dir=str(tmp_path))), open_teacher_files(TINY_TEACHER)
     cosines = compare_experts(settings, files, "cpu")
     (record,) = tmp_path.glob("experts-*.json")
@@ -125,29 +130,31 @@ def test_a_small_record_of_the_cache_that_cannot_be_read_is_made_again(content, 
     ) and cosines.keys() > {"ffn"}
 
 
-def test_one_held_out_prompt_is_two_and_one_prompt_is_both_held_out_and_trained_on(tmp_path):
+def test_one_held_out_prompt_counts_as_two_and_a_single_prompt_is_also_trained(tmp_path):
     training, held_out = choose_prompts(complete(Settings(num_held_out=1)))
-    assert len(held_out) == 2 and not {*held_out} & {*training}  # of one object and of two
+    assert len(held_out) == 2 and not {*held_out} & {*training}  # with one object and with two
     (tmp_path / "prompts.txt").write_text("a red ring")
-    settings, said = complete(Settings(prompts=str(tmp_path / "prompts.txt"))), []
-    assert choose_prompts(settings, said.append) == (["a red ring"], ["a red ring"])
-    assert said == ["prompts  there is one: it is trained on, and held out as well"]
+    settings, printed = complete(Settings(prompts=str(tmp_path / "prompts.txt"))), []
+    assert choose_prompts(settings, printed.append) == (["a red ring"], ["a red ring"])
+    assert printed == ["prompts  the only prompt is used for training and for validation"]
 
 
-def test_what_is_kept_of_a_start_is_what_was_projected(tmp_path):
+def test_a_cached_initialization_equals_the_projection(tmp_path):
     settings, accelerator = (
         complete(Settings(cache_dir=str(tmp_path), projection="weights", expert="low")),
         Accelerator(),
     )
     shape = {"hidden_size": 64, "depth": 4, "num_heads": 2, "text_dim": 64}
     files, prompts = open_teacher_files(TINY_TEACHER), ["a red ring", "a blue cross"]
-    words = PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, prompts)
+    embeddings = PromptEmbeddings(accelerator, TINY_TEACHER, tmp_path, prompts)
     started, again, expected = (WanLiteStudent(**shape) for _ in range(3))
     reports = [
-        initialize_student(settings, student, files, words, prompts, (8, 8), accelerator)
+        initialize_student(settings, student, files, embeddings, prompts, (8, 8), accelerator)
         for student in (started, again)
     ]
-    report = project_into(expected, TINY_TEACHER, "low", torch.cat([words[prompt] for prompt in prompts]))
+    report = project_into(
+        expected, TINY_TEACHER, "low", torch.cat([embeddings[prompt] for prompt in prompts])
+    )
     assert reports[0] == reports[1] and reports[0]["expert_cosines"] == report.cosines
     for found in (started, again):
         assert all(
@@ -155,12 +162,18 @@ def test_what_is_kept_of_a_start_is_what_was_projected(tmp_path):
         )
 
 
-def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_it_says(
-    finished_run, tmp_path, monkeypatch
-):
-    prompts, shape = ["a red ring", "a blue cross", "a green square", "a red circle"], (16, 8, 8)
+class Drawing(validation.Validator):
+    """Returns the images that it would judge, by teacher and by student."""
+
+    @staticmethod
+    def compare(by_teacher, by_student, num_steps, captions, world):
+        return by_teacher(captions), {count: draw(captions) for count, draw in by_student.items()}
+
+
+def make_validator(folder, prompts, shape):
+    """Return a validator on the data of a short run, and the FewSteps of its student."""
     run = resolved(
-        tmp_path,
+        folder,
         prompts,
         teacher_steps=4,
         reference_steps=4,
@@ -168,70 +181,62 @@ def test_an_examiner_draws_each_row_and_judges_each_picture_in_as_many_steps_as_
         feature_directions=16,
         validation_prompts=prompts,
     )
-    words = PromptEmbeddings(run.accelerator, TINY_TEACHER, tmp_path, run.prompts)
-    teacher_data = TeacherData(run, Teacher(run.files), words, Pace("cpu", 1e9))
+    embeddings = PromptEmbeddings(run.accelerator, TINY_TEACHER, folder, run.prompts)
+    teacher_data = TeacherData(run, Teacher(run.files), embeddings, Pace("cpu", 1e9))
     teacher_data.find_basis()
     teacher_data.validation_states = teacher_data.generate_validation()
-    few, autoencoder = FewSteps(run.settings.flow_shift, [1, 2, 4], shape, 4), load_autoencoder(TINY_TEACHER)
-    found = validator.Validator(run, teacher_data, few, autoencoder)
+    few = FewSteps(run.settings.flow_shift, [1, 2, 4], shape, 4)
+    return Drawing(run, teacher_data, few, load_autoencoder(TINY_TEACHER)), few
+
+
+def test_a_validator_samples_each_row_and_judges_each_image_at_its_own_steps(finished_run, tmp_path):
+    prompts, shape = ["a red ring", "a blue cross", "a green square", "a red circle"], (16, 8, 8)
+    found, few = make_validator(tmp_path, prompts, shape)
     student = WanLiteStudent.from_pretrained(finished_run[0])
-    drawn = {
-        count: validator.generate_images(
+    generated = {
+        count: validation.generate_images(
             partial(velocity_in_chunks, student),
-            autoencoder,
-            [words[prompt] for prompt in prompts],
+            [found.teacher_data.prompt_embeddings[prompt] for prompt in prompts],
             range(4),
-            few.scheduler,
             count,
-            shape,
+            found.sampler,
         )
         for count in few.counts
     }
-    looks, figures = found.validate(student)
+    validations, figures = found.validate(student)
     assert (
-        set(looks) == {1, 2, 4}
-        and figures["image_error_2"] == looks[2]["image_error"] != looks[4]["image_error"]
+        set(validations) == {1, 2, 4}
+        and figures["image_error_2"] == validations[2]["image_error"] != validations[4]["image_error"]
     )
-    teachers, *rows = found.draw_grid(student, looks).items()
-    assert teachers[0] == "teacher 4 steps" and (teachers[1] == found.teacher_drawn).all()
-    assert [title.split(",")[0] for title, _ in rows] == [
-        "student 4 steps",
-        "student 2 steps",
-        "student 1 step",
-    ]
-    for (title, row), count in zip(rows, (4, 2, 1)):
-        assert (row == drawn[count]).all() and f"diversity {looks[count]['diversity']:.2f}" in title
-    monkeypatch.setattr(
-        validator,
-        "compare",
-        lambda by_teacher, by_student, *_: (
-            by_teacher(prompts),
-            {count: draw(prompts) for count, draw in by_student.items()},
-        ),
-    )
+    teachers, *rows = found.make_grid(student, validations).items()
+    assert teachers[0] == "teacher 4 steps" and (teachers[1] == found.teacher_grid).all()
+    counts = {"student 4 steps": 4, "student 2 steps": 2, "student 1 step": 1}
+    assert [title.split(",")[0] for title, _ in rows] == list(counts)
+    for (title, row), count in zip(rows, counts.values()):
+        assert (row == generated[count]).all() and f"diversity {validations[count]['diversity']:.2f}" in title
     by_teacher, by_student = found.judge(student)
-    assert (by_teacher == found.teacher_drawn).all() and all(
-        (by_student[count] == drawn[count]).all() for count in drawn
+    assert (by_teacher == found.teacher_grid).all() and all(
+        (by_student[count] == generated[count]).all() for count in generated
     )
-    assert not (drawn[1] == drawn[4]).all()
+    assert not (generated[1] == generated[4]).all()
 
 
-def test_a_start_is_calibrated_on_a_frame_of_each_prompt(finished_run):
+def test_an_initialization_is_calibrated_on_one_frame_of_each_prompt(finished_run):
     run = read_run(finished_run[0])
     assert run["projection"]["calibration_frames"] == run["settings"]["num_trajectories"] == 64
 
 
-def test_the_teacher_is_guided_by_the_settings_and_plain_where_it_is_held_against_a_critic(tmp_path):
+def test_the_teacher_is_guided_by_the_settings_and_unguided_beside_a_critic(tmp_path):
     prompts = ["a red ring", "a green square"]
     run = resolved(
         tmp_path, prompts, negative_prompt="a blue cross", guidance_scale=5.0, guidance_scale_2=2.0
     )
-    words, teacher = (
+    embeddings, teacher = (
         PromptEmbeddings(run.accelerator, TINY_TEACHER, tmp_path, run.prompts),
         Teacher(run.files),
     )
-    teacher_data = TeacherData(run, teacher, words, Pace("cpu", 1e9))
-    text, unwanted = words.pack(prompts), words.pack(2 * ["a blue cross"])
+    teacher_data = TeacherData(run, teacher, embeddings, Pace("cpu", 1e9))
+    text, unwanted = embeddings.pack(prompts), embeddings.pack(2 * ["a blue cross"])
     latents = seeded_noise((16, 8, 8), [1, 2])
     for timestep in (torch.full((2,), 990.0), torch.full((2,), 100.0)):  # the high and the low expert's
         guided, plain = (

@@ -1,4 +1,4 @@
-"""Pictures that are no squares: what --resolution may say, and what follows it."""
+"""Images that are not square: the values of --resolution and their effects."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from PIL import Image
 
 from run_inference import read_settings
 from tests.conftest import ROOT, TINY_TEACHER, run_script
-from tests.test_resuming import same, train
+from tests.test_resuming import have_equal_weights, train
 from train_distillation import Settings
 from wanlite.planning.resolve import complete
 from wanlite.planning.teacher_folder import TeacherFolder
@@ -17,15 +17,15 @@ from wanlite.training.run_folder import check_output_folder, image_size, read_ru
 
 
 @pytest.mark.parametrize(
-    "said, recorded", [(None, 64), (96, 96), ([96], 96), ([96, 96], 96), ([640, 384], [640, 384])]
+    "printed, recorded", [(None, 64), (96, 96), ([96], 96), ([96, 96], 96), ([640, 384], [640, 384])]
 )
-def test_a_square_is_recorded_as_one_number_and_anything_else_as_width_and_height(said, recorded):
-    assert complete(Settings(resolution=said)).resolution == recorded
-    assert image_size(recorded) == ((640, 384) if said == [640, 384] else (recorded, recorded))
+def test_a_square_is_recorded_as_one_number_and_anything_else_as_width_and_height(printed, recorded):
+    assert complete(Settings(resolution=printed)).resolution == recorded
+    assert image_size(recorded) == ((640, 384) if printed == [640, 384] else (recorded, recorded))
 
 
 @pytest.mark.parametrize(
-    "said, words",
+    "printed, words",
     [
         ([60], "60 is not divisible by 16; the nearest is 64"),
         ([64, 100], "--resolution 100 is not"),
@@ -34,12 +34,12 @@ def test_a_square_is_recorded_as_one_number_and_anything_else_as_width_and_heigh
         ([64, 64, 64], "64 64 64: expected one number, for a square, or WIDTH HEIGHT"),
     ],
 )
-def test_sides_that_do_not_divide_into_tokens_are_refused(said, words):
+def test_sides_that_do_not_divide_into_tokens_are_refused(printed, words):
     with pytest.raises(ValueError, match=words):
-        complete(Settings(resolution=said))
+        complete(Settings(resolution=printed))
 
 
-def test_sides_are_multiples_of_a_token_of_the_teachers_own_autoencoder(tmp_path):
+def test_sides_are_multiples_of_a_token_of_the_teachers_autoencoder(tmp_path):
     assert (
         TeacherFolder(TINY_TEACHER).pixels_per_token == 16 and TeacherFolder(tmp_path).pixels_per_token == 16
     )
@@ -47,7 +47,7 @@ def test_sides_are_multiples_of_a_token_of_the_teachers_own_autoencoder(tmp_path
     (tmp_path / "models_t5_umt5-xxl-enc-bf16.pth").touch()
     (tmp_path / "Wan2.2_VAE.pth").touch()
     assert TeacherFolder(tmp_path).pixels_per_token == 32
-    (tmp_path / "Wan2.1_VAE.pth").touch()  # is taken where both are there
+    (tmp_path / "Wan2.1_VAE.pth").touch()  # takes precedence over the other
     assert TeacherFolder(tmp_path).pixels_per_token == 16
     wide = tmp_path / "wide"
     shutil.copytree(TINY_TEACHER, wide, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -63,7 +63,7 @@ def test_sides_are_multiples_of_a_token_of_the_teachers_own_autoencoder(tmp_path
             complete(Settings(teacher=str(wide)))
 
 
-def test_a_run_cut_short_when_resolution_was_one_number_is_gone_on_with(tmp_path):
+def test_an_interrupted_run_with_a_one_number_resolution_resumes(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"settings": {"resolution": 64}, "finished": False}))
     assert (
         check_output_folder(tmp_path, {"resolution": complete(Settings(resolution=[64, 64])).resolution})
@@ -73,15 +73,17 @@ def test_a_run_cut_short_when_resolution_was_one_number_is_gone_on_with(tmp_path
         check_output_folder(tmp_path, {"resolution": complete(Settings(resolution=[96, 64])).resolution})
 
 
-def leave_as_killed(whole, cut, step):
-    """Copy a finished run as it would lie there had it been killed after its checkpoint of a step."""
+def leave_as_killed(whole, interrupted, step):
+    """Copy a finished run as if it had been killed after the checkpoint of a step."""
     shutil.copytree(
-        whole, cut, ignore=shutil.ignore_patterns("diffusion_pytorch_model.safetensors", "config.json")
+        whole,
+        interrupted,
+        ignore=shutil.ignore_patterns("diffusion_pytorch_model.safetensors", "config.json"),
     )
-    for path in (cut / "checkpoints").iterdir():
-        if path != checkpoint_path(cut, step):
+    for path in (interrupted / "checkpoints").iterdir():
+        if path != checkpoint_path(interrupted, step):
             shutil.rmtree(path)
-    (cut / "run.json").write_text(json.dumps(read_run(whole) | {"finished": False}))
+    (interrupted / "run.json").write_text(json.dumps(read_run(whole) | {"finished": False}))
 
 
 WIDE = (
@@ -107,13 +109,11 @@ WIDE = (
 
 @pytest.fixture(scope="module")
 def wide_run(tmp_path_factory):
-    """A run of a few steps of all parts, whose pictures are wider than high, and what it said; it trains on
-    three sizes.
-    """
+    """A run of a few steps in all phases on wide images of three sizes, and its output."""
     folder = tmp_path_factory.mktemp("wide") / "run"
-    code, said = train(folder, *WIDE)
-    assert code == 0, said
-    assert "96 x 64, 80 x 80, 64 x 96" in said and read_run(folder)["settings"]["aspect_ratios"] == [
+    code, printed = train(folder, *WIDE)
+    assert code == 0, printed
+    assert "96 x 64, 80 x 80, 64 x 96" in printed and read_run(folder)["settings"]["aspect_ratios"] == [
         "3:2",
         "1:1",
         "2:3",
@@ -123,11 +123,13 @@ def wide_run(tmp_path_factory):
 
 def test_a_run_with_buckets_resumes_to_the_same_weights(wide_run, tmp_path):
     leave_as_killed(wide_run, tmp_path / "cut", step=3)
-    code, said = train(tmp_path / "cut", *WIDE)
-    assert code == 0 and "resumed at step 3" in said and same(tmp_path / "cut", wide_run), said
+    code, printed = train(tmp_path / "cut", *WIDE)
+    assert code == 0 and "resumed at step 3" in printed and have_equal_weights(tmp_path / "cut", wide_run), (
+        printed
+    )
 
 
-def test_everything_in_a_wide_run_is_wide(wide_run):
+def test_every_image_of_a_wide_run_is_wide(wide_run):
     assert read_run(wide_run)["resolution"] == read_run(wide_run)["settings"]["resolution"] == [96, 64]
     grid = Image.open(wide_run / "samples/step-000006.png")
     assert (
@@ -137,7 +139,7 @@ def test_everything_in_a_wide_run_is_wide(wide_run):
     assert "96 x 64 pixels" in card and "height=64, width=96" in card
 
 
-def test_a_wide_student_draws_wide_pictures_and_goes_on_only_at_its_size(wide_run, tmp_path):
+def test_a_wide_student_generates_wide_images_and_resumes_only_at_its_size(wide_run, tmp_path):
     settings, _ = read_settings(["--model", str(wide_run)])
     assert (settings.width, settings.height) == (96, 64)
     process = run_script(

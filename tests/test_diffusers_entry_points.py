@@ -1,6 +1,4 @@
-"""The doors of diffusers through which a saved student is loaded, changed and saved again: each is that of a
-stock Wan.
-"""
+"""The ways in which diffusers loads, changes and saves a student: each behaves as with a stock Wan."""
 
 import copy
 import inspect
@@ -57,7 +55,7 @@ def run(finished_run, tmp_path):
 
 @pytest.fixture
 def warned():
-    """What diffusers logs as a warning or worse."""
+    """The warnings and errors that diffusers logs."""
     found, handler = [], logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())
     logging.getLogger("diffusers").addHandler(handler)
@@ -76,7 +74,7 @@ def settings_of(config):
 
 
 def pipeline_of(run, transformer=None):
-    """Return a stock pipeline of a run, with another transformer where one is given."""
+    """Return a stock pipeline of a run, with another transformer if one is given."""
     return WanPipeline.from_pretrained(run, **({} if transformer is None else {"transformer": transformer}))
 
 
@@ -106,7 +104,7 @@ def test_a_students_config_has_every_setting_of_a_stock_one(student, saved):
     assert WanLiteStudent.from_config(stock.config, eps=1e-5).config.eps == 1e-5
 
 
-def test_the_config_file_of_a_student_is_that_of_a_stock_wan(saved, tmp_path, warned):
+def test_the_config_file_of_a_student_is_the_one_of_a_stock_wan(saved, tmp_path, warned):
     WanTransformer3DModel(**STOCK).save_pretrained(tmp_path / "stock")
     assert (saved / "config.json").read_text() == (tmp_path / "stock/config.json").read_text()
     for load in (WanTransformer3DModel, AutoModel):
@@ -125,11 +123,11 @@ def test_an_older_save_under_both_names_loads(student, tmp_path):
     assert equal(loaded.state_dict(), student.state_dict()) and loaded.config.image_dim is None
 
 
-# ---- one file ----------------------------------------------------------------------------------------------
+# ---- single files ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rename", [str, official_name])
-def test_one_file_of_weights_loads_under_both_dialects(rename, student, saved, tmp_path):
+def test_a_single_file_of_weights_loads_in_both_dialects(rename, student, saved, tmp_path):
     save_file(
         {rename(name): tensor for name, tensor in student.state_dict().items()}, tmp_path / "one.safetensors"
     )
@@ -137,7 +135,7 @@ def test_one_file_of_weights_loads_under_both_dialects(rename, student, saved, t
     assert type(loaded) is WanLiteStudent and equal(loaded.state_dict(), student.state_dict())
 
 
-def test_one_file_that_lacks_a_tensor_or_a_config_is_refused(student, saved, tmp_path):
+def test_a_single_file_without_a_tensor_or_a_config_is_refused(student, saved, tmp_path):
     tensors = {name: tensor for name, tensor in student.state_dict().items() if name != "proj_out.bias"}
     save_file(tensors, tmp_path / "one.safetensors")
     with pytest.raises(
@@ -151,7 +149,7 @@ def test_one_file_that_lacks_a_tensor_or_a_config_is_refused(student, saved, tmp
 # ---- pipelines ---------------------------------------------------------------------------------------------
 
 
-def test_a_pipeline_with_a_student_loads_where_this_code_is_not(run, tmp_path, warned):
+def test_a_pipeline_with_a_student_loads_without_this_package(run, tmp_path, warned):
     pipeline = pipeline_of(run, WanLiteStudent.from_pretrained(run))
     assert warned == [] and type(pipeline.transformer) is WanLiteStudent
     pipeline.save_pretrained(tmp_path / "pipeline")
@@ -180,7 +178,7 @@ def test_a_pipeline_with_a_student_loads_where_this_code_is_not(run, tmp_path, w
         lambda pipeline, student: setattr(pipeline, "transformer", copy.deepcopy(student)),
     ],
 )
-def test_a_student_put_into_a_pipeline_later_is_named_as_the_stock_class(put, run):
+def test_a_student_added_to_a_pipeline_is_saved_as_the_stock_class(put, run):
     pipeline = pipeline_of(run)
     put(pipeline, WanLiteStudent.from_pretrained(run))
     assert tuple(pipeline.config.transformer) == ("diffusers", "WanTransformer3DModel")
@@ -191,16 +189,16 @@ def test_a_student_that_was_copied_or_pickled_is_a_student(student):
         assert type(made) is WanLiteStudent and equal(made.state_dict(), student.state_dict())
 
 
-def test_parts_load_by_subfolder_as_from_any_folder_of_diffusers(run, warned):
+def test_components_load_by_subfolder_as_in_diffusers(run, warned):
     found = AutoencoderKLWan.from_pretrained(run, subfolder="vae").state_dict()
     assert equal(found, load_file(run / "vae" / WEIGHTS)) and warned == []
 
 
-# ---- run_inference.py draws from every folder that from_pretrained takes -----------------------------------
+# ---- run_inference.py loads every folder that from_pretrained accepts --------------------------------------
 
 
 def louder(run, dtype=torch.float32):
-    """Return the stock Wan of a run's student, changed as by a LoRA that was fused."""
+    """Return a run's student as a stock Wan, changed as by a fused LoRA."""
     stock = WanTransformer3DModel.from_pretrained(run, torch_dtype=dtype)
     with torch.no_grad():
         stock.proj_out.weight *= 1.5
@@ -233,7 +231,7 @@ FORMS = {
 
 @pytest.mark.filterwarnings("ignore:.*the shards are read")
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_in_which_stock_saves_a_student_is_drawn_as_stock_draws_it(form, run, tmp_path):
+def test_every_form_saved_by_stock_diffusers_generates_the_same_images(form, run, tmp_path):
     expected = louder(run, torch.bfloat16 if form == "in half the bytes" else torch.float32).state_dict()
     folder = FORMS[form](run, tmp_path / "pipeline")
     settings, prompts = read_settings(
@@ -259,18 +257,18 @@ def test_every_form_in_which_stock_saves_a_student_is_drawn_as_stock_draws_it(fo
     assert image.shape == (64, 64, 3)
 
 
-def test_shards_of_stock_beside_an_older_file_are_named(run):
+def test_stock_shards_beside_an_older_file_are_reported(run):
     older = load_file(run / WEIGHTS)
     louder(run).save_pretrained(run, **SHARDED)
     with pytest.warns(
         UserWarning, match=f"holds {WEIGHTS} beside . shards; the shards are read, as stock diffusers does"
     ):
         assert not equal(WanLiteStudent.from_pretrained(run).state_dict(), older)
-    next(run.glob("*-00001-of-*.safetensors")).unlink()  # an index that leads nowhere counts for nothing
+    next(run.glob("*-00001-of-*.safetensors")).unlink()  # an index of missing shards is ignored
     assert equal(WanLiteStudent.from_pretrained(run).state_dict(), older)
 
 
-def test_of_two_precisions_the_plain_one_is_drawn_and_one_alone_is_named(run, capsys):
+def test_of_two_precisions_the_default_is_used_and_a_lone_variant_is_named(run, capsys):
     plain = load_file(run / WEIGHTS)
     louder(run, torch.float16).save_pretrained(run, variant="fp16")
     assert equal(StudentPipeline(run).student.state_dict(), plain)
@@ -285,7 +283,7 @@ def test_of_two_precisions_the_plain_one_is_drawn_and_one_alone_is_named(run, ca
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_of_two_precisions_of_a_teacher_the_plain_one_is_read(shards, copied):
+def test_of_two_precisions_of_a_teacher_the_default_is_read(shards, copied):
     expected = open_teacher_files(TINY_TEACHER).fingerprint
     stock = WanTransformer3DModel.from_pretrained(copied / "transformer")
     stock.half().save_pretrained(
@@ -297,16 +295,16 @@ def test_of_two_precisions_of_a_teacher_the_plain_one_is_read(shards, copied):
     ):
         assert open_teacher_files(copied).fingerprint == expected
     (copied / "transformer" / WEIGHTS).unlink()
-    assert open_teacher_files(copied).fingerprint != expected  # the variant alone is read
+    assert open_teacher_files(copied).fingerprint != expected  # only the variant is read
 
 
-def test_a_pipeline_of_two_experts_is_not_taken_for_a_student(capsys):
+def test_a_pipeline_of_two_experts_is_not_a_student(capsys):
     with pytest.raises(SystemExit):
         read_settings(["--model", str(TINY_TEACHER)])
     assert "holds a pipeline of two experts, expected a student" in capsys.readouterr().err
 
 
-def test_a_transformer_folder_that_leads_out_of_a_pipeline_is_not_read(run, tmp_path):
+def test_a_transformer_link_to_outside_of_a_pipeline_is_not_followed(run, tmp_path):
     pipeline_of(run).save_pretrained(tmp_path / "pipeline")
     (tmp_path / "pipeline/transformer").rename(tmp_path / "elsewhere")
     (tmp_path / "pipeline/transformer").symlink_to(tmp_path / "elsewhere")
@@ -314,7 +312,7 @@ def test_a_transformer_folder_that_leads_out_of_a_pipeline_is_not_read(run, tmp_
         WanLiteStudent.from_pretrained(tmp_path / "pipeline")
 
 
-def test_a_student_without_the_parts_beside_it_names_them(saved, capsys):
+def test_missing_components_of_a_student_are_named(saved, capsys):
     with pytest.raises(SystemExit):
         read_settings(["--model", str(saved), "--prompt", PROMPT])
     assert "put those of its run" in capsys.readouterr().err
@@ -334,7 +332,7 @@ def test_a_student_without_the_parts_beside_it_names_them(saved, capsys):
         ((1, 4, 1, 1000, 8), "1000 high"),
     ],
 )
-def test_a_size_that_a_student_cannot_place_is_named_by_the_model(shape, words, student):
+def test_a_size_beyond_the_position_embedding_is_refused_by_the_model(shape, words, student):
     with pytest.raises(ValueError, match=f"{words}.* Choose another height or width"):
         student(
             torch.zeros(shape),
@@ -343,7 +341,7 @@ def test_a_size_that_a_student_cannot_place_is_named_by_the_model(shape, words, 
         )
 
 
-def test_the_largest_size_is_drawn(student):
+def test_the_largest_size_is_generated(student):
     assert student(torch.zeros(1, 4, 64, 2), torch.zeros(1), torch.zeros(1, 3, 8)).sample.shape == (
         1,
         4,

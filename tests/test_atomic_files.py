@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, whenever the writer is killed."""
+"""Atomic files and folders, whenever the writer is killed."""
 
 import gc
 import json
@@ -26,7 +26,7 @@ def write_folder(folder, content):
         (partial / "state.bin").write_text(content * 1000)
 
 
-def test_json_is_replaced_whole(tmp_path):
+def test_json_is_replaced_atomically(tmp_path):
     path = tmp_path / "run.json"
     write_json(path, {"a": 1})
     before = os.stat(path).st_ino
@@ -36,7 +36,7 @@ def test_json_is_replaced_whole(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_writers_of_the_same_json_do_not_meet(tmp_path):
+def test_writers_of_the_same_json_do_not_collide(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(
             pool.map(lambda number: write_json(tmp_path / "provenance.json", {"number": number}), range(200))
@@ -45,7 +45,7 @@ def test_writers_of_the_same_json_do_not_meet(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["provenance.json"]
 
 
-def test_an_error_in_the_middle_of_a_save_leaves_the_old_folder(tmp_path):
+def test_an_error_during_a_save_leaves_the_old_folder(tmp_path):
     write_folder(tmp_path / "vae", "old")
     with pytest.raises(OSError, match="full"), new_folder(tmp_path / "vae") as partial:
         (partial / "state.bin").write_text("half")
@@ -86,7 +86,7 @@ def test_a_save_killed_between_its_renames_loses_no_folder(tmp_path, monkeypatch
         (lambda path: (path / "state.bin").write_text("statE" * 1000), "differs from its manifest"),
     ],
 )
-def test_a_folder_that_is_not_as_it_was_written_is_told(tmp_path, break_it, reason):
+def test_a_folder_that_changed_since_it_was_written_is_reported(tmp_path, break_it, reason):
     write_folder(tmp_path / "vae", "state")
     assert find_corruption(tmp_path / "vae") is None
     break_it(tmp_path / "vae")
@@ -117,7 +117,7 @@ def test_a_lock_is_held_until_its_process_ends(tmp_path):
         assert is_held
 
 
-def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_written(tmp_path):
+def test_a_file_too_large_for_the_disk_is_refused_before_it_is_written(tmp_path):
     check_space(tmp_path, 1000)
     with pytest.raises(OSError, match="no space left: 1,000,000,000,001.1 MB are needed"):  # and the spare
         check_space(tmp_path, 10**18)
@@ -126,17 +126,17 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_written(tmp_path)
 @pytest.mark.parametrize(
     "num_bytes, free", [(1_300_000, 2_100_000), (0, SPARE - 1), (1_000_000, 2_048_575), (10**12, 10**12)]
 )
-def test_the_figures_of_a_full_disk_are_those_that_are_compared(num_bytes, free, tmp_path, monkeypatch):
+def test_the_message_about_a_full_disk_has_the_compared_figures(num_bytes, free, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
     with pytest.raises(OSError, match="no space left") as refused:
         check_space(tmp_path, num_bytes)
-    needed, there = (
+    needed, found_space = (
         float(figure.replace(",", "")) for figure in re.findall(r"([\d,.]+) MB are", str(refused.value))
     )
-    assert there <= free / 1e6 < (num_bytes + SPARE) / 1e6 <= needed
+    assert found_space <= free / 1e6 < (num_bytes + SPARE) / 1e6 <= needed
 
 
-LOOKS = """import sys; sys.path.insert(0, sys.argv[1])
+SEARCHES = """import sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 import torch
@@ -146,30 +146,29 @@ from wanlite.data.shards import write_shard
 from wanlite.files.dtypes import find_non_finite
 from wanlite.teacher.expert_files import ExpertFiles
 folder, large = Path(sys.argv[2]), torch.nn.Linear(16384, 4096, bias=False, dtype=torch.bfloat16).requires_grad_(False)
-large.weight.fill_(3e33)                                     # all together they are more than bfloat16 says
+large.weight.fill_(3e33)                                     # their sum exceeds the range of bfloat16
 save_file({"weight": large.weight}, folder / "expert.safetensors")
 expert = ExpertFiles("high", folder, {}, {"weight": (folder / "expert.safetensors", "weight", (4096, 16384))})
 nothing = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
-for look in (lambda: check_loaded("here", large, nothing), lambda: find_non_finite(large.state_dict()),
+for search in (lambda: check_loaded("here", large, nothing), lambda: find_non_finite(large.state_dict()),
              lambda: expert.read("weight", torch.bfloat16), lambda: write_shard(folder, 0, large.state_dict())):
     before = getrusage(RUSAGE_SELF).ru_maxrss
-    look()
+    search()
     print(1024 * (getrusage(RUSAGE_SELF).ru_maxrss - before) / large.weight.nbytes)
 """
 
 
-def test_who_looks_for_what_is_not_finite_takes_no_memory(tmp_path):
-    """Copies in float32, of a Wan's token embedding, would be 4 GB.
-
-    A file that is read is mapped, and written once more.
+def test_the_search_for_infinite_values_takes_no_memory(tmp_path):
+    """A float32 copy of a Wan's token embedding would take 4 GB. Files are mapped when read, and written
+    once more.
     """
-    looked = subprocess.run([sys.executable, "-c", LOOKS, ROOT, tmp_path], capture_output=True, text=True)
-    assert looked.returncode == 0, looked.stderr
-    loaded, saved, read, written = map(float, looked.stdout.split())
+    process = subprocess.run([sys.executable, "-c", SEARCHES, ROOT, tmp_path], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    loaded, saved, read, written = map(float, process.stdout.split())
     assert loaded < 0.2 and saved < 0.2 and read < 1.3 and written < 1.3
 
 
-def test_a_second_run_logs_that_it_waits_and_then_has_its_turn(tmp_path):
+def test_a_second_run_logs_its_wait_and_then_continues(tmp_path):
     folder, logged, is_first = tmp_path / "start", [], Event()
     folder.mkdir()
 
@@ -190,8 +189,8 @@ def test_a_second_run_logs_that_it_waits_and_then_has_its_turn(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["start"]
 
 
-def test_a_lock_is_held_until_its_release_which_leaves_no_file(tmp_path):
-    assert lock(tmp_path) is not None  # and nobody keeps what it returned
+def test_a_lock_is_held_until_its_release_and_leaves_no_file(tmp_path):
+    assert lock(tmp_path) is not None  # and its return value is not kept
     gc.collect()
     assert lock(tmp_path) is None
     release(locks._HELD[-1])

@@ -1,6 +1,4 @@
-"""Whatever a file says, it is refused with an OSError or ValueError that names it, or it is exactly what it
-seems.
-"""
+"""Any file is refused with an OSError or ValueError that names it, or is exactly what it appears to be."""
 
 import json
 import math
@@ -58,7 +56,7 @@ def student(tmp_path_factory):
 
 
 def laid_out(described):
-    """Return the header and the number of bytes of tensors that lie one behind the other."""
+    """Return the header and the number of bytes of contiguous tensors."""
     header, end = {}, 0
     for number, (dtype, shape) in enumerate(described):
         start, end = end, end + BYTES[dtype] * math.prod(shape)
@@ -74,9 +72,7 @@ def write(path, header, num_bytes, length=None):
 
 
 def shapes_or_refusal(path):
-    """Return {name: shape} of a file whose tensors tile it and can be read as they are described; None where
-    it is refused.
-    """
+    """Return {name: shape} of a valid file, whose tensors tile it and can be read; None if it is refused."""
     try:
         weights = WeightsFile(path)
     except (OSError, ValueError) as refused:
@@ -109,7 +105,7 @@ def test_any_bytes_are_refused_or_tile_the_file(content, path):
 
 
 @given(content=st.binary(max_size=200) | any_json.map(lambda found: json.dumps(found).encode()))
-def test_any_bytes_are_refused_or_the_dict_that_json_reads(content):
+def test_any_bytes_are_refused_or_parsed_like_json(content):
     try:
         found = parse_json(content, "some file")
     except OSError as refused:
@@ -140,7 +136,7 @@ def test_any_header_is_refused_or_tiles_the_file(header, num_bytes, path):
 
 
 @given(described=tensors, order=st.randoms(use_true_random=False))
-def test_tensors_one_behind_the_other_are_accepted_in_any_order_of_their_names(described, order, path):
+def test_contiguous_tensors_are_accepted_in_any_order_of_their_names(described, order, path):
     header, num_bytes = laid_out(described)
     names = sorted(header)
     order.shuffle(names)
@@ -151,7 +147,7 @@ def test_tensors_one_behind_the_other_are_accepted_in_any_order_of_their_names(d
 
 
 @given(described=tensors.filter(len), data=st.data())
-def test_a_header_that_was_changed_is_refused_or_tiles_the_file(described, data, path):
+def test_a_changed_header_is_refused_or_tiles_the_file(described, data, path):
     header, num_bytes = laid_out(described)
     entry = header[data.draw(st.sampled_from(sorted(header)), "tensor")]
     what = data.draw(st.sampled_from([*entry, "size", "offset", "word", "tensor", "length", "body"]), "what")
@@ -187,7 +183,7 @@ def test_a_header_that_was_changed_is_refused_or_tiles_the_file(described, data,
 
 
 @given(data=st.data())
-def test_a_file_with_some_bits_turned_or_its_end_gone_is_refused_or_has_the_same_shapes(
+def test_a_file_with_flipped_bits_or_truncated_is_refused_or_keeps_its_shapes(
     data, student, tmp_path_factory
 ):
     content = bytearray((student / WEIGHTS).read_bytes())
@@ -195,7 +191,7 @@ def test_a_file_with_some_bits_turned_or_its_end_gone_is_refused_or_has_the_same
     places = st.integers(0, 7) | st.integers(8, header_end - 1) | st.integers(header_end, len(content) - 1)
     for place, bit in data.draw(st.lists(st.tuples(places, st.integers(0, 7)), max_size=3), "turned"):
         content[place] ^= 1 << bit
-    if data.draw(st.integers(0, 3), "is cut") == 3:
+    if data.draw(st.integers(0, 3), "is truncated") == 3:
         del content[data.draw(st.integers(0, len(content)), "size") :]
     folder = tmp_path_factory.getbasetemp() / "damaged"
     shutil.rmtree(folder, ignore_errors=True)
@@ -276,7 +272,7 @@ file_names = st.lists(
     | any_json
 )
 @example(weight_map={"a": "a.safetensors", "b": "b.safetensors", "in": "in.safetensors"})
-def test_no_index_leads_out_of_its_folder(weight_map, folder_among_others):
+def test_an_index_never_reaches_outside_of_its_folder(weight_map, folder_among_others):
     (folder_among_others / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     try:
         found = find_weights(folder_among_others)
@@ -334,7 +330,7 @@ odd = (
 
 
 @given(
-    told=st.fixed_dictionaries({}, optional=plausible),
+    chosen=st.fixed_dictionaries({}, optional=plausible),
     changes=st.dictionaries(
         st.sampled_from(sorted({*plausible, "quantization_config", "auto_map", "teacher_checkpoint_path"}))
         | st.text(max_size=4),
@@ -344,9 +340,9 @@ odd = (
     is_changed=st.booleans(),
 )
 @settings(max_examples=300)
-def test_any_config_is_refused_or_builds_what_its_shapes_say(told, changes, is_changed):
+def test_any_config_is_refused_or_builds_the_implied_shapes(chosen, changes, is_changed):
     defaults = config_defaults(WanLiteStudent) | SMALL
-    config = told | (changes if is_changed else {})
+    config = chosen | (changes if is_changed else {})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -366,7 +362,7 @@ def test_any_config_is_refused_or_builds_what_its_shapes_say(told, changes, is_c
     config=st.dictionaries(st.sampled_from(sorted(plausible)) | st.text(max_size=4), odd, max_size=4)
     | any_json
 )
-def test_any_config_file_is_refused_or_read_as_it_is(config, tmp_path_factory):
+def test_any_config_file_is_refused_or_read_unchanged(config, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "config"
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -394,7 +390,7 @@ def test_any_config_file_is_refused_or_read_as_it_is(config, tmp_path_factory):
         {"num_heads": 8},
     ],
 )
-def test_the_shapes_that_are_implied_are_those_of_the_student(changes):
+def test_the_implied_shapes_are_those_of_the_student(changes):
     real = {
         name: tuple(tensor.shape) for name, tensor in WanLiteStudent(**SMALL | changes).state_dict().items()
     }

@@ -1,0 +1,108 @@
+"""The work of a run and a device -> an estimate of the time it takes."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..teacher.expert_files import TeacherFiles
+
+EFFICIENCY = 0.4  # of a device's rate of matrix products, as large transformers reach
+H100_RATE = 989e12  # operations per second in bfloat16
+MAX_TIMED_OPERATIONS = 2e10  # of one state; a larger student is not timed
+MAX_TIMED_BATCH_SIZE = 64
+TIMED_TEXT_TOKENS = 24
+NUM_TIMINGS = 3
+SLOW_PRECISION = 1.2  # float32 is recommended if it is faster than mixed precision by this factor
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The passes of the teacher and the training states of a run, on images of `tokens` tokens."""
+
+    student: Any
+    files: TeacherFiles
+    passes: int
+    states: int
+    tokens: int
+    latent_size: tuple[int, int]  # (H, W)
+
+    @property
+    def teacher_parameters(self) -> float:
+        """The parameters that a pass of the teacher uses: those of one expert."""
+        return self.files.num_parameters / len(self.files.experts)
+
+    @property
+    def operations_per_state(self) -> int:
+        """The operations of a forward and a backward pass of the student."""
+        return 6 * self.tokens * self.student.num_parameters()
+
+    @property
+    def operations(self) -> float:
+        """The operations of the run."""
+        passes = 2 * self.tokens * self.passes * self.teacher_parameters
+        return passes + self.operations_per_state * self.states
+
+
+def estimate_duration(work: Workload, device, dtype) -> str:
+    """Return the estimated time, by timing a small student, or from the operations of a large one."""
+    if work.operations_per_state > MAX_TIMED_OPERATIONS:
+        return _describe_operations(work, device, dtype)
+    state_seconds = _time_state(work, device)
+    pass_seconds = state_seconds / 3 * work.teacher_parameters / work.student.num_parameters()
+    minutes = (state_seconds * work.states + pass_seconds * work.passes) / 60
+    return f"about {max(1, round(minutes)):,} minutes"
+
+
+def _describe_operations(work, device, dtype):
+    rate = measure_matrix_rate(device, dtype)
+    hours, h100_hours = (work.operations / (EFFICIENCY * each * 3600) for each in (rate, H100_RATE))
+    text = (
+        f"about {hours:,.1f} hours ({work.operations / 1e15:,.0f} PFLOP; an H100 would take "
+        f"{h100_hours:,.1f} hours)"
+    )
+    speedup = measure_matrix_rate(device, torch.float32) / rate if dtype != torch.float32 else 1
+    if speedup > SLOW_PRECISION:
+        text += f"; {speedup:,.1f} times faster without --mixed_precision, which is slow on this device"
+    return text
+
+
+def _time_state(work, device):
+    """Return the seconds of a forward and a backward pass of the student on one state."""
+    config = work.student.config
+    student = type(work.student)(dict(config)).to(device)
+    batch_size = int(min(MAX_TIMED_BATCH_SIZE, MAX_TIMED_OPERATIONS // work.operations_per_state))
+    text = torch.zeros(batch_size, TIMED_TEXT_TOKENS, config.text_dim, device=device)
+    latents = torch.randn(batch_size, config.num_channels, *work.latent_size, device=device)
+    timestep = torch.full((batch_size,), 500.0, device=device)
+    seconds: list[float] = []
+    for _ in range(NUM_TIMINGS):
+        began = time.perf_counter()
+        (velocity,) = student(latents, timestep, text, return_dict=False)
+        velocity.mean().backward()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds) / batch_size
+
+
+def measure_matrix_rate(device, dtype, max_width=8192, patience=0.02):
+    """Return the operations per second of a device's matrix products, measured on ever larger matrices.
+
+    It ends at `max_width`, or once a product takes longer than `patience` seconds: some CPUs are a thousand
+    times slower than a GPU in bfloat16.
+    """
+    width, rate = 128, 0.0
+    warmup = torch.ones(width, width, device=device, dtype=dtype)
+    (warmup @ warmup)[0, 0].item()  # on a GPU, the first product loads a library
+    while width <= max_width:
+        matrix = torch.randn(width, width, device=device).to(dtype)
+        seconds: list[float] = []
+        while len(seconds) < NUM_TIMINGS and sum(seconds) < NUM_TIMINGS * patience:
+            began = time.perf_counter()
+            (matrix @ matrix)[0, 0].item()  # waits for the result
+            seconds.append(time.perf_counter() - began)
+        rate = max(rate, 2 * width**3 / min(seconds))
+        if min(seconds) > patience:
+            break
+        width *= 2
+    return rate
