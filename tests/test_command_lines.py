@@ -505,9 +505,10 @@ def test_the_output_of_both_scripts_reports_progress_and_paths(finished_run):
     lines = printed.splitlines()
     assert lines[0].startswith("teacher") and "tiny_teacher" in lines[0] and "1.25 M + 1.25 M" in lines[0]
     assert lines[1].startswith("student") and "0.33 M" in lines[1] and "calibrated" in lines[1]
-    assert lines[2].startswith("device") and lines[4] == f"output   {folder}" and "minutes" in lines[6]
+    assert lines[2].startswith("device") and lines[5] == f"output   {folder}" and "minutes" in lines[7]
+    assert lines[4].startswith("noise    shift 3 for 64 x 64 pixels: 3 teacher steps with the high")
     assert (
-        lines[5] == "WARNING  64 trajectories are few, and images may stay noise; the default is at least 300"
+        lines[6] == "WARNING  64 trajectories are few, and images may stay noise; the default is at least 300"
     )
     assert lines[-1] == f"next: python run_inference.py --model {folder}"
     results = json.loads((folder / "run.json").read_text())["results"]

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import torch
 
+from ..flow import make_scheduler, set_steps
 from ..phases import MIN_TRAJECTORIES, MIN_VALIDATED
+from ..schedule import TIMESTEPS
+from ..training.run_folder import image_size
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder of the scripts
 PROJECTED_ONLY = "the teacher's weights are projected into the student, which is saved without training"
@@ -28,6 +31,7 @@ def announce(run, log):
         f"{settings.student or settings.projection}\n"
         f"device   {run.device}, {torch.get_num_threads()} threads, {precision}\n"
         f"work     {PROJECTED_ONLY if settings.project_only else describe_work(run)}\n"
+        f"noise    {describe_noise(settings, files.boundary)}\n"
         f"output   {Path(settings.output_dir).absolute()}"
     )
     if not settings.project_only:
@@ -47,6 +51,18 @@ def describe_work(run):
         f"then {settings.max_train_steps:,} steps ({run.num_states:,} states, {batch} a step): "
         f"{', '.join(f'{phase} {count:,}' for phase, count in steps.items())}"
     )
+
+
+def describe_noise(settings, boundary):
+    """Return the shift of the noise schedule, and the teacher's steps by expert, as one sentence."""
+    width, height = image_size(settings.resolution)
+    text = f"shift {settings.flow_shift:g} for {width} x {height} pixels"
+    if boundary is None:
+        return text
+    levels = set_steps(make_scheduler(settings.flow_shift), settings.teacher_steps, "cpu")
+    num_high = sum(timestep >= TIMESTEPS * boundary for timestep, _ in levels)
+    num_low = settings.teacher_steps - num_high
+    return f"{text}: {num_high} teacher steps with the high-noise expert, {num_low} with the low-noise expert"
 
 
 def announce_few(num_trajectories, num_prompts, num_held_out, log):
