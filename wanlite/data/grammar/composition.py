@@ -3,15 +3,19 @@
 from collections.abc import Iterator
 from functools import cache
 from itertools import count
+from string import capwords
 
 from .choices import Choices
-from .english import american, capitalise, fix_articles, plural
+from .contradictions import contradicts_itself
+from .english import american, capitalise, fix_articles, plural, words_of
 from .held_out import is_held_out
 from .templates import Template, expand
-from .vocabulary import LENGTHS, Scene, read_vocabulary
+from .vocabulary import Scene, read_vocabulary
 
-SHARES = (2, 12, 26, 26, 22, 12)  # percent of prompts by LENGTHS
+SHARES = {"word": 2, "phrase": 12, "short": 26, "medium": 24, "long": 22, "extended": 14}  # percent of prompts
 MAX_ATTEMPTS = 1000  # of a prompt on one side of the held-out rule
+LENGTHS_BY_SHARE = [name for name, share in SHARES.items() for _ in range(share)]
+LENGTHS_WITH_PAIRS = [name for name in LENGTHS_BY_SHARE if name not in ("word", "phrase")]
 TINY = frozenset(("with", "from", "into", "over", "under", "behind", "their", "beside", "through", "between"))
 
 
@@ -38,15 +42,14 @@ def compose(seed: int, index: int, held_out: bool = False) -> str:
     length = _length(Choices(seed, index), held_out)
     for attempt in range(MAX_ATTEMPTS):
         prompt = _compose(length, Choices(seed, index, int(held_out), attempt))
-        if not _repeats_itself(prompt) and is_held_out(prompt) == held_out:
+        if is_held_out(prompt) == held_out and not _repeats_itself(prompt) and not contradicts_itself(prompt):
             return prompt
     raise AssertionError(f"no prompt of seed {seed} and index {index}")
 
 
 def _length(choices, held_out):
     """Return one of LENGTHS; prompts of a word or two name no pair of words."""
-    shares = (0, 0, *SHARES[2:]) if held_out else SHARES
-    return choices.pick([name for name, share in zip(LENGTHS, shares) for _ in range(share)])
+    return choices.pick(LENGTHS_WITH_PAIRS if held_out else LENGTHS_BY_SHARE)
 
 
 def _compose(length, choices):
@@ -75,10 +78,11 @@ def _lottery(length: str) -> list[Scene]:
 
 
 def _repeats_itself(prompt):
-    """Return whether a long word comes too often."""
-    words = [word.strip('.,"').lower() for word in prompt.split()]
+    """Return whether a long word comes twice, or three times in a long prompt."""
+    words = words_of(prompt)
     long = [word for word in words if len(word) > 3 and word not in TINY]
-    return any(long.count(word) > 1 + (len(words) > 45) for word in set(long))
+    most = 1 + (len(words) > 45)
+    return len(set(long)) < len(long) and any(long.count(word) > most for word in set(long))
 
 
 class Composition:
@@ -86,30 +90,32 @@ class Composition:
 
     def __init__(self, scene: Scene, choices: Choices):
         self.scene, self.choices, self.used = scene, choices, set()
-        self.own = {name.removeprefix("slot_"): getattr(self, name) for name in dir(self) if name.startswith("slot_")}
+        self.lists = (choices.pick(read_vocabulary().media), scene.lists)
         if scene.casts:
             self.cast = choices.pick(scene.casts)
+            self.lists = (self.cast.lists, *self.lists)
             self.noun, self.is_plural, self.number = self._choose_noun(self.cast, 20)
-        self.medium = choices.pick(read_vocabulary().media)
 
     def fill(self, name: str) -> str:
-        """Return the text of a slot: of this composition, of the medium, or of a list of the scene."""
-        if name in self.own:
-            return self.own[name]()
+        """Return the text of a slot: of this composition, of the cast, of the medium, or of the scene."""
+        if name in SLOTS:
+            return SLOTS[name](self)
         if name.endswith("+s"):
             return plural(self.fill(name.removesuffix("+s")))
         if name.startswith("quoted "):
             return self._quoted(self.fill(name.removeprefix("quoted ")))
-        return self._entry(self.medium.get(name) or self.scene.lists[name])
+        for lists in self.lists:
+            if name in lists:
+                return self._entry(lists[name])
+        raise KeyError(name)
 
     def _entry(self, entries: tuple[Template, ...]) -> str:
         """Return one of the entries that were not used in this prompt."""
         start = self.choices.below(len(entries))
-        for offset in range(len(entries)):
-            entry = entries[(start + offset) % len(entries)]
-            if entry not in self.used:
-                self.used.add(entry)
+        for entry in entries[start:] + entries[:start]:
+            if id(entry) not in self.used:  # equal texts are one template, by the cache of parse()
                 break
+        self.used.add(id(entry))
         return expand(entry, self.fill, self.choices)
 
     def _choose_noun(self, cast, percent):
@@ -129,7 +135,7 @@ class Composition:
 
     def _quoted(self, text):
         """Return lettering between quotation marks, in one of the ways that letters are written."""
-        change = self.choices.pick((str.upper, str.upper, str.capitalize, str.title, str))
+        change = self.choices.pick((str.upper, str.upper, capwords, str))
         return f'"{change(text)}"'
 
     def slot_np(self):
@@ -163,10 +169,19 @@ class Composition:
         """Another subject of the scene."""
         others = [cast for cast in self.scene.casts if cast is not self.cast] or self.scene.casts
         cast = self.choices.pick(others)
-        noun, _, number = self._choose_noun(cast, 15)
+        noun, self.other_is_plural, number = self._choose_noun(cast, 15)
         self.other_cast = cast
         return f"{number} {self._described(cast, noun, 50)}"
+
+    def slot_other_is(self):
+        """The verb of the other subject; after `other`."""
+        return "are" if self.other_is_plural else "is"
 
     def slot_act_other(self):
         """What the other subject does; after `other`."""
         return self._entry(self.other_cast.lists["actions"])
+
+
+SLOTS = {
+    name.removeprefix("slot_"): method for name, method in vars(Composition).items() if name.startswith("slot_")
+}

@@ -29,6 +29,7 @@ IRREGULAR = {
 NO_VOWEL_SOUND = re.compile(r"(?:eu|ew|u(?:ni(?![nm])|s(?:e|u)|k|tens|fo\b)|on(?:e|ce)\b)", re.I)
 SILENT_H = re.compile(r"(?:hour|honest|heir)", re.I)
 ARTICLE = re.compile(r"\b([Aa]) (?=\W?(\w+))")
+WORD = re.compile(r"[^\W\d_]+(?:[-'/][^\W_]+)*")
 HEAD = re.compile(r"^(.*?)( (?:of|with|in|on|at|from|made|full|under|for) .*)?$")
 SENTENCE = re.compile(r'(^|[.!?]"? )(["]?)([a-z])')
 AMERICAN = {
@@ -53,6 +54,11 @@ AMERICAN = {
     "yoghurt": "yogurt",
 }
 BRITISH_WORD = re.compile(f"(?:{'|'.join(AMERICAN)})(?!hound)")
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text in lower case."""
+    return WORD.findall(text.lower())
 
 
 def plural(noun: str) -> str:

@@ -3,41 +3,39 @@
 The rule reads the words of a prompt alone, so that it holds for every seed, and for prompts from elsewhere.
 """
 
-import re
 from collections.abc import Iterable
 from functools import cache
 from zlib import crc32
 
-from .english import american, head_word, plural
+from .english import american, head_word, plural, words_of
 from .templates import Template
 from .vocabulary import read_vocabulary
 
 ONE_OF = 60  # pairs of a subject and a place, one is held out
-WORD = re.compile(r"[a-z]+(?:-[a-z]+)*")
 
 
 def is_held_out(prompt: str) -> bool:
     """Return whether a prompt names a held-out pair of a subject and a place, in the singular or plural."""
-    words = set(WORD.findall(prompt.lower()))
-    subjects, places = _lexicon()
+    words = set(words_of(prompt))
+    subjects, places = lexicon()
     found = {subjects[word] for word in words & subjects.keys()}
-    return any(
-        is_pair_held_out(subject, places[word]) for word in words & places.keys() for subject in found
-    )
+    return any(not found.isdisjoint(held_out_with(places[word])) for word in words & places.keys())
 
 
 @cache
-def is_pair_held_out(subject: str, place: str) -> bool:
-    """Return whether a subject and a place, as words in the singular, are held out together."""
-    return subject != place and crc32(f"{subject} {place}".encode()) % ONE_OF == 0
+def held_out_with(place: str) -> frozenset[str]:
+    """Return the subjects that never meet this place in training; both are words in the singular."""
+    subjects = set(lexicon()[0].values()) - {place}
+    return frozenset(each for each in subjects if crc32(f"{each} {place}".encode()) % ONE_OF == 0)
 
 
 @cache
-def _lexicon() -> tuple[dict[str, str], dict[str, str]]:
+def lexicon() -> tuple[dict[str, str], dict[str, str]]:
     """Return {form of a word: word} of the subjects and of the places of all scenes."""
     scenes = read_vocabulary().scenes
-    nouns = (noun.lstrip("~=") for scene in scenes for cast in scene.casts for noun in cast.nouns)
-    places = (entry for scene in scenes for entry in scene.lists.get("place", ()))
+    casts = [cast for scene in scenes for cast in scene.casts]
+    nouns = (noun.lstrip("~=") for cast in casts for noun in cast.nouns)
+    places = (entry for each in (*scenes, *casts) for entry in each.lists.get("place", ()))
     return _forms(map(head_word, nouns)), _forms(map(_last_word, places))
 
 

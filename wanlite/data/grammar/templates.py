@@ -5,6 +5,7 @@
 
 import re
 from collections.abc import Callable
+from functools import cache
 
 from .choices import Choices
 
@@ -14,6 +15,7 @@ Part = str | tuple  # text, ("slot", name) or ("choice", templates)
 Template = tuple[Part, ...]
 
 
+@cache
 def parse(text: str) -> Template:
     """Return the template of a text. Raises ValueError for brackets that do not match."""
     tokens = TOKEN.findall(text)

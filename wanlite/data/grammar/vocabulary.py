@@ -13,7 +13,6 @@ from pathlib import Path
 from .templates import Template, parse
 
 FOLDER = Path(__file__).parent
-LENGTHS = ("word", "phrase", "short", "medium", "long", "extended")  # kinds of forms, by length
 Lists = dict[str, tuple[Template, ...]]
 
 
