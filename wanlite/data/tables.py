@@ -96,7 +96,7 @@ def _read_csv(path):
     is refused.
     """
     lines = io.StringIO(_read_text(path), newline="").readlines()
-    separator = _find_separator(path, lines)
+    separator = find_separator(path, lines)
     (_, names, _), *records = [*_records(path, lines, separator)] or [(1, [], False)]
     rows = []
     for number, cells, is_quoted in records:
@@ -111,7 +111,7 @@ def _read_csv(path):
     return names, rows
 
 
-def _find_separator(path, lines):
+def find_separator(path, lines):
     """Return the separator of the file's suffix, or the one by which its header has a column of prompts."""
     expected = "\t" if path.suffix.lower() == ".tsv" else ","
     header = next((line for line in lines if line.strip()), "")

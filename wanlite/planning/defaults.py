@@ -22,15 +22,16 @@ def choose_prompts(settings, say=None):
         each = max(1, settings.num_held_out // 2)
         one, two = (world.captions(settings.seed + 1, each, held_out=True, num_objects=n) for n in (1, 2))
         return world.captions(settings.seed, count), [prompt for pair in zip(one, two) for prompt in pair]
-    prompts = (
-        varied_prompts(settings.seed, count)
-        if settings.prompts is None
-        else (list(dict.fromkeys(read_prompts(settings.prompts, say))))
-    )
+    if settings.prompts is None:
+        num_held_out = min(settings.num_held_out, max(1, count // 20))
+        held_out = varied_prompts(settings.seed, num_held_out, held_out=True)
+        return varied_prompts(settings.seed, count), held_out
+    wanted = settings.num_trajectories and settings.num_trajectories + settings.num_held_out
+    prompts = list(dict.fromkeys(read_prompts(settings.prompts, say, wanted, settings.seed)))
     num_held_out = min(settings.num_held_out, max(1, len(prompts) // 20))
     if len(prompts) == 1 and say:
         say("prompts  there is one: it is trained on, and held out as well")
-    return prompts[:-num_held_out] or prompts, prompts[-num_held_out:]
+    return (prompts[:-num_held_out] or prompts)[: settings.num_trajectories], prompts[-num_held_out:]
 
 
 def choose_data(settings, sizes, say, is_main_process=True):
