@@ -10,10 +10,14 @@ from typing import IO, Any
 from .tables import PACKED, SEPARATORS, find_column, find_separator, read_texts
 
 BLOCK = 1 << 20  # characters of a JSON list, read at once
-BATCH = 1 << 14  # rows of a parquet file, read at once
+BATCH = 1 << 11  # rows of a parquet file, read at once
 HEAD = 1 << 10  # bytes by which another kind of file is recognised
 DECODER = json.JSONDecoder()
-LIST_BEGIN, LIST_END, ITEM_END = re.compile(r"\s*\[\s*(?=\S)"), re.compile(r"\]"), re.compile(r"\s*(?:,\s*(?=\S)|\])")
+LIST_BEGIN, LIST_END, ITEM_END = (
+    re.compile(r"\s*\[\s*(?=\S)"),
+    re.compile(r"\]"),
+    re.compile(r"\s*(?:,\s*(?=\S)|\])"),
+)
 
 
 def stream_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -37,11 +41,18 @@ def stream_cells(path: Path) -> Iterator[tuple[int, Any]]:
     if kind in (".csv", ".tsv"):
         return _stream_csv(path)
     rows = _stream_list(path) if kind == ".json" and _begins_with_list(path) else _stream_json_lines(path)
-    return ((number, _cell(path, row)) for number, row in rows)
+    return _stream_column(path, rows)
 
 
-def _cell(path, row):
-    return row if isinstance(row, str) else row[find_column(path, row)] if isinstance(row, dict) else None
+def _stream_column(path, rows):
+    """Yield (number, cell) of JSON rows, which are strings or objects; most have the names of the row before."""
+    names, column = None, ""
+    for number, row in rows:
+        if isinstance(row, dict):
+            if row.keys() != names:
+                names, column = row.keys(), find_column(path, row)
+            row = row[column]
+        yield number, row
 
 
 def _open_text(path: Path, newline: str | None) -> IO[str]:
@@ -198,7 +209,8 @@ def _stream_parquet(path):
         with parquet.ParquetFile(path) as file:
             column, number = find_column(path, file.schema_arrow.names), 0
             for batch in file.iter_batches(batch_size=BATCH, columns=[column]):
-                for number, cell in enumerate(read_texts(batch.column(0)), number + 1):
+                for cell in read_texts(batch.column(0)):
+                    number += 1
                     yield number, cell
     except (pyarrow.ArrowException, OSError) as error:  # the latter of a damaged page
         raise ValueError(

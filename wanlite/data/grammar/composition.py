@@ -12,7 +12,14 @@ from .held_out import is_held_out
 from .templates import Template, expand
 from .vocabulary import Scene, read_vocabulary
 
-SHARES = {"word": 2, "phrase": 12, "short": 26, "medium": 24, "long": 22, "extended": 14}  # percent of prompts
+SHARES = {
+    "word": 2,
+    "phrase": 11,
+    "short": 24,
+    "medium": 22,
+    "long": 23,
+    "extended": 18,
+}  # percent of prompts
 MAX_ATTEMPTS = 1000  # of a prompt on one side of the held-out rule
 LENGTHS_BY_SHARE = [name for name, share in SHARES.items() for _ in range(share)]
 LENGTHS_WITH_PAIRS = [name for name in LENGTHS_BY_SHARE if name not in ("word", "phrase")]
@@ -78,8 +85,10 @@ def _lottery(length: str) -> list[Scene]:
 
 
 def _repeats_itself(prompt):
-    """Return whether a long word comes twice, or three times in a long prompt."""
+    """Return whether a word follows itself, or a long word comes twice, or three times in a long prompt."""
     words = words_of(prompt)
+    if any(map(str.__eq__, words, words[1:])):
+        return True
     long = [word for word in words if len(word) > 3 and word not in TINY]
     most = 1 + (len(words) > 45)
     return len(set(long)) < len(long) and any(long.count(word) > most for word in set(long))
@@ -183,5 +192,7 @@ class Composition:
 
 
 SLOTS = {
-    name.removeprefix("slot_"): method for name, method in vars(Composition).items() if name.startswith("slot_")
+    name.removeprefix("slot_"): method
+    for name, method in vars(Composition).items()
+    if name.startswith("slot_")
 }

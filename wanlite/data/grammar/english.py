@@ -3,8 +3,14 @@
 import re
 
 IRREGULAR = {
-    **{word: word for word in ("sheep", "deer", "fish", "moose", "bison", "salmon", "trout", "squid", "aircraft")},
-    **{word: word for word in ("spacecraft", "hovercraft", "elk", "koi", "swordfish", "jellyfish", "clownfish")},
+    **{
+        word: word
+        for word in ("sheep", "deer", "fish", "moose", "bison", "salmon", "trout", "squid", "aircraft")
+    },
+    **{
+        word: word
+        for word in ("spacecraft", "hovercraft", "elk", "koi", "swordfish", "jellyfish", "clownfish")
+    },
     **{word: word for word in ("starfish", "reindeer", "bonsai", "tuna", "plankton", "cattle", "carp")},
     "woman": "women",
     "man": "men",
@@ -27,7 +33,7 @@ IRREGULAR = {
     },
 }
 NO_VOWEL_SOUND = re.compile(r"(?:eu|ew|u(?:ni(?![nm])|s(?:e|u)|k|tens|fo\b)|on(?:e|ce)\b)", re.I)
-SILENT_H = re.compile(r"(?:hour|honest|heir)", re.I)
+VOWEL_SOUND = re.compile(r"(?:[Hh]our|[Hh]onest|[Hh]eir|MRI|LED|SOS|X\b|8|11\b|18\b)")
 ARTICLE = re.compile(r"\b([Aa]) (?=\W?(\w+))")
 WORD = re.compile(r"[^\W\d_]+(?:[-'/][^\W_]+)*")
 HEAD = re.compile(r"^(.*?)( (?:of|with|in|on|at|from|made|full|under|for) .*)?$")
@@ -52,7 +58,13 @@ AMERICAN = {
     "aeroplane": "airplane",
     "tyre": "tire",
     "yoghurt": "yogurt",
+    "recognisable": "recognizable",
+    "stylised": "stylized",
+    "visualisation": "visualization",
+    "synchronised": "synchronized",
+    "caramelised": "caramelized",
 }
+AMERICAN |= {word.capitalize(): spelled.capitalize() for word, spelled in AMERICAN.items()}
 BRITISH_WORD = re.compile(f"(?:{'|'.join(AMERICAN)})(?!hound)")
 
 
@@ -88,7 +100,7 @@ def fix_articles(text: str) -> str:
 def _begins_with_vowel(word):
     if word[0].lower() in "aeiou":
         return not NO_VOWEL_SOUND.match(word)
-    return bool(SILENT_H.match(word)) or word in ("8", "11", "18")
+    return bool(VOWEL_SOUND.match(word))
 
 
 def capitalise(text: str) -> str:

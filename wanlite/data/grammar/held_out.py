@@ -47,6 +47,6 @@ def _last_word(place: Template) -> str:
 def _forms(words: Iterable[str]) -> dict[str, str]:
     """Return {spelling in singular or plural: word}."""
     forms = {}
-    for word in sorted({each.lower() for each in words if each.strip()}):
+    for word in sorted({each.lower() for each in words if words_of(each) == [each.lower()]}):
         forms |= {spelled: word for each in (word, plural(word)) for spelled in (each, american(each))}
     return forms

@@ -29,15 +29,17 @@ def _parse(tokens, start, closing):
     """Return (template, index after it) of the tokens up to `closing` or `|`."""
     parts: list[Part] = []
     while start < len(tokens) and tokens[start] not in ("}", "]", ")", "|"):
-        token = tokens[start]
-        if token == "{":
+        mark = tokens[start]
+        if mark == "{":
+            if tokens[start + 2 : start + 3] != ["}"]:
+                raise ValueError(f"{''.join(tokens)!r}: }} is missing.")
             parts.append(("slot", tokens[start + 1]))
             start += 3
-        elif token in "[(":
-            choice, start = _parse_choice(tokens, start + 1, "]" if token == "[" else ")")
-            parts.append(("choice", ((), *choice) if token == "[" else choice))
+        elif mark in "[(":
+            choice, start = _parse_choice(tokens, start + 1, "]" if mark == "[" else ")")
+            parts.append(("choice", ((), *choice) if mark == "[" else choice))
         else:
-            parts.append(token)
+            parts.append(mark)
             start += 1
     if closing and start == len(tokens):
         raise ValueError(f"{''.join(tokens)!r}: {closing} is missing.")
@@ -50,6 +52,8 @@ def _parse_choice(tokens, start, closing):
         template, start = _parse(tokens, start, closing)
         alternatives.append(template)
         if tokens[start] != "|":
+            if tokens[start] != closing:
+                raise ValueError(f"{''.join(tokens)!r}: expected {closing}, found {tokens[start]}.")
             return tuple(alternatives), start + 1
         start += 1
 
