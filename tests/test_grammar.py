@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import run_script
 from wanlite.data.grammar import compose, is_held_out, varied_prompts
 from wanlite.data.grammar.choices import Choices
-from wanlite.data.grammar.composition import LENGTHS_BY_SHARE, SLOTS
+from wanlite.data.grammar.composition import LENGTHS, SLOTS
 from wanlite.data.grammar.contradictions import contradicts_itself
 from wanlite.data.grammar.english import american, capitalise, fix_articles, plural, words_of
 from wanlite.data.grammar.held_out import held_out_with, lexicon
@@ -132,7 +132,7 @@ def test_every_list_is_there_and_every_list_is_used():
                     assert name in lists, f"{scene.name}: {name}"
                     coming += lists[name]
             assert not cast or {"place", "detail", "sentence"} <= reached
-        assert scene.forms.keys() <= set(LENGTHS_BY_SHARE)
+        assert scene.forms.keys() <= set(LENGTHS)
 
 
 def test_no_list_holds_an_entry_twice():
@@ -244,5 +244,5 @@ def test_a_template_is_filled_by_slots_alternatives_and_options():
 
 @pytest.mark.parametrize("text", ["a {cat", "a (cat", "a [cat", "a cat]", "a (cat]"])
 def test_a_template_with_an_open_bracket_is_refused(text):
-    with pytest.raises(ValueError, match="bracket|missing|expected"):
+    with pytest.raises(ValueError, match="bracket"):
         parse(text)

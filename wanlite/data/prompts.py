@@ -36,7 +36,8 @@ def stream_prompts(path: str | Path, log: Callable[[str], Any] | None = None) ->
     if not path.is_file():
         raise OSError(f"{path}: not a file. {EXPECTED}")
     is_table = path.suffix.lower() in KINDS
-    empty, num_empty, num_rows = [], 0, 0
+    empty: list[int] = []
+    num_empty, num_rows = 0, 0
     try:
         for number, cell in stream_cells(path) if is_table else stream_lines(path):
             num_rows += 1
@@ -64,7 +65,8 @@ def sample_prompts(prompts: Iterable[str], count: int, seed: int) -> list[str]:
     the file has no influence, and a larger sample begins with a smaller one. If there are no more than `count`
     different ones, all are returned in the order of the file.
     """
-    key, held = str(seed).encode(), set()
+    key = str(seed).encode()
+    held: set[int] = set()
     heap: list[tuple[int, int, str]] = []  # (-hash, number of the prompt, prompt): the largest hash first
     is_sample = False
     for number, prompt in enumerate(prompts):

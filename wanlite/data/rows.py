@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -208,7 +209,9 @@ def _stream_parquet(path):
     try:
         with parquet.ParquetFile(path) as file:
             column, number = find_column(path, file.schema_arrow.names), 0
-            for batch in file.iter_batches(batch_size=BATCH, columns=[column]):
+            groups = range(file.num_row_groups)  # one at a time, for pyarrow reads ahead
+            batches = (file.iter_batches(BATCH, [group], [column]) for group in groups)
+            for batch in chain.from_iterable(batches):
                 for cell in read_texts(batch.column(0)):
                     number += 1
                     yield number, cell

@@ -1,7 +1,7 @@
 """A key of numbers -> a stream of choices, the same on every platform and in every version of Python."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import shake_128
 from typing import TypeVar
 
@@ -14,7 +14,8 @@ class Choices:
     """Choices that the key alone decides; a hash takes a twentieth of the time of numpy's SeedSequence."""
 
     def __init__(self, *key: int):
-        self._key, self._block, self._numbers = key, 0, iter(())
+        self._key, self._block = key, 0
+        self._numbers: Iterator[int] = iter(())
 
     def below(self, count: int) -> int:
         """Return a number of 0 .. count - 1."""

@@ -35,7 +35,8 @@ def lexicon() -> tuple[dict[str, str], dict[str, str]]:
     scenes = read_vocabulary().scenes
     casts = [cast for scene in scenes for cast in scene.casts]
     nouns = (noun.lstrip("~=") for cast in casts for noun in cast.nouns)
-    places = (entry for each in (*scenes, *casts) for entry in each.lists.get("place", ()))
+    lists = [each.lists for each in scenes] + [cast.lists for cast in casts]
+    places = (entry for each in lists for entry in each.get("place", ()))
     return _forms(map(head_word, nouns)), _forms(map(_last_word, places))
 
 
@@ -46,7 +47,7 @@ def _last_word(place: Template) -> str:
 
 def _forms(words: Iterable[str]) -> dict[str, str]:
     """Return {spelling in singular or plural: word}."""
-    forms = {}
+    forms: dict[str, str] = {}
     for word in sorted({each.lower() for each in words if words_of(each) == [each.lower()]}):
         forms |= {spelled: word for each in (word, plural(word)) for spelled in (each, american(each))}
     return forms

@@ -5,57 +5,74 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from .choices import Choices
 
-TOKEN = re.compile(r"[{}\[\]()|]|[^{}\[\]()|]+")
+MARK = re.compile(r"[{}\[\]()|]|[^{}\[\]()|]+")
+CLOSING = {"[": "]", "(": ")"}
 
-Part = str | tuple  # text, ("slot", name) or ("choice", templates)
-Template = tuple[Part, ...]
+Template = tuple[Any, ...]  # of strings, Slots and Alternatives
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place that is filled by name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """Templates of which one is chosen."""
+
+    templates: tuple[Template, ...]
 
 
 @cache
 def parse(text: str) -> Template:
-    """Return the template of a text. Raises ValueError for brackets that do not match."""
-    tokens = TOKEN.findall(text)
-    template, end = _parse(tokens, 0, "")
-    if end != len(tokens):
-        raise ValueError(f"{text!r}: brackets do not match.")
+    """Return the template of a text, one object for equal texts. Raises ValueError for unmatched brackets."""
+    marks = MARK.findall(text)
+    template, end = _parse(marks, 0)
+    if end != len(marks):
+        raise ValueError(f"{text!r}: found {marks[end]}, expected no bracket to close here.")
     return template
 
 
-def _parse(tokens, start, closing):
-    """Return (template, index after it) of the tokens up to `closing` or `|`."""
-    parts: list[Part] = []
-    while start < len(tokens) and tokens[start] not in ("}", "]", ")", "|"):
-        mark = tokens[start]
+def _parse(marks: list[str], start: int) -> tuple[Template, int]:
+    """Return (template, index behind it) of the marks up to one that ends it."""
+    parts: list[Any] = []
+    while start < len(marks) and marks[start] not in ("}", "]", ")", "|"):
+        mark = marks[start]
         if mark == "{":
-            if tokens[start + 2 : start + 3] != ["}"]:
-                raise ValueError(f"{''.join(tokens)!r}: }} is missing.")
-            parts.append(("slot", tokens[start + 1]))
+            _expect(marks, start + 2, "}")
+            parts.append(Slot(marks[start + 1]))
             start += 3
-        elif mark in "[(":
-            choice, start = _parse_choice(tokens, start + 1, "]" if mark == "[" else ")")
-            parts.append(("choice", ((), *choice) if mark == "[" else choice))
+        elif mark in CLOSING:
+            templates, start = _parse_alternatives(marks, start + 1, CLOSING[mark])
+            parts.append(Alternatives(((), *templates) if mark == "[" else templates))
         else:
             parts.append(mark)
             start += 1
-    if closing and start == len(tokens):
-        raise ValueError(f"{''.join(tokens)!r}: {closing} is missing.")
     return tuple(parts), start
 
 
-def _parse_choice(tokens, start, closing):
-    alternatives = []
+def _parse_alternatives(marks, start, closing):
+    templates = []
     while True:
-        template, start = _parse(tokens, start, closing)
-        alternatives.append(template)
-        if tokens[start] != "|":
-            if tokens[start] != closing:
-                raise ValueError(f"{''.join(tokens)!r}: expected {closing}, found {tokens[start]}.")
-            return tuple(alternatives), start + 1
+        template, start = _parse(marks, start)
+        templates.append(template)
+        if marks[start : start + 1] != ["|"]:
+            _expect(marks, start, closing)
+            return tuple(templates), start + 1
         start += 1
+
+
+def _expect(marks, place, closing):
+    if marks[place : place + 1] != [closing]:
+        raise ValueError(f"{''.join(marks)!r}: a bracket is not closed by {closing}.")
 
 
 def expand(template: Template, fill: Callable[[str], str], choices: Choices) -> str:
@@ -64,17 +81,19 @@ def expand(template: Template, fill: Callable[[str], str], choices: Choices) -> 
     for part in template:
         if type(part) is str:
             parts.append(part)
-        elif part[0] == "slot":
-            parts.append(fill(part[1]))
+        elif type(part) is Slot:
+            parts.append(fill(part.name))
         else:
-            parts.append(expand(choices.pick(part[1]), fill, choices))
+            parts.append(expand(choices.pick(part.templates), fill, choices))
     return "".join(parts)
 
 
 def slots(template: Template) -> set[str]:
     """Return the names of all slots of a template."""
-    names = set()
+    names: set[str] = set()
     for part in template:
-        if type(part) is not str:
-            names |= {part[1]} if part[0] == "slot" else set().union(*map(slots, part[1]))
+        if isinstance(part, Slot):
+            names.add(part.name)
+        elif isinstance(part, Alternatives):
+            names.update(*map(slots, part.templates))
     return names

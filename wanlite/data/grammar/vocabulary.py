@@ -45,11 +45,6 @@ class Vocabulary:
     scenes: tuple[Scene, ...]
     media: tuple[Lists, ...]
 
-    @property
-    def lottery(self) -> list[Scene]:
-        """Each scene as often as its weight."""
-        return [scene for scene in self.scenes for _ in range(scene.weight)]
-
 
 def split(text: str) -> tuple[str, ...]:
     """Return the entries of a list, separated by semicolons or lines."""
