@@ -20,7 +20,7 @@ def read_prompts(
 ) -> list[str]:
     """Return the prompts of a text file, one a line, or of a table's column prompt, text or caption.
 
-    With `count`, return a sample of so many different ones, as sample_prompts() does; the rest is not held.
+    With `count`, return the sample of sample_prompts(); memory grows with the sample, not with the file.
     Rows without a prompt are left out and logged. Raises OSError where the file cannot be read and ValueError
     where it holds no prompt or another format than its suffix.
     """
@@ -59,11 +59,11 @@ def stream_prompts(path: str | Path, log: Callable[[str], Any] | None = None) ->
 
 
 def sample_prompts(prompts: Iterable[str], count: int, seed: int) -> list[str]:
-    """Return `count` different prompts, each with the same probability, of which so many are held at a time.
+    """Return `count` different prompts, each with the same probability; no more than these are held.
 
-    These are the prompts with the smallest hashes under the seed, in the order of their hashes: the order of
-    the file has no influence, and a larger sample begins with a smaller one. If there are no more than `count`
-    different ones, all are returned in the order of the file.
+    The sample consists of the prompts with the smallest hashes under the seed, in the order of their hashes:
+    the order of the file has no influence, and a larger sample begins with a smaller one. If there are at
+    most `count` different prompts, all are returned in the order of the file.
     """
     key = str(seed).encode()
     held: set[int] = set()

@@ -22,7 +22,7 @@ SHARES = {
 }  # percent of prompts
 LENGTHS = [name for name, share in SHARES.items() for _ in range(share)]
 LENGTHS_WITH_PAIRS = [name for name in LENGTHS if name not in ("word", "phrase")]  # the others name one thing
-MAX_ATTEMPTS = 1000  # of a prompt; about every second is used, and every tenth of those that are held out
+MAX_ATTEMPTS = 1000  # of a prompt; two of three are used, and one of twenty that are held out
 PLURALS, OTHER_PLURALS = 20, 15  # percent of the subjects, and of those beside them
 ADJECTIVES, OTHER_ADJECTIVES = 65, 50
 AMERICAN, CAPITAL, FULL_STOP = 50, 40, 30  # percent of the prompts that are written so
@@ -67,7 +67,7 @@ def _compose(length, choices):
 
 
 def _as_written(text, choices):
-    """Return a prompt that is no caption, with or without a capital and a full stop as people write."""
+    """Return a prompt that is not a caption, with or without a capital and a full stop as people write."""
     if not choices.happens(CAPITAL):
         return text
     ends = " " in text and "," not in text and choices.happens(FULL_STOP)

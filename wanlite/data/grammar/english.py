@@ -9,7 +9,16 @@ IRREGULAR = {
     },
     **{
         word: word
-        for word in ("spacecraft", "hovercraft", "elk", "koi", "swordfish", "jellyfish", "clownfish")
+        for word in (
+            "spacecraft",
+            "hovercraft",
+            "elk",
+            "koi",
+            "chamois",
+            "swordfish",
+            "jellyfish",
+            "clownfish",
+        )
     },
     **{word: word for word in ("starfish", "reindeer", "bonsai", "tuna", "plankton", "cattle", "carp")},
     "woman": "women",
