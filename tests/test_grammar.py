@@ -1,5 +1,6 @@
 """The grammar: its prompts are distinct, reproducible, of all lengths and in English, and keep the held-out rule."""
 
+import json
 import re
 from collections import Counter
 
@@ -246,3 +247,16 @@ def test_a_template_is_filled_by_slots_alternatives_and_options():
 def test_a_template_with_an_open_bracket_is_refused(text):
     with pytest.raises(ValueError, match="bracket"):
         parse(text)
+
+
+def test_the_benchmark_prints_prompts_and_writes_their_figures(tmp_path):
+    process = run_script(
+        "benchmarks/prompts.py", "--count", 300, "--show", 3, "--json", tmp_path / "figures.json"
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[:3] == varied_prompts(0, 3)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (
+        figures["prompts"] == 300 and figures["distinct_words"] > 1000 and figures["repeated_candidates"] < 9
+    )
+    assert sum(row["percent"] for row in figures["lengths"]) == pytest.approx(100, abs=0.5)
