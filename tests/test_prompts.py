@@ -1,9 +1,10 @@
-"""Prompts come out of every kind of file as they went in, and out of the grammar the same for the same seed."""
+"""Prompts come out of every kind of file as they went in, and out of large files as a sample."""
 
 import csv
 import gzip
 import json
-import re
+import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pyarrow
@@ -12,8 +13,8 @@ from pyarrow import parquet
 
 from tests.conftest import TINY_TEACHER
 from train_distillation import Settings
-from wanlite.data.grammar import GRAMMAR, varied_prompts
-from wanlite.data.prompts import read_prompts
+from wanlite.data.grammar import varied_prompts
+from wanlite.data.prompts import read_prompts, sample_prompts, stream_prompts
 from wanlite.planning.defaults import choose_prompts
 from wanlite.planning.resolve import REAL_TEACHERS, complete
 
@@ -218,20 +219,107 @@ def test_a_file_that_holds_no_prompts_is_refused_with_what_was_expected(name, co
         read_prompts(tmp_path / name)
 
 
-def test_the_grammar_gives_thousands_of_different_whole_prompts():
-    prompts = varied_prompts(0, 6000)
+MANY = [
+    f"prompt {number} of {'x' * (1 + number % 50)}" for number in range(30_000)
+]  # more than a block of JSON
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+def test_a_large_file_is_sampled_the_same_in_every_format_and_order(kind, tmp_path):
+    path = write(tmp_path / f"many{kind}", MANY[::-1])
+    assert read_prompts(path, count=100, seed=3) == sample_prompts(MANY, 100, 3)
+    assert len(read_prompts(path)) == len(MANY)
+
+
+def test_a_larger_sample_begins_with_a_smaller_one_and_holds_no_prompt_twice():
+    sample = sample_prompts(MANY * 2, 500, 0)
+    assert len(set(sample)) == 500 and set(sample) < set(MANY)
+    assert sample_prompts(MANY, 60, 0) == sample[:60]
+    assert len({*sample_prompts(MANY, 500, 1)} & {*sample}) < 40
+
+
+def test_a_sample_of_no_more_prompts_than_there_are_keeps_their_order():
     assert (
-        len(set(prompts)) == 6000
-        and prompts == varied_prompts(0, 6000)
-        and prompts != varied_prompts(1, 6000)
+        sample_prompts(["b", "a", "b", "c"], 3, 0)
+        == sample_prompts(["b", "a", "b", "c"], 9, 0)
+        == ["b", "a", "c"]
     )
-    assert not any("{" in prompt or "}" in prompt or "  " in prompt for prompt in prompts)
-    named = {name for ways in GRAMMAR.values() for way in ways for name in re.findall(r"{(\w+)}", way)}
-    assert named | {"prompt"} == set(
-        GRAMMAR
-    )  # nothing is called that is not there, or there and never called
-    for ways in GRAMMAR.values():
-        assert len(set(ways)) > 1
+
+
+def test_a_sample_is_pinned_for_every_platform():
+    assert sample_prompts(["one", "two", "drei", "\u56db", "cinq"], 3, 7) == ["two", "cinq", "\u56db"]
+
+
+def test_every_prompt_has_the_same_chance_to_be_sampled():
+    counts = Counter(prompt for seed in range(2000) for prompt in sample_prompts("abcdefgh", 2, seed))
+    assert set(counts) == set("abcdefgh") and all(420 < number < 580 for number in counts.values())
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json", ".csv", ".parquet"])
+def test_a_sample_holds_a_small_part_of_a_file(kind, tmp_path):
+    path = write(tmp_path / f"many{kind}", [f"{prompt} {'y' * 1000}" for prompt in MANY[:10_000]])  # 10 MB
+    read_prompts(path, count=10)
+    tracemalloc.start()
+    try:
+        read_prompts(path, count=10)
+        assert tracemalloc.get_traced_memory()[1] < 6e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_fault_behind_the_first_block_is_found(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\n".join(MANY).encode() + b"\n\xff")
+    with pytest.raises(ValueError, match=f"not UTF-8 text .byte .*, in line {len(MANY) + 1}"):
+        read_prompts(tmp_path / "a.txt", count=5)
+    (tmp_path / "a.json").write_text(json.dumps(MANY)[:-1] + ", {]")
+    with pytest.raises(ValueError, match=f"row {len(MANY) + 1} is not JSON"):
+        read_prompts(tmp_path / "a.json", count=5)
+    (tmp_path / "a.csv").write_text("id,prompt\n" + "1,one\n" * 30_000 + "2,a ring, on white\n")
+    with pytest.raises(ValueError, match="row 30002 has 3 cells, the header 2"):
+        read_prompts(tmp_path / "a.csv", count=5)
+
+
+@pytest.mark.parametrize(
+    "content, prompts",
+    [
+        ('["one" , {"text" : "two"}\n]\n', ["one", "two"]),
+        ('\n [ "one","]" ]', ["one", "]"]),
+        ('[12, "one", null, ["two"]]', ["one"]),
+    ],
+)
+def test_a_json_list_may_have_any_blanks_and_items(content, prompts, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    assert read_prompts(tmp_path / "a.json") == prompts
+
+
+@pytest.mark.parametrize("content", ['["one" "two"]', '["one"] 2', '["one",]', "[", '["one"', '["one", tru]'])
+def test_a_broken_json_list_is_refused(content, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match="a.json: .* is not JSON. Expected .*, or one list of them"):
+        read_prompts(tmp_path / "a.json")
+
+
+def test_prompts_come_before_the_file_is_read_to_its_end(tmp_path):
+    prompts = stream_prompts(write(tmp_path / "a.jsonl", ["one", "two"]))
+    (tmp_path / "b.jsonl").write_text('"one"\n{')
+    assert next(prompts) == "one" == next(stream_prompts(tmp_path / "b.jsonl"))
+
+
+def test_a_run_with_fewer_trajectories_than_prompts_trains_on_a_sample(tmp_path):
+    path = write(tmp_path / "many.txt", MANY)
+    settings = Settings(prompts=str(path), num_trajectories=1000, num_held_out=50)
+    training, held_out = choose_prompts(settings)
+    assert training + held_out == sample_prompts(MANY, 1050, settings.seed) and len(held_out) == 50
+    training, held_out = choose_prompts(Settings(prompts=str(path), num_held_out=50))
+    assert training + held_out == MANY
+
+
+def test_a_run_of_any_size_has_as_many_prompts_of_the_grammar_as_trajectories(tmp_path):
+    for count in (30, 300):
+        settings = Settings(teacher=str(tmp_path), num_trajectories=count)
+        training, held_out = choose_prompts(settings)
+        assert training == varied_prompts(settings.seed, count) and len(held_out) == max(1, count // 20)
+        assert not set(training) & set(held_out)
 
 
 def test_a_real_teacher_in_this_folder_is_found_and_learns_from_the_grammar(tmp_path, monkeypatch):
@@ -246,4 +334,5 @@ def test_a_real_teacher_in_this_folder_is_found_and_learns_from_the_grammar(tmp_
     (tmp_path / REAL_TEACHERS[0] / "high_noise_model").mkdir()
     assert settings.flow_shift == complete(Settings()).flow_shift == 3.0  # of one expert and of two
     training, held_out = choose_prompts(settings)
-    assert training + held_out == varied_prompts(settings.seed, 4000) and len(held_out) == 200
+    assert len(set(training)) == 4000 and training[:100] == varied_prompts(settings.seed, 100)
+    assert held_out == varied_prompts(settings.seed, 200, held_out=True)

@@ -101,7 +101,7 @@ def _read_json(path):
 def _read_csv(path):
     """Return the names of the columns, from row 1, and the rows as dicts; raises ValueError for surplus cells."""
     lines = io.StringIO(_read_text(path), newline="").readlines()
-    separator = _find_separator(path, lines)
+    separator = find_separator(path, lines)
     (_, names, _), *records = [*_records(path, lines, separator)] or [(1, [], False)]
     rows = []
     for number, cells, is_quoted in records:
@@ -116,7 +116,7 @@ def _read_csv(path):
     return names, rows
 
 
-def _find_separator(path, lines):
+def find_separator(path, lines):
     """Return the separator with which the header has a column of prompts, else that of the file's suffix."""
     expected = "\t" if path.suffix.lower() == ".tsv" else ","
     header = next((line for line in lines if line.strip()), "")

@@ -23,15 +23,21 @@ def choose_prompts(settings, log=None):
     if settings.prompts is None and (world := read_world(settings.teacher)):
         return _choose_captions(settings, world)
     if settings.prompts is None:
-        prompts = varied_prompts(settings.seed, settings.num_trajectories or DEFAULT_PROMPTS)
-    else:
-        prompts = list(dict.fromkeys(read_prompts(settings.prompts, log)))
+        count = settings.num_trajectories or DEFAULT_PROMPTS
+        held_out = varied_prompts(settings.seed, _count_held_out(settings, count), held_out=True)
+        return varied_prompts(settings.seed, count), held_out
+    num_read = settings.num_trajectories and settings.num_trajectories + settings.num_held_out
+    prompts = list(dict.fromkeys(read_prompts(settings.prompts, log, num_read, settings.seed)))
     if len(prompts) == 1:
         if log:
             log("prompts  the only prompt is used for training and for validation")
         return prompts, prompts
-    num_held_out = min(settings.num_held_out, max(1, len(prompts) // MAX_HELD_OUT_SHARE))
-    return prompts[:-num_held_out], prompts[-num_held_out:]
+    num_held_out = _count_held_out(settings, len(prompts))
+    return prompts[:-num_held_out][: settings.num_trajectories], prompts[-num_held_out:]
+
+
+def _count_held_out(settings, num_prompts):
+    return min(settings.num_held_out, max(1, num_prompts // MAX_HELD_OUT_SHARE))
 
 
 def _choose_captions(settings, world):

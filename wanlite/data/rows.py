@@ -1,0 +1,234 @@
+"""A text file or table of any size -> its rows, one at a time. No torch, so that a wrong path is refused at once."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+from .tables import PACKED, SEPARATORS, find_column, find_separator, read_texts
+
+BLOCK = 1 << 20  # characters of a JSON list, read at once
+BATCH = 1 << 11  # rows of a parquet file, read at once
+HEAD = 1 << 10  # bytes by which another kind of file is recognised
+DECODER = json.JSONDecoder()
+LIST_BEGIN, LIST_END, ITEM_END = (
+    re.compile(r"\s*\[\s*(?=\S)"),
+    re.compile(r"\]"),
+    re.compile(r"\s*(?:,\s*(?=\S)|\])"),
+)
+
+
+def stream_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (number, line) of the lines of a text file that are not blank."""
+    with _open_text(path, newline=None) as file:
+        for number, line in enumerate(file, 1):  # split at line ends alone: a JSON string may hold separators
+            if "\0" in line:
+                raise _zero_bytes(path)
+            if line.strip():
+                yield number, line.rstrip("\n")
+
+
+def stream_cells(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (number, cell) of a table's column of prompts: a string, or another value where there is none.
+
+    Raises ValueError for a file that is not what its suffix promises.
+    """
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return _stream_parquet(path)
+    if kind in (".csv", ".tsv"):
+        return _stream_csv(path)
+    rows = _stream_list(path) if kind == ".json" and _begins_with_list(path) else _stream_json_lines(path)
+    return _stream_column(path, rows)
+
+
+def _stream_column(path, rows):
+    """Yield (number, cell) of JSON rows, which are strings or objects; most have the names of the row before."""
+    names, column = None, ""
+    for number, row in rows:
+        if isinstance(row, dict):
+            if row.keys() != names:
+                names, column = row.keys(), find_column(path, row)
+            row = row[column]
+        yield number, row
+
+
+def _open_text(path: Path, newline: str | None) -> IO[str]:
+    """Open a file of UTF-8 text; refuse another kind of file by its first bytes."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    if head.startswith(PACKED):
+        raise ValueError(f"{path}: is compressed, expected text. Unpack it.")
+    if head.decode("utf-8-sig", "replace").lstrip()[:14].lower().startswith(("<!doctype html", "<html")):
+        raise ValueError(f"{path}: is a web page, expected a file of prompts. Download the file itself.")
+    return open(path, encoding="utf-8-sig", newline=newline)
+
+
+def _zero_bytes(path):
+    return ValueError(f"{path}: holds zero bytes: it is UTF-16, or not text. Save it as UTF-8.")
+
+
+def _stream_json_lines(path):
+    for number, line in stream_lines(path):
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError):
+            raise _not_json(path, f"line {number}") from None
+
+
+def _not_json(path, place):
+    or_list = ", or one list of them" if path.suffix.lower() == ".json" else ""
+    return ValueError(f"{path}: {place} is not JSON. Expected an object or a string a line{or_list}.")
+
+
+def _begins_with_list(path):
+    with _open_text(path, newline=None) as file:
+        return next((line.lstrip()[0] == "[" for line in file if line.strip()), False)
+
+
+def _stream_list(path):
+    """Yield (number, item) of a JSON list, of which a block and one item are held."""
+    with _open_text(path, newline=None) as file:
+        text, number = _JsonText(path, file), 1
+        is_open = bool(text.match(LIST_BEGIN)) and not text.match(LIST_END)
+        while is_open:
+            yield number, text.read_item(f"row {number}")
+            number += 1
+            mark = text.match(ITEM_END)
+            if not mark:
+                raise _not_json(path, f"the text before row {number}")
+            is_open = mark[0].strip() != "]"
+        if not text.is_at_end():
+            raise _not_json(path, "the text after the list")
+
+
+class _JsonText:
+    """JSON text and a position in it; more of the file is read where the text ends."""
+
+    def __init__(self, path: Path, file: IO[str]):
+        self.path, self.file, self.text, self.position = path, file, "", 0
+
+    def match(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        """Return the match at the position, and move behind it."""
+        while not (found := pattern.match(self.text, self.position)):
+            if len(self.text[self.position :].strip()) > 1 or not self._read():
+                return None
+        self.position = found.end()
+        return found
+
+    def read_item(self, place: str) -> Any:
+        """Return the JSON value at the position, and move behind it."""
+        while True:
+            try:
+                item, end = DECODER.raw_decode(self.text, self.position)
+            except RecursionError:
+                raise ValueError(f"{self.path}: is nested too deep for a list of prompts.") from None
+            except json.JSONDecodeError:
+                end = len(self.text)
+            if end < len(self.text):  # else more of the item may follow
+                self.position = end
+                return item
+            if not self._read():
+                raise _not_json(self.path, place)
+
+    def is_at_end(self) -> bool:
+        """Return whether only blanks follow."""
+        while not self.text[self.position :].strip():
+            self.position = len(self.text)
+            if not self._read():
+                return True
+        return False
+
+    def _read(self) -> bool:
+        """Read as much as is held, and at least a block: an item of any length takes linear time."""
+        held = self.text[self.position :]
+        more = self.file.read(max(BLOCK, len(held)))
+        if "\0" in more:
+            raise _zero_bytes(self.path)
+        self.text, self.position = held + more, 0
+        return bool(more)
+
+
+def _stream_csv(path):
+    """Yield (row, cell) of a .csv or .tsv file, whose header is row 1; a longer row than the header is refused."""
+    with _open_text(path, newline="") as file:
+        header = next((line for line in file if line.strip()), "")
+    separator, names, column = find_separator(path, [header]), None, None
+    for number, cells, is_quoted in _stream_records(path, separator):
+        if names is None:
+            names, column = cells, find_column(path, cells)
+            place = names.index(column)
+            continue
+        if len(names) == 1 and separator == "," and not is_quoted:
+            cells = [",".join(cells)]  # the commas belong to the prompt
+        if len(cells) > len(names):
+            raise ValueError(
+                f"{path}: row {number} has {len(cells)} cells, the header {len(names)}: quote prompts with "
+                f"{SEPARATORS[separator]}."
+            )
+        yield number, cells[place] if place < len(cells) else None
+    if names is None:
+        find_column(path, [])
+
+
+def _stream_records(path, separator):
+    """Yield (number, cells, whether any is quoted) of each row; empty cells at its end do not count."""
+    taken: list[str] = []  # the lines of the row
+
+    def lines(file):
+        for line in file:
+            if "\0" in line:
+                raise _zero_bytes(path)
+            taken.append(line)
+            yield line
+
+    with _open_text(path, newline="") as file:
+        reader = csv.reader(lines(file), delimiter=separator, strict=True)  # strict: every quote is closed
+        try:
+            for number, cells in enumerate(reader, 1):
+                is_quoted = separator.join(cells) != "".join(taken).rstrip("\r\n")
+                taken.clear()
+                while cells and not cells[-1]:  # spreadsheets write them
+                    cells.pop()
+                if cells:
+                    yield number, cells, is_quoted
+        except csv.Error as error:
+            start = reader.line_num - len(taken) + 1
+            raise ValueError(
+                f"{path}: cannot be read as {path.suffix[1:].upper()} (line {start}: {error}). Write it again."
+            ) from None
+
+
+def _stream_parquet(path):
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            column, number = find_column(path, file.schema_arrow.names), 0
+            groups = range(file.num_row_groups)  # one at a time, for pyarrow reads ahead
+            batches = (file.iter_batches(BATCH, [group], [column]) for group in groups)
+            for batch in chain.from_iterable(batches):
+                for cell in read_texts(batch.column(0)):
+                    number += 1
+                    yield number, cell
+    except (pyarrow.ArrowException, OSError) as error:  # the latter of a damaged page
+        raise ValueError(
+            f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}). Write it again."
+        ) from None
+
+
+def locate_undecodable(path: Path) -> tuple[int, int]:
+    """Return (byte from 0, line from 1) of the first byte of a file that is not UTF-8 text."""
+    start = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return start + error.start, number
+            start += len(line)
+    raise AssertionError(f"{path} is UTF-8 text")
