@@ -1,21 +1,28 @@
-"""Learning rates: one step changes a student's output alike at every width."""
+"""Learning rates: one step changes a student's output alike at every width, and a rising loss halves them."""
 
 import math
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from benchmarks.rates import CHECK_ROWS, first_step, make_states, make_student, make_teacher, teacher_width
 from train_distillation import Settings, WanLiteStudent
 from wanlite.training.optimizers import (
     KEPT_SHARE,
+    make_lr_schedulers,
     make_optimizers,
     muon_decay,
     muon_factor,
     rate_factor,
     role_of,
+    sample_weights,
+    update_ratios,
 )
+from wanlite.training.state import Progress
+from wanlite.training.training_step import EARLY_STEPS, halve_rates_if_rising
 
 BAND = 0.3  # of the change at width 64
 WIDE = [(width, text_dim) for width in (256, 512) for text_dim in (64, 4096)]
@@ -98,3 +105,63 @@ def test_muons_decay_leaves_half_of_the_initial_weights_in_a_run_of_any_length(n
     cosine = (0.5 * (1 + math.cos(math.pi * step / num_steps)) for step in range(num_steps))
     kept = math.prod(1 - decay * rate * share for share in cosine)
     assert decay <= 0.01 and kept > 0.99 * KEPT_SHARE
+
+
+def trained(losses, num_steps=100):
+    """Return progress, optimizers and schedules of a run with these losses."""
+    student = WanLiteStudent(hidden_size=24, depth=1, num_heads=2, text_dim=8)
+    settings = Settings(max_train_steps=num_steps, lr_warmup_steps=0, lr_scheduler="constant_with_warmup")
+    optimizers = make_optimizers(settings, student)
+    state = SimpleNamespace(progress=Progress(), lr_schedulers=make_lr_schedulers(settings, optimizers))
+    run, phase = SimpleNamespace(accelerator=Accelerator()), SimpleNamespace(first=0)
+    for loss in losses:
+        halve_rates_if_rising(phase, run, state, loss, math.isfinite(loss))
+        for optimizer, lr_scheduler in zip(optimizers, state.lr_schedulers):
+            optimizer.step()
+            lr_scheduler.step()
+        state.progress.step += 1
+    return state, optimizers
+
+
+def noisy(first, last):
+    noise = 0.2 * torch.randn(EARLY_STEPS + 20, generator=torch.Generator().manual_seed(0))
+    return (torch.linspace(first, last, len(noise)) + noise).tolist()
+
+
+def test_a_loss_that_rises_over_the_first_steps_halves_all_rates_once(capsys):
+    _, optimizers = trained(noisy(1, 2))
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [1.5e-3, 0.045]
+    assert capsys.readouterr().out.count("learning rates are halved") == 1
+
+
+@pytest.mark.parametrize("last", [0.5, 1.0])
+def test_a_loss_that_falls_or_stays_leaves_the_rates(last, capsys):
+    _, optimizers = trained([*noisy(1, last)[:30], float("nan"), *noisy(1, last)[31:]])
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [3e-3, 0.09]
+    assert not capsys.readouterr().out
+
+
+def test_halved_rates_and_early_losses_are_restored():
+    state, _ = trained(noisy(1, 2))
+    restored, optimizers = trained([])
+    restored.progress.load_state_dict(state.progress.state_dict())
+    for new, old in zip(restored.lr_schedulers, state.lr_schedulers):
+        new.load_state_dict(old.state_dict())
+        new.optimizer.step()
+        new.step()
+    assert restored.progress.early_losses == state.progress.early_losses
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [1.5e-3, 0.045]
+
+
+def test_update_ratios_are_those_of_the_whole_step():
+    student = WanLiteStudent(hidden_size=24, depth=1, num_heads=2, text_dim=8)
+    optimizers = make_optimizers(Settings(), student)
+    torch.nn.init.normal_(student.proj_out.weight)
+    sampled = sample_weights(optimizers)
+    with torch.no_grad():
+        student.proj_out.weight.mul_(1.25)
+        student.scale_shift_table.add_(1e-3)
+    ratios = update_ratios(optimizers, sampled)
+    assert ratios.keys() == {"vectors", "patch", "time", "text", "hidden", "output", "blocks"}
+    assert ratios["output"].item() == pytest.approx(0.25) and ratios["blocks"].item() == 0
+    assert ratios["vectors"].item() > 0 and update_ratios(optimizers, {}) == {}

@@ -17,6 +17,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 BASE = 64  # size at which the peaks hold
+SAMPLED = 4096  # values of a weight, at most, that measure its step
 KEPT_SHARE = 0.5  # of the initial weights of the blocks at the end of a run, at least, as far as decay goes
 TEXT_INPUT = "condition_embedder.text_embedder.linear_1.weight"  # (width, text width)
 HEAD = "feature_head."  # prefix of the names of a head's weights
@@ -129,3 +130,38 @@ def make_lr_schedulers(
         )
         for optimizer in optimizers
     ]
+
+
+def halve_rates(lr_schedulers: Iterable[torch.optim.lr_scheduler.LambdaLR]) -> None:
+    """Halve the peaks of schedules, from their next step on; they are part of the schedules' state."""
+    for lr_scheduler in lr_schedulers:
+        lr_scheduler.base_lrs = [peak / 2 for peak in lr_scheduler.base_lrs]
+
+
+def sample_weights(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, list[torch.Tensor]]:
+    """Return copies of at most SAMPLED evenly spaced values of each weight, by role."""
+    samples: dict[str, list[torch.Tensor]] = {}
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        samples.setdefault(group["role"], []).extend(_sample(weight) for weight in group["params"])
+    return samples
+
+
+def _sample(weight):
+    values = weight.detach().flatten()
+    stride = math.ceil(len(values) / SAMPLED) | 1  # odd, so that it meets every column of a matrix
+    return values[::stride].clone()
+
+
+def update_ratios(
+    optimizers: Iterable[torch.optim.Optimizer], before: dict[str, list[torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Return RMS(step) / RMS(weight) by role since sample_weights(), on the device of the weights."""
+    after = sample_weights(optimizers) if before else {}
+    return {
+        role: _rms([new - old for new, old in zip(after[role], samples)]) / _rms(samples).clamp(min=1e-12)
+        for role, samples in before.items()
+    }
+
+
+def _rms(tensors):
+    return torch.cat(tensors).square().mean().sqrt()

@@ -84,6 +84,7 @@ class RunLog:
             learning_rate=state.lr_schedulers[0].get_last_lr()[0],
             skipped_steps=state.progress.skipped_steps,
             **{name: value.item() for name, value in measured.terms.items()},
+            **{f"update_{role}": ratio.item() for role, ratio in measured.update_ratios.items()},
             **figures,
         )
 

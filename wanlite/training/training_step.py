@@ -2,12 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from statistics import mean, variance
 
 import numpy as np
 import torch
 
+from .optimizers import halve_rates, sample_weights, update_ratios
+from .run_log import LOG_STEPS
+
 # Steps in a row without a finite gradient after which a run ends; float16 needs some to find its scale.
 MAX_SKIPPED = 20
+EARLY_STEPS, EARLY_MEAN = 50, 10  # steps after which the loss must not have risen; steps of each of two means
 LOSS_PURPOSE = 0  # what random numbers are for, as a part of their seed: here the loss of a micro-batch
 
 
@@ -19,6 +24,7 @@ class StepFigures:
     grad_norm: float
     is_sound: bool  # loss and gradient were finite, so that the weights were updated
     terms: dict[str, torch.Tensor]
+    update_ratios: dict[str, torch.Tensor]  # RMS(step) / RMS(weight) by role, of the steps that are logged
 
 
 def training_step(phase, run, state, batch):
@@ -37,9 +43,12 @@ def training_step(phase, run, state, batch):
     )
     mean_loss, norm = _reduce(run.accelerator, state, total_loss, norm)
     is_sound = math.isfinite(mean_loss + norm)
+    halve_rates_if_rising(phase, run, state, mean_loss, is_sound)
+    is_logged = (state.progress.step + 1) % LOG_STEPS == 0 or state.progress.step + 1 == phase.last
+    before = sample_weights(state.optimizers) if is_logged else {}
     _update(run.accelerator, state, is_sound)
     _count(state, is_sound, f"loss {mean_loss}, norm {norm}")
-    return StepFigures(mean_loss, norm, is_sound, terms)
+    return StepFigures(mean_loss, norm, is_sound, terms, update_ratios(state.optimizers, before))
 
 
 def _accumulate(phase, run, state, micro_batch, number):
@@ -71,6 +80,28 @@ def _reduce(accelerator, state, loss, norm):
     mean_loss, norm, asked = means.tolist()
     state.is_stopping = asked > 0
     return mean_loss, norm
+
+
+def halve_rates_if_rising(phase, run, state, loss, is_sound):
+    """Halve all learning rates after EARLY_STEPS steps if the loss has risen by more than its noise.
+
+    The means of the first and of the last EARLY_MEAN losses are compared, all of the first phase.
+    """
+    progress, losses = state.progress, state.progress.early_losses
+    if phase.first > 0 or progress.step >= EARLY_STEPS:
+        return
+    if is_sound:
+        losses.append(loss)
+    if progress.step + 1 < EARLY_STEPS or len(losses) < 2 * EARLY_MEAN:
+        return
+    first, last = losses[:EARLY_MEAN], losses[-EARLY_MEAN:]
+    noise = math.sqrt((variance(first) + variance(last)) / EARLY_MEAN)
+    if mean(last) > mean(first) + 2 * noise:
+        halve_rates(state.lr_schedulers)
+        run.accelerator.print(
+            f"\nstep {EARLY_STEPS}: the loss rose from {mean(first):.3g} to {mean(last):.3g}, so all learning "
+            "rates are halved from here on"
+        )
 
 
 def _update(accelerator, state, is_sound):
