@@ -202,7 +202,13 @@ class Settings:
         "micro-batches per step (default: enough for 128 states if --train_batch_size is not set, else 1)",
         least=1,
     )
-    learning_rate: float = setting(3e-3, "peak for AdamW", group="optimizers", above=0, most=1)
+    learning_rate: float = setting(
+        3e-3,
+        "peak for AdamW at width 64; wider students divide it by size and role, see docs/method.md",
+        group="optimizers",
+        above=0,
+        most=1,
+    )
     lr_scheduler: str = setting(
         "cosine", "schedule, as in diffusers", choices=("cosine", "linear", "constant_with_warmup")
     )

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from .tables import PACKED, SEPARATORS, find_column, find_separator, read_texts
+from .tables import COMPRESSED, SEPARATORS, find_column, find_separator, read_texts
 
 BLOCK = 1 << 20  # characters of a JSON list, read at once
 BATCH = 1 << 11  # rows of a parquet file, read at once
@@ -60,7 +60,7 @@ def _open_text(path: Path, newline: str | None) -> IO[str]:
     """Open a file of UTF-8 text; refuse another kind of file by its first bytes."""
     with open(path, "rb") as file:
         head = file.read(HEAD)
-    if head.startswith(PACKED):
+    if head.startswith(COMPRESSED):
         raise ValueError(f"{path}: is compressed, expected text. Unpack it.")
     if head.decode("utf-8-sig", "replace").lstrip()[:14].lower().startswith(("<!doctype html", "<html")):
         raise ValueError(f"{path}: is a web page, expected a file of prompts. Download the file itself.")

@@ -88,6 +88,7 @@ class RunLog:
             learning_rate=state.lr_schedulers[0].get_last_lr()[0],
             skipped_steps=state.progress.skipped_steps,
             **{name: value.item() for name, value in step_figures.terms.items()},
+            **{f"update_{role}": ratio.item() for role, ratio in step_figures.update_ratios.items()},
             **figures,
         )
 

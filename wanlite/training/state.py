@@ -54,6 +54,7 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)  # step, score and figures of the best candidate
     last_validation: dict[str, Any] = field(default_factory=dict)
     rollout: dict[str, Any] = field(default_factory=dict)  # first step of the phase, digest of the student
+    early_losses: list[float] = field(default_factory=list)  # of the first steps; see halve_rates_if_rising()
 
     def state_dict(self):
         return asdict(self)

@@ -2,12 +2,18 @@
 
 import math
 from dataclasses import dataclass
+from statistics import mean, variance
 
 import numpy as np
 import torch
 
+from .optimizers import halve_rates, sample_weights, update_ratios
+from .run_log import LOG_STEPS
+
 # A run ends after this many steps in a row without a finite gradient; float16 needs some to find its scale.
 MAX_SKIPPED = 20
+EARLY_STEPS = 50  # the loss is compared with that of the start after these
+NUM_COMPARED = 10  # steps of each mean that is compared
 LOSS_PURPOSE = 0  # part of the seed of random numbers, by their use: here the loss of a micro-batch
 
 
@@ -19,6 +25,7 @@ class StepFigures:
     grad_norm: float
     is_finite: bool  # loss and gradient; otherwise the weights were not updated
     terms: dict[str, torch.Tensor]
+    update_ratios: dict[str, torch.Tensor]  # RMS(step) / RMS(weight) by role, of the steps that are logged
 
 
 def training_step(phase, run, state, batch):
@@ -37,9 +44,12 @@ def training_step(phase, run, state, batch):
     )
     mean_loss, norm = _reduce(run.accelerator, state, total_loss, norm)
     is_finite = math.isfinite(mean_loss + norm)
+    halve_rates_if_rising(phase, run, state, mean_loss, is_finite)
+    is_logged = (state.progress.step + 1) % LOG_STEPS == 0 or state.progress.step + 1 == phase.last
+    before = sample_weights(state.optimizers) if is_logged else {}
     _update(run.accelerator, state, is_finite)
     _count(state, is_finite, f"loss {mean_loss}, norm {norm}")
-    return StepFigures(mean_loss, norm, is_finite, terms)
+    return StepFigures(mean_loss, norm, is_finite, terms, update_ratios(state.optimizers, before))
 
 
 def _accumulate(phase, run, state, micro_batch, number):
@@ -71,6 +81,28 @@ def _reduce(accelerator, state, loss, norm):
     mean_loss, norm, stopping_share = means.tolist()
     state.is_stopping = stopping_share > 0
     return mean_loss, norm
+
+
+def halve_rates_if_rising(phase, run, state, loss, is_finite):
+    """Halve all learning rates after EARLY_STEPS steps if the loss has risen by more than its noise.
+
+    The mean of the first NUM_COMPARED losses of a run is compared with that of the last.
+    """
+    progress, losses = state.progress, state.progress.early_losses
+    if phase.first > 0 or progress.step >= EARLY_STEPS:
+        return
+    if is_finite:
+        losses.append(loss)
+    if progress.step + 1 < EARLY_STEPS or len(losses) < 2 * NUM_COMPARED:
+        return
+    first, last = losses[:NUM_COMPARED], losses[-NUM_COMPARED:]
+    noise = math.sqrt((variance(first) + variance(last)) / NUM_COMPARED)
+    if mean(last) > mean(first) + 2 * noise:
+        halve_rates(state.lr_schedulers)
+        run.accelerator.print(
+            f"\nstep {EARLY_STEPS}: the loss rose from {mean(first):.3g} to {mean(last):.3g}, so all learning "
+            "rates are halved from here on"
+        )
 
 
 def _update(accelerator, state, is_finite):
