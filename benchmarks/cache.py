@@ -138,7 +138,7 @@ def measure_waiting(world: World, repeats: int, steps: int) -> dict[str, float]:
     for _ in range(repeats):
         for name, begin in readers(world).items():
             pace = Pace(world.device, 1.0)
-            training = ours(world, muon_rate=0.09, feed=pace.deal(iter(begin())))
+            training = ours(world, muon_rate=0.09, feed=pace.count_batches(iter(begin())))
             next(training)  # the first step allocates the optimizers' memory and starts workers
             pace.restart()
             for _ in range(steps):

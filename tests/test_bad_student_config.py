@@ -133,7 +133,7 @@ BAD_CONFIG = [
                 "hidden_size 16 over 3 heads",
                 "--num_heads",
             ),
-            "heads of an odd size": (settings(num_heads=16), "1 channels a head", "rotary"),
+            "heads of an odd size": (settings(num_heads=16), "1 channels per head", "rotary"),
             "more heads than channels": (settings(num_heads=32), "hidden_size 16 over 32 heads"),
             "freq_dim odd": (settings(freq_dim=255), "freq_dim is 255"),
             "rope_max_seq_len of 65 536": (

@@ -261,7 +261,7 @@ def test_stock_shards_beside_an_older_file_are_reported(run):
     older = load_file(run / WEIGHTS)
     louder(run).save_pretrained(run, **SHARDED)
     with pytest.warns(
-        UserWarning, match=f"holds {WEIGHTS} beside . shards; the shards are read, as stock diffusers does"
+        UserWarning, match=f"holds {WEIGHTS} beside . shards; the shards are read, as in stock diffusers"
     ):
         assert not equal(WanLiteStudent.from_pretrained(run).state_dict(), older)
     next(run.glob("*-00001-of-*.safetensors")).unlink()  # an index of missing shards is ignored

@@ -201,7 +201,7 @@ ODD_WITH_WARNING = {
             sharded,
             lambda folder: Path("whole").rename(folder / WEIGHTS) and None,
         ),
-        "the shards are read, as stock diffusers does",
+        "the shards are read, as in stock diffusers",
     ),
     "quantization_config of None": (added(quantization_config=None), "ignored: quantization_config"),
     "code named by auto_map": (

@@ -295,7 +295,7 @@ def test_a_json_list_may_have_any_blanks_and_items(content, prompts, tmp_path):
 @pytest.mark.parametrize("content", ['["one" "two"]', '["one"] 2', '["one",]', "[", '["one"', '["one", tru]'])
 def test_a_broken_json_list_is_refused(content, tmp_path):
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ValueError, match="a.json: .* is not JSON. Expected .*, or one list of them"):
+    with pytest.raises(ValueError, match="a.json: .* is not JSON. Expected .*, or a list of them"):
         read_prompts(tmp_path / "a.json")
 
 

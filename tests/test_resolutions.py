@@ -150,5 +150,7 @@ def test_a_wide_student_generates_wide_images_and_resumes_only_at_its_size(wide_
     )
     further = {"student": str(wide_run), "max_train_steps": 6, "few_step_train_steps": 6}
     assert complete(Settings(resolution=[96, 64], **further)).resolution == [96, 64]
-    with pytest.raises(ValueError, match=r"was trained with resolution \[96, 64\], this run has \[64, 96\]"):
+    with pytest.raises(
+        ValueError, match=r"was trained with resolution \[96, 64\], and this run has \[64, 96\]"
+    ):
         complete(Settings(resolution=[64, 96], **further))

@@ -80,8 +80,8 @@ def _stream_json_lines(path):
 
 
 def _not_json(path, place):
-    or_list = ", or one list of them" if path.suffix.lower() == ".json" else ""
-    return ValueError(f"{path}: {place} is not JSON. Expected an object or a string a line{or_list}.")
+    or_list = ", or a list of them" if path.suffix.lower() == ".json" else ""
+    return ValueError(f"{path}: {place} is not JSON. Expected an object or a string per line{or_list}.")
 
 
 def _begins_with_list(path):
