@@ -31,7 +31,6 @@ def announce(run, log):
         f"{settings.student or settings.projection}\n"
         f"device   {run.device}, {torch.get_num_threads()} threads, {precision}\n"
         f"work     {PROJECTED_ONLY if settings.project_only else describe_work(run)}\n"
-        f"noise    {describe_noise(settings, files.boundary)}\n"
         f"output   {Path(settings.output_dir).absolute()}"
     )
     if not settings.project_only:
@@ -39,7 +38,7 @@ def announce(run, log):
 
 
 def describe_work(run):
-    """Return the images of the teacher and the training steps by phase, as one sentence."""
+    """Return the images of the teacher and the training steps by phase, and below them the noise schedule."""
     settings = run.settings
     factors = [settings.gradient_accumulation_steps, settings.train_batch_size]
     batch = " x ".join(str(number) for number in factors if number > 1) or "1"
@@ -49,7 +48,8 @@ def describe_work(run):
     return (
         f"{run.num_generated:,} teacher images ({run.num_passes:,} teacher passes with validation), "
         f"then {settings.max_train_steps:,} steps ({run.num_states:,} states, {batch} a step): "
-        f"{', '.join(f'{phase} {count:,}' for phase, count in steps.items())}"
+        f"{', '.join(f'{phase} {count:,}' for phase, count in steps.items())}\n"
+        f"noise    {describe_noise(settings, run.files.boundary)}"
     )
 
 
