@@ -311,7 +311,7 @@ def test_a_dry_run_over_a_finished_run_prints_the_plan_and_then_the_problem(fini
 
 def test_a_dry_run_of_project_only_plans_no_training(tmp_path):
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", *SHORT_RUN, "--dry_run", "--project_only")
-    assert process.returncode == 0 and "saved without training" in process.stdout, process.stderr
+    assert process.returncode == 0 and "saved untrained" in process.stdout, process.stderr
     assert not any(
         word in process.stdout.partition("run      ")[0]
         for word in ("teacher images", "training", "trajectories")

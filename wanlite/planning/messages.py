@@ -13,7 +13,7 @@ from ..schedule import TIMESTEPS
 from ..training.run_folder import image_size
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder of the scripts
-PROJECTED_ONLY = "the teacher's weights are projected into the student, which is saved without training"
+PROJECTED_ONLY = "the teacher's weights are projected into the student, which is saved untrained"
 MIN_CAPTIONS = 20  # for an accuracy in percent
 
 
