@@ -622,7 +622,7 @@ def test_noised_images_at_all_levels_join_the_states_of_the_trajectories(tmp_pat
     velocity = teacher_for([str(number) for number in batch["prompt"].tolist()], False)(
         batch["latents"].float(), batch["timestep"]
     )
-    assert torch.allclose(velocity, batch["velocity"].float(), atol=0.03)
+    assert (velocity - batch["velocity"]).norm() < 0.01 * velocity.norm()
     trajectories = trajectory_generator.generate(
         tmp_path / "trajectories", [job[:3] for job in jobs[:2]], (2, 4, 4)
     )
