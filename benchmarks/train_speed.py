@@ -42,7 +42,7 @@ from torch import nn
 from train_distillation import Settings, WanLiteStudent
 from wanlite.data.datasets import SeededBatches, Trajectories
 from wanlite.data.prefetch import PREFETCHED_BATCHES, read_ahead
-from wanlite.data.shards import write_shard
+from wanlite.data.shards import SCALE, quantize, write_shard
 from wanlite.data.trajectories import count_compared, sample_tokens
 from wanlite.network import pack_text, pass_operations, unpack_text
 from wanlite.planning.defaults import choose_feature_width
@@ -174,27 +174,27 @@ def make_world(
     device: str,
     precision: str,
 ) -> World:
-    """Write TRAJECTORIES trajectories of random states in the shapes of real ones."""
+    """Write TRAJECTORIES trajectories of random states in the shapes and dtypes of real ones."""
     generator = torch.Generator().manual_seed(0)
     noise = partial(torch.randn, generator=generator, dtype=torch.float32)
     channels, tokens = shape["num_channels"], count_compared((side // 2) ** 2)
+    width = choose_feature_width(Settings(), shape["hidden_size"])
+    sizes = {
+        "latents": (channels, side, side),
+        "velocity": (channels, side, side),
+        "features": (tokens, width),
+    }
     folder.mkdir(parents=True)
     for index in range(TRAJECTORIES // 4):
-        write_shard(
-            folder,
-            index,
-            {
-                "latents": noise(4, STATES, channels, side, side).half(),
-                "velocity": noise(4, STATES, channels, side, side).half(),
-                "features": noise(
-                    4, STATES, tokens, choose_feature_width(Settings(), shape["hidden_size"])
-                ).half(),
-                "first_token": torch.zeros(4, STATES, dtype=torch.long),
-                "timestep": torch.full((4, STATES), 500.0),
-                "noise_level": torch.full((4, STATES), 0.5),
-                "prompt": torch.arange(4 * index, 4 * index + 4),
-            },
-        )
+        shard = {
+            "first_token": torch.zeros(4, STATES, dtype=torch.long),
+            "timestep": torch.full((4, STATES), 500.0),
+            "noise_level": torch.full((4, STATES), 0.5),
+            "prompt": torch.arange(4 * index, 4 * index + 4),
+        }
+        for name, size in sizes.items():
+            shard[name], shard[name + SCALE] = quantize(noise(4, STATES, *size))
+        write_shard(folder, index, shard)
     lengths = torch.randint(8, 64, (TRAJECTORIES,), generator=generator).tolist()
     return World(
         torch.device(device),
