@@ -69,7 +69,7 @@ def test_a_tilde_is_expanded_in_every_path_and_an_unknown_user_is_named(settings
         parser.parse_args([f"--{name}=~nobody-here/x"])
     assert (
         ended.value.code == 2
-        and "~nobody-here/x: there is no user nobody-here. Write" in capsys.readouterr().err
+        and "~nobody-here/x: no user nobody-here exists. Write" in capsys.readouterr().err
     )
 
 

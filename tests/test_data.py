@@ -157,6 +157,14 @@ def test_the_rows_used_to_compute_a_basis_are_bounded():
     assert whole.untyped_storage().nbytes() == whole.nbytes and whole.data_ptr() != states.data_ptr()
 
 
+def test_a_cache_of_an_older_layout_is_refused_by_its_name(tmp_path):
+    folder = cache_folder(tmp_path, "trajectories", seed=1)
+    provenance = json.loads((folder / "provenance.json").read_text())
+    (folder / "provenance.json").write_text(json.dumps({"seed": provenance["seed"]}))
+    with pytest.raises(ValueError, match=f"{folder.name}: .*layout was null.* Delete it"):
+        cache_folder(tmp_path, "trajectories", seed=1)
+
+
 def test_int8_keeps_a_state_to_a_hundredth_of_its_deviation_and_a_constant_exactly():
     states = torch.randn(2, 3, 16, 64, 64) * torch.tensor([1e-3, 1.0, 1e3]).view(3, 1, 1, 1)
     stored, scale = quantize(states)

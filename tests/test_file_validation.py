@@ -1,4 +1,4 @@
-"""Any file is refused with an OSError or ValueError that names it, or is exactly what it appears to be."""
+"""A file is either read exactly, or refused with an OSError or ValueError that names it."""
 
 import json
 import math

@@ -74,7 +74,7 @@ def _check_modes(settings):
 
 
 def check_compiler() -> None:
-    """Raise ValueError if there is no C++ compiler, which torch needs for --compile."""
+    """Raise ValueError if no C++ compiler is installed; torch requires one for --compile."""
     names = [name for name in (os.environ.get("CXX"), "g++", "clang++", "c++", "cl") if name]
     if not any(map(shutil.which, names)):
         raise ValueError(

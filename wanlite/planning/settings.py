@@ -113,7 +113,7 @@ def _path(text):
     path = os.path.expanduser(_utf8(text))
     if path.startswith("~"):
         raise argparse.ArgumentTypeError(
-            f"{text}: there is no user {text.partition(os.sep)[0][1:] or 'with a home folder'}. "
+            f"{text}: no user {text.partition(os.sep)[0][1:] or 'with a home folder'} exists. "
             f"Write the path without ~, or as ./{text} if that is its name."
         )
     return path
