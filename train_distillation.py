@@ -17,10 +17,21 @@ from functools import partial
 from pathlib import Path
 
 from wanlite.files.atomic import write_json
-from wanlite.files.file_names import CACHE, RUN
+from wanlite.files.file_names import BASE, CACHE, RUN
 from wanlite.files.locks import lock
 from wanlite.phases import MIN_TRAJECTORIES
-from wanlite.planning.resolve import NAMED_TEACHERS, REAL_STEPS, REAL_TEACHERS, TINY_STEPS, complete
+from wanlite.planning.budgets import BUDGETS
+from wanlite.planning.resolve import (
+    EMA_DECAY,
+    EMA_SHARE,
+    MAX_VALIDATIONS,
+    NAMED_TEACHERS,
+    REAL_STEPS,
+    REAL_TEACHERS,
+    TINY_STEPS,
+    VALIDATION_STEPS,
+    complete,
+)
 from wanlite.planning.settings import make_parser, setting
 from wanlite.runtime.launch import defer_to_rank_zero, is_first, is_launched
 from wanlite.runtime.signals import Stopped, StopSignal
@@ -29,6 +40,7 @@ from wanlite.training.run_folder import (
     check_output_folder,
     check_resumable,
     clear,
+    link_file,
     save_components,
     write_model_card,
 )
@@ -80,10 +92,21 @@ class Settings:
     output_dir: str = setting(
         "./outputs/wan_t2i", "folder of the run and of the saved student", group="output", is_path=True
     )
+    budget: str | None = setting(
+        None,
+        "preset of --resolutions, --num_trajectories and --max_train_steps for Wan2.2: about 5 hours, a day or "
+        "a week of an H100; flags that are set win (default: none, which is about the trial)",
+        choices=tuple(BUDGETS),
+    )
     cache_dir: str | None = setting(
         None,
         "folder of projected students and trajectories, can be shared by runs (default: cache/ in --output_dir)",
         is_path=True,
+    )
+    cache_gb: float | None = setting(
+        None,
+        "most disk for the teacher's trajectories in GB; lowers the default of --num_trajectories",
+        above=0,
     )
     dry_run: bool = setting(False, "print the plan of the run and its memory, disk and time, then stop")
     overwrite: bool = setting(False, "replace a finished run in --output_dir")
@@ -139,6 +162,11 @@ class Settings:
         None,
         "pixels, as one number for squares or as WIDTH HEIGHT, divisible by 16, for TI2V-5B by 32 "
         "(default: the tiny teacher's own, else 512)",
+    )
+    resolutions: list[int] | None = setting(
+        None,
+        "train the velocity phase on ever larger squares, as 256 512, and the later phases on the last, which "
+        "becomes --resolution (default: --resolution alone)",
     )
     aspect_ratios: list[str] | None = setting(
         None,
@@ -260,7 +288,12 @@ class Settings:
     use_ema: bool = setting(
         True, "save an exponential moving average of the weights", group="precision and speed"
     )
-    ema_decay: float = setting(0.998, "decay of the average per step", least=0, below=1)
+    ema_decay: float | None = setting(
+        None,
+        f"decay of the average per step (default: {EMA_DECAY}; 1 - {EMA_SHARE} / --max_train_steps of a long run)",
+        least=0,
+        below=1,
+    )
     mixed_precision: str | None = setting(
         None,
         "as in accelerate; master weights and losses stay in float32 (default: from accelerate launch, else "
@@ -277,9 +310,10 @@ class Settings:
         500, "save the training state every this many steps", group="checkpoints and validation", least=1
     )
     checkpoints_total_limit: int = setting(2, "keep this many of the newest checkpoints", least=2)
-    validation_steps: int = setting(
-        350,
-        "validate every this many steps: metrics, an image grid and a candidate for the saved student",
+    validation_steps: int | None = setting(
+        None,
+        "validate every this many steps: metrics, an image grid and a candidate for the saved student "
+        f"(default: {VALIDATION_STEPS}, or a {MAX_VALIDATIONS}th of a long run)",
         least=1,
     )
     validation_trajectories: int | None = setting(
@@ -678,11 +712,7 @@ def plan(settings, arguments):
     warn_of_long_prompts(run)
     announce(run, print)
     problems = run.find_obstacles()
-    if settings.project_only:
-        passes, states = run.num_calibration_passes, 0
-    else:
-        passes, states = run.num_calibration_passes + run.num_passes, run.num_states
-    print(f"time     {run.estimate_time(passes, states)}")
+    print(f"time     {run.estimate_time(is_trained=not settings.project_only)}")
     try:
         is_interrupted(settings)
     except (OSError, ValueError) as error:
@@ -733,34 +763,44 @@ def train(
         return save_projected_student(run, student, components_folder, facts)
     teacher_data, generation = generate_teacher_data(run, prompt_embeddings, autoencoder)
     few = make_few_steps(run)
-    validator = make_validator(run, teacher_data, few, autoencoder, make_check(run, stop))
+    check = make_check(run, stop)
+    validators = [
+        make_validator(run, teacher_data, few, autoencoder, check, number)
+        for number in range(len(run.resolutions))
+    ]
     begin_output(run, facts, is_resumed)
     state = build_state(run, student, teacher_data, few, stop)
     if is_resumed:
         state.resume(run.settings.output_dir, run.device, run.accelerator.print)
     log = start_log(run, facts, state, teacher_data.pace, began, generation)
     stop.is_immediate = False  # from now on, a stop waits for a checkpoint
-    distil(run, state, phases_to_train(run, phases), teacher_data, validator, log, prefetched)
+    distil(run, state, phases_to_train(run, phases), teacher_data, validators, log, prefetched)
     stop.is_immediate = True  # a resumed run repeats the code below from the last checkpoint
     stop.check()
-    finish(run, state, validator, log, components_folder)
+    finish(run, state, validators[-1], log, components_folder)
 
 
-def distil(run, state, phases, teacher_data, validator, log, prefetched=None):
-    """Train the student through the phases; raises Stopped after saving a checkpoint of the last step."""
+def distil(run, state, phases, teacher_data, validators, log, prefetched=None):
+    """Train the student through the phases; raises Stopped after saving a checkpoint of the last step.
+
+    `validators` has one for each resolution.
+    """
     settings, progress = run.settings, state.progress
     try:
         for phase in phases:
             if progress.step >= phase.last or progress.rejected_validations >= PATIENCE:
                 continue
-            state.begin(phase)
+            state.begin(phase, run.accelerator)
+            if progress.step == run.base_step:
+                save_base_weights(run, state)
+            validator = validators[phase.resolution]
             with micro_batches(phase, run, state, teacher_data, prefetched) as batches:
                 if phase.name != "matching":
                     teacher_data.teacher.unload()  # its predictions are cached
                 if is_validation_due(progress, settings):
                     validator(state, log)
                 while progress.step < phase.last:
-                    batch = islice(batches, settings.gradient_accumulation_steps)
+                    batch = islice(batches, phase.accumulation)
                     step_figures = training_step(phase, run, state, batch)
                     log.record_step(phase, state, step_figures)
                     if is_validation_due(progress, settings):
@@ -835,9 +875,9 @@ def load_components(run):
 def announce_work(run):
     """Print the estimated time of the run and, with aspect ratios, its image sizes."""
     if not run.settings.project_only:
-        run.accelerator.print(f"time     {run.estimate_time(run.num_passes, run.num_states)}")
+        run.accelerator.print(f"time     {run.estimate_time(is_calibrated=False)}")
     if run.settings.aspect_ratios:
-        sizes = ", ".join(f"{width} x {height}" for width, height in run.sizes[1:])
+        sizes = ", ".join(f"{width} x {height}" for width, height in run.resolutions[-1].buckets)
         run.accelerator.print(f"sizes    {sizes}")
 
 
@@ -859,7 +899,7 @@ def project_student(run, student, prompt_embeddings):
         run.files,
         prompt_embeddings,
         prompts,
-        run.latent_shapes[0][1:],
+        run.resolutions[-1].latent_shape[1:],
         run.accelerator,
     )
 
@@ -890,7 +930,7 @@ def make_few_steps(run):
     return FewSteps(
         settings.flow_shift,
         run.few_steps or [settings.num_inference_steps],
-        run.latent_shapes[0],
+        run.resolutions[-1].latent_shape,
         settings.teacher_steps,
         (accelerator.process_index, accelerator.num_processes),
     )
@@ -924,7 +964,6 @@ def build_state(run, student, teacher_data, few, stop):
         run.settings.allow_tf32 and run.device.type == "cuda"
     ):  # not earlier: the projection needs full float32
         torch.set_float32_matmul_precision("high")
-    run.accelerator.gradient_accumulation_steps = run.settings.gradient_accumulation_steps
     state = make_training_state(run, student, teacher_data, few, stop)
     trained = [network for network in (state.student, state.critic) if network is not None]
     for network in trained:
@@ -955,6 +994,7 @@ def finish(run, state, validator, log, components_folder):
     if is_main:
         state.student.save_pretrained(output)
         save_components(output, components_folder, validator.scheduler)
+        complete_base(run, log.facts)
     figures = progress.best.get("figures", progress.last_validation)
     results = {name: value for name, value in figures.items() if name != "step"}
     if validator.teacher_data.teacher.residency == "sharded" or is_main:  # all processes hold shards
@@ -970,6 +1010,33 @@ def finish(run, state, validator, log, components_folder):
         write_model_card(output, settings, run.few_steps, results, drawing)
         conclude(settings, output, results, ending, is_close, log.seconds, run.accelerator.print)
     run.accelerator.end_training()
+
+
+def save_base_weights(run, state):
+    """Save the averaged student at the end of the velocity phase: LoRAs are trained on it."""
+    if run.accelerator.is_main_process:
+        with state.averaged() as student:
+            student.save_pretrained(Path(run.settings.output_dir) / BASE)
+
+
+def complete_base(run, facts):
+    """Make base/ a folder like --output_dir; its components are hard links."""
+    base = Path(run.settings.output_dir) / BASE
+    if not base.is_dir():
+        return
+    settings = replace(
+        run.settings, output_dir=str(base), num_inference_steps=run.settings.teacher_steps, few_steps=[]
+    )
+    phases = [span for span in run.phases if span.name == "velocity"]
+    save_components(base, run.settings.output_dir, make_scheduler(settings.flow_shift), link_file)
+    base_facts = {
+        "num_inference_steps": settings.num_inference_steps,
+        "schedule": describe_schedule(settings, [], phases),
+        "steps": run.base_step,
+        "finished": True,
+    }
+    write_json(base / RUN, facts | base_facts)
+    write_model_card(base, settings, [], {}, drawing_command(str(base)))
 
 
 def describe_chosen(progress, measure):

@@ -457,7 +457,7 @@ def test_images_that_were_read_once_are_not_decoded_again(tmp_path, monkeypatch)
     )
 
     def chosen():
-        images = choose_data(settings, image_sizes(settings), printed.append)[2]
+        images = choose_data(settings, image_sizes(settings)[-1], printed.append)[2]
         return [(image.caption, image.sha256, image.size) for image in images]
 
     monkeypatch.setattr(
@@ -592,7 +592,7 @@ def test_captions_join_the_training_prompts_and_are_never_held_out(tmp_path):
     write_folder(tmp_path / "place")
     (tmp_path / "prompts.txt").write_text("\n".join(["one", CAPTIONS[2], "three", CAPTIONS[0]]))
     settings = complete(Settings(images=str(tmp_path / "place"), prompts=str(tmp_path / "prompts.txt")))
-    training, held_out, images = choose_data(settings, image_sizes(settings), lambda line: None)
+    training, held_out, images = choose_data(settings, image_sizes(settings)[-1], lambda line: None)
     assert held_out == [CAPTIONS[0]] and [image.caption for image in images] == CAPTIONS[1:]
     assert training == ["one", CAPTIONS[2], "three", CAPTIONS[1], *CAPTIONS[3:]]
 

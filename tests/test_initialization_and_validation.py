@@ -184,7 +184,7 @@ def make_validator(folder, prompts, shape):
     embeddings = PromptEmbeddings(run.accelerator, TINY_TEACHER, folder, run.prompts)
     teacher_data = TeacherData(run, Teacher(run.files), embeddings, Pace("cpu", 1e9))
     teacher_data.find_basis()
-    teacher_data.validation_states = teacher_data.generate_validation()
+    teacher_data.validation_states = [teacher_data.generate_validation(0)]
     few = FewSteps(run.settings.flow_shift, [1, 2, 4], shape, 4)
     return Drawing(run, teacher_data, few, load_autoencoder(TINY_TEACHER)), few
 

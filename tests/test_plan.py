@@ -35,6 +35,7 @@ from wanlite.planning.memory import (
     count_trajectory_bytes,
 )
 from wanlite.planning.report import MemoryReport
+from wanlite.planning.resolutions import Resolution
 from wanlite.planning.resolve import complete
 from wanlite.planning.simulation import MemoryMeter, extrapolate_depth, simulate_peak
 from wanlite.runtime.devices import has_gpu
@@ -245,7 +246,9 @@ def test_a_small_student_is_timed_on_a_batch_of_few_operations(parameters, timed
 
     config = type("Config", (dict,), {"text_dim": 8, "num_channels": 4})()
     files = SimpleNamespace(num_parameters=10**9, experts={"only": None})
-    work = Workload(Student(config), files, passes=60, states=8, tokens=256, latent_size=(4, 4))
+    work = Workload(
+        Student(config), files, 60 * 256, 8 * 256, Resolution((64, 64), [], (4, 4, 4), [], tokens=256)
+    )
     text = estimate_duration(work, torch.device("cpu"), torch.float32)
     assert set(batch_sizes) == ({timed} if timed else set()) and ("minutes" in text) == bool(timed)
 

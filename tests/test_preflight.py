@@ -13,6 +13,7 @@ from tests.conftest import ROOT, SHORT_RUN, WAN_1_3B, run_script, write_sparse_w
 from train_distillation import Settings, WanLiteStudent
 from wanlite.phases import (
     MIN_TRAJECTORIES,
+    Span,
     choose_validated,
     count_states,
     count_trajectories,
@@ -33,12 +34,14 @@ TRAIN = ROOT / "train_distillation.py"
 def test_phases_follow_each_other_and_the_few_step_phase_has_two_rollouts():
     settings = complete(Settings(max_train_steps=100, few_step_train_steps=40, matching_steps=30))
     assert plan_phases(settings) == [
-        ("velocity", 0, 30),
-        ("few_step", 30, 50),
-        ("few_step", 50, 70),
-        ("matching", 70, 100),
+        Span("velocity", 0, 30),
+        Span("few_step", 30, 50),
+        Span("few_step", 50, 70),
+        Span("matching", 70, 100),
     ]
-    assert plan_phases(replace(settings, few_step_train_steps=0, matching_steps=0)) == [("velocity", 0, 100)]
+    assert plan_phases(replace(settings, few_step_train_steps=0, matching_steps=0)) == [
+        Span("velocity", 0, 100)
+    ]
 
 
 def test_a_default_run_has_two_phases_that_use_all_steps():
@@ -87,7 +90,7 @@ def estimators():
             teacher,
             WanLiteStudent,
             choose_shape(settings, teacher.files),
-            [(64, 64)] * (1 + buckets),
+            [[(64, 64)] * (1 + buckets)],
             torch.device("cpu"),
         )
         for buckets in (1, 3)
@@ -184,7 +187,7 @@ def test_every_number_has_bounds():
         for field in fields(Settings)
         if not field.metadata["bounds"] and any(kind in str(field.type) for kind in ("int", "float"))
     ]
-    assert unbound == ["resolution"]  # its sides are checked against the size of a token
+    assert unbound == ["resolution", "resolutions"]  # sides are checked against the size of a token
 
 
 @pytest.mark.parametrize(

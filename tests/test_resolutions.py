@@ -1,15 +1,19 @@
 """Images that are not square: the values of --resolution and their effects."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from run_inference import read_settings
 from tests.conftest import ROOT, TINY_TEACHER, run_script
 from tests.test_resuming import have_equal_weights, train
 from train_distillation import Settings
+from wanlite.phases import MIN_TRAJECTORIES, Span, plan_phases, split_trajectories
 from wanlite.planning.resolve import complete
 from wanlite.planning.teacher_folder import TeacherFolder
 from wanlite.training.checkpoints import checkpoint_path
@@ -154,3 +158,123 @@ def test_a_wide_student_generates_wide_images_and_resumes_only_at_its_size(wide_
         ValueError, match=r"was trained with resolution \[96, 64\], and this run has \[64, 96\]"
     ):
         complete(Settings(resolution=[64, 96], **further))
+
+
+# ---- ever larger images ------------------------------------------------------------------------------------
+
+RISING = (
+    "--projection",
+    "weights",
+    "--resolutions",
+    "32",
+    "64",
+    "--max_train_steps",
+    "10",
+    "--few_step_train_steps",
+    "4",
+    "--matching_steps",
+    "0",
+    "--train_batch_size",
+    "4",
+    "--gradient_accumulation_steps",
+    "4",
+    "--teacher_steps",
+    "4",
+)  # SHORT_RUN saves at steps 3, 6 and 9; the second resolution begins at step 4
+
+
+@pytest.fixture(scope="module")
+def rising_run(tmp_path_factory):
+    """A run on images of 32 and then 64 pixels, and the shapes of its micro-batches by step."""
+    folder = tmp_path_factory.mktemp("rising") / "run"
+    code, printed = train(folder, *RISING)
+    assert code == 0, printed
+    assert "64 teacher images of 32 x 32 and 64 of 64 x 64" in printed
+    assert "velocity 32 x 32: 4, velocity 64 x 64: 2, few_step 64 x 64: 4" in printed
+    return folder
+
+
+def test_phases_share_the_steps_over_the_resolutions_and_small_images_are_more():
+    settings = Settings(
+        resolutions=[256, 512, 1024], max_train_steps=1000, few_step_train_steps=300, matching_steps=0
+    )
+    assert plan_phases(settings) == [
+        Span("velocity", 0, 400, 0),
+        Span("velocity", 400, 600, 1),
+        Span("velocity", 600, 700, 2),
+        Span("few_step", 700, 850, 2),
+        Span("few_step", 850, 1000, 2),
+    ]
+    assert split_trajectories(settings, 32000) == [32000, 8000, 2000]
+    assert split_trajectories(settings, 2000) == [2000, 500, MIN_TRAJECTORIES]
+    assert split_trajectories(settings, 100) == [100, 100, 100]
+    assert split_trajectories(Settings(), 100) == [100]
+
+
+@pytest.mark.parametrize("at, step", [(4, 4), (5, 4), (9, 5)])
+def test_a_run_stopped_where_the_resolution_changes_ends_with_the_same_weights(
+    at, step, rising_run, tmp_path
+):
+    """The first resolution has one micro-batch of 16 states a step, the second four of 4."""
+    shutil.copytree(rising_run / "cache", tmp_path / "cut/cache")
+    code, printed = train(tmp_path / "cut", *RISING, at={at: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    assert code == 3 and f"stopped at step {step} of 10" in printed, printed
+    code, printed = train(tmp_path / "cut", *RISING)
+    assert (
+        code == 0
+        and f"resumed at step {step}" in printed
+        and have_equal_weights(tmp_path / "cut", rising_run)
+    ), printed
+
+
+def test_each_resolution_is_validated_on_its_own_images(rising_run):
+    heights = {
+        path.name: Image.open(path).height for path in sorted((rising_run / "samples").glob("step-*.png"))
+    }
+    assert heights == {
+        "step-000000.png": 4 * 32,
+        "step-000003.png": 4 * 32,
+        "step-000006.png": 4 * 64,
+        "step-000009.png": 4 * 64,
+        "step-000010.png": 4 * 64,
+    }
+    run = read_run(rising_run)
+    assert run["resolution"] == 64 and run["chosen"]["step"] >= 6
+
+
+def test_only_the_first_resolution_has_hidden_states(rising_run):
+    losses = {
+        record["step"]: "feature_loss" in record
+        for record in map(json.loads, (rising_run / "metrics.jsonl").read_text().splitlines())
+        if "velocity_loss" in record
+    }
+    assert losses == {4: True, 6: False}
+    states = [load_file(path) for path in (rising_run / "cache").glob("trajectories-*/shard-*.safetensors")]
+    assert {(shard["latents"].shape[-1], "features" in shard) for shard in states} == {(4, True), (8, False)}
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"resolutions": [64, 32]}, "--resolutions 64 32: expected ever larger sizes, for example 256 512"),
+        ({"resolutions": [64, 64]}, "expected ever larger"),
+        ({"resolutions": [24, 64]}, "24 is not divisible by 16; the nearest is 32"),
+        ({"resolutions": [0, 64]}, "0 is not divisible by 16"),
+        ({"resolutions": [32, 64], "resolution": 96}, "end at 64, but --resolution is 96. Leave"),
+        ({"resolutions": [32, 64], "resolution": [64, 32]}, "Leave --resolution out"),
+        (
+            {"resolutions": [32, 48, 64], "max_train_steps": 6, "few_step_train_steps": 4},
+            "32 48 64 share the 2 steps of the velocity phase, expected at least one for each",
+        ),
+    ],
+)
+def test_resolutions_that_cannot_be_trained_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        complete(Settings(**settings))
+    assert complete(Settings(resolutions=[32, 64], resolution=64)).resolution == 64
+    assert complete(Settings(resolutions=[32])).resolution == 32
+
+
+def test_a_resolution_beyond_the_positions_of_the_teacher_is_refused():
+    process = run_script(ROOT / "train_distillation.py", "--dry_run", "--resolutions", 64, 32768)
+    assert process.returncode == 2 and "a side of 32,768 pixels is more than this teacher" in process.stderr

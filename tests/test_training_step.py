@@ -37,13 +37,15 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def state(run):
-    few = FewSteps(run.settings.flow_shift, run.few_steps, run.latent_shapes[0], run.settings.teacher_steps)
+    few = FewSteps(
+        run.settings.flow_shift, run.few_steps, run.resolutions[0].latent_shape, run.settings.teacher_steps
+    )
     torch.manual_seed(0)
     return make_training_state(run, WanLiteStudent(run.shape), NoTeacher(), few)
 
 
 def batch_of(run, value=1.0):
-    rows, (channels, height, width) = 2, run.latent_shapes[0]
+    rows, (channels, height, width) = 2, run.resolutions[0].latent_shape
     tokens = height * width // 4
     latents = value * torch.randn(rows, channels, height, width, generator=torch.Generator().manual_seed(1))
     batch = {

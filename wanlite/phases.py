@@ -1,6 +1,7 @@
 """The phases of a run and the counts that follow from them; torch is not imported.
 
 A run has up to three phases, in this order: `velocity` (stage 1), `few_step` (stage 2a), `matching` (stage 2b).
+With --resolutions, `velocity` trains on each size of images in turn, and the others on the last.
 """
 
 import math
@@ -22,26 +23,48 @@ TRAJECTORIES_PER_ROLLOUT_STATE = 8  # of a large teacher
 
 
 class Span(NamedTuple):
-    """The steps of a phase: from `first` on, before `last`."""
+    """The steps of a phase: from `first` on, before `last`, at one of the resolutions of the run."""
 
     name: str
     first: int
     last: int
+    resolution: int = 0  # its number, the smallest first
 
 
 def plan_phases(settings):
-    """Return the phases of a run in order, each as a Span; phases without steps are left out."""
+    """Return the phases of a run in order, each as a Span; phases without steps are left out.
+
+    The steps of `velocity` are divided over the resolutions in proportion to 1 / side, so most are quick ones at
+    the smallest; HDM, a model of about the same size, spent 74 % of its samples there.
+    """
     first_end = settings.max_train_steps - settings.few_step_train_steps - settings.matching_steps
-    rounds = range(ROLLOUT_ROUNDS + 1)
-    ends = [first_end + settings.few_step_train_steps * number // ROLLOUT_ROUNDS for number in rounds]
-    ends.append(settings.max_train_steps)
-    names = (PHASE_NAMES[0], *[PHASE_NAMES[1]] * ROLLOUT_ROUNDS, PHASE_NAMES[2])
-    return [Span(name, first, last) for name, first, last in zip(names, [0, *ends], ends) if first < last]
+    shares = [1 / side for side in settings.resolutions or [1]]
+    last_resolution = len(shares) - 1
+    ends = [
+        ("velocity", round(first_end * sum(shares[: number + 1]) / sum(shares)), number)
+        for number in range(len(shares))
+    ]
+    ends += [
+        ("few_step", first_end + settings.few_step_train_steps * number // ROLLOUT_ROUNDS, last_resolution)
+        for number in range(1, ROLLOUT_ROUNDS + 1)
+    ]
+    ends.append(("matching", settings.max_train_steps, last_resolution))
+    firsts = [0, *(end for _, end, _ in ends)]
+    return [Span(name, first, end, number) for first, (name, end, number) in zip(firsts, ends) if first < end]
 
 
 def count_trajectories(settings, num_prompts):
     """Return the number of training trajectories: one per prompt; few prompts get several each."""
     return settings.num_trajectories or max(num_prompts, MIN_TRAJECTORIES)
+
+
+def split_trajectories(settings, count):
+    """Return the number of training trajectories at each resolution, of `count` at the smallest.
+
+    The teacher takes about the same time for each resolution, unless that leaves fewer than MIN_TRAJECTORIES.
+    """
+    smallest, *larger = settings.resolutions or [1]
+    return [count, *(min(count, max(MIN_TRAJECTORIES, count * smallest**2 // side**2)) for side in larger)]
 
 
 def fill_validation_and_rollout(settings, is_large, num_trajectories, num_buckets=1):
@@ -80,27 +103,43 @@ def count_validated(count, num_validated):
 
 
 def count_passes(settings, num_trajectories, num_validated, phases):
-    """Return the number of teacher passes in a run, counted per image; a guided step has two."""
+    """Return the number of teacher passes at each resolution, counted per image; a guided step has two.
+
+    `num_trajectories` is a list with one entry per resolution.
+    """
     num_held_out, num_seeds = count_validated(settings.validation_trajectories, num_validated)
     num_grid = min(num_seeds, num_validated)
-    trajectories = num_trajectories + settings.validation_trajectories + num_held_out + num_grid * num_seeds
-    steps = dict.fromkeys(PHASE_NAMES, 0)
-    for name, first, last in phases:
-        steps[name] += last - first
     num_references = len(settings.validation_prompts) if settings.validation_prompts else num_grid
-    guided = trajectories * settings.teacher_steps + num_references * settings.reference_steps
+    num_others = num_held_out + num_grid * num_seeds
+    guided = [
+        (count + num_others) * settings.teacher_steps + num_references * settings.reference_steps
+        for count in num_trajectories
+    ]
+    guided[0] += settings.validation_trajectories * settings.teacher_steps  # for the basis of hidden states
+    steps = count_steps(phases)
     if steps["few_step"]:
-        guided += ROLLOUT_ROUNDS * settings.rollout_states * settings.teacher_steps // 2
+        guided[-1] += ROLLOUT_ROUNDS * settings.rollout_states * settings.teacher_steps // 2
     # A quarter of the states of a batch is matched, with four passes each.
     matched = steps["matching"] * settings.train_batch_size * settings.gradient_accumulation_steps
-    return 2 * guided + matched
+    return [*(2 * count for count in guided[:-1]), 2 * guided[-1] + matched]
+
+
+def count_steps(phases):
+    """Return {phase: number of its steps}, 0 for a phase that a run leaves out."""
+    steps = dict.fromkeys(PHASE_NAMES, 0)
+    for span in phases:
+        steps[span.name] += span.last - span.first
+    return steps
 
 
 def count_states(settings, num_trajectories, phases, num_buckets=1):
-    """Return {phase: number of training states} for the smallest bucket; a batch is taken from one bucket."""
+    """Return {phase: number of training states} for the smallest bucket; a batch is taken from one bucket.
+
+    `num_trajectories` is that of the last resolution, which has the fewest.
+    """
     num_trajectories = num_trajectories // num_buckets
     few_step_states = num_trajectories
     if max(settings.few_steps) > 1:
         few_step_states = 2 * num_trajectories + settings.rollout_states // num_buckets
     velocity_states = num_trajectories * settings.teacher_steps
-    return {name: velocity_states if name == "velocity" else few_step_states for name, *_ in phases}
+    return {span.name: velocity_states if span.name == "velocity" else few_step_states for span in phases}

@@ -71,21 +71,27 @@ class TrajectoryGenerator:
 
         self.basis = compute_once(self.accelerator, folder, make)["basis"].to(self.accelerator.device)
 
-    def generate(self, folder: Path, jobs: Sequence[tuple], latent_shape) -> Trajectories:
+    def generate(
+        self, folder: Path, jobs: Sequence[tuple], latent_shape, has_features: bool = True
+    ) -> Trajectories:
         """Generate a trajectory for each (number of the prompt, prompt, seed) of `jobs`."""
 
         def make(numbers, prompts, seeds):
-            return _stack(self._solve(prompts, seeds, latent_shape), self.basis, numbers)
+            return _stack(self._solve(prompts, seeds, latent_shape, has_features), self.basis, numbers)
 
         return self._fill(folder, jobs, make, "teacher trajectories")
 
-    def _solve(self, prompts, seeds, latent_shape):
-        """Yield the steps of the teacher's trajectories, with hidden states."""
+    def _solve(self, prompts, seeds, latent_shape, has_features=True):
+        """Yield the steps of the teacher's trajectories."""
         noise = seeded_noise(latent_shape, seeds).to(self.accelerator.device)
-        return solve(self.velocity_for(prompts, True), noise, self.scheduler, self.num_steps)
+        return solve(self.velocity_for(prompts, has_features), noise, self.scheduler, self.num_steps)
 
     def compute_at_images(
-        self, folder: Path, jobs: Sequence[tuple], encode: Callable[[Sequence], Tensor]
+        self,
+        folder: Path,
+        jobs: Sequence[tuple],
+        encode: Callable[[Sequence], Tensor],
+        has_features: bool = True,
     ) -> Trajectories:
         """Compute the states at real images with noise of each level, for each job of `jobs`.
 
@@ -94,7 +100,7 @@ class TrajectoryGenerator:
 
         def make(numbers, prompts, seeds, images):
             clean = encode(images).to(self.accelerator.device)
-            velocity_of = self.velocity_for(prompts, True)
+            velocity_of = self.velocity_for(prompts, has_features)
             steps = noise_along(velocity_of, clean, seeds, self.scheduler, self.num_steps)
             return _stack(steps, self.basis, numbers)
 
@@ -150,27 +156,30 @@ class TrajectoryGenerator:
 
 
 def _stack(steps: Iterable[tuple], basis: Tensor, numbers) -> dict[str, Tensor]:
-    """Return the tensors of a shard from (latents, timestep, noise_level, velocity, features) of each step.
+    """Return the tensors of a shard from (latents, timestep, noise_level, velocity) of each step, and its features.
 
-    The hidden states (B, N, D) of some tokens are projected onto the basis (D, d) immediately, in float16.
+    The hidden states (B, N, D) of some tokens, if there are any, are projected onto the basis (D, d) immediately,
+    in float16.
     """
     # Unlike a loop variable, map() does not keep a step in memory while the next one is computed.
     projected = map(partial(_project_features, basis), count(), steps)
-    latents, timestep, noise_level, velocity, features, first_token = (  # (K, ...)
+    latents, timestep, noise_level, velocity, *features = (  # (K, ...)
         torch.stack(list(tensors)) for tensors in zip(*projected)
     )
-    return {
+    shard = {
         "latents": latents.transpose(0, 1),
         "velocity": velocity.transpose(0, 1),
-        "features": features.transpose(0, 1),
-        "first_token": first_token.transpose(0, 1),
         "timestep": timestep.float().repeat(len(numbers), 1),
         "prompt": torch.tensor(numbers),
         "noise_level": noise_level.float().repeat(len(numbers), 1),
     }
+    names = ("features", "first_token")
+    return shard | {name: tensor.transpose(0, 1) for name, tensor in zip(names, features)}
 
 
 def _project_features(basis, number, step):
+    if len(step) < 5:  # without hidden states
+        return step
     *state, features = step
     first_token = torch.full((len(features),), number % _token_spacing(features.shape[1]))
     compared = sample_tokens(features, first_token.to(features.device))

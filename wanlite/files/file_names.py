@@ -8,6 +8,7 @@ RUN = "run.json"
 METRICS = "metrics.jsonl"
 MODEL_CARD = "README.md"
 CACHE = "cache"  # folders of a run, as are the next two
+BASE = "base"  # the student at the end of the velocity phase
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
 COMPONENTS = ("tokenizer", "text_encoder", "vae")  # that inference needs beside the transformer

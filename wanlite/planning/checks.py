@@ -40,8 +40,21 @@ def _check_data(settings):
             f"--rollout_states is {settings.rollout_states}, expected 0, or at least one for each of the "
             f"{len(settings.aspect_ratios)} --aspect_ratios."
         )
+    _check_resolutions(settings)
     if any(not prompt.strip() for prompt in settings.validation_prompts or ()):
         raise ValueError("--validation_prompts has an empty prompt, expected text in each. Leave it out.")
+
+
+def _check_resolutions(settings):
+    sides = settings.resolutions or []
+    text = " ".join(map(str, sides))
+    if any(side >= larger for side, larger in zip(sides, sides[1:])):
+        raise ValueError(f"--resolutions {text}: expected ever larger sizes, for example 256 512.")
+    if sides and settings.resolution not in (None, sides[-1], [sides[-1]]):
+        raise ValueError(
+            f"--resolutions {text} end at {sides[-1]}, but --resolution is {settings.resolution}. Leave "
+            "--resolution out."
+        )
 
 
 def _check_folders(settings):
@@ -114,6 +127,11 @@ def _check_phases(settings, few_step_train_steps):
         raise ValueError(
             "--matching_steps without --few_step_train_steps: distribution matching starts from a student "
             "that samples in few steps. Raise --few_step_train_steps, or name such a student with --student DIR."
+        )
+    if velocity_steps < len(settings.resolutions or ()):
+        raise ValueError(
+            f"--resolutions {' '.join(map(str, settings.resolutions))} share the {velocity_steps} steps of the "
+            "velocity phase, expected at least one for each. Raise --max_train_steps."
         )
     if velocity_steps == 0 and settings.student is None:
         raise ValueError(

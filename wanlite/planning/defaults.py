@@ -7,7 +7,7 @@ from ..data.grammar import varied_prompts
 from ..data.images import choose_images
 from ..data.prompts import read_prompts
 from ..files.atomic import write_json
-from ..phases import PHASE_NAMES
+from ..phases import count_steps
 from ..student.shape import check_shape_fits, student_shape
 from ..training.run_folder import read_run
 from ..world.record import read_world
@@ -126,10 +126,8 @@ def max_calibration_frames(tokens):
 
 def describe_schedule(settings, few_steps, phases):
     """Return the schedule for run.json: shift, numbers of sampling steps, and steps trained in each phase."""
-    steps = dict.fromkeys(PHASE_NAMES, 0)
+    steps = count_steps(phases)
     if settings.student is not None:
         earlier = read_run(settings.student)["schedule"]["phases"]
-        steps = {name: earlier.get(name, 0) for name in PHASE_NAMES}
-    for name, first, last in phases:
-        steps[name] += last - first
+        steps = {name: earlier.get(name, 0) + count for name, count in steps.items()}
     return {"flow_shift": settings.flow_shift, "few_steps": few_steps or None, "phases": steps}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..teacher.expert_files import TeacherFiles
+from .resolutions import Resolution
 
 EFFICIENCY = 0.4  # of a device's rate of matrix products, as large transformers reach
 H100_RATE = 989e12  # operations per second in bfloat16
@@ -19,14 +20,16 @@ SLOW_PRECISION = 1.2  # float32 is recommended if it is faster than mixed precis
 
 @dataclass(frozen=True)
 class Workload:
-    """The passes of the teacher and the training states of a run, on images of `tokens` tokens."""
+    """The image tokens in the passes of the teacher and in the training states of a run.
+
+    A student is timed on images of `resolution`.
+    """
 
     student: Any
     files: TeacherFiles
-    passes: int
-    states: int
-    tokens: int
-    latent_size: tuple[int, int]  # (H, W)
+    teacher_tokens: int
+    student_tokens: int
+    resolution: Resolution
 
     @property
     def teacher_parameters(self) -> float:
@@ -35,32 +38,37 @@ class Workload:
 
     @property
     def operations_per_state(self) -> int:
-        """The operations of a forward and a backward pass of the student."""
-        return 6 * self.tokens * self.student.num_parameters()
+        """The operations of a forward and a backward pass of the student on one state."""
+        return 6 * self.resolution.tokens * self.student.num_parameters()
 
     @property
     def operations(self) -> float:
         """The operations of the run."""
-        passes = 2 * self.tokens * self.passes * self.teacher_parameters
-        return passes + self.operations_per_state * self.states
+        passes = 2 * self.teacher_tokens * self.teacher_parameters
+        return passes + 6 * self.student_tokens * self.student.num_parameters()
+
+    @property
+    def h100_hours(self) -> float:
+        """The hours of the run on an H100."""
+        return self.operations / (EFFICIENCY * H100_RATE * 3600)
 
 
 def estimate_duration(work: Workload, device, dtype) -> str:
     """Return the estimated time, by timing a small student, or from the operations of a large one."""
     if work.operations_per_state > MAX_TIMED_OPERATIONS:
         return _describe_operations(work, device, dtype)
-    state_seconds = _time_state(work, device)
-    pass_seconds = state_seconds / 3 * work.teacher_parameters / work.student.num_parameters()
-    minutes = (state_seconds * work.states + pass_seconds * work.passes) / 60
+    token_seconds = _time_state(work, device) / work.resolution.tokens
+    pass_seconds = token_seconds / 3 * work.teacher_parameters / work.student.num_parameters()
+    minutes = (token_seconds * work.student_tokens + pass_seconds * work.teacher_tokens) / 60
     return f"about {max(1, round(minutes)):,} minutes"
 
 
 def _describe_operations(work, device, dtype):
     rate = measure_matrix_rate(device, dtype)
-    hours, h100_hours = (work.operations / (EFFICIENCY * each * 3600) for each in (rate, H100_RATE))
+    hours = work.operations / (EFFICIENCY * rate * 3600)
     text = (
         f"about {hours:,.1f} hours ({work.operations / 1e15:,.0f} PFLOP; an H100 would take "
-        f"{h100_hours:,.1f} hours)"
+        f"{work.h100_hours:,.1f} hours)"
     )
     speedup = measure_matrix_rate(device, torch.float32) / rate if dtype != torch.float32 else 1
     if speedup > SLOW_PRECISION:
@@ -74,7 +82,7 @@ def _time_state(work, device):
     student = type(work.student)(dict(config)).to(device)
     batch_size = int(min(MAX_TIMED_BATCH_SIZE, MAX_TIMED_OPERATIONS // work.operations_per_state))
     text = torch.zeros(batch_size, TIMED_TEXT_TOKENS, config.text_dim, device=device)
-    latents = torch.randn(batch_size, config.num_channels, *work.latent_size, device=device)
+    latents = torch.randn(batch_size, *work.resolution.latent_shape, device=device)
     timestep = torch.full((batch_size,), 500.0, device=device)
     seconds: list[float] = []
     for _ in range(NUM_TIMINGS):

@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 from ..data.autoencoder import DECODED_AT_ONCE, decode_latents, make_autoencoder
 from ..data.shards import SHARD_SIZE
 from ..files.atomic import SPARE
-from ..phases import choose_validated, count_trajectories, count_validated
+from ..phases import choose_validated, count_trajectories, count_validated, split_trajectories
 from ..runtime.launch import local_processes
 from ..teacher.components import is_converted, num_bytes
 from ..teacher.experts import PROBE_ROWS, PROBE_SIZE
@@ -35,15 +35,15 @@ from .memory import (
     count_trajectory_bytes,
 )
 from .report import MemoryReport
+from .resolutions import make_resolutions
 from .simulation import extrapolate_depth, simulate_peak
 
 
 class MemoryEstimator:
     """Predicts the bytes that a run needs, from the shapes of a student, a TeacherFolder and images.
 
-    The first of `sizes` (width, height) is validated, the others are trained on, one per bucket:
-    `latent_shape` and `buckets` are the shapes (C, H, W) of their latents. A validated image has `pixels` and
-    `tokens`.
+    `sizes` are those of image_sizes(). Memory is that of the last resolution, whose validated images have
+    `latent_shape` (C, H, W), `pixels` and `tokens`.
     """
 
     def __init__(self, settings, teacher, make_student, shape, sizes, device):
@@ -59,13 +59,16 @@ class MemoryEstimator:
             self.student = make_student(shape)
             autoencoder = self.make_autoencoder()
         stride = autoencoder.config.scale_factor_spatial
-        _check_sides(sizes, stride, self.student.config)
-        channels = self.files.config["in_channels"]
-        shapes = [(channels, height // stride, width // stride) for width, height in sizes]
-        self.latent_shape, *self.buckets = shapes
-        self.largest_shape = max(shapes, key=math.prod)
-        self.pixels = math.prod(sizes[0])
-        self.tokens = math.prod(self.latent_shape[1:]) // math.prod(self.student.config.patch_size)
+        self.resolutions = make_resolutions(
+            sizes, stride, self.files.config["in_channels"], self.student.config
+        )
+        last = self.resolutions[-1]
+        self.latent_shape, self.largest_shape, self.tokens = (
+            last.latent_shape,
+            last.largest_shape,
+            last.tokens,
+        )
+        self.pixels = math.prod(last.size)
         self.autoencoder_bytes = 4 * autoencoder.num_parameters()  # on the device throughout a run
         self.weight_bytes = 4 * self.student.num_parameters()
         num_copies = 3 if settings.muon_learning_rate else 4  # weights, average, state of the optimizers
@@ -110,7 +113,7 @@ class MemoryEstimator:
         dtype = training_dtype(settings)
         batch_size = min(2 * num_trajectories, max(1, TOKENS_AT_ONCE // self.tokens))  # twice, for guidance
         pass_bytes = count_pass_bytes(self.files, batch_size, self.largest_shape[1:], dtype, self.peak)
-        result_bytes = self._trajectory_bytes(settings, num_trajectories, is_stored=False)
+        result_bytes = self._trajectory_bytes(settings, num_trajectories, -1, is_stored=False)
         num_values = num_trajectories * self.tokens * self.files.width
         teacher_bytes, _ = self._teacher_bytes(settings, settings.teacher_residency)
         return teacher_bytes + count_generation_bytes(pass_bytes, num_values, dtype, result_bytes)
@@ -119,10 +122,26 @@ class MemoryEstimator:
         dtype, is_fp8 = training_dtype(settings), settings.teacher_fp8
         return count_teacher_bytes(self.files, residency, dtype, is_fp8, local_processes())
 
-    def _trajectory_bytes(self, settings, num_trajectories, is_stored=True):
+    def _trajectory_bytes(self, settings, num_trajectories, number, is_stored=True):
+        """Return the bytes of trajectories at the resolution with this number; only the first has hidden states."""
+        resolution = self.resolutions[number]
         width = choose_feature_width(settings, self.shape["hidden_size"])
         return count_trajectory_bytes(
-            num_trajectories, settings.teacher_steps, self.largest_shape, self.tokens, width, is_stored
+            num_trajectories,
+            settings.teacher_steps,
+            resolution.largest_shape,
+            resolution.tokens,
+            width if resolution is self.resolutions[0] else None,
+            is_stored,
+        )
+
+    def cache_bytes(self, settings, num_generated, num_validated):
+        """Return the bytes of the trajectories on disk; `num_generated` are those for training by resolution."""
+        num_prompts, num_seeds = count_validated(settings.validation_trajectories, num_validated)
+        num_others = num_prompts + min(num_seeds, num_validated) * num_seeds
+        return sum(
+            self._trajectory_bytes(settings, count + num_others, number)
+            for number, count in enumerate(num_generated)
         )
 
     def make_report(self, settings, training, held_out, num_images):
@@ -131,7 +150,8 @@ class MemoryEstimator:
         disk = self._initialization_disk(settings, [*training, *held_out])
         residencies = {}
         if not settings.project_only:
-            num_generated = num_images + count_trajectories(settings, len(training))
+            num_generated = split_trajectories(settings, count_trajectories(settings, len(training)))
+            num_generated[-1] += num_images
             num_validated = len(choose_validated(training, held_out))
             phases |= self._training_phases(settings, num_generated, num_validated)
             disk += self._training_disk(settings, num_generated, num_validated)
@@ -162,7 +182,7 @@ class MemoryEstimator:
         """Return {phase: bytes} of generation, training, validation and matching."""
         num_prompts, num_seeds = count_validated(settings.validation_trajectories, num_validated)
         num_sampled = max(num_prompts, num_seeds**2)
-        num_together = min(SHARD_SIZE, max(num_generated, num_sampled))
+        num_together = min(SHARD_SIZE, max(*num_generated, num_sampled))
         phases = {
             "trajectories": self.generation_bytes(settings, num_together)
             + self.autoencoder_bytes
@@ -200,22 +220,9 @@ class MemoryEstimator:
 
     def _training_disk(self, settings, num_generated, num_validated):
         """Return {folder: bytes} of the trajectories and the checkpoints."""
-        num_prompts, num_seeds = count_validated(settings.validation_trajectories, num_validated)
-        num_trajectories = num_generated + num_prompts + min(num_seeds, num_validated) * num_seeds
         best_factor = 1.5 if settings.matching_steps else 1  # a checkpoint has the best student so far
         checkpoint_bytes = best_factor * (self.idle_bytes + self.weight_bytes)
         disk: Counter = Counter()
-        disk[settings.cache_dir] += self._trajectory_bytes(settings, num_trajectories)
+        disk[settings.cache_dir] += self.cache_bytes(settings, num_generated, num_validated)
         disk[settings.output_dir] += (settings.checkpoints_total_limit + 1) * checkpoint_bytes
         return disk
-
-
-def _check_sides(sizes, stride, config):
-    """Raise ValueError for a side with more tokens than the rotary table has positions."""
-    largest = max(map(max, sizes))
-    limit = stride * config.patch_size[1] * config.rope_max_seq_len
-    if largest > limit:
-        raise ValueError(
-            f"--resolution: a side of {largest:,} pixels is more than this teacher supports; the limit is "
-            f"{limit:,}. Lower it, or choose other --aspect_ratios."
-        )

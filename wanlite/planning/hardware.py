@@ -1,10 +1,19 @@
 """Settings and a device -> the settings with precision, residency and batch chosen for the hardware if unset."""
 
+from bisect import bisect_right
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from ..phases import count_states, fill_validation_and_rollout, plan_phases
+from ..data.shards import SHARD_SIZE
+from ..phases import (
+    MAX_VALIDATION_TRAJECTORIES,
+    count_states,
+    fill_validation_and_rollout,
+    plan_phases,
+    split_trajectories,
+)
 from ..runtime.devices import free_memory, has_gpu
 from ..runtime.launch import local_processes
 from ..teacher.model import choose_residency
@@ -55,15 +64,52 @@ def place_teacher(settings, files, device):
 def fit_to_hardware(settings, estimator, num_trajectories, num_ranks=1):
     """Return the settings with validation, batch size and accumulation filled in if unset.
 
+    `num_trajectories` is that of the last resolution.
+
     Raises ValueError for a batch that is larger than the data of a phase.
     """
-    num_buckets = len(estimator.buckets)
+    num_buckets = len(estimator.resolutions[-1].buckets)
     counts = fill_validation_and_rollout(settings, is_large(estimator.files), num_trajectories, num_buckets)
     settings = replace(settings, **counts)
     states = count_states(settings, num_trajectories, plan_phases(settings), num_buckets)
     settings = _fit_batch(settings, estimator, min(states.values()) // num_ranks)
     check_batch(settings, states, num_ranks)
     return settings
+
+
+def fit_to_cache(settings, estimator, is_given):
+    """Return the number of trajectories, at most as many as --cache_gb holds.
+
+    Raises ValueError if it holds less than a shard, or fewer trajectories than the command line sets
+    (`is_given`).
+    """
+    wanted = settings.num_trajectories
+    if settings.cache_gb is None:
+        return wanted
+    num_bytes = partial(_cache_bytes, settings, estimator)
+    fitting = bisect_right(range(wanted + 1), 1e9 * settings.cache_gb, key=num_bytes) - 1
+    needed = f"{num_bytes(wanted) / 1e9:,.3g} GB"
+    if fitting < wanted and is_given:
+        raise ValueError(
+            f"--num_trajectories {wanted} needs {needed} of cache, and --cache_gb is {settings.cache_gb:g}. Raise "
+            f"--cache_gb, or {f'lower --num_trajectories to {fitting}' if fitting > 0 else 'leave it out'}."
+        )
+    if fitting < min(wanted, SHARD_SIZE):
+        least = num_bytes(min(wanted, SHARD_SIZE)) / 1e9
+        raise ValueError(
+            f"--cache_gb is {settings.cache_gb:g}, which holds less than one file of {SHARD_SIZE} trajectories and "
+            f"those of validations: {least:.2g} GB. Raise it."
+        )
+    return fitting
+
+
+def _cache_bytes(settings, estimator, num_trajectories):
+    """Return the bytes of the cache with this many trajectories, and those of the largest validation."""
+    settings = replace(
+        settings, validation_trajectories=settings.validation_trajectories or MAX_VALIDATION_TRAJECTORIES
+    )
+    counts = split_trajectories(settings, num_trajectories)
+    return estimator.cache_bytes(settings, counts, settings.validation_trajectories)
 
 
 def _fit_batch(settings, estimator, num_states):

@@ -71,14 +71,14 @@ def count_pass_bytes(files, batch_size, latent_size, dtype, peak=simulate_peak):
 def count_trajectory_bytes(num_trajectories, num_steps, latent_shape, num_tokens, width, is_stored=True):
     """Return the bytes of trajectories: latents and velocities of each state, and features of some tokens.
 
-    On disk they are in int8, with a scale for each channel and each token; before that, latents and velocities
-    are in float32 and features in float16.
+    Without a `width` they have no features. On disk they are in int8, with a scale for each channel and each
+    token; before that, latents and velocities are in float32 and features in float16.
     """
-    num_values, num_compared = Size(latent_shape).numel(), count_compared(num_tokens)
+    num_values, num_compared = Size(latent_shape).numel(), count_compared(num_tokens) if width else 0
     if is_stored:
-        state_bytes = 2 * (num_values + 4 * latent_shape[0]) + num_compared * (width + 4) + 16
+        state_bytes = 2 * (num_values + 4 * latent_shape[0]) + num_compared * ((width or 0) + 4) + 16
     else:
-        state_bytes = 2 * 4 * num_values + num_compared * 2 * width
+        state_bytes = 2 * 4 * num_values + num_compared * 2 * (width or 0)
     return num_trajectories * num_steps * state_bytes
 
 

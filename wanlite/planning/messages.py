@@ -11,6 +11,8 @@ from ..flow import make_scheduler, set_steps
 from ..phases import MIN_TRAJECTORIES, MIN_VALIDATED
 from ..schedule import TIMESTEPS
 from ..training.run_folder import image_size
+from .budgets import expected_quality
+from .hardware import is_large
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder of the scripts
 PROJECTED_ONLY = "the teacher's weights are projected into the student, which is saved untrained"
@@ -34,7 +36,7 @@ def announce(run, log):
         f"output   {Path(settings.output_dir).absolute()}"
     )
     if not settings.project_only:
-        announce_few(run.num_generated, len(run.training), len(run.held_out), log)
+        announce_few(sum(run.num_generated), len(run.training), len(run.held_out), log)
 
 
 def describe_work(run):
@@ -42,14 +44,36 @@ def describe_work(run):
     settings = run.settings
     factors = [settings.gradient_accumulation_steps, settings.train_batch_size]
     batch = " x ".join(str(number) for number in factors if number > 1) or "1"
+    sizes = [" x ".join(map(str, resolution.size)) for resolution in run.resolutions]
+    if len(sizes) > 1:
+        first, *others = (f"{count:,} of {size}" for count, size in zip(run.num_generated, sizes))
+        images = " and ".join([first.replace(" of ", " teacher images of "), *others])
+    else:
+        images = f"{run.num_generated[0]:,} teacher images"
     steps: dict[str, int] = {}
-    for phase, first, last in run.phases:
-        steps[phase] = steps.get(phase, 0) + last - first
+    for span in run.phases:
+        phase = f"{span.name} {sizes[span.resolution]}" if len(sizes) > 1 else span.name
+        steps[phase] = steps.get(phase, 0) + span.last - span.first
     return (
-        f"{run.num_generated:,} teacher images ({run.num_passes:,} teacher passes with validation), "
+        f"{images} ({sum(run.num_passes):,} teacher passes with validation), "
         f"then {settings.max_train_steps:,} steps ({run.num_states:,} states, {batch} a step): "
-        f"{', '.join(f'{phase} {count:,}' for phase, count in steps.items())}\n"
+        f"{', '.join(f'{phase}: {count:,}' if len(sizes) > 1 else f'{phase} {count:,}' for phase, count in steps.items())}\n"
         f"noise    {describe_noise(settings, run.files.boundary)}"
+        f"{describe_expectation(run)}"
+    )
+
+
+def describe_expectation(run):
+    """Return what the student inherits for good and what to expect of it, if the teacher is large; else ""."""
+    if not is_large(run.files):
+        return ""
+    settings, hours = run.settings, run.workload().h100_hours
+    guidance = " and ".join(f"{scale:g}" for scale in (settings.guidance_scale, settings.guidance_scale_2))
+    negative = f'"{settings.negative_prompt}"' if settings.negative_prompt else "empty"
+    return (
+        f"\nfor good guidance {guidance} and the negative prompt ({negative}) become part of the student"
+        f"\nexpect   {expected_quality(hours)}; an estimate from published models ({hours:,.1f} H100-hours, "
+        f"{sum(run.num_generated):,} teacher images, {run.num_states / 1e6:,.1f} M states; see docs/budgets.md)"
     )
 
 

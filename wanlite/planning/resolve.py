@@ -16,6 +16,7 @@ from ..teacher.components import find_components
 from ..teacher.folder import check_holds_experts, find_teacher, neighbours
 from ..training.run_folder import image_size, read_run
 from ..training.trackers import check_tracker
+from .budgets import apply_budget
 from .checks import check_all, check_combinations, check_compiler, check_student, complete_steps
 from .settings import check_bounds
 from .teacher_folder import read_teacher_folder
@@ -28,6 +29,10 @@ REAL_TEACHERS = ("Wan2.2-T2V-A14B", "Wan2.2-T2V-A14B-Diffusers")  # defaults, if
 TINY_STEPS = 1400  # default of --max_train_steps
 REAL_STEPS = 5600  # a real teacher's student is far narrower than its teacher, and a step far quicker
 REAL_RESOLUTION = 512
+VALIDATION_STEPS = 350  # default of --validation_steps
+MAX_VALIDATIONS = 40  # of a long run, by default
+EMA_DECAY = 0.998  # default of --ema_decay: an average over about 500 steps
+EMA_SHARE = 25  # a long run averages over one step in this many
 MAX_NEIGHBOURS = 3  # that an error names
 
 
@@ -57,14 +62,23 @@ def complete(settings):
 
 def _complete_typed(settings, teacher):
     """Return the settings with the values that the checks need."""
+    is_tiny = bool(read_teacher_folder(teacher).record)
+    if is_tiny and settings.budget is not None:
+        raise ValueError(
+            f"--budget {settings.budget} is for Wan2.2 itself, and {teacher} is a tiny teacher, whose student "
+            "trains in minutes. Leave it out."
+        )
+    settings = apply_budget(settings)
     steps, output_dir = settings.max_train_steps, settings.output_dir
     if steps is None:
-        steps = TINY_STEPS if read_teacher_folder(teacher).record else REAL_STEPS
+        steps = TINY_STEPS if is_tiny else REAL_STEPS
     if output_dir.startswith("-"):  # printed commands would take it for a flag
         output_dir = f"./{output_dir}"
     return replace(
         settings,
         max_train_steps=steps,
+        validation_steps=settings.validation_steps or max(VALIDATION_STEPS, steps // MAX_VALIDATIONS),
+        ema_decay=max(EMA_DECAY, 1 - EMA_SHARE / steps) if settings.ema_decay is None else settings.ema_decay,
         mixed_precision=launched_precision(settings.mixed_precision),
         output_dir=output_dir,
     )
@@ -156,9 +170,14 @@ def _check_headers(teacher):
 
 
 def _complete_resolution(teacher, settings):
-    """Return --resolution; if unset, that of a tiny teacher's record, else REAL_RESOLUTION."""
+    """Return --resolution; if unset, the last of --resolutions, that of a tiny teacher's record, or REAL_RESOLUTION."""
     folder = read_teacher_folder(teacher)
     resolution = settings.resolution
+    for side in settings.resolutions or ():
+        complete_resolution(side, folder.pixels_per_token)  # raises
+        bucket_sizes((side, side), settings.aspect_ratios, folder.pixels_per_token)  # raises
+    if resolution is None and settings.resolutions:
+        resolution = settings.resolutions[-1]
     if resolution is None:
         resolution = folder.record.get("resolution", REAL_RESOLUTION)
     resolution = complete_resolution(resolution, folder.pixels_per_token)
@@ -167,7 +186,7 @@ def _complete_resolution(teacher, settings):
 
 
 def image_sizes(settings):
-    """Return the sizes (width, height) of validation images, and of training images, one per bucket."""
-    size = image_size(settings.resolution)
+    """Return, for each resolution, the sizes (width, height) of validated images and of each training bucket."""
     unit = read_teacher_folder(settings.teacher).pixels_per_token
-    return [size, *bucket_sizes(size, settings.aspect_ratios, unit)]
+    sizes = [image_size(resolution) for resolution in settings.resolutions or [settings.resolution]]
+    return [[size, *bucket_sizes(size, settings.aspect_ratios, unit)] for size in sizes]

@@ -3,6 +3,7 @@
 After resolve_run(), every setting is filled in, every file of the teacher is found and every prompt is chosen.
 """
 
+import operator
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -13,13 +14,22 @@ import torch
 
 from ..data.images import CaptionedImage
 from ..files.cache import fingerprint
-from ..phases import Span, choose_validated, count_passes, count_trajectories, count_validated, plan_phases
+from ..phases import (
+    Span,
+    choose_validated,
+    count_passes,
+    count_trajectories,
+    count_validated,
+    plan_phases,
+    split_trajectories,
+)
 from ..runtime.devices import has_gpu
 from ..runtime.ranks import broadcast
 from ..student.calibration import PASSES as CALIBRATION_PASSES
 from ..teacher.components import check_components
 from ..teacher.expert_files import TeacherFiles
 from ..training.run_folder import read_fitted_settings
+from .budgets import has_default_trajectories
 from .defaults import (
     choose_data,
     choose_feature_width,
@@ -29,8 +39,16 @@ from .defaults import (
 )
 from .duration import Workload, estimate_duration
 from .estimate import MemoryEstimator
-from .hardware import HARDWARE_SETTINGS, choose_precision, fit_to_hardware, place_teacher, training_dtype
+from .hardware import (
+    HARDWARE_SETTINGS,
+    choose_precision,
+    fit_to_cache,
+    fit_to_hardware,
+    place_teacher,
+    training_dtype,
+)
 from .messages import versions
+from .resolutions import Resolution
 from .resolve import image_sizes
 from .teacher_folder import read_teacher_folder
 
@@ -40,9 +58,8 @@ class Run:
     """A run as it is decided before anything is computed.
 
     Every one of `settings` is filled in from folders, the hardware or the launcher. `requested` are the
-    settings before the hardware filled any in; a resumed run must have the same. The first of `sizes`
-    (width, height) and `latent_shapes` (C, H, W) is that of validations, the others are trained on, one per
-    bucket. The `accelerator` of a dry run is a SingleProcess.
+    settings before the hardware filled any in; a resumed run must have the same. `resolutions` are in the
+    order of training. The `accelerator` of a dry run is a SingleProcess.
     """
 
     settings: Any
@@ -51,8 +68,7 @@ class Run:
     components: dict[str, Path]
     shape: dict[str, Any]  # arguments of the student
     phases: list[Span]
-    sizes: list[tuple[int, int]]
-    latent_shapes: list[tuple[int, int, int]]
+    resolutions: list[Resolution]
     training: list[str]
     held_out: list[str]
     images: list[CaptionedImage]
@@ -69,44 +85,62 @@ class Run:
         return self.settings.few_steps if self.phases[-1].name != "velocity" else []
 
     @property
+    def base_step(self):
+        """The step after the last of phase `velocity`, if other phases follow it in this run; else None."""
+        ends = [span.last for span in self.phases if span.name == "velocity"]
+        return ends[-1] if ends and self.few_steps else None
+
+    @property
     def prompts(self):
         """All prompts to encode, without repetitions."""
         shown = [*self.settings.validation_prompts, self.settings.negative_prompt]
         return list(dict.fromkeys([*self.training, *self.held_out, *shown]))
 
     @property
+    def num_trajectories(self):
+        """The number of training trajectories at each resolution."""
+        return split_trajectories(self.settings, self.settings.num_trajectories)
+
+    @property
     def num_generated(self):
-        """The number of trajectories that the teacher generates; an image needs as many passes as one."""
-        return self.settings.num_trajectories + len(self.images)
+        """The number of teacher images at each resolution; a real image needs as many passes as a trajectory."""
+        *smaller, last = self.num_trajectories
+        return [*smaller, last + len(self.images)]
 
     @property
     def num_passes(self):
-        """The number of teacher passes after calibration, counted per image."""
+        """The number of teacher passes at each resolution after calibration, counted per image."""
         validated = choose_validated(self.training, self.held_out)
         return count_passes(self.settings, self.num_generated, len(validated), self.phases)
 
     @property
-    def num_states(self):
-        """The number of states that the student is trained on, on each device, with repetitions."""
-        settings = self.settings
-        return settings.max_train_steps * settings.gradient_accumulation_steps * settings.train_batch_size
+    def states_per_step(self):
+        return self.settings.gradient_accumulation_steps * self.settings.train_batch_size
 
     @property
-    def num_calibration_passes(self):
-        frames = count_calibration_frames(self.settings, self.training, self.estimator.tokens)
-        return CALIBRATION_PASSES * frames
+    def num_states(self):
+        """The number of states that the student is trained on, on each device, with repetitions."""
+        return self.settings.max_train_steps * self.states_per_step
 
-    def estimate_time(self, passes, states):
-        """Return the estimated time of `passes` of the teacher and of training on `states`."""
-        work = Workload(
-            student=self.estimator.student,
-            files=self.files,
-            passes=passes,
-            states=states,
-            tokens=self.estimator.tokens,
-            latent_size=self.latent_shapes[0][1:],
+    def workload(self, is_calibrated=True, is_trained=True):
+        """Return the Workload of the run: of calibrating the student, of training it, or of both."""
+        tokens = [resolution.tokens for resolution in self.resolutions]
+        teacher_tokens = student_tokens = 0
+        if is_calibrated:
+            frames = count_calibration_frames(self.settings, self.training, tokens[-1])
+            teacher_tokens += CALIBRATION_PASSES * frames * tokens[-1]
+        if is_trained:
+            teacher_tokens += sum(map(operator.mul, self.num_passes, tokens))
+            student_tokens += self.states_per_step * sum(
+                (span.last - span.first) * tokens[span.resolution] for span in self.phases
+            )
+        return Workload(
+            self.estimator.student, self.files, teacher_tokens, student_tokens, self.resolutions[-1]
         )
-        return estimate_duration(work, self.device, training_dtype(self.settings))
+
+    def estimate_time(self, **parts):
+        """Return the estimated time of the parts of workload()."""
+        return estimate_duration(self.workload(**parts), self.device, training_dtype(self.settings))
 
     def find_obstacles(self):
         """Print the memory and the disk that the run needs; return the problems, a sentence each."""
@@ -165,9 +199,11 @@ def resolve_run(settings, make_student, is_resumed=False, start: Callable = Sing
     estimator = MemoryEstimator(settings, teacher, make_student, shape, sizes, accelerator.device)
     with accelerator.main_process_first():  # one process decodes images, the others read its record
         training, held_out, images = choose_data(
-            settings, sizes[1:], accelerator.print, accelerator.is_main_process
+            settings, sizes[-1][1:], accelerator.print, accelerator.is_main_process
         )
     settings = _fill(settings, estimator, training, accelerator)
+    if not images:
+        training = training[: settings.num_trajectories]
     settings = replace(settings, validation_prompts=_choose_grid_prompts(settings, training, held_out))
     return Run(
         settings=settings,
@@ -176,8 +212,7 @@ def resolve_run(settings, make_student, is_resumed=False, start: Callable = Sing
         components=teacher.components,
         shape=shape,
         phases=plan_phases(settings),
-        sizes=sizes,
-        latent_shapes=[estimator.latent_shape, *estimator.buckets],
+        resolutions=estimator.resolutions,
         training=training,
         held_out=held_out,
         images=images,
@@ -188,17 +223,19 @@ def resolve_run(settings, make_student, is_resumed=False, start: Callable = Sing
 
 def _fill(settings, estimator, training, accelerator):
     """Return the settings with the values that follow from the teacher, the prompts and the hardware."""
-    shape = estimator.shape
+    shape, is_given = estimator.shape, not has_default_trajectories(settings)
     settings = replace(
         settings,
         **{name: shape[name] for name in ("hidden_size", "depth", "num_heads", "ffn_dim")},
         num_trajectories=count_trajectories(settings, len(training)),
         feature_directions=choose_feature_width(settings, shape["hidden_size"]),
     )
+    settings = replace(settings, num_trajectories=fit_to_cache(settings, estimator, is_given))
     residency = place_teacher(settings, estimator.files, accelerator.device)
     settings = replace(settings, teacher_residency=_from_rank_zero(accelerator, residency))
     num_ranks = accelerator.num_processes
-    fitted = fit_to_hardware(settings, estimator, settings.num_trajectories, num_ranks)
+    *_, num_last = split_trajectories(settings, settings.num_trajectories)
+    fitted = fit_to_hardware(settings, estimator, num_last, num_ranks)
     return _from_rank_zero(accelerator, fitted)
 
 

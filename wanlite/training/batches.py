@@ -15,15 +15,14 @@ def micro_batches(phase, run, state, teacher_data, prefetched=None):
     After a signal to stop, the iterator raises Stopped instead of yielding. `prefetched` micro-batches are
     read ahead; None means PREFETCHED_BATCHES on CUDA, else 0.
     """
-    settings, accelerator = run.settings, run.accelerator
-    data = phase.data(state, teacher_data, phase.first)
-    per_step = settings.gradient_accumulation_steps
+    accelerator = run.accelerator
+    data = phase.data(state, teacher_data, phase)
     numbers = SeededBatches(
         data.sizes,
-        settings.train_batch_size * accelerator.num_processes,
+        phase.batch_size * accelerator.num_processes,
         phase.seed,
-        (state.progress.step - phase.first) * per_step,
-        (phase.last - phase.first) * per_step,
+        (state.progress.step - phase.first) * phase.accumulation,
+        (phase.last - phase.first) * phase.accumulation,
     )
     if prefetched is None:
         prefetched = PREFETCHED_BATCHES if accelerator.device.type == "cuda" else 0

@@ -1,11 +1,12 @@
 """The phases of a run: the loss and the training data of each.
 
 A loss is called as `loss(networks, settings, batch, text, progress, generator)`, see steps.py. Data is called as
-`data(state, teacher_data, first)` with the first step of the phase, and returns Buckets. To train a further
+`data(state, teacher_data, phase)` and returns Buckets. To train a further
 phase, pass a table with an entry for it to train_distillation.train().
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,12 +29,15 @@ class PhaseDefinition:
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of a run: the steps from `first` up to, but not including, `last`."""
+    """A phase of a run: the steps from `first` up to, but not including, `last`, at one resolution."""
 
     name: str
     first: int
     last: int
+    resolution: int  # its number
     seed: int  # of the order of its batches
+    batch_size: int  # of a micro-batch on each device
+    accumulation: int  # micro-batches of a step
     loss: Callable
     data: Callable
 
@@ -46,33 +50,48 @@ def phases_to_train(run, table):
     """Return the phases of a run in order, with losses and data from `table`."""
     return [
         Phase(
-            name,
-            first,
-            last,
-            run.settings.seed + SEEDS_PER_PHASE * number,
-            table[name].loss,
-            table[name].data,
+            **span._asdict(),
+            **_fit_batch(run, span.resolution),
+            seed=run.settings.seed + SEEDS_PER_PHASE * number,
+            loss=table[span.name].loss,
+            data=table[span.name].data,
         )
-        for number, (name, first, last) in enumerate(run.phases)
+        for number, span in enumerate(run.phases)
     ]
 
 
-def make_velocity_data(state, teacher_data, first):
-    """Return all states of the teacher's trajectories, and its states at real images."""
+def _fit_batch(run, number):
+    """Return the micro-batch and the accumulation at a resolution: a step has as many states at each.
+
+    Small images have larger micro-batches, in the memory that those of the last resolution take.
+    """
+    settings = run.settings
+    largest, tokens = run.resolutions[-1].tokens, run.resolutions[number].tokens
+    merged = math.gcd(settings.gradient_accumulation_steps, largest // tokens)
+    return {
+        "batch_size": settings.train_batch_size * merged,
+        "accumulation": settings.gradient_accumulation_steps // merged,
+    }
+
+
+def make_velocity_data(state, teacher_data, phase):
+    """Return all states of the teacher's trajectories at a resolution, and its states at real images."""
     return Buckets(
         [
             states + at_images if at_images else states
-            for states, at_images in zip(teacher_data.training_states, teacher_data.image_states)
+            for states, at_images in zip(
+                teacher_data.training_states[phase.resolution], teacher_data.image_states[phase.resolution]
+            )
         ]
     )
 
 
-def make_few_step_data(state, teacher_data, first):
-    """Return the states of few-step solves, with a rollout of the averaged student at step `first`.
+def make_few_step_data(state, teacher_data, phase):
+    """Return the states of few-step solves, with a rollout of the averaged student at the start of the phase.
 
     The digest of that student is kept in the progress, so that a resumed run finds the same rollout in the cache.
     """
-    few, progress = state.networks.few, state.progress
+    few, progress, first = state.networks.few, state.progress, phase.first
     with state.averaged() as student:
         if progress.rollout.get("first") != first:
             progress.rollout = {"first": first, "student": broadcast(hash_weights(student))}
@@ -82,7 +101,7 @@ def make_few_step_data(state, teacher_data, first):
     return Buckets(
         [
             FewStepStates(states, few.levels, rollout)
-            for states, rollout in zip(teacher_data.training_states, rollouts)
+            for states, rollout in zip(teacher_data.training_states[phase.resolution], rollouts)
         ]
     )
 

@@ -2,6 +2,7 @@
 
     config.json, diffusion_pytorch_model.safetensors     the student
     scheduler/ tokenizer/ text_encoder/ vae/             the other components of inference; model_index.json for stock diffusers
+    base/                                                the same for the student before the few-step phase
     run.json                                             settings, versions, seeds, fingerprints, results
     checkpoints/step-000500/                             resumable state, each with a manifest that is written last
     samples/ logs/ cache/ metrics.jsonl README.md
@@ -23,6 +24,7 @@ from safetensors import safe_open
 
 from ..files.atomic import MANIFEST, find_corruption, new_folder, write_json
 from ..files.file_names import (
+    BASE,
     CACHE,
     CHECKPOINTS,
     COMPONENTS,
@@ -40,6 +42,7 @@ from ..files.json_files import DOWNLOADED, OWN, read_json
 RESULTS = (  # removed by clear()
     *COMPONENTS,
     "scheduler",
+    BASE,
     f"{CHECKPOINTS}/step-*",
     f"{CHECKPOINTS}/.step-*",
     f"{SAMPLES}/step-*.png",
@@ -162,15 +165,21 @@ def clear(folder: str | Path) -> None:
             (Path(folder) / name).rmdir()
 
 
-def save_components(folder: str | Path, components_folder: str | Path, scheduler: Any) -> None:
+def save_components(
+    folder: str | Path,
+    components_folder: str | Path,
+    scheduler: Any,
+    copy: Callable[[Path, Path], object] = shutil.copyfile,
+) -> None:
     """Copy the components of inference beside the student; write the scheduler and the index for stock diffusers.
 
-    `components_folder` holds vae/, text_encoder/ and tokenizer/ in diffusers' layout.
+    `components_folder` holds vae/, text_encoder/ and tokenizer/ in diffusers' layout. `copy(source, target)`
+    copies a file.
     """
     folder, components_folder = Path(folder), Path(components_folder)
     for component in COMPONENTS:
         with new_folder(folder / component) as partial:
-            _copy_files(components_folder / component, partial)
+            _copy_files(components_folder / component, partial, copy)
             if component == "vae":
                 _write_index(partial / WEIGHTS)
     scheduler.save_pretrained(folder / "scheduler")
@@ -212,13 +221,21 @@ def _write_index(weights: Path) -> None:
     )
 
 
-def _copy_files(source: Path, target: Path) -> None:
+def link_file(source: Path, target: Path) -> None:
+    """Make a hard link, which takes no space, or a copy where the disk has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _copy_files(source: Path, target: Path, copy: Callable[[Path, Path], object]) -> None:
     """Copy files without their permissions: a teacher's folder may be read-only."""
     for path in sorted(source.rglob("*")):
         if path.is_file() and path != source / MANIFEST:
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+            own = target / path.relative_to(source)
+            own.parent.mkdir(parents=True, exist_ok=True)
+            copy(path, own)
 
 
 def check_saved_components(folder: str | Path) -> None:

@@ -91,9 +91,10 @@ class TrainingState:
         with averaged_weights(self.ema, self.student) if self.ema else nullcontext():
             yield self.student
 
-    def begin(self, phase):
+    def begin(self, phase, accelerator):
         """Prepare for a phase; the critic of the matching phase starts as a copy of the student."""
         self.progress.phase = phase.name
+        accelerator.gradient_accumulation_steps, accelerator.step = phase.accumulation, 0
         if self.critic is not None and phase.name == "matching" and self.progress.step == phase.first:
             self.critic.load_state_dict(self.student.state_dict())
 

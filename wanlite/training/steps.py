@@ -36,7 +36,14 @@ class Networks:
 
 
 def velocity_step(networks, settings, batch, text, progress, generator):
-    """Velocity phase: match the teacher's guided velocity and, with a falling weight, its hidden states."""
+    """Velocity phase: match the teacher's guided velocity and, with a falling weight, its hidden states.
+
+    Only the trajectories of the first resolution have hidden states.
+    """
+    if "features" not in batch:
+        velocity = velocity_from(networks.student, text)(batch["latents"].float(), batch["timestep"])
+        velocity_term = velocity_loss(velocity, batch["velocity"]).mean()
+        return velocity_term, {"velocity_loss": velocity_term}
     velocity, (hidden_states,) = networks.student(
         batch["latents"].float(),
         batch["timestep"],

@@ -87,10 +87,9 @@ class PromptEmbeddings:
 class TeacherData:
     """The teacher's states for the prompts of training and validation.
 
-    `run` is a planning.Run; the first of its `latent_shapes` (C, H, W) is used in validations, the others in
-    training, one per bucket. `guided` and `unguided` return the teacher's velocity functions for a text.
-    generate() sets `training_states` and `image_states`, lists with one entry per bucket, and
-    `validation_states`.
+    `run` is a planning.Run. `guided` and `unguided` return the teacher's velocity functions for a text. generate()
+    sets `training_states`, `image_states` and `validation_states`, lists with one entry per resolution; the first
+    two have lists with one entry per bucket. Only the first resolution has hidden states.
     """
 
     def __init__(self, run, teacher, prompt_embeddings, pace):
@@ -102,7 +101,7 @@ class TeacherData:
         self.training = run.training
         self.held_out = run.held_out
         self.validated = choose_validated(run.training, run.held_out)
-        self.latent_shape, *self.buckets = run.latent_shapes
+        self.resolutions = run.resolutions
         self.scheduler = make_scheduler(run.settings.flow_shift)
         self.first_seed = FIRST_SEED + run.settings.seed * SEEDS_PER_RUN
         negative = prompt_embeddings[run.settings.negative_prompt]
@@ -135,10 +134,12 @@ class TeacherData:
         """Generate the data that does not depend on the student, or read it from the cache; returns its speed."""
         self.find_basis()
         self.pace.restart()
-        self.training_states = self.generate_training(run.settings.num_trajectories)
+        numbers = range(len(self.resolutions))
+        self.training_states = [self.generate_training(*each) for each in zip(numbers, run.num_trajectories)]
         images = run.images if run.phases[0].name == "velocity" else []
-        self.image_states = self.compute_at_images(images, run.sizes[1:], autoencoder)
-        self.validation_states = self.generate_validation()
+        no_images = [[None] * len(resolution.buckets) for resolution in self.resolutions[:-1]]
+        self.image_states = [*no_images, self.compute_at_images(images, autoencoder)]
+        self.validation_states = [self.generate_validation(number) for number in numbers]
         return self.pace.generation_figures(run.settings.teacher_steps)
 
     def _guided_for(self, prompts, has_features):
@@ -155,24 +156,27 @@ class TeacherData:
     def find_basis(self):
         """Compute the basis of the stored hidden states from trajectories of a few training prompts."""
         prompts = self.training[: self.settings.validation_trajectories]
-        folder = self._cache_folder("basis", prompts=prompts, latents=self.latent_shape)
-        self.trajectory_generator.find_basis(
-            folder, prompts, self.latent_shape, self.settings.feature_directions
-        )
+        latent_shape = self.resolutions[0].latent_shape
+        folder = self._cache_folder("basis", prompts=prompts, latents=latent_shape)
+        self.trajectory_generator.find_basis(folder, prompts, latent_shape, self.settings.feature_directions)
 
-    def generate_training(self, num_trajectories):
-        """Generate the training trajectories, divided evenly over the buckets; returns Trajectories by bucket."""
+    def generate_training(self, resolution, num_trajectories):
+        """Generate the training trajectories of a resolution, divided evenly over its buckets.
+
+        Returns Trajectories by bucket. The `trajectories` of the last resolution are those of rollouts.
+        """
+        bucket_shapes = self.resolutions[resolution].bucket_shapes
         self.trajectories = [
             (number, self.training[number], self.first_seed + n)
             for n, number in enumerate(n % len(self.training) for n in range(num_trajectories))
         ]
-        trajectories_by_bucket = split_jobs(self.trajectories, len(self.buckets), self.settings.seed)
+        trajectories_by_bucket = split_jobs(self.trajectories, len(bucket_shapes), self.settings.seed)
         return [
-            self._generate(trajectories, latent_shape)
-            for trajectories, latent_shape in zip(trajectories_by_bucket, self.buckets)
+            self._generate(trajectories, latent_shape, resolution)
+            for trajectories, latent_shape in zip(trajectories_by_bucket, bucket_shapes)
         ]
 
-    def generate_validation(self):
+    def generate_validation(self, resolution):
         """Generate the validation trajectories: one seed per prompt, and several seeds of a few prompts."""
         validated, several = count_validated(self.settings.validation_trajectories, len(self.validated))
         prompts = self.validated[: self.settings.validation_trajectories]
@@ -184,21 +188,27 @@ class TeacherData:
             for n, prompt in enumerate(prompts[:several])
             for seed in range(several)
         ]
-        return self._generate(one_seed, self.latent_shape), self._generate(by_seed, self.latent_shape)
+        latent_shape = self.resolutions[resolution].latent_shape
+        return tuple(self._generate(jobs, latent_shape, resolution) for jobs in (one_seed, by_seed))
 
-    def _generate(self, trajectories, latent_shape):
-        folder = self._cache_folder("trajectories", trajectories=trajectories, latents=latent_shape)
-        return self.trajectory_generator.generate(folder, trajectories, latent_shape)
+    def _generate(self, trajectories, latent_shape, resolution):
+        inputs = {"trajectories": trajectories, "latents": latent_shape} | self._feature_inputs(resolution)
+        folder = self._cache_folder("trajectories", **inputs)
+        return self.trajectory_generator.generate(folder, trajectories, latent_shape, resolution == 0)
 
-    def compute_at_images(self, images, sizes, autoencoder):
-        """Compute the teacher's states at captioned images with noise.
+    def _feature_inputs(self, resolution):
+        """Return the inputs by which states without hidden states differ in the cache from those with them."""
+        return {} if resolution == 0 else {"has_features": False}
+
+    def compute_at_images(self, images, autoencoder):
+        """Compute the teacher's states at captioned images with noise, at the last resolution.
 
         Returns Trajectories by bucket, None for a bucket without images of its size (width, height).
         """
-        found_sizes = {image.size for image in images}
+        last, found_sizes = self.resolutions[-1], {image.size for image in images}
         return [
             self._compute_at_images(images, size, latent_shape, autoencoder) if size in found_sizes else None
-            for size, latent_shape in zip(sizes, self.buckets)
+            for size, latent_shape in zip(last.buckets, last.bucket_shapes)
         ]
 
     def _compute_at_images(self, images, size, latent_shape, autoencoder):
@@ -214,8 +224,11 @@ class TeacherData:
             arrays = np.stack([read_image(images_by_digest[sha256]) for sha256 in digests])
             return encode_images(autoencoder, to_pixels(arrays).to(self.accelerator.device))
 
-        folder = self._cache_folder("images", jobs=jobs, latents=latent_shape)
-        return self.trajectory_generator.compute_at_images(folder, jobs, encode)
+        resolution = len(self.resolutions) - 1
+        folder = self._cache_folder(
+            "images", jobs=jobs, latents=latent_shape, **self._feature_inputs(resolution)
+        )
+        return self.trajectory_generator.compute_at_images(folder, jobs, encode, resolution == 0)
 
     def roll_out(self, student, digest, few, first, is_past):
         """Solve with `student` to the stops of its few steps, and from there with the teacher.
@@ -225,8 +238,9 @@ class TeacherData:
         OSError if training `is_past` that step and the states are missing, because that student no longer
         exists.
         """
+        bucket_shapes = self.resolutions[-1].bucket_shapes
         if not self.settings.rollout_states or not few.stops:
-            return [None] * len(self.buckets)
+            return [None] * len(bucket_shapes)
         jobs = [
             (*self.trajectories[n % len(self.trajectories)], *few.stops[n % len(few.stops)])
             for n in range(first, first + self.settings.rollout_states)
@@ -238,8 +252,8 @@ class TeacherData:
             )
 
         rollouts = []
-        jobs_by_bucket = split_jobs(jobs, len(self.buckets), self.settings.seed)
-        for bucket_jobs, latent_shape in zip(jobs_by_bucket, self.buckets):
+        jobs_by_bucket = split_jobs(jobs, len(bucket_shapes), self.settings.seed)
+        for bucket_jobs, latent_shape in zip(jobs_by_bucket, bucket_shapes):
             folder = self._rollout_folder(bucket_jobs, latent_shape, digest)
             if is_past and not any(folder.glob("shard-*")):
                 raise OSError(

@@ -31,13 +31,13 @@ class StepFigures:
 def training_step(phase, run, state, batch):
     """Train one step of a phase; updates `state` in place and returns StepFigures.
 
-    `batch` is an iterable of --gradient_accumulation_steps micro-batches (tensors by name, TextTokens). Raises
+    `batch` is an iterable of the micro-batches of the step (tensors by name, TextTokens). Raises
     FloatingPointError after MAX_SKIPPED steps in a row without a finite gradient.
     """
     total_loss = torch.zeros((), device=run.accelerator.device)
     for number, (states, text) in enumerate(batch):
         loss, terms = _accumulate(phase, run, state, (states, text), number)
-        total_loss += loss / run.settings.gradient_accumulation_steps
+        total_loss += loss / phase.accumulation
     networks = state.networks
     norm = run.accelerator.clip_grad_norm_(
         [*networks.student.parameters(), *networks.feature_head.parameters()], run.settings.max_grad_norm

@@ -59,14 +59,14 @@ class TeacherImages(NamedTuple):
 class Validator:
     """Compares students with the teacher of `teacher_data`, at each number of steps that they are trained for.
 
-    `run` is a planning.Run, `few` the FewSteps of its student. `check` is called between batches and may raise
-    Stopped.
+    `run` is a planning.Run, `few` the FewSteps of its student, `resolution` the number of the resolution of the
+    images. `check` is called between batches and may raise Stopped.
     """
 
     find_violations = staticmethod(find_guard_violations)
     compare = staticmethod(compare)
 
-    def __init__(self, run, teacher_data, few, autoencoder, check=lambda: None):
+    def __init__(self, run, teacher_data, few, autoencoder, check=lambda: None, resolution=-1):
         self.run = run
         self.settings = run.settings
         self.teacher_data = teacher_data
@@ -74,9 +74,11 @@ class Validator:
         self.grid_prompts = run.settings.validation_prompts
         self.counts = few.counts
         self.scheduler = few.scheduler if run.few_steps else teacher_data.scheduler
-        self.sampler = ImageSampler(autoencoder, self.scheduler, teacher_data.latent_shape, check)
+        latent_shape = run.resolutions[resolution].latent_shape
+        self.sampler = ImageSampler(autoencoder, self.scheduler, latent_shape, check)
+        self.is_last_resolution = latent_shape == run.resolutions[-1].latent_shape
         self.measure = "frechet_distance" if run.settings.matching_steps else "image_error"
-        self.states, states_by_seed = teacher_data.validation_states
+        self.states, states_by_seed = teacher_data.validation_states[resolution]
         self.num_seeds = count_validated(self.settings.validation_trajectories, len(self.validated))[1]
         self.references = [
             read_teacher_images(states, teacher_data.prompt_embeddings, self.validated, autoencoder)
@@ -90,6 +92,7 @@ class Validator:
             prompts=self.grid_prompts,
             seeds=self.seeds[: len(self.grid_prompts)],
             reference=self.settings.reference_steps,
+            latents=latent_shape,
         )["images"].numpy()
 
     def __call__(self, state, log):
@@ -99,7 +102,8 @@ class Validator:
             figures_by_steps, figures = self.validate(student)
             log.record(progress.step, grid=self.make_grid(student, figures_by_steps), **figures)
             progress.last_validation = {"step": progress.step, **figures}
-            if progress.phase != "velocity" or not self.run.few_steps:
+            is_candidate = progress.phase != "velocity" or not self.run.few_steps
+            if is_candidate and self.is_last_resolution:
                 self.consider(state, figures, figures_by_steps)
         log.pace.restart()  # a validation is not part of a step
 

@@ -5,6 +5,8 @@ from functools import cache
 from itertools import count
 from string import capwords
 
+from tqdm import tqdm
+
 from .choices import Choices
 from .contradictions import contradicts_itself
 from .english import american, capitalise, fix_articles, plural, words_of
@@ -40,10 +42,12 @@ def varied_prompts(seed: int, number: int, held_out: bool = False) -> list[str]:
     Prompts that are `held_out` name a subject and a place that never meet in the others.
     """
     prompts: dict[str, None] = {}
-    for index in count():
-        if len(prompts) >= number:
-            break
-        prompts[compose(seed, index, held_out)] = None
+    with tqdm(total=number, desc="composing prompts", unit="prompt", leave=False, delay=2) as progress:
+        for index in count():
+            if len(prompts) >= number:
+                break
+            prompts[compose(seed, index, held_out)] = None
+            progress.update(len(prompts) - progress.n)
     return list(prompts)
 
 
