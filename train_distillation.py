@@ -53,6 +53,7 @@ CHANGEABLE_ON_RESUME = (  # settings that do not affect the weights
     "output_dir",
     "cache_dir",
     "dry_run",
+    "plan_for",
     "overwrite",
     "resume_from_checkpoint",
     "project_only",
@@ -109,6 +110,10 @@ class Settings:
         above=0,
     )
     dry_run: bool = setting(False, "print the plan of the run and its memory, disk and time, then stop")
+    plan_for: str | None = setting(
+        None,
+        "plan for a machine of this GPU and CPU memory, as 24GB,64GB, instead of this one (needs --dry_run)",
+    )
     overwrite: bool = setting(False, "replace a finished run in --output_dir")
     resume_from_checkpoint: str = setting(
         "latest", "resume an interrupted run in --output_dir, or start again", choices=("latest", "none")
@@ -723,6 +728,17 @@ def plan(settings, arguments):
     return 2 if problems else 0
 
 
+def arguments_of_run(arguments):
+    """Return the arguments of a dry run without those of the dry run itself."""
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument == "--plan_for":
+            next(rest)
+        elif argument != "--dry_run" and not argument.startswith("--plan_for="):
+            kept.append(argument)
+    return kept
+
+
 def warn_of_long_prompts(run):
     """Print the prompts that the text encoder truncates."""
     # A prompt with fewer bytes than TEXT_LENGTH is never truncated.
@@ -1086,8 +1102,7 @@ def main(settings, is_resumed, **replacements):
     """
     try:
         if settings.dry_run:
-            arguments = [argument for argument in sys.argv[1:] if argument != "--dry_run"]
-            return plan(settings, arguments) if is_first() else 0
+            return plan(settings, arguments_of_run(sys.argv[1:])) if is_first() else 0
         train(settings, is_resumed, StopSignal(is_launched=is_launched()), **replacements)
     except (OSError, ValueError, FloatingPointError) as error:
         defer_to_rank_zero()

@@ -23,8 +23,9 @@ from wanlite.files.atomic import SPARE
 from wanlite.flow import make_scheduler
 from wanlite.network import pack_text
 from wanlite.planning.disk import FolderSpace, measure_folders
-from wanlite.planning.duration import Workload, estimate_duration
+from wanlite.planning.duration import Workload, describe_hours, estimate_duration
 from wanlite.planning.hardware import choose_precision, fit_batch_size
+from wanlite.planning.machines import planned_machine
 from wanlite.planning.memory import (
     count_decoding_bytes,
     count_generation_bytes,
@@ -34,9 +35,10 @@ from wanlite.planning.memory import (
     count_training_bytes,
     count_trajectory_bytes,
 )
-from wanlite.planning.report import MemoryReport
+from wanlite.planning.report import MemoryReport, format_size
 from wanlite.planning.resolutions import Resolution
 from wanlite.planning.resolve import complete
+from wanlite.planning.run import resolve_run
 from wanlite.planning.simulation import MemoryMeter, extrapolate_depth, simulate_peak
 from wanlite.runtime.devices import has_gpu
 from wanlite.teacher.checkpoint import open_teacher_files
@@ -250,7 +252,7 @@ def test_a_small_student_is_timed_on_a_batch_of_few_operations(parameters, timed
         Student(config), files, 60 * 256, 8 * 256, Resolution((64, 64), [], (4, 4, 4), [], tokens=256)
     )
     text = estimate_duration(work, torch.device("cpu"), torch.float32)
-    assert set(batch_sizes) == ({timed} if timed else set()) and ("minutes" in text) == bool(timed)
+    assert set(batch_sizes) == ({timed} if timed else set()) and ("PFLOP" in text) != bool(timed)
 
 
 # ---- the command -------------------------------------------------------------------------------------------
@@ -416,6 +418,69 @@ def a14b(tmp_path_factory):
         file.seek(0, os.SEEK_END)
         file.write(b"PK\5\6" + bytes(18))  # the end of a file of torch.save()
     return folder
+
+
+def table_of_readme():
+    """Return the cells of each row of the README's table of hardware."""
+    rows = re.findall(r"^\| (\d+GB,\d+GB) \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    return [(machine, *(cell.strip() for cell in cells.split("|"))) for machine, cells in rows]
+
+
+@pytest.mark.parametrize("row", table_of_readme(), ids=lambda row: row[0])
+def test_the_hardware_in_the_readme_is_planned_so(row, a14b, tmp_path):
+    machine, experts, generate, train, cpu, disk, time = row
+    settings = Settings(teacher=str(a14b), output_dir=str(tmp_path), dry_run=True, plan_for=machine)
+    run = resolve_run(complete(settings), WanLiteStudent)
+    report = run.estimator.make_report(run.settings, run.training, run.held_out, 0)
+    residency = {"streamed": "streamed", "read": "disk", "one": "one", "both": "both"}[experts.split()[0]]
+    assert run.settings.teacher_residency == residency and report.find_problems() == []
+    assert format_size(report.phases["trajectories"]) == generate
+    batch = f"(micro-batches of {run.settings.train_batch_size})"
+    assert f"{format_size(report.phases['training'])} {batch}" == train
+    cpu_bytes = report.residencies[residency][1]
+    assert (format_size(cpu_bytes) if cpu_bytes else "-") == cpu
+    assert f"{sum(space.needed_bytes for space in report.folders.values()) / 1e9:.0f} GB" == disk
+    assert run.estimate_time().split(" hours")[0] == time.split(" H100")[0]
+
+
+@pytest.mark.parametrize(
+    "hours, text",
+    [
+        (0, "about a minute"),
+        (1 / 60, "about a minute"),
+        (0.5, "about 30 minutes"),
+        (1.4, "about 84 minutes"),
+        (4.7, "about 5 hours"),
+        (40, "about 2 days"),
+        (400, "about 2 weeks"),
+        (2000, "about 3 months"),
+        (1e6, "about 114 years"),
+    ],
+)
+def test_durations_are_in_units_that_people_use(hours, text):
+    assert describe_hours(hours) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "24", "24GB,", "0GB", "24GB,64GB,1GB", "GB", "24 TB", "-24GB", "24GB;64GB"]
+)
+def test_a_machine_without_sizes_is_refused(text):
+    with pytest.raises(ValueError, match="expected the memory of its GPU, and optionally its CPU memory"):
+        complete(Settings(dry_run=True, plan_for=text))
+
+
+def test_a_machine_to_plan_for_needs_a_dry_run():
+    with pytest.raises(ValueError, match="--plan_for 24GB plans for another machine. Add --dry_run"):
+        complete(Settings(plan_for="24GB"))
+    assert planned_machine("24GB, 64 gb") == (24 * 10**9, 64 * 10**9) == planned_machine("24G,64GiB")
+
+
+def test_the_plan_for_another_machine_ends_with_the_command_for_it(tmp_path):
+    process = run_script(TRAIN, "--dry_run", "--plan_for", "8GB", "--output_dir", tmp_path / "out")
+    assert process.returncode == 0, process.stderr
+    assert "device   a machine of --plan_for 8GB, float32" in process.stdout
+    assert "memory   8.0 GB on the GPU of --plan_for" in process.stdout
+    assert process.stdout.endswith(f"run      python train_distillation.py --output_dir {tmp_path / 'out'}\n")
 
 
 def test_a_dry_run_of_a14b_prints_its_memory_and_its_problems(a14b):

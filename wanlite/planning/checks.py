@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..phases import FEW_STEP_SHARE
+from .machines import planned_machine
 
 
 def check_all(checks: Iterable[Callable[[], object]], collect: bool = False) -> None:
@@ -40,6 +41,12 @@ def _check_data(settings):
             f"--rollout_states is {settings.rollout_states}, expected 0, or at least one for each of the "
             f"{len(settings.aspect_ratios)} --aspect_ratios."
         )
+    if settings.plan_for is not None:
+        planned_machine(settings.plan_for)  # raises
+        if not settings.dry_run:
+            raise ValueError(
+                f"--plan_for {settings.plan_for} plans for another machine. Add --dry_run, or leave it out."
+            )
     _check_resolutions(settings)
     if any(not prompt.strip() for prompt in settings.validation_prompts or ()):
         raise ValueError("--validation_prompts has an empty prompt, expected text in each. Leave it out.")

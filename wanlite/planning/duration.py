@@ -15,6 +15,7 @@ MAX_TIMED_OPERATIONS = 2e10  # of one state; a larger student is not timed
 MAX_TIMED_BATCH_SIZE = 64
 TIMED_TEXT_TOKENS = 24
 NUM_TIMINGS = 3
+UNITS = {"years": 8766, "months": 730.5, "weeks": 168, "days": 24, "hours": 1}  # in hours
 SLOW_PRECISION = 1.2  # float32 is recommended if it is faster than mixed precision by this factor
 
 
@@ -59,21 +60,30 @@ def estimate_duration(work: Workload, device, dtype) -> str:
         return _describe_operations(work, device, dtype)
     token_seconds = _time_state(work, device) / work.resolution.tokens
     pass_seconds = token_seconds / 3 * work.teacher_parameters / work.student.num_parameters()
-    minutes = (token_seconds * work.student_tokens + pass_seconds * work.teacher_tokens) / 60
-    return f"about {max(1, round(minutes)):,} minutes"
+    return describe_hours((token_seconds * work.student_tokens + pass_seconds * work.teacher_tokens) / 3600)
 
 
 def _describe_operations(work, device, dtype):
     rate = measure_matrix_rate(device, dtype)
     hours = work.operations / (EFFICIENCY * rate * 3600)
-    text = (
-        f"about {hours:,.1f} hours ({work.operations / 1e15:,.0f} PFLOP; an H100 would take "
-        f"{work.h100_hours:,.1f} hours)"
-    )
+    text = f"{describe_hours(hours)} on this {'GPU' if device.type == 'cuda' else 'CPU'}; {describe_h100_hours(work)}"
     speedup = measure_matrix_rate(device, torch.float32) / rate if dtype != torch.float32 else 1
     if speedup > SLOW_PRECISION:
         text += f"; {speedup:,.1f} times faster without --mixed_precision, which is slow on this device"
     return text
+
+
+def describe_hours(hours: float) -> str:
+    """Return a duration in the largest unit of which it has at least 1.5, or in minutes."""
+    name, unit = next((item for item in UNITS.items() if hours >= 1.5 * item[1]), ("minutes", 1 / 60))
+    count = round(hours / unit)
+    return f"about {count:,} {name}" if count > 1 else "about a minute"
+
+
+def describe_h100_hours(work: Workload) -> str:
+    """Return the time of the work on an H100, which compares runs, and its operations."""
+    hours = f"{work.h100_hours:,.1f}" if work.h100_hours >= 0.05 else "below 0.1"
+    return f"{hours} hours on an H100 ({work.operations / 1e15:,.0f} PFLOP)"
 
 
 def _time_state(work, device):

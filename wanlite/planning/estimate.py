@@ -54,7 +54,7 @@ class MemoryEstimator:
         self.shape = shape
         self.device = device
         self.peak = partial(simulate_peak, device_type=device.type)
-        self.free_bytes = measure_free_memory(device)[0]
+        self.free_bytes = measure_free_memory(settings, device)[0]
         with init_empty_weights():
             self.student = make_student(shape)
             autoencoder = self.make_autoencoder()

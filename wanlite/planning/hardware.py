@@ -18,6 +18,7 @@ from ..runtime.devices import free_memory, has_gpu
 from ..runtime.launch import local_processes
 from ..teacher.model import choose_residency
 from .checks import check_batch
+from .machines import planned_machine
 
 LARGE_WIDTH = 1024  # a teacher of this width or wider adapts the run to the hardware
 DEFAULT_BATCH_SIZE = 128  # states per step on each device
@@ -30,14 +31,21 @@ def is_large(files):
     return files.width >= LARGE_WIDTH
 
 
-def measure_free_memory(device: torch.device) -> tuple[int, int]:
-    """Return the free bytes on a device and in CPU memory, for one of the processes on this machine."""
+def measure_free_memory(settings, device: torch.device) -> tuple[int, int]:
+    """Return the free bytes on a device and in CPU memory, for one of the processes on this machine.
+
+    With --plan_for they are those of the machine that it names.
+    """
+    if settings.plan_for is not None:
+        return planned_machine(settings.plan_for)
     return free_memory(device, local_processes())
 
 
 def choose_precision(settings, files):
     """Return the settings with --mixed_precision filled in if unset."""
-    has_bf16 = has_gpu() and torch.cuda.is_bf16_supported(including_emulation=False)
+    has_bf16 = settings.plan_for is not None or (
+        has_gpu() and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
     default = "bf16" if is_large(files) and has_bf16 else "no"
     return replace(settings, mixed_precision=settings.mixed_precision or default)
 
@@ -55,7 +63,7 @@ def place_teacher(settings, files, device):
         files,
         training_dtype(settings),
         settings.teacher_fp8,
-        *measure_free_memory(device),
+        *measure_free_memory(settings, device),
         device.type == "cpu",
         local_processes(),
     )

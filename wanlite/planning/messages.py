@@ -31,12 +31,19 @@ def announce(run, log):
         f"student  {settings.hidden_size} x {settings.depth}, {settings.num_heads} heads: "
         f"{student.num_parameters() / 1e6:,.2f} M parameters, start: "
         f"{settings.student or settings.projection}\n"
-        f"device   {run.device}, {torch.get_num_threads()} threads, {precision}\n"
+        f"device   {describe_device(run)}, {precision}\n"
         f"work     {PROJECTED_ONLY if settings.project_only else describe_work(run)}\n"
         f"output   {Path(settings.output_dir).absolute()}"
     )
     if not settings.project_only:
         announce_few(sum(run.num_generated), len(run.training), len(run.held_out), log)
+
+
+def describe_device(run):
+    """Return the device of a run, or the machine that a dry run plans for."""
+    if run.settings.plan_for is not None:
+        return f"a machine of --plan_for {run.settings.plan_for}"
+    return f"{run.device}, {torch.get_num_threads()} threads"
 
 
 def describe_work(run):

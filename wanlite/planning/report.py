@@ -26,7 +26,8 @@ class MemoryReport:
 
     def describe(self) -> list[str]:
         """Return the lines of the plan."""
-        lines = [f"memory   {format_size(self.free_bytes)} free on {self.device}"]
+        where = "on the GPU of --plan_for" if self.settings.plan_for else f"free on {self.device}"
+        lines = [f"memory   {format_size(self.free_bytes)} {where}"]
         lines += [f"  {format_size(size):>10}  {phase}" for phase, size in self.phases.items()]
         if self.residencies:
             lines.append(self._describe_residencies())
@@ -46,7 +47,7 @@ class MemoryReport:
         memory = [
             f"{problem}: {remedy}." for phase, problem, remedy in self._remedies() if not self._fits(phase)
         ]
-        return memory + self._find_disk_problems()
+        return memory if self.settings.plan_for else memory + self._find_disk_problems()
 
     def _fits(self, phase):
         return self.phases.get(phase, 0) <= self.free_bytes

@@ -37,7 +37,7 @@ from .defaults import (
     count_calibration_frames,
     describe_schedule,
 )
-from .duration import Workload, estimate_duration
+from .duration import Workload, describe_h100_hours, estimate_duration
 from .estimate import MemoryEstimator
 from .hardware import (
     HARDWARE_SETTINGS,
@@ -140,7 +140,10 @@ class Run:
 
     def estimate_time(self, **parts):
         """Return the estimated time of the parts of workload()."""
-        return estimate_duration(self.workload(**parts), self.device, training_dtype(self.settings))
+        work = self.workload(**parts)
+        if self.settings.plan_for is not None:
+            return describe_h100_hours(work)
+        return estimate_duration(work, self.device, training_dtype(self.settings))
 
     def find_obstacles(self):
         """Print the memory and the disk that the run needs; return the problems, a sentence each."""
@@ -177,7 +180,8 @@ class SingleProcess:
     main_process_first = staticmethod(nullcontext)
 
     def __init__(self, settings):
-        self.device = torch.device("cuda" if has_gpu() else "cpu")
+        has_device = has_gpu() or settings.plan_for is not None
+        self.device = torch.device("cuda" if has_device else "cpu")
 
 
 def resolve_run(settings, make_student, is_resumed=False, start: Callable = SingleProcess):
