@@ -21,6 +21,7 @@ from wanlite.files.file_names import BASE, CACHE, RUN
 from wanlite.files.locks import lock
 from wanlite.phases import MIN_TRAJECTORIES
 from wanlite.planning.budgets import BUDGETS
+from wanlite.planning.config_files import parse_with_config
 from wanlite.planning.resolve import (
     EMA_DECAY,
     EMA_SHARE,
@@ -48,6 +49,7 @@ from wanlite.training.run_folder import (
 STOPPED = 3  # exit code of a run that was stopped by a signal; it can be resumed
 PATIENCE = 2  # training ends after this many rejected validations in a row, none closer to the teacher
 CHANGEABLE_ON_RESUME = (  # settings that do not affect the weights
+    "config",
     "teacher",
     "teacher_residency",
     "output_dir",
@@ -93,6 +95,11 @@ class Settings:
     output_dir: str = setting(
         "./outputs/wan_t2i", "folder of the run and of the saved student", group="output", is_path=True
     )
+    config: str | None = setting(
+        None,
+        "file of settings, .toml or .json, or the run.json of a run to repeat; flags win (default: none)",
+        is_path=True,
+    )
     budget: str | None = setting(
         None,
         "preset of --resolutions, --num_trajectories and --max_train_steps for Wan2.2: about 5 hours, a day or "
@@ -106,13 +113,13 @@ class Settings:
     )
     cache_gb: float | None = setting(
         None,
-        "most disk for the teacher's trajectories in GB; lowers the default of --num_trajectories",
+        "most disk for the teacher's trajectories in GB; lowers the default of --num_trajectories (default: no limit)",
         above=0,
     )
     dry_run: bool = setting(False, "print the plan of the run and its memory, disk and time, then stop")
     plan_for: str | None = setting(
         None,
-        "plan for a machine of this GPU and CPU memory, as 24GB,64GB, instead of this one (needs --dry_run)",
+        "plan for a machine of this GPU and CPU memory, as 24GB,64GB; needs --dry_run (default: this machine)",
     )
     overwrite: bool = setting(False, "replace a finished run in --output_dir")
     resume_from_checkpoint: str = setting(
@@ -354,7 +361,7 @@ def read_settings():
     Returns the settings, completed from folders and files, and whether an interrupted run is resumed.
     """
     parser = make_parser(Settings, __doc__)
-    settings = Settings(**vars(parser.parse_args()))
+    settings = Settings(**vars(parse_with_config(parser)))
     try:
         settings = complete(settings)
         is_resumed = not settings.dry_run and is_interrupted(settings)  # plan() lists errors as problems
