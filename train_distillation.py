@@ -37,13 +37,14 @@ from wanlite.planning.settings import make_parser, setting
 from wanlite.runtime.launch import defer_to_rank_zero, is_first, is_launched
 from wanlite.runtime.signals import Stopped, StopSignal
 from wanlite.runtime.terminal import keep_output_open
+from wanlite.training.model_card import write_model_card
+from wanlite.training.publishing import create_repository, publish
 from wanlite.training.run_folder import (
     check_output_folder,
     check_resumable,
     clear,
     link_file,
     save_components,
-    write_model_card,
 )
 
 STOPPED = 3  # exit code of a run that was stopped by a signal; it can be resumed
@@ -55,6 +56,7 @@ CHANGEABLE_ON_RESUME = (  # settings that do not affect the weights
     "output_dir",
     "cache_dir",
     "dry_run",
+    "push_to_hub",
     "plan_for",
     "overwrite",
     "resume_from_checkpoint",
@@ -122,6 +124,9 @@ class Settings:
         "plan for a machine of this GPU and CPU memory, as 24GB,64GB; needs --dry_run (default: this machine)",
     )
     overwrite: bool = setting(False, "replace a finished run in --output_dir")
+    push_to_hub: str | None = setting(
+        None, "upload the saved student to this model of the hub, as organisation/model (default: no upload)"
+    )
     resume_from_checkpoint: str = setting(
         "latest", "resume an interrupted run in --output_dir, or start again", choices=("latest", "none")
     )
@@ -368,6 +373,11 @@ def read_settings():
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if not settings.dry_run:
+        if settings.push_to_hub is not None and is_first():
+            try:
+                create_repository(settings.push_to_hub)
+            except ValueError as error:
+                parser.error(str(error))
         try:
             Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -1032,6 +1042,8 @@ def finish(run, state, validator, log, components_folder):
         drawing = drawing_command(settings.output_dir)
         write_model_card(output, settings, run.few_steps, results, drawing)
         conclude(settings, output, results, ending, is_close, log.seconds, run.accelerator.print)
+        if settings.push_to_hub is not None:
+            publish(output, settings.push_to_hub, run.accelerator.print)
     run.accelerator.end_training()
 
 
@@ -1086,6 +1098,8 @@ def save_projected_student(run, student, components_folder, facts):
     drawing = drawing_command(settings.output_dir)
     write_model_card(output, settings, [], {}, drawing)
     print(f"saved to {output}, projected and not trained\nnext: {drawing}")
+    if settings.push_to_hub is not None:
+        publish(output, settings.push_to_hub, print)
     run.accelerator.end_training()
 
 

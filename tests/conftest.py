@@ -310,9 +310,9 @@ def pytest_terminal_summary(terminalreporter):
         )
 
 
-def run_script(*arguments, cwd=ROOT, timeout=300):
+def run_script(*arguments, cwd=ROOT, timeout=300, environment=None):
     """Run a script as a user does and return the finished process with its output as text."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (environment or {})
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,

@@ -21,7 +21,7 @@ from wanlite.planning.messages import (
     verdict,
 )
 from wanlite.planning.resolve import complete
-from wanlite.training.run_folder import write_model_card
+from wanlite.training.model_card import write_model_card
 
 PATHS = [
     "plain",
@@ -80,10 +80,7 @@ def test_the_commands_of_a_model_card_work_for_any_folder_name(path, tmp_path):
     write_model_card(tmp_path, settings, [4], {}, drawing_command(path))
     card = (tmp_path / "README.md").read_text()
     assert shlex.quote(path) in card
-    assert [ast.literal_eval(found) for found in re.findall(r"from_pretrained\((.+?)[,)]", card)] == [
-        path,
-        path,
-    ]
+    assert [ast.literal_eval(found) for found in re.findall(r"from_pretrained\((.+?)[,)]", card)] == [path]
 
 
 # ---- the end of a run --------------------------------------------------------------------------------------

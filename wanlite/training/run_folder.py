@@ -257,46 +257,6 @@ def check_saved_components(folder: str | Path) -> None:
             raise OSError(f"{folder / component}: {reason}. Copy the folder again.")
 
 
-def write_model_card(
-    folder: str | Path, settings: Any, few_steps: list[int], results: dict[str, Any], command: str
-) -> None:
-    """Write the run's README.md: the model's description and results, and the `command` for inference."""
-    measured = "".join(
-        f"- {name}: {value}\n" for name, value in results.items() if not isinstance(value, dict)
-    )
-    measured += "".join(
-        f"- accuracy of the {name}: {value}, on {results['captions']} captions\n"
-        for name, value in results.get("prompt_accuracy", {}).items()
-    )
-    measured = f"Measured on held-out prompts:\n\n{measured}" if results else ""
-    origin = "projected, and not yet trained," if settings.project_only else "distilled"
-    width, height = image_size(settings.resolution)
-    note = f" It was trained for {' or '.join(map(str, few_steps))} steps." if few_steps else ""
-    (Path(folder) / MODEL_CARD).write_text(
-        f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
----
-# A WanLiteStudent
-
-A text-to-image model {origin} from `{Path(settings.teacher).name}`; it generates images of {width} x {height} pixels
-in {settings.num_inference_steps} steps, without guidance.{note}
-
-    {command} --prompt "..."
-
-With stock diffusers, no code of this project:
-
-    from diffusers import WanPipeline, WanTransformer3DModel
-    student = WanTransformer3DModel.from_pretrained({settings.output_dir!r})
-    pipeline = WanPipeline.from_pretrained({settings.output_dir!r}, transformer=student)
-    frames = pipeline("...", height={height}, width={width}, num_frames=1, guidance_scale=1.0,
-                      num_inference_steps={settings.num_inference_steps}, output_type="pil").frames
-
-{measured}""",
-        encoding="utf-8",
-    )
-
-
 class MetricsLog:
     """metrics.jsonl, one record per line; a resumed run drops the records after its checkpoint at `step`.
 

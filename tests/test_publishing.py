@@ -1,0 +1,132 @@
+"""--push_to_hub against a local hub: what is uploaded, and what a hub that refuses ends in."""
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from tests.conftest import ROOT, SHORT_RUN, run_script
+from tests.test_announcements import parse_in_a_shell
+from wanlite.training.model_card import upload_command
+
+TRAIN = ROOT / "train_distillation.py"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Accepts a repository and a commit, whose files it keeps in `files`; answers from `status` on if that is set."""
+
+    def do_POST(self):
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = self.path.split("?")[0]
+        self.requested.append(path)
+        if path == "/api/repos/create":
+            answer = {"url": f"{self.address}/me/student", "name": "me/student"}
+        elif path.endswith("/preupload/main"):
+            files = json.loads(content)["files"]
+            answer = {
+                "files": [
+                    {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                    for file in files
+                ]
+            }
+        elif path.endswith("/commit/main"):
+            for line in content.decode().splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            answer = {
+                "commitUrl": f"{self.address}/me/student/commit/0",
+                "commitOid": "0" * 40,
+                "success": True,
+            }
+        else:  # the check of the model card's header
+            answer = {"errors": [], "warnings": []}
+        self.answer(self.refused.get(path.rpartition("/")[2], 200), answer)
+
+    def do_GET(self):
+        self.requested.append(self.path)
+        model = {"id": "me/student", "sha": "0" * 40, "siblings": []}
+        self.answer(self.refused.get("info", 200), [] if "/tree/" in self.path else model)
+
+    def answer(self, status, content):
+        content = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub():
+    """A local hub; its `environment` is that of a process that uses it."""
+
+    class Here(Hub):
+        files, requested, refused = {}, [], {}
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Here)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    Here.address = f"http://127.0.0.1:{server.server_port}"
+    Here.environment = {
+        "HF_ENDPOINT": Here.address,
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": "hf_token",
+        "no_proxy": "*",
+    }
+    yield Here
+    server.shutdown(), thread.join(), server.server_close()
+
+
+def push(hub, folder, *flags):
+    arguments = ("--output_dir", folder, *SHORT_RUN, "--push_to_hub", "me/student", *flags)
+    return run_script(TRAIN, *arguments, environment=hub.environment)
+
+
+def test_a_run_uploads_what_inference_needs(hub, tmp_path):
+    process = push(hub, tmp_path / "run", "--project_only")
+    assert process.returncode == 0, process.stderr
+    assert f"uploaded to {hub.address}/me/student" in process.stdout
+    assert hub.requested[0] == "/api/repos/create"
+    assert {"config.json", "README.md", "run.json", "model_index.json"} < hub.files.keys()
+    assert {
+        "vae/config.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/tokenizer.json",
+    } < hub.files.keys()
+    assert not any(name.startswith(("cache", "checkpoints", "logs", ".")) for name in hub.files)
+    weights = "diffusion_pytorch_model.safetensors"
+    assert hub.files[weights] == (tmp_path / "run" / weights).read_bytes()
+
+
+def test_a_hub_that_refuses_the_name_ends_a_run_before_it_begins(hub, tmp_path):
+    hub.refused |= {"create": 403, "info": 404}
+    process = push(hub, tmp_path / "run")
+    assert process.returncode == 2 and process.stdout == "" and not (tmp_path / "run").exists()
+    assert "--push_to_hub me/student: the hub refuses it" in process.stderr
+    assert len(process.stderr.splitlines()) == 1 and "hf auth login" in process.stderr
+
+
+def test_an_upload_that_fails_leaves_a_saved_student_and_the_command(hub, tmp_path):
+    hub.refused["main"] = 403
+    process = push(hub, tmp_path / "run", "--project_only")
+    assert process.returncode == 0 and "Traceback" not in process.stderr
+    assert "WARNING   not uploaded (" in process.stdout
+    assert upload_command(tmp_path / "run", "me/student") in process.stdout
+
+
+def test_a_dry_run_touches_no_hub(hub, tmp_path):
+    process = push(hub, tmp_path / "run", "--dry_run")
+    assert process.returncode == 0 and hub.requested == []
+
+
+@pytest.mark.parametrize("folder", ["out", "out dir", "it's"])
+def test_the_command_that_uploads_is_quoted(folder):
+    command = upload_command(folder, "me/student").replace("hf", "python", 1)
+    assert parse_in_a_shell(command)[:3] == ["upload", "me/student", folder]
+    assert parse_in_a_shell(command)[3:5] == ["--exclude", "cache/*"]
