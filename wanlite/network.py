@@ -15,7 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import (
+    WanAttnProcessor,
+    WanTransformerBlock,
+    _get_qkv_projections,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -86,6 +91,52 @@ class RMSNorm(nn.RMSNorm):
             return functional.rms_norm(states, self.normalized_shape, self.weight.to(states.dtype), self.eps)
 
 
+def rotate(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the channel pairs of queries or keys (B, N, heads, channels) by the angles of their positions.
+
+    `rotary` are the cosines and sines (1, N, 1, channels) of a WanRotaryPosEmbed. Products are in float32, and the
+    result has the dtype of `states`. The complex form is a single pass over memory. Compiled code takes the real
+    form: inductor fuses it, and has no code for complex numbers.
+    """
+    pairs = states.to(torch.promote_types(states.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    # Both channels of a pair have the same angle.
+    cos, sin = (table.to(pairs.dtype).unflatten(-1, (-1, 2)).select(-1, 0) for table in rotary)
+    if torch.compiler.is_compiling():
+        x, y = pairs.unbind(-1)
+        turned = torch.stack([x * cos - y * sin, x * sin + y * cos], -1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
+    return turned.flatten(-2).to(states.dtype)
+
+
+class OneFrameAttnProcessor(WanAttnProcessor):
+    """diffusers' processor without image tokens, with the rotary embedding of rotate()."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (states.unflatten(2, (attn.heads, -1)) for states in (query, key, value))
+        if rotary_emb is not None:
+            query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
+        update = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config if encoder_hidden_states is None else None,
+        )
+        update = attn.to_out[0](update.flatten(2, 3).type_as(query))
+        return attn.to_out[1](update)
+
+
 class OneFrameBlock(WanTransformerBlock):
     """diffusers' Wan block whose cross-attention also takes a bias on the logits of the text tokens."""
 
@@ -95,6 +146,7 @@ class OneFrameBlock(WanTransformerBlock):
         super().__init__(width, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
         for attention in (self.attn1, self.attn2):
             attention.norm_q, attention.norm_k = RMSNorm(width, eps), RMSNorm(width, eps)
+            attention.set_processor(OneFrameAttnProcessor())
 
     def forward(
         self,
