@@ -145,7 +145,7 @@ class RandomFiles(ExpertFiles):
 
     device: str = "cpu"
 
-    def read(self, name: str, dtype: torch.dtype = torch.float32, rows: slice | None = None) -> torch.Tensor:
+    def read(self, name: str, dtype: torch.dtype = torch.float32, *_: Any, **__: Any) -> torch.Tensor:
         return 0.02 * torch.randn(self.shape(name), device=self.device, dtype=dtype)
 
 

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from ..network import OneFrameBlock, TextTokens, one_frame_velocity
 from ..schedule import TIMESTEPS
 from .expert_files import ExpertFiles, TeacherFiles
+from .pinned import pin_together
 
 RESIDENCIES = ("both", "one", "streamed", "disk")  # of one process; several may also have it "sharded"
 SHARDED_BESIDE = 0.1  # of an expert's bytes: the parts beside the blocks, and two gathered blocks
@@ -60,11 +61,14 @@ class Teacher:
             if self.residency == "one" and self.device.type == "cpu":
                 self.unload()  # the CPU's memory is the device's
             self._read[name] = self._load(self.files.experts[name])
-            self._on_cpu |= {name: self._read[name].state_dict()} if self.residency == "one" else {}
+            if self.residency == "one":
+                if self.device.type == "cuda":
+                    pin_together(self._read[name])
+                self._on_cpu[name] = self._read[name].state_dict()
         if self.residency == "one":
             for other in self._read.keys() - {name}:  # out first, then in; the CPU has kept a copy
                 self._read[other].load_state_dict(self._on_cpu[other], assign=True)
-            self._read[name].to(self.device)
+            self._read[name].to(self.device, non_blocking=True)
         return self._read[name]
 
     def unload(self) -> None:
@@ -82,10 +86,8 @@ class Teacher:
         if self.residency == "sharded":
             return shard_expert(files, self.device, self.dtype, self.mesh)
         place = self.device if self.residency == "both" else torch.device("cpu")
-        expert = load_expert(files, "cpu" if self.is_fp8 else place, self.dtype)
-        if self.is_fp8:  # before it goes to a device with too little memory for the wider dtype
-            expert.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
-            expert.to(place)
+        load = load_fp8_expert if self.is_fp8 else load_expert
+        expert = load(files, place, self.dtype)
         if self.residency == "streamed":
             if self.device.type == "cuda":  # one by one: the hooks would have all of them twice
                 for weight in expert.parameters():
@@ -277,6 +279,19 @@ def load_expert(
     return network.to(device).eval().requires_grad_(False)
 
 
+def load_fp8_expert(files: ExpertFiles, device: str | torch.device, dtype: torch.dtype) -> Any:
+    """Load one expert whose matrices are in float8 and computed in `dtype`; each is cast once it is read."""
+    with init_empty_weights():
+        network = make_expert(files, files.config["num_layers"]).eval().requires_grad_(False)
+        network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+    tensors = {}
+    for name, weight in network.named_parameters():
+        (tensor,) = _read_all(files, [name], device, dtype).values()
+        tensors[name] = tensor.to(weight.dtype) if weight.dtype == torch.float8_e4m3fn else tensor
+    network.load_state_dict(tensors, strict=True, assign=True)
+    return network.to(device)
+
+
 def stream_expert(
     files: ExpertFiles, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Any:
@@ -295,7 +310,7 @@ def _read_all(
     """Read tensors by name; those of modules that Wan keeps in float32 stay in it."""
     stays = set(WanTransformer3DModel._keep_in_fp32_modules)
     return {
-        name: files.read(name, torch.float32 if set(name.split(".")) & stays else dtype).to(device)
+        name: files.read(name, torch.float32 if set(name.split(".")) & stays else dtype, device=device)
         for name in names
     }
 
