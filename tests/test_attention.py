@@ -4,14 +4,27 @@ import warnings
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.conftest import loud_student
 from train_distillation import WanLiteStudent
-from wanlite.network import OneFrameAttnProcessor, OneFrameBlock, RMSNorm, rotate
+from wanlite import network
+from wanlite.network import (
+    TEXT_MULTIPLES,
+    OneFrameAttnProcessor,
+    OneFrameBlock,
+    RMSNorm,
+    TextTokens,
+    pack_text,
+    pad_length,
+    rotate,
+    use_cudnn_self_attention,
+)
+from wanlite.runtime.devices import capability_of, prefers_cudnn_attention, use_deterministic_kernels
 
 SMALL = dict(hidden_size=32, depth=2, num_heads=2, text_dim=48)
 
@@ -134,3 +147,59 @@ def test_backends_and_adapters_reach_the_attention_processor():
         student.set_attention_backend("_native_math")
     assert {each._attention_backend for each in student.attn_processors.values()} == {"_native_math"}
     assert all(type(each) is OneFrameAttnProcessor for each in student.attn_processors.values())
+
+
+def test_text_is_padded_to_a_multiple_without_a_change_of_the_velocity():
+    student, text = loud_student(**SMALL), pack_text([torch.randn(length, 48) for length in (3, 7)])
+    latents, timestep = torch.randn(2, 16, 8, 8), torch.tensor([900.0, 100.0])
+    padded = TextTokens(*pad_length(*text, 16))
+    assert padded.tokens.shape == (2, 16, 48) and padded.logit_bias.shape == (2, 16)
+    assert pad_length(*padded, 16)[0] is padded.tokens
+    expected, found = (student(latents, timestep, each).sample for each in (text, padded))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_networks_text_has_the_multiple_of_its_device(monkeypatch):
+    student, lengths = loud_student(**SMALL), []
+    student.blocks[0].attn2.register_forward_pre_hook(lambda module, given: lengths.append(given[1].shape[1]))
+    text = pack_text([torch.randn(5, 48)])
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(network, "TEXT_MULTIPLES", {"cpu": TEXT_MULTIPLES.get(device, 1)})
+        student(torch.randn(1, 16, 8, 8), torch.tensor([9.0]), text)
+    assert lengths == [6, 16]
+
+
+@pytest.mark.parametrize(
+    "capability, is_deterministic, expected",
+    [((9, 0), False, True), ((9, 0), True, False), ((8, 0), False, False), ((10, 0), False, False)],
+)
+def test_cudnn_attention_is_for_hopper(capability, is_deterministic, expected, monkeypatch):
+    monkeypatch.setattr("torch.are_deterministic_algorithms_enabled", lambda: is_deterministic)
+    assert prefers_cudnn_attention(capability) is expected
+    assert capability_of("cpu") is None and not prefers_cudnn_attention(None)
+
+
+def test_only_self_attention_in_half_precision_uses_cudnn(monkeypatch):
+    backends = []
+
+    def attend(*tensors, backend, **options):
+        backends.append(backend and AttentionBackendName(backend))
+        return dispatch_attention_fn(*tensors, **options)
+
+    monkeypatch.setattr(network, "dispatch_attention_fn", attend)
+    student = WanLiteStudent(**SMALL | {"depth": 1})
+    use_cudnn_self_attention(student)
+    for is_half in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            student(torch.randn(1, 16, 8, 8), torch.tensor([9.0]), torch.randn(1, 5, 48))
+    assert backends == [AttentionBackendName._NATIVE_CUDNN, None, None, None]
+
+
+def test_deterministic_kernels_are_used_on_request():
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        use_deterministic_kernels()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before

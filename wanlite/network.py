@@ -27,6 +27,9 @@ from torch.nn import functional
 TEXT_LENGTH = (
     512  # every Wan was trained on text padded with zeros to this length, and attends to the padding
 )
+CUDNN = "_native_cudnn"  # diffusers' name of the attention backend
+# Lengths of text on a device are multiples of this: attention there pads masks itself, and compiled code has few sizes.
+TEXT_MULTIPLES = {"cuda": 16}
 
 
 class TextTokens(NamedTuple):
@@ -110,7 +113,12 @@ def rotate(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class OneFrameAttnProcessor(WanAttnProcessor):
-    """diffusers' processor without image tokens, with the rotary embedding of rotate()."""
+    """diffusers' processor without image tokens, with the rotary embedding of rotate().
+
+    With `has_cudnn`, cuDNN computes attention in half precision, unless another backend is set.
+    """
+
+    has_cudnn = False
 
     def __call__(
         self,
@@ -125,12 +133,13 @@ class OneFrameAttnProcessor(WanAttnProcessor):
         query, key, value = (states.unflatten(2, (attn.heads, -1)) for states in (query, key, value))
         if rotary_emb is not None:
             query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
+        is_half = query.dtype in (torch.float16, torch.bfloat16)
         update = dispatch_attention_fn(
             query,
             key,
             value,
             attn_mask=attention_mask,
-            backend=self._attention_backend,
+            backend=self._attention_backend or (CUDNN if self.has_cudnn and is_half else None),
             parallel_config=self._parallel_config if encoder_hidden_states is None else None,
         )
         update = attn.to_out[0](update.flatten(2, 3).type_as(query))
@@ -183,6 +192,32 @@ TransformerBlockRegistry.register(
 )
 
 
+def compile_blocks(networks: Sequence[Any]) -> None:
+    """Compile networks block by block, in place; names and weights do not change."""
+    torch._dynamo.config.optimize_ddp = False  # it would split blocks at the gradient buckets
+    torch._dynamo.config.recompile_limit = 32  # image sizes, text lengths, with and without gradients
+    for network in networks:
+        network.compile_repeated_blocks()
+
+
+def use_cudnn_self_attention(network: Any) -> None:
+    """Let cuDNN compute the self-attention of all blocks in half precision.
+
+    Cross-attention has a mask and a length that varies, and cuDNN would plan anew for each.
+    """
+    for block in network.blocks:
+        block.attn1.processor.has_cudnn = True
+
+
+def pad_length(text: Tensor, logit_bias: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """Fill up text tokens (B, L, T) and their logit_bias (B, L) to a multiple, with tokens of no weight."""
+    missing = -text.shape[1] % multiple
+    if not missing:
+        return text, logit_bias
+    padded = functional.pad(text, (0, 0, 0, missing))
+    return padded, functional.pad(logit_bias, (0, missing), value=-math.inf)
+
+
 def one_frame_velocity(
     network: Any,
     latents: Tensor,
@@ -196,6 +231,8 @@ def one_frame_velocity(
     Shapes: latents (B, C, H, W), timestep (B,) in 0..1000, text (B, L, T), logit_bias (B, L) or None. Returns
     the velocity (B, C, H, W) and a list of the hidden states (B, N, D) after each block in `feature_blocks`.
     """
+    if logit_bias is not None:
+        text, logit_bias = pad_length(text, logit_bias, TEXT_MULTIPLES.get(text.device.type, 1))
     rotary = network.rope(latents.unsqueeze(2))
     states = network.patch_embedding(latents.unsqueeze(2))  # (B, D, 1, H/p, W/p)
     height, width = states.shape[-2:]

@@ -16,7 +16,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from ..network import OneFrameBlock, TextTokens, one_frame_velocity
+from ..network import OneFrameBlock, TextTokens, compile_blocks, one_frame_velocity, use_cudnn_self_attention
+from ..runtime.devices import capability_of, prefers_cudnn_attention
 from ..schedule import TIMESTEPS
 from .expert_files import ExpertFiles, TeacherFiles
 from .pinned import pin_together
@@ -36,7 +37,8 @@ class Teacher:
     while the block before computes; read from "disk" block by block at each pass; or "sharded", each rank of
     a machine with its share of every block: then all ranks have to run the same expert at the same time.
     `is_fp8` keeps the matrices in float8, half the size of bfloat16, and computes in `dtype`.
-    `tokens_at_once` is the most image tokens of one pass, those of the negative prompt included.
+    `tokens_at_once` is the most image tokens of one pass, those of the negative prompt included. `is_compiled`
+    compiles the blocks of experts that stay in memory as they are: "both" and "one", not in float8.
     """
 
     def __init__(
@@ -47,10 +49,11 @@ class Teacher:
         residency: str = "both",
         is_fp8: bool = False,
         tokens_at_once: int = TOKENS_AT_ONCE,
+        is_compiled: bool = False,
     ):
         self.files, self.config, self.boundary = files, files.config, files.boundary
         self.device, self.dtype, self.residency, self.is_fp8 = torch.device(device), dtype, residency, is_fp8
-        self.tokens_at_once = tokens_at_once
+        self.tokens_at_once, self.is_compiled = tokens_at_once, is_compiled
         self._read: dict[str, Any] = {}
         self._on_cpu: dict[str, dict[str, Tensor]] = {}
         self.mesh = machine_mesh(self.device) if residency == "sharded" else None
@@ -88,6 +91,10 @@ class Teacher:
         place = self.device if self.residency == "both" else torch.device("cpu")
         load = load_fp8_expert if self.is_fp8 else load_expert
         expert = load(files, place, self.dtype)
+        if prefers_cudnn_attention(capability_of(self.device)):
+            use_cudnn_self_attention(expert)
+        if self.is_compiled and self.residency in ("both", "one") and not self.is_fp8:
+            compile_blocks([expert])
         if self.residency == "streamed":
             if self.device.type == "cuda":  # one by one: the hooks would have all of them twice
                 for weight in expert.parameters():
