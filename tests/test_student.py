@@ -8,7 +8,7 @@ from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
 
 from tests.conftest import loud_student
 from train_distillation import WanLiteStudent
-from wanlite.network import one_frame_velocity, pack_text, unpack_text
+from wanlite.network import PatchEmbedding, one_frame_velocity, pack_text, unpack_text
 
 SMALL = dict(
     hidden_size=32, depth=2, num_heads=2, ffn_dim=64, num_channels=4, text_dim=8, rope_max_seq_len=32
@@ -40,6 +40,16 @@ def test_one_zero_token_with_a_bias_equals_padding_to_512(student, inputs):
     trimmed = student(latents, timestep, text.tokens[:, :-1]).sample
     assert torch.equal(cheap, student(latents, timestep, text).sample)
     assert (cheap - padded).abs().max() < 1e-5 < (cheap - trimmed).abs().max()
+
+
+def test_patches_are_embedded_by_a_matrix_product_as_by_the_convolution():
+    convolution = torch.nn.Conv3d(4, 6, (1, 2, 3), (1, 2, 3))
+    embedding, latents = PatchEmbedding(4, 6, (1, 2, 3), (1, 2, 3)), torch.randn(2, 4, 1, 8, 9)
+    embedding.load_state_dict(convolution.state_dict())
+    found = embedding(latents)
+    torch.testing.assert_close(found, convolution(latents), atol=1e-5, rtol=0)
+    tokens = found.flatten(2).transpose(1, 2)
+    assert tokens.is_contiguous() and found.shape == (2, 6, 1, 4, 3)
 
 
 def test_saved_student_is_a_stock_wan_transformer(student, saved, inputs):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import (
     WanAttnProcessor,
     WanTransformerBlock,
@@ -27,7 +27,7 @@ from torch.nn import functional
 TEXT_LENGTH = (
     512  # every Wan was trained on text padded with zeros to this length, and attends to the padding
 )
-CUDNN = "_native_cudnn"  # diffusers' name of the attention backend
+CUDNN = AttentionBackendName._NATIVE_CUDNN
 # Lengths of text on a device are multiples of this: attention there pads masks itself, and compiled code has few sizes.
 TEXT_MULTIPLES = {"cuda": 16}
 
@@ -92,6 +92,21 @@ class RMSNorm(nn.RMSNorm):
         is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if is_cast else nullcontext():
             return functional.rms_norm(states, self.normalized_shape, self.weight.to(states.dtype), self.eps)
+
+
+class PatchEmbedding(nn.Conv3d):
+    """The convolution that embeds patches, computed as a matrix product: patches do not overlap.
+
+    Many GPUs have no fast 3-D convolution in bfloat16.
+    """
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Embed latents (B, C, 1, H, W); returns (B, D, 1, H/p, W/p), with the channels of a token side by side."""
+        _, height, width = self.kernel_size
+        patches = latents.squeeze(2).unflatten(-2, (-1, height)).unflatten(-1, (-1, width))
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, H/p, W/p, C*p*p)
+        tokens = functional.linear(patches, self.weight.flatten(1), self.bias)
+        return tokens.permute(0, 3, 1, 2).unsqueeze(2)
 
 
 def rotate(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -87,7 +87,7 @@ def use_deterministic_kernels() -> None:
     """Choose kernels whose results do not vary from one run to the next; raises in operations that have none."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would only cost time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it only costs time
 
 
 def has_gpu() -> bool:

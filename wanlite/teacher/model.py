@@ -16,7 +16,14 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from ..network import OneFrameBlock, TextTokens, compile_blocks, one_frame_velocity, use_cudnn_self_attention
+from ..network import (
+    OneFrameBlock,
+    PatchEmbedding,
+    TextTokens,
+    compile_blocks,
+    one_frame_velocity,
+    use_cudnn_self_attention,
+)
 from ..runtime.devices import capability_of, prefers_cudnn_attention
 from ..schedule import TIMESTEPS
 from .expert_files import ExpertFiles, TeacherFiles
@@ -376,7 +383,10 @@ class _StreamedBlocks(nn.Module):
 
 def make_expert(files: ExpertFiles, depth: int) -> Any:
     """Return an expert of `files`' sizes and of `depth` blocks, in the default dtype, without reading weights."""
-    network = Expert(**files.config | {"num_layers": 0})
+    config = files.config
+    network = Expert(**config | {"num_layers": 0})
+    patch_size = config["patch_size"]
+    network.patch_embedding = PatchEmbedding(config["in_channels"], files.width, patch_size, patch_size)
     network.blocks = nn.ModuleList(_empty_block(files) for _ in range(depth))
     return network
 
