@@ -254,6 +254,7 @@ class Expert(WanTransformer3DModel):
 
     _repeated_blocks = ["OneFrameBlock"]  # compile_repeated_blocks() finds blocks by the name of their class
 
+    patch_embedding: nn.Conv3d
     blocks: nn.ModuleList
 
     def forward(
