@@ -230,6 +230,7 @@ def test_blocks_are_compiled_on_a_gpu_with_a_large_teacher_by_default(
 ):
     monkeypatch.setattr("wanlite.planning.hardware.has_gpu", lambda: gpu)
     monkeypatch.setattr("wanlite.planning.hardware.has_compiler", lambda: has_compiler)
+    monkeypatch.setattr("wanlite.planning.hardware.find_spec", lambda name: name)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
     settings = choose_precision(Settings(compile=requested), SimpleNamespace(width=width))
     assert settings.compile is expected

@@ -1,6 +1,7 @@
 """Settings and a device -> the settings with precision, residency and batch chosen for the hardware if unset."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 
@@ -32,7 +33,7 @@ def choose_precision(settings, files):
     default = "bf16" if is_large(files) and has_bf16 else "no"
     is_compiled = settings.compile
     if is_compiled is None:  # a run with a small teacher takes no longer than compiling
-        is_compiled = is_large(files) and has_gpu() and has_compiler()
+        is_compiled = is_large(files) and has_gpu() and has_compiler() and find_spec("triton") is not None
     return replace(settings, mixed_precision=settings.mixed_precision or default, compile=is_compiled)
 
 
