@@ -318,8 +318,13 @@ class Settings:
         choices=("no", "bf16", "fp16"),
     )
     gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass, which saves memory")
-    compile: bool = setting(
-        False, "compile the student's blocks, which takes minutes and a C++ compiler, for faster steps"
+    compile: bool | None = setting(
+        None,
+        "compile the blocks of the student and, on a GPU, of the teacher, which takes minutes and a C++ compiler, "
+        "for faster steps (default: on a GPU with a large teacher)",
+    )
+    deterministic: bool = setting(
+        False, "use deterministic kernels on CUDA: a resumed run has exactly the weights, at slower steps"
     )
     allow_tf32: bool = setting(False, "multiply float32 matrices in TF32 on CUDA")
 
@@ -411,6 +416,7 @@ if __name__ == "__main__":  # arguments and paths are checked before torch is im
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Threads that spin at barriers for long stall beside any other busy program.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # sizes vary by phase
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds between two lines of progress in a log
     SETTINGS, IS_RESUMED = read_settings()
@@ -433,13 +439,13 @@ from diffusers.utils.peft_utils import apply_lora_scale
 from wanlite.data.autoencoder import load_autoencoder
 from wanlite.data.text_encoder import load_tokenizer, warn_of_truncation
 from wanlite.flow import FewSteps, make_scheduler
-from wanlite.network import TEXT_LENGTH, TextTokens, one_frame_velocity
+from wanlite.network import TEXT_LENGTH, TextTokens, compile_blocks, one_frame_velocity
 from wanlite.planning.defaults import describe_schedule, max_calibration_frames
 from wanlite.planning.duration import measure_matrix_rate
 from wanlite.planning.hardware import is_large, training_dtype
 from wanlite.planning.messages import announce, command, conclude, drawing_command, verdict
 from wanlite.planning.run import resolve_run
-from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention
+from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention, use_deterministic_kernels
 from wanlite.runtime.ranks import abort_all_ranks, check_devices, is_peer_failure, process_group_options
 from wanlite.student.building import add_layers, complete_config, config_defaults, initialize_weights
 from wanlite.student.config import OUR_NAMES, check_shape, student_arguments
@@ -459,7 +465,7 @@ from wanlite.teacher.model import Teacher
 from wanlite.training.batches import micro_batches
 from wanlite.training.phase_table import PHASES, phases_to_train
 from wanlite.training.run_log import RunLog
-from wanlite.training.state import compile_blocks, make_training_state
+from wanlite.training.state import make_training_state
 from wanlite.training.teacher_data import PromptEmbeddings, TeacherData, open_components
 from wanlite.training.throughput import Pace
 from wanlite.training.training_step import training_step
@@ -882,6 +888,8 @@ def start_processes(make_accelerator, settings):
         ),
     )
     disable_cudnn_attention()
+    if settings.deterministic:
+        use_deterministic_kernels()
     return accelerator
 
 
@@ -940,7 +948,14 @@ def project_student(run, student, prompt_embeddings):
 def make_teacher_data(run, prompt_embeddings):
     """Return the TeacherData of a run, before any trajectory is generated."""
     settings, dtype = run.settings, training_dtype(run.settings)
-    teacher = Teacher(run.files, run.device, dtype, settings.teacher_residency, settings.teacher_fp8)
+    teacher = Teacher(
+        run.files,
+        run.device,
+        dtype,
+        settings.teacher_residency,
+        settings.teacher_fp8,
+        is_compiled=bool(settings.compile) and run.device.type == "cuda",
+    )
     pace = Pace(run.device, measure_matrix_rate(run.device, dtype), run.accelerator.num_processes)
     return TeacherData(run, teacher, prompt_embeddings, pace)
 

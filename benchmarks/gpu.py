@@ -300,7 +300,7 @@ class SharedFiles(ExpertFiles):
     is_pinned: bool = False
     shared: dict[Any, torch.Tensor] = field(repr=False, default_factory=dict)
 
-    def read(self, name: str, dtype: torch.dtype = torch.float32, rows: slice | None = None) -> torch.Tensor:
+    def read(self, name: str, dtype: torch.dtype = torch.float32, *_: Any, **__: Any) -> torch.Tensor:
         make = partial(torch.empty, self.shape(name), device=self.device, dtype=dtype)
         if self.place != "cpu":
             return make().normal_(0, 0.02)

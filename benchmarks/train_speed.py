@@ -97,6 +97,7 @@ RESIDENCIES = {
 BUDGETS = (100, 60, 24)  # GB of common GPUs
 LEVELS = (950.0, 500.0)  # timesteps of the high- and of the low-noise expert
 TRAJECTORIES, STATES = 16, 20  # on disk, and read repeatedly
+WORDS = (9, 22)  # tokens of a prompt, as of the captions of the tiny world, which have 14.8 on average
 WARMING = 4  # untimed steps, in which a compiled student is given texts of different lengths
 
 
@@ -145,7 +146,7 @@ class RandomFiles(ExpertFiles):
 
     device: str = "cpu"
 
-    def read(self, name: str, dtype: torch.dtype = torch.float32, rows: slice | None = None) -> torch.Tensor:
+    def read(self, name: str, dtype: torch.dtype = torch.float32, *_: Any, **__: Any) -> torch.Tensor:
         return 0.02 * torch.randn(self.shape(name), device=self.device, dtype=dtype)
 
 
@@ -195,7 +196,7 @@ def make_world(
         for name, size in sizes.items():
             shard[name], shard[name + SCALE] = quantize(noise(4, STATES, *size))
         write_shard(folder, index, shard)
-    lengths = torch.randint(8, 64, (TRAJECTORIES,), generator=generator).tolist()
+    lengths = torch.randint(*WORDS, (TRAJECTORIES,), generator=generator).tolist()
     return World(
         torch.device(device),
         precision,

@@ -6,12 +6,13 @@ import shutil
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from tests.conftest import ROOT, TINY_TEACHER, loud_student, run_script
 from train_distillation import Settings, WanLiteStudent
 from wanlite.network import pack_text
 from wanlite.teacher.checkpoint import open_teacher_files
-from wanlite.teacher.model import load_expert, run_expert
+from wanlite.teacher.model import Teacher, load_expert, run_expert
 from wanlite.training.optimizers import make_optimizers
 
 TEXT = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1))
@@ -59,6 +60,32 @@ def test_a_compiled_expert_of_the_teacher_gives_its_own_velocity():
     assert all(block._compiled_call_impl is not None for block in expert.blocks) and torch.equal(
         found, expected
     )
+
+
+@pytest.mark.parametrize(
+    "residency, is_fp8, expected",
+    [("both", False, True), ("one", False, True), ("streamed", False, False), ("both", True, False)],
+)
+def test_a_compiled_teacher_has_compiled_experts_where_they_stay(residency, is_fp8, expected):
+    files = open_teacher_files(TINY_TEACHER)
+    for is_compiled in (True, False):
+        teacher = Teacher(files, residency=residency, is_fp8=is_fp8, is_compiled=is_compiled)
+        blocks = [*teacher.expert("high").blocks, *teacher.expert("low").blocks]
+        assert all((block._compiled_call_impl is not None) == (is_compiled and expected) for block in blocks)
+
+
+def test_swapping_the_weights_of_a_compiled_expert_compiles_nothing_again():
+    expert = load_expert(next(iter(open_teacher_files(TINY_TEACHER).experts.values())))
+    text = pack_text([torch.randn(5, expert.config.text_dim)] * 2)
+    given = (torch.randn(2, expert.config.in_channels, 8, 8), torch.tensor([900.0, 100.0]), text)
+    expert.compile_repeated_blocks(backend="eager")
+    with torch.no_grad():
+        expected, _ = run_expert(expert, *given)
+        num_graphs = counters["stats"]["unique_graphs"]
+        state = {name: tensor.clone() for name, tensor in expert.state_dict().items()}
+        expert.load_state_dict(state, assign=True)
+        found, _ = run_expert(expert, *given)
+    assert torch.equal(found, expected) and counters["stats"]["unique_graphs"] == num_graphs
 
 
 def test_compiling_without_a_compiler_is_refused_before_any_work(tmp_path, monkeypatch):

@@ -298,5 +298,18 @@ def test_on_policy_states_are_the_students_with_the_targets_of_the_teacher(few_s
         assert found["timestep"] == few.timesteps[index] and found["noise_level"] == few.sigmas[index]
 
 
+def test_states_at_noise_are_the_first_rows_and_marked_in_steps_of_eight(few_step_data):
+    states, path, *_ = few_step_data
+    few_step = FewStepStates(states, [(999.0, 0.999), (500.0, 0.5)], path)
+    for num_noise, num_marked in ((0, 8), (3, 8), (8, 8), (9, 16), (40, 40)):
+        numbers = [*range(145, 150), *range(100, 130), *range(num_noise)]
+        batch = few_step.__getitems__(numbers)
+        assert len(batch["is_noise"]) == num_marked and len(batch["latents"]) == len(numbers)
+        assert int(batch["is_noise"].sum()) == num_noise
+        assert torch.equal(batch["timestep"] == 999.0, torch.arange(len(numbers)) < num_noise)
+        shares = [few_step.in_order(numbers)[rank::2] for rank in range(2)]
+        assert all(few_step.in_order(share) == share for share in shares)
+
+
 def test_a_one_step_student_has_only_noise_as_on_policy_states(few_step_data):
     assert len(FewStepStates(few_step_data[0], [(999.0, 0.999)])) == 70

@@ -154,11 +154,11 @@ def test_comparing_reads_each_tensor_once_and_one_block_at_a_time(monkeypatch):
     files, whole, blocks, loaded = open_teacher_files(TINY_TEACHER), [], [], []
     read, empty_block = ExpertFiles.read, blocks_module._empty_block
 
-    def watched_read(expert, name, dtype=torch.float32, rows=None):
+    def watched_read(expert, name, dtype=torch.float32, rows=None, device="cpu"):
         whole.extend([(expert.name, name)] if rows is None else [])
         alive = [reference() for reference in blocks if reference() is not None]
         loaded.append(sum(not next(block.parameters()).is_meta for block in alive))
-        return read(expert, name, dtype, rows)
+        return read(expert, name, dtype, rows, device)
 
     def watched_block(expert):
         block = empty_block(expert)

@@ -217,6 +217,28 @@ def test_a_large_teacher_defaults_to_bf16_on_a_gpu_that_supports_it(
     assert settings.mixed_precision == chosen
 
 
+@pytest.mark.parametrize(
+    "requested, width, gpu, has_compiler, expected",
+    [
+        (None, 5120, True, True, True),
+        (None, 5120, True, False, False),
+        (None, 5120, False, True, False),
+        (None, 128, True, True, False),
+        (False, 5120, True, True, False),
+        (True, 128, False, True, True),
+    ],
+)
+def test_blocks_are_compiled_on_a_gpu_with_a_large_teacher_by_default(
+    requested, width, gpu, has_compiler, expected, monkeypatch
+):
+    monkeypatch.setattr("wanlite.planning.hardware.has_gpu", lambda: gpu)
+    monkeypatch.setattr("wanlite.planning.hardware.has_compiler", lambda: has_compiler)
+    monkeypatch.setattr("wanlite.planning.hardware.find_spec", lambda name: name)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
+    settings = choose_precision(Settings(compile=requested), SimpleNamespace(width=width))
+    assert settings.compile is expected
+
+
 @pytest.mark.parametrize("use_cpu, expected", [(None, True), ("false", True), ("true", False)])
 def test_a_gpu_is_not_used_if_accelerate_is_set_to_the_cpu(use_cpu, expected, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

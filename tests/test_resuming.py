@@ -222,6 +222,7 @@ def test_a_micro_batch_fitted_to_a_machine_stays_on_resume_with_other_memory(fol
     )
     assert read_run(folder)["fitted"] == {
         "mixed_precision": "no",
+        "compile": False,
         "train_batch_size": 32,
         "gradient_accumulation_steps": 8,
     }

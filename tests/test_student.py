@@ -1,16 +1,14 @@
 """WanLiteStudent: its output, its arguments, and loading."""
 
 import json
-import warnings
 
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.conftest import loud_student
 from train_distillation import WanLiteStudent
-from wanlite.network import OneFrameBlock, RMSNorm, one_frame_velocity, pack_text, unpack_text
+from wanlite.network import PatchEmbedding, one_frame_velocity, pack_text, unpack_text
 
 SMALL = dict(
     hidden_size=32, depth=2, num_heads=2, ffn_dim=64, num_channels=4, text_dim=8, rope_max_seq_len=32
@@ -42,6 +40,16 @@ def test_one_zero_token_with_a_bias_equals_padding_to_512(student, inputs):
     trimmed = student(latents, timestep, text.tokens[:, :-1]).sample
     assert torch.equal(cheap, student(latents, timestep, text).sample)
     assert (cheap - padded).abs().max() < 1e-5 < (cheap - trimmed).abs().max()
+
+
+def test_patches_are_embedded_by_a_matrix_product_as_by_the_convolution():
+    convolution = torch.nn.Conv3d(4, 6, (1, 2, 3), (1, 2, 3))
+    embedding, latents = PatchEmbedding(4, 6, (1, 2, 3), (1, 2, 3)), torch.randn(2, 4, 1, 8, 9)
+    embedding.load_state_dict(convolution.state_dict())
+    found = embedding(latents)
+    torch.testing.assert_close(found, convolution(latents), atol=1e-5, rtol=0)
+    tokens = found.flatten(2).transpose(1, 2)
+    assert tokens.is_contiguous() and found.shape == (2, 6, 1, 4, 3)
 
 
 def test_saved_student_is_a_stock_wan_transformer(student, saved, inputs):
@@ -207,46 +215,3 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match="proj_out.bias"):
         student.save_pretrained(tmp_path / "student")
     assert not (tmp_path / "student").exists()
-
-
-def watch_norms(network):
-    """Return a list to which each norm of queries or keys appends (input dtype, output dtype)."""
-    seen = []
-    for name, norm in network.named_modules():
-        if name.endswith(("norm_q", "norm_k")):
-            norm.register_forward_hook(
-                lambda module, given, found: seen.append((given[0].dtype, found.dtype))
-            )
-    return seen
-
-
-def test_under_autocast_norms_of_queries_and_keys_stay_in_bfloat16():
-    student = WanLiteStudent(hidden_size=32, depth=2, num_heads=2, text_dim=48)
-    seen, latents, text = watch_norms(student), torch.randn(2, 16, 8, 8), torch.randn(2, 5, 48)
-    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
-        warnings.simplefilter(
-            "error"
-        )  # torch warns about a weight in another dtype and uses an unfused kernel
-        student(latents, torch.tensor([9.0, 1.0]), text)
-    assert seen == [(torch.bfloat16, torch.bfloat16)] * 8
-
-
-def test_under_autocast_on_cuda_norms_of_queries_and_keys_stay_in_bfloat16():
-    """Meta tensors need no GPU: CUDA's list of float32 operations is longer than the CPU's."""
-    with torch.device("meta"):
-        block = OneFrameBlock(32, 64, 2, "rms_norm_across_heads", True, 1e-6).requires_grad_(False)
-    seen = watch_norms(block)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # its weights are on meta
-        block.to_empty(device="cuda")
-        states, text = (torch.empty(2, length, 32, device="cuda", dtype=torch.bfloat16) for length in (16, 5))
-        try:
-            torch.set_autocast_enabled("cuda", True)  # torch.autocast is disabled without a GPU
-            torch.set_autocast_dtype("cuda", torch.bfloat16)
-            block(states, text, torch.empty(2, 6, 32, device="cuda"), None)
-        finally:
-            torch.set_autocast_enabled("cuda", False)
-    assert seen == [(torch.bfloat16, torch.bfloat16)] * 4
-
-
-def test_a_norm_works_on_devices_without_autocast():
-    assert RMSNorm(8, 1e-6).to("meta")(torch.empty(2, 8, device="meta")).shape == (2, 8)

@@ -11,8 +11,11 @@ from diffusers import WanTransformer3DModel
 
 from tests.conftest import A14B, TINY_TEACHER, write_sparse_wan
 from wanlite.network import unpack_text
+from wanlite.planning.simulation import MemoryMeter
+from wanlite.teacher import pinned
 from wanlite.teacher.checkpoint import open_teacher_files
-from wanlite.teacher.model import RESIDENCIES, Teacher, choose_residency
+from wanlite.teacher.model import RESIDENCIES, Teacher, choose_residency, load_expert, load_fp8_expert
+from wanlite.teacher.pinned import pin_together
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +138,55 @@ def test_float8_storage_takes_a_quarter_of_float32_and_stays_near(arguments, tea
     kept = {tensor.dtype for name, tensor in small.expert("low").named_parameters() if ".to_q.weight" in name}
     assert kept == {torch.float8_e4m3fn}
     assert small.expert("low").scale_shift_table.dtype == torch.float32
+
+
+@pytest.mark.parametrize("residency", ["both", "one", "streamed"])
+def test_float8_weights_equal_those_cast_after_loading(residency):
+    files = open_teacher_files(TINY_TEACHER)
+    found = Teacher(files, dtype=torch.bfloat16, is_fp8=True, residency=residency).expert("low").state_dict()
+    wide = load_expert(files.experts["low"], dtype=torch.bfloat16)
+    wide.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    for name, tensor in wide.state_dict().items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name].float(), tensor.float()), name
+
+
+class RealMemory(MemoryMeter):
+    """Counts no tensors on meta."""
+
+    def _count(self, storage):
+        if storage.device.type != "meta":
+            super()._count(storage)
+
+
+def test_an_expert_in_float8_is_never_in_memory_in_another_dtype():
+    files = open_teacher_files(TINY_TEACHER).experts["low"]
+    largest = max(torch.Size(shape).numel() for *_, shape in files.places.values())
+    with RealMemory() as meter:
+        expert = load_fp8_expert(files, "cpu", torch.bfloat16)
+    kept = sum(tensor.nbytes for tensor in (*expert.parameters(), *expert.buffers()))
+    assert kept <= meter.peak_bytes < kept + 8 * largest
+
+
+def test_weights_in_shared_buffers_are_equal_and_fill_them():
+    files = open_teacher_files(TINY_TEACHER).experts["low"]
+    for expert in (load_expert(files, dtype=torch.bfloat16), load_fp8_expert(files, "cpu", torch.bfloat16)):
+        before = {name: weight.detach().clone() for name, weight in expert.named_parameters()}
+        pin_together(expert, is_pinned=False)
+        buffers = {weight.untyped_storage().data_ptr() for weight in expert.parameters()}
+        assert len(buffers) == 1
+        for name, weight in expert.named_parameters():
+            assert weight.dtype == before[name].dtype and torch.equal(weight.float(), before[name].float())
+            assert weight.data_ptr() % 16 == 0
+
+
+def test_buffers_are_powers_of_two_of_bounded_size(monkeypatch):
+    monkeypatch.setattr(pinned, "BUFFER_BYTES", 2**12)
+    network = torch.nn.ParameterList([torch.randn(size) for size in (100, 600, 600, 5000, 7)])
+    before = [weight.detach().clone() for weight in network]
+    pin_together(network, is_pinned=False)
+    assert all(map(torch.equal, network, before))
+    sizes = [len(weight.untyped_storage()) for weight in network]
+    assert sizes == [4096, 4096, 4096, 20480, 512]
 
 
 def test_one_expert_at_a_time_is_in_memory_and_none_when_idle(arguments):

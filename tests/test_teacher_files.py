@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import (
     A14B,
@@ -506,6 +507,31 @@ def test_rows_read_alone_equal_the_rows_of_the_full_tensor(rows, dtype):
     for name in (f"{LAYER}.weight", f"{LAYER}.bias"):
         found = expert.read(name, dtype, rows)
         assert found.dtype == dtype and torch.equal(found, expert.read(name, dtype)[rows])
+
+
+class Conversions(TorchDispatchMode):
+    """Lists the (device, dtype) of tensors that are moved or cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.results = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if function.overloadpacket is torch.ops.aten._to_copy:
+            self.results.append((found.device.type, found.dtype))
+        return found
+
+
+def test_a_tensor_is_moved_as_it_is_stored_and_cast_on_the_device(monkeypatch):
+    expert = open_teacher_files(TINY_TEACHER).experts["low"]
+    stored = expert.read(f"{LAYER}.weight", None).dtype
+    monkeypatch.setattr(
+        expert_files_module, "find_non_finite", lambda tensors: []
+    )  # meta tensors have no values
+    with Conversions() as conversions:
+        expert.read(f"{LAYER}.weight", torch.float64, device="meta")
+    assert conversions.results == [("meta", stored), ("meta", torch.float64)]
 
 
 def test_rows_are_read_without_the_rest_of_the_tensor(monkeypatch):

@@ -15,13 +15,21 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import (
+    WanAttnProcessor,
+    WanTransformerBlock,
+    _get_qkv_projections,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
 TEXT_LENGTH = (
     512  # every Wan was trained on text padded with zeros to this length, and attends to the padding
 )
+CUDNN = AttentionBackendName._NATIVE_CUDNN
+# Lengths of text on a device are multiples of this: attention there pads masks itself, and compiled code has few sizes.
+TEXT_MULTIPLES = {"cuda": 16}
 
 
 class TextTokens(NamedTuple):
@@ -86,6 +94,73 @@ class RMSNorm(nn.RMSNorm):
             return functional.rms_norm(states, self.normalized_shape, self.weight.to(states.dtype), self.eps)
 
 
+class PatchEmbedding(nn.Conv3d):
+    """The convolution that embeds patches, computed as a matrix product: patches do not overlap.
+
+    Many GPUs have no fast 3-D convolution in bfloat16.
+    """
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Embed latents (B, C, 1, H, W); returns (B, D, 1, H/p, W/p), with the channels of a token side by side."""
+        _, height, width = self.kernel_size
+        patches = latents.squeeze(2).unflatten(-2, (-1, height)).unflatten(-1, (-1, width))
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, H/p, W/p, C*p*p)
+        tokens = functional.linear(patches, self.weight.flatten(1), self.bias)
+        return tokens.permute(0, 3, 1, 2).unsqueeze(2)
+
+
+def rotate(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the channel pairs of queries or keys (B, N, heads, channels) by the angles of their positions.
+
+    `rotary` are the cosines and sines (1, N, 1, channels) of a WanRotaryPosEmbed. Products are in float32, and the
+    result has the dtype of `states`. The complex form is a single pass over memory. Compiled code takes the real
+    form: inductor fuses it, and has no code for complex numbers.
+    """
+    pairs = states.to(torch.promote_types(states.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    # Both channels of a pair have the same angle.
+    cos, sin = (table.to(pairs.dtype).unflatten(-1, (-1, 2)).select(-1, 0) for table in rotary)
+    if torch.compiler.is_compiling():
+        x, y = pairs.unbind(-1)
+        turned = torch.stack([x * cos - y * sin, x * sin + y * cos], -1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
+    return turned.flatten(-2).to(states.dtype)
+
+
+class OneFrameAttnProcessor(WanAttnProcessor):
+    """diffusers' processor without image tokens, with the rotary embedding of rotate().
+
+    With `has_cudnn`, cuDNN computes attention in half precision, unless another backend is set.
+    """
+
+    has_cudnn = False
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (states.unflatten(2, (attn.heads, -1)) for states in (query, key, value))
+        if rotary_emb is not None:
+            query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
+        is_half = query.dtype in (torch.float16, torch.bfloat16)
+        update = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend or (CUDNN if self.has_cudnn and is_half else None),
+            parallel_config=self._parallel_config if encoder_hidden_states is None else None,
+        )
+        update = attn.to_out[0](update.flatten(2, 3).type_as(query))
+        return attn.to_out[1](update)
+
+
 class OneFrameBlock(WanTransformerBlock):
     """diffusers' Wan block whose cross-attention also takes a bias on the logits of the text tokens."""
 
@@ -95,6 +170,7 @@ class OneFrameBlock(WanTransformerBlock):
         super().__init__(width, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
         for attention in (self.attn1, self.attn2):
             attention.norm_q, attention.norm_k = RMSNorm(width, eps), RMSNorm(width, eps)
+            attention.set_processor(OneFrameAttnProcessor())
 
     def forward(
         self,
@@ -131,6 +207,32 @@ TransformerBlockRegistry.register(
 )
 
 
+def compile_blocks(networks: Sequence[Any]) -> None:
+    """Compile networks block by block, in place; names and weights do not change."""
+    torch._dynamo.config.optimize_ddp = False  # it would split blocks at the gradient buckets
+    torch._dynamo.config.recompile_limit = 32  # image sizes, text lengths, with and without gradients
+    for network in networks:
+        network.compile_repeated_blocks()
+
+
+def use_cudnn_self_attention(network: Any) -> None:
+    """Let cuDNN compute the self-attention of all blocks in half precision.
+
+    Cross-attention has a mask and a length that varies, and cuDNN would plan anew for each.
+    """
+    for block in network.blocks:
+        block.attn1.processor.has_cudnn = True
+
+
+def pad_length(text: Tensor, logit_bias: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """Fill up text tokens (B, L, T) and their logit_bias (B, L) to a multiple, with tokens of no weight."""
+    missing = -text.shape[1] % multiple
+    if not missing:
+        return text, logit_bias
+    padded = functional.pad(text, (0, 0, 0, missing))
+    return padded, functional.pad(logit_bias, (0, missing), value=-math.inf)
+
+
 def one_frame_velocity(
     network: Any,
     latents: Tensor,
@@ -144,6 +246,8 @@ def one_frame_velocity(
     Shapes: latents (B, C, H, W), timestep (B,) in 0..1000, text (B, L, T), logit_bias (B, L) or None. Returns
     the velocity (B, C, H, W) and a list of the hidden states (B, N, D) after each block in `feature_blocks`.
     """
+    if logit_bias is not None:
+        text, logit_bias = pad_length(text, logit_bias, TEXT_MULTIPLES.get(text.device.type, 1))
     rotary = network.rope(latents.unsqueeze(2))
     states = network.patch_embedding(latents.unsqueeze(2))  # (B, D, 1, H/p, W/p)
     height, width = states.shape[-2:]

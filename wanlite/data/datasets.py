@@ -17,6 +17,9 @@ from torch.utils.data import Dataset, Sampler
 from ..flow import add_noise, clean_from
 from .shards import SCALE, dequantize, read_shard
 
+ROWS_AT_NOISE = (
+    8  # the number of leading rows that hold all states at noise is a multiple: few sizes for a compiler
+)
 EPOCH_SEED = 1_000_003  # distance between the seeds of two runs, larger than any number of epochs
 
 
@@ -81,7 +84,9 @@ class FewStepStates(Dataset):
 
     They are, in this order: the noise of every trajectory; one state of every trajectory on the straight line
     from noise to image, as a student with a correct first step would reach; and on-policy states, `rollout`.
-    `levels` are the (timestep, noise level) of few-step solves, noise first.
+    `levels` are the (timestep, noise level) of few-step solves, noise first. In a batch, states at noise are the
+    first rows; `is_noise` marks them among the first few rows, so that its length bounds their number without a look
+    at its values.
     """
 
     def __init__(
@@ -100,14 +105,15 @@ class FewStepStates(Dataset):
         return self.num_trajectories + self.num_lines + len(self.rollout or ())
 
     def in_order(self, numbers: Sequence[int]) -> Sequence[int]:
-        """Return the state numbers of a batch in the order of its rows: on-policy states last.
+        """Return the state numbers of a batch in the order of its rows: noise first, on-policy states last.
 
         If ranks divide the numbers in this order, their rows together are those of a single process.
         """
-        return sorted(numbers, key=lambda number: number >= self.num_trajectories + self.num_lines)
+        starts = (self.num_trajectories, self.num_trajectories + self.num_lines)
+        return sorted(numbers, key=lambda number: bisect_right(starts, number))
 
     def __getitems__(self, numbers) -> dict[str, Tensor]:
-        numbers = torch.as_tensor(numbers)
+        numbers = torch.as_tensor(self.in_order(numbers))
         first_rollout = self.num_trajectories + self.num_lines
         is_rollout = numbers >= first_rollout
         chunks = []
@@ -115,7 +121,14 @@ class FewStepStates(Dataset):
             chunks.append(self._line_states(lines))
         if self.rollout is not None and is_rollout.any():
             chunks.append(_rollout_states(self.rollout, numbers[is_rollout] - first_rollout))
-        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        batch = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        return batch | {"is_noise": self._mark_noise(numbers)}
+
+    def _mark_noise(self, numbers):
+        """Return whether each of the first rows is at noise; later rows are not."""
+        num_noise = int((numbers < self.num_trajectories).sum())
+        num_rows = ROWS_AT_NOISE * -(-max(1, num_noise) // ROWS_AT_NOISE)
+        return torch.arange(min(num_rows, len(numbers))) < num_noise
 
     def _line_states(self, numbers):
         """Return states at noise and on the straight lines from noise to image."""

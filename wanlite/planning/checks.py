@@ -93,12 +93,20 @@ def _check_modes(settings):
         )
 
 
+def _compilers() -> list[str]:
+    return [name for name in (os.environ.get("CXX"), "g++", "clang++", "c++", "cl") if name]
+
+
+def has_compiler() -> bool:
+    """Whether a C++ compiler is installed."""
+    return any(map(shutil.which, _compilers()))
+
+
 def check_compiler() -> None:
     """Raise ValueError if no C++ compiler is installed; torch requires one for --compile."""
-    names = [name for name in (os.environ.get("CXX"), "g++", "clang++", "c++", "cl") if name]
-    if not any(map(shutil.which, names)):
+    if not has_compiler():
         raise ValueError(
-            f"--compile needs a C++ compiler, and none of {', '.join(names)} is found. Install one (apt "
+            f"--compile needs a C++ compiler, and none of {', '.join(_compilers())} is found. Install one (apt "
             "install g++), or leave --compile out."
         )
 

@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 
@@ -17,13 +18,13 @@ from ..phases import (
 from ..runtime.devices import free_memory, has_gpu
 from ..runtime.launch import local_processes
 from ..teacher.model import choose_residency
-from .checks import check_batch
+from .checks import check_batch, has_compiler
 from .machines import planned_machine
 
 LARGE_WIDTH = 1024  # a teacher of this width or wider adapts the run to the hardware
 DEFAULT_BATCH_SIZE = 128  # states per step on each device
 MEMORY_FRACTION = 0.9  # of the free memory for a default batch, because predictions are slightly low
-HARDWARE_SETTINGS = ("mixed_precision", "train_batch_size", "gradient_accumulation_steps")
+HARDWARE_SETTINGS = ("mixed_precision", "compile", "train_batch_size", "gradient_accumulation_steps")
 
 
 def is_large(files):
@@ -42,12 +43,15 @@ def measure_free_memory(settings, device: torch.device) -> tuple[int, int]:
 
 
 def choose_precision(settings, files):
-    """Return the settings with --mixed_precision filled in if unset."""
+    """Return the settings with --mixed_precision and --compile filled in if unset."""
     has_bf16 = settings.plan_for is not None or (
         has_gpu() and torch.cuda.is_bf16_supported(including_emulation=False)
     )
     default = "bf16" if is_large(files) and has_bf16 else "no"
-    return replace(settings, mixed_precision=settings.mixed_precision or default)
+    is_compiled = settings.compile
+    if is_compiled is None:  # a run with a small teacher takes no longer than compiling
+        is_compiled = is_large(files) and has_gpu() and has_compiler() and find_spec("triton") is not None
+    return replace(settings, mixed_precision=settings.mixed_precision or default, compile=is_compiled)
 
 
 def training_dtype(settings):

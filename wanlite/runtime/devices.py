@@ -1,5 +1,6 @@
 """A dtype or a device as users give it -> torch's own, or one ValueError; what devices can do."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,6 +71,23 @@ def has_bfloat16(device: str | torch.device) -> bool:
 def disable_cudnn_attention() -> None:
     """Use the other attention kernels: cuDNN plans anew for each text length and batch size."""
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def capability_of(device: str | torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of a CUDA device, None for any other."""
+    return torch.cuda.get_device_capability(device) if torch.device(device).type == "cuda" else None
+
+
+def prefers_cudnn_attention(capability: tuple[int, int] | None) -> bool:
+    """Whether cuDNN has the fastest attention without a mask: on Hopper GPUs; it is not deterministic."""
+    return capability == (9, 0) and not torch.are_deterministic_algorithms_enabled()
+
+
+def use_deterministic_kernels() -> None:
+    """Choose kernels whose results do not vary from one run to the next; raises in operations that have none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it only costs time
 
 
 def has_gpu() -> bool:

@@ -8,7 +8,7 @@ from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTimeTextImageEmbedding
 from torch import nn
 
-from ..network import OneFrameBlock
+from ..network import OneFrameBlock, PatchEmbedding
 
 
 def config_defaults(student_class):
@@ -40,7 +40,7 @@ def add_layers(student):
     config = student.config
     width, patch_size = config.hidden_size, config.patch_size
     student.rope = WanRotaryPosEmbed(config.attention_head_dim, patch_size, config.rope_max_seq_len)
-    student.patch_embedding = nn.Conv3d(config.num_channels, width, kernel_size=patch_size, stride=patch_size)
+    student.patch_embedding = PatchEmbedding(config.num_channels, width, patch_size, patch_size)
     student.condition_embedder = WanTimeTextImageEmbedding(width, config.freq_dim, 6 * width, config.text_dim)
     student.blocks = nn.ModuleList(
         OneFrameBlock(

@@ -18,7 +18,7 @@ class TensorReader:
         self.bytes_each = files.num_bytes / files.num_parameters
 
     def __call__(self, name: str, rows: slice | None = None) -> Tensor:
-        tensor = self.files.read(name, rows=rows).to(self.device)
+        tensor = self.files.read(name, rows=rows, device=self.device)
         if tensor.data_ptr() % 64:  # a mapped tensor: sums depend on its alignment
             tensor = tensor.clone()
         self.names.add(name)

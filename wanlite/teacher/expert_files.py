@@ -25,16 +25,25 @@ class ExpertFiles:
     places: dict[str, Place] = field(repr=False)  # by diffusers' name
     scales: dict[str, torch.Tensor] = field(repr=False, default_factory=dict)  # of scaled fp8: (rows, 1, ...)
 
-    def read(self, name: str, dtype: torch.dtype = torch.float32, rows: slice | None = None) -> torch.Tensor:
+    def read(
+        self,
+        name: str,
+        dtype: torch.dtype = torch.float32,
+        rows: slice | None = None,
+        device: str | torch.device = "cpu",
+    ) -> torch.Tensor:
         """Read one tensor by diffusers' name, or some `rows` of its first dimension, multiplied by its scale.
 
-        Raises ValueError for values that are not finite.
+        It is moved as it is stored, and scaled, cast and checked on the device. Raises ValueError for values
+        that are not finite.
         """
         path, stored_name, _ = self.places[name]
         with open_mapped(path) as file:
             tensor = file.get_tensor(stored_name) if rows is None else file.get_slice(stored_name)[rows]
+        tensor = tensor.to(device)
         if name in self.scales:
-            tensor = tensor.float() * (self.scales[name] if rows is None else self.scales[name][rows])
+            scale = self.scales[name] if rows is None else self.scales[name][rows]
+            tensor = tensor.float() * scale.to(device)
         tensor = tensor.to(dtype)
         if find_non_finite({name: tensor}):
             raise ValueError(f"{self.folder}: {name} holds NaN or infinity. Download the expert again.")

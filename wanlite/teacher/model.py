@@ -16,9 +16,18 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from ..network import OneFrameBlock, TextTokens, one_frame_velocity
+from ..network import (
+    OneFrameBlock,
+    PatchEmbedding,
+    TextTokens,
+    compile_blocks,
+    one_frame_velocity,
+    use_cudnn_self_attention,
+)
+from ..runtime.devices import capability_of, prefers_cudnn_attention
 from ..schedule import TIMESTEPS
 from .expert_files import ExpertFiles, TeacherFiles
+from .pinned import pin_together
 
 RESIDENCIES = ("both", "one", "streamed", "disk")  # of one process; several may also have it "sharded"
 SHARDED_BESIDE = 0.1  # of an expert's bytes: the parts beside the blocks, and two gathered blocks
@@ -35,7 +44,8 @@ class Teacher:
     while the block before computes; read from "disk" block by block at each pass; or "sharded", each rank of
     a machine with its share of every block: then all ranks have to run the same expert at the same time.
     `is_fp8` keeps the matrices in float8, half the size of bfloat16, and computes in `dtype`.
-    `tokens_at_once` is the most image tokens of one pass, those of the negative prompt included.
+    `tokens_at_once` is the most image tokens of one pass, those of the negative prompt included. `is_compiled`
+    compiles the blocks of experts that stay in memory as they are: "both" and "one", not in float8.
     """
 
     def __init__(
@@ -46,10 +56,11 @@ class Teacher:
         residency: str = "both",
         is_fp8: bool = False,
         tokens_at_once: int = TOKENS_AT_ONCE,
+        is_compiled: bool = False,
     ):
         self.files, self.config, self.boundary = files, files.config, files.boundary
         self.device, self.dtype, self.residency, self.is_fp8 = torch.device(device), dtype, residency, is_fp8
-        self.tokens_at_once = tokens_at_once
+        self.tokens_at_once, self.is_compiled = tokens_at_once, is_compiled
         self._read: dict[str, Any] = {}
         self._on_cpu: dict[str, dict[str, Tensor]] = {}
         self.mesh = machine_mesh(self.device) if residency == "sharded" else None
@@ -60,11 +71,14 @@ class Teacher:
             if self.residency == "one" and self.device.type == "cpu":
                 self.unload()  # the CPU's memory is the device's
             self._read[name] = self._load(self.files.experts[name])
-            self._on_cpu |= {name: self._read[name].state_dict()} if self.residency == "one" else {}
+            if self.residency == "one":
+                if self.device.type == "cuda":
+                    pin_together(self._read[name])
+                self._on_cpu[name] = self._read[name].state_dict()
         if self.residency == "one":
             for other in self._read.keys() - {name}:  # out first, then in; the CPU has kept a copy
                 self._read[other].load_state_dict(self._on_cpu[other], assign=True)
-            self._read[name].to(self.device)
+            self._read[name].to(self.device, non_blocking=True)
         return self._read[name]
 
     def unload(self) -> None:
@@ -82,10 +96,12 @@ class Teacher:
         if self.residency == "sharded":
             return shard_expert(files, self.device, self.dtype, self.mesh)
         place = self.device if self.residency == "both" else torch.device("cpu")
-        expert = load_expert(files, "cpu" if self.is_fp8 else place, self.dtype)
-        if self.is_fp8:  # before it goes to a device with too little memory for the wider dtype
-            expert.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=self.dtype)
-            expert.to(place)
+        load = load_fp8_expert if self.is_fp8 else load_expert
+        expert = load(files, place, self.dtype)
+        if prefers_cudnn_attention(capability_of(self.device)):
+            use_cudnn_self_attention(expert)
+        if self.is_compiled and self.residency in ("both", "one") and not self.is_fp8:
+            compile_blocks([expert])
         if self.residency == "streamed":
             if self.device.type == "cuda":  # one by one: the hooks would have all of them twice
                 for weight in expert.parameters():
@@ -238,6 +254,7 @@ class Expert(WanTransformer3DModel):
 
     _repeated_blocks = ["OneFrameBlock"]  # compile_repeated_blocks() finds blocks by the name of their class
 
+    patch_embedding: nn.Conv3d
     blocks: nn.ModuleList
 
     def forward(
@@ -277,6 +294,19 @@ def load_expert(
     return network.to(device).eval().requires_grad_(False)
 
 
+def load_fp8_expert(files: ExpertFiles, device: str | torch.device, dtype: torch.dtype) -> Any:
+    """Load one expert whose matrices are in float8 and computed in `dtype`; each is cast once it is read."""
+    with init_empty_weights():
+        network = make_expert(files, files.config["num_layers"]).eval().requires_grad_(False)
+        network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+    tensors = {}
+    for name, weight in network.named_parameters():
+        (tensor,) = _read_all(files, [name], device, dtype).values()
+        tensors[name] = tensor.to(weight.dtype) if weight.dtype == torch.float8_e4m3fn else tensor
+    network.load_state_dict(tensors, strict=True, assign=True)
+    return network.to(device)
+
+
 def stream_expert(
     files: ExpertFiles, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Any:
@@ -295,7 +325,7 @@ def _read_all(
     """Read tensors by name; those of modules that Wan keeps in float32 stay in it."""
     stays = set(WanTransformer3DModel._keep_in_fp32_modules)
     return {
-        name: files.read(name, torch.float32 if set(name.split(".")) & stays else dtype).to(device)
+        name: files.read(name, torch.float32 if set(name.split(".")) & stays else dtype, device=device)
         for name in names
     }
 
@@ -354,7 +384,10 @@ class _StreamedBlocks(nn.Module):
 
 def make_expert(files: ExpertFiles, depth: int) -> Any:
     """Return an expert of `files`' sizes and of `depth` blocks, in the default dtype, without reading weights."""
-    network = Expert(**files.config | {"num_layers": 0})
+    config = files.config
+    network = Expert(**config | {"num_layers": 0})
+    patch_size = config["patch_size"]
+    network.patch_embedding = PatchEmbedding(config["in_channels"], files.width, patch_size, patch_size)
     network.blocks = nn.ModuleList(_empty_block(files) for _ in range(depth))
     return network
 

@@ -16,6 +16,8 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
+from .muon import StackedMuon
+
 BASE = 64  # size at which the peaks hold
 SAMPLED = 4096  # values of a weight, at most, that measure its step
 KEPT_SHARE = 0.5  # of the initial weights of the blocks at the end of a run, at least, as far as decay goes
@@ -97,7 +99,7 @@ def make_optimizers(
     ]
     if matrices:
         optimizers.append(
-            torch.optim.Muon(
+            StackedMuon(
                 [{"params": matrices[0], "role": "blocks"}],
                 lr=muon_rate,
                 weight_decay=muon_decay(settings.adam_weight_decay, muon_rate, settings.max_train_steps),

@@ -12,6 +12,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from ..network import use_cudnn_self_attention
+from ..runtime.devices import capability_of, prefers_cudnn_attention
 from .checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint
 from .optimizers import make_lr_schedulers, make_optimizers
 from .steps import Networks
@@ -150,6 +152,8 @@ def make_training_state(run, student, teacher_data, few, stop=None):
     head = nn.Linear(run.shape["hidden_size"], settings.feature_directions).to(accelerator.device)
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
+    if prefers_cudnn_attention(capability_of(accelerator.device)):
+        use_cudnn_self_attention(student)
     optimizers = make_optimizers(settings, student, head, is_fused=is_fused)
     lr_schedulers = make_lr_schedulers(settings, optimizers)
     ema = (
@@ -180,11 +184,3 @@ def _add_critic(state, settings, accelerator):
         settings, state.critic, rate=settings.critic_learning_rate, is_fused=accelerator.device.type == "cuda"
     )
     state.networks.critic = accelerator.prepare(state.critic)
-
-
-def compile_blocks(networks):
-    """Compile networks block by block, in place; names and weights do not change."""
-    torch._dynamo.config.optimize_ddp = False  # it would split blocks at the gradient buckets
-    torch._dynamo.config.recompile_limit = 32  # image sizes, text lengths, with and without gradients
-    for network in networks:
-        network.compile_repeated_blocks()

@@ -76,15 +76,19 @@ def few_step_regression(networks, settings, batch, text, progress, generator):
 
 
 def vary_targets(networks, gain, batch, text, generator):
-    """Return the target velocities (B, C, H, W) of the few-step phase, with push_apart() applied to those at noise."""
-    rows = (batch["timestep"] == networks.few.levels[0][0]).nonzero().flatten()
-    noise = networks.few.own_noise(batch["latents"].shape, generator, rows.device)[rows]
-    target, noise_level = batch["velocity"].float(), batch["noise_level"][rows]
+    """Return the target velocities (B, C, H, W) of the few-step phase, with push_apart() applied to those at noise.
+
+    The sizes of all tensors follow from the batch's, so that nothing waits for a GPU.
+    """
+    is_noise = batch["is_noise"]  # of the first rows, see FewStepStates
+    first = slice(len(is_noise))
+    noise = networks.few.own_noise(batch["latents"].shape, generator, is_noise.device)[first]
+    target, noise_level = batch["velocity"].float(), batch["noise_level"][first]
     with torch.no_grad():
-        velocity = velocity_from(networks.student, text.rows(rows))(noise, batch["timestep"][rows])
-    return target.index_copy(
-        0, rows, push_apart(target[rows], batch["image"][rows], noise, velocity, noise_level, gain)
-    )
+        velocity = velocity_from(networks.student, text.rows(first))(noise, batch["timestep"][first])
+    pushed = push_apart(target[first], batch["image"][first], noise, velocity, noise_level, gain)
+    chosen = torch.where(is_noise.view(-1, 1, 1, 1), pushed, target[first])
+    return torch.cat([chosen, target[len(is_noise) :]])
 
 
 def matching_step(networks, settings, batch, text, progress, generator):
