@@ -66,7 +66,8 @@ class MemoryEstimator:
         self.largest_shape = max(shapes, key=math.prod)
         self.pixels = math.prod(sizes[0])
         self.tokens = math.prod(self.latent_shape[1:]) // math.prod(self.student.config.patch_size)
-        self.autoencoder_bytes = 4 * autoencoder.num_parameters()  # on the device throughout a run
+        # On the device throughout a run.
+        self.autoencoder_bytes = sum(weight.nbytes for weight in autoencoder.parameters())
         self.weight_bytes = 4 * self.student.num_parameters()
         num_copies = 3 if settings.muon_learning_rate else 4  # weights, average, state of the optimizers
         self.idle_bytes = num_copies * self.weight_bytes
