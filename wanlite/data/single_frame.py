@@ -8,6 +8,7 @@ Legend: B batch, C channels, H W height and width of any layer.
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,8 +27,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# The stock norm divides by at least 1e-12: a vector of zeros stays zero, and no other vector changes.
-NORM_EPS = 1e-24
+MIN_LENGTH = 1e-12  # that the stock norm divides by: a vector of zeros stays zero
 
 
 class SingleFrameAutoencoder(nn.Module):
@@ -92,7 +92,13 @@ class Norm(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         states = states.permute(0, 2, 3, 1)  # (B, H, W, C)
-        return F.rms_norm(states, self.gamma.shape, weight=self.gamma, eps=NORM_EPS).permute(0, 3, 1, 2)
+        if states.device.type != "cpu":
+            normed = F.rms_norm(states, self.gamma.shape, weight=self.gamma, eps=MIN_LENGTH**2)
+        else:  # without a fused kernel, rms_norm() takes twice the time and three times the memory
+            length = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
+            scale = len(self.gamma) ** 0.5 / length.clamp_(min=MIN_LENGTH)
+            normed = (states * scale.to(states.dtype)).mul_(self.gamma)
+        return normed.permute(0, 3, 1, 2)
 
 
 class Head(nn.Module):
@@ -184,7 +190,10 @@ def fold(module: nn.Module) -> nn.Module:
 
 def _sequence(stock: Iterable[nn.Module], *own: nn.Module) -> nn.Sequential:
     """Return the folded `stock` modules, followed by modules of this file."""
-    return nn.Sequential(*map(fold, stock), *own)
+    folded = [*map(fold, stock), *own]
+    # Flat, because a nested sequence would keep its input until its end.
+    parts = (each if isinstance(each, nn.Sequential) else [each] for each in folded)
+    return nn.Sequential(*chain.from_iterable(parts))
 
 
 def _fold_causal(convolution: Any) -> Convolution:
