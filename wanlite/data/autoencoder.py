@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .single_frame import SingleFrameAutoencoder
 from .text_encoder import CHECKED, check_loaded, loading_errors
 
-DECODED_AT_ONCE = 2**20  # pixels: four images of 512 x 512, which take 1.4 GB in Wan2.1's autoencoder
+DECODED_AT_ONCE = 2**20  # pixels: four images of 512 x 512, which take 1.3 GB in Wan2.1's autoencoder
 
 
 def load_autoencoder(
