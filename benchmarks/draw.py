@@ -49,7 +49,10 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)  # in a process of this script
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--image", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.repeats < 1 and not options.one:
+        parser.error(f"--repeats {options.repeats}, expected at least 1.")
+    return options
 
 
 # ---- students ----------------------------------------------------------------------------------------------
@@ -195,6 +198,12 @@ def main() -> int:
     if options.one:
         draw_once(options)
         return 0
+    if options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            print("draw.py: --device cuda: no CUDA device was found. Leave the flag out.", file=sys.stderr)
+            return 2
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     sizes = {"tiny": [64]} if options.quick else {"tiny": [64], "1024 x 16": options.sides}
     print(f"drawing with {len(sizes)} students on {options.device}; in brackets: over stock\n")
