@@ -406,6 +406,22 @@ def test_a_gpu_with_bfloat16_uses_it_by_default(finished_run, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    "dtype, is_fast, expected",
+    [
+        ("bfloat16", True, torch.bfloat16),
+        ("bfloat16", False, torch.float32),
+        ("float32", True, torch.float32),
+        ("float16", True, torch.float32),
+    ],
+)
+def test_images_are_decoded_in_bfloat16_if_it_was_chosen_and_is_fast(
+    dtype, is_fast, expected, finished_run, monkeypatch
+):
+    monkeypatch.setattr(run_inference, "is_fast_in_bfloat16", lambda _: is_fast)
+    assert StudentPipeline(finished_run[0], dtype=dtype).autoencoder.dtype == expected
+
+
 def test_cudnn_attention_is_off_in_inference_and_training(finished_run, monkeypatch):
     for choose in (disable_cudnn_attention, lambda: StudentPipeline(finished_run[0])):
         torch.backends.cuda.enable_cudnn_sdp(True)
