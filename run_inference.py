@@ -8,12 +8,15 @@ The text chunks of each PNG file store the settings of the image: prompt, seed, 
 model's sha256.
 """
 
+import gc
 import json
 import math
 import os
 import re
 import signal
 import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +41,10 @@ MAX_PROMPT = 80  # characters of a prompt in the list of files
 MAX_FLAT = 1  # largest standard deviation of a channel, of 255, in an image of one flat colour
 # Of the device's free memory; a larger text encoder (11 GB for a real Wan) runs on the CPU.
 MAX_ENCODER_SHARE = 0.8
+# Pixels of a batch, by type of device: more would not be faster.
+MAX_BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**22}
+MAX_BATCH_SHARE = 0.5  # of the device's free memory
+BYTES_PER_PIXEL = 2000  # of a batch, with a margin: a student of 1024 x 16 in float32, and its images
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,8 @@ class Settings:
     width: int | None = setting(None, "pixels, divisible by 16 (default: as in training)")
     seed: int = setting(0, "seed of the first image; each further image takes the next")
     num_images_per_prompt: int = setting(1, "images for each prompt")
-    batch_size: int = setting(
-        1, "images per batch; above 1 is faster, and the last bit of an image may differ"
+    batch_size: int | None = setting(
+        None, "images per batch; it may change the last bit of an image (default: as many as fit)"
     )
     output_dir: str = setting(
         "./outputs/pictures", "folder for the PNG files", group="output and device", is_path=True
@@ -128,7 +135,9 @@ def check_device_and_guidance(settings: Settings) -> None:
 
 def check_numbers(settings: Settings, num_prompts: int) -> None:
     """Raise ValueError for counts, seeds or guidance out of range, from flags or from run.json."""
-    for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
+    names = ["num_inference_steps", "num_images_per_prompt"]
+    names += ["batch_size"] if settings.batch_size is not None else []
+    for name in names:
         if type(getattr(settings, name)) is not int or getattr(settings, name) < 1:
             raise ValueError(f"--{name} is {getattr(settings, name)!r}, expected a whole number, at least 1.")
     if (settings.num_inference_steps or 0) > TIMESTEPS:
@@ -255,6 +264,7 @@ def choose_prompts(settings: Settings, run: dict, folder: Path) -> list[str]:
 
 if __name__ == "__main__":  # arguments and paths are checked before torch is imported, which takes seconds
     keep_output_open()
+    gc.disable()  # imports create a million objects that are never freed
     # Ctrl-C ends the program at once, without a traceback; images on disk are complete.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # For both variables, see train_distillation.py.
@@ -276,38 +286,68 @@ from wanlite.data.text_encoder import encode_prompts, load_text_encoder, warn_of
 from wanlite.files.image_files import grid_names, image_names, save_image
 from wanlite.flow import check_schedule, sample, seeded_noise
 from wanlite.network import pack_text
-from wanlite.runtime.devices import disable_cudnn_attention, drawing_dtype, free_memory, has_bfloat16
+from wanlite.runtime.devices import (
+    disable_cudnn_attention,
+    drawing_dtype,
+    free_memory,
+    has_bfloat16,
+    is_fast_in_bfloat16,
+)
+
+
+def encode_once(folder: str | Path, device: str, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Return {prompt: embedding (L, T) on the CPU}; the text encoder is freed afterwards.
+
+    An encoder that does not fit on the device runs on the CPU.
+    """
+    is_fitting = num_bytes(Path(folder) / "text_encoder") < MAX_ENCODER_SHARE * free_memory(device)[0]
+    if not is_fitting:
+        print(f"the text encoder does not fit on {device} and runs on the CPU", flush=True)
+    tokenizer, encoder = load_text_encoder(folder, device if is_fitting else "cpu")
+    prompts = list(prompts)
+    warn_of_truncation(tokenizer, prompts, partial(print, flush=True))
+    distinct = list(dict.fromkeys(prompts))
+    embeddings = encode_prompts(tokenizer, encoder, distinct)
+    return {prompt: embedding.cpu() for prompt, embedding in zip(distinct, embeddings)}
 
 
 class StudentPipeline:
-    """A saved student with its scheduler, autoencoder and text encoder.
+    """A saved student with its scheduler, autoencoder and prompt embeddings.
 
-    `weights_sha256` is the digest of the loaded weights, or the digests of all shards, sorted by name.
+    `weights_sha256` is the digest of the loaded weights, or the digests of all shards, sorted by name. Prompts
+    that are not in `embeddings` are encoded when they are used.
     """
 
     def __init__(
-        self, folder: str | Path, device: str = "cpu", dtype: str | None = None, sha256: str | None = None
+        self,
+        folder: str | Path,
+        device: str = "cpu",
+        dtype: str | None = None,
+        sha256: str | None = None,
+        embeddings: dict[str, torch.Tensor] | None = None,
     ):
         disable_cudnn_attention()
+        self.folder = folder
         self.device = torch.device(device)
         self.dtype = getattr(torch, dtype or drawing_dtype(self.device.type, has_bfloat16(device)))
+        self.embeddings = dict(embeddings or {})
         self.student, loaded = WanLiteStudent.from_pretrained(
             folder, dtype=self.dtype, device=device, sha256=sha256, output_loading_info=True
         )
         self.weights_sha256 = " ".join(loaded["sha256"].values())
         schedule = recorded_schedule(read_run(folder), Path(folder) / RUN)
         self.scheduler = UniPCMultistepScheduler(**read_schedule(folder, schedule))
-        self.autoencoder = load_autoencoder(folder, device=device)
+        is_bfloat16 = self.dtype == torch.bfloat16 and is_fast_in_bfloat16(device)
+        self.autoencoder = load_autoencoder(folder, device, torch.bfloat16 if is_bfloat16 else torch.float32)
         self.pixels_per_token = (
             self.autoencoder.config.scale_factor_spatial * self.student.config.patch_size[1]
         )
-        size = num_bytes(Path(folder) / "text_encoder")
-        is_fitting = size < MAX_ENCODER_SHARE * free_memory(self.device)[0]
-        self.tokenizer, self.encoder = load_text_encoder(folder, self.device if is_fitting else "cpu")
 
-    def embed(self, prompts: list[str]) -> list[torch.Tensor]:
-        """Return the embedding (L, T) of each prompt."""
-        return encode_prompts(self.tokenizer, self.encoder, prompts)
+    def embed(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        """Return the embedding (L, T) of each prompt; each distinct prompt is encoded once."""
+        if missing := [prompt for prompt in prompts if prompt not in self.embeddings]:
+            self.embeddings |= encode_once(self.folder, str(self.device), missing)
+        return [self.embeddings[prompt] for prompt in prompts]
 
     @torch.no_grad()
     def generate(self, prompts, seeds, num_steps, height, width, guidance_scale=1.0, negative_prompt=""):
@@ -357,37 +397,55 @@ def generate_all(
 ) -> tuple[list[Generated], list]:
     """Generate and write an image for each of `prompts`; returns them and the first MAX_CELLS arrays."""
     seeds = range(settings.seed, settings.seed + len(prompts))
+    batch_size = settings.batch_size or choose_batch_size(settings, pipeline.device)
     generated: list[Generated] = []
     cells: list = []
-    for start in tqdm(
-        range(0, len(prompts), settings.batch_size),
-        desc="generating",
-        unit="batch",
-        disable=len(prompts) == 1,
-    ):
-        batch = slice(start, min(start + settings.batch_size, len(prompts)))
-        images = pipeline.generate(
-            prompts[batch],
-            seeds[batch],
-            settings.num_inference_steps,
-            settings.height,
-            settings.width,
-            settings.guidance_scale,
-            settings.negative_prompt,
-        )
-        for prompt, seed, image in zip(prompts[batch], seeds[batch], images):
-            if image is None:
-                generated.append(Generated(prompt, seed, None))
-                continue
-            path = save_image(
-                image,
-                settings.output_dir,
-                image_names(settings.output_dir, prompt, seed),
-                text_chunks(settings, prompt, seed, pipeline.weights_sha256),
+    # The thread writes a batch while the next one is drawn.
+    with ThreadPoolExecutor(1) as writer:
+        written: Future | None = None
+        for start in tqdm(
+            range(0, len(prompts), batch_size), desc="generating", unit="batch", disable=len(prompts) == 1
+        ):
+            batch = slice(start, min(start + batch_size, len(prompts)))
+            images = pipeline.generate(
+                prompts[batch],
+                seeds[batch],
+                settings.num_inference_steps,
+                settings.height,
+                settings.width,
+                settings.guidance_scale,
+                settings.negative_prompt,
             )
-            generated.append(Generated(prompt, seed, path, bool(image.std(axis=(0, 1)).max() < MAX_FLAT)))
-            cells += [image] if len(cells) < MAX_CELLS else []
+            generated += written.result() if written else []
+            jobs = list(zip(prompts[batch], seeds[batch], images))
+            written = writer.submit(write_images, settings, jobs, pipeline.weights_sha256)
+            cells += [image for image in images if image is not None][: MAX_CELLS - len(cells)]
+        generated += written.result() if written else []
     return generated, cells
+
+
+def choose_batch_size(settings: Settings, device: torch.device) -> int:
+    """Return the number of images that are drawn together: small ones are faster so, and memory is the limit."""
+    pixels = (settings.height or 1) * (settings.width or 1)
+    fitting = int(MAX_BATCH_SHARE * free_memory(device)[0]) // BYTES_PER_PIXEL
+    return max(1, min(MAX_BATCH_PIXELS.get(device.type, MAX_BATCH_PIXELS["cpu"]), fitting) // pixels)
+
+
+def write_images(settings: Settings, jobs: list[tuple], weights_sha256: str) -> list[Generated]:
+    """Write the images of a batch of (prompt, seed, image or None), in this order."""
+    written = []
+    for prompt, seed, image in jobs:
+        if image is None:
+            written.append(Generated(prompt, seed, None))
+            continue
+        path = save_image(
+            image,
+            settings.output_dir,
+            image_names(settings.output_dir, prompt, seed),
+            text_chunks(replace(settings, batch_size=len(jobs)), prompt, seed, weights_sha256),
+        )
+        written.append(Generated(prompt, seed, path, bool(image.std(axis=(0, 1)).max() < MAX_FLAT)))
+    return written
 
 
 def text_chunks(settings: Settings, prompt: str, seed: int, weights_sha256: str) -> PngInfo:
@@ -402,6 +460,7 @@ def text_chunks(settings: Settings, prompt: str, seed: int, weights_sha256: str)
         "height": settings.height,
         "width": settings.width,
         "dtype": settings.dtype,
+        "batch_size": settings.batch_size,
         "model": settings.model,
         "weights_sha256": weights_sha256,
     }
@@ -470,10 +529,10 @@ def main(settings: Settings, prompts: list[str]) -> None:
             flush=True,
         )
     output.mkdir(parents=True, exist_ok=True)
-    pipeline = StudentPipeline(settings.model, device, settings.dtype, settings.sha256)
-    if pipeline.encoder.device.type != pipeline.device.type:
-        print(f"the text encoder does not fit on {device} and runs on the CPU", flush=True)
-    warn_of_truncation(pipeline.tokenizer, [*prompts, settings.negative_prompt], partial(print, flush=True))
+    guided = [settings.negative_prompt] if settings.guidance_scale > 1 else []
+    # Before the student is loaded, so that the device has room for the text encoder.
+    embeddings = encode_once(settings.model, device, [*prompts, *guided])
+    pipeline = StudentPipeline(settings.model, device, settings.dtype, settings.sha256, embeddings)
     size = size_warning(
         (settings.width or 0, settings.height or 0), trained_sizes(run, pipeline.pixels_per_token, RUN)
     )
@@ -506,6 +565,8 @@ def warn(*warnings: str | None) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # the garbage collector skips the objects of imports
+    gc.enable()
     try:
         main(SETTINGS, PROMPTS)
     except (OSError, ValueError, FloatingPointError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""Pixels <-> latents: the fast path is the stock autoencoder, and scenes survive the round trip."""
+"""Pixels <-> latents: a single frame equals the stock autoencoder's, and scenes survive the round trip."""
 
 import shutil
 
@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.conftest import TINY_TEACHER, change, refuse_pickle
+from tests.test_official import AUTOENCODERS
 from wanlite.data.autoencoder import (
     decode_latents,
     encode_images,
@@ -16,6 +18,8 @@ from wanlite.data.autoencoder import (
     to_pixels,
     use_single_frame_path,
 )
+from wanlite.data.single_frame import SingleFrameAutoencoder
+from wanlite.planning.simulation import MemoryMeter
 from wanlite.world import shapes
 
 
@@ -30,11 +34,48 @@ def images(scenes):
     return np.stack([shapes.draw(scene, random) for scene in scenes])
 
 
-@pytest.mark.parametrize("config", [None, dict(base_dim=8, z_dim=4, dim_mult=[1, 1, 2, 2], num_res_blocks=1)])
+FORMS = {
+    "tiny": AutoencoderKLWan.load_config(TINY_TEACHER / "vae"),
+    "Wan2.1": {},
+    "Wan2.2": AUTOENCODERS["Wan2.2_VAE.pth"],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_single_frame_path_equals_the_stock_autoencoder(config):
+def test_a_single_frame_equals_that_of_the_stock_autoencoder(form):
     torch.manual_seed(0)
-    stock = AutoencoderKLWan(**config) if config else AutoencoderKLWan.from_pretrained(TINY_TEACHER / "vae")
+    stock = AutoencoderKLWan.from_config(FORMS[form])
+    for name, weight in stock.named_parameters():  # new norms are ones, new biases of attention small
+        weight.add_(torch.randn_like(weight), alpha=0.1 * ("gamma" in name))
+    ours = SingleFrameAutoencoder(stock)
+    pixels = torch.rand(2, 3, 32, 48) * 2 - 1
+    raw_latents = stock.encode(pixels.unsqueeze(2)).latent_dist.mode().squeeze(2)
+    assert (ours.encode(pixels) - raw_latents).abs().max() < 5e-6
+    raw_latents = torch.randn_like(raw_latents)
+    decoded = stock.decode(raw_latents.unsqueeze(2)).sample.squeeze(2)
+    assert decoded.std() > 0.01 and (ours.decode(raw_latents) - decoded).abs().max() < 5e-6
+    assert (ours.to(torch.bfloat16).decode(raw_latents) - decoded).abs().mean() < 0.01
+
+
+@torch.no_grad()
+def test_decoding_takes_at_most_a_third_of_the_memory_of_the_stock_autoencoder():
+    def peak_of(make, decode):
+        latents = torch.empty(1, 16, 32, 32)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            autoencoder = make(AutoencoderKLWan(base_dim=8)).requires_grad_(False)
+            with MemoryMeter() as meter:
+                decode(autoencoder, latents)
+            return meter.peak_bytes
+
+    stock = peak_of(lambda stock: stock, lambda stock, latents: stock.decode(latents.unsqueeze(2)))
+    assert peak_of(SingleFrameAutoencoder, SingleFrameAutoencoder.decode) < stock / 3
+
+
+@torch.no_grad()
+def test_the_form_that_trains_an_autoencoder_equals_the_stock_autoencoder():
+    torch.manual_seed(0)
+    stock = AutoencoderKLWan.from_pretrained(TINY_TEACHER / "vae")
     pixels = torch.rand(2, 3, 1, 64, 64) * 2 - 1
     raw_latents = stock.encode(pixels).latent_dist.mode()
     decoded = stock.decode(raw_latents).sample

@@ -49,6 +49,15 @@ def test_a_sample_of_loads_has_all_figures(tmp_path):
     assert not [*tmp_path.rglob("images/*.png")]  # each process ends at the first sampling step
 
 
+def test_a_sample_of_images_equals_those_of_the_stock_pipeline(tmp_path):
+    process = run_script(BENCHMARKS / "draw.py", "--quick", "--json", tmp_path / "figures.json")
+    assert process.returncode == 0, process.stdout + process.stderr
+    rows = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["way"] for row in rows] == ["stock", "wanlite", "wanlite bf16"]
+    assert all(row[name] > 0 for row in rows for name in ("cold", "warm", "peak"))
+    assert rows[1]["off"] <= 1 < rows[2]["off"] < 32  # of 255
+
+
 def test_a_sample_of_methods_is_trained_and_judged_like_the_teacher(tmp_path):
     process = run_script(
         BENCHMARKS / "quality.py",

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -12,9 +13,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import run_inference
-from run_inference import StudentPipeline, generate_all, main, read_settings, size_warning, trained_sizes
+from run_inference import (
+    Settings,
+    StudentPipeline,
+    choose_batch_size,
+    generate_all,
+    main,
+    read_settings,
+    size_warning,
+    trained_sizes,
+)
 from tests.conftest import loud_student
 from train_distillation import WanLiteStudent
+from wanlite.data.text_encoder import encode_prompts, load_text_encoder
+from wanlite.files.image_files import save_image
 from wanlite.files.weights import WeightsFile
 from wanlite.runtime.devices import disable_cudnn_attention, drawing_dtype
 
@@ -174,6 +186,90 @@ def test_a_grid_has_at_most_64_cells_and_no_more_images_are_kept(
     assert grid.name == "grid-0000-0063.png" and Image.open(grid).size == (8 * 8 + 7 * 4,) * 2
 
 
+@pytest.mark.parametrize("batch_size", ["1", "3"])
+def test_images_that_cannot_be_written_end_the_command_and_the_images_before_them_stay(
+    batch_size, finished_run, tmp_path, monkeypatch
+):
+    calls = iter(range(8))
+
+    def fail_third(*arguments):
+        if next(calls) == 2:
+            raise OSError("no space left")
+        return save_image(*arguments)
+
+    monkeypatch.setattr(run_inference, "save_image", fail_third)
+    settings = settings_of(finished_run[0], tmp_path, "abcdefgh", "--batch_size", batch_size)
+    with pytest.raises(OSError, match="no space left"):
+        main(*settings)
+    assert sorted(path.name[:4] for path in tmp_path.iterdir())[:2] == ["0000", "0001"]
+
+
+# ---- prompts and batches -----------------------------------------------------------------------------------
+
+
+def test_eight_images_of_one_prompt_encode_it_once(finished_run, tmp_path, monkeypatch):
+    encoded = []
+
+    def encode(tokenizer, encoder, prompts):
+        encoded.extend(prompts)
+        return encode_prompts(tokenizer, encoder, prompts)
+
+    monkeypatch.setattr(run_inference, "encode_prompts", encode)
+    arguments = ("--num_images_per_prompt", "8", "--batch_size", "3", "--guidance_scale", "2")
+    main(*settings_of(finished_run[0], tmp_path, ["a ring", "a cat", "a ring"], *arguments))
+    assert encoded == ["a ring", "a cat", ""] and len(list(tmp_path.glob("0*.png"))) == 24
+
+
+def test_prompts_are_encoded_and_the_encoder_is_freed_before_the_student_is_loaded(
+    finished_run, tmp_path, monkeypatch
+):
+    alive = []
+
+    def load(*arguments):
+        tokenizer, encoder = load_text_encoder(*arguments)
+        alive.append(weakref.ref(encoder))
+        return tokenizer, encoder
+
+    def from_pretrained(*arguments, **options):
+        assert len(alive) == 1 and alive[0]() is None
+        return student_from_pretrained(*arguments, **options)
+
+    student_from_pretrained = WanLiteStudent.from_pretrained
+    monkeypatch.setattr(run_inference, "load_text_encoder", load)
+    monkeypatch.setattr(run_inference.WanLiteStudent, "from_pretrained", from_pretrained)
+    main(*settings_of(finished_run[0], tmp_path, ["a ring"]))
+    assert len(alive) == 1
+
+
+@pytest.mark.parametrize("arguments, expected", [((), "5"), (("--batch_size", "2"), "2")])
+def test_images_are_drawn_together_by_default_and_record_the_size_of_the_batch(
+    arguments, expected, finished_run, tmp_path
+):
+    main(*settings_of(finished_run[0], tmp_path, "abcde", *arguments))
+    assert Image.open(tmp_path / "0000-a-seed0.png").text["batch_size"] == expected
+
+
+@pytest.mark.parametrize(
+    "device, side, free, expected",
+    [
+        ("cpu", 64, 10**10, 64),
+        ("cpu", 512, 10**10, 1),
+        ("cpu", 1024, 10**10, 1),
+        ("cuda", 512, 10**11, 16),
+        ("cuda", 1024, 10**11, 4),
+        ("cuda", 512, 5 * 10**9, 4),
+        ("cuda", 512, 10**6, 1),
+        ("mps", 64, 10**10, 64),
+    ],
+)
+def test_the_default_batch_size_follows_image_size_device_and_memory(
+    device, side, free, expected, monkeypatch
+):
+    monkeypatch.setattr(run_inference, "free_memory", lambda _: (free, free))
+    settings = Settings(height=side, width=side)
+    assert choose_batch_size(settings, torch.device(device)) == expected
+
+
 # ---- sizes -------------------------------------------------------------------------------------------------
 
 
@@ -308,6 +404,22 @@ def test_a_gpu_with_bfloat16_uses_it_by_default(finished_run, monkeypatch):
         StudentPipeline(finished_run[0]).dtype == torch.bfloat16
         and StudentPipeline(finished_run[0], dtype="float16").dtype == torch.float16
     )
+
+
+@pytest.mark.parametrize(
+    "dtype, is_fast, expected",
+    [
+        ("bfloat16", True, torch.bfloat16),
+        ("bfloat16", False, torch.float32),
+        ("float32", True, torch.float32),
+        ("float16", True, torch.float32),
+    ],
+)
+def test_images_are_decoded_in_bfloat16_if_it_was_chosen_and_is_fast(
+    dtype, is_fast, expected, finished_run, monkeypatch
+):
+    monkeypatch.setattr(run_inference, "is_fast_in_bfloat16", lambda _: is_fast)
+    assert StudentPipeline(finished_run[0], dtype=dtype).autoencoder.dtype == expected
 
 
 def test_cudnn_attention_is_off_in_inference_and_training(finished_run, monkeypatch):

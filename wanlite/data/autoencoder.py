@@ -15,13 +15,16 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor
 from torch.nn import functional as F
 
+from .single_frame import SingleFrameAutoencoder
 from .text_encoder import CHECKED, check_loaded, loading_errors
 
-DECODED_AT_ONCE = 2**20  # pixels: four images of 512 x 512, which take 7 GB in Wan2.1's autoencoder
+DECODED_AT_ONCE = 2**20  # pixels: four images of 512 x 512, which take 1.3 GB in Wan2.1's autoencoder
 
 
-def load_autoencoder(folder: str | Path, device: str | torch.device = "cpu") -> Any:
-    """Load AutoencoderKLWan from a folder's vae/ in float32, frozen, with the single-frame fast path."""
+def load_autoencoder(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> SingleFrameAutoencoder:
+    """Load the single-frame form of the AutoencoderKLWan in a folder's vae/, frozen."""
     # With the argument `subfolder`, diffusers would first read weights of the same name in the parent folder.
     place = Path(folder) / "vae"
     with loading_errors(place):
@@ -29,19 +32,16 @@ def load_autoencoder(folder: str | Path, device: str | torch.device = "cpu") -> 
             place, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, **CHECKED
         )
     check_loaded(place, autoencoder, loaded)
-    return use_single_frame_path(autoencoder).to(device).eval().requires_grad_(False)
+    return SingleFrameAutoencoder(autoencoder).to(device, dtype)
 
 
-def make_autoencoder(config: dict) -> Any:
-    """Return an autoencoder with new weights and the single-frame fast path."""
-    return use_single_frame_path(AutoencoderKLWan.from_config(config))
+def make_autoencoder(config: dict) -> SingleFrameAutoencoder:
+    """Return a single-frame autoencoder with new weights."""
+    return SingleFrameAutoencoder(AutoencoderKLWan.from_config(config))
 
 
 def use_single_frame_path(autoencoder: Any) -> Any:
-    """Compute causal 3-D convolutions of a single frame as 2-D ones, which is exact and about twice as fast.
-
-    The causal padding before the first frame is zero, so only the last tap of each temporal kernel contributes.
-    """
+    """Compute causal 3-D convolutions of a single frame as 2-D ones, to train the weights of an AutoencoderKLWan."""
     for module in autoencoder.modules():
         if isinstance(module, WanCausalConv3d):
             module.forward = partial(_one_frame_convolution, module)  # type: ignore[method-assign]
@@ -57,23 +57,25 @@ def _one_frame_convolution(convolution, frames, cache=None):
     ).unsqueeze(2)
 
 
-def encode_images(autoencoder: Any, pixels: Tensor, max_pixels: int = DECODED_AT_ONCE) -> Tensor:
+def encode_images(
+    autoencoder: SingleFrameAutoencoder, pixels: Tensor, max_pixels: int = DECODED_AT_ONCE
+) -> Tensor:
     """Encode pixels (B, 3, S*H, S*W) to latents (B, C, H, W), at most `max_pixels` at a time.
 
     Latents are the posterior's mean, normalised per channel.
     """
-    chunks = pixels.unsqueeze(2).split(max(1, max_pixels // (pixels.shape[-2] * pixels.shape[-1])))
-    raw_latents = torch.cat([autoencoder.encode(chunk).latent_dist.mode().squeeze(2) for chunk in chunks])
+    chunks = pixels.split(max(1, max_pixels // (pixels.shape[-2] * pixels.shape[-1])))
+    raw_latents = torch.cat([autoencoder.encode(chunk) for chunk in chunks])
     mean, std = _statistics(autoencoder, raw_latents)
     return (raw_latents - mean) / std
 
 
-def decode_latents(autoencoder: Any, latents: Tensor) -> Tensor:
+def decode_latents(autoencoder: SingleFrameAutoencoder, latents: Tensor) -> Tensor:
     """Decode latents (B, C, H, W) to pixels (B, 3, S*H, S*W)."""
     mean, std = _statistics(autoencoder, latents)
     pixels = latents.shape[-2] * latents.shape[-1] * autoencoder.config.scale_factor_spatial**2
-    chunks = (latents * std + mean).unsqueeze(2).split(max(1, DECODED_AT_ONCE // pixels))
-    return torch.cat([autoencoder.decode(chunk).sample.squeeze(2) for chunk in chunks])
+    chunks = (latents * std + mean).split(max(1, DECODED_AT_ONCE // pixels))
+    return torch.cat([autoencoder.decode(chunk) for chunk in chunks])
 
 
 def _statistics(autoencoder, latents):

@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 MAX_SLUG = 40  # characters
+COMPRESS_LEVEL = 1  # of 9: a third of the time of Pillow's 6, for files up to a sixth larger
 NUMBERED = re.compile(
     r"(?:grid-[0-9]+-([0-9]{4,9})(?:-[0-9]+)?|([0-9]{4,9})-(?:.*-)?seed[0-9]+)\.png", re.IGNORECASE
 )
@@ -50,7 +51,7 @@ def save_image(
     partial = Path(folder) / f".{uuid4().hex}.partial"
     try:
         with open(partial, "xb") as file:
-            Image.fromarray(image).save(file, "PNG", pnginfo=info)
+            Image.fromarray(image).save(file, "PNG", pnginfo=info, compress_level=COMPRESS_LEVEL)
         return next(path for path in (Path(folder) / name for name in names) if _publish(partial, path))
     except OSError as error:
         raise OSError(

@@ -69,7 +69,8 @@ class MemoryEstimator:
             last.tokens,
         )
         self.pixels = math.prod(last.size)
-        self.autoencoder_bytes = 4 * autoencoder.num_parameters()  # on the device throughout a run
+        # On the device throughout a run.
+        self.autoencoder_bytes = sum(weight.nbytes for weight in autoencoder.parameters())
         self.weight_bytes = 4 * self.student.num_parameters()
         num_copies = 3 if settings.muon_learning_rate else 4  # weights, average, state of the optimizers
         self.idle_bytes = num_copies * self.weight_bytes

@@ -68,6 +68,14 @@ def has_bfloat16(device: str | torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def is_fast_in_bfloat16(device: str | torch.device) -> bool:
+    """Whether a device has instructions for bfloat16: such a GPU, or a CPU with AVX-512, AMX or Arm's."""
+    if torch.device(device).type != "cpu":
+        return has_bfloat16(device)
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def disable_cudnn_attention() -> None:
     """Use the other attention kernels: cuDNN plans anew for each text length and batch size."""
     torch.backends.cuda.enable_cudnn_sdp(False)
