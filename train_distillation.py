@@ -469,7 +469,7 @@ from wanlite.training.state import make_training_state
 from wanlite.training.teacher_data import PromptEmbeddings, TeacherData, open_components
 from wanlite.training.throughput import Pace
 from wanlite.training.training_step import training_step
-from wanlite.training.validation import Validator
+from wanlite.training.validation import MEASURE, Validator
 
 # ---- the model ---------------------------------------------------------------------------------------------
 
@@ -1048,7 +1048,7 @@ def finish(run, state, validator, log, components_folder):
     if validator.teacher_data.teacher.residency == "sharded" or is_main:  # all processes hold shards
         results |= validator.judge(state.student)
     if is_main:
-        chosen = describe_chosen(progress, validator.measure)
+        chosen = describe_chosen(progress)
         is_close = bool(progress.best)
         ending = verdict(chosen["step"], is_close)
         facts = {"finished": True, "steps": progress.step, "minutes": log.seconds / 60}
@@ -1089,14 +1089,14 @@ def complete_base(run, facts):
     write_model_card(base, settings, [], {}, drawing_command(str(base)))
 
 
-def describe_chosen(progress, measure):
+def describe_chosen(progress):
     """Return the saved step and the reason for it, for run.json."""
     if not progress.best:
         return {"step": progress.step, "why": "the last step, because all validations were rejected"}
     return {
         "step": progress.best["step"],
-        measure: progress.best["score"],
-        "why": f"the lowest {measure} of the validations that were not rejected",
+        MEASURE: progress.best["score"],
+        "why": f"the lowest {MEASURE} of the accepted validations of phase {progress.best['phase']}",
     }
 
 

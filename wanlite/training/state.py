@@ -102,7 +102,12 @@ class TrainingState:
 
     def keep_as_best(self, score, figures):
         """Keep the current weights of the student as the best candidate."""
-        self.progress.best = {"step": self.progress.step, "score": score, "figures": figures}
+        self.progress.best = {
+            "step": self.progress.step,
+            "phase": self.progress.phase,
+            "score": score,
+            "figures": figures,
+        }
         self.best_weights = {
             name: tensor.detach().cpu().clone() for name, tensor in self.student.state_dict().items()
         }

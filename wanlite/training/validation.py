@@ -28,6 +28,7 @@ GRID_FIGURES = {  # {label in the title of a row: figure}
     "colour": "saturation",
     "drift": "channel_drift",
 }
+MEASURE = "image_error"  # by which the best student is chosen
 DECODED_TOGETHER = 64  # images of the teacher
 STATES_PER_PASS = 256  # of held-out trajectories
 
@@ -77,7 +78,6 @@ class Validator:
         latent_shape = run.resolutions[resolution].latent_shape
         self.sampler = ImageSampler(autoencoder, self.scheduler, latent_shape, check)
         self.is_last_resolution = latent_shape == run.resolutions[-1].latent_shape
-        self.measure = "frechet_distance" if run.settings.matching_steps else "image_error"
         self.states, states_by_seed = teacher_data.validation_states[resolution]
         self.num_seeds = count_validated(self.settings.validation_trajectories, len(self.validated))[1]
         self.references = [
@@ -108,9 +108,12 @@ class Validator:
         log.pace.restart()  # a validation is not part of a step
 
     def consider(self, state, figures, figures_by_steps):
-        """Keep the student as the best candidate, unless it is rejected or an earlier one was closer."""
+        """Keep the student as the best candidate, unless it is rejected or an earlier one of its phase was closer.
+
+        A later phase has a different aim, so that its first accepted student replaces those of earlier phases.
+        """
         progress = state.progress
-        score = sum(each[self.measure] for each in figures_by_steps.values()) / len(figures_by_steps)
+        score = sum(each[MEASURE] for each in figures_by_steps.values()) / len(figures_by_steps)
         violations = [
             f"in {_format_steps(count)}: {violation}"
             for count, each in figures_by_steps.items()
@@ -124,7 +127,7 @@ class Validator:
             self.run.accelerator.print(
                 f"\nstep {progress.step}: rejected, unlike the teacher {violations[0]}"
             )
-        elif is_closest:
+        elif is_closest or progress.best.get("phase") != progress.phase:
             state.keep_as_best(score, figures)
 
     def validate(self, student):
