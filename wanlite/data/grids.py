@@ -18,9 +18,9 @@ GUTTER = 4  # white pixels between images
 CELL = 256  # smaller images are enlarged by a whole factor, until their longer side is at least this
 MAX_CELLS = 64  # of a grid
 MAX_COLUMNS = 8  # more prompts continue in a further band of rows
-LABEL_WIDTH = 168  # pixels at the left, for the titles of rows
-FONT_SIZE = 18  # pixels
-LINE = 23  # pixels from one line of text to the next
+LABEL_WIDTH = 184  # pixels at the left, for the titles of rows
+FONT_SIZE = 20  # pixels
+LINE = 25  # pixels from one line of text to the next
 MAX_LINES = 6  # of a prompt
 
 
