@@ -31,7 +31,7 @@ class Validation:
 
     @property
     def is_accepted(self) -> bool:
-        return self.is_candidate and not self.violations
+        return self.is_candidate and bool(self.figures) and not self.violations
 
     def score(self, measure: str) -> float:
         """Return the mean of a measure over the numbers of sampling steps; lower is closer to the teacher."""

@@ -26,6 +26,7 @@ from .history import History, format_steps
 MAX_GRIDS = 24
 MAX_IMAGE_BYTES = 6_000_000  # of all grids; base64 adds a third
 SCALES = (1, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1)  # of a grid that is too large
+MAX_PIXELS_PER_BYTE = 8  # more pixels are not tried: images take more than a bit for each
 MAX_TEXT = 300  # characters of a prompt or a setting
 NUMBER = re.compile(r"step-(\d+)\.png")
 
@@ -89,7 +90,9 @@ def _embed(step, path, limit):
 
 def compress(image: Image.Image, limit: int) -> bytes:
     """Return an image as a JPEG of at most `limit` bytes, scaled down if necessary, or the smallest of SCALES."""
-    for scale in SCALES:
+    pixels = image.width * image.height
+    fitting = [scale for scale in SCALES if pixels * scale**2 <= MAX_PIXELS_PER_BYTE * limit]
+    for scale in fitting or SCALES[-1:]:
         size = [max(1, round(side * scale)) for side in image.size]
         image.convert("RGB").resize(size).save(content := BytesIO(), "JPEG", quality=85)
         if content.tell() <= limit:

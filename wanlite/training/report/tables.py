@@ -152,11 +152,18 @@ def list_models(history: History) -> Table:
         rows.append(("Its shape", f"width {width}, {depth} blocks, {heads} heads"))
     for name, count in history.facts.get("counts", {}).items():
         rows.append((name.replace("_", " ").capitalize(), f"{count:,}"))
+    return rows + _list_phases(history)
+
+
+def _list_phases(history):
+    """Return the steps of each phase at each size of images."""
+    spans: dict[tuple, list[int]] = {}
     for phase in history.phases:
-        width, height = phase["size"]
-        steps = f"steps {phase['first'] + 1:,} to {phase['last']:,}, images of {width} x {height}"
-        rows.append((f"Phase {phase['name']}", steps))
-    return rows
+        spans.setdefault((phase["name"], *phase["size"]), []).extend([phase["first"], phase["last"]])
+    return [
+        (f"Phase {name}", f"steps {ends[0] + 1:,} to {ends[-1]:,}, images of {width} x {height}")
+        for (name, width, height), ends in spans.items()
+    ]
 
 
 def list_machine(history: History) -> Table:
