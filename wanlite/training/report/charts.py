@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 Point = tuple[float, float]
@@ -71,7 +72,7 @@ class Chart:
             points if len(points) <= MAX_DOTS else [],
         )
 
-    @property
+    @cached_property
     def range(self) -> tuple[float, float]:
         """The lowest and the highest value, with the bounds."""
         values = [value for curve in self.curves for _, value in curve.points] + [*self.bounds.values()]
