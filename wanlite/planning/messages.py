@@ -9,7 +9,7 @@ import torch
 
 from ..files.file_names import REPORT, SAMPLES
 from ..flow import make_scheduler, set_steps
-from ..phases import MIN_TRAJECTORIES, MIN_VALIDATED
+from ..phases import MIN_CAPTIONS, MIN_TRAJECTORIES, MIN_VALIDATED
 from ..schedule import TIMESTEPS
 from ..training.run_folder import image_size
 from .budgets import expected_quality
@@ -17,7 +17,6 @@ from .hardware import is_large
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder of the scripts
 PROJECTED_ONLY = "the teacher's weights are projected into the student, which is saved untrained"
-MIN_CAPTIONS = 20  # for an accuracy in percent
 
 
 def announce(run, log):

@@ -96,4 +96,15 @@ def _further_arguments(run, arguments):
     if run.few_steps:
         further["few_step_train_steps"] = settings.max_train_steps - settings.matching_steps
     added = [text for name, value in further.items() for text in (f"--{name}", str(value))]
-    return [*arguments, *added, *["--no-overwrite"] * settings.overwrite]
+    return [*_without(further, arguments), *added, *["--no-overwrite"] * settings.overwrite]
+
+
+def _without(names, arguments):
+    """Return the arguments without some flags and their values."""
+    flags, kept, rest = {f"--{name}" for name in names}, [], iter(arguments)
+    for argument in rest:
+        if argument in flags:
+            next(rest, None)
+        elif argument.partition("=")[0] not in flags:
+            kept.append(argument)
+    return kept

@@ -1,6 +1,7 @@
 """A History -> the charts of its curves."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from ..metrics import GUARDS
 from .charts import Chart, Curve, Point, select_points
@@ -23,22 +24,17 @@ def make_charts(history: History) -> list[Chart]:
 
 
 def _all_charts(history: History) -> Iterator[Chart]:
+    kept = history.kept.step if history.kept else None
     ends = {phase["name"]: phase["last"] for phase in history.phases}
-    common = {
-        "last_step": history.max_steps,
-        "phases": ends,
-        "kept": history.kept.step if history.kept else None,
-    }
+    chart = partial(Chart, last_step=history.max_steps, phases=ends, kept=kept)
     note = "Each phase has a loss of its own. Lower is better."
-    yield Chart("Loss", note, loss_curves(history), is_log=True, **common)
+    yield chart("Loss", note, loss_curves(history), is_log=True)
     errors = select_points(((each.step, each.held_out_error) for each in history.validations), is_log=True)
-    yield Chart("Held-out error", HELD_OUT_NOTE, [Curve("error", errors)], is_log=True, **common)
+    yield chart("Held-out error", HELD_OUT_NOTE, [Curve("error", errors)], is_log=True)
     for name, (is_log, limit) in CURVES.items():
         title, note = EXPLAINED[name]
         bounds = {} if limit is None else {f"limit {limit:g}": limit}
-        yield Chart(
-            title, note, measure_curves(history, name, is_log), is_log=is_log, bounds=bounds, **common
-        )
+        yield chart(title, note, measure_curves(history, name, is_log), is_log=is_log, bounds=bounds)
 
 
 def loss_curves(history: History) -> list[Curve]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ...phases import MIN_TRAJECTORIES, MIN_VALIDATED
+from ...phases import MIN_CAPTIONS, MIN_TRAJECTORIES, MIN_VALIDATED
 from ..metrics import GUARDS
 from .history import History
 
@@ -120,11 +120,13 @@ def _list_accuracies(history):
     if "student_by_steps" not in results:
         return
     by_steps = results["student_by_steps"]
-    cells = [Cell(f"{by_steps[str(count)]['accuracy']:.0%}") for count in list_counts(history)]
+    cells = [Cell(f"{by_steps[str(count)]['accuracy']:.1%}") for count in list_counts(history)]
     note = (
         f"Share of {results['captions']:,} held-out captions whose image has everything that the caption names. "
-        f"The teacher reaches {results['teacher']['accuracy']:.0%}."
+        f"The teacher reaches {results['teacher']['accuracy']:.1%}."
     )
+    if results["captions"] < MIN_CAPTIONS:
+        note += " The captions are too few to judge."
     yield Result("Captions drawn right", cells, note)
 
 
