@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT, run_script
+from tests.conftest import run_script
 from train_distillation import Settings
 from wanlite.data.grids import Grid, save_grid
 from wanlite.files.atomic import write_json
@@ -416,7 +416,3 @@ def test_the_slider_changes_the_grid_in_a_browser(width, tmp_path):
     }
     assert found["image"] > 400 and found["overflow"] <= 0
     assert len(messages) == 1 and "probe is done" in messages[0]
-
-
-def test_the_template_is_installed_with_the_package():
-    assert (ROOT / "wanlite/training/report/template.html").is_file()

@@ -105,8 +105,8 @@ class History:
 
     @property
     def is_good(self) -> bool:
-        """Whether a student that passed its validation is saved."""
-        return self.is_finished and self.kept is not None and self.kept.is_accepted
+        """Whether the saved student passed its validation; only then run.json has its score."""
+        return self.is_finished and self.measure in self.chosen
 
 
 def format_steps(count: int) -> str:
