@@ -61,6 +61,7 @@ def test_a_run_saves_the_documented_files(orphan):
         "diffusion_pytorch_model.safetensors",
         "run.json",
         "metrics.jsonl",
+        "report.html",
         "README.md",
         "model_index.json",
         "scheduler/scheduler_config.json",

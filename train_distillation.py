@@ -444,6 +444,7 @@ from wanlite.planning.defaults import describe_schedule, max_calibration_frames
 from wanlite.planning.duration import measure_matrix_rate
 from wanlite.planning.hardware import is_large, training_dtype
 from wanlite.planning.messages import announce, command, conclude, drawing_command, verdict
+from wanlite.planning.report_facts import describe_for_report, resuming_arguments
 from wanlite.planning.run import resolve_run
 from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention, use_deterministic_kernels
 from wanlite.runtime.ranks import abort_all_ranks, check_devices, is_peer_failure, process_group_options
@@ -792,7 +793,7 @@ def train(
     run = resolve_run(settings, WanLiteStudent, is_resumed, partial(start_processes, make_accelerator))
     set_seed(run.settings.seed)
     student = WanLiteStudent(run.shape)
-    facts = run.describe()
+    facts = run.describe() | {"report": describe_for_report(run, sys.argv[1:])}
     check_run(run, facts, is_resumed)
     components_folder, prompt_embeddings, autoencoder = load_components(run)
     announce_work(run)
@@ -1054,8 +1055,8 @@ def finish(run, state, validator, log, components_folder):
         facts = {"finished": True, "steps": progress.step, "minutes": log.seconds / 60}
         facts |= {"skipped_steps": progress.skipped_steps, "chosen": chosen, "verdict": ending}
         write_json(output / RUN, log.facts | facts | {"results": results})
-        drawing = drawing_command(settings.output_dir)
-        write_model_card(output, settings, run.few_steps, results, drawing)
+        write_model_card(output, settings, run.few_steps, results, drawing_command(settings.output_dir))
+        log.write_report()
         conclude(settings, output, results, ending, is_close, log.seconds, run.accelerator.print)
         if settings.push_to_hub is not None:
             publish(output, settings.push_to_hub, run.accelerator.print)
@@ -1126,8 +1127,7 @@ def resuming_command(settings):
     arguments = sys.argv[1:]
     with suppress(OSError, ValueError):
         if is_interrupted(replace(settings, overwrite=False, resume_from_checkpoint="latest")):
-            arguments += ["--no-overwrite"] * settings.overwrite
-            arguments += ["--resume_from_checkpoint", "latest"] * (settings.resume_from_checkpoint == "none")
+            arguments = resuming_arguments(settings, arguments)
     return command(Path(__file__).name, *arguments)
 
 

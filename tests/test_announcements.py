@@ -104,7 +104,11 @@ def test_the_accuracy_on_few_captions_is_too_few_to_judge():
 
 def test_a_run_ends_with_a_line_or_a_warning_and_the_next_command():
     assert last_lines({})[0] == "finished in 3.4 minutes; kept step 1400, the closest to the teacher"
-    first, warning, *_, last = last_lines({}, is_close=False, folder="my out")
+    first, warning, _, report, curves, last = last_lines({}, is_close=False, folder="my out")
+    assert (
+        report == f"report    {ROOT / 'report.html'}"
+        and curves == "curves    tensorboard --logdir 'my out/logs'"
+    )
     assert first == "finished in 3.4 minutes" and warning.startswith(
         "WARNING   no validation came close enough to the teacher"
     )

@@ -35,8 +35,16 @@ CODE = (  # files whose docstrings and messages are held to the same English, as
     "run_inference.py",
     "train_distillation.py",
 )
-OTHER_FLAGS = {  # of argparse, accelerate launch, the Hugging Face command line
-    *("--help", "--config_file", "--main_process_ip", "--machine_rank", "--num_processes", "--local-dir")
+OTHER_FLAGS = {  # of argparse, accelerate launch, TensorBoard, the Hugging Face command line
+    *(
+        "--help",
+        "--config_file",
+        "--main_process_ip",
+        "--machine_rank",
+        "--num_processes",
+        "--logdir",
+        "--local-dir",
+    )
 }
 FOLDERS = ("wanlite", "tests", "benchmarks", "tools", "docs", "configs", "tiny_teacher", "emoji_atlas")
 PATH = re.compile(

@@ -78,6 +78,7 @@ def test_the_student_is_imported_from_any_directory(installed, tmp_path):
     )
     (metadata,) = installed.glob("wanlite-*.dist-info")
     assert Distribution.at(metadata).version == wanlite.__version__
+    assert (installed / "wanlite/training/report/template.html").is_file()
     assert (installed / "wanlite/py.typed").is_file() and (metadata / "licenses/LICENSE").is_file()
 
 

@@ -103,6 +103,7 @@ def test_clearing_removes_the_files_of_a_run_and_nothing_else(tmp_path):
         "run.json",
         "config.json",
         "metrics.jsonl",
+        "report.html",
         "thesis.tex",
         "cache/shard",
     ):

@@ -14,6 +14,7 @@ MAX_VALIDATION_TRAJECTORIES = 64  # of each kind in a validation
 MIN_VALIDATION_TRAJECTORIES = 4
 GRID_PROMPTS = 8  # prompts in the grids; diversity is measured on as many prompts with as many seeds each
 MIN_VALIDATED = 16  # prompts of a validation, if there are enough
+MIN_CAPTIONS = 20  # for an accuracy in percent
 TRAJECTORIES_PER_VALIDATED = 20  # of a large teacher; the default of --validation_trajectories
 # The default of --num_trajectories is at least this: with few prompts, each has several, from different noise.
 # benchmarks/few_prompts.py: 30 trajectories train nothing in 200 steps, 300 reach 9 of 10, 500 hardly more.

@@ -6,6 +6,7 @@ MODEL_INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 RUN = "run.json"
 METRICS = "metrics.jsonl"
+REPORT = "report.html"
 MODEL_CARD = "README.md"
 CACHE = "cache"  # folders of a run, as are the next two
 BASE = "base"  # the student at the end of the velocity phase

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from ..files.file_names import REPORT, SAMPLES
 from ..flow import make_scheduler, set_steps
-from ..phases import MIN_TRAJECTORIES, MIN_VALIDATED
+from ..phases import MIN_CAPTIONS, MIN_TRAJECTORIES, MIN_VALIDATED
 from ..schedule import TIMESTEPS
 from ..training.run_folder import image_size
 from .budgets import expected_quality
@@ -16,7 +17,6 @@ from .hardware import is_large
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder of the scripts
 PROJECTED_ONLY = "the teacher's weights are projected into the student, which is saved untrained"
-MIN_CAPTIONS = 20  # for an accuracy in percent
 
 
 def announce(run, log):
@@ -153,10 +153,15 @@ def conclude(settings, output, results, ending, is_close, seconds, log):
             log(f"  {name:18} {describe_accuracy(figures, results['captions'])}")
     finished = f"finished in {seconds / 60:.1f} minutes"
     log(f"{finished}; {ending}" if is_close else f"{finished}\nWARNING   {ending}")
-    log(
-        f"saved to {output}; images of teacher and student: {output / 'samples'}\n"
-        f"next: {drawing_command(settings.output_dir)}"
-    )
+    log(f"saved to {output}; images of teacher and student: {output / SAMPLES}\nreport    {output / REPORT}")
+    if settings.report_to in ("tensorboard", "all"):
+        log(f"curves    {tensorboard_command(settings)}")
+    log(f"next: {drawing_command(settings.output_dir)}")
+
+
+def tensorboard_command(settings):
+    """Return the command that shows the curves of a run in a browser."""
+    return shlex.join(["tensorboard", "--logdir", str(Path(settings.output_dir) / settings.logging_dir)])
 
 
 def describe_accuracy(figures, num_captions):

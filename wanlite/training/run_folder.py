@@ -6,6 +6,7 @@
     run.json                                             settings, versions, seeds, fingerprints, results
     checkpoints/step-000500/                             resumable state, each with a manifest that is written last
     samples/ logs/ cache/ metrics.jsonl README.md
+    report.html                                          a page that shows run.json, metrics.jsonl and samples/
 
 Saves are atomic, and only files that a run writes are deleted. This module does not import torch, so that a
 wrong folder is refused at once.
@@ -32,6 +33,7 @@ from ..files.file_names import (
     METRICS,
     MODEL_CARD,
     MODEL_INDEX,
+    REPORT,
     RUN,
     SAMPLES,
     SCHEDULER_CONFIG,
@@ -52,6 +54,7 @@ RESULTS = (  # removed by clear()
     MODEL_INDEX,
     METRICS,
     MODEL_CARD,
+    REPORT,
 )
 _RUN_LIMITS = OWN._replace(remedy="Copy it again; for a new run, move the folder away.")
 
@@ -257,6 +260,18 @@ def check_saved_components(folder: str | Path) -> None:
             raise OSError(f"{folder / component}: {reason}. Copy the folder again.")
 
 
+def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of metrics.jsonl and their records; broken lines are skipped."""
+    path = Path(path)
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):  # the last line of a run that was killed
+            record = json.loads(line)
+            if isinstance(record, dict):
+                yield line, record
+
+
 class MetricsLog:
     """metrics.jsonl, one record per line; a resumed run drops the records after its checkpoint at `step`.
 
@@ -267,22 +282,13 @@ class MetricsLog:
         self.path = Path(path)
         self.seconds = 0.0
         kept = []
-        for line, record in self._records() if step else ():
+        for line, record in read_records(self.path) if step else ():
             if record.get("step", 0) <= step:
                 kept.append(line)
                 self.seconds = record.get("seconds", self.seconds)
         partial = self.path.with_name(f".{self.path.name}.partial")
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(partial, self.path)
-
-    def _records(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        if not self.path.exists():
-            return
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):  # the last line of a run that was killed
-                record = json.loads(line)
-                if isinstance(record, dict):
-                    yield line, record
 
     def write(self, **record: Any) -> None:
         with open(self.path, "a", encoding="utf-8") as file:

@@ -9,8 +9,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..data.grids import save_grid
-from ..files.file_names import METRICS, SAMPLES
+from ..files.file_names import METRICS, REPORT, SAMPLES
 from .checkpoints import latest_checkpoint
+from .report.page import write_report
 from .run_folder import MetricsLog
 from .throughput import format_figures
 from .trackers import log_image
@@ -57,18 +58,26 @@ class RunLog:
         return time.time() - self.began
 
     def record(self, step, grid=None, **figures):
-        """Write a record to metrics.jsonl and the trackers; `grid` is {title of a row: images}."""
+        """Write a record to metrics.jsonl and the trackers; a Grid is also saved in samples/."""
         if self.metrics is None:  # only the main process writes
             return
         try:
             self.metrics.write(step=step, **figures)
             self.accelerator.log(figures, step=step)
             if grid is not None:
-                image = save_grid(self.folder / SAMPLES / f"step-{step:06d}.png", grid)
+                image = save_grid(self.folder / SAMPLES / f"step-{step:06d}.png", grid, step)
                 for tracker in self.accelerator.trackers:
                     log_image(tracker, "teacher above student", image, step)
+                self.write_report()
         except OSError as error:
             self.accelerator.print(f"WARNING: step {step} is not logged: {error}")
+
+    def write_report(self):
+        """Write report.html from the files of the run; whatever fails, training continues."""
+        try:
+            write_report(self.folder)
+        except Exception as error:  # a page is never worth the end of a training
+            self.accelerator.print(f"WARNING: {REPORT} is not written: {error!r}")
 
     def record_step(self, phase, state, step_figures):
         """Advance the progress bar; record the StepFigures every LOG_STEPS steps, of a phase's last step, and of skipped steps."""

@@ -1,0 +1,1 @@
+"""The files of a run -> report.html, a page that shows them."""
