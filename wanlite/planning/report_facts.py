@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from .config_files import as_arguments, read_config
 from .messages import command, drawing_command, tensorboard_command
 
 TRAIN = "train_distillation.py"
@@ -39,7 +40,12 @@ def describe_for_report(run, arguments):
 
 
 def find_changed(settings, arguments):
-    """Return the settings that differ from their defaults; of those without a default, the ones on the command line."""
+    """Return the settings that differ from their defaults; of those without a default, the ones that are given.
+
+    They are given on the command line or in the file of --config.
+    """
+    if settings.config is not None:
+        arguments = [*as_arguments(read_config(settings.config)), *arguments]
     typed = {argument.partition("=")[0] for argument in arguments}
     changed = {}
     for field in dataclasses.fields(settings):
