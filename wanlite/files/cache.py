@@ -12,7 +12,7 @@ from .atomic import write_json
 from .json_files import OWN, read_json
 
 PROVENANCE = "provenance.json"
-LAYOUT = 2  # of the files in a cache; it changes when older ones cannot be read any more
+LAYOUT = 3  # of the files in a cache; it changes when older ones cannot be read, or cannot be verified
 
 
 def cache_folder(parent: str | Path, kind: str, **inputs: Any) -> Path:
