@@ -17,6 +17,7 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from ..files.atomic import MANIFEST, find_corruption_once
 from ..network import TEXT_LENGTH
 from .shards import fill_shards, read_shard
 
@@ -75,7 +76,13 @@ def load_text_encoder(
 
 @contextmanager
 def loading_errors(place: Path | str) -> Iterator[None]:
-    """Turn any error of a library about files into an OSError of one line with their folder."""
+    """Turn any error of a library about files into an OSError of one line with their folder.
+
+    A component with a manifest is compared with it first, as a saved student's and a converted one are.
+    """
+    folder = Path(place)
+    if (folder / MANIFEST).exists() and (corruption := find_corruption_once(folder)):
+        raise OSError(f"{folder}: {corruption}. Copy it again.")
     try:
         yield
     except Exception as error:

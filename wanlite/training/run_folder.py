@@ -23,6 +23,7 @@ from typing import Any
 from safetensors import safe_open
 
 from ..files.atomic import MANIFEST, find_corruption, new_folder, write_json
+from ..files.cache import fingerprint
 from ..files.file_names import (
     BASE,
     CACHE,
@@ -37,6 +38,7 @@ from ..files.file_names import (
     SCHEDULER_CONFIG,
     WEIGHTS,
 )
+from ..files.inside import check_inside, resolve_inside
 from ..files.json_files import DOWNLOADED, OWN, read_json
 
 RESULTS = (  # removed by clear()
@@ -61,7 +63,7 @@ _RUN_LIMITS = OWN._replace(remedy="Copy it again; for a new run, move the folder
 
 def read_run(folder: str | Path) -> dict[str, Any]:
     """Return run.json as a dict, {} if it is missing; raises OSError if it cannot be read."""
-    path = Path(folder) / RUN
+    path = resolve_inside(folder, RUN)
     return read_json(path, _RUN_LIMITS) if path.exists() else {}
 
 
@@ -117,12 +119,17 @@ def check_output_folder(
 def read_fitted_settings(folder: str | Path) -> dict[str, Any]:
     """Return the settings that an unfinished run adapted to its machine; raises ValueError if it has none."""
     run = read_run(folder)
-    if not isinstance(run.get("fitted"), dict):
+    if not isinstance(fitted := run.get("fitted"), dict) or "fitted_sha256" not in run:
         raise ValueError(
             f"{folder}: holds an unfinished run of an older version, whose steps differ. Add --overwrite to "
             "start again."
         )
-    return run["fitted"]
+    if run["fitted_sha256"] != fingerprint(fitted):
+        raise ValueError(
+            f"{Path(folder) / RUN}: fitted differs from its sha256, and other steps would follow. Copy the file "
+            "again, or add --overwrite to start again."
+        )
+    return fitted
 
 
 def check_resumable(folder: str | Path, run: dict[str, Any], log: Callable[[str], object]) -> None:
@@ -239,7 +246,7 @@ def _copy_files(source: Path, target: Path, copy: Callable[[Path, Path], object]
 
 
 def check_saved_components(folder: str | Path) -> None:
-    """Raise OSError if components of a saved student are missing, or if their files have other sizes."""
+    """Raise OSError if components of a saved student are missing or lead out of its folder, or for other sizes."""
     folder = Path(folder)
     if missing := [
         component for component in ("scheduler", *COMPONENTS) if not (folder / component).is_dir()
@@ -248,6 +255,8 @@ def check_saved_components(folder: str | Path) -> None:
             f"{folder}: lacks {', '.join(missing)}; expected the folder of a finished train_distillation.py run. "
             "If the student was saved alone, put those of its run beside it."
         )
+    for component in ("scheduler", *COMPONENTS):
+        check_inside(folder, component)
     if not (folder / "scheduler" / SCHEDULER_CONFIG).is_file():
         raise OSError(f"{folder / 'scheduler'}: lacks {SCHEDULER_CONFIG}. Copy the folder again.")
     for component in COMPONENTS:
