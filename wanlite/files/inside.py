@@ -16,8 +16,16 @@ MAX_FILES = 10_000  # of a component: a sharded text encoder has a dozen
 INDEX = ".index.json"  # last letters of the name of an index of weights
 
 
+class OutsideError(OSError):
+    """The error for a name or a link that leads out of a folder; `reason` is short, for a list of skipped files."""
+
+    def __init__(self, message: str, reason: str = "outside the folder"):
+        super().__init__(message)
+        self.reason = reason
+
+
 def resolve_inside(folder: str | Path, name: str | os.PathLike) -> Path:
-    """Return the path of `name` in a folder; raises OSError for a name or a link that leads out of it.
+    """Return the path of `name` in a folder; raises OutsideError for a name or a link that leads out of it.
 
     The file may be missing.
     """
@@ -26,8 +34,10 @@ def resolve_inside(folder: str | Path, name: str | os.PathLike) -> Path:
     if any(target.is_relative_to(root) for root in _roots(folder)):
         return path
     if path.is_symlink():
-        raise OSError(f"{path}: a link that leads out of the folder, to {target}. Put the file itself there.")
-    raise OSError(f"{folder}: {shown(str(name))} leads out of the folder. Put the file itself there.")
+        raise OutsideError(
+            f"{path}: a link that leads out of the folder, to {target}. Put the file itself there."
+        )
+    raise OutsideError(f"{folder}: {shown(str(name))} leads out of the folder. Put the file itself there.")
 
 
 def _follow(folder, name):
@@ -35,15 +45,14 @@ def _follow(folder, name):
     try:
         path = folder / name
         return path, path.resolve()
-    except (
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ):  # loops, other types, zero bytes, unpaired surrogates
-        raise OSError(
-            f"{folder}: {shown(str(name))} is not the name of a file that can be read. Copy the folder again."
-        ) from None
+    except (OSError, RuntimeError):
+        reason = "cannot be read"  # a loop of links, a name that is too long
+    except (TypeError, ValueError):
+        reason = "an invalid file name"  # another type, zero bytes, unpaired surrogates
+    raise OutsideError(
+        f"{folder}: {shown(str(name))} is not the name of a file that can be read. Copy the folder again.",
+        reason,
+    )
 
 
 def _roots(folder: Path) -> Iterator[Path]:
