@@ -97,5 +97,5 @@ def check_index(path: Path) -> None:
     weight_map = read_json(path, DOWNLOADED).get("weight_map")
     if not isinstance(weight_map, dict):
         raise OSError(f"{path}: has no weight_map of tensor names to file names. Copy it again.")
-    for name in set(map(str, weight_map.values())):
+    for name in {str(name): name for name in weight_map.values()}.values():  # thousands of the same few
         resolve_inside(path.parent, plain_name(name, path))

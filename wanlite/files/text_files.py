@@ -24,7 +24,7 @@ COMPRESSED = (  # first bytes of gzip, zip, xz, bzip2 and zstd files
 )
 
 
-def open_text(path: str | Path, newline: str | None = None) -> TextIO:
+def open_text(path: str | Path, newline: str | None = None, errors: str = "strict") -> TextIO:
     """Open a regular file of UTF-8 text; raises OSError for other than regular files, ValueError for other content."""
     file = open_regular(path)
     head = file.read(HEAD)
@@ -37,7 +37,8 @@ def open_text(path: str | Path, newline: str | None = None) -> TextIO:
         file.close()
         raise ValueError(f"{path}: {fault}.")
     file.seek(0)
-    return io.TextIOWrapper(io.BufferedReader(file), encoding="utf-8-sig", newline=newline)  # type: ignore[type-var]
+    buffered = io.BufferedReader(file)  # type: ignore[type-var]
+    return io.TextIOWrapper(buffered, encoding="utf-8-sig", errors=errors, newline=newline)
 
 
 def bounded_lines(file: TextIO, path: str | Path) -> Iterator[str]:

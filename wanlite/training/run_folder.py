@@ -40,6 +40,7 @@ from ..files.file_names import (
 )
 from ..files.inside import check_inside, resolve_inside
 from ..files.json_files import DOWNLOADED, OWN, read_json
+from ..files.text_files import MAX_LINE, open_text
 
 RESULTS = (  # removed by clear()
     *COMPONENTS,
@@ -287,11 +288,12 @@ class MetricsLog:
     def _records(self) -> Iterator[tuple[str, dict[str, Any]]]:
         if not self.path.exists():
             return
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):  # the last line of a run that was killed
-                record = json.loads(line)
-                if isinstance(record, dict):
-                    yield line, record
+        with open_text(self.path, errors="replace") as file:
+            while line := file.readline(MAX_LINE):
+                with suppress(ValueError, RecursionError):  # the last line of a run that was killed
+                    record = json.loads(line)
+                    if isinstance(record, dict):
+                        yield line.rstrip("\n"), record
 
     def write(self, **record: Any) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
