@@ -53,7 +53,7 @@ def cache_folder(parent: str | Path, kind: str, **inputs: Any) -> Path:
 
 
 def write_record(path: Path, content: Any) -> None:
-    """Write a file of the cache that is no folder: JSON content with its sha256."""
+    """Write a single file of the cache: JSON content with its sha256."""
     write_json(path, {"content": content, "sha256": fingerprint(content)})
 
 
