@@ -3,15 +3,26 @@
 import json
 import os
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from wanlite.data import shards as data
 from wanlite.data.datasets import FewStepStates, SeededBatches, Trajectories
-from wanlite.data.shards import SCALE, dequantize, quantize, read_shard, shard_path, write_shard
+from wanlite.data.shards import (
+    SCALE,
+    dequantize,
+    fill_shards,
+    find_fault,
+    quantize,
+    read_shard,
+    shard_path,
+    write_shard,
+)
 from wanlite.data.text_encoder import encode_once
 from wanlite.data.trajectories import (
     FEATURE_TOKENS,
@@ -45,11 +56,11 @@ def write_numbered(folder, sizes, states=3):
 def test_concurrent_writers_of_one_shard_each_find_it_complete(tmp_path, monkeypatch):
     tensors, others = {"latents": torch.arange(4.0)}, []
 
-    def save_while_another_does(found, path):
+    def save_while_another_does(found, path, metadata):
         if not others:
             others.append(path)
             write_shard(tmp_path, 0, tensors)
-        save_file(found, path)
+        save_file(found, path, metadata)
         others.append(path)
 
     monkeypatch.setattr(data, "save_file", save_while_another_does)
@@ -72,6 +83,102 @@ def test_partial_files_of_a_killed_run_are_deleted_after_an_hour(tmp_path):
         ".shard-00000-new.partial",
         "shard-00000.safetensors",
     }
+
+
+JOBS = [(number, f"prompt {number}", 100 + number) for number in range(70)]
+
+
+def fill(folder, jobs=JOBS, **options):
+    """Fill two shards; returns the numbers of the prompts that were computed."""
+    computed = []
+
+    def make(numbers, prompts, seeds):
+        computed.extend(numbers)
+        latents = torch.stack([torch.full((2, 3, 4, 4), float(seed)) for seed in seeds])
+        return {"latents": latents, "prompt": torch.tensor(numbers), "timestep": torch.ones(len(seeds), 2)}
+
+    fill_shards(Accelerator(cpu=True), folder, jobs, make, "test", **options)
+    return computed
+
+
+def flip_bit(path, position, bit=0):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_flipped_bit_of_a_shard_changes_nothing_or_is_computed_again(seed, tmp_path):
+    fill(tmp_path)
+    expected, path = [read_shard(tmp_path, index) for index in range(2)], shard_path(tmp_path, 1)
+    expected = [{name: tensor.clone() for name, tensor in shard.items()} for shard in expected]
+    draw = np.random.default_rng(seed)
+    limit = 8 if seed < 5 else 600 if seed < 15 else path.stat().st_size  # length, header, tensors
+    flip_bit(path, int(draw.integers(limit)), int(draw.integers(8)))
+    assert fill(tmp_path) in ([], list(range(64, 70)))
+    for index, shard in enumerate(expected):
+        found = read_shard(tmp_path, index)
+        assert found.keys() == shard.keys() and all(torch.equal(found[name], shard[name]) for name in shard)
+    assert fill(tmp_path) == []
+
+
+def rewrite(path, change, metadata=None):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata)
+
+
+DAMAGE = {
+    "cut": (lambda path: os.truncate(path, 1000), "cannot be read"),
+    "empty": (lambda path: os.truncate(path, 0), "cannot be read"),
+    "pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
+    "device": (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), "not a regular file"),
+    "zeros": (lambda path: (os.truncate(path, 0), os.truncate(path, 3 * 10**9)), "cannot be read"),
+    "without a digest": (lambda path: rewrite(path, lambda tensors: None), "differs from its sha256"),
+    "another shard": (
+        lambda path: path.write_bytes(shard_path(path.parent, 0).read_bytes()),
+        "is of other prompts",
+    ),
+    "too few rows": (
+        lambda path: write_shard(path.parent, 1, {"prompt": torch.arange(64, 69)}, JOBS[64:]),
+        "has 5 rows",
+    ),
+    "other prompts": (
+        lambda path: write_shard(path.parent, 1, {"prompt": torch.arange(6)}, JOBS[64:]),
+        "other numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_shard_is_named_and_computed_again(name, tmp_path, capsys):
+    damage, words = DAMAGE[name]
+    fill(tmp_path)
+    damage(shard_path(tmp_path, 1))
+    began = time.process_time()
+    assert words in find_fault(tmp_path, 1, JOBS[64:]) and time.process_time() - began < 1
+    assert fill(tmp_path) == list(range(64, 70))
+    assert "shard-00001.safetensors" in capsys.readouterr().out
+    assert find_fault(tmp_path, 1, JOBS[64:]) is None
+
+
+@pytest.mark.parametrize("damage", (Path.unlink, lambda path: flip_bit(path, 2000)))
+def test_a_damaged_shard_that_cannot_be_computed_again_is_refused(damage, tmp_path):
+    fill(tmp_path)
+    damage(shard_path(tmp_path, 0))
+    left = [path.stat().st_mtime_ns for path in tmp_path.iterdir()]
+    with pytest.raises(OSError, match="shard-00000.safetensors: the rollout of step 4 .*Put it back"):
+        fill(tmp_path, irreplaceable="the rollout of step 4")
+    assert left == [path.stat().st_mtime_ns for path in tmp_path.iterdir()]
+
+
+def test_a_shard_is_hashed_once_in_a_start(tmp_path, monkeypatch):
+    fill(tmp_path)
+    hashed, find = [], data.find_fault
+    monkeypatch.setattr(data, "find_fault", lambda *place: hashed.append(place[1]) or find(*place))
+    fill(tmp_path)
+    Trajectories(tmp_path, 2).__getitems__([0, 130])
+    assert sorted(hashed) == [0, 1]
 
 
 def test_a_batch_is_the_named_states_in_the_named_order(tmp_path):

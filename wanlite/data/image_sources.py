@@ -15,11 +15,16 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path, PurePath
+from typing import Any
 
+from ..files.inside import OutsideError, resolve_inside
+from ..files.json_files import open_regular
 from .image_tables import SAVED_STATE, list_parquet, list_saved_dataset
-from .listed_images import NOT_UTF8, ListedImage, Unusable, read_object, text_of
-from .tables import find_column, read_rows
+from .listed_images import MAX_BYTES, NOT_UTF8, ListedImage, Unusable, read_object, text_of
+from .rows import read_rows
+from .tables import find_column
 
 KINDS = {  # {suffix: decoder}; other decoders are not used
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp"), "JPEG"),
@@ -42,7 +47,7 @@ EXPECTED = (
     f"a folder of images (JPEG, PNG, WebP) with a {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]} beside each or "
     f"{' or '.join(METADATA)}, .parquet files, a folder saved by datasets, or webdataset's .tar files"
 )
-MAX_BYTES = 2**28  # of an image file
+MAX_HEADER = 2**20  # bytes of a header in a .tar file
 MAX_CAPTION_BYTES = MAX_BYTES // 100
 Reader = Callable[[int], bytes]  # largest size -> content; may raise Unusable
 
@@ -71,20 +76,24 @@ def _list(place: Path) -> list[ListedImage]:
     if place.is_file():
         files = {place.suffix.lower(): [place]}
     elif (place / SPLITS).is_file():
-        splits = read_object(place / SPLITS).get("splits", [])
+        splits = read_object(resolve_inside(place, SPLITS)).get("splits")
+        splits = [str(split) for split in splits] if isinstance(splits, list) else []
         if "train" not in splits:
             raise ValueError(
                 f"--images {place}: has the splits {', '.join(splits)}, but not train. Name the folder "
                 "of a split."
             )
-        return _list(place / "train")
+        return _list(resolve_inside(place, "train"))
     elif (place / SAVED_STATE).is_file():
+        resolve_inside(place, SAVED_STATE)
         return list_saved_dataset(place)
     elif metadata := [place / name for name in METADATA if (place / name).is_file()]:
-        return _list_described(place, metadata[0])
+        return _list_described(place, resolve_inside(place, metadata[0].name))
     else:
         names = [path for path in sorted(place.rglob("*")) if not is_hidden(path.relative_to(place))]
         files = {suffix: [path for path in names if path.suffix == suffix] for suffix in (".parquet", ".tar")}
+        for path in chain.from_iterable(files.values()):
+            resolve_inside(place, path.relative_to(place))
     if files.get(".parquet"):
         return [row for path in files[".parquet"] for row in list_parquet(path)]
     if files.get(".tar"):
@@ -102,7 +111,7 @@ def is_hidden(name: str | PurePath) -> bool:
 
 def _list_folder(place, paths):
     files = {
-        path.relative_to(place).as_posix(): partial(_read_file, path)
+        (name := path.relative_to(place).as_posix()): partial(_read_file, place, name)
         for path in paths
         if path.suffix.lower() in KINDS or not path.is_dir()
     }
@@ -189,24 +198,26 @@ def _list_described(place, metadata):
 
 
 def _read_inside(place, name):
-    path = place / str(name)
-    try:
-        is_inside = path.resolve().is_relative_to(place.resolve())
-    except ValueError:  # zero bytes or unpaired surrogates
-        raise Unusable("an invalid file name") from None
-    if not is_inside:
-        raise Unusable("outside the folder")
+    path = _resolve(place, str(name))
     if is_hidden(os.path.relpath(path, place)):
         raise Unusable("a hidden file")
-    return _read_file(path, MAX_BYTES)
+    return _read_file(place, str(name), MAX_BYTES)
 
 
-def _read_file(path, limit):
-    if not path.is_file():
+def _resolve(place, name):
+    try:
+        return resolve_inside(place, name)
+    except OutsideError as error:
+        raise Unusable(error.reason) from None
+
+
+def _read_file(place, name, limit):
+    if not (place / name).is_file():
         raise Unusable("no such file")
-    if path.stat().st_size > limit:
-        raise Unusable(f"more than {limit / 1e6:.0f} MB")
-    return path.read_bytes()
+    with open_regular(_resolve(place, name)) as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise Unusable(f"more than {limit / 1e6:.0f} MB")
+        return file.read(limit)
 
 
 def _text(content):
@@ -220,7 +231,7 @@ def _text(content):
 
 
 def _list_tar(path):
-    with tarfile.open(path, "r:") as tar:
+    with open_regular(path) as file, _open_tar(_Headers(file)) as tar:
         files = {
             member.name: partial(_read_member, path, member.offset_data, member.size)
             for member in tar
@@ -231,10 +242,26 @@ def _list_tar(path):
     return [replace(image, name=f"{path.name} {name}") for image, name in zip(images, names)]
 
 
+def _open_tar(headers: Any) -> tarfile.TarFile:
+    return tarfile.open(fileobj=headers, mode="r:")
+
+
+class _Headers:
+    """A .tar file, of which the library reads headers; those with long names or attributes have a bounded size."""
+
+    def __init__(self, file):
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, count):
+        if count > MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {count:,} bytes")
+        return self.file.read(count)
+
+
 def _read_member(path, offset, size, limit):
     """Read a member of a .tar file at its offset."""
     if size > limit:
         raise Unusable(f"more than {limit / 1e6:.0f} MB")
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file.seek(offset)
         return file.read(size)

@@ -6,8 +6,10 @@ pyarrow is imported only when a table is read.
 from functools import lru_cache, partial
 from pathlib import Path
 
-from .listed_images import ListedImage, Unusable, read_object, text_of
-from .tables import find_column, read_texts
+from ..files.inside import resolve_inside
+from ..files.json_files import check_regular
+from .listed_images import MAX_BYTES, ListedImage, Unusable, read_object, text_of
+from .tables import check_row_groups, find_column, read_texts
 
 SAVED_STATE = "state.json"  # of a dataset saved by `datasets`
 
@@ -18,9 +20,13 @@ def list_parquet(path: Path) -> list[ListedImage]:
     from pyarrow import parquet
 
     try:
+        check_regular(path)
         file = parquet.ParquetFile(path)
         images, captions = _columns(path, file.schema_arrow)
-        texts = read_texts(file.read(columns=[captions])[captions])
+        for column in (images, captions):
+            check_row_groups(path, file.metadata, column)
+        groups = (file.read_row_group(group, columns=[captions]) for group in range(file.num_row_groups))
+        texts = [text for group in groups for text in read_texts(group[captions])]
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
             f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}). Write it again."
@@ -48,8 +54,10 @@ def list_saved_dataset(place: Path) -> list[ListedImage]:
         raise ValueError(
             f"--images {place}: was saved as a selection by an old version of datasets. Save it again."
         )
-    for entry in state.get("_data_files", []):
-        path = place / str(entry["filename"])
+    entries = state.get("_data_files") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{place / SAVED_STATE}: has no list of _data_files. Save the dataset again.")
+    for path in (resolve_inside(place, entry.get("filename", "")) for entry in entries):
         table = _stream(path)
         images, captions = _columns(path, table.schema)
         rows += [
@@ -81,6 +89,8 @@ def _cell(read, path, column, group, row):
     content = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(content, bytes):
         raise Unusable("a cell without the image's bytes")
+    if len(content) > MAX_BYTES:
+        raise Unusable(f"more than {MAX_BYTES / 1e6:.0f} MB")
     return content
 
 
@@ -100,7 +110,14 @@ def _stream(path):
     import pyarrow
 
     try:
-        return pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
+        check_regular(path)
+        allocated, batches = pyarrow.total_allocated_bytes(), []
+        stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+        for batch in stream:
+            batches.append(batch)
+            if pyarrow.total_allocated_bytes() - allocated > MAX_BYTES:  # of compressed batches alone
+                raise OSError("it is compressed, and too large to be unpacked")
+        return pyarrow.Table.from_batches(batches, stream.schema)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
             f"{path}: cannot be read as an Arrow stream ({str(error).splitlines()[0]}). "

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # numpy is imported only to decode
     import numpy as np
 
 MAX_NAMED = 3  # skipped images that a message names, for each reason
+MAX_DECODED = 2**28  # bytes of an image's pixels, of which a few copies are made
 MAX_SHOWN = 80  # characters of a name in a message
 Size = tuple[int, int]  # width and height
 
@@ -140,13 +141,23 @@ def decode(content: bytes) -> Any:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             formats = sorted(set(KINDS.values()))
             image = Image.open(io.BytesIO(content), formats=formats)  # reads only the header
+            if (num_bytes := _decoded_bytes(image)) > MAX_DECODED:
+                raise Unusable(f"{num_bytes / 1e6:.0f} MB of pixels")
             image.load()
             return _as_rgb(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         raise Unusable(f"more than {limit:.0f} million pixels") from None
+    except Unusable:
+        raise
     except Exception:  # decoders raise errors of many types
         raise Unusable("not a complete JPEG, PNG or WebP") from None
+
+
+def _decoded_bytes(image):
+    """Return the bytes of an image in memory, before it is converted."""
+    depth = 4 if image.mode in ("I", "F") else 2 if image.mode.startswith("I;16") else 1
+    return image.width * image.height * len(image.getbands()) * depth
 
 
 def _as_rgb(image):

@@ -1,10 +1,12 @@
 """An image that was listed and not read yet, and the reason to skip one."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files.json_files import OWN, read_json
+
+MAX_BYTES = 2**28  # of an image file
 NOT_UTF8 = "a caption that is not UTF-8"
 
 
@@ -29,9 +31,6 @@ def text_of(value: object) -> str:
 def read_object(path: Path) -> dict:
     """Return the JSON object in a file of the library `datasets`; raises ValueError for any other content."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object. Save the dataset again.")
-    return content
+        return read_json(path, OWN)
+    except OSError:
+        raise ValueError(f"{path}: not a JSON object. Save the dataset again.") from None

@@ -8,7 +8,8 @@ from heapq import heappush, heappushpop
 from pathlib import Path
 from typing import Any
 
-from .rows import locate_undecodable, stream_cells, stream_lines
+from ..files.text_files import locate_undecodable
+from .rows import stream_cells, stream_lines
 from .tables import KINDS, check_text
 
 MAX_NAMED = 5  # rows without a prompt in a message

@@ -8,11 +8,13 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from .tables import COMPRESSED, SEPARATORS, find_column, find_separator, read_texts
+from ..files.json_files import check_regular
+from ..files.text_files import MAX_LINE, bounded_lines, check_no_zeros, open_text, too_long
+from .tables import SEPARATORS, check_row_groups, find_column, find_separator, read_texts
 
 BLOCK = 1 << 20  # characters of a JSON list, read at once
 BATCH = 1 << 11  # rows of a parquet file, read at once
-HEAD = 1 << 10  # bytes by which another kind of file is recognised
+MAX_TEXT_BYTES = 1 << 13  # of a row of prompts, on average over a row group
 DECODER = json.JSONDecoder()
 LIST_BEGIN, LIST_END, ITEM_END = (
     re.compile(r"\s*\[\s*(?=\S)"),
@@ -23,10 +25,8 @@ LIST_BEGIN, LIST_END, ITEM_END = (
 
 def stream_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (number, line) of the lines of a text file that are not blank."""
-    with _open_text(path, newline=None) as file:
-        for number, line in enumerate(file, 1):  # split at line ends alone: a JSON string may hold separators
-            if "\0" in line:
-                raise _zero_bytes(path)
+    with open_text(path) as file:
+        for number, line in enumerate(bounded_lines(file, path), 1):
             if line.strip():
                 yield number, line.rstrip("\n")
 
@@ -56,21 +56,6 @@ def _stream_column(path, rows):
         yield number, row
 
 
-def _open_text(path: Path, newline: str | None) -> IO[str]:
-    """Open a file of UTF-8 text; refuse another kind of file by its first bytes."""
-    with open(path, "rb") as file:
-        head = file.read(HEAD)
-    if head.startswith(COMPRESSED):
-        raise ValueError(f"{path}: is compressed, expected text. Unpack it.")
-    if head.decode("utf-8-sig", "replace").lstrip()[:14].lower().startswith(("<!doctype html", "<html")):
-        raise ValueError(f"{path}: is a web page, expected a file of prompts. Download the file itself.")
-    return open(path, encoding="utf-8-sig", newline=newline)
-
-
-def _zero_bytes(path):
-    return ValueError(f"{path}: holds zero bytes: it is UTF-16, or not text. Save it as UTF-8.")
-
-
 def _stream_json_lines(path):
     for number, line in stream_lines(path):
         try:
@@ -85,13 +70,16 @@ def _not_json(path, place):
 
 
 def _begins_with_list(path):
-    with _open_text(path, newline=None) as file:
-        return next((line.lstrip()[0] == "[" for line in file if line.strip()), False)
+    with open_text(path) as file:
+        while block := file.read(BLOCK):
+            if first := block.lstrip()[:1]:
+                return first == "["
+    return False
 
 
 def _stream_list(path):
     """Yield (number, item) of a JSON list, of which a block and one item are held."""
-    with _open_text(path, newline=None) as file:
+    with open_text(path) as file:
         text, number = _JsonText(path, file), 1
         is_open = bool(text.match(LIST_BEGIN)) and not text.match(LIST_END)
         while is_open:
@@ -145,33 +133,51 @@ class _JsonText:
     def _read(self) -> bool:
         """Read as much as is held, and at least a block: an item of any length takes linear time."""
         held = self.text[self.position :]
+        if len(held) > MAX_LINE:
+            raise too_long(self.path, "an item of the list")
         more = self.file.read(max(BLOCK, len(held)))
-        if "\0" in more:
-            raise _zero_bytes(self.path)
+        check_no_zeros(more, self.path)
         self.text, self.position = held + more, 0
         return bool(more)
 
 
+def read_rows(path: Path) -> tuple[list[str], list[tuple[int, Any]]]:
+    """Return the names of the columns and [(number, row)] of a .jsonl or .csv file.
+
+    A row is a dict or, in JSON, any other value. Raises ValueError for a file that cannot be read.
+    """
+    if path.suffix.lower() == ".csv":
+        (_, names), *rows = [*_stream_csv_rows(path)] or [(1, [])]
+        return names, [(number, dict(zip(names, cells))) for number, cells in rows]
+    found = list(_stream_json_lines(path))
+    return list(dict.fromkeys(name for _, row in found if isinstance(row, dict) for name in row)), found
+
+
 def _stream_csv(path):
-    """Yield (row, cell) of a .csv or .tsv file, whose header is row 1; a longer row than the header is refused."""
-    with _open_text(path, newline="") as file:
-        header = next((line for line in file if line.strip()), "")
-    separator, names, column = find_separator(path, [header]), None, None
+    """Yield (row, cell) of a .csv or .tsv file, whose header is row 1."""
+    rows = _stream_csv_rows(path)
+    names: list[str] = next(rows, (1, []))[1]
+    place = names.index(find_column(path, names))
+    for number, cells in rows:
+        yield number, cells[place] if place < len(cells) else None
+
+
+def _stream_csv_rows(path):
+    """Yield (row, cells), the header first; a longer row than the header is refused."""
+    with open_text(path, newline="") as file:
+        header = next((line for line in bounded_lines(file, path) if line.strip()), "")
+    separator, names = find_separator(path, [header]), None
     for number, cells, is_quoted in _stream_records(path, separator):
         if names is None:
-            names, column = cells, find_column(path, cells)
-            place = names.index(column)
-            continue
-        if len(names) == 1 and separator == "," and not is_quoted:
+            names = cells
+        elif len(names) == 1 and separator == "," and not is_quoted:
             cells = [",".join(cells)]  # the commas belong to the prompt
         if len(cells) > len(names):
             raise ValueError(
                 f"{path}: row {number} has {len(cells)} cells, the header {len(names)}: quote prompts with "
                 f"{SEPARATORS[separator]}."
             )
-        yield number, cells[place] if place < len(cells) else None
-    if names is None:
-        find_column(path, [])
+        yield number, cells
 
 
 def _stream_records(path, separator):
@@ -179,13 +185,13 @@ def _stream_records(path, separator):
     taken: list[str] = []  # the lines of the row
 
     def lines(file):
-        for line in file:
-            if "\0" in line:
-                raise _zero_bytes(path)
+        for line in bounded_lines(file, path):
             taken.append(line)
+            if sum(map(len, taken)) > MAX_LINE:
+                raise too_long(path, "a row")
             yield line
 
-    with _open_text(path, newline="") as file:
+    with open_text(path, newline="") as file:
         reader = csv.reader(lines(file), delimiter=separator, strict=True)  # strict: every quote is closed
         try:
             for number, cells in enumerate(reader, 1):
@@ -207,8 +213,10 @@ def _stream_parquet(path):
     from pyarrow import parquet
 
     try:
+        check_regular(path)
         with parquet.ParquetFile(path) as file:
             column, number = find_column(path, file.schema_arrow.names), 0
+            check_row_groups(path, file.metadata, column, MAX_TEXT_BYTES)
             groups = range(file.num_row_groups)  # one at a time, for pyarrow reads ahead
             batches = (file.iter_batches(BATCH, [group], [column]) for group in groups)
             for batch in chain.from_iterable(batches):
@@ -219,16 +227,3 @@ def _stream_parquet(path):
         raise ValueError(
             f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}). Write it again."
         ) from None
-
-
-def locate_undecodable(path: Path) -> tuple[int, int]:
-    """Return (byte from 0, line from 1) of the first byte of a file that is not UTF-8 text."""
-    start = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return start + error.start, number
-            start += len(line)
-    raise AssertionError(f"{path} is UTF-8 text")

@@ -1,19 +1,30 @@
-"""Jobs -> shards of tensors on disk, each computed once by one of the ranks and written atomically."""
+"""Jobs -> shards of tensors on disk, each computed once by one of the ranks and written atomically.
 
+A shard carries the sha256 of its tensors and a digest of its jobs. Both are checked at the start of a run: a shard
+that is damaged, or of other jobs, is computed again.
+"""
+
+import hashlib
 import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
 import torch
-from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
+
+from ..files.atomic import flush
+from ..files.cache import fingerprint
+from ..files.dtypes import find_non_finite
+from ..files.json_files import check_regular
 
 SHARD_SIZE = 64  # trajectories or prompts per file; also the batch size of the teacher and the text encoder
 EXACT = (
@@ -25,6 +36,9 @@ EXACT = (
     "length",
 )  # stored as they are; other tensors in int8
 SCALE = "_scale"  # suffix of the name of a tensor's scales
+CONTENT, JOBS = "sha256", "jobs"  # keys of the metadata of a shard
+CHECKED_AT_ONCE = 4  # shards: each takes a core, and a fast disk keeps up with four
+MISSING = "is missing"
 MAX_IDLE_SECONDS = 3600  # a partial file that is unchanged for longer belongs to a killed run
 
 
@@ -34,36 +48,60 @@ def fill_shards(
     jobs: Sequence[tuple],
     make: Callable[..., dict[str, Tensor]],
     description: str,
-    unit: str = "solve",
     in_step: bool = False,
+    irreplaceable: str = "",
 ) -> int:
-    """Compute the missing shards of SHARD_SIZE jobs in `folder`, divided over the ranks; returns their number.
+    """Compute the missing and damaged shards of SHARD_SIZE jobs in `folder`, divided over the ranks.
 
     `make(*columns of the jobs)` returns tensors. With `in_step`, all ranks compute the same number of shards of
     the same number of jobs, as a sharded teacher requires: a short shard also computes the jobs before it, and a
-    rank without a shard computes the last one without writing it. The result includes shards that existed.
+    rank without a shard computes the last one without writing it. `irreplaceable` is the name of shards that cannot
+    be computed again, in the OSError for a missing or damaged one. Returns the number of shards, including those
+    that existed.
     """
     rank, ranks = accelerator.process_index, accelerator.num_processes
     num_shards = -(-len(jobs) // SHARD_SIZE)
-    missing = [index for index in range(num_shards) if not shard_path(folder, index).exists()]
-    (missing,) = broadcast_object_list([missing])  # rank 0's list, since other ranks may already write
+    missing = _find_missing(accelerator, folder, jobs, irreplaceable)
     if rank == 0:
         remove_leftovers(folder)
     own = missing[rank::ranks]
     if in_step:
         own += missing[-1:] * (-(-len(missing) // ranks) - len(own))
-    sizes = [min(SHARD_SIZE, len(jobs) - index * SHARD_SIZE) for index in own]
+    sizes = [len(_jobs_of(jobs, index)) for index in own]
     is_hidden = rank > 0 or not own
-    with tqdm(total=sum(sizes), desc=description, unit=unit, leave=False, disable=is_hidden) as progress:
+    with tqdm(total=sum(sizes), desc=description, unit="job", leave=False, disable=is_hidden) as progress:
         for number, (index, size) in enumerate(zip(own, sizes)):
             start = index * SHARD_SIZE
             before = min(start, SHARD_SIZE - size) if in_step else 0
             tensors = make(*zip(*jobs[start - before : start + size]))
             if rank + number * ranks < len(missing):
-                write_shard(folder, index, _select_rows(tensors, before))
+                write_shard(folder, index, _select_rows(tensors, before), _jobs_of(jobs, index))
             progress.update(size)
     accelerator.wait_for_everyone()
     return num_shards
+
+
+def _jobs_of(jobs, index):
+    return jobs[index * SHARD_SIZE : (index + 1) * SHARD_SIZE]
+
+
+def _find_missing(accelerator, folder, jobs, irreplaceable) -> list[int]:
+    """Return the shards that are missing or damaged, the same on all ranks; each rank checks a share of them."""
+    own = range(-(-len(jobs) // SHARD_SIZE))[accelerator.process_index :: accelerator.num_processes]
+    with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:  # hashing needs no lock of Python's
+        found = list(pool.map(lambda index: find_fault(folder, index, _jobs_of(jobs, index)), own))
+    # Gathered before a rank writes: all ranks divide the same list.
+    faults = sorted(gather_object([(index, fault) for index, fault in zip(own, found) if fault]))
+    if faults and irreplaceable:
+        index, fault = faults[0]
+        raise OSError(
+            f"{shard_path(folder, index)}: {irreplaceable} {fault}, and training is past that step. Put it back, "
+            "or add --overwrite to start again."
+        )
+    for index, fault in faults:
+        if fault != MISSING:
+            accelerator.print(f"{shard_path(folder, index)}: {fault}; it is computed again")
+    return [index for index, _ in faults]
 
 
 def _select_rows(tensors, start):
@@ -98,8 +136,10 @@ def dequantize(shard: Mapping[str, Tensor], name: str, *index) -> Tensor:
 def compute_once(accelerator, folder: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the tensors of `make()`, {name: tensor} on the CPU; they are computed once and kept in `folder`."""
     # All ranks compute the tensors or none does, because a sharded teacher needs all of them.
-    (exists,) = broadcast_object_list([shard_path(folder, 0).exists()])
-    if not exists:
+    (fault,) = broadcast_object_list([accelerator.is_main_process and find_fault(folder, 0)])
+    if fault:
+        if fault != MISSING:
+            accelerator.print(f"{shard_path(folder, 0)}: {fault}; it is computed again")
         tensors = make()
         if accelerator.is_main_process:
             write_shard(folder, 0, tensors)
@@ -108,8 +148,11 @@ def compute_once(accelerator, folder: Path, make: Callable[[], dict[str, Tensor]
     return {name: tensor.clone() for name, tensor in read_shard(folder, 0).items()}
 
 
-def write_shard(folder: Path, index: int, tensors: Mapping[str, Tensor]) -> None:
-    """Write a shard atomically; several runs may write the same one.
+# ---- files -------------------------------------------------------------------------------------------------
+
+
+def write_shard(folder: Path, index: int, tensors: Mapping[str, Tensor], jobs: Sequence[tuple] = ()) -> None:
+    """Write a shard atomically; several runs may write the same one. `jobs` are those that it was computed for.
 
     Raises FloatingPointError for a tensor that is not finite, before anything is written.
     """
@@ -119,15 +162,75 @@ def write_shard(folder: Path, index: int, tensors: Mapping[str, Tensor]) -> None
             f"{folder}: {non_finite[0]} has NaN or infinity and is not stored. Lower --guidance_scale and "
             "--guidance_scale_2, add --mixed_precision no, or check the teacher's files."
         )
-    partial = folder / f".shard-{index:05d}-{uuid4().hex}.partial"
+    stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    metadata = {CONTENT: _hash_content(stored), JOBS: _hash_jobs(folder, index, jobs)}
+    unfinished = folder / f".shard-{index:05d}-{uuid4().hex}.partial"
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
+        save_file(stored, unfinished, metadata)
+        flush(unfinished)
     except SafetensorError as error:  # the disk is full
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{partial}: {error}. Free some space; complete shards are kept.") from None
-    os.replace(partial, shard_path(folder, index))
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{unfinished}: {error}. Free some space; complete shards are kept.") from None
+    os.replace(unfinished, shard_path(folder, index))
+
+
+def _hash_content(tensors):
+    """Return a digest of names, dtypes, shapes and bytes, in which the order of the tensors does not count."""
+    return fingerprint(
+        {
+            name: (str(tensor.dtype), tuple(tensor.shape), _hash_bytes(tensor))
+            for name, tensor in tensors.items()
+        }
+    )
+
+
+def _hash_bytes(tensor):
+    return hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().data).hexdigest()
+
+
+def _hash_jobs(folder, index, jobs):
+    """Return a digest of a shard's place and jobs: the shard of another place or number differs."""
+    return fingerprint([folder.name, index, jobs])
+
+
+def find_fault(folder: Path, index: int, jobs: Sequence[tuple] = ()) -> str | None:
+    """Return how a shard differs from the one written for `jobs`, None if it does not; the file is read once.
+
+    It takes about half a second per GB and core, for the sha256: 15 s for a cache of 30 GB on one core, which is
+    then in memory for the first epoch. A shard of an earlier version, without a digest, counts as damaged.
+    """
+    path = shard_path(folder, index)
+    if not os.path.lexists(path):
+        return MISSING
+    try:
+        check_regular(path)  # safetensors would wait for a pipe
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        is_intact = _hash_content(tensors) == metadata.get(CONTENT)
+    except Exception as error:  # of a library, about any bytes
+        return f"cannot be read ({str(error).partition(chr(10))[0]})"
+    if not is_intact:
+        return "differs from its sha256"
+    if metadata.get(JOBS) != _hash_jobs(folder, index, jobs):
+        return "is of other prompts, seeds or images"
+    return _find_misfit(tensors, jobs)
+
+
+def _find_misfit(tensors, jobs):
+    """Return how tensors do not fit the jobs, in case a shard was written by other code."""
+    if non_finite := find_non_finite(tensors):
+        return f"{non_finite[0]} holds NaN or infinity"
+    rows = {
+        name: tensor for name, tensor in tensors.items() if name != "text"
+    }  # of all prompts in one tensor
+    if "text" in tensors and len(tensors["text"]) != tensors["length"].sum():
+        return "has another number of tokens than its lengths imply"
+    if jobs and (odd := [name for name, tensor in rows.items() if len(tensor) != len(jobs)]):
+        return f"has {len(rows[odd[0]])} rows of {odd[0]}, expected {len(jobs)}"
+    if jobs and "prompt" in rows and rows["prompt"].tolist() != [job[0] for job in jobs]:
+        return "has other numbers of prompts than its jobs"
+    return None
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -139,7 +242,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def read_shard(folder: Path, index: int) -> dict[str, Tensor]:
-    """Return a shard's tensors, memory-mapped."""
+    """Return the tensors of a shard that fill_shards() checked, memory-mapped."""
     path = shard_path(folder, index)
     try:
         return load_file(path)

@@ -17,6 +17,7 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from ..files.atomic import MANIFEST, find_corruption_once
 from ..network import TEXT_LENGTH
 from .shards import fill_shards, read_shard
 
@@ -75,7 +76,13 @@ def load_text_encoder(
 
 @contextmanager
 def loading_errors(place: Path | str) -> Iterator[None]:
-    """Turn any error of a library about files into an OSError of one line with their folder."""
+    """Turn any error of a library about files into an OSError of one line with their folder.
+
+    A component with a manifest is compared with it first, as a saved student's and a converted one are.
+    """
+    folder = Path(place)
+    if (folder / MANIFEST).exists() and (corruption := find_corruption_once(folder)):
+        raise OSError(f"{folder}: {corruption}. Copy it again.")
     try:
         yield
     except Exception as error:
@@ -134,9 +141,7 @@ def encode_once(
     accelerator, encode: Callable, prompts: Sequence[str], folder: Path
 ) -> dict[str, torch.Tensor]:
     """Encode distinct prompts with a lazy_encoder(); returns {prompt: embedding (L, T)}, mapped from `folder`."""
-    num_shards = fill_shards(
-        accelerator, folder, [(prompt,) for prompt in prompts], encode, "text", unit="prompt"
-    )
+    num_shards = fill_shards(accelerator, folder, [(prompt,) for prompt in prompts], encode, "text")
     shards = (read_shard(folder, index) for index in range(num_shards))
     embeddings = (shard["text"].split(shard["length"].tolist()) for shard in shards)
     return dict(zip(prompts, chain.from_iterable(embeddings)))

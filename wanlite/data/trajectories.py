@@ -107,14 +107,20 @@ class TrajectoryGenerator:
         return self._fill(folder, jobs, make, "teacher at images")
 
     def roll_out(
-        self, folder: Path, jobs: Sequence[tuple], latent_shape, student_for, student_scheduler
+        self,
+        folder: Path,
+        jobs: Sequence[tuple],
+        latent_shape,
+        student_for,
+        student_scheduler,
+        irreplaceable: str = "",
     ) -> Trajectories:
         """Compute on-policy states: the student solves the first steps, and the teacher the remaining ones.
 
         A job is (number of the prompt, prompt, seed, count, index): the student takes `index` of `count` steps,
         then the teacher takes the remaining steps of its own schedule. The state between both is stored with the
         average velocity from it to the teacher's image. Source: the roll-outs of pi-Flow (Chen et al. 2025), with
-        a single segment that ends at the image.
+        a single segment that ends at the image. `irreplaceable` is that of fill_shards().
         """
 
         def make(numbers, prompts, seeds, counts, indices):
@@ -131,7 +137,7 @@ class TrajectoryGenerator:
                     shard.setdefault(name, empty)[rows] = tensor.unsqueeze(1)
             return shard | {"prompt": torch.tensor(numbers)}
 
-        return self._fill(folder, jobs, make, "student rollouts")
+        return self._fill(folder, jobs, make, "student rollouts", irreplaceable)
 
     def _roll_out(self, stop, prompts, noise, student, student_scheduler):
         """Return the states at a stop, (number of steps of the student's schedule, number of steps that it takes)."""
@@ -150,8 +156,8 @@ class TrajectoryGenerator:
         }
 
     @torch.no_grad()
-    def _fill(self, folder, jobs, make, description):
-        count = fill_shards(self.accelerator, folder, jobs, make, description, in_step=self.in_step)
+    def _fill(self, folder, jobs, make, description, irreplaceable=""):
+        count = fill_shards(self.accelerator, folder, jobs, make, description, self.in_step, irreplaceable)
         return Trajectories(folder, count)
 
 

@@ -31,10 +31,9 @@ class Limits(NamedTuple):
 
 
 SAVED = Limits(MAX_JSON, 2**16, "Copy it again or save the student again.", "a student's settings or header")
-DOWNLOADED = Limits(
-    2**28, 2**24, "Download it again.", "a file of a Wan checkpoint", True
-)  # tokenizers are large
-OWN = Limits(2**28, 2**24, "Copy it again.", "a file of a run", accepts_nan=True)
+# A tokenizer of 256,000 pieces has 17 MB, and a list for each piece.
+DOWNLOADED = Limits(3 * 2**24, 2**20, "Download it again.", "a file of a Wan checkpoint", True)
+OWN = Limits(2**25, 2**19, "Copy it again.", "a file of a run", accepts_nan=True)
 
 
 def check_regular(path: str | Path) -> os.stat_result:
@@ -97,6 +96,8 @@ def _read_unchanged(path: Path, version: tuple[int, ...]) -> dict[str, Any]:
 
 def _read_json(path: str | Path, limits: Limits) -> dict[str, Any]:
     with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > limits.max_bytes:  # nothing of it is read
+            raise OSError(f"{path}: {size:,} bytes, too large for {limits.owner}. {limits.remedy}")
         content = file.read(limits.max_bytes + 1)
     if replacement := find_replacement(content[:64]):
         raise OSError(f"{path}: {replacement}.")

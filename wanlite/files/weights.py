@@ -5,7 +5,6 @@ header's length, a JSON header {name: dtype, shape, data_offsets}, the tensors.
 """
 
 import hashlib
-import json
 import math
 import mmap
 import os
@@ -15,12 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .downloads import find_replacement
 from .dtypes import BYTES_PER_VALUE, STUDENT_DTYPES
-from .json_files import MAX_JSON, open_regular, parse_json, read_first_bytes, shown
+from .json_files import DOWNLOADED, MAX_JSON, open_regular, parse_json, read_first_bytes, shown
 
 if TYPE_CHECKING:
     import torch
 
-MAX_HEADER = 10**8  # bytes: the limit of the safetensors format
 MAX_DIMENSIONS = 8
 ALIGNED = 64  # bytes: sums over a tensor that is not aligned differ in the last bit; it is read, not mapped
 READ_AT_ONCE = 2**20  # bytes: small enough to be hashed while they are in the processor's cache
@@ -187,13 +185,13 @@ def broken_safetensors(path: Path, error: Exception) -> OSError:
 def _find_length_fault(path: Path) -> str | None:
     with open_regular(path) as file:
         size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, MAX_HEADER):
+        if length > min(size - 8, DOWNLOADED.max_bytes):
             return None
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length), path, DOWNLOADED)
             ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
             return describe_length(8 + length + max(ends), size)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
 
 

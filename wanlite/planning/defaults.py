@@ -1,12 +1,11 @@
 """Settings and a teacher -> the content of a run: prompts, images and the student's shape."""
 
-import json
 from pathlib import Path
 
 from ..data.grammar import varied_prompts
 from ..data.images import choose_images
 from ..data.prompts import read_prompts
-from ..files.atomic import write_json
+from ..files.cache import read_record, write_record
 from ..phases import count_steps
 from ..student.shape import check_shape_fits, student_shape
 from ..training.run_folder import read_run
@@ -60,22 +59,13 @@ def choose_data(settings, sizes, log, is_main_process=True):
     if settings.images is None:
         return training, held_out, []
     path = Path(settings.cache_dir) / "images.json"
-    known = _read_known_images(path)
+    known = read_record(path)
     num_known = len(known)
     images = choose_images(settings.images, sizes, settings.num_images, held_out, log, known, is_main_process)
     if len(known) > num_known and is_main_process and not settings.dry_run:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, known)
+        write_record(path, known)
     return list(dict.fromkeys([*training, *(image.caption for image in images)])), held_out, images
-
-
-def _read_known_images(path):
-    """Return the record of images that were decoded before; empty if it cannot be read."""
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        return known if isinstance(known, dict) else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
 
 
 def choose_shape(settings, files):

@@ -154,6 +154,7 @@ class Run:
     def describe(self):
         """Return the content of run.json at the beginning of a run."""
         settings = self.settings
+        fitted = {name: getattr(settings, name) for name in HARDWARE_SETTINGS}
         return {
             "settings": asdict(self.requested),
             "versions": versions(),
@@ -162,7 +163,8 @@ class Run:
             "prompts": fingerprint([self.training, self.held_out]),
             "images": fingerprint([image.sha256 for image in self.images]),
             "processes": self.accelerator.num_processes,
-            "fitted": {name: getattr(settings, name) for name in HARDWARE_SETTINGS},
+            "fitted": fitted,
+            "fitted_sha256": fingerprint(fitted),
             "student_parameters": self.estimator.student.num_parameters(),
             "finished": False,
             "validation_prompts": settings.validation_prompts,

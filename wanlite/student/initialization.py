@@ -1,7 +1,5 @@
 """A teacher's weights -> the student's initial weights, which are projected and calibrated once and cached."""
 
-import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from ..files.atomic import find_corruption, new_folder, write_json
-from ..files.cache import cache_folder
+from ..files.cache import cache_folder, read_record, write_record
+from ..files.json_files import OWN, read_json
 from ..files.locks import in_turn
 from ..network import pack_text
 from ..teacher.checkpoint import open_teacher_files
@@ -45,12 +44,11 @@ def project_into(
 def compare_experts(settings, files, device) -> dict[str, float]:
     """Return the cosines of check_experts(), which are cached because they require reading both experts."""
     record = Path(settings.cache_dir) / f"experts-{files.fingerprint[:16]}.json"
-    with suppress(OSError, ValueError, RecursionError):  # a missing or unreadable record is written again
-        if isinstance(cosines := json.loads(record.read_text(encoding="utf-8")), dict):
-            return cosines
+    if cosines := read_record(record):
+        return cosines
     cosines = check_experts(files, device)
     record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, cosines)
+    write_record(record, cosines)
     return cosines
 
 
@@ -88,7 +86,7 @@ def initialize_student(
     accelerator.wait_for_everyone()
     log(f"start    {folder}")
     student.load_state_dict(load_file(folder / weight_names()[0]), strict=True)
-    return json.loads((folder / REPORT).read_text())
+    return read_json(folder / REPORT, OWN)
 
 
 def initialization_folder(

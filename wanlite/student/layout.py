@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..files.file_names import WEIGHTS
+from ..files.inside import resolve_inside
 from ..files.json_files import shown
 
 WEIGHTS_STEM = WEIGHTS.removesuffix(".safetensors")
@@ -50,15 +51,9 @@ def find_file(folder: Path, name: str) -> Path | None:
     path = folder / name
     if not os.path.lexists(path):
         return None
-    # In the hub's cache, files are links to blobs of the same repository.
-    cache = next((parent for parent in folder.parents if parent.name.startswith("models--")), folder)
-    try:
-        target = path.resolve(strict=True)
-    except (OSError, RuntimeError):
-        raise OSError(f"{path}: a link to a missing file. Put the file itself there.") from None
-    if not target.is_relative_to(cache.resolve()):
-        raise OSError(f"{path}: a link that leads out of the folder, to {target}. Put the file itself there.")
-    return path
+    if not path.exists():
+        raise OSError(f"{path}: a link to a missing file. Put the file itself there.")
+    return resolve_inside(folder, name)
 
 
 def list_names(folder: Path) -> str:

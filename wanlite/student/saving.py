@@ -22,6 +22,8 @@ from torch import Tensor
 from ..files.atomic import check_space, flush, write_json
 from ..files.dtypes import find_non_finite
 from ..files.file_names import CONFIG
+from ..files.inside import plain_name
+from ..files.json_files import read_json
 from ..files.locks import locked
 from .layout import STAGE_PREFIX, WEIGHTS_STEM, index_name, variant_infix, weight_names
 from .weights import SHARD, Shape
@@ -214,8 +216,8 @@ def _finish(stage, folder):
 
 def _publish(stage, folder):
     """Move staged files into place in an order that is valid for readers, and remove those of the older save."""
-    listed = json.loads((stage / FILE_LIST).read_text(encoding="utf-8"))
-    names, infix = listed["files"], listed["infix"]
+    listed = read_json(stage / FILE_LIST)
+    names, infix = [plain_name(name, stage / FILE_LIST) for name in listed["files"]], str(listed["infix"])
     for name in names:  # shards before the index that names them
         _move(stage / name, folder / name)
     for name in weight_names(infix):

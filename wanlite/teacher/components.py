@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
-from ..files.atomic import find_corruption, new_folder
+from ..files.atomic import find_corruption_once, new_folder
 from ..files.dtypes import BYTES_PER_VALUE
 from ..files.file_names import COMPONENT_WEIGHTS, COMPONENTS, CONFIG
 from ..files.json_files import DOWNLOADED, open_regular, read_json
@@ -82,7 +82,7 @@ def convert_components(
     """
     for component in COMPONENTS:
         place, source = Path(folder) / component, found[component]
-        if find_corruption(place, sizes_only=True) is None:  # hashes would be read at every start of a run
+        if find_corruption_once(place) is None:
             continue
         with new_folder(place) as partial:
             if source.is_dir():

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from ..files.dtypes import find_non_finite
+from ..files.json_files import check_regular, open_regular
 
 Place = tuple[Path, str, tuple[int, ...]]  # file, name in the file, shape
 
@@ -114,9 +115,9 @@ def sampled_digest(files: Iterable[tuple[str, Path]]) -> str:
     """Return a sha256 over (name, path) pairs: all of a small file, 64 samples of a large one."""
     digest = hashlib.sha256()
     for name, path in files:
-        size = path.stat().st_size
+        size = check_regular(path).st_size
         digest.update(f"{name} {path.name} {size}".encode())
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             for start in range(0, size, max(1 << 20, size // 64)):
                 file.seek(start)
                 digest.update(file.read(1 << 20))

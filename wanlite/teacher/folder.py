@@ -11,6 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from ..files.file_names import CONFIG
+from ..files.json_files import read_first_bytes
 from .headers import read_header
 from .names import EXPERT_FOLDERS, EXPERT_PLACES, FIRST, NOT_AN_EXPERT
 from .search import (
@@ -126,7 +127,7 @@ def _newest_snapshot(cache: Path) -> Path:
     """Return the snapshot of a folder of the hub's cache that its main branch names, or its only one."""
     snapshots = [path for path in visible((cache / "snapshots").glob("*")) if path.is_dir()]
     refs = {
-        path.name: path.read_text(errors="replace").strip()
+        path.name: read_first_bytes(path).decode(errors="replace").strip()
         for path in visible((cache / "refs").glob("*"))
         if path.is_file()
     }

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from ..files.atomic import check_space, find_corruption, new_folder, read_manifest
 from ..files.dtypes import find_non_finite
 from ..files.file_names import CHECKPOINTS
+from ..files.json_files import OWN, read_json
 
 TENSORS = "state.safetensors"
 STATE = "state.json"  # everything but tensors
@@ -64,7 +65,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Return the training state of a verified checkpoint; raises OSError if it cannot be read."""
     try:
         tensors = load_file(path / TENSORS)
-        return _unpack(json.loads((path / STATE).read_text(encoding="utf-8")), tensors)
+        return _unpack(read_json(path / STATE, OWN), tensors)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise OSError(
             f"{path}: cannot be read back ({error}). Move it away; the run then resumes from an earlier one."

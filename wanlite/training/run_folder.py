@@ -24,6 +24,7 @@ from typing import Any
 from safetensors import safe_open
 
 from ..files.atomic import MANIFEST, find_corruption, new_folder, write_json
+from ..files.cache import fingerprint
 from ..files.file_names import (
     BASE,
     CACHE,
@@ -39,7 +40,9 @@ from ..files.file_names import (
     SCHEDULER_CONFIG,
     WEIGHTS,
 )
+from ..files.inside import check_inside, resolve_inside
 from ..files.json_files import DOWNLOADED, OWN, read_json
+from ..files.text_files import MAX_LINE, open_text
 
 RESULTS = (  # removed by clear()
     *COMPONENTS,
@@ -64,7 +67,7 @@ _RUN_LIMITS = OWN._replace(remedy="Copy it again; for a new run, move the folder
 
 def read_run(folder: str | Path) -> dict[str, Any]:
     """Return run.json as a dict, {} if it is missing; raises OSError if it cannot be read."""
-    path = Path(folder) / RUN
+    path = resolve_inside(folder, RUN)
     return read_json(path, _RUN_LIMITS) if path.exists() else {}
 
 
@@ -120,12 +123,17 @@ def check_output_folder(
 def read_fitted_settings(folder: str | Path) -> dict[str, Any]:
     """Return the settings that an unfinished run adapted to its machine; raises ValueError if it has none."""
     run = read_run(folder)
-    if not isinstance(run.get("fitted"), dict):
+    if not isinstance(fitted := run.get("fitted"), dict) or "fitted_sha256" not in run:
         raise ValueError(
             f"{folder}: holds an unfinished run of an older version, whose steps differ. Add --overwrite to "
             "start again."
         )
-    return run["fitted"]
+    if run["fitted_sha256"] != fingerprint(fitted):
+        raise ValueError(
+            f"{Path(folder) / RUN}: fitted differs from its sha256, and other steps would follow. Copy the file "
+            "again, or add --overwrite to start again."
+        )
+    return fitted
 
 
 def check_resumable(folder: str | Path, run: dict[str, Any], log: Callable[[str], object]) -> None:
@@ -242,7 +250,7 @@ def _copy_files(source: Path, target: Path, copy: Callable[[Path, Path], object]
 
 
 def check_saved_components(folder: str | Path) -> None:
-    """Raise OSError if components of a saved student are missing, or if their files have other sizes."""
+    """Raise OSError if components of a saved student are missing or lead out of its folder, or for other sizes."""
     folder = Path(folder)
     if missing := [
         component for component in ("scheduler", *COMPONENTS) if not (folder / component).is_dir()
@@ -251,6 +259,8 @@ def check_saved_components(folder: str | Path) -> None:
             f"{folder}: lacks {', '.join(missing)}; expected the folder of a finished train_distillation.py run. "
             "If the student was saved alone, put those of its run beside it."
         )
+    for component in ("scheduler", *COMPONENTS):
+        check_inside(folder, component)
     if not (folder / "scheduler" / SCHEDULER_CONFIG).is_file():
         raise OSError(f"{folder / 'scheduler'}: lacks {SCHEDULER_CONFIG}. Copy the folder again.")
     for component in COMPONENTS:
@@ -265,11 +275,12 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(path)
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError):  # the last line of a run that was killed
-            record = json.loads(line)
-            if isinstance(record, dict):
-                yield line, record
+    with open_text(path, errors="replace") as file:
+        while line := file.readline(MAX_LINE):
+            with suppress(ValueError, RecursionError):  # the last line of a run that was killed
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    yield line.rstrip("\n"), record
 
 
 class MetricsLog:

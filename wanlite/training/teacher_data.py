@@ -235,8 +235,8 @@ class TeacherData:
 
         Returns the on-policy states at the stops by bucket, or None for each bucket without rollouts. `digest`
         identifies the student's weights; `first`, the first step of the phase, determines the prompts. Raises
-        OSError if training `is_past` that step and the states are missing, because that student no longer
-        exists.
+        OSError if training `is_past` that step and the states are missing or damaged, because that student no
+        longer exists.
         """
         bucket_shapes = self.resolutions[-1].bucket_shapes
         if not self.settings.rollout_states or not few.stops:
@@ -255,14 +255,10 @@ class TeacherData:
         jobs_by_bucket = split_jobs(jobs, len(bucket_shapes), self.settings.seed)
         for bucket_jobs, latent_shape in zip(jobs_by_bucket, bucket_shapes):
             folder = self._rollout_folder(bucket_jobs, latent_shape, digest)
-            if is_past and not any(folder.glob("shard-*")):
-                raise OSError(
-                    f"{folder}: the rollout of step {first} is missing, and training is past that step. "
-                    "Put it back, or add --overwrite to start again."
-                )
+            irreplaceable = f"the rollout of step {first}" if is_past else ""
             rollouts.append(
                 self.trajectory_generator.roll_out(
-                    folder, bucket_jobs, latent_shape, student_for, few.scheduler
+                    folder, bucket_jobs, latent_shape, student_for, few.scheduler, irreplaceable
                 )
             )
         return rollouts
