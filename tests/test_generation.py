@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import run_inference
+import wanlite.pipeline
 from run_inference import (
     Settings,
     StudentPipeline,
@@ -145,9 +146,9 @@ def test_images_that_are_not_finite_are_errors_and_the_others_are_saved(
 
 
 def test_pixels_that_are_not_finite_are_not_an_image(pipeline, monkeypatch):
-    decode = run_inference.decode_latents
+    decode = wanlite.pipeline.decode_latents
     monkeypatch.setattr(
-        run_inference,
+        wanlite.pipeline,
         "decode_latents",
         lambda *each: decode(*each).index_fill(0, torch.tensor([0]), float("inf")),
     )
@@ -418,8 +419,9 @@ def test_a_gpu_with_bfloat16_uses_it_by_default(finished_run, monkeypatch):
 def test_images_are_decoded_in_bfloat16_if_it_was_chosen_and_is_fast(
     dtype, is_fast, expected, finished_run, monkeypatch
 ):
-    monkeypatch.setattr(run_inference, "is_fast_in_bfloat16", lambda _: is_fast)
-    assert StudentPipeline(finished_run[0], dtype=dtype).autoencoder.dtype == expected
+    monkeypatch.setattr(wanlite.pipeline, "is_fast_in_bfloat16", lambda _: is_fast)
+    pipeline = StudentPipeline(finished_run[0], dtype=dtype).pipeline
+    assert pipeline.single_frame_autoencoder("cpu").dtype == expected
 
 
 def test_cudnn_attention_is_off_in_inference_and_training(finished_run, monkeypatch):
@@ -432,7 +434,7 @@ def test_cudnn_attention_is_off_in_inference_and_training(finished_run, monkeypa
 def test_a_student_without_a_record_generates_the_same_images(copied_run, tmp_path):
     """The same holds after stock diffusers has saved its scheduler again."""
     first = StudentPipeline(copied_run).generate(["a ring"], [0], 2, 64, 64)[0]
-    StudentPipeline(copied_run).scheduler.save_pretrained(copied_run / "scheduler")
+    StudentPipeline(copied_run).pipeline.scheduler.save_pretrained(copied_run / "scheduler")
     (copied_run / "run.json").unlink()
     assert np.array_equal(first, StudentPipeline(copied_run).generate(["a ring"], [0], 2, 64, 64)[0])
-    assert "flow_prediction" in json.dumps(dict(StudentPipeline(copied_run).scheduler.config))
+    assert "flow_prediction" in json.dumps(dict(StudentPipeline(copied_run).pipeline.scheduler.config))
