@@ -22,6 +22,7 @@ from run_inference import Settings as InferenceSettings
 from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, run_script
 from train_distillation import Settings as TrainSettings
 from train_distillation import WanLiteStudent
+from wanlite.data.grids import CELL, GUTTER, LABEL_WIDTH, enlarge
 from wanlite.files.atomic import write_json
 from wanlite.planning.settings import make_parser
 from wanlite.training.run_folder import read_run
@@ -269,11 +270,11 @@ def test_a_saved_initialization_equals_step_0_of_a_run_in_its_folder(projected_r
         "0",
     )
     assert training.returncode == 0 and "energy kept" not in training.stdout, training.stderr
-    grid = np.asarray(Image.open(tmp_path / "run/samples/step-000000.png").convert("RGB"))[
-        64:128
-    ]  # the student's row
+    grid = np.asarray(Image.open(tmp_path / "run/samples/step-000000.png"))
     assert len(generated) == len(read_run(projected_run[0])["validation_prompts"])
-    assert (np.concatenate(generated, axis=1) == grid[:, -64 * len(generated) :]).all()
+    for column, image in enumerate(generated):
+        top, left = CELL + GUTTER, LABEL_WIDTH + column * (CELL + GUTTER)  # the student's row
+        assert (grid[top : top + CELL, left : left + CELL] == enlarge(image)).all()
     assert read_run(tmp_path / "run")["finished"] and "projected_only" not in read_run(tmp_path / "run")
 
 

@@ -208,7 +208,9 @@ def test_a_validator_samples_each_row_and_judges_each_image_at_its_own_steps(fin
         set(validations) == {1, 2, 4}
         and figures["image_error_2"] == validations[2]["image_error"] != validations[4]["image_error"]
     )
-    teachers, *rows = found.make_grid(student, validations).items()
+    grid = found.make_grid(student, validations)
+    assert grid.prompts == prompts and grid.seeds == [0, 1, 2, 3]
+    teachers, *rows = grid.rows.items()
     assert teachers[0] == "teacher 4 steps" and (teachers[1] == found.teacher_grid).all()
     counts = {"student 4 steps": 4, "student 2 steps": 2, "student 1 step": 1}
     assert [title.split(",")[0] for title, _ in rows] == list(counts)

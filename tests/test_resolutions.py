@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from run_inference import read_settings
 from tests.conftest import ROOT, TINY_TEACHER, run_script
 from tests.test_resuming import have_equal_weights, train
 from train_distillation import Settings
+from wanlite.data.grids import CELL, GUTTER, LABEL_WIDTH
 from wanlite.phases import MIN_TRAJECTORIES, Span, plan_phases, split_trajectories
 from wanlite.planning.resolve import complete
 from wanlite.planning.teacher_folder import TeacherFolder
@@ -136,9 +138,10 @@ def test_a_run_with_buckets_resumes_to_the_same_weights(wide_run, tmp_path):
 def test_every_image_of_a_wide_run_is_wide(wide_run):
     assert read_run(wide_run)["resolution"] == read_run(wide_run)["settings"]["resolution"] == [96, 64]
     grid = Image.open(wide_run / "samples/step-000006.png")
-    assert (
-        grid.height == 4 * 64 and (grid.width - 92) == 4 * 96
-    )  # the teacher and three numbers of steps; a label
+    rows, prompts = json.loads(grid.text["rows"]), json.loads(grid.text["prompts"])
+    assert json.loads(grid.text["size"]) == [96, 64] and (len(rows), len(prompts)) == (4, 4)
+    assert grid.width == LABEL_WIDTH + 4 * 3 * 96 + 3 * GUTTER  # each image is enlarged by 3
+    assert grid.height > 4 * (3 * 64 + GUTTER)  # the teacher and three numbers of steps; prompts
     card = (wide_run / "README.md").read_text()
     assert "96 x 64 pixels" in card and "height=64, width=96" in card
 
@@ -227,17 +230,31 @@ def test_a_run_stopped_where_the_resolution_changes_ends_with_the_same_weights(
     ), printed
 
 
+def has_blocks(path, size):
+    """Whether the first image of a grid consists of blocks of one colour, `size` pixels wide and high."""
+    image = np.asarray(Image.open(path))[:CELL, LABEL_WIDTH : LABEL_WIDTH + CELL]
+    return (image[::size, ::size].repeat(size, 0).repeat(size, 1) == image).all()
+
+
 def test_each_resolution_is_validated_on_its_own_images(rising_run):
-    heights = {
-        path.name: Image.open(path).height for path in sorted((rising_run / "samples").glob("step-*.png"))
+    sizes = {
+        path.name: json.loads(Image.open(path).text["size"])
+        for path in sorted((rising_run / "samples").glob("step-*.png"))
     }
-    assert heights == {
-        "step-000000.png": 4 * 32,
-        "step-000003.png": 4 * 32,
-        "step-000006.png": 4 * 64,
-        "step-000009.png": 4 * 64,
-        "step-000010.png": 4 * 64,
+    assert sizes == {
+        "step-000000.png": [32, 32],
+        "step-000003.png": [32, 32],
+        "step-000006.png": [64, 64],
+        "step-000009.png": [64, 64],
+        "step-000010.png": [64, 64],
     }
+    assert [has_blocks(rising_run / "samples" / name, 8) for name in sizes] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
     run = read_run(rising_run)
     assert run["resolution"] == 64 and run["chosen"]["step"] >= 6
 

@@ -1,31 +1,161 @@
-"""Images -> a grid, with a title for each row or a given number of columns."""
+"""Images -> a grid to look at: a labelled row for each kind of image, and the prompts below the columns."""
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import cache
+from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
-TITLE_WIDTH = 92  # pixels at the left, for the titles of rows
-GUTTER = 4  # white pixels between images of a grid without titles
+from ..files.atomic import write_bytes
+from ..runtime.terminal import one_line
+
+GUTTER = 4  # white pixels between images
+CELL = 256  # smaller images are enlarged by a whole factor, until their longer side is at least this
+MAX_CELLS = 64  # of a grid
+MAX_COLUMNS = 8  # more prompts continue in a further band of rows
+LABEL_WIDTH = 168  # pixels at the left, for the titles of rows
+FONT_SIZE = 18  # pixels
+LINE = 23  # pixels from one line of text to the next
+MAX_LINES = 6  # of a prompt
 
 
-def save_grid(path: Path, rows: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Write {title: images (B, height, width, 3) uint8} as a grid, and return it (height, width, 3)."""
-    bands = [
-        np.concatenate([_draw_title(title, images.shape[1]), *images], axis=1)
-        for title, images in rows.items()
-    ]
-    grid = np.concatenate(bands)
+class Grid(NamedTuple):
+    """Images of the same prompts and seeds in several rows."""
+
+    rows: Mapping[str, np.ndarray]  # {title: images (B, height, width, 3) uint8}
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+
+
+def save_grid(path: Path, grid: Grid, step: int) -> np.ndarray:
+    """Write a grid as a PNG with its prompts, seeds and step as text, and return it (height, width, 3).
+
+    At most MAX_CELLS images are drawn.
+    """
+    grid = _limit(grid)
+    image = draw_grid(grid)
+    image.save(content := BytesIO(), "PNG", pnginfo=_describe(grid, step))
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid).save(path)
-    return grid
+    write_bytes(path, content.getvalue())
+    return np.asarray(image)
 
 
-def _draw_title(title, height):
-    band = Image.new("RGB", (TITLE_WIDTH, height), "white")
-    ImageDraw.Draw(band).multiline_text((4, height / 2), title.replace(", ", "\n"), fill="black", anchor="lm")
-    return np.array(band)
+def _limit(grid):
+    """Return the grid with as many prompts as MAX_CELLS allows."""
+    count = max(1, MAX_CELLS // len(grid.rows))
+    rows = {title: images[:count] for title, images in grid.rows.items()}
+    return Grid(rows, grid.prompts[:count], grid.seeds[:count])
+
+
+def _describe(grid, step):
+    """Return the text chunks of a grid; `size` is that of an image before it is enlarged."""
+    info = PngInfo()
+    height, width = next(iter(grid.rows.values())).shape[1:3]
+    values = {
+        "prompts": list(grid.prompts),
+        "seeds": list(grid.seeds),
+        "step": step,
+        "rows": list(grid.rows),
+        "size": [width, height],
+    }
+    for name, value in values.items():
+        info.add_text(name, json.dumps(value))
+    return info
+
+
+def draw_grid(grid: Grid) -> Image.Image:
+    """Return the image of a grid; gutters and unused cells are white."""
+    bands = [
+        _draw_band(grid, slice(start, start + MAX_COLUMNS))
+        for start in range(0, len(grid.prompts), MAX_COLUMNS)
+    ]
+    canvas = Image.new("RGB", (bands[0].width, sum(band.height for band in bands)), "white")
+    top = 0
+    for band in bands:
+        canvas.paste(band, (0, top))
+        top += band.height
+    return canvas
+
+
+def _draw_band(grid, columns):
+    """Draw the rows of some columns, and their prompts below."""
+    rows = {title: [enlarge(image) for image in images[columns]] for title, images in grid.rows.items()}
+    height, width, _ = next(iter(rows.values()))[0].shape
+    texts = [wrap(prompt, width - GUTTER) for prompt in grid.prompts[columns]]
+    text_top = len(rows) * (height + GUTTER)
+    size = (
+        LABEL_WIDTH + min(len(grid.prompts), MAX_COLUMNS) * (width + GUTTER) - GUTTER,
+        text_top + LINE * (max(map(len, texts)) + 1),
+    )
+    band = Image.new("RGB", size, "white")
+    for number, (title, images) in enumerate(rows.items()):
+        top = number * (height + GUTTER)
+        _write(band, (GUTTER, top + height / 2), _wrap_label(title), "lm")
+        for column, image in enumerate(images):
+            band.paste(Image.fromarray(image), (LABEL_WIDTH + column * (width + GUTTER), top))
+    for column, lines in enumerate(texts):
+        _write(band, (LABEL_WIDTH + column * (width + GUTTER), text_top), lines, "la")
+    return band
+
+
+def enlarge(image: np.ndarray) -> np.ndarray:
+    """Return an image with each pixel repeated, if it is smaller than CELL."""
+    factor = max(1, -(-CELL // max(image.shape[:2])))
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Return the lines of a text, each at most `width` pixels wide, and at most MAX_LINES."""
+    lines = [""]
+    for word in one_line(text).split() or [""]:
+        if _measure(longer := f"{lines[-1]} {word}".strip()) <= width:
+            lines[-1] = longer
+        else:
+            lines += _split(word, width)
+    lines = [line for line in lines if line]
+    if len(lines) <= MAX_LINES:
+        return lines
+    return [*lines[: MAX_LINES - 1], _shorten(lines[MAX_LINES - 1], width)]
+
+
+def _split(word, width):
+    """Return a word in pieces that fit: a text without spaces is one word."""
+    pieces = [""]
+    for letter in word:
+        if _measure(pieces[-1] + letter) > width:
+            pieces.append("")
+        pieces[-1] += letter
+    return pieces
+
+
+def _shorten(line, width):
+    while line and _measure(f"{line} ...") > width:
+        line = line[:-1]
+    return f"{line} ..."
+
+
+def _wrap_label(title):
+    return [line for part in title.split(", ") for line in wrap(part, LABEL_WIDTH - 2 * GUTTER)]
+
+
+@cache
+def _font():
+    return ImageFont.load_default(FONT_SIZE)
+
+
+def _measure(text):
+    return _font().getlength(text)
+
+
+def _write(image, position, lines, anchor):
+    ImageDraw.Draw(image).multiline_text(
+        position, "\n".join(lines), fill="black", font=_font(), anchor=anchor, spacing=LINE - FONT_SIZE
+    )
 
 
 def lay_out(images: Sequence[np.ndarray], columns: int) -> np.ndarray:

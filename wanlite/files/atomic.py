@@ -23,9 +23,14 @@ SPARE = 2**20  # bytes that a file system needs beside the files themselves
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically; several runs may write the same file."""
+    write_bytes(path, f"{json.dumps(content, indent=2)}\n".encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically; several runs may write the same file."""
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     try:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.write_bytes(content)
         flush(partial)
         os.replace(partial, path)
     finally:

@@ -57,14 +57,14 @@ class RunLog:
         return time.time() - self.began
 
     def record(self, step, grid=None, **figures):
-        """Write a record to metrics.jsonl and the trackers; `grid` is {title of a row: images}."""
+        """Write a record to metrics.jsonl and the trackers; a Grid is also saved in samples/."""
         if self.metrics is None:  # only the main process writes
             return
         try:
             self.metrics.write(step=step, **figures)
             self.accelerator.log(figures, step=step)
             if grid is not None:
-                image = save_grid(self.folder / SAMPLES / f"step-{step:06d}.png", grid)
+                image = save_grid(self.folder / SAMPLES / f"step-{step:06d}.png", grid, step)
                 for tracker in self.accelerator.trackers:
                     log_image(tracker, "teacher above student", image, step)
         except OSError as error:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.autoencoder import decode_latents, to_images
+from ..data.grids import Grid
 from ..flow import sample, seeded_noise
 from ..network import TextTokens, pack_text
 from ..phases import count_validated
@@ -157,13 +158,13 @@ class Validator:
         )
 
     def make_grid(self, student, figures_by_steps):
-        """Return {title of a row: images (B, height, width, 3)}, the teacher's row first."""
-        grid = {f"teacher {self.settings.reference_steps} steps": self.teacher_grid}
+        """Return the Grid of teacher and student, the teacher's row first."""
+        rows = {f"teacher {self.settings.reference_steps} steps": self.teacher_grid}
         for count, figures in reversed(figures_by_steps.items()):
             labels = [f"{label} {figures[name]:.2f}" for label, name in GRID_FIGURES.items()]
             title = ", ".join([f"student {_format_steps(count)}", *labels])
-            grid[title] = self._generate(student, count, self.grid_prompts)
-        return grid
+            rows[title] = self._generate(student, count, self.grid_prompts)
+        return Grid(rows, self.grid_prompts, self.seeds[: len(self.grid_prompts)])
 
     def judge(self, student):
         """Return the accuracy of teacher and student on the held-out captions, {} unless a judge can read them."""
