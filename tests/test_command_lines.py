@@ -22,7 +22,7 @@ from run_inference import Settings as InferenceSettings
 from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, run_script
 from train_distillation import Settings as TrainSettings
 from train_distillation import WanLiteStudent
-from wanlite.data.grids import CELL, GUTTER, LABEL_WIDTH, enlarge
+from wanlite.data.grids import CELL, enlarge, locate
 from wanlite.files.atomic import write_json
 from wanlite.planning.settings import make_parser
 from wanlite.training.run_folder import read_run
@@ -273,7 +273,7 @@ def test_a_saved_initialization_equals_step_0_of_a_run_in_its_folder(projected_r
     grid = np.asarray(Image.open(tmp_path / "run/samples/step-000000.png"))
     assert len(generated) == len(read_run(projected_run[0])["validation_prompts"])
     for column, image in enumerate(generated):
-        top, left = CELL + GUTTER, LABEL_WIDTH + column * (CELL + GUTTER)  # the student's row
+        left, top = locate(1, column, (CELL, CELL))  # the student's row
         assert (grid[top : top + CELL, left : left + CELL] == enlarge(image)).all()
     assert read_run(tmp_path / "run")["finished"] and "projected_only" not in read_run(tmp_path / "run")
 

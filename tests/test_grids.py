@@ -8,6 +8,7 @@ from PIL import Image
 
 from wanlite.data.grids import (
     CELL,
+    FRAME,
     GUTTER,
     LABEL_WIDTH,
     MAX_CELLS,
@@ -15,6 +16,7 @@ from wanlite.data.grids import (
     MAX_LINES,
     Grid,
     enlarge,
+    locate,
     save_grid,
     wrap,
 )
@@ -40,8 +42,11 @@ def test_small_cells_are_enlarged_and_separated_by_gutters(tmp_path):
     image = save_grid(tmp_path / "grid.png", make_grid(3), 7)
     assert black_runs(image[10, LABEL_WIDTH:]) == [256, 256, 256]
     assert black_runs(image[: 2 * (256 + GUTTER), LABEL_WIDTH]) == [256, 256]
-    assert image.shape[1] == LABEL_WIDTH + 3 * 256 + 2 * GUTTER
-    assert (image[10, LABEL_WIDTH + 256 : LABEL_WIDTH + 256 + GUTTER] == 255).all()
+    assert image.shape[1] == LABEL_WIDTH + 3 * (256 + GUTTER)
+    gutter = image[
+        10, LABEL_WIDTH + 256 : LABEL_WIDTH + 256 + GUTTER, 0
+    ]  # a line around each image, white between
+    assert gutter.tolist() == [FRAME[0], 255, 255, FRAME[0]]
     assert (np.asarray(Image.open(tmp_path / "grid.png")) == image).all()
 
 
@@ -60,7 +65,7 @@ def test_images_are_enlarged_by_a_whole_factor_without_new_colours(size, side):
 
 def test_prompts_are_below_the_columns_and_labels_beside_the_rows(tmp_path):
     image = save_grid(tmp_path / "grid.png", make_grid(2), 0)
-    below, beside = image[2 * (256 + GUTTER) :], image[:256, :LABEL_WIDTH]
+    below, beside = image[locate(2, 0, (256, 256))[1] :], image[:256, : LABEL_WIDTH - 1]
     for column in (0, 1):
         left = LABEL_WIDTH + column * (256 + GUTTER)
         assert (below[:, left : left + 256] < 128).any()
@@ -72,7 +77,7 @@ def test_prompts_are_below_the_columns_and_labels_beside_the_rows(tmp_path):
 def test_unused_cells_are_white_and_a_grid_has_at_most_64(tmp_path):
     image = save_grid(tmp_path / "grid.png", make_grid(MAX_COLUMNS + 1, prompt=""), 0)
     last_row = image[-2 * (256 + GUTTER) :][10]
-    assert black_runs(last_row[LABEL_WIDTH:]) == [256] and (last_row[LABEL_WIDTH + 256 :] == 255).all()
+    assert black_runs(last_row[LABEL_WIDTH:]) == [256] and (last_row[LABEL_WIDTH + 257 :] == 255).all()
     save_grid(tmp_path / "large.png", make_grid(300, num_rows=4, size=(8, 8)), 0)
     assert len(json.loads(Image.open(tmp_path / "large.png").text["prompts"])) == MAX_CELLS // 4
 

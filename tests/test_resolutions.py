@@ -14,7 +14,7 @@ from run_inference import read_settings
 from tests.conftest import ROOT, TINY_TEACHER, run_script
 from tests.test_resuming import have_equal_weights, train
 from train_distillation import Settings
-from wanlite.data.grids import CELL, GUTTER, LABEL_WIDTH
+from wanlite.data.grids import CELL, locate
 from wanlite.phases import MIN_TRAJECTORIES, Span, plan_phases, split_trajectories
 from wanlite.planning.resolve import complete
 from wanlite.planning.teacher_folder import TeacherFolder
@@ -140,8 +140,8 @@ def test_every_image_of_a_wide_run_is_wide(wide_run):
     grid = Image.open(wide_run / "samples/step-000006.png")
     rows, prompts = json.loads(grid.text["rows"]), json.loads(grid.text["prompts"])
     assert json.loads(grid.text["size"]) == [96, 64] and (len(rows), len(prompts)) == (4, 4)
-    assert grid.width == LABEL_WIDTH + 4 * 3 * 96 + 3 * GUTTER  # each image is enlarged by 3
-    assert grid.height > 4 * (3 * 64 + GUTTER)  # the teacher and three numbers of steps; prompts
+    right, bottom = locate(4, 4, (3 * 96, 3 * 64))  # the teacher and three numbers of steps, enlarged by 3
+    assert grid.width == right and grid.height > bottom  # prompts are below
     card = (wide_run / "README.md").read_text()
     assert "96 x 64 pixels" in card and "height=64, width=96" in card
 
@@ -232,7 +232,8 @@ def test_a_run_stopped_where_the_resolution_changes_ends_with_the_same_weights(
 
 def has_blocks(path, size):
     """Whether the first image of a grid consists of blocks of one colour, `size` pixels wide and high."""
-    image = np.asarray(Image.open(path))[:CELL, LABEL_WIDTH : LABEL_WIDTH + CELL]
+    left, top = locate(0, 0, (CELL, CELL))
+    image = np.asarray(Image.open(path))[top : top + CELL, left : left + CELL]
     return (image[::size, ::size].repeat(size, 0).repeat(size, 1) == image).all()
 
 

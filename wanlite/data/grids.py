@@ -15,12 +15,13 @@ from ..files.atomic import write_bytes
 from ..runtime.terminal import one_line
 
 GUTTER = 4  # white pixels between images
+FRAME = (190, 190, 190)  # colour of a line around each image of a Grid
 CELL = 256  # smaller images are enlarged by a whole factor, until their longer side is at least this
 MAX_CELLS = 64  # of a grid
 MAX_COLUMNS = 8  # more prompts continue in a further band of rows
-LABEL_WIDTH = 168  # pixels at the left, for the titles of rows
-FONT_SIZE = 18  # pixels
-LINE = 23  # pixels from one line of text to the next
+LABEL_WIDTH = 184  # pixels at the left, for the titles of rows
+FONT_SIZE = 20  # pixels
+LINE = 25  # pixels from one line of text to the next
 MAX_LINES = 6  # of a prompt
 
 
@@ -87,20 +88,30 @@ def _draw_band(grid, columns):
     rows = {title: [enlarge(image) for image in images[columns]] for title, images in grid.rows.items()}
     height, width, _ = next(iter(rows.values()))[0].shape
     texts = [wrap(prompt, width - GUTTER) for prompt in grid.prompts[columns]]
-    text_top = len(rows) * (height + GUTTER)
-    size = (
-        LABEL_WIDTH + min(len(grid.prompts), MAX_COLUMNS) * (width + GUTTER) - GUTTER,
-        text_top + LINE * (max(map(len, texts)) + 1),
-    )
-    band = Image.new("RGB", size, "white")
-    for number, (title, images) in enumerate(rows.items()):
-        top = number * (height + GUTTER)
+    columns_drawn = min(len(grid.prompts), MAX_COLUMNS)
+    right, text_top = locate(len(rows), columns_drawn, (width, height))
+    band = Image.new("RGB", (right, text_top + LINE * (max(map(len, texts)) + 1)), "white")
+    for row, (title, images) in enumerate(rows.items()):
+        top = locate(row, 0, (width, height))[1]
         _write(band, (GUTTER, top + height / 2), _wrap_label(title), "lm")
         for column, image in enumerate(images):
-            band.paste(Image.fromarray(image), (LABEL_WIDTH + column * (width + GUTTER), top))
+            _paste(band, image, locate(row, column, (width, height)))
     for column, lines in enumerate(texts):
-        _write(band, (LABEL_WIDTH + column * (width + GUTTER), text_top), lines, "la")
+        _write(band, locate(len(rows), column, (width, height)), lines, "la")
     return band
+
+
+def locate(row: int, column: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Return (left, top) of an image in the first band, for images (width, height) as they are drawn."""
+    width, height = size
+    return LABEL_WIDTH + column * (width + GUTTER), GUTTER + row * (height + GUTTER)
+
+
+def _paste(band, image, position):
+    """Draw an image and a line around it, which separates white images from the gutters."""
+    (left, top), (height, width) = position, image.shape[:2]
+    ImageDraw.Draw(band).rectangle((left - 1, top - 1, left + width, top + height), outline=FRAME)
+    band.paste(Image.fromarray(image), position)
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:
