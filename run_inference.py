@@ -34,7 +34,6 @@ from wanlite.teacher.components import num_bytes
 from wanlite.training.run_folder import check_saved_components, read_run
 from wanlite.training.sampling_defaults import check_steps, sampling_defaults, size_warning, trained_sizes
 
-MAX_CELLS = 64  # images in the grid
 MAX_COLUMNS = 16  # of a grid with a row per prompt
 MAX_NAMED = 6  # files in a warning
 MAX_PROMPT = 80  # characters of a prompt in the list of files
@@ -221,6 +220,7 @@ if __name__ == "__main__":  # arguments and paths are checked before torch is im
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     SETTINGS, PROMPTS = read_settings()
 
+import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler
 from PIL.PngImagePlugin import PngInfo
@@ -229,7 +229,7 @@ from tqdm import tqdm
 
 from train_distillation import WanLiteStudent
 from wanlite.data.autoencoder import load_video_autoencoder, to_images
-from wanlite.data.grids import lay_out
+from wanlite.data.grids import MAX_CELLS, Grid, draw_grid
 from wanlite.data.text_encoder import encode_prompts, load_text_encoder, warn_of_truncation
 from wanlite.files.image_files import grid_names, image_names, save_image
 from wanlite.flow import seeded_noise
@@ -392,8 +392,8 @@ def write_images(settings: Settings, jobs: list[tuple], weights_sha256: str) -> 
     return written
 
 
-def text_chunks(settings: Settings, prompt: str, seed: int, weights_sha256: str) -> PngInfo:
-    """Return the PNG text chunks with the settings of an image."""
+def text_chunks(settings: Settings, prompt: str | None, seed: int | None, weights_sha256: str) -> PngInfo:
+    """Return the PNG text chunks with the settings of an image, or of several with neither prompt nor seed."""
     info = PngInfo()
     values = {
         "prompt": prompt,
@@ -409,7 +409,8 @@ def text_chunks(settings: Settings, prompt: str, seed: int, weights_sha256: str)
         "weights_sha256": weights_sha256,
     }
     for name, value in values.items():
-        info.add_itxt(name, str(value))
+        if value is not None:
+            info.add_itxt(name, str(value))
     return info
 
 
@@ -484,7 +485,9 @@ def main(settings: Settings, prompts: list[str]) -> None:
     settings = replace(settings, dtype=str(pipeline.dtype).removeprefix("torch."))
     generated, cells = generate_all(pipeline, settings, jobs)
     written = [each for each in generated if each.path]
-    grid = f" and {save_grid(settings, written, cells).name}" if len(cells) > 1 else ""
+    grid = ""
+    if len(cells) > 1:
+        grid = f" and {save_grid(settings, written, cells, pipeline.weights_sha256).name}"
     for each in written:
         print(f"{Path(each.path or '').name}  {one_line(each.prompt, MAX_PROMPT)}")
     print(f"wrote {len(written)} image{'s' * (len(written) != 1)}{grid} to {output.absolute()}", flush=True)
@@ -492,14 +495,22 @@ def main(settings: Settings, prompts: list[str]) -> None:
     refuse_not_finite(generated, str(settings.dtype))
 
 
-def save_grid(settings: Settings, written: list[Generated], cells: list) -> Path:
-    """Write the grid, with a row per prompt if prompts have several images; returns its path."""
+def save_grid(settings: Settings, written: list[Generated], cells: list, weights_sha256: str) -> Path:
+    """Write the grid of the first images with their prompts; returns its path.
+
+    Prompts with several images have a row each.
+    """
     each = settings.num_images_per_prompt
     columns = each if 1 < each <= MAX_COLUMNS else math.ceil(math.sqrt(len(cells)))
-    paths = [image.path for image in written if image.path]
-    return save_image(
-        lay_out(cells, columns), settings.output_dir, grid_names(paths[0], paths[len(cells) - 1])
-    )
+    shown = written[: len(cells)]
+    paths = [image.path for image in shown if image.path]
+    grid = Grid({"": np.stack(cells)}, [image.prompt for image in shown], [image.seed for image in shown])
+    info = text_chunks(settings, None, None, weights_sha256)
+    lists = {"prompts": grid.prompts, "seeds": grid.seeds, "files": [path.name for path in paths]}
+    for name, values in lists.items():
+        info.add_text(name, json.dumps(values))
+    names = grid_names(paths[0], paths[-1])
+    return save_image(np.asarray(draw_grid(grid, columns)), settings.output_dir, names, info)
 
 
 def warn(*warnings: str | None) -> None:

@@ -26,6 +26,7 @@ from run_inference import (
 )
 from tests.conftest import loud_student
 from train_distillation import WanLiteStudent
+from wanlite.data.grids import CELL, GUTTER, enlarge
 from wanlite.data.text_encoder import encode_prompts, load_text_encoder
 from wanlite.files.image_files import save_image
 from wanlite.files.weights import WeightsFile
@@ -183,8 +184,28 @@ def test_a_grid_has_at_most_64_cells_and_no_more_images_are_kept(
     settings, prompts = settings_of(finished_run[0], tmp_path, ["a"] * 100, "--batch_size", "10")
     generated, cells = generate_all(pipeline, settings, prompts)
     assert len(generated) == 100 and len(cells) == 64
-    grid = run_inference.save_grid(settings, generated, cells)
-    assert grid.name == "grid-0000-0063.png" and Image.open(grid).size == (8 * 8 + 7 * 4,) * 2
+    path = run_inference.save_grid(settings, generated, cells, "digest")
+    grid = Image.open(path)
+    assert path.name == "grid-0000-0063.png" and grid.width == GUTTER + 8 * (CELL + GUTTER)
+    assert len(json.loads(grid.text["prompts"])) == 64 and grid.text["weights_sha256"] == "digest"
+
+
+def test_a_grid_shows_prompts_and_a_row_for_each_prompt_with_several_images(finished_run, tmp_path):
+    arguments = ("--num_images_per_prompt", "3", "--num_inference_steps", "1")
+    main(*settings_of(finished_run[0], tmp_path, ["a ring", "a cross"], *arguments))
+    files = sorted(path.name for path in tmp_path.glob("0*.png"))
+    grid = Image.open(tmp_path / "grid-0000-0005.png")
+    assert json.loads(grid.text["prompts"]) == ["a ring"] * 3 + ["a cross"] * 3
+    assert json.loads(grid.text["seeds"]) == [*range(6)] and json.loads(grid.text["files"]) == files
+    assert grid.text["num_inference_steps"] == "1" and "prompt" not in grid.text and "seed" not in grid.text
+    pixels = np.asarray(grid)
+    first, fourth = (np.asarray(Image.open(tmp_path / files[number])) for number in (0, 3))
+    assert grid.width == GUTTER + 3 * (CELL + GUTTER)
+    assert (pixels[GUTTER : GUTTER + CELL, GUTTER : GUTTER + CELL] == enlarge(first)).all()
+    second_row = slice(grid.height // 2 + GUTTER, grid.height // 2 + GUTTER + CELL)
+    assert (pixels[second_row, GUTTER : GUTTER + CELL] == enlarge(fourth)).all()
+    text = pixels[GUTTER + CELL + 2 : grid.height // 2, GUTTER : GUTTER + CELL]
+    assert (text == 0).any() and (pixels[-1] == 255).all()
 
 
 @pytest.mark.parametrize("batch_size", ["1", "3"])

@@ -21,7 +21,6 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from torch import Tensor
 
@@ -91,7 +90,9 @@ class WanLitePipeline(WanPipeline):
             load_components(folder, dtypes, options)
         given = {name: value for name, value in options.items() if name != "variant"}
         is_variant = any(folder.glob(f"*/*.{options.get('variant')}[.-]*"))
-        pipeline = super().from_pretrained(str(folder), dtype=dtypes, **(options if is_variant else given))
+        pipeline = super().from_pretrained(
+            str(folder), torch_dtype=dtypes, **(options if is_variant else given)
+        )
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         place_student(pipeline)
         pipeline.record = record
@@ -220,6 +221,11 @@ class WanLitePipeline(WanPipeline):
             )
         return noise
 
+    def _input_device(self, component):
+        """Return the device of a component's input; the weights of an offloaded one are elsewhere."""
+        device = self._execution_device
+        return component.device if device == self.device else device
+
     # ---- text ----------------------------------------------------------------------------------------------
 
     def encode_prompt(
@@ -251,7 +257,8 @@ class WanLitePipeline(WanPipeline):
             if given is not None and len(given) != count:
                 raise ValueError(f"there are {len(given)} negative prompts for {count} prompts.")
             found.append(self._prepare_embeddings(given, num_images_per_prompt))
-        return found[0], found[1] if do_classifier_free_guidance else None
+        prompt_embeds, negative_prompt_embeds = found
+        return prompt_embeds, negative_prompt_embeds
 
     def _encode(self, texts):
         """Return {text: embedding (L, T)}."""
@@ -261,14 +268,15 @@ class WanLitePipeline(WanPipeline):
             raise ValueError("the pipeline has no text encoder: pass prompt_embeds in place of prompts.")
         warn_of_truncation(self.tokenizer, texts, lambda text: warnings.warn(text, stacklevel=6))
         distinct = list(dict.fromkeys(texts))
-        device = get_module_execution_device(self.text_encoder)
+        device = self._input_device(self.text_encoder)
         embeddings = encode_prompts(self.tokenizer, self.text_encoder, distinct, device=device)
         return dict(zip(distinct, embeddings))
 
     def _prepare_embeddings(self, embeddings, repeats):
         if embeddings is None:
             return None
-        embeddings = embeddings.to(self._execution_device, self.transformer.dtype)
+        dtype = embeddings.dtype if self.transformer is None else self.transformer.dtype
+        embeddings = embeddings.to(self._execution_device, dtype)
         return embeddings.repeat_interleave(repeats, 0)
 
     def _pack(self, embeddings):
@@ -334,7 +342,7 @@ class WanLitePipeline(WanPipeline):
         The autoencoder's layers are those of a single frame, unless it is tiled or of another class. After a
         student in bfloat16 they compute in bfloat16 where that is fast.
         """
-        device = get_module_execution_device(self.vae)
+        device = self._input_device(self.vae)
         if type(self.vae) is not AutoencoderKLWan or self.vae.use_tiling:
             return self._decode_in_stock(latents.to(device))
         return apply_forward_hook(self._decode_single_frames)(self.vae, latents.float().to(device))
