@@ -21,6 +21,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.logging import get_logger
 from PIL import Image
 from torch import Tensor
 
@@ -40,6 +41,7 @@ from .student.location import student_folder
 from .training.run_folder import check_saved_components, read_run
 from .training.sampling_defaults import check_steps, sampling_defaults, size_warning, trained_sizes
 
+LOGGER = get_logger("diffusers.pipelines.pipeline_utils")  # of the components that diffusers loads itself
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds")
 FILES = ("scheduler/*.json", "tokenizer/*", RUN) + tuple(  # on the hub, beside the student
@@ -80,19 +82,23 @@ class WanLitePipeline(WanPipeline):
         folder = student_folder(pretrained_model_name_or_path, subfolder, FILES, **hub)
         if not options.keys() & {"scheduler", *COMPONENTS}:
             check_saved_components(folder)
+        passed = {*options}
         dtypes = component_dtypes(torch_dtype if dtype is None else dtype)
         record = read_run(folder)
-        schedule = recorded_schedule(record, folder / RUN)
-        options.setdefault("scheduler", load_scheduler(folder, schedule))
+        options.setdefault("scheduler", load_scheduler(folder, recorded_schedule(record, folder / RUN)))
+        has_variants = find_variants(folder, options.get("variant"))
         if "transformer" not in options:
             options["transformer"] = load_student(folder, dtypes["transformer"], sha256, options)
-        if not any(options.get(name) is not None for name in STOCK):
+        if not has_variants:
+            options.pop("variant", None)  # that of the student alone
+        if any(options.get(name) is not None for name in STOCK):
+            options["torch_dtype"] = dtypes
+        else:
             load_components(folder, dtypes, options)
-        given = {name: value for name, value in options.items() if name != "variant"}
-        is_variant = any(folder.glob(f"*/*.{options.get('variant')}[.-]*"))
-        pipeline = super().from_pretrained(
-            str(folder), torch_dtype=dtypes, **(options if is_variant else given)
-        )
+        for name in sorted(options.keys() & {"scheduler", "transformer", *COMPONENTS} - passed):
+            kind = type(options[name]).__name__
+            LOGGER.info(f"Loaded {name} as {kind} from {pretrained_model_name_or_path}.")
+        pipeline = super().from_pretrained(str(folder), **options)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         place_student(pipeline)
         pipeline.record = record
@@ -398,6 +404,20 @@ def load_scheduler(folder: Path, schedule: dict[str, Any]) -> Any:
     if name != SCHEDULER and hasattr(found := getattr(diffusers, str(name), None), "set_timesteps"):
         return found.from_pretrained(place, local_files_only=True)
     return UniPCMultistepScheduler(**read_schedule(folder, schedule))
+
+
+def find_variants(folder: Path, variant: str | None) -> bool:
+    """Whether components beside the student have weights of a variant; raises ValueError if no weights are of it."""
+    if variant is None:
+        return False
+    files = [path for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}.safetensors")]
+    names = [path.parent.name for path in files if f".{variant}" in path.name]
+    if not names:
+        raise ValueError(
+            f"You are trying to load the model files of the `variant={variant}`, but no such modeling files are "
+            f"available in {folder}."
+        )
+    return bool({*names} & {*COMPONENTS})
 
 
 def load_student(folder: Path, dtype: Any, sha256: Any, options: Mapping[str, Any]) -> WanLiteStudent:
