@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils.modeling import get_state_dict_offloaded_model
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.logging import get_logger
 from PIL import Image
@@ -401,8 +402,8 @@ def load_scheduler(folder: Path, schedule: dict[str, Any]) -> Any:
 
     place = folder / "scheduler"
     name = read_json(place / SCHEDULER_CONFIG).get("_class_name")
-    if name != SCHEDULER and hasattr(found := getattr(diffusers, str(name), None), "set_timesteps"):
-        return found.from_pretrained(place, local_files_only=True)
+    if name != SCHEDULER and hasattr(getattr(diffusers, str(name), None), "set_timesteps"):
+        return getattr(diffusers, name).from_pretrained(place, local_files_only=True)
     return UniPCMultistepScheduler(**read_schedule(folder, schedule))
 
 

@@ -28,8 +28,8 @@ def load_autoencoder(
     return SingleFrameAutoencoder(load_video_autoencoder(folder)).to(device, dtype)
 
 
-def load_video_autoencoder(folder: str | Path) -> AutoencoderKLWan:
-    """Load the AutoencoderKLWan in a folder's vae/ on the CPU in float32, with its checks."""
+def load_video_autoencoder(folder: str | Path) -> Any:
+    """Load the AutoencoderKLWan in a folder's vae/ on the CPU in float32, checked."""
     # With the argument `subfolder`, diffusers would first read weights of the same name in the parent folder.
     place = Path(folder) / "vae"
     with loading_errors(place):
