@@ -260,6 +260,12 @@ def test_folders_without_a_student_are_refused(copied_run, tmp_path):
         WanLitePipeline.from_pretrained(copied_run, variant="fp16")
     with pytest.raises(ValueError, match="digest|sha256"):
         WanLitePipeline.from_pretrained(copied_run, sha256="0" * 64)
+    path = copied_run / "scheduler/scheduler_config.json"
+    config = json.loads(path.read_text())
+    for changes in ({"_class_name": "DDIMScheduler", "use_flow_sigmas": None}, {"flow_shift": 5.0}):
+        path.write_text(json.dumps(config | changes))
+        with pytest.raises(ValueError, match="as the student was trained"):
+            WanLitePipeline.from_pretrained(copied_run)
     shutil.rmtree(copied_run / "vae")
     with pytest.raises(OSError, match="lacks vae"):
         WanLitePipeline.from_pretrained(copied_run)

@@ -59,7 +59,7 @@ class WanLitePipeline(WanPipeline):
     WanPipeline.
     """
 
-    record: Mapping[str, Any] = {}  # content of run.json
+    record: dict[str, Any] = {}  # content of run.json
 
     @classmethod
     def from_pretrained(
@@ -116,7 +116,7 @@ class WanLitePipeline(WanPipeline):
         """Save a folder that stock diffusers loads, and run.json for the defaults of this class."""
         if self.record:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
-            write_json(Path(save_directory) / RUN, dict(self.record))  # before an upload to the hub
+            write_json(Path(save_directory) / RUN, self.record)  # before an upload to the hub
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_json_string(self) -> str:
@@ -350,7 +350,8 @@ class WanLitePipeline(WanPipeline):
         student in bfloat16 they compute in bfloat16 where that is fast.
         """
         device = self._input_device(self.vae)
-        if type(self.vae) is not AutoencoderKLWan or self.vae.use_tiling:
+        is_stock = type(self.vae) is AutoencoderKLWan
+        if not is_stock or self.vae.use_tiling:
             return self._decode_in_stock(latents.to(device))
         return apply_forward_hook(self._decode_single_frames)(self.vae, latents.float().to(device))
 
@@ -397,13 +398,17 @@ def component_dtypes(dtype: Any) -> dict[str, Any]:
 
 
 def load_scheduler(folder: Path, schedule: dict[str, Any]) -> Any:
-    """Return the scheduler of a student, checked against the `schedule` of its training; others load unchecked."""
+    """Return the scheduler of a student, checked against the `schedule` of its training.
+
+    Another class of scheduler for flow matching, which a pipeline was saved with, loads unchecked.
+    """
     import diffusers
 
-    place = folder / "scheduler"
-    name = read_json(place / SCHEDULER_CONFIG).get("_class_name")
-    if name != SCHEDULER and hasattr(getattr(diffusers, str(name), None), "set_timesteps"):
-        return getattr(diffusers, name).from_pretrained(place, local_files_only=True)
+    config = read_json(folder / "scheduler" / SCHEDULER_CONFIG)
+    name = str(config.get("_class_name"))
+    is_flow = "FlowMatch" in name or config.get("use_flow_sigmas") is True
+    if name != SCHEDULER and is_flow and hasattr(getattr(diffusers, name, None), "set_timesteps"):
+        return getattr(diffusers, name).from_pretrained(folder / "scheduler", local_files_only=True)
     return UniPCMultistepScheduler(**read_schedule(folder, schedule))
 
 
