@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wanlite.data.buckets import bucket_sizes
 from wanlite.data.prompts import read_prompts
 from wanlite.data.tables import check_text
 from wanlite.files.file_names import CONFIG, RUN
@@ -32,9 +31,9 @@ from wanlite.schedule import TIMESTEPS, read_schedule, recorded_schedule
 from wanlite.student.loading import open_student
 from wanlite.student.location import student_folder
 from wanlite.teacher.components import num_bytes
-from wanlite.training.run_folder import check_saved_components, image_size, read_run
+from wanlite.training.run_folder import check_saved_components, read_run
+from wanlite.training.sampling_defaults import check_steps, sampling_defaults, size_warning, trained_sizes
 
-MAX_CELLS = 64  # images in the grid
 MAX_COLUMNS = 16  # of a grid with a row per prompt
 MAX_NAMED = 6  # files in a warning
 MAX_PROMPT = 80  # characters of a prompt in the list of files
@@ -107,15 +106,13 @@ def complete(settings: Settings) -> tuple[Settings, list[str]]:
     schedule = recorded_schedule(run, folder / RUN)
     check_saved_components(folder)
     prompts = choose_prompts(settings, run, folder)
-    width, height = image_size(run.get("resolution", 512))
-    defaults = {"height": height, "width": width, "num_inference_steps": run.get("num_inference_steps", 20)}
     filled: dict[str, Any] = {
         name: default if getattr(settings, name) is None else getattr(settings, name)
-        for name, default in defaults.items()
+        for name, default in sampling_defaults(run).items()
     }
     settings = replace(settings, model=str(folder), **filled)
     check_numbers(settings, len(prompts))
-    check_steps(filled["num_inference_steps"], schedule, folder)
+    check_steps(filled["num_inference_steps"], schedule, folder, "--num_inference_steps")
     read_schedule(folder, schedule)
     trained_sizes(run, check_image_size(settings, folder, config), folder / RUN)
     check_output_dir(Path(settings.output_dir))
@@ -153,16 +150,6 @@ def check_numbers(settings: Settings, num_prompts: int) -> None:
         raise ValueError(f"--guidance_scale is {settings.guidance_scale}, expected 1 (none) or more.")
 
 
-def check_steps(num_steps: int, schedule: dict, folder: Path) -> None:
-    """Raise ValueError for a number of steps that a few-step student was not trained for."""
-    few_steps = schedule.get("few_steps") or []
-    if few_steps and num_steps not in few_steps:
-        raise ValueError(
-            f"--num_inference_steps {num_steps}: {folder} was trained for {', '.join(map(str, few_steps))} steps. "
-            f"Choose one of these, or train with --few_steps."
-        )
-
-
 def check_image_size(settings: Settings, folder: Path, config: dict) -> int:
     """Return the side of a token in pixels; raises ValueError for sizes that are not multiples of it or too large."""
     try:
@@ -189,46 +176,6 @@ def check_image_size(settings: Settings, folder: Path, config: dict) -> int:
                 f"--{name} {pixels} is more than this student's rotary tables allow, at most {largest}."
             )
     return token
-
-
-def trained_sizes(run: dict, unit: int, source: Path | str) -> list[tuple[int, int]]:
-    """Return the training sizes (width, height) in run.json, [] if it has no resolution.
-
-    `unit` is the side of a token in pixels; `source` is the file that errors name.
-    """
-    if "resolution" not in run:
-        return []
-    size = image_size(run["resolution"])
-    settings = run.get("settings")
-    ratios = settings.get("aspect_ratios") if isinstance(settings, dict) else None
-    if any(type(side) is not int or side < 1 for side in size):
-        raise ValueError(
-            f"{source}: resolution is {run['resolution']!r}, expected pixels or [width, height]. Copy it again."
-        )
-    if not isinstance(ratios, list | None) or not all(isinstance(ratio, str) for ratio in ratios or ()):
-        raise ValueError(
-            f"{source}: aspect_ratios is {ratios!r}, expected a list of WIDTH:HEIGHT. Copy it again."
-        )
-    try:
-        return list(dict.fromkeys([size, *bucket_sizes(size, ratios, unit)]))
-    except ValueError as error:
-        raise ValueError(f"{source}: {error} Copy it again.") from None
-
-
-def size_warning(size: tuple[int, int], trained: list[tuple[int, int]]) -> str | None:
-    """Return a warning if a size (width, height) differs from the trained ones, else None."""
-    if not trained or size in trained:
-        return None
-    width, height = min(
-        trained, key=lambda each: sum(abs(math.log(side / other)) for side, other in zip(size, each))
-    )
-    named = ", ".join(f"{each[0]} x {each[1]}" for each in trained[:MAX_NAMED]) + (
-        ", ..." if len(trained) > MAX_NAMED else ""
-    )
-    return (
-        f"the student was trained at {named}; images of {size[0]} x {size[1]} may fail. The nearest trained "
-        f"size is --width {width} --height {height}."
-    )
 
 
 def check_output_dir(output: Path) -> None:
@@ -273,6 +220,7 @@ if __name__ == "__main__":  # arguments and paths are checked before torch is im
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     SETTINGS, PROMPTS = read_settings()
 
+import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler
 from PIL.PngImagePlugin import PngInfo
@@ -280,19 +228,13 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from train_distillation import WanLiteStudent
-from wanlite.data.autoencoder import decode_latents, load_autoencoder, to_images
-from wanlite.data.grids import lay_out
+from wanlite.data.autoencoder import load_video_autoencoder, to_images
+from wanlite.data.grids import MAX_CELLS, Grid, draw_grid
 from wanlite.data.text_encoder import encode_prompts, load_text_encoder, warn_of_truncation
 from wanlite.files.image_files import grid_names, image_names, save_image
-from wanlite.flow import check_schedule, sample, seeded_noise
-from wanlite.network import pack_text
-from wanlite.runtime.devices import (
-    disable_cudnn_attention,
-    drawing_dtype,
-    free_memory,
-    has_bfloat16,
-    is_fast_in_bfloat16,
-)
+from wanlite.flow import seeded_noise
+from wanlite.pipeline import WanLitePipeline, are_finite, pad_embeddings
+from wanlite.runtime.devices import disable_cudnn_attention, drawing_dtype, free_memory, has_bfloat16
 
 
 def encode_once(folder: str | Path, device: str, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -312,7 +254,7 @@ def encode_once(folder: str | Path, device: str, prompts: Iterable[str]) -> dict
 
 
 class StudentPipeline:
-    """A saved student with its scheduler, autoencoder and prompt embeddings.
+    """A saved student as a WanLitePipeline without a text encoder, and prompt embeddings.
 
     `weights_sha256` is the digest of the loaded weights, or the digests of all shards, sorted by name. Prompts
     that are not in `embeddings` are encoded when they are used.
@@ -336,12 +278,24 @@ class StudentPipeline:
         )
         self.weights_sha256 = " ".join(loaded["sha256"].values())
         schedule = recorded_schedule(read_run(folder), Path(folder) / RUN)
-        self.scheduler = UniPCMultistepScheduler(**read_schedule(folder, schedule))
-        is_bfloat16 = self.dtype == torch.bfloat16 and is_fast_in_bfloat16(device)
-        self.autoencoder = load_autoencoder(folder, device, torch.bfloat16 if is_bfloat16 else torch.float32)
-        self.pixels_per_token = (
-            self.autoencoder.config.scale_factor_spatial * self.student.config.patch_size[1]
+        self.pipeline = WanLitePipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=load_video_autoencoder(folder).to(device),
+            scheduler=UniPCMultistepScheduler(**read_schedule(folder, schedule)),
+            transformer=self.student,
         )
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.pixels_per_token = self.pipeline.vae_scale_factor_spatial * self.student.config.patch_size[1]
+
+    @property
+    def scheduler(self) -> Any:
+        return self.pipeline.scheduler
+
+    @property
+    def autoencoder(self) -> Any:
+        """The single-frame form of the autoencoder."""
+        return self.pipeline.single_frame_autoencoder(self.device)
 
     def embed(self, prompts: Sequence[str]) -> list[torch.Tensor]:
         """Return the embedding (L, T) of each prompt; each distinct prompt is encoded once."""
@@ -352,35 +306,25 @@ class StudentPipeline:
     @torch.no_grad()
     def generate(self, prompts, seeds, num_steps, height, width, guidance_scale=1.0, negative_prompt=""):
         """Return an image (height, width, 3) uint8 for each prompt and seed, None for one that is not finite."""
-        check_schedule(self.scheduler, num_steps)
-        text = pack_text(self.embed(prompts)).to(self.device, self.dtype)
         negative = None
         if guidance_scale > 1:
-            negative = pack_text(self.embed([negative_prompt]) * len(prompts)).to(self.device, self.dtype)
-        stride = self.autoencoder.config.scale_factor_spatial
-        latent_shape = (self.student.config.num_channels, height // stride, width // stride)
-        noise = seeded_noise(latent_shape, seeds).to(self.device)
-
-        def velocity_of(latents, timestep):
-            latents = latents.to(self.dtype)
-            velocity = self._velocity(latents, timestep, text)
-            if negative is None:
-                return velocity
-            negative_velocity = self._velocity(latents, timestep, negative)
-            return negative_velocity + guidance_scale * (velocity - negative_velocity)
-
-        latents = sample(velocity_of, noise, self.scheduler, num_steps)
-        pixels = decode_latents(self.autoencoder, latents)
-        is_finite = [
-            bool(torch.isfinite(each).all() and torch.isfinite(image).all())
-            for each, image in zip(latents, pixels)
-        ]
-        return [image if is_valid else None for image, is_valid in zip(to_images(pixels), is_finite)]
-
-    def _velocity(self, latents, timestep, text):
-        return self.student(
-            latents, timestep, text.tokens, text_logit_bias=text.logit_bias, return_dict=False
-        )[0].float()
+            negative = pad_embeddings(self.embed([negative_prompt]) * len(prompts))
+        stride = self.pipeline.vae_scale_factor_spatial
+        latents = self.pipeline(
+            prompt_embeds=pad_embeddings(self.embed(prompts)),
+            negative_prompt_embeds=negative,
+            height=height,
+            width=width,
+            num_inference_steps=num_steps,
+            guidance_scale=guidance_scale,
+            latents=seeded_noise(
+                (self.student.config.num_channels, height // stride, width // stride), seeds
+            ),
+            output_type="latent",
+        ).images
+        pixels = self.pipeline.decode(latents)
+        images = zip(to_images(pixels), are_finite(latents, pixels))
+        return [image if is_valid else None for image, is_valid in images]
 
 
 class Generated(NamedTuple):
@@ -448,8 +392,8 @@ def write_images(settings: Settings, jobs: list[tuple], weights_sha256: str) -> 
     return written
 
 
-def text_chunks(settings: Settings, prompt: str, seed: int, weights_sha256: str) -> PngInfo:
-    """Return the PNG text chunks with the settings of an image."""
+def text_chunks(settings: Settings, prompt: str | None, seed: int | None, weights_sha256: str) -> PngInfo:
+    """Return the PNG text chunks with the settings of an image, or of several with neither prompt nor seed."""
     info = PngInfo()
     values = {
         "prompt": prompt,
@@ -465,7 +409,8 @@ def text_chunks(settings: Settings, prompt: str, seed: int, weights_sha256: str)
         "weights_sha256": weights_sha256,
     }
     for name, value in values.items():
-        info.add_itxt(name, str(value))
+        if value is not None:
+            info.add_itxt(name, str(value))
     return info
 
 
@@ -540,7 +485,9 @@ def main(settings: Settings, prompts: list[str]) -> None:
     settings = replace(settings, dtype=str(pipeline.dtype).removeprefix("torch."))
     generated, cells = generate_all(pipeline, settings, jobs)
     written = [each for each in generated if each.path]
-    grid = f" and {save_grid(settings, written, cells).name}" if len(cells) > 1 else ""
+    grid = ""
+    if len(cells) > 1:
+        grid = f" and {save_grid(settings, written, cells, pipeline.weights_sha256).name}"
     for each in written:
         print(f"{Path(each.path or '').name}  {one_line(each.prompt, MAX_PROMPT)}")
     print(f"wrote {len(written)} image{'s' * (len(written) != 1)}{grid} to {output.absolute()}", flush=True)
@@ -548,14 +495,22 @@ def main(settings: Settings, prompts: list[str]) -> None:
     refuse_not_finite(generated, str(settings.dtype))
 
 
-def save_grid(settings: Settings, written: list[Generated], cells: list) -> Path:
-    """Write the grid, with a row per prompt if prompts have several images; returns its path."""
+def save_grid(settings: Settings, written: list[Generated], cells: list, weights_sha256: str) -> Path:
+    """Write the grid of the first images with their prompts; returns its path.
+
+    Prompts with several images have a row each.
+    """
     each = settings.num_images_per_prompt
     columns = each if 1 < each <= MAX_COLUMNS else math.ceil(math.sqrt(len(cells)))
-    paths = [image.path for image in written if image.path]
-    return save_image(
-        lay_out(cells, columns), settings.output_dir, grid_names(paths[0], paths[len(cells) - 1])
-    )
+    shown = written[: len(cells)]
+    paths = [image.path for image in shown if image.path]
+    grid = Grid({"": np.stack(cells)}, [image.prompt for image in shown], [image.seed for image in shown])
+    info = text_chunks(settings, None, None, weights_sha256)
+    lists = {"prompts": grid.prompts, "seeds": grid.seeds, "files": [path.name for path in paths]}
+    for name, values in lists.items():
+        info.add_text(name, json.dumps(values))
+    names = grid_names(paths[0], paths[-1])
+    return save_image(np.asarray(draw_grid(grid, columns)), settings.output_dir, names, info)
 
 
 def warn(*warnings: str | None) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import run_inference
+import wanlite.pipeline
 from run_inference import (
     Settings,
     StudentPipeline,
@@ -25,6 +26,7 @@ from run_inference import (
 )
 from tests.conftest import loud_student
 from train_distillation import WanLiteStudent
+from wanlite.data.grids import CELL, GUTTER, enlarge
 from wanlite.data.text_encoder import encode_prompts, load_text_encoder
 from wanlite.files.image_files import save_image
 from wanlite.files.weights import WeightsFile
@@ -145,9 +147,9 @@ def test_images_that_are_not_finite_are_errors_and_the_others_are_saved(
 
 
 def test_pixels_that_are_not_finite_are_not_an_image(pipeline, monkeypatch):
-    decode = run_inference.decode_latents
+    decode = wanlite.pipeline.decode_latents
     monkeypatch.setattr(
-        run_inference,
+        wanlite.pipeline,
         "decode_latents",
         lambda *each: decode(*each).index_fill(0, torch.tensor([0]), float("inf")),
     )
@@ -182,8 +184,28 @@ def test_a_grid_has_at_most_64_cells_and_no_more_images_are_kept(
     settings, prompts = settings_of(finished_run[0], tmp_path, ["a"] * 100, "--batch_size", "10")
     generated, cells = generate_all(pipeline, settings, prompts)
     assert len(generated) == 100 and len(cells) == 64
-    grid = run_inference.save_grid(settings, generated, cells)
-    assert grid.name == "grid-0000-0063.png" and Image.open(grid).size == (8 * 8 + 7 * 4,) * 2
+    path = run_inference.save_grid(settings, generated, cells, "digest")
+    grid = Image.open(path)
+    assert path.name == "grid-0000-0063.png" and grid.width == GUTTER + 8 * (CELL + GUTTER)
+    assert len(json.loads(grid.text["prompts"])) == 64 and grid.text["weights_sha256"] == "digest"
+
+
+def test_a_grid_shows_prompts_and_a_row_for_each_prompt_with_several_images(finished_run, tmp_path):
+    arguments = ("--num_images_per_prompt", "3", "--num_inference_steps", "1")
+    main(*settings_of(finished_run[0], tmp_path, ["a ring", "a cross"], *arguments))
+    files = sorted(path.name for path in tmp_path.glob("0*.png"))
+    grid = Image.open(tmp_path / "grid-0000-0005.png")
+    assert json.loads(grid.text["prompts"]) == ["a ring"] * 3 + ["a cross"] * 3
+    assert json.loads(grid.text["seeds"]) == [*range(6)] and json.loads(grid.text["files"]) == files
+    assert grid.text["num_inference_steps"] == "1" and "prompt" not in grid.text and "seed" not in grid.text
+    pixels = np.asarray(grid)
+    first, fourth = (np.asarray(Image.open(tmp_path / files[number])) for number in (0, 3))
+    assert grid.width == GUTTER + 3 * (CELL + GUTTER)
+    assert (pixels[GUTTER : GUTTER + CELL, GUTTER : GUTTER + CELL] == enlarge(first)).all()
+    second_row = slice(grid.height // 2 + GUTTER, grid.height // 2 + GUTTER + CELL)
+    assert (pixels[second_row, GUTTER : GUTTER + CELL] == enlarge(fourth)).all()
+    text = pixels[GUTTER + CELL + 2 : grid.height // 2, GUTTER : GUTTER + CELL]
+    assert (text == 0).any() and (pixels[-1] == 255).all()
 
 
 @pytest.mark.parametrize("batch_size", ["1", "3"])
@@ -418,8 +440,9 @@ def test_a_gpu_with_bfloat16_uses_it_by_default(finished_run, monkeypatch):
 def test_images_are_decoded_in_bfloat16_if_it_was_chosen_and_is_fast(
     dtype, is_fast, expected, finished_run, monkeypatch
 ):
-    monkeypatch.setattr(run_inference, "is_fast_in_bfloat16", lambda _: is_fast)
-    assert StudentPipeline(finished_run[0], dtype=dtype).autoencoder.dtype == expected
+    monkeypatch.setattr(wanlite.pipeline, "is_fast_in_bfloat16", lambda _: is_fast)
+    pipeline = StudentPipeline(finished_run[0], dtype=dtype).pipeline
+    assert pipeline.single_frame_autoencoder("cpu").dtype == expected
 
 
 def test_cudnn_attention_is_off_in_inference_and_training(finished_run, monkeypatch):
@@ -432,7 +455,7 @@ def test_cudnn_attention_is_off_in_inference_and_training(finished_run, monkeypa
 def test_a_student_without_a_record_generates_the_same_images(copied_run, tmp_path):
     """The same holds after stock diffusers has saved its scheduler again."""
     first = StudentPipeline(copied_run).generate(["a ring"], [0], 2, 64, 64)[0]
-    StudentPipeline(copied_run).scheduler.save_pretrained(copied_run / "scheduler")
+    StudentPipeline(copied_run).pipeline.scheduler.save_pretrained(copied_run / "scheduler")
     (copied_run / "run.json").unlink()
     assert np.array_equal(first, StudentPipeline(copied_run).generate(["a ring"], [0], 2, 64, 64)[0])
-    assert "flow_prediction" in json.dumps(dict(StudentPipeline(copied_run).scheduler.config))
+    assert "flow_prediction" in json.dumps(dict(StudentPipeline(copied_run).pipeline.scheduler.config))

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from tests.conftest import fork
-from wanlite.data.grids import GUTTER, lay_out
 from wanlite.files.image_files import MAX_SLUG, grid_names, image_names, save_image, slug
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
@@ -103,11 +102,3 @@ def test_saving_an_image_is_atomic(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"cannot be written \(No space left on device\). Free some space"):
         save(tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_cells_of_a_grid_are_a_gutter_apart_and_missing_images_stay_empty():
-    cells = [np.full((2, 3, 3), value, np.uint8) for value in (10, 20, 30)]
-    grid = lay_out(cells, 2)
-    assert grid.shape == (4 + GUTTER, 6 + GUTTER, 3)
-    assert (grid[:2, 3 + GUTTER :] == 20).all() and (grid[2 + GUTTER :, :3] == 30).all()
-    assert (grid[2 + GUTTER :, 3:] == 255).all() and (grid[2 : 2 + GUTTER] == 255).all()

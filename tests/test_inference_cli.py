@@ -208,7 +208,7 @@ def test_running_out_of_memory_is_one_line_with_advice(finished_run, tmp_path):
     code = f"""import runpy, sys, torch, wanlite.flow
 def run_out(*arguments):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nOf the allocated memory ...")
-wanlite.flow.sample = run_out
+wanlite.flow.set_steps = run_out
 sys.argv = ["run_inference.py", "--model", "{finished_run[0]}", "--output_dir", "{tmp_path}"]
 runpy.run_path("{GENERATE}", run_name="__main__")"""
     process = run_script("-c", code)

@@ -10,6 +10,7 @@ import wanlite
 from run_inference import StudentPipeline
 from tests.conftest import ROOT, run_script
 from train_distillation import WanLiteStudent
+from wanlite.pipeline import WanLitePipeline
 from wanlite.planning.resolve import NAMED_TEACHERS
 from wanlite.world.emoji.sprites import ATLAS
 
@@ -25,6 +26,7 @@ def requirements(path):
 
 def test_public_classes_are_those_of_the_scripts():
     assert wanlite.WanLiteStudent is WanLiteStudent and wanlite.StudentPipeline is StudentPipeline
+    assert wanlite.WanLitePipeline is WanLitePipeline
     assert set(wanlite.__all__) <= set(dir(wanlite))
     with pytest.raises(AttributeError, match="module 'wanlite' has no attribute 'WanStudent'"):
         _ = wanlite.WanStudent

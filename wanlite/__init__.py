@@ -6,10 +6,16 @@ if TYPE_CHECKING:
     from run_inference import StudentPipeline as StudentPipeline
     from train_distillation import WanLiteStudent as WanLiteStudent
 
-__version__ = "0.1.0"
-__all__ = ["StudentPipeline", "WanLiteStudent"]
+    from .pipeline import WanLitePipeline as WanLitePipeline
 
-_MODULES = {"StudentPipeline": "run_inference", "WanLiteStudent": "train_distillation"}
+__version__ = "0.1.0"
+__all__ = ["StudentPipeline", "WanLitePipeline", "WanLiteStudent"]
+
+_MODULES = {
+    "StudentPipeline": "run_inference",
+    "WanLitePipeline": "wanlite.pipeline",
+    "WanLiteStudent": "train_distillation",
+}
 
 
 def __getattr__(name):

@@ -25,6 +25,11 @@ def load_autoencoder(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> SingleFrameAutoencoder:
     """Load the single-frame form of the AutoencoderKLWan in a folder's vae/, frozen."""
+    return SingleFrameAutoencoder(load_video_autoencoder(folder)).to(device, dtype)
+
+
+def load_video_autoencoder(folder: str | Path) -> Any:
+    """Load the AutoencoderKLWan in a folder's vae/ on the CPU in float32, checked."""
     # With the argument `subfolder`, diffusers would first read weights of the same name in the parent folder.
     place = Path(folder) / "vae"
     with loading_errors(place):
@@ -32,7 +37,7 @@ def load_autoencoder(
             place, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, **CHECKED
         )
     check_loaded(place, autoencoder, loaded)
-    return SingleFrameAutoencoder(autoencoder).to(device, dtype)
+    return autoencoder
 
 
 def make_autoencoder(config: dict) -> SingleFrameAutoencoder:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -69,12 +69,13 @@ def _describe(grid, step):
     return info
 
 
-def draw_grid(grid: Grid) -> Image.Image:
-    """Return the image of a grid; gutters and unused cells are white."""
-    bands = [
-        _draw_band(grid, slice(start, start + MAX_COLUMNS))
-        for start in range(0, len(grid.prompts), MAX_COLUMNS)
-    ]
+def draw_grid(grid: Grid, columns: int = MAX_COLUMNS) -> Image.Image:
+    """Return the image of a grid, `columns` prompts in a band; gutters and unused cells are white.
+
+    Without titles of rows, images begin at the left.
+    """
+    columns = min(columns, len(grid.prompts))
+    bands = [_draw_band(grid, start, columns) for start in range(0, len(grid.prompts), columns)]
     canvas = Image.new("RGB", (bands[0].width, sum(band.height for band in bands)), "white")
     top = 0
     for band in bands:
@@ -83,28 +84,32 @@ def draw_grid(grid: Grid) -> Image.Image:
     return canvas
 
 
-def _draw_band(grid, columns):
-    """Draw the rows of some columns, and their prompts below."""
-    rows = {title: [enlarge(image) for image in images[columns]] for title, images in grid.rows.items()}
+def _draw_band(grid, start, columns):
+    """Draw the rows of `columns` prompts from `start` on, and the prompts below."""
+    chosen = slice(start, start + columns)
+    rows = {title: [enlarge(image) for image in images[chosen]] for title, images in grid.rows.items()}
     height, width, _ = next(iter(rows.values()))[0].shape
-    texts = [wrap(prompt, width - GUTTER) for prompt in grid.prompts[columns]]
-    columns_drawn = min(len(grid.prompts), MAX_COLUMNS)
-    right, text_top = locate(len(rows), columns_drawn, (width, height))
+    place = partial(locate, size=(width, height), left=LABEL_WIDTH if any(rows) else GUTTER)
+    texts = [wrap(prompt, width - GUTTER) for prompt in grid.prompts[chosen]]
+    right, text_top = place(len(rows), columns)
     band = Image.new("RGB", (right, text_top + LINE * (max(map(len, texts)) + 1)), "white")
     for row, (title, images) in enumerate(rows.items()):
-        top = locate(row, 0, (width, height))[1]
+        top = place(row, 0)[1]
         _write(band, (GUTTER, top + height / 2), _wrap_label(title), "lm")
         for column, image in enumerate(images):
-            _paste(band, image, locate(row, column, (width, height)))
+            _paste(band, image, place(row, column))
     for column, lines in enumerate(texts):
-        _write(band, locate(len(rows), column, (width, height)), lines, "la")
+        _write(band, place(len(rows), column), lines, "la")
     return band
 
 
-def locate(row: int, column: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Return (left, top) of an image in the first band, for images (width, height) as they are drawn."""
+def locate(row: int, column: int, size: tuple[int, int], left: int = LABEL_WIDTH) -> tuple[int, int]:
+    """Return (left, top) of an image in the first band, for images (width, height) as they are drawn.
+
+    `left` is the width of the titles.
+    """
     width, height = size
-    return LABEL_WIDTH + column * (width + GUTTER), GUTTER + row * (height + GUTTER)
+    return left + column * (width + GUTTER), GUTTER + row * (height + GUTTER)
 
 
 def _paste(band, image, position):
@@ -167,15 +172,3 @@ def _write(image, position, lines, anchor):
     ImageDraw.Draw(image).multiline_text(
         position, "\n".join(lines), fill="black", font=_font(), anchor=anchor, spacing=LINE - FONT_SIZE
     )
-
-
-def lay_out(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Return a grid of images (height, width, 3) of one size with `columns`; gutters and empty cells are white."""
-    height, width, _ = images[0].shape
-    rows = -(-len(images) // columns)
-    grid = np.full((rows * (height + GUTTER) - GUTTER, columns * (width + GUTTER) - GUTTER, 3), 255, np.uint8)
-    for number, image in enumerate(images):
-        top = number // columns * (height + GUTTER)
-        left = number % columns * (width + GUTTER)
-        grid[top : top + height, left : left + width] = image
-    return grid

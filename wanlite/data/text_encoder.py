@@ -149,9 +149,16 @@ def encode_once(
 
 @torch.no_grad()
 def encode_prompts(
-    tokenizer: Any, encoder: Any, prompts: Sequence[str], tokens_at_once: int = TOKENS_AT_ONCE
+    tokenizer: Any,
+    encoder: Any,
+    prompts: Sequence[str],
+    tokens_at_once: int = TOKENS_AT_ONCE,
+    device: torch.device | None = None,
 ) -> list[torch.Tensor]:
-    """Return an embedding (L, T) for each prompt, without padding."""
+    """Return an embedding (L, T) for each prompt, without padding.
+
+    `device` is where an offloaded encoder takes its input; by default it is that of the weights.
+    """
     embeddings: list[torch.Tensor] = []
     for start in range(0, len(prompts), BATCH_SIZE):
         batch = prompts[start : start + BATCH_SIZE]
@@ -161,7 +168,10 @@ def encode_prompts(
         _check_embedded(tokenizer, encoder, batch, tokens.input_ids)
         rows = max(1, tokens_at_once // tokens.input_ids.shape[1])
         for ids, mask in zip(
-            *(tensor.to(encoder.device).split(rows) for tensor in (tokens.input_ids, tokens.attention_mask))
+            *(
+                tensor.to(device or encoder.device).split(rows)
+                for tensor in (tokens.input_ids, tokens.attention_mask)
+            )
         ):
             hidden_states = encoder(ids, mask).last_hidden_state  # (B, L, T)
             embeddings += [row[is_token] for row, is_token in zip(hidden_states, mask.bool())]

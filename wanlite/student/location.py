@@ -6,20 +6,35 @@ that a wrong folder is refused at once.
 
 import os
 import re
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..files.file_names import CONFIG, MODEL_INDEX
 from ..files.json_files import shown
 from .layout import STEMS, WEIGHTS_STEM, shorten
 
 
-def student_folder(path: str | os.PathLike, subfolder: str | os.PathLike | None = None, **hub) -> Path:
-    """Return the absolute folder of a saved student; `hub` are arguments of snapshot_download()."""
+def student_folder(
+    path: str | os.PathLike,
+    subfolder: str | os.PathLike | None = None,
+    more_files: Sequence[str] = (),
+    **hub: Any,
+) -> Path:
+    """Return the absolute folder of a saved student.
+
+    From the hub, files of the patterns `more_files` are downloaded beside it; `hub` are arguments of
+    snapshot_download().
+    """
     _check_names(path, subfolder)
     with _readable(path):
         is_remote = isinstance(path, str) and _is_hub_name(path)
-        root = _download(path, subfolder, **hub) if is_remote else Path(os.path.expanduser(path)).absolute()
+        root = (
+            _download(path, subfolder, more_files, **hub)
+            if is_remote
+            else Path(os.path.expanduser(path)).absolute()
+        )
         folder = root / subfolder if subfolder else root
         root.exists()  # raises OSError for a path that is too long, before resolve() follows each of its folders
         if not folder.resolve().is_relative_to(root.resolve()):
@@ -70,8 +85,8 @@ def _is_hub_name(path: str) -> bool:
     return re.fullmatch(pattern, path) is not None and not Path(path).parent.exists()
 
 
-def _download(name, subfolder, **hub):
-    """Download the files of a student, and no others, into the hub's cache; returns the snapshot's folder."""
+def _download(name, subfolder, more_files, **hub):
+    """Download the files of a student and `more_files` into the hub's cache; returns the snapshot's folder."""
     from huggingface_hub import snapshot_download  # here: a local folder does not need it
     from huggingface_hub.errors import HFValidationError
 
@@ -79,7 +94,7 @@ def _download(name, subfolder, **hub):
     names = [CONFIG, *(f"{stem}*.safetensors" for stem in STEMS)]
     names.append(f"{WEIGHTS_STEM}.safetensors.index*.json")
     patterns = [f"{prefix}{place}{name}" for place in ("", "transformer/") for name in names]
-    patterns.append(f"{prefix}{MODEL_INDEX}")
+    patterns += [f"{prefix}{name}" for name in (MODEL_INDEX, *more_files)]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, **hub))  # nosec B615: the revision is the user's
     except (HFValidationError, OSError) as error:  # HTTP errors are OSErrors
