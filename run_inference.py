@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from wanlite.data.prompts import read_prompts
 from wanlite.data.tables import check_text
 from wanlite.files.file_names import CONFIG, RUN
+from wanlite.files.json_files import DOWNLOADED, read_json
 from wanlite.planning.settings import make_parser, setting
 from wanlite.runtime.terminal import keep_output_open, one_line
 from wanlite.schedule import TIMESTEPS, read_schedule, recorded_schedule
@@ -153,7 +154,7 @@ def check_numbers(settings: Settings, num_prompts: int) -> None:
 def check_image_size(settings: Settings, folder: Path, config: dict) -> int:
     """Return the side of a token in pixels; raises ValueError for sizes that are not multiples of it or too large."""
     try:
-        vae = json.loads((folder / "vae" / CONFIG).read_text(encoding="utf-8"))
+        vae = read_json(folder / "vae" / CONFIG, DOWNLOADED)
         stride = int(vae.get("scale_factor_spatial") or 8)
         token = stride * int(config.get("patch_size", (1, 2, 2))[1])
         largest = token * int(config.get("rope_max_seq_len", 1024))
