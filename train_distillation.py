@@ -803,11 +803,7 @@ def train(
         return save_projected_student(run, student, components_folder, facts)
     teacher_data, generation = generate_teacher_data(run, prompt_embeddings, autoencoder)
     few = make_few_steps(run)
-    check = make_check(run, stop)
-    validators = [
-        make_validator(run, teacher_data, few, autoencoder, check, number)
-        for number in range(len(run.resolutions))
-    ]
+    validators = make_validators(run, teacher_data, few, autoencoder, stop, make_validator)
     begin_output(run, facts, is_resumed)
     state = build_state(run, student, teacher_data, few, stop)
     if is_resumed:
@@ -983,6 +979,15 @@ def make_few_steps(run):
         settings.teacher_steps,
         (accelerator.process_index, accelerator.num_processes),
     )
+
+
+def make_validators(run, teacher_data, few, autoencoder, stop, make_validator):
+    """Return a Validator for each resolution."""
+    check = make_check(run, stop)
+    return [
+        make_validator(run, teacher_data, few, autoencoder, check, number)
+        for number in range(len(run.resolutions))
+    ]
 
 
 def make_check(run, stop):
