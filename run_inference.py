@@ -158,7 +158,7 @@ def check_image_size(settings: Settings, folder: Path, config: dict) -> int:
         stride = int(vae.get("scale_factor_spatial") or 8)
         token = stride * int(config.get("patch_size", (1, 2, 2))[1])
         largest = token * int(config.get("rope_max_seq_len", 1024))
-    except (ValueError, TypeError, AttributeError, LookupError):
+    except (OSError, ValueError, TypeError, AttributeError, LookupError):
         raise ValueError(
             f"{folder}: {CONFIG} or vae/{CONFIG} lacks the patch size, the stride or the largest size. Copy the "
             "folder again."

@@ -89,9 +89,9 @@ class ExpertInMemory(ExpertFiles):
 
     tensors: dict[str, Tensor]
 
-    def read(self, name, dtype=torch.float32, rows=None):
+    def read(self, name, dtype=torch.float32, rows=None, device="cpu"):
         tensor = self.tensors[name]
-        return (tensor if rows is None else tensor[rows]).to(dtype).clone()
+        return (tensor if rows is None else tensor[rows]).to(device, dtype).clone()
 
     @property
     def num_bytes(self):

@@ -48,6 +48,7 @@ from wanlite.network import pack_text, pass_operations, unpack_text
 from wanlite.planning.defaults import choose_feature_width
 from wanlite.planning.duration import measure_matrix_rate
 from wanlite.planning.report import format_size
+from wanlite.planning.resolve import EMA_DECAY
 from wanlite.planning.simulation import MemoryMeter
 from wanlite.runtime.devices import disable_cudnn_attention
 from wanlite.student.shape import student_shape
@@ -270,7 +271,7 @@ def ours(
     student, width = world.student(), world.shape["hidden_size"]
     head = nn.Linear(width, choose_feature_width(settings, width)).to(world.device)
     optimizers = make_optimizers(settings, student, head, is_fused=on_gpu)
-    ema = EMAModel(student.parameters(), decay=settings.ema_decay, foreach=on_gpu)
+    ema = EMAModel(student.parameters(), decay=EMA_DECAY, foreach=on_gpu)
     wrapped, wrapped_head, *optimizers = accelerator.prepare(student, head, *optimizers)
     if is_compiled:
         student.compile_repeated_blocks()

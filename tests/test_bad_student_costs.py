@@ -116,14 +116,14 @@ COSTLY = [
         both(without_metadata, lambda folder: os.truncate(folder / CONFIG, 2**30)),
         OSError,
         CONFIG,
-        "more than",
+        "too large",
     ),
     (
         "an index of 1 GB",
         both(sharded, lambda folder: os.truncate(folder / INDEX, 2**30)),
         OSError,
         INDEX,
-        "more than",
+        "too large",
     ),
 ]
 

@@ -364,11 +364,10 @@ def test_a_failure_before_the_first_step_leaves_the_run_to_overwrite_unchanged(f
         if path.is_file() and "cache" not in path.parts
     }
     shard = max((tmp_path / "run/cache").glob("trajectories-*/shard-*"), key=lambda path: path.stat().st_size)
-    shard.write_bytes(
-        shard.read_bytes()[:-100]
-    )  # the error occurs when the images are opened, just before the first step
+    shard.unlink()
+    shard.mkdir()  # the error occurs when the images are opened, just before the first step
     process = run_script(TRAIN, "--output_dir", tmp_path / "run", "--overwrite", *SHORT_RUN)
-    assert process.returncode == 2 and f"{shard.name}: damaged" in process.stderr
+    assert process.returncode == 2 and shard.name in process.stderr and "Traceback" not in process.stderr
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -506,7 +505,7 @@ def test_the_output_of_both_scripts_reports_progress_and_paths(finished_run):
     lines = printed.splitlines()
     assert lines[0].startswith("teacher") and "tiny_teacher" in lines[0] and "1.25 M + 1.25 M" in lines[0]
     assert lines[1].startswith("student") and "0.33 M" in lines[1] and "calibrated" in lines[1]
-    assert lines[2].startswith("device") and lines[5] == f"output   {folder}" and "minutes" in lines[7]
+    assert lines[2].startswith("device") and lines[5] == f"output   {folder}" and "minute" in lines[7]
     assert lines[4].startswith("noise    shift 3 for 64 x 64 pixels: 3 teacher steps with the high")
     assert (
         lines[6] == "WARNING  64 trajectories are few, and images may stay noise; the default is at least 300"

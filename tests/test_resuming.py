@@ -483,15 +483,11 @@ def test_a_disk_that_fills_with_trajectories_ends_the_run_and_keeps_them(small_d
     assert train(run)[0] == 0 and have_equal_weights(run, finished_run[0])
 
 
-def test_an_incomplete_trajectory_file_is_named_and_rebuilt_after_deletion(folder, finished_run):
+def test_an_incomplete_trajectory_file_is_named_and_computed_again(folder, finished_run):
     shard = next(folder.glob("cache/trajectories-*/*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     code, printed = train(folder)
-    assert (
-        code == 2 and f"{shard}: damaged" in printed and "Delete it" in printed and "Traceback" not in printed
-    )
-    shard.unlink()
-    assert train(folder)[0] == 0 and have_equal_weights(folder, finished_run[0])
+    assert code == 0 and shard.name in printed and have_equal_weights(folder, finished_run[0]), printed
 
 
 # ---- values that are not finite ----------------------------------------------------------------------------

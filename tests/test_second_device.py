@@ -47,7 +47,6 @@ import run_inference
 for name, free in (("there", 1e12), ("beside", 1)):
     run_inference.free_memory = lambda device: (free, free)
     pipeline = run_inference.StudentPipeline("{{run}}", "second:0")
-    print(pipeline.encoder.device)
     numpy.save("{{folder}}/" + name + ".npy", pipeline.generate({PROMPTS}, range(2), 2, 64, 96))
 """
 LOADS = f"""import sys
@@ -134,10 +133,8 @@ def test_a_student_generates_the_images_of_the_cpu(runs, tmp_path):
     script.write_text(GENERATES.format(root=ROOT, run=runs[1], folder=tmp_path))
     printed = on_second_device(script)
     assert printed.returncode == 0, printed.stderr[-3000:]
-    assert printed.stdout.split() == [
-        "second:0",
-        "cpu",
-    ]  # the text encoder's device: little memory was free the second time
+    # Little memory was free the second time.
+    assert printed.stdout == "the text encoder does not fit on second:0 and runs on the CPU\n"
     generated = StudentPipeline(runs[1], "cpu").generate(PROMPTS, range(2), 2, 64, 96)
     for name in ("there", "beside"):
         assert np.abs(np.load(tmp_path / f"{name}.npy").astype(int) - generated).max() <= 1

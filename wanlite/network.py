@@ -95,13 +95,17 @@ class RMSNorm(nn.RMSNorm):
 
 
 class PatchEmbedding(nn.Conv3d):
-    """The convolution that embeds patches, computed as a matrix product: patches do not overlap.
+    """The convolution that embeds patches, on GPUs as a matrix product: patches do not overlap.
 
-    Many GPUs have no fast 3-D convolution in bfloat16.
+    Many GPUs have no fast 3-D convolution in bfloat16. On the CPU, the result is that of a stock Wan, bit for bit.
     """
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Embed latents (B, C, 1, H, W); returns (B, D, 1, H/p, W/p), with the channels of a token side by side."""
+        """Embed latents (B, C, 1, H, W); returns (B, D, 1, H/p, W/p)."""
+        return super().forward(latents) if latents.device.type == "cpu" else self.multiply(latents)
+
+    def multiply(self, latents: Tensor) -> Tensor:
+        """Embed latents by a matrix product; the channels of a token lie side by side."""
         _, height, width = self.kernel_size
         patches = latents.squeeze(2).unflatten(-2, (-1, height)).unflatten(-1, (-1, width))
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, H/p, W/p, C*p*p)

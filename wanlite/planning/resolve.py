@@ -78,7 +78,9 @@ def _complete_typed(settings, teacher):
         settings,
         max_train_steps=steps,
         validation_steps=settings.validation_steps or max(VALIDATION_STEPS, steps // MAX_VALIDATIONS),
-        ema_decay=max(EMA_DECAY, 1 - EMA_SHARE / steps) if settings.ema_decay is None else settings.ema_decay,
+        ema_decay=max(EMA_DECAY, 1 - EMA_SHARE / max(1, steps))
+        if settings.ema_decay is None
+        else settings.ema_decay,
         mixed_precision=launched_precision(settings.mixed_precision),
         output_dir=output_dir,
     )

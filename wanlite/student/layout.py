@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..files.file_names import WEIGHTS
-from ..files.inside import resolve_inside
+from ..files.inside import OutsideError, resolve_inside
 from ..files.json_files import shown
 
 WEIGHTS_STEM = WEIGHTS.removesuffix(".safetensors")
@@ -53,7 +53,10 @@ def find_file(folder: Path, name: str) -> Path | None:
         return None
     if not path.exists():
         raise OSError(f"{path}: a link to a missing file. Put the file itself there.")
-    return resolve_inside(folder, name)
+    try:
+        return resolve_inside(folder, name)
+    except OutsideError as error:
+        raise OSError(str(error)) from None
 
 
 def list_names(folder: Path) -> str:
