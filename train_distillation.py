@@ -444,7 +444,7 @@ from wanlite.planning.defaults import describe_schedule, max_calibration_frames
 from wanlite.planning.duration import measure_matrix_rate
 from wanlite.planning.hardware import is_large, training_dtype
 from wanlite.planning.messages import announce, command, conclude, drawing_command, verdict
-from wanlite.planning.report_facts import describe_for_report, resuming_arguments
+from wanlite.planning.report_facts import describe_for_report, resuming_arguments, without_flags
 from wanlite.planning.run import resolve_run
 from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention, use_deterministic_kernels
 from wanlite.runtime.ranks import abort_all_ranks, check_devices, is_peer_failure, process_group_options
@@ -754,13 +754,7 @@ def plan(settings, arguments):
 
 def arguments_of_run(arguments):
     """Return the arguments of a dry run without those of the dry run itself."""
-    kept, rest = [], iter(arguments)
-    for argument in rest:
-        if argument == "--plan_for":
-            next(rest)
-        elif argument != "--dry_run" and not argument.startswith("--plan_for="):
-            kept.append(argument)
-    return kept
+    return without_flags(["plan_for"], [each for each in arguments if each != "--dry_run"])
 
 
 def warn_of_long_prompts(run):

@@ -1,4 +1,4 @@
-"""--push_to_hub against a local hub: what is uploaded, and what a hub that refuses ends in."""
+"""--push_to_hub against a local hub: the uploaded files, and the errors of a hub that refuses."""
 
 import base64
 import json
@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT, SHORT_RUN, run_script
 from tests.test_announcements import parse_in_a_shell
-from wanlite.training.model_card import upload_command
+from wanlite.training.publishing import upload_command
 
 TRAIN = ROOT / "train_distillation.py"
 

@@ -1,4 +1,4 @@
-"""Presets of --budget, and what comparable models had and could do; torch is not imported."""
+"""Presets of --budget, and the quality to expect by hours; torch is not imported."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -59,5 +59,5 @@ def has_default_trajectories(settings: Any) -> bool:
 
 
 def expected_quality(h100_hours: float) -> str:
-    """Return what to expect of a student of 0.3 billion parameters after a run of this length."""
+    """Return the expected quality of a student of 0.3 billion parameters after a run of this length."""
     return next(text for limit, text in EXPECTATIONS if h100_hours <= limit)

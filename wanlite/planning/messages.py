@@ -71,7 +71,7 @@ def describe_work(run):
 
 
 def describe_expectation(run):
-    """Return what the student inherits for good and what to expect of it, if the teacher is large; else ""."""
+    """Return the permanent settings of the student and its expected quality, if the teacher is large; else ""."""
     if not is_large(run.files):
         return ""
     settings, hours = run.settings, run.workload().h100_hours
@@ -79,8 +79,9 @@ def describe_expectation(run):
     negative = f'"{settings.negative_prompt}"' if settings.negative_prompt else "empty"
     return (
         f"\nfor good guidance {guidance} and the negative prompt ({negative}) become part of the student"
-        f"\nexpect   {expected_quality(hours)}; an estimate from published models ({hours:,.1f} H100-hours, "
-        f"{sum(run.num_generated):,} teacher images, {run.num_states / 1e6:,.1f} M states; see docs/budgets.md)"
+        f"\nexpect   {expected_quality(hours)}"
+        f"\n         an estimate for {hours:,.1f} H100-hours and {run.num_states / 1e6:,.1f} M states; see "
+        "docs/budgets.md"
     )
 
 

@@ -102,10 +102,10 @@ def _further_arguments(run, arguments):
     if run.few_steps:
         further["few_step_train_steps"] = settings.max_train_steps - settings.matching_steps
     added = [text for name, value in further.items() for text in (f"--{name}", str(value))]
-    return [*_without(further, arguments), *added, *["--no-overwrite"] * settings.overwrite]
+    return [*without_flags(further, arguments), *added, *["--no-overwrite"] * settings.overwrite]
 
 
-def _without(names, arguments):
+def without_flags(names, arguments):
     """Return the arguments without some flags and their values."""
     flags, kept, rest = {f"--{name}" for name in names}, [], iter(arguments)
     for argument in rest:

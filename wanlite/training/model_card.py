@@ -1,6 +1,5 @@
 """A run and its results -> README.md of the saved student, the model card of the hub. No torch."""
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ EXPLANATION = (
 def write_model_card(
     folder: str | Path, settings: Any, few_steps: list[int], results: dict[str, Any], command: str
 ) -> None:
-    """Write README.md: what the model is, how to use it with the `command` or with diffusers, and its results."""
+    """Write README.md: the model, its use with the `command` or with diffusers, and its results."""
     folder = Path(folder)
     parts = [
         _metadata(settings),
@@ -92,12 +91,3 @@ def _describe_results(results):
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     judged = f" The judge read {results['captions']} held-out captions." if accuracy else ""
     return f"Measured on held-out prompts:\n\n{table}\n\n{EXPLANATION}{judged}"
-
-
-def upload_command(folder: str | Path, name: str) -> str:
-    """Return the shell command that uploads a student's folder without the files that only training needs."""
-    excluded = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in NOT_PUBLISHED)
-    return f"hf upload {shlex.quote(name)} {shlex.quote(str(folder))} {excluded}"
-
-
-NOT_PUBLISHED = ("cache/*", "checkpoints/*", "logs/*")

@@ -1,9 +1,10 @@
 """A saved student -> a model on the hub. No torch."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from .model_card import NOT_PUBLISHED, upload_command
+NOT_PUBLISHED = ("cache/*", "checkpoints/*", "logs/*")  # files that only training needs
 
 
 def create_repository(name: str) -> None:
@@ -23,7 +24,7 @@ def create_repository(name: str) -> None:
 
 
 def publish(folder: str | Path, name: str, log: Callable[[str], object]) -> None:
-    """Upload what inference needs, the samples and the record of a run; a failure is a warning with the command."""
+    """Upload the student, the samples and the record of its run; a failure is a warning with the command."""
     from huggingface_hub import HfApi
 
     log(f"uploading {folder} to {name}")
@@ -45,3 +46,9 @@ def publish(folder: str | Path, name: str, log: Callable[[str], object]) -> None
 
 def _first_line(error):
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def upload_command(folder: str | Path, name: str) -> str:
+    """Return the shell command that uploads a student's folder without the files that only training needs."""
+    excluded = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in NOT_PUBLISHED)
+    return f"hf upload {shlex.quote(name)} {shlex.quote(str(folder))} {excluded}"
