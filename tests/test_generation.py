@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import run_inference
-import wanlite.pipeline
+import wanlite.pipeline.decoding
 from run_inference import (
     Settings,
     StudentPipeline,
@@ -147,9 +147,9 @@ def test_images_that_are_not_finite_are_errors_and_the_others_are_saved(
 
 
 def test_pixels_that_are_not_finite_are_not_an_image(pipeline, monkeypatch):
-    decode = wanlite.pipeline.decode_latents
+    decode = wanlite.pipeline.decoding.decode_latents
     monkeypatch.setattr(
-        wanlite.pipeline,
+        wanlite.pipeline.decoding,
         "decode_latents",
         lambda *each: decode(*each).index_fill(0, torch.tensor([0]), float("inf")),
     )
@@ -440,7 +440,7 @@ def test_a_gpu_with_bfloat16_uses_it_by_default(finished_run, monkeypatch):
 def test_images_are_decoded_in_bfloat16_if_it_was_chosen_and_is_fast(
     dtype, is_fast, expected, finished_run, monkeypatch
 ):
-    monkeypatch.setattr(wanlite.pipeline, "is_fast_in_bfloat16", lambda _: is_fast)
+    monkeypatch.setattr(wanlite.pipeline.decoding, "is_fast_in_bfloat16", lambda _: is_fast)
     pipeline = StudentPipeline(finished_run[0], dtype=dtype).pipeline
     assert pipeline.single_frame_autoencoder("cpu").dtype == expected
 

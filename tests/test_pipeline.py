@@ -94,7 +94,7 @@ def test_a_folder_without_a_record_draws_the_same_image(pipeline, copied_run):
     (copied_run / "run.json").unlink()
     bare = load(copied_run)
     image = draw(bare, height=64, width=64, num_inference_steps=4)
-    assert np.array_equal(image, draw(pipeline)) and bare._choose_size(None, None, None) == (512, 512)
+    assert np.array_equal(image, draw(pipeline)) and bare._choose(None, None, None, None) == ((512, 512), 20)
 
 
 def test_the_base_student_has_its_own_defaults(folder):

@@ -1,7 +1,8 @@
 """A dtype or a device as users give it -> torch's own, or one ValueError; what devices can do."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -79,6 +80,17 @@ def is_fast_in_bfloat16(device: str | torch.device) -> bool:
 def disable_cudnn_attention() -> None:
     """Use the other attention kernels: cuDNN plans anew for each text length and batch size."""
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Use the other attention kernels inside; see disable_cudnn_attention()."""
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    disable_cudnn_attention()
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
 
 
 def capability_of(device: str | torch.device) -> tuple[int, int] | None:

@@ -1,0 +1,61 @@
+"""Arguments of a call, and the record of the training -> the size of the images and the number of steps."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..files.file_names import RUN
+from ..schedule import TIMESTEPS, recorded_schedule
+from ..training.sampling_defaults import check_steps, sampling_defaults, size_warning, trained_sizes
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def choose_size(
+    record: Mapping[str, Any], sizes: Mapping[str, Any], latents: Tensor | None, stride: int, unit: int
+) -> tuple[int, int]:
+    """Return (width, height) in pixels, by default those of the latents, or of the training.
+
+    `sizes` are the given width and height, None if unset. `stride` is the side of a latent in pixels, `unit` that
+    of a token. Raises ValueError for a size that is unusable, or not that of the latents.
+    """
+    defaults = sampling_defaults(dict(record))
+    if latents is not None:
+        defaults |= {"height": stride * latents.shape[-2], "width": stride * latents.shape[-1]}
+    sizes = {name: defaults[name] if size is None else size for name, size in sizes.items()}
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1 or size % unit:
+            nearest = max(unit, round(size / unit) * unit) if type(size) is int else unit
+            raise ValueError(f"{name} {size!r} is not divisible by {unit}; the nearest is {nearest}.")
+        if latents is not None and size != defaults[name]:
+            raise ValueError(
+                f"{name} is {size}, but latents {tuple(latents.shape)} are of {defaults[name]} pixels."
+            )
+    trained = trained_sizes(dict(record), unit, RUN)
+    if text := size_warning((sizes["width"], sizes["height"]), trained, "width={}, height={}"):
+        warnings.warn(text, stacklevel=5)
+    return sizes["width"], sizes["height"]
+
+
+def choose_steps(record: Mapping[str, Any], num_steps: Any, source: str) -> int:
+    """Return the number of steps, by default that of the training; `source` is the student in errors."""
+    if num_steps is None:
+        num_steps = sampling_defaults(dict(record))["num_inference_steps"]
+    if type(num_steps) is not int or not 0 < num_steps <= TIMESTEPS:
+        raise ValueError(
+            f"num_inference_steps is {num_steps!r}, expected a whole number from 1 to {TIMESTEPS}."
+        )
+    check_steps(num_steps, recorded_schedule(dict(record), RUN), source, "num_inference_steps")
+    return num_steps
+
+
+def check_options(output_type: Any, num_frames: Any, num_images: Any) -> None:
+    """Raise ValueError for an unknown type of output, for videos, or for a wrong number of images."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type is {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}.")
+    if num_frames != 1:
+        raise ValueError(f"num_frames is {num_frames}; the student generates single frames. Leave it out.")
+    if type(num_images) is not int or num_images < 1:
+        raise ValueError(f"num_images_per_prompt is {num_images!r}, expected a whole number, at least 1.")

@@ -1,0 +1,82 @@
+"""Noise and embeddings -> the latents of images, by the steps of the pipeline's scheduler.
+
+Legend: B images, C channels, H W latent height and width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from train_distillation import WanLiteStudent
+
+from ..flow import set_steps
+from .text import pack_embeddings
+
+EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds")
+
+
+def denoise(
+    pipeline: Any,
+    values: dict[str, Any],
+    num_steps: int,
+    callback: Callable | None,
+    callback_inputs: Sequence[str],
+) -> Tensor:
+    """Return the last latents (B, C, H, W).
+
+    `values` are {name: tensor} of the noise and the embeddings. The callback may replace them after each step.
+    """
+    texts = {name: _pack(pipeline.transformer, values[name]) for name in EMBEDDINGS}
+    states = set_steps(pipeline.scheduler, num_steps, values["latents"].device)
+    pipeline.scheduler.set_begin_index(0)
+    pipeline._num_timesteps = len(states)
+    with pipeline.progress_bar(total=len(states)) as progress:
+        for index, (timestep, _) in enumerate(states):
+            if pipeline.interrupt:
+                break
+            pipeline._current_timestep = timestep
+            velocity = _guided_velocity(pipeline, values["latents"], timestep, *texts.values())
+            values["latents"] = pipeline.scheduler.step(
+                velocity, timestep, values["latents"], return_dict=False
+            )[0]
+            if callback is not None:
+                changed = callback(
+                    pipeline, index, timestep, {name: values[name] for name in callback_inputs}
+                )
+                values |= {name: changed[name] for name in values if name in changed}
+                texts |= {
+                    name: _pack(pipeline.transformer, changed[name]) for name in EMBEDDINGS if name in changed
+                }
+            progress.update()
+    pipeline._current_timestep = None
+    return values["latents"]
+
+
+def _pack(transformer, embeddings):
+    """Return embeddings (B, L, T) as the transformer takes them: a student needs no padding."""
+    if embeddings is None or not isinstance(getattr(transformer, "_orig_mod", transformer), WanLiteStudent):
+        return embeddings
+    return pack_embeddings(embeddings).to(embeddings.device, embeddings.dtype)
+
+
+def _guided_velocity(pipeline, latents, timestep, text, negative):
+    """Return the velocity (B, C, H, W) in float32, with guidance if there is a negative text."""
+    velocity = _velocity(pipeline, "cond", latents, timestep, text)
+    if negative is None or not pipeline.do_classifier_free_guidance:
+        return velocity
+    negative_velocity = _velocity(pipeline, "uncond", latents, timestep, negative)
+    return negative_velocity + pipeline.guidance_scale * (velocity - negative_velocity)
+
+
+def _velocity(pipeline, name, latents, timestep, text):
+    transformer = pipeline.transformer
+    with transformer.cache_context(name):
+        velocity = transformer(
+            hidden_states=latents.to(transformer.dtype).unsqueeze(2),
+            timestep=timestep.float().expand(len(latents)),
+            encoder_hidden_states=text,
+            attention_kwargs=pipeline.attention_kwargs,
+            return_dict=False,
+        )[0]
+    return velocity.squeeze(2).float()
