@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from wanlite.flow import (
     FewSteps,
+    Steps,
     add_noise,
     average_velocity,
     check_schedule,
@@ -16,6 +18,7 @@ from wanlite.flow import (
     seeded_noise,
     shift_noise_level,
     solve,
+    takes_euler_steps,
 )
 
 CLEAN, NOISE = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
@@ -85,6 +88,25 @@ def test_a_few_step_schedule_takes_plain_euler_steps(count):
     assert torch.allclose(sample(bent, NOISE, scheduler, count), latents, atol=1e-5)
     if count == 4:
         assert not torch.allclose(sample(bent, NOISE, make_scheduler(5.0), count), latents, atol=1e-3)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 12.0])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_euler_steps_are_those_of_the_scheduler_within_rounding(count, shift):
+    steps, scheduler = Steps(make_scheduler(shift, (1, 2, 4)), count, "cpu"), make_scheduler(shift, (1, 2, 4))
+    scheduler.set_timesteps(count)
+    latents = expected = NOISE
+    for timestep in scheduler.timesteps:
+        velocity = bent(expected, timestep.float().expand(3))
+        latents = steps.take(velocity, latents)
+        expected = scheduler.step(velocity, timestep, expected, return_dict=False)[0]
+    assert steps.levels and torch.allclose(latents, expected, rtol=0, atol=2e-6)
+
+
+def test_other_schedulers_take_their_own_steps():
+    with_corrector = make_scheduler(3.0, (2,))  # of four steps, the last two are corrected
+    for scheduler in (make_scheduler(3.0), with_corrector, FlowMatchEulerDiscreteScheduler(shift=3.0)):
+        assert not takes_euler_steps(scheduler, 4)
 
 
 def _levels(count):

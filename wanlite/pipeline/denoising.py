@@ -10,7 +10,7 @@ from torch import Tensor
 
 from train_distillation import WanLiteStudent
 
-from ..flow import set_steps
+from ..flow import Steps
 from .text import pack_embeddings
 
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds")
@@ -28,18 +28,15 @@ def denoise(
     `values` are {name: tensor} of the noise and the embeddings. The callback may replace them after each step.
     """
     texts = {name: _pack(pipeline.transformer, values[name]) for name in EMBEDDINGS}
-    states = set_steps(pipeline.scheduler, num_steps, values["latents"].device)
-    pipeline.scheduler.set_begin_index(0)
-    pipeline._num_timesteps = len(states)
-    with pipeline.progress_bar(total=len(states)) as progress:
-        for index, (timestep, _) in enumerate(states):
+    steps = Steps(pipeline.scheduler, num_steps, values["latents"].device)
+    pipeline._num_timesteps = len(steps.states)
+    with pipeline.progress_bar(total=len(steps.states)) as progress:
+        for index, (timestep, _) in enumerate(steps.states):
             if pipeline.interrupt:
                 break
             pipeline._current_timestep = timestep
             velocity = _guided_velocity(pipeline, values["latents"], timestep, *texts.values())
-            values["latents"] = pipeline.scheduler.step(
-                velocity, timestep, values["latents"], return_dict=False
-            )[0]
+            values["latents"] = steps.take(velocity, values["latents"])
             if callback is not None:
                 changed = callback(
                     pipeline, index, timestep, {name: values[name] for name in callback_inputs}
