@@ -346,11 +346,10 @@ def generate_all(
     generated: list[Generated] = []
     cells: list = []
     # The thread writes a batch while the next one is drawn.
-    with ThreadPoolExecutor(1) as writer:
+    progress = tqdm(total=len(prompts), desc="generating", unit="image", disable=len(prompts) == 1)
+    with ThreadPoolExecutor(1) as writer, progress:
         written: Future | None = None
-        for start in tqdm(
-            range(0, len(prompts), batch_size), desc="generating", unit="batch", disable=len(prompts) == 1
-        ):
+        for start in range(0, len(prompts), batch_size):
             batch = slice(start, min(start + batch_size, len(prompts)))
             images = pipeline.generate(
                 prompts[batch],
@@ -365,6 +364,7 @@ def generate_all(
             jobs = list(zip(prompts[batch], seeds[batch], images))
             written = writer.submit(write_images, settings, jobs, pipeline.weights_sha256)
             cells += [image for image in images if image is not None][: MAX_CELLS - len(cells)]
+            progress.update(len(images))
         generated += written.result() if written else []
     return generated, cells
 

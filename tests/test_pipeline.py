@@ -15,7 +15,7 @@ from run_inference import main, read_settings
 from tests.conftest import TINY_TEACHER, loud_student, run_script
 from train_distillation import WanLiteStudent
 from wanlite import WanLitePipeline
-from wanlite.pipeline import pack_embeddings, pad_embeddings
+from wanlite.pipeline import denoising, pack_embeddings, pad_embeddings
 
 PROMPTS = ["a small red ring", "a large blue cross above a small green square on a black background"]
 
@@ -201,6 +201,14 @@ def test_padded_embeddings_are_packed_to_their_true_lengths():
     text = pack_embeddings(pad_embeddings(rows))
     assert torch.equal(pad_embeddings(rows)[0, :3], rows[0])
     assert (text.logit_bias == 0).sum(1).tolist() == [3, 512, 1]
+
+
+@pytest.mark.parametrize("is_preferred", [True, False])
+def test_self_attention_uses_cudnn_on_gpus_that_prefer_it(is_preferred, pipeline, monkeypatch):
+    monkeypatch.setattr(denoising, "prefers_cudnn_attention", lambda capability: is_preferred)
+    draw(pipeline)
+    for block in pipeline.transformer.blocks:
+        assert [block.attn1.processor.has_cudnn, block.attn2.processor.has_cudnn] == [is_preferred, False]
 
 
 # ---- refusals and warnings ---------------------------------------------------------------------------------

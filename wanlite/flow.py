@@ -95,9 +95,9 @@ class Steps:
 
 def takes_euler_steps(scheduler: Any, num_steps: int) -> bool:
     """Whether a scheduler is UniPC with the settings under which its steps of a flow are Euler's."""
-    config = scheduler.config
+    config, is_unipc = scheduler.config, type(scheduler) is UniPCMultistepScheduler
     return (
-        type(scheduler) is UniPCMultistepScheduler
+        is_unipc
         and config.solver_order == 1
         and config.prediction_type == "flow_prediction"
         and config.predict_x0

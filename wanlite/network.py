@@ -219,13 +219,13 @@ def compile_blocks(networks: Sequence[Any]) -> None:
         network.compile_repeated_blocks()
 
 
-def use_cudnn_self_attention(network: Any) -> None:
-    """Let cuDNN compute the self-attention of all blocks in half precision.
+def use_cudnn_self_attention(network: Any, is_used: bool = True) -> None:
+    """Let cuDNN compute the self-attention of all blocks in half precision, or no longer.
 
     Cross-attention has a mask and a length that varies, and cuDNN would plan anew for each.
     """
     for block in network.blocks:
-        block.attn1.processor.has_cudnn = True
+        block.attn1.processor.has_cudnn = is_used
 
 
 def pad_length(text: Tensor, logit_bias: Tensor, multiple: int) -> tuple[Tensor, Tensor]:

@@ -68,8 +68,8 @@ def fill_shards(
     if in_step:
         own += missing[-1:] * (-(-len(missing) // ranks) - len(own))
     sizes = [len(_jobs_of(jobs, index)) for index in own]
-    is_hidden = rank > 0 or not own
-    with tqdm(total=sum(sizes), desc=description, unit="job", leave=False, disable=is_hidden) as progress:
+    is_hidden, unit = rank > 0 or not own, "prompt" if description == "text" else "image"
+    with tqdm(total=sum(sizes), desc=description, unit=unit, leave=False, disable=is_hidden) as progress:
         for number, (index, size) in enumerate(zip(own, sizes)):
             start = index * SHARD_SIZE
             before = min(start, SHARD_SIZE - size) if in_step else 0

@@ -11,6 +11,8 @@ from torch import Tensor
 from train_distillation import WanLiteStudent
 
 from ..flow import Steps
+from ..network import use_cudnn_self_attention
+from ..runtime.devices import capability_of, prefers_cudnn_attention
 from .text import pack_embeddings
 
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds")
@@ -27,8 +29,11 @@ def denoise(
 
     `values` are {name: tensor} of the noise and the embeddings. The callback may replace them after each step.
     """
+    device = values["latents"].device
+    if _is_student(pipeline.transformer):
+        use_cudnn_self_attention(pipeline.transformer, prefers_cudnn_attention(capability_of(device)))
     texts = {name: _pack(pipeline.transformer, values[name]) for name in EMBEDDINGS}
-    steps = Steps(pipeline.scheduler, num_steps, values["latents"].device)
+    steps = Steps(pipeline.scheduler, num_steps, device)
     pipeline._num_timesteps = len(steps.states)
     with pipeline.progress_bar(total=len(steps.states)) as progress:
         for index, (timestep, _) in enumerate(steps.states):
@@ -52,9 +57,13 @@ def denoise(
 
 def _pack(transformer, embeddings):
     """Return embeddings (B, L, T) as the transformer takes them: a student needs no padding."""
-    if embeddings is None or not isinstance(getattr(transformer, "_orig_mod", transformer), WanLiteStudent):
+    if embeddings is None or not _is_student(transformer):
         return embeddings
     return pack_embeddings(embeddings).to(embeddings.device, embeddings.dtype)
+
+
+def _is_student(transformer):
+    return isinstance(getattr(transformer, "_orig_mod", transformer), WanLiteStudent)
 
 
 def _guided_velocity(pipeline, latents, timestep, text, negative):

@@ -204,17 +204,16 @@ def _format_steps(count):
 def generate_images(velocity_for, embeddings, seeds, num_steps, sampler, batch_size=64):
     """Generate one image for each embedding and seed: (B, height, width, 3) uint8."""
     batches, device = [], sampler.autoencoder.device
-    for start in tqdm(
-        range(0, len(embeddings), batch_size),
-        desc="generating",
-        unit="batch",
-        leave=False,
-        disable=len(embeddings) <= batch_size,
-    ):
-        sampler.check()
-        text = pack_text(embeddings[start : start + batch_size]).to(device)
-        noise = seeded_noise(sampler.latent_shape, seeds[start : start + len(text.tokens)]).to(device)
-        batches.append(sampler.sample(velocity_for(text), noise, num_steps)[1])
+    is_short = len(embeddings) <= batch_size
+    with tqdm(
+        total=len(embeddings), desc="generating", unit="image", leave=False, disable=is_short
+    ) as progress:
+        for start in range(0, len(embeddings), batch_size):
+            sampler.check()
+            text = pack_text(embeddings[start : start + batch_size]).to(device)
+            noise = seeded_noise(sampler.latent_shape, seeds[start : start + len(text.tokens)]).to(device)
+            batches.append(sampler.sample(velocity_for(text), noise, num_steps)[1])
+            progress.update(len(text.tokens))
     return np.concatenate(batches)
 
 
