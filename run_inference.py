@@ -83,6 +83,9 @@ class Settings:
         "dtype of the student (default: bfloat16 on GPUs that support it, else float32)",
         choices=("float32", "float16", "bfloat16"),
     )
+    keep_embeddings: bool = setting(
+        True, "keep the embeddings of prompts in ~/.cache/wanlite, if the text encoder has more than 1 GB"
+    )
     sha256: str | None = setting(
         None, "refuse a weights file with another digest; every PNG records this digest (default: accept all)"
     )
@@ -231,6 +234,7 @@ from tqdm import tqdm
 from train_distillation import WanLiteStudent
 from wanlite.data.autoencoder import load_video_autoencoder, to_images
 from wanlite.data.grids import MAX_CELLS, Grid, draw_grid
+from wanlite.data.kept_embeddings import encode_or_read
 from wanlite.data.text_encoder import encode_prompts, load_text_encoder, warn_of_truncation
 from wanlite.files.image_files import grid_names, image_names, save_image
 from wanlite.flow import seeded_noise
@@ -477,7 +481,11 @@ def main(settings: Settings, prompts: list[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     guided = [settings.negative_prompt] if settings.guidance_scale > 1 else []
     # Before the student is loaded, so that the device has room for the text encoder.
-    embeddings = encode_once(settings.model, device, [*prompts, *guided])
+    encode = partial(encode_once, settings.model, device)
+    texts = [*prompts, *guided]
+    embeddings = (
+        encode_or_read(settings.model, device, texts, encode) if settings.keep_embeddings else encode(texts)
+    )
     pipeline = StudentPipeline(settings.model, device, settings.dtype, settings.sha256, embeddings)
     size = size_warning(
         (settings.width or 0, settings.height or 0), trained_sizes(run, pipeline.pixels_per_token, RUN)
