@@ -195,6 +195,21 @@ def test_only_self_attention_in_half_precision_uses_cudnn(monkeypatch):
     assert backends == [AttentionBackendName._NATIVE_CUDNN, None, None, None]
 
 
+def test_norms_of_the_cpu_are_torchs_and_so_are_their_gradients():
+    generator = torch.Generator().manual_seed(0)
+    states, weight, gradient = (
+        torch.randn(shape, generator=generator) for shape in ((3, 5, 32), (32,), (3, 5, 32))
+    )
+    norm, found, expected = RMSNorm(32, 1e-6), states.clone(), states.clone()
+    norm.weight.data.copy_(weight)
+    stock_weight = weight.clone().requires_grad_()
+    norm(found.requires_grad_()).backward(gradient)
+    torch.nn.functional.rms_norm(expected.requires_grad_(), (32,), stock_weight, 1e-6).backward(gradient)
+    assert torch.allclose(found.grad, expected.grad, atol=1e-5)
+    assert torch.allclose(norm.weight.grad, stock_weight.grad, atol=1e-5)
+    assert torch.allclose(norm(states), torch.nn.functional.rms_norm(states, (32,), weight, 1e-6), atol=1e-6)
+
+
 def test_deterministic_kernels_are_used_on_request():
     before = torch.utils.deterministic.fill_uninitialized_memory
     try:

@@ -57,9 +57,8 @@ def test_a_compiled_expert_of_the_teacher_gives_its_own_velocity():
         expected, _ = run_expert(expert, *given)
         expert.compile_repeated_blocks(backend="eager")
         found, _ = run_expert(expert, *given)
-    assert all(block._compiled_call_impl is not None for block in expert.blocks) and torch.equal(
-        found, expected
-    )
+    assert all(block._compiled_call_impl is not None for block in expert.blocks)
+    assert torch.allclose(found, expected, atol=1e-4)  # norms of the CPU are composed of others when compiled
 
 
 @pytest.mark.parametrize(

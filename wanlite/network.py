@@ -80,6 +80,27 @@ def unpack_text(text: TextTokens, text_length: int = TEXT_LENGTH) -> Tensor:
     return padded
 
 
+class FewPassesRMSNorm(torch.autograd.Function):
+    """rms_norm() in half of the passes over memory, for the CPU, where torch composes it of elementwise operations."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
+        power = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_().div_(states.shape[-1])
+        scale = power.add_(eps).rsqrt_()
+        normed = states * scale
+        ctx.save_for_backward(normed, weight, scale)
+        return normed * weight
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        normed, weight, scale = ctx.saved_tensors
+        products = (gradient * normed).flatten(0, -2)
+        share = torch.mv(products, weight).view(scale.shape).div_(len(weight))
+        of_states = torch.addcmul(gradient * weight, normed, share, value=-1).mul_(scale)
+        return of_states, products.sum(0), None
+
+
 class RMSNorm(nn.RMSNorm):
     """RMSNorm in the dtype of its input, also under autocast.
 
@@ -88,7 +109,9 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, states: Tensor) -> Tensor:
-        device = states.device.type
+        device, is_single = states.device.type, states.dtype == self.weight.dtype == torch.float32
+        if device == "cpu" and is_single and not torch.compiler.is_compiling():
+            return FewPassesRMSNorm.apply(states, self.weight, self.eps)
         is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if is_cast else nullcontext():
             return functional.rms_norm(states, self.normalized_shape, self.weight.to(states.dtype), self.eps)
