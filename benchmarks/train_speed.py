@@ -13,10 +13,13 @@ wanlite, compiled  the same with AdamW and --compile
 online             the same with AdamW, and the guided velocity of every state evaluated in the step. The row names the
                    residency of the teacher's experts. Batches alternate between both, the worst case of "one"
 
-The ways from the cache take turns, step by step, and the figures are medians over steps. "Peak" is the memory that a
-way adds, with its weights: on a GPU the memory allocated by torch, on the CPU that of all live tensors. "Student" is
-the rate of the student's operations over the measured rate of matrix products, "teacher" that of the guided teacher
-during its evaluation.
+Figures are medians over steps. On the CPU the ways from the cache take turns, step by step; on a GPU each is freed
+before the next. Batches are those that a run chooses on a GPU of 80 GB, and texts have the lengths of real captions.
+Ways that would begin after --seconds are left out; the teacher in the step is measured at the first size alone.
+
+"Peak" is the memory that a way adds, with its weights: on a GPU the memory allocated by torch, on the CPU that of all
+live tensors. "Student" is the rate of the student's operations over the measured rate of matrix products, "teacher"
+that of the guided teacher during its evaluation.
 """
 
 import argparse
@@ -86,15 +89,9 @@ PRINTED = {  # {way: its name in the table}
 }
 RESIDENCIES = {
     "cpu": (("both", False), ("one", False), ("streamed", False), ("disk", False), ("both", True)),
-    "cuda": (
-        ("both", False),
-        ("one", False),
-        ("streamed", False),
-        ("both", True),
-        ("one", True),
-        ("streamed", True),
-    ),
+    "cuda": (("both", False), ("streamed", False), ("one", False)),
 }
+CUDA_SIZES = ((64, 32), (128, 8))  # side of the latents, batch
 BUDGETS = (100, 60, 24)  # GB of common GPUs
 LEVELS = (950.0, 500.0)  # timesteps of the high- and of the low-noise expert
 TRAJECTORIES, STATES = 16, 20  # on disk, and read repeatedly
@@ -371,20 +368,29 @@ def student_operations(world: World) -> float:
     return 3 * pass_operations(config, world.batch, world.tokens, words)
 
 
-def measure(world: World, repeats: int, is_compiled: bool) -> list[Row]:
-    """Return a row for each way."""
+def measure(world: World, repeats: int, is_compiled: bool, residencies: Sequence, end: float) -> list[Row]:
+    """Return a row for each way that begins before `end`, in seconds of time.monotonic()."""
     rate = measure_matrix_rate(world.device, world.dtype)
-    rows = measure_from_cache(world, repeats, is_compiled, rate)
-    rows += [measure_online(world, repeats, rate, *place) for place in RESIDENCIES[world.device.type]]
+    rows: list[Row] = []
+    for names in way_groups(world.device, is_compiled):
+        rows += measure_from_cache(world, repeats, names, rate) if time.monotonic() < end else []
+    for place in residencies:
+        rows += [measure_online(world, repeats, rate, *place)] if time.monotonic() < end else []
     for each in rows:
         each["over_plain"] = each.get("images_per_second", 0) / rows[0]["images_per_second"]
     return rows
 
 
-def measure_from_cache(world: World, repeats: int, is_compiled: bool, rate: float) -> list[Row]:
+def way_groups(device: torch.device, is_compiled: bool) -> list[list[str]]:
+    """Return the names of the ways whose students live at the same time."""
+    names = [name for name in PRINTED if is_compiled or name != "compiled"]
+    return [[name] for name in names] if device.type == "cuda" else [names]
+
+
+def measure_from_cache(world: World, repeats: int, names: Sequence[str], rate: float) -> list[Row]:
     """Return the rows of the ways that take turns; their students are freed at its return."""
-    ways = {"plain": plain(world), "ours": ours(world), "muon": ours(world, muon_rate=0.09)}
-    ways |= {"compiled": ours(world, is_compiled=True)} if is_compiled else {}
+    options: dict[str, Any] = {"ours": {}, "muon": {"muon_rate": 0.09}, "compiled": {"is_compiled": True}}
+    ways = {name: ours(world, **options[name]) if name in options else plain(world) for name in names}
     peaks = warm(ways, world.device)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
@@ -463,6 +469,7 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: the real shapes")
     parser.add_argument("--repeats", type=int, default=20, help="timed steps of each way")
+    parser.add_argument("--seconds", type=float, default=480, help="start no further way after these")
     parser.add_argument("--no_compile", action="store_true", help="skip the compiled way")
     parser.add_argument("--quick", action="store_true", help="a few steps of small batches, nothing compiled")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -482,8 +489,8 @@ def main() -> int:
     on_gpu, repeats = arguments.device == "cuda", 3 if arguments.quick else arguments.repeats
     disable_cudnn_attention()
     files = random_teacher(A14B, "cuda") if on_gpu else open_teacher_files(ROOT / "tiny_teacher")
-    # side of the latents, batch
-    sizes = ((64, 16), (128, 4)) if on_gpu else ((8, 8 if arguments.quick else 128),)
+    end = time.monotonic() + arguments.seconds
+    sizes = CUDA_SIZES if on_gpu else ((8, 8 if arguments.quick else 128),)
     shape, rows = student_shape(files.config), []
     print(
         f"student {shape['hidden_size']} x {shape['depth']} on {arguments.device}, {torch.get_num_threads()} "
@@ -501,7 +508,9 @@ def main() -> int:
                 arguments.device,
                 "bf16" if on_gpu else "no",
             )
-            rows += measure(world, repeats, not (arguments.quick or arguments.no_compile))
+            is_compiled = not (arguments.quick or arguments.no_compile)
+            residencies = RESIDENCIES[arguments.device] if side == sizes[0][0] else ()
+            rows += measure(world, repeats, is_compiled, residencies, end)
         print_table(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
