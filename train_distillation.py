@@ -692,9 +692,9 @@ class WanLiteStudent(WanTransformer3DModel):
         `dtype` (or `torch_dtype`), a torch.dtype or its name, does not apply to the modules that Wan keeps in
         float32; None keeps all dtypes as saved. `sha256` is the expected digest of the weights, or {file name:
         digest}. With it, or with `output_loading_info`, which contains the digests, weights are hashed while they
-        are read. Otherwise a CPU student in its saved dtype is memory-mapped and changes with its file, unless
-        `disable_mmap` is set. The weights are in memory once, for any `low_cpu_mem_usage`. Raises OSError for
-        files that are missing or broken, and ValueError for content that is not this student's.
+        are read. They are read into memory once, for any `low_cpu_mem_usage` and `disable_mmap`: a student does
+        not change with its file. Raises OSError for files that are missing or broken, and ValueError for content
+        that is not this student's.
         """
         accepted = list(inspect.signature(cls.from_pretrained).parameters)[1:-1]
         refuse_unknown(unknown, accepted, cls._left_to_stock)
@@ -705,7 +705,6 @@ class WanLiteStudent(WanTransformer3DModel):
         options = ReadOptions(
             dtype=as_dtype(torch_dtype if dtype is None else dtype),
             device=as_device(device_map if device is None else device),
-            is_mapped=not disable_mmap,
             is_hashed=output_loading_info,
             sha256=sha256,
         )

@@ -6,7 +6,6 @@ header's length, a JSON header {name: dtype, shape, data_offsets}, the tensors.
 
 import hashlib
 import math
-import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
 MAX_DIMENSIONS = 8
-ALIGNED = 64  # bytes: sums over a tensor that is not aligned differ in the last bit; it is read, not mapped
 READ_AT_ONCE = 2**20  # bytes: small enough to be hashed while they are in the processor's cache
 
 
@@ -34,8 +32,8 @@ class Entry(NamedTuple):
 
 
 class WeightsFile:
-    """A student's safetensors file, opened once: header, hash and tensors come from the same bytes, even if the
-    file is replaced meanwhile.
+    """A safetensors file, opened once: header, hash and tensors come from the same bytes, even if the file is
+    replaced meanwhile.
 
     `entries` is {name: Entry}; `metadata` the header's own dict of strings; `sha256` the file's digest once
     its tensors were read with `is_hashed`. Raises OSError for an incomplete file.
@@ -63,27 +61,15 @@ class WeightsFile:
     def num_bytes(self) -> int:
         return sum(entry.stop - entry.start for entry in self.entries.values())
 
-    def tensors(
-        self, is_mapped: bool = True, is_hashed: bool = False
-    ) -> "Iterator[tuple[str, torch.Tensor]]":
-        """Yield (name, tensor), on the CPU and writable, mapped from the file or read into memory.
-
-        A file that is hashed is read, not mapped.
-        """
+    def tensors(self, is_hashed: bool = False) -> "Iterator[tuple[str, torch.Tensor]]":
+        """Yield (name, tensor), read into memory on the CPU: the tensors do not change with the file."""
         import torch  # here: the scripts check headers before they import torch
 
         dtypes = {name: getattr(torch, theirs) for name, theirs in STUDENT_DTYPES.items()}
-        is_mapped = is_mapped and not is_hashed
         self._hash = hashlib.sha256(self._header) if is_hashed else None
-        content = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY) if is_mapped else None
-        for name, (dtype, shape, start, stop) in sorted(self.entries.items(), key=lambda item: item[1].start):
-            if content is not None and start % ALIGNED == 0 and start < stop:
-                tensor = torch.frombuffer(
-                    content, dtype=dtypes[dtype], count=math.prod(shape), offset=start
-                ).view(shape)
-            else:
-                tensor = torch.empty(shape, dtype=dtypes[dtype])
-                self._fill(memoryview(tensor.view(-1).view(torch.uint8).numpy().data), start)
+        for name, (dtype, shape, start, _) in sorted(self.entries.items(), key=lambda item: item[1].start):
+            tensor = torch.empty(shape, dtype=dtypes[dtype])
+            self._fill(memoryview(tensor.view(-1).view(torch.uint8).numpy().data), start)
             yield name, tensor
         if self._hash:
             self.sha256 = self._hash.hexdigest()  # tensors tile the file behind its header, in this order
@@ -91,10 +77,11 @@ class WeightsFile:
     def _fill(self, memory: memoryview, start: int) -> None:
         self.file.seek(start)
         while memory:
-            if not (count := self.file.readinto(memory[:READ_AT_ONCE])):  # type: ignore[attr-defined]
+            chunk = memory[:READ_AT_ONCE] if self._hash else memory
+            if not (count := self.file.readinto(chunk)):  # type: ignore[attr-defined]
                 raise self._broken("it became shorter while it was read")
             if self._hash:
-                self._hash.update(memory[:count])
+                self._hash.update(chunk[:count])
             memory = memory[count:]
 
     def _read_header(self) -> tuple[dict[str, Entry], dict[str, str]]:
