@@ -7,7 +7,8 @@ header's length, a JSON header {name: dtype, shape, data_offsets}, the tensors.
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 MAX_DIMENSIONS = 8
+READERS = 4  # threads: most of a read is the kernel's copy into new pages
+AHEAD = 16  # tensors: those of a student on a GPU do not fill the memory of the CPU
 READ_AT_ONCE = 2**20  # bytes: small enough to be hashed while they are in the processor's cache
 
 
@@ -67,22 +70,29 @@ class WeightsFile:
 
         dtypes = {name: getattr(torch, theirs) for name, theirs in STUDENT_DTYPES.items()}
         self._hash = hashlib.sha256(self._header) if is_hashed else None
-        for name, (dtype, shape, start, _) in sorted(self.entries.items(), key=lambda item: item[1].start):
+
+        def read(name):
+            dtype, shape, start, _ = self.entries[name]
             tensor = torch.empty(shape, dtype=dtypes[dtype])
             self._fill(memoryview(tensor.view(-1).view(torch.uint8).numpy().data), start)
-            yield name, tensor
-        if self._hash:
-            self.sha256 = self._hash.hexdigest()  # tensors tile the file behind its header, in this order
+            return name, tensor
+
+        names = sorted(self.entries, key=lambda name: self.entries[name].start)
+        if not is_hashed:
+            yield from _map_ahead(read, names)
+            return
+        yield from map(read, names)
+        self.sha256 = self._hash.hexdigest()  # tensors tile the file behind its header, in this order
 
     def _fill(self, memory: memoryview, start: int) -> None:
-        self.file.seek(start)
+        """Read bytes from `start` on; several threads may do so at once, unless the file is hashed."""
         while memory:
             chunk = memory[:READ_AT_ONCE] if self._hash else memory
-            if not (count := self.file.readinto(chunk)):  # type: ignore[attr-defined]
+            if not (count := os.preadv(self.file.fileno(), [chunk], start)):
                 raise self._broken("it became shorter while it was read")
             if self._hash:
                 self._hash.update(chunk[:count])
-            memory = memory[count:]
+            memory, start = memory[count:], start + count
 
     def _read_header(self) -> tuple[dict[str, Entry], dict[str, str]]:
         beginning = self.file.read(8)
@@ -142,6 +152,13 @@ class WeightsFile:
         return OSError(
             f"{self.path}: not a complete safetensors file ({reason}). Copy it again or save the student again."
         )
+
+
+def _map_ahead(read: Callable[[str], Any], names: list[str]) -> Iterator[Any]:
+    """Yield the results of read(name) in order, computed by threads a few names ahead."""
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(names), AHEAD):
+            yield from pool.map(read, names[start : start + AHEAD])
 
 
 def _are_sizes(numbers: Any) -> bool:
