@@ -450,6 +450,7 @@ from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention
 from wanlite.runtime.ranks import abort_all_ranks, check_devices, is_peer_failure, process_group_options
 from wanlite.student.building import add_layers, complete_config, config_defaults, initialize_weights
 from wanlite.student.config import OUR_NAMES, check_shape, student_arguments
+from wanlite.student.digest import model_digest
 from wanlite.student.initialization import compare_experts, initialize_student, project_into
 from wanlite.student.location import student_folder
 from wanlite.student.pretrained import (
@@ -1052,6 +1053,7 @@ def finish(run, state, validator, log, components_folder):
         ending = verdict(chosen["step"], is_close)
         facts = {"finished": True, "steps": progress.step, "minutes": log.seconds / 60}
         facts |= {"skipped_steps": progress.skipped_steps, "chosen": chosen, "verdict": ending}
+        facts["model_sha256"] = model_digest(output)
         write_json(output / RUN, log.facts | facts | {"results": results})
         write_model_card(output, settings, run.few_steps, results, drawing_command(settings.output_dir))
         log.write_report()

@@ -68,7 +68,7 @@ def check_strides(config: dict[str, Any], path: Path) -> None:
     patch = config.get("patch_size") or 1
     if not isinstance(multiples, list) or not isinstance(downsampled, list) or type(patch) is not int:
         raise ValueError(
-            f"{path}: dim_mult, temperal_downsample or patch_size is of another type than a Wan's. Download it again."
+            f"{path}: does not describe a Wan's vae (dim_mult, temperal_downsample or patch_size). Download it again."
         )
     spatial = patch * 2 ** (len(multiples) - 1)
     temporal = 2 ** sum(map(bool, downsampled))
