@@ -104,7 +104,7 @@ def read_settings(arguments: list[str] | None = None) -> tuple[Settings, list[st
 
 def complete(settings: Settings) -> tuple[Settings, list[str]]:
     """Complete settings from the saved run; raises OSError or ValueError if they cannot generate an image."""
-    folder = student_folder(settings.model)
+    folder = student_folder(settings.model, accepts_hub=False)
     with open_student(folder) as (config, _):
         run = read_run(folder)
     schedule = recorded_schedule(run, folder / RUN)

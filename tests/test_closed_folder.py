@@ -62,9 +62,10 @@ def test_drawing_opens_nothing_outside_the_folder_and_needs_no_network(name, fin
     assert list(tmp_path.glob("images/*.png")) and time.monotonic() - began < 600
 
 
-def test_a_missing_folder_of_the_default_path_is_no_name_on_the_hub(tmp_path):
+@pytest.mark.parametrize("arguments", [(), ("--model", "outputs/wan_t2i"), ("--model", "someone/student")])
+def test_a_missing_folder_is_not_requested_from_the_hub(arguments, tmp_path):
     process = subprocess.run(
-        [sys.executable, "-c", WATCHED, tmp_path / "record", ROOT / "run_inference.py"],
+        [sys.executable, "-c", WATCHED, tmp_path / "record", ROOT / "run_inference.py", *arguments],
         cwd=tmp_path,
         capture_output=True,
         text=True,
