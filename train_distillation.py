@@ -45,6 +45,7 @@ from wanlite.training.run_folder import (
     clear,
     link_file,
     save_components,
+    seal,
 )
 
 STOPPED = 3  # exit code of a run that was stopped by a signal; it can be resumed
@@ -1054,7 +1055,7 @@ def finish(run, state, validator, log, components_folder):
         facts = {"finished": True, "steps": progress.step, "minutes": log.seconds / 60}
         facts |= {"skipped_steps": progress.skipped_steps, "chosen": chosen, "verdict": ending}
         facts["model_sha256"] = model_digest(output)
-        write_json(output / RUN, log.facts | facts | {"results": results})
+        write_json(output / RUN, seal(log.facts | facts | {"results": results}))
         write_model_card(output, settings, run.few_steps, results, drawing_command(settings.output_dir))
         log.write_report()
         conclude(settings, output, results, ending, is_close, log.seconds, run.accelerator.print)
@@ -1086,7 +1087,7 @@ def complete_base(run, facts):
         "steps": run.base_step,
         "finished": True,
     }
-    write_json(base / RUN, facts | base_facts)
+    write_json(base / RUN, seal(facts | base_facts))
     write_model_card(base, settings, [], {}, drawing_command(str(base)))
 
 

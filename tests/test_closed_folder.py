@@ -34,6 +34,14 @@ finally:
 SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib")  # of the interpreter and the C library
 
 
+def environment(folder):
+    """Return the variables of a process with its own home, without HF_HUB_OFFLINE."""
+    places = {name: folder / name.lower().removesuffix("dir") for name in ("HOME", "TMPDIR")}
+    for place in places.values():
+        place.mkdir()
+    return {"PATH": "/usr/bin:/bin"} | {name: str(place) for name, place in places.items()}
+
+
 @pytest.mark.parametrize("name", ["plain", "outputs/wan_t2i"])
 def test_drawing_opens_nothing_outside_the_folder_and_needs_no_network(name, finished_run, tmp_path):
     folder = tmp_path / name
@@ -47,11 +55,11 @@ def test_drawing_opens_nothing_outside_the_folder_and_needs_no_network(name, fin
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path / "home")},  # without HF_HUB_OFFLINE
+        env=environment(tmp_path),
     )
     assert process.returncode == 0, process.stderr
     record = json.loads((tmp_path / "record").read_text())
-    own = [folder, tmp_path / "images", tmp_path / "home", tmp_path / "record", ROOT]
+    own = [folder, tmp_path / "images", tmp_path / "home", tmp_path / "tmp", tmp_path / "record", ROOT]
     libraries = [Path(sys.prefix), Path(sys.base_prefix), Path(sys.executable).resolve().parent.parent]
     outside = [
         path
@@ -69,7 +77,7 @@ def test_a_missing_folder_is_not_requested_from_the_hub(arguments, tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        env=environment(tmp_path),
     )
     assert process.returncode == 2 and "no such folder" in process.stderr
     assert json.loads((tmp_path / "record").read_text())["network"] == []
