@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_DIMENSIONS = 8
+LARGE = 2**26  # bytes of a file that several threads read
 READERS = 4  # threads: most of a read is the kernel's copy into new pages
 AHEAD = 16  # tensors: those of a student on a GPU do not fill the memory of the CPU
 READ_AT_ONCE = 2**20  # bytes: small enough to be hashed while they are in the processor's cache
@@ -78,11 +79,10 @@ class WeightsFile:
             return name, tensor
 
         names = sorted(self.entries, key=lambda name: self.entries[name].start)
-        if not is_hashed:
-            yield from _map_ahead(read, names)
-            return
-        yield from map(read, names)
-        self.sha256 = self._hash.hexdigest()  # tensors tile the file behind its header, in this order
+        is_large = self.size >= LARGE and not is_hashed
+        yield from _map_ahead(read, names) if is_large else map(read, names)
+        if self._hash:
+            self.sha256 = self._hash.hexdigest()  # tensors tile the file behind its header, in this order
 
     def _fill(self, memory: memoryview, start: int) -> None:
         """Read bytes from `start` on; several threads may do so at once, unless the file is hashed."""
