@@ -29,6 +29,7 @@ from wanlite.files.json_files import DOWNLOADED, read_json
 from wanlite.planning.settings import make_parser, setting
 from wanlite.runtime.terminal import keep_output_open, one_line
 from wanlite.schedule import TIMESTEPS, read_schedule, recorded_schedule
+from wanlite.student.digest import model_digest
 from wanlite.student.loading import open_student
 from wanlite.student.location import student_folder
 from wanlite.teacher.components import num_bytes
@@ -87,7 +88,9 @@ class Settings:
         True, "keep the embeddings of prompts in ~/.cache/wanlite, if the text encoder has more than 1 GB"
     )
     sha256: str | None = setting(
-        None, "refuse a weights file with another digest; every PNG records this digest (default: accept all)"
+        None,
+        "refuse a model with another digest, of its weights or of all files that decide an image; every PNG records "
+        "both (default: accept all)",
     )
 
 
@@ -104,7 +107,7 @@ def read_settings(arguments: list[str] | None = None) -> tuple[Settings, list[st
 
 def complete(settings: Settings) -> tuple[Settings, list[str]]:
     """Complete settings from the saved run; raises OSError or ValueError if they cannot generate an image."""
-    folder = student_folder(settings.model)
+    folder = student_folder(settings.model, accepts_hub=False)
     with open_student(folder) as (config, _):
         run = read_run(folder)
     schedule = recorded_schedule(run, folder / RUN)
@@ -261,8 +264,9 @@ def encode_once(folder: str | Path, device: str, prompts: Iterable[str]) -> dict
 class StudentPipeline:
     """A saved student as a WanLitePipeline without a text encoder, and prompt embeddings.
 
-    `weights_sha256` is the digest of the loaded weights, or the digests of all shards, sorted by name. Prompts
-    that are not in `embeddings` are encoded when they are used.
+    `weights_sha256` is the digest of the loaded weights, or the digests of all shards, sorted by name, and
+    `model_sha256` that of all files that decide an image. `sha256` is the expected value of either. Prompts that are
+    not in `embeddings` are encoded when they are used.
     """
 
     def __init__(
@@ -279,9 +283,11 @@ class StudentPipeline:
         self.dtype = getattr(torch, dtype or drawing_dtype(self.device.type, has_bfloat16(device)))
         self.embeddings = dict(embeddings or {})
         self.student, loaded = WanLiteStudent.from_pretrained(
-            folder, dtype=self.dtype, device=device, sha256=sha256, output_loading_info=True
+            folder, dtype=self.dtype, device=device, output_loading_info=True
         )
         self.weights_sha256 = " ".join(loaded["sha256"].values())
+        self.model_sha256 = model_digest(folder, loaded["sha256"])
+        check_digest(sha256, self.weights_sha256, self.model_sha256, folder)
         schedule = recorded_schedule(read_run(folder), Path(folder) / RUN)
         self.pipeline = WanLitePipeline(
             tokenizer=None,
@@ -332,6 +338,15 @@ class StudentPipeline:
         return [image if is_valid else None for image, is_valid in images]
 
 
+def check_digest(expected: str | None, weights: str, model: str, folder: str | Path) -> None:
+    """Raise ValueError for a model that was not expected."""
+    if expected is not None and expected.lower() not in (weights, model):
+        raise ValueError(
+            f"{folder}: sha256 is {weights} (weights) and {model} (all files that decide an image), expected "
+            f"{expected!r:.70}. This is not the pinned model."
+        )
+
+
 class Generated(NamedTuple):
     """A generated image; `path` is None if it was not finite and therefore not written."""
 
@@ -366,7 +381,7 @@ def generate_all(
             )
             generated += written.result() if written else []
             jobs = list(zip(prompts[batch], seeds[batch], images))
-            written = writer.submit(write_images, settings, jobs, pipeline.weights_sha256)
+            written = writer.submit(write_images, settings, jobs, digests_of(pipeline))
             cells += [image for image in images if image is not None][: MAX_CELLS - len(cells)]
             progress.update(len(images))
         generated += written.result() if written else []
@@ -380,7 +395,12 @@ def choose_batch_size(settings: Settings, device: torch.device) -> int:
     return max(1, min(MAX_BATCH_PIXELS.get(device.type, MAX_BATCH_PIXELS["cpu"]), fitting) // pixels)
 
 
-def write_images(settings: Settings, jobs: list[tuple], weights_sha256: str) -> list[Generated]:
+def digests_of(pipeline: StudentPipeline) -> dict[str, str]:
+    """Return the digests of the loaded model, as an image records them."""
+    return {name: getattr(pipeline, name) for name in ("weights_sha256", "model_sha256")}
+
+
+def write_images(settings: Settings, jobs: list[tuple], digests: dict[str, str]) -> list[Generated]:
     """Write the images of a batch of (prompt, seed, image or None), in this order."""
     written = []
     for prompt, seed, image in jobs:
@@ -391,14 +411,17 @@ def write_images(settings: Settings, jobs: list[tuple], weights_sha256: str) -> 
             image,
             settings.output_dir,
             image_names(settings.output_dir, prompt, seed),
-            text_chunks(replace(settings, batch_size=len(jobs)), prompt, seed, weights_sha256),
+            text_chunks(replace(settings, batch_size=len(jobs)), prompt, seed, digests),
         )
         written.append(Generated(prompt, seed, path, bool(image.std(axis=(0, 1)).max() < MAX_FLAT)))
     return written
 
 
-def text_chunks(settings: Settings, prompt: str | None, seed: int | None, weights_sha256: str) -> PngInfo:
-    """Return the PNG text chunks with the settings of an image, or of several with neither prompt nor seed."""
+def text_chunks(settings: Settings, prompt: str | None, seed: int | None, digests: dict[str, str]) -> PngInfo:
+    """Return the PNG text chunks with the settings of an image, or of several with neither prompt nor seed.
+
+    They contain no path of this machine: images are published.
+    """
     info = PngInfo()
     values = {
         "prompt": prompt,
@@ -410,8 +433,8 @@ def text_chunks(settings: Settings, prompt: str | None, seed: int | None, weight
         "width": settings.width,
         "dtype": settings.dtype,
         "batch_size": settings.batch_size,
-        "model": settings.model,
-        "weights_sha256": weights_sha256,
+        "model": Path(settings.model).name,
+        **digests,
     }
     for name, value in values.items():
         if value is not None:
@@ -496,7 +519,7 @@ def main(settings: Settings, prompts: list[str]) -> None:
     written = [each for each in generated if each.path]
     grid = ""
     if len(cells) > 1:
-        grid = f" and {save_grid(settings, written, cells, pipeline.weights_sha256).name}"
+        grid = f" and {save_grid(settings, written, cells, digests_of(pipeline)).name}"
     for each in written:
         print(f"{Path(each.path or '').name}  {one_line(each.prompt, MAX_PROMPT)}")
     print(f"wrote {len(written)} image{'s' * (len(written) != 1)}{grid} to {output.absolute()}", flush=True)
@@ -504,7 +527,7 @@ def main(settings: Settings, prompts: list[str]) -> None:
     refuse_not_finite(generated, str(settings.dtype))
 
 
-def save_grid(settings: Settings, written: list[Generated], cells: list, weights_sha256: str) -> Path:
+def save_grid(settings: Settings, written: list[Generated], cells: list, digests: dict[str, str]) -> Path:
     """Write the grid of the first images with their prompts; returns its path.
 
     Prompts with several images have a row each.
@@ -514,7 +537,7 @@ def save_grid(settings: Settings, written: list[Generated], cells: list, weights
     shown = written[: len(cells)]
     paths = [image.path for image in shown if image.path]
     grid = Grid({"": np.stack(cells)}, [image.prompt for image in shown], [image.seed for image in shown])
-    info = text_chunks(settings, None, None, weights_sha256)
+    info = text_chunks(settings, None, None, digests)
     lists = {"prompts": grid.prompts, "seeds": grid.seeds, "files": [path.name for path in paths]}
     for name, values in lists.items():
         info.add_text(name, json.dumps(values))

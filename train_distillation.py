@@ -45,6 +45,7 @@ from wanlite.training.run_folder import (
     clear,
     link_file,
     save_components,
+    seal,
 )
 
 STOPPED = 3  # exit code of a run that was stopped by a signal; it can be resumed
@@ -450,6 +451,7 @@ from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention
 from wanlite.runtime.ranks import abort_all_ranks, check_devices, is_peer_failure, process_group_options
 from wanlite.student.building import add_layers, complete_config, config_defaults, initialize_weights
 from wanlite.student.config import OUR_NAMES, check_shape, student_arguments
+from wanlite.student.digest import model_digest
 from wanlite.student.initialization import compare_experts, initialize_student, project_into
 from wanlite.student.location import student_folder
 from wanlite.student.pretrained import (
@@ -692,9 +694,9 @@ class WanLiteStudent(WanTransformer3DModel):
         `dtype` (or `torch_dtype`), a torch.dtype or its name, does not apply to the modules that Wan keeps in
         float32; None keeps all dtypes as saved. `sha256` is the expected digest of the weights, or {file name:
         digest}. With it, or with `output_loading_info`, which contains the digests, weights are hashed while they
-        are read. Otherwise a CPU student in its saved dtype is memory-mapped and changes with its file, unless
-        `disable_mmap` is set. The weights are in memory once, for any `low_cpu_mem_usage`. Raises OSError for
-        files that are missing or broken, and ValueError for content that is not this student's.
+        are read. They are read into memory once, for any `low_cpu_mem_usage` and `disable_mmap`: a student does
+        not change with its file. Raises OSError for files that are missing or broken, and ValueError for content
+        that is not this student's.
         """
         accepted = list(inspect.signature(cls.from_pretrained).parameters)[1:-1]
         refuse_unknown(unknown, accepted, cls._left_to_stock)
@@ -705,7 +707,6 @@ class WanLiteStudent(WanTransformer3DModel):
         options = ReadOptions(
             dtype=as_dtype(torch_dtype if dtype is None else dtype),
             device=as_device(device_map if device is None else device),
-            is_mapped=not disable_mmap,
             is_hashed=output_loading_info,
             sha256=sha256,
         )
@@ -1053,7 +1054,8 @@ def finish(run, state, validator, log, components_folder):
         ending = verdict(chosen["step"], is_close)
         facts = {"finished": True, "steps": progress.step, "minutes": log.seconds / 60}
         facts |= {"skipped_steps": progress.skipped_steps, "chosen": chosen, "verdict": ending}
-        write_json(output / RUN, log.facts | facts | {"results": results})
+        facts["model_sha256"] = model_digest(output)
+        write_json(output / RUN, seal(log.facts | facts | {"results": results}))
         write_model_card(output, settings, run.few_steps, results, drawing_command(settings.output_dir))
         log.write_report()
         conclude(settings, output, results, ending, is_close, log.seconds, run.accelerator.print)
@@ -1085,7 +1087,7 @@ def complete_base(run, facts):
         "steps": run.base_step,
         "finished": True,
     }
-    write_json(base / RUN, facts | base_facts)
+    write_json(base / RUN, seal(facts | base_facts))
     write_model_card(base, settings, [], {}, drawing_command(str(base)))
 
 

@@ -1,6 +1,7 @@
 """Kill training runs at random moments, resume them, and compare their weights with those of an uninterrupted run.
 
     python benchmarks/kill.py                          # 100 kills
+    python benchmarks/kill.py --flips 200              # 200 kills, each followed by a flipped bit
     python benchmarks/kill.py --quick --json kill.json
 
 Prints the kills by moment. Each run is a process that is forked after the import of torch, and does the same as the
@@ -11,6 +12,13 @@ to its end.
 identical  ended with the weights of the uninterrupted run, byte for byte
 lost       a checkpoint or finished student from before the kill did not verify after it
 refused    the same command did not resume
+
+With --flips, a random bit of a random file in the run's folder is flipped between the kill and the second run. Files
+are chosen by kind, with equal shares. The table counts by kind:
+
+identical  as above
+refused    the command ended with exit code 2, and named the file or its folder
+silent     anything else: other weights, a traceback, or a refusal that names neither
 """
 
 import argparse
@@ -18,6 +26,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -25,7 +34,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -77,7 +86,8 @@ def read_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=100, help="runs that are killed once each")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--flips", type=int, help="runs that are killed, and of which one bit is flipped")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and bits")
     parser.add_argument("--jobs", type=int, default=2, help="parallel runs")
     parser.add_argument("--quick", action="store_true", help="3 kills")
     parser.add_argument(
@@ -85,9 +95,9 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
-    arguments.kills = 3 if arguments.quick else arguments.kills
-    if arguments.kills < 1 or arguments.jobs < 1:
-        parser.error("expected --kills and --jobs of at least 1.")
+    arguments.kills = 3 if arguments.quick else arguments.flips or arguments.kills
+    if arguments.kills < 1 or arguments.jobs < 1 or (arguments.flips or 1) < 1:
+        parser.error("expected --kills, --flips and --jobs of at least 1.")
     if arguments.folder and arguments.folder.exists() and any(arguments.folder.iterdir()):
         parser.error(f"--folder {arguments.folder} is not empty. Name a new one.")
     return arguments
@@ -201,6 +211,8 @@ def kill_and_finish(job: Job) -> dict[str, Any]:
         shutil.rmtree(folder)
         return kill_and_finish(job | {"after": job["after"] / 2, "save": job["save"] and job["save"] - 1})
     before, where = struck
+    if job["flip"] is not None:
+        return flip_and_finish(folder, job)
     lost = has_lost(folder, before)
     codes = (
         {-how} if how == signal.SIGKILL else {0, 3, -how}
@@ -215,6 +227,52 @@ def kill_and_finish(job: Job) -> dict[str, Any]:
         "lost": lost,
         "refused": refused,
         "identical": is_identical,
+    }
+
+
+# ---- a flipped bit -----------------------------------------------------------------------------------------
+
+
+def kind_of(folder: Path, path: Path) -> str:
+    """Return the kind of a file of a run: its place, without digests, step numbers and names of processes."""
+    return re.sub(r"-[0-9a-f]{5,}|[0-9a-f]{16,}|\d+", "*", str(path.relative_to(folder)))
+
+
+def flip(folder: Path, seed: float) -> Path:
+    """Flip a random bit of a random file that is not empty; kinds of files have equal shares."""
+    choice = random.Random(seed)  # noqa: S311 (bits, no secrets)
+    kinds: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.stat().st_size and not path.name.endswith((".lock", ".log")):
+            kinds.setdefault(kind_of(folder, path), []).append(path)
+    path = choice.choice(kinds[choice.choice(sorted(kinds))])
+    content = bytearray(path.read_bytes())
+    content[choice.randrange(len(content))] ^= 1 << choice.randrange(8)
+    path.write_bytes(content)
+    return path
+
+
+def flip_and_finish(folder: Path, job: Job) -> dict[str, Any]:
+    """Flip a bit in the folder of a killed run and run it again; returns its row."""
+    path = flip(folder, job["flip"])
+    log = Path(f"{folder}.log")
+    length = log.stat().st_size
+    code = finish(start(folder))
+    printed = log.read_text(errors="replace")[length:]
+    is_named = code == 2 and "Traceback" not in printed
+    is_named &= any(part in printed for part in (path.name, str(path.parent)))
+    is_identical = code == 0 and digest(folder) == job["digest"]
+    if is_identical or is_named:
+        shutil.rmtree(folder)
+    else:  # a failed run is kept, with its log
+        log.write_text(f"{log.read_text(errors='replace')}\na bit was flipped in {path}; exit code {code}\n")
+    return {
+        "signal": job["signal"],
+        "where": kind_of(folder, path),
+        "identical": is_identical,
+        "refused": is_named and not is_identical,
+        "silent": not (is_identical or is_named),
+        "lost": False,
     }
 
 
@@ -240,6 +298,7 @@ def moments(
             "cache": cache if has_cache else None,
             "folder": str(folder / f"{count:04d}"),
             "digest": expected,
+            "flip": moment.random() if arguments.flips else None,
         }
 
 
@@ -280,7 +339,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any]
         rows = list(tqdm(kills, desc="killing", total=arguments.kills, unit="run"))
     return {
         "kills": len(rows),
-        **{name: sum(row[name] for row in rows) for name in ("identical", "lost", "refused")},
+        **{name: sum(row[name] for row in rows) for name in columns(arguments)},
         "where": Counter(row["where"] for row in rows),
         "signals": Counter(row["signal"] for row in rows),
         "seconds_uninterrupted": round(seconds[True], 2),
@@ -288,10 +347,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Any]
     }, rows
 
 
-def print_table(figures: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Print the kills by moment, and their sum."""
-    names = ("identical", "lost", "refused")
-    print("\n| killed | kills | identical | lost | refused |\n|---|---|---|---|---|")
+def columns(arguments: argparse.Namespace) -> tuple[str, ...]:
+    return ("identical", "refused", "silent") if arguments.flips else ("identical", "lost", "refused")
+
+
+def print_table(figures: Mapping[str, Any], rows: list[dict[str, Any]], names: Sequence[str]) -> None:
+    """Print the kills by moment or by flipped file, and their sum."""
+    kind = "flipped" if "silent" in names else "killed"
+    print(f"\n| {kind} | kills | {' | '.join(names)} |\n|---|---|---|---|---|")
     for where in sorted(figures["where"]):
         found = [row for row in rows if row["where"] == where]
         counts = " | ".join(str(sum(row[name] for row in found)) for name in names)
@@ -309,14 +372,18 @@ def main() -> int:
     folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="kill-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     print(
-        f"killing {arguments.kills} runs once each, {arguments.jobs} in parallel; writing to {folder}",
+        f"killing {arguments.kills} runs once each{', then flipping a bit' if arguments.flips else ''}, "
+        f"{arguments.jobs} in parallel; writing to {folder}",
         flush=True,
     )
     figures, rows = measure(arguments, folder)
-    print_table(figures, rows)
+    print_table(figures, rows, columns(arguments))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
-    is_good = figures["identical"] == figures["kills"] and not figures["lost"] and not figures["refused"]
+    if arguments.flips:
+        is_good = not figures["silent"]
+    else:
+        is_good = figures["identical"] == figures["kills"] and not figures["lost"] and not figures["refused"]
     if is_good and not arguments.folder:
         shutil.rmtree(folder)
     elif not is_good:

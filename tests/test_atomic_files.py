@@ -141,7 +141,7 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 import torch
 from safetensors.torch import save_file
-from wanlite.data.text_encoder import check_loaded
+from wanlite.data.component_files import check_finite
 from wanlite.data.shards import write_shard
 from wanlite.files.dtypes import find_non_finite
 from wanlite.teacher.expert_files import ExpertFiles
@@ -149,8 +149,7 @@ folder, large = Path(sys.argv[2]), torch.nn.Linear(16384, 4096, bias=False, dtyp
 large.weight.fill_(3e33)                                     # their sum exceeds the range of bfloat16
 save_file({"weight": large.weight}, folder / "expert.safetensors")
 expert = ExpertFiles("high", folder, {}, {"weight": (folder / "expert.safetensors", "weight", (4096, 16384))})
-nothing = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
-for search in (lambda: check_loaded("here", large, nothing), lambda: find_non_finite(large.state_dict()),
+for search in (lambda: check_finite("here", large.state_dict()), lambda: find_non_finite(large.state_dict()),
              lambda: expert.read("weight", torch.bfloat16), lambda: write_shard(folder, 0, large.state_dict())):
     before = getrusage(RUSAGE_SELF).ru_maxrss
     search()

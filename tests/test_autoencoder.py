@@ -1,5 +1,6 @@
 """Pixels <-> latents: a single frame equals the stock autoencoder's, and scenes survive the round trip."""
 
+import json
 import shutil
 
 import numpy as np
@@ -153,6 +154,15 @@ def test_an_autoencoder_with_missing_foreign_or_infinite_weights_is_refused_by_n
     shutil.copytree(TINY_TEACHER / "vae", tmp_path / "vae")
     change(tmp_path / "vae", how)
     with pytest.raises(ValueError, match=f"vae: .*{words}"):
+        load_autoencoder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["scale_factor_spatial", "scale_factor_temporal"])
+def test_a_stride_that_the_layers_do_not_imply_is_refused(name, tmp_path):
+    shutil.copytree(TINY_TEACHER / "vae", tmp_path / "vae")
+    path = tmp_path / "vae/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: 16}))
+    with pytest.raises(OSError, match=f"vae/config.json: {name} is 16, expected"):
         load_autoencoder(tmp_path)
 
 

@@ -84,9 +84,9 @@ def shapes_or_refusal(path):
             assert entry.start == end and entry.stop - end == BYTES[entry.dtype] * math.prod(entry.shape)
             end = entry.stop
         assert end == path.stat().st_size and weights.num_bytes <= end
-        for is_mapped in (True, False):
+        for is_hashed in (True, False):
             try:
-                read = {name: tuple(tensor.shape) for name, tensor in weights.tensors(is_mapped)}
+                read = {name: tuple(tensor.shape) for name, tensor in weights.tensors(is_hashed)}
             except ValueError as refused:
                 assert str(path) in str(refused) and "NaN or infinity" in str(refused)
             else:

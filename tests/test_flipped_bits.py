@@ -4,10 +4,15 @@ import shutil
 import signal
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests.conftest import ROOT, run_script
 from tests.test_resuming import have_equal_weights, train
-from wanlite.files.file_names import COMPONENTS, RUN
+from train_distillation import WanLiteStudent
+from wanlite.files.atomic import write_json
+from wanlite.files.file_names import BASE, COMPONENTS, RUN, WEIGHTS
+from wanlite.training.run_folder import SEAL, read_run
 
 EVERY_STEP = ("--checkpointing_steps", "1")
 AGAIN, REFUSED, SAME = "computed again", "exit code 2", "no influence"
@@ -91,3 +96,63 @@ def test_a_flipped_bit_of_a_component_is_refused_at_drawing(component, finished_
     )
     assert process.returncode == 2 and f"{path.name} differs from its manifest" in process.stderr
     assert not list(tmp_path.glob("out/*.png"))
+
+
+# ---- drawing -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def student_folder(finished_run, tmp_path):
+    return shutil.copytree(
+        finished_run[0], tmp_path / "student", ignore=shutil.ignore_patterns("cache", "checkpoints")
+    )
+
+
+@pytest.mark.parametrize("place", ["", BASE])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.999])
+def test_a_flipped_bit_of_weights_is_refused_at_loading(share, place, student_folder):
+    folder = student_folder / place
+    assert WanLiteStudent.from_pretrained(folder)
+    flip(folder / WEIGHTS, share)
+    with pytest.raises(OSError, match=f"{WEIGHTS}: its tensors differ from the checksum"):
+        WanLiteStudent.from_pretrained(folder)
+
+
+def change(path, how, metadata):
+    with safe_open(path, "pt") as file:
+        tensors = {name: how(file.get_tensor(name)) for name in file.keys()}
+        save_file(tensors, path, metadata(file.metadata()))
+
+
+@pytest.mark.parametrize(
+    "how, metadata",
+    [
+        (lambda tensor: tensor * 2, lambda found: {"format": "pt"}),
+        (lambda tensor: tensor * 2, lambda found: None),
+        (lambda tensor: tensor.bfloat16(), lambda found: found),
+        (lambda tensor: tensor, lambda found: found),
+    ],
+)
+def test_weights_that_other_programs_saved_are_accepted(how, metadata, student_folder):
+    change(student_folder / WEIGHTS, how, metadata)
+    assert WanLiteStudent.from_pretrained(student_folder)
+
+
+def test_a_changed_student_is_saved_with_its_own_checksum(student_folder):
+    student = WanLiteStudent.from_pretrained(student_folder)
+    student.proj_out.weight.data += 1
+    student.save_pretrained(student_folder)
+    for dtype in (None, "bfloat16"):
+        assert WanLiteStudent.from_pretrained(student_folder, dtype=dtype)
+    student.save_pretrained(student_folder / "shards", max_shard_size=10**5)
+    assert WanLiteStudent.from_pretrained(student_folder / "shards")
+
+
+@pytest.mark.parametrize("name, value", [("resolution", 80), ("validation_prompts", ["a red rinf"])])
+def test_a_plausible_value_that_a_run_did_not_record_is_refused(name, value, student_folder):
+    run = read_run(student_folder)
+    write_json(student_folder / RUN, run | {name: value})
+    with pytest.raises(OSError, match="run.json: resolution or .* differs from its sha256"):
+        read_run(student_folder)
+    write_json(student_folder / RUN, {key: each for key, each in run.items() if key != SEAL} | {name: value})
+    assert read_run(student_folder)[name] == value

@@ -184,7 +184,7 @@ def test_a_grid_has_at_most_64_cells_and_no_more_images_are_kept(
     settings, prompts = settings_of(finished_run[0], tmp_path, ["a"] * 100, "--batch_size", "10")
     generated, cells = generate_all(pipeline, settings, prompts)
     assert len(generated) == 100 and len(cells) == 64
-    path = run_inference.save_grid(settings, generated, cells, "digest")
+    path = run_inference.save_grid(settings, generated, cells, {"weights_sha256": "digest"})
     grid = Image.open(path)
     assert path.name == "grid-0000-0063.png" and grid.width == GUTTER + 8 * (CELL + GUTTER)
     assert len(json.loads(grid.text["prompts"])) == 64 and grid.text["weights_sha256"] == "digest"
@@ -364,6 +364,29 @@ def test_the_hash_in_an_image_is_that_of_the_weights_that_generated_it(is_replac
     assert StudentPipeline(copied_run).weights_sha256 != digest
 
 
+def test_a_pinned_model_is_pinned_whole(copied_run):
+    pipeline = StudentPipeline(copied_run)
+    for digest in (pipeline.weights_sha256, pipeline.model_sha256, pipeline.model_sha256.upper()):
+        assert StudentPipeline(copied_run, sha256=digest)
+    for name in ("tokenizer/tokenizer.json", "text_encoder/config.json", "vae/config.json"):
+        path = copied_run / name
+        content = path.read_text()
+        path.write_text(f"{content}\n")
+        (path.parent / "manifest.json").rename(copied_run / "aside")
+        with pytest.raises(ValueError, match="not the pinned model"):
+            StudentPipeline(copied_run, sha256=pipeline.model_sha256)
+        path.write_text(content)
+        (copied_run / "aside").rename(path.parent / "manifest.json")
+    assert StudentPipeline(copied_run, sha256=pipeline.model_sha256)
+
+
+def test_an_image_names_its_model_without_a_path(copied_run, tmp_path):
+    main(*settings_of(copied_run, tmp_path / "images", ["a ring"]))
+    text = Image.open(next((tmp_path / "images").iterdir())).text
+    assert text["model"] == copied_run.name and len(text["model_sha256"]) == 64
+    assert not any(str(tmp_path) in value for value in text.values())
+
+
 def test_a_hash_is_of_the_bytes_read_even_if_the_file_changes_meanwhile(tmp_path):
     loud_student(hidden_size=64, depth=2, num_heads=2).save_pretrained(tmp_path)
     content = (tmp_path / WEIGHTS).read_bytes()
@@ -381,16 +404,17 @@ def test_a_hash_is_of_the_bytes_read_even_if_the_file_changes_meanwhile(tmp_path
         )
 
 
-def test_a_pinned_or_hashed_student_does_not_change_with_its_file(tmp_path):
+def test_a_student_in_memory_does_not_change_with_its_file(tmp_path):
     student = loud_student(hidden_size=64, depth=2, num_heads=2)
     student.save_pretrained(tmp_path)
     digest = hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()
-    pinned = WanLiteStudent.from_pretrained(tmp_path, sha256=digest)
+    plain, pinned = (WanLiteStudent.from_pretrained(tmp_path, sha256=each) for each in (None, digest))
     hashed, loaded = WanLiteStudent.from_pretrained(tmp_path, output_loading_info=True)
     with open(tmp_path / WEIGHTS, "r+b") as file:
         file.write(b"\xff" * (tmp_path / WEIGHTS).stat().st_size)
+        file.truncate(100)
     assert loaded["sha256"] == {WEIGHTS: digest}
-    for each in (pinned, hashed):
+    for each in (plain, pinned, hashed):
         assert all(
             torch.equal(tensor, student.state_dict()[name]) for name, tensor in each.state_dict().items()
         )

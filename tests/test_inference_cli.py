@@ -65,6 +65,7 @@ def copied_run(finished_run, tmp_path):
 )
 def test_a_damaged_run_json_is_refused(changes, words, copied_run):
     run = json.loads((copied_run / "run.json").read_text())
+    del run["drawing_sha256"]
     (copied_run / "run.json").write_text(json.dumps(run | changes))
     assert words in read_refusal(GENERATE, "--model", copied_run)
 
@@ -145,6 +146,7 @@ def test_an_untrained_number_of_steps_is_refused_with_the_trained_ones(finished_
 
 def test_an_older_or_unrefined_student_takes_any_number_of_steps(copied_run):
     run = json.loads((copied_run / "run.json").read_text())
+    del run["drawing_sha256"]
     for schedule, few_steps in ((None, (1, 2, 4)), (None, ()), ({"flow_shift": 3.0, "few_steps": None}, ())):
         make_scheduler(3.0, few_steps).save_pretrained(copied_run / "scheduler")
         (copied_run / "run.json").write_text(json.dumps(run | {"schedule": schedule}))
@@ -178,6 +180,7 @@ def test_a_schedule_other_than_that_of_the_training_is_refused(changes, words, c
 @pytest.mark.parametrize("few_steps", [4, ["4"], {"4": 4}])
 def test_invalid_numbers_of_steps_are_refused(few_steps, copied_run):
     run = json.loads((copied_run / "run.json").read_text())
+    del run["drawing_sha256"]
     (copied_run / "run.json").write_text(
         json.dumps(run | {"schedule": run["schedule"] | {"few_steps": few_steps}})
     )

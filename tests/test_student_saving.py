@@ -19,7 +19,8 @@ from torch.nn.utils import prune
 
 from tests.conftest import fork
 from train_distillation import WanLiteStudent
-from wanlite.files.weights import ALIGNED, WeightsFile
+from wanlite.files.weights import WeightsFile
+from wanlite.student.saving import ALIGNED
 
 NARROW, WIDE = (
     dict(
@@ -239,7 +240,7 @@ def test_the_same_student_is_the_same_bytes(tmp_path):
     for number in range(8):
         student(NARROW, 1).save_pretrained(tmp_path / f"{number}")
     assert len({(tmp_path / f"{number}" / WEIGHTS).read_bytes() for number in range(8)}) == 1
-    with WeightsFile(tmp_path / "0" / WEIGHTS) as weights:  # every tensor can be mapped
+    with WeightsFile(tmp_path / "0" / WEIGHTS) as weights:  # every tensor can be mapped by stock
         assert {entry.start % ALIGNED for entry in weights.entries.values()} == {0}
     assert (
         found(tmp_path / "0") == (16, 1)

@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -118,7 +119,7 @@ def test_code_beside_the_tokenizer_is_never_run(tmp_path):
     (tmp_path / "tokenizer/evil.py").write_text(
         f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Tokenizer: pass\n"
     )
-    with pytest.raises(OSError, match="tokenizer: .*trust_remote_code"):
+    with pytest.raises(OSError, match="tokenizer: .*tokenizer_class is 'Tokenizer'"):
         load_text_encoder(tmp_path)
     assert not (tmp_path / "executed").exists()
 
@@ -211,6 +212,60 @@ def test_embeddings_do_not_depend_on_the_padding_side_of_a_tokenizer(padding, tr
     )
     found = [embedding for batch in batches for embedding in encode_prompts(*load_text_encoder(wan), batch)]
     assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+
+
+DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+EMPTY_MATCHES = {"type": "Replace", "pattern": {"Regex": "b*"}, "content": "a"}
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        {"type": "Sequence", "normalizers": [DOUBLING] * 40},
+        {"type": "Sequence", "normalizers": [EMPTY_MATCHES] * 40},
+        {"type": "Nonsense"},
+        {"type": "Precompiled", "precompiled_charsmap": "cnViYmlzaA=="},
+    ],
+)
+def test_a_tokenizer_with_parts_that_no_wan_has_is_refused(normalizer, wan):
+    change_json(wan / "tokenizer/tokenizer.json", normalizer=normalizer)
+    with pytest.raises(OSError, match="tokenizer.*again"):
+        encode_prompts(*load_text_encoder(wan), ["a ring"])
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("attn_implementation", "evil/kernel"),
+        ("_attn_implementation", "evil/kernel"),
+        ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        ("auto_map", {"AutoModel": "evil.Model"}),
+    ],
+)
+def test_no_key_of_a_text_encoder_chooses_code(key, value, wan):
+    expected = encode_prompts(*load_text_encoder(wan), PROMPTS)
+    change_json(wan / "text_encoder/config.json", **{key: value})
+    found = encode_prompts(*load_text_encoder(wan), PROMPTS)
+    assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [{"num_layers": 10**5}, {"d_model": 10**7}, {"vocab_size": 10**9}])
+def test_sizes_of_a_text_encoder_are_compared_before_it_is_made(sizes, wan):
+    change_json(wan / "text_encoder/config.json", **sizes)
+    began = time.process_time()
+    with pytest.raises((OSError, ValueError), match="text_encoder"):
+        load_text_encoder(wan)
+    assert time.process_time() - began < 1
+
+
+def test_an_encoder_does_not_change_with_its_file(wan):
+    _, encoder = load_text_encoder(wan)
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    path = wan / "text_encoder/model.safetensors"
+    with open(path, "r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+        file.truncate(100)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
 
 
 def change_vocabulary(folder, how):

@@ -15,8 +15,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor
 from torch.nn import functional as F
 
+from .component_files import load_component
 from .single_frame import SingleFrameAutoencoder
-from .text_encoder import CHECKED, check_loaded, loading_errors
 
 DECODED_AT_ONCE = 2**20  # pixels: four images of 512 x 512, which take 1.3 GB in Wan2.1's autoencoder
 
@@ -30,14 +30,7 @@ def load_autoencoder(
 
 def load_video_autoencoder(folder: str | Path) -> Any:
     """Load the AutoencoderKLWan in a folder's vae/ on the CPU in float32, checked."""
-    # With the argument `subfolder`, diffusers would first read weights of the same name in the parent folder.
-    place = Path(folder) / "vae"
-    with loading_errors(place):
-        autoencoder, loaded = AutoencoderKLWan.from_pretrained(
-            place, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, **CHECKED
-        )
-    check_loaded(place, autoencoder, loaded)
-    return autoencoder
+    return load_component("vae", folder, dtype=torch.float32)
 
 
 def make_autoencoder(config: dict) -> SingleFrameAutoencoder:

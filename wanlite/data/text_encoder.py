@@ -5,9 +5,7 @@ Embeddings have the length of their prompts; network.pack_text() represents the 
 Legend: L text length, T text width.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -17,20 +15,21 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from ..files.atomic import MANIFEST, find_corruption_once
 from ..network import TEXT_LENGTH
+from ..teacher.text_encoder import check_tokenizer
+from .component_files import check_manifest, load_component, loading_errors
 from .shards import fill_shards, read_shard
 
 BATCH_SIZE = 64  # prompts encoded together
 TOKENS_AT_ONCE = 8192  # 16 prompts of 512, whose attention takes about 2 GB in a real UMT5
 MAX_SHOWN = 80  # characters of a prompt in a message
-# Arguments of from_pretrained(), with which faults are returned for check_loaded().
-CHECKED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def load_tokenizer(folder: str | Path) -> Any:
     """Load a tokenizer from its folder in a Wan folder or a saved student."""
+    check_manifest(Path(folder))
     with loading_errors(folder):
+        check_tokenizer(Path(folder))
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # nosec B615: a folder
 
 
@@ -44,25 +43,9 @@ def load_text_encoder(
     """
     folder = Path(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    with loading_errors(folder / "text_encoder"):
-        result: Any = UMT5EncoderModel.from_pretrained(  # nosec B615: a folder
-            folder,
-            subfolder="text_encoder",
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=dtype,
-            **CHECKED,
-        )
-    encoder, loaded = result
-    encoder.to(device)  # the checks read all weights, 11 GB in Wan's: faster on a GPU
-    check_loaded(folder / "text_encoder", encoder, loaded)
+    encoder = load_component("text_encoder", folder, device, dtype)
+    encoder.name_or_path = encoder.config._name_or_path = str(folder)
     embedding = encoder.encoder.embed_tokens.weight
-    # Only 100 rows, because a comparison of all rows of Wan's takes 1 GB.
-    if not embedding[:100].any() or not torch.equal(embedding, encoder.shared.weight):
-        raise OSError(
-            f"{folder}/text_encoder: the token embedding is zero or untied, a defect of transformers 5.0 to 5.2 "
-            "with Wan's UMT5. Install transformers >= 5.3."
-        )
     vocabulary = tokenizer.get_vocab()
     added = tokenizer.get_added_vocab()
     largest = max((number for token, number in vocabulary.items() if token not in added), default=0)
@@ -72,48 +55,6 @@ def load_text_encoder(
             f"{len(embedding):,}: they belong to two models. Download or copy both again, from one model."
         )
     return tokenizer, encoder.eval().requires_grad_(False)
-
-
-@contextmanager
-def loading_errors(place: Path | str) -> Iterator[None]:
-    """Turn any error of a library about files into an OSError of one line with their folder.
-
-    A component with a manifest is compared with it first, as a saved student's and a converted one are.
-    """
-    folder = Path(place)
-    if (folder / MANIFEST).exists() and (corruption := find_corruption_once(folder)):
-        raise OSError(f"{folder}: {corruption}. Copy it again.")
-    try:
-        yield
-    except Exception as error:
-        raise OSError(
-            f"{place}: cannot be loaded ({' '.join(str(error).split()) or type(error).__name__}). Download or copy "
-            f"it again."
-        ) from None
-
-
-def check_loaded(place: Path | str, network: torch.nn.Module, loaded: Mapping[str, Any]) -> None:
-    """Raise ValueError if tensors of a network are not finite, or were missing from its files.
-
-    `loaded` is the loading info of from_pretrained(). Missing tensors would have random values, without an error
-    in training or inference.
-    """
-    for fault, names in (
-        ("lacks", loaded["missing_keys"]),
-        ("holds unknown", loaded["unexpected_keys"]),
-        ("holds in another shape", [name for name, *_ in loaded["mismatched_keys"]]),
-    ):
-        if names:
-            raise ValueError(
-                f"{place}: {fault} {', '.join(sorted(names)[:3])} ({len(names)} of its tensors), expected those that "
-                f"its config.json implies. Weights belong to another model or are incomplete: download or copy it "
-                f"again."
-            )
-    for name, tensor in network.state_dict().items():
-        if not all(
-            map(math.isfinite, tensor.aminmax())
-        ):  # isfinite() and a float32 sum would need more memory
-            raise ValueError(f"{place}: {name} holds NaN or infinity. Download or copy it again.")
 
 
 def lazy_encoder(folder: str | Path, device: str | torch.device) -> Callable[[Sequence[str]], dict]:
@@ -181,9 +122,9 @@ def encode_prompts(
 def _tokenize(tokenizer, prompts, **options):
     """Tokenize as Wan does, with padding and truncation at the end for any tokenizer config."""
     tokenizer.padding_side = tokenizer.truncation_side = "right"
-    return tokenizer(
-        [prompt_clean(prompt) for prompt in prompts], return_attention_mask=True, verbose=False, **options
-    )
+    texts = [prompt_clean(prompt) for prompt in prompts]
+    with loading_errors(tokenizer.name_or_path, "used"):
+        return tokenizer(texts, return_attention_mask=True, verbose=False, **options)
 
 
 def _check_embedded(tokenizer, encoder, prompts, ids):

@@ -6,9 +6,9 @@ header's length, a JSON header {name: dtype, shape, data_offsets}, the tensors.
 
 import hashlib
 import math
-import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     import torch
 
 MAX_DIMENSIONS = 8
-ALIGNED = 64  # bytes: sums over a tensor that is not aligned differ in the last bit; it is read, not mapped
+LARGE = 2**26  # bytes of a file that several threads read
+READERS = 4  # threads: most of a read is the kernel's copy into new pages
+AHEAD = 16  # tensors: those of a student on a GPU do not fill the memory of the CPU
 READ_AT_ONCE = 2**20  # bytes: small enough to be hashed while they are in the processor's cache
 
 
@@ -34,8 +36,8 @@ class Entry(NamedTuple):
 
 
 class WeightsFile:
-    """A student's safetensors file, opened once: header, hash and tensors come from the same bytes, even if the
-    file is replaced meanwhile.
+    """A safetensors file, opened once: header, hash and tensors come from the same bytes, even if the file is
+    replaced meanwhile.
 
     `entries` is {name: Entry}; `metadata` the header's own dict of strings; `sha256` the file's digest once
     its tensors were read with `is_hashed`. Raises OSError for an incomplete file.
@@ -63,39 +65,34 @@ class WeightsFile:
     def num_bytes(self) -> int:
         return sum(entry.stop - entry.start for entry in self.entries.values())
 
-    def tensors(
-        self, is_mapped: bool = True, is_hashed: bool = False
-    ) -> "Iterator[tuple[str, torch.Tensor]]":
-        """Yield (name, tensor), on the CPU and writable, mapped from the file or read into memory.
-
-        A file that is hashed is read, not mapped.
-        """
+    def tensors(self, is_hashed: bool = False) -> "Iterator[tuple[str, torch.Tensor]]":
+        """Yield (name, tensor), read into memory on the CPU: the tensors do not change with the file."""
         import torch  # here: the scripts check headers before they import torch
 
         dtypes = {name: getattr(torch, theirs) for name, theirs in STUDENT_DTYPES.items()}
-        is_mapped = is_mapped and not is_hashed
         self._hash = hashlib.sha256(self._header) if is_hashed else None
-        content = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY) if is_mapped else None
-        for name, (dtype, shape, start, stop) in sorted(self.entries.items(), key=lambda item: item[1].start):
-            if content is not None and start % ALIGNED == 0 and start < stop:
-                tensor = torch.frombuffer(
-                    content, dtype=dtypes[dtype], count=math.prod(shape), offset=start
-                ).view(shape)
-            else:
-                tensor = torch.empty(shape, dtype=dtypes[dtype])
-                self._fill(memoryview(tensor.view(-1).view(torch.uint8).numpy().data), start)
-            yield name, tensor
+
+        def read(name):
+            dtype, shape, start, _ = self.entries[name]
+            tensor = torch.empty(shape, dtype=dtypes[dtype])
+            self._fill(memoryview(tensor.view(-1).view(torch.uint8).numpy().data), start)
+            return name, tensor
+
+        names = sorted(self.entries, key=lambda name: self.entries[name].start)
+        is_large = self.size >= LARGE and not is_hashed
+        yield from _map_ahead(read, names) if is_large else map(read, names)
         if self._hash:
             self.sha256 = self._hash.hexdigest()  # tensors tile the file behind its header, in this order
 
     def _fill(self, memory: memoryview, start: int) -> None:
-        self.file.seek(start)
+        """Read bytes from `start` on; several threads may do so at once, unless the file is hashed."""
         while memory:
-            if not (count := self.file.readinto(memory[:READ_AT_ONCE])):  # type: ignore[attr-defined]
+            chunk = memory[:READ_AT_ONCE] if self._hash else memory
+            if not (count := os.preadv(self.file.fileno(), [chunk], start)):
                 raise self._broken("it became shorter while it was read")
             if self._hash:
-                self._hash.update(memory[:count])
-            memory = memory[count:]
+                self._hash.update(chunk[:count])
+            memory, start = memory[count:], start + count
 
     def _read_header(self) -> tuple[dict[str, Entry], dict[str, str]]:
         beginning = self.file.read(8)
@@ -155,6 +152,13 @@ class WeightsFile:
         return OSError(
             f"{self.path}: not a complete safetensors file ({reason}). Copy it again or save the student again."
         )
+
+
+def _map_ahead(read: Callable[[str], Any], names: list[str]) -> Iterator[Any]:
+    """Yield the results of read(name) in order, computed by threads a few names ahead."""
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(names), AHEAD):
+            yield from pool.map(read, names[start : start + AHEAD])
 
 
 def _are_sizes(numbers: Any) -> bool:

@@ -20,16 +20,17 @@ def student_folder(
     path: str | os.PathLike,
     subfolder: str | os.PathLike | None = None,
     more_files: Sequence[str] = (),
+    accepts_hub: bool = True,
     **hub: Any,
 ) -> Path:
     """Return the absolute folder of a saved student.
 
-    From the hub, files of the patterns `more_files` are downloaded beside it; `hub` are arguments of
-    snapshot_download().
+    With `accepts_hub`, a name on the hub is one as well: files of the patterns `more_files` are downloaded beside
+    the student, and `hub` are arguments of snapshot_download().
     """
     _check_names(path, subfolder)
     with _readable(path):
-        is_remote = isinstance(path, str) and _is_hub_name(path)
+        is_remote = accepts_hub and isinstance(path, str) and _is_hub_name(path)
         root = (
             _download(path, subfolder, more_files, **hub)
             if is_remote

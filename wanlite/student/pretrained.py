@@ -1,7 +1,6 @@
 """from_pretrained and save_pretrained of WanLiteStudent: a folder -> a student in memory, and back."""
 
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from accelerate import init_empty_weights
 from ..files.dtypes import find_non_finite
 from ..files.file_names import CONFIG
 from .building import config_defaults
+from .checksums import CHECKSUM, check_checksum, sum_words
 from .config import student_arguments
 from .layout import check_variant
 from .loading import open_student
@@ -19,11 +19,10 @@ from .weights import all_tensor_shapes, check_hashes, check_weights, pinned_hash
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """Options of reading weights: dtype, device, memory map or copy, and expected digests."""
+    """Options of reading weights: dtype, device and expected digests."""
 
     dtype: torch.dtype | None
     device: torch.device
-    is_mapped: bool = True
     is_hashed: bool = False
     sha256: Any = None  # one digest, or {file name: digest}
 
@@ -56,11 +55,18 @@ def read_student(student_class, folder, variant, options):
 
 
 def _read_tensors(student_class, files, options):
+    """Return {name: tensor} on the device of the options; the device checks the weights."""
     pinned, tensors = pinned_hashes(files, options.sha256), {}
     is_hashed = pinned is not None or options.is_hashed
-    for name, tensor in chain.from_iterable(file.tensors(options.is_mapped, is_hashed) for file in files):
-        is_kept_in_fp32 = any(part in student_class._keep_in_fp32_modules for part in name.split("."))
-        tensors[name] = tensor.to(options.device, None if is_kept_in_fp32 else options.dtype)
+    for file in files:
+        sums = {}
+        for name, tensor in file.tensors(is_hashed):
+            stored = tensor.to(options.device)
+            if CHECKSUM in file.metadata:
+                sums[name] = sum_words(stored)
+            is_kept_in_fp32 = any(part in student_class._keep_in_fp32_modules for part in name.split("."))
+            tensors[name] = stored.to(options.device, None if is_kept_in_fp32 else options.dtype)
+        check_checksum(file, sums)
     check_hashes(files, pinned)
     for name in find_non_finite(tensors):
         path = next(file.path for file in files if name in file.entries)

@@ -25,6 +25,7 @@ from ..files.file_names import CONFIG
 from ..files.inside import plain_name
 from ..files.json_files import read_json
 from ..files.locks import locked
+from .checksums import make_checksum
 from .layout import STAGE_PREFIX, WEIGHTS_STEM, index_name, variant_infix, weight_names
 from .weights import SHARD, Shape
 
@@ -143,7 +144,8 @@ def save_student(
         check_space(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
         (stage / CONFIG).write_text(config, encoding="utf-8")
         for file, shard in files.items():
-            write_weights(stage / file, {name: tensors[name] for name in shard}, metadata)
+            part = {name: tensors[name] for name in shard}
+            write_weights(stage / file, part, metadata | make_checksum(part))
         index = [index_name(infix)] if split.is_sharded else []
         for name in index:
             _write_index(stage / name, split, mark)
@@ -164,8 +166,8 @@ def _write_index(path, split, mark):
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write {name: tensor} as safetensors; the same tensors give the same bytes, aligned as in torch's memory.
 
-    The library's writer orders metadata at random and aligns tensors to 8 bytes only; results computed with
-    weights mapped from such a file differ in the last bit.
+    The library's writer orders metadata at random and aligns tensors to 8 bytes only; results that stock loaders
+    compute with weights mapped from such a file differ in the last bit.
     """
     # Tensors of an odd size come last, so that the others stay aligned.
     names = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNED != 0, name))

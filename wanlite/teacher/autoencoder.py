@@ -59,6 +59,29 @@ def check_statistics(config: dict[str, Any], path: Path) -> None:
             )
 
 
+def check_strides(config: dict[str, Any], path: Path) -> None:
+    """Refuse scale factors that differ from those of the network that the config describes."""
+    multiples, downsampled = (
+        config.get("dim_mult", [1, 2, 4, 4]),
+        config.get("temperal_downsample", [0, 1, 1]),
+    )
+    patch = config.get("patch_size") or 1
+    if not isinstance(multiples, list) or not isinstance(downsampled, list) or type(patch) is not int:
+        raise ValueError(
+            f"{path}: does not describe a Wan's vae (dim_mult, temperal_downsample or patch_size). Download it again."
+        )
+    spatial = patch * 2 ** (len(multiples) - 1)
+    temporal = 2 ** sum(map(bool, downsampled))
+    for name, default, expected in (
+        ("scale_factor_spatial", 8, spatial),
+        ("scale_factor_temporal", 4, temporal),
+    ):
+        if (found := config.get(name, default)) != expected:
+            raise ValueError(
+                f"{path}: {name} is {found!r:.60}, expected {expected}, which its layers imply. Download it again."
+            )
+
+
 def convert_autoencoder(path: Path) -> Any:
     """Return an AutoencoderKLWan with the weights of an official or a ComfyUI file."""
     import torch

@@ -3,6 +3,7 @@
 No torch until something is converted. Sizes are read off the tensors.
 """
 
+import inspect
 import math
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from ..files.dtypes import BYTES_PER_VALUE
 from ..files.file_names import COMPONENT_WEIGHTS, COMPONENTS, CONFIG
 from ..files.json_files import DOWNLOADED, open_regular, read_json
 from ..files.weights import broken_download
-from .autoencoder import autoencoder_config, check_statistics, convert_autoencoder
+from .autoencoder import autoencoder_config, check_statistics, check_strides, convert_autoencoder
 from .component_weights import check_shapes, shapes_of
 from .headers import Shape, read_header
 from .names import AUTOENCODERS, COMPONENT_FILES, COMPONENT_PLACES, SPIECE, TEXT_ENCODER, TIED, TOKENIZER
@@ -136,20 +137,10 @@ def _check_text_width(place: Path, width: int) -> None:
 
 def _check_weights(component: str, folder: Path) -> None:
     """Refuse a component in diffusers' layout with incomplete files or with other tensors than its config implies."""
-    path = folder / CONFIG
-    config = read_json(path, DOWNLOADED)
     held: dict[str, Shape] = {}
-    for file in _find_weight_files(component, folder):
+    for file in find_weight_files(component, folder):
         held |= {name: stored.shape for name, stored in read_header(file).items()}
-    for name in ("num_layers", "num_res_blocks"):  # a network of millions would take hours to make
-        if isinstance(config.get(name), int) and config[name] > len(held):
-            raise ValueError(
-                f"{path}: {name} is {config[name]!r:.60}, expected at most {len(held)}, the number of tensors "
-                "beside it. Download it again."
-            )
-    if component == "vae":
-        check_statistics(config, path)
-    expected = _implied_shapes(component, config, path)
+    expected = shapes_of(make_empty(component, folder, len(held)).state_dict())
     if TIED & held.keys():
         expected, held = (
             {name: shape for name, shape in shapes.items() if name not in TIED} for shapes in (expected, held)
@@ -157,7 +148,7 @@ def _check_weights(component: str, folder: Path) -> None:
     check_shapes(folder, expected, held)
 
 
-def _find_weight_files(component: str, folder: Path) -> list[Path]:
+def find_weight_files(component: str, folder: Path) -> list[Path]:
     """Return the safetensors files that a component's loader reads: the single one, or those of an index."""
     single = folder / COMPONENT_WEIGHTS[component]
     index = folder / f"{single.name}.index.json"
@@ -187,23 +178,56 @@ def _find_weight_files(component: str, folder: Path) -> list[Path]:
     return shards
 
 
-def _implied_shapes(component: str, config: dict[str, Any], path: Path) -> dict[str, Shape]:
-    """Return {name: shape} of the network that a config of diffusers' layout describes."""
-    from accelerate import init_empty_weights
-    from diffusers import AutoencoderKLWan
-    from transformers import UMT5Config, UMT5EncoderModel
+def make_empty(component: str, folder: Path, num_tensors: int) -> Any:
+    """Return the network that a config of diffusers' layout describes, on the meta device.
 
-    make: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "vae": AutoencoderKLWan.from_config,
-        "text_encoder": lambda config: UMT5EncoderModel(UMT5Config.from_dict(config)),
-    }
+    Only settings of the network itself are used: none chooses code, a quantizer or an attention kernel. Raises
+    ValueError for counts that exceed the `num_tensors` beside the config.
+    """
+    from accelerate import init_empty_weights
+
+    path = folder / CONFIG
+    config = read_json(path, DOWNLOADED)
+    _check_counts(config, num_tensors, path)
+    if component == "vae":
+        check_statistics(config, path)
+        check_strides(config, path)
     try:
         with init_empty_weights():
-            return shapes_of(make[component](config).state_dict())
+            return _NETWORKS[component](config)
     except Exception as error:
         raise ValueError(
             f"{path}: does not describe a Wan's {component} ({' '.join(str(error).split())}). Download it again."
         ) from None
+
+
+def _check_counts(config: dict[str, Any], num_tensors: int, path: Path) -> None:
+    """Refuse a network of more parts than tensors: one of millions would take hours to make."""
+    for name in ("num_layers", "num_res_blocks", "dim_mult", "temperal_downsample", "attn_scales"):
+        value = config.get(name)
+        count = len(value) if isinstance(value, list) else value
+        if isinstance(count, int) and count > num_tensors:
+            raise ValueError(
+                f"{path}: {name} is {value!r:.60}, expected at most {num_tensors}, the number of tensors "
+                "beside it. Download it again."
+            )
+
+
+def _make_autoencoder(config: dict[str, Any]) -> Any:
+    from diffusers import AutoencoderKLWan
+
+    known = inspect.signature(AutoencoderKLWan.__init__).parameters
+    return AutoencoderKLWan.from_config({name: value for name, value in config.items() if name in known})
+
+
+def _make_text_encoder(config: dict[str, Any]) -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    known = {name: config[name] for name in UMT5Config.__annotations__ if name in config}
+    return UMT5EncoderModel(UMT5Config(**known, attn_implementation="sdpa"))
+
+
+_NETWORKS = {"vae": _make_autoencoder, "text_encoder": _make_text_encoder}
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------

@@ -17,6 +17,14 @@ from .names import SPIECE, TEXT_ENCODER_NAMES
 from .search import visible
 
 _ATTENTION = "encoder.block.0.layer.0.SelfAttention"
+_CLASSES = ("T5Tokenizer", "T5TokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast", None)
+_PARTS = ("normalizer", "pre_tokenizer")
+_KINDS = (  # in tokenizer.json of UMT5 and of the tiny world, and what transformers writes for them
+    *("Sequence", "Precompiled", "Replace", "Strip", "Lowercase", "NFC", "NFKC", "Prepend"),
+    *("Whitespace", "WhitespaceSplit", "Metaspace", "Unigram", "BPE", "WordLevel"),
+)
+MAX_PARTS = 12  # UMT5's has eight
+MAX_REPLACEMENT = 1  # characters that replace a match: a text grows by at most a factor for each part
 _FIRST_PIECES = ["<pad>", "</s>", "<unk>"]
 
 
@@ -97,5 +105,34 @@ def check_tokenizer(folder: Path) -> None:
         if path.suffix != ".json":
             if find_replacement(read_first_bytes(path)):
                 raise broken_download(path, "not a sentencepiece model")
-        elif "model" not in read_json(path, DOWNLOADED) and path.name == "tokenizer.json":
-            raise OSError(f"{path}: has no model, which holds a tokenizer's vocabulary. Download it again.")
+        elif path.name == "tokenizer.json":
+            _check_parts(read_json(path, DOWNLOADED), path)
+        elif (name := read_json(path, DOWNLOADED).get("tokenizer_class")) not in _CLASSES:
+            raise OSError(
+                f"{path}: tokenizer_class is {name!r:.60}, expected T5TokenizerFast, as in every Wan; code of a "
+                "model is never run. Download it again."
+            )
+
+
+def _check_parts(tokenizer: dict[str, Any], path: Path) -> None:
+    """Refuse parts of a tokenizer that a Wan's lacks: some make a text longer at every use."""
+    if not isinstance(tokenizer.get("model"), dict):
+        raise OSError(f"{path}: has no model, which holds a tokenizer's vocabulary. Download it again.")
+    parts = [part for name in _PARTS for part in _flatten(tokenizer.get(name))]
+    parts.append({"type": tokenizer["model"].get("type")})  # without its vocabulary
+    if len(parts) > MAX_PARTS:
+        raise OSError(f"{path}: has {len(parts)} parts, expected at most {MAX_PARTS}. Download it again.")
+    for part in parts:
+        kind, content = part.get("type"), part.get("content", "")
+        if kind not in (*_KINDS, None) or not isinstance(content, str) or len(content) > MAX_REPLACEMENT:
+            raise OSError(
+                f"{path}: has a part {str(part)!r:.80}, expected those of a UMT5's tokenizer. Download it again."
+            )
+
+
+def _flatten(part: Any) -> list[dict[str, Any]]:
+    """Return a part of a tokenizer and the parts in it, which are lists under various names."""
+    if not isinstance(part, dict):
+        return []
+    inner = (each for value in part.values() if isinstance(value, list) for each in value)
+    return [part, *(found for each in inner for found in _flatten(each))]

@@ -59,6 +59,8 @@ RESULTS = (  # removed by clear()
     MODEL_CARD,
     REPORT,
 )
+DRAWING = ("resolution", "num_inference_steps", "schedule", "validation_prompts")  # read from run.json
+SEAL = "drawing_sha256"
 _RUN_LIMITS = OWN._replace(remedy="Copy it again; for a new run, move the folder away.")
 
 
@@ -66,9 +68,20 @@ _RUN_LIMITS = OWN._replace(remedy="Copy it again; for a new run, move the folder
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
-    """Return run.json as a dict, {} if it is missing; raises OSError if it cannot be read."""
+    """Return run.json as a dict, {} if it is missing; raises OSError if it cannot be read or is damaged."""
     path = resolve_inside(folder, RUN)
-    return read_json(path, _RUN_LIMITS) if path.exists() else {}
+    run = read_json(path, _RUN_LIMITS) if path.exists() else {}
+    if SEAL in run and seal(run) != run:
+        raise OSError(
+            f"{path}: {' or '.join(DRAWING)} differs from its sha256. Copy the file again; if you edited it, remove "
+            f"{SEAL}."
+        )
+    return run
+
+
+def seal(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of run.json with a digest of what drawing reads from it."""
+    return run | {SEAL: fingerprint({name: run.get(name) for name in DRAWING})}
 
 
 def image_size(resolution: Any) -> tuple[Any, Any]:
