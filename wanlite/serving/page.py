@@ -4,7 +4,7 @@ import asyncio
 import html
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,17 @@ KEPT_SECONDS = 86400  # copies of images that a browser shows
 OPEN_PAGES = 64  # requests of browsers at a time; the queue bounds their images
 PLAIN = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # no web fonts
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
-#title h1 { margin: 0.4rem 0 0; font-size: 1.5rem; }
-#title p { margin: 0; opacity: 0.7; }
-#message { min-height: 0; padding: 0; border: 0; }
-#message p { margin: 0 0 0.4rem; padding: 0.5rem 0.8rem; border-radius: 8px; overflow-wrap: anywhere; }
+.gradio-container { max-width: 1180px !important; width: 100% !important; margin: 0 auto !important; }
+.gradio-container > main, .gradio-container .wrap.fillable { width: 100% !important; max-width: 1180px !important; }
+#title { padding: 0.6rem 0 0.2rem; }
+#title h1 { margin: 0; font-size: 1.6rem; line-height: 1.3; }
+#title p { margin: 0; opacity: 0.65; }
+#message p { margin: 0 0 0.5rem; padding: 0.5rem 0.8rem; border-radius: 8px; overflow-wrap: anywhere; }
 #message p.note { background: rgba(120, 120, 120, 0.12); }
 #message p.warning { background: rgba(245, 158, 11, 0.18); border-left: 4px solid #f59e0b; }
 #message p.error { background: rgba(239, 68, 68, 0.15); border-left: 4px solid #ef4444; }
-#images img { image-rendering: auto; }
+#dropped-title p { margin: 0.4rem 0 -0.4rem; font-size: 0.9rem; opacity: 0.75; }
+#message .html-container { padding: 0; }
 """
 # A content security policy keeps the browser from loading anything from another address.
 POLICY = (
@@ -67,19 +69,16 @@ class Page:
         self.queue, self.limits = queue, limits
         self.output_dir, self.weights_sha256 = Path(output_dir), weights_sha256
 
+    async def show(self, *fields: Any) -> AsyncIterator[tuple[Any, Any]]:
+        """Remove the message of the images before, and draw."""
+        yield gr.skip(), ""
+        yield await self.draw(*fields)
+
     async def draw(self, prompt: str, size: str, steps: Any, count: Any, seed: str) -> tuple[Any, Any]:
-        """Draw and save images; returns the content of the gallery, and a message."""
+        """Draw and save images; returns the gallery and a message."""
+        numbers = {"n": as_number(count), "steps": as_number(steps), "seed": as_number(seed)}
         try:
-            jobs = make_jobs(
-                {
-                    "prompt": prompt,
-                    "n": as_number(count),
-                    "size": size or "",
-                    "steps": as_number(steps),
-                    "seed": as_number(seed),
-                },
-                self.limits,
-            )
+            jobs = make_jobs({"prompt": prompt, "size": size or "", **numbers}, self.limits)
             drawn = await self.queue.draw(jobs)
             paths = await asyncio.to_thread(self.save, drawn)
         except (RequestError, QueueFull, QueueClosed, OSError) as error:
@@ -88,7 +87,8 @@ class Page:
             text = f"The images could not be drawn: {str(error) or type(error).__name__}"
             return gr.skip(), message(text, "error")
         shown = [(str(path), f"seed {each.job.seed}") for each, path in zip(drawn, paths) if path]
-        return shown, self.describe(jobs[0], drawn, paths)
+        columns = next((count for count in (1, 2, 3) if len(shown) <= count**2), 4)
+        return gr.Gallery(shown, columns=columns), self.describe(jobs[0], drawn, paths)
 
     def save(self, drawn: list[Drawn]) -> list[Path | None]:
         """Write the images as run_inference.py does; returns their paths, None for one that was not finite."""
@@ -167,10 +167,10 @@ def make_blocks(page: Page, prompts: Iterable[str], seed: int) -> gr.Blocks:
             with gr.Column(scale=3, min_width=320):
                 shown = gr.HTML("", elem_id="message", padding=False)
                 gallery = gr.Gallery(
-                    label="Images",
+                    show_label=False,
                     elem_id="images",
                     columns=2,
-                    height=620,
+                    height=680,
                     object_fit="contain",
                     format="png",
                     interactive=False,
@@ -180,7 +180,7 @@ def make_blocks(page: Page, prompts: Iterable[str], seed: int) -> gr.Blocks:
         options = private | {"concurrency_limit": OPEN_PAGES}
         gr.on(
             [draw.click, fields[0].submit],
-            page.draw,
+            page.show,
             fields,
             [gallery, shown],
             show_progress_on=gallery,
@@ -198,9 +198,7 @@ def make_fields(limits: Limits, prompt: str, seed: int) -> tuple[list[Any], Any,
     sizes = [f"{width} x {height}" for width, height in limits.sizes or [(limits.width, limits.height)]]
     default = f"{limits.width} x {limits.height}"
     with gr.Row():
-        size = gr.Dropdown(
-            sizes, value=default, label="Size (width x height)", allow_custom_value=True, elem_id="size"
-        )
+        size = gr.Dropdown(sizes, value=default, label="Size", allow_custom_value=True, elem_id="size")
         if limits.few_steps:
             choices = sorted(limits.few_steps)
             steps: Any = gr.Dropdown(choices, value=limits.num_steps, label="Steps", elem_id="steps")
@@ -209,11 +207,10 @@ def make_fields(limits: Limits, prompt: str, seed: int) -> tuple[list[Any], Any,
     with gr.Row():
         count = gr.Slider(1, limits.max_images, 1, step=1, label="Images", elem_id="count")
         with gr.Column(min_width=140):
-            number = gr.Textbox(str(seed), label="Seed of the first image", max_lines=1, elem_id="seed")
+            number = gr.Textbox(str(seed), label="Seed", max_lines=1, elem_id="seed")
             new_seed = gr.Button("New seed", size="sm", elem_id="new-seed")
-    dropped = gr.File(
-        label="Drop a PNG here to restore its settings", file_types=[".png"], height=110, elem_id="dropped"
-    )
+    gr.Markdown("Settings of an image: drop its PNG here", elem_id="dropped-title")
+    dropped = gr.File(show_label=False, file_types=[".png"], height=120, elem_id="dropped")
     return [text, size, steps, count, number], draw, new_seed, dropped
 
 
@@ -229,7 +226,7 @@ def mount_page(app: FastAPI, page: Page, prompts: Iterable[str], seed: int) -> F
         ssr_mode=False,
         enable_monitoring=False,
         footer_links=[],
-        theme=gr.themes.Soft(primary_hue="indigo", **PLAIN),
+        theme=gr.themes.Default(primary_hue="indigo", neutral_hue="slate", **PLAIN),
         css=CSS,
     )
 
