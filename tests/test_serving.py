@@ -379,7 +379,7 @@ def test_the_model_and_the_health_are_reported(make_app):
     assert asyncio.run(call(app, "/v1/models"))[2]["data"][0]["id"] == "student"
     assert asyncio.run(call(app, "/health"))[::2] == (
         200,
-        {"status": "ok", "model": "student", "waiting": 0, "max_waiting": 32},
+        {"status": "ok", "model": "student", "waiting": 0, "max_waiting": 32, "drawn": 0},
     )
     queue.close()
     assert asyncio.run(call(app, "/health"))[0] == 503

@@ -200,3 +200,13 @@ def test_the_page_uses_no_other_address_and_has_no_errors(browser, server):
     assert browser.evaluate(overflow) <= 0
     browser.set_viewport_size({"width": 360, "height": 800})
     assert browser.evaluate(overflow) <= 0
+
+
+def test_a_load_of_requests_loses_none(finished_run, needs_libraries, tmp_path):
+    process = run_script(
+        *(ROOT / "benchmarks/serve.py", "--model", finished_run[0], "--requests", "20"),
+        *("--clients", "4", "--json", tmp_path / "figures.json"),
+    )
+    assert process.returncode == 0, process.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["lost"] == figures["wasted"] == 0 and figures["refused"] == figures["left"] == 2

@@ -106,8 +106,8 @@ def is_flat(image: np.ndarray) -> bool:
     return bool(image.std(axis=(0, 1)).max() < MAX_FLAT)
 
 
-def to_png(drawn: Drawn) -> bytes:
-    """Return the PNG file of an image, with its settings."""
+def to_png(image: np.ndarray, info: PngInfo) -> bytes:
+    """Return the PNG file of an image (height, width, 3) uint8 with its text chunks."""
     file = io.BytesIO()
-    Image.fromarray(drawn.image).save(file, "PNG", pnginfo=drawn.info, compress_level=COMPRESS_LEVEL)
+    Image.fromarray(image).save(file, "PNG", pnginfo=info, compress_level=COMPRESS_LEVEL)
     return file.getvalue()

@@ -35,8 +35,8 @@ def check_libraries(flag: str) -> None:
             found = version(library)
         except PackageNotFoundError:
             raise ValueError(
-                f'--{flag} needs {library}, of the extra "web": pip install ".[web]" in the folder of the project, '
-                'or pip install "wanlite[web]".'
+                f'--{flag} needs {library}, of the extra "web": pip install ".[web]" in the folder of WanLite, or '
+                f"pip install {' '.join(LIBRARIES[flag])}."
             ) from None
         if library == "gradio" and int(found.partition(".")[0]) < LEAST_GRADIO:
             raise ValueError(

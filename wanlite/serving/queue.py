@@ -46,6 +46,7 @@ class DrawingQueue:
     ):
         self.draw_batch, self.batch_size, self.max_waiting = draw, batch_size, max_waiting
         self.is_drawing = False
+        self.num_drawn = 0
         self.seconds_per_image = 0.0
         self._waiting: deque[Waiting] = deque()
         self._is_closed = False
@@ -133,6 +134,7 @@ class DrawingQueue:
             for each in batch:
                 each.future.set_exception(error)
             return
+        self.num_drawn += len(batch)
         seconds = (time.monotonic() - start) / len(batch)
         self.seconds_per_image += (SMOOTHING if self.seconds_per_image else 1) * (
             seconds - self.seconds_per_image

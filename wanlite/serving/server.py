@@ -27,13 +27,10 @@ def make_app(queue: DrawingQueue, limits: Limits, token: str | None = None, has_
     @app.get("/health")
     def health() -> JSONResponse:
         status = "ok" if queue.is_alive else "stopping"
-        found = {
-            "status": status,
-            "model": limits.model,
-            "waiting": len(queue),
-            "max_waiting": queue.max_waiting,
-        }
-        return JSONResponse(found, 200 if queue.is_alive else 503)
+        counts = {"waiting": len(queue), "max_waiting": queue.max_waiting, "drawn": queue.num_drawn}
+        return JSONResponse(
+            {"status": status, "model": limits.model} | counts, 200 if queue.is_alive else 503
+        )
 
     if has_api:
         model = {"id": limits.model, "object": "model", "created": started, "owned_by": "wanlite"}
@@ -116,7 +113,11 @@ def describe(drawn: list[Drawn]) -> dict[str, Any]:
     if numbers := [number for number, each in enumerate(drawn) if each.image is None]:
         raise FloatingPointError(f"{len(numbers)} of {len(drawn)} images are not finite.")
     warnings = list(dict.fromkeys(text for each in drawn for text in each.warnings))
-    data = [{"b64_json": base64.b64encode(to_png(each)).decode(), "seed": each.job.seed} for each in drawn]
+    data = [
+        {"b64_json": base64.b64encode(to_png(each.image, each.info)).decode(), "seed": each.job.seed}
+        for each in drawn
+        if each.image is not None
+    ]
     return {"created": int(time.time()), "data": data} | ({"warnings": warnings} if warnings else {})
 
 
