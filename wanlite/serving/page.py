@@ -25,7 +25,7 @@ from .requests import RANDOM_SEEDS, Job, Limits, RequestError, make_jobs, untrai
 MAX_UPLOAD = 64 * 2**20  # bytes
 KEPT_SECONDS = 86400  # copies of images that a browser shows
 OPEN_PAGES = 64  # requests of browsers at a time; the queue bounds their images
-PLAIN = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # no web fonts
+FONT, MONOSPACED = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # no web fonts
 CSS = """
 .gradio-container { max-width: 1180px !important; width: 100% !important; margin: 0 auto !important; }
 .gradio-container > main, .gradio-container .wrap.fillable { width: 100% !important; max-width: 1180px !important; }
@@ -226,7 +226,7 @@ def mount_page(app: FastAPI, page: Page, prompts: Iterable[str], seed: int) -> F
         ssr_mode=False,
         enable_monitoring=False,
         footer_links=[],
-        theme=gr.themes.Default(primary_hue="indigo", neutral_hue="slate", **PLAIN),
+        theme=gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=FONT, font_mono=MONOSPACED),
         css=CSS,
     )
 
