@@ -3,6 +3,7 @@
     python run_inference.py                                              # ./outputs/wan_t2i, the run's own validation prompts
     python run_inference.py --prompt "a small red circle at the left on a white background" --num_images_per_prompt 4
     python run_inference.py --model DIR --prompts_file prompts.txt --device cuda --dtype bfloat16
+    python run_inference.py --model DIR --web      # a page to draw with, in a browser; --serve is an HTTP server
 
 The text chunks of each PNG file store the settings of the image: prompt, seed, steps, guidance, size, dtype, and the
 model's sha256.
@@ -45,6 +46,9 @@ MAX_ENCODER_SHARE = 0.8
 # Pixels of a batch, by type of device: more would not be faster.
 MAX_BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**22}
 MAX_BATCH_SHARE = 0.5  # of the device's free memory
+SERVING_FLAGS = ("host", "port", "token", "queue_size")  # with --web or --serve
+QUEUE_SIZE = 32  # images; MAX_QUEUE as well
+MAX_QUEUE = 10_000
 BYTES_PER_PIXEL = 2000  # of a batch, with a margin: a student of 1024 x 16 in float32, and its images
 
 
@@ -92,6 +96,23 @@ class Settings:
         "refuse a model with another digest, of its weights or of all files that decide an image; every PNG records "
         "both (default: accept all)",
     )
+    web: bool = setting(
+        False, "serve a page to draw with; needs the extra wanlite[web]", group="page and server"
+    )
+    serve: bool = setting(
+        False, "serve images over HTTP, as the OpenAI API has it; needs the extra wanlite[web]"
+    )
+    host: str | None = setting(
+        None, "address to serve at; one that other machines reach needs a token (default: 127.0.0.1)"
+    )
+    port: int | None = setting(None, "port to serve at; 0 = any free one (default: 8000)")
+    token: str | None = setting(
+        None,
+        "secret that requests must send; others see flags (default: the variable WANLITE_TOKEN, or none)",
+    )
+    queue_size: int | None = setting(
+        None, "images that wait at most; requests beyond are refused (default: 32)"
+    )
 
 
 def read_settings(arguments: list[str] | None = None) -> tuple[Settings, list[str]]:
@@ -107,6 +128,7 @@ def read_settings(arguments: list[str] | None = None) -> tuple[Settings, list[st
 
 def complete(settings: Settings) -> tuple[Settings, list[str]]:
     """Complete settings from the saved run; raises OSError or ValueError if they cannot generate an image."""
+    check_serving(settings)
     folder = student_folder(settings.model, accepts_hub=False)
     with open_student(folder) as (config, _):
         run = read_run(folder)
@@ -125,6 +147,23 @@ def complete(settings: Settings) -> tuple[Settings, list[str]]:
     check_output_dir(Path(settings.output_dir))
     check_device_and_guidance(settings)
     return settings, prompts
+
+
+def check_serving(settings: Settings) -> None:
+    """Raise ValueError for flags of --web and --serve without them, a missing library or a wrong address."""
+    flags = [flag for flag in ("web", "serve") if getattr(settings, flag)]
+    if not flags:
+        for name in SERVING_FLAGS:
+            if getattr(settings, name) is not None:
+                raise ValueError(f"--{name} is used with --web or --serve only; add one, or leave it out.")
+        return
+    from wanlite.serving.launch import check_libraries, choose_address  # imported where they are used only
+
+    for flag in flags:
+        check_libraries(flag)
+    choose_address(settings.host, settings.port, settings.token)
+    if settings.queue_size is not None and not 0 < settings.queue_size <= MAX_QUEUE:
+        raise ValueError(f"--queue_size is {settings.queue_size}, expected 1 to {MAX_QUEUE}.")
 
 
 def check_device_and_guidance(settings: Settings) -> None:
@@ -203,6 +242,8 @@ def choose_prompts(settings: Settings, run: dict, folder: Path) -> list[str]:
     if settings.prompts_file is not None:
         return read_prompts(settings.prompts_file, print)
     prompts = settings.prompt if settings.prompt is not None else run.get("validation_prompts", [])
+    if (settings.web or settings.serve) and not prompts:
+        return []
     if (
         not prompts
         or not isinstance(prompts, list)
@@ -243,6 +284,7 @@ from wanlite.files.image_files import grid_names, image_names, save_image
 from wanlite.flow import seeded_noise
 from wanlite.pipeline import WanLitePipeline, are_finite, pad_embeddings
 from wanlite.runtime.devices import disable_cudnn_attention, drawing_dtype, free_memory, has_bfloat16
+from wanlite.serving.requests import MAX_IMAGES, Limits
 
 
 def encode_once(folder: str | Path, device: str, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -250,15 +292,20 @@ def encode_once(folder: str | Path, device: str, prompts: Iterable[str]) -> dict
 
     An encoder that does not fit on the device runs on the CPU.
     """
-    is_fitting = num_bytes(Path(folder) / "text_encoder") < MAX_ENCODER_SHARE * free_memory(device)[0]
-    if not is_fitting:
-        print(f"the text encoder does not fit on {device} and runs on the CPU", flush=True)
-    tokenizer, encoder = load_text_encoder(folder, device if is_fitting else "cpu")
+    tokenizer, encoder = load_text_encoder(folder, encoder_device(folder, device))
     prompts = list(prompts)
     warn_of_truncation(tokenizer, prompts, partial(print, flush=True))
     distinct = list(dict.fromkeys(prompts))
     embeddings = encode_prompts(tokenizer, encoder, distinct)
     return {prompt: embedding.cpu() for prompt, embedding in zip(distinct, embeddings)}
+
+
+def encoder_device(folder: str | Path, device: str) -> str:
+    """Return the device of the text encoder: the CPU if it does not fit on `device`."""
+    if num_bytes(Path(folder) / "text_encoder") < MAX_ENCODER_SHARE * free_memory(device)[0]:
+        return device
+    print(f"the text encoder does not fit on {device} and runs on the CPU", flush=True)
+    return "cpu"
 
 
 class StudentPipeline:
@@ -391,8 +438,13 @@ def generate_all(
 def choose_batch_size(settings: Settings, device: torch.device) -> int:
     """Return the number of images that are drawn together: small ones are faster so, and memory is the limit."""
     pixels = (settings.height or 1) * (settings.width or 1)
-    fitting = int(MAX_BATCH_SHARE * free_memory(device)[0]) // BYTES_PER_PIXEL
-    return max(1, min(MAX_BATCH_PIXELS.get(device.type, MAX_BATCH_PIXELS["cpu"]), fitting) // pixels)
+    most = MAX_BATCH_PIXELS.get(device.type, MAX_BATCH_PIXELS["cpu"])
+    return max(1, min(most, fitting_pixels(device)) // pixels)
+
+
+def fitting_pixels(device: torch.device) -> int:
+    """Return the pixels of the images that fit in the device's free memory together."""
+    return int(MAX_BATCH_SHARE * free_memory(device)[0]) // BYTES_PER_PIXEL
 
 
 def digests_of(pipeline: StudentPipeline) -> dict[str, str]:
@@ -527,6 +579,75 @@ def main(settings: Settings, prompts: list[str]) -> None:
     refuse_not_finite(generated, str(settings.dtype))
 
 
+def serve(settings: Settings, prompts: list[str]) -> None:
+    """Load the student and its text encoder once, and draw for a page or for requests until the process is stopped."""
+    from wanlite.serving.drawing import PromptEncoder, ServedStudent
+    from wanlite.serving.launch import choose_address, open_socket, private_folder, run_server, url_of
+    from wanlite.serving.queue import DrawingQueue
+    from wanlite.serving.server import make_app
+
+    address = choose_address(settings.host, settings.port, settings.token)
+    with (
+        open_socket(address) as listener,
+        private_folder(),
+    ):  # before the student is loaded, which takes longer
+        device = choose_device(settings.device)
+        pipeline = StudentPipeline(settings.model, device, settings.dtype, settings.sha256)
+        settings = replace(settings, dtype=str(pipeline.dtype).removeprefix("torch."))
+        encoder = PromptEncoder(settings.model, encoder_device(settings.model, device))
+
+        def adapt(job, batch_size):
+            """Return the settings of an image in a batch."""
+            size = {"width": job.width, "height": job.height, "num_inference_steps": job.num_steps}
+            return replace(settings, batch_size=batch_size, **size)
+
+        student = ServedStudent(
+            pipeline,
+            encoder,
+            lambda job, count: text_chunks(adapt(job, count), job.prompt, job.seed, digests_of(pipeline)),
+            settings.guidance_scale,
+            settings.negative_prompt,
+        )
+        queue = DrawingQueue(
+            student.draw,
+            lambda job: settings.batch_size or choose_batch_size(adapt(job, None), pipeline.device),
+            settings.queue_size or QUEUE_SIZE,
+        )
+        limits = served_limits(settings, pipeline)
+        app = make_app(queue, limits, address.token, has_api=settings.serve)
+        url = url_of(listener, address.host)
+        if settings.web:
+            from wanlite.serving.page import Page, mount_page
+
+            page = Page(queue, limits, settings.output_dir, pipeline.weights_sha256)
+            app = mount_page(app, page, prompts, settings.seed)
+            print(
+                f"page      {url}   (images are saved in {Path(settings.output_dir).absolute()})", flush=True
+            )
+        if settings.serve:
+            print(f"server    {url}/v1/images/generations   model {limits.model}", flush=True)
+        print(f"drawing with {settings.model} on {device}; Ctrl-C stops", flush=True)
+        run_server(app, queue, listener)
+
+
+def served_limits(settings: Settings, pipeline: StudentPipeline) -> Limits:
+    """Return the images that a served student draws; the defaults are those of the settings."""
+    run = read_run(settings.model)
+    unit = pipeline.pixels_per_token
+    return Limits(
+        model=Path(settings.model).absolute().name,
+        width=settings.width or 0,
+        height=settings.height or 0,
+        num_steps=settings.num_inference_steps or 0,
+        few_steps=tuple(recorded_schedule(run, Path(settings.model) / RUN).get("few_steps") or ()),
+        sizes=tuple(trained_sizes(run, unit, RUN)),
+        unit=unit,
+        max_side=unit * pipeline.student.config.rope_max_seq_len,
+        max_pixels=fitting_pixels(pipeline.device),
+        max_images=min(MAX_IMAGES, settings.queue_size or QUEUE_SIZE),
+    )
+
+
 def save_grid(settings: Settings, written: list[Generated], cells: list, digests: dict[str, str]) -> Path:
     """Write the grid of the first images with their prompts; returns its path.
 
@@ -555,7 +676,7 @@ if __name__ == "__main__":
     gc.freeze()  # the garbage collector skips the objects of imports
     gc.enable()
     try:
-        main(SETTINGS, PROMPTS)
+        (serve if SETTINGS.web or SETTINGS.serve else main)(SETTINGS, PROMPTS)
     except (OSError, ValueError, FloatingPointError, SafetensorError) as error:
         print(f"run_inference.py: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)

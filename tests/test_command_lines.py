@@ -121,8 +121,8 @@ def test_a_prompt_is_read_as_utf8_in_an_ascii_locale():
             "--learning-rate",
             "--learning_rate or --muon_learning_rate or --critic_learning_rate",
         ),
-        (InferenceSettings, "--promt", "--prompt or --prompts_file"),
-        (InferenceSettings, "-seed", "--seed"),
+        (InferenceSettings, "--promt", "--prompt or --port or --prompts_file"),
+        (InferenceSettings, "-seed", "--seed or --serve"),
     ],
 )
 def test_a_wrong_flag_is_refused_and_similar_flags_are_suggested(settings, typed, suggested, capsys):

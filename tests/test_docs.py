@@ -26,7 +26,7 @@ CODE = (  # files whose docstrings and messages are held to the same English, as
     *(f"wanlite/{name}.py" for name in ("flow", "network", "schedule")),
     *(
         str(path.relative_to(ROOT))
-        for folder in ("data", "student", "training", "world")
+        for folder in ("data", "serving", "student", "training", "world")
         for path in sorted((ROOT / "wanlite" / folder).rglob("*.py"))
         if path.name not in ("grammar.py", "prompts.py")
     ),
