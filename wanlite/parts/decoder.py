@@ -7,15 +7,14 @@ Legend: B images, C channels, H W latent height and width, S spatial stride.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.autoencoder import decode_latents, raw_latents
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from ..data.single_frame import SingleFrameAutoencoder
 
 CROP = 32  # latents along a side of a training crop, at most
@@ -69,7 +68,9 @@ def image_loss(pixels: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def peak_signal_to_noise(wide: SingleFrameAutoencoder, narrow: SingleFrameAutoencoder, latents: Tensor) -> float:
+def peak_signal_to_noise(
+    wide: SingleFrameAutoencoder, narrow: SingleFrameAutoencoder, latents: Tensor
+) -> float:
     """Return the PSNR in dB of the narrow decoder's images of latents (B, C, H, W), to the wide decoder's."""
     target, pixels = (decode_latents(each, latents.to(each.device)) for each in (wide, narrow))
     return float(-10 * ((pixels - target) / 2).square().mean().log10())  # pixels are -1..1

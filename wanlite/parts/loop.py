@@ -51,12 +51,13 @@ def train_part(
     from the newest one, whose `facts` must be equal. `network` ends with averaged weights. Raises OSError for
     checkpoints of another training, and Stopped, after a checkpoint, once `stop` has received a signal.
     """
-    parameters = [weight for weight in network.parameters() if weight.requires_grad]
-    state = _make_state(network, parameters, schedule)
-    step = _resume(folder, state, facts, parameters[0].device)
-    losses = state["losses"]
-    with tqdm(total=schedule.steps, initial=step, desc=name, unit="step", leave=False) as progress:
-        for step in range(step, schedule.steps):
+    weights = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    parameters = [*weights.values()]
+    state = _make_state(weights, schedule)
+    first = _resume(folder, state, weights, facts)
+    losses = state["progress"]["losses"]
+    with tqdm(total=schedule.steps, initial=first, desc=name, unit="step", leave=False) as progress:
+        for step in range(first, schedule.steps):
             if step % schedule.checkpointing_steps == 0 and step:
                 _save(folder, step, state, facts)
             if stop is not None and stop.is_set:
@@ -82,17 +83,20 @@ def sample_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
     return torch.randint(count, (size,), generator=generator)
 
 
-def _make_state(network, parameters, schedule):
+def _make_state(weights, schedule):
     """Return what a checkpoint holds, at step 0."""
+    parameters = [*weights.values()]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
     warmup = round(WARMUP_SHARE * schedule.steps)
     decay = 1 - 1 / max(1.0, AVERAGED_SHARE * schedule.steps)
     return {
-        "network": network,
+        "weights": weights,
         "optimizer": optimizer,
-        "lr_scheduler": get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=schedule.steps),
+        "lr_scheduler": get_scheduler(
+            "cosine", optimizer, num_warmup_steps=warmup, num_training_steps=schedule.steps
+        ),
         "ema": EMAModel(parameters, decay=decay),
-        "losses": [],
+        "progress": {"losses": []},
     }
 
 
@@ -110,7 +114,7 @@ def _step(parameters, state, loss, generator):
     return value.item()
 
 
-def _resume(folder, state, facts, device):
+def _resume(folder, state, weights, facts):
     """Restore the newest checkpoint, if there is one; returns its step."""
     path, _ = latest_checkpoint(folder)
     if path is None:
@@ -122,7 +126,11 @@ def _resume(folder, state, facts, device):
             "or add --overwrite to start again."
         )
     restore(state, load_checkpoint(path))
-    state["ema"].to(device)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(state["weights"][name])
+    state["weights"] = weights
+    state["ema"].to(next(iter(weights.values())).device)
     return manifest["step"]
 
 

@@ -19,6 +19,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from ..student.regression import solve_ridge
 
+MAX_WIDTH = 768  # with the vocabulary of UMT5-XXL, 0.4 GB of embeddings in bf16
 RIDGE = 1e-4  # relative to the mean diagonal of the Gram matrix
 
 
@@ -43,16 +44,26 @@ class Tokens:
     def logit_bias(self) -> Tensor:
         """The additive mask (B, 1, 1, L) of attention."""
         lowest = torch.finfo(torch.float32).min
-        return torch.zeros(self.mask.shape).masked_fill(~self.mask.bool(), lowest)[:, None, None].to(self.ids.device)
+        return (
+            torch.zeros(self.mask.shape)
+            .masked_fill(~self.mask.bool(), lowest)[:, None, None]
+            .to(self.ids.device)
+        )
+
+    def take(self, rows: Tensor) -> "Tokens":
+        """Return the prompts of these rows, padded to the longest of them."""
+        mask = self.mask[rows]
+        length = int(mask.sum(1).max())
+        return Tokens(self.ids[rows, :length], mask[:, :length])
 
     def rows(self, states: Tensor) -> Tensor:
         """Return the states (R, ...) of (B, L, ...) that are no padding."""
         return states[self.mask.bool()]
 
 
-def default_shape(config: UMT5Config) -> TextShape:
-    """Return the shape of a small encoder: half as wide, at most MAX_WIDTH, and half as deep."""
-    width = min(MAX_WIDTH, config.d_model // 2)
+def default_shape(config: UMT5Config, width: int | None = None) -> TextShape:
+    """Return the shape of a small encoder: by default half as wide, at most MAX_WIDTH, and half as deep."""
+    width = width or min(MAX_WIDTH, config.d_model // 2)
     share = width / config.d_model
     return TextShape(
         width,
@@ -60,9 +71,6 @@ def default_shape(config: UMT5Config) -> TextShape:
         max(1, round(share * config.num_heads)),
         max(1, round(share * config.d_ff)),
     )
-
-
-MAX_WIDTH = 768  # with the vocabulary of UMT5-XXL, 0.4 GB of embeddings in bf16
 
 
 @torch.no_grad()
@@ -208,7 +216,9 @@ def fit_attention(
     chosen = energy.topk(attend.n_heads).indices.sort().values
     columns = (chosen[:, None] * size + torch.arange(size)).flatten()
     for name in ("q", "k", "v"):
-        joined = torch.cat([folded(getattr(each.attention.SelfAttention, name), each.attention) for each in span])
+        joined = torch.cat(
+            [folded(getattr(each.attention.SelfAttention, name), each.attention) for each in span]
+        )
         getattr(attend, name).weight.copy_(joined[columns] @ basis)
     outputs = torch.cat([each.attention.SelfAttention.o.weight for each in span], 1)
     attend.o.weight.copy_(basis.T @ outputs[:, columns].float())
@@ -233,7 +243,9 @@ def fit_neurons(
     energy = torch.cat([block.neuron_energy for block in span])
     chosen = energy.topk(feed.wo.in_features).indices.sort().values
     for name in ("wi_0", "wi_1"):
-        joined = torch.cat([folded(getattr(each.neurons.DenseReluDense, name), each.neurons) for each in span])
+        joined = torch.cat(
+            [folded(getattr(each.neurons.DenseReluDense, name), each.neurons) for each in span]
+        )
         getattr(feed, name).weight.copy_(joined[chosen] @ basis)
     outputs = torch.cat([each.neurons.DenseReluDense.wo.weight for each in span], 1)
     feed.wo.weight.copy_(basis.T @ outputs[:, chosen].float())

@@ -14,7 +14,9 @@ def solve_ridge(
     `ridge` is relative to the mean diagonal of the Gram matrix. Without `has_bias` the bias is zero. The arithmetic is
     in float64.
     """
-    rows = F.pad(inputs, (0, 1), value=float(has_bias)).double()  # (rows, in + 1): the last column is the bias
+    rows = F.pad(
+        inputs, (0, 1), value=float(has_bias)
+    ).double()  # (rows, in + 1): the last column is the bias
     weighted = rows if weight is None else rows * weight
     gram = weighted.T @ rows  # (in + 1, in + 1)
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
