@@ -49,6 +49,7 @@ def project_decoder(autoencoder: Any, base_dim: int, latents: Tensor) -> Autoenc
     return narrow
 
 
+@torch.no_grad()
 def empty_decoder(autoencoder: Any, base_dim: int) -> AutoencoderKLWan:
     """Return an autoencoder with a decoder of `base_dim` channels whose weights are zero; all others are copies."""
     check_width(autoencoder.config, base_dim)

@@ -40,6 +40,7 @@ from .text_projection import TextShape, Tokens, project_text_encoder
 PROJECTED_IMAGES = 16  # images from which the decoder's convolutions are fitted
 PROJECTED_PROMPTS = 256  # prompts from which the text encoder's matrices are fitted
 VALIDATED_IMAGES = 64
+VELOCITY_RATE_SHARE = 0.25  # of the peak, in the last phase of the text encoder
 TOGETHER = 64  # images or prompts in a batch without gradients
 
 
@@ -175,9 +176,9 @@ class SmallParts:
         shards = [dequantize(read_shard(folder, index), "latents") for index in range(count)]
         return torch.cat(shards).squeeze(1)
 
-    def _train(self, name, network, loss, steps):
+    def _train(self, name, network, loss, steps, share=1.0):
         schedule = Schedule(
-            steps, self.options.learning_rate, self.options.seed, self.options.checkpointing_steps
+            steps, share * self.options.learning_rate, self.options.seed, self.options.checkpointing_steps
         )
         return train_part(
             name, self.folder / name.replace(" ", "_"), network, loss, schedule, self.facts, self.stop
@@ -246,7 +247,7 @@ class SmallParts:
             self.levels(),
             options.text_batch,
         )
-        self._train("text and student", small, loss, options.velocity_steps)
+        self._train("text and student", small, loss, options.velocity_steps, VELOCITY_RATE_SHARE)
         small.requires_grad_(False)
         small.encoder = round_weights(small.encoder)
         cosines = compare()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..files.atomic import write_json
-from ..files.file_names import COMPONENTS, MODEL_CARD, RUN
+from ..files.file_names import COMPONENTS, MODEL_CARD, MODEL_INDEX, RUN
 from ..training.run_folder import link_file, save_components
 from .making import Pipeline, count_parameters
 
@@ -24,6 +24,7 @@ def save_small(
     source, staged = Path(source), folder / ".components"
     for component in COMPONENTS:
         shutil.copytree(source / component, staged / component, copy_function=link_file, dirs_exist_ok=True)
+    link_file(source / MODEL_INDEX, staged / MODEL_INDEX)  # the class of the tokenizer
     if options["decoder_base_dim"] is not None:
         _replace(staged / "vae", small.autoencoder)
     if options["text_shape"] is not None:
@@ -43,8 +44,9 @@ def _replace(folder, component):
     """Save a component in bfloat16 in place of another; the network in memory keeps its dtype."""
     shutil.rmtree(folder)
     dtype = component.dtype
-    component.to(torch.bfloat16).save_pretrained(folder)
-    component.to(dtype)
+    # The method of diffusers would warn of its list of layers in float32, which is empty here.
+    torch.nn.Module.to(component, torch.bfloat16).save_pretrained(folder)
+    torch.nn.Module.to(component, dtype)
 
 
 def _write_card(folder, source, small, figures):

@@ -21,6 +21,7 @@ from ..training.steps import velocity_from
 from .text_projection import Tokens
 
 COSINE_WEIGHT = 1.0
+VELOCITY_WEIGHT = 10.0  # the student's velocity differs by a few percent at first
 
 
 class SmallText(nn.Module):
@@ -82,10 +83,13 @@ def velocity_difference(
 ) -> Callable[[torch.Generator], Tensor]:
     """Return the loss of the student's velocity with the small text, to its velocity with the large text.
 
-    States are `latents` (B, C, H, W), which belong to the prompts of the same rows, at a random one of `levels`
-    (timestep, noise level). `own_student` reads the small text; its weights are those of `student`.
+    The loss of what the student reads is added. States are `latents` (B, C, H, W), which belong to the prompts of
+    the same rows, at a random one of `levels` (timestep, noise level). `own_student` reads the small text; its
+    weights are those of `student`.
     """
-    own_student.condition_embedder.text_embedder.linear_1 = small.reader
+    reading = reading_loss(
+        large, student.condition_embedder.text_embedder.linear_1, small, tokens, batch_size
+    )
 
     def loss(generator):
         rows = torch.randint(len(latents), (batch_size,), generator=generator)
@@ -98,7 +102,8 @@ def velocity_difference(
         with torch.no_grad():
             target = velocity_from(student, pack(encode(large, batch), batch))(noisy, timestep)
         velocity = velocity_from(own_student, pack(small.states(batch), batch))(noisy, timestep)
-        return velocity_loss(velocity, target).mean()
+        difference = velocity_loss(velocity, target).mean() / target.square().mean()
+        return VELOCITY_WEIGHT * difference + reading(generator)
 
     return loss
 
