@@ -53,7 +53,9 @@ def project_decoder(autoencoder: Any, base_dim: int, latents: Tensor) -> Autoenc
 def empty_decoder(autoencoder: Any, base_dim: int) -> AutoencoderKLWan:
     """Return an autoencoder with a decoder of `base_dim` channels whose weights are zero; all others are copies."""
     check_width(autoencoder.config, base_dim)
-    narrow = AutoencoderKLWan.from_config({**autoencoder.config, "decoder_base_dim": base_dim})
+    # The private entries would reset values that were defaults.
+    config = {name: value for name, value in autoencoder.config.items() if not name.startswith("_")}
+    narrow = AutoencoderKLWan.from_config(config | {"decoder_base_dim": base_dim})
     for name in ("encoder", "quant_conv", "post_quant_conv"):
         getattr(narrow, name).load_state_dict(getattr(autoencoder, name).state_dict())
     for weight in narrow.decoder.parameters():

@@ -272,7 +272,8 @@ class SmallParts:
 
 def with_reader(student: nn.Module, reader: nn.Linear) -> nn.Module:
     """Return a student with the weights of another that reads text of another width through `reader`."""
-    own = type(student).from_config({**student.config, "text_dim": reader.in_features})
+    config = {name: value for name, value in student.config.items() if not name.startswith("_")}
+    own = type(student).from_config(config | {"text_dim": reader.in_features})
     weights = student.state_dict() | {
         f"condition_embedder.text_embedder.linear_1.{name}": tensor
         for name, tensor in reader.state_dict().items()
