@@ -10,11 +10,13 @@ from tests.conftest import ROOT, run_script
 
 LAYERS = (  # from the top; a file imports from the layers below its own, or from its own folder
     ("wanlite.commands",),
+    ("wanlite.small",),
     ("run_inference",),
     ("wanlite.serving",),
     ("wanlite.pipeline",),
     ("train_distillation",),
     ("wanlite.planning",),
+    ("wanlite.parts",),
     ("wanlite.training",),
     ("wanlite.student", "wanlite.data"),
     ("wanlite.teacher",),

@@ -63,17 +63,22 @@ def encode_images(
     Latents are the posterior's mean, normalised per channel.
     """
     chunks = pixels.split(max(1, max_pixels // (pixels.shape[-2] * pixels.shape[-1])))
-    raw_latents = torch.cat([autoencoder.encode(chunk) for chunk in chunks])
-    mean, std = _statistics(autoencoder, raw_latents)
-    return (raw_latents - mean) / std
+    raw = torch.cat([autoencoder.encode(chunk) for chunk in chunks])
+    mean, std = _statistics(autoencoder, raw)
+    return (raw - mean) / std
 
 
 def decode_latents(autoencoder: SingleFrameAutoencoder, latents: Tensor) -> Tensor:
     """Decode latents (B, C, H, W) to pixels (B, 3, S*H, S*W)."""
-    mean, std = _statistics(autoencoder, latents)
     pixels = latents.shape[-2] * latents.shape[-1] * autoencoder.config.scale_factor_spatial**2
-    chunks = (latents * std + mean).split(max(1, DECODED_AT_ONCE // pixels))
+    chunks = raw_latents(autoencoder, latents).split(max(1, DECODED_AT_ONCE // pixels))
     return torch.cat([autoencoder.decode(chunk) for chunk in chunks])
+
+
+def raw_latents(autoencoder: Any, latents: Tensor) -> Tensor:
+    """Return latents (B, C, H, W) as the autoencoder decodes them, not normalised."""
+    mean, std = _statistics(autoencoder, latents)
+    return latents * std + mean
 
 
 def _statistics(autoencoder, latents):

@@ -103,7 +103,7 @@ def encode_prompts(
     embeddings: list[torch.Tensor] = []
     for start in range(0, len(prompts), BATCH_SIZE):
         batch = prompts[start : start + BATCH_SIZE]
-        tokens = _tokenize(
+        tokens = tokenize(
             tokenizer, batch, padding=True, truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
         )
         _check_embedded(tokenizer, encoder, batch, tokens.input_ids)
@@ -119,8 +119,8 @@ def encode_prompts(
     return embeddings
 
 
-def _tokenize(tokenizer, prompts, **options):
-    """Tokenize as Wan does, with padding and truncation at the end for any tokenizer config."""
+def tokenize(tokenizer, prompts, **options):
+    """Tokenize as Wan does, with padding and truncation at the end for any tokenizer config; see its __call__()."""
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     texts = [prompt_clean(prompt) for prompt in prompts]
     with loading_errors(tokenizer.name_or_path, "used"):
@@ -146,7 +146,7 @@ def warn_of_truncation(tokenizer: Any, prompts: Sequence[str], log: Callable[[st
         batch = prompts[start : start + BATCH_SIZE]
         truncated += [
             prompt
-            for prompt, ids in zip(batch, _tokenize(tokenizer, batch).input_ids)
+            for prompt, ids in zip(batch, tokenize(tokenizer, batch).input_ids)
             if len(ids) > TEXT_LENGTH
         ]
     if truncated:

@@ -6,14 +6,17 @@ from torch.nn import functional as F
 
 
 def solve_ridge(
-    inputs: Tensor, residual: Tensor, ridge: float, weight: Tensor | None = None
+    inputs: Tensor, residual: Tensor, ridge: float, weight: Tensor | None = None, has_bias: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Return the weight and bias, in float32, of the ridge regression from `inputs` to `residual`.
 
     Shapes: inputs (rows, in), residual (rows, out), row weights (rows, 1); returns (out, in) and (out,).
-    `ridge` is relative to the mean diagonal of the Gram matrix. The arithmetic is in float64.
+    `ridge` is relative to the mean diagonal of the Gram matrix. Without `has_bias` the bias is zero. The arithmetic is
+    in float64.
     """
-    rows = F.pad(inputs, (0, 1), value=1.0).double()  # (rows, in + 1): the last column is the bias
+    rows = F.pad(
+        inputs, (0, 1), value=float(has_bias)
+    ).double()  # (rows, in + 1): the last column is the bias
     weighted = rows if weight is None else rows * weight
     gram = weighted.T @ rows  # (in + 1, in + 1)
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

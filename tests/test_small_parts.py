@@ -1,0 +1,338 @@
+"""Small text encoders and decoders: their projection, their training, and the folder that they are saved in."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline
+from torch import nn
+
+from tests.conftest import ROOT, run_script
+from wanlite import WanLitePipeline
+from wanlite.data.autoencoder import (
+    decode_latents,
+    encode_images,
+    load_autoencoder,
+    load_video_autoencoder,
+    to_pixels,
+)
+from wanlite.data.single_frame import SingleFrameAutoencoder
+from wanlite.data.text_encoder import load_text_encoder
+from wanlite.parts.decoder import decode_frames, peak_signal_to_noise
+from wanlite.parts.decoder_projection import empty_decoder, find_streams, project_decoder, sources_of
+from wanlite.parts.loop import Schedule, train_part
+from wanlite.parts.text_encoder import encode, tokenize_all
+from wanlite.parts.text_projection import TextShape, default_shape, project_text_encoder, split_blocks
+from wanlite.runtime.signals import Stopped
+from wanlite.small import complete, read_settings
+from wanlite.world import emoji, shapes
+
+TEACHERS = {"tiny": (ROOT / "tiny_teacher", shapes), "emoji": (ROOT / "emoji_teacher", emoji)}
+FEW = ("--num_images", "64", "--decoder_steps", "6", "--reading_steps", "6", "--velocity_steps", "4")
+
+
+@pytest.fixture(scope="module")
+def latents():
+    """Latents of images of the tiny world."""
+    images = np.stack([shapes.draw(scene) for scene in shapes.scenes(0, 24)])
+    return encode_images(load_autoencoder(ROOT / "tiny_teacher"), to_pixels(images))
+
+
+def psnr(wide, narrow, latents):
+    return peak_signal_to_noise(SingleFrameAutoencoder(wide), SingleFrameAutoencoder(narrow), latents)
+
+
+def wan21(**changed):
+    """An autoencoder of Wan 2.1's kind, with new weights that are loud enough to compare."""
+    torch.manual_seed(0)
+    config = {"base_dim": 8, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [False, True]}
+    autoencoder = AutoencoderKLWan(**config, **changed).eval()
+    for name, weight in autoencoder.named_parameters():
+        weight.data.mul_(2.0 if name.endswith("weight") else 1.0)
+    return autoencoder
+
+
+# ---- decoder -----------------------------------------------------------------------------------------------
+
+
+def make_autoencoder(kind):
+    if kind == "tiny":
+        return load_video_autoencoder(ROOT / "tiny_teacher")
+    return wan21(decoder_base_dim=12) if kind == "unequal" else wan21()
+
+
+@pytest.mark.parametrize("kind", ["tiny", "wan21", "unequal"])
+def test_a_decoder_of_the_same_width_is_the_same_function(kind, latents):
+    wide = make_autoencoder(kind)
+    same = project_decoder(wide, wide.config.decoder_base_dim or wide.config.base_dim, latents[:2])
+    assert psnr(wide, same, latents[2:]) > 90
+
+
+@pytest.mark.parametrize("kind", ["tiny", "wan21", "unequal"])
+def test_a_narrow_decoder_starts_closer_than_copied_weights_and_than_new_ones(kind, latents):
+    wide = make_autoencoder(kind)
+    width = (wide.config.decoder_base_dim or wide.config.base_dim) // 2
+    narrow = project_decoder(wide, width, latents[:16])
+    assert narrow.decoder.dim == width
+    torch.manual_seed(0)
+    new = AutoencoderKLWan.from_config(narrow.config)
+    new.post_quant_conv.load_state_dict(wide.post_quant_conv.state_dict())
+    own = psnr(wide, narrow, latents[16:])
+    assert own > psnr(wide, new, latents[16:]) + 3
+    assert own > psnr(wide, empty_decoder(wide, width), latents[16:]) + 1
+
+
+def test_a_small_decoder_is_a_stock_class_that_decodes_single_frames_alike(latents):
+    narrow = project_decoder(load_video_autoencoder(ROOT / "tiny_teacher"), 8, latents[:2])
+    stock = AutoencoderKLWan.from_config(narrow.config)
+    stock.load_state_dict(narrow.state_dict())
+    own = decode_latents(SingleFrameAutoencoder(narrow), latents[:1])
+    assert torch.allclose(decode_frames(narrow, latents[:1]).clamp(-1, 1), own, atol=1e-5)
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1)
+        for values in (stock.config.latents_mean, stock.config.latents_std)
+    )
+    with torch.no_grad():
+        frame = stock.eval().decode(latents[:1].unsqueeze(2) * std + mean).sample
+    assert torch.allclose(frame.squeeze(2), own, atol=1e-4)
+
+
+def test_taps_of_earlier_frames_are_zero(latents):
+    narrow = project_decoder(load_video_autoencoder(ROOT / "tiny_teacher"), 8, latents[:2])
+    kernels = [module.weight for module in narrow.decoder.modules() if isinstance(module, nn.Conv3d)]
+    assert sum(kernel.shape[2] > 1 for kernel in kernels) > 5
+    assert not any(kernel[:, :, :-1].any() for kernel in kernels)
+
+
+def test_channels_that_are_repeated_are_kept_together():
+    decoder = load_video_autoencoder(ROOT / "tiny_teacher").decoder
+    streams = find_streams(decoder)
+    repeats = [stream.repeat for stream in streams if stream.repeat is not None]
+    assert len(repeats) == 2
+    for repeat in repeats:
+        channels = torch.arange(repeat.in_channels, dtype=torch.float32).view(1, -1, 1, 1, 1)
+        output = repeat(channels, first_chunk=True).flatten(2)[0]  # (C, places)
+        for sources, found in zip(sources_of(repeat).tolist(), output.tolist()):
+            assert set(found) <= set(sources)
+
+
+@pytest.mark.parametrize("width", [0, 17, 1000])
+def test_an_impossible_width_of_a_decoder_is_refused(width, latents):
+    with pytest.raises(ValueError, match=f"a decoder of {width} channels cannot be made of one of 16"):
+        project_decoder(load_video_autoencoder(ROOT / "tiny_teacher"), width, latents)
+
+
+def test_an_odd_width_that_is_halved_is_refused(latents):
+    with pytest.raises(ValueError, match="expected an even number from 2 to 8"):
+        project_decoder(wan21(), 3, latents)
+
+
+# ---- text encoder ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=TEACHERS)
+def text(request):
+    """A text encoder, calibration tokens, held-out tokens, and a layer that reads it."""
+    folder, world = TEACHERS[request.param]
+    tokenizer, encoder = load_text_encoder(folder, dtype=torch.float32)
+    tokens = [
+        tokenize_all(tokenizer, world.captions(seed, 64, held_out=held_out), 512)
+        for seed, held_out in ((1, False), (2, True))
+    ]
+    width = encoder.config.d_model
+    reader = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(0)) / width**0.5
+    return encoder, *tokens, reader
+
+
+def relative_error(text, shape):
+    encoder, tokens, held_out, reader = text
+    small, weight = project_text_encoder(encoder, shape, tokens, reader)
+    with torch.no_grad():
+        target = held_out.rows(encode(encoder, held_out) @ reader.T)
+        read = held_out.rows(encode(small, held_out) @ weight.T)
+    return float((read - target).square().sum() / target.square().sum())
+
+
+def full_shape(config):
+    return TextShape(config.d_model, config.num_layers, config.num_heads, config.d_ff)
+
+
+def test_a_text_encoder_of_the_same_shape_is_the_same_function(text):
+    assert relative_error(text, full_shape(text[0].config)) < 1e-5
+
+
+def test_a_smaller_text_encoder_is_worse_and_better_than_the_mean(text):
+    config = text[0].config
+    half = TextShape(config.d_model // 2, config.num_layers, config.num_heads // 2, config.d_ff // 2)
+    errors = [relative_error(text, shape) for shape in (half, default_shape(config))]
+    assert 0.001 < errors[0] < errors[1] < 0.9
+
+
+@pytest.mark.parametrize(("blocks", "depth"), [(24, 10), (24, 24), (5, 1), (7, 3)])
+def test_each_block_belongs_to_one_span(blocks, depth):
+    spans = split_blocks(blocks, depth)
+    assert sum(spans) == blocks and len(spans) == depth and min(spans) >= 1
+
+
+def test_an_impossible_shape_of_a_text_encoder_is_refused(text):
+    encoder, tokens, _, reader = text
+    config = encoder.config
+    for name, shape in (
+        ("width", TextShape(config.d_model + 1, 1, 1, 1)),
+        ("depth", TextShape(8, config.num_layers + 1, 1, 1)),
+        ("heads", TextShape(8, 1, config.num_heads + 1, 1)),
+        ("neurons", TextShape(8, 1, 1, 0)),
+    ):
+        with pytest.raises(ValueError, match=f"a text encoder with {name}"):
+            project_text_encoder(encoder, shape, tokens, reader)
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+
+class StopAfter:
+    """A signal that arrives before a step."""
+
+    def __init__(self, step):
+        self.left = step
+
+    @property
+    def is_set(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def train_layer(folder, stop=None, facts=None):
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+
+    def loss(generator):
+        return (layer(torch.randn(8, 4, generator=generator)) - 1).square().mean()
+
+    train_part("layer", folder, layer, loss, Schedule(20, 1e-2, 0, 6), facts or {}, stop)
+    return torch.cat([weight.flatten() for weight in layer.state_dict().values()])
+
+
+@pytest.mark.parametrize("step", [1, 7, 19])
+def test_a_stopped_training_ends_with_the_same_weights(tmp_path, step):
+    expected = train_layer(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train_layer(tmp_path / "stopped", StopAfter(step))
+    assert torch.equal(train_layer(tmp_path / "stopped"), expected)
+    assert torch.equal(train_layer(tmp_path / "stopped"), expected)  # finished: nothing is trained
+
+
+def test_a_training_of_other_settings_is_not_continued(tmp_path):
+    with pytest.raises(Stopped):
+        train_layer(tmp_path, StopAfter(7))
+    with pytest.raises(OSError, match="under other settings or of other weights"):
+        train_layer(tmp_path, facts={"seed": 1})
+
+
+# ---- the folder --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_run(finished_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small") / "student"
+    process = run_script("-m", "wanlite.small", "--model", finished_run[0], "--output_dir", folder, *FEW)
+    assert process.returncode == 0, process.stderr
+    return folder, process.stdout
+
+
+def test_the_folder_says_what_it_holds(small_run, finished_run):
+    folder, output = small_run
+    assert "MB for the" in output and "held-out captions drawn right" in output
+    assert not (folder / "work").exists() and not list(folder.glob(".*"))
+    record = json.loads((folder / "run.json").read_text())
+    figures = record["parts"]["figures"]
+    for part in ("decoder", "text_encoder"):
+        assert figures[part]["parameters"] < 0.4 * figures[part]["large_parameters"]
+    assert len(figures["text_encoder"]["worst_prompts"]) == 10
+    assert "| text encoder |" in (folder / "README.md").read_text()
+    assert json.loads((finished_run[0] / "run.json").read_text()).get("parts") is None
+
+
+def test_stock_diffusers_draws_with_small_parts_what_this_package_draws(small_run):
+    folder, _ = small_run
+    classes = json.loads((folder / "model_index.json").read_text())
+    assert {name for name, *_ in (value for value in classes.values() if isinstance(value, list))} <= {
+        "diffusers",
+        "transformers",
+        None,
+    }
+    prompt = "a small red ring at the left on a white background"
+    own, stock = WanLitePipeline.from_pretrained(folder), WanPipeline.from_pretrained(folder)
+    assert stock.text_encoder.config.d_model == own.transformer.config.text_dim == 32
+    assert stock.vae.config.decoder_base_dim == 8
+    image = own(prompt, generator=torch.Generator().manual_seed(1), output_type="np").images[0]
+    size = dict(height=image.shape[0], width=image.shape[1], num_frames=1, guidance_scale=1.0)
+    frames = stock(
+        prompt, **size, num_inference_steps=4, generator=torch.Generator().manual_seed(1), output_type="np"
+    ).frames
+    assert np.abs(frames[0][0] - image).max() < 5e-3
+
+
+def test_the_student_differs_in_the_layer_that_reads_text_only(small_run, finished_run):
+    small, large = (
+        WanLitePipeline.from_pretrained(folder).transformer.state_dict()
+        for folder in (small_run[0], finished_run[0])
+    )
+    changed = [name for name, tensor in large.items() if not torch.equal(tensor, small[name])]
+    assert changed == ["condition_embedder.text_embedder.linear_1.weight"]
+
+
+def test_one_part_alone_can_be_made_small(finished_run, tmp_path):
+    process = run_script(
+        "-m",
+        "wanlite.small",
+        "--model",
+        finished_run[0],
+        "--output_dir",
+        tmp_path / "s",
+        "--text_encoder",
+        "large",
+        *FEW,
+    )
+    assert process.returncode == 0, process.stderr
+    config = json.loads((tmp_path / "s/text_encoder/config.json").read_text())
+    assert config["d_model"] == 64
+    weights = [
+        Path(folder) / "text_encoder/model.safetensors" for folder in (finished_run[0], tmp_path / "s")
+    ]
+    assert weights[0].samefile(weights[1])  # a hard link
+
+
+def test_settings_that_cannot_be_met_are_refused_before_torch(small_run, finished_run, tmp_path, capsys):
+    folder, large = small_run[0], finished_run[0]
+    for arguments, expected in (
+        (["--model", large, "--text_encoder", "large", "--decoder", "large"], "leave nothing to make"),
+        (["--model", large, "--output_dir", large], "is the student's own folder"),
+        (["--model", folder], "has small parts already"),
+        (["--model", large, "--output_dir", folder], "holds a finished student"),
+        (["--model", tmp_path], "config.json"),
+        (["--model", large, "--decoder_steps", "0"], "--decoder_steps is 0"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            read_settings([str(argument) for argument in arguments])
+        assert ended.value.code == 2
+        assert expected in capsys.readouterr().err
+
+
+def test_too_large_parts_are_refused_with_one_line(finished_run, tmp_path):
+    for flag, expected in (
+        (("--decoder_base_dim", "64"), "a decoder of 64 channels cannot be made of one of 16"),
+        (("--text_width", "128"), "a text encoder with width 128"),
+    ):
+        process = run_script(
+            "-m", "wanlite.small", "--model", finished_run[0], "--output_dir", tmp_path, *FEW, *flag
+        )
+        assert process.returncode == 2
+        assert expected in process.stderr.splitlines()[-1]
+
+
+def test_the_default_folder_lies_in_that_of_the_student(finished_run):
+    settings = complete(read_settings(["--model", str(finished_run[0])]))
+    assert settings.output_dir == str(finished_run[0] / "small")

@@ -1,0 +1,138 @@
+"""Training of one part of a pipeline, resumable: steps of AdamW on a loss, with averaged weights.
+
+All random numbers of a step follow from the seed and its number, so that a resumed training is the same one.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..files.atomic import read_manifest
+from ..runtime.signals import Stopped
+from ..training.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint
+
+WARMUP_SHARE = 0.05  # of the steps
+AVERAGED_SHARE = 0.04  # of the steps, in the averaged weights
+MAX_NORM = 1.0  # of the gradients
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps and peak rate of a training, its seed, and the steps between its checkpoints."""
+
+    steps: int
+    learning_rate: float
+    seed: int
+    checkpointing_steps: int = 500
+
+
+def train_part(
+    name: str,
+    folder: Path,
+    network: nn.Module,
+    loss: Callable[[torch.Generator], Tensor],
+    schedule: Schedule,
+    facts: dict[str, Any],
+    stop: Any = None,
+) -> float:
+    """Train the parameters of `network` that require gradients; returns the mean loss of the last steps.
+
+    `loss(generator)` computes the loss of a new batch. Checkpoints are written to `folder`, and training continues
+    from the newest one, whose `facts` must be equal. `network` ends with averaged weights. Raises OSError for
+    checkpoints of another training, and Stopped, after a checkpoint, once `stop` has received a signal.
+    """
+    weights = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    parameters = [*weights.values()]
+    state = _make_state(weights, schedule)
+    first = _resume(folder, state, weights, facts)
+    losses = state["progress"]["losses"]
+    with tqdm(total=schedule.steps, initial=first, desc=name, unit="step", leave=False) as progress:
+        for step in range(first, schedule.steps):
+            if step % schedule.checkpointing_steps == 0 and step:
+                _save(folder, step, state, facts)
+            if stop is not None and stop.is_set:
+                _save(folder, step, state, facts)
+                raise Stopped
+            losses.append(_step(parameters, state, loss, make_generator(schedule.seed, step)))
+            del losses[:-50]
+            progress.set_postfix(loss=f"{np.mean(losses):.4g}", refresh=False)
+            progress.update()
+    _save(folder, schedule.steps, state, facts)
+    state["ema"].copy_to(parameters)
+    return float(np.mean(losses))
+
+
+def make_generator(seed: int, step: int) -> torch.Generator:
+    """Return the random generator of a step."""
+    (number,) = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(number) % 2**63)
+
+
+def sample_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Return the numbers of `size` of `count` examples."""
+    return torch.randint(count, (size,), generator=generator)
+
+
+def _make_state(weights, schedule):
+    """Return what a checkpoint holds, at step 0."""
+    parameters = [*weights.values()]
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
+    warmup = round(WARMUP_SHARE * schedule.steps)
+    decay = 1 - 1 / max(1.0, AVERAGED_SHARE * schedule.steps)
+    return {
+        "weights": weights,
+        "optimizer": optimizer,
+        "lr_scheduler": get_scheduler(
+            "cosine", optimizer, num_warmup_steps=warmup, num_training_steps=schedule.steps
+        ),
+        "ema": EMAModel(parameters, decay=decay),
+        "progress": {"losses": []},
+    }
+
+
+def _step(parameters, state, loss, generator):
+    """Update all parameters once; returns the loss."""
+    value = loss(generator)
+    value.backward()
+    norm = nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+    if not math.isfinite(norm):
+        raise FloatingPointError("a gradient is not finite. Lower the learning rate, or train in float32.")
+    state["optimizer"].step()
+    state["optimizer"].zero_grad()
+    state["lr_scheduler"].step()
+    state["ema"].step(parameters)
+    return value.item()
+
+
+def _resume(folder, state, weights, facts):
+    """Restore the newest checkpoint, if there is one; returns its step."""
+    path, _ = latest_checkpoint(folder)
+    if path is None:
+        return 0
+    manifest = read_manifest(path) or {}
+    if manifest.get("facts") != facts:
+        raise OSError(
+            f"{folder}: holds an unfinished training under other settings or of other weights. Use the same, "
+            "or add --overwrite to start again."
+        )
+    restore(state, load_checkpoint(path))
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(state["weights"][name])
+    state["weights"] = weights
+    state["ema"].to(next(iter(weights.values())).device)
+    return manifest["step"]
+
+
+def _save(folder, step, state, facts):
+    save_checkpoint(folder, step, state, facts, KEPT_CHECKPOINTS)

@@ -1,0 +1,296 @@
+"""A saved student with large parts -> a folder of the same student with a small text encoder and a small decoder.
+
+Everything is learned from the large parts and from the student's own images of prompts; no other data is needed. The
+folder is one of stock diffusers' classes only.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from ..data.autoencoder import decode_latents, to_images
+from ..data.shards import dequantize, fill_shards, read_shard
+from ..data.single_frame import SingleFrameAutoencoder
+from ..files.cache import cache_folder, fingerprint
+from ..flow import sample, seeded_noise, set_steps
+from ..network import TEXT_LENGTH, TextTokens
+from ..training.phase_table import hash_weights
+from ..training.steps import velocity_in_chunks
+from .decoder import decoder_loss, peak_signal_to_noise
+from .decoder_projection import project_decoder
+from .loop import Schedule, train_part
+from .text_encoder import (
+    SmallText,
+    compare_reading,
+    encode,
+    pack,
+    reading_loss,
+    tokenize_all,
+    velocity_difference,
+)
+from .text_projection import TextShape, Tokens, project_text_encoder
+
+PROJECTED_IMAGES = 16  # images from which the decoder's convolutions are fitted
+PROJECTED_PROMPTS = 256  # prompts from which the text encoder's matrices are fitted
+VALIDATED_IMAGES = 64
+VELOCITY_RATE_SHARE = 0.25  # of the peak, in the last phase of the text encoder
+TOGETHER = 64  # images or prompts in a batch without gradients
+
+
+@dataclass(frozen=True)
+class PartOptions:
+    """What is made small, how small, and how long it is trained."""
+
+    decoder_base_dim: int | None  # None: the decoder stays
+    text_shape: TextShape | None  # None: the text encoder stays
+    num_images: int
+    decoder_steps: int
+    reading_steps: int
+    velocity_steps: int
+    decoder_batch: int
+    text_batch: int
+    learning_rate: float
+    seed: int
+    checkpointing_steps: int
+
+
+@dataclass
+class Pipeline:
+    """A student with its parts, as this package computes with them."""
+
+    student: nn.Module
+    scheduler: Any
+    num_steps: int
+    tokenizer: Any
+    encoder: nn.Module
+    autoencoder: AutoencoderKLWan
+    latent_shape: tuple[int, int, int]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.student.parameters()).device
+
+    @cached_property
+    def decoder(self) -> SingleFrameAutoencoder:
+        """The single-frame form of the autoencoder."""
+        return SingleFrameAutoencoder(self.autoencoder).to(self.device)
+
+    def tokens(self, prompts: Sequence[str]) -> Tokens:
+        tokens = tokenize_all(self.tokenizer, prompts, TEXT_LENGTH)
+        return Tokens(tokens.ids.to(self.device), tokens.mask.to(self.device))
+
+    @torch.no_grad()
+    def text(self, prompts: Sequence[str]) -> TextTokens:
+        tokens = self.tokens(prompts)
+        return pack(encode(self.encoder, tokens), tokens)
+
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], num_steps: int | None = None) -> Tensor:
+        """Return the latents (B, C, H, W) of prompts."""
+        noise = seeded_noise(self.latent_shape, seeds).to(self.device)
+        velocity_of = velocity_in_chunks(self.student, self.text(prompts))
+        return sample(velocity_of, noise, self.scheduler, num_steps or self.num_steps)
+
+    def images(self, prompts: Sequence[str], num_steps: int | None = None) -> Any:
+        """Return the images (B, height, width, 3) uint8 of prompts, with the seeds 0, 1, ..."""
+        found = []
+        for start in range(0, len(prompts), TOGETHER):
+            batch = prompts[start : start + TOGETHER]
+            latents = self.draw(batch, range(start, start + len(batch)), num_steps)
+            found.append(to_images(decode_latents(self.decoder, latents)))
+        return torch.cat([torch.from_numpy(each) for each in found]).numpy()
+
+
+class SmallParts:
+    """Makes the small parts of `large`, with checkpoints and drawn latents in `folder`."""
+
+    def __init__(
+        self,
+        large: Pipeline,
+        options: PartOptions,
+        prompts: Sequence[str],
+        held_out: Sequence[str],
+        folder: Path,
+        stop: Any = None,
+        log: Callable[[str], Any] = print,
+    ):
+        self.large, self.options, self.folder, self.stop, self.log = large, options, folder, stop, log
+        self.prompts = [prompts[number % len(prompts)] for number in range(options.num_images)]
+        self.held_out = list(held_out)[:VALIDATED_IMAGES]
+        self.facts = {
+            "options": asdict(options),
+            "prompts": fingerprint([self.prompts, self.held_out]),
+            "parts": [hash_weights(each) for each in (large.student, large.encoder, large.autoencoder)],
+        }
+
+    def make(self) -> tuple[Pipeline, dict[str, Any]]:
+        """Return the pipeline with small parts, and figures of their quality."""
+        large, figures = self.large, {}
+        autoencoder, encoder, student = large.autoencoder, large.encoder, large.student
+        if self.options.decoder_base_dim is not None:
+            autoencoder, figures["decoder"] = self.make_decoder()
+        if self.options.text_shape is not None:
+            encoder, student, figures["text_encoder"] = self.make_text_encoder()
+        small = Pipeline(
+            student,
+            large.scheduler,
+            large.num_steps,
+            large.tokenizer,
+            encoder,
+            autoencoder,
+            large.latent_shape,
+        )
+        return small, figures
+
+    # ---- data ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def latents(self) -> Tensor:
+        """The student's latents (n, C, H, W) of the training prompts, drawn once and kept on disk."""
+        return self._draw(self.prompts, 0)
+
+    @cached_property
+    def held_out_latents(self) -> Tensor:
+        return self._draw(self.held_out, len(self.prompts))
+
+    def _draw(self, prompts, first_seed):
+        jobs = [(prompt, self.options.seed + first_seed + number) for number, prompt in enumerate(prompts)]
+        parts = {
+            "parts": self.facts["parts"],
+            "steps": self.large.num_steps,
+            "shape": self.large.latent_shape,
+        }
+        folder = cache_folder(self.folder / "cache", "latents", jobs=fingerprint(jobs), **parts)
+
+        def make(prompts, seeds):
+            return {"latents": self.large.draw(prompts, seeds).unsqueeze(1).cpu()}
+
+        count = fill_shards(Accelerator(cpu=True), folder, jobs, make, "images of the student")
+        shards = [dequantize(read_shard(folder, index), "latents") for index in range(count)]
+        return torch.cat(shards).squeeze(1)
+
+    def _train(self, name, network, loss, steps, share=1.0):
+        schedule = Schedule(
+            steps, share * self.options.learning_rate, self.options.seed, self.options.checkpointing_steps
+        )
+        return train_part(
+            name, self.folder / name.replace(" ", "_"), network, loss, schedule, self.facts, self.stop
+        )
+
+    # ---- decoder -------------------------------------------------------------------------------------------
+
+    def make_decoder(self) -> tuple[AutoencoderKLWan, dict[str, Any]]:
+        """Return an autoencoder with a small decoder, and its figures."""
+        large, options = self.large, self.options
+        narrow = project_decoder(
+            large.autoencoder, options.decoder_base_dim, self.latents[:PROJECTED_IMAGES].to(large.device)
+        )
+        projected = self._psnr(narrow)
+        self.log(
+            f"decoder  projected to {options.decoder_base_dim} channels: {projected:.1f} dB to the large one"
+        )
+        narrow.requires_grad_(False)
+        for module in (narrow.decoder, narrow.post_quant_conv):
+            module.requires_grad_(True)
+        loss = decoder_loss(large.decoder, narrow, self.latents, options.decoder_batch)
+        self._train("decoder", narrow, loss, options.decoder_steps)
+        narrow = round_weights(narrow)
+        figures = {
+            "psnr": self._psnr(narrow),
+            "projected_psnr": projected,
+            "parameters": count_parameters(narrow.decoder),
+            "large_parameters": count_parameters(large.autoencoder.decoder),
+        }
+        self.log(f"decoder  distilled: {figures['psnr']:.1f} dB")
+        return narrow, figures
+
+    def _psnr(self, narrow):
+        own = SingleFrameAutoencoder(narrow).to(self.large.device)
+        return round(peak_signal_to_noise(self.large.decoder, own, self.held_out_latents), 2)
+
+    # ---- text encoder --------------------------------------------------------------------------------------
+
+    def make_text_encoder(self) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+        """Return a small text encoder, a student that reads it, and figures."""
+        large, options = self.large, self.options
+        reader = large.student.condition_embedder.text_embedder.linear_1
+        tokens = large.tokens(self.prompts)
+        held_out = large.tokens(self.held_out)
+        first = tokens.take(torch.arange(min(PROJECTED_PROMPTS, len(self.prompts))))
+        encoder, weight = project_text_encoder(large.encoder, options.text_shape, first, reader.weight)
+        small = SmallText(encoder, weight, reader.bias).to(large.device)
+        compare = partial(compare_reading, large.encoder, reader, small, held_out)
+        projected = float(compare().mean())
+        self.log(
+            f"text     projected to width {options.text_shape.width}: cosine {projected:.3f} to the large one"
+        )
+        small.encoder.requires_grad_(True)
+        own_student = with_reader(large.student, small.reader)
+        loss = reading_loss(large.encoder, reader, small, tokens, options.text_batch)
+        self._train("text", small, loss, options.reading_steps)
+        read = float(compare().mean())
+        self.log(f"text     distilled: cosine {read:.3f}")
+        loss = velocity_difference(
+            large.encoder,
+            large.student,
+            small,
+            own_student,
+            tokens,
+            self.latents,
+            self.levels(),
+            options.text_batch,
+        )
+        self._train("text and student", small, loss, options.velocity_steps, VELOCITY_RATE_SHARE)
+        small.requires_grad_(False)
+        small.encoder = round_weights(small.encoder)
+        cosines = compare()
+        worst = cosines.argsort()[:10].tolist()
+        figures = {
+            "cosine": round(float(cosines.mean()), 4),
+            "projected_cosine": round(projected, 4),
+            "read_cosine": round(read, 4),
+            "worst_prompts": {self.held_out[number]: round(float(cosines[number]), 3) for number in worst},
+            "parameters": count_parameters(small.encoder),
+            "large_parameters": count_parameters(large.encoder),
+        }
+        self.log(f"text     with the student's velocity: cosine {figures['cosine']:.3f}")
+        return small.encoder, own_student, figures
+
+    def levels(self) -> list[tuple[float, float]]:
+        """Return the (timestep, noise level) of the student's steps."""
+        large = self.large
+        states = set_steps(large.scheduler, large.num_steps, "cpu")
+        return [(float(timestep), float(noise_level)) for timestep, noise_level in states]
+
+
+def with_reader(student: nn.Module, reader: nn.Linear) -> nn.Module:
+    """Return a student with the weights of another that reads text of another width through `reader`."""
+    config = {name: value for name, value in student.config.items() if not name.startswith("_")}
+    own = type(student).from_config(config | {"text_dim": reader.in_features})
+    weights = student.state_dict() | {
+        f"condition_embedder.text_embedder.linear_1.{name}": tensor
+        for name, tensor in reader.state_dict().items()
+    }
+    own.load_state_dict(weights)
+    own.requires_grad_(False).to(reader.weight.device)
+    own.condition_embedder.text_embedder.linear_1 = reader
+    return own.eval()
+
+
+def round_weights(network: nn.Module) -> nn.Module:
+    """Return a network with the values that its weights have in bfloat16, as it is saved."""
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.copy_(weight.bfloat16())
+    return network
+
+
+def count_parameters(network: nn.Module) -> int:
+    return sum(weight.numel() for weight in network.parameters())

@@ -1,0 +1,73 @@
+"""A student with small parts -> a folder like that of a run; files that do not change are hard links."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files.atomic import write_json
+from ..files.file_names import COMPONENTS, MODEL_CARD, MODEL_INDEX, RUN
+from ..training.run_folder import link_file, save_components
+from .making import Pipeline, count_parameters
+
+
+def save_small(
+    folder: Path,
+    source: str | Path,
+    small: Pipeline,
+    record: dict[str, Any],
+    figures: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """Save the student, its parts and run.json; parts in bfloat16. `record` is the run.json of `source`."""
+    source, staged = Path(source), folder / ".components"
+    for component in COMPONENTS:
+        shutil.copytree(source / component, staged / component, copy_function=link_file, dirs_exist_ok=True)
+    link_file(source / MODEL_INDEX, staged / MODEL_INDEX)  # the class of the tokenizer
+    if options["decoder_base_dim"] is not None:
+        _replace(staged / "vae", small.autoencoder)
+    if options["text_shape"] is not None:
+        _replace(staged / "text_encoder", small.encoder)
+    small.student.save_pretrained(folder)
+    save_components(folder, staged, small.scheduler, link_file)
+    shutil.rmtree(staged)
+    _write_card(folder, source, small, figures)
+    parts = {"options": options, "figures": figures}
+    student = record["student"] | {"text_dim": small.student.config.text_dim}
+    write_json(
+        folder / RUN, record | {"student": student, "parts": parts}
+    )  # last: it marks a finished folder
+
+
+def _replace(folder, component):
+    """Save a component in bfloat16 in place of another; the network in memory keeps its dtype."""
+    shutil.rmtree(folder)
+    dtype = component.dtype
+    # The method of diffusers would warn of its list of layers in float32, which is empty here.
+    torch.nn.Module.to(component, torch.bfloat16).save_pretrained(folder)
+    torch.nn.Module.to(component, dtype)
+
+
+def _write_card(folder, source, small, figures):
+    """Write README.md: that of the student, with the sizes and figures of its parts."""
+    card = source / MODEL_CARD
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text = text.replace(str(source), str(folder))
+    rows = ["| part | parameters | of the large one | likeness to it |", "|---|---|---|---|"]
+    for name, part, measure in (
+        ("text encoder", figures.get("text_encoder"), "cosine {cosine:.3f}"),
+        ("decoder", figures.get("decoder"), "{psnr:.1f} dB"),
+    ):
+        if part:
+            share = part["parameters"] / part["large_parameters"]
+            rows.append(f"| {name} | {part['parameters']:,} | {share:.0%} | {measure.format(**part)} |")
+    accuracy = figures["accuracy"]
+    judged = (
+        f"\n\nHeld-out captions drawn right: {accuracy['small']:.1%}, {accuracy['large']:.1%} with the large parts."
+        if accuracy
+        else ""
+    )
+    title = f"## Small parts\n\nThe student itself has {count_parameters(small.student):,} parameters."
+    table = "\n".join(rows)
+    (folder / MODEL_CARD).write_text(f"{text}\n{title}\n\n{table}{judged}\n", encoding="utf-8")
