@@ -72,9 +72,10 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
     parser = make_parser(Settings, __doc__)
     settings = Settings(**vars(parser.parse_args(arguments)))
     try:
-        return complete(settings)
+        settings = complete(settings)
     except (OSError, ValueError) as error:
         parser.error(one_line(str(error)))
+    return settings
 
 
 def complete(settings: Settings) -> Settings:

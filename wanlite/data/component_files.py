@@ -72,7 +72,7 @@ def _read(
 def _saved_dtype(place: Path) -> torch.dtype | None:
     config = read_json(place / CONFIG, DOWNLOADED)
     name = config.get("dtype", config.get("torch_dtype"))
-    return getattr(torch, name) if name in STUDENT_DTYPES.values() else None
+    return getattr(torch, str(name)) if name in STUDENT_DTYPES.values() else None
 
 
 def _tie(tensors: Mapping[str, Tensor], network: torch.nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResidualBlock, WanUpBlock
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,7 +33,7 @@ class Pair(NamedTuple):
 
 
 @torch.no_grad()
-def project_decoder(autoencoder: Any, base_dim: int, latents: Tensor) -> AutoencoderKLWan:
+def project_decoder(autoencoder: Any, base_dim: int, latents: Tensor) -> Any:
     """Return an AutoencoderKLWan with the encoder of `autoencoder` and a decoder of `base_dim` channels.
 
     `latents` (B, C, H, W), normalised, are those of a few images. Temporal taps, which a single frame does not use,
@@ -50,7 +50,7 @@ def project_decoder(autoencoder: Any, base_dim: int, latents: Tensor) -> Autoenc
 
 
 @torch.no_grad()
-def empty_decoder(autoencoder: Any, base_dim: int) -> AutoencoderKLWan:
+def empty_decoder(autoencoder: Any, base_dim: int) -> Any:
     """Return an autoencoder with a decoder of `base_dim` channels whose weights are zero; all others are copies."""
     check_width(autoencoder.config, base_dim)
     # The private entries would reset values that were defaults.
@@ -142,7 +142,7 @@ def sources_of(repeat: Any) -> Tensor:
 
 def measure_energy(decoder: Any, streams: Sequence[Stream], states: Tensor) -> list[Tensor]:
     """Return the mean square (C,) of each stream's channels after the norms that read them."""
-    energies: dict[nn.Module, Tensor] = {}
+    energies: dict[Any, Tensor] = {}
 
     def store(norm, inputs, output):
         channels = output.transpose(0, 1).flatten(1)  # (C, places)
@@ -166,15 +166,23 @@ def _layers(wide, narrow):
     attentions = zip(wide.mid_block.attentions, narrow.mid_block.attentions)
     yield _fit_block(*next(blocks))
     for attention, block in zip(attentions, blocks, strict=True):
-        yield lambda pair, kept, both=attention: fit_attention(*both, pair)
+        yield _fit_attention(*attention)
         yield _fit_block(*block)
     for both in zip(wide.up_blocks, narrow.up_blocks):
-        yield lambda pair, kept, both=both: fit_up_block(*both, pair, kept)
+        yield _fit_up_block(*both)
     yield lambda pair, kept: fit_head(wide, narrow, pair)
 
 
 def _fit_block(wide, narrow):
     return lambda pair, kept: fit_block(wide, narrow, pair, kept)
+
+
+def _fit_attention(wide, narrow):
+    return lambda pair, kept: fit_attention(wide, narrow, pair)
+
+
+def _fit_up_block(wide, narrow):
+    return lambda pair, kept: fit_up_block(wide, narrow, pair, kept)
 
 
 def fit_convolution(wide: Any, narrow: Any, pair: Pair, kept: Tensor) -> Pair:
@@ -193,7 +201,7 @@ def fit_norm(wide: Any, narrow: Any, pair: Pair) -> Tensor:
     return narrow(pair.narrow)
 
 
-def fit_block(wide: WanResidualBlock, narrow: WanResidualBlock, pair: Pair, kept: Iterator[Tensor]) -> Pair:
+def fit_block(wide: Any, narrow: Any, pair: Pair, kept: Iterator[Tensor]) -> Pair:
     """Fit a residual block; its inner channels are chosen by what the second convolution makes of them."""
     shortcut = pair
     if not isinstance(wide.conv_shortcut, nn.Identity):
@@ -211,14 +219,14 @@ def fit_block(wide: WanResidualBlock, narrow: WanResidualBlock, pair: Pair, kept
     return Pair(output, narrow(pair.narrow), shortcut.kept)
 
 
-def choose_inner(block: WanResidualBlock, inner: Tensor, count: int) -> Tensor:
+def choose_inner(block: Any, inner: Tensor, count: int) -> Tensor:
     """Return the `count` inner channels of most energy in the block's output."""
     energy = F.silu(block.norm2(inner)).square().mean((0, 2, 3, 4))
     energy *= weights_of(block.conv2).square().sum((0, 2, 3))
     return energy.topk(count).indices.sort().values
 
 
-def fit_attention(wide: WanAttentionBlock, narrow: WanAttentionBlock, pair: Pair) -> Pair:
+def fit_attention(wide: Any, narrow: Any, pair: Pair) -> Pair:
     """Fit the attention of one head: its logits and values are those of the kept channels, exactly.
 
     The products of queries and keys, and of values and the output, become one matrix each. Terms of the logits that
@@ -250,15 +258,15 @@ def fit_up_block(wide: Any, narrow: Any, pair: Pair, kept: Iterator[Tensor]) -> 
         pair = fit_block(*blocks, pair, kept)
     if upsampler_of(wide) is None:
         return pair
-    convolutions = [upsampler_of(block).resample[1] for block in (wide, narrow)]
+    convolution, own_convolution = (upsampler_of(block).resample[1] for block in (wide, narrow))
     chosen = next(kept)
     output = wide(first.wide) if isinstance(wide, WanUpBlock) else wide(first.wide, first_chunk=True)
     repeated = upsampler_of(narrow).resample[0](pair.narrow.squeeze(2)).unsqueeze(2)
     target = output[:, chosen]
     if getattr(narrow, "avg_shortcut", None) is not None:
         target = target - narrow.avg_shortcut(first.narrow, first_chunk=True)
-    take_weights(*convolutions, pair.kept, chosen)
-    refit(convolutions[1], repeated, target)
+    take_weights(convolution, own_convolution, pair.kept, chosen)
+    refit(own_convolution, repeated, target)
     own = narrow(first.narrow) if isinstance(wide, WanUpBlock) else narrow(first.narrow, first_chunk=True)
     return Pair(output, own, chosen)
 
@@ -322,7 +330,7 @@ def windows_at(padded: Tensor, size: int, places: Tensor) -> Tensor:
     return windows[image, :, row, column].flatten(1)
 
 
-def input_of(layer: nn.Module, network: nn.Module, states: Tensor) -> Tensor:
+def input_of(layer: Any, network: Any, states: Tensor) -> Tensor:
     """Return the input (B, C, 1, H, W) of a 2-D `layer` when `network` is applied to `states`."""
     found: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))

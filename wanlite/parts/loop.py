@@ -39,7 +39,7 @@ class Schedule:
 def train_part(
     name: str,
     folder: Path,
-    network: nn.Module,
+    network: Any,
     loss: Callable[[torch.Generator], Tensor],
     schedule: Schedule,
     facts: dict[str, Any],

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKLWan
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.autoencoder import decode_latents, to_images
 from ..data.shards import dequantize, fill_shards, read_shard
@@ -65,12 +64,12 @@ class PartOptions:
 class Pipeline:
     """A student with its parts, as this package computes with them."""
 
-    student: nn.Module
+    student: Any
     scheduler: Any
     num_steps: int
     tokenizer: Any
-    encoder: nn.Module
-    autoencoder: AutoencoderKLWan
+    encoder: Any
+    autoencoder: Any
     latent_shape: tuple[int, int, int]
 
     @property
@@ -135,9 +134,9 @@ class SmallParts:
         large, figures = self.large, {}
         autoencoder, encoder, student = large.autoencoder, large.encoder, large.student
         if self.options.decoder_base_dim is not None:
-            autoencoder, figures["decoder"] = self.make_decoder()
+            autoencoder, figures["decoder"] = self.make_decoder(self.options.decoder_base_dim)
         if self.options.text_shape is not None:
-            encoder, student, figures["text_encoder"] = self.make_text_encoder()
+            encoder, student, figures["text_encoder"] = self.make_text_encoder(self.options.text_shape)
         small = Pipeline(
             student,
             large.scheduler,
@@ -186,16 +185,14 @@ class SmallParts:
 
     # ---- decoder -------------------------------------------------------------------------------------------
 
-    def make_decoder(self) -> tuple[AutoencoderKLWan, dict[str, Any]]:
+    def make_decoder(self, base_dim: int) -> tuple[Any, dict[str, Any]]:
         """Return an autoencoder with a small decoder, and its figures."""
         large, options = self.large, self.options
         narrow = project_decoder(
-            large.autoencoder, options.decoder_base_dim, self.latents[:PROJECTED_IMAGES].to(large.device)
+            large.autoencoder, base_dim, self.latents[:PROJECTED_IMAGES].to(large.device)
         )
         projected = self._psnr(narrow)
-        self.log(
-            f"decoder  projected to {options.decoder_base_dim} channels: {projected:.1f} dB to the large one"
-        )
+        self.log(f"decoder  projected to {base_dim} channels: {projected:.1f} dB to the large one")
         narrow.requires_grad_(False)
         for module in (narrow.decoder, narrow.post_quant_conv):
             module.requires_grad_(True)
@@ -217,20 +214,18 @@ class SmallParts:
 
     # ---- text encoder --------------------------------------------------------------------------------------
 
-    def make_text_encoder(self) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    def make_text_encoder(self, shape: TextShape) -> tuple[Any, Any, dict[str, Any]]:
         """Return a small text encoder, a student that reads it, and figures."""
         large, options = self.large, self.options
         reader = large.student.condition_embedder.text_embedder.linear_1
         tokens = large.tokens(self.prompts)
         held_out = large.tokens(self.held_out)
         first = tokens.take(torch.arange(min(PROJECTED_PROMPTS, len(self.prompts))))
-        encoder, weight = project_text_encoder(large.encoder, options.text_shape, first, reader.weight)
+        encoder, weight = project_text_encoder(large.encoder, shape, first, reader.weight)
         small = SmallText(encoder, weight, reader.bias).to(large.device)
         compare = partial(compare_reading, large.encoder, reader, small, held_out)
         projected = float(compare().mean())
-        self.log(
-            f"text     projected to width {options.text_shape.width}: cosine {projected:.3f} to the large one"
-        )
+        self.log(f"text     projected to width {shape.width}: cosine {projected:.3f} to the large one")
         small.encoder.requires_grad_(True)
         own_student = with_reader(large.student, small.reader)
         loss = reading_loss(large.encoder, reader, small, tokens, options.text_batch)
@@ -270,7 +265,7 @@ class SmallParts:
         return [(float(timestep), float(noise_level)) for timestep, noise_level in states]
 
 
-def with_reader(student: nn.Module, reader: nn.Linear) -> nn.Module:
+def with_reader(student: Any, reader: Any) -> Any:
     """Return a student with the weights of another that reads text of another width through `reader`."""
     config = {name: value for name, value in student.config.items() if not name.startswith("_")}
     own = type(student).from_config(config | {"text_dim": reader.in_features})
@@ -284,7 +279,7 @@ def with_reader(student: nn.Module, reader: nn.Linear) -> nn.Module:
     return own.eval()
 
 
-def round_weights(network: nn.Module) -> nn.Module:
+def round_weights(network: Any) -> Any:
     """Return a network with the values that its weights have in bfloat16, as it is saved."""
     with torch.no_grad():
         for weight in network.parameters():
@@ -292,5 +287,5 @@ def round_weights(network: nn.Module) -> nn.Module:
     return network
 
 
-def count_parameters(network: nn.Module) -> int:
+def count_parameters(network: Any) -> int:
     return sum(weight.numel() for weight in network.parameters())

@@ -8,7 +8,7 @@ import torch
 
 from ..files.atomic import write_json
 from ..files.file_names import COMPONENTS, MODEL_CARD, MODEL_INDEX, RUN
-from ..training.run_folder import link_file, save_components
+from ..training.run_folder import copy_files, link_file, save_components
 from .making import Pipeline, count_parameters
 
 
@@ -22,8 +22,9 @@ def save_small(
 ) -> None:
     """Save the student, its parts and run.json; parts in bfloat16. `record` is the run.json of `source`."""
     source, staged = Path(source), folder / ".components"
+    shutil.rmtree(staged, ignore_errors=True)  # of a save that was killed
     for component in COMPONENTS:
-        shutil.copytree(source / component, staged / component, copy_function=link_file, dirs_exist_ok=True)
+        copy_files(source / component, staged / component, link_file)
     link_file(source / MODEL_INDEX, staged / MODEL_INDEX)  # the class of the tokenizer
     if options["decoder_base_dim"] is not None:
         _replace(staged / "vae", small.autoencoder)

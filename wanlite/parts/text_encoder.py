@@ -27,7 +27,7 @@ VELOCITY_WEIGHT = 10.0  # the student's velocity differs by a few percent at fir
 class SmallText(nn.Module):
     """A small encoder, and the student's layer that reads it."""
 
-    def __init__(self, encoder: nn.Module, weight: Tensor, bias: Tensor):
+    def __init__(self, encoder: Any, weight: Tensor, bias: Tensor):
         super().__init__()
         self.encoder = encoder
         self.reader = nn.Linear(weight.shape[1], weight.shape[0])
@@ -41,7 +41,7 @@ class SmallText(nn.Module):
         return encode(self.encoder, tokens)
 
 
-def encode(encoder: nn.Module, tokens: Tokens) -> Tensor:
+def encode(encoder: Any, tokens: Tokens) -> Tensor:
     """Return an encoder's hidden states (B, L, D) of tokens."""
     return encoder(tokens.ids, tokens.mask).last_hidden_state
 
@@ -55,7 +55,7 @@ def tokenize_all(tokenizer: Any, prompts: Sequence[str], max_length: int) -> Tok
 
 
 def reading_loss(
-    large: nn.Module, reader: nn.Linear, small: SmallText, tokens: Tokens, batch_size: int
+    large: Any, reader: Any, small: SmallText, tokens: Tokens, batch_size: int
 ) -> Callable[[torch.Generator], Tensor]:
     """Return the loss of what the student reads of random prompts: squared error and angle of each token."""
 
@@ -72,10 +72,10 @@ def reading_loss(
 
 
 def velocity_difference(
-    large: nn.Module,
-    student: nn.Module,
+    large: Any,
+    student: Any,
     small: SmallText,
-    own_student: nn.Module,
+    own_student: Any,
     tokens: Tokens,
     latents: Tensor,
     levels: Sequence[tuple[float, float]],
@@ -114,7 +114,7 @@ def pack(states: Tensor, tokens: Tokens) -> TextTokens:
 
 
 @torch.no_grad()
-def compare_reading(large: nn.Module, reader: nn.Linear, small: SmallText, tokens: Tokens) -> Tensor:
+def compare_reading(large: Any, reader: Any, small: SmallText, tokens: Tokens) -> Tensor:
     """Return the mean cosine (B,) of what the student reads of each prompt, small to large."""
     target, read = reader(encode(large, tokens).float()), small.reader(small.states(tokens))
     cosine = F.cosine_similarity(read, target, dim=-1).masked_fill(~tokens.mask.bool(), 0.0)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from ..student.regression import solve_ridge
@@ -61,7 +61,7 @@ class Tokens:
         return states[self.mask.bool()]
 
 
-def default_shape(config: UMT5Config, width: int | None = None) -> TextShape:
+def default_shape(config: Any, width: int | None = None) -> TextShape:
     """Return the shape of a small encoder: by default half as wide, at most MAX_WIDTH, and half as deep."""
     width = width or min(MAX_WIDTH, config.d_model // 2)
     share = width / config.d_model
@@ -75,12 +75,12 @@ def default_shape(config: UMT5Config, width: int | None = None) -> TextShape:
 
 @torch.no_grad()
 def project_text_encoder(
-    encoder: UMT5EncoderModel,
+    encoder: Any,
     shape: TextShape,
     tokens: Tokens,
     reader: Tensor,
-    blocks: Callable[[], Iterable[nn.Module]] | None = None,
-) -> tuple[UMT5EncoderModel, Tensor]:
+    blocks: Callable[[], Iterable[Any]] | None = None,
+) -> tuple[Any, Tensor]:
     """Return a small encoder and the matrix (out, d) that reads it as `reader` (out, D) reads `encoder`.
 
     `tokens` are those of a few hundred prompts. `blocks()` returns the blocks of the large encoder in order, by
@@ -110,7 +110,7 @@ def project_text_encoder(
     return small, weight
 
 
-def check_shape(config: UMT5Config, shape: TextShape) -> None:
+def check_shape(config: Any, shape: TextShape) -> None:
     """Raise ValueError unless a small encoder of this shape can be made of a large one."""
     for name, value, largest in (
         ("width", shape.width, config.d_model),
@@ -124,7 +124,7 @@ def check_shape(config: UMT5Config, shape: TextShape) -> None:
             )
 
 
-def make_small(config: UMT5Config, shape: TextShape) -> UMT5EncoderModel:
+def make_small(config: Any, shape: TextShape) -> Any:
     """Return an encoder of a shape with new weights."""
     changed = {"d_model": shape.width, "num_layers": shape.depth, "num_heads": shape.heads, "d_ff": shape.ffn}
     changed["num_decoder_layers"] = shape.depth
@@ -138,7 +138,7 @@ def split_blocks(num_blocks: int, depth: int) -> list[int]:
     return [end - start for start, end in zip([0, *ends], ends)]
 
 
-def find_basis(states: Tensor, blocks: Iterable[nn.Module], tokens: Tokens, width: int) -> Tensor:
+def find_basis(states: Tensor, blocks: Iterable[Any], tokens: Tokens, width: int) -> Tensor:
     """Return the principal directions (D, width) of the states before and after each block.
 
     Each block counts alike, although states grow from block to block: norms divide by their size.
@@ -155,7 +155,7 @@ def find_basis(states: Tensor, blocks: Iterable[nn.Module], tokens: Tokens, widt
 class Observed:
     """A block of the large encoder, and what its heads and neurons write (rows of all tokens)."""
 
-    def __init__(self, block: nn.Module, tokens: Tokens):
+    def __init__(self, block: Any, tokens: Tokens):
         self.attention, self.neurons = block.layer
         self.tokens = tokens
 
@@ -184,7 +184,7 @@ class Observed:
 class recorded:
     """Records the inputs of a layer within the context."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: Any):
         self.layer = layer
 
     def __enter__(self) -> list[Tensor]:
@@ -196,14 +196,14 @@ class recorded:
         self.hook.remove()
 
 
-def fit_norm(norm: nn.Module, rows: Tensor, own_rows: Tensor) -> None:
+def fit_norm(norm: Any, rows: Tensor, own_rows: Tensor) -> None:
     """Set the gain of a small norm, which divides by the size of fewer directions."""
     size, own_size = (each.float().square().mean(-1).sqrt() for each in (rows, own_rows))
     norm.weight.fill_((own_size / size).mean())
 
 
 def fit_attention(
-    own: nn.Module, span: list[Observed], basis: Tensor, states: tuple, own_states: Tensor, tokens: Tokens
+    own: Any, span: list[Observed], basis: Tensor, states: tuple, own_states: Tensor, tokens: Tokens
 ) -> Tensor:
     """Fit the attention of a small block to that of all blocks of its span; returns the states after it.
 
@@ -232,7 +232,7 @@ def fit_attention(
 
 
 def fit_neurons(
-    own: nn.Module, span: list[Observed], basis: Tensor, states: tuple, own_states: Tensor, tokens: Tokens
+    own: Any, span: list[Observed], basis: Tensor, states: tuple, own_states: Tensor, tokens: Tokens
 ) -> Tensor:
     """Fit the neurons of a small block to those of all blocks of its span; returns the states after them.
 
@@ -256,12 +256,12 @@ def fit_neurons(
     return own_states + feed.wo(inputs[0])
 
 
-def folded(layer: nn.Linear, block: nn.Module) -> Tensor:
+def folded(layer: Any, block: Any) -> Tensor:
     """Return the weight (out, D) of a layer with the gain of the norm before it."""
     return layer.weight.float() * block.layer_norm.weight.float()
 
 
-def refit(layer: nn.Linear, inputs: Tensor, residual: Tensor) -> None:
+def refit(layer: Any, inputs: Tensor, residual: Tensor) -> None:
     """Refit a layer in place by ridge regression from its inputs (R, in) to the residuals (R, out) of its outputs."""
     change, _ = solve_ridge(inputs, residual, RIDGE, has_bias=False)
     layer.weight += change

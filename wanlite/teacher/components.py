@@ -224,7 +224,8 @@ def _make_text_encoder(config: dict[str, Any]) -> Any:
     from transformers import UMT5Config, UMT5EncoderModel
 
     known = {name: config[name] for name in UMT5Config.__annotations__ if name in config}
-    return UMT5EncoderModel(UMT5Config(**known, attn_implementation="sdpa"))
+    options: dict[str, Any] = {**known, "attn_implementation": "sdpa"}
+    return UMT5EncoderModel(UMT5Config(**options))
 
 
 _NETWORKS = {"vae": _make_autoencoder, "text_encoder": _make_text_encoder}

@@ -203,7 +203,7 @@ def save_components(
     folder, components_folder = Path(folder), Path(components_folder)
     for component in COMPONENTS:
         with new_folder(folder / component) as partial:
-            _copy_files(components_folder / component, partial, copy)
+            copy_files(components_folder / component, partial, copy)
             if component == "vae":
                 _write_index(partial / WEIGHTS)
     scheduler.save_pretrained(folder / "scheduler")
@@ -253,7 +253,7 @@ def link_file(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _copy_files(source: Path, target: Path, copy: Callable[[Path, Path], object]) -> None:
+def copy_files(source: Path, target: Path, copy: Callable[[Path, Path], object]) -> None:
     """Copy files without their permissions: a teacher's folder may be read-only."""
     for path in sorted(source.rglob("*")):
         if path.is_file() and path != source / MANIFEST:
