@@ -1,4 +1,4 @@
-"""The console commands wanlite-train and wanlite-generate: the two scripts, wherever they are installed."""
+"""The console commands: wanlite-train and wanlite-generate run the two scripts, wherever they are installed."""
 
 from runpy import run_module
 
@@ -9,6 +9,10 @@ def train():
 
 def generate():
     _run_script("run_inference")
+
+
+def export():
+    _run_script("wanlite.export")
 
 
 def _run_script(module):
