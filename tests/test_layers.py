@@ -11,7 +11,7 @@ from tests.conftest import ROOT, run_script
 LAYERS = (  # from the top; a file imports from the layers below its own, or from its own folder
     ("wanlite.commands",),
     ("run_inference",),
-    ("wanlite.pipeline", "wanlite.export"),
+    ("wanlite.pipeline", "wanlite.export", "wanlite.lora"),
     ("train_distillation",),
     ("wanlite.planning",),
     ("wanlite.training",),

@@ -15,6 +15,10 @@ def export():
     _run_script("wanlite.export")
 
 
+def lora():
+    _run_script("wanlite.lora")
+
+
 def _run_script(module):
     """Run a script as `python script.py` does, so that it checks its arguments before it imports torch."""
     run_module(module, run_name="__main__", alter_sys=True)

@@ -38,6 +38,7 @@ from .flow import check_schedule, set_steps
 from .network import TextTokens, pack_states, pack_text, unpack_text
 from .runtime.devices import is_fast_in_bfloat16
 from .schedule import SCHEDULER, TIMESTEPS, read_schedule, recorded_schedule
+from .student.adapters import check_lora_fits
 from .student.location import student_folder
 from .training.run_folder import check_saved_components, read_run
 from .training.sampling_defaults import check_steps, sampling_defaults, size_warning, trained_sizes
@@ -178,6 +179,12 @@ class WanLitePipeline(WanPipeline):
             images = final if output_type == "latent" else self._to_output(final, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def load_lora_weights(self, source: Any, adapter_name: str | None = None, **options: Any) -> None:
+        """Load a LoRA as WanPipeline does; raises ValueError if it does not fit the student."""
+        copied = dict(source) if isinstance(source, dict) else source
+        check_lora_fits(self.lora_state_dict(copied, **options), self.transformer)
+        super().load_lora_weights(source, adapter_name, **options)
 
     # ---- arguments -----------------------------------------------------------------------------------------
 
