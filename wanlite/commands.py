@@ -1,4 +1,4 @@
-"""The console commands: the scripts, wherever they are installed."""
+"""The console commands: each runs a script, wherever it is installed."""
 
 from runpy import run_module
 
@@ -13,6 +13,14 @@ def generate():
 
 def small():
     _run_script("wanlite.small")
+
+
+def export():
+    _run_script("wanlite.export")
+
+
+def lora():
+    _run_script("wanlite.lora")
 
 
 def _run_script(module):

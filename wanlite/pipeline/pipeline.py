@@ -23,6 +23,7 @@ from ..files.atomic import write_json
 from ..files.file_names import COMPONENTS, RUN
 from ..flow import check_schedule
 from ..runtime.devices import without_cudnn_attention
+from ..student.adapters import check_lora_fits
 from ..student.location import student_folder
 from .arguments import check_options, choose_size, choose_steps
 from .decoding import decode_pixels, fold_autoencoder, refuse_not_finite
@@ -140,6 +141,12 @@ class WanLitePipeline(WanPipeline):
             images = final if output_type == "latent" else self._to_output(final, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def load_lora_weights(self, source: Any, adapter_name: str | None = None, **options: Any) -> None:
+        """Load a LoRA as WanPipeline does; raises ValueError if it does not fit the student."""
+        copied = dict(source) if isinstance(source, dict) else source
+        check_lora_fits(self.lora_state_dict(copied, **options), self.transformer)
+        super().load_lora_weights(source, adapter_name, **options)
 
     # ---- arguments -----------------------------------------------------------------------------------------
 

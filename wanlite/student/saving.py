@@ -31,6 +31,7 @@ from .weights import SHARD, Shape
 
 FILE_LIST = "files.json"  # files and variant of a staged save
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+STORED = DTYPES | {torch.float8_e4m3fn: "F8_E4M3"}  # a student itself is never in float8
 ALIGNED = 64  # bytes of a cache line
 COMPILED = "_orig_mod."  # prefix that torch.compile adds to the names of a module's tensors
 OTHER_LAYER = "another layer than a student's"
@@ -176,7 +177,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     for name in names:
         start, end = end, end + tensors[name].nbytes
         header[name] = {
-            "dtype": DTYPES[tensors[name].dtype],
+            "dtype": STORED[tensors[name].dtype],
             "shape": list(tensors[name].shape),
             "data_offsets": [start, end],
         }

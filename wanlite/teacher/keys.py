@@ -89,6 +89,33 @@ def diffusers_name(name: str) -> str:
     )
 
 
+def official_name(name: str) -> str:
+    """Return Wan's own name for a transformer's tensor of diffusers' name: diffusers_name(), reversed.
+
+    Raises ValueError for a name that does not occur in a text-to-video Wan.
+    """
+    for pattern, template in _OFFICIAL_NAMES:
+        if match := pattern.match(name):
+            return match.expand(template)
+    raise ValueError(
+        f"tensor {name!r} does not belong to a text-to-video Wan transformer, by diffusers' names."
+    )
+
+
+def _reverse(pattern: re.Pattern[str], template: str) -> tuple[re.Pattern[str], str]:
+    """Swap the sides of a row of TRANSFORMER_NAMES; its groups keep their numbers."""
+    groups = re.findall(r"\([^)]*\)", pattern.pattern)
+    official = pattern.pattern.strip("^$").replace(r"\.", ".")
+    reversed_pattern = re.escape(template)
+    for number, group in enumerate(groups, start=1):
+        official = official.replace(group, rf"\{number}", 1)
+        reversed_pattern = reversed_pattern.replace(rf"\\{number}", group)
+    return re.compile(f"^{reversed_pattern}$"), official
+
+
+_OFFICIAL_NAMES = [_reverse(pattern, template) for pattern, template in TRANSFORMER_NAMES]
+
+
 def rename(tensors: Mapping[str, T], table: Iterable[tuple[re.Pattern[str], str]]) -> dict[str, T]:
     """Return tensors under the names that a table of names.py gives them."""
     renamed = {}

@@ -1,0 +1,1 @@
+"""A saved student -> one file for another program: ComfyUI."""

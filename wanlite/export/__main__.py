@@ -1,0 +1,190 @@
+"""Export a saved student for ComfyUI: one safetensors file under Wan's own names, and a workflow beside it.
+
+    wanlite-export --format comfyui ./outputs/wan_t2i --output ComfyUI/models/diffusion_models/student.safetensors
+
+Open the workflow, student.json, in ComfyUI. It names the text encoder and the autoencoder to download.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..data.tables import check_text
+from ..files.atomic import check_space, flush, write_json
+from ..files.dtypes import BYTES_PER_VALUE
+from ..files.file_names import RUN
+from ..planning.settings import make_parser, setting
+from ..runtime.terminal import keep_output_open, one_line
+from ..schedule import TIMESTEPS, read_schedule, recorded_schedule
+from ..student.loading import open_student
+from ..student.location import student_folder
+from ..training.run_folder import read_run
+from ..training.sampling_defaults import check_steps, sampling_defaults
+from .comfyui import AUTOENCODERS, DTYPES, TEXT_ENCODER, check_runnable
+from .workflow import Drawing, format_level, make_workflow
+
+SUFFIX, WORKFLOW_SUFFIX = ".safetensors", ".json"
+STORED = {"float32": "F32", "bfloat16": "BF16", "float8": "F8_E4M3"}
+PROMPT = "a photograph of a lighthouse on a cliff at dawn"  # of a student without a recorded prompt
+
+
+@dataclass(frozen=True)
+class Settings:
+    format: str = setting("comfyui", "program that reads the file", choices=("comfyui",))
+    output: str | None = setting(
+        None, "file to write, *.safetensors (default: the name of the student's folder)", is_path=True
+    )
+    dtype: str = setting(
+        "bfloat16", "dtype of the weights; float8 scales the matrices of the blocks", choices=DTYPES
+    )
+    num_inference_steps: int | None = setting(
+        None, "sampling steps of the workflow (default: those of the student's run)"
+    )
+    overwrite: bool = setting(False, "replace existing files (default: off)")
+
+
+def read_settings(arguments: Sequence[str] | None = None) -> tuple[Settings, Path, dict[str, Any]]:
+    """Read and check the command line without importing torch; returns the settings, the folder and its run.json."""
+    parser = make_parser(Settings, __doc__)
+    parser.prog = "wanlite-export"
+    parser.usage = "wanlite-export [options] DIR"
+    parser.add_argument("model", metavar="DIR", help="folder of a saved student, or its name on the hub")
+    values = vars(parser.parse_args(arguments))
+    model = values.pop("model")
+    try:
+        folder = student_folder(model)
+        settings, run = complete(Settings(**values), folder)
+    except (OSError, ValueError) as error:
+        parser.error(one_line(str(error)))
+    return settings, folder, run
+
+
+def complete(settings: Settings, folder: Path) -> tuple[Settings, dict[str, Any]]:
+    """Complete settings from the saved run; raises OSError or ValueError for a student that cannot be exported."""
+    with open_student(folder) as (config, files):
+        num_values = sum(math.prod(entry.shape) for file in files for entry in file.entries.values())
+    check_runnable(config, folder)
+    run = read_run(folder)
+    schedule = recorded_schedule(run, folder / RUN)
+    read_schedule(folder, schedule)
+    defaults = sampling_defaults(run)
+    steps = settings.num_inference_steps or defaults["num_inference_steps"]
+    if type(steps) is not int or not 0 < steps <= TIMESTEPS:
+        raise ValueError(
+            f"--num_inference_steps is {steps!r}, expected a whole number from 1 to {TIMESTEPS}."
+        )
+    check_steps(steps, schedule, folder, "--num_inference_steps")
+    output = Path(settings.output or f"{folder.resolve().name}{SUFFIX}")
+    check_output(output, settings.overwrite)
+    check_space(output.absolute().parent, BYTES_PER_VALUE[STORED[settings.dtype]] * num_values)
+    return replace(settings, output=str(output), num_inference_steps=steps), run
+
+
+def check_output(output: Path, is_replaced: bool) -> None:
+    """Raise OSError or ValueError for a path that cannot be written, or that exists."""
+    if output.suffix != SUFFIX:
+        raise ValueError(f"--output {output}: expected a name that ends with {SUFFIX}.")
+    if not output.absolute().parent.is_dir():
+        raise OSError(f"--output {output}: no folder {output.absolute().parent}. Create it, or name another.")
+    if not os.access(output.absolute().parent, os.W_OK | os.X_OK):
+        raise OSError(f"--output {output}: {output.absolute().parent} cannot be written to. Name another.")
+    for path in (output, output.with_suffix(WORKFLOW_SUFFIX)):
+        if path.is_dir() or (path.exists() and not is_replaced):
+            raise OSError(f"{path}: exists. Name another --output, or add --overwrite for a file.")
+
+
+def levels_of(folder: Path, run: dict[str, Any], counts: Sequence[int]) -> dict[int, list[float]]:
+    """Return {number of steps: noise levels} of a saved student's scheduler, from about 1 to 0."""
+    from diffusers import UniPCMultistepScheduler
+
+    from ..flow import check_schedule
+
+    scheduler: Any = UniPCMultistepScheduler(**read_schedule(folder, recorded_schedule(run, folder / RUN)))
+    levels = {}
+    for count in counts:
+        check_schedule(scheduler, count)
+        levels[count] = scheduler.sigmas.tolist()
+    return levels
+
+
+def describe(levels: dict[int, list[float]], num_channels: int) -> str:
+    """Return the text of the workflow's note: the files to download, and the levels of each number of steps."""
+    files = (TEXT_ENCODER, AUTOENCODERS[num_channels])
+    lines = ["Download into ComfyUI's models folder:"]
+    lines += [f"  {file.folder}/{file.name}\n  {file.url}" for file in files]
+    lines += ["", "Noise levels for ManualSigmas, by the number of steps:"]
+    return "\n".join(
+        [*lines, *(f"  {count}: {', '.join(map(format_level, levels[count]))}" for count in levels)]
+    )
+
+
+def export(settings: Settings, folder: Path, run: dict[str, Any]) -> tuple[Path, Path]:
+    """Write the weights and the workflow; returns their paths."""
+    from train_distillation import WanLiteStudent
+
+    from ..student.saving import write_weights
+    from .comfyui import comfyui_tensors
+
+    student, loaded = WanLiteStudent.from_pretrained(folder, sha256=None, output_loading_info=True)
+    output, defaults = Path(str(settings.output)), sampling_defaults(run)
+    steps, few_steps = (
+        settings.num_inference_steps or 0,
+        recorded_schedule(run, folder / RUN).get("few_steps"),
+    )
+    levels = levels_of(folder, run, sorted({steps, *(few_steps or ())}, reverse=True))
+    prompts = run.get("validation_prompts") or [PROMPT]
+    check_text(prompts[0], f"{folder / RUN}: a validation prompt")
+    drawing = Drawing(defaults["width"], defaults["height"], levels[steps], prompts[0], bool(few_steps))
+    workflow = make_workflow(
+        output.name, student.config.num_channels, drawing, describe(levels, student.config.num_channels)
+    )
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        write_weights(
+            partial,
+            comfyui_tensors(student.state_dict(), settings.dtype),
+            metadata_of(output.stem, drawing, levels),
+        )
+        flush(partial)
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+    write_json(output.with_suffix(WORKFLOW_SUFFIX), workflow)
+    return output, output.with_suffix(WORKFLOW_SUFFIX)
+
+
+def metadata_of(title: str, drawing: Drawing, levels: dict[int, list[float]]) -> dict[str, str]:
+    """Return the metadata of the file, whose first names are those of the modelspec standard."""
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "wan2.1",
+        "modelspec.implementation": "https://github.com/comfyanonymous/ComfyUI",
+        "modelspec.title": title,
+        "modelspec.resolution": f"{drawing.width}x{drawing.height}",
+        "modelspec.prediction_type": "flow",
+        **{f"wanlite.sigmas.{count}": ", ".join(map(format_level, each)) for count, each in levels.items()},
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; a refusal is one line with exit code 2."""
+    settings, folder, run = read_settings(arguments)
+    try:
+        output, workflow = export(settings, folder, run)
+    except (OSError, ValueError) as error:
+        print(f"wanlite-export: {one_line(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    print(
+        f"wrote {output} ({output.stat().st_size / 1e6:,.1f} MB, {settings.dtype}), for models/diffusion_models"
+    )
+    print(f"wrote {workflow}: open it in ComfyUI 0.8 or newer; its note lists the files to download")
+
+
+if __name__ == "__main__":
+    keep_output_open()
+    main()
