@@ -1,12 +1,12 @@
-"""Project a Wan teacher's weights into a small text-to-image student, distil it from prompts alone, and save it.
+"""Project a Wan teacher's weights into a small student, distil it from prompts alone, and save it.
 
-    python train_distillation.py                                                     # the tiny teacher, minutes on a laptop
-    python train_distillation.py --teacher ./Wan2.2-T2V-A14B --prompts prompts.txt   # one GPU box
-    accelerate launch train_distillation.py --teacher ... --prompts ...              # several GPUs
+    python train_distillation.py                                 # the tiny teacher
+    python train_distillation.py --teacher DIR --prompts FILE    # one GPU machine
+    accelerate launch train_distillation.py --teacher ...        # several GPUs
 
-Order of this file: settings, WanLiteStudent, the dry run, a run and its loop over the phases of wanlite/phases.py.
 A run writes to --output_dir; after an interruption, the same command resumes it.
 """
+# Order of this file: settings, WanLiteStudent, the dry run, a run and its loop over the phases of wanlite/phases.py.
 
 import gc
 import os
@@ -80,33 +80,42 @@ class Settings:
         group="teacher and data",
         aliases=("--teacher_checkpoint_path", "--teacher_path"),
         is_path=True,
+        brief="Wan2.2: a folder or a name on the hub; or tiny, emoji (default: a Wan2.2 in this folder, else tiny)",
     )
     prompts: str | None = setting(
         None,
         "text file with one prompt per line, or a .jsonl, .json, .csv, .tsv or .parquet file with a column "
         "prompt, text or caption (default: generated prompts; for the tiny teacher, captions of its world)",
         is_path=True,
+        brief="text file, one prompt per line (default: generated)",
     )
     images: str | None = setting(
         None,
         "captioned images for the velocity phase: a folder with a .txt file per image or with metadata.jsonl "
         "or .csv, .parquet files, a folder saved by datasets, or webdataset .tar files (default: none)",
         is_path=True,
+        brief="folder of captioned images to train on (default: none)",
     )
     num_images: int | None = setting(None, "use at most this many images (default: all)", least=1)
     output_dir: str = setting(
-        "./outputs/wan_t2i", "folder of the run and of the saved student", group="output", is_path=True
+        "./outputs/wan_t2i",
+        "folder of the run and of the saved student",
+        group="output",
+        is_path=True,
+        brief=True,
     )
     config: str | None = setting(
         None,
         "file of settings, .toml or .json, or the run.json of a run to repeat; flags win (default: none)",
         is_path=True,
+        brief="file of settings, .toml or .json (default: none)",
     )
     budget: str | None = setting(
         None,
         "preset of --resolutions, --num_trajectories and --max_train_steps for Wan2.2: about 5 hours, a day or "
         "a week of an H100; flags that are set win (default: none, which is about the trial)",
         choices=tuple(BUDGETS),
+        brief="about 5 hours, a day or a week of an H100 for Wan2.2 (default: none)",
     )
     cache_dir: str | None = setting(
         None,
@@ -118,14 +127,21 @@ class Settings:
         "most disk for the teacher's trajectories in GB; lowers the default of --num_trajectories (default: no limit)",
         above=0,
     )
-    dry_run: bool = setting(False, "print the plan of the run and its memory, disk and time, then stop")
+    dry_run: bool = setting(
+        False,
+        "print the plan of the run and its memory, disk and time, then stop",
+        brief="print memory, disk and time of the run, then stop",
+    )
     plan_for: str | None = setting(
         None,
         "plan for a machine of this GPU and CPU memory, as 24GB,64GB; needs --dry_run (default: this machine)",
+        brief="with --dry_run: GPU and CPU memory of another machine, as 24GB,64GB (default: this one)",
     )
-    overwrite: bool = setting(False, "replace a finished run in --output_dir")
+    overwrite: bool = setting(False, "replace a finished run in --output_dir", brief=True)
     push_to_hub: str | None = setting(
-        None, "upload the saved student to this model of the hub, as organisation/model (default: no upload)"
+        None,
+        "upload the saved student to this model of the hub, as organisation/model (default: no upload)",
+        brief="upload to this model of the hub (default: no upload)",
     )
     resume_from_checkpoint: str = setting(
         "latest", "resume an interrupted run in --output_dir, or start again", choices=("latest", "none")
@@ -159,6 +175,7 @@ class Settings:
         None,
         "folder of a saved student to train further, instead of projecting (default: none)",
         is_path=True,
+        brief="train this saved student further (default: none)",
     )
 
     guidance_scale: float = setting(
@@ -179,6 +196,7 @@ class Settings:
         None,
         "pixels, as one number for squares or as WIDTH HEIGHT, divisible by 16, for TI2V-5B by 32 "
         "(default: the tiny teacher's own, else 512)",
+        brief="pixels: one number, or width and height (default: the tiny teacher's 64, else 512)",
     )
     resolutions: list[int] | None = setting(
         None,
@@ -206,6 +224,7 @@ class Settings:
         f"number of trajectories (default: one per prompt, at least {MIN_TRAJECTORIES}; few prompts get several "
         "each, from different noise)",
         least=1,
+        brief=f"images of the teacher to train on (default: one per prompt, at least {MIN_TRAJECTORIES})",
     )
 
     num_held_out: int = setting(
@@ -217,11 +236,13 @@ class Settings:
         "micro-batch per device (default: 128; with a large teacher, the largest that fits)",
         group="phases and steps",
         least=1,
+        brief="images per device in a step (default: what fits)",
     )
     max_train_steps: int | None = setting(
         None,
         f"optimizer steps of all phases (default: {TINY_STEPS} for the tiny teacher, else {REAL_STEPS})",
         least=1,
+        brief=f"optimizer steps (default: {TINY_STEPS} tiny, {REAL_STEPS} Wan2.2)",
     )
     few_step_train_steps: int | None = setting(
         None,
@@ -233,7 +254,10 @@ class Settings:
         0, "steps of the matching phase, distribution matching with a critic", least=0
     )
     few_steps: list[int] = setting(
-        (1, 2, 4), "sampling steps that the student is trained for, divisors of --teacher_steps", least=1
+        (1, 2, 4),
+        "sampling steps that the student is trained for, divisors of --teacher_steps",
+        least=1,
+        brief="sampling steps of the student",
     )
     rollout_states: int | None = setting(
         None,
@@ -353,7 +377,9 @@ class Settings:
         most=1000,
     )
     validation_prompts: list[str] | None = setting(
-        None, "prompts of the grids (default: eight, held-out ones first)"
+        None,
+        "prompts of the grids (default: eight, held-out ones first)",
+        brief="prompts of the validation images (default: eight)",
     )
     num_inference_steps: int = setting(
         4, "sampling steps in validation and, by default, of the saved student", least=1, most=1000
@@ -362,7 +388,7 @@ class Settings:
         "tensorboard", "tracker, as in accelerate: tensorboard, wandb, ...; none writes metrics.jsonl only"
     )
     logging_dir: str = setting("logs", "folder of the tracker's files, inside --output_dir", is_path=True)
-    seed: int = setting(0, "seed of all random numbers", least=0, below=2**32)
+    seed: int = setting(0, "seed of all random numbers", least=0, below=2**32, brief=True)
 
 
 def read_settings():
@@ -376,17 +402,17 @@ def read_settings():
         settings = complete(settings)
         is_resumed = not settings.dry_run and is_interrupted(settings)  # plan() lists errors as problems
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.refuse(str(error))
     if not settings.dry_run:
         if settings.push_to_hub is not None and is_first():
             try:
                 create_repository(settings.push_to_hub)
             except ValueError as error:
-                parser.error(str(error))
+                parser.refuse(str(error))
         try:
             Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            parser.error(
+            parser.refuse(
                 f"--output_dir {settings.output_dir}: cannot be created ({error.strerror}). Choose another."
             )
     return settings, is_resumed

@@ -9,6 +9,7 @@ import pwd
 import re
 import shlex
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -136,13 +137,13 @@ def test_a_wrong_flag_is_refused_and_similar_flags_are_suggested(settings, typed
 def test_a_flag_unlike_all_others_gets_no_suggestion(capsys):
     with pytest.raises(SystemExit):
         make_parser(TrainSettings, "").parse_args(["--xyzzy"])
-    assert "unrecognized arguments: --xyzzy (--help lists every flag)" in capsys.readouterr().err
+    assert "unrecognized arguments: --xyzzy (--help_all lists every flag)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings", [TrainSettings, InferenceSettings])
 def test_help_has_every_flag_under_a_heading(settings):
     options, *groups = make_parser(settings, "").format_help().partition("options:\n")[2].split("\n\n")
-    assert options.split()[:2] == ["-h,", "--help"] and len(options.splitlines()) == 1
+    assert re.findall("^  (-.*?)  ", options, re.MULTILINE) == ["-h, --help", "--help_all"]
     assert all(re.match(r"[a-z ]+:\n  --", group) for group in groups)
     listed = re.findall(r"^  --(\w+)", "\n".join(groups), re.MULTILINE)
     assert listed == [field.name for field in dataclasses.fields(settings)]
@@ -150,11 +151,30 @@ def test_help_has_every_flag_under_a_heading(settings):
 
 @pytest.mark.parametrize("settings", [TrainSettings, InferenceSettings])
 def test_help_has_every_default_except_switches_that_are_off(settings):
-    _, *entries = re.split(r"\n  (?=--)", make_parser(settings, "").format_help())
+    *_, listed = make_parser(settings, "").format_help().partition("--help_all")
+    _, *entries = re.split(r"\n  (?=--)", listed)
     entries = [" ".join(entry.split()) for entry in entries]
     for field, entry in zip(dataclasses.fields(settings), entries, strict=True):
         assert (entry.count("(default: ") == 1) == (field.default is not False), entry
     assert any(re.match(r"--seed N .*\(default: 0\)", entry) for entry in entries)
+
+
+@pytest.mark.parametrize("settings", [TrainSettings, InferenceSettings])
+def test_the_brief_help_fits_a_terminal_and_names_its_defaults(settings, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    module = sys.modules[settings.__module__]
+    with pytest.raises(SystemExit) as ended:
+        make_parser(settings, module.__doc__).parse_args(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0 and len(lines) <= 40 and "--help_all" in "".join(lines)
+    _, _, *entries = re.split(r"\n(?=--)", "\n".join(lines))
+    switches = [f"--{field.name}" for field in dataclasses.fields(settings) if field.default is False]
+    for entry in entries:
+        assert "(default:" in entry or entry.split()[0].rstrip(",") in switches, entry
+
+
+def test_a_wrong_value_is_refused_without_a_hint_about_flags(tmp_path):
+    assert "--help" not in read_refusal(TRAIN, "--output_dir", tmp_path, "--resolution", "60")
 
 
 @pytest.mark.parametrize("script", [TRAIN, GENERATE])
