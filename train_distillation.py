@@ -36,7 +36,7 @@ from wanlite.planning.resolve import (
 from wanlite.planning.settings import make_parser, setting
 from wanlite.runtime.launch import defer_to_rank_zero, is_first, is_launched
 from wanlite.runtime.signals import Stopped, StopSignal
-from wanlite.runtime.terminal import keep_output_open
+from wanlite.runtime.terminal import hide_loading_bars, keep_output_open, labelled
 from wanlite.training.model_card import write_model_card
 from wanlite.training.publishing import create_repository, publish
 from wanlite.training.run_folder import (
@@ -443,8 +443,6 @@ if __name__ == "__main__":  # arguments and paths are checked before torch is im
     # Threads that spin at barriers for long stall beside any other busy program.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # sizes vary by phase
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds between two lines of progress in a log
     SETTINGS, IS_RESUMED = read_settings()
 
 import inspect
@@ -469,10 +467,11 @@ from wanlite.network import TEXT_LENGTH, TextTokens, compile_blocks, one_frame_v
 from wanlite.planning.defaults import describe_schedule, max_calibration_frames
 from wanlite.planning.duration import measure_matrix_rate
 from wanlite.planning.hardware import is_large, training_dtype
-from wanlite.planning.messages import announce, command, conclude, drawing_command, verdict
+from wanlite.planning.messages import announce, command, conclude, describe_kept, drawing_command
 from wanlite.planning.report_facts import describe_for_report, resuming_arguments, without_flags
 from wanlite.planning.run import resolve_run
 from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention, use_deterministic_kernels
+from wanlite.runtime.progress import print_above
 from wanlite.runtime.ranks import abort_all_ranks, check_devices, is_peer_failure, process_group_options
 from wanlite.student.building import add_layers, complete_config, config_defaults, initialize_weights
 from wanlite.student.config import OUR_NAMES, check_shape, student_arguments
@@ -491,6 +490,8 @@ from wanlite.student.shape import DEFAULT_EXPERT
 from wanlite.teacher.model import Teacher
 from wanlite.training.batches import micro_batches
 from wanlite.training.phase_table import PHASES, phases_to_train
+from wanlite.training.report.history import read_history
+from wanlite.training.report.verdict import judge_run
 from wanlite.training.run_log import RunLog
 from wanlite.training.state import make_training_state
 from wanlite.training.teacher_data import PromptEmbeddings, TeacherData, open_components
@@ -767,7 +768,7 @@ def plan(settings, arguments):
     warn_of_long_prompts(run)
     announce(run, print)
     problems = run.find_obstacles()
-    print(f"time     {run.estimate_time(is_trained=not settings.project_only)}")
+    print(labelled("time", run.estimate_time(is_trained=not settings.project_only)))
     try:
         is_interrupted(settings)
     except (OSError, ValueError) as error:
@@ -866,15 +867,17 @@ def distil(run, state, phases, teacher_data, validators, log, prefetched=None):
                     if progress.rejected_validations >= PATIENCE:
                         break
     except Stopped:
+        log.bar.close()
         log.checkpoint(state)
         run.accelerator.end_training()
-        run.accelerator.print(f"\nstopped at step {progress.step} of {settings.max_train_steps}")
+        print_above(run.accelerator, f"stopped at step {progress.step} of {settings.max_train_steps}")
         raise
     log.bar.close()
     if progress.step < settings.max_train_steps:
-        run.accelerator.print(
-            f"\nended at step {progress.step}: {PATIENCE} validations in a row were rejected and not closer to "
-            "the teacher"
+        print_above(
+            run.accelerator,
+            f"ended at step {progress.step}: {PATIENCE} validations in a row were rejected and not closer to "
+            "the teacher",
         )
 
 
@@ -905,6 +908,7 @@ def start_processes(make_accelerator, settings):
         ),
     )
     disable_cudnn_attention()
+    hide_loading_bars()
     if settings.deterministic:
         use_deterministic_kernels()
     return accelerator
@@ -933,10 +937,10 @@ def load_components(run):
 def announce_work(run):
     """Print the estimated time of the run and, with aspect ratios, its image sizes."""
     if not run.settings.project_only:
-        run.accelerator.print(f"time     {run.estimate_time(is_calibrated=False)}")
+        run.accelerator.print(labelled("time", run.estimate_time(is_calibrated=False)))
     if run.settings.aspect_ratios:
         sizes = ", ".join(f"{width} x {height}" for width, height in run.resolutions[-1].buckets)
-        run.accelerator.print(f"sizes    {sizes}")
+        run.accelerator.print(labelled("sizes", sizes))
 
 
 def lock_output(run):
@@ -1075,14 +1079,14 @@ def finish(run, state, validator, log, components_folder):
         results |= validator.judge(state.student)
     if is_main:
         chosen = describe_chosen(progress)
-        is_close = bool(progress.best)
-        ending = verdict(chosen["step"], is_close)
         facts = {"finished": True, "steps": progress.step, "minutes": log.seconds / 60}
-        facts |= {"skipped_steps": progress.skipped_steps, "chosen": chosen, "verdict": ending}
-        write_json(output / RUN, log.facts | facts | {"results": results})
+        facts |= {"skipped_steps": progress.skipped_steps, "chosen": chosen, "results": results}
+        facts = log.facts | facts
+        facts["verdict"] = judge_run(read_history(output, facts))._asdict()
+        write_json(output / RUN, facts)
         write_model_card(output, settings, run.few_steps, results, drawing_command(settings.output_dir))
         log.write_report()
-        conclude(settings, output, results, ending, is_close, log.seconds, run.accelerator.print)
+        conclude(facts, settings, log.seconds, run.accelerator.print)
         if settings.push_to_hub is not None:
             publish(output, settings.push_to_hub, run.accelerator.print)
     run.accelerator.end_training()
@@ -1118,8 +1122,13 @@ def complete_base(run, facts):
 def describe_chosen(progress):
     """Return the saved step and the reason for it, for run.json."""
     if not progress.best:
-        return {"step": progress.step, "why": "the last step, because all validations were rejected"}
+        return {
+            "step": progress.step,
+            "kept": describe_kept(progress.step, is_close=False),
+            "why": "the last step, because all validations were rejected",
+        }
     return {
+        "kept": describe_kept(progress.best["step"], is_close=True),
         "step": progress.best["step"],
         MEASURE: progress.best["score"],
         "why": f"the lowest {MEASURE} of the accepted validations of phase {progress.best['phase']}",

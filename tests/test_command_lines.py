@@ -523,13 +523,15 @@ def test_more_processes_than_gpus_are_rejected_by_one_of_them(tmp_path):
 def test_the_output_of_both_scripts_reports_progress_and_paths(finished_run):
     folder, printed = finished_run
     lines = printed.splitlines()
-    assert lines[0].startswith("teacher") and "tiny_teacher" in lines[0] and "1.25 M + 1.25 M" in lines[0]
-    assert lines[1].startswith("student") and "0.33 M" in lines[1] and "calibrated" in lines[1]
-    assert lines[2].startswith("device") and lines[5] == f"output   {folder}" and "minute" in lines[7]
-    assert lines[4].startswith("noise    shift 3 for 64 x 64 pixels: 3 teacher steps with the high")
-    assert (
-        lines[6] == "WARNING  64 trajectories are few, and images may stay noise; the default is at least 300"
-    )
+    named = {line[:8].rstrip(): line[9:] for line in reversed(lines) if line[8:9] == " " and line[0] != " "}
+    assert lines[0].startswith("teacher") and "tiny_teacher" in lines[0]
+    assert lines[1] == "         diffusers layout, 2 experts of 1.25 M parameters"
+    assert named["student"].startswith("0.33 M") and named["start"] == "projection calibrated"
+    assert named["output"] == str(folder) and "minute" in named["time"] and "device" in named
+    assert named["noise"].startswith("shift 3 for 64 x 64 pixels: 3 teacher steps with the high")
+    few = "64 trajectories are few, and images may stay noise; the default is at least 300"
+    assert named["WARNING"] == few and named["verdict"].startswith("failed: ")
+    assert max(len(line) for line in lines if str(folder) not in line) <= 100
     assert lines[-1] == f"next: python run_inference.py --model {folder}"
     results = json.loads((folder / "run.json").read_text())["results"]
     assert results["captions"] == 16 and 0.9 < results["prompt_accuracy"]["teacher"] <= 1
