@@ -75,8 +75,9 @@ CHANGEABLE_ON_RESUME = (  # settings that do not affect the weights
 class Settings:
     teacher: str | None = setting(
         None,
-        "Wan folder in the diffusers, official or ComfyUI layout, or a teacher of this repository: "
-        f"{' or '.join(NAMED_TEACHERS)} (default: ./{REAL_TEACHERS[0]} if it exists, else tiny)",
+        "Wan folder in the diffusers, official or ComfyUI layout; a name on the hub, as organisation/model, which "
+        f"is downloaded; or a teacher of this repository: {' or '.join(NAMED_TEACHERS)} "
+        f"(default: ./{REAL_TEACHERS[0]} if it exists, else tiny)",
         group="teacher and data",
         aliases=("--teacher_checkpoint_path", "--teacher_path"),
         is_path=True,
@@ -119,7 +120,8 @@ class Settings:
     )
     cache_dir: str | None = setting(
         None,
-        "folder of projected students and trajectories, can be shared by runs (default: cache/ in --output_dir)",
+        "folder of everything that the teacher computes, can be shared by runs (default: cache/ in --output_dir; for "
+        "converted parts of a teacher, ~/.cache/wanlite)",
         is_path=True,
     )
     cache_gb: float | None = setting(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..runtime.terminal import labelled
-from .disk import FolderSpace
+from .disk import FolderSpace, format_size
 from .hardware import fit_batch_size
 
 
@@ -105,9 +105,3 @@ def _describe_folder(folder, space):
     existing = f"{format_size(space.existing_bytes)} exist, " if space.existing_bytes else ""
     free = f"{format_size(space.free_bytes)} free"
     return f"  {format_size(space.needed_bytes):>10}  {folder} ({existing}{free})"
-
-
-def format_size(size, rounding=round):
-    """Return a size in GB or MB; with `math.ceil` and `math.floor`, two compared sizes never look equal."""
-    unit, name = (1e9, "GB") if size >= 1e8 else (1e6, "MB")
-    return f"{rounding(10 * size / unit) / 10:,.1f} {name}"
