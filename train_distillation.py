@@ -237,6 +237,7 @@ class Settings:
         None,
         "micro-batch per device (default: 128; with a large teacher, the largest that fits)",
         group="phases and steps",
+        was="batch_size",
         least=1,
         brief="images per device in a step (default: what fits)",
     )
@@ -277,6 +278,7 @@ class Settings:
         3e-3,
         "peak for AdamW at width 64; wider students divide it by size and role, see docs/method.md",
         group="optimizers",
+        was="lr",
         above=0,
         most=1,
     )

@@ -115,6 +115,8 @@ def test_a_prompt_is_read_as_utf8_in_an_ascii_locale():
         (TrainSettings, "--validation_walks", "--validation_trajectories"),
         (TrainSettings, "--variety_gain=0.3", "--diversity_gain"),
         (TrainSettings, "--critic_pull", "--critic_lerp"),
+        (TrainSettings, "--lr", "--learning_rate"),
+        (TrainSettings, "--batch_size", "--train_batch_size"),
         (TrainSettings, "--dry", "--dry_run"),
         (TrainSettings, "--max", "--max_train_steps or --max_grad_norm"),
         (

@@ -29,8 +29,8 @@ def setting(
 
     --help lists the settings with `brief`, which is a shorter text or True for the same; --help_all lists all.
     `group` is the heading in --help_all of this setting and of those below it. `was` is a former name of the
-    flag: it is refused with the new name as a suggestion. A leading `~` of a path is expanded. `bounds` are
-    named as in BOUNDS.
+    flag, or that of other trainers: it is refused with the new name as a suggestion. A leading `~` of a path is
+    expanded. `bounds` are named as in BOUNDS.
     """
     return dataclasses.field(
         default=default,

@@ -48,7 +48,8 @@ class Likeness:
 
     def __init__(self, history: History, results: dict[str, Any]):
         self.history = history
-        self.accuracy = self.teacher_accuracy = None
+        self.accuracy: float | None = None
+        self.teacher_accuracy = 0.0
         if results.get("captions", 0) >= MIN_CAPTIONS:
             by_steps = results["student_by_steps"]
             self.count = max(map(int, by_steps))
