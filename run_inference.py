@@ -55,34 +55,43 @@ BYTES_PER_PIXEL = 2000  # of a batch, with a margin: a student of 1024 x 16 in f
 @dataclass(frozen=True)
 class Settings:
     model: str = setting(
-        "./outputs/wan_t2i", "folder of a saved student", group="student and prompts", is_path=True
+        "./outputs/wan_t2i",
+        "folder of a saved student",
+        group="student and prompts",
+        is_path=True,
+        brief=True,
     )
     prompt: list[str] | None = setting(
-        None, "prompt, can be repeated (default: the validation prompts of the run)"
+        None, "prompt, can be repeated (default: the validation prompts of the run)", brief=True
     )
     prompts_file: str | None = setting(
-        None, "text file with one prompt per line, instead of --prompt (default: none)", is_path=True
+        None,
+        "text file with one prompt per line, instead of --prompt (default: none)",
+        is_path=True,
+        brief=True,
     )
     negative_prompt: str = setting(
         "", "prompt that guidance steers away from, with --guidance_scale above 1 (default: empty)"
     )
     num_inference_steps: int | None = setting(
-        None, "sampling steps (default: from the student's run)", group="sampling"
+        None, "sampling steps (default: from the student's run)", group="sampling", brief=True
     )
     guidance_scale: float = setting(
         1.0, "guidance in addition to the guidance distilled into the student; 1 = none"
     )
-    height: int | None = setting(None, "pixels, divisible by 16 (default: as in training)")
-    width: int | None = setting(None, "pixels, divisible by 16 (default: as in training)")
-    seed: int = setting(0, "seed of the first image; each further image takes the next")
-    num_images_per_prompt: int = setting(1, "images for each prompt")
+    height: int | None = setting(None, "pixels, divisible by 16 (default: as in training)", brief=True)
+    width: int | None = setting(None, "pixels, divisible by 16 (default: as in training)", brief=True)
+    seed: int = setting(0, "seed of the first image; each further image takes the next", brief=True)
+    num_images_per_prompt: int = setting(1, "images for each prompt", brief=True)
     batch_size: int | None = setting(
         None, "images per batch; it may change the last bit of an image (default: as many as fit)"
     )
     output_dir: str = setting(
-        "./outputs/pictures", "folder for the PNG files", group="output and device", is_path=True
+        "./outputs/pictures", "folder for the PNG files", group="output and device", is_path=True, brief=True
     )
-    device: str | None = setting(None, "cpu, cuda, cuda:N or mps (default: cuda if available, else cpu)")
+    device: str | None = setting(
+        None, "cpu, cuda, cuda:N or mps (default: cuda if available, else cpu)", brief=True
+    )
     dtype: str | None = setting(
         None,
         "dtype of the student (default: bfloat16 on GPUs that support it, else float32)",
@@ -122,7 +131,7 @@ def read_settings(arguments: list[str] | None = None) -> tuple[Settings, list[st
     try:
         settings, prompts = complete(settings)
     except (OSError, ValueError) as error:
-        parser.error(one_line(str(error)))
+        parser.refuse(one_line(str(error)))
     return settings, prompts
 
 

@@ -1,12 +1,12 @@
-"""Project a Wan teacher's weights into a small text-to-image student, distil it from prompts alone, and save it.
+"""Project a Wan teacher's weights into a small student, distil it from prompts alone, and save it.
 
-    python train_distillation.py                                                     # the tiny teacher, minutes on a laptop
-    python train_distillation.py --teacher ./Wan2.2-T2V-A14B --prompts prompts.txt   # one GPU box
-    accelerate launch train_distillation.py --teacher ... --prompts ...              # several GPUs
+    python train_distillation.py                                 # the tiny teacher
+    python train_distillation.py --teacher DIR --prompts FILE    # one GPU machine
+    accelerate launch train_distillation.py --teacher ...        # several GPUs
 
-Order of this file: settings, WanLiteStudent, the dry run, a run and its loop over the phases of wanlite/phases.py.
 A run writes to --output_dir; after an interruption, the same command resumes it.
 """
+# Order of this file: settings, WanLiteStudent, the dry run, a run and its loop over the phases of wanlite/phases.py.
 
 import gc
 import os
@@ -36,7 +36,7 @@ from wanlite.planning.resolve import (
 from wanlite.planning.settings import make_parser, setting
 from wanlite.runtime.launch import defer_to_rank_zero, is_first, is_launched
 from wanlite.runtime.signals import Stopped, StopSignal
-from wanlite.runtime.terminal import keep_output_open
+from wanlite.runtime.terminal import hide_loading_bars, keep_output_open, labelled
 from wanlite.training.model_card import write_model_card
 from wanlite.training.publishing import create_repository, publish
 from wanlite.training.run_folder import (
@@ -76,42 +76,53 @@ CHANGEABLE_ON_RESUME = (  # settings that do not affect the weights
 class Settings:
     teacher: str | None = setting(
         None,
-        "Wan folder in the diffusers, official or ComfyUI layout, or a teacher of this repository: "
-        f"{' or '.join(NAMED_TEACHERS)} (default: ./{REAL_TEACHERS[0]} if it exists, else tiny)",
+        "Wan folder in the diffusers, official or ComfyUI layout; a name on the hub, as organisation/model, which "
+        f"is downloaded; or a teacher of this repository: {' or '.join(NAMED_TEACHERS)} "
+        f"(default: ./{REAL_TEACHERS[0]} if it exists, else tiny)",
         group="teacher and data",
         aliases=("--teacher_checkpoint_path", "--teacher_path"),
         is_path=True,
+        brief="Wan2.2: a folder or a name on the hub; or tiny, emoji (default: a Wan2.2 in this folder, else tiny)",
     )
     prompts: str | None = setting(
         None,
         "text file with one prompt per line, or a .jsonl, .json, .csv, .tsv or .parquet file with a column "
         "prompt, text or caption (default: generated prompts; for the tiny teacher, captions of its world)",
         is_path=True,
+        brief="text file, one prompt per line (default: generated)",
     )
     images: str | None = setting(
         None,
         "captioned images for the velocity phase: a folder with a .txt file per image or with metadata.jsonl "
         "or .csv, .parquet files, a folder saved by datasets, or webdataset .tar files (default: none)",
         is_path=True,
+        brief="folder of captioned images to train on (default: none)",
     )
     num_images: int | None = setting(None, "use at most this many images (default: all)", least=1)
     output_dir: str = setting(
-        "./outputs/wan_t2i", "folder of the run and of the saved student", group="output", is_path=True
+        "./outputs/wan_t2i",
+        "folder of the run and of the saved student",
+        group="output",
+        is_path=True,
+        brief=True,
     )
     config: str | None = setting(
         None,
         "file of settings, .toml or .json, or the run.json of a run to repeat; flags win (default: none)",
         is_path=True,
+        brief="file of settings, .toml or .json (default: none)",
     )
     budget: str | None = setting(
         None,
         "preset of --resolutions, --num_trajectories and --max_train_steps for Wan2.2: about 5 hours, a day or "
         "a week of an H100; flags that are set win (default: none, which is about the trial)",
         choices=tuple(BUDGETS),
+        brief="about 5 hours, a day or a week of an H100 for Wan2.2 (default: none)",
     )
     cache_dir: str | None = setting(
         None,
-        "folder of projected students and trajectories, can be shared by runs (default: cache/ in --output_dir)",
+        "folder of everything that the teacher computes, can be shared by runs (default: cache/ in --output_dir; for "
+        "converted parts of a teacher, ~/.cache/wanlite)",
         is_path=True,
     )
     cache_gb: float | None = setting(
@@ -119,14 +130,21 @@ class Settings:
         "most disk for the teacher's trajectories in GB; lowers the default of --num_trajectories (default: no limit)",
         above=0,
     )
-    dry_run: bool = setting(False, "print the plan of the run and its memory, disk and time, then stop")
+    dry_run: bool = setting(
+        False,
+        "print the plan of the run and its memory, disk and time, then stop",
+        brief="print memory, disk and time of the run, then stop",
+    )
     plan_for: str | None = setting(
         None,
         "plan for a machine of this GPU and CPU memory, as 24GB,64GB; needs --dry_run (default: this machine)",
+        brief="with --dry_run: GPU and CPU memory of another machine, as 24GB,64GB (default: this one)",
     )
-    overwrite: bool = setting(False, "replace a finished run in --output_dir")
+    overwrite: bool = setting(False, "replace a finished run in --output_dir", brief=True)
     push_to_hub: str | None = setting(
-        None, "upload the saved student to this model of the hub, as organisation/model (default: no upload)"
+        None,
+        "upload the saved student to this model of the hub, as organisation/model (default: no upload)",
+        brief="upload to this model of the hub (default: no upload)",
     )
     resume_from_checkpoint: str = setting(
         "latest", "resume an interrupted run in --output_dir, or start again", choices=("latest", "none")
@@ -160,6 +178,7 @@ class Settings:
         None,
         "folder of a saved student to train further, instead of projecting (default: none)",
         is_path=True,
+        brief="train this saved student further (default: none)",
     )
 
     guidance_scale: float = setting(
@@ -180,6 +199,7 @@ class Settings:
         None,
         "pixels, as one number for squares or as WIDTH HEIGHT, divisible by 16, for TI2V-5B by 32 "
         "(default: the tiny teacher's own, else 512)",
+        brief="pixels: one number, or width and height (default: the tiny teacher's 64, else 512)",
     )
     resolutions: list[int] | None = setting(
         None,
@@ -207,6 +227,7 @@ class Settings:
         f"number of trajectories (default: one per prompt, at least {MIN_TRAJECTORIES}; few prompts get several "
         "each, from different noise)",
         least=1,
+        brief=f"images of the teacher to train on (default: one per prompt, at least {MIN_TRAJECTORIES})",
     )
 
     num_held_out: int = setting(
@@ -217,12 +238,15 @@ class Settings:
         None,
         "micro-batch per device (default: 128; with a large teacher, the largest that fits)",
         group="phases and steps",
+        was="batch_size",
         least=1,
+        brief="images per device in a step (default: what fits)",
     )
     max_train_steps: int | None = setting(
         None,
         f"optimizer steps of all phases (default: {TINY_STEPS} for the tiny teacher, else {REAL_STEPS})",
         least=1,
+        brief=f"optimizer steps (default: {TINY_STEPS} tiny, {REAL_STEPS} Wan2.2)",
     )
     few_step_train_steps: int | None = setting(
         None,
@@ -234,7 +258,10 @@ class Settings:
         0, "steps of the matching phase, distribution matching with a critic", least=0
     )
     few_steps: list[int] = setting(
-        (1, 2, 4), "sampling steps that the student is trained for, divisors of --teacher_steps", least=1
+        (1, 2, 4),
+        "sampling steps that the student is trained for, divisors of --teacher_steps",
+        least=1,
+        brief="sampling steps of the student",
     )
     rollout_states: int | None = setting(
         None,
@@ -252,6 +279,7 @@ class Settings:
         3e-3,
         "peak for AdamW at width 64; wider students divide it by size and role, see docs/method.md",
         group="optimizers",
+        was="lr",
         above=0,
         most=1,
     )
@@ -354,7 +382,9 @@ class Settings:
         most=1000,
     )
     validation_prompts: list[str] | None = setting(
-        None, "prompts of the grids (default: eight, held-out ones first)"
+        None,
+        "prompts of the grids (default: eight, held-out ones first)",
+        brief="prompts of the validation images (default: eight)",
     )
     num_inference_steps: int = setting(
         4, "sampling steps in validation and, by default, of the saved student", least=1, most=1000
@@ -363,7 +393,7 @@ class Settings:
         "tensorboard", "tracker, as in accelerate: tensorboard, wandb, ...; none writes metrics.jsonl only"
     )
     logging_dir: str = setting("logs", "folder of the tracker's files, inside --output_dir", is_path=True)
-    seed: int = setting(0, "seed of all random numbers", least=0, below=2**32)
+    seed: int = setting(0, "seed of all random numbers", least=0, below=2**32, brief=True)
 
 
 def read_settings():
@@ -377,17 +407,17 @@ def read_settings():
         settings = complete(settings)
         is_resumed = not settings.dry_run and is_interrupted(settings)  # plan() lists errors as problems
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.refuse(str(error))
     if not settings.dry_run:
         if settings.push_to_hub is not None and is_first():
             try:
                 create_repository(settings.push_to_hub)
             except ValueError as error:
-                parser.error(str(error))
+                parser.refuse(str(error))
         try:
             Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            parser.error(
+            parser.refuse(
                 f"--output_dir {settings.output_dir}: cannot be created ({error.strerror}). Choose another."
             )
     return settings, is_resumed
@@ -418,8 +448,6 @@ if __name__ == "__main__":  # arguments and paths are checked before torch is im
     # Threads that spin at barriers for long stall beside any other busy program.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # sizes vary by phase
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds between two lines of progress in a log
     SETTINGS, IS_RESUMED = read_settings()
 
 import inspect
@@ -444,10 +472,11 @@ from wanlite.network import TEXT_LENGTH, TextTokens, compile_blocks, one_frame_v
 from wanlite.planning.defaults import describe_schedule, max_calibration_frames
 from wanlite.planning.duration import measure_matrix_rate
 from wanlite.planning.hardware import is_large, training_dtype
-from wanlite.planning.messages import announce, command, conclude, drawing_command, verdict
+from wanlite.planning.messages import announce, command, conclude, describe_kept, drawing_command
 from wanlite.planning.report_facts import describe_for_report, resuming_arguments, without_flags
 from wanlite.planning.run import resolve_run
 from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention, use_deterministic_kernels
+from wanlite.runtime.progress import print_above
 from wanlite.runtime.ranks import abort_all_ranks, check_devices, is_peer_failure, process_group_options
 from wanlite.student.building import add_layers, complete_config, config_defaults, initialize_weights
 from wanlite.student.config import OUR_NAMES, check_shape, student_arguments
@@ -467,6 +496,8 @@ from wanlite.student.shape import DEFAULT_EXPERT
 from wanlite.teacher.model import Teacher
 from wanlite.training.batches import micro_batches
 from wanlite.training.phase_table import PHASES, phases_to_train
+from wanlite.training.report.history import read_history
+from wanlite.training.report.verdict import judge_run
 from wanlite.training.run_log import RunLog
 from wanlite.training.state import make_training_state
 from wanlite.training.teacher_data import PromptEmbeddings, TeacherData, open_components
@@ -742,7 +773,7 @@ def plan(settings, arguments):
     warn_of_long_prompts(run)
     announce(run, print)
     problems = run.find_obstacles()
-    print(f"time     {run.estimate_time(is_trained=not settings.project_only)}")
+    print(labelled("time", run.estimate_time(is_trained=not settings.project_only)))
     try:
         is_interrupted(settings)
     except (OSError, ValueError) as error:
@@ -841,15 +872,17 @@ def distil(run, state, phases, teacher_data, validators, log, prefetched=None):
                     if progress.rejected_validations >= PATIENCE:
                         break
     except Stopped:
+        log.bar.close()
         log.checkpoint(state)
         run.accelerator.end_training()
-        run.accelerator.print(f"\nstopped at step {progress.step} of {settings.max_train_steps}")
+        print_above(run.accelerator, f"stopped at step {progress.step} of {settings.max_train_steps}")
         raise
     log.bar.close()
     if progress.step < settings.max_train_steps:
-        run.accelerator.print(
-            f"\nended at step {progress.step}: {PATIENCE} validations in a row were rejected and not closer to "
-            "the teacher"
+        print_above(
+            run.accelerator,
+            f"ended at step {progress.step}: {PATIENCE} validations in a row were rejected and not closer to "
+            "the teacher",
         )
 
 
@@ -880,6 +913,7 @@ def start_processes(make_accelerator, settings):
         ),
     )
     disable_cudnn_attention()
+    hide_loading_bars()
     if settings.deterministic:
         use_deterministic_kernels()
     return accelerator
@@ -908,10 +942,10 @@ def load_components(run):
 def announce_work(run):
     """Print the estimated time of the run and, with aspect ratios, its image sizes."""
     if not run.settings.project_only:
-        run.accelerator.print(f"time     {run.estimate_time(is_calibrated=False)}")
+        run.accelerator.print(labelled("time", run.estimate_time(is_calibrated=False)))
     if run.settings.aspect_ratios:
         sizes = ", ".join(f"{width} x {height}" for width, height in run.resolutions[-1].buckets)
-        run.accelerator.print(f"sizes    {sizes}")
+        run.accelerator.print(labelled("sizes", sizes))
 
 
 def lock_output(run):
@@ -1050,15 +1084,14 @@ def finish(run, state, validator, log, components_folder):
         results |= validator.judge(state.student)
     if is_main:
         chosen = describe_chosen(progress)
-        is_close = bool(progress.best)
-        ending = verdict(chosen["step"], is_close)
         facts = {"finished": True, "steps": progress.step, "minutes": log.seconds / 60}
-        facts |= {"skipped_steps": progress.skipped_steps, "chosen": chosen, "verdict": ending}
-        facts["model_sha256"] = model_digest(output)
-        write_json(output / RUN, seal(log.facts | facts | {"results": results}))
+        facts |= {"skipped_steps": progress.skipped_steps, "chosen": chosen, "results": results}
+        facts = log.facts | facts | {"model_sha256": model_digest(output)}
+        facts["verdict"] = judge_run(read_history(output, facts))._asdict()
+        write_json(output / RUN, seal(facts))
         write_model_card(output, settings, run.few_steps, results, drawing_command(settings.output_dir))
         log.write_report()
-        conclude(settings, output, results, ending, is_close, log.seconds, run.accelerator.print)
+        conclude(facts, settings, log.seconds, run.accelerator.print)
         if settings.push_to_hub is not None:
             publish(output, settings.push_to_hub, run.accelerator.print)
     run.accelerator.end_training()
@@ -1094,8 +1127,13 @@ def complete_base(run, facts):
 def describe_chosen(progress):
     """Return the saved step and the reason for it, for run.json."""
     if not progress.best:
-        return {"step": progress.step, "why": "the last step, because all validations were rejected"}
+        return {
+            "step": progress.step,
+            "kept": describe_kept(progress.step, is_close=False),
+            "why": "the last step, because all validations were rejected",
+        }
     return {
+        "kept": describe_kept(progress.best["step"], is_close=True),
         "step": progress.best["step"],
         MEASURE: progress.best["score"],
         "why": f"the lowest {MEASURE} of the accepted validations of phase {progress.best['phase']}",

@@ -2,6 +2,7 @@
 steps.
 """
 
+import atexit
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -26,6 +28,8 @@ from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.model import Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ["WANLITE_CACHE"] = tempfile.mkdtemp(prefix="wanlite-")  # converted parts of teachers
+atexit.register(shutil.rmtree, os.environ["WANLITE_CACHE"], ignore_errors=True)
 TINY_TEACHER = ROOT / "tiny_teacher"
 A14B = {"width": 5120, "ffn_dim": 13824, "num_layers": 40, "channels": 16, "model_type": "t2v"}
 WAN_1_3B = {"width": 1536, "ffn_dim": 8960, "num_layers": 30, "channels": 16, "model_type": "t2v"}

@@ -17,8 +17,8 @@ from wanlite.planning.messages import (
     command,
     conclude,
     describe_accuracy,
+    describe_kept,
     drawing_command,
-    verdict,
 )
 from wanlite.planning.resolve import complete
 from wanlite.training.model_card import write_model_card
@@ -86,9 +86,12 @@ def test_the_commands_of_a_model_card_work_for_any_folder_name(path, tmp_path):
 # ---- the end of a run --------------------------------------------------------------------------------------
 
 
-def last_lines(results, is_close=True, folder="out"):
+def last_lines(results, is_close=True, folder="out", advice=""):
     lines = []
-    conclude(Settings(output_dir=folder), ROOT, results, verdict(1400, is_close), is_close, 204, lines.append)
+    verdict = {"word": "good", "reason": "image error 0.27", "advice": advice}
+    chosen = {"kept": describe_kept(1400, is_close)}
+    run = {"results": results, "verdict": verdict, "chosen": chosen}
+    conclude(run, Settings(output_dir=folder), 204, lines.append)
     return "\n".join(lines).splitlines()
 
 
@@ -102,16 +105,17 @@ def test_the_accuracy_on_few_captions_is_too_few_to_judge():
     assert describe_accuracy(figures(0.65, 0.5, 0.8), 20) == " 65.0%  (one object 50.0%, two 80.0%)"
 
 
-def test_a_run_ends_with_a_line_or_a_warning_and_the_next_command():
-    assert last_lines({})[0] == "finished in 3.4 minutes; kept step 1400, the closest to the teacher"
-    first, warning, _, report, curves, last = last_lines({}, is_close=False, folder="my out")
-    assert (
-        report == f"report    {ROOT / 'report.html'}"
-        and curves == "curves    tensorboard --logdir 'my out/logs'"
+def test_a_run_ends_with_its_verdict_and_the_next_command():
+    finished, verdict, *_ = last_lines({})
+    assert finished == "finished in 3.4 minutes; kept step 1400, the closest to the teacher"
+    assert verdict == "verdict  good: image error 0.27"
+    first, _, change, _, report, curves, last = last_lines(
+        {}, False, "my out", "--max_train_steps 2800: more"
     )
-    assert first == "finished in 3.4 minutes" and warning.startswith(
-        "WARNING   no validation came close enough to the teacher"
-    )
+    assert report == "report   my out/report.html"
+    assert curves == "curves   tensorboard --logdir 'my out/logs'"
+    assert first.endswith("; kept the last step, 1400: no validation came close enough to the teacher")
+    assert change == "change   --max_train_steps 2800: more"
     assert last == "next: python run_inference.py --model 'my out'" or str(ROOT) in last
 
 

@@ -255,6 +255,7 @@ def hub_cache(copied, monkeypatch):
     copied.rename(cache / "snapshots" / "0123abc")
     (cache / "refs" / "main").write_text("0123abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache.parent))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(copied.parent)
     return cache
 

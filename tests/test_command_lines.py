@@ -9,6 +9,7 @@ import pwd
 import re
 import shlex
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -114,6 +115,8 @@ def test_a_prompt_is_read_as_utf8_in_an_ascii_locale():
         (TrainSettings, "--validation_walks", "--validation_trajectories"),
         (TrainSettings, "--variety_gain=0.3", "--diversity_gain"),
         (TrainSettings, "--critic_pull", "--critic_lerp"),
+        (TrainSettings, "--lr", "--learning_rate"),
+        (TrainSettings, "--batch_size", "--train_batch_size"),
         (TrainSettings, "--dry", "--dry_run"),
         (TrainSettings, "--max", "--max_train_steps or --max_grad_norm"),
         (
@@ -136,13 +139,13 @@ def test_a_wrong_flag_is_refused_and_similar_flags_are_suggested(settings, typed
 def test_a_flag_unlike_all_others_gets_no_suggestion(capsys):
     with pytest.raises(SystemExit):
         make_parser(TrainSettings, "").parse_args(["--xyzzy"])
-    assert "unrecognized arguments: --xyzzy (--help lists every flag)" in capsys.readouterr().err
+    assert "unrecognized arguments: --xyzzy (--help_all lists every flag)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings", [TrainSettings, InferenceSettings])
 def test_help_has_every_flag_under_a_heading(settings):
     options, *groups = make_parser(settings, "").format_help().partition("options:\n")[2].split("\n\n")
-    assert options.split()[:2] == ["-h,", "--help"] and len(options.splitlines()) == 1
+    assert re.findall("^  (-.*?)  ", options, re.MULTILINE) == ["-h, --help", "--help_all"]
     assert all(re.match(r"[a-z ]+:\n  --", group) for group in groups)
     listed = re.findall(r"^  --(\w+)", "\n".join(groups), re.MULTILINE)
     assert listed == [field.name for field in dataclasses.fields(settings)]
@@ -150,11 +153,30 @@ def test_help_has_every_flag_under_a_heading(settings):
 
 @pytest.mark.parametrize("settings", [TrainSettings, InferenceSettings])
 def test_help_has_every_default_except_switches_that_are_off(settings):
-    _, *entries = re.split(r"\n  (?=--)", make_parser(settings, "").format_help())
+    *_, listed = make_parser(settings, "").format_help().partition("--help_all")
+    _, *entries = re.split(r"\n  (?=--)", listed)
     entries = [" ".join(entry.split()) for entry in entries]
     for field, entry in zip(dataclasses.fields(settings), entries, strict=True):
         assert (entry.count("(default: ") == 1) == (field.default is not False), entry
     assert any(re.match(r"--seed N .*\(default: 0\)", entry) for entry in entries)
+
+
+@pytest.mark.parametrize("settings", [TrainSettings, InferenceSettings])
+def test_the_brief_help_fits_a_terminal_and_names_its_defaults(settings, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    module = sys.modules[settings.__module__]
+    with pytest.raises(SystemExit) as ended:
+        make_parser(settings, module.__doc__).parse_args(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0 and len(lines) <= 40 and "--help_all" in "".join(lines)
+    _, _, *entries = re.split(r"\n(?=--)", "\n".join(lines))
+    switches = [f"--{field.name}" for field in dataclasses.fields(settings) if field.default is False]
+    for entry in entries:
+        assert "(default:" in entry or entry.split()[0].rstrip(",") in switches, entry
+
+
+def test_a_wrong_value_is_refused_without_a_hint_about_flags(tmp_path):
+    assert "--help" not in read_refusal(TRAIN, "--output_dir", tmp_path, "--resolution", "60")
 
 
 @pytest.mark.parametrize("script", [TRAIN, GENERATE])
@@ -503,13 +525,15 @@ def test_more_processes_than_gpus_are_rejected_by_one_of_them(tmp_path):
 def test_the_output_of_both_scripts_reports_progress_and_paths(finished_run):
     folder, printed = finished_run
     lines = printed.splitlines()
-    assert lines[0].startswith("teacher") and "tiny_teacher" in lines[0] and "1.25 M + 1.25 M" in lines[0]
-    assert lines[1].startswith("student") and "0.33 M" in lines[1] and "calibrated" in lines[1]
-    assert lines[2].startswith("device") and lines[5] == f"output   {folder}" and "minute" in lines[7]
-    assert lines[4].startswith("noise    shift 3 for 64 x 64 pixels: 3 teacher steps with the high")
-    assert (
-        lines[6] == "WARNING  64 trajectories are few, and images may stay noise; the default is at least 300"
-    )
+    named = {line[:8].rstrip(): line[9:] for line in reversed(lines) if line[8:9] == " " and line[0] != " "}
+    assert lines[0].startswith("teacher") and "tiny_teacher" in lines[0]
+    assert lines[1] == "         diffusers layout, 2 experts of 1.25 M parameters"
+    assert named["student"].startswith("0.33 M") and named["start"] == "projection calibrated"
+    assert named["output"] == str(folder) and "minute" in named["time"] and "device" in named
+    assert named["noise"].startswith("shift 3 for 64 x 64 pixels: 3 teacher steps with the high")
+    few = "64 trajectories are few, and images may stay noise; the default is at least 300"
+    assert named["WARNING"] == few and named["verdict"].startswith("failed: ")
+    assert max(len(line) for line in lines if str(folder) not in line) <= 100
     assert lines[-1] == f"next: python run_inference.py --model {folder}"
     results = json.loads((folder / "run.json").read_text())["results"]
     assert results["captions"] == 16 and 0.9 < results["prompt_accuracy"]["teacher"] <= 1

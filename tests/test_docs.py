@@ -38,6 +38,7 @@ CODE = (  # files whose docstrings and messages are held to the same English, as
 OTHER_FLAGS = {  # of argparse, accelerate launch, TensorBoard, the Hugging Face command line
     *(
         "--help",
+        "--help_all",
         "--config_file",
         "--main_process_ip",
         "--machine_rank",

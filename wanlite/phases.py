@@ -125,6 +125,12 @@ def count_passes(settings, num_trajectories, num_validated, phases):
     return [*(2 * count for count in guided[:-1]), 2 * guided[-1] + matched]
 
 
+def describe_phase(phase, phases):
+    """Return the number of a phase among the kinds of phases of a run, and its name."""
+    names = list(dict.fromkeys(span.name for span in phases))
+    return f"phase {names.index(phase.name) + 1} of {len(names)}, {phase.name}"
+
+
 def count_steps(phases):
     """Return {phase: number of its steps}, 0 for a phase that a run leaves out."""
     steps = dict.fromkeys(PHASE_NAMES, 0)

@@ -19,12 +19,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from ..files.atomic import flush
 from ..files.cache import fingerprint
 from ..files.dtypes import find_non_finite
 from ..files.json_files import check_regular
+from ..runtime.progress import track
 
 SHARD_SIZE = 64  # trajectories or prompts per file; also the batch size of the teacher and the text encoder
 EXACT = (
@@ -68,8 +68,8 @@ def fill_shards(
     if in_step:
         own += missing[-1:] * (-(-len(missing) // ranks) - len(own))
     sizes = [len(_jobs_of(jobs, index)) for index in own]
-    is_hidden, unit = rank > 0 or not own, "prompt" if description == "text" else "image"
-    with tqdm(total=sum(sizes), desc=description, unit=unit, leave=False, disable=is_hidden) as progress:
+    is_hidden = rank > 0 or not own
+    with track(sum(sizes), description, is_hidden=is_hidden) as progress:
         for number, (index, size) in enumerate(zip(own, sizes)):
             start = index * SHARD_SIZE
             before = min(start, SHARD_SIZE - size) if in_step else 0

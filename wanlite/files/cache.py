@@ -5,6 +5,7 @@ provenance.json records the inputs: content that was moved or copied under anoth
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,19 @@ def cache_folder(parent: str | Path, kind: str, **inputs: Any) -> Path:
             "former place."
         )
     return folder
+
+
+def user_cache() -> Path:
+    """Return the folder of files that all runs of a user share: WANLITE_CACHE, else wanlite in the user's cache."""
+    if own := os.environ.get("WANLITE_CACHE"):
+        return Path(own).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanlite"
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether a folder can be written to, or created."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK)
 
 
 def write_record(path: Path, content: Any) -> None:

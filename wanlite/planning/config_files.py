@@ -71,7 +71,7 @@ def parse_with_config(parser: Any, arguments: list[str] | None = None) -> Any:
     try:
         configured = as_arguments(read_config(parsed.config))
     except (OSError, ValueError) as error:
-        parser.error(f"--config {error}")
+        parser.refuse(f"--config {error}")
     parser.prog = f"{program}: --config {parsed.config}"  # the beginning of an error
     found = parser.parse_args(configured)
     parser.prog = program

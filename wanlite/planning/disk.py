@@ -51,3 +51,9 @@ def count_free_bytes(folder):
 def count_text_bytes(prompts, width):
     """Return the bytes of the embeddings of prompts in bfloat16, from their words; nothing is tokenized."""
     return 2 * width * round(sum(1 + TOKENS_PER_WORD * len(prompt.split()) for prompt in prompts))
+
+
+def format_size(size, rounding=round):
+    """Return a size in GB or MB; with `math.ceil` and `math.floor`, two compared sizes never look equal."""
+    unit, name = (1e9, "GB") if size >= 1e8 else (1e6, "MB")
+    return f"{rounding(10 * size / unit) / 10:,.1f} {name}"

@@ -21,6 +21,7 @@ from ..teacher.components import is_converted, num_bytes
 from ..teacher.experts import PROBE_ROWS, PROBE_SIZE
 from ..teacher.model import RESIDENCIES, TOKENS_AT_ONCE
 from ..training.optimizers import make_optimizers
+from ..training.run_folder import converted_folder
 from ..training.steps import MATCHED
 from .defaults import choose_feature_width, count_calibration_frames
 from .disk import count_text_bytes, measure_folders
@@ -215,7 +216,9 @@ class MemoryEstimator:
         }
         text_bytes = count_text_bytes(prompts, self.files.config["text_dim"])
         disk: Counter = Counter()
-        disk[settings.cache_dir] += self.weight_bytes + sum(map(num_bytes, converted)) + text_bytes + SPARE
+        disk[settings.cache_dir] += self.weight_bytes + text_bytes + SPARE
+        if converted:
+            disk[str(converted_folder(settings))] += sum(map(num_bytes, converted)) + SPARE
         disk[settings.output_dir] += self.weight_bytes + sum(map(num_bytes, saved)) + SPARE
         return disk
 

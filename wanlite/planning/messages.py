@@ -10,6 +10,7 @@ import torch
 from ..files.file_names import REPORT, SAMPLES
 from ..flow import make_scheduler, set_steps
 from ..phases import MIN_CAPTIONS, MIN_TRAJECTORIES, MIN_VALIDATED
+from ..runtime.terminal import labelled
 from ..schedule import TIMESTEPS
 from ..training.run_folder import image_size
 from .budgets import expected_quality
@@ -21,22 +22,33 @@ PROJECTED_ONLY = "the teacher's weights are projected into the student, which is
 
 def announce(run, log):
     """Log the plan of a Run before anything is computed."""
-    settings, student, files = run.settings, run.estimator.student, run.files
-    sizes = " + ".join(f"{expert.num_parameters / 1e6:,.2f} M" for expert in files.experts.values())
+    settings, student = run.settings, run.estimator.student
     is_full = settings.mixed_precision == "no"
     precision = "float32" if is_full else f"{settings.mixed_precision} mixed precision"
-    log(
-        f"teacher  {settings.teacher} ({files.layout} layout, {len(files.experts)} expert(s): {sizes} "
-        f"parameters)\n"
-        f"student  {settings.hidden_size} x {settings.depth}, {settings.num_heads} heads: "
-        f"{student.num_parameters() / 1e6:,.2f} M parameters, start: "
-        f"{settings.student or settings.projection}\n"
-        f"device   {describe_device(run)}, {precision}\n"
-        f"work     {PROJECTED_ONLY if settings.project_only else describe_work(run)}\n"
-        f"output   {Path(settings.output_dir).absolute()}"
-    )
+    lines = [
+        ("teacher", settings.teacher),
+        ("", f"{run.files.layout} layout, {describe_experts(run.files)}"),
+        (
+            "student",
+            f"{student.num_parameters() / 1e6:,.2f} M parameters: width {settings.hidden_size}, "
+            f"{settings.depth} blocks, {settings.num_heads} heads",
+        ),
+        ("start", settings.student or f"projection {settings.projection}"),
+        ("device", f"{describe_device(run)}, {precision}"),
+        *([("work", PROJECTED_ONLY)] if settings.project_only else describe_work(run)),
+        ("output", Path(settings.output_dir).absolute()),
+    ]
+    log("\n".join(labelled(*line) for line in lines))
     if not settings.project_only:
         announce_few(sum(run.num_generated), len(run.training), len(run.held_out), log)
+
+
+def describe_experts(files):
+    """Return the number of experts and their parameters."""
+    sizes = [f"{expert.num_parameters / 1e6:,.2f} M" for expert in files.experts.values()]
+    if len(sizes) == 1:
+        return f"one expert of {sizes[0]} parameters"
+    return f"{len(sizes)} experts of {' and '.join(dict.fromkeys(sizes))} parameters"
 
 
 def describe_device(run):
@@ -47,7 +59,7 @@ def describe_device(run):
 
 
 def describe_work(run):
-    """Return the images of the teacher and the training steps by phase, and below them the noise schedule."""
+    """Return the lines, (label, text), of the teacher's images, the steps by phase and the noise schedule."""
     settings = run.settings
     factors = [settings.gradient_accumulation_steps, settings.train_batch_size]
     batch = " x ".join(str(number) for number in factors if number > 1) or "1"
@@ -61,28 +73,35 @@ def describe_work(run):
     for span in run.phases:
         phase = f"{span.name} {sizes[span.resolution]}" if len(sizes) > 1 else span.name
         steps[phase] = steps.get(phase, 0) + span.last - span.first
-    return (
-        f"{images} ({sum(run.num_passes):,} teacher passes with validation), "
-        f"then {settings.max_train_steps:,} steps ({run.num_states:,} states, {batch} a step): "
-        f"{', '.join(f'{phase}: {count:,}' if len(sizes) > 1 else f'{phase} {count:,}' for phase, count in steps.items())}\n"
-        f"noise    {describe_noise(settings, run.files.boundary)}"
-        f"{describe_expectation(run)}"
-    )
+    colon = ":" * (len(sizes) > 1)
+    return [
+        ("work", f"{images} ({sum(run.num_passes):,} teacher passes with validation)"),
+        (
+            "steps",
+            f"{settings.max_train_steps:,} of {batch} states, {run.num_states:,} in all: "
+            f"{', '.join(f'{phase}{colon} {count:,}' for phase, count in steps.items())}",
+        ),
+        ("noise", describe_noise(settings, run.files.boundary)),
+        *describe_expectation(run),
+    ]
 
 
 def describe_expectation(run):
-    """Return the permanent settings of the student and its expected quality, if the teacher is large; else ""."""
+    """Return the lines of the settings that stay in the student and of its quality, if the teacher is large."""
     if not is_large(run.files):
-        return ""
+        return []
     settings, hours = run.settings, run.workload().h100_hours
     guidance = " and ".join(f"{scale:g}" for scale in (settings.guidance_scale, settings.guidance_scale_2))
     negative = f'"{settings.negative_prompt}"' if settings.negative_prompt else "empty"
-    return (
-        f"\nfor good guidance {guidance} and the negative prompt ({negative}) become part of the student"
-        f"\nexpect   {expected_quality(hours)}"
-        f"\n         an estimate for {hours:,.1f} H100-hours and {run.num_states / 1e6:,.1f} M states; see "
-        "docs/budgets.md"
-    )
+    return [
+        ("for good", f"guidance {guidance} and the negative prompt ({negative}) become part of the student"),
+        ("expect", expected_quality(hours)),
+        (
+            "",
+            f"an estimate for {hours:,.1f} H100-hours and {run.num_states / 1e6:,.1f} M states; see "
+            "docs/budgets.md",
+        ),
+    ]
 
 
 def describe_noise(settings, boundary):
@@ -101,8 +120,11 @@ def announce_few(num_trajectories, num_prompts, num_held_out, log):
     """Log a line if trajectories, prompts or held-out prompts are few."""
     if num_trajectories < MIN_TRAJECTORIES:
         log(
-            f"WARNING  {num_trajectories} trajectories are few, and images may stay noise; the default is at "
-            f"least {MIN_TRAJECTORIES}"
+            labelled(
+                "WARNING",
+                f"{num_trajectories} trajectories are few, and images may stay noise; the default is at least "
+                f"{MIN_TRAJECTORIES}",
+            )
         )
     elif num_prompts < MIN_TRAJECTORIES:
         log(
@@ -132,18 +154,19 @@ def drawing_command(folder):
     return command("run_inference.py", "--model", folder)
 
 
-def verdict(chosen_step, is_close):
-    """Return which step was kept and why, as one sentence."""
+def describe_kept(step, is_close):
+    """Return which step was kept and why, as a clause."""
     if is_close:
-        return f"kept step {chosen_step}, the closest to the teacher"
-    return (
-        "no validation came close enough to the teacher; kept the last step. Try more --max_train_steps or "
-        "--num_trajectories"
-    )
+        return f"kept step {step}, the closest to the teacher"
+    return f"kept the last step, {step}: no validation came close enough to the teacher"
 
 
-def conclude(settings, output, results, ending, is_close, seconds, log):
-    """Log the accuracy of teacher and student, the saved step, and the next command."""
+def conclude(run, settings, seconds, log):
+    """Log the accuracy of teacher and student, the saved step, the verdict and the next command.
+
+    `run` is the content of run.json.
+    """
+    results, verdict, output = run["results"], run["verdict"], Path(settings.output_dir)
     if "prompt_accuracy" in results:
         rows = {"teacher": results["teacher"]} | {
             f"student, {count} step{'s' * (count != '1')}": figures
@@ -152,11 +175,13 @@ def conclude(settings, output, results, ending, is_close, seconds, log):
         log(f"held-out captions drawn right ({results['captions']}):")
         for name, figures in rows.items():
             log(f"  {name:18} {describe_accuracy(figures, results['captions'])}")
-    finished = f"finished in {seconds / 60:.1f} minutes"
-    log(f"{finished}; {ending}" if is_close else f"{finished}\nWARNING   {ending}")
-    log(f"saved to {output}; images of teacher and student: {output / SAMPLES}\nreport    {output / REPORT}")
+    log(f"finished in {seconds / 60:.1f} minutes; {run['chosen']['kept']}")
+    log(labelled("verdict", f"{verdict['word']}: {verdict['reason']}"))
+    if verdict["advice"]:
+        log(labelled("change", verdict["advice"]))
+    log(f"saved to {output}; images of teacher and student: {output / SAMPLES}\nreport   {output / REPORT}")
     if settings.report_to in ("tensorboard", "all"):
-        log(f"curves    {tensorboard_command(settings)}")
+        log(f"curves   {tensorboard_command(settings)}")
     log(f"next: {drawing_command(settings.output_dir)}")
 
 

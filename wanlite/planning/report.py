@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .disk import FolderSpace
+from ..runtime.terminal import labelled
+from .disk import FolderSpace, format_size
 from .hardware import fit_batch_size
 
 
@@ -30,7 +31,7 @@ class MemoryReport:
         lines = [f"memory   {format_size(self.free_bytes)} {where}"]
         lines += [f"  {format_size(size):>10}  {phase}" for phase, size in self.phases.items()]
         if self.residencies:
-            lines.append(self._describe_residencies())
+            lines += self._describe_residencies().splitlines()
         return [*lines, "disk", *(_describe_folder(*item) for item in self.folders.items())]
 
     def _describe_residencies(self):
@@ -40,7 +41,7 @@ class MemoryReport:
         for residency, (device_bytes, cpu_bytes) in self.residencies.items():
             on_cpu = f" (+ {format_size(cpu_bytes)} CPU)" if cpu_bytes else ""
             sizes.append(f"{residency} {format_size(other_bytes + device_bytes)}{on_cpu}")
-        return f"experts  {chosen}; trajectories by --teacher_residency: {', '.join(sizes)}"
+        return labelled("experts", f"{chosen}; trajectories by --teacher_residency: {', '.join(sizes)}")
 
     def find_problems(self) -> list[str]:
         """Return a sentence for each phase and each disk that does not fit; it names the setting to change."""
@@ -104,9 +105,3 @@ def _describe_folder(folder, space):
     existing = f"{format_size(space.existing_bytes)} exist, " if space.existing_bytes else ""
     free = f"{format_size(space.free_bytes)} free"
     return f"  {format_size(space.needed_bytes):>10}  {folder} ({existing}{free})"
-
-
-def format_size(size, rounding=round):
-    """Return a size in GB or MB; with `math.ceil` and `math.floor`, two compared sizes never look equal."""
-    unit, name = (1e9, "GB") if size >= 1e8 else (1e6, "MB")
-    return f"{rounding(10 * size / unit) / 10:,.1f} {name}"

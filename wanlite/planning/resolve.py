@@ -18,6 +18,7 @@ from ..training.run_folder import image_size, read_run
 from ..training.trackers import check_tracker
 from .budgets import apply_budget
 from .checks import check_all, check_combinations, check_compiler, check_student, complete_steps
+from .hub import download_teacher
 from .settings import check_bounds
 from .teacher_folder import read_teacher_folder
 
@@ -41,6 +42,9 @@ def complete(settings):
 
     Raises OSError or ValueError for the first problem; a dry run raises one error with a line per problem.
     """
+    if not settings.dry_run:
+        check_bounds(settings)  # before a download of hours
+        download_teacher(settings.teacher)
     teacher = choose_teacher(settings.teacher)
     _suggest_neighbours(check_holds_experts, teacher)  # without experts, every other check fails as well
     settings = _complete_typed(settings, teacher)

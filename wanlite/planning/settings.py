@@ -1,10 +1,12 @@
 """A frozen dataclass of settings -> command line flags and help texts; torch is not imported."""
 
 import argparse
+import copy
 import dataclasses
 import math
 import operator
 import os
+import sys
 import types
 import typing
 from contextlib import suppress
@@ -20,17 +22,21 @@ BOUNDS = {
 }
 
 
-def setting(default, meaning, aliases=(), choices=None, is_path=False, group=None, was=None, **bounds):
+def setting(
+    default, meaning, aliases=(), choices=None, is_path=False, group=None, was=None, brief=None, **bounds
+):
     """Declare one setting: its default and the help text of its flag.
 
-    `group` is the heading in --help of this setting and of those below it. `was` is a former name of the flag:
-    it is refused with the new name as a suggestion. A leading `~` of a path is expanded. `bounds` are named as
-    in BOUNDS.
+    --help lists the settings with `brief`, which is a shorter text or True for the same; --help_all lists all.
+    `group` is the heading in --help_all of this setting and of those below it. `was` is a former name of the
+    flag, or that of other trainers: it is refused with the new name as a suggestion. A leading `~` of a path is
+    expanded. `bounds` are named as in BOUNDS.
     """
     return dataclasses.field(
         default=default,
         metadata={
             "meaning": meaning,
+            "brief": brief,
             "aliases": aliases,
             "choices": choices,
             "is_path": is_path,
@@ -63,8 +69,9 @@ def make_parser(settings_class, description, repeatable=()):
     value, and can be repeated.
     """
     parser = OneLineParser(
-        description=description, formatter_class=WideHelpFormatter, usage="%(prog)s [options]"
+        description=description, formatter_class=WideHelpFormatter, usage="%(prog)s [options]", add_help=False
     )
+    _add_help(parser, settings_class)
     hints = typing.get_type_hints(settings_class)
     group: argparse._ActionsContainer = parser
     for field in dataclasses.fields(settings_class):
@@ -92,9 +99,20 @@ def _argument(field, hint, is_repeatable):
     return options | {"type": kind, "choices": choices, "metavar": None if choices else METAVARS[kind]}
 
 
-def _help(field):
-    """Return the help text of a setting, with its default unless that is None, off or empty."""
-    text, default = field.metadata["meaning"], field.default
+def _add_help(parser, settings_class):
+    """Add --help, which lists the settings with a brief text if there are any, and --help_all."""
+    briefs = {
+        field.name: _help(field, brief if isinstance(brief, str) else None)
+        for field in dataclasses.fields(settings_class)
+        if (brief := field.metadata["brief"])
+    }
+    parser.add_argument("-h", "--help", action=BriefHelp, briefs=briefs, help="print this list")
+    parser.add_argument("--help_all", dest=argparse.SUPPRESS, action="help", help="print all settings")
+
+
+def _help(field, text=None):
+    """Return the help text of a setting, or `text`, with its default unless that is None, off or empty."""
+    text, default = text or field.metadata["meaning"], field.default
     if not (default is None or default is False or default == ""):
         default = " ".join(map(str, default)) if isinstance(default, tuple) else default
         text += f" (default: {'on' if default is True else default})"
@@ -148,8 +166,41 @@ class WideHelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=32)
 
 
+class BriefHelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Leave most of a line to the help texts."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=26)
+
+
+class BriefHelp(argparse.Action):
+    """Prints the help of the settings in `briefs`, {setting: its help text}, or of all if that is empty."""
+
+    def __init__(self, option_strings, dest, briefs, help):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+        self.briefs = briefs
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        formatter = BriefHelpFormatter(parser.prog)
+        formatter.add_usage(parser.usage, (), ())
+        formatter.add_text(parser.description)
+        for action in parser._actions:
+            if not self.briefs or action.dest in self.briefs or action.dest == argparse.SUPPRESS:
+                formatter.add_argument(self._shortened(action))
+        parser._print_message(formatter.format_help(), sys.stdout)
+        parser.exit()
+
+    def _shortened(self, action):
+        short = copy.copy(action)
+        if action.dest in self.briefs:
+            short.help, short.option_strings = self.briefs[action.dest], action.option_strings[:1]
+        return short
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser without abbreviated flags; an error is one line, with exit code 2.
+
+    error() is for flags that cannot be parsed, refuse() for their values.
 
     `renamed` is {former flag: new flag}.
     """
@@ -177,5 +228,8 @@ class OneLineParser(argparse.ArgumentParser):
         return (completions or get_close_matches(flag, flags))[:3]
 
     def error(self, message):
+        self.refuse(f"{message} (--help_all lists every flag)")
+
+    def refuse(self, message):
         defer_to_rank_zero()
-        self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")
+        self.exit(2, f"{self.prog}: {message}\n")

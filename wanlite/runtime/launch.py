@@ -22,6 +22,11 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def is_on_several_machines() -> bool:
+    """Whether the processes of this run are on several machines."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > local_processes()
+
+
 def is_launched() -> bool:
     """Whether a launcher started this process as one of several of a run."""
     return "LOCAL_RANK" in os.environ

@@ -3,8 +3,10 @@
 import io
 import os
 import sys
+import textwrap
 from typing import Any, TextIO
 
+MAX_COLUMNS = 100
 MAX_SHOWN = 3000  # characters of a line
 
 
@@ -35,6 +37,24 @@ def _lasting(stream: Any) -> TextIO:
         stream.encoding,
         errors="backslashreplace",
         line_buffering=stream.line_buffering or stream.write_through,
+    )
+
+
+def hide_loading_bars() -> None:
+    """Hide the bars of transformers, which would appear in a log even for a small text encoder."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def labelled(label: str, text: str) -> str:
+    """Return text behind a label, wrapped to MAX_COLUMNS; a longer word, as a path, is not broken."""
+    return textwrap.fill(
+        f"{label:8} {text}",
+        MAX_COLUMNS,
+        subsequent_indent=" " * 9,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 

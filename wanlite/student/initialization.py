@@ -81,10 +81,9 @@ def initialize_student(
                 report = _project_and_calibrate(
                     settings, student, files, embeddings, latent_size, accelerator.device
                 )
-                log(f"{report}{_calibration_note(settings, embeddings)}")
+                log("projected the teacher's weights into the student; run.json has the energy kept")
                 _save_initialization(folder, settings, student, report, len(embeddings))
     accelerator.wait_for_everyone()
-    log(f"start    {folder}")
     student.load_state_dict(load_file(folder / weight_names()[0]), strict=True)
     return read_json(folder / REPORT, OWN)
 
@@ -117,10 +116,6 @@ def _project_and_calibrate(settings, student, files, embeddings, latent_size, de
     if frames is not None:
         calibrate(student.to(device), experts[0], report, frames)
     return report
-
-
-def _calibration_note(settings, embeddings):
-    return f"; calibrated on {len(embeddings)} frames" if settings.projection == "calibrated" else ""
 
 
 def _save_initialization(folder, settings, student, report, num_frames):

@@ -41,7 +41,7 @@ def find_teacher(typed: str | Path) -> Path:
     folder = Path(typed).absolute()
     if folder.is_dir():
         return _newest_snapshot(folder) if folder.name.startswith("models--") else folder
-    if name := _hub_name(str(typed)):
+    if name := hub_name(str(typed)):
         return _cached(str(typed), name)
     if re.match(r"\w+:/", str(typed)):
         raise OSError(f"--teacher {typed}: is a URL, expected a folder. Download it, and name the folder.")
@@ -100,7 +100,7 @@ def neighbours(path: Path) -> Iterator[Path]:
 # ---- the hub -----------------------------------------------------------------------------------------------
 
 
-def _hub_name(typed: str) -> str | None:
+def hub_name(typed: str) -> str | None:
     """Return organisation/model, typed as such or as a URL; None for a path whose first folder exists, and others."""
     if url := _URL.match(typed):
         return url[1]

@@ -24,7 +24,7 @@ from typing import Any
 from safetensors import safe_open
 
 from ..files.atomic import MANIFEST, find_corruption, new_folder, write_json
-from ..files.cache import fingerprint
+from ..files.cache import fingerprint, is_writable, user_cache
 from ..files.file_names import (
     BASE,
     CACHE,
@@ -43,6 +43,7 @@ from ..files.file_names import (
 from ..files.inside import check_inside, resolve_inside
 from ..files.json_files import DOWNLOADED, OWN, read_json
 from ..files.text_files import MAX_LINE, open_text
+from ..runtime.launch import is_on_several_machines
 
 RESULTS = (  # removed by clear()
     *COMPONENTS,
@@ -89,6 +90,17 @@ def image_size(resolution: Any) -> tuple[Any, Any]:
     if isinstance(resolution, list) and len(resolution) == 2:
         return resolution[0], resolution[1]
     return resolution, resolution
+
+
+def converted_folder(settings: Any) -> Path:
+    """Return the folder of a teacher's converted parts: --cache_dir or, if that is unset, one for all runs of a user.
+
+    Several machines share --cache_dir only.
+    """
+    is_default = Path(settings.cache_dir) == Path(settings.output_dir) / CACHE
+    if is_default and not is_on_several_machines() and is_writable(user_cache()):
+        return user_cache()
+    return Path(settings.cache_dir)
 
 
 def check_output_folder(

@@ -6,14 +6,13 @@ If the disk is full, a record or a checkpoint is skipped with a warning, and tra
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..data.grids import save_grid
 from ..files.file_names import METRICS, REPORT, SAMPLES
+from ..phases import describe_phase
+from ..runtime.progress import print_above, track
 from .checkpoints import latest_checkpoint
 from .report.page import write_report
 from .run_folder import MetricsLog
-from .throughput import format_figures
 from .trackers import log_image
 
 LOG_STEPS = 10  # steps between two records
@@ -36,14 +35,7 @@ class RunLog:
         self.metrics = MetricsLog(self.folder / METRICS, step) if is_main else None
         # The duration of a resumed run includes the time before its interruption.
         self.began = began - (self.metrics.seconds if self.metrics is not None else 0)
-        self.bar = tqdm(
-            total=run.settings.max_train_steps,
-            initial=step,
-            desc="distilling",
-            unit="step",
-            smoothing=0.05,
-            disable=not is_main,
-        )
+        self.bar = track(run.settings.max_train_steps, "training", step, is_hidden=not is_main, leave=True)
 
     def _start_trackers(self, step):
         """Start the trackers; a resumed run replaces the records after its checkpoint."""
@@ -86,9 +78,7 @@ class RunLog:
         if step % LOG_STEPS and step != phase.last and step_figures.is_finite:
             return
         figures = self.pace.figures()
-        self.bar.set_postfix(
-            phase=phase.name, loss=f"{step_figures.loss:.3f}", **format_figures(figures), refresh=False
-        )
+        self.bar.describe(describe_phase(phase, self.run.phases), f"loss {step_figures.loss:.3f}")
         self.record(
             step,
             seconds=round(self.seconds, 1),
@@ -108,9 +98,10 @@ class RunLog:
                 state.save(self.folder, self.facts, self.run.settings.checkpoints_total_limit)
             except OSError as error:
                 newest = latest_checkpoint(self.folder)[0]
-                self.accelerator.print(
-                    f"\nWARNING: step {state.progress.step} is NOT saved: {error}\n"
-                    f"The newest checkpoint is {newest}; training continues."
+                print_above(
+                    self.accelerator,
+                    f"WARNING: step {state.progress.step} is NOT saved: {error}\n"
+                    f"The newest checkpoint is {newest}; training continues.",
                 )
         self.accelerator.wait_for_everyone()
         self.pace.restart()  # saving is not part of a step

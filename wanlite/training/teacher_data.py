@@ -23,6 +23,7 @@ from ..network import TEXT_LENGTH, pack_text
 from ..phases import choose_validated, count_validated
 from ..teacher.components import convert_components, is_converted
 from ..teacher.expert_files import sampled_digest
+from .run_folder import converted_folder
 from .steps import velocity_in_chunks
 
 FIRST_SEED = 10**12  # of training trajectories
@@ -42,7 +43,9 @@ def open_components(run):
     ]
     with accelerator.main_process_first():
         folder = cache_folder(
-            settings.cache_dir, "components", files=sampled_digest(("component", path) for path in files)
+            converted_folder(settings),
+            "components",
+            files=sampled_digest(("component", path) for path in files),
         )
     if accelerator.is_main_process:
         with in_turn(folder, accelerator.print):

@@ -137,13 +137,3 @@ class Pace:
             return torch.cuda.max_memory_allocated(self.device)
         self.peak_resident = max(self.peak_resident, psutil.Process().memory_info().rss)
         return self.peak_resident
-
-
-def format_figures(figures):
-    """Return the figures of a progress bar as short texts by name."""
-    return {
-        "images/s": f"{figures['images_per_second']:.3g}",
-        "teacher": f"{figures['teacher_share']:.0%}",
-        "waits": f"{figures['data_wait_share']:.0%}",
-        "used": f"{figures['model_flops_utilisation']:.0%}",
-    }

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data.autoencoder import decode_latents, to_images
 from ..data.grids import Grid
 from ..flow import sample, seeded_noise
 from ..network import TextTokens, pack_text
 from ..phases import count_validated
+from ..runtime.progress import print_above, track
 from ..runtime.ranks import broadcast
 from ..world import shapes
 from ..world.record import read_world
@@ -125,9 +125,8 @@ class Validator:
             progress.rejected_validations + 1 if violations and not is_closest else 0
         )
         if violations:  # metrics.jsonl has all figures
-            self.run.accelerator.print(
-                f"\nstep {progress.step}: rejected, unlike the teacher {violations[0]}"
-            )
+            text = f"step {progress.step}: rejected, unlike the teacher {violations[0]}"
+            print_above(self.run.accelerator, text)
         elif is_closest or progress.best.get("phase") != progress.phase:
             state.keep_as_best(score, figures)
 
@@ -205,9 +204,7 @@ def generate_images(velocity_for, embeddings, seeds, num_steps, sampler, batch_s
     """Generate one image for each embedding and seed: (B, height, width, 3) uint8."""
     batches, device = [], sampler.autoencoder.device
     is_short = len(embeddings) <= batch_size
-    with tqdm(
-        total=len(embeddings), desc="generating", unit="image", leave=False, disable=is_short
-    ) as progress:
+    with track(len(embeddings), "generating", is_hidden=is_short) as progress:
         for start in range(0, len(embeddings), batch_size):
             sampler.check()
             text = pack_text(embeddings[start : start + batch_size]).to(device)

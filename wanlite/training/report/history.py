@@ -4,9 +4,12 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from ...files.file_names import METRICS
 from ..metrics import find_guard_violations
+from ..run_folder import read_records
 
 MEASURES = ("image_error", "diversity", "channel_drift", "saturation", "frechet_distance")
 COUNTED = re.compile(r"image_error_(\d+)")
@@ -107,6 +110,11 @@ class History:
     def is_good(self) -> bool:
         """Whether the saved student passed its validation; only then run.json has its score."""
         return self.is_finished and self.measure in self.chosen
+
+
+def read_history(folder: Path, run: dict[str, Any]) -> History:
+    """Return the History of a run with this content of run.json, and the metrics in its folder."""
+    return History(run, [record for _, record in read_records(folder / METRICS)])
 
 
 def format_steps(count: int) -> str:

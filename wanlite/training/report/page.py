@@ -15,13 +15,13 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from ...files.atomic import write_bytes
-from ...files.file_names import METRICS, REPORT, SAMPLES
+from ...files.file_names import REPORT, SAMPLES
 from ...runtime.terminal import one_line
-from ..run_folder import read_records, read_run
+from ..run_folder import read_run
 from . import tables
 from .charts import thin
 from .curves import make_charts
-from .history import History, format_steps
+from .history import format_steps, read_history
 
 MAX_GRIDS = 24
 MAX_IMAGE_BYTES = 6_000_000  # of all grids; base64 adds a third
@@ -47,7 +47,7 @@ def write_report(folder: str | Path) -> None:
 def render(folder: str | Path) -> str:
     """Return the page of a run; every text in it is escaped."""
     folder = Path(folder)
-    history = History(read_run(folder), [record for _, record in read_records(folder / METRICS)])
+    history = read_history(folder, read_run(folder))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from ...phases import MIN_CAPTIONS, MIN_TRAJECTORIES, MIN_VALIDATED
 from ..metrics import GUARDS
 from .history import History
+from .verdict import FAILED, GOOD, judge_run
 
 EXPLAINED = {  # {measure: (title, sentence)}
     "image_error": (
@@ -58,7 +59,9 @@ class Result(NamedTuple):
 def describe_state(history: History) -> str:
     """Return one sentence on the state of a run."""
     if history.is_finished:
-        return f"Finished: {history.run.get('verdict', 'the student is saved')}."
+        verdict = judge_run(history)
+        advice = f" To change: {verdict.advice}." if verdict.advice else ""
+        return f"{verdict.word.capitalize()}: {verdict.reason or 'the student is saved'}.{advice}"
     done = f"Step {history.step:,} of {history.max_steps:,}"
     if history.kept:
         return f"{done}; the closest student so far is that of step {history.kept.step:,}."
@@ -76,6 +79,11 @@ def describe_choice(history: History) -> str:
         return "The student is chosen at the end, among the accepted validations of the last phases."
     title, score = EXPLAINED[history.measure][0].lower(), history.kept.score(history.measure)
     return f"Step {history.kept.step:,} has the lowest {title} so far ({score:.3g})."
+
+
+def rate_state(history: History) -> str:
+    """Return the class of the state on the page: good, bad, or neither."""
+    return {GOOD: "good", FAILED: "bad"}.get(judge_run(history).word, "") if history.is_finished else ""
 
 
 def find_warnings(history: History) -> Iterator[str]:
