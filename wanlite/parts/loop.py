@@ -14,9 +14,9 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..files.atomic import read_manifest
+from ..runtime.progress import track
 from ..runtime.signals import Stopped
 from ..training.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint
 
@@ -24,6 +24,7 @@ WARMUP_SHARE = 0.05  # of the steps
 AVERAGED_SHARE = 0.04  # of the steps, in the averaged weights
 MAX_NORM = 1.0  # of the gradients
 KEPT_CHECKPOINTS = 2
+NUM_AVERAGED = 50  # losses in the one that is shown
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def train_part(
     state = _make_state(weights, schedule)
     first = _resume(folder, state, weights, facts)
     losses = state["progress"]["losses"]
-    with tqdm(total=schedule.steps, initial=first, desc=name, unit="step", leave=False) as progress:
+    with track(schedule.steps, name, done=first) as progress:
         for step in range(first, schedule.steps):
             if step % schedule.checkpointing_steps == 0 and step:
                 _save(folder, step, state, facts)
@@ -64,8 +65,8 @@ def train_part(
                 _save(folder, step, state, facts)
                 raise Stopped
             losses.append(_step(parameters, state, loss, make_generator(schedule.seed, step)))
-            del losses[:-50]
-            progress.set_postfix(loss=f"{np.mean(losses):.4g}", refresh=False)
+            del losses[:-NUM_AVERAGED]
+            progress.describe(name, f"loss {np.mean(losses):.4g}")
             progress.update()
     _save(folder, schedule.steps, state, facts)
     state["ema"].copy_to(parameters)
