@@ -24,7 +24,13 @@ from wanlite.parts.decoder import decode_frames, peak_signal_to_noise
 from wanlite.parts.decoder_projection import empty_decoder, find_streams, project_decoder, sources_of
 from wanlite.parts.loop import Schedule, train_part
 from wanlite.parts.text_encoder import encode, tokenize_all
-from wanlite.parts.text_projection import TextShape, default_shape, project_text_encoder, split_blocks
+from wanlite.parts.text_projection import (
+    EncoderFiles,
+    TextShape,
+    default_shape,
+    project_text_encoder,
+    split_blocks,
+)
 from wanlite.runtime.signals import Stopped
 from wanlite.small import complete, read_settings
 from wanlite.world import emoji, shapes
@@ -143,12 +149,12 @@ def text(request):
     ]
     width = encoder.config.d_model
     reader = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(0)) / width**0.5
-    return encoder, *tokens, reader
+    return encoder, *tokens, reader, EncoderFiles(folder)
 
 
 def relative_error(text, shape):
-    encoder, tokens, held_out, reader = text
-    small, weight = project_text_encoder(encoder, shape, tokens, reader)
+    encoder, tokens, held_out, reader, files = text
+    small, weight = project_text_encoder(files, shape, tokens, reader)
     with torch.no_grad():
         target = held_out.rows(encode(encoder, held_out) @ reader.T)
         read = held_out.rows(encode(small, held_out) @ weight.T)
@@ -177,7 +183,7 @@ def test_each_block_belongs_to_one_span(blocks, depth):
 
 
 def test_an_impossible_shape_of_a_text_encoder_is_refused(text):
-    encoder, tokens, _, reader = text
+    encoder, tokens, _, reader, files = text
     config = encoder.config
     for name, shape in (
         ("width", TextShape(config.d_model + 1, 1, 1, 1)),
@@ -186,7 +192,7 @@ def test_an_impossible_shape_of_a_text_encoder_is_refused(text):
         ("neurons", TextShape(8, 1, 1, 0)),
     ):
         with pytest.raises(ValueError, match=f"a text encoder with {name}"):
-            project_text_encoder(encoder, shape, tokens, reader)
+            project_text_encoder(files, shape, tokens, reader)
 
 
 # ---- training ----------------------------------------------------------------------------------------------

@@ -141,15 +141,16 @@ MAX_BASE_DIM = 32
 
 
 def load_pipeline(folder: str, device: str) -> Pipeline:
-    """Load a saved student with its parts, in float32."""
+    """Load a saved student with its parts; on a GPU the text encoder has the dtype of its files."""
     record = read_run(folder)
     student = WanLiteStudent.from_pretrained(folder, device=device).eval().requires_grad_(False)
-    tokenizer, encoder = load_text_encoder(folder, device, torch.float32)
+    tokenizer, encoder = load_text_encoder(folder, device, torch.float32 if device == "cpu" else None)
     autoencoder = load_video_autoencoder(folder).eval().requires_grad_(False).to(device)
     defaults = sampling_defaults(record)
     stride = autoencoder.config.scale_factor_spatial
     schedule = read_schedule(folder, recorded_schedule(record, Path(folder) / RUN))
     return Pipeline(
+        folder,
         student,
         UniPCMultistepScheduler(**schedule),
         defaults["num_inference_steps"],

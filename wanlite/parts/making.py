@@ -34,7 +34,7 @@ from .text_encoder import (
     tokenize_all,
     velocity_difference,
 )
-from .text_projection import TextShape, Tokens, project_text_encoder
+from .text_projection import EncoderFiles, TextShape, Tokens, project_text_encoder
 
 PROJECTED_IMAGES = 16  # images from which the decoder's convolutions are fitted
 PROJECTED_PROMPTS = 256  # prompts from which the text encoder's matrices are fitted
@@ -64,6 +64,7 @@ class PartOptions:
 class Pipeline:
     """A student with its parts, as this package computes with them."""
 
+    folder: str | Path
     student: Any
     scheduler: Any
     num_steps: int
@@ -138,6 +139,7 @@ class SmallParts:
         if self.options.text_shape is not None:
             encoder, student, figures["text_encoder"] = self.make_text_encoder(self.options.text_shape)
         small = Pipeline(
+            large.folder,
             student,
             large.scheduler,
             large.num_steps,
@@ -221,7 +223,7 @@ class SmallParts:
         tokens = large.tokens(self.prompts)
         held_out = large.tokens(self.held_out)
         first = tokens.take(torch.arange(min(PROJECTED_PROMPTS, len(self.prompts))))
-        encoder, weight = project_text_encoder(large.encoder, shape, first, reader.weight)
+        encoder, weight = project_text_encoder(EncoderFiles(large.folder), shape, first, reader.weight)
         small = SmallText(encoder, weight, reader.bias).to(large.device)
         compare = partial(compare_reading, large.encoder, reader, small, held_out)
         projected = float(compare().mean())

@@ -6,20 +6,30 @@ directions; consecutive blocks become one, with the heads and neurons that write
 refitted by ridge regression, from the small encoder's own states to the large one's.
 
 Legend: B prompts, L text length, D d widths of the large and of the small encoder, R rows: all tokens of all prompts,
-without padding. The large encoder's blocks are visited twice, in order, so that they can be read one at a time.
+without padding. The large encoder's blocks are visited twice, in order, and read from the disk one at a time.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
+from transformers.models.umt5.modeling_umt5 import UMT5Block, UMT5LayerNorm
 
+from ..data.component_files import loading_errors
+from ..files.file_names import CONFIG
+from ..files.json_files import DOWNLOADED, read_json
 from ..student.regression import solve_ridge
+from ..teacher.components import find_weight_files
+from ..teacher.names import TIED
 
 MAX_WIDTH = 768  # with the vocabulary of UMT5-XXL, 0.4 GB of embeddings in bf16
+ROWS_AT_ONCE = 8192  # of the embeddings, which are a fifth of UMT5-XXL
 RIDGE = 1e-4  # relative to the mean diagonal of the Gram matrix
 
 
@@ -73,39 +83,78 @@ def default_shape(config: Any, width: int | None = None) -> TextShape:
     )
 
 
+class EncoderFiles:
+    """A UMT5 encoder on disk, of which one block at a time is read, in float32.
+
+    Raises OSError for files that cannot be read; load_text_encoder() compares them with config and manifest.
+    """
+
+    def __init__(self, folder: str | Path):
+        place = Path(folder) / "text_encoder"
+        with loading_errors(place):
+            self.config = UMT5Config.from_dict(read_json(place / CONFIG, DOWNLOADED))
+            files = [safe_open(path, "pt") for path in find_weight_files("text_encoder", place)]
+            self._files = {name: file for file in files for name in file.keys()}
+        self._embedding = next(name for name in sorted(TIED, reverse=True) if name in self._files)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the embeddings (B, L, D) of tokens."""
+        rows = self._files[self._embedding].get_tensor(self._embedding)  # mapped: only these rows are read
+        return rows[ids.cpu()].float().to(ids.device)
+
+    def embed_all(self, basis: Tensor) -> Tensor:
+        """Return the embeddings (vocabulary, d) of all tokens in a basis (D, d)."""
+        rows = self._files[self._embedding].get_slice(self._embedding)
+        starts = range(0, self.config.vocab_size, ROWS_AT_ONCE)
+        return torch.cat([rows[start : start + ROWS_AT_ONCE].float() @ basis.cpu() for start in starts])
+
+    def blocks(self, device: str | torch.device) -> Iterator[Any]:
+        """Yield the blocks in order."""
+        self.config._attn_implementation = "sdpa"
+        for number in range(self.config.num_layers):
+            with torch.device("meta"):
+                block = UMT5Block(self.config, layer_idx=number)
+            yield self._read(block, f"encoder.block.{number}.").to(device)
+
+    def final_norm(self) -> Any:
+        with torch.device("meta"):
+            norm = UMT5LayerNorm(self.config.d_model, eps=self.config.layer_norm_epsilon)
+        return self._read(norm, "encoder.final_layer_norm.")
+
+    def _read(self, module, prefix):
+        names = {name: f"{prefix}{name}" for name in module.state_dict()}
+        tensors = {name: self._files[full].get_tensor(full).float() for name, full in names.items()}
+        module.load_state_dict(tensors, assign=True)
+        return module.eval().requires_grad_(False)
+
+
 @torch.no_grad()
 def project_text_encoder(
-    encoder: Any,
-    shape: TextShape,
-    tokens: Tokens,
-    reader: Tensor,
-    blocks: Callable[[], Iterable[Any]] | None = None,
+    large: EncoderFiles, shape: TextShape, tokens: Tokens, reader: Tensor
 ) -> tuple[Any, Tensor]:
-    """Return a small encoder and the matrix (out, d) that reads it as `reader` (out, D) reads `encoder`.
+    """Return a small encoder and the matrix (out, d) that reads it as `reader` (out, D) reads `large`.
 
-    `tokens` are those of a few hundred prompts. `blocks()` returns the blocks of the large encoder in order, by
-    default those of `encoder`. Raises ValueError if the shape exceeds the large encoder's.
+    `tokens` are those of a few hundred prompts. Raises ValueError if the shape exceeds the large encoder's.
     """
-    check_shape(encoder.config, shape)
-    blocks = blocks or (lambda: encoder.encoder.block)
-    small = make_small(encoder.config, shape)
-    embedded = encoder.encoder.embed_tokens(tokens.ids)
-    spans = split_blocks(encoder.config.num_layers, shape.depth)
-    basis = find_basis(embedded, blocks(), tokens, shape.width)
-    small.shared.weight.copy_(encoder.shared.weight @ basis)
+    check_shape(large.config, shape)
+    device = tokens.ids.device
+    small = make_small(large.config, shape).to(device)
+    states = large.embed(tokens.ids)
+    basis = find_basis(states, large.blocks(device), tokens, shape.width)
+    small.shared.weight.copy_(large.embed_all(basis))
 
-    states, own_states, remaining = embedded, embedded @ basis, iter(blocks())
-    for own_block, length in zip(small.encoder.block, spans):
-        span = [Observed(next(remaining), tokens) for _ in range(length)]
-        starts = states
-        for block in span:
-            states = block.observe(states)
-        attended = starts + sum(block.attention_update for block in span)
+    own_states, blocks = states @ basis, large.blocks(device)
+    for own_block, length in zip(small.encoder.block, split_blocks(large.config.num_layers, shape.depth)):
+        starts, span = states, []
+        for block in islice(blocks, length):
+            span.append(Observed(block, tokens))
+            states = span[-1].observe(states)
+        attended = starts + sum(each.attention_update for each in span)
         own_states = fit_attention(own_block.layer[0], span, basis, (starts, attended), own_states, tokens)
         own_states = fit_neurons(own_block.layer[1], span, basis, (attended, states), own_states, tokens)
     own_norm = small.encoder.final_layer_norm
     fit_norm(own_norm, tokens.rows(states), tokens.rows(own_states))
-    read = tokens.rows(encoder.encoder.final_layer_norm(states)) @ reader.T.to(states.dtype)
+    read = tokens.rows(large.final_norm().to(device)(states)) @ reader.T.to(states.dtype)
     weight, _ = solve_ridge(tokens.rows(own_norm(own_states)), read, RIDGE, has_bias=False)
     return small, weight
 
