@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from torch import nn
+from transformers import UMT5Config
 
 from tests.conftest import ROOT, run_script
 from wanlite import WanLitePipeline
@@ -28,6 +29,7 @@ from wanlite.parts.text_projection import (
     EncoderFiles,
     TextShape,
     default_shape,
+    make_small,
     project_text_encoder,
     split_blocks,
 )
@@ -193,6 +195,17 @@ def test_an_impossible_shape_of_a_text_encoder_is_refused(text):
     ):
         with pytest.raises(ValueError, match=f"a text encoder with {name}"):
             project_text_encoder(files, shape, tokens, reader)
+
+
+def test_a_real_pipeline_becomes_small():
+    """A14B's text encoder and autoencoder, with the default sizes, in GB of bfloat16."""
+    xxl = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+    with torch.device("meta"):
+        encoder = make_small(xxl, default_shape(xxl))
+        autoencoder = AutoencoderKLWan(decoder_base_dim=32)
+    sizes = [2e-9 * sum(weight.numel() for weight in each.parameters()) for each in (encoder, autoencoder)]
+    assert sizes[0] < 0.6 and sizes[1] < 0.15
+    assert sum(sizes) + 2e-9 * 0.3e9 < 1.5  # with the student
 
 
 # ---- training ----------------------------------------------------------------------------------------------
