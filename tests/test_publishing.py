@@ -104,6 +104,21 @@ def test_a_run_uploads_what_inference_needs(hub, tmp_path):
     assert hub.files[weights] == (tmp_path / "run" / weights).read_bytes()
 
 
+def test_an_upload_names_no_path_of_the_machine(hub, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a small red ring at the left on a white background\n" * 3)
+    process = push(hub, tmp_path / "run", "--project_only", "--prompts", prompts)
+    assert process.returncode == 0, process.stderr
+    texts = {name: content for name, content in hub.files.items() if not name.endswith(".safetensors")}
+    for private in (str(tmp_path), str(ROOT)):
+        found = {name: content.find(private.encode()) for name, content in texts.items()}
+        assert set(found.values()) == {-1}, [content[found[name] - 99 :][:299] for name, content in texts.items() if found[name] >= 0]
+    assert json.loads(texts["run.json"])["settings"]["prompts"] == "prompts.txt"
+    assert "WanPipeline.from_pretrained('me/student')" in texts["README.md"].decode()
+    assert str(tmp_path) in (tmp_path / "run/run.json").read_text()
+    assert not (tmp_path / "run/.published").exists()
+
+
 def test_a_hub_that_refuses_the_name_ends_a_run_before_it_begins(hub, tmp_path):
     hub.refused |= {"create": 403, "info": 404}
     process = push(hub, tmp_path / "run")
@@ -118,6 +133,7 @@ def test_an_upload_that_fails_leaves_a_saved_student_and_the_command(hub, tmp_pa
     assert process.returncode == 0 and "Traceback" not in process.stderr
     assert "WARNING   not uploaded (" in process.stdout
     assert upload_command(tmp_path / "run", "me/student") in process.stdout
+    assert (tmp_path / "run/.published/config.json").is_file()
 
 
 def test_a_dry_run_touches_no_hub(hub, tmp_path):
@@ -128,5 +144,4 @@ def test_a_dry_run_touches_no_hub(hub, tmp_path):
 @pytest.mark.parametrize("folder", ["out", "out dir", "it's"])
 def test_the_command_that_uploads_is_quoted(folder):
     command = upload_command(folder, "me/student").replace("hf", "python", 1)
-    assert parse_in_a_shell(command)[:3] == ["upload", "me/student", folder]
-    assert parse_in_a_shell(command)[3:5] == ["--exclude", "cache/*"]
+    assert parse_in_a_shell(command) == ["upload", "me/student", f"{folder}/.published"]

@@ -1,10 +1,17 @@
 """A saved student -> a model on the hub. No torch."""
 
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-NOT_PUBLISHED = ("cache/*", "checkpoints/*", "logs/*")  # files that only training needs
+from ..files.file_names import CACHE, CHECKPOINTS, MODEL_CARD, REPORT, RUN
+from .run_folder import link_file, read_run
+
+NOT_PUBLISHED = (CACHE, CHECKPOINTS, "logs")  # folders that only training needs
+PUBLISHED = ".published"  # the copy that is uploaded, in the folder of the run
+WITH_PATHS = (RUN, MODEL_CARD, REPORT)  # files that name paths of this machine
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def create_repository(name: str) -> None:
@@ -28,12 +35,10 @@ def publish(folder: str | Path, name: str, log: Callable[[str], object]) -> None
     from huggingface_hub import HfApi
 
     log(f"uploading {folder} to {name}")
+    copy = copy_without_paths(Path(folder), name)
     try:
         commit = HfApi().upload_folder(
-            repo_id=name,
-            folder_path=folder,
-            ignore_patterns=[*NOT_PUBLISHED, ".*"],
-            commit_message="Upload a WanLiteStudent",
+            repo_id=name, folder_path=copy, commit_message="Upload a WanLiteStudent"
         )
     except (OSError, ValueError) as error:
         log(
@@ -41,6 +46,7 @@ def publish(folder: str | Path, name: str, log: Callable[[str], object]) -> None
             f"    {upload_command(folder, name)}"
         )
         return
+    shutil.rmtree(copy)
     log(f"uploaded to {commit.repo_url}")
 
 
@@ -49,6 +55,47 @@ def _first_line(error):
 
 
 def upload_command(folder: str | Path, name: str) -> str:
-    """Return the shell command that uploads a student's folder without the files that only training needs."""
-    excluded = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in NOT_PUBLISHED)
-    return f"hf upload {shlex.quote(name)} {shlex.quote(str(folder))} {excluded}"
+    """Return the shell command that uploads the copy of a student's folder."""
+    return shlex.join(["hf", "upload", name, str(Path(folder) / PUBLISHED)])
+
+
+def copy_without_paths(folder: Path, name: str) -> Path:
+    """Return a folder of hard links to the files that are published; texts name no path of this machine.
+
+    The folder of the student is called `name` in them, and a file of the user by its last part.
+    """
+    copy = folder / PUBLISHED
+    shutil.rmtree(copy, ignore_errors=True)
+    replaced = _private_paths(folder, name)
+    for path in sorted(folder.rglob("*")):
+        inner = path.relative_to(folder)
+        if not path.is_file() or inner.parts[0] in NOT_PUBLISHED or inner.parts[0].startswith("."):
+            continue
+        target = copy / inner
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.name not in WITH_PATHS:
+            link_file(path, target)
+            continue
+        text = path.read_text(encoding="utf-8")
+        for private, public in replaced.items():
+            text = text.replace(private, public)
+        target.write_text(text, encoding="utf-8")
+    return copy
+
+
+def _private_paths(folder, name):
+    """Return {path of this machine: what is published instead}, the longest first."""
+    run = read_run(folder)
+    values = (run.get("settings") or {}).values()
+    typed = [value for value in values if isinstance(value, str) and Path(value).is_absolute()]
+    replaced = {value: Path(value).name for value in typed}
+    directory = run.get("report", {}).get("directory", str(Path.cwd()))
+    replaced |= {
+        f"{ROOT}/": "",
+        str(ROOT): ".",
+        directory: ".",
+        str(Path.home()): "~",
+        str(folder.absolute()): name,
+        str(folder): name,
+    }
+    return {private: replaced[private] for private in sorted(replaced, key=len, reverse=True)}
