@@ -209,9 +209,11 @@ def test_the_metadata_of_an_image_generate_it_again(orphan, tmp_path):
     assert facts["prompt"] == PROMPTS[1] and facts["seed"] == "12" and len(facts["weights_sha256"]) == 64
     flags = [
         word
-        for name in ("seed", "num_inference_steps", "guidance_scale", "height", "width", "dtype", "model")
+        for name in ("seed", "num_inference_steps", "guidance_scale", "height", "width", "dtype")
         for word in (f"--{name}", facts[name])
     ]
+    assert facts["model"] == orphan.name  # no path of the machine
+    flags += ["--model", orphan]
     process = run_script(GENERATE, "--prompt", facts["prompt"], *flags, "--output_dir", tmp_path / "again")
     assert process.returncode == 0, process.stderr
     again = Image.open(next((tmp_path / "again").glob("0*.png")))

