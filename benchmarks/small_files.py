@@ -1,6 +1,6 @@
 """Compare dtypes and quantised forms of a saved student: size, time and prompt accuracy.
 
-    pip install torchao                               # int8, float8 and int4; without it, these rows are left out
+    pip install torchao gguf                          # without one, its rows are left out
     python benchmarks/small_files.py --model outputs/wan_t2i [--count 200 --steps 4 --device cuda]
 
 MB      memory of the student's parameters and buffers
@@ -16,6 +16,7 @@ import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 
 from wanlite import WanLitePipeline
+from wanlite.export.gguf import DTYPES, write_gguf
 from wanlite.flow import seeded_noise
 from wanlite.world import shapes
 
@@ -46,16 +48,33 @@ def read_arguments():
 # ---- formats: name -> dtype of loading, and a change of the loaded student ---------------------------------
 
 
-def cast_layers(transformer):
+def cast_layers(pipeline, folder):
     """Store weights in float8 and compute in bfloat16, with diffusers' hooks; norms and embeddings keep theirs."""
-    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    pipeline.transformer.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16
+    )
 
 
-def quantise(name, options, transformer):
+def quantise(name, options, pipeline, folder):
     """Quantise the linear layers with one of torchao's configs."""
     from torchao import quantization
 
-    quantization.quantize_(transformer, getattr(quantization, name)(**options))
+    quantization.quantize_(pipeline.transformer, getattr(quantization, name)(**options))
+
+
+def read_gguf(dtype, pipeline, folder):
+    """Write the student as a GGUF file, and load it in place of the student."""
+    from diffusers import GGUFQuantizationConfig, WanTransformer3DModel
+
+    with TemporaryDirectory() as place:
+        path = str(Path(place) / "student.gguf")
+        write_gguf(path, pipeline.transformer.state_dict(), dtype, "student")
+        pipeline.transformer = WanTransformer3DModel.from_single_file(
+            path,
+            config=folder,
+            quantization_config=GGUFQuantizationConfig(compute_dtype=torch.bfloat16),
+            torch_dtype=torch.bfloat16,
+        ).to(pipeline.vae.device)
 
 
 def formats():
@@ -75,6 +94,8 @@ def formats():
             ),
         }
         found |= {name: (torch.bfloat16, partial(quantise, *kind)) for name, kind in kinds.items()}
+    if find_spec("gguf"):
+        found |= {f"{dtype}, GGUF": (torch.float32, partial(read_gguf, dtype)) for dtype in DTYPES}
     return found
 
 
@@ -144,7 +165,7 @@ def main():
             side = shapes.IMAGE_SIZE // pipeline.vae_scale_factor_spatial
             noise = seeded_noise((pipeline.transformer.config.in_channels, side, side), range(len(captions)))
         if change:
-            change(pipeline.transformer)
+            change(pipeline, options.model)
         images = draw_all(pipeline, embeddings, noise, options.steps)
         expected = images if expected is None else expected
         right = np.mean([shapes.judge(image, scene)["whole"] for image, scene in zip(images, scenes)])

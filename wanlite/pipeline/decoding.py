@@ -34,7 +34,7 @@ def encode_pixels(vae: Any, pixels: Tensor, student_dtype: torch.dtype) -> Tenso
     return _encode_single_frames(vae, pixels, student_dtype)
 
 
-def _needs_stock_layers(vae):
+def _needs_stock_layers(vae: Any) -> bool:
     return type(vae) is not AutoencoderKLWan or vae.use_tiling
 
 
