@@ -35,7 +35,8 @@ def encode_pixels(vae: Any, pixels: Tensor, student_dtype: torch.dtype) -> Tenso
 
 
 def _needs_stock_layers(vae: Any) -> bool:
-    return type(vae) is not AutoencoderKLWan or vae.use_tiling
+    is_stock = type(vae) is AutoencoderKLWan
+    return not is_stock or vae.use_tiling
 
 
 def _decode_in_stock(vae, latents):
