@@ -10,6 +10,7 @@ model's sha256.
 """
 
 import gc
+import hashlib
 import json
 import math
 import os
@@ -23,13 +24,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wanlite.data.images import read_image_file
 from wanlite.data.prompts import read_prompts
 from wanlite.data.tables import check_text
 from wanlite.files.file_names import CONFIG, RUN
 from wanlite.files.json_files import DOWNLOADED, read_json
 from wanlite.planning.settings import make_parser, setting
 from wanlite.runtime.terminal import keep_output_open, one_line
-from wanlite.schedule import TIMESTEPS, read_schedule, recorded_schedule
+from wanlite.schedule import TIMESTEPS, first_step, read_schedule, recorded_schedule
 from wanlite.student.digest import model_digest
 from wanlite.student.loading import open_student
 from wanlite.student.location import student_folder
@@ -47,6 +49,7 @@ MAX_ENCODER_SHARE = 0.8
 MAX_BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**22}
 MAX_BATCH_SHARE = 0.5  # of the device's free memory
 SERVING_FLAGS = ("host", "port", "token", "queue_size")  # with --web or --serve
+STRENGTH = 0.6  # of an image to change
 QUEUE_SIZE = 32  # images; MAX_QUEUE as well
 MAX_QUEUE = 10_000
 BYTES_PER_PIXEL = 2000  # of a batch, with a margin: a student of 1024 x 16 in float32, and its images
@@ -85,6 +88,22 @@ class Settings:
     num_images_per_prompt: int = setting(1, "images for each prompt", brief=True)
     batch_size: int | None = setting(
         None, "images per batch; it may change the last bit of an image (default: as many as fit)"
+    )
+    image: str | None = setting(
+        None,
+        "JPEG, PNG or WebP file to change, of the size that is drawn (default: start from noise)",
+        group="image to change",
+        is_path=True,
+    )
+    strength: float | None = setting(
+        None,
+        "share of the steps that change --image, above 0 and at most 1; a larger one keeps less (default: 0.6)",
+    )
+    mask: str | None = setting(
+        None,
+        "image file of the size of --image: white is repainted, black is kept (default: change all)",
+        aliases=("--mask_image",),
+        is_path=True,
     )
     output_dir: str = setting(
         "./outputs/pictures", "folder for the PNG files", group="output and device", is_path=True, brief=True
@@ -153,6 +172,7 @@ def complete(settings: Settings) -> tuple[Settings, list[str]]:
     check_steps(filled["num_inference_steps"], schedule, folder, "--num_inference_steps")
     read_schedule(folder, schedule)
     trained_sizes(run, check_image_size(settings, folder, config), folder / RUN)
+    settings = complete_editing(settings)
     check_output_dir(Path(settings.output_dir))
     check_device_and_guidance(settings)
     return settings, prompts
@@ -173,6 +193,38 @@ def check_serving(settings: Settings) -> None:
     choose_address(settings.host, settings.port, settings.token)
     if settings.queue_size is not None and not 0 < settings.queue_size <= MAX_QUEUE:
         raise ValueError(f"--queue_size is {settings.queue_size}, expected 1 to {MAX_QUEUE}.")
+
+
+def complete_editing(settings: Settings) -> Settings:
+    """Complete --strength; raises OSError or ValueError for an image or a mask that cannot be used."""
+    if settings.image is None:
+        for name in ("strength", "mask"):
+            if getattr(settings, name) is not None:
+                raise ValueError(f"--{name} is used with --image only; add one, or leave it out.")
+        return settings
+    if settings.web or settings.serve:
+        raise ValueError("--image is not used with --web or --serve; leave it out.")
+    strength = STRENGTH if settings.strength is None else settings.strength
+    first_step(settings.num_inference_steps or 0, strength, "--strength")
+    read_editing(settings)
+    return replace(settings, strength=strength)
+
+
+def read_editing(settings: Settings) -> dict[str, Any]:
+    """Return the arguments of a WanLitePipeline for --image, {} without; raises OSError or ValueError."""
+    if settings.image is None:
+        return {}
+    found = {"image": read_image_file(settings.image, "--image")}
+    if settings.mask is not None:
+        found["mask_image"] = read_image_file(settings.mask, "--mask")
+    for name, image in found.items():
+        if image.size != (settings.width, settings.height):
+            flag, path = ("--image", settings.image) if name == "image" else ("--mask", settings.mask)
+            raise ValueError(
+                f"{flag} {path} is {image.width} x {image.height}, expected {settings.width} x {settings.height}. "
+                "Resize it, or add its --width and --height."
+            )
+    return found | {"strength": settings.strength}
 
 
 def check_device_and_guidance(settings: Settings) -> None:
@@ -290,7 +342,7 @@ from wanlite.data.grids import MAX_CELLS, Grid, draw_grid
 from wanlite.data.kept_embeddings import encode_or_read
 from wanlite.data.text_encoder import encode_prompts, load_text_encoder, warn_of_truncation
 from wanlite.files.image_files import grid_names, image_names, save_image
-from wanlite.flow import seeded_noise
+from wanlite.flow import seeded_noise, set_steps
 from wanlite.pipeline import WanLitePipeline, are_finite, pad_embeddings
 from wanlite.runtime.devices import disable_cudnn_attention, drawing_dtype, free_memory, has_bfloat16
 from wanlite.serving.requests import MAX_IMAGES, Limits
@@ -322,7 +374,8 @@ class StudentPipeline:
 
     `weights_sha256` is the digest of the loaded weights, or the digests of all shards, sorted by name, and
     `model_sha256` that of all files that decide an image. `sha256` is the expected value of either. Prompts that are
-    not in `embeddings` are encoded when they are used.
+    not in `embeddings` are encoded when they are used. `editing` are the arguments of the pipeline for an image to
+    change, {} to start from noise.
     """
 
     def __init__(
@@ -338,6 +391,7 @@ class StudentPipeline:
         self.device = torch.device(device)
         self.dtype = getattr(torch, dtype or drawing_dtype(self.device.type, has_bfloat16(device)))
         self.embeddings = dict(embeddings or {})
+        self.editing: dict[str, Any] = {}
         self.student, loaded = WanLiteStudent.from_pretrained(
             folder, dtype=self.dtype, device=device, output_loading_info=True
         )
@@ -388,6 +442,7 @@ class StudentPipeline:
                 (self.student.config.num_channels, height // stride, width // stride), seeds
             ),
             output_type="latent",
+            **self.editing,
         ).images
         pixels = self.pipeline.decode(latents)
         images = zip(to_images(pixels), are_finite(latents, pixels))
@@ -457,8 +512,13 @@ def fitting_pixels(device: torch.device) -> int:
 
 
 def digests_of(pipeline: StudentPipeline) -> dict[str, str]:
-    """Return the digests of the loaded model, as an image records them."""
-    return {name: getattr(pipeline, name) for name in ("weights_sha256", "model_sha256")}
+    """Return the digests of the loaded model, and those of an image to change, as an image records them."""
+    names = ("weights_sha256", "model_sha256")
+    return {name: getattr(pipeline, name) for name in names} | {
+        f"{name}_sha256": hashlib.sha256(image.tobytes()).hexdigest()
+        for name, image in pipeline.editing.items()
+        if name != "strength"
+    }
 
 
 def write_images(settings: Settings, jobs: list[tuple], digests: dict[str, str]) -> list[Generated]:
@@ -490,6 +550,7 @@ def text_chunks(settings: Settings, prompt: str | None, seed: int | None, digest
         "num_inference_steps": settings.num_inference_steps,
         "guidance_scale": settings.guidance_scale,
         "negative_prompt": settings.negative_prompt,
+        "strength": settings.strength,
         "height": settings.height,
         "width": settings.width,
         "dtype": settings.dtype,
@@ -571,6 +632,15 @@ def main(settings: Settings, prompts: list[str]) -> None:
         encode_or_read(settings.model, device, texts, encode) if settings.keep_embeddings else encode(texts)
     )
     pipeline = StudentPipeline(settings.model, device, settings.dtype, settings.sha256, embeddings)
+    pipeline.editing = read_editing(settings)
+    if settings.image is not None:
+        begin = first_step(num_steps := settings.num_inference_steps or 0, settings.strength)
+        _, noise_level = set_steps(pipeline.scheduler, num_steps, "cpu")[begin]
+        print(
+            f"changing {settings.image} in the last {num_steps - begin} of {num_steps} steps, from a noise level of "
+            f"{noise_level:.2f}",
+            flush=True,
+        )
     size = size_warning(
         (settings.width or 0, settings.height or 0), trained_sizes(run, pipeline.pixels_per_token, RUN)
     )

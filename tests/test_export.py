@@ -3,6 +3,7 @@
 import json
 import re
 import tomllib
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -38,6 +39,9 @@ def save_run(folder, **config):
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "student"
     return folder, save_run(folder)
+
+
+needs_gguf = pytest.mark.skipif(not find_spec("gguf"), reason="needs gguf")
 
 
 def run_export(folder, output, *flags):
@@ -171,3 +175,62 @@ def refuse(capsys, folder, arguments, message):
 def test_the_command_is_installed():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts["wanlite-export"] == "wanlite.commands:export"
+
+
+# ---- GGUF --------------------------------------------------------------------------------------------------
+
+
+@needs_gguf
+@pytest.mark.parametrize("dtype, most_error, most_size", [("q8_0", 0.02, 0.45), ("q4_0", 0.3, 0.35)])
+def test_diffusers_loads_a_gguf_file_with_the_velocity_of_the_student(
+    dtype, most_error, most_size, saved, tmp_path, capsys
+):
+    from diffusers import GGUFQuantizationConfig, WanTransformer3DModel
+
+    folder, student = saved
+    output = tmp_path / "student.gguf"
+    main([str(folder), "--format", "gguf", "--dtype", dtype, "--output", str(output)])
+    assert f"{dtype}), for diffusers' from_single_file" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["student.gguf"]
+    loaded = WanTransformer3DModel.from_single_file(
+        str(output),
+        config=str(folder),
+        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+        torch_dtype=torch.float32,
+    )
+    student.eval()
+    channels, text = student.config.in_channels, student.config.text_dim
+    inputs = (torch.randn(2, channels, 1, 8, 8), torch.tensor([900.0, 300.0]), torch.randn(2, 512, text))
+    with torch.no_grad():
+        expected, found = (network(*inputs).sample for network in (student, loaded))
+    assert 0 < (found - expected).abs().mean() < most_error * expected.abs().mean()
+    quantised = sum(weight.nbytes for name, weight in loaded.named_parameters() if is_block_matrix(name))
+    full = sum(weight.nbytes for name, weight in student.named_parameters() if is_block_matrix(name))
+    assert quantised < most_size * full
+
+
+def is_block_matrix(name):
+    return name.startswith("blocks.") and "norm" not in name and name.endswith(".weight")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--dtype", "q8_0"], "--dtype q8_0: --format comfyui has bfloat16, float32, float8"),
+        (["--format", "gguf", "--dtype", "float8"], "--format gguf has q8_0, q5_0, q4_0"),
+        (["--format", "gguf", "--output", "a.safetensors"], "ends with .gguf"),
+    ],
+)
+def test_a_dtype_or_a_name_of_another_format_is_refused(flags, words, saved, capsys):
+    if words.startswith("ends") and not find_spec("gguf"):
+        pytest.skip("needs gguf")
+    with pytest.raises(SystemExit) as ended:
+        main([str(saved[0]), *flags])
+    assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_missing_gguf_package_is_named(saved, capsys, monkeypatch):
+    monkeypatch.setattr("wanlite.export.gguf.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        main([str(saved[0]), "--format", "gguf"])
+    assert ended.value.code == 2 and "pip install gguf" in capsys.readouterr().err

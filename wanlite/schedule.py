@@ -62,6 +62,23 @@ def recorded_schedule(run: dict[str, Any], source: str | Path) -> dict[str, Any]
     return schedule
 
 
+def first_step(num_steps: int, strength: Any, name: str = "strength") -> int:
+    """Return the step, from 0, at which an image enters a solve of `num_steps` to be changed by `strength`.
+
+    The steps from there are `strength` of all, rounded; at least one, and all of them at 1 only. `name` is the
+    argument in errors. Raises ValueError for a strength that is not above 0 and at most 1, or without such a step.
+    """
+    if type(strength) not in (int, float) or not 0 < strength <= 1:
+        raise ValueError(f"{name} is {strength!r}, expected a number above 0, at most 1.")
+    if strength == 1:
+        return 0
+    if num_steps == 1:
+        raise ValueError(
+            f"{name} {strength}: a single step starts from noise alone. Take more steps, or a strength of 1."
+        )
+    return num_steps - min(max(1, math.floor(num_steps * strength + 0.5)), num_steps - 1)
+
+
 def read_schedule(folder: str | Path, schedule: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a saved student's scheduler; raises ValueError if they are not those of the training.
 

@@ -10,10 +10,12 @@ import math
 import warnings
 from collections.abc import Callable, Collection, MutableMapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files.json_files import open_regular
 from .image_sources import KINDS, list_images
-from .listed_images import NOT_UTF8, ListedImage, Unusable
+from .listed_images import MAX_BYTES, NOT_UTF8, ListedImage, Unusable
 from .tables import check_text
 
 if TYPE_CHECKING:  # numpy is imported only to decode
@@ -126,6 +128,24 @@ def read_image(image: CaptionedImage) -> "np.ndarray":
     if hashlib.sha256(content).hexdigest() != image.sha256:
         raise OSError(f"{_printable(image.listed.name)}: has changed since this run began. Start it again.")
     return np.asarray(ImageOps.fit(decode(content), image.size, Image.Resampling.LANCZOS))
+
+
+def read_image_file(path: str | Path, flag: str) -> Any:
+    """Read an image file to a Pillow image, as decode() does; `flag` names it in errors.
+
+    Raises OSError for a file that cannot be read, and ValueError for one that is not a usable image.
+    """
+    try:
+        with open_regular(path) as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:  # names the file and the remedy
+        raise OSError(f"{flag} {error}") from None
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{flag} {path}: more than {MAX_BYTES / 1e6:.0f} MB, too large for an image.")
+    try:
+        return decode(content)
+    except Unusable as problem:
+        raise ValueError(f"{flag} {path}: {problem}. Save the image again.") from None
 
 
 def decode(content: bytes) -> Any:

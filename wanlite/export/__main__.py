@@ -1,6 +1,7 @@
-"""Export a saved student for ComfyUI: one safetensors file under Wan's own names, and a workflow beside it.
+"""Export a saved student: a file for ComfyUI with a workflow beside it, or a quantised GGUF file for diffusers.
 
     wanlite-export --format comfyui ./outputs/wan_t2i --output ComfyUI/models/diffusion_models/student.safetensors
+    wanlite-export --format gguf --dtype q8_0 ./outputs/wan_t2i --output student.gguf
 
 Open the workflow, student.json, in ComfyUI. It names the text encoder and the autoencoder to download.
 """
@@ -8,7 +9,8 @@ Open the workflow, student.json, in ComfyUI. It names the text encoder and the a
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,22 +26,29 @@ from ..student.loading import open_student
 from ..student.location import student_folder
 from ..training.run_folder import read_run
 from ..training.sampling_defaults import check_steps, sampling_defaults
-from .comfyui import AUTOENCODERS, DTYPES, TEXT_ENCODER, check_runnable
+from . import comfyui, gguf
+from .comfyui import AUTOENCODERS, TEXT_ENCODER, check_runnable
 from .workflow import Drawing, format_level, make_workflow
 
-SUFFIX, WORKFLOW_SUFFIX = ".safetensors", ".json"
-STORED = {"float32": "F32", "bfloat16": "BF16", "float8": "F8_E4M3"}
+SUFFIXES, WORKFLOW_SUFFIX = {"comfyui": ".safetensors", "gguf": ".gguf"}, ".json"
+DTYPES = {"comfyui": comfyui.DTYPES, "gguf": gguf.DTYPES}  # the first is the default
+STORED = {"float32": "F32", "bfloat16": "BF16", "float8": "F8_E4M3"}  # others take less than BF16
 PROMPT = "a photograph of a lighthouse on a cliff at dawn"  # of a student without a recorded prompt
 
 
 @dataclass(frozen=True)
 class Settings:
-    format: str = setting("comfyui", "program that reads the file", choices=("comfyui",))
+    format: str = setting("comfyui", "kind of file: for ComfyUI, or GGUF for diffusers", choices=(*SUFFIXES,))
     output: str | None = setting(
-        None, "file to write, *.safetensors (default: the name of the student's folder)", is_path=True
+        None,
+        "file to write, *.safetensors or *.gguf (default: the name of the student's folder)",
+        is_path=True,
     )
-    dtype: str = setting(
-        "bfloat16", "dtype of the weights; float8 scales the matrices of the blocks", choices=DTYPES
+    dtype: str | None = setting(
+        None,
+        "dtype of the weights; float8 scales the matrices of the blocks, q8_0, q5_0 and q4_0 are of GGUF (default: "
+        "bfloat16, or q8_0)",
+        choices=(*comfyui.DTYPES, *gguf.DTYPES),
     )
     num_inference_steps: int | None = setting(
         None, "sampling steps of the workflow (default: those of the student's run)"
@@ -67,7 +76,11 @@ def complete(settings: Settings, folder: Path) -> tuple[Settings, dict[str, Any]
     """Complete settings from the saved run; raises OSError or ValueError for a student that cannot be exported."""
     with open_student(folder) as (config, files):
         num_values = sum(math.prod(entry.shape) for file in files for entry in file.entries.values())
-    check_runnable(config, folder)
+    dtype = choose_dtype(settings)
+    if settings.format == "comfyui":
+        check_runnable(config, folder)
+    else:
+        gguf.check_library()
     run = read_run(folder)
     schedule = recorded_schedule(run, folder / RUN)
     read_schedule(folder, schedule)
@@ -78,21 +91,31 @@ def complete(settings: Settings, folder: Path) -> tuple[Settings, dict[str, Any]
             f"--num_inference_steps is {steps!r}, expected a whole number from 1 to {TIMESTEPS}."
         )
     check_steps(steps, schedule, folder, "--num_inference_steps")
-    output = Path(settings.output or f"{folder.resolve().name}{SUFFIX}")
-    check_output(output, settings.overwrite)
-    check_space(output.absolute().parent, BYTES_PER_VALUE[STORED[settings.dtype]] * num_values)
-    return replace(settings, output=str(output), num_inference_steps=steps), run
+    output = Path(settings.output or f"{folder.resolve().name}{SUFFIXES[settings.format]}")
+    check_output(output, settings.overwrite, settings.format)
+    check_space(output.absolute().parent, BYTES_PER_VALUE[STORED.get(dtype, "BF16")] * num_values)
+    return replace(settings, output=str(output), dtype=dtype, num_inference_steps=steps), run
 
 
-def check_output(output: Path, is_replaced: bool) -> None:
+def choose_dtype(settings: Settings) -> str:
+    """Return --dtype, by default that of the format; raises ValueError for one that the format lacks."""
+    dtypes = DTYPES[settings.format]
+    if settings.dtype is not None and settings.dtype not in dtypes:
+        raise ValueError(
+            f"--dtype {settings.dtype}: --format {settings.format} has {', '.join(dtypes)}. Choose one of these."
+        )
+    return settings.dtype or dtypes[0]
+
+
+def check_output(output: Path, is_replaced: bool, kind: str) -> None:
     """Raise OSError or ValueError for a path that cannot be written, or that exists."""
-    if output.suffix != SUFFIX:
-        raise ValueError(f"--output {output}: expected a name that ends with {SUFFIX}.")
+    if output.suffix != SUFFIXES[kind]:
+        raise ValueError(f"--output {output}: expected a name that ends with {SUFFIXES[kind]}.")
     if not output.absolute().parent.is_dir():
         raise OSError(f"--output {output}: no folder {output.absolute().parent}. Create it, or name another.")
     if not os.access(output.absolute().parent, os.W_OK | os.X_OK):
         raise OSError(f"--output {output}: {output.absolute().parent} cannot be written to. Name another.")
-    for path in (output, output.with_suffix(WORKFLOW_SUFFIX)):
+    for path in (output, output.with_suffix(WORKFLOW_SUFFIX))[: 2 if kind == "comfyui" else 1]:
         if path.is_dir() or (path.exists() and not is_replaced):
             raise OSError(f"{path}: exists. Name another --output, or add --overwrite for a file.")
 
@@ -122,6 +145,28 @@ def describe(levels: dict[int, list[float]], num_channels: int) -> str:
     )
 
 
+def export_gguf(settings: Settings, folder: Path) -> Path:
+    """Write the weights as a GGUF file; returns its path."""
+    from train_distillation import WanLiteStudent
+
+    student, output = WanLiteStudent.from_pretrained(folder), Path(str(settings.output))
+    with replacing(output) as partial:
+        gguf.write_gguf(partial, student.state_dict(), str(settings.dtype), output.stem)
+    return output
+
+
+@contextmanager
+def replacing(output: Path) -> Iterator[Path]:
+    """Yield the path of a file to write, which takes the name `output` if it is complete."""
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        yield partial
+        flush(partial)
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def export(settings: Settings, folder: Path, run: dict[str, Any]) -> tuple[Path, Path]:
     """Write the weights and the workflow; returns their paths."""
     from train_distillation import WanLiteStudent
@@ -142,17 +187,12 @@ def export(settings: Settings, folder: Path, run: dict[str, Any]) -> tuple[Path,
     workflow = make_workflow(
         output.name, student.config.num_channels, drawing, describe(levels, student.config.num_channels)
     )
-    partial = output.with_name(f".{output.name}.partial")
-    try:
+    with replacing(output) as partial:
         write_weights(
             partial,
-            comfyui_tensors(student.state_dict(), settings.dtype),
+            comfyui_tensors(student.state_dict(), str(settings.dtype)),
             metadata_of(output.stem, drawing, levels),
         )
-        flush(partial)
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
     write_json(output.with_suffix(WORKFLOW_SUFFIX), workflow)
     return output, output.with_suffix(WORKFLOW_SUFFIX)
 
@@ -174,15 +214,19 @@ def metadata_of(title: str, drawing: Drawing, levels: dict[int, list[float]]) ->
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; a refusal is one line with exit code 2."""
     settings, folder, run = read_settings(arguments)
+    workflow = None
     try:
-        output, workflow = export(settings, folder, run)
+        if settings.format == "gguf":
+            output = export_gguf(settings, folder)
+        else:
+            output, workflow = export(settings, folder, run)
     except (OSError, ValueError) as error:
         print(f"wanlite-export: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
-    print(
-        f"wrote {output} ({output.stat().st_size / 1e6:,.1f} MB, {settings.dtype}), for models/diffusion_models"
-    )
-    print(f"wrote {workflow}: open it in ComfyUI 0.8 or newer; its note lists the files to download")
+    place = "models/diffusion_models" if workflow else "diffusers' from_single_file"
+    print(f"wrote {output} ({output.stat().st_size / 1e6:,.1f} MB, {settings.dtype}), for {place}")
+    if workflow:
+        print(f"wrote {workflow}: open it in ComfyUI 0.8 or newer; its note lists the files to download")
 
 
 if __name__ == "__main__":

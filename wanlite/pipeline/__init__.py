@@ -4,7 +4,7 @@
     WanLitePipeline.from_pretrained("outputs/wan_t2i")("a small red ring above a blue cross").images[0]
 
 pipeline.py has the class. The data of a call pass through arguments.py, which chooses size and steps, text.py,
-denoising.py and decoding.py; loading.py reads the components of a folder.
+denoising.py and decoding.py, and editing.py for an image that is changed; loading.py reads the components of a folder.
 """
 
 from .decoding import are_finite as are_finite

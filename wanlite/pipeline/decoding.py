@@ -1,4 +1,4 @@
-"""Latents -> pixels -> images, through the layers of the autoencoder for a single frame.
+"""Latents <-> pixels, through the layers of the autoencoder for a single frame.
 
 Legend: B images, C channels, H W latent height and width.
 """
@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
-from ..data.autoencoder import decode_latents
+from ..data.autoencoder import decode_latents, encode_images
 from ..data.single_frame import SingleFrameAutoencoder
 from ..runtime.devices import is_fast_in_bfloat16
 
@@ -22,24 +22,52 @@ def decode_pixels(vae: Any, latents: Tensor, student_dtype: torch.dtype) -> Tens
 
     The layers are those of a single frame, unless the autoencoder is tiled or of another class.
     """
-    is_stock = type(vae) is AutoencoderKLWan
-    if not is_stock or vae.use_tiling:
+    if _needs_stock_layers(vae):
         return _decode_in_stock(vae, latents)
     return _decode_single_frames(vae, latents.float(), student_dtype)
 
 
+def encode_pixels(vae: Any, pixels: Tensor, student_dtype: torch.dtype) -> Tensor:
+    """Encode pixels (B, 3, height, width) in -1..1 to latents (B, C, H, W); see decode_pixels()."""
+    if _needs_stock_layers(vae):
+        return _encode_in_stock(vae, pixels)
+    return _encode_single_frames(vae, pixels, student_dtype)
+
+
+def _needs_stock_layers(vae: Any) -> bool:
+    is_stock = type(vae) is AutoencoderKLWan
+    return not is_stock or vae.use_tiling
+
+
 def _decode_in_stock(vae, latents):
-    mean, std = (
+    mean, std = _statistics(vae, latents)
+    raw_latents = (latents * std + mean).unsqueeze(2).to(vae.dtype)
+    return vae.decode(raw_latents, return_dict=False)[0].squeeze(2).float().clamp(-1, 1)
+
+
+def _encode_in_stock(vae, pixels):
+    encoded = vae.encode(pixels.unsqueeze(2).to(vae.dtype), return_dict=False)[0]
+    raw_latents = encoded.mode().squeeze(2).float()
+    mean, std = _statistics(vae, raw_latents)
+    return (raw_latents - mean) / std
+
+
+def _statistics(vae, latents):
+    """Return the mean and std of each channel (1, C, 1, 1), from the autoencoder's config."""
+    return (
         latents.new_tensor(values).view(1, -1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    raw_latents = (latents * std + mean).unsqueeze(2).to(vae.dtype)
-    return vae.decode(raw_latents, return_dict=False)[0].squeeze(2).float().clamp(-1, 1)
 
 
 @apply_forward_hook  # of an offloaded autoencoder
 def _decode_single_frames(vae, latents, student_dtype):
     return decode_latents(fold_autoencoder(vae, latents.device, student_dtype), latents)
+
+
+@apply_forward_hook
+def _encode_single_frames(vae, pixels, student_dtype):
+    return encode_images(fold_autoencoder(vae, pixels.device, student_dtype), pixels)
 
 
 def fold_autoencoder(

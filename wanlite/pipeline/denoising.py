@@ -13,6 +13,7 @@ from train_distillation import WanLiteStudent
 from ..flow import Steps
 from ..network import use_cudnn_self_attention
 from ..runtime.devices import capability_of, prefers_cudnn_attention
+from .editing import Edit
 from .text import pack_embeddings
 
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds")
@@ -24,24 +25,32 @@ def denoise(
     num_steps: int,
     callback: Callable | None,
     callback_inputs: Sequence[str],
+    edit: Edit | None = None,
 ) -> Tensor:
     """Return the last latents (B, C, H, W).
 
     `values` are {name: tensor} of the noise and the embeddings. The callback may replace them after each step.
+    An `edit` starts at its own step, from its image.
     """
     device = values["latents"].device
     if _is_student(pipeline.transformer):
         use_cudnn_self_attention(pipeline.transformer, prefers_cudnn_attention(capability_of(device)))
     texts = {name: _pack(pipeline.transformer, values[name]) for name in EMBEDDINGS}
-    steps = Steps(pipeline.scheduler, num_steps, device)
-    pipeline._num_timesteps = len(steps.states)
-    with pipeline.progress_bar(total=len(steps.states)) as progress:
-        for index, (timestep, _) in enumerate(steps.states):
+    begin = edit.begin if edit else 0
+    steps = Steps(pipeline.scheduler, num_steps, device, begin)
+    states = steps.states[begin:]
+    if edit:
+        values["latents"] = edit.start(states[0][1])
+    pipeline._num_timesteps = len(states)
+    with pipeline.progress_bar(total=len(states)) as progress:
+        for index, (timestep, _) in enumerate(states):
             if pipeline.interrupt:
                 break
             pipeline._current_timestep = timestep
             velocity = _guided_velocity(pipeline, values["latents"], timestep, *texts.values())
             values["latents"] = steps.take(velocity, values["latents"])
+            if edit:
+                values["latents"] = edit.keep(values["latents"], pipeline.scheduler.sigmas[steps.index])
             if callback is not None:
                 changed = callback(
                     pipeline, index, timestep, {name: values[name] for name in callback_inputs}

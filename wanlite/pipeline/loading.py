@@ -90,8 +90,9 @@ def load_student(folder: Path, dtype: Any, sha256: Any, options: Mapping[str, An
     }
     if config is not None and (not named or "transformer" in named):
         raise ValueError(
-            "quantization_config includes the transformer: quantise the student after loading it, and name the "
-            'text encoder alone in components_to_quantize=["text_encoder"].'
+            "quantization_config includes the transformer: quantise the student after loading it, with "
+            "torchao.quantization.quantize_(pipeline.transformer, Int8WeightOnlyConfig()), and name the text encoder "
+            'alone in components_to_quantize=["text_encoder"].'
         )
     device = options.get("device_map")
     passed = {

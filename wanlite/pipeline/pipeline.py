@@ -23,11 +23,13 @@ from ..files.atomic import write_json
 from ..files.file_names import COMPONENTS, RUN
 from ..flow import check_schedule
 from ..runtime.devices import without_cudnn_attention
+from ..schedule import first_step
 from ..student.adapters import check_lora_fits
 from ..student.location import student_folder
 from .arguments import check_options, choose_size, choose_steps
-from .decoding import decode_pixels, fold_autoencoder, refuse_not_finite
+from .decoding import decode_pixels, encode_pixels, fold_autoencoder, refuse_not_finite
 from .denoising import EMBEDDINGS, denoise
+from .editing import encode_source, read_source
 from .loading import FILES, HUB, add_components, component_dtypes, place_student
 from .text import encode_distinct, pad_embeddings
 
@@ -114,11 +116,15 @@ class WanLitePipeline(WanPipeline):
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_frames: int = 1,
+        image: Any = None,  # PIL, array (height, width, 3), tensor (3, height, width), or several; see editing.py
+        mask_image: Any = None,  # white is repainted
+        strength: float = 0.6,
     ) -> Any:
-        """Generate images; unset sizes and steps are those of the training.
+        """Generate images, or change `image`; unset sizes and steps are those of the training.
 
         Images of several generators are those that run_inference.py draws with their seeds. `output_type` is
         "pil", "np" (B, height, width, 3), "pt" (B, 3, height, width), both in 0..1, or "latent" (B, C, H, W).
+        `strength`, above 0 and at most 1, is the share of the steps that change `image`; at 1, only a mask keeps it.
         Returns an ImagePipelineOutput, or a tuple. Raises FloatingPointError for images that are not finite.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -128,16 +134,19 @@ class WanLitePipeline(WanPipeline):
         # The stock check of sizes is for tokens of 16 pixels only.
         self.check_inputs(*texts[0], 0, 0, *texts[1], callback_on_step_end_tensor_inputs)
         check_options(output_type, num_frames, num_images_per_prompt)
+        source = read_source(image, mask_image, size)
+        begin = first_step(num_steps, strength) if source else 0
         self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
         self._current_timestep, self._interrupt = None, False
         embeddings = self.encode_prompt(
             *texts[0], self.do_classifier_free_guidance, num_images_per_prompt, *texts[1]
         )
         noise = self._draw_noise(len(embeddings[0]), size, generator, latents)
+        edit = encode_source(source, self.encode, noise, num_images_per_prompt, begin) if source else None
         with without_cudnn_attention():
             values = dict(zip(("latents", *EMBEDDINGS), (noise, *embeddings)))
             inputs = callback_on_step_end_tensor_inputs
-            final = denoise(self, values, num_steps, callback_on_step_end, inputs)
+            final = denoise(self, values, num_steps, callback_on_step_end, inputs, edit)
             images = final if output_type == "latent" else self._to_output(final, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -238,6 +247,10 @@ class WanLitePipeline(WanPipeline):
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, C, H, W) to pixels (B, 3, height, width) in -1..1; see decoding.py."""
         return decode_pixels(self.vae, latents.to(self._input_device(self.vae)), self.transformer.dtype)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encode pixels (B, 3, height, width) in -1..1 to latents (B, C, H, W); see decoding.py."""
+        return encode_pixels(self.vae, pixels.to(self._input_device(self.vae)), self.transformer.dtype)
 
     def single_frame_autoencoder(self, device: torch.device) -> SingleFrameAutoencoder:
         """Return the single-frame form of the autoencoder, with its own copy of the weights."""
