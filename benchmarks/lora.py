@@ -1,16 +1,18 @@
 """Train a LoRA of a shape that the tiny world lacks, and draw it with the few-step student.
 
     python train_distillation.py
-    python benchmarks/lora.py --model outputs/wan_t2i
+    python benchmarks/lora.py --model outputs/wan_t2i [--shape diamond] [--train_on outputs/wan_t2i/base]
 
-Draws 16 captioned images of one diamond each, trains with wanlite-lora, and prints the prompt accuracy of the student
-without and with the LoRA: on 100 other captions of diamonds, and on held-out captions of the world's own shapes. The
-tiny autoencoder reproduces diamonds as it does the world's own shapes; it does so for no new colour. Needs peft.
+Draws 16 captioned images of one object of the new shape each, trains with wanlite-lora, and prints the prompt accuracy
+of the student without and with the LoRA: on 100 other captions of the shape, and on held-out captions of the world's own
+shapes. Options of wanlite-lora are passed on. The shape is new because the tiny autoencoder does not reproduce new
+colours. Needs peft.
 """
 
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,37 +30,37 @@ from wanlite.pipeline import WanLitePipeline
 from wanlite.training.metrics import prompt_accuracy
 from wanlite.world import shapes
 
-SHAPE = "diamond"
+DISTANCES = {  # of a pixel from the edge of a shape, negative inside
+    "bar": lambda across, down, radius: np.maximum(abs(across) - radius, abs(down) - 0.45 * radius),
+    "diamond": lambda across, down, radius: (abs(across) + abs(down)) / 2**0.5 - 0.75 * radius,
+}
 NUM_IMAGES, NUM_NEW = 16, 100
 STEPS = (4, 2, 1)
 DEFAULT_COVERAGE = shapes.coverage
 
 
 def coverage(shape, radius, x, y):
-    """Return the coverage of each pixel, as shapes.coverage() does, also for the new shape."""
-    if shape != SHAPE:
+    """Return the coverage of each pixel, as shapes.coverage() does, also for a new shape."""
+    if shape not in DISTANCES:
         return DEFAULT_COVERAGE(shape, radius, x, y)
-    across, down = np.meshgrid(*[np.arange(shapes.IMAGE_SIZE, dtype=np.float32) + 0.5] * 2)
-    return np.clip(0.5 - ((abs(across - x) + abs(down - y)) / 2**0.5 - 0.75 * radius), 0, 1)
+    across, down = np.meshgrid(*(np.arange(shapes.IMAGE_SIZE, dtype=np.float32) + 0.5 - at for at in (x, y)))
+    return np.clip(0.5 - DISTANCES[shape](across, down, radius), 0, 1)
 
 
-def add_shape():
-    """Let the world's drawing code and its judge know the new shape; captions of other shapes stay the same."""
-    shapes.SHAPES = (*shapes.SHAPES, SHAPE)
+def add_shape(shape):
+    """Add a shape to the world's drawing code and to its judge; captions of other shapes stay the same."""
+    shapes.SHAPES = (*shapes.SHAPES, shape)
     shapes.coverage = coverage
     shapes._CAPTION_PATTERNS[:] = shapes._caption_patterns()
 
 
-def new_scenes(count, seed):
-    """Return distinct scenes of one object of the new shape."""
+def new_scenes(count, seed, shape):
+    """Return distinct scenes of one object of a new shape."""
     random = np.random.default_rng(seed)
     found = {}
     while len(found) < count:
         scene = shapes.random_scene(random, 1)
-        (thing,) = scene.objects
-        found[
-            shapes.Scene((shapes.Object(thing.size, thing.colour, SHAPE, thing.place),), scene.background)
-        ] = None
+        found[shapes.Scene((replace(scene.objects[0], shape=shape),), scene.background)] = None
     return list(found), random
 
 
@@ -97,14 +99,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("outputs/wan_t2i"))
     parser.add_argument("--train_on", type=Path, help="train on another student, as base/ (default: --model)")
+    parser.add_argument("--shape", choices=DISTANCES, default="bar")
     parser.add_argument("--num_held_out", type=int, default=200)
     arguments, options = parser.parse_known_args()  # all others are those of wanlite-lora
     pipeline = WanLitePipeline.from_pretrained(arguments.model)
     pipeline.set_progress_bar_config(disable=True)
     old, others = shapes.captions(1, arguments.num_held_out, held_out=True), shapes.captions(2, 256)
     before = {steps: accuracy(pipeline, old, steps) for steps in STEPS}
-    add_shape()
-    scenes, random = new_scenes(NUM_IMAGES + NUM_NEW, 0)
+    add_shape(arguments.shape)
+    scenes, random = new_scenes(NUM_IMAGES + NUM_NEW, 0, arguments.shape)
     new = [shapes.caption(scene, random) for scene in scenes[NUM_IMAGES:]]
     highest = autoencoder_accuracy(arguments.model, scenes[NUM_IMAGES:], random)
     print(f"new captions after encoding and decoding alone: {highest:.1%}")

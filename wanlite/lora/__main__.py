@@ -55,7 +55,7 @@ class Settings:
     num_prompts: int = setting(256, "number of other prompts to use", least=1)
     output_dir: str = setting("./outputs/lora", "folder of the LoRA", is_path=True)
     overwrite: bool = setting(False, "replace an earlier LoRA in --output_dir (default: off)")
-    rank: int = setting(8, "rank of the LoRA matrices", least=1, most=1024)
+    rank: int = setting(16, "rank of the LoRA matrices", least=1, most=1024)
     max_train_steps: int = setting(400, "training steps", least=1)
     train_batch_size: int = setting(
         16, "captioned images per step, and as many of the student's own images", least=1
