@@ -56,9 +56,9 @@ class Settings:
     output_dir: str = setting("./outputs/lora", "folder of the LoRA", is_path=True)
     overwrite: bool = setting(False, "replace an earlier LoRA in --output_dir (default: off)")
     rank: int = setting(16, "rank of the LoRA matrices", least=1, most=1024)
-    max_train_steps: int = setting(400, "training steps", least=1)
+    max_train_steps: int = setting(800, "training steps", least=1)
     train_batch_size: int = setting(
-        16, "captioned images per step, and as many of the student's own images", least=1
+        16, "captioned images per step, beside twice as many of the student's own images", least=1
     )
     learning_rate: float = setting(
         2e-3, "learning rate of AdamW, which falls to 0 along a cosine", above=0, most=1

@@ -36,6 +36,7 @@ DIFFUSERS_PREFIX, COMFYUI_PREFIX = "transformer.", "diffusion_model."
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")  # of every block
 
 DRAWN_TOGETHER = 16  # own images
+OWN_SHARE = 2  # own images of a batch, per captioned image
 
 Groups = list[tuple[Tensor, list[Tensor]]]  # latents (B, C, H, W) and texts (L, T) of the images of one size
 Levels = Sequence[tuple[float, float]]  # (timestep, noise level)
@@ -95,8 +96,11 @@ def batches(
     while True:
         index = random.choice(len(groups), p=counts / counts.sum())
         chosen, texts = [], []
-        for latents, embeddings in (groups[index], own[index]):
-            rows = random.choice(len(latents), min(batch_size, len(latents)), replace=False).tolist()
+        for (latents, embeddings), size in (
+            (groups[index], batch_size),
+            (own[index], OWN_SHARE * batch_size),
+        ):
+            rows = random.choice(len(latents), min(size, len(latents)), replace=False).tolist()
             chosen.append(latents[rows])
             texts += [embeddings[row] for row in rows]
         yield len(chosen[0]), torch.cat(chosen), pack_text(texts)
