@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,11 +14,22 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT, loud_student, official_name
 from tests.test_adapters_and_quantisation import PROMPT, generate, needs_peft
+from train_distillation import WanLiteStudent
 from wanlite.flow import make_scheduler, seeded_noise
 from wanlite.lora import __main__ as command
-from wanlite.lora.training import COMFYUI_FILE, DIFFUSERS_FILE, batches
+from wanlite.lora.training import (
+    COMFYUI_FILE,
+    DIFFUSERS_FILE,
+    add_lora,
+    batches,
+    draw_levels,
+    draw_own,
+    velocity_without_lora,
+)
+from wanlite.network import pack_text
 from wanlite.pipeline import WanLitePipeline
 from wanlite.training.run_folder import save_components
+from wanlite.world import shapes
 
 SHAPE = {"hidden_size": 64, "depth": 2, "num_heads": 4, "text_dim": 64, "rope_max_seq_len": 64}
 STEPS = 3
@@ -49,6 +61,7 @@ def trained(saved, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     images = write_images(folder / "images")
     flags = ["--max_train_steps", STEPS, "--learning_rate", "0.1", "--train_batch_size", "2", "--rank", "4"]
+    flags += ["--num_prompts", "3"]
     arguments = ["--model", saved, "--images", images, "--output_dir", folder / "lora", *flags]
     command.main(list(map(str, arguments)))
     return folder / "lora"
@@ -119,17 +132,63 @@ def test_a_lora_of_another_width_is_refused_and_leaves_the_pipeline_as_it_was(sa
     assert np.array_equal(draw(pipeline), plain)
 
 
-def test_batches_hold_images_of_one_size_and_follow_the_seed():
-    sizes = {8: 6, 4: 2}
-    groups = [
-        (torch.zeros(count, 1, size, size), [torch.zeros(1, 1)] * count) for size, count in sizes.items()
-    ]
+def test_batches_hold_both_kinds_of_images_of_one_size_and_follow_the_seed():
+    groups, own = (
+        [
+            (torch.full((count, 1, size, size), float(kind)), [torch.zeros(1, 1)] * count)
+            for size, count in sizes
+        ]
+        for kind, sizes in enumerate((((8, 6), (4, 2)), ((8, 9), (4, 9))))
+    )
 
-    def shapes(seed):
-        return [tuple(latents.shape) for (latents, _), _ in zip(batches(groups, 4, seed), range(40))]
+    def summary(seed):
+        rows = zip(batches(groups, own, 4, seed), range(40))
+        return [
+            (num_new, tuple(latents.shape), latents.mean((1, 2, 3)).sum().item())
+            for (num_new, latents, _), _ in rows
+        ]
 
-    assert set(shapes(0)) == {(4, 1, 8, 8), (2, 1, 4, 4)}
-    assert shapes(0) == shapes(0) != shapes(1)
+    assert set(summary(0)) == {(4, (12, 1, 8, 8), 8.0), (2, (10, 1, 4, 4), 8.0)}
+    assert summary(0) == summary(0) != summary(1)
+
+
+def test_noise_levels_are_those_of_the_few_steps_or_cover_all():
+    generator = torch.Generator().manual_seed(0)
+    states = [(999.0, 1.0), (750.0, 0.75)]
+    timestep, level = draw_levels(states, 3.0, 50, generator)
+    assert set(zip(timestep.tolist(), level.tolist())) == set(states)
+    timestep, level = draw_levels([], 3.0, 1000, generator)
+    assert torch.equal(timestep, 1000 * level) and level.min() < 0.1 and level.max() > 0.95
+    assert level.median() == pytest.approx(0.75, abs=0.05)  # 0.5, shifted by 3
+
+
+@needs_peft
+def test_own_images_are_those_of_the_pipeline_and_keep_the_velocity(saved):
+    student = WanLiteStudent.from_pretrained(saved)
+    pipeline = load(WanLitePipeline, saved)
+    groups = [(torch.zeros(1, 16, 8, 8), [torch.zeros(1, 64)])]
+    ((latents, texts),) = draw_own(student, saved, groups, ["a red ring"], make_scheduler(3.0), 2)
+    noise = seeded_noise((16, 8, 8), [0])
+    drawn = pipeline("a red ring", latents=noise, num_inference_steps=2, output_type="latent").images
+    assert torch.allclose(latents, drawn, atol=1e-5)
+    text, timestep = pack_text(texts), torch.tensor([500.0])
+    before = student(latents, timestep, text).sample
+    for parameter in add_lora(student, 4):
+        torch.nn.init.ones_(parameter)
+    assert not torch.allclose(student(latents, timestep, text).sample, before, atol=0.01)
+    assert torch.equal(velocity_without_lora(student, latents, timestep, text), before)
+
+
+def test_other_prompts_are_those_of_the_file_or_of_the_training(tmp_path):
+    settings = command.Settings(num_prompts=3)
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    recorded = {"settings": {"prompts": str(tmp_path / "prompts.txt")}}
+    assert command.other_prompts(settings, recorded) == ["a cat", "a dog"]
+    world = {"settings": {"prompts": None, "teacher": str(ROOT / "tiny_teacher")}}
+    assert command.other_prompts(settings, world) == shapes.captions(0, 3)
+    assert len(command.other_prompts(settings, {})) == 3
+    typed = replace(settings, prompts=str(tmp_path / "prompts.txt"))
+    assert command.other_prompts(typed, world) == ["a cat", "a dog"]
 
 
 @needs_peft
@@ -140,6 +199,7 @@ def test_batches_hold_images_of_one_size_and_follow_the_seed():
         (lambda folder: {"images": str(write_images(folder / "bare", captions=False))}, "caption"),
         (lambda folder: {"images": None}, "--images is missing"),
         (lambda folder: {"model": str(folder / "missing")}, "no such folder"),
+        (lambda folder: {"prompts": str(folder / "missing")}, "no such file"),
         (lambda folder: {"rank": "0"}, "--rank is 0, expected at least 1"),
         (lambda folder: {"learning_rate": "nan"}, "--learning_rate is nan"),
         (lambda folder: {"output_dir": str(folder)}, "exists. Name another"),

@@ -1,6 +1,6 @@
-"""Train a LoRA on captioned images, for a student and for its few-step version.
+"""Train a LoRA on captioned images, for a saved student; its images of other prompts stay as they are.
 
-    wanlite-lora --images ./photos --output_dir ./outputs/lora          # on ./outputs/wan_t2i/base, the base of a run
+    wanlite-lora --images ./photos --output_dir ./outputs/lora          # on ./outputs/wan_t2i
 
 Writes pytorch_lora_weights.safetensors for diffusers and comfyui.safetensors for ComfyUI:
 
@@ -11,11 +11,14 @@ Writes pytorch_lora_weights.safetensors for diffusers and comfyui.safetensors fo
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..data.grammar import varied_prompts
 from ..data.images import CaptionedImage, choose_images
+from ..data.prompts import read_prompts
 from ..files.atomic import new_folder
 from ..files.file_names import CONFIG, RUN
 from ..files.json_files import DOWNLOADED, read_json
@@ -26,6 +29,7 @@ from ..student.loading import open_student
 from ..student.location import student_folder
 from ..training.run_folder import check_saved_components, read_run
 from ..training.sampling_defaults import sampling_defaults, trained_sizes
+from ..world.record import read_world
 
 LOG_STEPS = 50
 
@@ -33,8 +37,8 @@ LOG_STEPS = 50
 @dataclass(frozen=True)
 class Settings:
     model: str = setting(
-        "./outputs/wan_t2i/base",
-        "folder of the saved student to adapt; base/ of a few-step run",
+        "./outputs/wan_t2i",
+        "folder of the saved student to adapt, the one that will draw with the LoRA",
         is_path=True,
     )
     images: str | None = setting(
@@ -43,32 +47,52 @@ class Settings:
         "forms that train_distillation.py reads (default: none, required)",
         is_path=True,
     )
+    prompts: str | None = setting(
+        None,
+        "file of other prompts, whose images must stay as they are (default: prompts as in the student's training)",
+        is_path=True,
+    )
+    num_prompts: int = setting(256, "number of other prompts to use", least=1)
     output_dir: str = setting("./outputs/lora", "folder of the LoRA", is_path=True)
     overwrite: bool = setting(False, "replace an earlier LoRA in --output_dir (default: off)")
-    rank: int = setting(8, "rank of the LoRA matrices", least=1, most=1024)
-    max_train_steps: int = setting(500, "training steps", least=1)
-    train_batch_size: int = setting(4, "images per step", least=1)
-    learning_rate: float = setting(1e-4, "learning rate of AdamW, constant", above=0, most=1)
+    rank: int = setting(16, "rank of the LoRA matrices", least=1, most=1024)
+    max_train_steps: int = setting(800, "training steps", least=1)
+    train_batch_size: int = setting(
+        16, "captioned images per step, beside twice as many of the student's own images", least=1
+    )
+    learning_rate: float = setting(
+        2e-3, "learning rate of AdamW, which falls to 0 along a cosine", above=0, most=1
+    )
     device: str | None = setting(None, "cpu, cuda or mps (default: cuda if available, else cpu)")
     seed: int = setting(0, "seed of all random numbers", least=0, below=2**32)
 
 
-def read_settings(
-    arguments: Sequence[str] | None = None,
-) -> tuple[Settings, list[CaptionedImage], dict[str, Any]]:
-    """Read and check the command line without importing torch; returns settings, images and the schedule."""
+@dataclass(frozen=True)
+class Task:
+    """What a command trains on and how the student draws."""
+
+    settings: Settings
+    images: list[CaptionedImage]
+    prompts: list[str]
+    schedule: dict[str, Any]  # arguments of the student's scheduler
+    few_steps: list[int]  # [] for a student of the first phase
+    num_steps: int
+
+
+def read_task(arguments: Sequence[str] | None = None) -> Task:
+    """Read and check the command line without importing torch."""
     parser = make_parser(Settings, __doc__)
     parser.prog = "wanlite-lora"
     settings = Settings(**vars(parser.parse_args(arguments)))
     try:
-        found = complete(settings)
+        task = complete(settings)
     except (OSError, ValueError) as error:
         parser.error(one_line(str(error)))
-    return found
+    return task
 
 
-def complete(settings: Settings) -> tuple[Settings, list[CaptionedImage], dict[str, Any]]:
-    """Return the settings, the usable images and the student's schedule; raises OSError or ValueError."""
+def complete(settings: Settings) -> Task:
+    """Return the task of the settings; raises OSError or ValueError."""
     check_bounds(settings)
     if not find_spec("peft"):
         raise ValueError("LoRAs need the package peft. Install it with: pip install wanlite[lora]")
@@ -82,48 +106,71 @@ def complete(settings: Settings) -> tuple[Settings, list[CaptionedImage], dict[s
         patch = config["patch_size"][1]
     check_saved_components(folder)
     run = read_run(folder)
-    schedule = read_schedule(folder, recorded_schedule(run, folder / RUN))
+    recorded = recorded_schedule(run, folder / RUN)
+    schedule = read_schedule(folder, recorded)
     stride = read_json(folder / "vae" / CONFIG, DOWNLOADED).get("scale_factor_spatial") or 8
     defaults = sampling_defaults(run)
     sizes = trained_sizes(run, stride * patch, folder / RUN) or [(defaults["width"], defaults["height"])]
+    prompts = other_prompts(settings, run)
     images = choose_images(settings.images, sizes, log=print)
-    return replace(settings, model=str(folder)), images, schedule
+    few_steps, num_steps = recorded.get("few_steps") or [], defaults["num_inference_steps"]
+    return Task(replace(settings, model=str(folder)), images, prompts, schedule, few_steps, num_steps)
 
 
-def train_lora(settings: Settings, images: Sequence[CaptionedImage], schedule: dict[str, Any]) -> Path:
+def other_prompts(settings: Settings, run: dict[str, Any]) -> list[str]:
+    """Return the prompts of --prompts, or else prompts as in the student's training, by its record."""
+    recorded, count = run.get("settings") or {}, settings.num_prompts
+    if path := settings.prompts or recorded.get("prompts"):
+        return read_prompts(path, print, count, settings.seed)
+    world = read_world(recorded["teacher"]) if recorded.get("teacher") else None
+    return (world.captions if world else varied_prompts)(settings.seed, count)
+
+
+def train_lora(task: Task) -> Path:
     """Train and save a LoRA; returns its folder."""
     import torch
+    from diffusers import UniPCMultistepScheduler
     from tqdm import tqdm
 
     from train_distillation import WanLiteStudent
 
-    from .training import add_lora, encode, save_lora, train
+    from ..flow import set_steps
+    from .training import add_lora, batches, draw_levels, draw_own, encode, save_lora, train
 
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(settings.seed)
-    groups = encode(Path(settings.model), images, device)
-    student = WanLiteStudent.from_pretrained(settings.model, dtype=torch.float32, device=device)
+    settings = task.settings
+    folder, seed, device = Path(settings.model), settings.seed, settings.device
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(seed)
+    scheduler: Any = UniPCMultistepScheduler(**task.schedule)
+    groups = encode(folder, task.images, device)
+    student = WanLiteStudent.from_pretrained(folder, dtype=torch.float32, device=device)
+    own = draw_own(student, folder, groups, task.prompts, scheduler, task.num_steps)
     parameters = add_lora(student, settings.rank)
     print(
-        f"training {sum(map(torch.numel, parameters)):,} values of rank {settings.rank} on {device}",
+        f"training {sum(map(torch.numel, parameters)):,} values of rank {settings.rank} on {device}, with "
+        f"{len(task.images)} captioned images and {len(task.prompts)} of the student's own",
         flush=True,
     )
-    losses: list[float] = []
-    steps = train(
-        student,
-        groups,
-        schedule["flow_shift"],
-        settings.max_train_steps,
-        settings.train_batch_size,
-        settings.learning_rate,
-        settings.seed,
-    )
-    for loss in tqdm(steps, total=settings.max_train_steps, desc="training", unit="step"):
-        losses.append(loss)
-    print(f"loss {mean(losses[:LOG_STEPS]):.4f} at first, {mean(losses[-LOG_STEPS:]):.4f} at last")
-    with new_folder(settings.output_dir) as folder:
-        save_lora(student, folder, {"wanlite.model": settings.model, "wanlite.rank": str(settings.rank)})
+    states = {
+        (float(timestep), float(level))
+        for count in task.few_steps
+        for timestep, level in set_steps(scheduler, count, "cpu")
+    }
+    levels = partial(draw_levels, sorted(states, reverse=True), task.schedule["flow_shift"])
+    rows = batches(groups, own, settings.train_batch_size, seed)
+    steps = train(student, rows, levels, settings.max_train_steps, settings.learning_rate, seed)
+    losses = list(tqdm(steps, total=settings.max_train_steps, desc="training", unit="step"))
+    print_losses(losses)
+    with new_folder(settings.output_dir) as output:
+        save_lora(student, output, {"wanlite.model": settings.model, "wanlite.rank": str(settings.rank)})
     return Path(settings.output_dir)
+
+
+def print_losses(losses: Sequence[tuple[float, float]]) -> None:
+    """Print the mean of both losses over the first and over the last steps."""
+    for name, values in zip(("captioned images", "own images"), zip(*losses)):
+        first, last = mean(values[:LOG_STEPS]), mean(values[-LOG_STEPS:])
+        print(f"loss of {name}: {first:.4f} at first, {last:.4f} at last")
 
 
 def mean(values: Sequence[float]) -> float:
@@ -132,9 +179,9 @@ def mean(values: Sequence[float]) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; a refusal is one line with exit code 2."""
-    settings, images, schedule = read_settings(arguments)
+    task = read_task(arguments)
     try:
-        folder = train_lora(settings, images, schedule)
+        folder = train_lora(task)
     except (OSError, ValueError) as error:
         print(f"wanlite-lora: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
