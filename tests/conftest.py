@@ -332,6 +332,7 @@ def fork(work, kill_after=None):
     number = os.fork()
     if number == 0:
         try:
+            torch.set_num_threads(torch.get_num_threads())  # its pool of threads does not survive a fork
             work()
             os._exit(0)
         except BaseException:

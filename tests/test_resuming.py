@@ -212,11 +212,11 @@ def test_a_micro_batch_fitted_to_a_machine_stays_on_resume_with_other_memory(fol
     code, printed = train_in(20e6)  # less than the tiny teacher's trajectories need
     assert code == 2 and "the teacher's passes do not fit" in printed and "Traceback" not in printed
     code, printed = train_in(150e6, at={1: send_signal()})
-    assert code == 3 and "4 x 64 a step" in printed  # the critic counts, and the teacher beside it
+    assert code == 3 and "of 4 x 64 states" in printed  # the critic counts, and the teacher beside it
     code, printed = train_in(60e6, "--matching_steps", "0", "--overwrite", at={12: send_signal()})
     assert (
         code == 3
-        and "8 x 32 a step" in printed
+        and "of 8 x 32 states" in printed
         and "60.0 MB free on cpu" in printed
         and "stopped at step 1" in printed
     )
@@ -233,7 +233,7 @@ def test_a_micro_batch_fitted_to_a_machine_stays_on_resume_with_other_memory(fol
     write_json(folder / "run.json", run)
     monkeypatch.delattr("wanlite.planning.run.choose_precision")  # the saved choice is used
     code, printed = train_in(1e12, "--matching_steps", "0")
-    assert code == 0 and "8 x 32 a step" in printed and "resumed at step 1" in printed
+    assert code == 0 and "of 8 x 32 states" in printed and "resumed at step 1" in printed
 
 
 @pytest.mark.parametrize(
@@ -537,7 +537,7 @@ def test_running_out_of_memory_ends_the_run_with_advice(folder):
     code, printed = train(
         folder, "--overwrite", "--train_batch_size", "8", "--gradient_accumulation_steps", "2"
     )
-    assert code == 0 and "teacher trajectories" not in printed and "2 x 8 a step" in printed
+    assert code == 0 and "teacher trajectories" not in printed and "of 2 x 8 states" in printed
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run_with_advice(folder):

@@ -118,7 +118,7 @@ def find_advice(history: History, likeness: Likeness, word: str) -> Iterator[str
         yield f"--max_train_steps {4 * steps}: too few validations to see whether the error falls"
     elif fall > FALL:
         yield f"--max_train_steps {2 * steps}: the error still falls"
-    else:
+    elif trajectories >= MIN_TRAJECTORIES:
         yield (
             f"--num_trajectories {2 * trajectories} or a larger --hidden_size: the error does not fall any more"
         )
