@@ -36,7 +36,7 @@ from wanlite.data.autoencoder import (
     use_single_frame_path,
 )
 from wanlite.data.single_frame import SingleFrameAutoencoder
-from wanlite.parts.decoder import decoder_loss, peak_signal_to_noise
+from wanlite.parts.decoder import convolutions_as_matrices, decoder_loss, peak_signal_to_noise
 from wanlite.parts.decoder_projection import project_decoder
 from wanlite.parts.loop import Schedule, train_part
 from wanlite.parts.making import SmallParts, count_parameters
@@ -160,7 +160,7 @@ def compare_decoders(arguments):
             narrow.requires_grad_(False)
             narrow.decoder.requires_grad_(True)
             began = time.process_time()
-            with tempfile.TemporaryDirectory() as checkpoints:
+            with tempfile.TemporaryDirectory() as checkpoints, convolutions_as_matrices(narrow.decoder):
                 schedule = Schedule(arguments.decoder_steps, 2e-3, seed, 10**9)
                 train_part(
                     f"decoder, {start}",

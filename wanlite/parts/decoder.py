@@ -6,13 +6,15 @@ error alone forgives blur.
 Legend: B images, C channels, H W latent height and width, S spatial stride.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from ..data.autoencoder import decode_latents, raw_latents
 from ..data.single_frame import SingleFrameAutoencoder
@@ -37,8 +39,41 @@ def decoder_loss(
     return loss
 
 
+@contextmanager
+def convolutions_as_matrices(decoder: Any) -> Iterator[None]:
+    """Store each convolution as the matrix (out, in * height * width) of its last temporal tap, within the context.
+
+    Muon trains matrices, and earlier taps stay zero.
+    """
+    convolutions = [each for each in decoder.modules() if isinstance(each, (nn.Conv2d, nn.Conv3d))]
+    for convolution in convolutions:
+        kernel = LastTap(convolution.weight.shape)
+        parametrize.register_parametrization(convolution, "weight", kernel, unsafe=True)
+    try:
+        yield
+    finally:
+        for convolution in convolutions:
+            parametrize.remove_parametrizations(convolution, "weight")
+
+
+class LastTap(nn.Module):
+    """A matrix as the weights of a convolution, (out, in, height, width) or (out, in, frames, height, width)."""
+
+    def __init__(self, shape: torch.Size):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        out, inner, *frames, height, width = self.shape
+        kernel = matrix.view(out, inner, *(1 for _ in frames), height, width)
+        return F.pad(kernel, (0, 0, 0, 0, frames[0] - 1, 0)) if frames else kernel
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return (weight[:, :, -1] if weight.ndim == 5 else weight).flatten(1).clone()
+
+
 def crop(latents: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a crop (B, C, h, w) of latents at a random place, mirrored at random."""
+    """Return a crop (B, C, h, w) of latents at a random place."""
     sizes = [min(CROP, side) for side in latents.shape[-2:]]
     tops = [
         int(torch.randint(side - size + 1, (1,), generator=generator))

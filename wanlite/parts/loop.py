@@ -1,9 +1,10 @@
-"""Training of one part of a pipeline, resumable: steps of AdamW on a loss, with averaged weights.
+"""Training of one part of a pipeline, resumable: steps of Muon and AdamW on a loss, with averaged weights.
 
 All random numbers of a step follow from the seed and its number, so that a resumed training is the same one.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +20,22 @@ from ..files.atomic import read_manifest
 from ..runtime.progress import track
 from ..runtime.signals import Stopped
 from ..training.checkpoints import latest_checkpoint, load_checkpoint, restore, save_checkpoint
+from ..training.muon import StackedMuon
 
 WARMUP_SHARE = 0.05  # of the steps
 AVERAGED_SHARE = 0.04  # of the steps, in the averaged weights
 MAX_NORM = 1.0  # of the gradients
+MUON_RATIO = 30  # of the rate of Muon to that of AdamW
+# Weights that Muon trains: layers of a UMT5, and convolutions as matrices. A decoder of half the channels of the emoji
+# world's was at 30.5 dB after 300 steps, and at 28.3 with AdamW alone.
+MATRICES = r".*(\.[qkvo]|\.wi_[01]|\.wo)\.weight|.*\.original"
 KEPT_CHECKPOINTS = 2
 NUM_AVERAGED = 50  # losses in the one that is shown
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps and peak rate of a training, its seed, and the steps between its checkpoints."""
+    """Steps and peak rate of AdamW in a training, its seed, and the steps between its checkpoints."""
 
     steps: int
     learning_rate: float
@@ -79,24 +85,21 @@ def make_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(number) % 2**63)
 
 
-def sample_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Return the numbers of `size` of `count` examples."""
-    return torch.randint(count, (size,), generator=generator)
-
-
 def _make_state(weights, schedule):
     """Return what a checkpoint holds, at step 0."""
-    parameters = [*weights.values()]
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
-    warmup = round(WARMUP_SHARE * schedule.steps)
+    matrices = [weight for name, weight in weights.items() if re.fullmatch(MATRICES, name)]
+    others = [weight for name, weight in weights.items() if not re.fullmatch(MATRICES, name)]
+    rate = schedule.learning_rate
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=rate, weight_decay=0.0)]
+    if matrices:
+        optimizers.append(StackedMuon(matrices, lr=MUON_RATIO * rate, weight_decay=0.0))
+    shape = {"num_warmup_steps": round(WARMUP_SHARE * schedule.steps), "num_training_steps": schedule.steps}
     decay = 1 - 1 / max(1.0, AVERAGED_SHARE * schedule.steps)
     return {
         "weights": weights,
-        "optimizer": optimizer,
-        "lr_scheduler": get_scheduler(
-            "cosine", optimizer, num_warmup_steps=warmup, num_training_steps=schedule.steps
-        ),
-        "ema": EMAModel(parameters, decay=decay),
+        "optimizers": optimizers,
+        "lr_schedulers": [get_scheduler("cosine", each, **shape) for each in optimizers],
+        "ema": EMAModel(weights.values(), decay=decay),
         "progress": {"losses": []},
     }
 
@@ -108,9 +111,10 @@ def _step(parameters, state, loss, generator):
     norm = nn.utils.clip_grad_norm_(parameters, MAX_NORM)
     if not math.isfinite(norm):
         raise FloatingPointError("a gradient is not finite. Lower the learning rate, or train in float32.")
-    state["optimizer"].step()
-    state["optimizer"].zero_grad()
-    state["lr_scheduler"].step()
+    for optimizer, lr_scheduler in zip(state["optimizers"], state["lr_schedulers"]):
+        optimizer.step()
+        optimizer.zero_grad()
+        lr_scheduler.step()
     state["ema"].step(parameters)
     return value.item()
 

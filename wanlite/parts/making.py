@@ -22,7 +22,7 @@ from ..flow import sample, seeded_noise, set_steps
 from ..network import TEXT_LENGTH, TextTokens
 from ..training.phase_table import hash_weights
 from ..training.steps import velocity_in_chunks
-from .decoder import decoder_loss, peak_signal_to_noise
+from .decoder import convolutions_as_matrices, decoder_loss, peak_signal_to_noise
 from .decoder_projection import project_decoder
 from .loop import Schedule, train_part
 from .text_encoder import (
@@ -196,10 +196,10 @@ class SmallParts:
         projected = self._psnr(narrow)
         self.log(f"decoder  projected to {base_dim} channels: {projected:.1f} dB to the large one")
         narrow.requires_grad_(False)
-        for module in (narrow.decoder, narrow.post_quant_conv):
-            module.requires_grad_(True)
+        narrow.decoder.requires_grad_(True)
         loss = decoder_loss(large.decoder, narrow, self.latents, options.decoder_batch)
-        self._train("decoder", narrow, loss, options.decoder_steps)
+        with convolutions_as_matrices(narrow.decoder):
+            self._train("decoder", narrow, loss, options.decoder_steps)
         narrow = round_weights(narrow)
         figures = {
             "psnr": self._psnr(narrow),
