@@ -62,12 +62,12 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the training (default: 3)")
     parser.add_argument("--captions", type=int, default=400, help="held-out captions (default: 400)")
     parser.add_argument("--base_dim", type=int, help="channels of the decoder (default: half)")
-    parser.add_argument("--decoder_steps", type=int, default=4000, help="steps of a decoder (default: 4000)")
+    parser.add_argument("--decoder_steps", type=int, default=1500, help="steps of a decoder (default: 1500)")
     parser.add_argument(
-        "--reading_steps", type=int, default=3000, help="first steps of an encoder (default: 3000)"
+        "--reading_steps", type=int, default=1500, help="first steps of an encoder (default: 1500)"
     )
     parser.add_argument(
-        "--velocity_steps", type=int, default=1000, help="last steps of an encoder (default: 1000)"
+        "--velocity_steps", type=int, default=400, help="last steps of an encoder (default: 400)"
     )
     parser.add_argument("--json", help="file to write the figures to")
     arguments = parser.parse_args()

@@ -11,6 +11,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from wanlite.files.file_names import RUN
 from wanlite.planning.settings import check_bounds, make_parser, setting
@@ -24,6 +25,21 @@ from wanlite.training.run_folder import check_saved_components, read_run
 SMALL = "small"  # folder in that of the student
 STOPPED = 3  # exit code after a signal
 PARTS = ("small", "large")
+
+
+class Steps(NamedTuple):
+    """Default steps for the parts of a tiny world, and for real ones."""
+
+    tiny: int
+    real: int
+
+    def __str__(self) -> str:
+        return f"{self.real:,}, {self.tiny:,} for the tiny world's"
+
+
+# Those of the tiny world are measured by benchmarks/small_parts.py, the others are estimates.
+STEPS = {"decoder": Steps(1500, 20_000), "reading": Steps(1500, 15_000), "velocity": Steps(400, 4000)}
+LARGE_WIDTH = 1024  # of a text encoder: from here on its parts are real ones
 
 
 @dataclass(frozen=True)
@@ -55,9 +71,19 @@ class Settings:
     decoder_base_dim: int | None = setting(
         None, "channels of the decoder's last layers (default: half of the large one's, at most 32)", least=1
     )
-    decoder_steps: int = setting(4000, "steps of the decoder", group="steps", least=1)
-    reading_steps: int = setting(3000, "steps of the text encoder towards what the student reads", least=1)
-    velocity_steps: int = setting(1000, "steps of the text encoder towards the student's velocity", least=1)
+    decoder_steps: int | None = setting(
+        None, f"steps of the decoder (default: {STEPS['decoder']})", group="steps", least=1
+    )
+    reading_steps: int | None = setting(
+        None,
+        f"steps of the text encoder towards what the student reads (default: {STEPS['reading']})",
+        least=1,
+    )
+    velocity_steps: int | None = setting(
+        None,
+        f"steps of the text encoder towards the student's velocity (default: {STEPS['velocity']})",
+        least=1,
+    )
     decoder_batch_size: int = setting(16, "images of a step, crops of 256 pixels at most", least=1)
     text_batch_size: int = setting(64, "prompts of a step", least=1)
     learning_rate: float = setting(2e-3, "peak for AdamW", above=0, most=1)
@@ -70,6 +96,8 @@ class Settings:
 def read_settings(arguments: list[str] | None = None) -> Settings:
     """Read and check the command line without importing torch; exits with one line and code 2 on an error."""
     parser = make_parser(Settings, __doc__)
+    parser.prog = "wanlite-small"
+    parser.usage = "%(prog)s [options]"
     settings = Settings(**vars(parser.parse_args(arguments)))
     try:
         settings = complete(settings)
@@ -173,13 +201,16 @@ def choose_options(settings: Settings, large: Pipeline) -> PartOptions:
         settings.text_ffn_dim or shape.ffn,
     )
     base_dim = settings.decoder_base_dim or min(MAX_BASE_DIM, widest // 2)
+    is_real = large.encoder.config.d_model >= LARGE_WIDTH
+    steps = {
+        f"{name}_steps": getattr(settings, f"{name}_steps") or (default.real if is_real else default.tiny)
+        for name, default in STEPS.items()
+    }
     return PartOptions(
         decoder_base_dim=base_dim if settings.decoder == "small" else None,
         text_shape=shape if settings.text_encoder == "small" else None,
         num_images=settings.num_images,
-        decoder_steps=settings.decoder_steps,
-        reading_steps=settings.reading_steps,
-        velocity_steps=settings.velocity_steps,
+        **steps,
         decoder_batch=settings.decoder_batch_size,
         text_batch=settings.text_batch_size,
         learning_rate=settings.learning_rate,
@@ -255,5 +286,5 @@ if __name__ == "__main__":
         print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(STOPPED)
     except (OSError, ValueError, FloatingPointError, SafetensorError) as error:
-        print(f"wanlite.small: {one_line(str(error))}", file=sys.stderr)
+        print(f"wanlite-small: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
