@@ -21,7 +21,7 @@ from wanlite.data.autoencoder import (
 )
 from wanlite.data.single_frame import SingleFrameAutoencoder
 from wanlite.data.text_encoder import load_text_encoder
-from wanlite.parts.decoder import decode_frames, peak_signal_to_noise
+from wanlite.parts.decoder import convolutions_as_matrices, decode_frames, decoder_loss, peak_signal_to_noise
 from wanlite.parts.decoder_projection import empty_decoder, find_streams, project_decoder, sources_of
 from wanlite.parts.loop import Schedule, train_part
 from wanlite.parts.text_encoder import encode, tokenize_all
@@ -241,6 +241,36 @@ def test_a_stopped_training_ends_with_the_same_weights(tmp_path, step):
         train_layer(tmp_path / "stopped", StopAfter(step))
     assert torch.equal(train_layer(tmp_path / "stopped"), expected)
     assert torch.equal(train_layer(tmp_path / "stopped"), expected)  # finished: nothing is trained
+
+
+def train_decoder(latents, folder, steps, stop=None):
+    wide = load_video_autoencoder(ROOT / "tiny_teacher").requires_grad_(False)
+    narrow = project_decoder(wide, 8, latents[:16]).requires_grad_(False)
+    narrow.decoder.requires_grad_(True)
+    loss = decoder_loss(SingleFrameAutoencoder(wide), narrow, latents[:16], 8)
+    with convolutions_as_matrices(narrow.decoder):
+        train_part("decoder", folder, narrow, loss, Schedule(steps, 2e-3, 0, 4), {}, stop)
+    return wide, narrow
+
+
+def test_a_stopped_decoder_ends_with_the_same_weights(latents, tmp_path):
+    _, expected = train_decoder(latents, tmp_path / "whole", 8)
+    with pytest.raises(Stopped):
+        train_decoder(latents, tmp_path / "stopped", 8, StopAfter(6))
+    _, resumed = train_decoder(latents, tmp_path / "stopped", 8)
+    kernels = resumed.state_dict()
+    assert (
+        kernels.keys() == project_decoder(resumed, 8, latents[:2]).state_dict().keys()
+    )  # no matrices are left
+    assert all(torch.equal(tensor, kernels[name]) for name, tensor in expected.state_dict().items())
+    assert not resumed.decoder.conv_in.weight[:, :, :-1].any()
+
+
+def test_training_brings_a_decoder_closer(latents, tmp_path):
+    wide, narrow = train_decoder(latents, tmp_path, 100)
+    projected = project_decoder(wide, 8, latents[:16])
+    seen = latents[:16]  # so few images are learned by heart
+    assert psnr(wide, narrow, seen) > psnr(wide, projected, seen)
 
 
 def test_a_training_of_other_settings_is_not_continued(tmp_path):
