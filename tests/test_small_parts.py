@@ -21,6 +21,7 @@ from wanlite.data.autoencoder import (
 )
 from wanlite.data.single_frame import SingleFrameAutoencoder
 from wanlite.data.text_encoder import load_text_encoder
+from wanlite.parts import loop
 from wanlite.parts.decoder import convolutions_as_matrices, decode_frames, decoder_loss, peak_signal_to_noise
 from wanlite.parts.decoder_projection import empty_decoder, find_streams, project_decoder, sources_of
 from wanlite.parts.loop import Schedule, train_part
@@ -35,6 +36,7 @@ from wanlite.parts.text_projection import (
 )
 from wanlite.runtime.signals import Stopped
 from wanlite.small import complete, read_settings
+from wanlite.training.checkpoints import latest_checkpoint, load_checkpoint
 from wanlite.world import emoji, shapes
 
 TEACHERS = {"tiny": (ROOT / "tiny_teacher", shapes), "emoji": (ROOT / "emoji_teacher", emoji)}
@@ -232,6 +234,15 @@ def train_layer(folder, stop=None, facts=None):
 
     train_part("layer", folder, layer, loss, Schedule(20, 1e-2, 0, 6), facts or {}, stop)
     return torch.cat([weight.flatten() for weight in layer.state_dict().values()])
+
+
+def test_a_trained_network_has_the_averaged_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "AVERAGED_SHARE", 0.5)
+    trained = train_layer(tmp_path)
+    state = load_checkpoint(latest_checkpoint(tmp_path)[0])
+    last, averaged = ([*each] for each in (state["weights"].values(), state["ema"]["shadow_params"]))
+    assert torch.equal(torch.cat([weight.flatten() for weight in averaged]), trained)
+    assert not torch.allclose(torch.cat([weight.flatten() for weight in last]), trained, atol=1e-4)
 
 
 @pytest.mark.parametrize("step", [1, 7, 19])
