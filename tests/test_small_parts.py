@@ -36,6 +36,7 @@ from wanlite.parts.text_projection import (
 )
 from wanlite.runtime.signals import Stopped
 from wanlite.small import complete, read_settings
+from wanlite.student.digest import model_digest
 from wanlite.training.checkpoints import latest_checkpoint, load_checkpoint
 from wanlite.world import emoji, shapes
 
@@ -307,6 +308,7 @@ def test_the_folder_says_what_it_holds(small_run, finished_run):
     assert "MB for the" in output and "held-out captions drawn right" in output
     assert not (folder / "work").exists() and not list(folder.glob(".*"))
     record = json.loads((folder / "run.json").read_text())
+    assert record["model_sha256"] == model_digest(folder)
     figures = record["parts"]["figures"]
     for part in ("decoder", "text_encoder"):
         assert figures[part]["parameters"] < 0.4 * figures[part]["large_parameters"]

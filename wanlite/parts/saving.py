@@ -8,6 +8,7 @@ import torch
 
 from ..files.atomic import write_json
 from ..files.file_names import COMPONENTS, MODEL_CARD, MODEL_INDEX, RUN
+from ..student.digest import model_digest
 from ..training.run_folder import copy_files, link_file, save_components
 from .making import Pipeline, count_parameters
 
@@ -36,9 +37,8 @@ def save_small(
     _write_card(folder, source, small, figures)
     parts = {"options": options, "figures": figures}
     student = record["student"] | {"text_dim": small.student.config.text_dim}
-    write_json(
-        folder / RUN, record | {"student": student, "parts": parts}
-    )  # last: it marks a finished folder
+    changed = {"student": student, "parts": parts, "model_sha256": model_digest(folder)}
+    write_json(folder / RUN, record | changed)  # last: it marks a finished folder
 
 
 def _replace(folder, component):

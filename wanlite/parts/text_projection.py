@@ -93,20 +93,25 @@ class EncoderFiles:
         place = Path(folder) / "text_encoder"
         with loading_errors(place):
             self.config = UMT5Config.from_dict(read_json(place / CONFIG, DOWNLOADED))
-            files = [safe_open(path, "pt") for path in find_weight_files("text_encoder", place)]
-            self._files = {name: file for file in files for name in file.keys()}
-        self._embedding = next(name for name in sorted(TIED, reverse=True) if name in self._files)
+            self._paths: dict[str, Path] = {}
+            for path in find_weight_files("text_encoder", place):
+                with safe_open(path, "pt") as file:
+                    self._paths |= dict.fromkeys(file.keys(), path)
+        self._embedding = next(name for name in sorted(TIED, reverse=True) if name in self._paths)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the embeddings (B, L, D) of tokens."""
-        rows = self._files[self._embedding].get_tensor(self._embedding)  # mapped: only these rows are read
-        return rows[ids.cpu()].float().to(ids.device)
+        with self._open(self._embedding) as file:  # mapped: only these rows are read
+            return file.get_tensor(self._embedding)[ids.cpu()].float().to(ids.device)
 
     def embed_all(self, basis: Tensor) -> Tensor:
         """Return the embeddings (vocabulary, d) of all tokens in a basis (D, d)."""
-        rows = self._files[self._embedding].get_slice(self._embedding)
-        starts = range(0, self.config.vocab_size, ROWS_AT_ONCE)
-        return torch.cat([rows[start : start + ROWS_AT_ONCE].float() @ basis.cpu() for start in starts])
+        found = []
+        for start in range(0, self.config.vocab_size, ROWS_AT_ONCE):
+            with self._open(self._embedding) as file:
+                rows = file.get_slice(self._embedding)[start : start + ROWS_AT_ONCE]
+                found.append(rows.float() @ basis.cpu())
+        return torch.cat(found)
 
     def blocks(self, device: str | torch.device) -> Iterator[Any]:
         """Yield the blocks in order."""
@@ -122,10 +127,16 @@ class EncoderFiles:
         return self._read(norm, "encoder.final_layer_norm.")
 
     def _read(self, module, prefix):
-        names = {name: f"{prefix}{name}" for name in module.state_dict()}
-        tensors = {name: self._files[full].get_tensor(full).float() for name, full in names.items()}
+        tensors = {}
+        for name in module.state_dict():
+            with self._open(prefix + name) as file:
+                tensors[name] = file.get_tensor(prefix + name).to(torch.float32, copy=True)
         module.load_state_dict(tensors, assign=True)
         return module.eval().requires_grad_(False)
+
+    def _open(self, name):
+        """Open the file of a tensor; it is closed after each, so that its pages do not stay in memory."""
+        return safe_open(self._paths[name], "pt")
 
 
 @torch.no_grad()
