@@ -89,7 +89,7 @@ def digest_encoder(folder: str | Path, device: str) -> str:
 
 
 def _read(path):
-    """Return an embedding, None if there is no file or it is damaged."""
+    """Return an embedding, None if its file is missing or damaged."""
     try:
         with open_regular(path) as file:
             content = file.read(MAX_FILE_BYTES)

@@ -128,7 +128,7 @@ def choose_channels(wide: Any, narrow: Any, states: Tensor) -> Iterator[Tensor]:
             energy = energies[number]
             if stream.source is not None:  # a channel is kept with those that are repeated into it
                 energy = energy + energies[stream.source][sources_of(stream.repeat)].mean(1)
-            kept[number] = energy.topk(widths[number]).indices.sort().values
+            kept[number] = energy.topk(widths[number]).indices.sort().values.cpu()
         if stream.source is not None:
             kept[stream.source] = sources_of(stream.repeat)[kept[number]].flatten().unique()
     return iter([kept[number] for number in range(len(streams))])
@@ -223,7 +223,7 @@ def choose_inner(block: Any, inner: Tensor, count: int) -> Tensor:
     """Return the `count` inner channels of most energy in the block's output."""
     energy = F.silu(block.norm2(inner)).square().mean((0, 2, 3, 4))
     energy *= weights_of(block.conv2).square().sum((0, 2, 3))
-    return energy.topk(count).indices.sort().values
+    return energy.topk(count).indices.sort().values.cpu()
 
 
 def fit_attention(wide: Any, narrow: Any, pair: Pair) -> Pair:

@@ -45,7 +45,7 @@ TOGETHER = 64  # images or prompts in a batch without gradients
 
 @dataclass(frozen=True)
 class PartOptions:
-    """What is made small, how small, and how long it is trained."""
+    """Sizes and steps of the small parts."""
 
     decoder_base_dim: int | None  # None: the decoder stays
     text_shape: TextShape | None  # None: the text encoder stays

@@ -54,11 +54,8 @@ class Tokens:
     def logit_bias(self) -> Tensor:
         """The additive mask (B, 1, 1, L) of attention."""
         lowest = torch.finfo(torch.float32).min
-        return (
-            torch.zeros(self.mask.shape)
-            .masked_fill(~self.mask.bool(), lowest)[:, None, None]
-            .to(self.ids.device)
-        )
+        bias = torch.zeros(self.mask.shape, device=self.mask.device)
+        return bias.masked_fill(~self.mask.bool(), lowest)[:, None, None]
 
     def take(self, rows: Tensor) -> "Tokens":
         """Return the prompts of these rows, padded to the longest of them."""
@@ -273,12 +270,10 @@ def fit_attention(
     attend = own.SelfAttention
     size = attend.key_value_proj_dim
     energy = torch.cat([block.head_energy for block in span])
-    chosen = energy.topk(attend.n_heads).indices.sort().values
+    chosen = energy.topk(attend.n_heads).indices.sort().values.cpu()
     columns = (chosen[:, None] * size + torch.arange(size)).flatten()
     for name in ("q", "k", "v"):
-        joined = torch.cat(
-            [folded(getattr(each.attention.SelfAttention, name), each.attention) for each in span]
-        )
+        joined = fold([each.attention for each in span], f"SelfAttention.{name}")
         getattr(attend, name).weight.copy_(joined[columns] @ basis)
     outputs = torch.cat([each.attention.SelfAttention.o.weight for each in span], 1)
     attend.o.weight.copy_(basis.T @ outputs[:, columns].float())
@@ -301,11 +296,9 @@ def fit_neurons(
     before, after = states
     feed = own.DenseReluDense
     energy = torch.cat([block.neuron_energy for block in span])
-    chosen = energy.topk(feed.wo.in_features).indices.sort().values
+    chosen = energy.topk(feed.wo.in_features).indices.sort().values.cpu()
     for name in ("wi_0", "wi_1"):
-        joined = torch.cat(
-            [folded(getattr(each.neurons.DenseReluDense, name), each.neurons) for each in span]
-        )
+        joined = fold([each.neurons for each in span], f"DenseReluDense.{name}")
         getattr(feed, name).weight.copy_(joined[chosen] @ basis)
     outputs = torch.cat([each.neurons.DenseReluDense.wo.weight for each in span], 1)
     feed.wo.weight.copy_(basis.T @ outputs[:, chosen].float())
@@ -316,9 +309,10 @@ def fit_neurons(
     return own_states + feed.wo(inputs[0])
 
 
-def folded(layer: Any, block: Any) -> Tensor:
-    """Return the weight (out, D) of a layer with the gain of the norm before it."""
-    return layer.weight.float() * block.layer_norm.weight.float()
+def fold(layers: list, name: str) -> Tensor:
+    """Return the weights (out, D) of the matrix `name` of all layers, with the gains of the norms before them."""
+    gains = [layer.layer_norm.weight.float() for layer in layers]
+    return torch.cat([layer.get_submodule(name).weight.float() * gain for layer, gain in zip(layers, gains)])
 
 
 def refit(layer: Any, inputs: Tensor, residual: Tensor) -> None:

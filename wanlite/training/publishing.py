@@ -84,7 +84,7 @@ def copy_without_paths(folder: Path, name: str) -> Path:
 
 
 def _private_paths(folder, name):
-    """Return {path of this machine: what is published instead}, the longest first."""
+    """Return {path of this machine: its replacement}, the longest first."""
     run = read_run(folder)
     values = (run.get("settings") or {}).values()
     typed = [value for value in values if isinstance(value, str) and Path(value).is_absolute()]
