@@ -107,7 +107,7 @@ def stock_images(folder: Path, side: int, device: str) -> Callable[[], Any]:
 
 def own_images(folder: Path, side: int, device: str, dtype: str) -> Callable[[], Any]:
     """Return a function that draws an image as run_inference.py does: (height, width, 3), 0..255."""
-    from run_inference import StudentPipeline
+    from wanlite.generation.student import StudentPipeline
 
     pipeline = StudentPipeline(folder, device, dtype)
     return lambda: pipeline.generate([PROMPT], [0], STEPS, side, side)[0]

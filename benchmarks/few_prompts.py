@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.quality import TRAIN, Judge, train
-from run_inference import StudentPipeline
+from wanlite.generation.student import StudentPipeline
 from wanlite.training.metrics import prompt_accuracy
 from wanlite.training.run_folder import read_run
 from wanlite.training.steps import velocity_from

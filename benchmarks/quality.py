@@ -28,10 +28,10 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-from run_inference import StudentPipeline
 from train_distillation import CHANGEABLE_ON_RESUME, Settings
 from wanlite.data.autoencoder import decode_latents, to_images
 from wanlite.flow import make_scheduler, sample, seeded_noise
+from wanlite.generation.student import StudentPipeline
 from wanlite.network import pack_text
 from wanlite.planning.resolve import TINY_STEPS, choose_teacher, complete
 from wanlite.planning.settings import make_parser

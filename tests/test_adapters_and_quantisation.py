@@ -12,10 +12,10 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
-from run_inference import StudentPipeline
 from tests.conftest import official_name
 from train_distillation import WanLiteStudent
 from wanlite.flow import seeded_noise
+from wanlite.generation.student import StudentPipeline
 
 PROMPT = "a small red circle at the left on a white background"
 LAYERS = [

@@ -19,12 +19,12 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from run_inference import Settings as InferenceSettings
 from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, run_script
 from train_distillation import Settings as TrainSettings
 from train_distillation import WanLiteStudent
 from wanlite.data.grids import CELL, enlarge, locate
 from wanlite.files.atomic import write_json
+from wanlite.generation.settings import Settings as InferenceSettings
 from wanlite.planning.settings import make_parser
 from wanlite.training.run_folder import read_run
 

@@ -12,9 +12,10 @@ import torch
 from diffusers import AutoencoderKLWan, AutoModel, DiffusionPipeline, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from run_inference import StudentPipeline, read_settings
+from run_inference import read_settings
 from tests.conftest import TINY_TEACHER, loud_student, official_name, run_script
 from train_distillation import WanLiteStudent
+from wanlite.generation.student import StudentPipeline
 from wanlite.student.saving import save_student
 from wanlite.teacher.checkpoint import open_teacher_files
 

@@ -14,23 +14,20 @@ from safetensors.torch import load_file, save_file
 
 import run_inference
 import wanlite.pipeline.decoding
-from run_inference import (
-    Settings,
-    StudentPipeline,
-    choose_batch_size,
-    generate_all,
-    main,
-    read_settings,
-    size_warning,
-    trained_sizes,
-)
+from run_inference import main, read_settings
 from tests.conftest import loud_student
 from train_distillation import WanLiteStudent
 from wanlite.data.grids import CELL, GUTTER, enlarge
 from wanlite.data.text_encoder import encode_prompts, load_text_encoder
 from wanlite.files.image_files import save_image
 from wanlite.files.weights import WeightsFile
+from wanlite.generation import images as generated_images
+from wanlite.generation import student as loaded_student
+from wanlite.generation.images import choose_batch_size, generate_all, save_grid
+from wanlite.generation.settings import Settings
+from wanlite.generation.student import StudentPipeline
 from wanlite.runtime.devices import disable_cudnn_attention, drawing_dtype
+from wanlite.training.sampling_defaults import size_warning, trained_sizes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -184,7 +181,7 @@ def test_a_grid_has_at_most_64_cells_and_no_more_images_are_kept(
     settings, prompts = settings_of(finished_run[0], tmp_path, ["a"] * 100, "--batch_size", "10")
     generated, cells = generate_all(pipeline, settings, prompts)
     assert len(generated) == 100 and len(cells) == 64
-    path = run_inference.save_grid(settings, generated, cells, {"weights_sha256": "digest"})
+    path = save_grid(settings, generated, cells, {"weights_sha256": "digest"})
     grid = Image.open(path)
     assert path.name == "grid-0000-0063.png" and grid.width == GUTTER + 8 * (CELL + GUTTER)
     assert len(json.loads(grid.text["prompts"])) == 64 and grid.text["weights_sha256"] == "digest"
@@ -219,7 +216,7 @@ def test_images_that_cannot_be_written_end_the_command_and_the_images_before_the
             raise OSError("no space left")
         return save_image(*arguments)
 
-    monkeypatch.setattr(run_inference, "save_image", fail_third)
+    monkeypatch.setattr(generated_images, "save_image", fail_third)
     settings = settings_of(finished_run[0], tmp_path, "abcdefgh", "--batch_size", batch_size)
     with pytest.raises(OSError, match="no space left"):
         main(*settings)
@@ -236,7 +233,7 @@ def test_eight_images_of_one_prompt_encode_it_once(finished_run, tmp_path, monke
         encoded.extend(prompts)
         return encode_prompts(tokenizer, encoder, prompts)
 
-    monkeypatch.setattr(run_inference, "encode_prompts", encode)
+    monkeypatch.setattr(loaded_student, "encode_prompts", encode)
     arguments = ("--num_images_per_prompt", "8", "--batch_size", "3", "--guidance_scale", "2")
     main(*settings_of(finished_run[0], tmp_path, ["a ring", "a cat", "a ring"], *arguments))
     assert encoded == ["a ring", "a cat", ""] and len(list(tmp_path.glob("0*.png"))) == 24
@@ -257,8 +254,8 @@ def test_prompts_are_encoded_and_the_encoder_is_freed_before_the_student_is_load
         return student_from_pretrained(*arguments, **options)
 
     student_from_pretrained = WanLiteStudent.from_pretrained
-    monkeypatch.setattr(run_inference, "load_text_encoder", load)
-    monkeypatch.setattr(run_inference.WanLiteStudent, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(loaded_student, "load_text_encoder", load)
+    monkeypatch.setattr(WanLiteStudent, "from_pretrained", from_pretrained)
     main(*settings_of(finished_run[0], tmp_path, ["a ring"]))
     assert len(alive) == 1
 
@@ -287,7 +284,7 @@ def test_images_are_drawn_together_by_default_and_record_the_size_of_the_batch(
 def test_the_default_batch_size_follows_image_size_device_and_memory(
     device, side, free, expected, monkeypatch
 ):
-    monkeypatch.setattr(run_inference, "free_memory", lambda _: (free, free))
+    monkeypatch.setattr(generated_images, "free_memory", lambda _: (free, free))
     settings = Settings(height=side, width=side)
     assert choose_batch_size(settings, torch.device(device)) == expected
 
@@ -445,7 +442,7 @@ def test_an_image_records_the_dtype_that_generated_it(arguments, expected, finis
 
 
 def test_a_gpu_with_bfloat16_uses_it_by_default(finished_run, monkeypatch):
-    monkeypatch.setattr(run_inference, "drawing_dtype", lambda *_: drawing_dtype("cuda", True))
+    monkeypatch.setattr(loaded_student, "drawing_dtype", lambda *_: drawing_dtype("cuda", True))
     assert (
         StudentPipeline(finished_run[0]).dtype == torch.bfloat16
         and StudentPipeline(finished_run[0], dtype="float16").dtype == torch.float16

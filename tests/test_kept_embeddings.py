@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from run_inference import encode_once
 from wanlite.data import kept_embeddings
 from wanlite.data.kept_embeddings import digest_encoder, encode_or_read, kept_folder
+from wanlite.generation.student import encode_once
 
 PROMPTS = ["a small red ring", "a large blue cross above a small green square"]
 

@@ -13,6 +13,7 @@ LAYERS = (  # from the top; a file imports from the layers below its own, or fro
     ("wanlite.small",),
     ("run_inference",),
     ("wanlite.serving",),
+    ("wanlite.generation",),
     ("wanlite.pipeline", "wanlite.export", "wanlite.lora"),
     ("train_distillation",),
     ("wanlite.planning",),

@@ -7,9 +7,9 @@ from importlib.util import find_spec
 import pytest
 
 import wanlite
-from run_inference import StudentPipeline
 from tests.conftest import ROOT, run_script
 from train_distillation import WanLiteStudent
+from wanlite.generation.student import StudentPipeline
 from wanlite.pipeline import WanLitePipeline
 from wanlite.planning.resolve import NAMED_TEACHERS
 from wanlite.world.emoji.sprites import ATLAS

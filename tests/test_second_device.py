@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch.utils import backend_registration
 
-from run_inference import StudentPipeline
 from tests.conftest import ROOT
 from tests.test_images import write_folder
+from wanlite.generation.student import StudentPipeline
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -43,10 +43,10 @@ PROMPTS = ["a small red ring on a white background", "a large blue cross on a gr
 GENERATES = f"""import sys
 sys.path.insert(0, "{{root}}")
 import numpy
-import run_inference
+from wanlite.generation import student
 for name, free in (("there", 1e12), ("beside", 1)):
-    run_inference.free_memory = lambda device: (free, free)
-    pipeline = run_inference.StudentPipeline("{{run}}", "second:0")
+    student.free_memory = lambda device: (free, free)
+    pipeline = student.StudentPipeline("{{run}}", "second:0")
     numpy.save("{{folder}}/" + name + ".npy", pipeline.generate({PROMPTS}, range(2), 2, 64, 96))
 """
 LOADS = f"""import sys

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from wanlite.serving import launch
+from wanlite.serving import address, launch
 from wanlite.serving.access import host_name, is_authorized, is_loopback
+from wanlite.serving.address import check_libraries, choose_address
 from wanlite.serving.drawing import Drawn, flaws
 from wanlite.serving.queue import DrawingQueue, QueueClosed, QueueFull
 from wanlite.serving.requests import MAX_BODY, Job, Limits, RequestError, make_jobs, read_request
@@ -251,14 +252,14 @@ def test_only_the_whole_token_is_accepted(value, expected):
 def test_an_address_that_is_not_safe_is_refused(host, port, token, words, monkeypatch):
     monkeypatch.delenv("WANLITE_TOKEN", raising=False)
     with pytest.raises(ValueError, match=words):
-        launch.choose_address(host, port, token)
+        choose_address(host, port, token)
 
 
 def test_the_token_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("WANLITE_TOKEN", KEY)
-    assert launch.choose_address("192.168.1.9", None, None) == launch.Address("192.168.1.9", 8000, KEY)
+    assert choose_address("192.168.1.9", None, None) == address.Address("192.168.1.9", 8000, KEY)
     monkeypatch.setenv("WANLITE_TOKEN", "")
-    assert launch.choose_address(None, 0, None) == launch.Address("127.0.0.1", 0, None)
+    assert choose_address(None, 0, None) == address.Address("127.0.0.1", 0, None)
 
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch):
@@ -267,21 +268,21 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch):
             raise PackageNotFoundError(name)
         return "1.0"
 
-    monkeypatch.setattr(launch, "version", find)
+    monkeypatch.setattr(address, "version", find)
     with pytest.raises(ValueError, match=r'--web needs gradio, of the extra "web": pip install'):
-        launch.check_libraries("web")
-    launch.check_libraries("serve")
-    monkeypatch.setattr(launch, "version", lambda _: "5.49.1")
+        check_libraries("web")
+    check_libraries("serve")
+    monkeypatch.setattr(address, "version", lambda _: "5.49.1")
     with pytest.raises(ValueError, match="gradio is 5.49.1, expected 6 or newer"):
-        launch.check_libraries("web")
+        check_libraries("web")
 
 
 def test_a_port_in_use_is_one_line_with_the_flag():
-    with launch.open_socket(launch.Address("127.0.0.1", 0, None)) as listener:
+    with launch.open_socket(address.Address("127.0.0.1", 0, None)) as listener:
         port = listener.getsockname()[1]
         assert launch.url_of(listener, "127.0.0.1") == f"http://127.0.0.1:{port}"
         with pytest.raises(OSError, match="Choose another --port"):
-            launch.open_socket(launch.Address("127.0.0.1", port, None))
+            launch.open_socket(address.Address("127.0.0.1", port, None))
 
 
 def test_flaws_of_an_image_are_warnings():

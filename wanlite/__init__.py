@@ -3,16 +3,16 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from run_inference import StudentPipeline as StudentPipeline
     from train_distillation import WanLiteStudent as WanLiteStudent
 
+    from .generation.student import StudentPipeline as StudentPipeline
     from .pipeline import WanLitePipeline as WanLitePipeline
 
 __version__ = "0.1.0"
 __all__ = ["StudentPipeline", "WanLitePipeline", "WanLiteStudent"]
 
 _MODULES = {
-    "StudentPipeline": "run_inference",
+    "StudentPipeline": "wanlite.generation.student",
     "WanLitePipeline": "wanlite.pipeline",
     "WanLiteStudent": "train_distillation",
 }

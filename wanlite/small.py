@@ -150,10 +150,10 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from safetensors import SafetensorError
 
-from run_inference import choose_device
 from train_distillation import WanLiteStudent
 from wanlite.data.autoencoder import load_video_autoencoder
 from wanlite.data.text_encoder import load_text_encoder
+from wanlite.generation.student import choose_device
 from wanlite.parts.making import PartOptions, Pipeline, SmallParts
 from wanlite.parts.saving import save_small
 from wanlite.parts.text_projection import TextShape, default_shape

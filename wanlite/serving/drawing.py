@@ -15,10 +15,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..data.text_encoder import encode_prompts, load_text_encoder, warn_of_truncation
 from ..files.image_files import COMPRESS_LEVEL
+from ..generation.images import is_flat
 from .requests import Job
 
 MAX_EMBEDDINGS = 64  # kept; one of 512 tokens of a real UMT5 has 8 MB
-MAX_FLAT = 1  # largest standard deviation of a channel, of 255, in an image of one flat colour
 
 
 class Drawn(NamedTuple):
@@ -99,11 +99,6 @@ def flaws(image: np.ndarray | None) -> tuple[str, ...]:
             "trained ones.",
         )
     return ()
-
-
-def is_flat(image: np.ndarray) -> bool:
-    """Whether an image (height, width, 3) is of one flat colour."""
-    return bool(image.std(axis=(0, 1)).max() < MAX_FLAT)
 
 
 def to_png(image: np.ndarray, info: PngInfo) -> bytes:

@@ -1,4 +1,4 @@
-"""The address of a page or a server, its libraries, and its life from the first request to the last."""
+"""The socket of a page or a server, and its life from the first request to the last."""
 
 import asyncio
 import os
@@ -7,60 +7,11 @@ import socket
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from .access import is_loopback
+from .address import Address
 
-LIBRARIES = {"web": ("gradio", "fastapi", "uvicorn"), "serve": ("fastapi", "uvicorn")}
-LEAST_GRADIO = 6
-MIN_TOKEN = 16  # characters
-VARIABLE = "WANLITE_TOKEN"  # of the environment
-HOST, PORT = "127.0.0.1", 8000
 CLOSE_SECONDS = 2  # for open connections, such as that of an open page, after the last image
-
-
-@dataclass(frozen=True)
-class Address:
-    host: str
-    port: int
-    token: str | None
-
-
-def check_libraries(flag: str) -> None:
-    """Raise ValueError if the libraries of --web or --serve are not installed. They are not imported."""
-    for library in LIBRARIES[flag]:
-        try:
-            found = version(library)
-        except PackageNotFoundError:
-            raise ValueError(
-                f'--{flag} needs {library}, of the extra "web": pip install ".[web]" in the folder of WanLite, or '
-                f"pip install {' '.join(LIBRARIES[flag])}."
-            ) from None
-        if library == "gradio" and int(found.partition(".")[0]) < LEAST_GRADIO:
-            raise ValueError(
-                f'--{flag}: gradio is {found}, expected {LEAST_GRADIO} or newer: pip install -U ".[web]".'
-            )
-
-
-def choose_address(host: str | None, port: int | None, token: str | None) -> Address:
-    """Return the address with its defaults, the token from the environment; raises ValueError."""
-    host, port = HOST if host is None else host, PORT if port is None else port
-    token = token if token is not None else os.environ.get(VARIABLE) or None
-    if not 0 <= port < 2**16:
-        raise ValueError(f"--port is {port}, expected 0 (any free port) to 65535.")
-    if token is not None and (len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable()):
-        raise ValueError(
-            f"the token (--token, or the variable {VARIABLE}) has {len(token)} characters, expected at least "
-            f"{MIN_TOKEN} of ASCII. `openssl rand -hex 16` prints one."
-        )
-    if token is None and not is_loopback(host):
-        raise ValueError(
-            f"--host {host} can be reached from other machines and needs a token: set the variable {VARIABLE}, or add "
-            "--token. `openssl rand -hex 16` prints one."
-        )
-    return Address(host, port, token)
 
 
 def open_socket(address: Address) -> socket.socket:

@@ -1,0 +1,1 @@
+"""Images of a saved student: settings -> student and prompts -> PNG files."""
