@@ -144,9 +144,9 @@ def test_images_that_are_not_finite_are_errors_and_the_others_are_saved(
 
 
 def test_pixels_that_are_not_finite_are_not_an_image(pipeline, monkeypatch):
-    decode = wanlite.pipeline.decoding.decode_latents
+    decode = loaded_student.decode_latents
     monkeypatch.setattr(
-        wanlite.pipeline.decoding,
+        loaded_student,
         "decode_latents",
         lambda *each: decode(*each).index_fill(0, torch.tensor([0]), float("inf")),
     )

@@ -4,7 +4,7 @@ Legend: L text length, T text width.
 """
 
 from collections.abc import Iterable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from diffusers import UniPCMultistepScheduler
 
 from train_distillation import WanLiteStudent
 
-from ..data.autoencoder import load_video_autoencoder, to_images
+from ..data.autoencoder import decode_latents, load_video_autoencoder, to_images
+from ..data.single_frame import SingleFrameAutoencoder
 from ..data.text_encoder import encode_prompts, load_text_encoder, warn_of_truncation
 from ..files.file_names import RUN
 from ..flow import seeded_noise
@@ -72,8 +73,8 @@ class StudentPipeline:
     def scheduler(self) -> Any:
         return self.pipeline.scheduler
 
-    @property
-    def autoencoder(self) -> Any:
+    @cached_property
+    def autoencoder(self) -> SingleFrameAutoencoder:
         """The single-frame form of the autoencoder."""
         return self.pipeline.single_frame_autoencoder(self.device)
 
@@ -103,7 +104,7 @@ class StudentPipeline:
             output_type="latent",
             **self.editing,
         ).images
-        pixels = self.pipeline.decode(latents)
+        pixels = decode_latents(self.autoencoder, latents)
         images = zip(to_images(pixels), are_finite(latents, pixels))
         return [image if is_valid else None for image, is_valid in images]
 
