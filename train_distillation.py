@@ -492,6 +492,7 @@ from wanlite.student.pretrained import (
     refuse_unknown,
     write_student,
 )
+from wanlite.student.quantization import quantize
 from wanlite.student.shape import DEFAULT_EXPERT
 from wanlite.teacher.model import Teacher
 from wanlite.training.batches import micro_batches
@@ -718,6 +719,7 @@ class WanLiteStudent(WanTransformer3DModel):
         cache_dir: str | os.PathLike | None = None,
         force_download: bool = False,
         sha256: str | Mapping[str, str] | None = None,
+        quantization_config: Any = None,
         **unknown: Any,
     ) -> Any:  # a WanLiteStudent; with `output_loading_info` a pair, as in diffusers
         """Load a saved student from a folder or the hub, in eval mode, by default on the CPU; nothing is projected.
@@ -726,8 +728,8 @@ class WanLiteStudent(WanTransformer3DModel):
         float32; None keeps all dtypes as saved. `sha256` is the expected digest of the weights, or {file name:
         digest}. With it, or with `output_loading_info`, which contains the digests, weights are hashed while they
         are read. They are read into memory once, for any `low_cpu_mem_usage` and `disable_mmap`: a student does
-        not change with its file. Raises OSError for files that are missing or broken, and ValueError for content
-        that is not this student's.
+        not change with its file. `quantization_config` is one of diffusers. Raises OSError for files that are
+        missing or broken, and ValueError for content that is not this student's.
         """
         accepted = list(inspect.signature(cls.from_pretrained).parameters)[1:-1]
         refuse_unknown(unknown, accepted, cls._left_to_stock)
@@ -752,6 +754,8 @@ class WanLiteStudent(WanTransformer3DModel):
         )
         arguments, tensors, digests = read_student(cls, folder, variant, options)
         student = build_student(cls, arguments, tensors, options.device)
+        if quantization_config is not None:
+            quantize(student, quantization_config)
         student.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return (student, make_loading_info(digests)) if output_loading_info else student
 

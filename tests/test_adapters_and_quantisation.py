@@ -16,6 +16,7 @@ from tests.conftest import official_name
 from train_distillation import WanLiteStudent
 from wanlite.flow import seeded_noise
 from wanlite.generation.student import StudentPipeline
+from wanlite.pipeline import WanLitePipeline
 
 PROMPT = "a small red circle at the left on a white background"
 LAYERS = [
@@ -261,6 +262,45 @@ def test_a_stock_pipeline_quantises_a_saved_student_at_loading(run):
         type(pipeline.transformer.blocks[0].attn1.to_q.weight).__name__ == "Int8Tensor"
         and np.isfinite(generate(pipeline)).all()
     )
+
+
+@needs_torchao
+def test_our_classes_quantise_a_student_at_loading_as_stock_does(run):
+    from diffusers import PipelineQuantizationConfig, TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    config, dtype = TorchAoConfig(Int8WeightOnlyConfig()), torch.bfloat16
+    student = WanLiteStudent.from_pretrained(run, quantization_config=config, dtype=dtype)
+    stock = WanTransformer3DModel.from_pretrained(run, quantization_config=config, dtype=dtype)
+    kinds = {name: type(weight).__name__ for name, weight in stock.named_parameters()}
+    assert {name: type(weight).__name__ for name, weight in student.named_parameters()} == kinds
+    assert "Int8Tensor" in kinds.values() and student.is_quantized
+    for (name, found), expected in zip(student.named_parameters(), stock.parameters()):
+        if kinds[name] == "Int8Tensor":
+            found, expected = found.dequantize(), expected.dequantize()
+        assert found.dtype == expected.dtype and torch.equal(found, expected), name
+    mapping = {"transformer": config}
+    options = {"quantization_config": PipelineQuantizationConfig(quant_mapping=mapping), "dtype": dtype}
+    pipeline = WanLitePipeline.from_pretrained(run, **options)
+    assert type(pipeline.transformer.blocks[0].attn1.to_q.weight).__name__ == "Int8Tensor"
+    assert np.asarray(pipeline(PROMPT).images[0]).std() > 1
+    with pytest.raises(ValueError, match="not saved, found quantised weights"):
+        student.save_pretrained(run)
+
+
+@pytest.mark.parametrize(
+    "config, error, words",
+    [
+        ({"quant_method": "torchao"}, (ImportError, ValueError), "torchao|quantization_config"),
+        ("int8", ValueError, "quantization_config is 'int8', expected a config of diffusers"),
+        ({}, ValueError, "quantization_config is {}, expected"),
+        ({"quant_method": "other"}, ValueError, "expected a config of diffusers"),
+        (8, ValueError, "quantization_config is 8, expected"),
+    ],
+)
+def test_a_quantization_config_that_cannot_be_used_is_refused(config, error, words, run):
+    with pytest.raises(error, match=words):
+        WanLiteStudent.from_pretrained(run, quantization_config=config)
 
 
 @needs_peft

@@ -260,7 +260,6 @@ BAD_ARGUMENTS = [
         (
             "local_file_only",
             "trust_remote_code",
-            "quantization_config",
             "hidden_size",
             "from_flax",
             "strict",

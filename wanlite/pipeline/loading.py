@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import PipelineQuantizationConfig, UniPCMultistepScheduler
 
 from train_distillation import WanLiteStudent
 
@@ -84,20 +84,13 @@ def find_variants(folder: Path, variant: str | None) -> bool:
 
 def load_student(folder: Path, dtype: Any, sha256: Any, options: Mapping[str, Any]) -> WanLiteStudent:
     """Load the student of a folder; `options` are those of the pipeline that apply to it."""
-    config = options.get("quantization_config")
-    named = {*(getattr(config, "components_to_quantize", None) or ())} | {
-        *(getattr(config, "quant_mapping", None) or ())
-    }
-    if config is not None and (not named or "transformer" in named):
-        raise ValueError(
-            "quantization_config includes the transformer: quantise the student after loading it, with "
-            "torchao.quantization.quantize_(pipeline.transformer, Int8WeightOnlyConfig()), and name the text encoder "
-            'alone in components_to_quantize=["text_encoder"].'
-        )
     device = options.get("device_map")
     passed = {
         name: options[name] for name in ("variant", "use_safetensors", "disable_mmap") if name in options
     }
+    config = options.get("quantization_config")
+    if isinstance(config, PipelineQuantizationConfig):  # diffusers refuses others
+        passed["quantization_config"] = config._resolve_quant_config(True, "transformer")
     return WanLiteStudent.from_pretrained(
         folder, dtype=dtype, device=None if device == "balanced" else device, sha256=sha256, **passed
     )
