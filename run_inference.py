@@ -67,7 +67,8 @@ from wanlite.generation.images import (
     refuse_not_finite,
     save_grid,
 )
-from wanlite.generation.student import StudentPipeline, choose_device, encode_once
+from wanlite.generation.student import StudentPipeline, encode_once
+from wanlite.runtime.devices import choose_device
 
 
 def main(settings: Settings, prompts: list[str]) -> None:

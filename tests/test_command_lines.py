@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 import time
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -177,6 +178,18 @@ def test_the_brief_help_fits_a_terminal_and_names_its_defaults(settings, monkeyp
 
 def test_a_wrong_value_is_refused_without_a_hint_about_flags(tmp_path):
     assert "--help" not in read_refusal(TRAIN, "--output_dir", tmp_path, "--resolution", "60")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "CUDA", "cuda:1234", "", "cpu\x1b[2J", "meta"])
+@pytest.mark.parametrize("module", ["wanlite.generation.checks", "wanlite.lora.__main__", "wanlite.small"])
+def test_every_command_refuses_a_device_that_no_machine_has(module, name, finished_run):
+    command = import_module(module)
+    settings = command.Settings(model=str(finished_run[0]), device=name)
+    with pytest.raises(
+        ValueError, match="--device .* is unknown, expected cpu, cuda, cuda:N or mps"
+    ) as error:
+        command.complete(settings)
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize("script", [TRAIN, GENERATE])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wanlite.files.file_names import RUN
-from wanlite.planning.settings import check_bounds, make_parser, setting
+from wanlite.planning.settings import check_bounds, check_device, make_parser, setting
 from wanlite.runtime.signals import Stopped, StopSignal
 from wanlite.runtime.terminal import keep_output_open, one_line
 from wanlite.schedule import recorded_schedule
@@ -109,6 +109,7 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
 def complete(settings: Settings) -> Settings:
     """Complete settings from the saved student; raises OSError or ValueError if no parts can be made."""
     check_bounds(settings)
+    check_device(settings.device)
     if settings.text_encoder == settings.decoder == "large":
         raise ValueError("--text_encoder large and --decoder large leave nothing to make; name one small.")
     folder = student_folder(settings.model)
@@ -153,12 +154,11 @@ from safetensors import SafetensorError
 from train_distillation import WanLiteStudent
 from wanlite.data.autoencoder import load_video_autoencoder
 from wanlite.data.text_encoder import load_text_encoder
-from wanlite.generation.student import choose_device
 from wanlite.parts.making import PartOptions, Pipeline, SmallParts
 from wanlite.parts.saving import save_small
 from wanlite.parts.text_projection import TextShape, default_shape
 from wanlite.planning.defaults import choose_prompts
-from wanlite.runtime.devices import disable_cudnn_attention
+from wanlite.runtime.devices import choose_device, disable_cudnn_attention
 from wanlite.schedule import read_schedule
 from wanlite.training.metrics import prompt_accuracy
 from wanlite.training.sampling_defaults import sampling_defaults

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from ..data.prompts import read_prompts
 from ..data.tables import check_text
 from ..files.file_names import CONFIG, RUN
 from ..files.json_files import DOWNLOADED, read_json
+from ..planning.settings import check_device
 from ..schedule import TIMESTEPS, first_step, read_schedule, recorded_schedule
 from ..student.loading import open_student
 from ..student.location import student_folder
@@ -79,8 +79,7 @@ def read_editing(settings: Settings) -> dict[str, Any]:
 
 def check_device_and_guidance(settings: Settings) -> None:
     """Raise ValueError for an unknown device, or for a negative prompt without guidance."""
-    if settings.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", settings.device):
-        raise ValueError(f"--device {settings.device} is unknown, expected cpu, cuda, cuda:N or mps.")
+    check_device(settings.device)
     if settings.negative_prompt and settings.guidance_scale <= 1:
         raise ValueError(
             "--negative_prompt is used by guidance only; add --guidance_scale above 1 or leave it out."

@@ -22,7 +22,7 @@ from ..data.prompts import read_prompts
 from ..files.atomic import new_folder
 from ..files.file_names import CONFIG, RUN
 from ..files.json_files import DOWNLOADED, read_json
-from ..planning.settings import check_bounds, make_parser, setting
+from ..planning.settings import check_bounds, check_device, make_parser, setting
 from ..runtime.terminal import keep_output_open, one_line
 from ..schedule import read_schedule, recorded_schedule
 from ..student.loading import open_student
@@ -63,7 +63,7 @@ class Settings:
     learning_rate: float = setting(
         2e-3, "learning rate of AdamW, which falls to 0 along a cosine", above=0, most=1
     )
-    device: str | None = setting(None, "cpu, cuda or mps (default: cuda if available, else cpu)")
+    device: str | None = setting(None, "cpu, cuda, cuda:N or mps (default: cuda if available, else cpu)")
     seed: int = setting(0, "seed of all random numbers", least=0, below=2**32)
 
 
@@ -94,6 +94,7 @@ def read_task(arguments: Sequence[str] | None = None) -> Task:
 def complete(settings: Settings) -> Task:
     """Return the task of the settings; raises OSError or ValueError."""
     check_bounds(settings)
+    check_device(settings.device)
     if not find_spec("peft"):
         raise ValueError("LoRAs need the package peft. Install it with: pip install wanlite[lora]")
     if settings.images is None:
@@ -135,11 +136,11 @@ def train_lora(task: Task) -> Path:
     from train_distillation import WanLiteStudent
 
     from ..flow import set_steps
+    from ..runtime.devices import choose_device
     from .training import add_lora, batches, draw_levels, draw_own, encode, save_lora, train
 
     settings = task.settings
-    folder, seed, device = Path(settings.model), settings.seed, settings.device
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder, seed, device = Path(settings.model), settings.seed, choose_device(settings.device)
     torch.manual_seed(seed)
     scheduler: Any = UniPCMultistepScheduler(**task.schedule)
     groups = encode(folder, task.images, device)
@@ -162,7 +163,7 @@ def train_lora(task: Task) -> Path:
     losses = list(tqdm(steps, total=settings.max_train_steps, desc="training", unit="step"))
     print_losses(losses)
     with new_folder(settings.output_dir) as output:
-        save_lora(student, output, {"wanlite.model": settings.model, "wanlite.rank": str(settings.rank)})
+        save_lora(student, output, {"wanlite.model": folder.name, "wanlite.rank": str(settings.rank)})
     return Path(settings.output_dir)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import operator
 import os
+import re
 import sys
 import types
 import typing
@@ -13,6 +14,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 
 from ..runtime.launch import defer_to_rank_zero
+from ..runtime.terminal import one_line
 
 BOUNDS = {
     "least": ("at least", operator.ge),
@@ -45,6 +47,12 @@ def setting(
             "bounds": bounds,
         },
     )
+
+
+def check_device(name):
+    """Raise ValueError for a --device that no machine has."""
+    if name is not None and not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
+        raise ValueError(f"--device {one_line(name, 40)} is unknown, expected cpu, cuda, cuda:N or mps.")
 
 
 def check_bounds(settings):

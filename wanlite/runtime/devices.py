@@ -48,6 +48,21 @@ def as_device(given: Any) -> torch.device:
     return found
 
 
+def choose_device(wanted: str | None) -> str:
+    """Return the device of --device, by default CUDA if available; raises ValueError if it is missing."""
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    number = int(wanted.partition(":")[2] or 0)
+    if wanted.startswith("cuda") and number >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices. Leave the flag out, or name "
+            f"cpu."
+        )
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: not available on this machine. Leave the flag out, or name cpu.")
+    return wanted
+
+
 def _has(device: torch.device) -> bool:
     """Whether this torch can put a tensor on a device; meta tensors have no content."""
     try:

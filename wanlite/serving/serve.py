@@ -9,7 +9,8 @@ from PIL.PngImagePlugin import PngInfo
 from ..files.file_names import RUN
 from ..generation.images import choose_batch_size, digests_of, fitting_pixels, text_chunks
 from ..generation.settings import Settings
-from ..generation.student import StudentPipeline, choose_device, encoder_device
+from ..generation.student import StudentPipeline, encoder_device
+from ..runtime.devices import choose_device
 from ..schedule import recorded_schedule
 from ..training.run_folder import read_run
 from ..training.sampling_defaults import trained_sizes
