@@ -210,9 +210,9 @@ EMOJI = Recipe(
     plan={
         "autoencoder": _stage(18_000, 16, 2e-3, 0.02, 0.998, 0.4),
         "text": _stage(1500, 128, 2e-3, None, 0.98),
-        "shared": _stage(20_800, 192, 2e-3, 0.02, 0.999, 0.3),
-        "high": _stage(3000, 192, 5e-4, 0.005, 0.999),
-        "low": _stage(3000, 192, 5e-4, 0.005, 0.999),
+        "shared": _stage(5350, 192, 2e-3, 0.02, 0.999, 0.3),
+        "high": _stage(400, 192, 5e-4, 0.005, 0.99),
+        "low": _stage(400, 192, 5e-4, 0.005, 0.99),
     },
     guidance={"high": 3.0, "low": 3.0},
     judged=((40, True), (40, False), (4, True), (1, True)),
