@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import ROOT
 from train_distillation import Settings
-from wanlite.phases import MIN_TRAJECTORIES
+from wanlite.phases import MIN_CAPTIONS, MIN_TRAJECTORIES
 from wanlite.planning.messages import (
     announce_few,
     command,
@@ -72,6 +72,19 @@ def test_a_folder_that_begins_with_a_dash_is_not_taken_for_a_flag(name):
     assert shlex.split(drawing_command(settings.output_dir))[-1] == f"./{name}"
 
 
+def test_the_card_leaves_out_an_accuracy_on_too_few_captions(tmp_path):
+    settings = SimpleNamespace(
+        output_dir="out", teacher="wan", resolution=64, num_inference_steps=4, project_only=False
+    )
+    figures = {f"{name}_4": 0.5 for name in ("image_error", "diversity", "channel_drift")}
+    for captions, is_shown in ((1, False), (MIN_CAPTIONS - 1, False), (MIN_CAPTIONS, True)):
+        judged = {"captions": captions, "student_by_steps": {"4": {"accuracy": 0.0}}}
+        write_model_card(tmp_path, settings, [4], figures | judged, "python x.py")
+        card = (tmp_path / "README.md").read_text()
+        assert ("captions drawn right" in card) == is_shown == ("The judge read" in card)
+        assert "| 4 | 0.50 | 0.50 | 0.50 |" in card
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_the_commands_of_a_model_card_work_for_any_folder_name(path, tmp_path):
     settings = SimpleNamespace(
@@ -127,6 +140,8 @@ def test_few_trajectories_and_prompts_are_logged_and_enough_are_not():
     announce_few(MIN_TRAJECTORIES, 29, 16, lines.append)
     announce_few(30, 29, 1, lines.append)
     few, warning, held_out = lines
-    assert held_out.startswith("held out 1, which are few: validations also use training prompts")
-    assert "29 are few: each is drawn about 10 times" in few and "WARNING  30 trajectories are few" in warning
+    assert held_out.startswith("held out 1: validations also use training prompts")
+    assert (
+        "prompts  29: each is drawn about 10 times" in few and "WARNING  30 trajectories are few" in warning
+    )
     assert max(map(len, lines)) <= 100
