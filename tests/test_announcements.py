@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import unicodedata
 from types import SimpleNamespace
 
 import pytest
@@ -12,15 +13,18 @@ import pytest
 from tests.conftest import ROOT
 from train_distillation import Settings
 from wanlite.phases import MIN_CAPTIONS, MIN_TRAJECTORIES
+from wanlite.planning.hardware import LARGE_WIDTH
 from wanlite.planning.messages import (
     announce_few,
     command,
     conclude,
     describe_accuracy,
+    describe_expectation,
     describe_kept,
     drawing_command,
 )
 from wanlite.planning.resolve import complete
+from wanlite.runtime.terminal import labelled
 from wanlite.training.model_card import write_model_card
 
 PATHS = [
@@ -94,6 +98,26 @@ def test_the_commands_of_a_model_card_work_for_any_folder_name(path, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert shlex.quote(path) in card
     assert [ast.literal_eval(found) for found in re.findall(r"from_pretrained\((.+?)[,)]", card)] == [path]
+
+
+@pytest.mark.parametrize("negative", ["", "\u4f4e\u8d28\u91cf\uff0c" * 50, "blurry, " * 40, "a\nb"])
+def test_the_lines_of_a_large_teacher_fit_for_any_negative_prompt(negative):
+    run = SimpleNamespace(
+        settings=Settings(negative_prompt=negative),
+        files=SimpleNamespace(width=LARGE_WIDTH + 1),
+        workload=lambda: SimpleNamespace(h100_hours=4.7),
+        num_states=716_800,
+    )
+    lines = "\n".join(labelled(*line) for line in describe_expectation(run)).splitlines()
+    assert all(len(line) + sum(map(is_wide, line)) <= 100 for line in lines)
+    assert lines[0] == "fixed    guidance 4 and 3 and the negative prompt become part of the student"
+    assert lines[1].startswith(
+        '         negative prompt: "' if negative else "         negative prompt: empty"
+    )
+
+
+def is_wide(letter):
+    return unicodedata.east_asian_width(letter) in ("W", "F")
 
 
 # ---- the end of a run --------------------------------------------------------------------------------------

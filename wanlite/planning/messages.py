@@ -10,7 +10,7 @@ import torch
 from ..files.file_names import REPORT, SAMPLES
 from ..flow import make_scheduler, set_steps
 from ..phases import MIN_CAPTIONS, MIN_TRAJECTORIES, MIN_VALIDATED
-from ..runtime.terminal import labelled
+from ..runtime.terminal import labelled, one_line
 from ..schedule import TIMESTEPS
 from ..training.report.tables import format_count, format_duration
 from ..training.run_folder import image_size
@@ -18,6 +18,7 @@ from .budgets import expected_quality
 from .hardware import is_large
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder of the scripts
+MAX_NAMED = 32  # characters of a negative prompt, which may be twice as wide
 PROJECTED_ONLY = "the teacher's weights are projected into the student, which is saved untrained"
 
 
@@ -94,9 +95,10 @@ def describe_expectation(run):
         return []
     settings, hours = run.settings, run.workload().h100_hours
     guidance = " and ".join(f"{scale:g}" for scale in (settings.guidance_scale, settings.guidance_scale_2))
-    negative = f'"{settings.negative_prompt}"' if settings.negative_prompt else "empty"
+    negative = f'"{one_line(settings.negative_prompt, MAX_NAMED)}"' if settings.negative_prompt else "empty"
     return [
-        ("fixed", f"guidance {guidance} and the negative prompt ({negative}) become part of the student"),
+        ("fixed", f"guidance {guidance} and the negative prompt become part of the student"),
+        ("", f"negative prompt: {negative}"),
         ("expect", expected_quality(hours)),
         (
             "",

@@ -122,7 +122,7 @@ def neighbours(path: Path) -> Iterator[Path]:
 def hub_name(typed: str) -> str | None:
     """Return organisation/model, typed as such or as a URL; None for others.
 
-    A path whose first folder exists, or is usual for files of a user, is no such name.
+    A path has a first folder that exists, or one that is usual for files of a user.
     """
     if url := _URL.match(typed):
         return url[1]
