@@ -36,7 +36,7 @@ from wanlite.planning.resolve import (
 from wanlite.planning.settings import make_parser, setting
 from wanlite.runtime.launch import defer_to_rank_zero, is_first, is_launched
 from wanlite.runtime.signals import Stopped, StopSignal
-from wanlite.runtime.terminal import hide_loading_bars, keep_output_open, labelled
+from wanlite.runtime.terminal import hide_loading_bars, keep_output_open, labelled, print_plain_warnings
 from wanlite.training.model_card import write_model_card
 from wanlite.training.publishing import create_repository, publish
 from wanlite.training.run_folder import (
@@ -442,6 +442,7 @@ def is_interrupted(settings):
 
 if __name__ == "__main__":  # arguments and paths are checked before torch is imported, which takes seconds
     keep_output_open()
+    print_plain_warnings()
     gc.disable()  # imports create a million objects that are never freed
     # Until training starts, Ctrl-C ends the program at once, without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

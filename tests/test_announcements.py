@@ -5,22 +5,26 @@ import os
 import re
 import shlex
 import subprocess
+import unicodedata
 from types import SimpleNamespace
 
 import pytest
 
 from tests.conftest import ROOT
 from train_distillation import Settings
-from wanlite.phases import MIN_TRAJECTORIES
+from wanlite.phases import MIN_CAPTIONS, MIN_TRAJECTORIES
+from wanlite.planning.hardware import LARGE_WIDTH
 from wanlite.planning.messages import (
     announce_few,
     command,
     conclude,
     describe_accuracy,
+    describe_expectation,
     describe_kept,
     drawing_command,
 )
 from wanlite.planning.resolve import complete
+from wanlite.runtime.terminal import labelled
 from wanlite.training.model_card import write_model_card
 
 PATHS = [
@@ -72,6 +76,19 @@ def test_a_folder_that_begins_with_a_dash_is_not_taken_for_a_flag(name):
     assert shlex.split(drawing_command(settings.output_dir))[-1] == f"./{name}"
 
 
+def test_the_card_leaves_out_an_accuracy_on_too_few_captions(tmp_path):
+    settings = SimpleNamespace(
+        output_dir="out", teacher="wan", resolution=64, num_inference_steps=4, project_only=False
+    )
+    figures = {f"{name}_4": 0.5 for name in ("image_error", "diversity", "channel_drift")}
+    for captions, is_shown in ((1, False), (MIN_CAPTIONS - 1, False), (MIN_CAPTIONS, True)):
+        judged = {"captions": captions, "student_by_steps": {"4": {"accuracy": 0.0}}}
+        write_model_card(tmp_path, settings, [4], figures | judged, "python x.py")
+        card = (tmp_path / "README.md").read_text()
+        assert ("captions drawn right" in card) == is_shown == ("The judge read" in card)
+        assert "| 4 | 0.50 | 0.50 | 0.50 |" in card
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_the_commands_of_a_model_card_work_for_any_folder_name(path, tmp_path):
     settings = SimpleNamespace(
@@ -81,6 +98,26 @@ def test_the_commands_of_a_model_card_work_for_any_folder_name(path, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert shlex.quote(path) in card
     assert [ast.literal_eval(found) for found in re.findall(r"from_pretrained\((.+?)[,)]", card)] == [path]
+
+
+@pytest.mark.parametrize("negative", ["", "\u4f4e\u8d28\u91cf\uff0c" * 50, "blurry, " * 40, "a\nb"])
+def test_the_lines_of_a_large_teacher_fit_for_any_negative_prompt(negative):
+    run = SimpleNamespace(
+        settings=Settings(negative_prompt=negative),
+        files=SimpleNamespace(width=LARGE_WIDTH + 1),
+        workload=lambda: SimpleNamespace(h100_hours=4.7),
+        num_states=716_800,
+    )
+    lines = "\n".join(labelled(*line) for line in describe_expectation(run)).splitlines()
+    assert all(len(line) + sum(map(is_wide, line)) <= 100 for line in lines)
+    assert lines[0] == "fixed    guidance 4 and 3 and the negative prompt become part of the student"
+    assert lines[1].startswith(
+        '         negative prompt: "' if negative else "         negative prompt: empty"
+    )
+
+
+def is_wide(letter):
+    return unicodedata.east_asian_width(letter) in ("W", "F")
 
 
 # ---- the end of a run --------------------------------------------------------------------------------------
@@ -127,6 +164,8 @@ def test_few_trajectories_and_prompts_are_logged_and_enough_are_not():
     announce_few(MIN_TRAJECTORIES, 29, 16, lines.append)
     announce_few(30, 29, 1, lines.append)
     few, warning, held_out = lines
-    assert held_out.startswith("held out 1, which are few: validations also use training prompts")
-    assert "29 are few: each is drawn about 10 times" in few and "WARNING  30 trajectories are few" in warning
+    assert held_out.startswith("held out 1: validations also use training prompts")
+    assert (
+        "prompts  29: each is drawn about 10 times" in few and "WARNING  30 trajectories are few" in warning
+    )
     assert max(map(len, lines)) <= 100

@@ -245,6 +245,17 @@ def test_a_folder_without_a_teacher_nearby_is_refused_by_its_own_name(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "empty: no Wan transformer. Expected transformer/" in refusal_of(tmp_path / "empty")
     assert "/no/such/wan: no such folder" in refusal_of("/no/such/wan")
+    for typed in ("outputs/wan", "models/Wan2.2-T2V-A14B"):  # a path, and no name on the hub
+        assert "no such folder. Expected a Wan checkpoint" in refusal_of(typed)
+
+
+@pytest.mark.parametrize("place", ["diffusion_models", "unet"])
+def test_a_folder_of_experts_without_a_wan_is_described(place, tmp_path):
+    deep = tmp_path / place / "a/b/c/d"
+    deep.mkdir(parents=True)
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, tmp_path / place / "flux.safetensors")
+    expected = f"found {place}, and in {place}/ no Wan up to 3 folders deep: a, flux.safetensors."
+    assert refusal_of(tmp_path).endswith(expected)
 
 
 @pytest.fixture

@@ -137,6 +137,22 @@ def test_a_wrong_flag_is_refused_and_similar_flags_are_suggested(settings, typed
     assert f"unrecognized arguments: {typed} (did you mean {suggested}?) 3 (--help" in error
 
 
+@pytest.mark.parametrize(
+    "settings, typed, advice",
+    [
+        (TrainSettings, ["--prompts", "my", "prompts.txt"], ""),
+        (TrainSettings, ["--negative_prompt", "a", "blue", "ring"], ""),
+        (InferenceSettings, ["--prompt", "a", "b"], ", and --prompt can be repeated"),
+    ],
+)
+def test_a_value_without_quotes_gets_advice(settings, typed, advice, capsys):
+    with pytest.raises(SystemExit):
+        make_parser(settings, "", repeatable=("prompt",)).parse_args(typed)
+    rest = " ".join(typed[2:])
+    words = f"unrecognized arguments: {rest}; a value with spaces needs quotes{advice} (--help"
+    assert words in capsys.readouterr().err
+
+
 def test_a_flag_unlike_all_others_gets_no_suggestion(capsys):
     with pytest.raises(SystemExit):
         make_parser(TrainSettings, "").parse_args(["--xyzzy"])
@@ -540,8 +556,8 @@ def test_the_output_of_both_scripts_reports_progress_and_paths(finished_run):
     lines = printed.splitlines()
     named = {line[:8].rstrip(): line[9:] for line in reversed(lines) if line[8:9] == " " and line[0] != " "}
     assert lines[0].startswith("teacher") and "tiny_teacher" in lines[0]
-    assert lines[1] == "         diffusers layout, 2 experts of 1.25 M parameters"
-    assert named["student"].startswith("0.33 M") and named["start"] == "projection calibrated"
+    assert lines[1] == "         diffusers layout, 2 experts of 1.25 million parameters"
+    assert named["student"].startswith("0.33 million") and named["start"] == "projection calibrated"
     assert named["output"] == str(folder) and "minute" in named["time"] and "device" in named
     assert named["noise"].startswith("shift 3 for 64 x 64 pixels: 3 teacher steps with the high")
     few = "64 trajectories are few, and images may stay noise; the default is at least 300"

@@ -41,6 +41,13 @@ def test_a_longer_list_begins_with_a_shorter_one(prompts):
     assert varied_prompts(0, 1) == prompts[:1]
 
 
+def test_composing_shows_plain_lines_in_a_log(monkeypatch, capsys):
+    monkeypatch.setattr("wanlite.runtime.progress.SECONDS", 0)
+    varied_prompts(0, 3)
+    printed = capsys.readouterr().err
+    assert "composing prompts 1/3, " in printed and printed.count("\n") == 3 and "\r" not in printed
+
+
 def test_a_prompt_is_a_function_of_seed_and_index_alone():
     forward = [compose(5, index) for index in range(200)]
     assert [compose(5, index) for index in reversed(range(200))] == forward[::-1]

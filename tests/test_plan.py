@@ -321,7 +321,7 @@ def test_a_dry_run_counts_the_student_beside_the_teacher(tmp_path, capsys):
     for width in (64, 128):
         assert dry_run(tmp_path / "run", hidden_size=width, feature_directions=16) == 0
         output = capsys.readouterr().out
-        parameters = float(re.search(r"student  ([\d.]+) M parameters", output)[1])
+        parameters = float(re.search(r"student  ([\d.]+) million parameters", output)[1])
         predicted.append((parameters, float(re.search(r"([\d.]+) MB  trajectories", output)[1])))
     (few, lower), (many, higher) = predicted
     assert higher - lower == pytest.approx(4 * (many - few), abs=0.15)
@@ -520,7 +520,7 @@ def test_a_dry_run_of_a14b_prints_its_memory_and_its_problems(a14b):
     assert process.returncode == 2
     output = process.stdout
     assert output.startswith(
-        f"teacher  {a14b}\n         official layout, 2 experts of 14,288.49 M parameters\n"
+        f"teacher  {a14b}\n         official layout, 2 experts of 14.29 billion parameters\n"
     )
     assert "11.4 GB  text" in output and "PFLOP" in output
     assert re.search(

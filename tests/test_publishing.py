@@ -51,6 +51,9 @@ class Hub(BaseHTTPRequestHandler):
         self.answer(self.refused.get("info", 200), [] if "/tree/" in self.path else model)
 
     def answer(self, status, content):
+        if status is None:  # the connection breaks
+            self.close_connection = True
+            return
         content = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -127,8 +130,17 @@ def test_a_hub_that_refuses_the_name_ends_a_run_before_it_begins(hub, tmp_path):
     assert len(process.stderr.splitlines()) == 1 and "hf auth login" in process.stderr
 
 
-def test_an_upload_that_fails_leaves_a_saved_student_and_the_command(hub, tmp_path):
-    hub.refused["main"] = 403
+def test_a_hub_out_of_reach_ends_a_run_before_it_begins(hub, tmp_path):
+    hub.environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    process = push(hub, tmp_path / "run")
+    assert process.returncode == 2 and process.stdout == "" and not (tmp_path / "run").exists()
+    assert "--push_to_hub me/student: the hub cannot be reached (" in process.stderr
+    assert len(process.stderr.splitlines()) == 1 and "hf upload" in process.stderr
+
+
+@pytest.mark.parametrize("status", [403, None])
+def test_an_upload_that_fails_leaves_a_saved_student_and_the_command(status, hub, tmp_path):
+    hub.refused["main"] = status
     process = push(hub, tmp_path / "run", "--project_only")
     assert process.returncode == 0 and "Traceback" not in process.stderr
     assert "WARNING   not uploaded (" in process.stdout

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from types import SimpleNamespace
@@ -329,17 +330,23 @@ def test_the_commands_of_a_page_are_quoted_and_continue_the_run():
     commands = describe_commands(run, arguments)
     assert {name: shlex.split(text)[2:] for name, text in commands.items() if name != "curves"} == {
         "draw": ["--model", "my out"],
-        "resume": [*arguments, "--no-overwrite"],
+        "resume": arguments[:-1],
         "train further": [
-            *("--seed", "3", "--overwrite", "--student", "my out", "--output_dir", "my out-further"),
-            *("--cache_dir", "my out/cache", "--few_step_train_steps", "10", "--no-overwrite"),
+            *("--seed", "3", "--student", "my out", "--output_dir", "my out-further"),
+            *("--cache_dir", "my out/cache", "--few_step_train_steps", "10"),
         ],
     }
     assert commands["curves"] == "tensorboard --logdir 'my out/logs'"
-    assert resuming_arguments(Settings(resume_from_checkpoint="none"), []) == [
-        "--resume_from_checkpoint",
-        "latest",
-    ]
+
+
+def test_settings_that_would_start_a_run_again_are_left_out_or_reverted_to_resume_it():
+    again = Settings(resume_from_checkpoint="none", overwrite=True)
+    typed = ["--resume_from_checkpoint", "none", "--seed", "3", "--overwrite"]
+    assert resuming_arguments(again, typed) == ["--seed", "3"]
+    assert resuming_arguments(again, ["--resume_from_checkpoint=none", *typed[2:]]) == ["--seed", "3"]
+    reverted = ["--seed", "3", "--no-overwrite", "--resume_from_checkpoint", "latest"]
+    assert resuming_arguments(replace(again, config="a.toml"), ["--seed", "3"]) == reverted
+    assert resuming_arguments(Settings(config="a.toml"), ["--seed", "3"]) == ["--seed", "3"]
 
 
 # ---- charts ------------------------------------------------------------------------------------------------

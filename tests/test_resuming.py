@@ -27,6 +27,7 @@ from wanlite.planning import hardware
 from wanlite.teacher.model import Expert
 from wanlite.training.checkpoints import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
 from wanlite.training.phase_table import PHASES
+from wanlite.training.report.tables import format_duration
 from wanlite.training.run_folder import read_run
 from wanlite.training.validation import Validator
 
@@ -357,7 +358,8 @@ def test_a_run_reports_the_step_that_it_kept(folder):
     code, printed = train(folder, guards=lambda figures: [])
     run = read_run(folder)
     kept = f"kept step {run['chosen']['step']}, the closest to the teacher"
-    assert code == 0 and f"finished in {run['minutes']:.1f} minutes; {kept}\nverdict  " in printed
+    duration = format_duration(60 * run["minutes"])
+    assert code == 0 and f"finished in {duration}; {kept}\nverdict  " in printed
 
 
 @pytest.mark.parametrize("flags, at", [(["--overwrite"], 2), (["--resume_from_checkpoint", "none"], 4)])

@@ -22,6 +22,13 @@ file = open(sys.argv[1], "w")
 assert file.fileno() > 2
 file.write("whole")
 """
+WARNING_CODE = f"""import sys, warnings
+sys.path.insert(0, {str(ROOT)!r})
+from wanlite.runtime.terminal import print_plain_warnings
+print_plain_warnings()
+warnings.warn("a folder holds\\ntwo files", stacklevel=1)
+warnings.warn(FutureWarning("another"))
+"""
 ENCODINGS = (
     {"PYTHONIOENCODING": "ascii"},
     {"LC_ALL": "C"},
@@ -115,3 +122,8 @@ def test_inference_with_a_closed_pipe_saves_all_images(command, finished_run, tm
 )
 def test_text_of_any_origin_is_shown_in_one_line(text, expected):
     assert one_line(text, 20) == expected
+
+
+def test_warnings_are_lines_without_the_place_in_the_code():
+    process = subprocess.run([sys.executable, "-c", WARNING_CODE], capture_output=True, text=True)
+    assert process.stderr == "WARNING: a folder holds\\ntwo files\nWARNING: another\n"

@@ -22,7 +22,7 @@ from .shards import fill_shards, read_shard
 
 BATCH_SIZE = 64  # prompts encoded together
 TOKENS_AT_ONCE = 8192  # 16 prompts of 512, whose attention takes about 2 GB in a real UMT5
-MAX_SHOWN = 80  # characters of a prompt in a message
+MAX_SHOWN = 32  # characters of a prompt in a message
 
 
 def load_tokenizer(folder: str | Path) -> Any:

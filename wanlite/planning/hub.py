@@ -43,14 +43,6 @@ EXPERTS = (
     "high_noise_model/*.safetensors",
     "diffusion_pytorch_model*.safetensors",
 )
-PATH_LIKE = (
-    "outputs",
-    "output",
-    "models",
-    "checkpoints",
-    "runs",
-    "data",
-)  # first folders that no hub name has
 
 
 def download_teacher(typed: str | None, log: Callable[[str], object] = print) -> None:
@@ -62,7 +54,7 @@ def download_teacher(typed: str | None, log: Callable[[str], object] = print) ->
     from huggingface_hub import constants
 
     name = hub_name(str(typed)) if typed else None
-    if name is None or constants.HF_HUB_OFFLINE or name.partition("/")[0] in PATH_LIKE:
+    if name is None or constants.HF_HUB_OFFLINE:
         return
     cache = Path(constants.HF_HUB_CACHE)
     if any(is_whole(folder) for folder in (cache / f"models--{name.replace('/', '--')}/snapshots").glob("*")):

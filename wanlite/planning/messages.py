@@ -10,13 +10,15 @@ import torch
 from ..files.file_names import REPORT, SAMPLES
 from ..flow import make_scheduler, set_steps
 from ..phases import MIN_CAPTIONS, MIN_TRAJECTORIES, MIN_VALIDATED
-from ..runtime.terminal import labelled
+from ..runtime.terminal import labelled, one_line
 from ..schedule import TIMESTEPS
+from ..training.report.tables import format_count, format_duration
 from ..training.run_folder import image_size
 from .budgets import expected_quality
 from .hardware import is_large
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder of the scripts
+MAX_NAMED = 32  # characters of a negative prompt, which may be twice as wide
 PROJECTED_ONLY = "the teacher's weights are projected into the student, which is saved untrained"
 
 
@@ -30,7 +32,7 @@ def announce(run, log):
         ("", f"{run.files.layout} layout, {describe_experts(run.files)}"),
         (
             "student",
-            f"{student.num_parameters() / 1e6:,.2f} M parameters: width {settings.hidden_size}, "
+            f"{format_count(student.num_parameters())} parameters: width {settings.hidden_size}, "
             f"{settings.depth} blocks, {settings.num_heads} heads",
         ),
         ("start", settings.student or f"projection {settings.projection}"),
@@ -45,7 +47,7 @@ def announce(run, log):
 
 def describe_experts(files):
     """Return the number of experts and their parameters."""
-    sizes = [f"{expert.num_parameters / 1e6:,.2f} M" for expert in files.experts.values()]
+    sizes = [format_count(expert.num_parameters) for expert in files.experts.values()]
     if len(sizes) == 1:
         return f"one expert of {sizes[0]} parameters"
     return f"{len(sizes)} experts of {' and '.join(dict.fromkeys(sizes))} parameters"
@@ -55,7 +57,8 @@ def describe_device(run):
     """Return the device of a run, or the machine that a dry run plans for."""
     if run.settings.plan_for is not None:
         return f"a machine of --plan_for {run.settings.plan_for}"
-    return f"{run.device}, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"{run.device}, {count} thread{'s' * (count != 1)}"
 
 
 def describe_work(run):
@@ -92,9 +95,10 @@ def describe_expectation(run):
         return []
     settings, hours = run.settings, run.workload().h100_hours
     guidance = " and ".join(f"{scale:g}" for scale in (settings.guidance_scale, settings.guidance_scale_2))
-    negative = f'"{settings.negative_prompt}"' if settings.negative_prompt else "empty"
+    negative = f'"{one_line(settings.negative_prompt, MAX_NAMED)}"' if settings.negative_prompt else "empty"
     return [
-        ("for good", f"guidance {guidance} and the negative prompt ({negative}) become part of the student"),
+        ("fixed", f"guidance {guidance} and the negative prompt become part of the student"),
+        ("", f"negative prompt: {negative}"),
         ("expect", expected_quality(hours)),
         (
             "",
@@ -127,15 +131,14 @@ def announce_few(num_trajectories, num_prompts, num_held_out, log):
             )
         )
     elif num_prompts < MIN_TRAJECTORIES:
-        log(
-            f"prompts  {num_prompts} are few: each is drawn about {round(num_trajectories / num_prompts)} "
-            f"times, from different noise (--num_trajectories {num_trajectories})"
+        times = round(num_trajectories / num_prompts)
+        text = (
+            f"each is drawn about {times} times, from different noise (--num_trajectories {num_trajectories})"
         )
+        log(labelled("prompts", f"{num_prompts}: {text}"))
     if num_held_out < MIN_VALIDATED:
-        log(
-            f"held out {num_held_out}, which are few: validations also use training prompts, from noise of "
-            "their own"
-        )
+        text = "validations also use training prompts, from noise of their own"
+        log(labelled("held out", f"{num_held_out}: {text}"))
 
 
 def versions():
@@ -175,7 +178,7 @@ def conclude(run, settings, seconds, log):
         log(f"held-out captions drawn right ({results['captions']}):")
         for name, figures in rows.items():
             log(f"  {name:18} {describe_accuracy(figures, results['captions'])}")
-    log(f"finished in {seconds / 60:.1f} minutes; {run['chosen']['kept']}")
+    log(f"finished in {format_duration(seconds)}; {run['chosen']['kept']}")
     log(labelled("verdict", f"{verdict['word']}: {verdict['reason']}"))
     if verdict["advice"]:
         log(labelled("change", verdict["advice"]))

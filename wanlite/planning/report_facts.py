@@ -85,10 +85,24 @@ def describe_commands(run, arguments):
 
 
 def resuming_arguments(settings, arguments):
-    """Return the arguments that resume a run; flags that would start it again are reverted."""
-    reverted = ["--no-overwrite"] * settings.overwrite
-    reverted += ["--resume_from_checkpoint", "latest"] * (settings.resume_from_checkpoint == "none")
-    return [*arguments, *reverted]
+    """Return the arguments that resume a run, without those that would start it again."""
+    kept = _without_overwrite(settings, arguments)
+    if settings.resume_from_checkpoint == "latest":
+        return kept
+    return [
+        *without_flags(["resume_from_checkpoint"], kept),
+        *_reverting(settings, "--resume_from_checkpoint", "latest"),
+    ]
+
+
+def _without_overwrite(settings, arguments):
+    kept = [argument for argument in arguments if argument not in ("--overwrite", "--no-overwrite")]
+    return [*kept, *(_reverting(settings, "--no-overwrite") if settings.overwrite else [])]
+
+
+def _reverting(settings, *arguments):
+    """Return the arguments if they have to revert a setting of the file of --config, else nothing."""
+    return arguments if settings.config is not None else ()
 
 
 def _further_arguments(run, arguments):
@@ -102,7 +116,7 @@ def _further_arguments(run, arguments):
     if run.few_steps:
         further["few_step_train_steps"] = settings.max_train_steps - settings.matching_steps
     added = [text for name, value in further.items() for text in (f"--{name}", str(value))]
-    return [*without_flags(further, arguments), *added, *["--no-overwrite"] * settings.overwrite]
+    return [*_without_overwrite(settings, without_flags(further, arguments)), *added]
 
 
 def without_flags(names, arguments):

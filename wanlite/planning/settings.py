@@ -89,6 +89,8 @@ def make_parser(settings_class, description, repeatable=()):
         group.add_argument(*names, **_argument(field, hints[field.name], field.name in repeatable))
         if was := field.metadata["was"]:
             parser.renamed[f"--{was}"] = names[0]
+        if field.name in repeatable:
+            parser.repeatable.append(names[0])
     return parser
 
 
@@ -210,18 +212,25 @@ class OneLineParser(argparse.ArgumentParser):
 
     error() is for flags that cannot be parsed, refuse() for their values.
 
-    `renamed` is {former flag: new flag}.
+    `renamed` is {former flag: new flag}; flags in `repeatable` take one value, and can be repeated.
     """
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
         self.renamed = {}
+        self.repeatable = []
 
     def parse_args(self, args=None, namespace=None):
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(map(self._with_suggestion, unknown))}")
+            hint = "" if unknown[0].startswith("-") else self._hint_at_quotes()
+            self.error(f"unrecognized arguments: {' '.join(map(self._with_suggestion, unknown))}{hint}")
         return namespace
+
+    def _hint_at_quotes(self):
+        """Return advice for a value without a flag, as the second word of a text without quotes."""
+        repeat = "".join(f", and {flag} can be repeated" for flag in self.repeatable)
+        return f"; a value with spaces needs quotes{repeat}"
 
     def _with_suggestion(self, argument):
         suggestions = self._suggest(argument.partition("=")[0]) if argument.startswith("-") else []

@@ -4,6 +4,7 @@ import io
 import os
 import sys
 import textwrap
+import warnings
 from typing import Any, TextIO
 
 MAX_COLUMNS = 100
@@ -45,6 +46,11 @@ def hide_loading_bars() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def print_plain_warnings() -> None:
+    """Print each Python warning as one line, without the place in the code that a user cannot change."""
+    warnings.formatwarning = lambda message, *_, **__: f"WARNING: {one_line(str(message))}\n"
 
 
 def labelled(label: str, text: str) -> str:

@@ -15,6 +15,7 @@ from ..files.json_files import read_first_bytes
 from .headers import read_header
 from .names import EXPERT_FOLDERS, EXPERT_PLACES, FIRST, NOT_AN_EXPERT
 from .search import (
+    MAX_DEPTH,
     describe_unsupported,
     find_unsupported_format,
     levels_below,
@@ -27,6 +28,14 @@ MAX_ABOVE, MAX_BELOW = 3, 64  # folders that are tried in place of one that hold
 _NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # organisation/model
 _HUBS = r"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/|hf:/+"
 _URL = re.compile(rf"(?:{_HUBS})(?:models/)?(?!datasets/|spaces/)({_NAME})")
+PATH_LIKE = (
+    "outputs",
+    "output",
+    "models",
+    "checkpoints",
+    "runs",
+    "data",
+)  # first folders that no hub name has
 _GIGABYTES = {  # two experts, text encoder, autoencoder
     "Wan-AI/Wan2.2-T2V-A14B": 126,
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 126,
@@ -74,8 +83,18 @@ def check_holds_experts(folder: Path) -> None:
     found = describe_unsupported(path for path in paths if not NOT_AN_EXPERT.search(path.name))
     raise OSError(
         f"{folder}: no Wan transformer. Expected transformer/, high_noise_model/ or diffusion_models/; "
-        f"{found or f'found {list_names(folder)}.'}"
+        f"{found or f'found {_list_found(folder)}.'}"
     )
+
+
+def _list_found(folder: Path) -> str:
+    """Return the names in a folder without a Wan, and those in its folders of experts."""
+    inner = (
+        f", and in {place}/ no Wan up to {MAX_DEPTH} folders deep: {list_names(folder / place)}"
+        for place in EXPERT_PLACES
+        if place and (folder / place).is_dir()
+    )
+    return list_names(folder) + "".join(inner)
 
 
 def _may_be_expert(path: Path) -> bool:
@@ -101,11 +120,15 @@ def neighbours(path: Path) -> Iterator[Path]:
 
 
 def hub_name(typed: str) -> str | None:
-    """Return organisation/model, typed as such or as a URL; None for a path whose first folder exists, and others."""
+    """Return organisation/model, typed as such or as a URL; None for others.
+
+    A path has a first folder that exists, or one that is usual for files of a user.
+    """
     if url := _URL.match(typed):
         return url[1]
     name = typed.rstrip("/")
-    return name if re.fullmatch(_NAME, name) and not Path(name).parent.exists() else None
+    is_name = re.fullmatch(_NAME, name) and name.partition("/")[0] not in PATH_LIKE
+    return name if is_name and not Path(name).parent.exists() else None
 
 
 def _cached(typed: str, name: str) -> Path:

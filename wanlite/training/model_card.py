@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.file_names import MODEL_CARD, SAMPLES
+from ..phases import MIN_CAPTIONS
 from .run_folder import image_size
 
 FIGURES = {  # of results, by the heading of their column
@@ -82,12 +83,14 @@ def _describe_results(results):
     )
     if not counts:
         return ""
-    accuracy = {int(count): row["accuracy"] for count, row in results.get("student_by_steps", {}).items()}
+    num_judged = results.get("captions", 0)
+    rows_by_steps = results.get("student_by_steps", {}) if num_judged >= MIN_CAPTIONS else {}
+    accuracy = {int(count): row["accuracy"] for count, row in rows_by_steps.items()}
     headings = ["steps", *FIGURES, *(["captions drawn right"] if accuracy else [])]
     rows = [headings, ["---"] * len(headings)]
     for count in counts:
         own = [f"{results[f'{name}_{count}']:.2f}" for name in FIGURES.values()]
         rows.append([str(count), *own, *([f"{accuracy[count]:.1%}"] if accuracy else [])])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    judged = f" The judge read {results['captions']} held-out captions." if accuracy else ""
+    judged = f" The judge read {num_judged} held-out captions." if accuracy else ""
     return f"Measured on held-out prompts:\n\n{table}\n\n{EXPLANATION}{judged}"

@@ -20,14 +20,19 @@ def create_repository(name: str) -> None:
     Called before training, so that a wrong name or a missing token is found at once. Raises ValueError.
     """
     from huggingface_hub import HfApi  # here: most runs do not need it
+    from huggingface_hub.errors import HfHubHTTPError
 
+    fault = "the hub refuses it"
+    advice = "Log in with `hf auth login`, use a token that may write, or leave it out."
     try:
         HfApi().create_repo(name, exist_ok=True)
-    except (OSError, ValueError) as error:  # HTTP errors are OSErrors
-        raise ValueError(
-            f"--push_to_hub {name}: the hub refuses it ({_first_line(error)}). Log in with `hf auth login`, use a "
-            "token that may write, or leave it out."
-        ) from None
+        return
+    except (HfHubHTTPError, ValueError) as error:
+        reason = _first_line(error)
+    except Exception as error:  # of the HTTP client, which changes between versions of the library
+        fault, reason = "the hub cannot be reached", _first_line(error)
+        advice = "Leave it out; a saved student can be uploaded later, with `hf upload`."
+    raise ValueError(f"--push_to_hub {name}: {fault} ({reason}). {advice}")
 
 
 def publish(folder: str | Path, name: str, log: Callable[[str], object]) -> None:
@@ -40,7 +45,7 @@ def publish(folder: str | Path, name: str, log: Callable[[str], object]) -> None
         commit = HfApi().upload_folder(
             repo_id=name, folder_path=copy, commit_message="Upload a WanLiteStudent"
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as in create_repository(): the student is saved, whatever fails
         log(
             f"WARNING   not uploaded ({_first_line(error)}). The student is saved; upload it with\n"
             f"    {upload_command(folder, name)}"

@@ -5,8 +5,7 @@ from functools import cache
 from itertools import count
 from string import capwords
 
-from tqdm import tqdm
-
+from ...runtime.progress import track
 from .choices import Choices
 from .contradictions import contradicts_itself
 from .english import american, capitalise, fix_articles, plural, words_of
@@ -42,12 +41,13 @@ def varied_prompts(seed: int, number: int, held_out: bool = False) -> list[str]:
     Prompts that are `held_out` name a subject and a place that never meet in the others.
     """
     prompts: dict[str, None] = {}
-    with tqdm(total=number, desc="composing prompts", unit="prompt", leave=False, delay=2) as progress:
+    with track(number, "composing prompts") as progress:
         for index in count():
             if len(prompts) >= number:
                 break
-            prompts[compose(seed, index, held_out)] = None
-            progress.update(len(prompts) - progress.n)
+            prompt = compose(seed, index, held_out)
+            progress.update(prompt not in prompts)
+            prompts[prompt] = None
     return list(prompts)
 
 
