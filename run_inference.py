@@ -22,7 +22,7 @@ from wanlite.files.file_names import RUN
 from wanlite.generation.checks import complete, read_editing
 from wanlite.generation.settings import Settings
 from wanlite.planning.settings import make_parser
-from wanlite.runtime.terminal import keep_output_open, one_line
+from wanlite.runtime.terminal import keep_output_open, one_line, print_plain_warnings
 from wanlite.schedule import first_step
 from wanlite.serving.address import check_serving
 from wanlite.training.run_folder import read_run
@@ -45,13 +45,12 @@ def read_settings(arguments: list[str] | None = None) -> tuple[Settings, list[st
 
 if __name__ == "__main__":  # arguments and paths are checked before torch is imported, which takes seconds
     keep_output_open()
+    print_plain_warnings()
     gc.disable()  # imports create a million objects that are never freed
     # Ctrl-C ends the program at once, without a traceback; images on disk are complete.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # For both variables, see train_distillation.py.
+    # See train_distillation.py.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "10")
     SETTINGS, PROMPTS = read_settings()
 
 import torch

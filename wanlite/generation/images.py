@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
 from ..data.grids import MAX_CELLS, Grid, draw_grid
 from ..files.image_files import grid_names, image_names, save_image
 from ..runtime.devices import free_memory
+from ..runtime.progress import track
 from .settings import Settings
 from .student import StudentPipeline
 
@@ -46,7 +46,7 @@ def generate_all(
     generated: list[Generated] = []
     cells: list = []
     # The thread writes a batch while the next one is drawn.
-    progress = tqdm(total=len(prompts), desc="generating", unit="image", disable=len(prompts) == 1)
+    progress = track(len(prompts), "generating", is_hidden=len(prompts) == 1)
     with ThreadPoolExecutor(1) as writer, progress:
         written: Future | None = None
         for start in range(0, len(prompts), batch_size):

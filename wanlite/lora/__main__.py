@@ -131,12 +131,12 @@ def train_lora(task: Task) -> Path:
     """Train and save a LoRA; returns its folder."""
     import torch
     from diffusers import UniPCMultistepScheduler
-    from tqdm import tqdm
 
     from train_distillation import WanLiteStudent
 
     from ..flow import set_steps
     from ..runtime.devices import choose_device
+    from ..runtime.progress import track
     from .training import add_lora, batches, draw_levels, draw_own, encode, save_lora, train
 
     settings = task.settings
@@ -160,7 +160,11 @@ def train_lora(task: Task) -> Path:
     levels = partial(draw_levels, sorted(states, reverse=True), task.schedule["flow_shift"])
     rows = batches(groups, own, settings.train_batch_size, seed)
     steps = train(student, rows, levels, settings.max_train_steps, settings.learning_rate, seed)
-    losses = list(tqdm(steps, total=settings.max_train_steps, desc="training", unit="step"))
+    losses = []
+    with track(settings.max_train_steps, "training") as progress:
+        for each in steps:
+            losses.append(each)
+            progress.update()
     print_losses(losses)
     with new_folder(settings.output_dir) as output:
         save_lora(student, output, {"wanlite.model": folder.name, "wanlite.rank": str(settings.rank)})
