@@ -13,6 +13,7 @@ from .json_files import DOWNLOADED, check_regular, read_json, shown
 
 REPOSITORIES = ("models--", "datasets--", "spaces--")  # first letters of folders in the hub's cache
 MAX_FILES = 10_000  # of a component: a sharded text encoder has a dozen
+TOKENIZER = "tokenizer"  # the component without weights
 INDEX = ".index.json"  # last letters of the name of an index of weights
 
 
@@ -75,8 +76,8 @@ def plain_name(name: object, source: str | Path) -> str:
 def check_inside(folder: str | Path, name: str) -> None:
     """Refuse a component's folder `name` in which a library would open a file outside, or one of any size.
 
-    Raises OSError for links and indexes that lead out, for other than regular files, and for a JSON file larger
-    than those of a Wan checkpoint. Contents are read of indexes alone.
+    Raises OSError for links and indexes that lead out, for other than regular files, and for a file other than
+    weights that is larger than those of a Wan checkpoint. Contents are read of indexes alone.
     """
     component = resolve_inside(folder, name)
     for number, entry in enumerate(component.rglob("*")):
@@ -86,7 +87,8 @@ def check_inside(folder: str | Path, name: str) -> None:
         if path.is_dir():
             continue
         size = check_regular(path).st_size
-        if path.suffix == ".json" and size > DOWNLOADED.max_bytes:
+        is_small = path.suffix == ".json" or component.name == TOKENIZER
+        if is_small and size > DOWNLOADED.max_bytes:
             raise OSError(f"{path}: {size:,} bytes, too large for {DOWNLOADED.owner}. Copy it again.")
         if path.name.endswith(INDEX):
             check_index(path)

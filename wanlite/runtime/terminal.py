@@ -1,13 +1,28 @@
-"""Output that cannot end a run: a closed pipe or descriptor, or a narrow encoding, loses only output."""
+"""Output that cannot end a run: a closed pipe or descriptor, or a narrow encoding, loses only output.
+
+The error that ends a script is one line with exit code 2. Errors of files and arguments explain themselves; any other
+keeps its traceback in a file that the line names.
+"""
 
 import io
 import os
 import sys
+import tempfile
 import textwrap
+import traceback
+from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
 MAX_COLUMNS = 100
 MAX_SHOWN = 3000  # characters of a line
+EXPLAINED = (
+    OSError,
+    ValueError,
+    FloatingPointError,
+)  # errors that name a file or an argument, and what to do
+MAX_UNEXPECTED = 300  # characters of any other error
+EXIT_CODE = 2
 
 
 class LastingOutput(io.FileIO):
@@ -21,7 +36,11 @@ class LastingOutput(io.FileIO):
 
 
 def keep_output_open() -> None:
-    """Replace sys.stdout and sys.stderr by streams that take every character and outlive their reader."""
+    """Replace sys.stdout and sys.stderr by streams that take every character and outlive their reader.
+
+    An error that nothing catches is printed to them in one line.
+    """
+    sys.excepthook = end_in_one_line
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # the next file opened would get the number of a closed one
     os.close(descriptor)
@@ -65,3 +84,33 @@ def one_line(text: str, most: int = MAX_SHOWN) -> str:
         for letter in text[: most + 1]
     )
     return escaped if len(escaped) <= most else f"{escaped[: most - 3]}..."
+
+
+# ---- errors ------------------------------------------------------------------------------------------------
+
+
+def print_error(script: str, error: BaseException) -> None:
+    """Print an error as one line to stderr."""
+    message = " ".join(str(error).split()) if isinstance(error, EXPLAINED) else _keep_traceback(error)
+    print(f"{script}: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+def end_in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End the process after an error that nothing caught; the value of sys.excepthook for scripts."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print_error(Path(sys.argv[0] or "wanlite").name, error)
+    raise SystemExit(EXIT_CODE)
+
+
+def _keep_traceback(error: BaseException) -> str:
+    """Write the traceback of an error to a file; returns the message that names it."""
+    found = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_UNEXPECTED]
+    try:
+        number, path = tempfile.mkstemp(".txt", "wanlite-traceback-")
+        with os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(traceback.format_exception(error))
+    except OSError:  # a full disk
+        return f"unexpected {found}"
+    return f"unexpected {found}. The traceback is in {path}; please report it with the command."
