@@ -1,12 +1,10 @@
 """The hostile inputs of hostile.py: a function for each class, which returns its inputs."""
 
-import csv
-import io
 import json
 import os
 import random
 import shutil
-import signal
+import socket
 import struct
 import tarfile
 import zlib
@@ -15,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow
 import torch
 from PIL import Image
@@ -35,7 +32,6 @@ from benchmarks.hostile_trial import (
     call,
     draw,
     plan,
-    run_as_script,
     train,
 )
 from train_distillation import WanLiteStudent
@@ -133,6 +129,16 @@ def replace(name: str, write: Callable[[Path], Any]) -> Callable[[Place], None]:
     return prepare
 
 
+def several(*changes: Callable[[Place], Any]) -> Callable[[Place], None]:
+    """Return a change that makes several ones in turn."""
+
+    def prepare(place):
+        for change in changes:
+            change(place)
+
+    return prepare
+
+
 def link_out(name: str, is_absolute: bool = False) -> Callable[[Place], None]:
     """Return a change that moves a file outside and leaves a link to it."""
 
@@ -218,8 +224,6 @@ def damaged_caches() -> list[Input]:
         content = bytearray(path.read_bytes())
         position = len(content) - 2
         if name:
-            with safe_open(path, "np") as file:
-                assert name in file.keys()
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
             position = 8 + int.from_bytes(content[:8], "little") + header[name]["data_offsets"][0]
         content[position] ^= 1
@@ -261,7 +265,7 @@ def damaged_caches() -> list[Input]:
         ("a header of 3 GB", text_shard, lambda path: header_file(b"{", 2**63)(path)),
         ("a broken provenance", "text-*/provenance.json", lambda path: path.write_text("[" * 10**6)),
     ]
-    return [Input(kind, name, SAME, damage(pattern, how), train) for name, pattern, how in rows]
+    return [Input(kind, name, SAME, damage(pattern, how), train, True) for name, pattern, how in rows]
 
 
 # ---- links out ---------------------------------------------------------------------------------------------
@@ -357,12 +361,9 @@ def links_out() -> list[Input]:
         (
             "a template in a folder is a link",
             REFUSED,
-            lambda place: (
-                (
-                    (place.student / "tokenizer/additional_chat_templates").mkdir(),
-                    link_out("tokenizer/additional_chat_templates/a.jinja")(place),
-                )
-                and None
+            several(
+                lambda place: (place.student / "tokenizer/additional_chat_templates").mkdir(),
+                link_out("tokenizer/additional_chat_templates/a.jinja"),
             ),
             draw,
         ),
@@ -371,12 +372,9 @@ def links_out() -> list[Input]:
         (
             "a link through /proc",
             REFUSED,
-            lambda place: (
-                (
-                    shutil.move(place.student / SETTINGS, place.outside / "s"),
-                    (place.student / SETTINGS).symlink_to(f"/proc/self/root{place.outside}/s"),
-                )
-                and None
+            several(
+                lambda place: shutil.move(place.student / SETTINGS, place.outside / "s"),
+                lambda place: (place.student / SETTINGS).symlink_to(f"/proc/self/root{place.outside}/s"),
             ),
             draw,
         ),
@@ -414,7 +412,6 @@ def endless_reads() -> list[Input]:
         return prepare
 
     bomb = zlib.compress(bytes(2**30), 9)
-    socket_file = lambda path: __import__("socket").socket(__import__("socket").AF_UNIX).bind(str(path))  # noqa: E731
     prompts = lambda name, write: beside(name, write, "--prompts_file")  # noqa: E731
     rows = [
         ("run.json is a pipe", REFUSED, replace("run.json", os.mkfifo), draw),
@@ -431,9 +428,9 @@ def endless_reads() -> list[Input]:
         (
             "a sentencepiece model of 3 GB",
             REFUSED,
-            lambda place: (
-                ((place.student / TOKENIZER).unlink(), replace("tokenizer/spiece.model", write_sparse)(place))
-                and None
+            several(
+                lambda place: (place.student / TOKENIZER).unlink(),
+                replace("tokenizer/spiece.model", write_sparse),
             ),
             draw,
         ),
@@ -447,13 +444,10 @@ def endless_reads() -> list[Input]:
         (
             "a config is a socket",
             REFUSED,
-            lambda place: (
-                (
-                    os.chdir(place.student),
-                    (place.student / "config.json").unlink(),
-                    socket_file(Path("config.json")),
-                )
-                and None
+            several(
+                lambda place: os.chdir(place.student),
+                lambda place: (place.student / "config.json").unlink(),
+                lambda place: socket.socket(socket.AF_UNIX).bind("config.json"),
             ),
             draw,
         ),
@@ -535,7 +529,7 @@ def changing_files() -> list[Input]:
         WanLiteStudent.from_pretrained = classmethod(load)
         draw(place, arguments)
         image = Image.open(next(place.images.glob("*.png")))
-        assert image.text["weights_sha256"] == digest["weights"]
+        return image.text["weights_sha256"] == digest["weights"]
 
     def note(place):
         import hashlib
@@ -617,13 +611,10 @@ def changing_files() -> list[Input]:
         (
             "the log of a run is a link",
             SAME,
-            lambda place: (
-                (
-                    (place.beside / "run").mkdir(),
-                    (place.outside / "mine").write_text("mine"),
-                    (place.beside / "run/.metrics.jsonl.partial").symlink_to("../../outside/mine"),
-                )
-                and None
+            several(
+                lambda place: (place.beside / "run").mkdir(),
+                lambda place: (place.outside / "mine").write_text("mine"),
+                lambda place: (place.beside / "run/.metrics.jsonl.partial").symlink_to("../../outside/mine"),
             ),
             call(lambda place: write_metrics(place)),
         ),
@@ -905,7 +896,12 @@ def other_types(seed: int, count: int = 60) -> list[Input]:
         ("a number of 5,000 digits", REFUSED, raw("run.json", b'{"resolution": ' + b"9" * 5000 + b"}"), draw),
         ("a byte-order mark", REFUSED, raw("run.json", b'\xef\xbb\xbf{"resolution": 64}'), draw),
         ("UTF-16", REFUSED, raw("run.json", '{"resolution": 64}'.encode("utf-16")), draw),
-        ("surrogates in a prompt", REFUSED, raw("run.json", b'{"validation_prompts": ["\\ud800"]}'), draw),
+        (
+            "surrogates in a prompt",
+            REFUSED,
+            lambda place: raw("run.json", b'{"validation_prompts": ["\\ud800"]}')(place) or ["--no-prompt"],
+            draw,
+        ),
         (
             "zero bytes in a prompt",
             ACCEPTED,
@@ -1138,15 +1134,12 @@ def control_characters() -> list[Input]:
         (
             "a name in an index",
             REFUSED,
-            lambda place: (
-                (
-                    (place.student / "text_encoder/model.safetensors").unlink(),
-                    replace(
-                        "text_encoder/model.safetensors.index.json",
-                        text(json.dumps({"weight_map": {"a": f"{ESCAPE}" * 10**4}})),
-                    )(place),
-                )
-                and None
+            several(
+                lambda place: (place.student / "text_encoder/model.safetensors").unlink(),
+                replace(
+                    "text_encoder/model.safetensors.index.json",
+                    text(json.dumps({"weight_map": {"a": f"{ESCAPE}" * 10**4}})),
+                ),
             ),
             draw,
         ),
@@ -1205,30 +1198,12 @@ def closed_streams() -> list[Input]:
         os.close(1), os.close(2)
         sys.stdout = sys.stderr = None
 
-    def hung_up(number):
-        def way(place, arguments):
-            """Send a signal when the first checkpoint is there, resume, and compare the weights."""
-            child = os.fork()
-            if child == 0:
-                try:
-                    run_as_script("train_distillation.py", "--output_dir", place.beside / "run", *arguments)
-                finally:
-                    os._exit(1)
-            while not list((place.beside / "run/cache").glob("text-*/shard-*")):
-                if os.waitpid(child, os.WNOHANG)[0]:
-                    raise AssertionError("the run ended")
-            os.kill(child, number)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (3, 0)
-            return train(place, ())
-
-        return way
-
     cached = lambda place: shutil.copytree(place.run / "cache", place.beside / "run/cache") and None  # noqa: E731
     emoji = lambda place: ["--prompt", f"{PROMPT} \N{ARTIST PALETTE}"]  # noqa: E731
     nothing = lambda place: None  # noqa: E731
     rows = [
         ("drawing into a closed pipe", SAME, nothing, with_output(closed_pipe)),
-        ("training into a closed pipe", SAME, cached, with_output(closed_pipe, train)),
+        ("training into a closed pipe", SAME, cached, with_output(closed_pipe, train), True),
         ("drawing into a full device", SAME, nothing, with_output(full)),
         ("drawing without output", SAME, nothing, with_output(closed)),
         ("an emoji in an ASCII terminal", ACCEPTED, emoji, with_output(narrow)),
@@ -1239,26 +1214,26 @@ def closed_streams() -> list[Input]:
 # ---- paths of this machine ---------------------------------------------------------------------------------
 
 
+def _holds(folder: Path, *words: str) -> bool:
+    files = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    return any(word.encode() in content for word in words for content in files)
+
+
 def private_paths() -> list[Input]:
     kind = "paths of this machine"
 
     def drawing(*arguments):
         def way(place, more):
             draw(place, [*arguments, *more])
-            for path in place.images.glob("*.png"):
-                assert str(place.student.parent).encode() not in path.read_bytes(), path
+            return not _holds(place.images, str(place.student.parent))
 
         return way
 
     def saved(place):
         pipeline = WanLitePipeline.from_pretrained(place.student)
         pipeline.save_pretrained(place.beside / "saved")
-        home = str(place.student.parent).encode()
-        private = json.loads((place.student / "run.json").read_text())["settings"]["teacher"].encode()
-        for path in (place.beside / "saved").rglob("*"):
-            if path.is_file():
-                assert not any(word in path.read_bytes() for word in (home, private)), path
-        return True
+        teacher = json.loads((place.student / "run.json").read_text())["settings"]["teacher"]
+        return not _holds(place.beside / "saved", str(place.student.parent), str(Path(teacher).absolute()))
 
     def published(place):
         from wanlite.training.publishing import copy_without_paths
@@ -1270,10 +1245,7 @@ def private_paths() -> list[Input]:
         }
         record.setdefault("report", {})["directory"] = str(place.student.parent)
         (place.student / "run.json").write_text(json.dumps(record))
-        home = str(place.student.parent).encode()
-        for path in copy_without_paths(place.student, "someone/student").rglob("*"):
-            assert not path.is_file() or home not in path.read_bytes(), path
-        return True
+        return not _holds(copy_without_paths(place.student, "someone/student"), str(place.student.parent))
 
     def photo(place):
         save_image(place.beside / "a.png")
@@ -1286,8 +1258,8 @@ def private_paths() -> list[Input]:
     nothing = lambda place: None  # noqa: E731
     rows = [
         ("an image", SAME, nothing, drawing()),
-        ("a grid", ACCEPTED, nothing, drawing("--num_images_per_prompt", 2)),
-        ("an image that was changed", ACCEPTED, photo, drawing()),
+        ("a grid", SAME, nothing, drawing("--num_images_per_prompt", 2)),
+        ("an image that was changed", SAME, photo, drawing()),
         ("an image of a file of prompts", SAME, prompts, drawing()),
         ("a saved pipeline", SAME, nothing, call(saved)),
         ("a published run", SAME, nothing, call(published)),

@@ -7,7 +7,6 @@ import runpy
 import shutil
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -73,6 +72,7 @@ class Input(NamedTuple):
     promise: str
     prepare: Callable[[Place], Any]
     run: Callable[[Place, Sequence[Any]], Any]
+    needs_run: bool = False
 
 
 # ---- ways --------------------------------------------------------------------------------------------------
@@ -94,6 +94,7 @@ def train(place: Place, arguments: Sequence[Any]) -> bool:
     except SystemExit as end:
         if end.code:
             raise
+    sys.excepthook = sys.__excepthook__
     return (folder / WEIGHTS).read_bytes() == (place.run / WEIGHTS).read_bytes()
 
 
@@ -160,7 +161,7 @@ class Trial:
         home = self.folder / f"{self.count:04d}"
         folders = (home / name for name in ("student", "beside", "images", "outside"))
         place = Place(*folders, self.folder / "run")
-        if each.run is train and not place.run.exists():
+        if each.needs_run and not place.run.exists():
             _train_once(place.run)
         for folder in (place.student, place.beside, place.outside):
             folder.mkdir(parents=True)
@@ -217,7 +218,7 @@ def _child(each, place, arguments, home):
 
     file = os.open(home / "printed", os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1), os.dup2(file, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
     os.environ |= {"HOME": str(home / "home"), "WANLITE_CACHE": str(home / "cache")}
     os.chdir(home)
     signal.alarm(ALARM)
@@ -231,14 +232,22 @@ def _child(each, place, arguments, home):
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1 if end.code else 0
     except BaseException:
-        traceback.print_exc()
-        code = 1
+        code = _end(*sys.exc_info())
     with suppress(OSError):
         sys.stdout.flush(), sys.stderr.flush()
     outside = sorted({path for path in opened if Path(path).is_relative_to(place.outside)})
     found |= {"megabytes": process_memory("VmHWM:") - before, "outside": outside, "network": network}
     (home / "found").write_text(json.dumps(found))
     return code
+
+
+def _end(kind, error, trace):
+    """Report an error that nothing caught, as the interpreter does; returns the exit code."""
+    try:
+        sys.excepthook(kind, error, trace)
+    except SystemExit as end:
+        return end.code
+    return 1
 
 
 def process_memory(name: str) -> float:
@@ -252,7 +261,7 @@ def _fault(each: Input, row: dict[str, Any], found: dict[str, Any]) -> str | Non
     printed = row["printed"].replace(BAR, "")
     if row["code"] < 0:
         return f"ended by signal {-row['code']}"
-    if "Traceback" in printed:
+    if "Traceback (most" in printed or "The traceback is in" in printed:
         return "a traceback"
     if row["code"] not in (0, 2):
         return f"exit code {row['code']}"
@@ -266,7 +275,8 @@ def _fault(each: Input, row: dict[str, Any], found: dict[str, Any]) -> str | Non
         return None
     if not printed.strip():
         return "no message"
-    for name, most in (("letters", MAX_LETTERS), ("seconds", MAX_SECONDS), ("megabytes", MAX_MEGABYTES)):
-        if row[name] > most:
+    costs = {"letters": MAX_LETTERS, "seconds": MAX_SECONDS, "megabytes": MAX_MEGABYTES}
+    for name, most in costs.items():
+        if row[name] > most and (name == "letters" or each.run is not train):  # which trains before it
             return f"{row[name]:.2f} {name}"
     return None

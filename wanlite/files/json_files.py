@@ -162,4 +162,4 @@ def _refuse_constant(name: str) -> None:
 
 def shown(name: str) -> str:
     """Return a name of any length and content as at most 200 printable characters."""
-    return name[:200] if name.isprintable() else ascii(name[:200])
+    return (name if name[:200].isprintable() else ascii(name[:200]))[:200]

@@ -26,7 +26,7 @@ from ..runtime.devices import without_cudnn_attention
 from ..schedule import first_step
 from ..student.adapters import check_lora_fits
 from ..student.location import student_folder
-from .arguments import check_options, choose_size, choose_steps
+from .arguments import check_options, choose_size, choose_steps, recorded_defaults
 from .decoding import decode_pixels, encode_pixels, fold_autoencoder, refuse_not_finite
 from .denoising import EMBEDDINGS, denoise
 from .editing import encode_source, read_source
@@ -43,7 +43,7 @@ class WanLitePipeline(WanPipeline):
     WanPipeline.
     """
 
-    record: dict[str, Any] = {}  # content of run.json
+    record: dict[str, Any] = {}  # content of run.json, without paths of a machine
 
     @classmethod
     def from_pretrained(
@@ -76,7 +76,7 @@ class WanLitePipeline(WanPipeline):
             pipeline = super().from_pretrained(str(place), **options)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         place_student(pipeline)
-        pipeline.record = record
+        pipeline.record = recorded_defaults(record)
         return pipeline
 
     @classmethod

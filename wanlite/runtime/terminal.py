@@ -6,6 +6,7 @@ keeps its traceback in a file that the line names.
 
 import io
 import os
+import re
 import sys
 import tempfile
 import textwrap
@@ -14,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+# All but ASCII, line ends, tabs, and the sequence that moves the cursor to a bar above.
+CONTROL = re.compile("(?!\x1b\\[A)[^\n\r\t -~]")
 MAX_COLUMNS = 100
 MAX_SHOWN = 3000  # characters of a line
 EXPLAINED = (
@@ -35,8 +38,21 @@ class LastingOutput(io.FileIO):
             return len(content)
 
 
+class PlainOutput(io.TextIOWrapper):
+    """Text of any origin for a terminal or a log: control characters other than those of lines and bars are escaped."""
+
+    def write(self, text: str) -> int:
+        super().write(text if text.isprintable() else CONTROL.sub(_escape_control, text))
+        return len(text)
+
+
+def _escape_control(found: re.Match[str]) -> str:
+    letter = found[0]
+    return letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+
+
 def keep_output_open() -> None:
-    """Replace sys.stdout and sys.stderr by streams that take every character and outlive their reader.
+    """Replace sys.stdout and sys.stderr by streams that take every text and outlive their reader.
 
     An error that nothing catches is printed to them in one line.
     """
@@ -49,9 +65,10 @@ def keep_output_open() -> None:
 
 def _lasting(stream: Any) -> TextIO:
     if stream is None:  # closed when the process started
-        return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
+        raw = io.FileIO(os.devnull, "w")
+        return PlainOutput(io.BufferedWriter(raw), "utf-8", errors="backslashreplace")
     raw = LastingOutput(stream.fileno(), "w", closefd=False)
-    return io.TextIOWrapper(
+    return PlainOutput(
         io.BufferedWriter(raw),
         stream.encoding,
         errors="backslashreplace",
