@@ -570,6 +570,14 @@ def changing_files() -> list[Input]:
         save_file(tensors, path)
         unseal(path)
 
+    def add(name, content):
+        def prepare(place):
+            (place.student / name).write_text(json.dumps(content))
+
+        return prepare
+
+    tokens = {"eos_token": "red", "pad_token": "blue"}
+    more = {"weight_map": {"a": "model.safetensors"}}
     longer = edit(TOKENIZER_CONFIG, model_max_length=100)
     rows = [
         (
@@ -601,6 +609,21 @@ def changing_files() -> list[Input]:
             *pinned(edit("config.json", eps=1e-5), True),
         ),
         ("a pinned pipeline with a device map", REFUSED, *pinned(shift, True, device_map="cpu")),
+        (
+            "a pinned model has more files of a tokenizer",
+            REFUSED,
+            *pinned(add("tokenizer/special_tokens_map.json", tokens), False),
+        ),
+        (
+            "a pinned pipeline has more added tokens",
+            REFUSED,
+            *pinned(add("tokenizer/added_tokens.json", {"ring": 3}), True),
+        ),
+        (
+            "a pinned pipeline has an index of the text encoder",
+            REFUSED,
+            *pinned(add("text_encoder/model.safetensors.index.json", more), True),
+        ),
         ("an unchanged pinned pipeline", SAME, *pinned(lambda place: None, True)),
         (
             "an image's name is a link",

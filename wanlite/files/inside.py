@@ -12,6 +12,7 @@ from pathlib import Path
 from .json_files import DOWNLOADED, check_regular, read_json, shown
 
 REPOSITORIES = ("models--", "datasets--", "spaces--")  # first letters of folders in the hub's cache
+MAX_NAME = 255  # bytes, in every usual file system
 MAX_FILES = 10_000  # of a component: a sharded text encoder has a dozen
 TOKENIZER = "tokenizer"  # the component without weights
 INDEX = ".index.json"  # last letters of the name of an index of weights
@@ -45,6 +46,8 @@ def _follow(folder, name):
     """Return a path and its place on the disk; raises OSError for a name that is none."""
     try:
         path = folder / name
+        if max(map(len, map(os.fsencode, path.parts))) > MAX_NAME:
+            raise OSError("a name that is too long")
         return path, path.resolve()
     except (OSError, RuntimeError):
         reason = "cannot be read"  # a loop of links, a name that is too long
@@ -66,11 +69,12 @@ def _roots(folder: Path) -> Iterator[Path]:
 
 def plain_name(name: object, source: str | Path) -> str:
     """Return the name of a file beside `source`, which holds it; raises OSError for anything else."""
-    if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or {"\0", "\\"} & set(name):
+    is_name = isinstance(name, str) and Path(name).name == name and name not in ("", "..")
+    if not is_name or {"\0", "\\"} & {*str(name)} or len(str(name).encode(errors="replace")) > MAX_NAME:
         raise OSError(
             f"{source}: names a file {shown(str(name))}, expected the plain name of one beside it. Copy it again."
         )
-    return name
+    return str(name)
 
 
 def check_inside(folder: str | Path, name: str) -> None:

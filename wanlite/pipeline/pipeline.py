@@ -94,8 +94,9 @@ class WanLitePipeline(WanPipeline):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_json_string(self) -> str:
-        """Return model_index.json with the name of the stock class, which loads without this package."""
+        """Return model_index.json with the name of the stock class, which loads without this package, and no path."""
         config = json.loads(super().to_json_string()) | {"_class_name": WanPipeline.__name__}
+        config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @torch.no_grad()
