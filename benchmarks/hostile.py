@@ -3,7 +3,7 @@
     python benchmarks/hostile.py --model outputs/wan_t2i
     python benchmarks/hostile.py --quick --only "links out" --show
 
-Prints a row for each class of inputs in hostile_inputs.py. Each input changes a copy of the student's folder, or
+Prints a row for each class of inputs in hostile_inputs/. Each input changes a copy of the student's folder, or
 a file beside it, in a process that is forked after the imports; that process then does the same as the command line.
 
 as promised   a refusal is one printable line of at most 500 characters with exit code 2, and costs less than a second
@@ -53,7 +53,7 @@ def read_arguments() -> argparse.Namespace:
 def run_all(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Try all inputs in a temporary folder; returns a row for each."""
     from benchmarks.hostile_inputs import inputs, select
-    from benchmarks.hostile_trial import Trial
+    from benchmarks.hostile_inputs.trial import Trial
 
     trial = Trial(arguments.model, folder)
     chosen = select(inputs(arguments.seed), arguments.only, 2 if arguments.quick else None)

@@ -1,4 +1,4 @@
-"""A hostile input and the process in which it is tried; see hostile.py."""
+"""A hostile input and the process in which it is tried; see hostile.py above."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from pyarrow import parquet  # noqa: F401
 import run_inference
 import train_distillation  # noqa: F401
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 REFUSED, SAME, ACCEPTED = "refused", "the same result", "accepted"
 RESULTS = {  # {promise: outcomes that keep it}
     REFUSED: (REFUSED,),
