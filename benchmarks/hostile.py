@@ -42,6 +42,9 @@ def read_arguments() -> argparse.Namespace:
         default="outputs/wan_t2i",
         help="folder of a small saved student (default: outputs/wan_t2i)",
     )
+    parser.add_argument(
+        "--run", type=Path, help="folder of a finished short run, as tests make it (default: one is trained)"
+    )
     parser.add_argument("--only", help="classes or inputs whose names contain this text (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the changed values (default: 0)")
     parser.add_argument("--quick", action="store_true", help="the first two inputs of each class")
@@ -55,7 +58,7 @@ def run_all(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
     from benchmarks.hostile_inputs import inputs, select
     from benchmarks.hostile_inputs.trial import Trial
 
-    trial = Trial(arguments.model, folder)
+    trial = Trial(arguments.model, folder, arguments.run)
     chosen = select(inputs(arguments.seed), arguments.only, 2 if arguments.quick else None)
     rows = []
     for each in chosen:

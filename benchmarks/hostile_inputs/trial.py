@@ -146,8 +146,9 @@ def call(function: Callable[[Place], Any]) -> Callable[[Place, Sequence[Any]], A
 class Trial:
     """Tries inputs on copies of a student, each in a process of its own."""
 
-    def __init__(self, student: Path, folder: Path):
+    def __init__(self, student: Path, folder: Path, run: Path | None = None):
         torch.set_num_threads(1)
+        self.finished = run.absolute() if run else folder / "run"
         self.student, self.folder, self.count = student.absolute(), folder, 0
         self.expected: dict[str, str] = {}
         row = self.run(Input("", "", ACCEPTED, lambda place: None, draw))
@@ -160,7 +161,7 @@ class Trial:
         self.count += 1
         home = self.folder / f"{self.count:04d}"
         folders = (home / name for name in ("student", "beside", "images", "outside"))
-        place = Place(*folders, self.folder / "run")
+        place = Place(*folders, self.finished)
         if each.needs_run and not place.run.exists():
             _train_once(place.run)
         for folder in (place.student, place.beside, place.outside):

@@ -155,9 +155,9 @@ def _check_template(template: Any, path: Path) -> None:
     kind = template.get("type") if isinstance(template, dict) else None
     lists = [template.get(name) for name in ("single", "pair")] if kind == "TemplateProcessing" else []
     tokens = template.get("special_tokens") if lists else None
-    if isinstance(tokens, dict):
-        lists += [found.get("ids") if isinstance(found, dict) else None for found in tokens.values()]
-    if not lists or not all(isinstance(each, list) and len(each) <= MAX_ADDED for each in lists):
+    each_token = tokens.values() if isinstance(tokens, dict) else [None]
+    lists += [found.get("ids") if isinstance(found, dict) else None for found in each_token]
+    if not all(isinstance(each, list) and len(each) <= MAX_ADDED for each in lists):
         raise OSError(
             f"{path}: has a post_processor {str(template)!r:.80}, expected a template that adds at most {MAX_ADDED} "
             "tokens. Download it again."
