@@ -88,7 +88,8 @@ def _link_component(component, folder, place, variant):
     check_weights(component, source, variant)
     target.mkdir()
     config = read_json(source / CONFIG, DOWNLOADED)
-    kept = {name: config[name] for name in ("dtype", "torch_dtype", "architectures") if name in config}
+    names = ("dtype", "torch_dtype", "architectures")
+    kept: dict[str, Any] = {name: config[name] for name in names if name in config}
     kept |= known_settings(component, config)
     kept |= {"model_type": "umt5"} if component == "text_encoder" else {"_class_name": "AutoencoderKLWan"}
     (target / CONFIG).write_text(json.dumps(kept))

@@ -156,9 +156,9 @@ def find_weight_files(component: str, folder: Path, variant: str | None = None) 
     single = folder / COMPONENT_WEIGHTS[component]
     index = folder / f"{single.name}.index.json"
     if variant is not None:
-        others = single.with_suffix(f".{variant}.safetensors"), index.with_suffix(f".{variant}.json")
-        if any(path.exists() for path in others):
-            single, index = others
+        named = single.with_suffix(f".{variant}.safetensors"), index.with_suffix(f".{variant}.json")
+        if any(path.exists() for path in named):
+            single, index = named
     if single.exists():
         return [single]
     if not index.exists():
@@ -244,7 +244,8 @@ def _make_autoencoder(settings: dict[str, Any]) -> Any:
 def _make_text_encoder(settings: dict[str, Any]) -> Any:
     from transformers import UMT5Config, UMT5EncoderModel
 
-    return UMT5EncoderModel(UMT5Config(**settings, attn_implementation="sdpa"))
+    options = {**settings, "attn_implementation": "sdpa"}
+    return UMT5EncoderModel(UMT5Config(**options))
 
 
 _NETWORKS = {"vae": _make_autoencoder, "text_encoder": _make_text_encoder}
