@@ -123,7 +123,8 @@ def end_in_one_line(kind: type[BaseException], error: BaseException, trace: Trac
 
 def _keep_traceback(error: BaseException) -> str:
     """Write the traceback of an error to a file; returns the message that names it."""
-    found = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_UNEXPECTED]
+    name, message = type(error).__name__, " ".join(str(error).split())[:MAX_UNEXPECTED]
+    found = f"{name} ({message})" if message else name
     try:
         number, path = tempfile.mkstemp(".txt", "wanlite-traceback-")
         with os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace") as file:
