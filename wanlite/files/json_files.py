@@ -30,6 +30,7 @@ class Limits(NamedTuple):
     remedy: str
     owner: str
     accepts_nan: bool = False  # and infinity, as Python writes them
+    accepts_large: bool = False  # numbers that no float holds, for a reader that checks all of them
 
 
 SAVED = Limits(MAX_JSON, 2**16, "Copy it again or save the student again.", "a student's settings or header")
@@ -109,8 +110,8 @@ def _read_json(path: str | Path, limits: Limits) -> dict[str, Any]:
 def parse_json(content: bytes, source: str | Path, limits: Limits = SAVED) -> dict[str, Any]:
     """Turn bytes into a dict; `source` names their file in errors.
 
-    Duplicate keys, NaN (unless `limits` accept it), a byte-order mark, numbers beyond a float and deep nesting are
-    refused.
+    Duplicate keys, NaN (unless `limits` accept it), a byte-order mark, numbers that no float holds (unless `limits` accept
+    them) and deep nesting are refused.
     """
     if len(content) > limits.max_bytes:
         raise OSError(f"{source}: more than {limits.max_bytes:,} bytes, too large for {limits.owner}.")
@@ -121,8 +122,8 @@ def parse_json(content: bytes, source: str | Path, limits: Limits = SAVED) -> di
             content.decode("utf-8"),
             object_pairs_hook=_refuse_duplicates,
             parse_constant=float if limits.accepts_nan else _refuse_constant,
-            parse_int=_parse_integer,
-            parse_float=_parse_float,
+            parse_int=int if limits.accepts_large else _parse_integer,
+            parse_float=float if limits.accepts_large else _parse_float,
         )
     except RecursionError:
         raise OSError(f"{source}: not JSON (nested too deeply). {limits.remedy}") from None
