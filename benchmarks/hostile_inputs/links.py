@@ -104,7 +104,7 @@ def links_out() -> list[Input]:
         ("the weights of a student are a link", REFUSED, link_out(WEIGHTS), student),
         ("the folder of the autoencoder is a link", REFUSED, folder_out("vae"), draw),
         ("the folder of the scheduler is a link", REFUSED, folder_out("scheduler"), pipeline),
-        ("model_index.json is a link", REFUSED, link_out("model_index.json"), pipeline),
+        ("model_index.json is a link", ACCEPTED, link_out("model_index.json"), pipeline),
         ("added_tokens.json is a link", REFUSED, link_out("tokenizer/added_tokens.json"), draw),
         ("a chat template is a link", REFUSED, link_out("tokenizer/chat_template.jinja"), draw),
         (
