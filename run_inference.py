@@ -22,7 +22,7 @@ from wanlite.files.file_names import RUN
 from wanlite.generation.checks import complete, read_editing
 from wanlite.generation.settings import Settings
 from wanlite.planning.settings import make_parser
-from wanlite.runtime.terminal import keep_output_open, one_line, print_plain_warnings
+from wanlite.runtime.terminal import EXIT_CODE, EXPLAINED, keep_output_open, one_line, print_error
 from wanlite.schedule import first_step
 from wanlite.serving.address import check_serving
 from wanlite.training.run_folder import read_run
@@ -45,7 +45,6 @@ def read_settings(arguments: list[str] | None = None) -> tuple[Settings, list[st
 
 if __name__ == "__main__":  # arguments and paths are checked before torch is imported, which takes seconds
     keep_output_open()
-    print_plain_warnings()
     gc.disable()  # imports create a million objects that are never freed
     # Ctrl-C ends the program at once, without a traceback; images on disk are complete.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -162,9 +161,9 @@ if __name__ == "__main__":
     gc.enable()
     try:
         (serve if SETTINGS.web or SETTINGS.serve else main)(SETTINGS, PROMPTS)
-    except (OSError, ValueError, FloatingPointError, SafetensorError) as error:
-        print(f"run_inference.py: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
+    except (*EXPLAINED, SafetensorError) as error:
+        print_error("run_inference.py", error)
+        sys.exit(EXIT_CODE)
     except torch.OutOfMemoryError as error:
         print(
             f"run_inference.py: {str(error).splitlines()[0]} Lower --batch_size, --height or --width, add "

@@ -36,7 +36,14 @@ from wanlite.planning.resolve import (
 from wanlite.planning.settings import make_parser, setting
 from wanlite.runtime.launch import defer_to_rank_zero, is_first, is_launched
 from wanlite.runtime.signals import Stopped, StopSignal
-from wanlite.runtime.terminal import hide_loading_bars, keep_output_open, labelled, print_plain_warnings
+from wanlite.runtime.terminal import (
+    EXIT_CODE,
+    EXPLAINED,
+    hide_loading_bars,
+    keep_output_open,
+    labelled,
+    print_error,
+)
 from wanlite.training.model_card import write_model_card
 from wanlite.training.publishing import create_repository, publish
 from wanlite.training.run_folder import (
@@ -442,7 +449,6 @@ def is_interrupted(settings):
 
 if __name__ == "__main__":  # arguments and paths are checked before torch is imported, which takes seconds
     keep_output_open()
-    print_plain_warnings()
     gc.disable()  # imports create a million objects that are never freed
     # Until training starts, Ctrl-C ends the program at once, without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -1184,10 +1190,10 @@ def main(settings, is_resumed, **replacements):
         if settings.dry_run:
             return plan(settings, arguments_of_run(sys.argv[1:])) if is_first() else 0
         train(settings, is_resumed, StopSignal(is_launched=is_launched()), **replacements)
-    except (OSError, ValueError, FloatingPointError) as error:
+    except EXPLAINED as error:
         defer_to_rank_zero()
-        print(f"train_distillation.py: {error}", file=sys.stderr)
-        return 2
+        print_error("train_distillation.py", error)
+        return EXIT_CODE
     except torch.OutOfMemoryError as error:
         print(
             f"train_distillation.py: {str(error).splitlines()[0]} The teacher's trajectories are kept. End other "

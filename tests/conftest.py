@@ -310,7 +310,7 @@ def pytest_terminal_summary(terminalreporter):
     if costs:
         seconds, megabytes = map(max, zip(*costs))
         terminalreporter.write_line(
-            f"{len(costs)} bad inputs refused, slowest {seconds:.2f} s, largest {megabytes:.0f} MB"
+            f"{len(costs)} bad inputs refused, slowest {seconds:.2f} s of processor time, largest {megabytes:.0f} MB"
         )
 
 
@@ -397,7 +397,7 @@ def sound_folder(sound_template, tmp_path, monkeypatch, record_property):
         monkeypatch.setattr(owner, name, lambda *address, **_: connections.append(address) or 1)
     yield tmp_path / "student"
     assert connections == [] and list(tmp_path.rglob(EXECUTED)) == []
-    record_property("refused", [(cost.seconds, cost.megabytes) for cost in REFUSED])
+    record_property("refused", [(cost.busy, cost.megabytes) for cost in REFUSED])
     REFUSED.clear()
 
 

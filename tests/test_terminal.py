@@ -24,8 +24,8 @@ file.write("whole")
 """
 WARNING_CODE = f"""import sys, warnings
 sys.path.insert(0, {str(ROOT)!r})
-from wanlite.runtime.terminal import print_plain_warnings
-print_plain_warnings()
+from wanlite.runtime.terminal import keep_output_open
+keep_output_open()
 warnings.warn("a folder holds\\ntwo files", stacklevel=1)
 warnings.warn(FutureWarning("another"))
 """
@@ -127,3 +127,30 @@ def test_text_of_any_origin_is_shown_in_one_line(text, expected):
 def test_warnings_are_lines_without_the_place_in_the_code():
     process = subprocess.run([sys.executable, "-c", WARNING_CODE], capture_output=True, text=True)
     assert process.stderr == "WARNING: a folder holds\\ntwo files\nWARNING: another\n"
+
+
+def test_control_characters_of_any_text_are_escaped_and_bars_still_move():
+    code = PRINTING_CODE.partition("import logging")[0] + (
+        'print("a\\x1b[2J\\x9b\\u202e\\n\\tb \\N{ARTIST PALETTE}", end="\\r", flush=True)\n'
+        'print("\\x1b[A", end="", flush=True)\n'
+    )
+    process = shell('"$@"', "-c", code, PYTHONIOENCODING="utf-8")
+    assert process.stdout.decode() == "a\\x1b[2J\\x9b\\u202e\n\tb \N{ARTIST PALETTE}\r\x1b[A"
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        ('OverflowError("too\\nlarge")', "unexpected OverflowError (too large). The traceback is in "),
+        ('type("Panic", (BaseException,), {})("a")', "unexpected Panic (a). The traceback is in "),
+        ("RecursionError()", "unexpected RecursionError. The traceback is in "),
+        ('ValueError("a\\x1b[2J\\nb")', "-c: a\\x1b[2J b\n"),
+    ],
+)
+def test_an_error_that_nothing_catches_is_one_line(error, words, tmp_path):
+    code = PRINTING_CODE.partition("import logging")[0] + f"raise {error}"
+    process = shell('"$@"', "-c", code, TMPDIR=str(tmp_path))
+    printed = process.stderr.decode()
+    assert process.returncode == 2 and words in printed and printed.count("\n") == 1
+    for path in tmp_path.iterdir():
+        assert path.name in printed and "Traceback (most recent call last)" in path.read_text()

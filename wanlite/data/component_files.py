@@ -24,6 +24,7 @@ from ..teacher.headers import Shape
 from ..teacher.names import TIED
 
 PASSED = (KeyboardInterrupt, SystemExit, GeneratorExit, Stopped)  # ends of a run, not errors of a file
+MAX_REASON = 300  # characters of a library's message
 KEPT_IN_FLOAT32 = ".wo."  # layers of a text encoder that overflow in float16; see UMT5 in transformers
 
 
@@ -99,8 +100,8 @@ def loading_errors(place: Path | str, action: str = "loaded") -> Iterator[None]:
         raise
     except BaseException as error:
         raise OSError(
-            f"{place}: cannot be {action} ({' '.join(str(error).split()) or type(error).__name__}). Download or copy "
-            f"it again."
+            f"{place}: cannot be {action} ({' '.join(str(error).split())[:MAX_REASON] or type(error).__name__}). "
+            "Download or copy it again."
         ) from None
 
 

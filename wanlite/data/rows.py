@@ -185,9 +185,11 @@ def _stream_records(path, separator):
     taken: list[str] = []  # the lines of the row
 
     def lines(file):
+        length = 0
         for line in bounded_lines(file, path):
+            length = len(line) + (length if taken else 0)
             taken.append(line)
-            if sum(map(len, taken)) > MAX_LINE:
+            if length > MAX_LINE:
                 raise too_long(path, "a row")
             yield line
 

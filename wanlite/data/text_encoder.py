@@ -23,6 +23,7 @@ from .shards import fill_shards, read_shard
 BATCH_SIZE = 64  # prompts encoded together
 TOKENS_AT_ONCE = 8192  # 16 prompts of 512, whose attention takes about 2 GB in a real UMT5
 MAX_SHOWN = 32  # characters of a prompt in a message
+MAX_CHARACTERS = 2**16  # of a prompt that are read: TEXT_LENGTH tokens have a tenth of them
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -122,7 +123,7 @@ def encode_prompts(
 def tokenize(tokenizer, prompts, **options):
     """Tokenize as Wan does, with padding and truncation at the end for any tokenizer config; see its __call__()."""
     tokenizer.padding_side = tokenizer.truncation_side = "right"
-    texts = [prompt_clean(prompt) for prompt in prompts]
+    texts = [prompt_clean(prompt[:MAX_CHARACTERS]) for prompt in prompts]
     with loading_errors(tokenizer.name_or_path, "used"):
         return tokenizer(texts, return_attention_mask=True, verbose=False, **options)
 

@@ -109,11 +109,24 @@ def find_corruption(folder: Path, sizes_only: bool = False, hashed_later: Collec
         except OSError:
             return f"its manifest names {shown(name)}, which leads out of the folder"
         if not path.is_file():
-            return f"lacks {name}"
+            return f"lacks {shown(name)}"
         if (size := path.stat().st_size) != described.get("size"):
-            return f"{name} differs from its manifest: found {size} bytes, expected {described.get('size')}"
+            expected = str(described.get("size"))
+            return f"{shown(name)} differs from its manifest: found {size} bytes, expected {expected:.20}"
         if not (sizes_only or name in hashed_later) and _describe(path) != described:
             return f"{name} differs from its manifest"
+    if unlisted := _find_unlisted(folder, manifest["files"]):
+        return f"its manifest does not list {shown(unlisted)}"
+    return None
+
+
+def _find_unlisted(folder: Path, listed: Collection[str]) -> str | None:
+    """Return a file that a manifest does not list, None if there is none; hidden files are not of the writer."""
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        is_hidden = any(part.startswith(".") for part in name.parts)
+        if not is_hidden and not path.is_dir() and str(name) not in {MANIFEST, *listed}:
+            return str(name)
     return None
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from .json_files import DOWNLOADED, check_regular, read_json, shown
 
 REPOSITORIES = ("models--", "datasets--", "spaces--")  # first letters of folders in the hub's cache
+MAX_NAME = 255  # bytes, in every usual file system
 MAX_FILES = 10_000  # of a component: a sharded text encoder has a dozen
+TOKENIZER = "tokenizer"  # the component without weights
 INDEX = ".index.json"  # last letters of the name of an index of weights
 
 
@@ -44,6 +46,8 @@ def _follow(folder, name):
     """Return a path and its place on the disk; raises OSError for a name that is none."""
     try:
         path = folder / name
+        if max(map(len, map(os.fsencode, path.parts))) > MAX_NAME:
+            raise OSError("a name that is too long")
         return path, path.resolve()
     except (OSError, RuntimeError):
         reason = "cannot be read"  # a loop of links, a name that is too long
@@ -65,18 +69,19 @@ def _roots(folder: Path) -> Iterator[Path]:
 
 def plain_name(name: object, source: str | Path) -> str:
     """Return the name of a file beside `source`, which holds it; raises OSError for anything else."""
-    if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or {"\0", "\\"} & set(name):
+    is_name = isinstance(name, str) and Path(name).name == name and name not in ("", "..")
+    if not is_name or {"\0", "\\"} & {*str(name)} or len(str(name).encode(errors="replace")) > MAX_NAME:
         raise OSError(
             f"{source}: names a file {shown(str(name))}, expected the plain name of one beside it. Copy it again."
         )
-    return name
+    return str(name)
 
 
 def check_inside(folder: str | Path, name: str) -> None:
     """Refuse a component's folder `name` in which a library would open a file outside, or one of any size.
 
-    Raises OSError for links and indexes that lead out, for other than regular files, and for a JSON file larger
-    than those of a Wan checkpoint. Contents are read of indexes alone.
+    Raises OSError for links and indexes that lead out, for other than regular files, and for a file other than
+    weights that is larger than those of a Wan checkpoint. Contents are read of indexes alone.
     """
     component = resolve_inside(folder, name)
     for number, entry in enumerate(component.rglob("*")):
@@ -86,7 +91,8 @@ def check_inside(folder: str | Path, name: str) -> None:
         if path.is_dir():
             continue
         size = check_regular(path).st_size
-        if path.suffix == ".json" and size > DOWNLOADED.max_bytes:
+        is_small = path.suffix == ".json" or component.name == TOKENIZER
+        if is_small and size > DOWNLOADED.max_bytes:
             raise OSError(f"{path}: {size:,} bytes, too large for {DOWNLOADED.owner}. Copy it again.")
         if path.name.endswith(INDEX):
             check_index(path)

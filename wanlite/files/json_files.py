@@ -5,6 +5,7 @@ Only regular files are opened, without blocking, and the cost of reading a file 
 
 import errno
 import json
+import math
 import os
 import stat
 from functools import lru_cache
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from .downloads import find_replacement
 
+MAX_DIGITS = 300  # of an integer; the largest float has 309
 MAX_KEPT = 2**20  # bytes of a downloaded file that is kept in memory
 MAX_JSON = 4 * 2**20  # bytes: the header of a student of eight hundred blocks
 
@@ -28,6 +30,7 @@ class Limits(NamedTuple):
     remedy: str
     owner: str
     accepts_nan: bool = False  # and infinity, as Python writes them
+    accepts_large: bool = False  # numbers that no float holds, for a reader that checks all of them
 
 
 SAVED = Limits(MAX_JSON, 2**16, "Copy it again or save the student again.", "a student's settings or header")
@@ -107,7 +110,8 @@ def _read_json(path: str | Path, limits: Limits) -> dict[str, Any]:
 def parse_json(content: bytes, source: str | Path, limits: Limits = SAVED) -> dict[str, Any]:
     """Turn bytes into a dict; `source` names their file in errors.
 
-    Duplicate keys, NaN (unless `limits` accept it), a byte-order mark, numbers of 5,000 digits and deep nesting are refused.
+    Duplicate keys, NaN (unless `limits` accept it), a byte-order mark, numbers that no float holds (unless `limits` accept
+    them) and deep nesting are refused.
     """
     if len(content) > limits.max_bytes:
         raise OSError(f"{source}: more than {limits.max_bytes:,} bytes, too large for {limits.owner}.")
@@ -118,6 +122,8 @@ def parse_json(content: bytes, source: str | Path, limits: Limits = SAVED) -> di
             content.decode("utf-8"),
             object_pairs_hook=_refuse_duplicates,
             parse_constant=float if limits.accepts_nan else _refuse_constant,
+            parse_int=int if limits.accepts_large else _parse_integer,
+            parse_float=float if limits.accepts_large else _parse_float,
         )
     except RecursionError:
         raise OSError(f"{source}: not JSON (nested too deeply). {limits.remedy}") from None
@@ -139,10 +145,22 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _parse_integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:  # arithmetic with floats would overflow
+        raise ValueError(f"{text[:20]}... is out of range")
+    return int(text)
+
+
+def _parse_float(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{shown(text[:20])} is out of range")
+    return number
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
 
 
 def shown(name: str) -> str:
     """Return a name of any length and content as at most 200 printable characters."""
-    return name[:200] if name.isprintable() else ascii(name[:200])
+    return (name if name[:200].isprintable() else ascii(name[:200]))[:200]

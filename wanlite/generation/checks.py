@@ -20,6 +20,7 @@ from ..training.sampling_defaults import check_steps, sampling_defaults, trained
 from .settings import Settings
 
 STRENGTH = 0.6  # of an image to change
+MAX_RECORDED = 64  # validation prompts that are drawn by default
 
 
 def complete(settings: Settings) -> tuple[Settings, list[str]]:
@@ -125,8 +126,10 @@ def check_image_size(settings: Settings, folder: Path, config: dict) -> int:
     for name in ("height", "width"):
         pixels = getattr(settings, name)
         if type(pixels) is not int or pixels <= 0 or pixels % token:
-            nearest = max(token, round(pixels / token) * token) if type(pixels) is int else token
-            raise ValueError(f"--{name} {pixels!r} is not divisible by {token}; the nearest is {nearest}.")
+            nearest = max(token, (pixels + token // 2) // token * token) if type(pixels) is int else token
+            raise ValueError(
+                f"--{name} {pixels!r:.40} is not divisible by {token}; the nearest is {nearest}."
+            )
         if pixels > largest:
             raise ValueError(
                 f"--{name} {pixels} is more than this student's rotary tables allow, at most {largest}."
@@ -151,7 +154,7 @@ def choose_prompts(settings: Settings, run: dict, folder: Path) -> list[str]:
         raise ValueError("--prompt and --prompts_file were both given; choose one.")
     if settings.prompts_file is not None:
         return read_prompts(settings.prompts_file, print)
-    prompts = settings.prompt if settings.prompt is not None else run.get("validation_prompts", [])
+    prompts = settings.prompt if settings.prompt is not None else recorded_prompts(run)
     if (settings.web or settings.serve) and not prompts:
         return []
     if (
@@ -165,3 +168,12 @@ def choose_prompts(settings: Settings, run: dict, folder: Path) -> list[str]:
     for prompt in prompts:
         check_text(prompt, f"{folder / RUN}: a validation prompt")
     return prompts
+
+
+def recorded_prompts(run: dict) -> Any:
+    """Return the validation prompts of a run, at most MAX_RECORDED."""
+    found = run.get("validation_prompts", [])
+    if not isinstance(found, list) or len(found) <= MAX_RECORDED:
+        return found
+    print(f"drawing the first {MAX_RECORDED} of {len(found):,} validation prompts", flush=True)
+    return found[:MAX_RECORDED]

@@ -21,7 +21,7 @@ from ..flow import seeded_noise
 from ..pipeline import WanLitePipeline, are_finite, pad_embeddings
 from ..runtime.devices import disable_cudnn_attention, drawing_dtype, free_memory, has_bfloat16
 from ..schedule import read_schedule, recorded_schedule
-from ..student.digest import model_digest
+from ..student.digest import check_digest, model_digest
 from ..teacher.components import num_bytes
 from ..training.run_folder import read_run
 
@@ -107,15 +107,6 @@ class StudentPipeline:
         pixels = decode_latents(self.autoencoder, latents)
         images = zip(to_images(pixels), are_finite(latents, pixels))
         return [image if is_valid else None for image, is_valid in images]
-
-
-def check_digest(expected: str | None, weights: str, model: str, folder: str | Path) -> None:
-    """Raise ValueError for a model that was not expected."""
-    if expected is not None and expected.lower() not in (weights, model):
-        raise ValueError(
-            f"{folder}: sha256 is {weights} (weights) and {model} (all files that decide an image), expected "
-            f"{expected!r:.70}. This is not the pinned model."
-        )
 
 
 def encode_once(folder: str | Path, device: str, prompts: Iterable[str]) -> dict[str, torch.Tensor]:

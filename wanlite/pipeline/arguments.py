@@ -8,9 +8,19 @@ from torch import Tensor
 
 from ..files.file_names import RUN
 from ..schedule import TIMESTEPS, recorded_schedule
+from ..training.run_folder import DRAWING, SEAL
 from ..training.sampling_defaults import check_steps, sampling_defaults, size_warning, trained_sizes
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def recorded_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of run.json that the defaults of a call follow from; it names no path of this machine."""
+    kept = {name: record[name] for name in (*DRAWING, SEAL) if name in record}
+    settings = record.get("settings")
+    if isinstance(settings, dict) and settings.get("aspect_ratios"):
+        kept["settings"] = {"aspect_ratios": settings["aspect_ratios"]}
+    return kept
 
 
 def choose_size(
@@ -27,8 +37,8 @@ def choose_size(
     sizes = {name: defaults[name] if size is None else size for name, size in sizes.items()}
     for name, size in sizes.items():
         if type(size) is not int or size < 1 or size % unit:
-            nearest = max(unit, round(size / unit) * unit) if type(size) is int else unit
-            raise ValueError(f"{name} {size!r} is not divisible by {unit}; the nearest is {nearest}.")
+            nearest = max(unit, (size + unit // 2) // unit * unit) if type(size) is int else unit
+            raise ValueError(f"{name} {size!r:.40} is not divisible by {unit}; the nearest is {nearest}.")
         if latents is not None and size != defaults[name]:
             raise ValueError(
                 f"{name} is {size}, but latents {tuple(latents.shape)} are of {defaults[name]} pixels."

@@ -1,7 +1,10 @@
 """The folder of a run, or a name on the hub -> the components of a pipeline, checked."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
@@ -11,11 +14,15 @@ from diffusers import PipelineQuantizationConfig, UniPCMultistepScheduler
 from train_distillation import WanLiteStudent
 
 from ..data.autoencoder import load_video_autoencoder
-from ..data.text_encoder import load_text_encoder
-from ..files.file_names import COMPONENTS, RUN, SCHEDULER_CONFIG
-from ..files.json_files import read_json
+from ..data.component_files import check_manifest
+from ..data.text_encoder import load_text_encoder, load_tokenizer
+from ..files.file_names import COMPONENT_WEIGHTS, COMPONENTS, CONFIG, MODEL_INDEX, RUN, SCHEDULER_CONFIG
+from ..files.inside import resolve_inside
+from ..files.json_files import DOWNLOADED, read_json
 from ..schedule import SCHEDULER, read_schedule, recorded_schedule
-from ..training.run_folder import check_saved_components, read_run
+from ..student.digest import check_digest, model_digest
+from ..teacher.components import check_weights, known_settings
+from ..training.run_folder import PIPELINE, check_saved_components, read_run
 
 FILES = ("scheduler/*.json", "tokenizer/*", RUN) + tuple(  # on the hub, beside the student
     f"{component}/*.{ending}" for component in ("text_encoder", "vae") for ending in ("json", "safetensors")
@@ -29,7 +36,7 @@ def add_components(
 ) -> dict[str, Any]:
     """Add the components of a folder to `options`, those of diffusers' from_pretrained(); returns run.json's content.
 
-    Components that were passed are kept; diffusers loads those beside the student if an option is of that.
+    Components that were passed are kept; diffusers loads text encoder and autoencoder if an option is of STOCK.
     """
     if not options.keys() & {"scheduler", *COMPONENTS}:
         check_saved_components(folder)
@@ -38,13 +45,58 @@ def add_components(
     has_variants = find_variants(folder, options.get("variant"))
     if "transformer" not in options:
         options["transformer"] = load_student(folder, dtypes["transformer"], sha256, options)
+    elif sha256 is not None:
+        raise ValueError("sha256 is that of the folder's student, and transformer is passed. Leave one out.")
     if not has_variants:
         options.pop("variant", None)  # that of the student alone
-    if any(options.get(name) is not None for name in STOCK):
+    if _is_stock(options):
         options["torch_dtype"] = dtypes
+        if not options.keys() & {"text_encoder", "tokenizer"}:
+            options["tokenizer"] = load_tokenizer(folder / "tokenizer")
     else:
         load_components(folder, dtypes, options)
     return record
+
+
+def _is_stock(options):
+    return any(options.get(name) is not None for name in STOCK)
+
+
+@contextmanager
+def pipeline_folder(folder: Path, options: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield a folder for diffusers' from_pretrained(), with the `options` of add_components().
+
+    It has a model_index.json of this class. If diffusers loads text encoder and autoencoder, it has checked links to
+    their weights and configs of known settings: nothing in the folder of a model chooses code, an attention kernel, a
+    quantizer or a download.
+    """
+    with TemporaryDirectory(prefix="wanlite-", ignore_cleanup_errors=True) as name:
+        place = Path(name)
+        (place / MODEL_INDEX).write_text(json.dumps(PIPELINE))
+        if _is_stock(options):
+            for component in COMPONENT_WEIGHTS.keys() - options.keys():
+                _link_component(component, folder, place, options.get("variant"))
+            if options.get("transformer") is not None:  # a device map is computed from its config
+                (place / "transformer").mkdir()
+                (place / "transformer" / CONFIG).write_text(options["transformer"].to_json_string())
+        yield place
+
+
+def _link_component(component, folder, place, variant):
+    source, target = folder / component, place / component
+    check_manifest(source)
+    check_weights(component, source, variant)
+    target.mkdir()
+    config = read_json(source / CONFIG, DOWNLOADED)
+    names = ("dtype", "torch_dtype", "architectures")
+    kept: dict[str, Any] = {name: config[name] for name in names if name in config}
+    kept |= known_settings(component, config)
+    kept |= {"model_type": "umt5"} if component == "text_encoder" else {"_class_name": "AutoencoderKLWan"}
+    (target / CONFIG).write_text(json.dumps(kept))
+    stem = COMPONENT_WEIGHTS[component].removesuffix("safetensors")
+    for path in source.iterdir():
+        if path.name.startswith(stem[:-1]) and path.suffix in (".safetensors", ".json"):
+            (target / path.name).symlink_to(resolve_inside(folder, f"{component}/{path.name}").resolve())
 
 
 def component_dtypes(dtype: Any) -> dict[str, Any]:
@@ -91,9 +143,13 @@ def load_student(folder: Path, dtype: Any, sha256: Any, options: Mapping[str, An
     config = options.get("quantization_config")
     if isinstance(config, PipelineQuantizationConfig):  # diffusers refuses others
         passed["quantization_config"] = config._resolve_quant_config(True, "transformer")
-    return WanLiteStudent.from_pretrained(
-        folder, dtype=dtype, device=None if device == "balanced" else device, sha256=sha256, **passed
-    )
+    passed |= {"dtype": dtype, "device": None if device == "balanced" else device}
+    if not isinstance(sha256, str):
+        return WanLiteStudent.from_pretrained(folder, sha256=sha256, **passed)
+    student, loaded = WanLiteStudent.from_pretrained(folder, output_loading_info=True, **passed)
+    weights = loaded["sha256"]
+    check_digest(sha256, " ".join(weights.values()), model_digest(folder, weights), folder)
+    return student
 
 
 def load_components(folder: Path, dtypes: Mapping[str, Any], options: dict[str, Any]) -> None:

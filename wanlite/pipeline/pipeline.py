@@ -26,11 +26,11 @@ from ..runtime.devices import without_cudnn_attention
 from ..schedule import first_step
 from ..student.adapters import check_lora_fits
 from ..student.location import student_folder
-from .arguments import check_options, choose_size, choose_steps
+from .arguments import check_options, choose_size, choose_steps, recorded_defaults
 from .decoding import decode_pixels, encode_pixels, fold_autoencoder, refuse_not_finite
 from .denoising import EMBEDDINGS, denoise
 from .editing import encode_source, read_source
-from .loading import FILES, HUB, add_components, component_dtypes, place_student
+from .loading import FILES, HUB, add_components, component_dtypes, pipeline_folder, place_student
 from .text import encode_distinct, pad_embeddings
 
 LOGGER = get_logger("diffusers.pipelines.pipeline_utils")  # of the components that diffusers loads itself
@@ -43,7 +43,7 @@ class WanLitePipeline(WanPipeline):
     WanPipeline.
     """
 
-    record: dict[str, Any] = {}  # content of run.json
+    record: dict[str, Any] = {}  # content of run.json, without paths of a machine
 
     @classmethod
     def from_pretrained(
@@ -60,8 +60,9 @@ class WanLitePipeline(WanPipeline):
 
         A single `dtype` (or `torch_dtype`) is that of the student; the text encoder keeps its own, and the
         autoencoder is in float32. {component: dtype} is as in diffusers. `sha256` is the expected digest of
-        the student's weights; `options` are those of diffusers, such as components. Raises OSError for files
-        that are missing or broken, and ValueError for content that is not a student's.
+        all files that decide an image, or of the student's weights; `options` are those of diffusers, such as
+        components. Raises OSError for files that are missing or broken, and ValueError for content that is not a
+        student's.
         """
         hub = {name: options.pop(name) for name in HUB if name in options}
         folder = student_folder(pretrained_model_name_or_path, subfolder, FILES, **hub)
@@ -71,10 +72,11 @@ class WanLitePipeline(WanPipeline):
         for name in sorted(options.keys() & {"scheduler", "transformer", *COMPONENTS} - passed):
             kind = type(options[name]).__name__
             LOGGER.info(f"Loaded {name} as {kind} from {pretrained_model_name_or_path}.")
-        pipeline = super().from_pretrained(str(folder), **options)
+        with pipeline_folder(folder, options) as place:
+            pipeline = super().from_pretrained(str(place), **options)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         place_student(pipeline)
-        pipeline.record = record
+        pipeline.record = recorded_defaults(record)
         return pipeline
 
     @classmethod
@@ -92,8 +94,9 @@ class WanLitePipeline(WanPipeline):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_json_string(self) -> str:
-        """Return model_index.json with the name of the stock class, which loads without this package."""
+        """Return model_index.json with the name of the stock class, which loads without this package, and no path."""
         config = json.loads(super().to_json_string()) | {"_class_name": WanPipeline.__name__}
+        config.pop("_name_or_path", None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @torch.no_grad()

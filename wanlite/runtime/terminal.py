@@ -1,14 +1,32 @@
-"""Output that cannot end a run: a closed pipe or descriptor, or a narrow encoding, loses only output."""
+"""Output that cannot end a run: a closed pipe or descriptor, or a narrow encoding, loses only output.
+
+The error that ends a script is one line with exit code 2. Errors of files and arguments explain themselves; any other
+keeps its traceback in a file that the line names.
+"""
 
 import io
 import os
+import re
 import sys
+import tempfile
 import textwrap
+import traceback
 import warnings
+from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
+# All but ASCII, line ends, tabs, and the sequence that moves the cursor to a bar above.
+CONTROL = re.compile("(?!\x1b\\[A)[^\n\r\t -~]")
 MAX_COLUMNS = 100
 MAX_SHOWN = 3000  # characters of a line
+EXPLAINED = (
+    OSError,
+    ValueError,
+    FloatingPointError,
+)  # errors that name a file or an argument, and what to do
+MAX_UNEXPECTED = 300  # characters of any other error
+EXIT_CODE = 2
 
 
 class LastingOutput(io.FileIO):
@@ -21,8 +39,27 @@ class LastingOutput(io.FileIO):
             return len(content)
 
 
+class PlainOutput(io.TextIOWrapper):
+    """Text of any origin for a terminal or a log: control characters other than those of lines and bars are escaped."""
+
+    def write(self, text: str) -> int:
+        super().write(text if text.isprintable() else CONTROL.sub(_escape_control, text))
+        return len(text)
+
+
+def _escape_control(found: re.Match[str]) -> str:
+    letter = found[0]
+    return letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+
+
 def keep_output_open() -> None:
-    """Replace sys.stdout and sys.stderr by streams that take every character and outlive their reader."""
+    """Replace sys.stdout and sys.stderr by streams that take every text and outlive their reader.
+
+    An error that nothing catches is printed to them in one line, and so is each warning of Python, without the place
+    in the code, which a user cannot change.
+    """
+    sys.excepthook = end_in_one_line
+    warnings.formatwarning = lambda message, *_, **__: f"WARNING: {one_line(str(message))}\n"
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # the next file opened would get the number of a closed one
     os.close(descriptor)
@@ -31,9 +68,10 @@ def keep_output_open() -> None:
 
 def _lasting(stream: Any) -> TextIO:
     if stream is None:  # closed when the process started
-        return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
+        raw = io.FileIO(os.devnull, "w")
+        return PlainOutput(io.BufferedWriter(raw), "utf-8", errors="backslashreplace")
     raw = LastingOutput(stream.fileno(), "w", closefd=False)
-    return io.TextIOWrapper(
+    return PlainOutput(
         io.BufferedWriter(raw),
         stream.encoding,
         errors="backslashreplace",
@@ -46,11 +84,6 @@ def hide_loading_bars() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-
-def print_plain_warnings() -> None:
-    """Print each Python warning as one line, without the place in the code that a user cannot change."""
-    warnings.formatwarning = lambda message, *_, **__: f"WARNING: {one_line(str(message))}\n"
 
 
 def labelled(label: str, text: str) -> str:
@@ -71,3 +104,34 @@ def one_line(text: str, most: int = MAX_SHOWN) -> str:
         for letter in text[: most + 1]
     )
     return escaped if len(escaped) <= most else f"{escaped[: most - 3]}..."
+
+
+# ---- errors ------------------------------------------------------------------------------------------------
+
+
+def print_error(script: str, error: BaseException) -> None:
+    """Print an error as one line to stderr."""
+    message = " ".join(str(error).split()) if isinstance(error, EXPLAINED) else _keep_traceback(error)
+    print(f"{script}: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+def end_in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End the process after an error that nothing caught; the value of sys.excepthook for scripts."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print_error(Path(sys.argv[0] or "wanlite").name, error)
+    raise SystemExit(EXIT_CODE)
+
+
+def _keep_traceback(error: BaseException) -> str:
+    """Write the traceback of an error to a file; returns the message that names it."""
+    name, message = type(error).__name__, " ".join(str(error).split())[:MAX_UNEXPECTED]
+    found = f"{name} ({message})" if message else name
+    try:
+        number, path = tempfile.mkstemp(".txt", "wanlite-traceback-")
+        with os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(traceback.format_exception(error))
+    except OSError:  # a full disk
+        return f"unexpected {found}"
+    return f"unexpected {found}. The traceback is in {path}; please report it with the command."

@@ -17,7 +17,7 @@ CLASS_NAMES = (
     "WanLiteStudent",
     "WanTransformer3DModel",
 )  # in configs of earlier versions; of this one and of stock diffusers
-CONFIG_LIMITS = SAVED._replace(max_bytes=65536)  # a student's config has 700
+CONFIG_LIMITS = SAVED._replace(max_bytes=65536, accepts_large=True)  # a student's config has 700 bytes
 MAX_SIZE = 65536
 MAX_POSITIONS = 16384  # of the rotary tables, whose size follows from the config alone
 OUR_NAMES = ("hidden_size", "depth", "num_heads", "num_channels")  # of settings that Wan names differently

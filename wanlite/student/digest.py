@@ -32,15 +32,25 @@ def model_digest(folder: str | Path, weights: Mapping[str, str] | None = None) -
     return fingerprint(digests)
 
 
+def check_digest(expected: str | None, weights: str, model: str, folder: str | Path) -> None:
+    """Raise ValueError for a model that was not expected; `expected` is a digest of its weights or of all its files."""
+    if expected is not None and expected.lower() not in (weights, model):
+        raise ValueError(
+            f"{folder}: sha256 is {weights:.70} (weights) and {model} (all files that decide an image), expected "
+            f"{expected!r:.70}. This is not the pinned model."
+        )
+
+
 def _describe(component: Path) -> Iterator[tuple[str, str]]:
-    """Yield (file, sha256) of a component, from its manifest where it has one."""
+    """Yield (file, sha256) of a component, from its manifest where it has one, which lists all files."""
     if manifest := read_manifest(component):
         for name, described in manifest["files"].items():
             yield name, str(described.get("sha256"))
         return
     for path in sorted(component.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
-            yield str(path.relative_to(component)), _hash(path)
+            name = str(path.relative_to(component))
+            yield name, _hash(resolve_inside(component, name))
 
 
 def _hash(path: Path) -> str:

@@ -1,5 +1,6 @@
 """from_pretrained and save_pretrained of WanLiteStudent: a folder -> a student in memory, and back."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,5 +116,11 @@ def write_student(student, folder, is_main_process, variant, max_shard_size):
     tensors = strip_compiled_prefix(student.state_dict())
     if is_main_process:
         check_savable(tensors, all_tensor_shapes(student.config), folder)
-        save_student(folder, student.to_json_string(), tensors, variant, max_shard_size)
+        save_student(folder, _without_path(student.to_json_string()), tensors, variant, max_shard_size)
     return is_main_process
+
+
+def _without_path(config):
+    """Return the JSON text of a config without the path that the student was loaded from."""
+    settings = {name: value for name, value in json.loads(config).items() if name != "_name_or_path"}
+    return f"{json.dumps(settings, indent=2, sort_keys=True)}\n"

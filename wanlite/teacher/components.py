@@ -22,7 +22,7 @@ from .headers import Shape, read_header
 from .names import AUTOENCODERS, COMPONENT_FILES, COMPONENT_PLACES, SPIECE, TEXT_ENCODER, TIED, TOKENIZER
 from .recognition import Network, find_single_files, recognize
 from .search import find_unsupported_format, visible
-from .text_encoder import check_tokenizer, convert_text_encoder, convert_tokenizer
+from .text_encoder import check_text_settings, check_tokenizer, convert_text_encoder, convert_tokenizer
 
 EXPECTED = {
     "tokenizer": f"tokenizer/, {TOKENIZER}/ or {SPIECE} in ComfyUI's text encoder",
@@ -112,7 +112,7 @@ def check_components(found: dict[str, Path], teacher: dict[str, Any]) -> None:
     _check_text_width(found["text_encoder"], teacher["text_dim"])
     for component, place in found.items():
         if place.is_dir():
-            check_tokenizer(place) if component == "tokenizer" else _check_weights(component, place)
+            check_tokenizer(place) if component == "tokenizer" else check_weights(component, place)
         elif place.suffix == ".pth":
             open_regular(place).close()
             if not is_zipfile(place):  # its table of contents is its end
@@ -135,10 +135,10 @@ def _check_text_width(place: Path, width: int) -> None:
         )
 
 
-def _check_weights(component: str, folder: Path) -> None:
+def check_weights(component: str, folder: Path, variant: str | None = None) -> None:
     """Refuse a component in diffusers' layout with incomplete files or with other tensors than its config implies."""
     held: dict[str, Shape] = {}
-    for file in find_weight_files(component, folder):
+    for file in find_weight_files(component, folder, variant):
         held |= {name: stored.shape for name, stored in read_header(file).items()}
     expected = shapes_of(make_empty(component, folder, len(held)).state_dict())
     if TIED & held.keys():
@@ -148,10 +148,17 @@ def _check_weights(component: str, folder: Path) -> None:
     check_shapes(folder, expected, held)
 
 
-def find_weight_files(component: str, folder: Path) -> list[Path]:
-    """Return the safetensors files that a component's loader reads: the single one, or those of an index."""
+def find_weight_files(component: str, folder: Path, variant: str | None = None) -> list[Path]:
+    """Return the safetensors files that a component's loader reads: the single one, or those of an index.
+
+    Files of a `variant` come first.
+    """
     single = folder / COMPONENT_WEIGHTS[component]
     index = folder / f"{single.name}.index.json"
+    if variant is not None:
+        named = single.with_suffix(f".{variant}.safetensors"), index.with_suffix(f".{variant}.json")
+        if any(path.exists() for path in named):
+            single, index = named
     if single.exists():
         return [single]
     if not index.exists():
@@ -192,12 +199,14 @@ def make_empty(component: str, folder: Path, num_tensors: int) -> Any:
     if component == "vae":
         check_statistics(config, path)
         check_strides(config, path)
+    else:
+        check_text_settings(config, path)
     try:
         with init_empty_weights():
-            return _NETWORKS[component](config)
+            return _NETWORKS[component](known_settings(component, config))
     except Exception as error:
         raise ValueError(
-            f"{path}: does not describe a Wan's {component} ({' '.join(str(error).split())}). Download it again."
+            f"{path}: does not describe a Wan's {component} ({' '.join(str(error).split()):.200}). Download it again."
         ) from None
 
 
@@ -213,18 +222,29 @@ def _check_counts(config: dict[str, Any], num_tensors: int, path: Path) -> None:
             )
 
 
-def _make_autoencoder(config: dict[str, Any]) -> Any:
+def known_settings(component: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the network itself in a config: none chooses code, a quantizer or an attention kernel."""
+    if component == "vae":
+        from diffusers import AutoencoderKLWan
+
+        known = {*inspect.signature(AutoencoderKLWan.__init__).parameters}
+    else:
+        from transformers import UMT5Config
+
+        known = {*UMT5Config.__annotations__}
+    return {name: value for name, value in config.items() if name in known}
+
+
+def _make_autoencoder(settings: dict[str, Any]) -> Any:
     from diffusers import AutoencoderKLWan
 
-    known = inspect.signature(AutoencoderKLWan.__init__).parameters
-    return AutoencoderKLWan.from_config({name: value for name, value in config.items() if name in known})
+    return AutoencoderKLWan.from_config(settings)
 
 
-def _make_text_encoder(config: dict[str, Any]) -> Any:
+def _make_text_encoder(settings: dict[str, Any]) -> Any:
     from transformers import UMT5Config, UMT5EncoderModel
 
-    known = {name: config[name] for name in UMT5Config.__annotations__ if name in config}
-    options: dict[str, Any] = {**known, "attn_implementation": "sdpa"}
+    options = {**settings, "attn_implementation": "sdpa"}
     return UMT5EncoderModel(UMT5Config(**options))
 
 

@@ -18,6 +18,13 @@ from .search import visible
 
 _ATTENTION = "encoder.block.0.layer.0.SelfAttention"
 _CLASSES = ("T5Tokenizer", "T5TokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast", None)
+_SETTINGS = {  # of every Wan's text encoder, and of those of the tiny worlds, that no tensor shows
+    "layer_norm_epsilon": (1e-6,),
+    "feed_forward_proj": ("gated-gelu",),
+    "dense_act_fn": ("gelu_new",),
+    "is_gated_act": (True,),
+    "relative_attention_max_distance": (128, 64),
+}
 _PARTS = ("normalizer", "pre_tokenizer")
 _KINDS = (  # in tokenizer.json of UMT5 and of the tiny world, and what transformers writes for them
     *("Sequence", "Precompiled", "Replace", "Strip", "Lowercase", "NFC", "NFKC", "Prepend"),
@@ -25,6 +32,7 @@ _KINDS = (  # in tokenizer.json of UMT5 and of the tiny world, and what transfor
 )
 MAX_PARTS = 12  # UMT5's has eight
 MAX_REPLACEMENT = 1  # characters that replace a match: a text grows by at most a factor for each part
+MAX_ADDED = 8  # tokens that a template adds to a prompt; UMT5's adds one
 _FIRST_PIECES = ["<pad>", "</s>", "<unk>"]
 
 
@@ -65,6 +73,15 @@ def _config_of(tensors: dict[str, Any]) -> Any:
         dropout_rate=0.0,
         dtype=str(tensors["shared.weight"].dtype).removeprefix("torch."),
     )
+
+
+def check_text_settings(config: dict[str, Any], path: Path) -> None:
+    """Refuse settings that change embeddings and that no tensor shows."""
+    for name, values in _SETTINGS.items():
+        if (found := config.get(name, values[0])) not in values:
+            raise ValueError(
+                f"{path}: {name} is {found!r:.60}, expected {values[0]!r}, as in every Wan. Download it again."
+            )
 
 
 def convert_tokenizer(path: Path) -> Any:
@@ -118,6 +135,7 @@ def _check_parts(tokenizer: dict[str, Any], path: Path) -> None:
     """Refuse parts of a tokenizer that a Wan's lacks: some make a text longer at every use."""
     if not isinstance(tokenizer.get("model"), dict):
         raise OSError(f"{path}: has no model, which holds a tokenizer's vocabulary. Download it again.")
+    _check_template(tokenizer.get("post_processor"), path)
     parts = [part for name in _PARTS for part in _flatten(tokenizer.get(name))]
     parts.append({"type": tokenizer["model"].get("type")})  # without its vocabulary
     if len(parts) > MAX_PARTS:
@@ -128,6 +146,22 @@ def _check_parts(tokenizer: dict[str, Any], path: Path) -> None:
             raise OSError(
                 f"{path}: has a part {str(part)!r:.80}, expected those of a UMT5's tokenizer. Download it again."
             )
+
+
+def _check_template(template: Any, path: Path) -> None:
+    """Refuse a template that makes a long text of any prompt."""
+    if template is None:
+        return
+    kind = template.get("type") if isinstance(template, dict) else None
+    lists = [template.get(name) for name in ("single", "pair")] if kind == "TemplateProcessing" else []
+    tokens = template.get("special_tokens") if lists else None
+    each_token = tokens.values() if isinstance(tokens, dict) else [None]
+    lists += [found.get("ids") if isinstance(found, dict) else None for found in each_token]
+    if not all(isinstance(each, list) and len(each) <= MAX_ADDED for each in lists):
+        raise OSError(
+            f"{path}: has a post_processor {str(template)!r:.80}, expected a template that adds at most {MAX_ADDED} "
+            "tokens. Download it again."
+        )
 
 
 def _flatten(part: Any) -> list[dict[str, Any]]:

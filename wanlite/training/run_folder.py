@@ -23,7 +23,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ..files.atomic import MANIFEST, find_corruption, new_folder, write_json
+from ..files.atomic import MANIFEST, find_corruption, new_folder, write_bytes, write_json
 from ..files.cache import fingerprint, is_writable, user_cache
 from ..files.file_names import (
     BASE,
@@ -60,6 +60,17 @@ RESULTS = (  # removed by clear()
     MODEL_CARD,
     REPORT,
 )
+PIPELINE = {  # content of model_index.json
+    "_class_name": "WanPipeline",
+    "boundary_ratio": None,
+    "expand_timesteps": False,
+    "tokenizer": ["transformers", "T5TokenizerFast"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": [None, None],
+}
 DRAWING = ("resolution", "num_inference_steps", "schedule", "validation_prompts")  # read from run.json
 SEAL = "drawing_sha256"
 _RUN_LIMITS = OWN._replace(remedy="Copy it again; for a new run, move the folder away.")
@@ -221,20 +232,8 @@ def save_components(
     scheduler.save_pretrained(folder / "scheduler")
     index = components_folder / MODEL_INDEX
     tokenizer = read_json(index, DOWNLOADED).get("tokenizer") if index.is_file() else None
-    write_json(
-        folder / MODEL_INDEX,
-        {
-            "_class_name": "WanPipeline",
-            "boundary_ratio": None,
-            "expand_timesteps": False,
-            "tokenizer": tokenizer or ["transformers", "T5TokenizerFast"],
-            "text_encoder": ["transformers", "UMT5EncoderModel"],
-            "vae": ["diffusers", "AutoencoderKLWan"],
-            "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-            "transformer": ["diffusers", "WanTransformer3DModel"],
-            "transformer_2": [None, None],
-        },
-    )
+    own = {"tokenizer": tokenizer} if tokenizer else {}
+    write_json(folder / MODEL_INDEX, PIPELINE | own)
 
 
 def _write_index(weights: Path) -> None:
@@ -322,9 +321,7 @@ class MetricsLog:
             if record.get("step", 0) <= step:
                 kept.append(line)
                 self.seconds = record.get("seconds", self.seconds)
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode())
 
     def write(self, **record: Any) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
