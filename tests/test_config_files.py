@@ -100,6 +100,7 @@ def test_the_record_of_a_run_repeats_the_run(finished_run, tmp_path):
         ("a.toml", "[a.b]\nseed = 1", "unrecognized arguments: --b={'seed': 1}"),
         ("a.toml", "=", "not TOML (Invalid"),
         ("a.toml", "a = " + "[" * 5000, "not TOML (nested too deeply)"),
+        ("a.toml", "a." * 100_000 + "b = 1", "a line with more than 1,000 dots"),
         ("a.toml", "#" * 2**21, "more than 1,048,576 bytes"),
         ("a.json", "[]", "holds a list, expected an object"),
         ("a.json", "{", "not JSON"),

@@ -98,6 +98,15 @@ def test_a_folder_without_a_record_draws_the_same_image(pipeline, copied_run):
     assert np.array_equal(image, draw(pipeline)) and bare._choose(None, None, None, None) == ((512, 512), 20)
 
 
+def test_defaults_of_a_folder_without_a_record_are_a_warning(copied_run):
+    (copied_run / "run.json").unlink()
+    pipeline = WanLitePipeline.from_pretrained(copied_run)
+    with pytest.warns(
+        UserWarning, match=r"no run.json beside the student: its default of 512x64 may not fit"
+    ):
+        pipeline("a ring", height=64, num_inference_steps=1, output_type="latent")
+
+
 def test_the_base_student_has_its_own_defaults(folder):
     base = load(folder / "base")
     assert base(PROMPTS[0]).images[0].size == (64, 64)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from ..data.tables import check_text
 from ..files.atomic import check_space, flush, write_json
@@ -158,7 +159,7 @@ def export_gguf(settings: Settings, folder: Path) -> Path:
 @contextmanager
 def replacing(output: Path) -> Iterator[Path]:
     """Yield the path of a file to write, which takes the name `output` if it is complete."""
-    partial = output.with_name(f".{output.name}.partial")
+    partial = output.with_name(f".{output.name}.{uuid4().hex}.partial")
     try:
         yield partial
         flush(partial)

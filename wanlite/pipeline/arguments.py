@@ -34,6 +34,7 @@ def choose_size(
     defaults = sampling_defaults(dict(record))
     if latents is not None:
         defaults |= {"height": stride * latents.shape[-2], "width": stride * latents.shape[-1]}
+    given = [*sizes.values()]
     sizes = {name: defaults[name] if size is None else size for name, size in sizes.items()}
     for name, size in sizes.items():
         if type(size) is not int or size < 1 or size % unit:
@@ -43,6 +44,12 @@ def choose_size(
             raise ValueError(
                 f"{name} is {size}, but latents {tuple(latents.shape)} are of {defaults[name]} pixels."
             )
+    if "resolution" not in record and latents is None and None in given:
+        warnings.warn(
+            f"there is no {RUN} beside the student: its default of {sizes['width']}x{sizes['height']} may not fit. "
+            "Pass width, height and num_inference_steps.",
+            stacklevel=5,
+        )
     trained = trained_sizes(dict(record), unit, RUN)
     if text := size_warning((sizes["width"], sizes["height"]), trained, "width={}, height={}"):
         warnings.warn(text, stacklevel=5)

@@ -7,6 +7,7 @@ from typing import Any
 from ..files.file_names import RUN
 from ..files.json_files import Limits, open_regular, parse_json
 
+MAX_DOTS = 1000  # of a line: the time that tomllib takes for a key grows with their square
 CONFIG_FILE = Limits(2**20, 2**10, "Correct it.", "a file of settings")
 
 
@@ -32,6 +33,8 @@ def _parse_toml(content, path):
             f"{path}: more than {CONFIG_FILE.max_bytes:,} bytes, too large for a file of settings."
         )
     try:
+        if any(line.count(b".") > MAX_DOTS for line in content.splitlines()):
+            raise ValueError(f"a line with more than {MAX_DOTS:,} dots")
         return tomllib.loads(content.decode())
     except RecursionError:
         raise ValueError(f"{path}: not TOML (nested too deeply). Correct it.") from None

@@ -158,14 +158,14 @@ def _check_names(found, shapes, depth, source):
     is_wrapped = len(unwrapped) == len(outside) + depth * len(inside) and all(
         _expected_shape(name, shapes, depth) for name in unwrapped
     )
-    reason = (
-        "Only the prefixes of a wrapper differ: save the model inside the wrapper"
-        if is_wrapped
-        else "The weights belong to another model or were renamed"
-    )
+    if is_wrapped:
+        raise ValueError(
+            f"{source}: the keys are those of this student inside a wrapper, such as {shorten(unknown[0])}. Only the "
+            "prefixes of a wrapper differ: save the model inside the wrapper."
+        )
     raise ValueError(
         f"{source}: keys differ from those that {CONFIG} implies. Missing: {join_names(missing)}; unknown: "
-        f"{join_names(unknown)}. {reason}."
+        f"{join_names(unknown)}. The weights belong to another model or were renamed."
     )
 
 
