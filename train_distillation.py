@@ -1235,7 +1235,7 @@ def make_parts(settings, stop):
     student = TrainedStudent(output, WanLiteStudent, device, *choose_prompts(settings))
     num_before = len({phase["name"] for phase in facts["report"]["phases"]})
     made = make_folder(output / SMALL, student, settings, stop, num_before)["parts"]
-    write_json(output / RUN, facts | {SMALL: made})
+    write_json(output / RUN, facts | {SMALL: {"folder": SMALL} | made})
     try_report(output, print)
     print(describe_folder(output / SMALL, output, made["figures"]))
     print(f"next: {drawing_command(str(output / SMALL))}")

@@ -211,6 +211,7 @@ def check_batch(settings: Any, states: dict[str, int], ranks: int) -> None:
 def check_student(run: dict[str, Any], settings: Any, folder: Path) -> None:
     """Raise ValueError if this run cannot train a saved student further; `run` is run.json in its `folder`."""
     _check_finished(run, folder)
+    _check_large_parts(run, folder)
     _check_record(run, folder)
     _check_previous_phases(run["schedule"]["phases"], settings, folder)
     _check_same_settings(run, settings, folder)
@@ -229,6 +230,14 @@ def _check_finished(run, folder):
         )
     if not run.get("finished"):
         _refuse_student(folder, "holds no finished run. Finish it with the command that started it.")
+
+
+def _check_large_parts(run, folder):
+    if "parts" in run:
+        _refuse_student(
+            folder,
+            "has small parts, and training needs the teacher's. Name the folder of the student with large ones.",
+        )
 
 
 def _check_record(run, folder):
