@@ -1,7 +1,7 @@
 """The folder of a trained student -> a folder of the same student with small parts, resumable."""
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..training.run_folder import read_run
 from ..training.sampling_defaults import sampling_defaults
 from ..world.record import read_world
 from .making import Pipeline, SmallParts
-from .options import choose_options
+from .options import PartOptions, choose_options
 from .saving import SAVED, count_bytes, save_small
 
 WORK = "work"  # checkpoints and drawn latents of an unfinished training, in the folder of the small student
@@ -69,30 +69,30 @@ def make_folder(
     """
     record, large = read_run(student.folder), student.load()
     options = choose_options(settings, large.encoder.config, large.autoencoder.config, **others)
-    if is_made(output, record, asdict(options)):
+    if is_made(output, record, options):
         return read_run(output)
     (output / WORK).mkdir(parents=True, exist_ok=True)
     parts = SmallParts(large, options, student.training, student.held_out, output / WORK, stop, num_before)
     small, figures = parts.make()
     figures["accuracy"] = judge(large, small, student.held_out, record["settings"]["teacher"])
-    save_small(output, student.folder, small, record, figures, asdict(options))
+    save_small(output, student.folder, small, record, figures, options.facts())
     shutil.rmtree(output / WORK)
     return read_run(output)
 
 
-def is_made(output: Path, record: dict[str, Any], options: dict[str, Any]) -> bool:
+def is_made(output: Path, record: dict[str, Any], options: PartOptions) -> bool:
     """Whether a folder is complete; raises ValueError for small parts of other options or of another student."""
     parts = read_run(output).get("parts") if output.is_dir() else None
     if parts is None:
         return False
-    if (parts.get("options"), parts.get("student_sha256")) != (options, record.get("model_sha256")):
+    if (parts.get("options"), parts.get("student_sha256")) != (options.facts(), record.get("model_sha256")):
         raise ValueError(
             f"{output}: holds small parts of other settings or of another student. Move the folder away."
         )
     return True
 
 
-def judge(large: Pipeline, small: Pipeline, held_out: list[str], teacher: str) -> dict[str, float]:
+def judge(large: Pipeline, small: Pipeline, held_out: list[str], teacher: str) -> dict[str, Any]:
     """Return the accuracy of held-out captions with large and with small parts; {} unless a judge can read them."""
     world = read_world(teacher)
     if world is None or not all(world.read_caption(caption) for caption in held_out):

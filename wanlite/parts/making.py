@@ -5,7 +5,7 @@ folder is one of stock diffusers' classes only.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ class SmallParts:
         self.prompts = [prompts[number % len(prompts)] for number in range(options.num_images)]
         self.held_out = list(held_out)[:VALIDATED_IMAGES]
         self.facts = {
-            "options": asdict(options),
+            "options": options.facts(),
             "prompts": fingerprint([self.prompts, self.held_out]),
             "parts": [hash_weights(each) for each in (large.student, large.encoder, large.autoencoder)],
         }
@@ -170,7 +170,8 @@ class SmallParts:
             for index, batch in enumerate(batches):
                 if find_fault(folder, index, batch):
                     self._check_stop()
-                    values, scale = quantize(self.large.draw(*zip(*batch)).unsqueeze(1).cpu())
+                    drawn = self.large.draw([job[0] for job in batch], [job[1] for job in batch])
+                    values, scale = quantize(drawn.unsqueeze(1).cpu())
                     write_shard(folder, index, {"latents": values, f"latents{SCALE}": scale}, batch)
                 progress.update(len(batch))
         shards = [dequantize(read_shard(folder, index), "latents") for index in range(len(batches))]

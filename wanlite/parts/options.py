@@ -1,6 +1,6 @@
 """Settings and the configs of the large parts -> the sizes and steps of the small ones."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -29,6 +29,12 @@ class PartOptions:
     decoder_batch: int = 16  # crops of 256 pixels at most
     text_batch: int = 64
     learning_rate: float = 2e-3
+
+    def facts(self) -> dict[str, Any]:
+        """Return the options that affect the weights, as json."""
+        facts = asdict(self)
+        del facts["checkpointing_steps"]
+        return facts
 
 
 def choose_options(settings: Any, encoder_config: Any, autoencoder_config: Any, **others: Any) -> PartOptions:

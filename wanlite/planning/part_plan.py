@@ -28,7 +28,7 @@ from ..phases import list_part_phases
 from .disk import TOKENS_PER_WORD, format_size
 
 # The text encoder of every Wan; official files have no config.
-UMT5_XXL = {
+UMT5_XXL: dict[str, Any] = {
     "vocab_size": 256384,
     "d_model": 4096,
     "d_kv": 64,
@@ -77,8 +77,7 @@ class PartPlan:
     def describe(self, student: Any) -> list[str]:
         """Return the lines of the sizes and steps."""
         lines = []
-        if self.small_encoder is not None:
-            shape = self.options.text_shape
+        if shape := self.options.text_shape:
             lines.append(
                 f"text encoder: width {shape.width}, {shape.depth} blocks, {shape.heads} heads, "
                 f"{_compare(self.small_encoder, self.encoder)}"
