@@ -4,13 +4,13 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from torch import nn
-from transformers import UMT5Config
 
 import train_distillation
 from tests.conftest import ROOT, SHORT_RUN, run_script
@@ -27,19 +27,30 @@ from wanlite.data.text_encoder import load_text_encoder
 from wanlite.export.__main__ import check_text_encoder
 from wanlite.parts import loop
 from wanlite.parts.decoder import convolutions_as_matrices, decode_frames, decoder_loss, peak_signal_to_noise
-from wanlite.parts.decoder_projection import empty_decoder, find_streams, project_decoder, sources_of
+from wanlite.parts.decoder_projection import (
+    empty_decoder,
+    find_streams,
+    has_width,
+    project_decoder,
+    sources_of,
+    widest,
+)
 from wanlite.parts.loop import Schedule, train_part
+from wanlite.parts.making import count_parameters
+from wanlite.parts.options import count_decoder, default_base_dim
 from wanlite.parts.text_encoder import encode, tokenize_all
 from wanlite.parts.text_projection import (
     EncoderFiles,
     TextShape,
     default_shape,
-    make_small,
     project_text_encoder,
     split_blocks,
 )
+from wanlite.planning.duration import h100_hours
+from wanlite.planning.part_plan import PartWork, count_decoder_bytes, count_decoding, plan_parts
 from wanlite.planning.resolve import complete as complete_run
 from wanlite.planning.settings import make_parser
+from wanlite.planning.simulation import simulate_peak
 from wanlite.runtime.signals import Stopped
 from wanlite.small import complete, read_settings
 from wanlite.student.digest import model_digest
@@ -208,14 +219,29 @@ def test_an_impossible_shape_of_a_text_encoder_is_refused(text):
 
 
 def test_a_real_pipeline_becomes_small():
-    """A14B's text encoder and autoencoder, with the default sizes, in GB of bfloat16."""
-    xxl = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+    """A14B's text encoder and autoencoder, with the default sizes."""
+    settings = train_distillation.Settings(text_encoder="small", decoder="small")
+    teacher = SimpleNamespace(components={"text_encoder": Path("umt5.pth")}, autoencoder_config={})
+    plan = plan_parts(settings, teacher)
+    assert plan.count_bytes(282_000_000) < 1.5e9
+    assert count_parameters(plan.small_encoder) < count_parameters(plan.encoder) / 5
+    small, large = (count_decoding(each, [64, 64]) for each in (plan.small_autoencoder, plan.autoencoder))
+    assert small < large / 4 and 1.0e12 < large < 1.3e12
     with torch.device("meta"):
-        encoder = make_small(xxl, default_shape(xxl))
-        autoencoder = AutoencoderKLWan(decoder_base_dim=32)
-    sizes = [2e-9 * sum(weight.numel() for weight in each.parameters()) for each in (encoder, autoencoder)]
-    assert sizes[0] < 0.6 and sizes[1] < 0.15
-    assert sum(sizes) + 2e-9 * 0.3e9 < 1.5  # with the student
+        student = train_distillation.WanLiteStudent(hidden_size=1024, depth=16, num_heads=16)
+    work = PartWork(plan, student, (16, 64, 64), 1024, text_tokens=64, num_steps=4)
+    assert 0.5 < h100_hours(work.h100_operations) < 2
+    assert count_decoder_bytes(plan, simulate_peak) < 12e9
+
+
+@pytest.mark.parametrize("kind", ["tiny", "wan21", "real"])
+def test_the_default_decoder_has_at_most_a_quarter_of_the_parameters(kind):
+    config = {} if kind == "real" else make_autoencoder(kind).config
+    width = default_base_dim(config)
+    assert has_width(config, width) and width <= 32
+    assert count_decoder(config, width) <= count_decoder(config, widest(config)) / 4
+    wider = next(each for each in range(width + 1, 99) if has_width(config, each))
+    assert wider > 32 or count_decoder(config, wider) > count_decoder(config, widest(config)) / 4
 
 
 # ---- training ----------------------------------------------------------------------------------------------
