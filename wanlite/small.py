@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from wanlite.data.prompts import read_prompts
 from wanlite.files.file_names import RUN
 from wanlite.parts.defaults import PARTS, STUDENT_IMAGES
 from wanlite.planning.part_settings import part_setting
@@ -39,6 +40,11 @@ class Settings:
         "file of prompts, as in training (default: the prompts of the student's run)",
         is_path=True,
         group="data",
+    )
+    vocabulary: str | None = setting(
+        None,
+        "file of prompts; only their words stay in the tokenizer of the small text encoder (default: all words stay)",
+        is_path=True,
     )
     student_images: int = setting(
         STUDENT_IMAGES, "images of the student to learn from", was="num_images", least=1
@@ -78,6 +84,10 @@ def complete(settings: Settings) -> Settings:
     check_bounds(settings)
     if settings.text_encoder == settings.decoder == "large":
         raise ValueError("--text_encoder large and --decoder large leave nothing to make; name one small.")
+    if settings.vocabulary is not None and settings.text_encoder == "large":
+        raise ValueError("--vocabulary needs --text_encoder small. Leave one of them out.")
+    if settings.vocabulary is not None:
+        read_prompts(settings.vocabulary, count=1)  # raises
     folder = student_folder(settings.model)
     with open_student(folder):
         record = read_run(folder)
@@ -135,7 +145,9 @@ def main(settings: Settings, stop: StopSignal | None = None) -> int:
     disable_cudnn_attention()
     print(f"making small parts of {settings.model} on {device}; writing to {output.absolute()}", flush=True)
     source = Path(settings.model)
-    student = Student(source, WanLiteStudent, device, *read_training_prompts(settings, record))
+    vocabulary = [] if settings.vocabulary is None else read_prompts(settings.vocabulary, print)
+    prompts = read_training_prompts(settings, record)
+    student = Student(source, WanLiteStudent, device, *prompts, vocabulary)
     if settings.overwrite:
         shutil.rmtree(output, ignore_errors=True)
     made = make_folder(

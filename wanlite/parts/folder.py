@@ -1,7 +1,7 @@
 """The folder of a trained student -> a folder of the same student with small parts, resumable."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,27 @@ from ..training.metrics import prompt_accuracy
 from ..training.run_folder import read_run
 from ..training.sampling_defaults import sampling_defaults
 from ..world.record import read_world
-from .making import Pipeline, SmallParts
+from .making import Pipeline, SmallParts, count_parameters
 from .options import PartOptions, choose_options
 from .saving import SAVED, count_bytes, save_small
+from .vocabulary import choose_vocabulary
 
 WORK = "work"  # checkpoints and drawn latents of an unfinished training, in the folder of the small student
 
 
 @dataclass(frozen=True)
 class Student:
-    """The folder of a trained student, its class, its device, and the prompts of its run."""
+    """The folder of a trained student, its class, its device, and the prompts of its run.
+
+    `vocabulary` has prompts whose pieces alone stay in the tokenizer of a small text encoder; without any, all stay.
+    """
 
     folder: Path
     kind: type
     device: torch.device | str
     training: list[str]
     held_out: list[str]
+    vocabulary: list[str] = field(default_factory=list)
 
     def load(self) -> Pipeline:
         """Load the student with its parts; on a GPU the text encoder has the dtype of its files."""
@@ -72,8 +77,17 @@ def make_folder(
     if is_made(output, record, options):
         return read_run(output)
     (output / WORK).mkdir(parents=True, exist_ok=True)
+    vocabulary = None
+    if student.vocabulary:  # chosen first, because a refusal must not follow a training
+        own = [*student.training, *student.held_out]
+        vocabulary = choose_vocabulary(large.tokenizer, student.vocabulary, own)
+        print(f"vocabulary  {vocabulary.describe()}", flush=True)
     parts = SmallParts(large, options, student.training, student.held_out, output / WORK, stop, num_before)
     small, figures = parts.make()
+    if vocabulary is not None:
+        small = replace(small, encoder=vocabulary.cut(small.encoder), tokenizer=vocabulary.tokenizer)
+        figures["vocabulary"] = {"pieces": len(vocabulary.kept), "scripts": vocabulary.describe()}
+        figures["text_encoder"]["parameters"] = count_parameters(small.encoder)
     figures["accuracy"] = judge(large, small, student.held_out, record["settings"]["teacher"])
     save_small(output, student.folder, small, record, figures, options.facts())
     shutil.rmtree(output / WORK)

@@ -33,6 +33,9 @@ def save_small(
         _replace(staged / "vae", small.autoencoder)
     if options["text_shape"] is not None:
         _replace(staged / "text_encoder", small.encoder)
+    if "vocabulary" in figures:
+        shutil.rmtree(staged / "tokenizer")
+        small.tokenizer.save_pretrained(staged / "tokenizer")
     small.student.save_pretrained(folder)
     save_components(folder, staged, small.scheduler, link_file)
     shutil.rmtree(staged)
@@ -84,6 +87,8 @@ def _write_card(folder, source, small, figures):
         if accuracy
         else ""
     )
+    if vocabulary := figures.get("vocabulary"):
+        judged += f"\n\nThe tokenizer has {vocabulary['scripts']}. Other words may be missing in images."
     title = f"## Small parts\n\nThe student itself has {count_parameters(small.student):,} parameters."
     table = "\n".join(rows)
     (folder / MODEL_CARD).write_text(f"{text}\n{title}\n\n{table}{judged}\n", encoding="utf-8")
