@@ -105,7 +105,7 @@ class Settings:
         "captioned images for the velocity phase: a folder with a .txt file per image or with metadata.jsonl "
         "or .csv, .parquet files, a folder saved by datasets, or webdataset .tar files (default: none)",
         is_path=True,
-        brief="folder of captioned images to train on (default: none)",
+        brief="folder of captioned images (default: none)",
     )
     num_images: int | None = setting(None, "use at most this many images (default: all)", least=1)
     output_dir: str = setting(
@@ -208,7 +208,7 @@ class Settings:
         None,
         "pixels, as one number for squares or as WIDTH HEIGHT, divisible by 16, for TI2V-5B by 32 "
         "(default: the tiny teacher's own, else 512)",
-        brief="pixels: one number, or width and height (default: the tiny teacher's 64, else 512)",
+        brief="one or two sides in pixels (default: 64 tiny, 512)",
     )
     resolutions: list[int] | None = setting(
         None,
@@ -372,13 +372,13 @@ class Settings:
         "training",
         choices=PARTS,
         group="small parts",
-        brief="small: also save the student with a small text encoder",
+        brief="small: save one too, in small/",
     )
     decoder: str = setting(
         "large",
         "small does the same with the decoder; with both, small/ has both",
         choices=PARTS,
-        brief="small: also save the student with a small decoder",
+        brief="small: save one too, in small/",
     )
     student_images: int = setting(
         STUDENT_IMAGES, "images of the student from which small parts learn", least=1
