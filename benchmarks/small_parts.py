@@ -42,7 +42,7 @@ from wanlite.parts.decoder_projection import project_decoder
 from wanlite.parts.folder import load_pipeline
 from wanlite.parts.loop import Schedule, train_part
 from wanlite.parts.making import SmallParts, count_parameters
-from wanlite.parts.options import choose_options
+from wanlite.parts.options import choose_options, default_base_dim
 from wanlite.parts.text_projection import EncoderFiles, TextShape, Tokens, project_text_encoder
 from wanlite.small import Settings, WanLiteStudent, read_training_prompts
 from wanlite.training.metrics import prompt_accuracy
@@ -64,7 +64,9 @@ def main():
     parser.add_argument("--layers", type=int, default=24, help="blocks of that encoder (default: 24)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the training (default: 3)")
     parser.add_argument("--captions", type=int, default=400, help="held-out captions (default: 400)")
-    parser.add_argument("--base_dim", type=int, help="channels of the decoder (default: half)")
+    parser.add_argument(
+        "--base_dim", type=int, help="channels of the decoder (default: those of wanlite.small)"
+    )
     parser.add_argument("--decoder_steps", type=int, default=1500, help="steps of a decoder (default: 1500)")
     parser.add_argument(
         "--reading_steps", type=int, default=1500, help="first steps of an encoder (default: 1500)"
@@ -153,8 +155,7 @@ def compare_decoders(arguments):
     images = np.stack([world.draw(scene, random) for scene in world.scenes(0, 2000)])
     latents = encode_images(load_autoencoder(folder), to_pixels(images))
     training, held_out = latents[:-128], latents[-128:]
-    widest = autoencoder.config.decoder_base_dim or autoencoder.config.base_dim
-    base_dim = arguments.base_dim or widest // 2
+    base_dim = arguments.base_dim or default_base_dim(autoencoder.config)
     rows = []
     for seed in range(arguments.seeds):
         for start in STARTS:
