@@ -19,9 +19,11 @@ from pathlib import Path
 from wanlite.files.atomic import write_json
 from wanlite.files.file_names import BASE, CACHE, RUN
 from wanlite.files.locks import lock
+from wanlite.parts.defaults import PARTS, STUDENT_IMAGES
 from wanlite.phases import MIN_TRAJECTORIES
 from wanlite.planning.budgets import BUDGETS
 from wanlite.planning.config_files import parse_with_config
+from wanlite.planning.part_settings import MEANINGS, part_setting
 from wanlite.planning.resolve import (
     EMA_DECAY,
     EMA_SHARE,
@@ -47,10 +49,13 @@ from wanlite.runtime.terminal import (
 from wanlite.training.model_card import write_model_card
 from wanlite.training.publishing import create_repository, publish
 from wanlite.training.run_folder import (
+    SMALL,
     check_output_folder,
     check_resumable,
     clear,
+    lacks_parts,
     link_file,
+    read_run,
     save_components,
     seal,
 )
@@ -73,6 +78,10 @@ CHANGEABLE_ON_RESUME = (  # settings that do not affect the weights
     "report_to",
     "checkpoints_total_limit",
     "logging_dir",
+    "text_encoder",  # and the others of small parts, which are made of the saved student
+    "decoder",
+    "student_images",
+    *MEANINGS,
 )
 
 
@@ -103,7 +112,7 @@ class Settings:
         "captioned images for the velocity phase: a folder with a .txt file per image or with metadata.jsonl "
         "or .csv, .parquet files, a folder saved by datasets, or webdataset .tar files (default: none)",
         is_path=True,
-        brief="folder of captioned images to train on (default: none)",
+        brief="folder of captioned images (default: none)",
     )
     num_images: int | None = setting(None, "use at most this many images (default: all)", least=1)
     output_dir: str = setting(
@@ -206,7 +215,7 @@ class Settings:
         None,
         "pixels, as one number for squares or as WIDTH HEIGHT, divisible by 16, for TI2V-5B by 32 "
         "(default: the tiny teacher's own, else 512)",
-        brief="pixels: one number, or width and height (default: the tiny teacher's 64, else 512)",
+        brief="one or two sides in pixels (default: 64 tiny, 512)",
     )
     resolutions: list[int] | None = setting(
         None,
@@ -364,6 +373,32 @@ class Settings:
     )
     allow_tf32: bool = setting(False, "multiply float32 matrices in TF32 on CUDA")
 
+    text_encoder: str = setting(
+        "large",
+        "small also saves the student in small/ of --output_dir, with a small text encoder that is made after "
+        "training",
+        choices=PARTS,
+        group="small parts",
+        brief="small: save one too, in small/",
+    )
+    decoder: str = setting(
+        "large",
+        "small does the same with the decoder; with both, small/ has both",
+        choices=PARTS,
+        brief="small: save one too, in small/",
+    )
+    student_images: int = setting(
+        STUDENT_IMAGES, "images of the student from which small parts learn", least=1
+    )
+    text_width: int | None = part_setting("text_width")
+    text_depth: int | None = part_setting("text_depth")
+    text_heads: int | None = part_setting("text_heads")
+    text_ffn_dim: int | None = part_setting("text_ffn_dim")
+    decoder_base_dim: int | None = part_setting("decoder_base_dim")
+    decoder_steps: int | None = part_setting("decoder_steps")
+    reading_steps: int | None = part_setting("reading_steps")
+    text_velocity_steps: int | None = part_setting("text_velocity_steps")
+
     checkpointing_steps: int = setting(
         500, "save the training state every this many steps", group="checkpoints and validation", least=1
     )
@@ -433,9 +468,13 @@ def read_settings():
 def is_interrupted(settings):
     """Whether --output_dir holds an interrupted run of these settings, which will be resumed.
 
-    Raises ValueError as check_output_folder() does, and for --project_only.
+    A finished run whose small parts are missing counts as interrupted. Raises ValueError as check_output_folder()
+    does, and for --project_only.
     """
     fixed = {name: value for name, value in asdict(settings).items() if name not in CHANGEABLE_ON_RESUME}
+    is_restarted = settings.overwrite or settings.resume_from_checkpoint == "none"
+    if makes_parts(settings) and not is_restarted and lacks_parts(settings.output_dir, fixed):
+        return True
     state = check_output_folder(
         settings.output_dir, fixed, settings.overwrite, settings.resume_from_checkpoint != "none"
     )
@@ -445,6 +484,11 @@ def is_interrupted(settings):
             "--overwrite to replace it, or name another --output_dir."
         )
     return state == "resume"
+
+
+def makes_parts(settings):
+    """Whether a run makes small parts after its training."""
+    return "small" in (settings.text_encoder, settings.decoder)
 
 
 if __name__ == "__main__":  # arguments and paths are checked before torch is imported, which takes seconds
@@ -467,7 +511,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, release_memory, set_seed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.utils.peft_utils import apply_lora_scale
@@ -476,13 +520,22 @@ from wanlite.data.autoencoder import load_autoencoder
 from wanlite.data.text_encoder import load_tokenizer, warn_of_truncation
 from wanlite.flow import FewSteps, make_scheduler
 from wanlite.network import TEXT_LENGTH, TextTokens, compile_blocks, one_frame_velocity
-from wanlite.planning.defaults import describe_schedule, max_calibration_frames
+from wanlite.parts.folder import Student as TrainedStudent
+from wanlite.parts.folder import describe as describe_folder
+from wanlite.parts.folder import make_folder
+from wanlite.planning.defaults import choose_prompts, describe_schedule, max_calibration_frames
 from wanlite.planning.duration import measure_matrix_rate
 from wanlite.planning.hardware import is_large, training_dtype
 from wanlite.planning.messages import announce, command, conclude, describe_kept, drawing_command
 from wanlite.planning.report_facts import describe_for_report, resuming_arguments, without_flags
 from wanlite.planning.run import resolve_run
-from wanlite.runtime.devices import as_device, as_dtype, disable_cudnn_attention, use_deterministic_kernels
+from wanlite.runtime.devices import (
+    as_device,
+    as_dtype,
+    disable_cudnn_attention,
+    has_gpu,
+    use_deterministic_kernels,
+)
 from wanlite.runtime.progress import print_above
 from wanlite.runtime.ranks import abort_all_ranks, check_devices, is_peer_failure, process_group_options
 from wanlite.student.building import add_layers, complete_config, config_defaults, initialize_weights
@@ -506,7 +559,7 @@ from wanlite.training.batches import micro_batches
 from wanlite.training.phase_table import PHASES, phases_to_train
 from wanlite.training.report.history import read_history
 from wanlite.training.report.verdict import judge_run
-from wanlite.training.run_log import RunLog
+from wanlite.training.run_log import RunLog, try_report
 from wanlite.training.state import make_training_state
 from wanlite.training.teacher_data import PromptEmbeddings, TeacherData, open_components
 from wanlite.training.throughput import Pace
@@ -923,11 +976,16 @@ def start_processes(make_accelerator, settings):
             project_dir=str(output), logging_dir=str(output / settings.logging_dir)
         ),
     )
+    prepare_device(settings)
+    return accelerator
+
+
+def prepare_device(settings):
+    """Choose the kernels of a run, which are those of the whole process."""
     disable_cudnn_attention()
     hide_loading_bars()
     if settings.deterministic:
         use_deterministic_kernels()
-    return accelerator
 
 
 def check_run(run, facts, is_resumed):
@@ -964,8 +1022,12 @@ def lock_output(run):
     output = Path(run.settings.output_dir)
     (output / CACHE).mkdir(exist_ok=True)
     is_locked_by_other = run.accelerator.is_main_process and lock(output / CACHE) is None
-    reason = f"{output}: another run is writing there. Wait for it, or name another --output_dir."
-    abort_all_ranks(run.accelerator, reason if is_locked_by_other else None)
+    abort_all_ranks(run.accelerator, locked_message(output) if is_locked_by_other else None)
+
+
+def locked_message(output):
+    """Return the error of a folder that another run has locked."""
+    return f"{output}: another run is writing there. Wait for it, or name another --output_dir."
 
 
 def project_student(run, student, prompt_embeddings):
@@ -1103,7 +1165,7 @@ def finish(run, state, validator, log, components_folder):
         write_model_card(output, settings, run.few_steps, results, drawing_command(settings.output_dir))
         log.write_report()
         conclude(facts, settings, log.seconds, run.accelerator.print)
-        if settings.push_to_hub is not None:
+        if settings.push_to_hub is not None and not makes_parts(settings):
             publish(output, settings.push_to_hub, run.accelerator.print)
     run.accelerator.end_training()
 
@@ -1169,6 +1231,40 @@ def save_projected_student(run, student, components_folder, facts):
     run.accelerator.end_training()
 
 
+# ---- small parts -------------------------------------------------------------------------------------------
+
+
+def make_parts(settings, stop):
+    """Save the trained student of --output_dir with small parts in a folder inside, and record their figures.
+
+    Raises Stopped after a checkpoint, from which the same command continues.
+    """
+    release_memory()  # of the training
+    prepare_device(settings)
+    output = Path(settings.output_dir)
+    facts, device = read_run(output), torch.device("cuda" if has_gpu() else "cpu")
+    student = TrainedStudent(output, WanLiteStudent, device, *choose_prompts(settings))
+    num_before = len({phase["name"] for phase in facts["report"]["phases"]})
+    made = make_folder(output / SMALL, student, settings, stop, num_before)["parts"]
+    write_json(output / RUN, facts | {SMALL: {"folder": SMALL} | made})
+    try_report(output, print)
+    print(describe_folder(output / SMALL, output, made["figures"]))
+    print(f"next: {drawing_command(str(output / SMALL))}")
+    if settings.push_to_hub is not None:
+        publish(output, settings.push_to_hub, print)
+
+
+def is_trained(settings, is_resumed):
+    """Whether a run that continues lacks its small parts only; --output_dir is then locked."""
+    output = Path(settings.output_dir)
+    if not is_resumed or not read_run(output).get("finished"):
+        return False
+    (output / CACHE).mkdir(exist_ok=True)
+    if lock(output / CACHE) is None:
+        raise OSError(locked_message(output))
+    return True
+
+
 # ---- main --------------------------------------------------------------------------------------------------
 
 
@@ -1189,7 +1285,11 @@ def main(settings, is_resumed, **replacements):
     try:
         if settings.dry_run:
             return plan(settings, arguments_of_run(sys.argv[1:])) if is_first() else 0
-        train(settings, is_resumed, StopSignal(is_launched=is_launched()), **replacements)
+        stop = StopSignal(is_launched=is_launched())
+        if not is_trained(settings, is_resumed):
+            train(settings, is_resumed, stop, **replacements)
+        if makes_parts(settings) and is_first():
+            make_parts(settings, stop)
     except EXPLAINED as error:
         defer_to_rank_zero()
         print_error("train_distillation.py", error)

@@ -39,10 +39,12 @@ from wanlite.data.autoencoder import (
 from wanlite.data.single_frame import SingleFrameAutoencoder
 from wanlite.parts.decoder import convolutions_as_matrices, decoder_loss, peak_signal_to_noise
 from wanlite.parts.decoder_projection import project_decoder
+from wanlite.parts.folder import load_pipeline
 from wanlite.parts.loop import Schedule, train_part
 from wanlite.parts.making import SmallParts, count_parameters
+from wanlite.parts.options import choose_options, default_base_dim
 from wanlite.parts.text_projection import EncoderFiles, TextShape, Tokens, project_text_encoder
-from wanlite.small import Settings, choose_options, load_pipeline, read_training_prompts
+from wanlite.small import Settings, WanLiteStudent, read_training_prompts
 from wanlite.training.metrics import prompt_accuracy
 from wanlite.training.run_folder import read_run
 from wanlite.world.record import read_world
@@ -62,13 +64,15 @@ def main():
     parser.add_argument("--layers", type=int, default=24, help="blocks of that encoder (default: 24)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the training (default: 3)")
     parser.add_argument("--captions", type=int, default=400, help="held-out captions (default: 400)")
-    parser.add_argument("--base_dim", type=int, help="channels of the decoder (default: half)")
+    parser.add_argument(
+        "--base_dim", type=int, help="channels of the decoder (default: those of wanlite.small)"
+    )
     parser.add_argument("--decoder_steps", type=int, default=1500, help="steps of a decoder (default: 1500)")
     parser.add_argument(
         "--reading_steps", type=int, default=1500, help="first steps of an encoder (default: 1500)"
     )
     parser.add_argument(
-        "--velocity_steps", type=int, default=400, help="last steps of an encoder (default: 400)"
+        "--text_velocity_steps", type=int, default=400, help="last steps of an encoder (default: 400)"
     )
     parser.add_argument("--json", help="file to write the figures to")
     arguments = parser.parse_args()
@@ -91,7 +95,7 @@ def main():
 
 def compare_students(arguments):
     """Print the accuracy with each combination of parts; returns the rows."""
-    large = load_pipeline(arguments.model, "cpu")
+    large = load_pipeline(arguments.model, WanLiteStudent, "cpu")
     record = read_run(arguments.model)
     world = read_world(record["settings"]["teacher"])
     captions = world.captions(99, arguments.captions, held_out=True)
@@ -99,13 +103,13 @@ def compare_students(arguments):
         model=arguments.model,
         decoder_steps=arguments.decoder_steps,
         reading_steps=arguments.reading_steps,
-        velocity_steps=arguments.velocity_steps,
+        text_velocity_steps=arguments.text_velocity_steps,
         decoder_base_dim=arguments.base_dim,
     )
     training, held_out = read_training_prompts(settings, record)
     rows = []
     for seed in range(arguments.seeds):
-        options = replace(choose_options(settings, large), seed=seed)
+        options = replace(choose_options(settings, large.encoder.config, large.autoencoder.config), seed=seed)
         with tempfile.TemporaryDirectory() as folder:
             small, figures = SmallParts(large, options, training, held_out, Path(folder)).make()
         for text, decoder in (("large", "large"), ("small", "large"), ("large", "small"), ("small", "small")):
@@ -151,8 +155,7 @@ def compare_decoders(arguments):
     images = np.stack([world.draw(scene, random) for scene in world.scenes(0, 2000)])
     latents = encode_images(load_autoencoder(folder), to_pixels(images))
     training, held_out = latents[:-128], latents[-128:]
-    widest = autoencoder.config.decoder_base_dim or autoencoder.config.base_dim
-    base_dim = arguments.base_dim or widest // 2
+    base_dim = arguments.base_dim or default_base_dim(autoencoder.config)
     rows = []
     for seed in range(arguments.seeds):
         for start in STARTS:

@@ -1,16 +1,19 @@
 """Small text encoders and decoders: their projection, their training, and the folder that they are saved in."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from torch import nn
-from transformers import UMT5Config
 
-from tests.conftest import ROOT, run_script
+import train_distillation
+from tests.conftest import ROOT, SHORT_RUN, run_script
 from wanlite import WanLitePipeline
 from wanlite.data.autoencoder import (
     decode_latents,
@@ -21,19 +24,33 @@ from wanlite.data.autoencoder import (
 )
 from wanlite.data.single_frame import SingleFrameAutoencoder
 from wanlite.data.text_encoder import load_text_encoder
+from wanlite.export.__main__ import check_text_encoder
 from wanlite.parts import loop
 from wanlite.parts.decoder import convolutions_as_matrices, decode_frames, decoder_loss, peak_signal_to_noise
-from wanlite.parts.decoder_projection import empty_decoder, find_streams, project_decoder, sources_of
+from wanlite.parts.decoder_projection import (
+    empty_decoder,
+    find_streams,
+    has_width,
+    project_decoder,
+    sources_of,
+    widest,
+)
 from wanlite.parts.loop import Schedule, train_part
+from wanlite.parts.making import count_parameters
+from wanlite.parts.options import count_decoder, default_base_dim
 from wanlite.parts.text_encoder import encode, tokenize_all
 from wanlite.parts.text_projection import (
     EncoderFiles,
     TextShape,
     default_shape,
-    make_small,
     project_text_encoder,
     split_blocks,
 )
+from wanlite.planning.duration import h100_hours
+from wanlite.planning.part_plan import PartWork, count_decoder_bytes, count_decoding, plan_parts
+from wanlite.planning.resolve import complete as complete_run
+from wanlite.planning.settings import make_parser
+from wanlite.planning.simulation import simulate_peak
 from wanlite.runtime.signals import Stopped
 from wanlite.small import complete, read_settings
 from wanlite.student.digest import model_digest
@@ -41,7 +58,8 @@ from wanlite.training.checkpoints import latest_checkpoint, load_checkpoint
 from wanlite.world import emoji, shapes
 
 TEACHERS = {"tiny": (ROOT / "tiny_teacher", shapes), "emoji": (ROOT / "emoji_teacher", emoji)}
-FEW = ("--num_images", "64", "--decoder_steps", "6", "--reading_steps", "6", "--velocity_steps", "4")
+FEW = ("--student_images", "64", "--decoder_steps", "6", "--reading_steps", "6", "--text_velocity_steps", "4")
+BOTH = ("--text_encoder", "small", "--decoder", "small")
 
 
 @pytest.fixture(scope="module")
@@ -201,21 +219,38 @@ def test_an_impossible_shape_of_a_text_encoder_is_refused(text):
 
 
 def test_a_real_pipeline_becomes_small():
-    """A14B's text encoder and autoencoder, with the default sizes, in GB of bfloat16."""
-    xxl = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+    """A14B's text encoder and autoencoder, with the default sizes."""
+    settings = train_distillation.Settings(text_encoder="small", decoder="small")
+    teacher = SimpleNamespace(components={"text_encoder": Path("umt5.pth")}, autoencoder_config={})
+    plan = plan_parts(settings, teacher)
+    assert plan.count_bytes(282_000_000) < 1.5e9
+    assert count_parameters(plan.small_encoder) < count_parameters(plan.encoder) / 5
+    small, large = (count_decoding(each, [64, 64]) for each in (plan.small_autoencoder, plan.autoencoder))
+    assert small < large / 4 and 1.0e12 < large < 1.3e12
     with torch.device("meta"):
-        encoder = make_small(xxl, default_shape(xxl))
-        autoencoder = AutoencoderKLWan(decoder_base_dim=32)
-    sizes = [2e-9 * sum(weight.numel() for weight in each.parameters()) for each in (encoder, autoencoder)]
-    assert sizes[0] < 0.6 and sizes[1] < 0.15
-    assert sum(sizes) + 2e-9 * 0.3e9 < 1.5  # with the student
+        student = train_distillation.WanLiteStudent(hidden_size=1024, depth=16, num_heads=16)
+    work = PartWork(plan, student, (16, 64, 64), 1024, text_tokens=64, num_steps=4)
+    assert 0.5 < h100_hours(work.h100_operations) < 2
+    assert count_decoder_bytes(plan, simulate_peak) < 12e9
+
+
+@pytest.mark.parametrize("kind", ["tiny", "wan21", "real"])
+def test_the_default_decoder_has_at_most_a_quarter_of_the_parameters(kind):
+    config = {} if kind == "real" else make_autoencoder(kind).config
+    width = default_base_dim(config)
+    assert has_width(config, width) and width <= 32
+    assert count_decoder(config, width) <= count_decoder(config, widest(config)) / 4
+    wider = next(each for each in range(width + 1, 99) if has_width(config, each))
+    assert wider > 32 or count_decoder(config, wider) > count_decoder(config, widest(config)) / 4
 
 
 # ---- training ----------------------------------------------------------------------------------------------
 
 
 class StopAfter:
-    """A signal that arrives before a step."""
+    """A signal that arrives before a step, counted over all phases."""
+
+    is_immediate = True
 
     def __init__(self, step):
         self.left = step
@@ -328,7 +363,7 @@ def test_stock_diffusers_draws_with_small_parts_what_this_package_draws(small_ru
     prompt = "a small red ring at the left on a white background"
     own, stock = WanLitePipeline.from_pretrained(folder), WanPipeline.from_pretrained(folder)
     assert stock.text_encoder.config.d_model == own.transformer.config.text_dim == 32
-    assert stock.vae.config.decoder_base_dim == 8
+    assert stock.vae.config.decoder_base_dim == 7
     image = own(prompt, generator=torch.Generator().manual_seed(1), output_type="np").images[0]
     size = dict(height=image.shape[0], width=image.shape[1], num_frames=1, guidance_scale=1.0)
     frames = stock(
@@ -398,3 +433,132 @@ def test_too_large_parts_are_refused_with_one_line(finished_run, tmp_path):
 def test_the_default_folder_lies_in_that_of_the_student(finished_run):
     settings = complete(read_settings(["--model", str(finished_run[0])]))
     assert settings.output_dir == str(finished_run[0] / "small")
+
+
+# ---- as the last phases of a run ---------------------------------------------------------------------------
+
+
+def copy_run(finished_run, folder):
+    """Return a copy of a finished run, and the command that makes its small parts."""
+    shutil.copytree(finished_run[0], folder)
+    return (ROOT / "train_distillation.py", "--output_dir", folder, *SHORT_RUN, *BOTH, *FEW)
+
+
+def make_parts_of(folder, stop=None):
+    recorded = json.loads((folder / "run.json").read_text())["settings"]
+    arguments = {"output_dir": str(folder), "text_encoder": "small", "decoder": "small"}
+    few = {flag.removeprefix("--"): int(value) for flag, value in zip(FEW[::2], FEW[1::2])}
+    train_distillation.make_parts(train_distillation.Settings(**recorded | arguments | few), stop)
+
+
+def read_weights(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+def test_a_finished_run_gets_its_small_parts_without_training(finished_run, tmp_path):
+    folder = tmp_path / "run"
+    arguments = copy_run(finished_run, folder)
+    student = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
+    process = run_script(*arguments)
+    assert process.returncode == 0, process.stderr
+    assert (folder / "diffusion_pytorch_model.safetensors").read_bytes() == student
+    assert (
+        "held-out captions drawn right" in process.stdout and f"--model {folder / 'small'}" in process.stdout
+    )
+    record = json.loads((folder / "run.json").read_text())
+    assert record["small"]["folder"] == "small" and record["finished"]
+    assert (
+        record["small"]["figures"] == json.loads((folder / "small/run.json").read_text())["parts"]["figures"]
+    )
+    assert "<h2>Small parts</h2>" in (folder / "report.html").read_text()
+    again = run_script(*arguments)
+    assert again.returncode == 2 and "holds a finished run" in again.stderr
+
+
+def test_parts_stopped_in_each_phase_are_those_that_were_not(finished_run, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        copy_run(finished_run, folder)
+    make_parts_of(whole)
+    work, phases = stopped / "small/work", []
+    for step in (0, 5, 4, 7, 1):  # before any image, and within each phase
+        with pytest.raises(Stopped):
+            make_parts_of(stopped, StopAfter(step))
+        assert not (stopped / "small/run.json").exists()
+        phases.append({path.name for path in work.iterdir()} & {"decoder", "reading", "text_velocity"})
+    assert phases[0] == set() and phases[-1] == {"decoder", "reading", "text_velocity"}
+    make_parts_of(stopped)
+    assert read_weights(stopped / "small") == read_weights(whole / "small")
+    assert not work.exists()
+
+
+def test_steps_that_do_not_lower_the_held_out_loss_are_dropped(finished_run, tmp_path, capsys):
+    copy_run(finished_run, tmp_path / "run")
+    make_parts_of(tmp_path / "run")
+    assert "decoder: 6 steps do not lower the held-out loss" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "run/run.json").read_text())["small"]["figures"]["decoder"]
+    assert abs(figures["psnr"] - figures["projected_psnr"]) < 0.1  # weights are rounded
+
+
+def test_a_run_of_other_settings_is_not_given_small_parts(finished_run, tmp_path):
+    process = run_script(*copy_run(finished_run, tmp_path / "run"), "--seed", "1")
+    assert process.returncode == 2 and "holds a finished run" in process.stderr
+
+
+def test_small_parts_of_other_sizes_are_not_replaced(small_run, finished_run, tmp_path):
+    folder = tmp_path / "run"
+    copy_run(finished_run, folder)
+    shutil.copytree(small_run[0], folder / "small")
+    make_parts_of(folder)  # they are those of these settings
+    assert "small" in json.loads((folder / "run.json").read_text())
+    shutil.copy(finished_run[0] / "run.json", folder)
+    record = json.loads((folder / "small/run.json").read_text())
+    record["parts"]["options"]["seed"] = 1
+    (folder / "small/run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="holds small parts of other settings or of another student"):
+        make_parts_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["--max_train_steps", "0", "--student", "DIR", "--text_encoder", "small"],
+            "python -m wanlite.small --model DIR",
+        ),
+        (["--project_only", "--decoder", "small"], "is made for a trained one"),
+        (["--text_width", "16"], "which needs --text_encoder small"),
+        (["--text_encoder", "small", "--decoder_base_dim", "4"], "which needs --decoder small"),
+    ],
+)
+def test_settings_of_small_parts_that_contradict_are_refused(arguments, expected, tmp_path):
+    parser = make_parser(train_distillation.Settings, "")
+    settings = train_distillation.Settings(
+        **vars(parser.parse_args([*arguments, "--output_dir", str(tmp_path)]))
+    )
+    with pytest.raises(ValueError, match=expected):
+        complete_run(settings)
+
+
+def test_a_student_with_small_parts_is_not_trained_further(small_run, tmp_path):
+    settings = train_distillation.Settings(student=str(small_run[0]), output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="has small parts, and training needs the teacher's"):
+        complete_run(settings)
+
+
+def test_the_plan_has_the_sizes_steps_and_time_of_small_parts(tmp_path, capsys):
+    small = ["--output_dir", str(tmp_path), *BOTH, "--text_width", "16"]
+    settings = train_distillation.Settings(
+        **vars(make_parser(train_distillation.Settings, "").parse_args([*small, "--dry_run"]))
+    )
+    assert train_distillation.plan(complete_run(settings), small) == 0
+    plan = " ".join(capsys.readouterr().out.split())
+    assert "text encoder: width 16, 1 blocks" in plan and "decoder: 7 channels, 0.09 M parameters" in plan
+    assert "steps: decoder 1,500, reading 1,500, text_velocity 400, on 4,000 images" in plan
+    with pytest.raises(ValueError, match="a text encoder with width 128"):
+        train_distillation.plan(complete_run(replace(settings, text_width=128)), small)
+
+
+def test_a_small_student_is_not_exported_for_comfyui(small_run, tmp_path):
+    with pytest.raises(ValueError, match="reads a small text encoder, and ComfyUI has UMT5-XXL"):
+        check_text_encoder(json.loads((small_run[0] / "run.json").read_text()), small_run[0])

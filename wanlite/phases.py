@@ -125,10 +125,18 @@ def count_passes(settings, num_trajectories, num_validated, phases):
     return [*(2 * count for count in guided[:-1]), 2 * guided[-1] + matched]
 
 
-def describe_phase(phase, phases):
-    """Return the number of a phase among the kinds of phases of a run, and its name."""
+def describe_phase(phase, phases, num_later=0):
+    """Return the number of a phase among the kinds of phases of a run, and its name.
+
+    `num_later` phases make small parts after those of training.
+    """
     names = list(dict.fromkeys(span.name for span in phases))
-    return f"phase {names.index(phase.name) + 1} of {len(names)}, {phase.name}"
+    return f"phase {names.index(phase.name) + 1} of {len(names) + num_later}, {phase.name}"
+
+
+def list_part_phases(has_small_text, has_small_decoder):
+    """Return the names of the phases that make small parts, in their order."""
+    return ["decoder"] * has_small_decoder + ["reading", "text_velocity"] * has_small_text
 
 
 def count_steps(phases):

@@ -9,37 +9,22 @@ the same command resumes.
 
 import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
+from wanlite.data.prompts import read_prompts
 from wanlite.files.file_names import RUN
+from wanlite.parts.defaults import PARTS, STUDENT_IMAGES
+from wanlite.planning.part_settings import part_setting
 from wanlite.planning.settings import check_bounds, check_device, make_parser, setting
 from wanlite.runtime.signals import Stopped, StopSignal
 from wanlite.runtime.terminal import keep_output_open, one_line
 from wanlite.schedule import recorded_schedule
 from wanlite.student.loading import open_student
 from wanlite.student.location import student_folder
-from wanlite.training.run_folder import check_saved_components, read_run
+from wanlite.training.run_folder import SMALL, check_saved_components, read_run
 
-SMALL = "small"  # folder in that of the student
 STOPPED = 3  # exit code after a signal
-PARTS = ("small", "large")
-
-
-class Steps(NamedTuple):
-    """Default steps for the parts of a tiny world, and for real ones."""
-
-    tiny: int
-    real: int
-
-    def __str__(self) -> str:
-        return f"{self.real:,}, {self.tiny:,} for the tiny world's"
-
-
-# Those of the tiny world are measured by benchmarks/small_parts.py, the others are estimates.
-STEPS = {"decoder": Steps(1500, 20_000), "reading": Steps(1500, 15_000), "velocity": Steps(400, 4000)}
-LARGE_WIDTH = 1024  # of a text encoder: from here on its parts are real ones
 
 
 @dataclass(frozen=True)
@@ -56,34 +41,22 @@ class Settings:
         is_path=True,
         group="data",
     )
-    num_images: int = setting(4000, "images of the student to learn from", least=1)
-    text_width: int | None = setting(
+    vocabulary: str | None = setting(
         None,
-        "width of the text encoder (default: half of the large one's, at most 768)",
-        group="sizes",
-        least=1,
+        "file of prompts; only their words stay in the tokenizer of the small text encoder (default: all words stay)",
+        is_path=True,
     )
-    text_depth: int | None = setting(None, "its blocks (default: half of the large one's)", least=1)
-    text_heads: int | None = setting(
-        None, "its attention heads (default: in proportion to its width)", least=1
+    student_images: int = setting(
+        STUDENT_IMAGES, "images of the student to learn from", was="num_images", least=1
     )
-    text_ffn_dim: int | None = setting(None, "its inner width (default: in proportion to its width)", least=1)
-    decoder_base_dim: int | None = setting(
-        None, "channels of the decoder's last layers (default: half of the large one's, at most 32)", least=1
-    )
-    decoder_steps: int | None = setting(
-        None, f"steps of the decoder (default: {STEPS['decoder']})", group="steps", least=1
-    )
-    reading_steps: int | None = setting(
-        None,
-        f"steps of the text encoder towards what the student reads (default: {STEPS['reading']})",
-        least=1,
-    )
-    velocity_steps: int | None = setting(
-        None,
-        f"steps of the text encoder towards the student's velocity (default: {STEPS['velocity']})",
-        least=1,
-    )
+    text_width: int | None = part_setting("text_width", group="sizes")
+    text_depth: int | None = part_setting("text_depth")
+    text_heads: int | None = part_setting("text_heads")
+    text_ffn_dim: int | None = part_setting("text_ffn_dim")
+    decoder_base_dim: int | None = part_setting("decoder_base_dim")
+    decoder_steps: int | None = part_setting("decoder_steps", group="steps")
+    reading_steps: int | None = part_setting("reading_steps")
+    text_velocity_steps: int | None = part_setting("text_velocity_steps", was="velocity_steps")
     decoder_batch_size: int = setting(16, "images of a step, crops of 256 pixels at most", least=1)
     text_batch_size: int = setting(64, "prompts of a step", least=1)
     learning_rate: float = setting(2e-3, "peak for AdamW", above=0, most=1)
@@ -112,6 +85,10 @@ def complete(settings: Settings) -> Settings:
     check_device(settings.device)
     if settings.text_encoder == settings.decoder == "large":
         raise ValueError("--text_encoder large and --decoder large leave nothing to make; name one small.")
+    if settings.vocabulary is not None and settings.text_encoder == "large":
+        raise ValueError("--vocabulary needs --text_encoder small. Leave one of them out.")
+    if settings.vocabulary is not None:
+        read_prompts(settings.vocabulary, count=1)  # raises
     folder = student_folder(settings.model)
     with open_student(folder):
         record = read_run(folder)
@@ -147,76 +124,12 @@ if __name__ == "__main__":  # arguments and paths are checked before torch is im
 import shutil
 from types import SimpleNamespace
 
-import torch
-from diffusers import UniPCMultistepScheduler
 from safetensors import SafetensorError
 
 from train_distillation import WanLiteStudent
-from wanlite.data.autoencoder import load_video_autoencoder
-from wanlite.data.text_encoder import load_text_encoder
-from wanlite.parts.making import PartOptions, Pipeline, SmallParts
-from wanlite.parts.saving import save_small
-from wanlite.parts.text_projection import TextShape, default_shape
+from wanlite.parts.folder import Student, describe, make_folder
 from wanlite.planning.defaults import choose_prompts
 from wanlite.runtime.devices import choose_device, disable_cudnn_attention
-from wanlite.schedule import read_schedule
-from wanlite.training.metrics import prompt_accuracy
-from wanlite.training.sampling_defaults import sampling_defaults
-from wanlite.world.record import read_world
-
-WORK = "work"  # checkpoints and drawn latents of an unfinished training, in --output_dir
-MAX_BASE_DIM = 32
-
-
-def load_pipeline(folder: str, device: str) -> Pipeline:
-    """Load a saved student with its parts; on a GPU the text encoder has the dtype of its files."""
-    record = read_run(folder)
-    student = WanLiteStudent.from_pretrained(folder, device=device).eval().requires_grad_(False)
-    tokenizer, encoder = load_text_encoder(folder, device, torch.float32 if device == "cpu" else None)
-    autoencoder = load_video_autoencoder(folder).eval().requires_grad_(False).to(device)
-    defaults = sampling_defaults(record)
-    stride = autoencoder.config.scale_factor_spatial
-    schedule = read_schedule(folder, recorded_schedule(record, Path(folder) / RUN))
-    return Pipeline(
-        folder,
-        student,
-        UniPCMultistepScheduler(**schedule),
-        defaults["num_inference_steps"],
-        tokenizer,
-        encoder,
-        autoencoder,
-        (student.config.in_channels, defaults["height"] // stride, defaults["width"] // stride),
-    )
-
-
-def choose_options(settings: Settings, large: Pipeline) -> PartOptions:
-    """Return the options of both parts, with sizes in proportion to the large ones where they are not set."""
-    config = large.autoencoder.config
-    widest = config["decoder_base_dim"] or config["base_dim"]
-    shape = default_shape(large.encoder.config, settings.text_width)
-    shape = TextShape(
-        shape.width,
-        settings.text_depth or shape.depth,
-        settings.text_heads or shape.heads,
-        settings.text_ffn_dim or shape.ffn,
-    )
-    base_dim = settings.decoder_base_dim or min(MAX_BASE_DIM, widest // 2)
-    is_real = large.encoder.config.d_model >= LARGE_WIDTH
-    steps = {
-        f"{name}_steps": getattr(settings, f"{name}_steps") or (default.real if is_real else default.tiny)
-        for name, default in STEPS.items()
-    }
-    return PartOptions(
-        decoder_base_dim=base_dim if settings.decoder == "small" else None,
-        text_shape=shape if settings.text_encoder == "small" else None,
-        num_images=settings.num_images,
-        **steps,
-        decoder_batch=settings.decoder_batch_size,
-        text_batch=settings.text_batch_size,
-        learning_rate=settings.learning_rate,
-        seed=settings.seed,
-        checkpointing_steps=settings.checkpointing_steps,
-    )
 
 
 def read_training_prompts(settings: Settings, record: dict) -> tuple[list[str], list[str]]:
@@ -225,58 +138,30 @@ def read_training_prompts(settings: Settings, record: dict) -> tuple[list[str], 
     return choose_prompts(SimpleNamespace(**recorded), print)
 
 
-def judge(large: Pipeline, small: Pipeline, held_out: list[str], teacher: str) -> dict:
-    """Return the accuracy of held-out captions with large and with small parts; {} unless a judge can read them."""
-    world = read_world(teacher)
-    if world is None or not all(world.read_caption(caption) for caption in held_out):
-        return {}
-    return {
-        name: prompt_accuracy(pipeline.images, held_out, world)["accuracy"]
-        for name, pipeline in (("large", large), ("small", small))
-    }
-
-
 def main(settings: Settings, stop: StopSignal | None = None) -> int:
     """Make the small parts and save the folder; returns the exit code."""
     output, record = Path(settings.output_dir or ""), read_run(settings.model)
     device = choose_device(settings.device)
     disable_cudnn_attention()
     print(f"making small parts of {settings.model} on {device}; writing to {output.absolute()}", flush=True)
-    large = load_pipeline(settings.model, device)
-    options = choose_options(settings, large)
-    training, held_out = read_training_prompts(settings, record)
+    source = Path(settings.model)
+    vocabulary = [] if settings.vocabulary is None else read_prompts(settings.vocabulary, print)
+    prompts = read_training_prompts(settings, record)
+    student = Student(source, WanLiteStudent, device, *prompts, vocabulary)
     if settings.overwrite:
         shutil.rmtree(output, ignore_errors=True)
-    (output / WORK).mkdir(parents=True, exist_ok=True)
-    if stop is not None:
-        stop.is_immediate = False
-    parts = SmallParts(large, options, training, held_out, output / WORK, stop)
-    small, figures = parts.make()
-    figures["accuracy"] = judge(large, small, held_out, record["settings"]["teacher"])
-    save_small(output, settings.model, small, record, figures, asdict(options))
-    shutil.rmtree(output / WORK)
-    print(describe(output, settings.model, figures))
+    made = make_folder(
+        output,
+        student,
+        settings,
+        stop,
+        decoder_batch=settings.decoder_batch_size,
+        text_batch=settings.text_batch_size,
+        learning_rate=settings.learning_rate,
+    )
+    print(describe(output, source, made["parts"]["figures"]))
+    print(f"next: python run_inference.py --model {output}")
     return 0
-
-
-def describe(output: Path, source: str, figures: dict) -> str:
-    """Return the sizes of both folders, the accuracy, and the next command."""
-    lines = [
-        f"saved to {output}: {megabytes(output):,.1f} MB for the {megabytes(Path(source)):,.1f} MB of {source}"
-    ]
-    if accuracy := figures["accuracy"]:
-        lines.append(
-            f"held-out captions drawn right: {accuracy['small']:.1%} with small parts, {accuracy['large']:.1%} with large"
-        )
-    lines.append(f"next: python run_inference.py --model {output}")
-    return "\n".join(lines)
-
-
-def megabytes(folder: Path) -> float:
-    """Return the size of what inference reads in a folder."""
-    files = [*folder.glob("*.safetensors"), *folder.glob("tokenizer/*")]
-    files += [path for name in ("text_encoder", "vae") for path in folder.glob(f"{name}/*.safetensors")]
-    return sum(path.stat().st_size for path in files) / 1e6
 
 
 if __name__ == "__main__":

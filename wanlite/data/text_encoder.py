@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers.utils.logging import get_logger
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from ..network import TEXT_LENGTH
@@ -24,6 +25,8 @@ BATCH_SIZE = 64  # prompts encoded together
 TOKENS_AT_ONCE = 8192  # 16 prompts of 512, whose attention takes about 2 GB in a real UMT5
 MAX_SHOWN = 32  # characters of a prompt in a message
 MAX_CHARACTERS = 2**16  # of a prompt that are read: TEXT_LENGTH tokens have a tenth of them
+NUM_TRAINED = "num_trained_pieces"  # in the config of a tokenizer whose other pieces no training has seen
+LOGGER = get_logger(__name__)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -108,6 +111,7 @@ def encode_prompts(
             tokenizer, batch, padding=True, truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
         )
         _check_embedded(tokenizer, encoder, batch, tokens.input_ids)
+        _warn_of_untrained(tokenizer, batch, tokens.input_ids)
         rows = max(1, tokens_at_once // tokens.input_ids.shape[1])
         for ids, mask in zip(
             *(
@@ -138,6 +142,25 @@ def _check_embedded(tokenizer, encoder, prompts, ids):
                 f"{encoder.name_or_path}/text_encoder embeds {size:,}. Change the prompt, or copy both again, from one "
                 f"model."
             )
+
+
+def _warn_of_untrained(tokenizer, prompts, ids):
+    """Warn of the words that a small vocabulary lacks; they are spelled, or are all the same unknown word."""
+    count = tokenizer.init_kwargs.get(NUM_TRAINED)
+    if count is None:
+        return
+    is_lost = (ids >= count) | (ids == tokenizer.unk_token_id)
+    for prompt in (prompt for prompt, lost in zip(prompts, is_lost.any(1).tolist()) if lost):
+        words = dict.fromkeys(prompt.split())
+        pieces = tokenize(tokenizer, [*words], add_special_tokens=False).input_ids
+        lost = [
+            word
+            for word, own in zip(words, pieces)
+            if any(each >= count or each == tokenizer.unk_token_id for each in own)
+        ]
+        LOGGER.warning(
+            f"{_shorten(prompt)}: the small vocabulary lacks {', '.join(lost)}, and the image may not show it."
+        )
 
 
 def warn_of_truncation(tokenizer: Any, prompts: Sequence[str], log: Callable[[str], Any]) -> None:

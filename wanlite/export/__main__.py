@@ -77,12 +77,12 @@ def complete(settings: Settings, folder: Path) -> tuple[Settings, dict[str, Any]
     """Complete settings from the saved run; raises OSError or ValueError for a student that cannot be exported."""
     with open_student(folder) as (config, files):
         num_values = sum(math.prod(entry.shape) for file in files for entry in file.entries.values())
-    dtype = choose_dtype(settings)
+    dtype, run = choose_dtype(settings), read_run(folder)
     if settings.format == "comfyui":
+        check_text_encoder(run, folder)
         check_runnable(config, folder)
     else:
         gguf.check_library()
-    run = read_run(folder)
     schedule = recorded_schedule(run, folder / RUN)
     read_schedule(folder, schedule)
     defaults = sampling_defaults(run)
@@ -106,6 +106,22 @@ def choose_dtype(settings: Settings) -> str:
             f"--dtype {settings.dtype}: --format {settings.format} has {', '.join(dtypes)}. Choose one of these."
         )
     return settings.dtype or dtypes[0]
+
+
+def small_parts_of(run: dict[str, Any]) -> list[str]:
+    """Return the names of the small parts in the folder of a run.json."""
+    parts = run.get("parts")
+    figures = parts.get("figures") if isinstance(parts, dict) else None
+    return [name.replace("_", " ") for name in figures or () if name in ("text_encoder", "decoder")]
+
+
+def check_text_encoder(run: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError for a student that reads a small text encoder, which ComfyUI does not have."""
+    if "text encoder" in small_parts_of(run):
+        raise ValueError(
+            f"{folder}: ComfyUI cannot run this student: it reads a small text encoder, and ComfyUI has UMT5-XXL. "
+            "Export the student that it was made from, with the large one."
+        )
 
 
 def check_output(output: Path, is_replaced: bool, kind: str) -> None:
@@ -226,6 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     place = "models/diffusion_models" if workflow else "diffusers' from_single_file"
     print(f"wrote {output} ({output.stat().st_size / 1e6:,.1f} MB, {settings.dtype}), for {place}")
+    if small := small_parts_of(run):
+        print(f"the file holds the student alone; its small {' and '.join(small)} stay in {folder}")
     if workflow:
         print(f"wrote {workflow}: open it in ComfyUI 0.8 or newer; its note lists the files to download")
 

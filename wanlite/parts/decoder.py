@@ -25,16 +25,24 @@ GRADIENT_WEIGHT = 1.0
 
 
 def decoder_loss(
-    wide: SingleFrameAutoencoder, narrow: Any, latents: Tensor, batch_size: int
+    wide: SingleFrameAutoencoder,
+    narrow: Any,
+    latents: Tensor,
+    batch_size: int,
+    compare: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Callable[[torch.Generator], Tensor]:
-    """Return the loss of a batch of crops of `latents` (n, C, H, W), as a function of a random generator."""
+    """Return the loss of a batch of crops of `latents` (n, C, H, W), as a function of a random generator.
+
+    `compare(pixels, target)` is image_loss() by default.
+    """
+    compare = compare or image_loss
 
     def loss(generator):
         rows = torch.randint(len(latents), (batch_size,), generator=generator)
         crops = crop(latents[rows], generator).to(narrow.device)
         with torch.no_grad():
             target = decode_latents(wide, crops)
-        return image_loss(decode_frames(narrow, crops), target)
+        return compare(decode_frames(narrow, crops), target)
 
     return loss
 
@@ -100,6 +108,11 @@ def image_loss(pixels: Tensor, target: Tensor) -> Tensor:
         for dim in (-1, -2):
             loss = loss + GRADIENT_WEIGHT / SIZES * F.l1_loss(pixels.diff(dim=dim), target.diff(dim=dim))
     return loss
+
+
+def clipped_error(pixels: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error of an image (B, 3, h, w), whose pixels are clipped, as those of `target`."""
+    return F.mse_loss(pixels.clamp(-1, 1), target)
 
 
 @torch.no_grad()

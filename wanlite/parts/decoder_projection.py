@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..data.autoencoder import raw_latents, use_single_frame_path
 from ..student.regression import solve_ridge
 
+BASE_DIM = 96  # of an AutoencoderKLWan whose config does not name it
 RIDGE = 1e-4  # relative to the mean diagonal of the Gram matrix
 MAX_ROWS = 16384  # places of a layer from which it is refitted
 
@@ -63,15 +64,25 @@ def empty_decoder(autoencoder: Any, base_dim: int) -> Any:
     return use_single_frame_path(narrow).to(autoencoder.device)
 
 
+def widest(config: Any) -> int:
+    """Return the channels of the last layers of the decoder of a config."""
+    return config.get("decoder_base_dim") or config.get("base_dim") or BASE_DIM
+
+
+def has_width(config: Any, base_dim: int) -> bool:
+    """Whether a decoder of this config can be narrowed to `base_dim` channels; most kinds halve them."""
+    is_whole = config.get("is_residual") or base_dim % 2 == 0
+    return 1 <= base_dim <= widest(config) and is_whole
+
+
 def check_width(config: Any, base_dim: int) -> None:
     """Raise ValueError unless a decoder of this config can be narrowed to `base_dim` channels."""
-    widest = config["decoder_base_dim"] or config["base_dim"]
-    smallest = 1 if config["is_residual"] else 2
-    if not smallest <= base_dim <= widest or (not config["is_residual"] and base_dim % 2):
-        kind = "a number" if config["is_residual"] else "an even number"
+    if not has_width(config, base_dim):
+        is_residual = config.get("is_residual")
+        kind, smallest = ("a number", 1) if is_residual else ("an even number", 2)
         raise ValueError(
-            f"a decoder of {base_dim} channels cannot be made of one of {widest}, expected {kind} from {smallest} to "
-            f"{widest}."
+            f"a decoder of {base_dim} channels cannot be made of one of {widest(config)}, expected {kind} from "
+            f"{smallest} to {widest(config)}."
         )
 
 

@@ -127,8 +127,8 @@ def _resume(folder, state, weights, facts):
     manifest = read_manifest(path) or {}
     if manifest.get("facts") != facts:
         raise OSError(
-            f"{folder}: holds an unfinished training under other settings or of other weights. Use the same, "
-            "or add --overwrite to start again."
+            f"{folder}: holds an unfinished training under other settings or of other weights. Use the same, or move "
+            f"{folder.parent} away to start again."
         )
     restore(state, load_checkpoint(path))
     with torch.no_grad():

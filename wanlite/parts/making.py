@@ -4,27 +4,30 @@ Everything is learned from the large parts and from the student's own images of 
 folder is one of stock diffusers' classes only.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ..data.autoencoder import decode_latents, to_images
-from ..data.shards import dequantize, fill_shards, read_shard
+from ..data.shards import SCALE, SHARD_SIZE, dequantize, find_fault, quantize, read_shard, write_shard
 from ..data.single_frame import SingleFrameAutoencoder
 from ..files.cache import cache_folder, fingerprint
 from ..flow import sample, seeded_noise, set_steps
 from ..network import TEXT_LENGTH, TextTokens
+from ..phases import list_part_phases
+from ..runtime.progress import track
+from ..runtime.signals import Stopped
 from ..training.phase_table import hash_weights
 from ..training.steps import velocity_in_chunks
-from .decoder import convolutions_as_matrices, decoder_loss, peak_signal_to_noise
+from .decoder import clipped_error, convolutions_as_matrices, decoder_loss, peak_signal_to_noise
 from .decoder_projection import project_decoder
-from .loop import Schedule, train_part
+from .loop import Schedule, make_generator, train_part
+from .options import PartOptions
 from .text_encoder import (
     SmallText,
     compare_reading,
@@ -41,23 +44,7 @@ PROJECTED_PROMPTS = 256  # prompts from which the text encoder's matrices are fi
 VALIDATED_IMAGES = 64
 VELOCITY_RATE_SHARE = 0.25  # of the peak, in the last phase of the text encoder
 TOGETHER = 64  # images or prompts in a batch without gradients
-
-
-@dataclass(frozen=True)
-class PartOptions:
-    """Sizes and steps of the small parts."""
-
-    decoder_base_dim: int | None  # None: the decoder stays
-    text_shape: TextShape | None  # None: the text encoder stays
-    num_images: int
-    decoder_steps: int
-    reading_steps: int
-    velocity_steps: int
-    decoder_batch: int
-    text_batch: int
-    learning_rate: float
-    seed: int
-    checkpointing_steps: int
+HELD_OUT_BATCHES = 4  # of a held-out loss
 
 
 @dataclass
@@ -109,7 +96,10 @@ class Pipeline:
 
 
 class SmallParts:
-    """Makes the small parts of `large`, with checkpoints and drawn latents in `folder`."""
+    """Makes the small parts of `large`, with checkpoints and drawn latents in `folder`.
+
+    `num_before` is the number of phases of the run before its part phases.
+    """
 
     def __init__(
         self,
@@ -119,13 +109,14 @@ class SmallParts:
         held_out: Sequence[str],
         folder: Path,
         stop: Any = None,
-        log: Callable[[str], Any] = print,
+        num_before: int = 0,
     ):
-        self.large, self.options, self.folder, self.stop, self.log = large, options, folder, stop, log
+        self.large, self.options, self.folder, self.stop = large, options, folder, stop
+        self.num_before, self.log = num_before, partial(print, flush=True)
         self.prompts = [prompts[number % len(prompts)] for number in range(options.num_images)]
         self.held_out = list(held_out)[:VALIDATED_IMAGES]
         self.facts = {
-            "options": asdict(options),
+            "options": options.facts(),
             "prompts": fingerprint([self.prompts, self.held_out]),
             "parts": [hash_weights(each) for each in (large.student, large.encoder, large.autoencoder)],
         }
@@ -133,11 +124,16 @@ class SmallParts:
     def make(self) -> tuple[Pipeline, dict[str, Any]]:
         """Return the pipeline with small parts, and figures of their quality."""
         large, figures = self.large, {}
+        if self.stop is not None:
+            self.stop.is_immediate = False  # a stop waits for a checkpoint
         autoencoder, encoder, student = large.autoencoder, large.encoder, large.student
         if self.options.decoder_base_dim is not None:
             autoencoder, figures["decoder"] = self.make_decoder(self.options.decoder_base_dim)
         if self.options.text_shape is not None:
             encoder, student, figures["text_encoder"] = self.make_text_encoder(self.options.text_shape)
+        self._check_stop()
+        if self.stop is not None:
+            self.stop.is_immediate = True
         small = Pipeline(
             large.folder,
             student,
@@ -169,21 +165,58 @@ class SmallParts:
             "shape": self.large.latent_shape,
         }
         folder = cache_folder(self.folder / "cache", "latents", jobs=fingerprint(jobs), **parts)
-
-        def make(prompts, seeds):
-            return {"latents": self.large.draw(prompts, seeds).unsqueeze(1).cpu()}
-
-        count = fill_shards(Accelerator(cpu=True), folder, jobs, make, "images of the student")
-        shards = [dequantize(read_shard(folder, index), "latents") for index in range(count)]
+        batches = [jobs[start : start + SHARD_SIZE] for start in range(0, len(jobs), SHARD_SIZE)]
+        with track(len(jobs), "images of the student") as progress:
+            for index, batch in enumerate(batches):
+                if find_fault(folder, index, batch):
+                    self._check_stop()
+                    drawn = self.large.draw([job[0] for job in batch], [job[1] for job in batch])
+                    values, scale = quantize(drawn.unsqueeze(1).cpu())
+                    write_shard(folder, index, {"latents": values, f"latents{SCALE}": scale}, batch)
+                progress.update(len(batch))
+        shards = [dequantize(read_shard(folder, index), "latents") for index in range(len(batches))]
         return torch.cat(shards).squeeze(1)
 
-    def _train(self, name, network, loss, steps, share=1.0):
-        schedule = Schedule(
-            steps, share * self.options.learning_rate, self.options.seed, self.options.checkpointing_steps
+    def _check_stop(self):
+        if self.stop is not None and self.stop.is_set:
+            raise Stopped
+
+    # ---- training ------------------------------------------------------------------------------------------
+
+    def _train(self, name, network, losses, share=1.0):
+        """Train a phase; the weights before it are kept if its steps do not lower the held-out loss.
+
+        `losses` are the functions of a training batch and of a held-out batch.
+        """
+        options, steps = self.options, getattr(self.options, f"{name}_steps")
+        schedule = Schedule(steps, share * options.learning_rate, options.seed, options.checkpointing_steps)
+        loss, held_out_loss = losses
+        weights = [weight for weight in network.parameters() if weight.requires_grad]
+        earlier, before = [weight.detach().clone() for weight in weights], self._mean(held_out_loss)
+        train_part(self._describe(name), self.folder / name, network, loss, schedule, self.facts, self.stop)
+        after = self._mean(held_out_loss)
+        if after < before:
+            return
+        with torch.no_grad():
+            for weight, own in zip(weights, earlier):
+                weight.copy_(own)
+        self.log(
+            f"{name}: {steps:,} steps do not lower the held-out loss ({before:.4g} to {after:.4g}); the weights "
+            "before them are kept"
         )
-        return train_part(
-            name, self.folder / name.replace(" ", "_"), network, loss, schedule, self.facts, self.stop
+
+    @torch.no_grad()
+    def _mean(self, loss):
+        """Return the mean of a loss over HELD_OUT_BATCHES batches, the same ones each time."""
+        values = [loss(make_generator(self.options.seed, number)) for number in range(HELD_OUT_BATCHES)]
+        return float(torch.stack(values).mean())
+
+    def _describe(self, name):
+        names = list_part_phases(
+            self.options.text_shape is not None, self.options.decoder_base_dim is not None
         )
+        number = self.num_before + names.index(name) + 1
+        return f"phase {number} of {self.num_before + len(names)}, {name}"
 
     # ---- decoder -------------------------------------------------------------------------------------------
 
@@ -197,9 +230,13 @@ class SmallParts:
         self.log(f"decoder  projected to {base_dim} channels: {projected:.1f} dB to the large one")
         narrow.requires_grad_(False)
         narrow.decoder.requires_grad_(True)
-        loss = decoder_loss(large.decoder, narrow, self.latents, options.decoder_batch)
+        batch = options.decoder_batch
+        losses = [
+            decoder_loss(large.decoder, narrow, self.latents, batch),
+            decoder_loss(large.decoder, narrow, self.held_out_latents, batch, clipped_error),
+        ]
         with convolutions_as_matrices(narrow.decoder):
-            self._train("decoder", narrow, loss, options.decoder_steps)
+            self._train("decoder", narrow, losses)
         narrow = round_weights(narrow)
         figures = {
             "psnr": self._psnr(narrow),
@@ -230,21 +267,19 @@ class SmallParts:
         self.log(f"text     projected to width {shape.width}: cosine {projected:.3f} to the large one")
         small.encoder.requires_grad_(True)
         own_student = with_reader(large.student, small.reader)
-        loss = reading_loss(large.encoder, reader, small, tokens, options.text_batch)
-        self._train("text", small, loss, options.reading_steps)
+        losses = [
+            reading_loss(large.encoder, reader, small, each, options.text_batch)
+            for each in (tokens, held_out)
+        ]
+        self._train("reading", small, losses)
         read = float(compare().mean())
         self.log(f"text     distilled: cosine {read:.3f}")
-        loss = velocity_difference(
-            large.encoder,
-            large.student,
-            small,
-            own_student,
-            tokens,
-            self.latents,
-            self.levels(),
-            options.text_batch,
-        )
-        self._train("text and student", small, loss, options.velocity_steps, VELOCITY_RATE_SHARE)
+        students = (large.student, own_student)
+        losses = [
+            velocity_difference(large.encoder, small, students, states, self.levels(), options.text_batch)
+            for states in ((tokens, self.latents), (held_out, self.held_out_latents))
+        ]
+        self._train("text_velocity", small, losses, VELOCITY_RATE_SHARE)
         small.requires_grad_(False)
         small.encoder = round_weights(small.encoder)
         cosines = compare()

@@ -22,6 +22,7 @@ from .text_projection import Tokens
 
 COSINE_WEIGHT = 1.0
 VELOCITY_WEIGHT = 10.0  # the student's velocity differs by a few percent at first
+IMAGE_TOKENS = 2**14  # of the states of a step, at most: 16 images of 512 pixels
 
 
 class SmallText(nn.Module):
@@ -73,39 +74,51 @@ def reading_loss(
 
 def velocity_difference(
     large: Any,
-    student: Any,
     small: SmallText,
-    own_student: Any,
-    tokens: Tokens,
-    latents: Tensor,
+    students: tuple[Any, Any],
+    states: tuple[Tokens, Tensor],
     levels: Sequence[tuple[float, float]],
     batch_size: int,
 ) -> Callable[[torch.Generator], Tensor]:
     """Return the loss of the student's velocity with the small text, to its velocity with the large text.
 
-    The loss of what the student reads is added. States are `latents` (B, C, H, W), which belong to the prompts of
-    the same rows, at a random one of `levels` (timestep, noise level). `own_student` reads the small text; its
-    weights are those of `student`.
+    The loss of what the student reads is added. `states` are prompts and latents (B, C, H, W) of the same rows, at a
+    random one of `levels` (timestep, noise level). The second of `students` reads the small text; its weights are
+    those of the first.
     """
-    reading = reading_loss(
-        large, student.condition_embedder.text_embedder.linear_1, small, tokens, batch_size
-    )
+    student, own_student = students
+    tokens, latents = states
+    reader = student.condition_embedder.text_embedder.linear_1
+    reading = reading_loss(large, reader, small, tokens, batch_size)
+    num_states = count_states(student.config, latents.shape, batch_size)
+    device = tokens.ids.device
 
     def loss(generator):
-        rows = torch.randint(len(latents), (batch_size,), generator=generator)
-        chosen = torch.randint(len(levels), (batch_size,), generator=generator)
-        timestep, noise_level = torch.tensor(levels)[chosen].to(tokens.ids.device).unbind(1)
-        clean = latents[rows].to(tokens.ids.device)
-        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        rows = torch.randint(len(latents), (num_states,), generator=generator)
+        chosen = torch.randint(len(levels), (num_states,), generator=generator)
+        timestep, noise_level = torch.tensor(levels)[chosen].to(device).unbind(1)
+        clean = latents[rows].to(device)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
         noisy = add_noise(clean, noise, noise_level)
         batch = tokens.take(rows)
         with torch.no_grad():
-            target = velocity_from(student, pack(encode(large, batch), batch))(noisy, timestep)
-        velocity = velocity_from(own_student, pack(small.states(batch), batch))(noisy, timestep)
+            text = pack(encode(large, batch), batch)
+        own_text = pack(small.states(batch), batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.no_grad():
+                target = velocity_from(student, text)(noisy, timestep).float()
+            velocity = velocity_from(own_student, own_text)(noisy, timestep).float()
         difference = velocity_loss(velocity, target).mean() / target.square().mean()
         return VELOCITY_WEIGHT * difference + reading(generator)
 
     return loss
+
+
+def count_states(config: Any, latent_shape: Sequence[int], batch_size: int) -> int:
+    """Return the states of a step: fewer of large images than prompts. `latent_shape` is (..., H, W)."""
+    height, width = latent_shape[-2:]
+    tokens = height * width // (config.patch_size[1] * config.patch_size[2])
+    return max(1, min(batch_size, IMAGE_TOKENS // tokens))
 
 
 def pack(states: Tensor, tokens: Tokens) -> TextTokens:

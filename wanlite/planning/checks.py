@@ -1,6 +1,7 @@
 """Settings of a run -> ValueError with a remedy if they cannot work; torch is not imported."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, NoReturn
 
 from ..phases import FEW_STEP_SHARE
 from .machines import planned_machine
+from .part_settings import PART_SETTINGS
 
 
 def check_all(checks: Iterable[Callable[[], object]], collect: bool = False) -> None:
@@ -91,6 +93,29 @@ def _check_modes(settings):
         raise ValueError(
             "--matching_steps requires --mixed_precision no or bf16: the critic's gradients are not scaled."
         )
+
+
+def check_parts(settings: Any) -> None:
+    """Raise ValueError for settings of small parts that contradict each other, or leave nothing to make."""
+    small = [f"--{name} small" for name in ("text_encoder", "decoder") if getattr(settings, name) == "small"]
+    if small and settings.max_train_steps == 0:
+        model = settings.student or "DIR"
+        raise ValueError(
+            f"--max_train_steps is 0, and {small[0]} follows a training. Small parts of a trained student: "
+            f"{shlex.join(['python', '-m', 'wanlite.small', '--model', model])}"
+        )
+    if small and settings.project_only:
+        raise ValueError(
+            f"--project_only saves a student that is not trained, and {small[0]} is made for a trained one. Leave "
+            "one of them out."
+        )
+    for part, names in PART_SETTINGS.items():
+        given = [name for name in names if getattr(settings, name) is not None]
+        if given and getattr(settings, part) != "small":
+            raise ValueError(
+                f"--{given[0]} is {getattr(settings, given[0])}, which needs --{part} small. Add it, or leave "
+                f"--{given[0]} out."
+            )
 
 
 def _compilers() -> list[str]:
@@ -186,6 +211,7 @@ def check_batch(settings: Any, states: dict[str, int], ranks: int) -> None:
 def check_student(run: dict[str, Any], settings: Any, folder: Path) -> None:
     """Raise ValueError if this run cannot train a saved student further; `run` is run.json in its `folder`."""
     _check_finished(run, folder)
+    _check_large_parts(run, folder)
     _check_record(run, folder)
     _check_previous_phases(run["schedule"]["phases"], settings, folder)
     _check_same_settings(run, settings, folder)
@@ -204,6 +230,14 @@ def _check_finished(run, folder):
         )
     if not run.get("finished"):
         _refuse_student(folder, "holds no finished run. Finish it with the command that started it.")
+
+
+def _check_large_parts(run, folder):
+    if "parts" in run:
+        _refuse_student(
+            folder,
+            "has small parts, and training needs the teacher's. Name the folder of the student with large ones.",
+        )
 
 
 def _check_record(run, folder):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..teacher.expert_files import TeacherFiles
+from .part_plan import PartWork
 from .resolutions import Resolution
 
 EFFICIENCY = 0.4  # of a device's rate of matrix products, as large transformers reach
@@ -23,7 +24,7 @@ SLOW_PRECISION = 1.2  # float32 is recommended if it is faster than mixed precis
 class Workload:
     """The image tokens in the passes of the teacher and in the training states of a run.
 
-    A student is timed on images of `resolution`.
+    A student is timed on images of `resolution`. `parts` is the work on small parts, None without any.
     """
 
     student: Any
@@ -31,6 +32,7 @@ class Workload:
     teacher_tokens: int
     student_tokens: int
     resolution: Resolution
+    parts: PartWork | None = None
 
     @property
     def teacher_parameters(self) -> float:
@@ -44,14 +46,19 @@ class Workload:
 
     @property
     def operations(self) -> float:
-        """The operations of the run."""
+        """The operations of the run, without those of small parts."""
         passes = 2 * self.teacher_tokens * self.teacher_parameters
         return passes + 6 * self.student_tokens * self.student.num_parameters()
 
     @property
     def h100_hours(self) -> float:
-        """The hours of the run on an H100."""
-        return self.operations / (EFFICIENCY * H100_RATE * 3600)
+        """The hours of the run on an H100, without those of small parts."""
+        return h100_hours(self.operations)
+
+
+def h100_hours(operations: float) -> float:
+    """Return the hours of operations in bfloat16 on an H100."""
+    return operations / (EFFICIENCY * H100_RATE * 3600)
 
 
 def estimate_duration(work: Workload, device, dtype) -> str:
@@ -60,12 +67,16 @@ def estimate_duration(work: Workload, device, dtype) -> str:
         return _describe_operations(work, device, dtype)
     token_seconds = _time_state(work, device) / work.resolution.tokens
     pass_seconds = token_seconds / 3 * work.teacher_parameters / work.student.num_parameters()
-    return describe_hours((token_seconds * work.student_tokens + pass_seconds * work.teacher_tokens) / 3600)
+    seconds = token_seconds * work.student_tokens + pass_seconds * work.teacher_tokens
+    if work.parts is not None:
+        seconds += token_seconds * work.parts.operations / (6 * work.student.num_parameters())
+    return describe_hours(seconds / 3600)
 
 
 def _describe_operations(work, device, dtype):
     rate = measure_matrix_rate(device, dtype)
-    hours = work.operations / (EFFICIENCY * rate * 3600)
+    operations = work.operations + (work.parts.operations if work.parts else 0)
+    hours = operations / (EFFICIENCY * rate * 3600)
     text = f"{describe_hours(hours)} on this {'GPU' if device.type == 'cuda' else 'CPU'}; {describe_h100_hours(work)}"
     speedup = measure_matrix_rate(device, torch.float32) / rate if dtype != torch.float32 else 1
     if speedup > SLOW_PRECISION:
@@ -82,8 +93,24 @@ def describe_hours(hours: float) -> str:
 
 def describe_h100_hours(work: Workload) -> str:
     """Return the time of the work on an H100, which compares runs, and its operations."""
-    hours = f"{work.h100_hours:,.1f}" if work.h100_hours >= 0.05 else "below 0.1"
-    return f"{hours} hours on an H100 ({work.operations / 1e15:,.0f} PFLOP)"
+    hours, operations = work.h100_hours, work.operations
+    if work.parts is not None:
+        hours += h100_hours(work.parts.h100_operations)
+        operations += work.parts.operations
+    return f"{format_hours(hours)} hours on an H100 ({operations / 1e15:,.0f} PFLOP)"
+
+
+def format_hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 0.05 else "below 0.1"
+
+
+def describe_part_hours(parts: PartWork) -> str:
+    """Return the hours of each phase of small parts on an H100, and of the student's images before them."""
+    hours = {
+        name: h100_hours(sum(cost * count for cost, count in counts.items()))
+        for name, counts in parts.by_phase.items()
+    }
+    return f"hours on an H100: {', '.join(f'{name} {format_hours(each)}' for name, each in hours.items())}"
 
 
 def _time_state(work, device):

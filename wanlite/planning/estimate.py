@@ -15,6 +15,7 @@ from diffusers.training_utils import EMAModel
 from ..data.autoencoder import DECODED_AT_ONCE, decode_latents, make_autoencoder
 from ..data.shards import SHARD_SIZE
 from ..files.atomic import SPARE
+from ..parts.text_encoder import count_states
 from ..phases import choose_validated, count_trajectories, count_validated, split_trajectories
 from ..runtime.launch import local_processes
 from ..teacher.components import is_converted, num_bytes
@@ -35,6 +36,7 @@ from .memory import (
     count_training_bytes,
     count_trajectory_bytes,
 )
+from .part_plan import count_decoder_bytes, plan_parts
 from .report import MemoryReport
 from .resolutions import make_resolutions
 from .simulation import extrapolate_depth, simulate_peak
@@ -72,6 +74,7 @@ class MemoryEstimator:
         self.pixels = math.prod(last.size)
         # On the device throughout a run.
         self.autoencoder_bytes = sum(weight.nbytes for weight in autoencoder.parameters())
+        self.parts = plan_parts(settings, teacher)  # None: no part is made small
         self.weight_bytes = 4 * self.student.num_parameters()
         num_copies = 3 if settings.muon_learning_rate else 4  # weights, average, state of the optimizers
         self.idle_bytes = num_copies * self.weight_bytes
@@ -194,6 +197,19 @@ class MemoryEstimator:
         }
         if settings.matching_steps:
             phases["matching"] = self.matching_bytes(settings, settings.train_batch_size)
+        return phases | self._part_phases(settings)
+
+    def _part_phases(self, settings):
+        """Return {phase: bytes} of making small parts."""
+        if self.parts is None:
+            return {}
+        phases = {}
+        if "decoder" in self.parts.phases:
+            phases["decoder"] = count_decoder_bytes(self.parts, self.peak)
+        if "reading" in self.parts.phases:
+            num_states = count_states(self.student.config, self.latent_shape, self.parts.options.text_batch)
+            text_bytes = num_bytes(self.components["text_encoder"])
+            phases["text_velocity"] = text_bytes + self.training_bytes(settings, num_states)
         return phases
 
     def _decoding_bytes(self, num_images):
@@ -229,4 +245,6 @@ class MemoryEstimator:
         disk: Counter = Counter()
         disk[settings.cache_dir] += self.cache_bytes(settings, num_generated, num_validated)
         disk[settings.output_dir] += (settings.checkpoints_total_limit + 1) * checkpoint_bytes
+        if self.parts is not None:
+            disk[settings.output_dir] += self.parts.count_disk_bytes(self.student, self.latent_shape)
         return disk

@@ -15,6 +15,7 @@ from ..schedule import TIMESTEPS
 from ..training.report.tables import format_count, format_duration
 from ..training.run_folder import image_size
 from .budgets import expected_quality
+from .duration import describe_part_hours
 from .hardware import is_large
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder of the scripts
@@ -38,6 +39,7 @@ def announce(run, log):
         ("start", settings.student or f"projection {settings.projection}"),
         ("device", f"{describe_device(run)}, {precision}"),
         *([("work", PROJECTED_ONLY)] if settings.project_only else describe_work(run)),
+        *describe_parts(run),
         ("output", Path(settings.output_dir).absolute()),
     ]
     log("\n".join(labelled(*line) for line in lines))
@@ -87,6 +89,17 @@ def describe_work(run):
         ("noise", describe_noise(settings, run.files.boundary)),
         *describe_expectation(run),
     ]
+
+
+def describe_parts(run):
+    """Return the lines of the small parts that are made after training, none without any."""
+    work = run.part_work()
+    if work is None:
+        return []
+    lines = work.plan.describe(work.student)
+    if is_large(run.files):
+        lines.append(describe_part_hours(work))
+    return list(zip(["small", *("" for _ in lines)], lines))
 
 
 def describe_expectation(run):

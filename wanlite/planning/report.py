@@ -70,6 +70,12 @@ class MemoryReport:
                 "the projection does not fit",
                 f"{more_memory}; a projected student in --cache_dir is reused",
             ),
+            ("decoder", "the training of the small decoder does not fit", "leave --decoder out"),
+            (
+                "text_velocity",
+                "the training of the small text encoder does not fit",
+                "leave --text_encoder out",
+            ),
         ]
         if not self._fits("training"):  # matching needs more, and the same remedy
             return [*remedies, ("training", *self._reduce_batch())]

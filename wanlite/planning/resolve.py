@@ -17,7 +17,7 @@ from ..teacher.folder import check_holds_experts, find_teacher, neighbours
 from ..training.run_folder import image_size, read_run
 from ..training.trackers import check_tracker
 from .budgets import apply_budget
-from .checks import check_all, check_combinations, check_compiler, check_student, complete_steps
+from .checks import check_all, check_combinations, check_compiler, check_parts, check_student, complete_steps
 from .hub import download_teacher
 from .settings import check_bounds
 from .teacher_folder import read_teacher_folder
@@ -42,6 +42,7 @@ def complete(settings):
 
     Raises OSError or ValueError for the first problem; a dry run raises one error with a line per problem.
     """
+    check_parts(settings)
     if not settings.dry_run:
         check_bounds(settings)  # before a download of hours
         download_teacher(settings.teacher)

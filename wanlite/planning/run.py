@@ -48,6 +48,7 @@ from .hardware import (
     training_dtype,
 )
 from .messages import versions
+from .part_plan import PartWork, longest_in_batch
 from .resolutions import Resolution
 from .resolve import image_sizes
 from .teacher_folder import read_teacher_folder
@@ -135,8 +136,22 @@ class Run:
                 (span.last - span.first) * tokens[span.resolution] for span in self.phases
             )
         return Workload(
-            self.estimator.student, self.files, teacher_tokens, student_tokens, self.resolutions[-1]
+            self.estimator.student,
+            self.files,
+            teacher_tokens,
+            student_tokens,
+            self.resolutions[-1],
+            self.part_work() if is_trained else None,
         )
+
+    def part_work(self):
+        """Return the PartWork of the small parts, None without any."""
+        plan, last = self.estimator.parts, self.resolutions[-1]
+        if plan is None:
+            return None
+        text_tokens = longest_in_batch(self.training, plan.options.text_batch)
+        num_steps = self.settings.num_inference_steps
+        return PartWork(plan, self.estimator.student, last.latent_shape, last.tokens, text_tokens, num_steps)
 
     def estimate_time(self, **parts):
         """Return the estimated time of the parts of workload()."""

@@ -3,6 +3,7 @@
     config.json, diffusion_pytorch_model.safetensors     the student
     scheduler/ tokenizer/ text_encoder/ vae/             the other components of inference; model_index.json for stock diffusers
     base/                                                the same for the student before the few-step phase
+    small/                                               the same with a small text encoder or decoder
     run.json                                             settings, versions, seeds, fingerprints, results
     checkpoints/step-000500/                             resumable state, each with a manifest that is written last
     samples/ logs/ cache/ metrics.jsonl README.md
@@ -45,10 +46,12 @@ from ..files.json_files import DOWNLOADED, OWN, read_json
 from ..files.text_files import MAX_LINE, open_text
 from ..runtime.launch import is_on_several_machines
 
+SMALL = "small"  # the same student with small parts
 RESULTS = (  # removed by clear()
     *COMPONENTS,
     "scheduler",
     BASE,
+    SMALL,
     f"{CHECKPOINTS}/step-*",
     f"{CHECKPOINTS}/.step-*",
     f"{SAMPLES}/step-*.png",
@@ -144,16 +147,29 @@ def check_output_folder(
         )
     if not resume or run.get("projected_only"):
         return "new"
-    if changed := [
-        f"{name} was {run['settings'].get(name)!r}, is {value!r}"
-        for name, value in settings.items()
-        if run["settings"].get(name) != value
-    ]:
+    if changed := _list_changes(run, settings):
         raise ValueError(
             f"{folder}: holds an unfinished run under other settings ({', '.join(changed)}). Use the same settings, or add "
             "--overwrite."
         )
     return "resume"
+
+
+def _list_changes(run, settings):
+    """Return a clause for each of `settings` that a run does not share."""
+    earlier = run["settings"]
+    return [
+        f"{name} was {earlier.get(name)!r}, is {value!r}"
+        for name, value in settings.items()
+        if earlier.get(name) != value
+    ]
+
+
+def lacks_parts(folder: str | Path, settings: dict[str, Any]) -> bool:
+    """Whether a folder holds a finished run under the same settings, without small parts."""
+    run = read_run(folder) if Path(folder).is_dir() else {}
+    is_run = bool(run.get("finished")) and isinstance(run.get("settings"), dict)
+    return is_run and SMALL not in run and not _list_changes(run, settings)
 
 
 def read_fitted_settings(folder: str | Path) -> dict[str, Any]:

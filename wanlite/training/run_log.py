@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..data.grids import save_grid
 from ..files.file_names import METRICS, REPORT, SAMPLES
-from ..phases import describe_phase
+from ..phases import describe_phase, list_part_phases
 from ..runtime.progress import print_above, track
 from .checkpoints import latest_checkpoint
 from .report.page import write_report
@@ -65,11 +65,7 @@ class RunLog:
             self.accelerator.print(f"WARNING: step {step} is not logged: {error}")
 
     def write_report(self):
-        """Write report.html from the files of the run; whatever fails, training continues."""
-        try:
-            write_report(self.folder)
-        except Exception as error:  # a page is never worth the end of a training
-            self.accelerator.print(f"WARNING: {REPORT} is not written: {error!r}")
+        try_report(self.folder, self.accelerator.print)
 
     def record_step(self, phase, state, step_figures):
         """Advance the progress bar; record the StepFigures every LOG_STEPS steps, of a phase's last step, and of skipped steps."""
@@ -78,7 +74,9 @@ class RunLog:
         if step % LOG_STEPS and step != phase.last and step_figures.is_finite:
             return
         figures = self.pace.figures()
-        self.bar.describe(describe_phase(phase, self.run.phases), f"loss {step_figures.loss:.3f}")
+        settings = self.run.settings
+        later = list_part_phases(settings.text_encoder == "small", settings.decoder == "small")
+        self.bar.describe(describe_phase(phase, self.run.phases, len(later)), f"loss {step_figures.loss:.3f}")
         self.record(
             step,
             seconds=round(self.seconds, 1),
@@ -105,3 +103,11 @@ class RunLog:
                 )
         self.accelerator.wait_for_everyone()
         self.pace.restart()  # saving is not part of a step
+
+
+def try_report(folder, log):
+    """Write report.html from the files of a run; whatever fails, the run continues."""
+    try:
+        write_report(folder)
+    except Exception as error:  # a page is never worth the end of a training
+        log(f"WARNING: {REPORT} is not written: {error!r}")

@@ -176,6 +176,26 @@ def _list_phases(history):
     ]
 
 
+def list_small_parts(history: History) -> Table:
+    """Return the sizes and the likeness of the small parts that were made after training."""
+    figures = history.run.get("small", {}).get("figures", {})
+    rows = []
+    for name, key, measure in (
+        ("Text encoder", "text_encoder", "cosine {cosine:.3f} to the large one"),
+        ("Decoder", "decoder", "{psnr:.1f} dB to the large one"),
+    ):
+        if part := figures.get(key):
+            sizes = " of ".join(format_count(part[size]) for size in ("parameters", "large_parameters"))
+            rows.append((name, f"{sizes} parameters, {measure.format(**part)}"))
+            rows.append(
+                ("Its file", f"{part['megabytes']:,.1f} MB, the large one {part['large_megabytes']:,.1f} MB")
+            )
+    if accuracy := figures.get("accuracy"):
+        drawn = f"{accuracy['small']:.1%}, with the large parts {accuracy['large']:.1%}"
+        rows.append(("Captions drawn right", drawn))
+    return rows
+
+
 def list_machine(history: History) -> Table:
     """Return the machine and the versions."""
     machine = history.facts.get("machine", {})
