@@ -16,8 +16,8 @@ import pyarrow  # noqa: F401 (an import that is no cost of a refusal)
 import torch
 from pyarrow import parquet  # noqa: F401
 
-import run_inference
 import train_distillation  # noqa: F401
+from wanlite.data.images import read_image_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REFUSED, SAME, ACCEPTED = "refused", "the same result", "accepted"
@@ -188,7 +188,7 @@ class Trial:
         with suppress(OSError, ValueError):
             found |= json.loads((home / "found").read_text())
         images = {
-            path.name: hashlib.sha256(run_inference.read_image_file(path, "").tobytes()).hexdigest()
+            path.name: hashlib.sha256(read_image_file(path, "").tobytes()).hexdigest()
             for path in sorted(place.images.glob("*.png"))
             if not path.is_symlink()
         }

@@ -79,7 +79,7 @@ class PartPlan:
         lines = []
         if shape := self.options.text_shape:
             lines.append(
-                f"text encoder: width {shape.width}, {shape.depth} blocks, {shape.heads} heads, "
+                f"text encoder: width {shape.width}, {shape.depth} block{'s' * (shape.depth > 1)}, {shape.heads} heads, "
                 f"{_compare(self.small_encoder, self.encoder)}"
             )
         if self.small_autoencoder is not None:
