@@ -30,7 +30,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -46,6 +46,8 @@ from wanlite import flow, schedule  # noqa: E402
 from wanlite.data import autoencoder as vae  # noqa: E402
 from wanlite.data import text_encoder as text  # noqa: E402
 from wanlite.network import OneFrameBlock, TextTokens, one_frame_velocity, pack_states, pack_text  # noqa: E402
+from wanlite.teacher.checkpoint import open_teacher_files  # noqa: E402
+from wanlite.teacher.model import Teacher  # noqa: E402
 from wanlite.training.metrics import prompt_accuracy  # noqa: E402
 
 SEED = 22
@@ -658,41 +660,40 @@ def assemble(run: Run) -> dict[str, Any]:
     (run.folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     if run.recipe.notice:
         shutil.copy(run.recipe.notice, run.folder)
-    return judge_pipeline(run)
+    return judge_teacher(run)
 
 
-def judge_pipeline(run: Run) -> dict[str, Any]:
-    """Return the judge's figures of the finished teacher, for each of the recipe's settings."""
-    pipeline = WanPipeline.from_pretrained(run.folder, dtype=torch.float32).to(run.device)
-    pipeline.set_progress_bar_config(disable=True)
+def judge_teacher(run: Run) -> dict[str, Any]:
+    """Return the judge's figures of the finished teacher, for each of the recipe's settings.
 
-    def generate(captions, steps, is_guided):
-        images, guidance = [], run.recipe.guidance if is_guided else dict.fromkeys(run.recipe.guidance, 1.0)
-        for start in range(0, len(captions), 50):
-            chunk = captions[start : start + 50]
-            noise = flow.seeded_noise((16, 1, 8, 8), range(start, start + len(chunk))).to(run.device)
-            frames = pipeline(
-                chunk,
-                height=64,
-                width=64,
-                num_frames=1,
-                latents=noise,
-                num_inference_steps=steps,
-                guidance_scale=guidance["high"],
-                guidance_scale_2=guidance["low"],
-                output_type="np",
-            ).frames
-            images.append((frames[:, 0] * 255).round().astype(np.uint8))
-        return np.concatenate(images)
-
+    Images are those of a stock WanPipeline, without the time that padding of the text takes.
+    """
+    teacher = Teacher(open_teacher_files(run.folder), run.device)
+    generate = make_generator(run, partial(velocity_of_teacher, teacher))
     first, *others = (
         (
             f"{steps} steps, {'guided' if is_guided else 'unguided'}",
-            accuracy(partial(generate, steps=steps, is_guided=is_guided), run.world, 400),
+            accuracy(
+                partial(
+                    generate,
+                    guidance=tuple(run.recipe.guidance.values()) if is_guided else (1.0, 1.0),
+                    steps=steps,
+                ),
+                run.world,
+                400,
+            ),
         )
         for steps, is_guided in run.recipe.judged
     )
     return {"drawn": first[0], **first[1], **dict(others)}
+
+
+def velocity_of_teacher(
+    teacher: Teacher, embeddings: Sequence[Tensor], empty: Tensor, guidance: tuple[float, float]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the velocity of both experts as a function of (latents, timestep); `guidance` is (high, low)."""
+    prompts, negative = pack_text(embeddings), pack_text([empty] * len(embeddings))
+    return lambda latents, timestep: teacher.velocity(latents, timestep, prompts, negative, *guidance)[0]
 
 
 def accuracy(generate: Callable, world: Any, count: int) -> dict[str, Any]:
@@ -716,7 +717,7 @@ def judge_shared(run: Run, count: int) -> None:
     trained = make_trained(run.recipe).to(run.device)
     for parameter, average in zip(trained.parameters(), state["ema"]["shadow_params"]):
         parameter.copy_(average)
-    generate = make_generator(run, trained["network"])
+    generate = make_generator(run, partial(guided_velocity, trained["network"]))
     print(
         f"step {state['step']}, {state['step'] * run.recipe.plan['shared']['batch_size']} samples", flush=True
     )
@@ -725,18 +726,22 @@ def judge_shared(run: Run, count: int) -> None:
         print(f"guidance {guidance:g}, {steps} steps:", figures, flush=True)
 
 
-def make_generator(run: Run, network: Any) -> Callable:
-    """Return a function that generates images (B, 64, 64, 3) uint8 of captions, with one network for all noise levels."""
+def make_generator(run: Run, velocity_of: Callable) -> Callable:
+    """Return a function that generates images (B, 64, 64, 3) uint8 of captions.
+
+    `velocity_of(embeddings, empty, guidance)` returns a velocity as a function of (latents, timestep).
+    """
     tokenizer, encoder = text.load_text_encoder(run.folder, run.device, torch.float32)
     autoencoder = vae.load_autoencoder(run.folder, run.device)
     empty = text.encode_prompts(tokenizer, encoder, [""])[0]
 
+    @torch.no_grad()
     def generate(captions, guidance, steps):
         embeddings, images = text.encode_prompts(tokenizer, encoder, captions), []
         for start in range(0, len(captions), 100):
             chunk = embeddings[start : start + 100]
             noise = flow.seeded_noise((16, 8, 8), range(start, start + len(chunk))).to(run.device)
-            velocity = guided_velocity(network, chunk, empty, guidance)
+            velocity = velocity_of(chunk, empty, guidance)
             latents = flow.sample(velocity, noise, flow.make_scheduler(SHIFT), steps)
             images.append(vae.to_images(vae.decode_latents(autoencoder, latents)))
         return np.concatenate(images)
