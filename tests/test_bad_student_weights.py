@@ -152,15 +152,21 @@ BAD_HEADERS = [
                 entry([0, 2**40, 2**40], (0, 0)), body=0
             ),
             "size whose bytes overflow to a size that fits": described(entry([2**62 + 2])),
+        },
+    ),
+    *with_common_words(
+        OSError,
+        [WEIGHTS, "is out of range"],
+        {
             "size of 4 000 digits": described(entry([LONG])),
             "sizes of 4 000 digits and no bytes": described(entry([0] + [LONG] * 7, (0, 0)), body=0),
+            "offsets of 4 300 digits": described(entry([0], [10**4300 - 1] * 2)),
         },
     ),
     *with_common_words(
         OSError,
         [WEIGHTS, "a has offsets that do not fit its shape"],
         {
-            "offsets of 4 300 digits": described(entry([0], [10**4300 - 1] * 2)),
             "offsets reversed": described(entry(offsets=(8, 0))),
             "offsets negative": described(entry(offsets=(-8, 0))),
             "three offsets": described(entry(offsets=(0, 8, 8))),

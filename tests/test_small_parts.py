@@ -553,7 +553,7 @@ def test_the_plan_has_the_sizes_steps_and_time_of_small_parts(tmp_path, capsys):
     )
     assert train_distillation.plan(complete_run(settings), small) == 0
     plan = " ".join(capsys.readouterr().out.split())
-    assert "text encoder: width 16, 1 blocks" in plan and "decoder: 7 channels, 0.09 M parameters" in plan
+    assert "text encoder: width 16, 1 block," in plan and "decoder: 7 channels, 0.09 M parameters" in plan
     assert "steps: decoder 1,500, reading 1,500, text_velocity 400, on 4,000 images" in plan
     with pytest.raises(ValueError, match="a text encoder with width 128"):
         train_distillation.plan(complete_run(replace(settings, text_width=128)), small)

@@ -16,10 +16,19 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from .file_names import PROVENANCE
 from .inside import resolve_inside
 from .json_files import OWN, open_regular, read_json, shown
 
 MANIFEST = "manifest.json"
+READ = (
+    ".json",
+    ".safetensors",
+    ".model",
+    ".jinja",
+    "merges.txt",
+    "vocab.txt",
+)  # endings of files that loaders read
 SPARE = 2**20  # bytes that a file system needs beside the files themselves
 
 
@@ -121,11 +130,12 @@ def find_corruption(folder: Path, sizes_only: bool = False, hashed_later: Collec
 
 
 def _find_unlisted(folder: Path, listed: Collection[str]) -> str | None:
-    """Return a file that a manifest does not list, None if there is none; hidden files are not of the writer."""
+    """Return a file that a loader may read and a manifest does not list, None if there is none."""
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
-        is_hidden = any(part.startswith(".") for part in name.parts)
-        if not is_hidden and not path.is_dir() and str(name) not in {MANIFEST, *listed}:
+        is_hidden = any(part.startswith(".") for part in name.parts)  # of a save, or of another program
+        is_read = path.name.endswith(READ) and path.name not in (MANIFEST, PROVENANCE)
+        if is_read and not is_hidden and not path.is_dir() and str(name) not in listed:
             return str(name)
     return None
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .atomic import write_json
+from .file_names import PROVENANCE
 from .json_files import OWN, Limits, read_json
 
-PROVENANCE = "provenance.json"
 RECORD = OWN._replace(max_bytes=2**27, max_containers=2**21)  # a million images
 LAYOUT = 3  # of the files in a cache; it changes when older ones cannot be read, or cannot be verified
 

@@ -5,6 +5,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 MODEL_INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 RUN = "run.json"
+PROVENANCE = "provenance.json"  # the inputs of a folder in the cache
 METRICS = "metrics.jsonl"
 REPORT = "report.html"
 MODEL_CARD = "README.md"
