@@ -96,7 +96,7 @@ def main(settings: Settings, prompts: list[str]) -> None:
 
 
 def announce(settings: Settings, device: str, count: int, is_recorded: bool) -> None:
-    """Print what is generated, and where it is written."""
+    """Print the number of images, their settings and the output folder."""
     reason = "" if settings.device or device != "cpu" else " (no CUDA device was found)"
     print(
         f"generating {num_images(count)} of {settings.width}x{settings.height} in {settings.num_inference_steps} steps "

@@ -12,11 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow  # noqa: F401 (an import that is no cost of a refusal)
+import pyarrow  # noqa: F401 (imported before a refusal is measured)
 import torch
 from pyarrow import parquet  # noqa: F401
 
 import train_distillation  # noqa: F401
+from tests.conftest import SHORT_RUN
 from wanlite.data.images import read_image_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -32,21 +33,6 @@ PROMPT = "a small red circle at the left on a white background"
 DRAWN = ("config.json", "diffusion_pytorch_model.safetensors", "model_index.json", "run.json", "scheduler")
 DRAWN += ("text_encoder", "tokenizer", "vae")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SHORT_RUN = (
-    *("--num_trajectories", "64", "--max_train_steps", "6", "--few_step_train_steps", "2"),
-    *(
-        "--matching_steps",
-        "2",
-        "--rollout_states",
-        "8",
-        "--train_batch_size",
-        "16",
-        "--checkpointing_steps",
-        "3",
-    ),
-    *("--validation_steps", "3", "--lr_warmup_steps", "2", "--num_held_out", "16", "--report_to", "none"),
-    *("--teacher_steps", "8", "--reference_steps", "8", "--validation_trajectories", "16"),
-)
 BAR = "\x1b[A"  # of a progress bar above another
 NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
 

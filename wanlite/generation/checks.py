@@ -138,7 +138,7 @@ def check_image_size(settings: Settings, folder: Path, config: dict) -> int:
 
 
 def check_output_dir(output: Path) -> None:
-    """Raise OSError for a path where a folder cannot be created."""
+    """Raise OSError if the folder cannot be created or written to."""
     place = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     if not place.is_dir():
         raise OSError(

@@ -86,7 +86,7 @@ def make_generator(seed: int, step: int) -> torch.Generator:
 
 
 def _make_state(weights, schedule):
-    """Return what a checkpoint holds, at step 0."""
+    """Return the content of a checkpoint at step 0."""
     matrices = [weight for name, weight in weights.items() if re.fullmatch(MATRICES, name)]
     others = [weight for name, weight in weights.items() if not re.fullmatch(MATRICES, name)]
     rate = schedule.learning_rate

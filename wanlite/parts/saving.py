@@ -51,7 +51,7 @@ def save_small(
 
 
 def count_bytes(folder: Path, component: str) -> int:
-    """Return the bytes of what inference reads of a component, "" for the student itself."""
+    """Return the bytes of a component's files that inference reads, "" for the student itself."""
     pattern = "*" if component == "tokenizer" else "*.safetensors"
     return sum(path.stat().st_size for path in (folder / component).glob(pattern))
 

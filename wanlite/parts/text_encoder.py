@@ -1,4 +1,4 @@
-"""Distillation of a small text encoder, for one student: first what the student reads, then the student's velocity.
+"""Distillation of a small text encoder, for one student: first the text that the student reads, then the student's velocity.
 
 The student reads text through one linear layer alone, so the small encoder learns that layer's outputs, and the layer
 gets the small encoder's width. Source of the second phase: DistillT5 (Wang et al. 2025), through a much larger network.
@@ -58,7 +58,7 @@ def tokenize_all(tokenizer: Any, prompts: Sequence[str], max_length: int) -> Tok
 def reading_loss(
     large: Any, reader: Any, small: SmallText, tokens: Tokens, batch_size: int
 ) -> Callable[[torch.Generator], Tensor]:
-    """Return the loss of what the student reads of random prompts: squared error and angle of each token."""
+    """Return the loss of the student's inputs for random prompts: squared error and angle of each token."""
 
     def loss(generator):
         rows = torch.randint(len(tokens.ids), (batch_size,), generator=generator)
@@ -128,7 +128,7 @@ def pack(states: Tensor, tokens: Tokens) -> TextTokens:
 
 @torch.no_grad()
 def compare_reading(large: Any, reader: Any, small: SmallText, tokens: Tokens) -> Tensor:
-    """Return the mean cosine (B,) of what the student reads of each prompt, small to large."""
+    """Return the mean cosine (B,) between the student's inputs from both encoders, for each prompt."""
     target, read = reader(encode(large, tokens).float()), small.reader(small.states(tokens))
     cosine = F.cosine_similarity(read, target, dim=-1).masked_fill(~tokens.mask.bool(), 0.0)
     return cosine.sum(1) / tokens.mask.sum(1)
