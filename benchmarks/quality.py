@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
+from benchmarks import second_judge
 from train_distillation import CHANGEABLE_ON_RESUME, Settings
 from wanlite.data.autoencoder import decode_latents, to_images
 from wanlite.flow import make_scheduler, sample, seeded_noise
@@ -47,7 +48,7 @@ from wanlite.training.metrics import (
 from wanlite.training.run_folder import read_run
 from wanlite.training.steps import velocity_from
 from wanlite.training.teacher_data import teacher_velocity
-from wanlite.world import shapes
+from wanlite.world import emoji, shapes
 from wanlite.world.record import read_world
 
 Method = tuple[tuple[Any, ...], tuple[int, ...]]  # script and flags, judged numbers of steps
@@ -266,6 +267,10 @@ class Judge:
             self.references[seed] = found
         teacher = self.references[seed]
         figures = prompt_accuracy(lambda _: found.images, self.captions, self.world)
+        if judge_objects := find_second_judge(self.world):
+            scenes = [self.world.read_caption(caption) for caption in self.captions]
+            judged = judge_objects(found.images, scenes)
+            figures |= {f"EfficientNet {name}": float(judged[name]) for name in ("top-1", "top-5")}
         return {
             "model": model,
             "steps": num_steps,
@@ -278,6 +283,19 @@ class Judge:
             "frechet": 1000 * frechet_distance(found.images, teacher.images),
             "seconds": found.seconds,
         }
+
+
+@cache
+def find_second_judge(world: Any) -> Callable | None:
+    """Return EfficientNet's judgement of objects; None for another world, or without its package, which is printed."""
+    if world is not emoji:
+        return None
+    try:
+        second_judge.load_weights()
+    except (OSError, ValueError) as error:
+        print(f"quality.py: no columns of EfficientNet: {error}", file=sys.stderr)
+        return None
+    return second_judge.object_figures
 
 
 def judge_all(
@@ -297,7 +315,7 @@ def judge_all(
     unguided = teacher_velocity(teacher, replace(settings, guidance_scale=1.0, guidance_scale_2=1.0), empty)
     for model, velocity_for, passes, counts in (
         (REFERENCE[0], guided, 2, (REFERENCE[1], *FEW)),
-        ("teacher, unguided", unguided, 1, (4,)),
+        ("teacher, unguided", unguided, 1, (REFERENCE[1], 4)),
     ):
         for num_steps in counts:
             for seed in seeds:
@@ -316,7 +334,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     judged = [name for name in rows[0] if name not in OTHER_COLUMNS]
     columns = (
         *("model", "steps", "seeds", "evaluations"),
-        *("whole caption (range)", "one object", "two", *judged),
+        *("drawn right (range)", "one object", "two", *judged),
         *("diversity (range)", "drift", "spread", "Frechet", "seconds per image"),
     )
     print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))

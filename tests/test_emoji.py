@@ -343,10 +343,17 @@ def test_accuracy_of_drawings_is_one(images):
         figures["accuracy"]
         == figures["accuracy_one"]
         == figures["accuracy_two"]
-        == figures["seen"]
+        == figures["whole"]
         == figures["detail"]
         == 1
     )
+
+
+def test_a_blurred_image_with_everything_in_it_counts_as_right(images):
+    captions = [emoji.all_captions(described)[0] for described in DESCRIBED[:30]]
+    soft = np.stack([ndimage.gaussian_filter(image, (1.5, 1.5, 0)) for image in images[:30]])
+    figures = prompt_accuracy(lambda _: soft, captions, emoji)
+    assert figures["whole"] < 0.7 < 0.9 < figures["accuracy"]
 
 
 # ---- the atlas and its packages ----------------------------------------------------------------------------

@@ -36,15 +36,15 @@ def prompt_accuracy(
     seconds = (time.perf_counter() - began) / len(captions)
     verdicts = [world.judge(image, scene) for image, scene in zip(images, scenes)]
     counts = np.array([len(scene.objects) for scene in scenes])
-    whole = np.array([verdict["whole"] for verdict in verdicts])
+    right = np.array([verdict[world.RIGHT] for verdict in verdicts])
     figures = {
-        "accuracy": whole.mean(),
-        "accuracy_one": whole[counts == 1].mean() if (counts == 1).any() else None,
-        "accuracy_two": whole[counts == 2].mean() if (counts == 2).any() else None,
+        "accuracy": right.mean(),
+        "accuracy_one": right[counts == 1].mean() if (counts == 1).any() else None,
+        "accuracy_two": right[counts == 2].mean() if (counts == 2).any() else None,
         "seconds": seconds,
     }
     figures |= {
-        name: np.mean([verdict[name] for verdict in verdicts]) for name in verdicts[0] if name != "whole"
+        name: np.mean([verdict[name] for verdict in verdicts]) for name in verdicts[0] if name != world.RIGHT
     }
     return {name: None if value is None else round(float(value), 4) for name, value in figures.items()}
 

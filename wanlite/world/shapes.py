@@ -223,6 +223,7 @@ MAX_SPECKLED = 0.3  # fraction of an object's inside that may differ from its co
 FARTHEST_PLACE = 6.0  # pixels between an object's centroid and its place
 FARTHEST_COLOUR = 60.0  # RGB distance of the colour of an object or background from the palette
 ATTRIBUTES = ("count", "background", "colour", "shape", "size", "place")
+RIGHT = "whole"  # the verdict on an image that has everything that its caption names
 
 
 def read_image(image: np.ndarray) -> Scene | None:

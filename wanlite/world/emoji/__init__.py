@@ -5,7 +5,7 @@ images match a caption, which makes sampling in few steps hard.
 """
 
 from .captions import all_captions, caption, captions, omit_properties, read_caption
-from .judge import ATTRIBUTES, judge
+from .judge import ATTRIBUTES, RIGHT, judge
 from .scenes import (
     BACKGROUNDS,
     IMAGE_SIZE,
@@ -28,6 +28,7 @@ __all__ = [
     "NAMES",
     "IMAGE_SIZE",
     "PLACES",
+    "RIGHT",
     "SIZES",
     "STYLES",
     "Object",

@@ -20,6 +20,7 @@ from .scenes import BACKGROUNDS, IMAGE_SIZE, JITTER, PAIRS, PLACES, Scene, backd
 from .sprites import NAMES, SIZES, STYLES, sprites
 
 ATTRIBUTES = ("object", "style", "count", "place", "background")
+RIGHT = "seen"  # the verdict on an image that has everything that its caption names
 MAX_RESIDUAL = 0.15  # largest squared error of an object relative to |D|^2 of its sprite
 PRESENT = 0.7  # a place with at least this residual counts as empty; an empty one has 1
 DETAIL = (0.7, 1.3)  # of a crisp image: ratio of the norms of the Laplacians of image and nearest drawing
