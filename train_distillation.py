@@ -320,8 +320,8 @@ class Settings:
     )
     feature_directions: int | None = setting(
         None,
-        "compare hidden states in this many principal directions of the teacher (default: a quarter of the "
-        "student's width)",
+        "compare hidden states in this many principal directions of the teacher; students of several widths share "
+        "trajectories of the same number (default: a quarter of the student's width)",
         least=1,
     )
     diversity_gain: float = setting(

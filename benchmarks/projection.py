@@ -263,10 +263,7 @@ def read_inputs(job: Job) -> Inputs:
 
     cache = Path(job["data"])
     saved = torch.load(cache / "prompts.pt", weights_only=True)
-    states = {
-        part: Trajectories(cache / part, len(list((cache / part).glob("shard-*"))))
-        for part in ("training", "held_out")
-    }
+    states = {part: Trajectories(sorted((cache / part).glob("shard-*"))) for part in ("training", "held_out")}
     settings = replace(
         complete(Settings()),
         seed=job["seed"],

@@ -45,7 +45,7 @@ from torch import nn
 from train_distillation import Settings, WanLiteStudent
 from wanlite.data.datasets import SeededBatches, Trajectories
 from wanlite.data.prefetch import PREFETCHED_BATCHES, read_ahead
-from wanlite.data.shards import SCALE, quantize, write_shard
+from wanlite.data.shards import SCALE, quantize, shard_path, write_shard
 from wanlite.data.trajectories import count_compared, sample_tokens
 from wanlite.network import pack_text, pass_operations, unpack_text
 from wanlite.planning.defaults import choose_feature_width
@@ -184,7 +184,8 @@ def make_world(
         "features": (tokens, width),
     }
     folder.mkdir(parents=True)
-    for index in range(TRAJECTORIES // 4):
+    paths = [shard_path(folder, index) for index in range(TRAJECTORIES // 4)]
+    for index in range(len(paths)):
         shard = {
             "first_token": torch.zeros(4, STATES, dtype=torch.long),
             "timestep": torch.full((4, STATES), 500.0),
@@ -193,7 +194,7 @@ def make_world(
         }
         for name, size in sizes.items():
             shard[name], shard[name + SCALE] = quantize(noise(4, STATES, *size))
-        write_shard(folder, index, shard)
+        write_shard(paths[index], shard)
     lengths = torch.randint(*WORDS, (TRAJECTORIES,), generator=generator).tolist()
     return World(
         torch.device(device),
@@ -202,7 +203,7 @@ def make_world(
         shape,
         side,
         batch,
-        Trajectories(folder, TRAJECTORIES // 4),
+        Trajectories(paths),
         [noise(length, shape["text_dim"]) for length in lengths],
     )
 

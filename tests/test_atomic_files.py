@@ -142,7 +142,7 @@ from resource import RUSAGE_SELF, getrusage
 import torch
 from safetensors.torch import save_file
 from wanlite.data.component_files import check_finite
-from wanlite.data.shards import write_shard
+from wanlite.data.shards import shard_path, write_shard
 from wanlite.files.dtypes import find_non_finite
 from wanlite.teacher.expert_files import ExpertFiles
 folder, large = Path(sys.argv[2]), torch.nn.Linear(16384, 4096, bias=False, dtype=torch.bfloat16).requires_grad_(False)
@@ -150,7 +150,7 @@ large.weight.fill_(3e33)                                     # their sum exceeds
 save_file({"weight": large.weight}, folder / "expert.safetensors")
 expert = ExpertFiles("high", folder, {}, {"weight": (folder / "expert.safetensors", "weight", (4096, 16384))})
 for search in (lambda: check_finite("here", large.state_dict()), lambda: find_non_finite(large.state_dict()),
-             lambda: expert.read("weight", torch.bfloat16), lambda: write_shard(folder, 0, large.state_dict())):
+             lambda: expert.read("weight", torch.bfloat16), lambda: write_shard(shard_path(folder), large.state_dict())):
     before = getrusage(RUSAGE_SELF).ru_maxrss
     search()
     print(1024 * (getrusage(RUSAGE_SELF).ru_maxrss - before) / large.weight.nbytes)

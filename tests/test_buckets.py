@@ -56,6 +56,9 @@ def test_jobs_are_spread_evenly_by_seed_and_unchanged_with_one_bucket():
     assert dealt == split_jobs(jobs, 3, seed=5) != split_jobs(jobs, 3, seed=6) and split_jobs(
         jobs, 1, seed=5
     ) == [jobs]
+    assert split_jobs(jobs[:20], 3, seed=5) == [
+        [job for job in own if job in jobs[:20]] for own in dealt
+    ]  # more jobs only lengthen the lists
     with pytest.raises(ValueError, match="2 images of the teacher are fewer than the 3 sizes"):
         split_jobs(jobs[:2], 3, seed=5)
 

@@ -37,13 +37,13 @@ from wanlite.flow import clean_from, make_scheduler, sample, seeded_noise
 
 
 def write_numbered(folder, sizes, states=3):
-    """Write shards in which every value is the index of its state."""
+    """Write shards in which every value is the index of its state; returns their paths."""
     first = 0
-    for index, size in enumerate(sizes):
+    paths = [shard_path(folder, index) for index in range(len(sizes))]
+    for path, size in zip(paths, sizes):
         number = torch.arange(first, first + size * states, dtype=torch.float32).view(size, states)
         write_shard(
-            folder,
-            index,
+            path,
             {
                 "timestep": number,
                 "latents": number[..., None].half(),
@@ -51,22 +51,23 @@ def write_numbered(folder, sizes, states=3):
             },
         )
         first += size * states
+    return paths
 
 
 def test_concurrent_writers_of_one_shard_each_find_it_complete(tmp_path, monkeypatch):
-    tensors, others = {"latents": torch.arange(4.0)}, []
+    tensors, others, own = {"latents": torch.arange(4.0)}, [], shard_path(tmp_path)
 
     def save_while_another_does(found, path, metadata):
         if not others:
             others.append(path)
-            write_shard(tmp_path, 0, tensors)
+            write_shard(own, tensors)
         save_file(found, path, metadata)
         others.append(path)
 
     monkeypatch.setattr(data, "save_file", save_while_another_does)
-    write_shard(tmp_path, 0, tensors)
-    assert len(set(others)) == 2 and torch.equal(read_shard(tmp_path, 0)["latents"], tensors["latents"])
-    assert [path.name for path in tmp_path.iterdir()] == [shard_path(tmp_path, 0).name]
+    write_shard(own, tensors)
+    assert len(set(others)) == 2 and torch.equal(read_shard(own)["latents"], tensors["latents"])
+    assert list(tmp_path.iterdir()) == [own]
 
 
 def test_partial_files_of_a_killed_run_are_deleted_after_an_hour(tmp_path):
@@ -81,15 +82,18 @@ def test_partial_files_of_a_killed_run_are_deleted_after_an_hour(tmp_path):
     )
     assert {path.name for path in tmp_path.iterdir()} == {
         ".shard-00000-new.partial",
-        "shard-00000.safetensors",
+        shard_path(tmp_path, 0, [("a",)]).name,
     }
 
 
 JOBS = [(number, f"prompt {number}", 100 + number) for number in range(70)]
 
 
+PATHS = [shard_path(Path(), index, JOBS[64 * index : 64 * index + 64]) for index in range(2)]
+
+
 def fill(folder, jobs=JOBS, **options):
-    """Fill two shards; returns the numbers of the prompts that were computed."""
+    """Fill the shards of `jobs`; returns the numbers of the prompts that were computed."""
     computed = []
 
     def make(numbers, prompts, seeds):
@@ -110,14 +114,14 @@ def flip_bit(path, position, bit=0):
 @pytest.mark.parametrize("seed", range(30))
 def test_a_flipped_bit_of_a_shard_changes_nothing_or_is_computed_again(seed, tmp_path):
     fill(tmp_path)
-    expected, path = [read_shard(tmp_path, index) for index in range(2)], shard_path(tmp_path, 1)
+    expected, path = [read_shard(tmp_path / each) for each in PATHS], tmp_path / PATHS[1]
     expected = [{name: tensor.clone() for name, tensor in shard.items()} for shard in expected]
     draw = np.random.default_rng(seed)
     limit = 8 if seed < 5 else 600 if seed < 15 else path.stat().st_size  # length, header, tensors
     flip_bit(path, int(draw.integers(limit)), int(draw.integers(8)))
     assert fill(tmp_path) in ([], list(range(64, 70)))
-    for index, shard in enumerate(expected):
-        found = read_shard(tmp_path, index)
+    for each, shard in zip(PATHS, expected):
+        found = read_shard(tmp_path / each)
         assert found.keys() == shard.keys() and all(torch.equal(found[name], shard[name]) for name in shard)
     assert fill(tmp_path) == []
 
@@ -136,15 +140,15 @@ DAMAGE = {
     "zeros": (lambda path: (os.truncate(path, 0), os.truncate(path, 3 * 10**9)), "cannot be read"),
     "without a digest": (lambda path: rewrite(path, lambda tensors: None), "differs from its sha256"),
     "another shard": (
-        lambda path: path.write_bytes(shard_path(path.parent, 0).read_bytes()),
+        lambda path: path.write_bytes((path.parent / PATHS[0]).read_bytes()),
         "is of other prompts",
     ),
     "too few rows": (
-        lambda path: write_shard(path.parent, 1, {"prompt": torch.arange(64, 69)}, JOBS[64:]),
+        lambda path: write_shard(path, {"prompt": torch.arange(64, 69)}, JOBS[64:]),
         "has 5 rows",
     ),
     "other prompts": (
-        lambda path: write_shard(path.parent, 1, {"prompt": torch.arange(6)}, JOBS[64:]),
+        lambda path: write_shard(path, {"prompt": torch.arange(6)}, JOBS[64:]),
         "other numbers",
     ),
 }
@@ -154,20 +158,21 @@ DAMAGE = {
 def test_a_damaged_shard_is_named_and_computed_again(name, tmp_path, capsys):
     damage, words = DAMAGE[name]
     fill(tmp_path)
-    damage(shard_path(tmp_path, 1))
+    path = tmp_path / PATHS[1]
+    damage(path)
     began = time.process_time()
-    assert words in find_fault(tmp_path, 1, JOBS[64:]) and time.process_time() - began < 1
+    assert words in find_fault(path, JOBS[64:]) and time.process_time() - began < 1
     assert fill(tmp_path) == list(range(64, 70))
-    assert "shard-00001.safetensors" in capsys.readouterr().out
-    assert find_fault(tmp_path, 1, JOBS[64:]) is None
+    assert path.name in capsys.readouterr().out
+    assert find_fault(path, JOBS[64:]) is None
 
 
 @pytest.mark.parametrize("damage", (Path.unlink, lambda path: flip_bit(path, 2000)))
 def test_a_damaged_shard_that_cannot_be_computed_again_is_refused(damage, tmp_path):
     fill(tmp_path)
-    damage(shard_path(tmp_path, 0))
+    damage(tmp_path / PATHS[0])
     left = [path.stat().st_mtime_ns for path in tmp_path.iterdir()]
-    with pytest.raises(OSError, match="shard-00000.safetensors: the rollout of step 4 .*Put it back"):
+    with pytest.raises(OSError, match=f"{PATHS[0]}: the rollout of step 4 .*Put it back"):
         fill(tmp_path, irreplaceable="the rollout of step 4")
     assert left == [path.stat().st_mtime_ns for path in tmp_path.iterdir()]
 
@@ -175,15 +180,21 @@ def test_a_damaged_shard_that_cannot_be_computed_again_is_refused(damage, tmp_pa
 def test_a_shard_is_hashed_once_in_a_start(tmp_path, monkeypatch):
     fill(tmp_path)
     hashed, find = [], data.find_fault
-    monkeypatch.setattr(data, "find_fault", lambda *place: hashed.append(place[1]) or find(*place))
+    monkeypatch.setattr(data, "find_fault", lambda *place: hashed.append(place[0]) or find(*place))
     fill(tmp_path)
-    Trajectories(tmp_path, 2).__getitems__([0, 130])
-    assert sorted(hashed) == [0, 1]
+    Trajectories([tmp_path / each for each in PATHS]).__getitems__([0, 130])
+    assert sorted(hashed) == [tmp_path / each for each in PATHS]
+
+
+def test_a_longer_list_of_jobs_reuses_the_shards_that_are_complete(tmp_path):
+    more = [(number, f"prompt {number}", 100 + number) for number in range(130)]
+    assert len(fill(tmp_path)) == 70
+    assert fill(tmp_path, more) == list(range(64, 130))
+    assert fill(tmp_path) == fill(tmp_path, more) == fill(tmp_path, more[:64]) == []
 
 
 def test_a_batch_is_the_named_states_in_the_named_order(tmp_path):
-    write_numbered(tmp_path, (4, 2, 5))
-    states = Trajectories(tmp_path, 3)
+    states = Trajectories(write_numbered(tmp_path, (4, 2, 5)))
     numbers = [32, 0, 13, 12, 11, 17, 18, 0]
     batch = states.__getitems__(numbers)
     assert len(states) == 33 and batch["timestep"].tolist() == numbers
@@ -198,7 +209,7 @@ def test_writing_a_shard_is_atomic(tmp_path, monkeypatch):
     )
     with pytest.raises(KeyboardInterrupt):
         write_numbered(tmp_path, (2,))
-    assert not shard_path(tmp_path, 0).exists()
+    assert not shard_path(tmp_path).exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -208,7 +219,7 @@ def test_values_that_are_not_finite_are_not_stored(value, tmp_path):
     with pytest.raises(
         FloatingPointError, match="velocity has NaN or infinity and is not stored. Lower --guidance_scale"
     ):
-        write_shard(tmp_path, 0, tensors)
+        write_shard(shard_path(tmp_path), tensors)
     assert not list(tmp_path.iterdir())
 
 
@@ -290,7 +301,7 @@ def test_a_value_that_is_not_finite_is_refused_in_int8_too(tmp_path, odd):
     states[0, 0, 1, 2] = odd
     stored, scale = quantize(states)
     with pytest.raises(FloatingPointError, match="latents"):
-        write_shard(tmp_path, 0, {"latents": stored, "latents" + SCALE: scale})
+        write_shard(shard_path(tmp_path), {"latents": stored, "latents" + SCALE: scale})
 
 
 @pytest.mark.parametrize("num_tokens", (1, 16, 256, 960, 1024, 4096))

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 import train_distillation
 from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER
-from wanlite.data.shards import SHARD_SIZE
+from wanlite.data.shards import SHARD_SIZE, shard_path
 from wanlite.data.trajectories import TrajectoryGenerator
 from wanlite.files.locks import locked
 from wanlite.flow import FewSteps, make_scheduler, seeded_noise
@@ -279,7 +279,8 @@ def test_synchronous_ranks_write_each_shard_once_with_the_usual_jobs(tmp_path):
     codes, printed = together(generate, tmp_path / "generate")
     assert codes == [0, 0], printed
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
-        f"shard-{index:05d}.safetensors" for index in range(3)
+        shard_path(tmp_path, index, jobs[SHARD_SIZE * index : SHARD_SIZE * (index + 1)]).name
+        for index in range(3)
     ]
 
 

@@ -557,3 +557,13 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_with_advice(folder):
         for tensor in load_file(newest / "state.safetensors").values()
         if tensor.is_floating_point()
     )
+
+
+def test_more_trajectories_generate_only_what_a_shorter_run_lacks(finished_run, tmp_path):
+    shutil.copytree(finished_run[0] / "cache", tmp_path / "run/cache")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/cache").rglob("shard-*")}
+    _, printed = train(
+        tmp_path / "run", "--num_trajectories", "80", at={1: lambda: signal.raise_signal(signal.SIGTERM)}
+    )
+    assert "generated 16 trajectories" in printed
+    assert {path: path.stat().st_mtime_ns for path in before} == before

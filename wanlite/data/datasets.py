@@ -24,15 +24,15 @@ EPOCH_SEED = 1_000_003  # distance between the seeds of two runs, larger than an
 
 
 class Trajectories(Dataset):
-    """All states of the trajectories in a folder, memory-mapped.
+    """All states of the trajectories in some shards, memory-mapped.
 
     Shards hold `latents` and `velocity` (n, K, C, H, W) and, for the teacher's trajectories, `features` (n, K, N,
     D) of the tokens from `first_token` (n, K) on, in int8 with their scales; `timestep` and `noise_level` (n, K),
     and `prompt` (n,), a number. A list of state numbers selects a batch, a dict of tensors.
     """
 
-    def __init__(self, folder: Path, num_shards: int):
-        self._set_shards([read_shard(folder, index) for index in range(num_shards)])
+    def __init__(self, paths: Sequence[Path]):
+        self._set_shards([read_shard(path) for path in paths])
 
     def _set_shards(self, shards):
         self.shards = shards

@@ -1,7 +1,8 @@
 """Jobs -> shards of tensors on disk, each computed once by one of the ranks and written atomically.
 
-A shard carries the sha256 of its tensors and a digest of its jobs. Both are checked at the start of a run: a shard
-that is damaged, or of other jobs, is computed again.
+A shard is named by its jobs, so that a run with more of them reuses the shards of a shorter one. It carries the
+sha256 of its tensors and a digest of its jobs. Both are checked at the start of a run: a shard that is damaged, or
+of other jobs, is computed again.
 """
 
 import hashlib
@@ -50,24 +51,25 @@ def fill_shards(
     description: str,
     in_step: bool = False,
     irreplaceable: str = "",
-) -> int:
+) -> list[Path]:
     """Compute the missing and damaged shards of SHARD_SIZE jobs in `folder`, divided over the ranks.
 
     `make(*columns of the jobs)` returns tensors. With `in_step`, all ranks compute the same number of shards of
     the same number of jobs, as a sharded teacher requires: a short shard also computes the jobs before it, and a
     rank without a shard computes the last one without writing it. `irreplaceable` is the name of shards that cannot
-    be computed again, in the OSError for a missing or damaged one. Returns the number of shards, including those
-    that existed.
+    be computed again, in the OSError for a missing or damaged one. Returns the paths of all shards, in the order of
+    the jobs.
     """
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    num_shards = -(-len(jobs) // SHARD_SIZE)
-    missing = _find_missing(accelerator, folder, jobs, irreplaceable)
+    jobs_by_shard = [jobs[start : start + SHARD_SIZE] for start in range(0, len(jobs), SHARD_SIZE)]
+    paths = [shard_path(folder, index, own_jobs) for index, own_jobs in enumerate(jobs_by_shard)]
+    missing = _find_missing(accelerator, paths, jobs_by_shard, irreplaceable)
     if rank == 0:
         remove_leftovers(folder)
     own = missing[rank::ranks]
     if in_step:
         own += missing[-1:] * (-(-len(missing) // ranks) - len(own))
-    sizes = [len(_jobs_of(jobs, index)) for index in own]
+    sizes = [len(jobs_by_shard[index]) for index in own]
     is_hidden = rank > 0 or not own
     with track(sum(sizes), description, is_hidden=is_hidden) as progress:
         for number, (index, size) in enumerate(zip(own, sizes)):
@@ -75,32 +77,28 @@ def fill_shards(
             before = min(start, SHARD_SIZE - size) if in_step else 0
             tensors = make(*zip(*jobs[start - before : start + size]))
             if rank + number * ranks < len(missing):
-                write_shard(folder, index, _select_rows(tensors, before), _jobs_of(jobs, index))
+                write_shard(paths[index], _select_rows(tensors, before), jobs_by_shard[index])
             progress.update(size)
     accelerator.wait_for_everyone()
-    return num_shards
+    return paths
 
 
-def _jobs_of(jobs, index):
-    return jobs[index * SHARD_SIZE : (index + 1) * SHARD_SIZE]
-
-
-def _find_missing(accelerator, folder, jobs, irreplaceable) -> list[int]:
+def _find_missing(accelerator, paths, jobs_by_shard, irreplaceable) -> list[int]:
     """Return the shards that are missing or damaged, the same on all ranks; each rank checks a share of them."""
-    own = range(-(-len(jobs) // SHARD_SIZE))[accelerator.process_index :: accelerator.num_processes]
+    own = range(len(paths))[accelerator.process_index :: accelerator.num_processes]
     with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:  # hashing needs no lock of Python's
-        found = list(pool.map(lambda index: find_fault(folder, index, _jobs_of(jobs, index)), own))
+        found = list(pool.map(lambda index: find_fault(paths[index], jobs_by_shard[index]), own))
     # Gathered before a rank writes: all ranks divide the same list.
     faults = sorted(gather_object([(index, fault) for index, fault in zip(own, found) if fault]))
     if faults and irreplaceable:
         index, fault = faults[0]
         raise OSError(
-            f"{shard_path(folder, index)}: {irreplaceable} {fault}, and training is past that step. Put it back, "
+            f"{paths[index]}: {irreplaceable} {fault}, and training is past that step. Put it back, "
             "or add --overwrite to start again."
         )
     for index, fault in faults:
         if fault != MISSING:
-            accelerator.print(f"{shard_path(folder, index)}: {fault}; it is computed again")
+            accelerator.print(f"{paths[index]}: {fault}; it is computed again")
     return [index for index, _ in faults]
 
 
@@ -135,23 +133,30 @@ def dequantize(shard: Mapping[str, Tensor], name: str, *index) -> Tensor:
 
 def compute_once(accelerator, folder: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the tensors of `make()`, {name: tensor} on the CPU; they are computed once and kept in `folder`."""
+    path = shard_path(folder)
     # All ranks compute the tensors or none does, because a sharded teacher needs all of them.
-    (fault,) = broadcast_object_list([accelerator.is_main_process and find_fault(folder, 0)])
+    (fault,) = broadcast_object_list([accelerator.is_main_process and find_fault(path)])
     if fault:
         if fault != MISSING:
-            accelerator.print(f"{shard_path(folder, 0)}: {fault}; it is computed again")
+            accelerator.print(f"{path}: {fault}; it is computed again")
         tensors = make()
         if accelerator.is_main_process:
-            write_shard(folder, 0, tensors)
+            write_shard(path, tensors)
     accelerator.wait_for_everyone()
     # Copies, because sums depend on the alignment of mapped tensors.
-    return {name: tensor.clone() for name, tensor in read_shard(folder, 0).items()}
+    return {name: tensor.clone() for name, tensor in read_shard(path).items()}
 
 
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-def write_shard(folder: Path, index: int, tensors: Mapping[str, Tensor], jobs: Sequence[tuple] = ()) -> None:
+def shard_path(folder: Path, index: int = 0, jobs: Sequence[tuple] = ()) -> Path:
+    """Return the path of the shard of these jobs, which are those of the run from `index` * SHARD_SIZE on."""
+    digest = f"-{fingerprint(jobs)[:16]}" if jobs else ""
+    return folder / f"shard-{index:05d}{digest}.safetensors"
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], jobs: Sequence[tuple] = ()) -> None:
     """Write a shard atomically; several runs may write the same one. `jobs` are those that it was computed for.
 
     Raises FloatingPointError for a tensor that is not finite, before anything is written.
@@ -159,19 +164,19 @@ def write_shard(folder: Path, index: int, tensors: Mapping[str, Tensor], jobs: S
     non_finite = [name for name, tensor in tensors.items() if not all(map(math.isfinite, tensor.aminmax()))]
     if non_finite:
         raise FloatingPointError(
-            f"{folder}: {non_finite[0]} has NaN or infinity and is not stored. Lower --guidance_scale and "
+            f"{path.parent}: {non_finite[0]} has NaN or infinity and is not stored. Lower --guidance_scale and "
             "--guidance_scale_2, add --mixed_precision no, or check the teacher's files."
         )
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metadata = {CONTENT: _hash_content(stored), JOBS: _hash_jobs(folder, index, jobs)}
-    unfinished = folder / f".shard-{index:05d}-{uuid4().hex}.partial"
+    metadata = {CONTENT: _hash_content(stored), JOBS: _hash_jobs(path, jobs)}
+    unfinished = path.parent / f".{path.stem}-{uuid4().hex}.partial"
     try:
         save_file(stored, unfinished, metadata)
         flush(unfinished)
     except SafetensorError as error:  # the disk is full
         unfinished.unlink(missing_ok=True)
         raise OSError(f"{unfinished}: {error}. Free some space; complete shards are kept.") from None
-    os.replace(unfinished, shard_path(folder, index))
+    os.replace(unfinished, path)
 
 
 def _hash_content(tensors):
@@ -188,18 +193,17 @@ def _hash_bytes(tensor):
     return hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
-def _hash_jobs(folder, index, jobs):
-    """Return a digest of a shard's place and jobs: the shard of another place or number differs."""
-    return fingerprint([folder.name, index, jobs])
+def _hash_jobs(path, jobs):
+    """Return a digest of a shard's place and jobs: the shard of another place or name differs."""
+    return fingerprint([path.parent.name, path.name, jobs])
 
 
-def find_fault(folder: Path, index: int, jobs: Sequence[tuple] = ()) -> str | None:
+def find_fault(path: Path, jobs: Sequence[tuple] = ()) -> str | None:
     """Return how a shard differs from the one written for `jobs`, None if it does not; the file is read once.
 
     It takes about half a second per GB and core, for the sha256: 15 s for a cache of 30 GB on one core, which is
     then in memory for the first epoch. A shard of an earlier version, without a digest, counts as damaged.
     """
-    path = shard_path(folder, index)
     if not os.path.lexists(path):
         return MISSING
     try:
@@ -212,7 +216,7 @@ def find_fault(folder: Path, index: int, jobs: Sequence[tuple] = ()) -> str | No
         return f"cannot be read ({str(error).partition(chr(10))[0]})"
     if not is_intact:
         return "differs from its sha256"
-    if metadata.get(JOBS) != _hash_jobs(folder, index, jobs):
+    if metadata.get(JOBS) != _hash_jobs(path, jobs):
         return "is of other prompts, seeds or images"
     return _find_misfit(tensors, jobs)
 
@@ -241,9 +245,8 @@ def remove_leftovers(folder: Path) -> None:
                 partial.unlink()
 
 
-def read_shard(folder: Path, index: int) -> dict[str, Tensor]:
+def read_shard(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a shard that fill_shards() checked, memory-mapped."""
-    path = shard_path(folder, index)
     try:
         return load_file(path)
     except FileNotFoundError:
@@ -253,8 +256,3 @@ def read_shard(folder: Path, index: int) -> dict[str, Tensor]:
         ) from None
     except SafetensorError as error:
         raise OSError(f"{path}: damaged ({error}). Delete it; the same command computes it again.") from None
-
-
-def shard_path(folder: Path, index: int) -> Path:
-    """Return the path of a shard."""
-    return folder / f"shard-{index:05d}.safetensors"

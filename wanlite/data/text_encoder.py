@@ -86,8 +86,8 @@ def encode_once(
     accelerator, encode: Callable, prompts: Sequence[str], folder: Path
 ) -> dict[str, torch.Tensor]:
     """Encode distinct prompts with a lazy_encoder(); returns {prompt: embedding (L, T)}, mapped from `folder`."""
-    num_shards = fill_shards(accelerator, folder, [(prompt,) for prompt in prompts], encode, "text")
-    shards = (read_shard(folder, index) for index in range(num_shards))
+    paths = fill_shards(accelerator, folder, [(prompt,) for prompt in prompts], encode, "text")
+    shards = map(read_shard, paths)
     embeddings = (shard["text"].split(shard["length"].tolist()) for shard in shards)
     return dict(zip(prompts, chain.from_iterable(embeddings)))
 

@@ -157,8 +157,9 @@ class TrajectoryGenerator:
 
     @torch.no_grad()
     def _fill(self, folder, jobs, make, description, irreplaceable=""):
-        count = fill_shards(self.accelerator, folder, jobs, make, description, self.in_step, irreplaceable)
-        return Trajectories(folder, count)
+        return Trajectories(
+            fill_shards(self.accelerator, folder, jobs, make, description, self.in_step, irreplaceable)
+        )
 
 
 def _stack(steps: Iterable[tuple], basis: Tensor, numbers) -> dict[str, Tensor]:
@@ -221,14 +222,16 @@ def principal_directions(hidden_states: Tensor, width: int) -> Tensor:
 
 
 def split_jobs(jobs: Sequence, num_buckets: int, seed: int) -> list[list]:
-    """Return a random list of jobs for each bucket, of about equal lengths."""
+    """Return a random list of jobs for each bucket, of equal lengths but for one; more jobs only lengthen the lists."""
     if len(jobs) < num_buckets:
         raise ValueError(
             f"{len(jobs)} images of the teacher are fewer than the {num_buckets} sizes of --aspect_ratios: raise "
             "--num_trajectories, or name fewer sizes."
         )
-    bucket_of = torch.randperm(len(jobs), generator=torch.Generator().manual_seed(seed)) % num_buckets
-    return [
-        [jobs[number] for number in (bucket_of == bucket).nonzero().flatten().tolist()]
-        for bucket in range(num_buckets)
+    generator = torch.Generator().manual_seed(seed)
+    bucket_of = [
+        bucket
+        for _ in range(0, len(jobs), num_buckets)
+        for bucket in torch.randperm(num_buckets, generator=generator).tolist()
     ]
+    return [[job for job, own in zip(jobs, bucket_of) if own == bucket] for bucket in range(num_buckets)]

@@ -14,7 +14,7 @@ from .file_names import PROVENANCE
 from .json_files import OWN, Limits, read_json
 
 RECORD = OWN._replace(max_bytes=2**27, max_containers=2**21)  # a million images
-LAYOUT = 3  # of the files in a cache; it changes when older ones cannot be read, or cannot be verified
+LAYOUT = 4  # of the files in a cache; it changes when older ones cannot be read, or cannot be verified
 
 
 def cache_folder(parent: str | Path, kind: str, **inputs: Any) -> Path:

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from ..data.autoencoder import decode_latents, to_images
-from ..data.shards import SCALE, SHARD_SIZE, dequantize, find_fault, quantize, read_shard, write_shard
+from ..data.shards import (
+    SCALE,
+    SHARD_SIZE,
+    dequantize,
+    find_fault,
+    quantize,
+    read_shard,
+    shard_path,
+    write_shard,
+)
 from ..data.single_frame import SingleFrameAutoencoder
 from ..files.cache import cache_folder, fingerprint
 from ..flow import sample, seeded_noise, set_steps
@@ -164,17 +173,18 @@ class SmallParts:
             "steps": self.large.num_steps,
             "shape": self.large.latent_shape,
         }
-        folder = cache_folder(self.folder / "cache", "latents", jobs=fingerprint(jobs), **parts)
+        folder = cache_folder(self.folder / "cache", "latents", **parts)
         batches = [jobs[start : start + SHARD_SIZE] for start in range(0, len(jobs), SHARD_SIZE)]
+        paths = [shard_path(folder, index, batch) for index, batch in enumerate(batches)]
         with track(len(jobs), "images of the student") as progress:
-            for index, batch in enumerate(batches):
-                if find_fault(folder, index, batch):
+            for path, batch in zip(paths, batches):
+                if find_fault(path, batch):
                     self._check_stop()
                     drawn = self.large.draw([job[0] for job in batch], [job[1] for job in batch])
                     values, scale = quantize(drawn.unsqueeze(1).cpu())
-                    write_shard(folder, index, {"latents": values, f"latents{SCALE}": scale}, batch)
+                    write_shard(path, {"latents": values, f"latents{SCALE}": scale}, batch)
                 progress.update(len(batch))
-        shards = [dequantize(read_shard(folder, index), "latents") for index in range(len(batches))]
+        shards = [dequantize(read_shard(path), "latents") for path in paths]
         return torch.cat(shards).squeeze(1)
 
     def _check_stop(self):

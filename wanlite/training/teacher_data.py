@@ -1,6 +1,7 @@
 """The teacher's data of a run: prompt embeddings, trajectories and states at real images, each computed once.
 
-The cache stores them under a digest of their inputs. Seeds of training trajectories count up from a number above
+The cache stores them under a digest of their inputs, and each shard under one of its prompts and seeds: a run with
+more trajectories generates only those that it adds. Seeds of training trajectories count up from a number above
 the usual seeds of users; seeds of held-out trajectories and of the noise on images count down from it. A student
 is therefore never validated or used at noise that it was trained on.
 """
@@ -68,9 +69,7 @@ class PromptEmbeddings:
             if path.is_file()
         )
         with accelerator.main_process_first():
-            folder = cache_folder(
-                cache_dir, "text", encoder=self.encoder_digest, length=TEXT_LENGTH, prompts=prompts
-            )
+            folder = cache_folder(cache_dir, "text", encoder=self.encoder_digest, length=TEXT_LENGTH)
         self.embeddings = encode_once(
             accelerator, lazy_encoder(components_folder, accelerator.device), prompts, folder
         )
@@ -195,8 +194,7 @@ class TeacherData:
         return tuple(self._generate(jobs, latent_shape, resolution) for jobs in (one_seed, by_seed))
 
     def _generate(self, trajectories, latent_shape, resolution):
-        inputs = {"trajectories": trajectories, "latents": latent_shape} | self._feature_inputs(resolution)
-        folder = self._cache_folder("trajectories", **inputs)
+        folder = self._cache_folder("trajectories", latents=latent_shape, **self._feature_inputs(resolution))
         return self.trajectory_generator.generate(folder, trajectories, latent_shape, resolution == 0)
 
     def _feature_inputs(self, resolution):
@@ -228,9 +226,7 @@ class TeacherData:
             return encode_images(autoencoder, to_pixels(arrays).to(self.accelerator.device))
 
         resolution = len(self.resolutions) - 1
-        folder = self._cache_folder(
-            "images", jobs=jobs, latents=latent_shape, **self._feature_inputs(resolution)
-        )
+        folder = self._cache_folder("images", latents=latent_shape, **self._feature_inputs(resolution))
         return self.trajectory_generator.compute_at_images(folder, jobs, encode, resolution == 0)
 
     def roll_out(self, student, digest, few, first, is_past):
@@ -257,7 +253,7 @@ class TeacherData:
         rollouts = []
         jobs_by_bucket = split_jobs(jobs, len(bucket_shapes), self.settings.seed)
         for bucket_jobs, latent_shape in zip(jobs_by_bucket, bucket_shapes):
-            folder = self._rollout_folder(bucket_jobs, latent_shape, digest)
+            folder = self._rollout_folder(latent_shape, digest)
             irreplaceable = f"the rollout of step {first}" if is_past else ""
             rollouts.append(
                 self.trajectory_generator.roll_out(
@@ -266,10 +262,10 @@ class TeacherData:
             )
         return rollouts
 
-    def _rollout_folder(self, jobs, latent_shape, digest):
+    def _rollout_folder(self, latent_shape, digest):
         """Return the folder of a rollout, in the run's own cache: no other run has the same student."""
         parent = Path(self.settings.output_dir) / CACHE
-        return self._cache_folder("rollouts", parent, jobs=jobs, latents=latent_shape, student=digest)
+        return self._cache_folder("rollouts", parent, latents=latent_shape, student=digest)
 
 
 def teacher_velocity(teacher, settings, negative):
