@@ -444,11 +444,11 @@ def copy_run(finished_run, folder):
     return (ROOT / "train_distillation.py", "--output_dir", folder, *SHORT_RUN, *BOTH, *FEW)
 
 
-def make_parts_of(folder, stop=None):
+def make_parts_of(folder, stop=None, **others):
     recorded = json.loads((folder / "run.json").read_text())["settings"]
     arguments = {"output_dir": str(folder), "text_encoder": "small", "decoder": "small"}
     few = {flag.removeprefix("--"): int(value) for flag, value in zip(FEW[::2], FEW[1::2])}
-    train_distillation.make_parts(train_distillation.Settings(**recorded | arguments | few), stop)
+    train_distillation.make_parts(train_distillation.Settings(**recorded | arguments | few | others), stop)
 
 
 def read_weights(folder):

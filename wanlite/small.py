@@ -41,11 +41,7 @@ class Settings:
         is_path=True,
         group="data",
     )
-    vocabulary: str | None = setting(
-        None,
-        "file of prompts; only their words stay in the tokenizer of the small text encoder (default: all words stay)",
-        is_path=True,
-    )
+    vocabulary: str | None = part_setting("vocabulary")
     student_images: int = setting(
         STUDENT_IMAGES, "images of the student to learn from", was="num_images", least=1
     )
@@ -128,6 +124,7 @@ from safetensors import SafetensorError
 
 from train_distillation import WanLiteStudent
 from wanlite.parts.folder import Student, describe, make_folder
+from wanlite.parts.vocabulary import read_vocabulary
 from wanlite.planning.defaults import choose_prompts
 from wanlite.runtime.devices import choose_device, disable_cudnn_attention
 
@@ -145,7 +142,7 @@ def main(settings: Settings, stop: StopSignal | None = None) -> int:
     disable_cudnn_attention()
     print(f"making small parts of {settings.model} on {device}; writing to {output.absolute()}", flush=True)
     source = Path(settings.model)
-    vocabulary = [] if settings.vocabulary is None else read_prompts(settings.vocabulary, print)
+    vocabulary = read_vocabulary(settings.vocabulary, print)
     prompts = read_training_prompts(settings, record)
     student = Student(source, WanLiteStudent, device, *prompts, vocabulary)
     if settings.overwrite:
