@@ -18,7 +18,7 @@ from pathlib import Path
 
 from wanlite.files.atomic import write_json
 from wanlite.files.file_names import BASE, CACHE, RUN
-from wanlite.files.locks import lock
+from wanlite.files.locks import alone, lock
 from wanlite.parts.defaults import PARTS, STUDENT_IMAGES
 from wanlite.phases import MIN_TRAJECTORIES
 from wanlite.planning.budgets import BUDGETS
@@ -1248,7 +1248,8 @@ def make_parts(settings, stop):
     vocabulary = read_vocabulary(settings.vocabulary, print)
     student = TrainedStudent(output, WanLiteStudent, device, *choose_prompts(settings), vocabulary=vocabulary)
     num_before = len({phase["name"] for phase in facts["report"]["phases"]})
-    made = make_folder(output / SMALL, student, settings, stop, num_before)["parts"]
+    with alone(output / SMALL):  # wanlite.small writes there, too
+        made = make_folder(output / SMALL, student, settings, stop, num_before)["parts"]
     write_json(output / RUN, facts | {SMALL: {"folder": SMALL} | made})
     try_report(output, print)
     print(describe_folder(output / SMALL, output, made["figures"]))

@@ -25,6 +25,7 @@ from wanlite.data.autoencoder import (
 from wanlite.data.single_frame import SingleFrameAutoencoder
 from wanlite.data.text_encoder import load_text_encoder
 from wanlite.export.__main__ import check_text_encoder
+from wanlite.files.locks import alone
 from wanlite.parts import loop
 from wanlite.parts.decoder import convolutions_as_matrices, decode_frames, decoder_loss, peak_signal_to_noise
 from wanlite.parts.decoder_projection import (
@@ -517,6 +518,14 @@ def test_small_parts_of_other_sizes_are_not_replaced(small_run, finished_run, tm
     (folder / "small/run.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="holds small parts of other settings or of another student"):
         make_parts_of(folder)
+
+
+def test_small_parts_are_made_by_one_command_at_a_time(finished_run, tmp_path):
+    shutil.copytree(finished_run[0], tmp_path / "run")
+    folder = tmp_path / "run/small"
+    with alone(folder), pytest.raises(OSError, match=f"{folder}: process .* is writing there"):
+        make_parts_of(tmp_path / "run")
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from wanlite.data.prompts import read_prompts
 from wanlite.files.file_names import RUN
+from wanlite.files.locks import alone
 from wanlite.parts.defaults import PARTS, STUDENT_IMAGES
 from wanlite.planning.part_settings import part_setting
 from wanlite.planning.settings import check_bounds, check_device, make_parser, setting
@@ -145,17 +146,11 @@ def main(settings: Settings, stop: StopSignal | None = None) -> int:
     vocabulary = read_vocabulary(settings.vocabulary, print)
     prompts = read_training_prompts(settings, record)
     student = Student(source, WanLiteStudent, device, *prompts, vocabulary)
-    if settings.overwrite:
-        shutil.rmtree(output, ignore_errors=True)
-    made = make_folder(
-        output,
-        student,
-        settings,
-        stop,
-        decoder_batch=settings.decoder_batch_size,
-        text_batch=settings.text_batch_size,
-        learning_rate=settings.learning_rate,
-    )
+    own = {"decoder_batch": settings.decoder_batch_size, "text_batch": settings.text_batch_size}
+    with alone(output):
+        if settings.overwrite:
+            shutil.rmtree(output, ignore_errors=True)
+        made = make_folder(output, student, settings, stop, learning_rate=settings.learning_rate, **own)
     print(describe(output, source, made["parts"]["figures"]))
     print(f"next: python run_inference.py --model {output}")
     return 0
