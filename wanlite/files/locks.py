@@ -87,10 +87,9 @@ def _write_holder(path):
 
 def _read_holder(path):
     """Return the process that wrote a lock file, in words."""
-    with suppress(OSError):
-        number = path.read_bytes()[:10].decode(errors="replace")
-        if number.isdecimal():
-            return f"process {number}"
+    with suppress(OSError), open(path, "rb") as file:
+        if (number := file.read(10)).isdigit():
+            return f"process {number.decode()}"
     return "another process"
 
 
