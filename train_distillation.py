@@ -1259,10 +1259,12 @@ def make_parts(settings, stop):
 
 
 def is_trained(settings, is_resumed):
-    """Whether a run that continues lacks its small parts only; --output_dir is then locked."""
+    """Whether a run that continues lacks its small parts only; rank 0, which makes them, then locks --output_dir."""
     output = Path(settings.output_dir)
     if not is_resumed or not read_run(output).get("finished"):
         return False
+    if not is_first():
+        return True
     (output / CACHE).mkdir(exist_ok=True)
     if lock(output / CACHE) is None:
         raise OSError(locked_message(output))
