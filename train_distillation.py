@@ -18,7 +18,7 @@ from pathlib import Path
 
 from wanlite.files.atomic import write_json
 from wanlite.files.file_names import BASE, CACHE, RUN
-from wanlite.files.locks import lock
+from wanlite.files.locks import alone, lock
 from wanlite.parts.defaults import PARTS, STUDENT_IMAGES
 from wanlite.phases import MIN_TRAJECTORIES
 from wanlite.planning.budgets import BUDGETS
@@ -394,6 +394,7 @@ class Settings:
     text_depth: int | None = part_setting("text_depth")
     text_heads: int | None = part_setting("text_heads")
     text_ffn_dim: int | None = part_setting("text_ffn_dim")
+    vocabulary: str | None = part_setting("vocabulary")
     decoder_base_dim: int | None = part_setting("decoder_base_dim")
     decoder_steps: int | None = part_setting("decoder_steps")
     reading_steps: int | None = part_setting("reading_steps")
@@ -523,6 +524,7 @@ from wanlite.network import TEXT_LENGTH, TextTokens, compile_blocks, one_frame_v
 from wanlite.parts.folder import Student as TrainedStudent
 from wanlite.parts.folder import describe as describe_folder
 from wanlite.parts.folder import make_folder
+from wanlite.parts.vocabulary import read_vocabulary
 from wanlite.planning.defaults import choose_prompts, describe_schedule, max_calibration_frames
 from wanlite.planning.duration import measure_matrix_rate
 from wanlite.planning.hardware import is_large, training_dtype
@@ -1243,9 +1245,11 @@ def make_parts(settings, stop):
     prepare_device(settings)
     output = Path(settings.output_dir)
     facts, device = read_run(output), torch.device("cuda" if has_gpu() else "cpu")
-    student = TrainedStudent(output, WanLiteStudent, device, *choose_prompts(settings))
+    vocabulary = read_vocabulary(settings.vocabulary, print)
+    student = TrainedStudent(output, WanLiteStudent, device, *choose_prompts(settings), vocabulary=vocabulary)
     num_before = len({phase["name"] for phase in facts["report"]["phases"]})
-    made = make_folder(output / SMALL, student, settings, stop, num_before)["parts"]
+    with alone(output / SMALL):  # wanlite.small writes there, too
+        made = make_folder(output / SMALL, student, settings, stop, num_before)["parts"]
     write_json(output / RUN, facts | {SMALL: {"folder": SMALL} | made})
     try_report(output, print)
     print(describe_folder(output / SMALL, output, made["figures"]))
@@ -1255,10 +1259,12 @@ def make_parts(settings, stop):
 
 
 def is_trained(settings, is_resumed):
-    """Whether a run that continues lacks its small parts only; --output_dir is then locked."""
+    """Whether a run that continues lacks its small parts only; rank 0, which makes them, then locks --output_dir."""
     output = Path(settings.output_dir)
     if not is_resumed or not read_run(output).get("finished"):
         return False
+    if not is_first():
+        return True
     (output / CACHE).mkdir(exist_ok=True)
     if lock(output / CACHE) is None:
         raise OSError(locked_message(output))

@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import ROOT
 from wanlite.files import locks
 from wanlite.files.atomic import SPARE, check_space, find_corruption, new_folder, read_manifest, write_json
-from wanlite.files.locks import in_turn, lock, locked, release
+from wanlite.files.locks import alone, in_turn, lock, locked, release
 
 
 def write_folder(folder, content):
@@ -115,6 +115,44 @@ def test_a_lock_is_held_until_its_process_ends(tmp_path):
     process.wait()
     with locked(tmp_path, wait=False) as is_held:
         assert is_held
+
+
+def test_a_second_writer_of_a_folder_is_refused_and_the_first_one_unharmed(tmp_path):
+    target = tmp_path / "vae"
+    with new_folder(target) as partial:
+        (partial / "state.bin").write_text("first")
+        expected = f"^{target}: process {os.getpid()} is writing there. Wait until it ends, or name another"
+        with pytest.raises(OSError, match=expected), new_folder(target):
+            pytest.fail("it was written to")
+    assert find_corruption(target) is None and (target / "state.bin").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+
+
+def test_the_half_folder_of_a_killed_writer_is_neither_used_nor_kept(tmp_path):
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from wanlite.files.atomic import new_folder\n"
+        "with new_folder(sys.argv[2]) as partial:\n"
+        "    (partial / 'half.bin').write_text('half'); os.kill(os.getpid(), 9)\n"
+    )
+    target = tmp_path / "vae"
+    assert subprocess.run([sys.executable, "-c", code, ROOT, target]).returncode == -signal.SIGKILL
+    (tmp_path / ".vae.partial").symlink_to(tmp_path)  # nothing is written through it
+    write_folder(tmp_path / "vae.x", "other")  # whose leftovers have a longer name
+    assert list(tmp_path.glob(".vae.*.partial"))
+    write_folder(target, "new")
+    assert read_manifest(target)["files"].keys() == {"state.bin"} and find_corruption(target) is None
+    assert not list(tmp_path.glob(".vae.*"))
+
+
+def test_a_folder_is_made_by_one_process_at_a_time(tmp_path):
+    folder = tmp_path / "new/small"
+    expected = pytest.raises(OSError, match=f"{folder}: process {os.getpid()} is writing there")
+    with alone(folder), alone(folder, ".partial"), expected, alone(folder):  # locks of other kinds differ
+        pytest.fail("two have the lock")
+    with alone(folder):
+        pass
+    assert not list(folder.parent.iterdir())
 
 
 def test_a_file_too_large_for_the_disk_is_refused_before_it_is_written(tmp_path):

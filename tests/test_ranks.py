@@ -2,6 +2,7 @@
 kill.
 """
 
+import json
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 
 import train_distillation
 from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER
+from tests.test_small_parts import BOTH, FEW, read_weights
 from wanlite.data.shards import SHARD_SIZE, shard_path
 from wanlite.data.trajectories import TrajectoryGenerator
 from wanlite.files.locks import locked
@@ -207,6 +209,22 @@ def test_processes_stop_together_also_after_a_kill_and_the_run_resumes(paired, t
     assert codes == [0, 0] and "resumed at step 4" in printed[0]
     first, second = (load_file(place / "diffusion_pytorch_model.safetensors") for place in (folder, paired))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_small_parts_of_two_processes_are_those_of_one(paired, tmp_path):
+    flags, folder = ("--train_batch_size", 16, *BOTH, *FEW), tmp_path / "run"
+    shutil.copytree(paired / "cache", folder / "cache")
+    codes, printed = train(folder, *flags)
+    assert codes == [0, 0], printed
+    for processes in (1, 2):  # of the finished run, whose parts are missing
+        copied = tmp_path / str(processes)
+        shutil.copytree(folder, copied, ignore=shutil.ignore_patterns("small"))
+        record = json.loads((copied / "run.json").read_text())
+        del record["small"]
+        (copied / "run.json").write_text(json.dumps(record))
+        codes, printed = train(copied, *flags, processes=processes)
+        assert codes == [0] * processes, printed
+        assert read_weights(copied / "small") == read_weights(folder / "small")
 
 
 def test_a_folder_in_use_by_another_run_is_refused_in_one_line_for_all_ranks(alone, tmp_path):

@@ -25,6 +25,7 @@ from wanlite.data.autoencoder import (
 from wanlite.data.single_frame import SingleFrameAutoencoder
 from wanlite.data.text_encoder import load_text_encoder
 from wanlite.export.__main__ import check_text_encoder
+from wanlite.files.locks import alone
 from wanlite.parts import loop
 from wanlite.parts.decoder import convolutions_as_matrices, decode_frames, decoder_loss, peak_signal_to_noise
 from wanlite.parts.decoder_projection import (
@@ -444,11 +445,11 @@ def copy_run(finished_run, folder):
     return (ROOT / "train_distillation.py", "--output_dir", folder, *SHORT_RUN, *BOTH, *FEW)
 
 
-def make_parts_of(folder, stop=None):
+def make_parts_of(folder, stop=None, **others):
     recorded = json.loads((folder / "run.json").read_text())["settings"]
     arguments = {"output_dir": str(folder), "text_encoder": "small", "decoder": "small"}
     few = {flag.removeprefix("--"): int(value) for flag, value in zip(FEW[::2], FEW[1::2])}
-    train_distillation.make_parts(train_distillation.Settings(**recorded | arguments | few), stop)
+    train_distillation.make_parts(train_distillation.Settings(**recorded | arguments | few | others), stop)
 
 
 def read_weights(folder):
@@ -517,6 +518,14 @@ def test_small_parts_of_other_sizes_are_not_replaced(small_run, finished_run, tm
     (folder / "small/run.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="holds small parts of other settings or of another student"):
         make_parts_of(folder)
+
+
+def test_small_parts_are_made_by_one_command_at_a_time(finished_run, tmp_path):
+    shutil.copytree(finished_run[0], tmp_path / "run")
+    folder = tmp_path / "run/small"
+    with alone(folder), pytest.raises(OSError, match=f"{folder}: process .* is writing there"):
+        make_parts_of(tmp_path / "run")
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,18 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
+import train_distillation
 from tests.conftest import ROOT, run_script
-from tests.test_small_parts import FEW
+from tests.test_small_parts import BOTH, FEW, StopAfter, copy_run, make_parts_of
 from train_distillation import WanLiteStudent
 from wanlite.data import text_encoder
 from wanlite.data.text_encoder import encode_prompts, load_text_encoder, load_tokenizer
 from wanlite.parts.folder import Student, make_folder
 from wanlite.parts.vocabulary import choose_vocabulary, list_pieces
+from wanlite.planning.defaults import choose_prompts
+from wanlite.planning.resolve import complete as complete_run
+from wanlite.planning.settings import make_parser
+from wanlite.runtime.signals import Stopped
 from wanlite.small import Settings
 from wanlite.world import emoji, shapes
 
@@ -110,3 +115,68 @@ def test_a_vocabulary_file_is_checked_before_the_training(finished_run, tmp_path
     assert "projected" not in process.stdout
     process = run_script(*arguments, "--vocabulary", tmp_path / "none.txt")
     assert process.returncode == 2 and "no such file" in process.stderr
+
+
+# ---- as the last phases of a run ---------------------------------------------------------------------------
+
+
+def read_training(*arguments):
+    """Return the settings of a training, not completed."""
+    parser = make_parser(train_distillation.Settings, "")
+    return train_distillation.Settings(**vars(parser.parse_args([*map(str, arguments)])))
+
+
+@pytest.fixture
+def own_words(tmp_path):
+    """A file of the prompts of a short run."""
+    settings = complete_run(read_training("--num_trajectories", 64, "--num_held_out", 16))
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join([prompt for prompts in choose_prompts(settings) for prompt in prompts]))
+    return path
+
+
+def plan_with(path, folder, capsys):
+    """Return the exit code and the printed lines of a dry run with a vocabulary."""
+    few = ("--num_trajectories", "64", "--num_held_out", "16")
+    arguments = ["--output_dir", str(folder), *BOTH, *few, "--vocabulary", str(path), "--dry_run"]
+    code = train_distillation.plan(complete_run(read_training(*arguments)), arguments)
+    return code, " ".join(capsys.readouterr().out.split())
+
+
+def test_the_plan_of_a_training_has_the_pieces_that_stay(own_words, tmp_path, capsys):
+    code, printed = plan_with(own_words, tmp_path / "run", capsys)
+    assert code == 0 and "vocabulary: " in printed and " pieces: Latin" in printed
+
+
+def test_the_plan_lists_the_words_that_a_vocabulary_lacks(own_words, tmp_path, capsys):
+    own_words.write_text("a red ring")
+    with pytest.raises(ValueError, match="the vocabulary lacks words of .* prompts: .*small"):
+        plan_with(own_words, tmp_path / "run", capsys)
+
+
+def test_a_training_refuses_a_vocabulary_without_use_or_without_a_file(tmp_path):
+    for arguments, error, expected in (
+        (["--vocabulary", "prompts.txt"], ValueError, "which needs --text_encoder small"),
+        ([*BOTH, "--vocabulary", tmp_path / "none.txt"], OSError, "none.txt: no such file"),
+    ):
+        with pytest.raises(error, match=expected):
+            complete_run(read_training("--output_dir", tmp_path, *arguments))
+
+
+def test_small_parts_of_a_run_have_its_vocabulary_and_no_other(finished_run, own_words, tmp_path):
+    folder = tmp_path / "run"
+    copy_run(finished_run, folder)
+    own = {"vocabulary": str(own_words)}
+    with pytest.raises(Stopped):
+        make_parts_of(folder, StopAfter(5), **own)
+    prompts = own_words.read_text()
+    own_words.write_text(f"{prompts}\na red ring")
+    with pytest.raises(OSError, match="holds an unfinished training under other settings"):
+        make_parts_of(folder, **own)
+    own_words.write_text(prompts)
+    make_parts_of(folder, **own)
+    made = json.loads((folder / "run.json").read_text())["small"]
+    assert made["figures"]["vocabulary"]["pieces"] == len(load_tokenizer(folder / "small/tokenizer"))
+    assert made["options"]["vocabulary"]
+    with pytest.raises(ValueError, match="holds small parts of other settings"):
+        make_parts_of(folder)

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import UMT5EncoderModel
 
 from tests.conftest import TINY_TEACHER, change, refuse_pickle
+from train_distillation import WanLiteStudent
+from wanlite import WanLitePipeline
 from wanlite.data.shards import SHARD_SIZE, read_shard, shard_path
 from wanlite.data.text_encoder import (
     encode_once,
@@ -21,7 +23,11 @@ from wanlite.data.text_encoder import (
     load_text_encoder,
     warn_of_truncation,
 )
+from wanlite.generation.student import encode_once as encode_student_prompts
 from wanlite.network import TextTokens, pack_text, unpack_text
+from wanlite.parts.folder import load_pipeline
+from wanlite.serving.drawing import PromptEncoder
+from wanlite.teacher.components import check_components
 from wanlite.training.teacher_data import PromptEmbeddings
 
 PROMPTS = [
@@ -283,6 +289,28 @@ def test_a_tokenizer_and_a_text_encoder_of_two_models_are_refused(wan):
         match=rf"^{wan}/tokenizer: has tokens up to number 35, and {wan}/text_encoder embeds 35: they ",
     ):
         load_text_encoder(wan)
+
+
+def test_every_entry_point_refuses_a_tokenizer_of_another_model(finished_run, tmp_path):
+    run, teacher = tmp_path / "run", tmp_path / "teacher"
+    for source, folder in ((finished_run[0], run), (TINY_TEACHER, teacher)):
+        shutil.copytree(source, folder)
+        change_vocabulary(folder, lambda tokenizer: tokenizer["model"]["vocab"].update(purple=35))
+        (folder / "tokenizer/manifest.json").unlink(missing_ok=True)
+    components = {part: teacher / part for part in ("tokenizer", "text_encoder", "vae")}
+    config = json.loads((teacher / "transformer/config.json").read_text())
+    for folder, load in (
+        (run, lambda: PromptEncoder(run, "cpu")),
+        (run, lambda: encode_student_prompts(run, "cpu", PROMPTS)),
+        (run, lambda: WanLitePipeline.from_pretrained(run)),
+        (run, lambda: WanLitePipeline.from_pretrained(run, device_map="cpu")),
+        (run, lambda: load_pipeline(run, WanLiteStudent, "cpu")),
+        (teacher, lambda: lazy_encoder(teacher, "cpu")(PROMPTS)),
+        (teacher, lambda: check_components(components, config)),
+    ):
+        two = f"^{folder}/tokenizer: has tokens up to number 35, and {folder}/text_encoder embeds 35: they "
+        with pytest.raises(ValueError, match=two):
+            load()
 
 
 def test_a_prompt_with_a_token_outside_the_embedding_is_refused(wan):

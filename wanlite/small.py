@@ -14,6 +14,7 @@ from pathlib import Path
 
 from wanlite.data.prompts import read_prompts
 from wanlite.files.file_names import RUN
+from wanlite.files.locks import alone
 from wanlite.parts.defaults import PARTS, STUDENT_IMAGES
 from wanlite.planning.part_settings import part_setting
 from wanlite.planning.settings import check_bounds, check_device, make_parser, setting
@@ -41,11 +42,7 @@ class Settings:
         is_path=True,
         group="data",
     )
-    vocabulary: str | None = setting(
-        None,
-        "file of prompts; only their words stay in the tokenizer of the small text encoder (default: all words stay)",
-        is_path=True,
-    )
+    vocabulary: str | None = part_setting("vocabulary")
     student_images: int = setting(
         STUDENT_IMAGES, "images of the student to learn from", was="num_images", least=1
     )
@@ -128,6 +125,7 @@ from safetensors import SafetensorError
 
 from train_distillation import WanLiteStudent
 from wanlite.parts.folder import Student, describe, make_folder
+from wanlite.parts.vocabulary import read_vocabulary
 from wanlite.planning.defaults import choose_prompts
 from wanlite.runtime.devices import choose_device, disable_cudnn_attention
 
@@ -145,20 +143,14 @@ def main(settings: Settings, stop: StopSignal | None = None) -> int:
     disable_cudnn_attention()
     print(f"making small parts of {settings.model} on {device}; writing to {output.absolute()}", flush=True)
     source = Path(settings.model)
-    vocabulary = [] if settings.vocabulary is None else read_prompts(settings.vocabulary, print)
+    vocabulary = read_vocabulary(settings.vocabulary, print)
     prompts = read_training_prompts(settings, record)
     student = Student(source, WanLiteStudent, device, *prompts, vocabulary)
-    if settings.overwrite:
-        shutil.rmtree(output, ignore_errors=True)
-    made = make_folder(
-        output,
-        student,
-        settings,
-        stop,
-        decoder_batch=settings.decoder_batch_size,
-        text_batch=settings.text_batch_size,
-        learning_rate=settings.learning_rate,
-    )
+    own = {"decoder_batch": settings.decoder_batch_size, "text_batch": settings.text_batch_size}
+    with alone(output):
+        if settings.overwrite:
+            shutil.rmtree(output, ignore_errors=True)
+        made = make_folder(output, student, settings, stop, learning_rate=settings.learning_rate, **own)
     print(describe(output, source, made["parts"]["figures"]))
     print(f"next: python run_inference.py --model {output}")
     return 0

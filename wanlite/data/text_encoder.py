@@ -17,7 +17,7 @@ from diffusers.utils.logging import get_logger
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from ..network import TEXT_LENGTH
-from ..teacher.text_encoder import check_tokenizer
+from ..teacher.text_encoder import check_pieces, check_tokenizer
 from .component_files import check_manifest, load_component, loading_errors
 from .shards import fill_shards, read_shard
 
@@ -40,25 +40,23 @@ def load_tokenizer(folder: str | Path) -> Any:
 def load_text_encoder(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Any, UMT5EncoderModel]:
-    """Load the tokenizer and the frozen UMT5 encoder of a Wan folder or a saved student.
-
-    Raises ValueError if the vocabulary, without added tokens, exceeds the embedding: then they belong to two
-    models.
-    """
+    """Load the tokenizer and the frozen UMT5 encoder of a Wan folder or a saved student, which fit each other."""
     folder = Path(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     encoder = load_component("text_encoder", folder, device, dtype)
     encoder.name_or_path = encoder.config._name_or_path = str(folder)
-    embedding = encoder.encoder.embed_tokens.weight
-    vocabulary = tokenizer.get_vocab()
-    added = tokenizer.get_added_vocab()
-    largest = max((number for token, number in vocabulary.items() if token not in added), default=0)
-    if largest >= len(embedding):
-        raise ValueError(
-            f"{folder}/tokenizer: has tokens up to number {largest:,}, and {folder}/text_encoder embeds "
-            f"{len(embedding):,}: they belong to two models. Download or copy both again, from one model."
-        )
+    check_vocabulary(tokenizer, folder, len(encoder.encoder.embed_tokens.weight))
     return tokenizer, encoder.eval().requires_grad_(False)
+
+
+def check_vocabulary(tokenizer: Any, folder: Path, num_embedded: int) -> None:
+    """Raise ValueError if the vocabulary of a folder, without added tokens, exceeds the embedding of its encoder.
+
+    An added token is refused with the prompt that has it.
+    """
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    largest = max((number for token, number in vocabulary.items() if token not in added), default=0)
+    check_pieces(largest, num_embedded, folder / "tokenizer", folder / "text_encoder")
 
 
 def lazy_encoder(folder: str | Path, device: str | torch.device) -> Callable[[Sequence[str]], dict]:
@@ -110,7 +108,7 @@ def encode_prompts(
         tokens = tokenize(
             tokenizer, batch, padding=True, truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
         )
-        _check_embedded(tokenizer, encoder, batch, tokens.input_ids)
+        check_embedded(tokenizer, encoder, batch, tokens.input_ids)
         _warn_of_untrained(tokenizer, batch, tokens.input_ids)
         rows = max(1, tokens_at_once // tokens.input_ids.shape[1])
         for ids, mask in zip(
@@ -132,7 +130,7 @@ def tokenize(tokenizer, prompts, **options):
         return tokenizer(texts, return_attention_mask=True, verbose=False, **options)
 
 
-def _check_embedded(tokenizer, encoder, prompts, ids):
+def check_embedded(tokenizer, encoder, prompts, ids):
     """Raise ValueError for a prompt with a token beyond the encoder's embedding."""
     size = encoder.get_input_embeddings().num_embeddings
     for prompt, token in zip(prompts, ids.amax(1).tolist()):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from uuid import uuid4
 from .file_names import PROVENANCE
 from .inside import resolve_inside
 from .json_files import OWN, open_regular, read_json, shown
+from .locks import alone
 
 MANIFEST = "manifest.json"
 READ = (
@@ -54,28 +56,39 @@ def write_bytes(path: Path, content: bytes) -> None:
 def new_folder(target: str | Path, **facts: Any) -> Iterator[Path]:
     """Yield a hidden folder beside `target` to write into; on success it becomes `target`.
 
-    Its manifest is written last: {"files": {name: size and sha256}} and the `facts`.
+    Its manifest is written last: {"files": {name: size and sha256}} and the `facts`. Raises OSError while another
+    process writes the same target.
     """
     target = Path(target)
-    partial, aside = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old"))
-    if aside.exists() and not target.exists():
-        os.replace(aside, target)  # an earlier save was killed between its two renames
-    shutil.rmtree(partial, ignore_errors=True)
-    if partial.is_symlink():  # nothing is written through it
-        partial.unlink()
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        _write_manifest(partial, facts)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-    if target.exists():
-        os.replace(target, aside)
-    os.replace(partial, target)
-    flush(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = target.with_name(f".{target.name}.old")
+    with alone(target, ".partial"):
+        if aside.exists() and not target.exists():
+            os.replace(aside, target)  # an earlier save was killed between its two renames
+        _remove_leftovers(target)
+        partial = target.with_name(f".{target.name}.{uuid4().hex}.partial")
+        partial.mkdir()
+        try:
+            yield partial
+            _write_manifest(partial, facts)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+        if target.exists():
+            os.replace(target, aside)
+        os.replace(partial, target)
+        flush(target.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_leftovers(target):
+    """Remove the hidden folders of killed saves; one that cannot be removed is never written to."""
+    leftover = re.compile(rf"\.{re.escape(target.name)}(\.[0-9a-f]{{32}})?\.partial")
+    for path in target.parent.iterdir():
+        if leftover.fullmatch(path.name) and path.is_symlink():
+            path.unlink()
+        elif leftover.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:

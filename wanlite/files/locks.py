@@ -1,5 +1,6 @@
 """Locks between runs that write to the same folder; the operating system releases those of a killed process."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,7 +46,7 @@ def in_turn(folder: Path, log: Callable[[str], object]) -> Iterator[None]:
 
     The lock file is beside the folder, because a new folder replaces the old one.
     """
-    path = folder.with_name(f".{folder.name}{LOCK}")
+    path = _beside(folder)
     with _holding(path, wait=False) as is_held:
         if is_held:
             yield
@@ -53,6 +54,43 @@ def in_turn(folder: Path, log: Callable[[str], object]) -> Iterator[None]:
     log(f"waiting for another run, which makes {folder}")
     with _holding(path, wait=True):
         yield
+
+
+@contextmanager
+def alone(folder: Path, kind: str = "") -> Iterator[None]:
+    """Hold the lock of a folder that is to be made; raises OSError with the process that has it, if another has.
+
+    The lock file is beside the folder. Locks of another `kind`, a part of its name, are independent.
+    """
+    path = _beside(Path(os.path.realpath(folder)), kind)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _holding(path, wait=False) as is_held:
+        if not is_held:
+            raise OSError(
+                f"{folder}: {_read_holder(path)} is writing there. Wait until it ends, or name another folder."
+            )
+        _write_holder(path)
+        yield
+
+
+def _beside(folder, kind=""):
+    return folder.with_name(f".{folder.name}{kind}{LOCK}")
+
+
+def _write_holder(path):
+    """Write the number of this process into its lock file, for the error of another one."""
+    with suppress(OSError):  # on a file system without locks, there is no file
+        descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW)
+        os.write(descriptor, str(os.getpid()).encode())
+        os.close(descriptor)
+
+
+def _read_holder(path):
+    """Return the process that wrote a lock file, in words."""
+    with suppress(OSError), open(path, "rb") as file:
+        if (number := file.read(10)).isdigit():
+            return f"process {number.decode()}"
+    return "another process"
 
 
 @contextmanager

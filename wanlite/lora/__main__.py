@@ -22,6 +22,7 @@ from ..data.prompts import read_prompts
 from ..files.atomic import new_folder
 from ..files.file_names import CONFIG, RUN
 from ..files.json_files import DOWNLOADED, read_json
+from ..files.locks import alone
 from ..planning.settings import check_bounds, check_device, make_parser, setting
 from ..runtime.terminal import keep_output_open, one_line
 from ..schedule import read_schedule, recorded_schedule
@@ -186,7 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; a refusal is one line with exit code 2."""
     task = read_task(arguments)
     try:
-        folder = train_lora(task)
+        with alone(Path(task.settings.output_dir)):
+            folder = train_lora(task)
     except (OSError, ValueError) as error:
         print(f"wanlite-lora: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -10,6 +10,7 @@ from diffusers import UniPCMultistepScheduler
 
 from ..data.autoencoder import load_video_autoencoder
 from ..data.text_encoder import load_text_encoder
+from ..files.cache import fingerprint
 from ..files.file_names import RUN
 from ..schedule import read_schedule, recorded_schedule
 from ..training.metrics import prompt_accuracy
@@ -73,6 +74,8 @@ def make_folder(
     training that was stopped continues. Raises Stopped after a checkpoint, and OSError for one of other settings.
     """
     record, large = read_run(student.folder), student.load()
+    if student.vocabulary:
+        others["vocabulary"] = fingerprint(student.vocabulary)
     options = choose_options(settings, large.encoder.config, large.autoencoder.config, **others)
     if is_made(output, record, options):
         return read_run(output)

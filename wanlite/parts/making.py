@@ -25,6 +25,7 @@ from ..data.shards import (
     write_shard,
 )
 from ..data.single_frame import SingleFrameAutoencoder
+from ..data.text_encoder import check_embedded
 from ..files.cache import cache_folder, fingerprint
 from ..flow import sample, seeded_noise, set_steps
 from ..network import TEXT_LENGTH, TextTokens
@@ -80,6 +81,7 @@ class Pipeline:
 
     def tokens(self, prompts: Sequence[str]) -> Tokens:
         tokens = tokenize_all(self.tokenizer, prompts, TEXT_LENGTH)
+        check_embedded(self.tokenizer, self.encoder, prompts, tokens.ids)
         return Tokens(tokens.ids.to(self.device), tokens.mask.to(self.device))
 
     @torch.no_grad()

@@ -29,11 +29,14 @@ class PartOptions:
     decoder_batch: int = 16  # crops of 256 pixels at most
     text_batch: int = 64
     learning_rate: float = 2e-3
+    vocabulary: str | None = None  # fingerprint of the prompts whose words stay; None: all words stay
 
     def facts(self) -> dict[str, Any]:
         """Return the options that affect the weights, as json."""
         facts = asdict(self)
         del facts["checkpointing_steps"]
+        if self.vocabulary is None:  # as in folders of earlier versions
+            del facts["vocabulary"]
         return facts
 
 
@@ -51,7 +54,7 @@ def choose_options(settings: Any, encoder_config: Any, autoencoder_config: Any, 
     )
     is_decoder_small = settings.decoder == "small"
     is_real = encoder_config.d_model >= LARGE_WIDTH
-    steps = {
+    steps: dict[str, Any] = {
         f"{name}_steps": getattr(settings, f"{name}_steps") or (default.real if is_real else default.tiny)
         for name, default in STEPS.items()
     }

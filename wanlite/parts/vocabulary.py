@@ -10,7 +10,7 @@ import string
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
+from ..data.prompts import read_prompts
 from ..data.text_encoder import NUM_TRAINED, load_tokenizer, tokenize
 from ..files.atomic import write_json
 from ..files.json_files import DOWNLOADED, read_json
@@ -67,6 +68,11 @@ class Vocabulary:
         return (
             f"{len(self.kept):,} of {sum(count for _, count in self.scripts.values()):,} pieces: {remaining}"
         )
+
+
+def read_vocabulary(path: str | None, log: Callable[[str], Any] | None = None) -> list[str]:
+    """Return the prompts whose words stay, none without a file; errors as of read_prompts()."""
+    return [] if path is None else read_prompts(path, log)
 
 
 def choose_vocabulary(tokenizer: Any, kept_prompts: Sequence[str], prompts: Sequence[str]) -> Vocabulary:

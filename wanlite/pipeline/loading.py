@@ -15,13 +15,13 @@ from train_distillation import WanLiteStudent
 
 from ..data.autoencoder import load_video_autoencoder
 from ..data.component_files import check_manifest
-from ..data.text_encoder import load_text_encoder, load_tokenizer
+from ..data.text_encoder import check_vocabulary, load_text_encoder, load_tokenizer
 from ..files.file_names import COMPONENT_WEIGHTS, COMPONENTS, CONFIG, MODEL_INDEX, RUN, SCHEDULER_CONFIG
 from ..files.inside import resolve_inside
 from ..files.json_files import DOWNLOADED, read_json
 from ..schedule import SCHEDULER, read_schedule, recorded_schedule
 from ..student.digest import check_digest, model_digest
-from ..teacher.components import check_weights, known_settings
+from ..teacher.components import check_weights, count_embedded, known_settings
 from ..training.run_folder import PIPELINE, check_saved_components, read_run
 
 FILES = ("scheduler/*.json", "tokenizer/*", RUN) + tuple(  # on the hub, beside the student
@@ -53,6 +53,7 @@ def add_components(
         options["torch_dtype"] = dtypes
         if not options.keys() & {"text_encoder", "tokenizer"}:
             options["tokenizer"] = load_tokenizer(folder / "tokenizer")
+            check_vocabulary(options["tokenizer"], folder, count_embedded(folder / "text_encoder"))
     else:
         load_components(folder, dtypes, options)
     return record

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import UMT5Config, UMT5EncoderModel
 
 from ..data.autoencoder import use_single_frame_path
+from ..data.text_encoder import load_tokenizer
 from ..files.file_names import CONFIG
 from ..files.json_files import DOWNLOADED, read_json
 from ..network import TEXT_LENGTH
@@ -24,7 +25,10 @@ from ..parts.making import VALIDATED_IMAGES, count_parameters
 from ..parts.options import PartOptions, choose_options, empty_autoencoder
 from ..parts.text_encoder import count_states
 from ..parts.text_projection import check_shape, make_small
+from ..parts.vocabulary import Vocabulary, choose_vocabulary, read_vocabulary
 from ..phases import list_part_phases
+from ..teacher.text_encoder import convert_tokenizer
+from .defaults import choose_prompts
 from .disk import TOKENS_PER_WORD, format_size
 
 # The text encoder of every Wan; official files have no config.
@@ -52,6 +56,7 @@ class PartPlan:
     small_encoder: Any  # None: the text encoder stays
     autoencoder: Any
     small_autoencoder: Any  # None: the decoder stays
+    vocabulary: Vocabulary | None = None  # None: all words stay
 
     @property
     def phases(self) -> list[str]:
@@ -59,8 +64,16 @@ class PartPlan:
 
     def count_bytes(self, student_parameters: int) -> int:
         """Return the bytes of the folder with small parts in bfloat16."""
-        kept = [self.small_encoder or self.encoder, self.small_autoencoder or self.autoencoder]
-        return 2 * (student_parameters + sum(map(count_parameters, kept)))
+        encoder = self.count_text_parameters() if self.small_encoder else count_parameters(self.encoder)
+        decoder = count_parameters(self.small_autoencoder or self.autoencoder)
+        return 2 * (student_parameters + encoder + decoder)
+
+    def count_text_parameters(self) -> int:
+        """Return the parameters of the small text encoder as it is saved; all words stay while it is trained."""
+        count, shared = count_parameters(self.small_encoder), self.small_encoder.shared
+        if self.vocabulary is None:
+            return count
+        return count - (shared.num_embeddings - len(self.vocabulary.kept)) * shared.embedding_dim
 
     def count_disk_bytes(self, student: Any, latent_shape: tuple[int, ...]) -> int:
         """Return the bytes of the folder, and of the latents and checkpoints until it is complete."""
@@ -80,12 +93,14 @@ class PartPlan:
         if shape := self.options.text_shape:
             lines.append(
                 f"text encoder: width {shape.width}, {shape.depth} block{'s' * (shape.depth > 1)}, {shape.heads} heads, "
-                f"{_compare(self.small_encoder, self.encoder)}"
+                f"{_compare(self.count_text_parameters(), count_parameters(self.encoder))}"
             )
+        if self.vocabulary is not None:
+            lines.append(f"vocabulary: {self.vocabulary.describe()}")
         if self.small_autoencoder is not None:
             lines.append(
                 f"decoder: {self.options.decoder_base_dim} channels, "
-                f"{_compare(self.small_autoencoder.decoder, self.autoencoder.decoder)}"
+                f"{_compare(*(count_parameters(each.decoder) for each in (self.small_autoencoder, self.autoencoder)))}"
             )
         steps = ", ".join(f"{name} {getattr(self.options, f'{name}_steps'):,}" for name in self.phases)
         return [
@@ -96,13 +111,17 @@ class PartPlan:
 
 
 def _compare(small, large):
-    sizes = [f"{format_size(2 * count_parameters(each))}" for each in (small, large)]
-    counts = [f"{count_parameters(each) / 1e6:,.2f} M" for each in (small, large)]
+    """Return the parameters of a small and of a large part as a clause."""
+    sizes = [f"{format_size(2 * each)}" for each in (small, large)]
+    counts = [f"{each / 1e6:,.2f} M" for each in (small, large)]
     return f"{counts[0]} parameters of {counts[1]}, {sizes[0]} of {sizes[1]} in bfloat16"
 
 
 def plan_parts(settings: Any, teacher: Any) -> PartPlan | None:
-    """Return the PartPlan of a TeacherFolder, None if no part is small; raises ValueError for impossible sizes."""
+    """Return the PartPlan of a TeacherFolder, None if no part is small.
+
+    Raises ValueError for impossible sizes, and for a vocabulary that lacks words of the prompts.
+    """
     if settings.text_encoder == settings.decoder == "large":
         return None
     encoder_config, config = _encoder_config(teacher.components["text_encoder"]), teacher.autoencoder_config
@@ -112,6 +131,7 @@ def plan_parts(settings: Any, teacher: Any) -> PartPlan | None:
         check_width(config, base_dim)
     if shape is not None:
         check_shape(encoder_config, shape)
+    vocabulary = _choose_vocabulary(settings, teacher.components)
     with torch.device("meta"):
         return PartPlan(
             options,
@@ -119,7 +139,20 @@ def plan_parts(settings: Any, teacher: Any) -> PartPlan | None:
             make_small(encoder_config, shape) if shape is not None else None,
             empty_autoencoder(config, widest(config)),
             empty_autoencoder(config, base_dim) if base_dim is not None else None,
+            vocabulary,
         )
+
+
+def _choose_vocabulary(settings, components):
+    """Return the Vocabulary of --vocabulary and of the teacher's tokenizer, None if all words stay."""
+    kept = read_vocabulary(settings.vocabulary)
+    if not kept:
+        return None
+    place = components["tokenizer"]  # a folder, or the file of ComfyUI's text encoder
+    tokenizer = load_tokenizer(place) if place.is_dir() else convert_tokenizer(place)
+    return choose_vocabulary(
+        tokenizer, kept, [prompt for each in choose_prompts(settings) for prompt in each]
+    )
 
 
 def _encoder_config(place):

@@ -10,6 +10,8 @@ MEANINGS = {
     "text_depth": "its blocks (default: half of the large one's)",
     "text_heads": "its attention heads (default: in proportion to its width)",
     "text_ffn_dim": "its inner width (default: in proportion to its width)",
+    "vocabulary": "file of prompts; only their words stay in the tokenizer of the small text encoder (default: all "
+    "words stay)",
     "decoder_base_dim": "channels of the small decoder's last layers (default: the most with a quarter of the large "
     "one's parameters, at most 32)",
     "decoder_steps": f"steps of the small decoder (default: {STEPS['decoder']})",
@@ -26,4 +28,5 @@ PART_SETTINGS = {  # of MEANINGS, by the part that they need
 
 def part_setting(name: str, **options: Any) -> Any:
     """Declare a setting of small parts, without a default of its own."""
-    return setting(None, MEANINGS[name], least=1, **options)
+    kind: dict[str, Any] = {"is_path": True} if name == "vocabulary" else {"least": 1}
+    return setting(None, MEANINGS[name], **kind, **options)

@@ -106,6 +106,8 @@ def _list_checks(settings, teacher):
         checks.append(check_compiler)
     if settings.prompts is not None:
         checks.insert(0, partial(read_prompts, settings.prompts, count=1))
+    if settings.vocabulary is not None:
+        checks.insert(0, partial(read_prompts, settings.vocabulary, count=1))
     if settings.images is not None:
         checks.insert(0, partial(list_images, settings.images))
     if settings.dry_run:  # imports torch, which a run imports later in any case

@@ -22,7 +22,13 @@ from .headers import Shape, read_header
 from .names import AUTOENCODERS, COMPONENT_FILES, COMPONENT_PLACES, SPIECE, TEXT_ENCODER, TIED, TOKENIZER
 from .recognition import Network, find_single_files, recognize
 from .search import find_unsupported_format, visible
-from .text_encoder import check_text_settings, check_tokenizer, convert_text_encoder, convert_tokenizer
+from .text_encoder import (
+    check_pieces,
+    check_text_settings,
+    check_tokenizer,
+    convert_text_encoder,
+    convert_tokenizer,
+)
 
 EXPECTED = {
     "tokenizer": f"tokenizer/, {TOKENIZER}/ or {SPIECE} in ComfyUI's text encoder",
@@ -110,13 +116,29 @@ def check_components(found: dict[str, Path], teacher: dict[str, Any]) -> None:
             "with 16."
         )
     _check_text_width(found["text_encoder"], teacher["text_dim"])
+    largest = check_tokenizer(found["tokenizer"]) if found["tokenizer"].is_dir() else 0
     for component, place in found.items():
         if place.is_dir():
-            check_tokenizer(place) if component == "tokenizer" else check_weights(component, place)
+            check_weights(component, place) if component != "tokenizer" else None
         elif place.suffix == ".pth":
             open_regular(place).close()
             if not is_zipfile(place):  # its table of contents is its end
                 raise broken_download(place, "not a complete file of torch.save()")
+    if found["text_encoder"].is_dir():
+        check_pieces(
+            largest, count_embedded(found["text_encoder"]), found["tokenizer"], found["text_encoder"]
+        )
+
+
+def count_embedded(folder: Path) -> int:
+    """Return the number of tokens that a text encoder in diffusers' layout embeds, from its config."""
+    from transformers import UMT5Config
+
+    path = folder / CONFIG
+    size = read_json(path, DOWNLOADED).get("vocab_size", UMT5Config().vocab_size)
+    if type(size) is not int:
+        raise ValueError(f"{path}: vocab_size is {size!r:.60}, expected a whole number. Download it again.")
+    return size
 
 
 def _check_text_width(place: Path, width: int) -> None:

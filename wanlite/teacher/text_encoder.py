@@ -111,8 +111,21 @@ def convert_tokenizer(path: Path) -> Any:
     )
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Refuse a tokenizer without a vocabulary, or with JSON that cannot be read."""
+def check_pieces(largest: int, num_embedded: int, tokenizer: Path, encoder: Path) -> None:
+    """Refuse a tokenizer with pieces up to number `largest` beside an encoder that embeds fewer."""
+    if largest >= num_embedded:
+        raise ValueError(
+            f"{tokenizer}: has tokens up to number {largest:,}, and {encoder} embeds {num_embedded:,}: they belong to "
+            "two models. Download or copy both again, from one model."
+        )
+
+
+def check_tokenizer(folder: Path) -> int:
+    """Refuse a tokenizer without a vocabulary, or with JSON that cannot be read.
+
+    Returns the largest number of a piece in tokenizer.json, 0 without the file; added tokens do not count.
+    """
+    largest = 0
     vocabularies = [
         path for path in (folder / "tokenizer.json", *visible(folder.glob("*.model"))) if path.exists()
     ]
@@ -123,12 +136,27 @@ def check_tokenizer(folder: Path) -> None:
             if find_replacement(read_first_bytes(path)):
                 raise broken_download(path, "not a sentencepiece model")
         elif path.name == "tokenizer.json":
-            _check_parts(read_json(path, DOWNLOADED), path)
+            content = read_json(path, DOWNLOADED)
+            _check_parts(content, path)
+            largest = _find_largest(content)
         elif (name := read_json(path, DOWNLOADED).get("tokenizer_class")) not in _CLASSES:
             raise OSError(
                 f"{path}: tokenizer_class is {name!r:.60}, expected T5TokenizerFast, as in every Wan; code of a "
                 "model is never run. Download it again."
             )
+    return largest
+
+
+def _find_largest(tokenizer: dict[str, Any]) -> int:
+    """Return the largest number of a piece, 0 for a vocabulary that cannot be read; its loader refuses that."""
+    try:
+        vocabulary = tokenizer["model"]["vocab"]
+        added = {token["content"] for token in tokenizer.get("added_tokens") or ()}
+        if not isinstance(vocabulary, dict):  # a Unigram's: pairs of a piece and its score
+            vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        return max((number for piece, number in vocabulary.items() if piece not in added), default=0)
+    except (LookupError, TypeError, ValueError):
+        return 0
 
 
 def _check_parts(tokenizer: dict[str, Any], path: Path) -> None:
