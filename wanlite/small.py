@@ -18,7 +18,7 @@ from wanlite.parts.defaults import PARTS, STUDENT_IMAGES
 from wanlite.planning.part_settings import part_setting
 from wanlite.planning.settings import check_bounds, check_device, make_parser, setting
 from wanlite.runtime.signals import Stopped, StopSignal
-from wanlite.runtime.terminal import keep_output_open, one_line
+from wanlite.runtime.terminal import EXIT_CODE, EXPLAINED, keep_output_open, print_error
 from wanlite.schedule import recorded_schedule
 from wanlite.student.loading import open_student
 from wanlite.student.location import student_folder
@@ -75,7 +75,7 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
     try:
         settings = complete(settings)
     except (OSError, ValueError) as error:
-        parser.error(one_line(str(error)))
+        parser.error(str(error))
     return settings
 
 
@@ -170,6 +170,6 @@ if __name__ == "__main__":
     except Stopped:
         print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(STOPPED)
-    except (OSError, ValueError, FloatingPointError, SafetensorError) as error:
-        print(f"wanlite-small: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
+    except (*EXPLAINED, SafetensorError) as error:
+        print_error("wanlite-small", error)
+        sys.exit(EXIT_CODE)

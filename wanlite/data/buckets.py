@@ -11,10 +11,10 @@ def complete_resolution(resolution: int | Sequence[int], unit: int = 16) -> int 
 
     Raises ValueError for sides that are not multiples of `unit` pixels, the side of a token.
     """
-    sides = [resolution] if isinstance(resolution, int) else list(resolution)
-    if len(sides) not in (1, 2):
+    sides = list(resolution) if isinstance(resolution, (list, tuple)) else [resolution]
+    if len(sides) not in (1, 2) or any(type(side) is not int for side in sides):
         raise ValueError(
-            f"--resolution {' '.join(map(str, sides))}: expected one number, for a square, or WIDTH HEIGHT."
+            f"--resolution {' '.join(map(str, sides[:3])):.60}: expected one number, for a square, or WIDTH HEIGHT."
         )
     for side in sides:
         if side % unit or side <= 0:
@@ -40,7 +40,7 @@ def bucket_sizes(
         ratio = int(sides[1]) / int(sides[2]) if sides else 0
         if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
             raise ValueError(
-                f"--aspect_ratios {text}: expected WIDTH:HEIGHT such as 3:2, from 1:{MAX_RATIO} to {MAX_RATIO}:1."
+                f"--aspect_ratios {text:.40}: expected WIDTH:HEIGHT such as 3:2, from 1:{MAX_RATIO} to {MAX_RATIO}:1."
             )
         width, height = (max(1, round((area * each) ** 0.5 / unit)) * unit for each in (ratio, 1 / ratio))
         sizes[width, height] = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..files.inside import resolve_inside
 from ..files.json_files import check_regular
 from .listed_images import MAX_BYTES, ListedImage, Unusable, read_object, text_of
-from .tables import check_row_groups, find_column, read_texts
+from .tables import check_row_groups, find_column, list_columns, read_texts
 
 SAVED_STATE = "state.json"  # of a dataset saved by `datasets`
 
@@ -21,8 +21,8 @@ def list_parquet(path: Path) -> list[ListedImage]:
 
     try:
         check_regular(path)
-        file = parquet.ParquetFile(path)
-        images, captions = _columns(path, file.schema_arrow)
+        images, captions = _columns(path, parquet.read_schema(path))
+        file = parquet.ParquetFile(path, read_dictionary=[captions])
         for column in (images, captions):
             check_row_groups(path, file.metadata, column)
         groups = (file.read_row_group(group, columns=[captions]) for group in range(file.num_row_groups))
@@ -48,7 +48,7 @@ def list_parquet(path: Path) -> list[ListedImage]:
 
 def list_saved_dataset(place: Path) -> list[ListedImage]:
     """List the rows of a folder written by save_to_disk of `datasets`: Arrow streams, named in state.json."""
-    state = read_object(place / SAVED_STATE)
+    state = read_object(resolve_inside(place, SAVED_STATE))
     rows: list[ListedImage] = []
     if state.get("_indices_files") or state.get("_indices_data_files"):
         raise ValueError(
@@ -80,7 +80,7 @@ def _columns(path, schema):
         if is_struct or pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type):
             return field.name, find_column(path, schema.names)
     raise ValueError(
-        f"{path}: has the columns {', '.join(schema.names)}, but none of images. Expected bytes of image files."
+        f"{path}: has the columns {list_columns(schema.names)}, but none of images. Expected bytes of image files."
     )
 
 

@@ -216,8 +216,8 @@ def _stream_parquet(path):
 
     try:
         check_regular(path)
-        with parquet.ParquetFile(path) as file:
-            column, number = find_column(path, file.schema_arrow.names), 0
+        column, number = find_column(path, parquet.read_schema(path).names), 0
+        with parquet.ParquetFile(path, read_dictionary=[column]) as file:  # a text of many rows is held once
             check_row_groups(path, file.metadata, column, MAX_TEXT_BYTES)
             groups = range(file.num_row_groups)  # one at a time, for pyarrow reads ahead
             batches = (file.iter_batches(BATCH, [group], [column]) for group in groups)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..files.file_names import RUN
+from ..files.json_files import shorten
 from ..schedule import TIMESTEPS, recorded_schedule
 from ..training.run_folder import DRAWING, SEAL
 from ..training.sampling_defaults import check_steps, sampling_defaults, size_warning, trained_sizes
@@ -62,7 +63,7 @@ def choose_steps(record: Mapping[str, Any], num_steps: Any, source: str) -> int:
         num_steps = sampling_defaults(dict(record))["num_inference_steps"]
     if type(num_steps) is not int or not 0 < num_steps <= TIMESTEPS:
         raise ValueError(
-            f"num_inference_steps is {num_steps!r}, expected a whole number from 1 to {TIMESTEPS}."
+            f"num_inference_steps is {shorten(num_steps)}, expected a whole number from 1 to {TIMESTEPS}."
         )
     check_steps(num_steps, recorded_schedule(dict(record), RUN), source, "num_inference_steps")
     return num_steps
@@ -71,8 +72,12 @@ def choose_steps(record: Mapping[str, Any], num_steps: Any, source: str) -> int:
 def check_options(output_type: Any, num_frames: Any, num_images: Any) -> None:
     """Raise ValueError for an unknown type of output, for videos, or for a wrong number of images."""
     if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type is {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}.")
+        raise ValueError(f"output_type is {shorten(output_type)}, expected one of {', '.join(OUTPUT_TYPES)}.")
     if num_frames != 1:
-        raise ValueError(f"num_frames is {num_frames}; the student generates single frames. Leave it out.")
+        raise ValueError(
+            f"num_frames is {shorten(num_frames)}; the student generates single frames. Leave it out."
+        )
     if type(num_images) is not int or num_images < 1:
-        raise ValueError(f"num_images_per_prompt is {num_images!r}, expected a whole number, at least 1.")
+        raise ValueError(
+            f"num_images_per_prompt is {shorten(num_images)}, expected a whole number, at least 1."
+        )

@@ -14,11 +14,11 @@ from diffusers import PipelineQuantizationConfig, UniPCMultistepScheduler
 from train_distillation import WanLiteStudent
 
 from ..data.autoencoder import load_video_autoencoder
-from ..data.component_files import check_manifest
+from ..data.component_files import check_manifest, loading_errors
 from ..data.text_encoder import load_text_encoder, load_tokenizer
 from ..files.file_names import COMPONENT_WEIGHTS, COMPONENTS, CONFIG, MODEL_INDEX, RUN, SCHEDULER_CONFIG
 from ..files.inside import resolve_inside
-from ..files.json_files import DOWNLOADED, read_json
+from ..files.json_files import DOWNLOADED, read_json, shorten, shown
 from ..schedule import SCHEDULER, read_schedule, recorded_schedule
 from ..student.digest import check_digest, model_digest
 from ..teacher.components import check_weights, known_settings
@@ -28,6 +28,7 @@ FILES = ("scheduler/*.json", "tokenizer/*", RUN) + tuple(  # on the hub, beside 
     f"{component}/*.{ending}" for component in ("text_encoder", "vae") for ending in ("json", "safetensors")
 )
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")  # arguments of a download
+MAX_NUMBER = 10**5  # in the config of a scheduler: 1000 timesteps, shifts below 100
 STOCK = ("device_map", "quantization_config", "variant")  # with these, diffusers loads the other components
 
 
@@ -116,8 +117,17 @@ def load_scheduler(folder: Path, schedule: dict[str, Any]) -> Any:
     name = str(config.get("_class_name"))
     is_flow = "FlowMatch" in name or config.get("use_flow_sigmas") is True
     if name != SCHEDULER and is_flow and hasattr(getattr(diffusers, name, None), "set_timesteps"):
-        return getattr(diffusers, name).from_pretrained(folder / "scheduler", local_files_only=True)
+        with loading_errors(folder / "scheduler"):
+            _check_numbers(config)
+            return getattr(diffusers, name).from_pretrained(folder / "scheduler", local_files_only=True)
     return UniPCMultistepScheduler(**read_schedule(folder, schedule))
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    """Refuse a scheduler that would make tables of gigabytes."""
+    for name, value in config.items():
+        if isinstance(value, (int, float)) and abs(value) > MAX_NUMBER:
+            raise ValueError(f"{shown(name)} is {shorten(value)}, expected at most {MAX_NUMBER:,}")
 
 
 def find_variants(folder: Path, variant: str | None) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import safe_open
 
 from ..files.downloads import find_replacement
-from ..files.json_files import DOWNLOADED, read_first_bytes, read_json
+from ..files.json_files import DOWNLOADED, read_first_bytes, read_json, shorten
 from ..files.weights import broken_download
 from .component_weights import fill, read_weights, shapes_of
 from .keys import rename
@@ -33,6 +33,7 @@ _KINDS = (  # in tokenizer.json of UMT5 and of the tiny world, and what transfor
 MAX_PARTS = 12  # UMT5's has eight
 MAX_REPLACEMENT = 1  # characters that replace a match: a text grows by at most a factor for each part
 MAX_ADDED = 8  # tokens that a template adds to a prompt; UMT5's adds one
+MAX_EXTRA = 1000  # tokens beside those of the vocabulary
 _FIRST_PIECES = ["<pad>", "</s>", "<unk>"]
 
 
@@ -124,11 +125,27 @@ def check_tokenizer(folder: Path) -> None:
                 raise broken_download(path, "not a sentencepiece model")
         elif path.name == "tokenizer.json":
             _check_parts(read_json(path, DOWNLOADED), path)
-        elif (name := read_json(path, DOWNLOADED).get("tokenizer_class")) not in _CLASSES:
-            raise OSError(
-                f"{path}: tokenizer_class is {name!r:.60}, expected T5TokenizerFast, as in every Wan; code of a "
-                "model is never run. Download it again."
-            )
+        else:
+            _check_tokenizer_settings(read_json(path, DOWNLOADED), path)
+
+
+def _check_tokenizer_settings(settings: dict[str, Any], path: Path) -> None:
+    """Refuse settings that choose code or another file than the checked one, and tokens without number."""
+    if (name := settings.get("tokenizer_class")) not in _CLASSES:
+        raise OSError(
+            f"{path}: tokenizer_class is {name!r:.60}, expected T5TokenizerFast, as in every Wan; code of a "
+            "model is never run. Download it again."
+        )
+    if "fast_tokenizer_files" in settings:
+        raise OSError(
+            f"{path}: fast_tokenizer_files is {shorten(settings['fast_tokenizer_files'])}, expected none: the "
+            "tokenizer is read from tokenizer.json. Remove the key."
+        )
+    count = settings.get("extra_ids", 0)
+    if type(count) is not int or not 0 <= count <= MAX_EXTRA:
+        raise OSError(
+            f"{path}: extra_ids is {shorten(count)}, expected at most {MAX_EXTRA}; UMT5 has 300. Download it again."
+        )
 
 
 def _check_parts(tokenizer: dict[str, Any], path: Path) -> None:
@@ -144,7 +161,7 @@ def _check_parts(tokenizer: dict[str, Any], path: Path) -> None:
         kind, content = part.get("type"), part.get("content", "")
         if kind not in (*_KINDS, None) or not isinstance(content, str) or len(content) > MAX_REPLACEMENT:
             raise OSError(
-                f"{path}: has a part {str(part)!r:.80}, expected those of a UMT5's tokenizer. Download it again."
+                f"{path}: has a part {shorten(part)}, expected those of a UMT5's tokenizer. Download it again."
             )
 
 
@@ -159,14 +176,17 @@ def _check_template(template: Any, path: Path) -> None:
     lists += [found.get("ids") if isinstance(found, dict) else None for found in each_token]
     if not all(isinstance(each, list) and len(each) <= MAX_ADDED for each in lists):
         raise OSError(
-            f"{path}: has a post_processor {str(template)!r:.80}, expected a template that adds at most {MAX_ADDED} "
+            f"{path}: has a post_processor {shorten(template)}, expected a template that adds at most {MAX_ADDED} "
             "tokens. Download it again."
         )
 
 
 def _flatten(part: Any) -> list[dict[str, Any]]:
     """Return a part of a tokenizer and the parts in it, which are lists under various names."""
-    if not isinstance(part, dict):
-        return []
-    inner = (each for value in part.values() if isinstance(value, list) for each in value)
-    return [part, *(found for each in inner for found in _flatten(each))]
+    found, waiting = [], [part]  # no recursion: parts may be nested deeper than calls
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            found.append(each)
+            waiting += [inner for value in each.values() if isinstance(value, list) for inner in value]
+    return found

@@ -42,7 +42,7 @@ from ..files.file_names import (
     WEIGHTS,
 )
 from ..files.inside import check_inside, resolve_inside
-from ..files.json_files import DOWNLOADED, OWN, read_json
+from ..files.json_files import DOWNLOADED, OWN, read_json, shorten
 from ..files.text_files import MAX_LINE, open_text
 from ..runtime.launch import is_on_several_machines
 
@@ -159,7 +159,7 @@ def _list_changes(run, settings):
     """Return a clause for each of `settings` that a run does not share."""
     earlier = run["settings"]
     return [
-        f"{name} was {earlier.get(name)!r}, is {value!r}"
+        f"{name} was {shorten(earlier.get(name))}, is {shorten(value)}"
         for name, value in settings.items()
         if earlier.get(name) != value
     ]
@@ -199,12 +199,13 @@ def check_resumable(folder: str | Path, run: dict[str, Any], log: Callable[[str]
     ):
         if earlier.get(name, run.get(name)) != run.get(name):
             raise ValueError(
-                f"{folder}: holds an unfinished run, and {meaning} (was {earlier[name]}, is {run[name]}): its result "
+                f"{folder}: holds an unfinished run, and {meaning} (was {shorten(earlier[name])}, is "
+                f"{shorten(run[name])}): its result "
                 "would change. Resume it with the same, or add --overwrite."
             )
     versions = earlier["versions"] if isinstance(earlier.get("versions"), dict) else {}
     if changed := [
-        f"{name} {version}, now {run['versions'][name]}"
+        f"{name} {version!s:.20}, now {run['versions'][name]}"
         for name, version in versions.items()
         if run["versions"].get(name) not in (None, version)
     ]:
@@ -334,9 +335,10 @@ class MetricsLog:
         self.seconds = 0.0
         kept = []
         for line, record in read_records(self.path) if step else ():
-            if record.get("step", 0) <= step:
+            reached, seconds = record.get("step", 0), record.get("seconds", self.seconds)
+            if all(type(number) in (int, float) for number in (reached, seconds)) and reached <= step:
                 kept.append(line)
-                self.seconds = record.get("seconds", self.seconds)
+                self.seconds = seconds
         write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode())
 
     def write(self, **record: Any) -> None:
