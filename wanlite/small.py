@@ -22,7 +22,13 @@ from wanlite.runtime.terminal import EXIT_CODE, EXPLAINED, keep_output_open, pri
 from wanlite.schedule import recorded_schedule
 from wanlite.student.loading import open_student
 from wanlite.student.location import student_folder
-from wanlite.training.run_folder import SMALL, check_saved_components, read_run
+from wanlite.training.run_folder import (
+    PROMPT_SETTINGS,
+    SMALL,
+    check_saved_components,
+    prompt_settings,
+    read_run,
+)
 
 STOPPED = 3  # exit code after a signal
 
@@ -92,7 +98,7 @@ def complete(settings: Settings) -> Settings:
     folder = student_folder(settings.model)
     with open_student(folder):
         record = read_run(folder)
-    if not isinstance(record.get("settings"), dict):
+    if PROMPT_SETTINGS.keys() - prompt_settings(record, folder / RUN).keys():
         raise ValueError(
             f"{folder}: has no {RUN} of a training, expected a student that train_distillation.py saved."
         )

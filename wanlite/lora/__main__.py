@@ -21,13 +21,12 @@ from ..data.images import CaptionedImage, choose_images
 from ..data.prompts import read_prompts
 from ..files.atomic import new_folder
 from ..files.file_names import RUN
-from ..files.json_files import shorten
 from ..planning.settings import check_bounds, check_device, make_parser, setting
 from ..runtime.terminal import EXIT_CODE, EXPLAINED, keep_output_open, print_error
 from ..schedule import read_schedule, recorded_schedule
 from ..student.loading import open_student
 from ..student.location import student_folder
-from ..training.run_folder import check_saved_components, read_run
+from ..training.run_folder import check_saved_components, prompt_settings, read_run
 from ..training.sampling_defaults import read_sides, sampling_defaults, trained_sizes
 from ..world.record import read_world
 
@@ -118,14 +117,8 @@ def complete(settings: Settings) -> Task:
 
 def other_prompts(settings: Settings, run: dict[str, Any]) -> list[str]:
     """Return the prompts of --prompts, or else prompts as in the student's training, by its record."""
-    found, count = run.get("settings"), settings.num_prompts
-    recorded = found if isinstance(found, dict) else {}
+    recorded, count = prompt_settings(run, RUN), settings.num_prompts
     path, teacher = settings.prompts or recorded.get("prompts"), recorded.get("teacher")
-    for name, value in (("prompts", path), ("teacher", teacher)):
-        if not isinstance(value, str | None):
-            raise ValueError(
-                f"{RUN}: {name} of its settings is {shorten(value)}, expected a path. Add --prompts."
-            )
     if path:
         return read_prompts(path, print, count, settings.seed)
     world = read_world(teacher) if teacher else None

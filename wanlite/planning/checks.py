@@ -252,7 +252,8 @@ def _check_record(run, folder):
     kinds = {"teacher": str, "student": dict, "settings": dict, "schedule": dict}
     if bad := [name for name, kind in kinds.items() if not run.get(name) or not isinstance(run[name], kind)]:
         _refuse_student(folder, f"its run.json has no valid {', '.join(bad)}. Copy the folder again.")
-    if not isinstance(run["schedule"].get("phases"), dict):
+    phases = run["schedule"].get("phases")
+    if not isinstance(phases, dict) or any(type(count) is not int for count in phases.values()):
         _refuse_student(folder, "its run.json has no valid phases in its schedule. Copy the folder again.")
 
 

@@ -14,7 +14,7 @@ from .keys import strip_wrappers
 if TYPE_CHECKING:
     import torch
 
-MAX_HEADER, MAX_TENSORS = 2**23, 2**15  # a Wan's file has about a thousand tensors
+MAX_HEADER, MAX_TENSORS = 2**23, 2**14  # a Wan's file has about a thousand tensors
 Shape = tuple[int, ...]
 
 

@@ -46,9 +46,9 @@ def convert_text_encoder(path: Path) -> Any:
     tensors = rename(weights, TEXT_ENCODER_NAMES)
     try:
         config = _config_of(tensors)
-    except LookupError as error:
+    except (LookupError, ValueError, ZeroDivisionError) as error:
         raise ValueError(
-            f"{path}: lacks {error}, expected in every UMT5 encoder. Download it again."
+            f"{path}: lacks a tensor of every UMT5 encoder, or its sizes ({error}). Download it again."
         ) from None
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
     return fill(UMT5EncoderModel, config, tensors, path)

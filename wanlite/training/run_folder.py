@@ -75,6 +75,13 @@ PIPELINE = {  # content of model_index.json
     "transformer_2": [None, None],
 }
 DRAWING = ("resolution", "num_inference_steps", "schedule", "validation_prompts")  # read from run.json
+PROMPT_SETTINGS = {  # from which the prompts of a run follow
+    "teacher": str,
+    "prompts": (str, type(None)),
+    "seed": int,
+    "num_trajectories": (int, type(None)),
+    "num_held_out": int,
+}
 SEAL = "drawing_sha256"
 _RUN_LIMITS = OWN._replace(remedy="Copy it again; for a new run, move the folder away.")
 
@@ -92,6 +99,19 @@ def read_run(folder: str | Path) -> dict[str, Any]:
             f"{SEAL}."
         )
     return run
+
+
+def prompt_settings(run: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """Return the settings of a run, {} if it has none; raises ValueError if prompts cannot follow from them.
+
+    `source` names the file in errors.
+    """
+    found = run.get("settings")
+    settings = found if isinstance(found, dict) else {}
+    for name, kinds in PROMPT_SETTINGS.items():
+        if name in settings and not isinstance(settings[name], kinds):
+            raise ValueError(f"{source}: {name} is {shorten(settings[name])} in its settings. Copy it again.")
+    return settings
 
 
 def seal(run: dict[str, Any]) -> dict[str, Any]:
