@@ -98,12 +98,12 @@ def check_numbers(settings: Settings, num_prompts: int) -> None:
             )
     if (settings.num_inference_steps or 0) > TIMESTEPS:
         raise ValueError(
-            f"--num_inference_steps is {settings.num_inference_steps}, expected at most {TIMESTEPS}."
+            f"--num_inference_steps is {shorten(settings.num_inference_steps)}, expected at most {TIMESTEPS}."
         )
     last = settings.seed + num_prompts * settings.num_images_per_prompt - 1
     if settings.seed < 0 or last >= 2**63:
         raise ValueError(
-            f"--seed {settings.seed}: the seeds of all images must lie in 0..2**63 - 1; choose another."
+            f"--seed {shorten(settings.seed)}: the seeds of all images must lie in 0..2**63 - 1; choose another."
         )
     if not math.isfinite(settings.guidance_scale) or settings.guidance_scale < 1:
         raise ValueError(f"--guidance_scale is {settings.guidance_scale}, expected 1 (none) or more.")

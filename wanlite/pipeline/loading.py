@@ -19,6 +19,7 @@ from ..data.text_encoder import load_text_encoder, load_tokenizer
 from ..files.file_names import COMPONENT_WEIGHTS, COMPONENTS, CONFIG, MODEL_INDEX, RUN, SCHEDULER_CONFIG
 from ..files.inside import resolve_inside
 from ..files.json_files import DOWNLOADED, read_json, shorten, shown
+from ..runtime.devices import as_dtype
 from ..schedule import SCHEDULER, read_schedule, recorded_schedule
 from ..student.digest import check_digest, model_digest
 from ..teacher.components import check_weights, known_settings
@@ -103,8 +104,12 @@ def _link_component(component, folder, place, variant):
 def component_dtypes(dtype: Any) -> dict[str, Any]:
     """Return {component: dtype or None for the saved one} of a `dtype` argument."""
     if isinstance(dtype, Mapping):
-        default = dtype.get("default", torch.float32)
-        return {"transformer": default, "text_encoder": default, "vae": default} | dict(dtype)
+        given = {
+            name: value if isinstance(value, torch.dtype) else as_dtype(value)
+            for name, value in dtype.items()
+        }
+        default = given.get("default", torch.float32)
+        return {"transformer": default, "text_encoder": default, "vae": default} | given
     return {"transformer": dtype, "text_encoder": None, "vae": torch.float32}
 
 
@@ -170,7 +175,8 @@ def load_components(folder: Path, dtypes: Mapping[str, Any], options: dict[str, 
         )
     if "vae" not in options:
         # The method of diffusers would warn of its list of layers in float32, which is empty here.
-        options["vae"] = torch.nn.Module.to(load_video_autoencoder(folder).eval(), dtypes["vae"])
+        dtype = dtypes["vae"] or torch.float32
+        options["vae"] = torch.nn.Module.to(load_video_autoencoder(folder).eval(), dtype)
 
 
 def place_student(pipeline: Any) -> None:
