@@ -17,7 +17,7 @@ from .names import SPIECE, TEXT_ENCODER_NAMES
 from .search import visible
 
 _ATTENTION = "encoder.block.0.layer.0.SelfAttention"
-_CLASSES = ("T5Tokenizer", "T5TokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast", None)
+TOKENIZER_CLASSES = ("T5Tokenizer", "T5TokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast", None)
 _SETTINGS = {  # of every Wan's text encoder, and of those of the tiny worlds, that no tensor shows
     "layer_norm_epsilon": (1e-6,),
     "feed_forward_proj": ("gated-gelu",),
@@ -30,6 +30,7 @@ _KINDS = (  # in tokenizer.json of UMT5 and of the tiny world, and what transfor
     *("Sequence", "Precompiled", "Replace", "Strip", "Lowercase", "NFC", "NFKC", "Prepend"),
     *("Whitespace", "WhitespaceSplit", "Metaspace", "Unigram", "BPE", "WordLevel"),
 )
+_REGEXES = (" {2,}", " +", r"\s+", r"\s{2,}")  # UMT5's is the first
 MAX_PARTS = 12  # UMT5's has eight
 MAX_REPLACEMENT = 1  # characters that replace a match: a text grows by at most a factor for each part
 MAX_ADDED = 8  # tokens that a template adds to a prompt; UMT5's adds one
@@ -131,7 +132,7 @@ def check_tokenizer(folder: Path) -> None:
 
 def _check_tokenizer_settings(settings: dict[str, Any], path: Path) -> None:
     """Refuse settings that choose code or another file than the checked one, and tokens without number."""
-    if (name := settings.get("tokenizer_class")) not in _CLASSES:
+    if (name := settings.get("tokenizer_class")) not in TOKENIZER_CLASSES:
         raise OSError(
             f"{path}: tokenizer_class is {name!r:.60}, expected T5TokenizerFast, as in every Wan; code of a "
             "model is never run. Download it again."
@@ -159,10 +160,19 @@ def _check_parts(tokenizer: dict[str, Any], path: Path) -> None:
         raise OSError(f"{path}: has {len(parts)} parts, expected at most {MAX_PARTS}. Download it again.")
     for part in parts:
         kind, content = part.get("type"), part.get("content", "")
-        if kind not in (*_KINDS, None) or not isinstance(content, str) or len(content) > MAX_REPLACEMENT:
+        is_short = isinstance(content, str) and len(content) <= MAX_REPLACEMENT
+        if kind not in (*_KINDS, None) or not is_short or not _is_plain(part.get("pattern")):
             raise OSError(
                 f"{path}: has a part {shorten(part)}, expected those of a UMT5's tokenizer. Download it again."
             )
+
+
+def _is_plain(pattern: Any) -> bool:
+    """Whether a pattern matches one or more characters, in a time that does not explode."""
+    if not isinstance(pattern, dict):
+        return pattern is None
+    text = pattern.get("String")
+    return pattern.get("Regex") in _REGEXES if text is None else isinstance(text, str) and text != ""
 
 
 def _check_template(template: Any, path: Path) -> None:

@@ -45,6 +45,7 @@ from ..files.inside import check_inside, resolve_inside
 from ..files.json_files import DOWNLOADED, OWN, read_json, shorten
 from ..files.text_files import MAX_LINE, open_text
 from ..runtime.launch import is_on_several_machines
+from ..teacher.text_encoder import TOKENIZER_CLASSES
 
 SMALL = "small"  # the same student with small parts
 RESULTS = (  # removed by clear()
@@ -269,7 +270,8 @@ def save_components(
     scheduler.save_pretrained(folder / "scheduler")
     index = components_folder / MODEL_INDEX
     tokenizer = read_json(index, DOWNLOADED).get("tokenizer") if index.is_file() else None
-    own = {"tokenizer": tokenizer} if tokenizer else {}
+    is_known = tokenizer in (["transformers", name] for name in TOKENIZER_CLASSES)  # others may be code
+    own = {"tokenizer": tokenizer} if is_known else {}
     write_json(folder / MODEL_INDEX, PIPELINE | own)
 
 
