@@ -270,9 +270,10 @@ def test_a_tokenizer_is_that_of_the_checked_file(settings, words, tokenizer_fold
 def test_a_pattern_that_makes_texts_long_or_slow_is_refused(pattern, tokenizer_folder):
     path = tokenizer_folder / "tokenizer.json"
     part = {"type": "Replace", "pattern": pattern, "content": "a"}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": part}))
-    with pytest.raises(OSError, match="tokenizer.json: has a part .*Replace"):
-        load_tokenizer(tokenizer_folder)
+    for each in (part, {"type": "Prepend", "prepend": "a" * 10**6}):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": each}))
+        with pytest.raises(OSError, match="tokenizer.json: has a part .*(Replace|Prepend)"):
+            load_tokenizer(tokenizer_folder)
 
 
 def test_a_tokenizer_of_deeply_nested_parts_is_refused(tokenizer_folder):

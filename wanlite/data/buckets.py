@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+MAX_SIDE = 2**20  # pixels: products of two are exact
 MAX_RATIO = 4  # of the longer side to the shorter
 
 
@@ -17,6 +18,10 @@ def complete_resolution(resolution: int | Sequence[int], unit: int = 16) -> int 
             f"--resolution {' '.join(map(str, sides[:3])):.60}: expected one number, for a square, or WIDTH HEIGHT."
         )
     for side in sides:
+        if side > MAX_SIDE:
+            raise ValueError(
+                f"--resolution {side!s:.40} is more than {MAX_SIDE:,}, the largest side in pixels."
+            )
         if side % unit or side <= 0:
             nearest = max(unit, round(side / unit) * unit)
             raise ValueError(f"--resolution {side} is not divisible by {unit}; the nearest is {nearest}.")

@@ -32,7 +32,7 @@ _KINDS = (  # in tokenizer.json of UMT5 and of the tiny world, and what transfor
 )
 _REGEXES = (" {2,}", " +", r"\s+", r"\s{2,}")  # UMT5's is the first
 MAX_PARTS = 12  # UMT5's has eight
-MAX_REPLACEMENT = 1  # characters that replace a match: a text grows by at most a factor for each part
+MAX_REPLACEMENT = 1  # characters that replace a match, or are put before a text: a text grows by at most a factor for each part
 MAX_ADDED = 8  # tokens that a template adds to a prompt; UMT5's adds one
 MAX_EXTRA = 1000  # tokens beside those of the vocabulary
 _FIRST_PIECES = ["<pad>", "</s>", "<unk>"]
@@ -159,9 +159,9 @@ def _check_parts(tokenizer: dict[str, Any], path: Path) -> None:
     if len(parts) > MAX_PARTS:
         raise OSError(f"{path}: has {len(parts)} parts, expected at most {MAX_PARTS}. Download it again.")
     for part in parts:
-        kind, content = part.get("type"), part.get("content", "")
-        is_short = isinstance(content, str) and len(content) <= MAX_REPLACEMENT
-        if kind not in (*_KINDS, None) or not is_short or not _is_plain(part.get("pattern")):
+        added = [part.get(name, "") for name in ("content", "prepend", "replacement")]
+        is_short = all(isinstance(text, str) and len(text) <= MAX_REPLACEMENT for text in added)
+        if part.get("type") not in (*_KINDS, None) or not is_short or not _is_plain(part.get("pattern")):
             raise OSError(
                 f"{path}: has a part {shorten(part)}, expected those of a UMT5's tokenizer. Download it again."
             )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.buckets import bucket_sizes
+from ..data.buckets import MAX_SIDE, bucket_sizes
 from ..files.file_names import CONFIG
 from ..files.json_files import DOWNLOADED, read_json, shorten
 from .run_folder import image_size
@@ -13,7 +13,6 @@ from .run_folder import image_size
 RESOLUTION = 512  # pixels, without a record of the training; NUM_STEPS as well
 NUM_STEPS = 20
 MAX_NAMED = 6  # sizes in a warning, numbers of steps in an error
-MAX_SIDE = 2**16  # pixels
 MAX_RATIOS = 100
 
 
