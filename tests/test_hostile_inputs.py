@@ -217,10 +217,14 @@ def test_a_lora_without_matrices_is_refused(shape):
 
 
 def test_a_text_of_many_rows_of_a_table_is_held_once(tmp_path):
-    texts = pyarrow.table({"prompt": ["x" * 2**20, None] * 500 + ["y"]})
+    texts = pyarrow.table({"prompt": ["x" * 2**19, None] * 3000 + ["y"]})
     parquet.write_table(texts, tmp_path / "a.parquet")
     prompts = read_prompts(tmp_path / "a.parquet")
-    assert len(prompts) == 501 and len({*map(id, prompts)}) < 20
+    assert len(prompts) == 3001 and len({*map(id, prompts)}) < 20
+    for cell in ([["a"]], [{"a": "b"}], [1]):
+        parquet.write_table(pyarrow.table({"prompt": cell}), tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match="holds no prompt"):
+            read_prompts(tmp_path / "a.parquet")
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def false_sizes() -> list[Input]:
     ]
 
     def repeated(path):
-        parquet.write_table(pyarrow.table({"prompt": ["a" * 2**20] * 3000}), path)
+        parquet.write_table(pyarrow.table({"prompt": ["a" * 2**19] * 3000}), path)
 
     flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
     plain = lambda **changes: edit(ENCODER, **changes)  # noqa: E731
@@ -138,7 +138,7 @@ def false_sizes() -> list[Input]:
             ),
             draw,
         ),
-        ("a prompt of 1 MB in 3,000 rows", ACCEPTED, beside("a.parquet", repeated, "--prompts"), plan),
+        ("a prompt of 0.5 MB in 3,000 rows", ACCEPTED, beside("a.parquet", repeated, "--prompts"), plan),
         ("100,000 added tokens", SAME, tokenizer(added_tokens=added), draw),
         (
             "a prompt of a million characters",

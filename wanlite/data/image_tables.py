@@ -9,7 +9,7 @@ from pathlib import Path
 from ..files.inside import resolve_inside
 from ..files.json_files import check_regular
 from .listed_images import MAX_BYTES, ListedImage, Unusable, read_object, text_of
-from .tables import check_row_groups, find_column, list_columns, read_texts
+from .tables import check_row_groups, find_column, list_columns, open_parquet, read_texts
 
 SAVED_STATE = "state.json"  # of a dataset saved by `datasets`
 
@@ -21,8 +21,9 @@ def list_parquet(path: Path) -> list[ListedImage]:
 
     try:
         check_regular(path)
-        images, captions = _columns(path, parquet.read_schema(path))
-        file = parquet.ParquetFile(path, read_dictionary=[captions])
+        schema = parquet.read_schema(path)
+        images, captions = _columns(path, schema)
+        file = open_parquet(path, schema, captions)
         for column in (images, captions):
             check_row_groups(path, file.metadata, column)
         groups = (file.read_row_group(group, columns=[captions]) for group in range(file.num_row_groups))

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from ..files.json_files import check_regular
 from ..files.text_files import MAX_LINE, bounded_lines, check_no_zeros, open_text, too_long
-from .tables import SEPARATORS, check_row_groups, find_column, find_separator, read_texts
+from .tables import SEPARATORS, check_row_groups, find_column, find_separator, open_parquet, read_texts
 
 BLOCK = 1 << 20  # characters of a JSON list, read at once
 BATCH = 1 << 11  # rows of a parquet file, read at once
@@ -216,8 +216,9 @@ def _stream_parquet(path):
 
     try:
         check_regular(path)
-        column, number = find_column(path, parquet.read_schema(path).names), 0
-        with parquet.ParquetFile(path, read_dictionary=[column]) as file:  # a text of many rows is held once
+        schema, number = parquet.read_schema(path), 0
+        column = find_column(path, schema.names)
+        with open_parquet(path, schema, column) as file:
             check_row_groups(path, file.metadata, column, MAX_TEXT_BYTES)
             groups = range(file.num_row_groups)  # one at a time, for pyarrow reads ahead
             batches = (file.iter_batches(BATCH, [group], [column]) for group in groups)

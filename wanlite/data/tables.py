@@ -71,6 +71,16 @@ def read_texts(column: Any) -> Iterator[Any]:
         yield from (None if index is None else text_at(index) for index in chunk.indices.to_pylist())
 
 
+def open_parquet(path: Any, schema: Any, column: str) -> Any:
+    """Return the ParquetFile of a path, which holds a text of many rows of `column` once."""
+    import pyarrow
+    from pyarrow import parquet
+
+    kind = schema.field(column).type
+    is_text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+    return parquet.ParquetFile(path, read_dictionary=[column] if is_text else None)
+
+
 def check_row_groups(path: object, metadata: Any, column: str, bytes_each: int = MAX_GROUP) -> None:
     """Raise ValueError for a parquet file with a row group that would take gigabytes; nothing of it is read.
 

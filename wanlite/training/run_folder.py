@@ -83,6 +83,7 @@ PROMPT_SETTINGS = {  # from which the prompts of a run follow
     "num_trajectories": (int, type(None)),
     "num_held_out": int,
 }
+MAX_PATH = 4096  # characters, on Linux
 SEAL = "drawing_sha256"
 _RUN_LIMITS = OWN._replace(remedy="Copy it again; for a new run, move the folder away.")
 
@@ -110,8 +111,9 @@ def prompt_settings(run: dict[str, Any], source: str | Path) -> dict[str, Any]:
     found = run.get("settings")
     settings = found if isinstance(found, dict) else {}
     for name, kinds in PROMPT_SETTINGS.items():
-        if name in settings and not isinstance(settings[name], kinds):
-            raise ValueError(f"{source}: {name} is {shorten(settings[name])} in its settings. Copy it again.")
+        value = settings.get(name)
+        if name in settings and not isinstance(value, kinds) or len(str(value)) > MAX_PATH:
+            raise ValueError(f"{source}: {name} is {shorten(value)} in its settings. Copy it again.")
     return settings
 
 
