@@ -9,7 +9,7 @@ from pathlib import Path
 from ..files.inside import resolve_inside
 from ..files.json_files import check_regular
 from .listed_images import MAX_BYTES, ListedImage, Unusable, read_object, text_of
-from .tables import check_row_groups, find_column, list_columns, open_parquet, read_texts
+from .tables import broken_table, check_row_groups, find_column, list_columns, open_parquet, read_texts
 
 SAVED_STATE = "state.json"  # of a dataset saved by `datasets`
 
@@ -29,9 +29,7 @@ def list_parquet(path: Path) -> list[ListedImage]:
         groups = (file.read_row_group(group, columns=[captions]) for group in range(file.num_row_groups))
         texts = [text for group in groups for text in read_texts(group[captions])]
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}). Write it again."
-        ) from None
+        raise broken_table(path, "parquet", error, "Write it again.") from None
     places = [
         (group, row)
         for group in range(file.num_row_groups)
@@ -120,7 +118,4 @@ def _stream(path):
                 raise OSError("it is compressed, and too large to be unpacked")
         return pyarrow.Table.from_batches(batches, stream.schema)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as an Arrow stream ({str(error).splitlines()[0]}). "
-            "Save the dataset again."
-        ) from None
+        raise broken_table(path, "an Arrow stream", error, "Save the dataset again.") from None

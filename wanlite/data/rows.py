@@ -10,7 +10,15 @@ from typing import IO, Any
 
 from ..files.json_files import check_regular
 from ..files.text_files import MAX_LINE, bounded_lines, check_no_zeros, open_text, too_long
-from .tables import SEPARATORS, check_row_groups, find_column, find_separator, open_parquet, read_texts
+from .tables import (
+    SEPARATORS,
+    broken_table,
+    check_row_groups,
+    find_column,
+    find_separator,
+    open_parquet,
+    read_texts,
+)
 
 BLOCK = 1 << 20  # characters of a JSON list, read at once
 BATCH = 1 << 11  # rows of a parquet file, read at once
@@ -227,6 +235,4 @@ def _stream_parquet(path):
                     number += 1
                     yield number, cell
     except (pyarrow.ArrowException, OSError) as error:  # the latter of a damaged page
-        raise ValueError(
-            f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}). Write it again."
-        ) from None
+        raise broken_table(path, "parquet", error, "Write it again.") from None

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
+from ..files.json_files import shown
+from ..runtime.terminal import one_line
+
 COLUMNS = ("prompt", "text", "caption")  # possible names of the column of prompts
 KINDS = (
     ".jsonl",
@@ -22,6 +25,7 @@ SEPARATORS = {  # {separator of cells: its name in messages}
     "|": "vertical bars",
 }
 MAX_NAMED = 6  # columns in a message
+MAX_REASON = 200  # characters of a library's message
 MIN_GROUP, MAX_GROUP = 2**26, 2**31  # bytes of a column of a row group that are always, and never, accepted
 
 
@@ -81,6 +85,12 @@ def open_parquet(path: Any, schema: Any, column: str) -> Any:
     return parquet.ParquetFile(path, read_dictionary=[column] if is_text else None)
 
 
+def broken_table(path: Any, kind: str, error: Exception, remedy: str) -> ValueError:
+    """Return the error for a file that pyarrow cannot read."""
+    reason = one_line(str(error).partition("\n")[0], MAX_REASON)
+    return ValueError(f"{path}: cannot be read as {kind} ({reason}). {remedy}")
+
+
 def check_row_groups(path: object, metadata: Any, column: str, bytes_each: int = MAX_GROUP) -> None:
     """Raise ValueError for a parquet file with a row group that would take gigabytes; nothing of it is read.
 
@@ -114,7 +124,7 @@ def find_column(path: object, names: Iterable[str], wanted: Sequence[str] = COLU
 
 def list_columns(names: Sequence[str]) -> str:
     """Return the names of the first columns, for a message."""
-    listed = ", ".join(f"{name!s:.40}" for name in names[:MAX_NAMED]) or "none"
+    listed = ", ".join(shown(f"{name!s:.40}") for name in names[:MAX_NAMED]) or "none"
     return f"{listed} and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else listed
 
 
