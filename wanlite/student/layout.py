@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..files.file_names import WEIGHTS
 from ..files.inside import OutsideError, resolve_inside
-from ..files.json_files import shown
+from ..files.json_files import MAX_SHOWN, shown
 
 WEIGHTS_STEM = WEIGHTS.removesuffix(".safetensors")
 STEMS = (WEIGHTS_STEM, "diffusion_model")  # in the order in which they are tried, before an index
@@ -65,4 +65,8 @@ def list_names(folder: Path) -> str:
 
 def join_names(names: Sequence[str], count: int = MAX_NAMED) -> str:
     """Return the first `count` names, for a message."""
-    return ", ".join(map(shown, names[:count])) + (" and more" if len(names) > count else "") or "none"
+    return (
+        ", ".join(shown(f"{name:.{MAX_SHOWN}}") for name in names[:count])
+        + (" and more" if len(names) > count else "")
+        or "none"
+    )
