@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..data.buckets import MAX_SIDE
 from ..files.file_names import RUN
 from ..files.json_files import shorten
 from ..schedule import TIMESTEPS, recorded_schedule
@@ -33,11 +34,15 @@ def choose_size(
     of a token. Raises ValueError for a size that is unusable, or not that of the latents.
     """
     defaults = sampling_defaults(dict(record))
+    if latents is not None and latents.ndim not in (4, 5):
+        raise ValueError(f"latents are {tuple(latents.shape)}, expected (B, C, H, W) or (B, C, 1, H, W).")
     if latents is not None:
         defaults |= {"height": stride * latents.shape[-2], "width": stride * latents.shape[-1]}
     given = [*sizes.values()]
     sizes = {name: defaults[name] if size is None else size for name, size in sizes.items()}
     for name, size in sizes.items():
+        if type(size) is int and size > MAX_SIDE:
+            raise ValueError(f"{name} is {shorten(size)}, expected at most {MAX_SIDE:,} pixels.")
         if type(size) is not int or size < 1 or size % unit:
             nearest = max(unit, (size + unit // 2) // unit * unit) if type(size) is int else unit
             raise ValueError(f"{name} {size!r:.40} is not divisible by {unit}; the nearest is {nearest}.")
