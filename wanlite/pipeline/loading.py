@@ -169,10 +169,10 @@ def load_student(folder: Path, dtype: Any, sha256: Any, options: Mapping[str, An
 
 def load_components(folder: Path, dtypes: Mapping[str, Any], options: dict[str, Any]) -> None:
     """Add text encoder, tokenizer and autoencoder to `options`, checked, unless they were passed."""
-    if not options.keys() & {"text_encoder", "tokenizer"}:
-        options["tokenizer"], options["text_encoder"] = load_text_encoder(
-            folder, "cpu", dtypes["text_encoder"]
-        )
+    if not {"text_encoder", "tokenizer"} <= options.keys():
+        tokenizer, encoder = load_text_encoder(folder, "cpu", dtypes["text_encoder"])
+        options.setdefault("tokenizer", tokenizer)
+        options.setdefault("text_encoder", encoder)
     if "vae" not in options:
         # The method of diffusers would warn of its list of layers in float32, which is empty here.
         dtype = dtypes["vae"] or torch.float32
