@@ -20,7 +20,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..files.inside import OutsideError, resolve_inside
-from ..files.json_files import open_regular
+from ..files.json_files import open_regular, refuse_duplicates
 from .image_tables import SAVED_STATE, list_parquet, list_saved_dataset
 from .listed_images import MAX_BYTES, NOT_UTF8, ListedImage, Unusable, read_object, text_of
 from .rows import read_rows
@@ -171,7 +171,7 @@ def _read_caption(content, name):
     if not name.lower().endswith(".json"):
         return text
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=refuse_duplicates)
         return text_of(row[find_column(name, row)]) if isinstance(row, dict) else text_of(row)
     except (ValueError, RecursionError):
         raise Unusable("a caption that cannot be read in its .json") from None

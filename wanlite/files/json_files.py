@@ -122,7 +122,7 @@ def parse_json(content: bytes, source: str | Path, limits: Limits = SAVED) -> di
     try:
         found = json.loads(
             content.decode("utf-8"),
-            object_pairs_hook=_refuse_duplicates,
+            object_pairs_hook=refuse_duplicates,
             parse_constant=float if limits.accepts_nan else _refuse_constant,
             parse_int=int if limits.accepts_large else _parse_integer,
             parse_float=float if limits.accepts_large else _parse_float,
@@ -138,7 +138,8 @@ def parse_json(content: bytes, source: str | Path, limits: Limits = SAVED) -> di
     return found
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs; raises ValueError for a key that occurs twice."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
