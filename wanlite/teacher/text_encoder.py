@@ -193,7 +193,8 @@ def _check_template(template: Any, path: Path) -> None:
 
 def _flatten(part: Any) -> list[dict[str, Any]]:
     """Return a part of a tokenizer and the parts in it, which are lists under various names."""
-    found, waiting = [], [part]  # no recursion: parts may be nested deeper than calls
+    found: list[dict[str, Any]] = []
+    waiting = [part]  # no recursion: parts may be nested deeper than calls
     while waiting:
         each = waiting.pop()
         if isinstance(each, dict):

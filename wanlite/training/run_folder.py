@@ -76,7 +76,7 @@ PIPELINE = {  # content of model_index.json
     "transformer_2": [None, None],
 }
 DRAWING = ("resolution", "num_inference_steps", "schedule", "validation_prompts")  # read from run.json
-PROMPT_SETTINGS = {  # from which the prompts of a run follow
+PROMPT_SETTINGS: dict[str, Any] = {  # from which the prompts of a run follow
     "teacher": str,
     "prompts": (str, type(None)),
     "seed": int,
