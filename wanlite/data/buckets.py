@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 MAX_SIDE = 2**20  # pixels: products of two are exact
 MAX_RATIO = 4  # of the longer side to the shorter
@@ -12,7 +13,7 @@ def complete_resolution(resolution: int | Sequence[int], unit: int = 16) -> int 
 
     Raises ValueError for sides that are not multiples of `unit` pixels, the side of a token.
     """
-    sides = list(resolution) if isinstance(resolution, (list, tuple)) else [resolution]
+    sides: list[Any] = list(resolution) if isinstance(resolution, (list, tuple)) else [resolution]
     if len(sides) not in (1, 2) or any(type(side) is not int for side in sides):
         raise ValueError(
             f"--resolution {' '.join(map(str, sides[:3])):.60}: expected one number, for a square, or WIDTH HEIGHT."

@@ -272,8 +272,8 @@ def save_components(
     scheduler.save_pretrained(folder / "scheduler")
     index = components_folder / MODEL_INDEX
     tokenizer = read_json(index, DOWNLOADED).get("tokenizer") if index.is_file() else None
-    is_known = tokenizer in (["transformers", name] for name in TOKENIZER_CLASSES)  # others may be code
-    own = {"tokenizer": tokenizer} if is_known else {}
+    known: list[Any] = [["transformers", name] for name in TOKENIZER_CLASSES]  # others may be code
+    own = {"tokenizer": tokenizer} if tokenizer in known else {}
     write_json(folder / MODEL_INDEX, PIPELINE | own)
 
 
