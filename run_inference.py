@@ -39,7 +39,7 @@ def read_settings(arguments: list[str] | None = None) -> tuple[Settings, list[st
         check_serving(settings)
         settings, prompts = complete(settings)
     except (OSError, ValueError) as error:
-        parser.refuse(one_line(str(error)))
+        parser.refuse(str(error))
     return settings, prompts
 
 

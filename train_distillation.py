@@ -450,7 +450,7 @@ def read_settings():
         settings = complete(settings)
         is_resumed = not settings.dry_run and is_interrupted(settings)  # plan() lists errors as problems
     except (OSError, ValueError) as error:
-        parser.refuse(str(error))
+        parser.refuse(*str(error).splitlines() if settings.dry_run else [str(error)])  # a problem each line
     if not settings.dry_run:
         if settings.push_to_hub is not None and is_first():
             try:

@@ -3,20 +3,37 @@
 import json
 import os
 import shutil
+from functools import reduce
 
+import pyarrow
 import pytest
+import torch
+from pyarrow import parquet
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from tests.conftest import ROOT, TINY_TEACHER, run_script
+from train_distillation import Settings
+from wanlite.data.buckets import complete_resolution
+from wanlite.data.prompts import read_prompts
 from wanlite.data.text_encoder import MAX_CHARACTERS, load_tokenizer, tokenize
 from wanlite.files.atomic import find_corruption, new_folder
-from wanlite.files.file_names import RUN, WEIGHTS
+from wanlite.files.file_names import COMPONENTS, RUN, WEIGHTS
 from wanlite.files.inside import OutsideError, check_inside, plain_name, resolve_inside
-from wanlite.files.json_files import DOWNLOADED, OWN, SAVED, parse_json, shown
+from wanlite.files.json_files import DOWNLOADED, OWN, SAVED, parse_json, shorten, shown
 from wanlite.pipeline import WanLitePipeline
+from wanlite.pipeline.loading import load_scheduler
+from wanlite.planning.settings import check_bounds
+from wanlite.runtime.terminal import MAX_ERROR, error_line
+from wanlite.student.adapters import check_lora_fits
 from wanlite.student.digest import model_digest
 from wanlite.student.saving import CONFIG
-from wanlite.training.run_folder import MetricsLog
+from wanlite.teacher.components import convert_components
+from wanlite.teacher.headers import read_header
+from wanlite.teacher.recognition import recognize
+from wanlite.teacher.text_encoder import check_tokenizer
+from wanlite.training.run_folder import MetricsLog, prompt_settings
+from wanlite.training.sampling_defaults import trained_sizes
 
 
 def test_two_inputs_of_each_class_behave_as_promised(finished_run, tmp_path):
@@ -87,7 +104,127 @@ def test_a_log_is_not_written_through_a_link(tmp_path):
     assert (tmp_path / "run/metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
+def test_a_file_that_a_manifest_names_often_is_not_read_as_often(tmp_path):
+    with new_folder(tmp_path / "vae") as partial:
+        (partial / "config.json").write_text("{}")
+    manifest = json.loads((tmp_path / "vae/manifest.json").read_text())
+    (described,) = manifest["files"].values()
+    manifest["files"] = {f"{'./' * number}config.json": described for number in range(3)}
+    (tmp_path / "vae/manifest.json").write_text(json.dumps(manifest))
+    assert find_corruption(tmp_path / "vae") == "its manifest names ./config.json, expected config.json"
+
+
+def test_a_folder_that_links_to_itself_is_copied_once(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer.json").write_text("{}")
+    for name in ("a", "b", "c"):
+        (tmp_path / "tokenizer" / name).symlink_to(".")
+    found = dict.fromkeys(COMPONENTS, tmp_path / "tokenizer")
+    convert_components(found, tmp_path / "converted")
+    assert len([*(tmp_path / "converted/tokenizer").rglob("*")]) == 2  # with its manifest
+
+
+def test_a_header_of_too_many_tensors_is_refused(tmp_path):
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"{number}": empty for number in range(10**5)}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(OSError, match="a.safetensors: its header has .* expected at most"):
+        read_header(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"patch_embedding.weight": (8, 4, 0, 2, 2), "head.head.weight": (8, 8)},
+        {"patch_embedding.weight": (8, 4, 1, 2, 2), "head.head.weight": ()},
+        {"decoder.middle.0.residual.0.gamma": (1,), "conv2.weight": ()},
+    ],
+)
+def test_a_network_of_impossible_shapes_is_not_recognized(shapes, tmp_path):
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "wan.safetensors")
+    assert recognize(tmp_path / "wan.safetensors") is None
+
+
+@pytest.mark.parametrize("record", [{"step": "3"}, {"step": None}, {"step": 1, "seconds": "x"}])
+def test_a_record_of_another_type_is_left_out_of_a_log(record, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{json.dumps(record)}\n{{"step": 2}}\n')
+    MetricsLog(path, 3)
+    assert path.read_text() == '{"step": 2}\n'
+
+
+# ---- values ------------------------------------------------------------------------------------------------
+
+DEEP = reduce(lambda inner, _: [inner], range(900), 1)
+LARGE = [
+    10**299,
+    "x" * 10**6,
+    "\x1b" * 10**5,
+    {"a": "b" * 10**6},
+    [["a"]] * 10**5,
+    DEEP,
+    "\udcff",
+    None,
+    True,
+]
+
+
+@pytest.mark.parametrize("value", LARGE, ids=range(len(LARGE)))
+def test_a_value_of_any_size_makes_a_short_message(value):
+    assert len(shorten(value)) <= 80 and shorten(value).isprintable()
+    for run in ({"resolution": value}, {"resolution": 64, "settings": {"aspect_ratios": [value]}}):
+        with pytest.raises(ValueError, match="^run.json: ") as refused:
+            trained_sizes(run, 16, "run.json")
+        assert len(str(refused.value)) < 500
+    with pytest.raises(ValueError, match="--resolution") as refused:
+        complete_resolution(value)
+    assert len(str(refused.value)) < 500
+    if value is not None:
+        with pytest.raises(ValueError, match="^run.json: seed is"):
+            prompt_settings({"settings": {"seed": [value]}}, "run.json")
+
+
+def test_an_error_of_any_length_keeps_its_beginning_and_its_remedy():
+    for middle in ("x" * 10**6, "\x1b" * 10**6, "a\nb" * 10**5):
+        line = error_line(f"a.json: {middle}\r\nCopy it again.")
+        assert len(line) <= MAX_ERROR and line.isprintable()
+        assert line.startswith("a.json: ") and line.endswith("Copy it again.")
+    assert error_line("a  b\n c") == "a  b c"
+
+
+def test_a_number_that_no_float_holds_is_out_of_bounds():
+    with pytest.raises(ValueError, match=r"--seed is 10+\.\.\., expected"):
+        check_bounds(Settings(seed=10**400))
+
+
+@pytest.mark.parametrize("settings", [{"num_train_timesteps": 10**10}, {"shift": "x"}, {"shift": 1e308}])
+def test_another_scheduler_makes_no_large_tables(settings, tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(config | settings))
+    with pytest.raises(OSError, match="scheduler: cannot be loaded"):
+        load_scheduler(tmp_path, {})
+
+
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_a_lora_without_matrices_is_refused(shape):
+    layer = nn.ModuleDict({"to_q": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match="expected a matrix"):
+        check_lora_fits({"transformer.to_q.lora_A.weight": torch.zeros(shape)}, layer)
+
+
 # ---- text --------------------------------------------------------------------------------------------------
+
+
+def test_a_text_of_many_rows_of_a_table_is_held_once(tmp_path):
+    texts = pyarrow.table({"prompt": ["x" * 2**19, None] * 3000 + ["y"]})
+    parquet.write_table(texts, tmp_path / "a.parquet")
+    prompts = read_prompts(tmp_path / "a.parquet")
+    assert len(prompts) == 3001 and len({*map(id, prompts)}) < 20
+    for cell in ([["a"]], [{"a": "b"}], [1]):
+        parquet.write_table(pyarrow.table({"prompt": cell}), tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match="holds no prompt"):
+            read_prompts(tmp_path / "a.parquet")
 
 
 @pytest.fixture
@@ -116,6 +253,41 @@ def test_a_template_that_makes_a_long_text_of_any_prompt_is_refused(change, toke
     with pytest.raises(OSError, match="has a post_processor") as refused:
         load_tokenizer(tokenizer_folder)
     assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"fast_tokenizer_files": ["tokenizer.1.0.json"]}, "fast_tokenizer_files is"),
+        ({"fast_tokenizer_files": ["../../tokenizer.1.0.json"]}, "fast_tokenizer_files is"),
+        ({"extra_ids": 10**9}, "extra_ids is 1000000000, expected at most"),
+    ],
+)
+def test_a_tokenizer_is_that_of_the_checked_file(settings, words, tokenizer_folder):
+    path = tokenizer_folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(OSError, match=words):
+        load_tokenizer(tokenizer_folder)
+
+
+@pytest.mark.parametrize("pattern", [{"String": ""}, {"Regex": ""}, {"Regex": "(a+)+$"}, {"String": 7}, 7])
+def test_a_pattern_that_makes_texts_long_or_slow_is_refused(pattern, tokenizer_folder):
+    path = tokenizer_folder / "tokenizer.json"
+    part = {"type": "Replace", "pattern": pattern, "content": "a"}
+    for each in (part, {"type": "Prepend", "prepend": "a" * 10**6}):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": each}))
+        with pytest.raises(OSError, match="tokenizer.json: has a part .*(Replace|Prepend)"):
+            load_tokenizer(tokenizer_folder)
+
+
+def test_a_tokenizer_of_deeply_nested_parts_is_refused(tokenizer_folder):
+    path = tokenizer_folder / "tokenizer.json"
+    part = reduce(
+        lambda inner, _: {"type": "Sequence", "normalizers": [inner]}, range(400), {"type": "Sequence"}
+    )
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": part}))
+    with pytest.raises(OSError, match="tokenizer.json: has 40. parts, expected at most"):
+        check_tokenizer(tokenizer_folder)
 
 
 def test_the_end_of_a_very_long_prompt_has_no_influence(tokenizer_folder):

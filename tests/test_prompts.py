@@ -193,6 +193,8 @@ def test_a_damaged_page_of_a_table_is_named(tmp_path):
     "name, content, words",
     [
         ("a.jsonl", b'{"prompt": "one"}\n{"prompt": ', "line 2 is not JSON"),
+        ("a.jsonl", b'{"prompt": "one", "prompt": "two"}', "line 1 has a duplicate key prompt"),
+        ("a.json", b'[{"prompt": "one", "prompt": "two"}]', "row 1 has a duplicate key prompt"),
         ("a.jsonl", b'{"url": "x"}', "columns url, expected"),
         ("a.csv", b"id,url\n1,x\n", "columns id, url, expected"),
         ("a.csv", b"", "has the columns none, expected"),

@@ -401,6 +401,7 @@ def test_the_model_and_the_health_are_reported(make_app):
         ({"body": {"prompt": "a"}, "headers": {"host": "evil.example"}}, 403, "forbidden_host"),
         ({"body": {"prompt": "a"}, "headers": {"origin": "http://evil.example"}}, 403, "forbidden_origin"),
         ({"body": {"prompt": "a"}, "headers": {"origin": "null"}}, 403, "forbidden_origin"),
+        ({"body": {"prompt": "a"}, "headers": {"origin": "http://[::1"}}, 403, "forbidden_origin"),
         ({"body": {"prompt": "nan"}}, 500, "drawing_failed"),
     ],
 )

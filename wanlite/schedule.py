@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .files.file_names import SCHEDULER_CONFIG
-from .files.json_files import read_json, shown
+from .files.json_files import read_json, shorten, shown
 
 TIMESTEPS = 1000  # timestep = TIMESTEPS * noise level, in every Wan; a solve of more steps repeats some
 MAX_SHIFT = 1000  # all levels but the last are above 0.99
@@ -69,7 +69,7 @@ def first_step(num_steps: int, strength: Any, name: str = "strength") -> int:
     argument in errors. Raises ValueError for a strength that is not above 0 and at most 1, or without such a step.
     """
     if type(strength) not in (int, float) or not 0 < strength <= 1:
-        raise ValueError(f"{name} is {strength!r}, expected a number above 0, at most 1.")
+        raise ValueError(f"{name} is {shorten(strength)}, expected a number above 0, at most 1.")
     if strength == 1:
         return 0
     if num_steps == 1:
@@ -97,7 +97,7 @@ def read_schedule(folder: str | Path, schedule: dict[str, Any]) -> dict[str, Any
     expected = defaults | scheduler_arguments(shift, counts or ())
     for name, value in expected.items():
         if not _is_same(found[name], value):
-            raise _unexpected(path, name, found[name], f"{_shorten(value)}, as the student was trained")
+            raise _unexpected(path, name, found[name], f"{shorten(value)}, as the student was trained")
     if unknown := sorted(config.keys() - defaults.keys()):
         raise _unexpected(
             path, shown(unknown[0]), config[unknown[0]], "no such setting; a newer diffusers may have it"
@@ -144,9 +144,4 @@ def _is_same(found: Any, expected: Any) -> bool:
 
 
 def _unexpected(path: str | Path, name: str, found: Any, expected: str) -> ValueError:
-    return ValueError(f"{path}: {name} is {_shorten(found)}, expected {expected}. Copy the folder again.")
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return ValueError(f"{path}: {name} is {shorten(found)}, expected {expected}. Copy the folder again.")

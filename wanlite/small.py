@@ -19,11 +19,17 @@ from wanlite.parts.defaults import PARTS, STUDENT_IMAGES
 from wanlite.planning.part_settings import part_setting
 from wanlite.planning.settings import check_bounds, check_device, make_parser, setting
 from wanlite.runtime.signals import Stopped, StopSignal
-from wanlite.runtime.terminal import keep_output_open, one_line
+from wanlite.runtime.terminal import EXIT_CODE, EXPLAINED, keep_output_open, print_error
 from wanlite.schedule import recorded_schedule
 from wanlite.student.loading import open_student
 from wanlite.student.location import student_folder
-from wanlite.training.run_folder import SMALL, check_saved_components, read_run
+from wanlite.training.run_folder import (
+    PROMPT_SETTINGS,
+    SMALL,
+    check_saved_components,
+    prompt_settings,
+    read_run,
+)
 
 STOPPED = 3  # exit code after a signal
 
@@ -72,7 +78,7 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
     try:
         settings = complete(settings)
     except (OSError, ValueError) as error:
-        parser.error(one_line(str(error)))
+        parser.error(str(error))
     return settings
 
 
@@ -89,7 +95,7 @@ def complete(settings: Settings) -> Settings:
     folder = student_folder(settings.model)
     with open_student(folder):
         record = read_run(folder)
-    if not isinstance(record.get("settings"), dict):
+    if PROMPT_SETTINGS.keys() - prompt_settings(record, folder / RUN).keys():
         raise ValueError(
             f"{folder}: has no {RUN} of a training, expected a student that train_distillation.py saved."
         )
@@ -162,6 +168,6 @@ if __name__ == "__main__":
     except Stopped:
         print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(STOPPED)
-    except (OSError, ValueError, FloatingPointError, SafetensorError) as error:
-        print(f"wanlite-small: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
+    except (*EXPLAINED, SafetensorError) as error:
+        print_error("wanlite-small", error)
+        sys.exit(EXIT_CODE)

@@ -107,6 +107,7 @@ def control_characters() -> list[Input]:
         ),
         ("names and captions of images", ACCEPTED, photos, plan),
         ("a setting of a run", ACCEPTED, edit("run.json", settings={"aspect_ratios": [ESCAPE]}), draw),
+        ("steps of 1 MB of text", REFUSED, edit("run.json", num_inference_steps="a" * 10**6), draw),
         ("a resolution of text", REFUSED, edit("run.json", resolution=[ESCAPE * 10**5, BIDI]), draw),
         ("a part of a tokenizer", REFUSED, edit(TOKENIZER, normalizer={"type": ESCAPE * 10**5}), draw),
         (

@@ -50,6 +50,12 @@ def foreign_code() -> list[Input]:
             with_code("text_encoder/evil.py", edit(ENCODER, auto_map=auto)),
             mapped,
         ),
+        (
+            "another file of the tokenizer",
+            REFUSED,
+            edit(TOKENIZER_CONFIG, fast_tokenizer_files=["../../outside/tokenizer.1.0.json"]),
+            draw,
+        ),
         ("a quantizer of the text encoder", SAME, edit(ENCODER, quantization_config=quantization), draw),
         ("a quantizer with a device map", ACCEPTED, edit(ENCODER, quantization_config=quantization), mapped),
         (

@@ -2,8 +2,19 @@
 
 import json
 
-from benchmarks.hostile_inputs.builders import ENCODER, SETTINGS, TOKENIZER, VAE, edit
-from benchmarks.hostile_inputs.trial import ACCEPTED, REFUSED, SAME, Input, call, draw
+import pyarrow
+from pyarrow import parquet
+
+from benchmarks.hostile_inputs.builders import (
+    ENCODER,
+    SETTINGS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    VAE,
+    beside,
+    edit,
+)
+from benchmarks.hostile_inputs.trial import ACCEPTED, REFUSED, SAME, Input, call, draw, plan
 from wanlite import WanLitePipeline
 
 
@@ -51,6 +62,11 @@ def false_sizes() -> list[Input]:
         }
         for number in range(10**5)
     ]
+
+    def repeated(path):
+        parquet.write_table(pyarrow.table({"prompt": ["a" * 2**19] * 3000}), path)
+
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
     plain = lambda **changes: edit(ENCODER, **changes)  # noqa: E731
     pipeline = call(lambda place: WanLitePipeline.from_pretrained(place.student))
     mapped = call(lambda place: WanLitePipeline.from_pretrained(place.student, device_map="cpu"))
@@ -106,6 +122,23 @@ def false_sizes() -> list[Input]:
         ),
         ("a template of 100,000 tokens", REFUSED, tokenizer(post_processor=processor), draw),
         ("a special token of 100,000 ids", REFUSED, tokenizer(post_processor=many_ids), draw),
+        ("10^7 tokens beside the vocabulary", REFUSED, edit(TOKENIZER_CONFIG, extra_ids=10**7), draw),
+        (
+            "a scheduler of 10^10 timesteps",
+            REFUSED,
+            edit(SETTINGS, **flow, num_train_timesteps=10**10),
+            pipeline,
+        ),
+        (
+            "ratios of a resolution of 10^299",
+            REFUSED,
+            lambda place: (
+                edit("run.json", resolution=10**299, settings={"aspect_ratios": ["3:2"]})(place)
+                or ["--width", 64, "--height", 64]
+            ),
+            draw,
+        ),
+        ("a prompt of 0.5 MB in 3,000 rows", ACCEPTED, beside("a.parquet", repeated, "--prompts"), plan),
         ("100,000 added tokens", SAME, tokenizer(added_tokens=added), draw),
         (
             "a prompt of a million characters",

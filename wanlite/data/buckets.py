@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
+MAX_SIDE = 2**20  # pixels: products of two are exact
 MAX_RATIO = 4  # of the longer side to the shorter
 
 
@@ -11,12 +13,16 @@ def complete_resolution(resolution: int | Sequence[int], unit: int = 16) -> int 
 
     Raises ValueError for sides that are not multiples of `unit` pixels, the side of a token.
     """
-    sides = [resolution] if isinstance(resolution, int) else list(resolution)
-    if len(sides) not in (1, 2):
+    sides: list[Any] = list(resolution) if isinstance(resolution, (list, tuple)) else [resolution]
+    if len(sides) not in (1, 2) or any(type(side) is not int for side in sides):
         raise ValueError(
-            f"--resolution {' '.join(map(str, sides))}: expected one number, for a square, or WIDTH HEIGHT."
+            f"--resolution {' '.join(map(str, sides[:3])):.60}: expected one number, for a square, or WIDTH HEIGHT."
         )
     for side in sides:
+        if side > MAX_SIDE:
+            raise ValueError(
+                f"--resolution {side!s:.40} is more than {MAX_SIDE:,}, the largest side in pixels."
+            )
         if side % unit or side <= 0:
             nearest = max(unit, round(side / unit) * unit)
             raise ValueError(f"--resolution {side} is not divisible by {unit}; the nearest is {nearest}.")
@@ -40,7 +46,7 @@ def bucket_sizes(
         ratio = int(sides[1]) / int(sides[2]) if sides else 0
         if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
             raise ValueError(
-                f"--aspect_ratios {text}: expected WIDTH:HEIGHT such as 3:2, from 1:{MAX_RATIO} to {MAX_RATIO}:1."
+                f"--aspect_ratios {text:.40}: expected WIDTH:HEIGHT such as 3:2, from 1:{MAX_RATIO} to {MAX_RATIO}:1."
             )
         width, height = (max(1, round((area * each) ** 0.5 / unit)) * unit for each in (ratio, 1 / ratio))
         sizes[width, height] = None

@@ -18,6 +18,7 @@ from ..files.file_names import CONFIG
 from ..files.json_files import DOWNLOADED, read_json
 from ..files.weights import WeightsFile
 from ..runtime.signals import Stopped
+from ..runtime.terminal import one_line
 from ..teacher.component_weights import shapes_of
 from ..teacher.components import find_weight_files, make_empty
 from ..teacher.headers import Shape
@@ -99,9 +100,9 @@ def loading_errors(place: Path | str, action: str = "loaded") -> Iterator[None]:
     except PASSED:
         raise
     except BaseException as error:
+        reason = one_line(" ".join(str(error).split()), MAX_REASON)
         raise OSError(
-            f"{place}: cannot be {action} ({' '.join(str(error).split())[:MAX_REASON] or type(error).__name__}). "
-            "Download or copy it again."
+            f"{place}: cannot be {action} ({reason or type(error).__name__}). Download or copy it again."
         ) from None
 
 

@@ -20,11 +20,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..files.inside import OutsideError, resolve_inside
-from ..files.json_files import open_regular
+from ..files.json_files import open_regular, refuse_duplicates
 from .image_tables import SAVED_STATE, list_parquet, list_saved_dataset
 from .listed_images import MAX_BYTES, NOT_UTF8, ListedImage, Unusable, read_object, text_of
 from .rows import read_rows
-from .tables import find_column
+from .tables import find_column, list_columns
 
 KINDS = {  # {suffix: decoder}; other decoders are not used
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp"), "JPEG"),
@@ -80,12 +80,11 @@ def _list(place: Path) -> list[ListedImage]:
         splits = [str(split) for split in splits] if isinstance(splits, list) else []
         if "train" not in splits:
             raise ValueError(
-                f"--images {place}: has the splits {', '.join(splits)}, but not train. Name the folder "
+                f"--images {place}: has the splits {list_columns(splits)}, but not train. Name the folder "
                 "of a split."
             )
-        return _list(resolve_inside(place, "train"))
+        return list_saved_dataset(resolve_inside(place, "train"))
     elif (place / SAVED_STATE).is_file():
-        resolve_inside(place, SAVED_STATE)
         return list_saved_dataset(place)
     elif metadata := [place / name for name in METADATA if (place / name).is_file()]:
         return _list_described(place, resolve_inside(place, metadata[0].name))
@@ -172,7 +171,7 @@ def _read_caption(content, name):
     if not name.lower().endswith(".json"):
         return text
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=refuse_duplicates)
         return text_of(row[find_column(name, row)]) if isinstance(row, dict) else text_of(row)
     except (ValueError, RecursionError):
         raise Unusable("a caption that cannot be read in its .json") from None

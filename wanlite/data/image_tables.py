@@ -9,7 +9,7 @@ from pathlib import Path
 from ..files.inside import resolve_inside
 from ..files.json_files import check_regular
 from .listed_images import MAX_BYTES, ListedImage, Unusable, read_object, text_of
-from .tables import check_row_groups, find_column, read_texts
+from .tables import broken_table, check_row_groups, find_column, list_columns, open_parquet, read_texts
 
 SAVED_STATE = "state.json"  # of a dataset saved by `datasets`
 
@@ -21,16 +21,15 @@ def list_parquet(path: Path) -> list[ListedImage]:
 
     try:
         check_regular(path)
-        file = parquet.ParquetFile(path)
-        images, captions = _columns(path, file.schema_arrow)
+        schema = parquet.read_schema(path)
+        images, captions = _columns(path, schema)
+        file = open_parquet(path, schema, captions)
         for column in (images, captions):
             check_row_groups(path, file.metadata, column)
         groups = (file.read_row_group(group, columns=[captions]) for group in range(file.num_row_groups))
         texts = [text for group in groups for text in read_texts(group[captions])]
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}). Write it again."
-        ) from None
+        raise broken_table(path, "parquet", error, "Write it again.") from None
     places = [
         (group, row)
         for group in range(file.num_row_groups)
@@ -48,7 +47,7 @@ def list_parquet(path: Path) -> list[ListedImage]:
 
 def list_saved_dataset(place: Path) -> list[ListedImage]:
     """List the rows of a folder written by save_to_disk of `datasets`: Arrow streams, named in state.json."""
-    state = read_object(place / SAVED_STATE)
+    state = read_object(resolve_inside(place, SAVED_STATE))
     rows: list[ListedImage] = []
     if state.get("_indices_files") or state.get("_indices_data_files"):
         raise ValueError(
@@ -80,7 +79,7 @@ def _columns(path, schema):
         if is_struct or pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type):
             return field.name, find_column(path, schema.names)
     raise ValueError(
-        f"{path}: has the columns {', '.join(schema.names)}, but none of images. Expected bytes of image files."
+        f"{path}: has the columns {list_columns(schema.names)}, but none of images. Expected bytes of image files."
     )
 
 
@@ -119,7 +118,4 @@ def _stream(path):
                 raise OSError("it is compressed, and too large to be unpacked")
         return pyarrow.Table.from_batches(batches, stream.schema)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as an Arrow stream ({str(error).splitlines()[0]}). "
-            "Save the dataset again."
-        ) from None
+        raise broken_table(path, "an Arrow stream", error, "Save the dataset again.") from None

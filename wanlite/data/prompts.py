@@ -2,6 +2,7 @@
 is refused at once.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
 from heapq import heappush, heappushpop
@@ -32,7 +33,7 @@ def read_prompts(
 def stream_prompts(path: str | Path, log: Callable[[str], Any] | None = None) -> Iterator[str]:
     """Yield the prompts of a file, of which one block at a time is held; errors as of read_prompts()."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise OSError(f"{path}: no such file. {EXPECTED}")
     if not path.is_file():
         raise OSError(f"{path}: not a file. {EXPECTED}")

@@ -8,14 +8,22 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from ..files.json_files import check_regular
+from ..files.json_files import check_regular, refuse_duplicates
 from ..files.text_files import MAX_LINE, bounded_lines, check_no_zeros, open_text, too_long
-from .tables import SEPARATORS, check_row_groups, find_column, find_separator, read_texts
+from .tables import (
+    SEPARATORS,
+    broken_table,
+    check_row_groups,
+    find_column,
+    find_separator,
+    open_parquet,
+    read_texts,
+)
 
 BLOCK = 1 << 20  # characters of a JSON list, read at once
 BATCH = 1 << 11  # rows of a parquet file, read at once
 MAX_TEXT_BYTES = 1 << 13  # of a row of prompts, on average over a row group
-DECODER = json.JSONDecoder()
+DECODER = json.JSONDecoder(object_pairs_hook=refuse_duplicates)
 LIST_BEGIN, LIST_END, ITEM_END = (
     re.compile(r"\s*\[\s*(?=\S)"),
     re.compile(r"\]"),
@@ -59,12 +67,15 @@ def _stream_column(path, rows):
 def _stream_json_lines(path):
     for number, line in stream_lines(path):
         try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError):
-            raise _not_json(path, f"line {number}") from None
+            yield number, json.loads(line, object_pairs_hook=refuse_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise _not_json(path, f"line {number}", error) from None
 
 
-def _not_json(path, place):
+def _not_json(path, place, error=None):
+    """Return the error for text that is not JSON; `error` is that of the parser."""
+    if "duplicate key" in str(error):
+        return ValueError(f"{path}: {place} has a {error}. Keep one of them.")
     or_list = ", or a list of them" if path.suffix.lower() == ".json" else ""
     return ValueError(f"{path}: {place} is not JSON. Expected an object or a string per line{or_list}.")
 
@@ -116,6 +127,8 @@ class _JsonText:
                 raise ValueError(f"{self.path}: is nested too deep for a list of prompts.") from None
             except json.JSONDecodeError:
                 end = len(self.text)
+            except ValueError as error:
+                raise _not_json(self.path, place, error) from None
             if end < len(self.text):  # else more of the item may follow
                 self.position = end
                 return item
@@ -216,8 +229,9 @@ def _stream_parquet(path):
 
     try:
         check_regular(path)
-        with parquet.ParquetFile(path) as file:
-            column, number = find_column(path, file.schema_arrow.names), 0
+        schema, number = parquet.read_schema(path), 0
+        column = find_column(path, schema.names)
+        with open_parquet(path, schema, column) as file:
             check_row_groups(path, file.metadata, column, MAX_TEXT_BYTES)
             groups = range(file.num_row_groups)  # one at a time, for pyarrow reads ahead
             batches = (file.iter_batches(BATCH, [group], [column]) for group in groups)
@@ -226,6 +240,4 @@ def _stream_parquet(path):
                     number += 1
                     yield number, cell
     except (pyarrow.ArrowException, OSError) as error:  # the latter of a damaged page
-        raise ValueError(
-            f"{path}: cannot be read as parquet ({str(error).splitlines()[0]}). Write it again."
-        ) from None
+        raise broken_table(path, "parquet", error, "Write it again.") from None

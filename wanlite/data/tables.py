@@ -3,8 +3,12 @@
 This module does not import torch, so that a wrong path is refused at once.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
+
+from ..files.json_files import shown
+from ..runtime.terminal import one_line
 
 COLUMNS = ("prompt", "text", "caption")  # possible names of the column of prompts
 KINDS = (
@@ -20,6 +24,8 @@ SEPARATORS = {  # {separator of cells: its name in messages}
     "\t": "tabs",
     "|": "vertical bars",
 }
+MAX_NAMED = 6  # columns in a message
+MAX_REASON = 200  # characters of a library's message
 MIN_GROUP, MAX_GROUP = 2**26, 2**31  # bytes of a column of a row group that are always, and never, accepted
 
 
@@ -48,12 +54,12 @@ def find_separator(path, lines):
     )
 
 
-def read_texts(column: Any) -> list:
-    """Return the cells of an Arrow column; invalid UTF-8 is decoded to characters that check_text() refuses."""
-    import pyarrow
+def read_texts(column: Any) -> Iterator[Any]:
+    """Yield the cells of an Arrow column; invalid UTF-8 is decoded to characters that check_text() refuses.
 
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+    A text of a dictionary, which many cells may share, is the same object in all of them.
+    """
+    import pyarrow
 
     def read(cell):
         try:
@@ -61,7 +67,28 @@ def read_texts(column: Any) -> list:
         except UnicodeDecodeError:
             return cell.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
 
-    return [read(cell) for cell in column]
+    for chunk in column.chunks if isinstance(column, pyarrow.ChunkedArray) else [column]:
+        if not pyarrow.types.is_dictionary(chunk.type):
+            yield from map(read, chunk)
+            continue
+        text_at = cache(lambda index, texts=chunk.dictionary: read(texts[index]))
+        yield from (None if index is None else text_at(index) for index in chunk.indices.to_pylist())
+
+
+def open_parquet(path: Any, schema: Any, column: str) -> Any:
+    """Return the ParquetFile of a path, which holds a text of many rows of `column` once."""
+    import pyarrow
+    from pyarrow import parquet
+
+    kind = schema.field(column).type
+    is_text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+    return parquet.ParquetFile(path, read_dictionary=[column] if is_text else None)
+
+
+def broken_table(path: Any, kind: str, error: Exception, remedy: str) -> ValueError:
+    """Return the error for a file that pyarrow cannot read."""
+    reason = one_line(str(error).partition("\n")[0], MAX_REASON)
+    return ValueError(f"{path}: cannot be read as {kind} ({reason}). {remedy}")
 
 
 def check_row_groups(path: object, metadata: Any, column: str, bytes_each: int = MAX_GROUP) -> None:
@@ -87,14 +114,18 @@ def find_column(path: object, names: Iterable[str], wanted: Sequence[str] = COLU
     found = _columns_of(wanted, names)
     expected = " or ".join(filter(None, [", ".join(wanted[:-1]), wanted[-1]]))
     if not found:
-        raise ValueError(
-            f"{path}: has the columns {', '.join(map(str, names)) or 'none'}, expected one called {expected}."
-        )
+        raise ValueError(f"{path}: has the columns {list_columns(names)}, expected one called {expected}.")
     if len(found) > 1:
         raise ValueError(
             f"{path}: has {len(found)} columns called {found[0].strip()}, expected one. Rename the others."
         )
     return found[0]
+
+
+def list_columns(names: Sequence[str]) -> str:
+    """Return the names of the first columns, for a message."""
+    listed = ", ".join(shown(f"{name!s:.40}") for name in names[:MAX_NAMED]) or "none"
+    return f"{listed} and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else listed
 
 
 def _columns_of(wanted, names):

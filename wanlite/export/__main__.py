@@ -20,8 +20,9 @@ from ..data.tables import check_text
 from ..files.atomic import check_space, flush, write_json
 from ..files.dtypes import BYTES_PER_VALUE
 from ..files.file_names import RUN
+from ..files.json_files import shorten
 from ..planning.settings import make_parser, setting
-from ..runtime.terminal import keep_output_open, one_line
+from ..runtime.terminal import EXIT_CODE, EXPLAINED, keep_output_open, print_error
 from ..schedule import TIMESTEPS, read_schedule, recorded_schedule
 from ..student.loading import open_student
 from ..student.location import student_folder
@@ -69,7 +70,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> tuple[Settings, Pat
         folder = student_folder(model)
         settings, run = complete(Settings(**values), folder)
     except (OSError, ValueError) as error:
-        parser.error(one_line(str(error)))
+        parser.error(str(error))
     return settings, folder, run
 
 
@@ -86,10 +87,11 @@ def complete(settings: Settings, folder: Path) -> tuple[Settings, dict[str, Any]
     schedule = recorded_schedule(run, folder / RUN)
     read_schedule(folder, schedule)
     defaults = sampling_defaults(run)
-    steps = settings.num_inference_steps or defaults["num_inference_steps"]
+    given = settings.num_inference_steps
+    steps = defaults["num_inference_steps"] if given is None else given
     if type(steps) is not int or not 0 < steps <= TIMESTEPS:
         raise ValueError(
-            f"--num_inference_steps is {steps!r}, expected a whole number from 1 to {TIMESTEPS}."
+            f"--num_inference_steps is {shorten(steps)}, expected a whole number from 1 to {TIMESTEPS}."
         )
     check_steps(steps, schedule, folder, "--num_inference_steps")
     output = Path(settings.output or f"{folder.resolve().name}{SUFFIXES[settings.format]}")
@@ -112,7 +114,8 @@ def small_parts_of(run: dict[str, Any]) -> list[str]:
     """Return the names of the small parts in the folder of a run.json."""
     parts = run.get("parts")
     figures = parts.get("figures") if isinstance(parts, dict) else None
-    return [name.replace("_", " ") for name in figures or () if name in ("text_encoder", "decoder")]
+    found = figures if isinstance(figures, dict) else {}
+    return [name.replace("_", " ") for name in found if name in ("text_encoder", "decoder")]
 
 
 def check_text_encoder(run: dict[str, Any], folder: Path) -> None:
@@ -180,6 +183,8 @@ def replacing(output: Path) -> Iterator[Path]:
         yield partial
         flush(partial)
         os.replace(partial, output)
+    except OSError as error:  # of a full disk; it names no file
+        raise OSError(f"{output}: cannot be written ({error.strerror or error}). Free some space.") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -198,9 +203,9 @@ def export(settings: Settings, folder: Path, run: dict[str, Any]) -> tuple[Path,
         recorded_schedule(run, folder / RUN).get("few_steps"),
     )
     levels = levels_of(folder, run, sorted({steps, *(few_steps or ())}, reverse=True))
-    prompts = run.get("validation_prompts") or [PROMPT]
-    check_text(prompts[0], f"{folder / RUN}: a validation prompt")
-    drawing = Drawing(defaults["width"], defaults["height"], levels[steps], prompts[0], bool(few_steps))
+    prompt = first_prompt(run)
+    check_text(prompt, f"{folder / RUN}: a validation prompt")
+    drawing = Drawing(defaults["width"], defaults["height"], levels[steps], prompt, bool(few_steps))
     workflow = make_workflow(
         output.name, student.config.num_channels, drawing, describe(levels, student.config.num_channels)
     )
@@ -212,6 +217,13 @@ def export(settings: Settings, folder: Path, run: dict[str, Any]) -> tuple[Path,
         )
     write_json(output.with_suffix(WORKFLOW_SUFFIX), workflow)
     return output, output.with_suffix(WORKFLOW_SUFFIX)
+
+
+def first_prompt(run: dict[str, Any]) -> str:
+    """Return the first validation prompt of a run, or else PROMPT."""
+    found = run.get("validation_prompts")
+    prompt = found[0] if isinstance(found, list) and found else None
+    return prompt if isinstance(prompt, str) and prompt.strip() else PROMPT
 
 
 def metadata_of(title: str, drawing: Drawing, levels: dict[int, list[float]]) -> dict[str, str]:
@@ -237,9 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             output = export_gguf(settings, folder)
         else:
             output, workflow = export(settings, folder, run)
-    except (OSError, ValueError) as error:
-        print(f"wanlite-export: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
+    except EXPLAINED as error:
+        print_error("wanlite-export", error)
+        sys.exit(EXIT_CODE)
     place = "models/diffusion_models" if workflow else "diffusers' from_single_file"
     print(f"wrote {output} ({output.stat().st_size / 1e6:,.1f} MB, {settings.dtype}), for {place}")
     if small := small_parts_of(run):

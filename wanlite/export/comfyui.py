@@ -8,6 +8,8 @@ before it is needed.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..files.json_files import shorten
+from ..student.config import check_sizes
 from ..teacher.expert_config import HEAD_SIZE
 from ..teacher.keys import official_name
 
@@ -45,10 +47,12 @@ AUTOENCODERS = {  # by latent channels
 def check_runnable(config: Mapping[str, Any], source: object) -> None:
     """Raise ValueError, naming the flags to train with, for a student that ComfyUI would run as another network.
 
-    `config` has the Wan names of a saved student's config.json.
+    `config` is that of a saved student's config.json, unchecked.
     """
-    heads, size = config["num_attention_heads"], config["attention_head_dim"]
-    width, channels, text = heads * size, config["in_channels"], config["text_dim"]
+    names = ("num_attention_heads", "attention_head_dim", "in_channels", "text_dim")
+    check_sizes({name: config.get(name) for name in names})
+    heads, size, channels, text = (config[name] for name in names)
+    width = heads * size
     others = {"freq_dim": FREQ_DIM, "patch_size": list(PATCH), "eps": EPS, "cross_attn_norm": True}
     reasons = []
     if width % HEAD_SIZE:
@@ -69,9 +73,9 @@ def check_runnable(config: Mapping[str, Any], source: object) -> None:
     if channels not in AUTOENCODERS:
         reasons.append(f"its latents have {channels} channels, those of ComfyUI's Wan autoencoders 16 or 48")
     reasons += [
-        f"its {name} is {config[name]}, that of every Wan {value}"
+        f"its {name} is {shorten(config.get(name))}, that of every Wan {value}"
         for name, value in others.items()
-        if (list(config[name]) if name == "patch_size" else config[name]) != value
+        if config.get(name) != value
     ]
     if reasons:
         raise ValueError(f"{source}: ComfyUI cannot run this student: {'; '.join(reasons)}.")

@@ -130,6 +130,8 @@ def find_corruption(folder: Path, sizes_only: bool = False, hashed_later: Collec
             path = resolve_inside(folder, name)
         except OSError:
             return f"its manifest names {shown(name)}, which leads out of the folder"
+        if os.path.normpath(name) != name:  # a file that is named often would be read as often
+            return f"its manifest names {shown(name)}, expected {shown(os.path.normpath(name))}"
         if not path.is_file():
             return f"lacks {shown(name)}"
         if (size := path.stat().st_size) != described.get("size"):

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import reprlib
 import stat
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from .downloads import find_replacement
 
 MAX_DIGITS = 300  # of an integer; the largest float has 309
 MAX_KEPT = 2**20  # bytes of a downloaded file that is kept in memory
+MAX_SHOWN = 80  # characters of a value in a message
 MAX_JSON = 4 * 2**20  # bytes: the header of a student of eight hundred blocks
 
 
@@ -120,7 +122,7 @@ def parse_json(content: bytes, source: str | Path, limits: Limits = SAVED) -> di
     try:
         found = json.loads(
             content.decode("utf-8"),
-            object_pairs_hook=_refuse_duplicates,
+            object_pairs_hook=refuse_duplicates,
             parse_constant=float if limits.accepts_nan else _refuse_constant,
             parse_int=int if limits.accepts_large else _parse_integer,
             parse_float=float if limits.accepts_large else _parse_float,
@@ -136,7 +138,8 @@ def parse_json(content: bytes, source: str | Path, limits: Limits = SAVED) -> di
     return found
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs; raises ValueError for a key that occurs twice."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
@@ -164,3 +167,14 @@ def _refuse_constant(name: str) -> None:
 def shown(name: str) -> str:
     """Return a name of any length and content as at most 200 printable characters."""
     return (name if name[:200].isprintable() else ascii(name[:200]))[:200]
+
+
+def shorten(value: object) -> str:
+    """Return the repr of a value of any size and depth as at most MAX_SHOWN printable characters."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+_SHORT = reprlib.Repr()  # it looks at the first entries and levels only
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = MAX_SHOWN
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 2 * MAX_SHOWN

@@ -9,14 +9,14 @@ from typing import Any
 from ..data.images import read_image_file
 from ..data.prompts import read_prompts
 from ..data.tables import check_text
-from ..files.file_names import CONFIG, RUN
-from ..files.json_files import DOWNLOADED, read_json
+from ..files.file_names import RUN
+from ..files.json_files import shorten
 from ..planning.settings import check_device
 from ..schedule import TIMESTEPS, first_step, read_schedule, recorded_schedule
 from ..student.loading import open_student
 from ..student.location import student_folder
 from ..training.run_folder import check_saved_components, read_run
-from ..training.sampling_defaults import check_steps, sampling_defaults, trained_sizes
+from ..training.sampling_defaults import check_steps, read_sides, sampling_defaults, trained_sizes
 from .settings import Settings
 
 STRENGTH = 0.6  # of an image to change
@@ -93,15 +93,17 @@ def check_numbers(settings: Settings, num_prompts: int) -> None:
     names += ["batch_size"] if settings.batch_size is not None else []
     for name in names:
         if type(getattr(settings, name)) is not int or getattr(settings, name) < 1:
-            raise ValueError(f"--{name} is {getattr(settings, name)!r}, expected a whole number, at least 1.")
+            raise ValueError(
+                f"--{name} is {shorten(getattr(settings, name))}, expected a whole number, at least 1."
+            )
     if (settings.num_inference_steps or 0) > TIMESTEPS:
         raise ValueError(
-            f"--num_inference_steps is {settings.num_inference_steps}, expected at most {TIMESTEPS}."
+            f"--num_inference_steps is {shorten(settings.num_inference_steps)}, expected at most {TIMESTEPS}."
         )
     last = settings.seed + num_prompts * settings.num_images_per_prompt - 1
     if settings.seed < 0 or last >= 2**63:
         raise ValueError(
-            f"--seed {settings.seed}: the seeds of all images must lie in 0..2**63 - 1; choose another."
+            f"--seed {shorten(settings.seed)}: the seeds of all images must lie in 0..2**63 - 1; choose another."
         )
     if not math.isfinite(settings.guidance_scale) or settings.guidance_scale < 1:
         raise ValueError(f"--guidance_scale is {settings.guidance_scale}, expected 1 (none) or more.")
@@ -109,20 +111,7 @@ def check_numbers(settings: Settings, num_prompts: int) -> None:
 
 def check_image_size(settings: Settings, folder: Path, config: dict) -> int:
     """Return the side of a token in pixels; raises ValueError for sizes that are not multiples of it or too large."""
-    try:
-        vae = read_json(folder / "vae" / CONFIG, DOWNLOADED)
-        stride = int(vae.get("scale_factor_spatial") or 8)
-        token = stride * int(config.get("patch_size", (1, 2, 2))[1])
-        largest = token * int(config.get("rope_max_seq_len", 1024))
-    except (OSError, ValueError, TypeError, AttributeError, LookupError):
-        raise ValueError(
-            f"{folder}: {CONFIG} or vae/{CONFIG} lacks the patch size, the stride or the largest size. Copy the "
-            "folder again."
-        ) from None
-    if token < 1:
-        raise ValueError(
-            f"{folder}: {CONFIG} has a patch of {token} pixels, expected at least 1. Copy the folder again."
-        )
+    token, largest = read_sides(folder, config)
     for name in ("height", "width"):
         pixels = getattr(settings, name)
         if type(pixels) is not int or pixels <= 0 or pixels % token:
@@ -132,7 +121,7 @@ def check_image_size(settings: Settings, folder: Path, config: dict) -> int:
             )
         if pixels > largest:
             raise ValueError(
-                f"--{name} {pixels} is more than this student's rotary tables allow, at most {largest}."
+                f"--{name} {shorten(pixels)} is more than this student's rotary tables allow, at most {largest}."
             )
     return token
 

@@ -20,16 +20,15 @@ from ..data.grammar import varied_prompts
 from ..data.images import CaptionedImage, choose_images
 from ..data.prompts import read_prompts
 from ..files.atomic import new_folder
-from ..files.file_names import CONFIG, RUN
-from ..files.json_files import DOWNLOADED, read_json
+from ..files.file_names import RUN
 from ..files.locks import alone
 from ..planning.settings import check_bounds, check_device, make_parser, setting
-from ..runtime.terminal import keep_output_open, one_line
+from ..runtime.terminal import EXIT_CODE, EXPLAINED, keep_output_open, print_error
 from ..schedule import read_schedule, recorded_schedule
 from ..student.loading import open_student
 from ..student.location import student_folder
-from ..training.run_folder import check_saved_components, read_run
-from ..training.sampling_defaults import sampling_defaults, trained_sizes
+from ..training.run_folder import check_saved_components, prompt_settings, read_run
+from ..training.sampling_defaults import read_sides, sampling_defaults, trained_sizes
 from ..world.record import read_world
 
 LOG_STEPS = 50
@@ -88,7 +87,7 @@ def read_task(arguments: Sequence[str] | None = None) -> Task:
     try:
         task = complete(settings)
     except (OSError, ValueError) as error:
-        parser.error(one_line(str(error)))
+        parser.error(str(error))
     return task
 
 
@@ -105,14 +104,12 @@ def complete(settings: Settings) -> Task:
         raise OSError(f"--output_dir {output}: exists. Name another, or add --overwrite for an earlier LoRA.")
     folder = student_folder(settings.model)
     with open_student(folder) as (config, _):
-        patch = config["patch_size"][1]
-    check_saved_components(folder)
+        check_saved_components(folder)
     run = read_run(folder)
     recorded = recorded_schedule(run, folder / RUN)
     schedule = read_schedule(folder, recorded)
-    stride = read_json(folder / "vae" / CONFIG, DOWNLOADED).get("scale_factor_spatial") or 8
-    defaults = sampling_defaults(run)
-    sizes = trained_sizes(run, stride * patch, folder / RUN) or [(defaults["width"], defaults["height"])]
+    defaults, (token, _) = sampling_defaults(run), read_sides(folder, config)
+    sizes = trained_sizes(run, token, folder / RUN) or [(defaults["width"], defaults["height"])]
     prompts = other_prompts(settings, run)
     images = choose_images(settings.images, sizes, log=print)
     few_steps, num_steps = recorded.get("few_steps") or [], defaults["num_inference_steps"]
@@ -121,10 +118,11 @@ def complete(settings: Settings) -> Task:
 
 def other_prompts(settings: Settings, run: dict[str, Any]) -> list[str]:
     """Return the prompts of --prompts, or else prompts as in the student's training, by its record."""
-    recorded, count = run.get("settings") or {}, settings.num_prompts
-    if path := settings.prompts or recorded.get("prompts"):
+    recorded, count = prompt_settings(run, RUN), settings.num_prompts
+    path, teacher = settings.prompts or recorded.get("prompts"), recorded.get("teacher")
+    if path:
         return read_prompts(path, print, count, settings.seed)
-    world = read_world(recorded["teacher"]) if recorded.get("teacher") else None
+    world = read_world(teacher) if teacher else None
     return (world.captions if world else varied_prompts)(settings.seed, count)
 
 
@@ -189,9 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with alone(Path(task.settings.output_dir)):
             folder = train_lora(task)
-    except (OSError, ValueError) as error:
-        print(f"wanlite-lora: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
+    except EXPLAINED as error:
+        print_error("wanlite-lora", error)
+        sys.exit(EXIT_CODE)
     print(f"saved to {folder}; use it: pipeline.load_lora_weights({str(folder)!r})")
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..data.buckets import MAX_SIDE
 from ..files.file_names import RUN
+from ..files.json_files import shorten
 from ..schedule import TIMESTEPS, recorded_schedule
 from ..training.run_folder import DRAWING, SEAL
 from ..training.sampling_defaults import check_steps, sampling_defaults, size_warning, trained_sizes
@@ -32,11 +34,15 @@ def choose_size(
     of a token. Raises ValueError for a size that is unusable, or not that of the latents.
     """
     defaults = sampling_defaults(dict(record))
+    if latents is not None and latents.ndim not in (4, 5):
+        raise ValueError(f"latents are {tuple(latents.shape)}, expected (B, C, H, W) or (B, C, 1, H, W).")
     if latents is not None:
         defaults |= {"height": stride * latents.shape[-2], "width": stride * latents.shape[-1]}
     given = [*sizes.values()]
     sizes = {name: defaults[name] if size is None else size for name, size in sizes.items()}
     for name, size in sizes.items():
+        if type(size) is int and size > MAX_SIDE:
+            raise ValueError(f"{name} is {shorten(size)}, expected at most {MAX_SIDE:,} pixels.")
         if type(size) is not int or size < 1 or size % unit:
             nearest = max(unit, (size + unit // 2) // unit * unit) if type(size) is int else unit
             raise ValueError(f"{name} {size!r:.40} is not divisible by {unit}; the nearest is {nearest}.")
@@ -62,7 +68,7 @@ def choose_steps(record: Mapping[str, Any], num_steps: Any, source: str) -> int:
         num_steps = sampling_defaults(dict(record))["num_inference_steps"]
     if type(num_steps) is not int or not 0 < num_steps <= TIMESTEPS:
         raise ValueError(
-            f"num_inference_steps is {num_steps!r}, expected a whole number from 1 to {TIMESTEPS}."
+            f"num_inference_steps is {shorten(num_steps)}, expected a whole number from 1 to {TIMESTEPS}."
         )
     check_steps(num_steps, recorded_schedule(dict(record), RUN), source, "num_inference_steps")
     return num_steps
@@ -71,8 +77,12 @@ def choose_steps(record: Mapping[str, Any], num_steps: Any, source: str) -> int:
 def check_options(output_type: Any, num_frames: Any, num_images: Any) -> None:
     """Raise ValueError for an unknown type of output, for videos, or for a wrong number of images."""
     if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type is {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}.")
+        raise ValueError(f"output_type is {shorten(output_type)}, expected one of {', '.join(OUTPUT_TYPES)}.")
     if num_frames != 1:
-        raise ValueError(f"num_frames is {num_frames}; the student generates single frames. Leave it out.")
+        raise ValueError(
+            f"num_frames is {shorten(num_frames)}; the student generates single frames. Leave it out."
+        )
     if type(num_images) is not int or num_images < 1:
-        raise ValueError(f"num_images_per_prompt is {num_images!r}, expected a whole number, at least 1.")
+        raise ValueError(
+            f"num_images_per_prompt is {shorten(num_images)}, expected a whole number, at least 1."
+        )

@@ -14,11 +14,12 @@ from diffusers import PipelineQuantizationConfig, UniPCMultistepScheduler
 from train_distillation import WanLiteStudent
 
 from ..data.autoencoder import load_video_autoencoder
-from ..data.component_files import check_manifest
+from ..data.component_files import check_manifest, loading_errors
 from ..data.text_encoder import check_vocabulary, load_text_encoder, load_tokenizer
 from ..files.file_names import COMPONENT_WEIGHTS, COMPONENTS, CONFIG, MODEL_INDEX, RUN, SCHEDULER_CONFIG
 from ..files.inside import resolve_inside
-from ..files.json_files import DOWNLOADED, read_json
+from ..files.json_files import DOWNLOADED, read_json, shorten, shown
+from ..runtime.devices import as_dtype
 from ..schedule import SCHEDULER, read_schedule, recorded_schedule
 from ..student.digest import check_digest, model_digest
 from ..teacher.components import check_weights, count_embedded, known_settings
@@ -28,6 +29,7 @@ FILES = ("scheduler/*.json", "tokenizer/*", RUN) + tuple(  # on the hub, beside 
     f"{component}/*.{ending}" for component in ("text_encoder", "vae") for ending in ("json", "safetensors")
 )
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")  # arguments of a download
+MAX_NUMBER = 10**5  # in the config of a scheduler: 1000 timesteps, shifts below 100
 STOCK = ("device_map", "quantization_config", "variant")  # with these, diffusers loads the other components
 
 
@@ -103,8 +105,12 @@ def _link_component(component, folder, place, variant):
 def component_dtypes(dtype: Any) -> dict[str, Any]:
     """Return {component: dtype or None for the saved one} of a `dtype` argument."""
     if isinstance(dtype, Mapping):
-        default = dtype.get("default", torch.float32)
-        return {"transformer": default, "text_encoder": default, "vae": default} | dict(dtype)
+        given = {
+            name: value if isinstance(value, torch.dtype) else as_dtype(value)
+            for name, value in dtype.items()
+        }
+        default = given.get("default", torch.float32)
+        return {"transformer": default, "text_encoder": default, "vae": default} | given
     return {"transformer": dtype, "text_encoder": None, "vae": torch.float32}
 
 
@@ -117,8 +123,17 @@ def load_scheduler(folder: Path, schedule: dict[str, Any]) -> Any:
     name = str(config.get("_class_name"))
     is_flow = "FlowMatch" in name or config.get("use_flow_sigmas") is True
     if name != SCHEDULER and is_flow and hasattr(getattr(diffusers, name, None), "set_timesteps"):
-        return getattr(diffusers, name).from_pretrained(folder / "scheduler", local_files_only=True)
+        with loading_errors(folder / "scheduler"):
+            _check_numbers(config)
+            return getattr(diffusers, name).from_pretrained(folder / "scheduler", local_files_only=True)
     return UniPCMultistepScheduler(**read_schedule(folder, schedule))
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    """Refuse a scheduler that would make tables of gigabytes."""
+    for name, value in config.items():
+        if isinstance(value, (int, float)) and abs(value) > MAX_NUMBER:
+            raise ValueError(f"{shown(name)} is {shorten(value)}, expected at most {MAX_NUMBER:,}")
 
 
 def find_variants(folder: Path, variant: str | None) -> bool:
@@ -155,13 +170,14 @@ def load_student(folder: Path, dtype: Any, sha256: Any, options: Mapping[str, An
 
 def load_components(folder: Path, dtypes: Mapping[str, Any], options: dict[str, Any]) -> None:
     """Add text encoder, tokenizer and autoencoder to `options`, checked, unless they were passed."""
-    if not options.keys() & {"text_encoder", "tokenizer"}:
-        options["tokenizer"], options["text_encoder"] = load_text_encoder(
-            folder, "cpu", dtypes["text_encoder"]
-        )
+    if not {"text_encoder", "tokenizer"} <= options.keys():
+        tokenizer, encoder = load_text_encoder(folder, "cpu", dtypes["text_encoder"])
+        options.setdefault("tokenizer", tokenizer)
+        options.setdefault("text_encoder", encoder)
     if "vae" not in options:
         # The method of diffusers would warn of its list of layers in float32, which is empty here.
-        options["vae"] = torch.nn.Module.to(load_video_autoencoder(folder).eval(), dtypes["vae"])
+        dtype = dtypes["vae"] or torch.float32
+        options["vae"] = torch.nn.Module.to(load_video_autoencoder(folder).eval(), dtype)
 
 
 def place_student(pipeline: Any) -> None:

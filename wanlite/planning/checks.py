@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..files.json_files import shorten
 from ..phases import FEW_STEP_SHARE
 from .machines import planned_machine
 from .part_settings import PART_SETTINGS
@@ -21,7 +22,7 @@ def check_all(checks: Iterable[Callable[[], object]], collect: bool = False) -> 
         except (OSError, ValueError) as error:
             if not collect:
                 raise
-            errors.append(str(error))
+            errors.append(" ".join(str(error).splitlines()))
     if errors:
         raise ValueError("\n".join(dict.fromkeys(errors)))
 
@@ -251,7 +252,8 @@ def _check_record(run, folder):
     kinds = {"teacher": str, "student": dict, "settings": dict, "schedule": dict}
     if bad := [name for name, kind in kinds.items() if not run.get(name) or not isinstance(run[name], kind)]:
         _refuse_student(folder, f"its run.json has no valid {', '.join(bad)}. Copy the folder again.")
-    if not isinstance(run["schedule"].get("phases"), dict):
+    phases = run["schedule"].get("phases")
+    if not isinstance(phases, dict) or any(type(count) is not int for count in phases.values()):
         _refuse_student(folder, "its run.json has no valid phases in its schedule. Copy the folder again.")
 
 
@@ -262,13 +264,13 @@ def _check_previous_phases(phases, settings, folder):
     if not phases.get("velocity"):
         _refuse_student(
             folder,
-            f"was not trained in stage 1 (its phases are {phases}). Lower --few_step_train_steps, so that "
+            f"was not trained in stage 1 (its phases are {shorten(phases)}). Lower --few_step_train_steps, so that "
             "steps of stage 1 remain, or name another student.",
         )
     if not settings.few_step_train_steps and not phases.get("few_step"):
         _refuse_student(
             folder,
-            f"was not trained to sample in few steps (its phases are {phases}), which distribution matching "
+            f"was not trained to sample in few steps (its phases are {shorten(phases)}), which distribution matching "
             "requires. Raise --few_step_train_steps, or name another student.",
         )
 
@@ -280,11 +282,13 @@ def _check_same_settings(run, settings, folder):
         if trained.get(name) != current[name]:
             _refuse_student(
                 folder,
-                f"was trained with {name} {trained.get(name)!r}, and this run has {current[name]!r}. Use the "
+                f"was trained with {name} {shorten(trained.get(name))}, and this run has "
+                f"{shorten(current[name])}. Use the "
                 "same, or leave --student out.",
             )
     for name in ("hidden_size", "depth", "num_heads", "ffn_dim"):
         if current[name] is not None and current[name] != shape.get(name):
             _refuse_student(
-                folder, f"has {name} {shape.get(name)}, and --{name} is {current[name]}. Leave the flag out."
+                folder,
+                f"has {name} {shorten(shape.get(name))}, and --{name} is {current[name]}. Leave the flag out.",
             )

@@ -1,12 +1,15 @@
 """A file of settings -> arguments that come before those of the command line, so that flags win. No torch."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from ..files.file_names import RUN
-from ..files.json_files import Limits, open_regular, parse_json
+from ..files.json_files import Limits, open_regular, parse_json, shorten, shown
 
+HELP = ("help", "help_all")  # flags that are not settings
+FLAG = re.compile(r"-(?![\d.\s])\S*$")  # as argparse recognises it
 MAX_DOTS = 1000  # of a line: the time that tomllib takes for a key grows with their square
 CONFIG_FILE = Limits(2**20, 2**10, "Correct it.", "a file of settings")
 
@@ -21,10 +24,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a .toml or .json file, or the {RUN} of a run.")
     with open_regular(path) as file:
         content = file.read(CONFIG_FILE.max_bytes + 1)
-    if path.suffix == ".toml":
-        return _without_tables(_parse_toml(content, path), path)
-    found = parse_json(content, path, CONFIG_FILE)
-    return found["settings"] if isinstance(found.get("settings"), dict) else _without_tables(found, path)
+    is_toml = path.suffix == ".toml"
+    found = _parse_toml(content, path) if is_toml else parse_json(content, path, CONFIG_FILE)
+    is_run = not is_toml and isinstance(found.get("settings"), dict)
+    settings = found["settings"] if is_run else _without_tables(found, path)
+    _check_settings(settings, path)
+    return settings
 
 
 def _parse_toml(content, path):
@@ -50,6 +55,18 @@ def _without_tables(found, path):
             raise ValueError(f"{path}: has {min(twice)} twice, expected each setting once. Correct it.")
         settings |= own
     return settings
+
+
+def _check_settings(settings, path):
+    """Raise ValueError for names and items of lists that a command line would read as other flags."""
+    for name, value in settings.items():
+        if not re.fullmatch(r"\w+", name) or name in HELP:
+            raise ValueError(f"{path}: {shown(name)} is not a setting. Remove it.")
+        flags = [each for each in value if FLAG.match(str(each))] if isinstance(value, list) else []
+        if flags:
+            raise ValueError(
+                f"{path}: {name} has {shorten(flags[0])}, which a command line reads as a flag. Write it differently."
+            )
 
 
 def as_arguments(settings: dict[str, Any]) -> list[str]:

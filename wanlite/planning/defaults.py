@@ -6,7 +6,9 @@ from ..data.grammar import varied_prompts
 from ..data.images import choose_images
 from ..data.prompts import read_prompts
 from ..files.cache import read_record, write_record
+from ..files.file_names import RUN
 from ..phases import count_steps
+from ..student.config import check_shape
 from ..student.shape import check_shape_fits, student_shape
 from ..training.run_folder import read_run
 from ..world.record import read_world
@@ -80,6 +82,7 @@ def choose_shape(settings, files):
                 f"--student {settings.student}: was distilled from another teacher than {settings.teacher}. "
                 "Use the same, or leave --student out."
             )
+        check_recorded_shape(run["student"], settings.student)
         return run["student"]
     if (settings.feature_directions or 1) > files.width:
         raise ValueError(
@@ -92,6 +95,16 @@ def choose_shape(settings, files):
     if settings.projection != "none":
         check_shape_fits(files.config, shape)
     return shape
+
+
+def check_recorded_shape(shape, folder):
+    """Raise ValueError if run.json in a student's folder describes no possible shape."""
+    try:
+        check_shape(**{"eps": 1e-6} | shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--student {folder}: its {RUN} has no valid student ({error}). Copy the folder again."
+        ) from None
 
 
 def choose_feature_width(settings, hidden_size):

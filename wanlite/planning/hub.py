@@ -100,7 +100,7 @@ def _lists_its_components(snapshot):
     except OSError:
         return False
     weights = ("transformer", "transformer_2", "text_encoder", "vae")
-    named = [name for name in weights if isinstance(found.get(name), list) and found[name][0]]
+    named = [name for name in weights if isinstance(found.get(name), list) and any(found[name][:1])]
     return all(any((snapshot / name).glob("*.safetensors")) for name in named)
 
 

@@ -16,12 +16,13 @@ class Machine(NamedTuple):
 def planned_machine(text: str) -> Machine:
     """Return the machine of --plan_for, "24GB" or "24GB,64GB"; raises ValueError for other texts."""
     sizes = [
-        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:GB|G|GiB)\s*", size, re.IGNORECASE) for size in text.split(",")
+        re.fullmatch(r"\s*(\d{1,6}(?:\.\d+)?)\s*(?:GB|G|GiB)\s*", size, re.IGNORECASE)
+        for size in text.split(",")
     ]
     found = [float(size[1]) * 1e9 for size in sizes if size]
     if len(found) != len(sizes) or len(found) > 2 or min(found, default=0) <= 0:
         raise ValueError(
-            f"--plan_for {text} does not describe a machine, expected the memory of its GPU, and optionally its CPU memory, for "
-            "example 24GB,64GB."
+            f"--plan_for {text:.60} does not describe a machine, expected the memory of its GPU, and optionally its CPU "
+            "memory, for example 24GB,64GB."
         )
     return Machine(round(found[0]), round(found[1]) if len(found) == 2 else UNKNOWN)

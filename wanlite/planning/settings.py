@@ -14,7 +14,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 
 from ..runtime.launch import defer_to_rank_zero
-from ..runtime.terminal import one_line
+from ..runtime.terminal import error_line, one_line
 
 BOUNDS = {
     "least": ("at least", operator.ge),
@@ -63,11 +63,12 @@ def check_bounds(settings):
             if isinstance(number, (int, float)) and not _is_within(number, bounds):
                 limits = [f"{BOUNDS[name][0]} {bound:,}" for name, bound in bounds.items()]
                 expected = " and ".join(limits) or "a finite number"
-                raise ValueError(f"--{field.name} is {number}, expected {expected}.")
+                raise ValueError(f"--{field.name} is {one_line(str(number), 40)}, expected {expected}.")
 
 
 def _is_within(number, bounds):
-    return math.isfinite(number) and all(BOUNDS[name][1](number, bound) for name, bound in bounds.items())
+    is_finite = -math.inf < number < math.inf  # isfinite() fails for a whole number that no float holds
+    return is_finite and all(BOUNDS[name][1](number, bound) for name, bound in bounds.items())
 
 
 def make_parser(settings_class, description, repeatable=()):
@@ -247,6 +248,8 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         self.refuse(f"{message} (--help_all lists every flag)")
 
-    def refuse(self, message):
+    def refuse(self, *messages):
+        """Print each of the messages as a line, and end."""
         defer_to_rank_zero()
-        self.exit(2, f"{self.prog}: {message}\n")
+        lines = [f"{self.prog}: {messages[0]}", *messages[1:]]
+        self.exit(2, "".join(f"{error_line(line)}\n" for line in lines))

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 
 from ..files.dtypes import STUDENT_DTYPES
+from ..files.json_files import shorten
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -21,7 +22,7 @@ def as_dtype(given: Any) -> torch.dtype | None:
     found = getattr(torch, given, None) if isinstance(given, str) else given
     if any(found is getattr(torch, name) for name in STUDENT_DTYPES.values()):
         return found
-    raise ValueError(f"dtype {given!r} is unknown, expected float32, float16 or bfloat16.")
+    raise ValueError(f"dtype {shorten(given)} is unknown, expected float32, float16 or bfloat16.")
 
 
 def as_device(given: Any) -> torch.device:
@@ -37,14 +38,14 @@ def as_device(given: Any) -> torch.device:
         found = torch.device(given)
         if not isinstance(given, torch.device) and given not in (str(found), found.index):
             raise ValueError  # torch counts modulo 256: cuda:256 is its cuda:0
-    except (RuntimeError, TypeError, ValueError):
-        raise ValueError(f"device {given!r} is unknown, expected cpu, cuda or cuda:N.") from None
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        raise ValueError(f"device {shorten(given)} is unknown, expected cpu, cuda or cuda:N.") from None
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device {given!r} is not available: torch finds {torch.cuda.device_count()} CUDA devices."
+            f"device {shorten(given)} is not available: torch finds {torch.cuda.device_count()} CUDA devices."
         )
     if found.type not in ("cpu", "cuda") and not _has(found):
-        raise ValueError(f"device {given!r} cannot hold weights here, expected cpu, cuda or cuda:N.")
+        raise ValueError(f"device {shorten(given)} cannot hold weights here, expected cpu, cuda or cuda:N.")
     return found
 
 

@@ -26,6 +26,7 @@ EXPLAINED = (
     FloatingPointError,
 )  # errors that name a file or an argument, and what to do
 MAX_UNEXPECTED = 300  # characters of any other error
+MAX_ERROR = 1000  # characters of an error with its remedy; texts of a file in it are shorter
 EXIT_CODE = 2
 
 
@@ -109,10 +110,21 @@ def one_line(text: str, most: int = MAX_SHOWN) -> str:
 # ---- errors ------------------------------------------------------------------------------------------------
 
 
+def error_line(message: str) -> str:
+    """Return an error as one printable line of at most MAX_ERROR characters; its end, the remedy, is kept."""
+    text = _cut_middle(" ".join(filter(None, map(str.strip, message.splitlines()))))
+    return _cut_middle(one_line(text, 10 * MAX_ERROR))  # an escape has ten characters at most
+
+
+def _cut_middle(text):
+    half = MAX_ERROR // 2 - 3
+    return text if len(text) <= MAX_ERROR else f"{text[:half]} ... {text[-half:]}"
+
+
 def print_error(script: str, error: BaseException) -> None:
     """Print an error as one line to stderr."""
-    message = " ".join(str(error).split()) if isinstance(error, EXPLAINED) else _keep_traceback(error)
-    print(f"{script}: {one_line(message)}", file=sys.stderr, flush=True)
+    message = str(error) if isinstance(error, EXPLAINED) else _keep_traceback(error)
+    print(f"{script}: {error_line(message)}", file=sys.stderr, flush=True)
 
 
 def end_in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -41,7 +41,11 @@ class Guard:
         host = headers.get("host", "")
         if self.token is None and not is_loopback(host_name(host)):
             return 403, "forbidden_host", "the Host header is not a loopback address."
-        if "origin" in headers and urlsplit(headers["origin"]).netloc.casefold() != host.casefold():
+        origin = headers.get("origin")
+        if origin is not None and origin.casefold() not in (
+            f"http://{host}".casefold(),
+            f"https://{host}".casefold(),
+        ):
             return 403, "forbidden_origin", "requests of other websites are refused."
         if self.token is None or scope["path"] in OPEN_PATHS or is_authorized(headers, self.token):
             return None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..data.tables import check_text
+from ..files.json_files import refuse_duplicates
 from ..runtime.terminal import one_line
 from ..schedule import TIMESTEPS
 from ..training.sampling_defaults import size_warning
@@ -66,7 +67,7 @@ class RequestError(ValueError):
 def read_request(body: bytes, limits: Limits) -> list[Job]:
     """Return the images of a JSON body of /v1/images/generations; raises RequestError."""
     try:
-        values = json.loads(body)
+        values = json.loads(body, object_pairs_hook=refuse_duplicates)
     except (ValueError, RecursionError):
         raise RequestError("the body is not valid JSON.", code="invalid_json") from None
     if not isinstance(values, dict):

@@ -11,6 +11,7 @@ from ..generation.images import choose_batch_size, digests_of, fitting_pixels, t
 from ..generation.settings import Settings
 from ..generation.student import StudentPipeline, encoder_device
 from ..runtime.devices import choose_device
+from ..runtime.terminal import one_line
 from ..schedule import recorded_schedule
 from ..training.run_folder import read_run
 from ..training.sampling_defaults import trained_sizes
@@ -76,7 +77,7 @@ def served_limits(settings: Settings, pipeline: StudentPipeline) -> Limits:
     run = read_run(settings.model)
     unit = pipeline.pixels_per_token
     return Limits(
-        model=Path(settings.model).absolute().name,
+        model=one_line(Path(settings.model).absolute().name),
         width=settings.width or 0,
         height=settings.height or 0,
         num_steps=settings.num_inference_steps or 0,

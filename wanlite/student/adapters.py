@@ -24,6 +24,10 @@ def check_lora_fits(tensors: Mapping[str, Tensor], student: nn.Module) -> None:
                 raise ValueError(
                     f"the LoRA changes {layer}, which the student lacks. Choose a LoRA of this student."
                 )
+            if matrix.ndim < 2:
+                raise ValueError(
+                    f"the LoRA has {name} of shape {tuple(matrix.shape)}, expected a matrix. Download it again."
+                )
             found = matrix.shape[dimension]
             # Quantised weights and convolutions store their sizes in another way.
             if weight.ndim == matrix.ndim == 2 and found != weight.shape[dimension]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files.file_names import CONFIG
-from ..files.json_files import SAVED, read_json
-from .layout import find_file, join_names, list_names, shorten
+from ..files.json_files import SAVED, read_json, shorten
+from .layout import find_file, join_names, list_names
 
 CLASS_NAMES = (
     "WanLiteStudent",

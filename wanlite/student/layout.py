@@ -11,14 +11,13 @@ from pathlib import Path
 
 from ..files.file_names import WEIGHTS
 from ..files.inside import OutsideError, resolve_inside
-from ..files.json_files import shown
+from ..files.json_files import MAX_SHOWN, shown
 
 WEIGHTS_STEM = WEIGHTS.removesuffix(".safetensors")
 STEMS = (WEIGHTS_STEM, "diffusion_model")  # in the order in which they are tried, before an index
 STAGE_PREFIX = ".saving-"  # of the hidden folder of a save until it is published
 MAX_LISTED = 1000  # files of a folder that are read for a message
 MAX_NAMED = 6  # names in a message
-MAX_SHOWN = 80  # characters of a value in a message
 
 
 def check_variant(variant: str | None) -> None:
@@ -66,10 +65,8 @@ def list_names(folder: Path) -> str:
 
 def join_names(names: Sequence[str], count: int = MAX_NAMED) -> str:
     """Return the first `count` names, for a message."""
-    return ", ".join(map(shown, names[:count])) + (" and more" if len(names) > count else "") or "none"
-
-
-def shorten(value: object) -> str:
-    """Return the repr of a value, shortened for a message."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+    return (
+        ", ".join(shown(f"{name:.{MAX_SHOWN}}") for name in names[:count])
+        + (" and more" if len(names) > count else "")
+        or "none"
+    )

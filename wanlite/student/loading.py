@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..files.file_names import CONFIG, MODEL_INDEX
-from ..files.json_files import parse_json
+from ..files.json_files import parse_json, shorten
 from ..files.weights import WeightsFile
 from .config import CONFIG_LIMITS, read_config
-from .layout import STAGE_PREFIX, join_names, shorten
+from .layout import STAGE_PREFIX, join_names
 from .weights import find_weights
 
 RENAMING_SECONDS = 0.2  # in which a save renames all of its files

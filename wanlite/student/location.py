@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files.file_names import CONFIG, MODEL_INDEX
-from ..files.json_files import shown
-from .layout import STEMS, WEIGHTS_STEM, shorten
+from ..files.json_files import shorten, shown
+from .layout import STEMS, WEIGHTS_STEM
 
 
 def student_folder(
@@ -39,7 +39,7 @@ def student_folder(
         folder = root / subfolder if subfolder else root
         root.exists()  # raises OSError for a path that is too long, before resolve() follows each of its folders
         if not folder.resolve().is_relative_to(root.resolve()):
-            raise ValueError(f"subfolder {subfolder!r} leads out of {root}. Name a folder inside it.")
+            raise ValueError(f"subfolder {shorten(subfolder)} leads out of {root}. Name a folder inside it.")
         if not folder.exists():
             raise OSError(
                 f"{shown(str(folder))}: no such folder. Expected a student that train_distillation.py saved."
@@ -52,7 +52,7 @@ def student_folder(
 def _check_names(path, subfolder):
     if not isinstance(path, (str, os.PathLike)) or not str(path).strip() or "\0" in str(path):
         raise OSError(
-            f"{path!r} is not the name of a folder. Expected the folder of a saved student, such as "
+            f"{shorten(path)} is not the name of a folder. Expected the folder of a saved student, such as "
             "./outputs/wan_t2i."
         )
     if "://" in str(path):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.file_names import CONFIG, WEIGHTS
-from ..files.json_files import read_json
+from ..files.json_files import read_json, shorten
 from ..files.weights import WeightsFile
 from ..teacher.keys import names_inside_wrapper
 from .layout import (
@@ -25,7 +25,6 @@ from .layout import (
     index_name,
     join_names,
     list_names,
-    shorten,
     variant_infix,
     weight_names,
 )

@@ -104,9 +104,9 @@ def _config_of(shapes: dict[str, Shape], path: Path) -> dict[str, Any]:
     """Return AutoencoderKLWan's config: all but the statistics follow from the official names and shapes."""
     try:
         return _sizes_of(shapes) | _STATISTICS.get(shapes["conv2.weight"][0], {})
-    except (LookupError, ZeroDivisionError):
+    except (LookupError, ValueError, ZeroDivisionError):
         raise ValueError(
-            f"{path}: lacks tensors that every Wan autoencoder has. Download it again."
+            f"{path}: lacks tensors that every Wan autoencoder has, or their sizes. Download it again."
         ) from None
 
 

@@ -48,7 +48,7 @@ def _scale(
             "fp8."
         )
     if scale is not None:
-        check_scale(scale, name, len(tensor), path)
+        check_scale(scale, name, tensor.shape[0] if tensor.ndim else 1, path)
         return (tensor.float() * scale.float().reshape(-1, *[1] * (tensor.ndim - 1))).to(half)
     return tensor if tensor.dtype in (torch.float32, torch.bfloat16) else tensor.to(half)
 

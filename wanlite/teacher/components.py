@@ -93,10 +93,19 @@ def convert_components(
             continue
         with new_folder(place) as partial:
             if source.is_dir():
-                shutil.copytree(source, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+                _copy_files(source, partial)
                 continue
             log(f"converting {source} into {component}/")
             _CONVERT[component](source).save_pretrained(partial)
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy the visible files of a component; folders that are links, which may be loops, are left out."""
+    for path in sorted(source.rglob("*")):
+        inner = path.relative_to(source)
+        if path.is_file() and not any(part.startswith(".") for part in inner.parts):
+            (target / inner).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / inner)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------

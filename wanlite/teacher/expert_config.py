@@ -120,9 +120,9 @@ def _sizes_of(path: Path, shapes: dict[str, Any]) -> dict[str, int]:
             "ffn_dim": shapes["blocks.0.ffn.net.0.proj.weight"][0],
             "num_layers": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
         }
-    except LookupError as error:
+    except (LookupError, ValueError, ZeroDivisionError) as error:
         raise ValueError(
-            f"{path}: lacks the tensor {error}, expected in every Wan. Download it again."
+            f"{path}: lacks a tensor of every Wan, or its sizes ({error}). Download it again."
         ) from None
     if width % HEAD_SIZE:
         raise ValueError(

@@ -26,7 +26,13 @@ def recognize(path: Path) -> Network | str | None:
 
     Raises OSError for an incomplete file.
     """
-    shapes = read_shapes(path)
+    try:
+        return _recognize(read_shapes(path), path)
+    except (LookupError, ZeroDivisionError):  # a tensor of fewer dimensions, or without values
+        return None
+
+
+def _recognize(shapes: dict[str, Shape], path: Path) -> Network | str | None:
     if found := _recognize_text_encoder(shapes):
         return found
     is_autoencoder = {"decoder.middle.0.residual.0.gamma", "conv2.weight"} <= shapes.keys()

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import safe_open
 
 from ..files.downloads import find_replacement
-from ..files.json_files import DOWNLOADED, read_first_bytes, read_json
+from ..files.json_files import DOWNLOADED, read_first_bytes, read_json, shorten
 from ..files.weights import broken_download
 from .component_weights import fill, read_weights, shapes_of
 from .keys import rename
@@ -17,7 +17,7 @@ from .names import SPIECE, TEXT_ENCODER_NAMES
 from .search import visible
 
 _ATTENTION = "encoder.block.0.layer.0.SelfAttention"
-_CLASSES = ("T5Tokenizer", "T5TokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast", None)
+TOKENIZER_CLASSES = ("T5Tokenizer", "T5TokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast", None)
 _SETTINGS = {  # of every Wan's text encoder, and of those of the tiny worlds, that no tensor shows
     "layer_norm_epsilon": (1e-6,),
     "feed_forward_proj": ("gated-gelu",),
@@ -30,9 +30,11 @@ _KINDS = (  # in tokenizer.json of UMT5 and of the tiny world, and what transfor
     *("Sequence", "Precompiled", "Replace", "Strip", "Lowercase", "NFC", "NFKC", "Prepend"),
     *("Whitespace", "WhitespaceSplit", "Metaspace", "Unigram", "BPE", "WordLevel"),
 )
+_REGEXES = (" {2,}", " +", r"\s+", r"\s{2,}")  # UMT5's is the first
 MAX_PARTS = 12  # UMT5's has eight
-MAX_REPLACEMENT = 1  # characters that replace a match: a text grows by at most a factor for each part
+MAX_REPLACEMENT = 1  # characters that replace a match, or are put before a text: a text grows by at most a factor for each part
 MAX_ADDED = 8  # tokens that a template adds to a prompt; UMT5's adds one
+MAX_EXTRA = 1000  # tokens beside those of the vocabulary
 _FIRST_PIECES = ["<pad>", "</s>", "<unk>"]
 
 
@@ -45,9 +47,9 @@ def convert_text_encoder(path: Path) -> Any:
     tensors = rename(weights, TEXT_ENCODER_NAMES)
     try:
         config = _config_of(tensors)
-    except LookupError as error:
+    except (LookupError, ValueError, ZeroDivisionError) as error:
         raise ValueError(
-            f"{path}: lacks {error}, expected in every UMT5 encoder. Download it again."
+            f"{path}: lacks a tensor of every UMT5 encoder, or its sizes ({error}). Download it again."
         ) from None
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
     return fill(UMT5EncoderModel, config, tensors, path)
@@ -139,11 +141,8 @@ def check_tokenizer(folder: Path) -> int:
             content = read_json(path, DOWNLOADED)
             _check_parts(content, path)
             largest = _find_largest(content)
-        elif (name := read_json(path, DOWNLOADED).get("tokenizer_class")) not in _CLASSES:
-            raise OSError(
-                f"{path}: tokenizer_class is {name!r:.60}, expected T5TokenizerFast, as in every Wan; code of a "
-                "model is never run. Download it again."
-            )
+        else:
+            _check_tokenizer_settings(read_json(path, DOWNLOADED), path)
     return largest
 
 
@@ -159,6 +158,25 @@ def _find_largest(tokenizer: dict[str, Any]) -> int:
         return 0
 
 
+def _check_tokenizer_settings(settings: dict[str, Any], path: Path) -> None:
+    """Refuse settings that choose code or another file than the checked one, and tokens without number."""
+    if (name := settings.get("tokenizer_class")) not in TOKENIZER_CLASSES:
+        raise OSError(
+            f"{path}: tokenizer_class is {name!r:.60}, expected T5TokenizerFast, as in every Wan; code of a "
+            "model is never run. Download it again."
+        )
+    if "fast_tokenizer_files" in settings:
+        raise OSError(
+            f"{path}: fast_tokenizer_files is {shorten(settings['fast_tokenizer_files'])}, expected none: the "
+            "tokenizer is read from tokenizer.json. Remove the key."
+        )
+    count = settings.get("extra_ids", 0)
+    if type(count) is not int or not 0 <= count <= MAX_EXTRA:
+        raise OSError(
+            f"{path}: extra_ids is {shorten(count)}, expected at most {MAX_EXTRA}; UMT5 has 300. Download it again."
+        )
+
+
 def _check_parts(tokenizer: dict[str, Any], path: Path) -> None:
     """Refuse parts of a tokenizer that a Wan's lacks: some make a text longer at every use."""
     if not isinstance(tokenizer.get("model"), dict):
@@ -169,11 +187,20 @@ def _check_parts(tokenizer: dict[str, Any], path: Path) -> None:
     if len(parts) > MAX_PARTS:
         raise OSError(f"{path}: has {len(parts)} parts, expected at most {MAX_PARTS}. Download it again.")
     for part in parts:
-        kind, content = part.get("type"), part.get("content", "")
-        if kind not in (*_KINDS, None) or not isinstance(content, str) or len(content) > MAX_REPLACEMENT:
+        added = [part.get(name, "") for name in ("content", "prepend", "replacement")]
+        is_short = all(isinstance(text, str) and len(text) <= MAX_REPLACEMENT for text in added)
+        if part.get("type") not in (*_KINDS, None) or not is_short or not _is_plain(part.get("pattern")):
             raise OSError(
-                f"{path}: has a part {str(part)!r:.80}, expected those of a UMT5's tokenizer. Download it again."
+                f"{path}: has a part {shorten(part)}, expected those of a UMT5's tokenizer. Download it again."
             )
+
+
+def _is_plain(pattern: Any) -> bool:
+    """Whether a pattern matches one or more characters, in a time that does not explode."""
+    if not isinstance(pattern, dict):
+        return pattern is None
+    text = pattern.get("String")
+    return pattern.get("Regex") in _REGEXES if text is None else isinstance(text, str) and text != ""
 
 
 def _check_template(template: Any, path: Path) -> None:
@@ -187,14 +214,18 @@ def _check_template(template: Any, path: Path) -> None:
     lists += [found.get("ids") if isinstance(found, dict) else None for found in each_token]
     if not all(isinstance(each, list) and len(each) <= MAX_ADDED for each in lists):
         raise OSError(
-            f"{path}: has a post_processor {str(template)!r:.80}, expected a template that adds at most {MAX_ADDED} "
+            f"{path}: has a post_processor {shorten(template)}, expected a template that adds at most {MAX_ADDED} "
             "tokens. Download it again."
         )
 
 
 def _flatten(part: Any) -> list[dict[str, Any]]:
     """Return a part of a tokenizer and the parts in it, which are lists under various names."""
-    if not isinstance(part, dict):
-        return []
-    inner = (each for value in part.values() if isinstance(value, list) for each in value)
-    return [part, *(found for each in inner for found in _flatten(each))]
+    found: list[dict[str, Any]] = []
+    waiting = [part]  # no recursion: parts may be nested deeper than calls
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            found.append(each)
+            waiting += [inner for value in each.values() if isinstance(value, list) for inner in value]
+    return found

@@ -42,9 +42,10 @@ from ..files.file_names import (
     WEIGHTS,
 )
 from ..files.inside import check_inside, resolve_inside
-from ..files.json_files import DOWNLOADED, OWN, read_json
+from ..files.json_files import DOWNLOADED, OWN, read_json, shorten
 from ..files.text_files import MAX_LINE, open_text
 from ..runtime.launch import is_on_several_machines
+from ..teacher.text_encoder import TOKENIZER_CLASSES
 
 SMALL = "small"  # the same student with small parts
 RESULTS = (  # removed by clear()
@@ -75,6 +76,14 @@ PIPELINE = {  # content of model_index.json
     "transformer_2": [None, None],
 }
 DRAWING = ("resolution", "num_inference_steps", "schedule", "validation_prompts")  # read from run.json
+PROMPT_SETTINGS: dict[str, Any] = {  # from which the prompts of a run follow
+    "teacher": str,
+    "prompts": (str, type(None)),
+    "seed": int,
+    "num_trajectories": (int, type(None)),
+    "num_held_out": int,
+}
+MAX_PATH = 4096  # characters, on Linux
 SEAL = "drawing_sha256"
 _RUN_LIMITS = OWN._replace(remedy="Copy it again; for a new run, move the folder away.")
 
@@ -92,6 +101,20 @@ def read_run(folder: str | Path) -> dict[str, Any]:
             f"{SEAL}."
         )
     return run
+
+
+def prompt_settings(run: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """Return the settings of a run, {} if it has none; raises ValueError if prompts cannot follow from them.
+
+    `source` names the file in errors.
+    """
+    found = run.get("settings")
+    settings = found if isinstance(found, dict) else {}
+    for name, kinds in PROMPT_SETTINGS.items():
+        value = settings.get(name)
+        if name in settings and not isinstance(value, kinds) or len(str(value)) > MAX_PATH:
+            raise ValueError(f"{source}: {name} is {shorten(value)} in its settings. Copy it again.")
+    return settings
 
 
 def seal(run: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +182,7 @@ def _list_changes(run, settings):
     """Return a clause for each of `settings` that a run does not share."""
     earlier = run["settings"]
     return [
-        f"{name} was {earlier.get(name)!r}, is {value!r}"
+        f"{name} was {shorten(earlier.get(name))}, is {shorten(value)}"
         for name, value in settings.items()
         if earlier.get(name) != value
     ]
@@ -199,12 +222,13 @@ def check_resumable(folder: str | Path, run: dict[str, Any], log: Callable[[str]
     ):
         if earlier.get(name, run.get(name)) != run.get(name):
             raise ValueError(
-                f"{folder}: holds an unfinished run, and {meaning} (was {earlier[name]}, is {run[name]}): its result "
+                f"{folder}: holds an unfinished run, and {meaning} (was {shorten(earlier[name])}, is "
+                f"{shorten(run[name])}): its result "
                 "would change. Resume it with the same, or add --overwrite."
             )
     versions = earlier["versions"] if isinstance(earlier.get("versions"), dict) else {}
     if changed := [
-        f"{name} {version}, now {run['versions'][name]}"
+        f"{name} {version!s:.20}, now {run['versions'][name]}"
         for name, version in versions.items()
         if run["versions"].get(name) not in (None, version)
     ]:
@@ -248,7 +272,8 @@ def save_components(
     scheduler.save_pretrained(folder / "scheduler")
     index = components_folder / MODEL_INDEX
     tokenizer = read_json(index, DOWNLOADED).get("tokenizer") if index.is_file() else None
-    own = {"tokenizer": tokenizer} if tokenizer else {}
+    known: list[Any] = [["transformers", name] for name in TOKENIZER_CLASSES]  # others may be code
+    own = {"tokenizer": tokenizer} if tokenizer in known else {}
     write_json(folder / MODEL_INDEX, PIPELINE | own)
 
 
@@ -334,9 +359,10 @@ class MetricsLog:
         self.seconds = 0.0
         kept = []
         for line, record in read_records(self.path) if step else ():
-            if record.get("step", 0) <= step:
+            reached, seconds = record.get("step", 0), record.get("seconds", self.seconds)
+            if all(type(number) in (int, float) for number in (reached, seconds)) and reached <= step:
                 kept.append(line)
-                self.seconds = record.get("seconds", self.seconds)
+                self.seconds = seconds
         write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode())
 
     def write(self, **record: Any) -> None:

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.buckets import bucket_sizes
+from ..data.buckets import MAX_SIDE, bucket_sizes
+from ..files.file_names import CONFIG
+from ..files.json_files import DOWNLOADED, read_json, shorten
 from .run_folder import image_size
 
 RESOLUTION = 512  # pixels, without a record of the training; NUM_STEPS as well
 NUM_STEPS = 20
-MAX_NAMED = 6  # sizes in a warning
+MAX_NAMED = 6  # sizes in a warning, numbers of steps in an error
+MAX_RATIOS = 100
 
 
 def sampling_defaults(run: dict[str, Any]) -> dict[str, Any]:
@@ -30,8 +33,9 @@ def check_steps(num_steps: int, schedule: dict[str, Any], source: Path | str, na
     """
     few_steps = schedule.get("few_steps") or []
     if few_steps and num_steps not in few_steps:
+        named = ", ".join(map(str, few_steps[:MAX_NAMED])) + ", ..." * (len(few_steps) > MAX_NAMED)
         raise ValueError(
-            f"{name} {num_steps}: {source} was trained for {', '.join(map(str, few_steps))} steps. "
+            f"{name} {num_steps}: {source} was trained for {named} steps. "
             f"Choose one of these, or train with --few_steps."
         )
 
@@ -46,18 +50,42 @@ def trained_sizes(run: dict[str, Any], unit: int, source: Path | str) -> list[tu
     size = image_size(run["resolution"])
     settings = run.get("settings")
     ratios = settings.get("aspect_ratios") if isinstance(settings, dict) else None
-    if any(type(side) is not int or side < 1 for side in size):
+    if any(type(side) is not int or not 0 < side <= MAX_SIDE for side in size):
         raise ValueError(
-            f"{source}: resolution is {run['resolution']!r}, expected pixels or [width, height]. Copy it again."
+            f"{source}: resolution is {shorten(run['resolution'])}, expected pixels or [width, height], at most "
+            f"{MAX_SIDE:,}. Copy it again."
         )
-    if not isinstance(ratios, list | None) or not all(isinstance(ratio, str) for ratio in ratios or ()):
+    is_list = isinstance(ratios, list | None) and all(isinstance(ratio, str) for ratio in ratios or ())
+    if not is_list or len(ratios or ()) > MAX_RATIOS:
         raise ValueError(
-            f"{source}: aspect_ratios is {ratios!r}, expected a list of WIDTH:HEIGHT. Copy it again."
+            f"{source}: aspect_ratios is {shorten(ratios)}, expected a list of WIDTH:HEIGHT, at most {MAX_RATIOS}. Copy "
+            "it again."
         )
     try:
         return list(dict.fromkeys([size, *bucket_sizes(size, ratios, unit)]))
     except ValueError as error:
         raise ValueError(f"{source}: {error} Copy it again.") from None
+
+
+def read_sides(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
+    """Return the side of a token and the largest side of an image, in pixels, of a student with this `config`.
+
+    Raises ValueError if `config` or vae/config.json lacks them.
+    """
+    try:
+        stride = int(read_json(folder / "vae" / CONFIG, DOWNLOADED).get("scale_factor_spatial") or 8)
+        token = stride * int(config.get("patch_size", (1, 2, 2))[1])
+        largest = token * int(config.get("rope_max_seq_len", 1024))
+    except (OSError, ValueError, TypeError, OverflowError, LookupError):
+        raise ValueError(
+            f"{folder}: {CONFIG} or vae/{CONFIG} lacks the patch size, the stride or the largest size. Copy the "
+            "folder again."
+        ) from None
+    if not 0 < token <= MAX_SIDE:
+        raise ValueError(
+            f"{folder}: {CONFIG} has a patch of {shorten(token)} pixels, expected 1 to {MAX_SIDE:,}. Copy the folder again."
+        )
+    return token, largest
 
 
 def size_warning(
