@@ -15,8 +15,10 @@ def figures(error, diversity=0.9):
     return {f"{name}_{count}": value for count in (1, 4) for name, value in measures.items()}
 
 
-def make_history(errors, accuracy=None, diversity=0.9, captions=400, is_accepted=True, trajectories=4000):
-    """A finished run whose validations have these image errors; the last one is saved."""
+def make_history(
+    errors, accuracy=None, diversity=0.9, captions=400, is_accepted=True, trajectories=4000, kept=-1
+):
+    """A finished run whose validations have these image errors; by default the last one is saved."""
     steps = [350 * (number + 1) for number in range(len(errors))]
     results = figures(errors[-1], diversity)
     if accuracy is not None:
@@ -26,7 +28,7 @@ def make_history(errors, accuracy=None, diversity=0.9, captions=400, is_accepted
         "settings": {"max_train_steps": 1400},
         "report": {"phases": PHASES, "counts": {"trajectories": trajectories}},
         "finished": True,
-        "chosen": {"step": steps[-1], **({"image_error": errors[-1]} if is_accepted else {})},
+        "chosen": {"step": steps[kept], **({"image_error": errors[kept]} if is_accepted else {})},
         "results": results,
     }
     records = [
@@ -82,6 +84,15 @@ def test_a_student_whose_validations_were_rejected_has_failed():
 def test_the_advice_follows_from_the_trend_and_the_data(errors, trajectories, advice):
     found = judge_run(make_history(errors, trajectories=trajectories)).advice
     assert found.startswith(advice) and bool(found) == bool(advice)
+
+
+def test_a_few_step_phase_that_learns_its_images_by_heart_is_to_be_shorter():
+    advice = judge_run(make_history([0.8, 0.6, 0.62, 0.66], kept=1)).advice
+    assert advice.startswith(
+        "--few_step_train_steps 700 or --num_trajectories 8000: the error has risen since"
+    )
+    for errors in ([0.8, 0.6, 0.62, 0.61], [0.8, 0.6, 0.9, 0.6]):
+        assert "has risen" not in judge_run(make_history(errors, kept=1)).advice
 
 
 def test_a_run_without_results_or_metrics_has_a_verdict():

@@ -15,7 +15,7 @@ GOOD_ACCURACY, FAILED_ACCURACY = 0.9, 0.2  # relative to the teacher's
 MAX_DIVERSITY = (
     1.5  # images of a prompt that differ more from each other than the teacher's ignore the prompt
 )
-FALL = 0.03  # a score that a validation lowers by this share still falls
+FALL = 0.03  # a score still falls, or rises, if it changes by this share
 
 
 class Verdict(NamedTuple):
@@ -118,6 +118,11 @@ def find_advice(history: History, likeness: Likeness, word: str) -> Iterator[str
         yield f"--max_train_steps {4 * steps}: too few validations to see whether the error falls"
     elif fall > FALL:
         yield f"--max_train_steps {2 * steps}: the error still falls"
+    elif (useful := count_useful_steps(history)) is not None:
+        yield (
+            f"--few_step_train_steps {useful} or --num_trajectories {2 * trajectories}: the error has risen since, "
+            "because the few-step phase learns its images by heart"
+        )
     elif trajectories >= MIN_TRAJECTORIES:
         yield (
             f"--num_trajectories {2 * trajectories} or a larger --hidden_size: the error does not fall any more"
@@ -130,6 +135,16 @@ def find_fall(history: History) -> float:
     if len(scores) < 2 or not scores[-2] > 0:
         return math.nan
     return 1 - scores[-1] / scores[-2]
+
+
+def count_useful_steps(history: History) -> int | None:
+    """Return the few-step steps before the saved student, if the error has risen by FALL since; else None."""
+    kept, validations = history.kept, [each for each in history.candidates if each.figures]
+    firsts = [phase["first"] for phase in history.phases if phase["name"] == "few_step"]
+    if kept is None or not kept.figures or not firsts or kept.step <= firsts[0]:
+        return None
+    has_risen = validations[-1].score(history.measure) > (1 + FALL) * kept.score(history.measure)
+    return kept.step - firsts[0] if has_risen else None
 
 
 def mean_of(results: dict[str, Any], measure: str) -> float:
