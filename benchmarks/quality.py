@@ -1,9 +1,9 @@
 """Compare training methods: prompt accuracy, diversity, and likeness of the student's images to the teacher's.
 
-    python benchmarks/quality.py            # eleven students for each of three seeds, one per core: over an hour on two cores
+    python benchmarks/quality.py            # twelve students for each of three seeds, one per core: over an hour on two cores
     python benchmarks/quality.py --quick    # minutes: one seed, few steps and captions
     python benchmarks/quality.py --methods student matching --train_flags --hidden_size 48 --depth 2 --num_heads 3
-    python benchmarks/quality.py --teacher emoji --folder outputs/quality_emoji     # true reduction; two larger students
+    python benchmarks/quality.py --teacher emoji --folder outputs/quality_emoji     # true reduction; two smaller students
 
 Prints one table, whose columns docs/results.md explains. Finished students of the same settings in --folder are
 judged without training. Those of other settings are refused, with the names of the settings.
@@ -71,13 +71,15 @@ OTHER_COLUMNS = (
     "frechet",
     "seconds",
 )  # besides the figures of a world's judge
-# world: width and depth of every method's student, then of larger students
-LADDER = {"emoji": ((64, 2), (96, 3), (128, 4))}
+SHORT = 300  # steps of a short few-step phase
+# world: width and depth of every method's student, then of smaller students
+LADDER = {"emoji": ((128, 4), (96, 3), (64, 2))}
 FOLDERS = {  # {method: folder of its student}, of those that have another than their name
     "without diversity gain": "minus-diversity-gain",
     "without features": "minus-features",
     "without on-policy states": "minus-own-path",
     "without stage 1": "minus-stage-1",
+    "short few-step phase": "short-few-step",
     "matching without anchor": "matching-minus-anchor",
 }
 QUICK = (
@@ -106,13 +108,15 @@ def methods(steps: int, rungs: Sequence[tuple[int, int]] = ()) -> dict[str, Meth
     sizes: list[tuple[Any, ...]] = [("--hidden_size", width, "--depth", depth) for width, depth in rungs] or [
         ()
     ]
-    larger: dict[str, Method] = {
-        f"student {width} x {depth}": ((TRAIN, *size), FEW)
+    shared = ("--feature_directions", rungs[0][0] // 4) if rungs else ()  # for the trajectories of the first
+    smaller: dict[str, Method] = {
+        f"student {width} x {depth}": ((TRAIN, *size, *shared), FEW)
         for (width, depth), size in zip(rungs[1:], sizes[1:])
     }
     chosen: dict[str, Method] = {
         "student": ((TRAIN,), FEW),
         "stage 1 alone": ((TRAIN, "--few_step_train_steps", 0), (20, *FEW)),
+        "short few-step phase": ((TRAIN, "--few_step_train_steps", min(SHORT, steps // 4)), FEW),
         "matching (K-DMD)": ((TRAIN, *matching), FEW),
         "TwinFlow": ((BASELINES, "twin_flow", *no_gain, *matching), FEW),  # as published, like the next
         "flow matching": (
@@ -134,7 +138,7 @@ def methods(steps: int, rungs: Sequence[tuple[int, int]] = ()) -> dict[str, Meth
         "without stage 1": ((TRAIN, "--few_step_train_steps", steps - 1), FEW),
         "matching without anchor": ((TRAIN, *matching, "--anchor_weight", 0), FEW),
     }
-    return {name: ((*command, *sizes[0]), counts) for name, (command, counts) in chosen.items()} | larger
+    return {name: ((*command, *sizes[0]), counts) for name, (command, counts) in chosen.items()} | smaller
 
 
 # ---- training ----------------------------------------------------------------------------------------------
