@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.refusals import EXECUTED, REFUSED, SMALL
@@ -438,6 +439,15 @@ def change(folder, how):
     how(tensors)
     save_file(tensors, weights_of(folder))
     return tensors
+
+
+def read_jobs(folder, kind):
+    """Return the jobs of each shard of one kind in a run's cache."""
+    shards = []
+    for path in sorted((folder / "cache").glob(f"{kind}-*/shard-*")):
+        with safe_open(path, "pt") as file:
+            shards.append(json.loads(file.metadata()["jobs"])[2])
+    return shards
 
 
 SHORT_RUN = (

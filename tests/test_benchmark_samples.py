@@ -78,6 +78,7 @@ def test_a_sample_of_methods_is_trained_and_judged_like_the_teacher(tmp_path):
     rows = {(row["model"], row["steps"]): row for row in json.loads((tmp_path / "rows.json").read_text())}
     assert list(rows) == [
         *(("teacher, guided", steps) for steps in (40, 4, 2, 1)),
+        ("teacher, unguided", 40),
         ("teacher, unguided", 4),
         *((name, steps) for name in ("student", "TwinFlow") for steps in (4, 2, 1)),
     ]

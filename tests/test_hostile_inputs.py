@@ -276,7 +276,7 @@ def test_a_pattern_that_makes_texts_long_or_slow_is_refused(pattern, tokenizer_f
     part = {"type": "Replace", "pattern": pattern, "content": "a"}
     for each in (part, {"type": "Prepend", "prepend": "a" * 10**6}):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": each}))
-        with pytest.raises(OSError, match="tokenizer.json: has a part .*(Replace|Prepend)"):
+        with pytest.raises(OSError, match="tokenizer.json: has a part "):
             load_tokenizer(tokenizer_folder)
 
 

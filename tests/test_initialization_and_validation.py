@@ -2,7 +2,6 @@
 never trained on.
 """
 
-import json
 import re
 from dataclasses import replace
 from functools import partial
@@ -11,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.conftest import ROOT, TINY_TEACHER, run_script
+from tests.conftest import ROOT, TINY_TEACHER, read_jobs, run_script
 from train_distillation import Settings, WanLiteStudent
 from wanlite.data.autoencoder import load_autoencoder
 from wanlite.files.cache import read_record
@@ -47,14 +46,6 @@ def resolved(cache, prompts, **settings):
     )
 
 
-def read_provenance(folder, kind):
-    """Return the provenance of a run's cache folders of one kind."""
-    return [
-        json.loads((place / "provenance.json").read_text())
-        for place in sorted((folder / "cache").glob(f"{kind}-*"))
-    ]
-
-
 def test_training_trajectories_share_no_prompt_or_noise_with_validation(finished_run, tmp_path):
     images = tmp_path / "images"
     process = run_script(
@@ -69,9 +60,7 @@ def test_training_trajectories_share_no_prompt_or_noise_with_validation(finished
         "4",
     )
     assert process.returncode == 0, process.stderr
-    trajectories = sorted(
-        (made_of["trajectories"] for made_of in read_provenance(finished_run[0], "trajectories")), key=len
-    )
+    trajectories = sorted(read_jobs(finished_run[0], "trajectories"), key=len)
     (*_, training), validated = (
         trajectories,
         [trajectory for part in trajectories[:-1] for trajectory in part],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import ROOT, SHORT_RUN, WAN_1_3B, run_script, write_sparse_wan
+from tests.conftest import ROOT, SHORT_RUN, WAN_1_3B, read_jobs, run_script, write_sparse_wan
 from train_distillation import Settings, WanLiteStudent
 from wanlite.phases import (
     MIN_TRAJECTORIES,
@@ -403,12 +403,6 @@ def test_a_file_of_three_prompts_trains_to_the_end(tmp_path):
         process.stdout.count(" of 1, too few to judge\n") == 4
         and "%" not in process.stdout.split("drawn right (1):")[1]
     )
-    trajectories = max(
-        (
-            json.loads(path.read_text())["trajectories"]
-            for path in tmp_path.glob("run/cache/trajectories-*/provenance.json")
-        ),
-        key=len,
-    )
+    trajectories = max(read_jobs(tmp_path / "run", "trajectories"), key=len)
     assert len(trajectories) == len({seed for _, _, seed in trajectories}) == 64
     assert [sum(number == each for each, *_ in trajectories) for number in (0, 1)] == [32, 32]

@@ -1,11 +1,12 @@
 """Jobs -> shards of tensors on disk, each computed once by one of the ranks and written atomically.
 
 A shard is named by its jobs, so that a run with more of them reuses the shards of a shorter one. It carries the
-sha256 of its tensors and a digest of its jobs. Both are checked at the start of a run: a shard that is damaged, or
-of other jobs, is computed again.
+sha256 of its tensors and its jobs. Both are checked at the start of a run: a shard that is damaged, or of other
+jobs, is computed again.
 """
 
 import hashlib
+import json
 import math
 import os
 import time
@@ -168,7 +169,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], jobs: Sequence[tuple]
             "--guidance_scale_2, add --mixed_precision no, or check the teacher's files."
         )
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metadata = {CONTENT: _hash_content(stored), JOBS: _hash_jobs(path, jobs)}
+    metadata = {CONTENT: _hash_content(stored), JOBS: _describe_jobs(path, jobs)}
     unfinished = path.parent / f".{path.stem}-{uuid4().hex}.partial"
     try:
         save_file(stored, unfinished, metadata)
@@ -193,9 +194,9 @@ def _hash_bytes(tensor):
     return hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
-def _hash_jobs(path, jobs):
-    """Return a digest of a shard's place and jobs: the shard of another place or name differs."""
-    return fingerprint([path.parent.name, path.name, jobs])
+def _describe_jobs(path, jobs):
+    """Return a shard's place and jobs in JSON: the shard of another place or name differs."""
+    return json.dumps([path.parent.name, path.name, jobs])
 
 
 def find_fault(path: Path, jobs: Sequence[tuple] = ()) -> str | None:
@@ -216,7 +217,7 @@ def find_fault(path: Path, jobs: Sequence[tuple] = ()) -> str | None:
         return f"cannot be read ({str(error).partition(chr(10))[0]})"
     if not is_intact:
         return "differs from its sha256"
-    if metadata.get(JOBS) != _hash_jobs(path, jobs):
+    if metadata.get(JOBS) != _describe_jobs(path, jobs):
         return "is of other prompts, seeds or images"
     return _find_misfit(tensors, jobs)
 
