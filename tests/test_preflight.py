@@ -166,6 +166,10 @@ def test_steps_that_cannot_be_trained_are_refused_with_a_remedy(changed, words):
         ({"critic_updates": 0}, "--critic_updates is 0, expected at least 1"),
         ({"hidden_size": 0}, "--hidden_size is 0, expected at least 1"),
         ({"num_trajectories": 0}, "--num_trajectories is 0"),
+        (
+            {"num_trajectories": 10**300},
+            r"--num_trajectories is 10+\.\.\., expected .* at most 1,000,000,000",
+        ),
         ({"flow_shift": 0.0}, "--flow_shift is 0.0, expected above 0 and at most 100"),
         ({"guidance_scale": math.nan}, "--guidance_scale is nan, expected at least 1"),
         ({"diversity_gain": math.inf}, "--diversity_gain is inf"),

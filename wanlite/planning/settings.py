@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from ..runtime.launch import defer_to_rank_zero
 from ..runtime.terminal import error_line, one_line
 
+MOST = 10**9  # of any whole number: beyond it, lists of steps and prompts fit no memory
 BOUNDS = {
     "least": ("at least", operator.ge),
     "above": ("above", operator.gt),
@@ -58,12 +59,19 @@ def check_device(name):
 def check_bounds(settings):
     """Raise ValueError for the first number that is not finite or out of the bounds of its setting."""
     for field in dataclasses.fields(settings):
-        value, bounds = getattr(settings, field.name), field.metadata["bounds"]
+        value = getattr(settings, field.name)
         for number in value if isinstance(value, (list, tuple)) else [value]:
+            bounds = _bounds_of(number, field.metadata["bounds"])
             if isinstance(number, (int, float)) and not _is_within(number, bounds):
                 limits = [f"{BOUNDS[name][0]} {bound:,}" for name, bound in bounds.items()]
                 expected = " and ".join(limits) or "a finite number"
                 raise ValueError(f"--{field.name} is {one_line(str(number), 40)}, expected {expected}.")
+
+
+def _bounds_of(number, bounds):
+    """Return the bounds of a number; a whole one without an upper bound of its own is at most MOST."""
+    has_upper = bounds.keys() & {"most", "below"} or not isinstance(number, int)
+    return bounds if has_upper or number <= MOST else bounds | {"most": MOST}
 
 
 def _is_within(number, bounds):
