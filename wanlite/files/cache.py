@@ -39,7 +39,7 @@ def cache_folder(parent: str | Path, kind: str, **inputs: Any) -> Path:
     if (layout := found.get("layout")) != LAYOUT:
         raise ValueError(
             f"{folder}: was made by another version (layout was {json.dumps(layout)[:20]}, is {LAYOUT}), and cannot "
-            "be verified. Delete it: the same command makes it again."
+            f"be verified. Delete it, or all of {parent} at once: the same command makes it again."
         )
     if differing := [
         f"{name} was {_shorten(found.get(name))}, is {_shorten(value)}"
