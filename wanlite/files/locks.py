@@ -79,7 +79,7 @@ def _beside(folder, kind=""):
 
 def _write_holder(path):
     """Write the number of this process into its lock file, for the error of another one."""
-    with suppress(OSError):  # on a file system without locks, there is no file
+    with suppress(OSError):  # a file system without locks has no lock file
         descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW)
         os.write(descriptor, str(os.getpid()).encode())
         os.close(descriptor)

@@ -251,7 +251,7 @@ def _check_index(folder: Path, promised: dict[str, str], places: dict[str, Place
 def _check_shapes(folder: Path, config: dict[str, Any], places: dict[str, Place]) -> None:
     source = f"its {CONFIG}" if folder.is_dir() else "its first block"
     depth = len({name.split(".")[1] for name in places if name.startswith("blocks.")})
-    if config["num_layers"] > depth:  # before a network of so many blocks is made
+    if config["num_layers"] > depth:  # checked before the network is built
         raise ValueError(
             f"{folder}: {source} has {config['num_layers']} blocks, the files {depth}. A shard is absent or of another Wan: "
             "download the expert again."
