@@ -838,7 +838,9 @@ def plan(settings, arguments):
     run = resolve_run(settings, WanLiteStudent)
     warn_of_long_prompts(run)
     announce(run, print)
-    problems = run.find_obstacles()
+    report = run.report_memory()
+    print("\n".join(report.describe()))
+    problems = report.find_problems()
     print(labelled("time", run.estimate_time(is_trained=not settings.project_only)))
     try:
         is_interrupted(settings)
@@ -996,9 +998,13 @@ def check_run(run, facts, is_resumed):
     if is_resumed:
         check_resumable(settings.output_dir, facts, accelerator.print)
     announce(run, accelerator.print)
-    if is_large(run.files):
-        obstacles = run.find_obstacles() if accelerator.is_main_process else []
-        abort_all_ranks(accelerator, "\n".join(obstacles))
+    problems = []
+    if accelerator.is_main_process:
+        report = run.report_memory()
+        problems = report.find_problems()
+        if is_large(run.files):
+            print("\n".join(report.describe()))
+    abort_all_ranks(accelerator, "\n".join(problems))
     if accelerator.is_main_process and not is_resumed:
         compare_experts(settings, run.files, run.device)
 

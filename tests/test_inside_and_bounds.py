@@ -1,5 +1,6 @@
 """Files of any content are refused quickly and cheaply, and nothing outside a folder is opened."""
 
+import hashlib
 import io
 import json
 import os
@@ -31,7 +32,9 @@ from wanlite.files.atomic import (
 )
 from wanlite.files.cache import cache_folder, read_record, write_record
 from wanlite.files.inside import OutsideError, check_inside, plain_name, resolve_inside
-from wanlite.files.json_files import DOWNLOADED, OWN, SAVED, read_json
+from wanlite.files.json_files import DOWNLOADED, OWN, SAVED, open_regular, read_json
+from wanlite.files.text_files import open_text
+from wanlite.files.weights import WeightsFile
 from wanlite.student.saving import FILE_LIST
 from wanlite.training.run_folder import MetricsLog, read_run
 
@@ -286,6 +289,28 @@ UNPACKED = {
     "a.arrow": (write_compressed_dataset, lambda path: list_images(path.parent), "too large to be unpacked"),
     "a.tar": (write_large_header, list_images, "a header of"),
 }
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        open_text,
+        WeightsFile,
+        lambda path: read_json(path, OWN),
+        lambda path: open_regular(path).read(10),
+        lambda path: open_regular(path).readall(),
+        lambda path: open_regular(path).read_at(bytearray(10), 0),
+        lambda path: hashlib.file_digest(open_regular(path), "sha256"),
+        lambda path: io.BufferedReader(open_regular(path)).read(10),
+    ],
+    ids=["text", "weights", "json", "bytes", "all bytes", "a place", "hash", "buffered"],
+)
+def test_a_file_that_a_disk_does_not_deliver_is_named(read):
+    unreadable = "/proc/self/mem"  # a regular file; its first page cannot be read
+    with pytest.raises(
+        OSError, match=rf"^{unreadable}: cannot be read \(Input/output error\)\. Check its disk"
+    ):
+        read(unreadable)
 
 
 @pytest.mark.parametrize("name", UNPACKED)

@@ -8,7 +8,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -464,22 +463,30 @@ def test_a_full_disk_costs_one_checkpoint_and_not_the_run_or_an_earlier_one(
     assert have_equal_weights(run, finished_run[0])
 
 
-@pytest.mark.parametrize("small_disk", [12], indirect=True)
-def test_a_disk_that_fills_with_trajectories_ends_the_run_and_keeps_them(small_disk, finished_run):
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(small_disk):
+    code, printed = train(small_disk / "run")
+    assert code == 2 and "the disk is too small" in printed and "projected" not in printed
+
+
+@pytest.mark.parametrize("small_disk", [80], indirect=True)
+def test_a_disk_that_fills_with_trajectories_ends_the_run_and_keeps_them(
+    small_disk, finished_run, monkeypatch
+):
     run = small_disk / "run"
     (run / "cache").mkdir(parents=True)
     for start in (finished_run[0] / "cache").glob("start-*"):
         shutil.copytree(start, run / "cache" / start.name)
-    fill(small_disk, but=100_000)
-    code, printed = train(run)
-    assert (
-        code == 2
-        and "No space left" in printed
-        and "Traceback" not in printed
-        and not list(run.rglob("*.partial"))
-    )
+
+    def lock_and_fill(*arguments, lock_output=train_distillation.lock_output):
+        lock_output(*arguments)  # the disk was large enough when the run was planned
+        fill(small_disk, but=100_000)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(train_distillation, "lock_output", lock_and_fill)
+        code, printed = train(run)
+    assert code == 2 and "o space left" in printed and "Traceback" not in printed
+    assert not list(run.rglob("*.partial"))
     (small_disk / "ballast").unlink()
-    subprocess.run(["mount", "-o", "remount,size=80m", small_disk], check=True)
     assert train(run)[0] == 0 and have_equal_weights(run, finished_run[0])
 
 

@@ -144,6 +144,20 @@ def test_control_characters_of_any_text_are_escaped_and_bars_still_move():
         ('OverflowError("too\\nlarge")', "unexpected OverflowError (too large). The traceback is in "),
         ('type("Panic", (BaseException,), {})("a")', "unexpected Panic (a). The traceback is in "),
         ("RecursionError()", "unexpected RecursionError. The traceback is in "),
+        (
+            'OSError(28, "No space left on device", "/a", None, "/dev/full")',
+            "-c: /dev/full: no space left on device, ",
+        ),
+        ('OSError(28, "No space left on device")', "-c: a file: no space left on device, "),
+        (
+            'OSError(30, "Read-only file system", "/a/b")',
+            "-c: /a/b: read-only file system. Choose a folder that ",
+        ),
+        (
+            'OSError(5, "Input/output error", "/a")',
+            "-c: /a: input/output error. Check the file and its disk.\n",
+        ),
+        ('OSError("/a: damaged. Copy it again.")', "-c: /a: damaged. Copy it again.\n"),
         ('ValueError("a\\x1b[2J\\nb")', "-c: a\\x1b[2J b\n"),
     ],
 )

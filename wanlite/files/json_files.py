@@ -4,6 +4,7 @@ Only regular files are opened, without blocking, and the cost of reading a file 
 """
 
 import errno
+import io
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import reprlib
 import stat
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from .downloads import find_replacement
 
@@ -58,13 +59,42 @@ def _unreadable(path, reason):
     return OSError(f"{path}: cannot be read ({reason}). Expected a regular file that you may read.")
 
 
+class RegularFile(io.FileIO):
+    """A regular file for reading whose errors, of a disk or a network, name it."""
+
+    def __init__(self, descriptor: int, path: str | Path):
+        super().__init__(descriptor, "rb")
+        self.path = path
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return self._named(super().read, -1 if size is None else size)
+
+    def readall(self) -> bytes:
+        return self._named(super().readall)
+
+    def readinto(self, buffer: Any, /) -> int:
+        return self._named(super().readinto, buffer)
+
+    def read_at(self, buffer: Any, start: int) -> int:
+        """Read into a buffer from a position; several threads may. Returns the number of bytes, 0 at the end."""
+        return self._named(os.preadv, self.fileno(), [buffer], start)
+
+    def _named(self, read, *arguments):
+        try:
+            return read(*arguments)
+        except OSError as error:
+            raise OSError(
+                f"{self.path}: cannot be read ({error.strerror}). Check its disk, or copy the file from elsewhere."
+            ) from None
+
+
 def _irregular(path):
     return OSError(
         f"{path}: not a regular file. Expected one; a folder, pipe, device or socket is never opened."
     )
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> RegularFile:
     """Open a regular file for reading; raises OSError for a folder, pipe, device or socket instead of waiting."""
     flags = (
         os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
@@ -76,7 +106,7 @@ def open_regular(path: str | Path) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
         raise _irregular(path)
-    return open(number, "rb", buffering=0)
+    return RegularFile(number, path)
 
 
 def read_first_bytes(path: str | Path, count: int = 64) -> bytes:

@@ -88,7 +88,7 @@ class WeightsFile:
         """Read bytes from `start` on; several threads may do so at once, unless the file is hashed."""
         while memory:
             chunk = memory[:READ_AT_ONCE] if self._hash else memory
-            if not (count := os.preadv(self.file.fileno(), [chunk], start)):
+            if not (count := self.file.read_at(chunk, start)):
                 raise self._broken("it became shorter while it was read")
             if self._hash:
                 self._hash.update(chunk[:count])

@@ -160,11 +160,9 @@ class Run:
             return describe_h100_hours(work)
         return estimate_duration(work, self.device, training_dtype(self.settings))
 
-    def find_obstacles(self):
-        """Print the memory and the disk that the run needs; return the problems, a sentence each."""
-        report = self.estimator.make_report(self.settings, self.training, self.held_out, len(self.images))
-        print("\n".join(report.describe()))
-        return report.find_problems()
+    def report_memory(self):
+        """Return the MemoryReport: the memory and the disk that the run needs."""
+        return self.estimator.make_report(self.settings, self.training, self.held_out, len(self.images))
 
     def describe(self):
         """Return the content of run.json at the beginning of a run."""

@@ -4,9 +4,11 @@ The error that ends a script is one line with exit code 2. Errors of files and a
 keeps its traceback in a file that the line names.
 """
 
+import errno
 import io
 import os
 import re
+import shutil
 import sys
 import tempfile
 import textwrap
@@ -26,8 +28,17 @@ EXPLAINED = (
     FloatingPointError,
 )  # errors that name a file or an argument, and what to do
 MAX_UNEXPECTED = 300  # characters of any other error
-MAX_ERROR = 1000  # characters of an error with its remedy; texts of a file in it are shorter
+MAX_ERROR = 500  # characters of an error with its remedy; texts of a file in it are shorter
 EXIT_CODE = 2
+REMEDIES = {  # {number of an error of the system: what to do}
+    errno.ENOSPC: "Free some, or choose a folder on another disk.",
+    errno.EDQUOT: "Free some, or choose a folder on another disk.",
+    errno.EROFS: "Choose a folder that can be written.",
+    errno.EACCES: "Change its permissions, or choose another.",
+    errno.EPERM: "Change its permissions, or choose another.",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n 4096).",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+}
 
 
 class LastingOutput(io.FileIO):
@@ -123,8 +134,28 @@ def _cut_middle(text):
 
 def print_error(script: str, error: BaseException) -> None:
     """Print an error as one line to stderr."""
-    message = str(error) if isinstance(error, EXPLAINED) else _keep_traceback(error)
+    message = explain(error) if isinstance(error, EXPLAINED) else _keep_traceback(error)
     print(f"{script}: {error_line(message)}", file=sys.stderr, flush=True)
+
+
+def explain(error: BaseException) -> str:
+    """Return the message of an error; one of the system gets its file and what to do."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    # Of a copy, the second file is the one that is written.
+    path = error.filename2 or error.filename
+    place = os.fsdecode(path) if isinstance(path, (str, bytes)) else "a file"
+    reason = error.strerror or str(error)
+    remedy = REMEDIES.get(error.errno, "Check the file and its disk.")
+    return f"{place}: {reason[:1].lower()}{reason[1:]}{_free_space(place, error.errno)}. {remedy}"
+
+
+def _free_space(place, number):
+    """Return the space on the disk of a file, if it is the disk that is full."""
+    folder = next((each for each in Path(place).absolute().parents if each.is_dir()), None)
+    if number != errno.ENOSPC or folder is None:
+        return ""
+    return f", {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
 
 
 def end_in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

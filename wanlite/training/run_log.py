@@ -10,6 +10,7 @@ from ..data.grids import save_grid
 from ..files.file_names import METRICS, REPORT, SAMPLES
 from ..phases import describe_phase, list_part_phases
 from ..runtime.progress import print_above, track
+from ..runtime.terminal import explain
 from .checkpoints import latest_checkpoint
 from .report.page import write_report
 from .run_folder import MetricsLog
@@ -95,10 +96,10 @@ class RunLog:
             try:
                 state.save(self.folder, self.facts, self.run.settings.checkpoints_total_limit)
             except OSError as error:
-                newest = latest_checkpoint(self.folder)[0]
+                newest = latest_checkpoint(self.folder)[0] or "none"
                 print_above(
                     self.accelerator,
-                    f"WARNING: step {state.progress.step} is NOT saved: {error}\n"
+                    f"WARNING: step {state.progress.step} is NOT saved: {explain(error)}\n"
                     f"The newest checkpoint is {newest}; training continues.",
                 )
         self.accelerator.wait_for_everyone()
