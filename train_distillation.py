@@ -20,7 +20,7 @@ from wanlite.files.atomic import write_json
 from wanlite.files.file_names import BASE, CACHE, RUN
 from wanlite.files.locks import alone, lock
 from wanlite.parts.defaults import PARTS, STUDENT_IMAGES
-from wanlite.phases import MIN_TRAJECTORIES
+from wanlite.phases import FEW_STEP_PASSES, MIN_TRAJECTORIES
 from wanlite.planning.budgets import BUDGETS
 from wanlite.planning.config_files import parse_with_config
 from wanlite.planning.part_settings import MEANINGS, part_setting
@@ -266,7 +266,8 @@ class Settings:
     )
     few_step_train_steps: int | None = setting(
         None,
-        "steps of the few-step phase (default: 5/7 of --max_train_steps less --matching_steps)",
+        "steps of the few-step phase (default: 5/7 of --max_train_steps less --matching_steps, and at most "
+        f"{FEW_STEP_PASSES} passes over the images of Wan2.2)",
         was="segment_steps",
         least=0,
     )
@@ -300,9 +301,11 @@ class Settings:
         most=1,
     )
     lr_scheduler: str = setting(
-        "cosine", "schedule, as in diffusers", choices=("cosine", "linear", "constant_with_warmup")
+        "cosine",
+        "schedule of each phase, as in diffusers",
+        choices=("cosine", "linear", "constant_with_warmup"),
     )
-    lr_warmup_steps: int = setting(100, "steps to reach the peak", least=0)
+    lr_warmup_steps: int = setting(100, "steps to reach the peak, at most a quarter of each phase", least=0)
     muon_learning_rate: float = setting(
         0.09,
         "peak for Muon, which trains the matrices of the blocks; 0 trains all with AdamW",

@@ -22,6 +22,7 @@ from wanlite.data.trajectories import TrajectoryGenerator
 from wanlite.files.atomic import SPARE
 from wanlite.flow import make_scheduler
 from wanlite.network import pack_text
+from wanlite.phases import count_steps
 from wanlite.planning.disk import FolderSpace, measure_folders
 from wanlite.planning.duration import Workload, describe_hours, estimate_duration
 from wanlite.planning.hardware import choose_precision, fit_batch_size
@@ -463,6 +464,27 @@ def test_the_hardware_in_the_readme_is_planned_so(row, a14b, tmp_path):
     assert (format_size(cpu_bytes) if cpu_bytes else "-") == cpu
     assert f"{sum(space.needed_bytes for space in report.folders.values()) / 1e9:.0f} GB" == disk
     assert run.estimate_time().split(" hours")[0] == time.split(" H100")[0]
+
+
+@pytest.mark.parametrize(
+    "settings, phases",
+    [
+        ({}, {"velocity": 5100, "few_step": 500}),  # 16 passes over 4,000 images, in batches of 128
+        ({"budget": "day"}, {"velocity": 35_000, "few_step": 1000}),  # over the 8,000 of the last size
+        ({"train_batch_size": 64}, {"velocity": 4600, "few_step": 1000}),
+        ({"max_train_steps": 200}, {"velocity": 57, "few_step": 143}),  # five sevenths, as of a tiny teacher
+        ({"few_step_train_steps": 4000}, {"velocity": 1600, "few_step": 4000}),
+        ({"few_step_train_steps": 0}, {"velocity": 5600}),
+    ],
+)
+def test_the_few_step_phase_of_a_large_teacher_passes_16_times_over_its_images(
+    settings, phases, a14b, tmp_path
+):
+    settings = Settings(
+        teacher=str(a14b), output_dir=str(tmp_path), dry_run=True, plan_for="80GB,256GB", **settings
+    )
+    run = resolve_run(complete(settings), WanLiteStudent)
+    assert {name: count for name, count in count_steps(run.phases).items() if count} == phases
 
 
 @pytest.mark.parametrize(

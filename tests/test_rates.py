@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from benchmarks.rates import CHECK_ROWS, first_step, make_states, make_student, make_teacher, teacher_width
 from train_distillation import Settings, WanLiteStudent
+from wanlite.phases import Span
 from wanlite.training.optimizers import (
     KEPT_SHARE,
     make_lr_schedulers,
@@ -105,6 +106,38 @@ def test_muons_decay_leaves_half_of_the_initial_weights_in_a_run_of_any_length(n
     cosine = (0.5 * (1 + math.cos(math.pi * step / num_steps)) for step in range(num_steps))
     kept = math.prod(1 - decay * rate * share for share in cosine)
     assert decay <= 0.01 and kept > 0.99 * KEPT_SHARE
+
+
+def rates(phases, **settings):
+    """Return the rate of every step under a schedule whose peak is 1."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    (lr_scheduler,) = make_lr_schedulers(Settings(**settings), [optimizer], phases)
+    factor = lr_scheduler.lr_lambdas[0]
+    return [factor(step) for step in range(phases[-1].last)]
+
+
+def test_every_phase_warms_up_to_the_peak_and_decays_on_its_own():
+    spans = (
+        Span("velocity", 0, 40),
+        Span("velocity", 40, 60, 1),
+        Span("few_step", 60, 80, 1),
+        Span("few_step", 80, 100, 1),
+    )
+    factors = rates(spans, lr_warmup_steps=10, lr_scheduler="cosine")
+    assert factors[10] == factors[70] == max(factors) == 1
+    assert factors[40] == pytest.approx(
+        0.5 * (1 + math.cos(math.pi * 30 / 50))
+    )  # a size has no cycle of its own
+    assert factors[59] < 0.01 and factors[99] < 0.01 and factors[60] == 0
+    alone = rates([Span("few_step", 0, 40)], lr_warmup_steps=10, lr_scheduler="cosine")
+    assert factors[60:] == alone  # as a run that starts from base/
+
+
+def test_a_short_phase_warms_up_in_a_quarter_of_its_steps():
+    factors = rates(
+        [Span("velocity", 0, 20), Span("few_step", 20, 30)], lr_warmup_steps=100, lr_scheduler="linear"
+    )
+    assert factors[5] == factors[22] == 1 and factors[4] < 1 and factors[21] < 1
 
 
 def trained(losses, num_steps=100):

@@ -323,17 +323,24 @@ def test_changed_settings_are_those_that_differ_from_their_defaults():
     assert find_changed(settings, arguments) == {"teacher": "/wan", "max_train_steps": 200, "seed": 3}
 
 
-def test_the_commands_of_a_page_are_quoted_and_continue_the_run():
+@pytest.mark.parametrize(
+    "first, further",
+    [
+        ("velocity", ["--student", "my out/base"]),  # through both phases again
+        ("few_step", ["--student", "my out", "--few_step_train_steps", "10"]),
+    ],
+)
+def test_the_commands_of_a_page_are_quoted_and_continue_the_run(first, further):
     settings = Settings(output_dir="my out", max_train_steps=10, overwrite=True, cache_dir="my out/cache")
-    run = SimpleNamespace(settings=settings, few_steps=[1], phases=[Span("velocity", 0, 10, 0)])
+    run = SimpleNamespace(settings=settings, few_steps=[1], phases=[Span(first, 0, 10, 0)])
     arguments = ["--output_dir", "my out", "--seed", "3", "--cache_dir=my out/cache", "--overwrite"]
     commands = describe_commands(run, arguments)
     assert {name: shlex.split(text)[2:] for name, text in commands.items() if name != "curves"} == {
         "draw": ["--model", "my out"],
         "resume": arguments[:-1],
         "train further": [
-            *("--seed", "3", "--student", "my out", "--output_dir", "my out-further"),
-            *("--cache_dir", "my out/cache", "--few_step_train_steps", "10"),
+            *("--seed", "3", *further[:2], "--output_dir", "my out-further"),
+            *("--cache_dir", "my out/cache", *further[2:]),
         ],
     }
     assert commands["curves"] == "tensorboard --logdir 'my out/logs'"

@@ -9,7 +9,10 @@ from typing import NamedTuple
 
 PHASE_NAMES = ("velocity", "few_step", "matching")
 ROLLOUT_ROUNDS = 2  # rollouts in stage 2a
-FEW_STEP_SHARE = 5 / 7  # of all steps; the default of --few_step_train_steps
+FEW_STEP_SHARE = 5 / 7  # of all steps, at most; the default of --few_step_train_steps
+# The few-step phase of a large teacher passes this often over its images. Where images are no function of their
+# captions, a longer one learns them by heart: its held-out error rose after 10 passes (docs/results.md, emoji).
+FEW_STEP_PASSES = 16
 MAX_VALIDATION_TRAJECTORIES = 64  # of each kind in a validation
 MIN_VALIDATION_TRAJECTORIES = 4
 GRID_PROMPTS = 8  # prompts in the grids; diversity is measured on as many prompts with as many seeds each
@@ -52,6 +55,18 @@ def plan_phases(settings):
     ends.append(("matching", settings.max_train_steps, last_resolution))
     firsts = [0, *(end for _, end, _ in ends)]
     return [Span(name, first, end, number) for first, (name, end, number) in zip(firsts, ends) if first < end]
+
+
+def share_few_steps(settings):
+    """Return the steps of the few-step phase without a limit by images."""
+    return round(FEW_STEP_SHARE * max(0, settings.max_train_steps - settings.matching_steps))
+
+
+def limit_few_steps(settings, num_images, states_per_step):
+    """Return the steps of the few-step phase on `num_images` of a large teacher."""
+    return min(
+        share_few_steps(settings), max(ROLLOUT_ROUNDS, FEW_STEP_PASSES * num_images // states_per_step)
+    )
 
 
 def count_trajectories(settings, num_prompts):

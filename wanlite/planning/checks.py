@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..files.json_files import shorten
-from ..phases import FEW_STEP_SHARE
+from ..phases import share_few_steps
 from .machines import planned_machine
 from .part_settings import PART_SETTINGS
 
@@ -138,7 +138,7 @@ def check_compiler() -> None:
 
 
 def complete_steps(settings: Any) -> tuple[list[int], int]:
-    """Return few_steps in ascending order, and few_step_train_steps.
+    """Return few_steps in ascending order, and few_step_train_steps, at most as many as a run will have.
 
     Raises ValueError if the phases are longer than --max_train_steps, or a number of sampling steps cannot be
     trained.
@@ -146,9 +146,7 @@ def complete_steps(settings: Any) -> tuple[list[int], int]:
     few_steps = sorted(set(settings.few_steps))
     few_step_train_steps = settings.few_step_train_steps
     if few_step_train_steps is None:
-        few_step_train_steps = round(
-            FEW_STEP_SHARE * max(0, settings.max_train_steps - settings.matching_steps)
-        )
+        few_step_train_steps = share_few_steps(settings)
     _check_phases(settings, few_step_train_steps)
     if few_step_train_steps or settings.matching_steps:
         _check_few_steps(settings, few_steps)
@@ -259,7 +257,8 @@ def _check_record(run, folder):
 
 def _check_previous_phases(phases, settings, folder):
     """Raise ValueError if this run leaves out a phase that the student was not trained in before."""
-    if settings.max_train_steps > settings.few_step_train_steps + settings.matching_steps:
+    _, few_step_train_steps = complete_steps(settings)
+    if settings.max_train_steps > few_step_train_steps + settings.matching_steps:
         return
     if not phases.get("velocity"):
         _refuse_student(
@@ -267,7 +266,7 @@ def _check_previous_phases(phases, settings, folder):
             f"was not trained in stage 1 (its phases are {shorten(phases)}). Lower --few_step_train_steps, so that "
             "steps of stage 1 remain, or name another student.",
         )
-    if not settings.few_step_train_steps and not phases.get("few_step"):
+    if not few_step_train_steps and not phases.get("few_step"):
         _refuse_student(
             folder,
             f"was not trained to sample in few steps (its phases are {shorten(phases)}), which distribution matching "

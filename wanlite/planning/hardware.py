@@ -124,6 +124,13 @@ def _cache_bytes(settings, estimator, num_trajectories):
     return estimator.cache_bytes(settings, counts, settings.validation_trajectories)
 
 
+def count_states_per_step(settings):
+    """Return the states of a step on each device before the batch is fitted; what is fitted has as many, or fewer."""
+    if settings.train_batch_size is None:
+        return DEFAULT_BATCH_SIZE
+    return settings.train_batch_size * (settings.gradient_accumulation_steps or 1)
+
+
 def _fit_batch(settings, estimator, num_states):
     """Fill in the batch size and accumulation: the largest micro-batches that fit, of DEFAULT_BATCH_SIZE states."""
     batch_size, accumulation = settings.train_batch_size, settings.gradient_accumulation_steps

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..files.file_names import BASE
 from .config_files import as_arguments, read_config
 from .messages import command, drawing_command, tensorboard_command
 
@@ -106,14 +107,15 @@ def _reverting(settings, *arguments):
 
 
 def _further_arguments(run, arguments):
-    """Return the arguments that train the saved student for as many steps again, without phase velocity."""
+    """Return the arguments that train the student for as many steps again, from the end of its velocity phase."""
     settings, output = run.settings, Path(run.settings.output_dir)
+    has_base = run.few_steps and run.phases[0].name == "velocity"
     further = {
-        "student": output,
+        "student": output / BASE if has_base else output,
         "output_dir": output.with_name(f"{output.name}-further"),
         "cache_dir": settings.cache_dir,
     }
-    if run.few_steps:
+    if run.few_steps and not has_base:
         further["few_step_train_steps"] = settings.max_train_steps - settings.matching_steps
     added = [text for name, value in further.items() for text in (f"--{name}", str(value))]
     return [*_without_overwrite(settings, without_flags(further, arguments)), *added]

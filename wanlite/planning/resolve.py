@@ -58,17 +58,21 @@ def complete(settings):
         resolution=resolution,
         flow_shift=settings.flow_shift or still_image_shift(*image_size(resolution)),
         few_steps=few_steps,
-        few_step_train_steps=few_step_train_steps,
+        few_step_train_steps=few_step_train_steps if is_tiny(teacher) else settings.few_step_train_steps,
         reference_steps=settings.reference_steps or 2 * settings.teacher_steps,
         cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"),
     )
     return settings if settings.student is None else _complete_student(settings)
 
 
+def is_tiny(teacher):
+    """Whether a folder is a tiny teacher, of a world of this project."""
+    return bool(read_teacher_folder(teacher).record)
+
+
 def _complete_typed(settings, teacher):
     """Return the settings with the values that the checks need."""
-    is_tiny = bool(read_teacher_folder(teacher).record)
-    if is_tiny and settings.budget is not None:
+    if is_tiny(teacher) and settings.budget is not None:
         raise ValueError(
             f"--budget {settings.budget} is for Wan2.2 itself, and {teacher} is a tiny teacher, whose student "
             "trains in minutes. Leave it out."
@@ -76,7 +80,7 @@ def _complete_typed(settings, teacher):
     settings = apply_budget(settings)
     steps, output_dir = settings.max_train_steps, settings.output_dir
     if steps is None:
-        steps = TINY_STEPS if is_tiny else REAL_STEPS
+        steps = TINY_STEPS if is_tiny(teacher) else REAL_STEPS
     if output_dir.startswith("-"):  # printed commands would take it for a flag
         output_dir = f"./{output_dir}"
     return replace(

@@ -20,6 +20,7 @@ from ..phases import (
     count_passes,
     count_trajectories,
     count_validated,
+    limit_few_steps,
     plan_phases,
     split_trajectories,
 )
@@ -42,6 +43,7 @@ from .estimate import MemoryEstimator
 from .hardware import (
     HARDWARE_SETTINGS,
     choose_precision,
+    count_states_per_step,
     fit_to_cache,
     fit_to_hardware,
     place_teacher,
@@ -254,6 +256,10 @@ def _fill(settings, estimator, training, accelerator):
     settings = replace(settings, teacher_residency=_from_rank_zero(accelerator, residency))
     num_ranks = accelerator.num_processes
     *_, num_last = split_trajectories(settings, settings.num_trajectories)
+    if settings.few_step_train_steps is None:
+        states_per_step = count_states_per_step(settings) * num_ranks
+        num_steps = limit_few_steps(settings, num_last, states_per_step)
+        settings = replace(settings, few_step_train_steps=num_steps)
     fitted = fit_to_hardware(settings, estimator, num_last, num_ranks)
     return _from_rank_zero(accelerator, fitted)
 

@@ -8,18 +8,21 @@ transformers (arXiv 2505.15270).
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Iterable
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
+from ..phases import Span
 from .muon import StackedMuon
 
 BASE = 64  # size at which the peaks hold
 SAMPLED = 4096  # values of a weight, at most, that measure its step
+WARMUP_PART = 4  # a phase warms up in at most a quarter of its steps
 KEPT_SHARE = 0.5  # of the initial weights of the blocks at the end of a run, at least, as far as decay goes
 TEXT_INPUT = "condition_embedder.text_embedder.linear_1.weight"  # (width, text width)
 HEAD = "feature_head."  # prefix of the names of a head's weights
@@ -120,18 +123,40 @@ def _group_weights(network, head):
 
 
 def make_lr_schedulers(
-    settings: Any, optimizers: Iterable[torch.optim.Optimizer]
+    settings: Any, optimizers: Iterable[torch.optim.Optimizer], phases: Iterable[Span] = ()
 ) -> list[torch.optim.lr_scheduler.LambdaLR]:
-    """Return a learning-rate schedule over the whole run for each optimizer."""
+    """Return a learning-rate schedule for each optimizer, one cycle per kind of phase; without `phases`, one in all.
+
+    The few-step phase changes the targets, so it starts from the peak again: at the end of a common decay, a short
+    one would learn nothing.
+    """
+    lengths: dict[str, int] = {}
+    for span in phases:
+        lengths[span.name] = lengths.get(span.name, 0) + span.last - span.first
     return [
+        _make_lr_scheduler(settings, each, list(lengths.values()) or [settings.max_train_steps])
+        for each in optimizers
+    ]
+
+
+def _make_lr_scheduler(settings, optimizer, lengths):
+    """Return the schedule of one optimizer with a cycle of each of `lengths` steps, one after the other."""
+    cycles = [
         get_scheduler(
             settings.lr_scheduler,
             optimizer,
-            num_warmup_steps=settings.lr_warmup_steps,
-            num_training_steps=settings.max_train_steps,
-        )
-        for optimizer in optimizers
+            num_warmup_steps=min(settings.lr_warmup_steps, length // WARMUP_PART),
+            num_training_steps=length,
+        ).lr_lambdas[0]
+        for length in lengths
     ]
+    firsts = [0, *accumulate(lengths)]
+
+    def factor(step):
+        number = min(bisect_right(firsts, step), len(cycles)) - 1
+        return cycles[number](step - firsts[number])
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def halve_rates(lr_schedulers: Iterable[torch.optim.lr_scheduler.LambdaLR]) -> None:

@@ -160,7 +160,7 @@ def make_training_state(run, student, teacher_data, few, stop=None):
     if prefers_cudnn_attention(capability_of(accelerator.device)):
         use_cudnn_self_attention(student)
     optimizers = make_optimizers(settings, student, head, is_fused=accelerator.device.type in ("cpu", "cuda"))
-    lr_schedulers = make_lr_schedulers(settings, optimizers)
+    lr_schedulers = make_lr_schedulers(settings, optimizers, run.phases)
     ema = (
         EMAModel(student.parameters(), decay=settings.ema_decay, foreach=is_fused)
         if settings.use_ema
