@@ -146,9 +146,10 @@ def test_control_characters_of_any_text_are_escaped_and_bars_still_move():
         ("RecursionError()", "unexpected RecursionError. The traceback is in "),
         (
             'OSError(28, "No space left on device", "/a", None, "/dev/full")',
-            "-c: /dev/full: no space left on device, ",
+            "-c: /dev/full: no space left on device (",
         ),
-        ('OSError(28, "No space left on device")', "-c: a file: no space left on device, "),
+        ('OSError(28, "No space left on device")', "-c: No space left on device. Free some, or choose "),
+        ('OSError(111, "Connection refused")', "-c: Connection refused.\n"),
         (
             'OSError(30, "Read-only file system", "/a/b")',
             "-c: /a/b: read-only file system. Choose a folder that ",

@@ -76,6 +76,15 @@ def test_a_step_changes_the_weights_and_increments_the_counter(run, state):
     assert state.progress.step == 1 and not are_equal(before, weights(state))
 
 
+def test_the_learning_rates_of_a_run_reach_their_peak_in_each_phase(run, state):
+    (velocity, *_, few_step) = run.phases
+    for scheduler in state.lr_schedulers:
+        (factor, *_) = scheduler.lr_lambdas
+        peaks = [step for step in range(few_step.last) if factor(step) == 1]
+        assert peaks == [100, velocity.last + 100]
+        assert factor(velocity.last - 1) < 1e-4 and factor(few_step.last - 1) < 1e-4
+
+
 def test_a_step_without_a_finite_gradient_keeps_the_weights(run, state):
     phase, before = phases_to_train(run, PHASES)[0], weights(state)
     measured = training_step(phase, run, state, batch_of(run, float("nan")))

@@ -10,8 +10,8 @@ from typing import NamedTuple
 PHASE_NAMES = ("velocity", "few_step", "matching")
 ROLLOUT_ROUNDS = 2  # rollouts in stage 2a
 FEW_STEP_SHARE = 5 / 7  # of all steps, at most; the default of --few_step_train_steps
-# The few-step phase of a large teacher passes this often over its images. Where images are no function of their
-# captions, a longer one learns them by heart: its held-out error rose after 10 passes (docs/results.md, emoji).
+# The few-step phase of a large teacher passes at most this often over its images. A longer one overfits them, unless
+# captions determine images: on the emoji teacher, the held-out error rose after 10 passes (docs/results.md).
 FEW_STEP_PASSES = 16
 MAX_VALIDATION_TRAJECTORIES = 64  # of each kind in a validation
 MIN_VALIDATION_TRAJECTORIES = 4

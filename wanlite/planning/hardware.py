@@ -125,7 +125,7 @@ def _cache_bytes(settings, estimator, num_trajectories):
 
 
 def count_states_per_step(settings):
-    """Return the states of a step on each device before the batch is fitted; what is fitted has as many, or fewer."""
+    """Return the number of states of a step on each device, before the batch is fitted, which may lower it."""
     if settings.train_batch_size is None:
         return DEFAULT_BATCH_SIZE
     return settings.train_batch_size * (settings.gradient_accumulation_steps or 1)

@@ -139,23 +139,18 @@ def print_error(script: str, error: BaseException) -> None:
 
 
 def explain(error: BaseException) -> str:
-    """Return the message of an error; one of the system gets its file and what to do."""
+    """Return the message of an error; an error of the system gets its file, the free space and what to do."""
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
-    # Of a copy, the second file is the one that is written.
-    path = error.filename2 or error.filename
-    place = os.fsdecode(path) if isinstance(path, (str, bytes)) else "a file"
-    reason = error.strerror or str(error)
-    remedy = REMEDIES.get(error.errno, "Check the file and its disk.")
-    return f"{place}: {reason[:1].lower()}{reason[1:]}{_free_space(place, error.errno)}. {remedy}"
-
-
-def _free_space(place, number):
-    """Return the space on the disk of a file, if it is the disk that is full."""
-    folder = next((each for each in Path(place).absolute().parents if each.is_dir()), None)
-    if number != errno.ENOSPC or folder is None:
-        return ""
-    return f", {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
+    path = error.filename2 or error.filename  # of a copy, the second file is the one that is written
+    reason, remedy = error.strerror or str(error), REMEDIES.get(error.errno, "")
+    if not isinstance(path, (str, bytes)):  # of a connection, for example
+        return f"{reason}. {remedy}".rstrip()
+    place, free = os.fsdecode(path), ""
+    if error.errno == errno.ENOSPC:
+        folder = next(each for each in Path(place).absolute().parents if each.is_dir())
+        free = f" ({shutil.disk_usage(folder).free / 1e6:,.1f} MB are free)"
+    return f"{place}: {reason[:1].lower()}{reason[1:]}{free}. {remedy or 'Check the file and its disk.'}"
 
 
 def end_in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -22,7 +22,7 @@ from .muon import StackedMuon
 
 BASE = 64  # size at which the peaks hold
 SAMPLED = 4096  # values of a weight, at most, that measure its step
-WARMUP_PART = 4  # a phase warms up in at most a quarter of its steps
+WARMUP_PART = 4  # the warm-up is at most a quarter of a phase
 KEPT_SHARE = 0.5  # of the initial weights of the blocks at the end of a run, at least, as far as decay goes
 TEXT_INPUT = "condition_embedder.text_embedder.linear_1.weight"  # (width, text width)
 HEAD = "feature_head."  # prefix of the names of a head's weights
@@ -125,10 +125,10 @@ def _group_weights(network, head):
 def make_lr_schedulers(
     settings: Any, optimizers: Iterable[torch.optim.Optimizer], phases: Iterable[Span] = ()
 ) -> list[torch.optim.lr_scheduler.LambdaLR]:
-    """Return a learning-rate schedule for each optimizer, one cycle per kind of phase; without `phases`, one in all.
+    """Return a learning-rate schedule for each optimizer, with a cycle per kind of phase, or one without `phases`.
 
-    The few-step phase changes the targets, so it starts from the peak again: at the end of a common decay, a short
-    one would learn nothing.
+    The few-step phase has other targets than the velocity phase and starts from the peak again: a short one at the
+    end of a common decay hardly trains.
     """
     lengths: dict[str, int] = {}
     for span in phases:
