@@ -198,7 +198,7 @@ def describe(folder: Path, steps: set[int], has_student: bool) -> str:
 def kill_and_finish(job: Job) -> dict[str, Any]:
     """Kill a run at its moment and run it again to its end; returns its row.
 
-    A run that ends before the kill is repeated with an earlier one.
+    A run that ends before the kill is repeated with an earlier one, and one without a bit to flip with a later one.
     """
     folder, how = Path(job["folder"]), signal.Signals[job["signal"]]
     folder.mkdir(parents=True)
@@ -211,6 +211,9 @@ def kill_and_finish(job: Job) -> dict[str, Any]:
         shutil.rmtree(folder)
         return kill_and_finish(job | {"after": job["after"] / 2, "save": job["save"] and job["save"] - 1})
     before, where = struck
+    if job["flip"] is not None and not files_by_kind(folder):
+        shutil.rmtree(folder)
+        return kill_and_finish(job | {"after": 2 * job["after"] + 0.1})
     if job["flip"] is not None:
         return flip_and_finish(folder, job)
     lost = has_lost(folder, before)
@@ -238,13 +241,18 @@ def kind_of(folder: Path, path: Path) -> str:
     return re.sub(r"-[0-9a-f]{5,}|[0-9a-f]{16,}|\d+", "*", str(path.relative_to(folder)))
 
 
-def flip(folder: Path, seed: float) -> Path:
-    """Flip a random bit of a random file that is not empty; kinds of files have equal shares."""
-    choice = random.Random(seed)  # noqa: S311 (bits, no secrets)
+def files_by_kind(folder: Path) -> dict[str, list[Path]]:
+    """Return the files of a run that have bits to flip, by kind."""
     kinds: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.stat().st_size and not path.name.endswith((".lock", ".log")):
             kinds.setdefault(kind_of(folder, path), []).append(path)
+    return kinds
+
+
+def flip(folder: Path, seed: float) -> Path:
+    """Flip a random bit of a random file; kinds of files have equal shares."""
+    choice, kinds = random.Random(seed), files_by_kind(folder)  # noqa: S311 (bits, no secrets)
     path = choice.choice(kinds[choice.choice(sorted(kinds))])
     content = bytearray(path.read_bytes())
     content[choice.randrange(len(content))] ^= 1 << choice.randrange(8)
