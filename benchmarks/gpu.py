@@ -567,7 +567,7 @@ def stock(bench: Bench) -> None:
 
 def compiled(bench: Bench, folder: Path) -> None:
     """Time a training step, an image and the teacher with compiled blocks."""
-    step(bench, folder, variants=("muon, compiled",), sizes=((64, 32),))
+    step(bench, folder / "compiled", variants=("muon, compiled",), sizes=((64, 32),))
     with torch.no_grad():
         draw_student(bench, torch.bfloat16, is_compiled=True)
     teacher(bench, folder, residencies=(("both", False),), is_compiled=True)

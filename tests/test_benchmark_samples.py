@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.conftest import ROOT, run_script
+from wanlite.planning.checks import has_compiler
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -132,6 +133,18 @@ def test_a_sample_of_training_steps_has_speed_and_memory(tmp_path):
     )
     assert all(("teacher_share" in row) == way.startswith("online") for way, row in rows.items())
     assert sum(line.startswith("| 64 | ") for line in process.stdout.splitlines()) == len(rows)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="compiled blocks need a C++ compiler")
+def test_the_gpu_benchmark_measures_every_part_in_one_process(tmp_path):
+    process = run_script(
+        BENCHMARKS / "gpu.py", "--device", "cpu", "--small", "--json", tmp_path / "rows.json", timeout=900
+    )
+    assert process.returncode == 0 and process.stdout.endswith(" 0 failed: none\n"), process.stdout
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["part"] for row in rows} == {"machine", "right", "step", "teacher", "draw"}
+    compiled = {row["part"] for row in rows if "compiled" in row["what"]}
+    assert compiled == {"step", "teacher", "draw"}
 
 
 def test_a_sample_of_the_cache_has_its_size_and_the_waiting_of_each_reader(tmp_path):
