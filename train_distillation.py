@@ -20,7 +20,7 @@ from wanlite.files.atomic import write_json
 from wanlite.files.file_names import BASE, CACHE, RUN
 from wanlite.files.locks import alone, lock
 from wanlite.parts.defaults import PARTS, STUDENT_IMAGES
-from wanlite.phases import FEW_STEP_PASSES, MIN_TRAJECTORIES
+from wanlite.phases import FEW_STEP_PASSES, MIN_FEW_STEPS, MIN_TRAJECTORIES
 from wanlite.planning.budgets import BUDGETS
 from wanlite.planning.config_files import parse_with_config
 from wanlite.planning.part_settings import MEANINGS, part_setting
@@ -267,7 +267,7 @@ class Settings:
     few_step_train_steps: int | None = setting(
         None,
         "steps of the few-step phase (default: 5/7 of --max_train_steps less --matching_steps, and at most "
-        f"{FEW_STEP_PASSES} passes over the images of Wan2.2)",
+        f"the larger of {FEW_STEP_PASSES} passes over the images and {MIN_FEW_STEPS} steps)",
         was="segment_steps",
         least=0,
     )

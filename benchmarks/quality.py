@@ -34,6 +34,7 @@ from wanlite.data.autoencoder import decode_latents, to_images
 from wanlite.flow import make_scheduler, sample, seeded_noise
 from wanlite.generation.student import StudentPipeline
 from wanlite.network import pack_text
+from wanlite.phases import FEW_STEP_SHARE
 from wanlite.planning.resolve import TINY_STEPS, choose_teacher, complete
 from wanlite.planning.settings import make_parser
 from wanlite.teacher.checkpoint import open_teacher_files
@@ -71,7 +72,6 @@ OTHER_COLUMNS = (
     "frechet",
     "seconds",
 )  # besides the figures of a world's judge
-SHORT = 300  # steps of a short few-step phase
 # world: width and depth of every method's student, then of smaller students
 LADDER = {"emoji": ((128, 4), (96, 3), (64, 2))}
 FOLDERS = {  # {method: folder of its student}, of those that have another than their name
@@ -79,7 +79,7 @@ FOLDERS = {  # {method: folder of its student}, of those that have another than 
     "without features": "minus-features",
     "without on-policy states": "minus-own-path",
     "without stage 1": "minus-stage-1",
-    "short few-step phase": "short-few-step",
+    "long few-step phase": "long-few-step",
     "matching without anchor": "matching-minus-anchor",
 }
 QUICK = (
@@ -116,7 +116,7 @@ def methods(steps: int, rungs: Sequence[tuple[int, int]] = ()) -> dict[str, Meth
     chosen: dict[str, Method] = {
         "student": ((TRAIN,), FEW),
         "stage 1 alone": ((TRAIN, "--few_step_train_steps", 0), (20, *FEW)),
-        "short few-step phase": ((TRAIN, "--few_step_train_steps", min(SHORT, steps // 4)), FEW),
+        "long few-step phase": ((TRAIN, "--few_step_train_steps", round(FEW_STEP_SHARE * steps)), FEW),
         "matching (K-DMD)": ((TRAIN, *matching), FEW),
         "TwinFlow": ((BASELINES, "twin_flow", *no_gain, *matching), FEW),  # as published, like the next
         "flow matching": (

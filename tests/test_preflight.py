@@ -44,13 +44,6 @@ def test_phases_follow_each_other_and_the_few_step_phase_has_two_rollouts():
     ]
 
 
-def test_a_default_run_has_two_phases_that_use_all_steps():
-    phases = plan_phases(complete(Settings()))
-    assert [name for name, *_ in phases] == ["velocity", "few_step", "few_step"]
-    assert phases[-1].last == TINY_STEPS
-    assert all(before.last == after.first for before, after in zip(phases, phases[1:]))
-
-
 # ---- few prompts -------------------------------------------------------------------------------------------
 
 
@@ -111,7 +104,7 @@ def test_the_default_batch_is_at_most_the_states_of_each_phase(
 
 
 def test_a_batch_that_is_too_large_is_refused_with_the_largest_possible_one(estimators):
-    settings = complete(Settings(train_batch_size=128, rollout_states=16))
+    settings = complete(Settings(train_batch_size=128, rollout_states=16, few_step_train_steps=400))
     with pytest.raises(
         ValueError,
         match="has 80 training states, fewer than one batch of 128: lower --train_batch_size to 80, or",

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 PHASE_NAMES = ("velocity", "few_step", "matching")
 ROLLOUT_ROUNDS = 2  # rollouts in stage 2a
-FEW_STEP_SHARE = 5 / 7  # of all steps, at most; the default of --few_step_train_steps
-# The few-step phase of a large teacher passes at most this often over its images. A longer one overfits them, unless
-# captions determine images: on the emoji teacher, the held-out error rose after 10 passes (docs/results.md).
+# The default of --few_step_train_steps is a share of all steps, and at most so many passes over the images. A longer
+# phase overfits them: on the emoji teacher, the held-out error rose after 10 passes (docs/results.md).
+FEW_STEP_SHARE = 5 / 7
 FEW_STEP_PASSES = 16
+MIN_FEW_STEPS = 300  # however few images there are: a shorter phase trains little
 MAX_VALIDATION_TRAJECTORIES = 64  # of each kind in a validation
 MIN_VALIDATION_TRAJECTORIES = 4
 GRID_PROMPTS = 8  # prompts in the grids; diversity is measured on as many prompts with as many seeds each
@@ -63,10 +64,9 @@ def share_few_steps(settings):
 
 
 def limit_few_steps(settings, num_images, states_per_step):
-    """Return the steps of the few-step phase on `num_images` of a large teacher."""
-    return min(
-        share_few_steps(settings), max(ROLLOUT_ROUNDS, FEW_STEP_PASSES * num_images // states_per_step)
-    )
+    """Return the steps of the few-step phase on `num_images`."""
+    passes = FEW_STEP_PASSES * num_images // states_per_step
+    return min(share_few_steps(settings), max(MIN_FEW_STEPS, passes))
 
 
 def count_trajectories(settings, num_prompts):

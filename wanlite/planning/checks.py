@@ -138,7 +138,7 @@ def check_compiler() -> None:
 
 
 def complete_steps(settings: Any) -> tuple[list[int], int]:
-    """Return few_steps in ascending order, and few_step_train_steps without the limit by a large teacher's images.
+    """Return few_steps in ascending order, and few_step_train_steps without the limit by the number of images.
 
     Raises ValueError if the phases are longer than --max_train_steps, or a number of sampling steps cannot be
     trained.

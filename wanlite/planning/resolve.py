@@ -50,9 +50,7 @@ def complete(settings):
     _suggest_neighbours(check_holds_experts, teacher)  # without experts, every other check fails as well
     settings = _complete_typed(settings, teacher)
     check_all(_list_checks(settings, teacher), collect=settings.dry_run)
-    few_steps, few_step_train_steps = complete_steps(settings)
-    if not is_tiny(teacher):  # the number of images limits them; see resolve_run()
-        few_step_train_steps = settings.few_step_train_steps
+    few_steps, _ = complete_steps(settings)
     resolution = _complete_resolution(teacher, settings)
     settings = replace(
         settings,
@@ -60,7 +58,6 @@ def complete(settings):
         resolution=resolution,
         flow_shift=settings.flow_shift or still_image_shift(*image_size(resolution)),
         few_steps=few_steps,
-        few_step_train_steps=few_step_train_steps,
         reference_steps=settings.reference_steps or 2 * settings.teacher_steps,
         cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"),
     )
