@@ -454,8 +454,8 @@ def read_settings():
         settings = complete(settings)
         is_resumed = not settings.dry_run and is_interrupted(settings)  # plan() lists errors as problems
     except (OSError, ValueError) as error:
-        problems = str(error).splitlines() if settings.dry_run else [explain(error)]
-        parser.refuse(*problems)
+        message = explain(error)
+        parser.refuse(*message.splitlines() if settings.dry_run else [message])  # a problem each line
     if not settings.dry_run:
         if settings.push_to_hub is not None and is_first():
             try:

@@ -249,9 +249,10 @@ def test_a_deleted_current_folder_is_named(script, tmp_path):
 def test_a_refusal_by_the_system_names_its_file_and_what_to_do(tmp_path):
     command = f"exec {sys.executable} {ROOT}/run_inference.py --model {'a/' * 3000}"
     assert run(command, tmp_path)[0] == 2
-    command = f"exec {sys.executable} {ROOT}/train_distillation.py --output_dir {'a' * 300}"
-    code, printed = run(command, tmp_path)
-    assert code == 2 and "Errno" not in printed and "Choose a" in printed, printed
+    for dry in ("", "--dry_run"):
+        command = f"exec {sys.executable} {ROOT}/train_distillation.py {dry} --output_dir {'a' * 300}"
+        code, printed = run(command, tmp_path)
+        assert code == 2 and "Errno" not in printed and "Choose a" in printed, printed
 
 
 @pytest.mark.parametrize(
