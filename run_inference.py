@@ -22,7 +22,7 @@ from wanlite.files.file_names import RUN
 from wanlite.generation.checks import complete, read_editing
 from wanlite.generation.settings import Settings
 from wanlite.planning.settings import make_parser
-from wanlite.runtime.terminal import EXIT_CODE, EXPLAINED, keep_output_open, one_line, print_error
+from wanlite.runtime.terminal import EXIT_CODE, EXPLAINED, explain, keep_output_open, one_line, print_error
 from wanlite.schedule import first_step
 from wanlite.serving.address import check_serving
 from wanlite.training.run_folder import read_run
@@ -39,7 +39,7 @@ def read_settings(arguments: list[str] | None = None) -> tuple[Settings, list[st
         check_serving(settings)
         settings, prompts = complete(settings)
     except (OSError, ValueError) as error:
-        parser.refuse(str(error))
+        parser.refuse(explain(error))
     return settings, prompts
 
 

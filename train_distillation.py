@@ -41,6 +41,7 @@ from wanlite.runtime.signals import Stopped, StopSignal
 from wanlite.runtime.terminal import (
     EXIT_CODE,
     EXPLAINED,
+    explain,
     hide_loading_bars,
     keep_output_open,
     labelled,
@@ -453,13 +454,14 @@ def read_settings():
         settings = complete(settings)
         is_resumed = not settings.dry_run and is_interrupted(settings)  # plan() lists errors as problems
     except (OSError, ValueError) as error:
-        parser.refuse(*str(error).splitlines() if settings.dry_run else [str(error)])  # a problem each line
+        message = explain(error)
+        parser.refuse(*message.splitlines() if settings.dry_run else [message])  # a problem each line
     if not settings.dry_run:
         if settings.push_to_hub is not None and is_first():
             try:
                 create_repository(settings.push_to_hub)
             except ValueError as error:
-                parser.refuse(str(error))
+                parser.refuse(explain(error))
         try:
             Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:

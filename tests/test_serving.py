@@ -388,6 +388,19 @@ def test_the_model_and_the_health_are_reported(make_app):
     assert status == 503 and headers["retry-after"] and answer["error"]["code"] == "stopping"
 
 
+def test_an_error_names_no_folder_of_the_machine(make_app, capsys):
+    def draw(jobs):
+        raise OSError(
+            "/home/someone/models/student/tokenizer: and/or 1/2, see '/srv/a/b.json'. Copy it again."
+        )
+
+    app, _ = make_app(draw)
+    status, _, answer = asyncio.run(call(app, body={"prompt": "a"}))
+    expected = "the images could not be drawn: tokenizer: and/or 1/2, see 'b.json'. Copy it again."
+    assert status == 500 and answer["error"]["message"] == expected
+    assert "/home/someone/models/student/tokenizer: and/or" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "request_, status, code",
     [

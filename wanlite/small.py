@@ -19,7 +19,7 @@ from wanlite.parts.defaults import PARTS, STUDENT_IMAGES
 from wanlite.planning.part_settings import part_setting
 from wanlite.planning.settings import check_bounds, check_device, make_parser, setting
 from wanlite.runtime.signals import Stopped, StopSignal
-from wanlite.runtime.terminal import EXIT_CODE, EXPLAINED, keep_output_open, print_error
+from wanlite.runtime.terminal import EXIT_CODE, EXPLAINED, explain, keep_output_open, print_error
 from wanlite.schedule import recorded_schedule
 from wanlite.student.loading import open_student
 from wanlite.student.location import student_folder
@@ -78,7 +78,7 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
     try:
         settings = complete(settings)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(explain(error))
     return settings
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -142,6 +143,14 @@ def header_file(header: Any, length: int | None = None, body: bytes = b"") -> Ca
     content = header if isinstance(header, bytes) else json.dumps(header).encode()
     size = len(content) if length is None else length
     return lambda path: path.write_bytes(struct.pack("<Q", size % 2**64) + content + body)
+
+
+def tar_header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
+    """Return a header of a .tar file with any bytes for its size."""
+    block = bytearray(tarfile.TarInfo(name).tobuf())
+    block[124:136], block[156:157], block[148:156] = size.ljust(12, b"\0"), kind, b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
 
 
 def captioned(place: Place) -> Path:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import tarfile
 import zlib
 
 import pyarrow
@@ -13,10 +14,12 @@ from benchmarks.hostile_inputs.builders import (
     TOKENIZER,
     VAE,
     beside,
+    captioned,
     header_file,
     png,
     replace,
     several,
+    tar_header,
     text,
     write_sparse,
 )
@@ -47,6 +50,27 @@ def endless_reads() -> list[Input]:
 
         return prepare
 
+    def nested(place):
+        (place.student / "vae" / "/".join("d" * 200)).mkdir(parents=True)
+
+    def archive(header):
+        def prepare(place):
+            folder = captioned(place)
+            with tarfile.open(folder / "x.tar", "w") as tar:
+                for name in ("a.png", "a.txt"):
+                    tar.add(folder / name, name)
+            content = (folder / "x.tar").read_bytes()
+            (folder / "x.tar").write_bytes(header + content)
+            return ["--images", folder]
+
+        return prepare
+
+    def empty_rows(path):
+        columns = {"image": pyarrow.binary(), "text": pyarrow.string()}
+        rows = {name: pyarrow.nulls(10**7, kind) for name, kind in columns.items()}
+        parquet.write_table(pyarrow.table(rows), path)
+
+    long_name = tar_header("a", b"00000000002", b"L") + b"ab".ljust(512, b"\0")
     bomb = zlib.compress(bytes(2**30), 9)
     prompts = lambda name, write: beside(name, write, "--prompts_file")  # noqa: E731
     rows = [
@@ -112,6 +136,21 @@ def endless_reads() -> list[Input]:
             photo(lambda path: path.write_bytes(png([], (10**5, 10**5)))),
             draw,
         ),
+        (
+            "an image of 64 megapixels",
+            REFUSED,
+            photo(lambda path: path.write_bytes(png([], (8000, 8000)))),
+            draw,
+        ),
+        ("folders in folders in the autoencoder's", REFUSED, nested, draw),
+        (
+            "a tar with a member of 2^80 bytes",
+            REFUSED,
+            archive(tar_header("z.png", b"\x80" + b"\x7f" * 11)),
+            plan,
+        ),
+        ("a tar of 20,000 names of names", REFUSED, archive(long_name * 20_000), plan),
+        ("a table of ten million empty images", REFUSED, beside("i.parquet", empty_rows, "--images"), plan),
         (
             "an image with a text that unpacks to 1 GB",
             ACCEPTED,

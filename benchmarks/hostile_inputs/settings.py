@@ -25,6 +25,10 @@ def other_images() -> list[Input]:
 
         return prepare
 
+    def random_tokens(place):
+        model = json.loads((place.student / TOKENIZER).read_text())["model"]
+        edit(TOKENIZER, model=model | {"type": "BPE", "merges": [], "dropout": 0.5})(place)
+
     rows = [
         ("thresholding", REFUSED, edit(SETTINGS, thresholding=True), draw),
         ("padding on the left", SAME, edit(TOKENIZER_CONFIG, padding_side="left"), draw),
@@ -60,6 +64,7 @@ def other_images() -> list[Input]:
             keeping_manifest(TOKENIZER_CONFIG, do_lower_case=False),
             draw,
         ),
+        ("tokens at random", REFUSED, random_tokens, draw),
         ("another epsilon of the text encoder", REFUSED, edit(ENCODER, layer_norm_epsilon=0.1), draw),
         (
             "another activation of the text encoder",

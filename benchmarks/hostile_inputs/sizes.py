@@ -122,6 +122,13 @@ def false_sizes() -> list[Input]:
         ),
         ("a template of 100,000 tokens", REFUSED, tokenizer(post_processor=processor), draw),
         ("a special token of 100,000 ids", REFUSED, tokenizer(post_processor=many_ids), draw),
+        (
+            "100,000 special tokens",
+            REFUSED,
+            edit(TOKENIZER_CONFIG, extra_special_tokens=[f"<{number}>" for number in range(10**5)]),
+            draw,
+        ),
+        ("10^9 images", REFUSED, lambda place: ["--num_images_per_prompt", 10**9], draw),
         ("10^7 tokens beside the vocabulary", REFUSED, edit(TOKENIZER_CONFIG, extra_ids=10**7), draw),
         (
             "a scheduler of 10^10 timesteps",

@@ -3,7 +3,7 @@
 import os
 import shutil
 
-from benchmarks.hostile_inputs.trial import ACCEPTED, PROMPT, SAME, Input, draw, train
+from benchmarks.hostile_inputs.trial import ACCEPTED, PROMPT, REFUSED, SAME, Input, draw, train
 
 
 def closed_streams() -> list[Input]:
@@ -37,6 +37,9 @@ def closed_streams() -> list[Input]:
         os.close(1), os.close(2)
         sys.stdout = sys.stderr = None
 
+    def deleted():
+        os.mkdir("gone"), os.chdir("gone"), os.rmdir("../gone")
+
     cached = lambda place: shutil.copytree(place.run / "cache", place.beside / "run/cache") and None  # noqa: E731
     emoji = lambda place: ["--prompt", f"{PROMPT} \N{ARTIST PALETTE}"]  # noqa: E731
     nothing = lambda place: None  # noqa: E731
@@ -45,6 +48,7 @@ def closed_streams() -> list[Input]:
         ("training into a closed pipe", SAME, cached, with_output(closed_pipe, train), True),
         ("drawing into a full device", SAME, nothing, with_output(full)),
         ("drawing without output", SAME, nothing, with_output(closed)),
+        ("drawing in a deleted folder", REFUSED, nothing, with_output(deleted)),
         ("an emoji in an ASCII terminal", ACCEPTED, emoji, with_output(narrow)),
     ]
     return [Input(kind, *row) for row in rows]

@@ -3,6 +3,9 @@
 import json
 import random
 
+import torch
+from safetensors.torch import save_file
+
 from benchmarks.hostile_inputs.builders import (
     ENCODER,
     ODD,
@@ -18,6 +21,7 @@ from benchmarks.hostile_inputs.builders import (
 from benchmarks.hostile_inputs.trial import ACCEPTED, REFUSED, WEIGHTS, Input, call, draw, plan
 from train_distillation import WanLiteStudent
 from wanlite import WanLitePipeline
+from wanlite.pipeline.lora_files import FILE, read_lora
 
 
 def other_types(seed: int, count: int = 60) -> list[Input]:
@@ -39,6 +43,22 @@ def other_types(seed: int, count: int = 60) -> list[Input]:
     def raw(name, content):
         return replace(name, lambda path: path.write_bytes(content))
 
+    def lora(metadata=None, **more):
+        """Return a way that reads a LoRA, and a change that writes it beside the student."""
+
+        def prepare(place):
+            (place.beside / "lora").mkdir()
+            layer = "transformer.blocks.0.attn1.to_q"
+            matrices = {
+                f"{layer}.lora_A.weight": torch.ones(2, 8),
+                f"{layer}.lora_B.weight": torch.ones(8, 2),
+            }
+            renamed = {f"{layer}.{name}": tensor for name, tensor in more.items()}
+            save_file(matrices | renamed, place.beside / "lora" / FILE, metadata)
+
+        return prepare, call(lambda place: bool(read_lora(WanLitePipeline, place.beside / "lora", {})))
+
+    key, nan = "lora_adapter_metadata", torch.full((2, 8), float("nan"))
     charsmap = {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAA////"}
     tensors = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
     student = call(lambda place: WanLiteStudent.from_pretrained(place.student))
@@ -112,6 +132,12 @@ def other_types(seed: int, count: int = 60) -> list[Input]:
         ("a tokenizer of an unknown model", REFUSED, edit(TOKENIZER, model={"type": "Evil"}), draw),
         ("a tokenizer without a model", REFUSED, edit(TOKENIZER, model=...), draw),
         ("a tokenizer with a lone pad", REFUSED, edit(TOKENIZER_CONFIG, pad_token=...), draw),
+    ]
+    rows += [
+        ("settings of a LoRA nested 100,000 times", REFUSED, *lora({key: "[" * 10**5})),
+        ("a LoRA of rank 10^9", REFUSED, *lora({key: '{"transformer.r": 1000000000}'})),
+        ("a LoRA of NaN", REFUSED, *lora(**{"lora_A.weight": nan})),
+        ("a LoRA with a vector", REFUSED, *lora(lora_magnitude_vector=torch.ones(8))),
     ]
     rows += _changed_values(random.Random(seed), count)  # noqa: S311 (values, no secrets)
     return [Input(kind, *row) for row in rows]

@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
-from ..files.inside import OutsideError, resolve_inside
+from ..files.inside import OutsideError, resolve_inside, walk
 from ..files.json_files import open_regular, refuse_duplicates
 from .image_tables import SAVED_STATE, list_parquet, list_saved_dataset
 from .listed_images import MAX_BYTES, NOT_UTF8, ListedImage, Unusable, read_object, text_of
@@ -63,7 +63,7 @@ def list_images(place: str | os.PathLike) -> list[ListedImage]:
         raise ValueError(
             f"--images {place}: metadata that is not UTF-8 text (byte {error.start}). Save it as UTF-8."
         ) from None
-    except tarfile.TarError as error:
+    except (tarfile.TarError, RecursionError) as error:  # the latter of headers that follow headers
         raise ValueError(f"--images {place}: a damaged .tar file ({error}). Copy it again.") from None
     if not listed:
         raise ValueError(f"--images {place}: no image found. Expected {EXPECTED}.")
@@ -89,7 +89,7 @@ def _list(place: Path) -> list[ListedImage]:
     elif metadata := [place / name for name in METADATA if (place / name).is_file()]:
         return _list_described(place, resolve_inside(place, metadata[0].name))
     else:
-        names = [path for path in sorted(place.rglob("*")) if not is_hidden(path.relative_to(place))]
+        names = [path for path in sorted(walk(place)) if not is_hidden(path.relative_to(place))]
         files = {suffix: [path for path in names if path.suffix == suffix] for suffix in (".parquet", ".tar")}
         for path in chain.from_iterable(files.values()):
             resolve_inside(place, path.relative_to(place))
@@ -246,10 +246,19 @@ def _open_tar(headers: Any) -> tarfile.TarFile:
 
 
 class _Headers:
-    """A .tar file, of which the library reads headers; those with long names or attributes have a bounded size."""
+    """A .tar file, of which the library reads headers; those with long names or attributes have a bounded size.
+
+    A member of another size than its file can hold would be sought at any place, also before the header.
+    """
 
     def __init__(self, file):
-        self.file, self.seek, self.tell = file, file.seek, file.tell
+        self.file, self.tell = file, file.tell
+        self.size = os.fstat(file.fileno()).st_size
+
+    def seek(self, position):
+        if not 0 <= position <= self.size:
+            raise tarfile.ReadError("a member of an impossible size")
+        return self.file.seek(position)
 
     def read(self, count):
         if count > MAX_HEADER:

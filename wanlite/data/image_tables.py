@@ -11,6 +11,7 @@ from ..files.json_files import check_regular
 from .listed_images import MAX_BYTES, ListedImage, Unusable, read_object, text_of
 from .tables import broken_table, check_row_groups, find_column, list_columns, open_parquet, read_texts
 
+MAX_ROWS = 2**22  # of a table of images: a row takes a kilobyte of memory, and none in a file of empty rows
 SAVED_STATE = "state.json"  # of a dataset saved by `datasets`
 
 
@@ -24,6 +25,7 @@ def list_parquet(path: Path) -> list[ListedImage]:
         schema = parquet.read_schema(path)
         images, captions = _columns(path, schema)
         file = open_parquet(path, schema, captions)
+        _check_rows(path, file.metadata.num_rows)
         for column in (images, captions):
             check_row_groups(path, file.metadata, column)
         groups = (file.read_row_group(group, columns=[captions]) for group in range(file.num_row_groups))
@@ -59,6 +61,7 @@ def list_saved_dataset(place: Path) -> list[ListedImage]:
     for path in (resolve_inside(place, entry.get("filename", "")) for entry in entries):
         table = _stream(path)
         images, captions = _columns(path, table.schema)
+        _check_rows(path, table.num_rows)
         rows += [
             ListedImage(
                 f"{path.name} row {row + 1}",
@@ -68,6 +71,14 @@ def list_saved_dataset(place: Path) -> list[ListedImage]:
             for row, caption in enumerate(read_texts(table[captions]))
         ]
     return rows
+
+
+def _check_rows(path, count):
+    """Refuse a table of more rows than are listed in memory."""
+    if count > MAX_ROWS:
+        raise ValueError(
+            f"{path}: has {count:,} rows, expected at most {MAX_ROWS:,} images. Choose some, and write them again."
+        )
 
 
 def _columns(path, schema):

@@ -130,10 +130,11 @@ def read_image(image: CaptionedImage) -> "np.ndarray":
     return np.asarray(ImageOps.fit(decode(content), image.size, Image.Resampling.LANCZOS))
 
 
-def read_image_file(path: str | Path, flag: str) -> Any:
+def read_image_file(path: str | Path, flag: str, size: Size | None = None) -> Any:
     """Read an image file to a Pillow image, as decode() does; `flag` names it in errors.
 
-    Raises OSError for a file that cannot be read, and ValueError for one that is not a usable image.
+    Raises OSError for a file that cannot be read, and ValueError for one that is not a usable image, or not one of
+    `size`.
     """
     try:
         with open_regular(path) as file:
@@ -143,15 +144,22 @@ def read_image_file(path: str | Path, flag: str) -> Any:
     if len(content) > MAX_BYTES:
         raise ValueError(f"{flag} {path}: more than {MAX_BYTES / 1e6:.0f} MB, too large for an image.")
     try:
-        return decode(content)
+        image = decode(content, size)
     except Unusable as problem:
         raise ValueError(f"{flag} {path}: {problem}. Save the image again.") from None
+    if size and image.size != size:
+        raise ValueError(
+            f"{flag} {path} is {image.width} x {image.height}, expected {size[0]} x {size[1]}. Resize it, or add its "
+            "--width and --height."
+        )
+    return image
 
 
-def decode(content: bytes) -> Any:
+def decode(content: bytes, size: Size | None = None) -> Any:
     """Decode the bytes of an image file to a Pillow image: upright, in RGB, with a white background.
 
-    Raises Unusable if they cannot be decoded.
+    An image that is not of the expected `size`, upright or on its side, is returned without its pixels. Raises Unusable
+    if the bytes cannot be decoded.
     """
     from PIL import Image, ImageOps
 
@@ -163,6 +171,8 @@ def decode(content: bytes) -> Any:
             image = Image.open(io.BytesIO(content), formats=formats)  # reads only the header
             if (num_bytes := _decoded_bytes(image)) > MAX_DECODED:
                 raise Unusable(f"{num_bytes / 1e6:.0f} MB of pixels")
+            if size and sorted(image.size) != sorted(size):
+                return image  # pixels take a hundred times the memory of the file
             image.load()
             return _as_rgb(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

@@ -17,7 +17,7 @@ from diffusers.utils.logging import get_logger
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from ..network import TEXT_LENGTH
-from ..teacher.text_encoder import check_pieces, check_tokenizer
+from ..teacher.text_encoder import NUM_TRAINED, check_pieces, check_tokenizer
 from .component_files import check_manifest, load_component, loading_errors
 from .shards import fill_shards, read_shard
 
@@ -25,7 +25,6 @@ BATCH_SIZE = 64  # prompts encoded together
 TOKENS_AT_ONCE = 8192  # 16 prompts of 512, whose attention takes about 2 GB in a real UMT5
 MAX_SHOWN = 32  # characters of a prompt in a message
 MAX_CHARACTERS = 2**16  # of a prompt that are read: TEXT_LENGTH tokens have a tenth of them
-NUM_TRAINED = "num_trained_pieces"  # in the config of a tokenizer whose other pieces no training has seen
 LOGGER = get_logger(__name__)
 
 

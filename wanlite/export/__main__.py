@@ -22,7 +22,7 @@ from ..files.dtypes import BYTES_PER_VALUE
 from ..files.file_names import RUN
 from ..files.json_files import shorten
 from ..planning.settings import make_parser, setting
-from ..runtime.terminal import EXIT_CODE, EXPLAINED, keep_output_open, print_error
+from ..runtime.terminal import EXIT_CODE, EXPLAINED, explain, keep_output_open, print_error
 from ..schedule import TIMESTEPS, read_schedule, recorded_schedule
 from ..student.loading import open_student
 from ..student.location import student_folder
@@ -70,7 +70,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> tuple[Settings, Pat
         folder = student_folder(model)
         settings, run = complete(Settings(**values), folder)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(explain(error))
     return settings, folder, run
 
 

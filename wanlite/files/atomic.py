@@ -18,7 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 from .file_names import PROVENANCE
-from .inside import resolve_inside
+from .inside import resolve_inside, walk
 from .json_files import OWN, open_regular, read_json, shown
 from .locks import alone
 
@@ -92,7 +92,7 @@ def _remove_leftovers(target):
 
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    entries = sorted(folder.rglob("*"))
+    entries = sorted(walk(folder))
     files = [path for path in entries if path.is_file()]
     for path in (*files, *(path for path in entries if path.is_dir())):
         flush(path)
@@ -146,7 +146,7 @@ def find_corruption(folder: Path, sizes_only: bool = False, hashed_later: Collec
 
 def _find_unlisted(folder: Path, listed: Collection[str]) -> str | None:
     """Return a file that a loader may read and a manifest does not list, None if there is none."""
-    for path in folder.rglob("*"):
+    for path in walk(folder):
         name = path.relative_to(folder)
         is_hidden = any(part.startswith(".") for part in name.parts)  # of a save, or of another program
         is_read = path.name.endswith(READ) and path.name not in (MANIFEST, PROVENANCE)
@@ -165,7 +165,7 @@ def find_corruption_once(folder: Path) -> str | None:
 
     It takes half a second per GB: 6 s for the text encoder of a Wan. Files that have changed since are hashed again.
     """
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    paths = [path for path in sorted(walk(folder)) if path.is_file()]
     status = [(path, path.stat()) for path in paths]
     version = tuple((path, found.st_ino, found.st_size, found.st_mtime_ns) for path, found in status)
     return _find_corruption_of(folder, version)

@@ -7,12 +7,14 @@ the same repository, which count as inside. This module does not import torch.
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from .json_files import DOWNLOADED, check_regular, read_json, shown
 
 REPOSITORIES = ("models--", "datasets--", "spaces--")  # first letters of folders in the hub's cache
 MAX_NAME = 255  # bytes, in every usual file system
+MAX_LEVELS = 32  # folders in folders; those of a saved student and of the hub's cache have four
 MAX_FILES = 10_000  # of a component: a sharded text encoder has a dozen
 TOKENIZER = "tokenizer"  # the component without weights
 INDEX = ".index.json"  # last letters of the name of an index of weights
@@ -67,6 +69,26 @@ def _roots(folder: Path) -> Iterator[Path]:
         yield from (parent.resolve() for parent in place.parents if parent.name.startswith(REPOSITORIES))
 
 
+def walk(folder: str | Path) -> Iterator[Path]:
+    """Yield the entries of a folder and of the folders in it, in no order; folders that are links are not entered.
+
+    Raises OSError for folders nested deeper than MAX_LEVELS, in which Path.rglob() exceeds the interpreter's stack.
+    """
+    folder = Path(folder)
+    waiting = [(folder, 0)]
+    while waiting:
+        place, level = waiting.pop()
+        if level > MAX_LEVELS:
+            raise OSError(
+                f"{folder}: has folders nested deeper than {MAX_LEVELS} levels. Move them elsewhere."
+            )
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError), os.scandir(place) as entries:
+            for entry in entries:
+                yield place / entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append((place / entry.name, level + 1))
+
+
 def plain_name(name: object, source: str | Path) -> str:
     """Return the name of a file beside `source`, which holds it; raises OSError for anything else."""
     is_name = isinstance(name, str) and Path(name).name == name and name not in ("", "..")
@@ -84,7 +106,7 @@ def check_inside(folder: str | Path, name: str) -> None:
     weights that is larger than those of a Wan checkpoint. Contents are read of indexes alone.
     """
     component = resolve_inside(folder, name)
-    for number, entry in enumerate(component.rglob("*")):
+    for number, entry in enumerate(walk(component)):
         if number == MAX_FILES:
             raise OSError(f"{component}: holds more than {MAX_FILES:,} files. Copy the folder again.")
         path = resolve_inside(folder, entry.relative_to(folder))

@@ -20,6 +20,7 @@ from ..training.sampling_defaults import check_steps, read_sides, sampling_defau
 from .settings import Settings
 
 STRENGTH = 0.6  # of an image to change
+MAX_IMAGES = 10**6  # of a command, which holds a record of each
 MAX_RECORDED = 64  # validation prompts that are drawn by default
 
 
@@ -65,16 +66,10 @@ def read_editing(settings: Settings) -> dict[str, Any]:
     """Return the arguments of a WanLitePipeline for --image, {} without; raises OSError or ValueError."""
     if settings.image is None:
         return {}
-    found = {"image": read_image_file(settings.image, "--image")}
+    size = settings.width or 0, settings.height or 0
+    found = {"image": read_image_file(settings.image, "--image", size)}
     if settings.mask is not None:
-        found["mask_image"] = read_image_file(settings.mask, "--mask")
-    for name, image in found.items():
-        if image.size != (settings.width, settings.height):
-            flag, path = ("--image", settings.image) if name == "image" else ("--mask", settings.mask)
-            raise ValueError(
-                f"{flag} {path} is {image.width} x {image.height}, expected {settings.width} x {settings.height}. "
-                "Resize it, or add its --width and --height."
-            )
+        found["mask_image"] = read_image_file(settings.mask, "--mask", size)
     return found | {"strength": settings.strength}
 
 
@@ -99,6 +94,11 @@ def check_numbers(settings: Settings, num_prompts: int) -> None:
     if (settings.num_inference_steps or 0) > TIMESTEPS:
         raise ValueError(
             f"--num_inference_steps is {shorten(settings.num_inference_steps)}, expected at most {TIMESTEPS}."
+        )
+    if (count := num_prompts * settings.num_images_per_prompt) > MAX_IMAGES:
+        raise ValueError(
+            f"--num_images_per_prompt {shorten(settings.num_images_per_prompt)}: {shorten(count)} images, expected at most "
+            f"{MAX_IMAGES:,}. Lower it, and run again with another --seed."
         )
     last = settings.seed + num_prompts * settings.num_images_per_prompt - 1
     if settings.seed < 0 or last >= 2**63:

@@ -23,7 +23,7 @@ from ..files.atomic import new_folder
 from ..files.file_names import RUN
 from ..files.locks import alone
 from ..planning.settings import check_bounds, check_device, make_parser, setting
-from ..runtime.terminal import EXIT_CODE, EXPLAINED, keep_output_open, print_error
+from ..runtime.terminal import EXIT_CODE, EXPLAINED, explain, keep_output_open, print_error
 from ..schedule import read_schedule, recorded_schedule
 from ..student.loading import open_student
 from ..student.location import student_folder
@@ -87,7 +87,7 @@ def read_task(arguments: Sequence[str] | None = None) -> Task:
     try:
         task = complete(settings)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(explain(error))
     return task
 
 

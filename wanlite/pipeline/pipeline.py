@@ -31,6 +31,7 @@ from .decoding import decode_pixels, encode_pixels, fold_autoencoder, refuse_not
 from .denoising import EMBEDDINGS, denoise
 from .editing import encode_source, read_source
 from .loading import FILES, HUB, add_components, component_dtypes, pipeline_folder, place_student
+from .lora_files import lora_errors, read_lora
 from .text import encode_distinct, pad_embeddings
 
 LOGGER = get_logger("diffusers.pipelines.pipeline_utils")  # of the components that diffusers loads itself
@@ -155,10 +156,11 @@ class WanLitePipeline(WanPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def load_lora_weights(self, source: Any, adapter_name: str | None = None, **options: Any) -> None:
-        """Load a LoRA as WanPipeline does; raises ValueError if it does not fit the student."""
-        copied = dict(source) if isinstance(source, dict) else source
-        check_lora_fits(self.lora_state_dict(copied, **options), self.transformer)
-        super().load_lora_weights(source, adapter_name, **options)
+        """Load a LoRA as WanPipeline does; raises OSError or ValueError if it is broken or does not fit the student."""
+        tensors = read_lora(self, source, options)
+        check_lora_fits(tensors, self.transformer)
+        with lora_errors("the LoRA" if isinstance(source, dict) else source):
+            super().load_lora_weights(tensors, adapter_name, **options)
 
     # ---- arguments -----------------------------------------------------------------------------------------
 

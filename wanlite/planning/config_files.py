@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..files.file_names import RUN
-from ..files.json_files import Limits, open_regular, parse_json, shorten, shown
+from ..files.json_files import MAX_DIGITS, Limits, open_regular, parse_json, shorten, shown
 
 HELP = ("help", "help_all")  # flags that are not settings
 FLAG = re.compile(r"-(?![\d.\s])\S*$")  # as argparse recognises it
-MAX_DOTS = 1000  # of a line: the time that tomllib takes for a key grows with their square
+MAX_DOTS = 1000  # of a line, or fewer of many: the time that tomllib takes for a key grows with their square
 CONFIG_FILE = Limits(2**20, 2**10, "Correct it.", "a file of settings")
 
 
@@ -38,8 +38,8 @@ def _parse_toml(content, path):
             f"{path}: more than {CONFIG_FILE.max_bytes:,} bytes, too large for a file of settings."
         )
     try:
-        if any(line.count(b".") > MAX_DOTS for line in content.splitlines()):
-            raise ValueError(f"a line with more than {MAX_DOTS:,} dots")
+        if sum(line.count(b".") ** 2 for line in content.splitlines()) > MAX_DOTS**2:
+            raise ValueError(f"a line with more than {MAX_DOTS:,} dots, or many lines of hundreds")
         return tomllib.loads(content.decode())
     except RecursionError:
         raise ValueError(f"{path}: not TOML (nested too deeply). Correct it.") from None
@@ -62,6 +62,10 @@ def _check_settings(settings, path):
     for name, value in settings.items():
         if not re.fullmatch(r"\w+", name) or name in HELP:
             raise ValueError(f"{path}: {shown(name)} is not a setting. Remove it.")
+        if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:  # too long to be written as text
+            raise ValueError(
+                f"{path}: {name} has more than {MAX_DIGITS} digits, expected a smaller number. Correct it."
+            )
         flags = [each for each in value if FLAG.match(str(each))] if isinstance(value, list) else []
         if flags:
             raise ValueError(

@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from ..files.inside import walk
+
 TOKENS_PER_WORD = 1.3  # of UMT5, in English
 
 
@@ -36,7 +38,7 @@ def count_existing_bytes(folder, excluded=()):
     excluded = [Path(each).absolute() for each in excluded]
     return sum(
         path.stat().st_size
-        for path in Path(folder).absolute().rglob("*")
+        for path in walk(Path(folder).absolute())
         if path.is_file() and not any(path.is_relative_to(each) for each in excluded)
     )
 

@@ -1,9 +1,9 @@
 """The folder of a teacher -> the contents of its files, each found and read at most once per process."""
 
-import os
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from ..files.inside import walk
 from ..teacher.autoencoder import autoencoder_config
 from ..teacher.components import find_components, pixels_per_token
 from ..world.record import read_record
@@ -57,5 +57,5 @@ def _make_teacher_folder(folder, files):
 
 def _list_files(folder):
     """Return path, size and modification time of every file in a folder."""
-    paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
-    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.exists())
+    status = ((str(path), path.stat()) for path in sorted(walk(folder)) if path.is_file())
+    return tuple((path, found.st_size, found.st_mtime_ns) for path, found in status)

@@ -22,6 +22,9 @@ from typing import Any, TextIO
 CONTROL = re.compile("(?!\x1b\\[A)[^\n\r\t -~]")
 MAX_COLUMNS = 100
 MAX_SHOWN = 3000  # characters of a line
+NO_MEMORY = re.compile(
+    "bad_alloc|allocate memory|not enough memory", re.IGNORECASE
+)  # in errors of torch and C++
 EXPLAINED = (
     OSError,
     ValueError,
@@ -76,6 +79,20 @@ def keep_output_open() -> None:
         pass  # the next file opened would get the number of a closed one
     os.close(descriptor)
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
+    _check_current_folder()
+
+
+def _check_current_folder() -> None:
+    """End the process if its folder was deleted: a library of torch would end it with a message about a file of torch."""
+    try:
+        os.getcwd()
+    except OSError:
+        name = Path(sys.argv[0] or "wanlite").name
+        print(
+            f"{name}: the current folder does not exist any more. Change to another one with cd.",
+            file=sys.stderr,
+        )
+        raise SystemExit(EXIT_CODE) from None
 
 
 def _lasting(stream: Any) -> TextIO:
@@ -134,12 +151,16 @@ def _cut_middle(text):
 
 def print_error(script: str, error: BaseException) -> None:
     """Print an error as one line to stderr."""
-    message = explain(error) if isinstance(error, EXPLAINED) else _keep_traceback(error)
+    is_explained = isinstance(error, EXPLAINED) or _is_out_of_memory(error)
+    message = explain(error) if is_explained else _keep_traceback(error)
     print(f"{script}: {error_line(message)}", file=sys.stderr, flush=True)
 
 
 def explain(error: BaseException) -> str:
     """Return the message of an error; an error of the system gets its file, the free space and what to do."""
+    if _is_out_of_memory(error):
+        reason = " ".join(str(error).split())[-MAX_UNEXPECTED:] or "MemoryError"
+        return f"the machine's memory is not sufficient ({reason}). End other programs, or lower sizes and batch sizes."
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
     path = error.filename2 or error.filename  # of a copy, the second file is the one that is written
@@ -151,6 +172,14 @@ def explain(error: BaseException) -> str:
         folder = next(each for each in Path(place).absolute().parents if each.is_dir())
         free = f" ({shutil.disk_usage(folder).free / 1e6:,.1f} MB are free)"
     return f"{place}: {reason[:1].lower()}{reason[1:]}{free}. {remedy or 'Check the file and its disk.'}"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return (
+        isinstance(error, MemoryError)
+        or isinstance(error, RuntimeError)
+        and bool(NO_MEMORY.search(str(error)))
+    )
 
 
 def end_in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

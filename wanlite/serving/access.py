@@ -4,11 +4,13 @@ import base64
 import binascii
 import hmac
 import ipaddress
+import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 OPEN_PATHS = ("/health",)  # without a token
+FOLDERS = re.compile(r"(?<![\w.])/(?:[^\s/:,;'\"]+/)+")  # of an absolute path, without its last part
 CHALLENGE = 'Basic realm="WanLite: any name, and the token as password", charset="UTF-8"'
 
 
@@ -80,6 +82,11 @@ def is_authorized(headers: Mapping[str, str], token: str) -> bool:
     elif scheme.casefold() != "bearer":
         found = b""
     return hmac.compare_digest(found, token.encode())
+
+
+def without_folders(text: str) -> str:
+    """Return a text with the last part alone of each absolute path: a client learns no folder of this machine."""
+    return FOLDERS.sub("", text)
 
 
 def error_body(

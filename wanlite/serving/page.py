@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from ..files.image_files import image_names, save_image
 from ..runtime.terminal import one_line
+from .access import without_folders
 from .drawing import Drawn
 from .png_settings import read_png_settings
 from .queue import DrawingQueue, QueueClosed, QueueFull
@@ -82,10 +83,10 @@ class Page:
             drawn = await self.queue.draw(jobs)
             paths = await asyncio.to_thread(self.save, drawn)
         except (RequestError, QueueFull, QueueClosed, OSError) as error:
-            return gr.skip(), message(str(error), "error")
+            return gr.skip(), message(without_folders(str(error)), "error")
         except Exception as error:  # of any kind, out of memory too
             text = f"The images could not be drawn: {str(error) or type(error).__name__}"
-            return gr.skip(), message(text, "error")
+            return gr.skip(), message(without_folders(text), "error")
         shown = [(str(path), f"seed {each.job.seed}") for each, path in zip(drawn, paths) if path]
         columns = next((count for count in (1, 2, 3) if len(shown) <= count**2), 4)
         return gr.Gallery(shown, columns=columns), self.describe(jobs[0], drawn, paths)

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import sys
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from ..runtime.terminal import one_line
-from .access import Guard, error_body
+from .access import Guard, error_body, without_folders
 from .drawing import Drawn, to_png
 from .queue import DrawingQueue, QueueClosed, QueueFull
 from .requests import MAX_BODY, Limits, RequestError, read_request
@@ -65,7 +66,8 @@ async def answer(request: Request, queue: DrawingQueue, limits: Limits) -> Respo
         return _error(503, str(error), {"Retry-After": "10"}, kind="server_error", code="stopping")
     except Exception as error:  # of any kind, out of memory too: one line, and the server continues
         message = f"the images could not be drawn: {one_line(str(error) or type(error).__name__, 300)}"
-        return _error(500, message, kind="server_error", code="drawing_failed")
+        print(message, file=sys.stderr, flush=True)
+        return _error(500, without_folders(message), kind="server_error", code="drawing_failed")
 
 
 async def read_body(request: Request) -> bytes:

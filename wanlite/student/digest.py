@@ -11,7 +11,7 @@ from pathlib import Path
 from ..files.atomic import MANIFEST, read_manifest
 from ..files.cache import fingerprint
 from ..files.file_names import COMPONENTS, CONFIG, SCHEDULER_CONFIG
-from ..files.inside import resolve_inside
+from ..files.inside import resolve_inside, walk
 from ..files.json_files import open_regular
 from .weights import find_weights
 
@@ -47,7 +47,7 @@ def _describe(component: Path) -> Iterator[tuple[str, str]]:
         for name, described in manifest["files"].items():
             yield name, str(described.get("sha256"))
         return
-    for path in sorted(component.rglob("*")):
+    for path in sorted(walk(component)):
         if path.is_file() and path.name != MANIFEST:
             name = str(path.relative_to(component))
             yield name, _hash(resolve_inside(component, name))

@@ -14,6 +14,7 @@ from zipfile import is_zipfile
 from ..files.atomic import find_corruption_once, new_folder
 from ..files.dtypes import BYTES_PER_VALUE
 from ..files.file_names import COMPONENT_WEIGHTS, COMPONENTS, CONFIG
+from ..files.inside import walk
 from ..files.json_files import DOWNLOADED, open_regular, read_json
 from ..files.weights import broken_download
 from .autoencoder import autoencoder_config, check_statistics, check_strides, convert_autoencoder
@@ -101,7 +102,7 @@ def convert_components(
 
 def _copy_files(source: Path, target: Path) -> None:
     """Copy the visible files of a component; folders that are links, which may be loops, are left out."""
-    for path in sorted(source.rglob("*")):
+    for path in sorted(walk(source)):
         inner = path.relative_to(source)
         if path.is_file() and not any(part.startswith(".") for part in inner.parts):
             (target / inner).parent.mkdir(parents=True, exist_ok=True)
@@ -308,7 +309,7 @@ def pixels_per_token(
 def num_bytes(place: Path) -> int:
     """Return the size of a component's weights in diffusers' layout; float8 is converted to two bytes a value."""
     if place.is_dir():
-        return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+        return sum(path.stat().st_size for path in walk(place) if path.is_file())
     if place.suffix == ".pth":
         return place.stat().st_size
     return sum(

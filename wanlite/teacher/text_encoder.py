@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import safe_open
 
 from ..files.downloads import find_replacement
-from ..files.json_files import DOWNLOADED, read_first_bytes, read_json, shorten
+from ..files.json_files import DOWNLOADED, read_first_bytes, read_json, shorten, shown
 from ..files.weights import broken_download
 from .component_weights import fill, read_weights, shapes_of
 from .keys import rename
@@ -34,7 +34,10 @@ _REGEXES = (" {2,}", " +", r"\s+", r"\s{2,}")  # UMT5's is the first
 MAX_PARTS = 12  # UMT5's has eight
 MAX_REPLACEMENT = 1  # characters that replace a match, or are put before a text: a text grows by at most a factor for each part
 MAX_ADDED = 8  # tokens that a template adds to a prompt; UMT5's adds one
+_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+NUM_TRAINED = "num_trained_pieces"  # in the config of a tokenizer whose other pieces no training has seen
 MAX_EXTRA = 1000  # tokens beside those of the vocabulary
+_RANDOM = ("dropout",)  # settings of a BPE with which a prompt has other tokens at every use
 _FIRST_PIECES = ["<pad>", "</s>", "<unk>"]
 
 
@@ -133,7 +136,7 @@ def check_tokenizer(folder: Path) -> int:
     ]
     if not vocabularies:
         raise OSError(f"{folder}: lacks tokenizer.json, and spiece.model as well. Download the folder again.")
-    for path in (path for path in (vocabularies[0], folder / "tokenizer_config.json") if path.exists()):
+    for path in (path for path in (vocabularies[0], *(folder / name for name in _CONFIGS)) if path.exists()):
         if path.suffix != ".json":
             if find_replacement(read_first_bytes(path)):
                 raise broken_download(path, "not a sentencepiece model")
@@ -160,6 +163,16 @@ def _find_largest(tokenizer: dict[str, Any]) -> int:
 
 def _check_tokenizer_settings(settings: dict[str, Any], path: Path) -> None:
     """Refuse settings that choose code or another file than the checked one, and tokens without number."""
+    if long := [
+        name for name, value in settings.items() if isinstance(value, (list, dict)) and len(value) > MAX_EXTRA
+    ]:
+        raise OSError(  # transformers adds each of them in Python
+            f"{path}: {shown(long[0])} has {len(settings[long[0]]):,} entries, expected at most {MAX_EXTRA}; UMT5's has "
+            "300. Download it again."
+        )
+    count = settings.get(NUM_TRAINED, 0)
+    if type(count) is not int or count < 0:
+        raise OSError(f"{path}: {NUM_TRAINED} is {shorten(count)}, expected a whole number. Copy it again.")
     if (name := settings.get("tokenizer_class")) not in TOKENIZER_CLASSES:
         raise OSError(
             f"{path}: tokenizer_class is {name!r:.60}, expected T5TokenizerFast, as in every Wan; code of a "
@@ -181,6 +194,11 @@ def _check_parts(tokenizer: dict[str, Any], path: Path) -> None:
     """Refuse parts of a tokenizer that a Wan's lacks: some make a text longer at every use."""
     if not isinstance(tokenizer.get("model"), dict):
         raise OSError(f"{path}: has no model, which holds a tokenizer's vocabulary. Download it again.")
+    for name in _RANDOM:
+        if value := tokenizer["model"].get(name):
+            raise OSError(
+                f"{path}: {name} is {shorten(value)}, expected none: tokens would be random. Remove the key."
+            )
     _check_template(tokenizer.get("post_processor"), path)
     parts = [part for name in _PARTS for part in _flatten(tokenizer.get(name))]
     parts.append({"type": tokenizer["model"].get("type")})  # without its vocabulary

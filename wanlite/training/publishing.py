@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..files.file_names import CACHE, CHECKPOINTS, MODEL_CARD, REPORT, RUN
+from ..files.inside import walk
 from .run_folder import link_file, read_run
 
 NOT_PUBLISHED = (CACHE, CHECKPOINTS, "logs")  # folders that only training needs
@@ -72,7 +73,7 @@ def copy_without_paths(folder: Path, name: str) -> Path:
     copy = folder / PUBLISHED
     shutil.rmtree(copy, ignore_errors=True)
     replaced = _private_paths(folder, name)
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(walk(folder)):
         inner = path.relative_to(folder)
         if not path.is_file() or inner.parts[0] in NOT_PUBLISHED or inner.parts[0].startswith("."):
             continue

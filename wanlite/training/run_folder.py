@@ -41,7 +41,7 @@ from ..files.file_names import (
     SCHEDULER_CONFIG,
     WEIGHTS,
 )
-from ..files.inside import check_inside, resolve_inside
+from ..files.inside import check_inside, resolve_inside, walk
 from ..files.json_files import DOWNLOADED, OWN, read_json, shorten
 from ..files.text_files import MAX_LINE, open_text
 from ..runtime.launch import is_on_several_machines
@@ -307,7 +307,7 @@ def link_file(source: Path, target: Path) -> None:
 
 def copy_files(source: Path, target: Path, copy: Callable[[Path, Path], object]) -> None:
     """Copy files without their permissions: a teacher's folder may be read-only."""
-    for path in sorted(source.rglob("*")):
+    for path in sorted(walk(source)):
         if path.is_file() and path != source / MANIFEST:
             own = target / path.relative_to(source)
             own.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from ..data.text_encoder import encode_once, lazy_encoder, load_tokenizer, warn_
 from ..data.trajectories import TrajectoryGenerator, split_jobs
 from ..files.cache import cache_folder
 from ..files.file_names import CACHE
+from ..files.inside import walk
 from ..files.locks import in_turn
 from ..flow import make_scheduler
 from ..network import TEXT_LENGTH, pack_text
@@ -39,7 +40,7 @@ def open_components(run):
     files = [
         path
         for source in components.values()
-        for path in ([source] if source.is_file() else sorted(source.rglob("*")))
+        for path in ([source] if source.is_file() else sorted(walk(source)))
         if path.is_file()
     ]
     with accelerator.main_process_first():
