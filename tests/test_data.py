@@ -203,6 +203,36 @@ def test_a_batch_is_the_named_states_in_the_named_order(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: os.truncate(path, 100),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.open("ab").write(b"more"),
+        lambda path: flip_bit(path, -1),
+    ],
+)
+def test_a_shard_that_changes_while_a_run_reads_it_is_refused_and_never_fatal(change, tmp_path):
+    paths = write_numbered(tmp_path, (4, 2))
+    states = Trajectories(paths)
+    assert len(states.__getitems__([0, 13])["latents"]) == 2
+    os.utime(paths[1], (0, 0))  # a clock may be too coarse to notice a file that is as long as before
+    states = Trajectories(paths)
+    change(paths[1])
+    states.__getitems__([0])
+    with pytest.raises(OSError, match=f"{paths[1].name}: was changed while the run reads it"):
+        states.__getitems__([0, 13])
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: os.replace(path.with_name("other"), path)])
+def test_a_shard_that_is_deleted_or_replaced_remains_as_it_was_for_its_readers(change, tmp_path):
+    paths = write_numbered(tmp_path, (4,))
+    states = Trajectories(paths)
+    (tmp_path / "other").write_bytes(b"shorter")
+    change(paths[0])
+    assert states.__getitems__([11])["latents"].flatten().tolist() == [11]
+
+
 def test_writing_a_shard_is_atomic(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "wanlite.data.shards.os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt)

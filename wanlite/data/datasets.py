@@ -58,6 +58,7 @@ class Trajectories(Dataset):
             own = numbers[in_shard] - (int(self.starts[index - 1]) if index else 0)
             rows, states = own // self.states_each, own % self.states_each
             shard = self.shards[index]
+            shard.check_unchanged()
             wanted = names or [name for name in shard if name != "prompt" and not name.endswith(SCALE)]
             chunk = {name: dequantize(shard, name, rows, states) for name in wanted}
             chunks.append(chunk | {"prompt": shard["prompt"][rows]})

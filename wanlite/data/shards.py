@@ -246,10 +246,36 @@ def remove_leftovers(folder: Path) -> None:
                 partial.unlink()
 
 
-def read_shard(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a shard that fill_shards() checked, memory-mapped."""
+class Shard(dict):
+    """The memory-mapped tensors of a shard that fill_shards() checked, by name."""
+
+    def __init__(self, path: Path):
+        self.path, self.version = path, _version(path)
+        super().__init__(load_file(path))
+
+    def check_unchanged(self) -> None:
+        """Raise OSError if the file was written to since it was opened: behind its new end, reading would be fatal.
+
+        A file that was deleted or replaced by another remains as it was for its readers.
+        """
+        with suppress(FileNotFoundError):
+            inode, *version = _version(self.path)
+            if inode == self.version[0] and version != self.version[1:]:
+                raise OSError(
+                    f"{self.path}: was changed while the run reads it, perhaps by a program that copies files into the "
+                    "cache. The same command checks it, and continues from the last checkpoint."
+                )
+
+
+def _version(path):
+    status = path.stat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns]
+
+
+def read_shard(path: Path) -> Shard:
+    """Open a shard."""
     try:
-        return load_file(path)
+        return Shard(path)
     except FileNotFoundError:
         raise OSError(
             f"{path}: no such file. All machines of a run need one shared disk under --output_dir and --cache_dir; on "

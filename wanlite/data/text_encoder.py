@@ -5,9 +5,8 @@ Embeddings have the length of their prompts; network.pack_text() represents the 
 Legend: L text length, T text width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from ..network import TEXT_LENGTH
 from ..teacher.text_encoder import NUM_TRAINED, check_pieces, check_tokenizer
 from .component_files import check_manifest, load_component, loading_errors
-from .shards import fill_shards, read_shard
+from .shards import Shard, fill_shards, read_shard
 
 BATCH_SIZE = 64  # prompts encoded together
 TOKENS_AT_ONCE = 8192  # 16 prompts of 512, whose attention takes about 2 GB in a real UMT5
@@ -79,14 +78,33 @@ def lazy_encoder(folder: str | Path, device: str | torch.device) -> Callable[[Se
     return encode
 
 
-def encode_once(
-    accelerator, encode: Callable, prompts: Sequence[str], folder: Path
-) -> dict[str, torch.Tensor]:
-    """Encode distinct prompts with a lazy_encoder(); returns {prompt: embedding (L, T)}, mapped from `folder`."""
+class Embeddings(Mapping[str, torch.Tensor]):
+    """{prompt: embedding (L, T)} of prompts in the order of their shards, which are memory-mapped."""
+
+    def __init__(self, prompts: Sequence[str], shards: Iterable[Shard]):
+        places = (
+            (shard, embedding)
+            for shard in shards
+            for embedding in shard["text"].split(shard["length"].tolist())
+        )
+        self.places = dict(zip(prompts, places))
+
+    def __getitem__(self, prompt: str) -> torch.Tensor:
+        shard, embedding = self.places[prompt]
+        shard.check_unchanged()
+        return embedding
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def encode_once(accelerator, encode: Callable, prompts: Sequence[str], folder: Path) -> Embeddings:
+    """Encode distinct prompts with a lazy_encoder(), once: the embeddings are kept in `folder`."""
     paths = fill_shards(accelerator, folder, [(prompt,) for prompt in prompts], encode, "text")
-    shards = map(read_shard, paths)
-    embeddings = (shard["text"].split(shard["length"].tolist()) for shard in shards)
-    return dict(zip(prompts, chain.from_iterable(embeddings)))
+    return Embeddings(prompts, map(read_shard, paths))
 
 
 @torch.no_grad()
