@@ -1,8 +1,11 @@
 """The documentation: what it names exists, no table appears twice, and its English is plain."""
 
 import ast
+import builtins
 import re
+import textwrap
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 
@@ -127,6 +130,20 @@ def links(path):
     ]
 
 
+def python_of(path):
+    """Return the indented code of a page that is Python, one tree for each block without a blank line."""
+    blocks = re.findall(r"(?:^ {4}.*\n?)+", path.read_text(encoding="utf-8"), re.M)
+    trees = []
+    for block in blocks:
+        with suppress(SyntaxError):  # commands, trees of folders, output
+            trees.append(ast.parse(textwrap.dedent(block)))
+    return [
+        tree
+        for tree in trees
+        if any(isinstance(node, (ast.Call, ast.Import, ast.ImportFrom)) for node in ast.walk(tree))
+    ]
+
+
 def tables(path):
     """Return the tables of a page, each as a list of rows, each row a tuple of cells."""
     blocks = re.findall(r"(?:^\|.*\n?)+", path.read_text(encoding="utf-8"), re.M)
@@ -170,6 +187,18 @@ def test_every_test_that_a_page_mentions_exists(page):
     source = "\n".join(path.read_text() for path in [*ROOT.glob("test_*.py"), *(ROOT / "tests").glob("*.py")])
     names = re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))
     assert not [name for name in names if f"def {name}(" not in source]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_of_a_page_runs_from_top_to_bottom(page):
+    """Every name is imported or assigned in the page, above its use."""
+    known = set(dir(builtins))
+    for code in python_of(page):
+        nodes = [*ast.walk(code)]
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        known |= {alias.asname or alias.name for node in nodes for alias in getattr(node, "names", ())}
+        known |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        assert not {node.id for node in names} - known, ast.unparse(code)
 
 
 def test_no_table_and_no_row_of_figures_appears_twice():
