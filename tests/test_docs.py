@@ -10,6 +10,7 @@ from contextlib import suppress
 import pytest
 
 from tests.conftest import ROOT
+from wanlite.world import shapes
 
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -56,6 +57,10 @@ PATH = re.compile(
     r"\w+\.(?:py|md|toml|cff)|requirements[\w-]*\.txt)(?![\w-])"
 )
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+CODE_BLOCK = re.compile(r"(?:^ {4}.*\n?)+", re.M)  # without a blank line
+PROMPT = re.compile(  # a quoted text after --prompt, or one that begins as a caption
+    r"""(?:(?<=--prompt )|(?<=prompt=)|(?<=[(\[,= ])(?="an? ))"([^"]*)\""""
+)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PROGRAM = (
     r"\b(dry.run|commands?|scripts?|programs?|runs?|files?|folders?|headers?|configs?|flags?|messages?|manifests?|"
@@ -132,9 +137,8 @@ def links(path):
 
 def python_of(path):
     """Return the indented code of a page that is Python, one tree for each block without a blank line."""
-    blocks = re.findall(r"(?:^ {4}.*\n?)+", path.read_text(encoding="utf-8"), re.M)
     trees = []
-    for block in blocks:
+    for block in CODE_BLOCK.findall(path.read_text(encoding="utf-8")):
         with suppress(SyntaxError):  # commands, trees of folders, output
             trees.append(ast.parse(textwrap.dedent(block)))
     return [
@@ -199,6 +203,13 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page):
         known |= {alias.asname or alias.name for node in nodes for alias in getattr(node, "names", ())}
         known |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
         assert not {node.id for node in names} - known, ast.unparse(code)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_prompt_of_an_example_is_a_complete_caption(page):
+    """The student of the quickstart draws nothing for half a caption."""
+    prompts = PROMPT.findall("".join(CODE_BLOCK.findall(page.read_text(encoding="utf-8"))))
+    assert not [prompt for prompt in prompts if shapes.read_caption(prompt) is None]
 
 
 def test_no_table_and_no_row_of_figures_appears_twice():
