@@ -73,7 +73,7 @@ def read_gguf(dtype, pipeline, folder):
             path,
             config=folder,
             quantization_config=GGUFQuantizationConfig(compute_dtype=torch.bfloat16),
-            torch_dtype=torch.bfloat16,
+            dtype=torch.bfloat16,
         ).to(pipeline.vae.device)
 
 

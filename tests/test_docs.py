@@ -1,12 +1,16 @@
 """The documentation: what it names exists, no table appears twice, and its English is plain."""
 
 import ast
+import builtins
 import re
+import textwrap
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 
 from tests.conftest import ROOT
+from wanlite.world import shapes
 
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -53,6 +57,10 @@ PATH = re.compile(
     r"\w+\.(?:py|md|toml|cff)|requirements[\w-]*\.txt)(?![\w-])"
 )
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+CODE_BLOCK = re.compile(r"(?:^ {4}.*\n?)+", re.M)  # without a blank line
+PROMPT = re.compile(  # a quoted text after --prompt, or one that begins as a caption
+    r"""(?:(?<=--prompt )|(?<=prompt=)|(?<=[(\[,= ])(?="an? ))"([^"]*)\""""
+)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PROGRAM = (
     r"\b(dry.run|commands?|scripts?|programs?|runs?|files?|folders?|headers?|configs?|flags?|messages?|manifests?|"
@@ -127,6 +135,19 @@ def links(path):
     ]
 
 
+def python_of(path):
+    """Return the indented code of a page that is Python, one tree for each block without a blank line."""
+    trees = []
+    for block in CODE_BLOCK.findall(path.read_text(encoding="utf-8")):
+        with suppress(SyntaxError):  # commands, trees of folders, output
+            trees.append(ast.parse(textwrap.dedent(block)))
+    return [
+        tree
+        for tree in trees
+        if any(isinstance(node, (ast.Call, ast.Import, ast.ImportFrom)) for node in ast.walk(tree))
+    ]
+
+
 def tables(path):
     """Return the tables of a page, each as a list of rows, each row a tuple of cells."""
     blocks = re.findall(r"(?:^\|.*\n?)+", path.read_text(encoding="utf-8"), re.M)
@@ -170,6 +191,25 @@ def test_every_test_that_a_page_mentions_exists(page):
     source = "\n".join(path.read_text() for path in [*ROOT.glob("test_*.py"), *(ROOT / "tests").glob("*.py")])
     names = re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))
     assert not [name for name in names if f"def {name}(" not in source]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_of_a_page_runs_from_top_to_bottom(page):
+    """Every name is imported or assigned in the page, above its use."""
+    known = set(dir(builtins))
+    for code in python_of(page):
+        nodes = [*ast.walk(code)]
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        known |= {alias.asname or alias.name for node in nodes for alias in getattr(node, "names", ())}
+        known |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        assert not {node.id for node in names} - known, ast.unparse(code)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_prompt_of_an_example_is_a_complete_caption(page):
+    """The student of the quickstart draws nothing for half a caption."""
+    prompts = PROMPT.findall("".join(CODE_BLOCK.findall(page.read_text(encoding="utf-8"))))
+    assert not [prompt for prompt in prompts if shapes.read_caption(prompt) is None]
 
 
 def test_no_table_and_no_row_of_figures_appears_twice():

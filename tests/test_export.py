@@ -139,6 +139,15 @@ def test_a_student_that_comfyui_would_run_as_another_is_refused(config, message,
     refuse(capsys, tmp_path, [tmp_path / "student"], f"ComfyUI cannot run this student: .*{message}")
 
 
+def test_the_documentation_quotes_the_refusal_of_a_tiny_student(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path / "outputs/wan_t2i", hidden_size=64, text_dim=64)
+    with pytest.raises(SystemExit):
+        main(["./outputs/wan_t2i", "--output", "student.safetensors"])
+    printed = capsys.readouterr().err.replace(str(tmp_path), ".").strip()
+    assert printed in " ".join((ROOT / "docs/export.md").read_text().split())
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -84,8 +84,7 @@ def test_flat_images_are_written_and_one_warning_names_them(copied_run, tmp_path
         printed.err.count("WARNING") == 1
         and (
             "WARNING: 2 of 2 images are one flat colour: 0000-a-black-screen-seed0.png, 0001-fog-seed1.png. "
-            "The student is likely "
-            "untrained"
+            "The likely reason is a prompt unlike those of the training"
         )
         in printed.err
     )

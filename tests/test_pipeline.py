@@ -323,10 +323,12 @@ def test_stock_diffusers_loads_a_run_and_a_saved_pipeline_quietly(folder, pipeli
     assert not [line for line in lines if not line.startswith("Loading ")]  # progress bars
 
 
-def test_loading_and_drawing_give_no_warning(folder):
+@pytest.mark.parametrize("options", [{}, {"variant": "bf16"}])  # with a variant, diffusers loads components
+def test_loading_and_drawing_give_no_warning(options, folder, tmp_path):
+    load(folder).save_pretrained(tmp_path, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw(load(folder, dtype=torch.bfloat16))
+        draw(load(tmp_path, dtype=torch.bfloat16, **options))
 
 
 def test_another_scheduler_is_saved_and_loaded(folder, tmp_path):

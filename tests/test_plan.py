@@ -316,6 +316,13 @@ def dry_run(folder, **settings):
     )
 
 
+def test_a_predicted_time_mentions_teacher_images_in_the_cache(finished_run, tmp_path, capsys):
+    for cache, is_cached in ((tmp_path / "cache", False), (finished_run[0] / "cache", True)):
+        dry_run(tmp_path / "run", cache_dir=str(cache), hidden_size=32, depth=1, num_heads=2)
+        (time,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("time "))
+        assert ("less for teacher images that are in the cache" in time) == is_cached
+
+
 def test_a_dry_run_counts_the_student_beside_the_teacher(tmp_path, capsys):
     """The student stays on the device while trajectories are generated: a larger one needs more memory then."""
     predicted = []

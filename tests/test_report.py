@@ -188,6 +188,15 @@ def test_a_run_without_an_accepted_validation_has_a_warning(tmp_path):
     assert "verdict bad" in [attributes.get("class") for attributes in page.find("p")]
 
 
+def test_no_line_of_a_sentence_ends_inside_a_flag(tmp_path):
+    run = make_run()
+    run["report"]["counts"] = {"prompts": 29, "held_out": 1, "trajectories": 300, "states_per_step": 128}
+    write_run(tmp_path / "run", run, {100: figures(0.9)})
+    finish(tmp_path / "run")
+    sentences = "".join(re.findall("<(?:p class=.verdict|li).*", render(tmp_path / "run")))
+    assert "--" in sentences and sentences.count("--") == sentences.count('<span class="flag">--')
+
+
 @pytest.mark.parametrize("phase, step, is_candidate", [("few_step", 40, False), ("few_step", 41, True)])
 def test_validations_of_the_velocity_phase_are_no_candidates(phase, step, is_candidate):
     history = History(make_run(), [{"step": step, **figures(0.5)}])
@@ -391,7 +400,8 @@ slider.dispatchEvent(new Event("input"));
 const image = document.querySelector("#grids figure:not([hidden]) img");
 image.decode().then(() => {
   const width = document.documentElement.scrollWidth;
-  const found = {before, after: state(), image: image.naturalWidth, overflow: width - innerWidth};
+  const edges = [...document.querySelectorAll("body > section > h2")].map(title => title.getBoundingClientRect().left);
+  const found = {before, after: state(), image: image.naturalWidth, overflow: width - innerWidth, edges};
   document.body.textContent = "FOUND" + JSON.stringify(found) + "END";
   console.log("probe is done");
 });
@@ -428,5 +438,5 @@ def test_the_slider_changes_the_grid_in_a_browser(width, tmp_path):
         "shown": ["20"],
         "text": "20",
     }
-    assert found["image"] > 400 and found["overflow"] <= 0
+    assert found["image"] > 400 and found["overflow"] <= 0 and len(set(found["edges"])) == 1
     assert len(messages) == 1 and "probe is done" in messages[0]

@@ -165,6 +165,19 @@ def test_the_page_draws_and_saves_images_with_their_settings(browser, server):
     assert browser.locator("#images img").first.evaluate("image => image.naturalWidth") == 64
 
 
+@pytest.mark.parametrize("width", [360, 1280])
+def test_every_image_is_inside_the_gallery_without_scrolling(width, browser):
+    browser.set_viewport_size({"width": width, "height": 800})
+    browser.fill("#count input[type=number]", "10")
+    browser.press("#count input[type=number]", "Tab")
+    assert draw(browser, 10, prompt="a ring", seed="1")[1] == 10
+    code = """images => { const edge = document.querySelector("#images").getBoundingClientRect();
+    return images.map(image => image.getBoundingClientRect())
+        .filter(box => box.right > edge.right || box.bottom > edge.bottom || box.width < 40).length }"""
+    assert browser.locator("#images .grid-container img").evaluate_all(code) == 0
+    browser.set_viewport_size({"width": 1280, "height": 900})
+
+
 def test_a_dropped_png_fills_the_fields(browser, server):
     draw(browser, 1, prompt="something else", seed="9")
     path = sorted(server[1].glob("*seed14.png"))[0]

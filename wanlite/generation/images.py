@@ -22,6 +22,10 @@ from .student import StudentPipeline
 MAX_COLUMNS = 16  # of a grid with a row per prompt
 MAX_NAMED = 6  # files in a warning
 MAX_FLAT = 1  # largest standard deviation of a channel, of 255, in an image of one flat colour
+FLAT_ADVICE = (
+    "The likely reason is a prompt unlike those of the training, an untrained size or number of steps, or an untrained "
+    "student."
+)
 # Pixels of a batch, by type of device: more would not be faster.
 MAX_BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**22}
 MAX_BATCH_SHARE = 0.5  # of the device's free memory
@@ -165,11 +169,9 @@ def flat_warning(written: list[Generated]) -> str | None:
     named = ", ".join(flat[:MAX_NAMED])
     if len(flat) > MAX_NAMED:
         named += f" and {len(flat) - MAX_NAMED} more"
-    advice = ""
-    if len(flat) == len(written):
-        advice = ". The student is likely untrained, or its steps or size differ from the trained ones"
+    advice = f" {FLAT_ADVICE}" if len(flat) == len(written) else ""
     verb = "is" if len(flat) == 1 else "are"
-    return f"{len(flat)} of {len(written)} images {verb} one flat colour: {named}{advice}."
+    return f"{len(flat)} of {len(written)} images {verb} one flat colour: {named}.{advice}"
 
 
 def refuse_not_finite(generated: list[Generated], dtype: str) -> None:

@@ -52,7 +52,7 @@ def add_components(
     if not has_variants:
         options.pop("variant", None)  # that of the student alone
     if _is_stock(options):
-        options["torch_dtype"] = dtypes
+        options["dtype"] = dtypes
         if not options.keys() & {"text_encoder", "tokenizer"}:
             options["tokenizer"] = load_tokenizer(folder / "tokenizer")
             check_vocabulary(options["tokenizer"], folder, count_embedded(folder / "text_encoder"))

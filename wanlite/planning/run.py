@@ -160,7 +160,10 @@ class Run:
         work = self.workload(**parts)
         if self.settings.plan_for is not None:
             return describe_h100_hours(work)
-        return estimate_duration(work, self.device, training_dtype(self.settings))
+        text = estimate_duration(work, self.device, training_dtype(self.settings))
+        # Which of them this run can use is known only after the student is initialized.
+        is_cached = any(Path(self.settings.cache_dir).glob("trajectories-*"))
+        return f"{text}, less for teacher images that are in the cache" if is_cached else text
 
     def report_memory(self):
         """Return the MemoryReport: the memory and the disk that the run needs."""

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..data.text_encoder import encode_prompts, load_text_encoder, warn_of_truncation
 from ..files.image_files import COMPRESS_LEVEL
-from ..generation.images import is_flat
+from ..generation.images import FLAT_ADVICE, is_flat
 from .requests import Job
 
 MAX_EMBEDDINGS = 64  # kept; one of 512 tokens of a real UMT5 has 8 MB
@@ -94,10 +94,7 @@ def flaws(image: np.ndarray | None) -> tuple[str, ...]:
     if image is None:
         return ("the image is not finite and was left out; another --dtype may help.",)
     if is_flat(image):
-        return (
-            "the image is one flat colour: the student is likely untrained, or its steps or size differ from the "
-            "trained ones.",
-        )
+        return (f"the image is one flat colour. {FLAT_ADVICE}",)
     return ()
 
 

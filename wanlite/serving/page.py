@@ -39,6 +39,9 @@ CSS = """
 #message p.error { background: rgba(239, 68, 68, 0.15); border-left: 4px solid #ef4444; }
 #dropped-title p { margin: 0.4rem 0 -0.4rem; font-size: 0.9rem; opacity: 0.75; }
 #message .html-container { padding: 0; }
+/* Every image is visible: columns shrink with the window, and the page scrolls, not the gallery. */
+#images .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
+#images .grid-wrap { max-height: none !important; overflow: visible !important; }
 """
 # A content security policy keeps the browser from loading anything from another address.
 POLICY = (
@@ -171,7 +174,6 @@ def make_blocks(page: Page, prompts: Iterable[str], seed: int) -> gr.Blocks:
                     show_label=False,
                     elem_id="images",
                     columns=2,
-                    height=680,
                     object_fit="contain",
                     format="png",
                     interactive=False,

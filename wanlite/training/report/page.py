@@ -29,6 +29,7 @@ SCALES = (1, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1)  # of a grid that is too large
 MAX_PIXELS_PER_BYTE = 8  # more pixels are not tried: images take more than a bit for each
 MAX_TEXT = 300  # characters of a prompt or a setting
 NUMBER = re.compile(r"step-(\d+)\.png")
+FLAG = re.compile(r"(--\w+)")
 
 
 class GridImage(NamedTuple):
@@ -51,7 +52,7 @@ def render(folder: str | Path) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"shorten": shorten, "format_steps": format_steps}
+    environment.filters |= {"shorten": shorten, "format_steps": format_steps, "split_at_flags": FLAG.split}
     return environment.get_template("template.html").render(
         name=folder.absolute().name,
         history=history,
