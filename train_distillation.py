@@ -267,8 +267,8 @@ class Settings:
     )
     few_step_train_steps: int | None = setting(
         None,
-        "steps of the few-step phase (default: 5/7 of --max_train_steps less --matching_steps, and at most "
-        f"the larger of {FEW_STEP_PASSES} passes over the images and {MIN_FEW_STEPS} steps)",
+        "steps of the few-step phase (default: 5/7 of --max_train_steps less --matching_steps; of any teacher "
+        f"but the tiny one at most {FEW_STEP_PASSES} passes over the images, or {MIN_FEW_STEPS} steps)",
         was="segment_steps",
         least=0,
     )

@@ -104,7 +104,7 @@ def test_the_default_batch_is_at_most_the_states_of_each_phase(
 
 
 def test_a_batch_that_is_too_large_is_refused_with_the_largest_possible_one(estimators):
-    settings = complete(Settings(train_batch_size=128, rollout_states=16, few_step_train_steps=400))
+    settings = complete(Settings(train_batch_size=128, rollout_states=16))
     with pytest.raises(
         ValueError,
         match="has 80 training states, fewer than one batch of 128: lower --train_batch_size to 80, or",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 PHASE_NAMES = ("velocity", "few_step", "matching")
 ROLLOUT_ROUNDS = 2  # rollouts in stage 2a
 # The default of --few_step_train_steps is a share of all steps, and at most so many passes over the images. A longer
-# phase overfits them: on the emoji teacher, the held-out error rose after 10 passes (docs/results.md).
+# phase overfits them, unless captions determine images (docs/results.md).
 FEW_STEP_SHARE = 5 / 7
 FEW_STEP_PASSES = 16
 MIN_FEW_STEPS = 300  # however few images there are: a shorter phase trains little

@@ -16,6 +16,7 @@ from ..teacher.components import find_components
 from ..teacher.folder import check_holds_experts, find_teacher, neighbours
 from ..training.run_folder import image_size, read_run
 from ..training.trackers import check_tracker
+from ..world.record import DETERMINED
 from .budgets import apply_budget
 from .checks import check_all, check_combinations, check_compiler, check_parts, check_student, complete_steps
 from .hub import download_teacher
@@ -50,7 +51,11 @@ def complete(settings):
     _suggest_neighbours(check_holds_experts, teacher)  # without experts, every other check fails as well
     settings = _complete_typed(settings, teacher)
     check_all(_list_checks(settings, teacher), collect=settings.dry_run)
-    few_steps, _ = complete_steps(settings)
+    few_steps, few_step_train_steps = complete_steps(settings)
+    if read_teacher_folder(teacher).record.get("world") not in DETERMINED:
+        few_step_train_steps = (
+            settings.few_step_train_steps
+        )  # the number of images limits it; see resolve_run()
     resolution = _complete_resolution(teacher, settings)
     settings = replace(
         settings,
@@ -58,6 +63,7 @@ def complete(settings):
         resolution=resolution,
         flow_shift=settings.flow_shift or still_image_shift(*image_size(resolution)),
         few_steps=few_steps,
+        few_step_train_steps=few_step_train_steps,
         reference_steps=settings.reference_steps or 2 * settings.teacher_steps,
         cache_dir=settings.cache_dir or str(Path(settings.output_dir) / "cache"),
     )

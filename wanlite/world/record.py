@@ -8,6 +8,7 @@ from ..files.json_files import DOWNLOADED, read_json
 
 RECORD = "training.json"  # in the folder of a tiny teacher
 WORLDS = ("shapes", "emoji")
+DETERMINED = ("shapes",)  # worlds in which a caption determines nearly all of an image
 
 
 def read_record(teacher: str | Path) -> dict:
