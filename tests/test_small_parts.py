@@ -297,7 +297,7 @@ def train_decoder(latents, folder, steps, stop=None):
     narrow.decoder.requires_grad_(True)
     loss = decoder_loss(SingleFrameAutoencoder(wide), narrow, latents[:16], 8)
     with convolutions_as_matrices(narrow.decoder):
-        train_part("decoder", folder, narrow, loss, Schedule(steps, 2e-3, 0, 4), {}, stop)
+        train_part("decoder", folder, narrow, loss, Schedule(steps, 5e-4, 0, 4), {}, stop)
     return wide, narrow
 
 
@@ -365,12 +365,14 @@ def test_stock_diffusers_draws_with_small_parts_what_this_package_draws(small_ru
     own, stock = WanLitePipeline.from_pretrained(folder), WanPipeline.from_pretrained(folder)
     assert stock.text_encoder.config.d_model == own.transformer.config.text_dim == 32
     assert stock.vae.config.decoder_base_dim == 7
+    for pipeline in (own, stock):
+        pipeline.text_encoder.float()  # bfloat16 differs with the length of the padding on some CPUs
     image = own(prompt, generator=torch.Generator().manual_seed(1), output_type="np").images[0]
     size = dict(height=image.shape[0], width=image.shape[1], num_frames=1, guidance_scale=1.0)
     frames = stock(
         prompt, **size, num_inference_steps=4, generator=torch.Generator().manual_seed(1), output_type="np"
     ).frames
-    assert np.abs(frames[0][0] - image).max() < 5e-3
+    assert np.abs(frames[0][0] - image).max() < 1e-4
 
 
 def test_the_student_differs_in_the_layer_that_reads_text_only(small_run, finished_run):
