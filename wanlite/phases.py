@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 PHASE_NAMES = ("velocity", "few_step", "matching")
 ROLLOUT_ROUNDS = 2  # rollouts in stage 2a
-# The default of --few_step_train_steps is a share of all steps, and at most so many passes over the images. A longer
+# The default of --few_step_train_steps is a share of all steps, limited to a number of passes over the images: a longer
 # phase overfits them, unless captions determine images (docs/results.md).
 FEW_STEP_SHARE = 5 / 7
 FEW_STEP_PASSES = 16

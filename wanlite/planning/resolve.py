@@ -53,9 +53,8 @@ def complete(settings):
     check_all(_list_checks(settings, teacher), collect=settings.dry_run)
     few_steps, few_step_train_steps = complete_steps(settings)
     if read_teacher_folder(teacher).record.get("world") not in DETERMINED:
-        few_step_train_steps = (
-            settings.few_step_train_steps
-        )  # the number of images limits it; see resolve_run()
+        # The number of images limits it; see resolve_run().
+        few_step_train_steps = settings.few_step_train_steps
     resolution = _complete_resolution(teacher, settings)
     settings = replace(
         settings,

@@ -22,9 +22,8 @@ from typing import Any, TextIO
 CONTROL = re.compile("(?!\x1b\\[A)[^\n\r\t -~]")
 MAX_COLUMNS = 100
 MAX_SHOWN = 3000  # characters of a line
-NO_MEMORY = re.compile(
-    "bad_alloc|allocate memory|not enough memory", re.IGNORECASE
-)  # in errors of torch and C++
+# In errors of torch and C++.
+NO_MEMORY = re.compile("bad_alloc|allocate memory|not enough memory", re.IGNORECASE)
 EXPLAINED = (
     OSError,
     ValueError,
