@@ -58,7 +58,9 @@ def lora_errors(name: object) -> Iterator[None]:
         raise
     except Exception as error:
         reason = one_line(" ".join(str(error).split()), MAX_REASON)
-        raise ValueError(f"{name}: cannot be used as a LoRA ({reason or type(error).__name__}). Choose another.") from None
+        raise ValueError(
+            f"{name}: cannot be used as a LoRA ({reason or type(error).__name__}). Choose another."
+        ) from None
 
 
 def _find_file(source: Path, weight_name: str | None, subfolder: str | None) -> Path:
