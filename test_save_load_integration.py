@@ -18,7 +18,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, run_script, write_official
+from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, start_script, write_official
 from train_distillation import WanLiteStudent
 from wanlite.flow import seeded_noise
 
@@ -32,7 +32,7 @@ def orphan(tmp_path_factory):
     """A run whose teacher was deleted after training."""
     folder = tmp_path_factory.mktemp("orphan")
     shutil.copytree(TINY_TEACHER, folder / "teacher")
-    process = run_script(TRAIN, "--teacher", folder / "teacher", "--output_dir", folder / "run", *SHORT_RUN)
+    process = start_script(TRAIN, "--teacher", folder / "teacher", "--output_dir", folder / "run", *SHORT_RUN)
     assert process.returncode == 0, process.stderr
     shutil.rmtree(folder / "teacher")
     return folder / "run"
@@ -50,7 +50,7 @@ def are_equal(first, second):
 
 def generate(folder, output, *arguments):
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    process = run_script(GENERATE, "--model", folder, "--output_dir", output, *prompts, *arguments)
+    process = start_script(GENERATE, "--model", folder, "--output_dir", output, *prompts, *arguments)
     assert process.returncode == 0, process.stderr
     return [np.array(Image.open(path)) for path in sorted(output.glob("0*.png"))]
 
@@ -122,7 +122,7 @@ def test_a_student_loads_in_a_fresh_process_without_teacher_and_projection(orpha
         "    print(name, hashlib.sha256(tensor.numpy().tobytes()).hexdigest())\n"
         "from test_save_load_integration import velocity; print(velocity(student))\n"
     )
-    process = run_script("-c", code, ROOT, orphan)
+    process = start_script("-c", code, ROOT, orphan)
     assert process.returncode == 0, process.stderr
     expected = [
         f"{name} {hashlib.sha256(tensor.numpy().tobytes()).hexdigest()}"
@@ -214,14 +214,14 @@ def test_the_metadata_of_an_image_generate_it_again(orphan, tmp_path):
     ]
     assert facts["model"] == orphan.name  # no path of the machine
     flags += ["--model", orphan]
-    process = run_script(GENERATE, "--prompt", facts["prompt"], *flags, "--output_dir", tmp_path / "again")
+    process = start_script(GENERATE, "--prompt", facts["prompt"], *flags, "--output_dir", tmp_path / "again")
     assert process.returncode == 0, process.stderr
     again = Image.open(next((tmp_path / "again").glob("0*.png")))
     assert np.array_equal(np.array(original), np.array(again))
 
 
 def test_without_a_prompt_the_validation_prompts_of_the_run_are_used(orphan, tmp_path):
-    process = run_script(GENERATE, "--model", orphan, "--output_dir", tmp_path)
+    process = start_script(GENERATE, "--model", orphan, "--output_dir", tmp_path)
     assert process.returncode == 0, process.stderr
     prompts = json.loads((orphan / "run.json").read_text())["validation_prompts"]
     prompts_of_images = [Image.open(path).text["prompt"] for path in sorted(tmp_path.glob("0*.png"))]
@@ -231,7 +231,7 @@ def test_without_a_prompt_the_validation_prompts_of_the_run_are_used(orphan, tmp
 def test_official_and_diffusers_layouts_train_bitwise_the_same_student(
     official_teacher_with_components, orphan, tmp_path
 ):
-    process = run_script(
+    process = start_script(
         TRAIN, "--teacher", official_teacher_with_components, "--output_dir", tmp_path / "run", *SHORT_RUN
     )
     assert process.returncode == 0, process.stderr
@@ -255,7 +255,7 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(how, orphan, 
     command = [sys.executable, str(TRAIN), "--output_dir", str(tmp_path / "run"), *SHORT_RUN]
     one_thread = os.environ | {
         "OMP_NUM_THREADS": "1"
-    }  # as in run_script: sums depend on the number of threads
+    }  # as in start_script: sums depend on the number of threads
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread
     )

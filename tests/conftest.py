@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests import forked
 from tests.refusals import EXECUTED, REFUSED, SMALL
 from train_distillation import WanLiteStudent
 from wanlite.data.text_encoder import encode_prompts, load_text_encoder
@@ -31,6 +32,7 @@ from wanlite.teacher.model import Teacher
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["WANLITE_CACHE"] = tempfile.mkdtemp(prefix="wanlite-")  # converted parts of teachers
 atexit.register(shutil.rmtree, os.environ["WANLITE_CACHE"], ignore_errors=True)
+forked.remember_environment()
 TINY_TEACHER = ROOT / "tiny_teacher"
 A14B = {"width": 5120, "ffn_dim": 13824, "num_layers": 40, "channels": 16, "model_type": "t2v"}
 WAN_1_3B = {"width": 1536, "ffn_dim": 8960, "num_layers": 30, "channels": 16, "model_type": "t2v"}
@@ -316,12 +318,19 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def run_script(*arguments, cwd=ROOT, timeout=300, environment=None):
-    """Run a script as a user does and return the finished process with its output as text."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (environment or {})
+    """Run a script and return the finished process with its output as text; code runs as a user runs it."""
+    arguments = list(map(str, arguments))
+    if arguments[0] != "-c" and environment is None and forked.has_same_environment():
+        return forked.run(arguments, cwd, timeout)
+    return start_script(*arguments, cwd=cwd, timeout=timeout, environment=environment)
+
+
+def start_script(*arguments, cwd=ROOT, timeout=300, environment=None):
+    """Run a script as a user does, in a new process that imports all libraries."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
-        env=environment,
+        env=os.environ | forked.FIXED | (environment or {}),
         timeout=timeout,
         capture_output=True,
         text=True,

@@ -20,7 +20,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, run_script
+from tests.conftest import ROOT, SHORT_RUN, TINY_TEACHER, run_script, start_script
 from train_distillation import Settings as TrainSettings
 from train_distillation import WanLiteStudent
 from wanlite.data.grids import CELL, enlarge, locate
@@ -38,7 +38,7 @@ def read_refusal(script, *arguments, seconds=2.0):
     (The goal is one second; the bound is twice that for a busy machine. Importing torch alone takes longer.)
     """
     began = time.perf_counter()
-    process = run_script(script, *arguments)
+    process = start_script(script, *arguments)
     assert time.perf_counter() - began < seconds
     assert process.returncode == 2 and process.stdout == ""
     lines = [line for line in process.stderr.splitlines() if line.strip()]
@@ -211,7 +211,7 @@ def test_every_command_refuses_a_device_that_no_machine_has(module, name, finish
 @pytest.mark.parametrize("script", [TRAIN, GENERATE])
 def test_help_takes_half_a_second_at_most(script):
     before = os.times()
-    assert run_script(script, "--help").returncode == 0
+    assert start_script(script, "--help").returncode == 0
     after = os.times()
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
     assert seconds <= 0.5  # CPU time, which other load on the machine does not change

@@ -105,9 +105,13 @@ class MemoryEstimator:
 
     def matching_bytes(self, settings, batch_size):
         """Return the bytes of distribution matching: student and critic are trained, and the teacher runs."""
+        return self.training_bytes(settings, batch_size) + self._critic_and_teacher_bytes(settings, batch_size)
+
+    def _critic_and_teacher_bytes(self, settings, batch_size):
+        """Return the bytes that distribution matching needs beside those of training."""
         critic_batch_size = max(1, batch_size // MATCHED)
         critic_bytes = self.training_bytes(settings, critic_batch_size) - self.autoencoder_bytes
-        return self.training_bytes(settings, batch_size) + critic_bytes + self.generation_bytes(settings)
+        return critic_bytes + self.generation_bytes(settings)
 
     def matching_base_bytes(self, settings):
         """Return the bytes of distribution matching on no states."""
@@ -196,7 +200,8 @@ class MemoryEstimator:
             "validation": self.idle_bytes + self.weight_bytes + self._decoding_bytes(num_sampled),
         }
         if settings.matching_steps:
-            phases["matching"] = self.matching_bytes(settings, settings.train_batch_size)
+            added = self._critic_and_teacher_bytes(settings, settings.train_batch_size)
+            phases["matching"] = phases["training"] + added
         return phases | self._part_phases(settings)
 
     def _part_phases(self, settings):
