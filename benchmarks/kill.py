@@ -89,13 +89,13 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--flips", type=int, help="runs that are killed, and of which one bit is flipped")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and bits")
     parser.add_argument("--jobs", type=int, default=2, help="parallel runs")
-    parser.add_argument("--quick", action="store_true", help="3 kills")
+    parser.add_argument("--quick", action="store_true", help="2 kills")
     parser.add_argument(
         "--folder", type=Path, help="new folder of the runs (default: a temporary one, removed at the end)"
     )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
-    arguments.kills = 3 if arguments.quick else arguments.flips or arguments.kills
+    arguments.kills = 2 if arguments.quick else arguments.flips or arguments.kills
     if arguments.kills < 1 or arguments.jobs < 1 or (arguments.flips or 1) < 1:
         parser.error("expected --kills, --flips and --jobs of at least 1.")
     if arguments.folder and arguments.folder.exists() and any(arguments.folder.iterdir()):

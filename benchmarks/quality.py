@@ -228,7 +228,8 @@ class Judge:
 
     def __init__(self, pipeline: StudentPipeline, captions: list[str], world: Any = shapes):
         self.pipeline, self.captions, self.world = pipeline, captions, world
-        self.few = captions[:6] + captions[-6:]
+        num_few = min(6, len(captions) // 2)  # of one object, and as many of two
+        self.few = captions[:num_few] + captions[-num_few:]
         self.embeddings = dict(zip(captions, pipeline.embed(captions)))
         self.references: dict[int, Generated] = {}  # by seed
 
@@ -445,7 +446,7 @@ def main() -> None:
     chosen = choose_methods(parser, options, world)
     flags, seeds = ["--teacher", teacher, *options.train_flags], range(options.seeds)
     if options.quick:
-        options.captions, seeds, flags = 24, range(1), [*QUICK, *flags]
+        options.captions, seeds, flags = 8, range(1), [*QUICK, *flags]
     print(
         f"{'judging' if options.judge_only else 'training, then judging,'} {len(chosen)} students for "
         f"{len(seeds)} seeds in {options.folder.absolute()}: {options.captions} held-out captions per cell",

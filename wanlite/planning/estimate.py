@@ -105,7 +105,9 @@ class MemoryEstimator:
 
     def matching_bytes(self, settings, batch_size):
         """Return the bytes of distribution matching: student and critic are trained, and the teacher runs."""
-        return self.training_bytes(settings, batch_size) + self._critic_and_teacher_bytes(settings, batch_size)
+        return self.training_bytes(settings, batch_size) + self._critic_and_teacher_bytes(
+            settings, batch_size
+        )
 
     def _critic_and_teacher_bytes(self, settings, batch_size):
         """Return the bytes that distribution matching needs beside those of training."""
