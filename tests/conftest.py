@@ -461,7 +461,7 @@ def read_jobs(folder, kind):
 
 SHORT_RUN = (
     "--num_trajectories",
-    "64",
+    "32",
     "--max_train_steps",
     "6",
     "--few_step_train_steps",
@@ -483,11 +483,11 @@ SHORT_RUN = (
     "--report_to",
     "none",
     "--teacher_steps",
-    "8",
+    "4",
     "--reference_steps",
-    "8",
+    "4",
     "--validation_trajectories",
-    "16",
+    "8",
 )
 
 

@@ -105,15 +105,15 @@ class MemoryEstimator:
 
     def matching_bytes(self, settings, batch_size):
         """Return the bytes of distribution matching: student and critic are trained, and the teacher runs."""
-        return self.training_bytes(settings, batch_size) + self._critic_and_teacher_bytes(
-            settings, batch_size
-        )
+        return self._add_matching(settings, batch_size, self.training_bytes(settings, batch_size))
 
-    def _critic_and_teacher_bytes(self, settings, batch_size):
-        """Return the bytes that distribution matching needs beside those of training."""
-        critic_batch_size = max(1, batch_size // MATCHED)
-        critic_bytes = self.training_bytes(settings, critic_batch_size) - self.autoencoder_bytes
-        return critic_bytes + self.generation_bytes(settings)
+    def _add_matching(self, settings, batch_size, training_bytes):
+        """Return the bytes of distribution matching, from those of training on the same batch."""
+        share = (
+            max(1, batch_size // MATCHED) / batch_size
+        )  # of the critic's batch, whose memory grows like it
+        critic_bytes = self.base_bytes + share * (training_bytes - self.base_bytes) - self.autoencoder_bytes
+        return training_bytes + round(critic_bytes) + self.generation_bytes(settings)
 
     def matching_base_bytes(self, settings):
         """Return the bytes of distribution matching on no states."""
@@ -202,8 +202,7 @@ class MemoryEstimator:
             "validation": self.idle_bytes + self.weight_bytes + self._decoding_bytes(num_sampled),
         }
         if settings.matching_steps:
-            added = self._critic_and_teacher_bytes(settings, settings.train_batch_size)
-            phases["matching"] = phases["training"] + added
+            phases["matching"] = self._add_matching(settings, settings.train_batch_size, phases["training"])
         return phases | self._part_phases(settings)
 
     def _part_phases(self, settings):
