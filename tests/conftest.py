@@ -339,6 +339,7 @@ def start_script(*arguments, cwd=ROOT, timeout=300, environment=None):
 
 def fork(work, kill_after=None):
     """Run `work` in a forked process; return its exit code (-9 after a kill)."""
+    forked.import_libraries()
     number = os.fork()
     if number == 0:
         try:

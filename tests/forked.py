@@ -5,6 +5,7 @@ beforehand: each script imports this project itself.
 """
 
 import atexit
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -44,6 +45,12 @@ def remember_environment() -> None:
 def has_same_environment() -> bool:
     """Return whether a script may run in a fork: libraries read variables of the environment at their import."""
     return original == {name: value for name, value in os.environ.items() if name != OWN}
+
+
+def import_libraries() -> None:
+    """Import the libraries in this process, so that its forks need not."""
+    for name in IMPORTED:
+        importlib.import_module(name)
 
 
 def run(arguments: list[str], cwd: str | Path, timeout: float) -> CompletedProcess:

@@ -147,7 +147,7 @@ def test_a_run_stopped_twice_ends_with_the_same_weights(folder, finished_run):
         code, printed = train(folder, at={at: send_signal()})
         assert code == 3 and f"stopped at step {step} of 6" in printed
         assert (
-            f"stopped; resume with: python train_distillation.py --output_dir {folder} --num_trajectories 64"
+            f"stopped; resume with: python train_distillation.py --output_dir {folder} --num_trajectories 32"
             in printed
         )
         assert step in steps(folder) and not (folder / WEIGHTS).exists()
