@@ -217,7 +217,8 @@ def test_the_metadata_of_an_image_generate_it_again(orphan, tmp_path):
     process = start_script(GENERATE, "--prompt", facts["prompt"], *flags, "--output_dir", tmp_path / "again")
     assert process.returncode == 0, process.stderr
     again = Image.open(next((tmp_path / "again").glob("0*.png")))
-    assert np.array_equal(np.array(original), np.array(again))
+    # Sums of a batch of four may round otherwise than those of one image.
+    assert np.abs(np.array(original, dtype=int) - np.array(again, dtype=int)).max() <= 1
 
 
 def test_without_a_prompt_the_validation_prompts_of_the_run_are_used(orphan, tmp_path):

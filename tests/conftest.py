@@ -98,11 +98,45 @@ RUNNERS = {
 }
 
 
+ONE_IN = 3  # slow tests that a run of the whole suite samples
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help=f"all slow tests, instead of one in {ONE_IN}")
+
+
+def pytest_report_header(config):
+    if samples(config):
+        return f"slow tests: one in {ONE_IN}, chosen by the commit; --all runs all"
+
+
+def samples(config):
+    """Return whether a run has a sample of the slow tests; one of named files or tests has all of them."""
+    return not config.getoption("--all") and config.args == config.getini("testpaths")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.name not in SLOW_FILES and not RUNNERS & names_used(item):
             item.add_marker(pytest.mark.fast)
+    if samples(config):
+        left_out = choose_left_out(items)
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
+
+
+def choose_left_out(items):
+    """Return the slow tests that this commit leaves out; a later commit runs them."""
+    units = {}  # a file that is slow as a whole, or a test
+    for item in items:
+        if item.get_closest_marker("slow"):
+            is_whole_file = item.getparent(pytest.Module).get_closest_marker("slow")
+            unit = item.path if is_whole_file else item.nodeid
+            units.setdefault(unit, []).append(item)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    first = int(head[:6] or "0", 16)
+    return {item for number, unit in enumerate(units.values(), first) if number % ONE_IN for item in unit}
 
 
 def names_used(item):
@@ -486,9 +520,9 @@ SHORT_RUN = (
     "--teacher_steps",
     "4",
     "--reference_steps",
-    "4",
-    "--validation_trajectories",
     "8",
+    "--validation_trajectories",
+    "16",
 )
 
 

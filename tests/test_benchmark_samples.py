@@ -10,6 +10,7 @@ from wanlite.planning.checks import has_compiler
 BENCHMARKS = ROOT / "benchmarks"
 
 
+@pytest.mark.slow
 def test_a_sample_of_kills_loses_nothing(tmp_path):
     process = run_script(
         BENCHMARKS / "kill.py", "--quick", "--folder", tmp_path / "runs", "--json", tmp_path / "figures.json"
@@ -25,6 +26,7 @@ def test_a_sample_of_kills_loses_nothing(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_sample_of_loads_has_all_figures(tmp_path):
     process = run_script(
         BENCHMARKS / "load.py",
@@ -50,6 +52,7 @@ def test_a_sample_of_loads_has_all_figures(tmp_path):
     assert not [*tmp_path.rglob("images/*.png")]  # each process ends at the first sampling step
 
 
+@pytest.mark.slow
 def test_a_sample_of_images_equals_those_of_the_stock_pipeline(tmp_path):
     process = run_script(BENCHMARKS / "draw.py", "--quick", "--json", tmp_path / "figures.json")
     assert process.returncode == 0, process.stdout + process.stderr
@@ -59,6 +62,7 @@ def test_a_sample_of_images_equals_those_of_the_stock_pipeline(tmp_path):
     assert rows[1]["off"] <= 1 < rows[2]["off"] < 32  # of 255
 
 
+@pytest.mark.slow
 def test_a_sample_of_methods_is_trained_and_judged_like_the_teacher(tmp_path):
     process = run_script(
         BENCHMARKS / "quality.py",
@@ -95,6 +99,7 @@ def test_a_sample_of_methods_is_trained_and_judged_like_the_teacher(tmp_path):
     assert process.stdout.count("\n| student |") == 3
 
 
+@pytest.mark.slow
 def test_a_sample_of_starts_is_trained_and_judged(tmp_path):
     process = run_script(
         BENCHMARKS / "projection.py",
@@ -118,6 +123,7 @@ def test_a_sample_of_starts_is_trained_and_judged(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_sample_of_training_steps_has_speed_and_memory(tmp_path):
     process = run_script(BENCHMARKS / "train_speed.py", "--quick", "--json", tmp_path / "rows.json")
     assert process.returncode == 0, process.stdout + process.stderr
@@ -135,6 +141,7 @@ def test_a_sample_of_training_steps_has_speed_and_memory(tmp_path):
     assert sum(line.startswith("| 64 | ") for line in process.stdout.splitlines()) == len(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="compiled blocks need a C++ compiler")
 def test_the_gpu_benchmark_measures_every_part_in_one_process(tmp_path):
     process = run_script(
@@ -147,6 +154,7 @@ def test_the_gpu_benchmark_measures_every_part_in_one_process(tmp_path):
     assert compiled == {"step", "teacher", "draw"}
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_cache_has_its_size_and_the_waiting_of_each_reader(tmp_path):
     process = run_script(BENCHMARKS / "cache.py", "--quick", "--json", tmp_path / "figures.json")
     assert process.returncode == 0, process.stdout + process.stderr
@@ -159,6 +167,7 @@ def test_a_sample_of_the_cache_has_its_size_and_the_waiting_of_each_reader(tmp_p
     assert 0 < figures["waiting_share"]["ours"] < 0.5 and process.stdout.count("%") == len(readers)
 
 
+@pytest.mark.slow
 def test_a_sample_of_budgets_is_trained_once_and_other_settings_are_refused(tmp_path):
     command = (
         BENCHMARKS / "budget.py",
@@ -189,6 +198,7 @@ def test_a_sample_of_budgets_is_trained_once_and_other_settings_are_refused(tmp_
     )
 
 
+@pytest.mark.slow
 def test_a_sample_of_few_prompts_is_trained_and_judged(tmp_path):
     process = run_script(
         BENCHMARKS / "few_prompts.py",

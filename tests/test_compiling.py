@@ -32,6 +32,7 @@ def gradients(student):
     return {name: parameter.grad for name, parameter in student.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_a_compiled_student_has_the_same_names_gradients_and_files(tmp_path):
     plain, compiled = make_student(), make_student()

@@ -82,6 +82,7 @@ def test_a_stock_pipeline_draws_the_backgrounds_of_captions():
     assert np.mean([verdict["background"] for verdict in found]) >= 0.75
 
 
+@pytest.mark.slow
 def test_a_student_trains_on_captions_of_the_emoji_world(tmp_path):
     arguments = ("--teacher", "emoji", "--output_dir", tmp_path / "run", *SHORT_RUN)
     process = run_script(ROOT / "train_distillation.py", *arguments)

@@ -36,6 +36,7 @@ from wanlite.training.run_folder import MetricsLog, prompt_settings
 from wanlite.training.sampling_defaults import trained_sizes
 
 
+@pytest.mark.slow
 def test_two_inputs_of_each_class_behave_as_promised(finished_run, tmp_path):
     folder, figures = finished_run[0], tmp_path / "figures.json"
     run_script(

@@ -208,6 +208,7 @@ def test_the_official_text_encoder_gives_the_embeddings_of_diffusers(layouts, tm
     assert torch.equal(expected(**words).last_hidden_state, encoder(**words).last_hidden_state)
 
 
+@pytest.mark.slow
 def test_an_official_folder_alone_trains_bitwise_the_same_student(layouts, tmp_path):
     for name, folder in zip(("ours", "theirs"), layouts):
         assert train(tmp_path / name, "--teacher", folder, "--flow_shift", "5")[0] == 0

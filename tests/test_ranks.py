@@ -182,6 +182,7 @@ def test_accumulated_micro_batches_equal_one_batch_without_random_numbers(alone,
     assert distance(one, two) < 1e-6
 
 
+@pytest.mark.slow
 def test_processes_stop_together_also_after_a_kill_and_the_run_resumes(paired, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(paired / "cache", folder / "cache")
@@ -211,6 +212,7 @@ def test_processes_stop_together_also_after_a_kill_and_the_run_resumes(paired, t
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
+@pytest.mark.slow
 def test_small_parts_of_two_processes_are_those_of_one(paired, tmp_path):
     flags, folder = ("--train_batch_size", 16, *BOTH, *FEW), tmp_path / "run"
     shutil.copytree(paired / "cache", folder / "cache")

@@ -89,6 +89,7 @@ def test_a_streamed_block_is_freed_when_the_next_is_read():
     assert len(blocks) == 4 and all(weight.is_meta for block in blocks for weight in block.parameters())
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_real_size_measures_every_phase_and_removes_its_files(tmp_path):
     process = run_script(
         ROOT / "benchmarks" / "real_size.py", "--quick", "--resolution", "64", "--folder", tmp_path / "wan"

@@ -15,10 +15,13 @@ from tests.conftest import ROOT
 from tests.test_images import write_folder
 from wanlite.generation.student import StudentPipeline
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason="this torch does not support devices written in Python",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+        reason="this torch does not support devices written in Python",
+    ),
+]
 SHORT_RUN = [
     "--num_trajectories=8",
     "--num_held_out=6",

@@ -478,6 +478,7 @@ def test_a_finished_run_gets_its_small_parts_without_training(finished_run, tmp_
     assert again.returncode == 2 and "holds a finished run" in again.stderr
 
 
+@pytest.mark.slow
 def test_parts_stopped_in_each_phase_are_those_that_were_not(finished_run, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder in (whole, stopped):

@@ -69,6 +69,7 @@ def test_every_character_is_printed_in_a_narrow_encoding(environment, tmp_path):
     assert process.returncode == 0 and b"\\ud800 299" in process.stdout
 
 
+@pytest.mark.slow
 def test_a_training_with_a_closed_pipe_saves_a_student(tmp_path):
     process = shell(
         '"$@" 2>&1 | head -1',
