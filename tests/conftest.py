@@ -105,11 +105,6 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help=f"all slow tests, instead of one in {ONE_IN}")
 
 
-def pytest_report_header(config):
-    if samples(config):
-        return f"slow tests: one in {ONE_IN}, chosen by the commit; --all runs all"
-
-
 def samples(config):
     """Return whether a run has a sample of the slow tests; one of named files or tests has all of them."""
     return not config.getoption("--all") and config.args == config.getini("testpaths")
@@ -335,8 +330,12 @@ def noisy():
     return torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def pytest_terminal_summary(terminalreporter):
-    """Print the cost of all rejections, from all processes."""
+def pytest_terminal_summary(terminalreporter, config):
+    """Print which slow tests ran, and the cost of all rejections, from all processes."""
+    if samples(config):
+        terminalreporter.write_line(
+            f"one in {ONE_IN} slow tests, chosen by the commit; pytest --all runs all of them"
+        )
     costs = [
         cost
         for report in terminalreporter.getreports("")

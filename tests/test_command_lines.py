@@ -506,6 +506,8 @@ def test_a_prompt_file_trains_and_its_last_prompts_are_held_out(tmp_path):
         "--feature_directions",
         "5",
         *SHORT_RUN,
+        "--num_trajectories",
+        "64",
     )
     assert process.returncode == 0, process.stderr
     kept = [load_file(path) for path in tmp_path.glob("run/cache/trajectories-*/*.safetensors")]
