@@ -74,6 +74,7 @@ def main():
     parser.add_argument(
         "--text_velocity_steps", type=int, default=400, help="last steps of an encoder (default: 400)"
     )
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak for AdamW (default: 2e-3)")
     parser.add_argument("--json", help="file to write the figures to")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -105,6 +106,7 @@ def compare_students(arguments):
         reading_steps=arguments.reading_steps,
         text_velocity_steps=arguments.text_velocity_steps,
         decoder_base_dim=arguments.base_dim,
+        learning_rate=arguments.learning_rate,
     )
     training, held_out = read_training_prompts(settings, record)
     rows = []
@@ -165,7 +167,7 @@ def compare_decoders(arguments):
             narrow.decoder.requires_grad_(True)
             began = time.process_time()
             with tempfile.TemporaryDirectory() as checkpoints, convolutions_as_matrices(narrow.decoder):
-                schedule = Schedule(arguments.decoder_steps, 2e-3, seed, 10**9)
+                schedule = Schedule(arguments.decoder_steps, arguments.learning_rate, seed, 10**9)
                 train_part(
                     f"decoder, {start}",
                     Path(checkpoints),
