@@ -495,7 +495,7 @@ def read_jobs(folder, kind):
 
 SHORT_RUN = (
     "--num_trajectories",
-    "32",
+    "64",
     "--max_train_steps",
     "6",
     "--few_step_train_steps",
@@ -517,7 +517,7 @@ SHORT_RUN = (
     "--report_to",
     "none",
     "--teacher_steps",
-    "4",
+    "8",
     "--reference_steps",
     "8",
     "--validation_trajectories",

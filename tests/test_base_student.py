@@ -47,7 +47,7 @@ def test_a_run_resumed_after_the_velocity_phase_keeps_its_base(finished_run, tmp
 def test_base_draws_in_as_many_steps_as_the_teacher(finished_run, tmp_path):
     base = finished_run[0] / "base"
     settings, _ = read_settings(["--model", str(base)])
-    assert settings.num_inference_steps == read_run(finished_run[0])["settings"]["teacher_steps"] == 4
+    assert settings.num_inference_steps == read_run(finished_run[0])["settings"]["teacher_steps"] == 8
     assert read_run(base)["schedule"] == {
         "flow_shift": 3.0,
         "few_steps": None,

@@ -506,8 +506,6 @@ def test_a_prompt_file_trains_and_its_last_prompts_are_held_out(tmp_path):
         "--feature_directions",
         "5",
         *SHORT_RUN,
-        "--num_trajectories",
-        "64",
     )
     assert process.returncode == 0, process.stderr
     kept = [load_file(path) for path in tmp_path.glob("run/cache/trajectories-*/*.safetensors")]
@@ -563,8 +561,8 @@ def test_the_output_of_both_scripts_reports_progress_and_paths(finished_run):
     assert lines[1] == "         diffusers layout, 2 experts of 1.25 million parameters"
     assert named["student"].startswith("0.33 million") and named["start"] == "projection calibrated"
     assert named["output"] == str(folder) and "minute" in named["time"] and "device" in named
-    assert named["noise"].startswith("shift 3 for 64 x 64 pixels: 2 teacher steps with the high")
-    few = "32 trajectories are few, and images may stay noise; the default is at least 300"
+    assert named["noise"].startswith("shift 3 for 64 x 64 pixels: 3 teacher steps with the high")
+    few = "64 trajectories are few, and images may stay noise; the default is at least 300"
     assert named["WARNING"] == few and named["verdict"].startswith("failed: ")
     assert max(len(line) for line in lines if str(folder) not in line) <= 100
     assert lines[-1] == f"next: python run_inference.py --model {folder}"

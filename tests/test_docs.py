@@ -41,6 +41,7 @@ CODE = (  # files whose docstrings and messages are held to the same English, as
 )
 OTHER_FLAGS = {  # of argparse, accelerate launch, TensorBoard, the Hugging Face command line
     *(
+        "--all",  # of pytest
         "--help",
         "--help_all",
         "--config_file",

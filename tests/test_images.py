@@ -671,7 +671,7 @@ def test_a_run_on_images_reports_skipped_ones_and_resumes_to_the_same_weights(tm
     assert printed.startswith(
         f"images   6 of {tmp_path / 'place'}; 1 skipped: not a complete JPEG, PNG or WebP (1: cut.png)\nteacher"
     )
-    assert "38 teacher images" in printed  # 32 trajectories and 6 images
+    assert "70 teacher images" in printed  # 64 trajectories and 6 images
     states = Trajectories([*(whole / "cache").glob("images-*/shard-*")])
     assert len(states) == 6 * 4
     latents = encode_images(load_autoencoder(TINY_TEACHER), to_pixels(np.stack(PICTURES)))

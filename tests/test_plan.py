@@ -301,8 +301,7 @@ def test_a_dry_run_predicts_the_disk_of_the_run_and_writes_nothing(finished_run,
     assert process.stdout.splitlines()[-1] == f"run      python train_distillation.py {flags}"
     assert not list(tmp_path.iterdir())
     predicted = size_of(process.stdout, tmp_path / "run" / "cache") - SPARE
-    # In a run this short, the records beside the shards count, too.
-    assert predicted == pytest.approx(disk_used(finished_run[0] / "cache"), rel=0.1, abs=300_000)
+    assert predicted == pytest.approx(disk_used(finished_run[0] / "cache"), rel=0.1)
     used = disk_used(finished_run[0], without=("cache", "samples", "logs"))
     predicted = size_of(process.stdout, tmp_path / "run")
     assert used < predicted < 1.8 * used  # one more checkpoint, and each with a best student

@@ -401,5 +401,5 @@ def test_a_file_of_three_prompts_trains_to_the_end(tmp_path):
         and "%" not in process.stdout.split("drawn right (1):")[1]
     )
     trajectories = max(read_jobs(tmp_path / "run", "trajectories"), key=len)
-    assert len(trajectories) == len({seed for _, _, seed in trajectories}) == 32
-    assert [sum(number == each for each, *_ in trajectories) for number in (0, 1)] == [16, 16]
+    assert len(trajectories) == len({seed for _, _, seed in trajectories}) == 64
+    assert [sum(number == each for each, *_ in trajectories) for number in (0, 1)] == [32, 32]

@@ -192,7 +192,7 @@ def rising_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rising") / "run"
     code, printed = train(folder, *RISING)
     assert code == 0, printed
-    assert "32 teacher images of 32 x 32 and 32 of 64 x 64" in printed
+    assert "64 teacher images of 32 x 32 and 64 of 64 x 64" in printed
     assert "velocity 32 x 32: 4, velocity 64 x 64: 2, few_step 64 x 64: 4" in " ".join(printed.split())
     return folder
 

@@ -147,7 +147,7 @@ def test_a_run_stopped_twice_ends_with_the_same_weights(folder, finished_run):
         code, printed = train(folder, at={at: send_signal()})
         assert code == 3 and f"stopped at step {step} of 6" in printed
         assert (
-            f"stopped; resume with: python train_distillation.py --output_dir {folder} --num_trajectories 32"
+            f"stopped; resume with: python train_distillation.py --output_dir {folder} --num_trajectories 64"
             in printed
         )
         assert step in steps(folder) and not (folder / WEIGHTS).exists()
@@ -584,7 +584,7 @@ def test_more_trajectories_generate_only_what_a_shorter_run_lacks(finished_run, 
     shutil.copytree(finished_run[0] / "cache", tmp_path / "run/cache")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/cache").rglob("shard-*")}
     _, printed = train(
-        tmp_path / "run", "--num_trajectories", "48", at={1: lambda: signal.raise_signal(signal.SIGTERM)}
+        tmp_path / "run", "--num_trajectories", "80", at={1: lambda: signal.raise_signal(signal.SIGTERM)}
     )
     assert "generated 16 trajectories" in printed
     assert {path: path.stat().st_mtime_ns for path in before} == before
