@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -129,9 +130,16 @@ def choose_left_out(items):
             is_whole_file = item.getparent(pytest.Module).get_closest_marker("slow")
             unit = item.path if is_whole_file else item.nodeid
             units.setdefault(unit, []).append(item)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    first = int(head[:6] or "0", 16)
+    first = int(read_commit()[:6] or "0", 16)
     return {item for number, unit in enumerate(units.values(), first) if number % ONE_IN for item in unit}
+
+
+def read_commit():
+    """Return the name of the commit, an empty text outside a repository or without git."""
+    with suppress(OSError):
+        command = ["git", "rev-parse", "HEAD"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    return ""
 
 
 def names_used(item):
