@@ -46,6 +46,7 @@ from wanlite.teacher.checkpoint import open_teacher_files
 from wanlite.teacher.experts import PROBE_ROWS, PROBE_SIZE, check_experts
 from wanlite.teacher.model import Teacher, run_expert, stream_expert
 from wanlite.training.optimizers import make_optimizers
+from wanlite.training.steps import MATCHED
 from wanlite.training.teacher_data import teacher_velocity
 
 TRAIN = ROOT / "train_distillation.py"
@@ -517,6 +518,20 @@ def test_durations_are_in_units_that_people_use(hours, text):
 def test_a_machine_without_sizes_is_refused(text):
     with pytest.raises(ValueError, match="expected the memory of its GPU, and optionally its CPU memory"):
         complete(Settings(dry_run=True, plan_for=text))
+
+
+def test_the_critic_needs_the_memory_of_training_on_its_batch(tmp_path):
+    settings = complete(
+        Settings(teacher=str(TINY_TEACHER), output_dir=str(tmp_path), dry_run=True, matching_steps=10)
+    )
+    run = resolve_run(settings, WanLiteStudent)
+    estimator, batch_size = run.estimator, 64
+    training, critic = (
+        estimator.training_bytes(run.settings, count) for count in (batch_size, batch_size // MATCHED)
+    )
+    teacher = estimator.generation_bytes(run.settings) - estimator.autoencoder_bytes
+    found = estimator.matching_bytes(run.settings, batch_size)
+    assert found == pytest.approx(training + critic + teacher, rel=0.02)
 
 
 def test_a_machine_to_plan_for_needs_a_dry_run():

@@ -109,9 +109,7 @@ class MemoryEstimator:
 
     def _add_matching(self, settings, batch_size, training_bytes):
         """Return the bytes of distribution matching, from those of training on the same batch."""
-        share = (
-            max(1, batch_size // MATCHED) / batch_size
-        )  # of the critic's batch, whose memory grows like it
+        share = max(1, batch_size // MATCHED) / batch_size  # the critic's memory grows with its batch
         critic_bytes = self.base_bytes + share * (training_bytes - self.base_bytes) - self.autoencoder_bytes
         return training_bytes + round(critic_bytes) + self.generation_bytes(settings)
 
